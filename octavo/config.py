@@ -1,0 +1,124 @@
+"""The one configuration of an engine. Command-line flags are derived from its fields."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from octavo.errors import OctavoError
+
+__all__ = ["KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
+
+# What a user may type -> the scheme's name. The keys on the left are the peers' spellings.
+QUANTIZATIONS = {
+    "none": "bf16",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp8": "fp8",
+    "fp8_per_tensor": "fp8",
+    "ptpc_fp8": "ptpc_fp8",
+    "fp8_per_channel": "ptpc_fp8",
+    "fp8_block": "fp8_block",
+    "fp8_per_block": "fp8_block",
+}
+KV_CACHE_DTYPES = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp8": "fp8_e4m3",
+    "fp8_e4m3": "fp8_e4m3",
+    "fp8_e5m2": "fp8_e5m2",
+    "fp8_per_token_head": "fp8_per_token_head",
+}
+DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
+
+
+def canonical(option: str, value: str, known: dict[str, str]) -> str:
+    """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
+    if value in known:
+        return known[value]
+    near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.0)
+    raise OctavoError(f"{option} '{value}' is not known; did you mean '{near[0]}'? Known are: {', '.join(known)}.")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of EngineConfig that the command line shows with `help`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides what an engine loads and how it runs. Raises OctavoError on a wrong value."""
+
+    model: str = option("", "checkpoint directory; without one, the embedded demo model")
+    quantization: str | None = option(
+        None, "bf16, fp8 (one scale a matrix), ptpc_fp8 (per-channel weights, per-token activations) or fp8_block", short="-q"
+    )
+    quantization_ignore: tuple[str, ...] = option(
+        (), "layers to keep in BF16: a name, a glob, or re:REGEX over the checkpoint's module names"
+    )
+    quantize_lm_head: bool = option(False, "quantize lm_head too")
+    kv_cache_dtype: str = option("auto", "auto, bfloat16, fp8 (= fp8_e4m3), fp8_e5m2 or fp8_per_token_head")
+    calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0")
+    dtype: str = option("auto", "activations and unquantized weights: auto, bfloat16 or float32")
+    device: str = option("auto", "auto, cuda or cpu")
+    load_format: str = option("auto", "auto (safetensors) or dummy (random weights)")
+    max_model_len: int | None = option(None, "longest prompt plus output in tokens; default: the model's own")
+    gpu_memory_utilization: float = option(0.9, "part of the accelerator's memory to use, 0 to 1")
+    cpu_kv_cache_gib: float | None = option(
+        None, "KV cache on a CPU in GiB; default: 4, or half of the memory that is available if that is less"
+    )
+    block_size: int = option(16, "tokens in a block of KV cache")
+    max_num_seqs: int = option(256, "most requests in one step")
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step; default: 8192, on a CPU 2048")
+    enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes")
+    tensor_parallel_size: int = option(1, "accelerators that one layer is split over", short="-tp")
+    enforce_eager: bool = option(False, "never capture graphs")
+    seed: int = option(0, "seed of the requests that bring none")
+    threads: int | None = option(None, "CPU threads; default: all cores this process may use")
+    revision: str | None = option(None, "accepted for compatibility; a checkpoint directory has no revision")
+    trust_remote_code: bool = option(False, "accepted for compatibility; Octavo never runs a model's code")
+    limit_mm_per_prompt: str | None = option(None, "accepted for compatibility; text models have no images to limit")
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if not self.model:
+            from octavo.demo import MODEL_DIR
+
+            put("model", str(MODEL_DIR))
+        if self.quantization is not None:
+            put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
+        if self.kv_cache_dtype == "fp8_ds_mla":
+            raise OctavoError("--kv-cache-dtype fp8_ds_mla is the cache of DeepSeek's MLA models and is chosen for them; use fp8 or auto.")
+        put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
+        put("dtype", canonical("--dtype", self.dtype, DTYPES))
+        put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
+        put("load_format", canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}))
+        if isinstance(self.quantization_ignore, str):
+            put("quantization_ignore", (self.quantization_ignore,))
+        put("quantization_ignore", tuple(self.quantization_ignore))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise OctavoError(f"--gpu-memory-utilization must be over 0 and at most 1, not {self.gpu_memory_utilization}.")
+        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "threads", "cpu_kv_cache_gib"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of a field: `max_model_len` -> `--max-model-len`."""
+    return "--" + name.replace("_", "-")
+
+
+def unknown_environment(known: Iterable[str] = ()) -> list[str]:
+    """Names of the peer's environment variables that are set and mean nothing here."""
+    return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
+
+
+def config_fields() -> tuple[Field[Any], ...]:
+    """The fields, in the order the command line shows them."""
+    return fields(EngineConfig)
