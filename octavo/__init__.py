@@ -1,9 +1,9 @@
 """Octavo serves large language models in FP8.
 
-    from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams
 
-    llm = LLM("path/to/checkpoint", quantization="ptpc_fp8", kv_cache_dtype="fp8")
-    print(llm.generate(["def read(self"], SamplingParams(max_tokens=32))[0].outputs[0].text)
+llm = LLM("path/to/checkpoint", quantization="ptpc_fp8", kv_cache_dtype="fp8")
+print(llm.generate(["def read(self"], SamplingParams(max_tokens=32))[0].outputs[0].text)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -94,17 +94,30 @@ class EngineConfig:
         if self.quantization is not None:
             put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
         if self.kv_cache_dtype == "fp8_ds_mla":
-            raise OctavoError("--kv-cache-dtype fp8_ds_mla is the cache of DeepSeek's MLA models and is chosen for them; use fp8 or auto.")
+            raise OctavoError(
+                "--kv-cache-dtype fp8_ds_mla is the cache of DeepSeek's MLA models and is chosen for them; use fp8 or auto."
+            )
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
-        put("load_format", canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}))
+        put(
+            "load_format",
+            canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}),
+        )
         if isinstance(self.quantization_ignore, str):
             put("quantization_ignore", (self.quantization_ignore,))
         put("quantization_ignore", tuple(self.quantization_ignore))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OctavoError(f"--gpu-memory-utilization must be over 0 and at most 1, not {self.gpu_memory_utilization}.")
-        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "threads", "cpu_kv_cache_gib"):
+        for name in (
+            "max_model_len",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "tensor_parallel_size",
+            "threads",
+            "cpu_kv_cache_gib",
+        ):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
 

@@ -8,7 +8,16 @@ from typing import Literal
 
 from octavo.errors import InvalidRequest
 
-__all__ = ["EngineRequest", "EngineStats", "FinishReason", "Logprob", "Logprobs", "SamplingParams", "StructuredOutput", "TokenOutput"]
+__all__ = [
+    "EngineRequest",
+    "EngineStats",
+    "FinishReason",
+    "Logprob",
+    "Logprobs",
+    "SamplingParams",
+    "StructuredOutput",
+    "TokenOutput",
+]
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20

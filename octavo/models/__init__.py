@@ -1,1 +1,47 @@
-"""."""
+"""Architectures: one file each, named by config.json's `model_type`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import OctavoError
+
+__all__ = ["MODEL_TYPES", "architecture", "read_config"]
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory. Raises OctavoError where it is not one."""
+    if not directory.exists():
+        raise OctavoError(
+            f"there is no model at '{directory}'; give the path of a checkpoint directory (Octavo downloads nothing)."
+        )
+    if not directory.is_dir():
+        raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
+    path = directory / "config.json"
+    if not path.exists():
+        raise OctavoError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint directory.")
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise OctavoError(f"{path} is not valid JSON ({error}); download it again.") from None
+    return config
+
+
+def architecture(config: dict[str, Any]) -> Any:
+    """The module of octavo.models for a config.json: it has `Config.from_json` and `Model`."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise OctavoError("config.json has no model_type, so the architecture cannot be known.")
+    if model_type not in MODEL_TYPES:
+        near = difflib.get_close_matches(model_type, MODEL_TYPES, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise OctavoError(f"model_type '{model_type}' is not served by this version; {hint}it serves {', '.join(MODEL_TYPES)}.")
+    return importlib.import_module(f"octavo.models.{model_type}")

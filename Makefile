@@ -1,0 +1,37 @@
+# `make demo` sets up a fresh machine and serves the embedded model; `make test` sets up and passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test check setup setup-test clean
+
+demo: setup
+	exec $(BIN)/octavo serve --quantization ptpc_fp8 --kv-cache-dtype fp8 $(ARGS)
+
+test: setup-test check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.setup
+
+setup-test: $(VENV)/.setup-test
+
+# The pins are of the versions that the tests ran with. The stamps are written last, so a broken install is done again.
+$(VENV)/.setup: pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Octavo needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.setup-test: $(VENV)/.setup requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,79 @@
+"""The tensors of one step, passed explicitly to every layer that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+__all__ = ["ForwardBatch", "Span", "build"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """B requests and T tokens, prefill and decode mixed; a request's tokens are adjacent.
+
+    input_ids, positions, slot_mapping: int64 [T]. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with this
+    step's tokens. block_tables: int32 [B, max blocks], rows padded with the scratch block.
+    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    block_size: int
+    cache: dict[str, object]  # what an implementation works out once a step and every layer uses
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_block: int = 0) -> ForwardBatch:
+    """The batch of `spans`, built on the host and moved to the device."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, contexts = [0], []
+    for span in spans:
+        stop = span.start + len(span.token_ids)
+        ids.extend(span.token_ids)
+        positions.extend(range(span.start, stop))
+        slots.extend(span.block_ids[p // block_size] * block_size + p % block_size for p in range(span.start, stop))
+        starts.append(len(ids))
+        contexts.append(stop)
+    width = max((-(-length // block_size) for length in contexts), default=1)
+    table = [[*span.block_ids[:width], *[scratch_block] * (width - len(span.block_ids))] for span in spans]
+
+    def tensor(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    return ForwardBatch(
+        tensor(ids, torch.int64),
+        tensor(positions, torch.int64),
+        tensor(slots, torch.int64),
+        tensor(starts, torch.int32),
+        tensor(contexts, torch.int32),
+        tensor(table, torch.int32),
+        [stop - start for start, stop in pairwise(starts)],
+        contexts,
+        block_size,
+        {},
+    )

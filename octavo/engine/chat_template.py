@@ -1,0 +1,103 @@
+"""Chat templates: from messages to the prompt's text, as transformers renders it.
+
+A template is a program that came with a checkpoint, so it runs in jinja2's immutable sandbox: it can read what it is
+given and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from octavo.errors import InvalidRequest, OctavoError
+
+__all__ = ["render_chat"]
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **kwargs: Any,
+) -> str:
+    """The prompt's text. `kwargs` are the template's own switches, such as enable_thinking.
+
+    Raises InvalidRequest when the template refuses the messages, OctavoError when it is no template at all.
+    """
+    render = _compile(template)
+    values = {**special_tokens, "documents": None, **kwargs}
+    values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    try:
+        return render(values)
+    except InvalidRequest:
+        raise
+    except Exception as error:  # anything a template may do to messages it did not expect: TypeError, KeyError, ...
+        raise InvalidRequest(f"The chat template cannot render these messages: {error}", "messages") from error
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
+    import jinja2
+    import jinja2.exceptions
+    import jinja2.ext
+    import jinja2.utils
+    from jinja2.nodes import CallBlock, Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant said, for training; for serving it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+        def _content(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, *rest = args  # a template may well name an attribute `self`
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*rest, **kwargs).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template may not set {name}")
+            super().__setitem__(name, value)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # The sandbox guards reads of underscored attributes; these two could still write them or hand out a class.
+    env.globals["namespace"] = Namespace
+    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    try:
+        return env.from_string(template).render
+    except jinja2.TemplateSyntaxError as error:
+        raise OctavoError(f"The chat template is not valid jinja (line {error.lineno}: {error.message}).") from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes <, > and & for HTML; a model was trained on the plain characters
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise InvalidRequest(str(message), "messages")

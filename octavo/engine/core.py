@@ -1,0 +1,107 @@
+"""The engine of one rank: schedule, run, update. Requests go in, one step's tokens come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.config import EngineConfig
+from octavo.engine.blocks import BlockPool
+from octavo.engine.grammar import Grammar, GrammarCompiler
+from octavo.engine.outputs import EngineInfo
+from octavo.engine.request import EngineRequest, EngineStats, Logprobs, TokenOutput
+from octavo.engine.runner import ModelRunner, StepTokens
+from octavo.engine.sampler import SamplingRow
+from octavo.engine.scheduler import Request, Schedule, Scheduler
+
+__all__ = ["EngineCore"]
+
+
+@dataclass
+class _Generation:
+    """What a request carries through the engine beside its tokens."""
+
+    seed: int
+    grammar: Grammar | None
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
+
+
+class EngineCore:
+    """Runs requests together. Not thread-safe: its owner calls add, abort and step in turn."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
+        self.runner = runner = ModelRunner(config, progress)
+        pool = BlockPool(runner.cache.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
+        self.grammars = GrammarCompiler(runner.directory, runner.model_config.vocab_size)
+        self.generations: dict[str, _Generation] = {}
+        self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
+        self.info = EngineInfo(
+            max_model_len=runner.max_model_len,
+            vocab_size=runner.model_config.vocab_size,
+            num_blocks=runner.cache.num_blocks,
+            block_size=config.block_size,
+            model_type=runner.model_type,
+            report=runner.describe(),
+        )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InvalidRequest if it cannot be run."""
+        wanted = request.params.structured
+        grammar = self.grammars.compile(wanted, request.eos_token_ids) if wanted else None
+        seed, self.next_seed = self.next_seed, self.next_seed + 1
+        if request.params.seed is not None:
+            seed = request.params.seed
+        self.scheduler.add(request)
+        self.generations[request.request_id] = _Generation(seed, grammar)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; one that is not known, or finished already, is no error."""
+        self.scheduler.abort(request_id)
+        self.generations.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> tuple[list[TokenOutput], EngineStats]:
+        """One step of all the requests that fit in it: what it added to each, and how the engine stands."""
+        schedule = self.scheduler.schedule()
+        result = self.runner.run(schedule.items, [self._row(item.request) for item in schedule.items])
+        # A device that runs ahead of the host goes between these two lines: the next schedule needs no token's value.
+        outputs = self._take(schedule, result)
+        return outputs, self.scheduler.stats(schedule)
+
+    def _row(self, request: Request) -> SamplingRow:
+        generation = self.generations[request.request_id]
+        return SamplingRow(
+            request.params,
+            request.token_ids,
+            request.num_prompt_tokens,
+            generation.seed,
+            request.eos_token_ids,
+            generation.grammar,
+        )
+
+    def _take(self, schedule: Schedule, result: StepTokens) -> list[TokenOutput]:
+        outputs = [TokenOutput(request.request_id, [], "abort", error=reason) for request, reason in schedule.failed]
+        for output in outputs:
+            del self.generations[output.request_id]
+        for item in schedule.items:
+            if (entries := result.prompt_logprobs.get(item.request.request_id)) is not None:
+                kept = self.generations[item.request.request_id].prompt_logprobs
+                del kept[item.start + 1 :]  # a preempted prefill comes by again
+                kept.extend(entries)
+        for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, result.to_host()):
+            request_id = request.request_id
+            generation = self.generations[request_id]
+            if generation.grammar is not None:
+                generation.grammar.accept(token)
+            output = TokenOutput(request_id, [token], finish_reason, stop_reason, num_cached_tokens=request.num_cached_tokens)
+            if request_id in result.logprobs:
+                output.logprobs = [result.logprobs[request_id]]
+            if request.params.prompt_logprobs is not None and request.num_output_tokens == 1:
+                output.prompt_logprobs = generation.prompt_logprobs
+            outputs.append(output)
+            if finish_reason is not None:
+                del self.generations[request_id]
+        return outputs

@@ -1,0 +1,78 @@
+"""Structured output: which tokens may come next, by llguidance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.engine.request import StructuredOutput
+from octavo.errors import InvalidRequest, OctavoError
+
+__all__ = ["Grammar", "GrammarCompiler", "to_llguidance"]
+
+
+def to_llguidance(wanted: StructuredOutput) -> str:
+    """llguidance's own form of a grammar. Raises InvalidRequest for one that cannot be read."""
+    from llguidance import LLMatcher
+
+    try:
+        if wanted.kind == "json_object":
+            return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+        if wanted.kind == "json_schema":
+            return str(LLMatcher.grammar_from_json_schema(wanted.grammar))
+        make = LLMatcher.grammar_from_regex if wanted.kind == "regex" else LLMatcher.grammar_from_lark
+        return str(make(wanted.grammar))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"the {wanted.kind} of the structured output cannot be read: {error}.", "response_format"
+        ) from None
+
+
+class GrammarCompiler:
+    """Makes a Grammar a request; reads the tokenizer when the first one asks."""
+
+    def __init__(self, directory: Path, vocab_size: int):
+        self.path, self.vocab_size = directory / "tokenizer.json", vocab_size
+        self._tokenizers: dict[frozenset[int], Any] = {}
+
+    def compile(self, wanted: StructuredOutput, eos_token_ids: frozenset[int]) -> Grammar:
+        """Raises InvalidRequest for a grammar that does not compile."""
+        from llguidance import LLMatcher, LLTokenizer
+
+        if eos_token_ids not in self._tokenizers:
+            if not self.path.exists():
+                raise OctavoError(f"structured output needs {self.path}, which is not there.")
+            definition = json.loads(self.path.read_text())
+            self._tokenizers[eos_token_ids] = LLTokenizer(
+                json.dumps(definition), n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
+            )
+        matcher = LLMatcher(self._tokenizers[eos_token_ids], to_llguidance(wanted), log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(
+                f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"
+            )
+        return Grammar(matcher, self.vocab_size)
+
+
+class Grammar:
+    """Where one request stands in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher = matcher
+        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+        self.vocab_size = vocab_size
+
+    def forbidden(self) -> Tensor:
+        """bool [vocab]: the tokens that may not come next."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self.vocab_size]
+        return torch.from_numpy(allowed == 0)
+
+    def accept(self, token: int) -> None:
+        """The token was chosen."""
+        self._matcher.consume_token(token)

@@ -1,0 +1,64 @@
+"""How many blocks of KV cache fit, and what to say when they do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+
+__all__ = ["CacheBudget", "gib", "plan_blocks"]
+
+GIB = 1 << 30
+CPU_DEFAULT_GIB = 4.0
+
+
+def gib(count: float) -> str:
+    """Bytes for a person: 1.50 GiB, 12.3 MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Blocks of KV cache, and the longest request that they hold."""
+
+    num_blocks: int
+    max_model_len: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_blocks(
+    config: EngineConfig, platform: Platform, bytes_per_token: int, model_len: int, model_bytes: int, working_bytes: int
+) -> CacheBudget:
+    """Blocks for `config` on `platform`, whose memory already holds the model.
+
+    bytes_per_token: of all layers. model_len: the length wanted. working_bytes: what a step takes beside weights and cache.
+    Raises OctavoError, with numbers and three ways out, where not even one request of `model_len` fits; if the length was
+    the model's own and not the user's, it is lowered instead, and the notes say so.
+    """
+    free, total = platform.memory()
+    if platform.is_cpu:
+        share = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
+        have, larger = share, f"raise --cpu-kv-cache-gib (now {share / GIB:.2f})"
+    else:
+        have = total * config.gpu_memory_utilization - (total - free) - working_bytes
+        larger = f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
+    block_bytes = bytes_per_token * config.block_size
+    blocks = int(have // block_bytes)
+    needed = -(-model_len // config.block_size)
+    useful = needed * config.max_num_seqs  # more could never be in use at once
+    if blocks >= needed:
+        return CacheBudget(min(blocks, useful), model_len)
+    fits = max(blocks, 0) * config.block_size
+    if config.max_model_len is None and fits >= min(2048, model_len):
+        note = f"max_model_len lowered from {model_len} to {fits}: that is what {gib(have)} of KV cache holds"
+        return CacheBudget(blocks, fits, (note,))
+    smaller = "" if config.kv_cache_dtype.startswith("fp8") else ", use --kv-cache-dtype fp8 (half of the bytes)"
+    fewer = (
+        f"lower --max-model-len to {fits}" if fits else f"use a smaller model or quantization (weights take {gib(model_bytes)})"
+    )
+    raise OctavoError(
+        f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
+        f"of {gib(total)} is left for it: {fewer}{smaller}, or {larger}."
+    )

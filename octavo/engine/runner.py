@@ -1,0 +1,211 @@
+"""Owns the model, the KV cache and (on a GPU, later) the graphs of one rank: a step's requests in, tokens out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo import batch as batches
+from octavo import ops
+from octavo.config import EngineConfig
+from octavo.distributed import TensorParallel
+from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.request import Logprobs
+from octavo.engine.sampler import SamplingRow, logprobs_of, sample
+from octavo.engine.scheduler import ScheduledRequest
+from octavo.errors import OctavoError
+from octavo.kvcache import KVCache, KVCacheSpec, spec_for
+from octavo.models import architecture, read_config
+from octavo.models.common import CausalLM, ConfigBase
+from octavo.platform import Platform, detect
+from octavo.quant import SCHEMES, QuantRules
+from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
+
+__all__ = ["ModelRunner", "StepTokens"]
+
+LOGIT_ROWS = 256  # prompt positions whose logits exist at a time
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepTokens:
+    """What a step computed, by request id. The tokens are still on the device: reading them is what waits for it."""
+
+    tokens: Tensor | None = None  # one for each request that sampled, in their order
+    logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)  # of this step's prompt positions
+
+    def to_host(self) -> list[int]:
+        return [] if self.tokens is None else self.tokens.tolist()
+
+
+class ModelRunner:
+    """Loads a model and runs steps. Raises OctavoError for whatever the user can mend."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
+        if config.tensor_parallel_size > 1:
+            raise OctavoError(
+                f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
+            )
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        self.config = config
+        self.platform: Platform = detect(config.device)
+        ops.bind(self.platform)
+        self.directory = Path(config.model)
+        json_config = read_config(self.directory)
+        arch = architecture(json_config)
+        self.model_type: str = json_config["model_type"]
+        self.model_config: ConfigBase = arch.Config.from_json(json_config)
+        self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        model_len = self._model_len()
+        self.model: CausalLM = arch.Model(self.model_config, TensorParallel(), model_len)
+        self.report = self._load(progress)
+        specs = self._cache_specs()
+        self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
+        self.max_num_batched_tokens = config.max_num_batched_tokens or (2048 if self.platform.is_cpu else 8192)
+        budget = plan_blocks(
+            config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), self._working_bytes()
+        )
+        self.max_model_len = budget.max_model_len
+        self.report.notes.extend(budget.notes)
+        self.cache = KVCache(specs, budget.num_blocks, config.block_size, self.platform.device)
+        for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
+            layer.bind_cache(views)
+        self._settle_kv_scales()
+        log.info("ops: %s", ops.table())
+
+    def _model_len(self) -> int:
+        c, asked = self.model_config, self.config.max_model_len
+        limit = c.max_position_embeddings
+        if c.rope["rope_type"] == "yarn" and c.rope.get("factor"):
+            limit = max(limit, int((c.rope["original_max_position_embeddings"] or limit) * c.rope["factor"]))
+        if asked is not None and asked > limit:
+            raise OctavoError(
+                f"--max-model-len {asked} is over the {limit} positions that the model was made for; use at most {limit}."
+            )
+        return asked or limit
+
+    def _load(self, progress: Callable[[str, float], None] | None) -> LoadReport:
+        source = DummySource() if self.config.load_format == "dummy" else SafetensorsSource(self.directory)
+        scheme = SCHEMES[self.config.quantization or "bf16"]
+        rules = QuantRules(scheme, self.config.quantization_ignore, self.config.quantize_lm_head)
+        loader = Loader(source, self.platform, rules, self.dtype)
+        verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
+        load(self.model, loader, self.model.ignored, (lambda part: progress(verb, part)) if progress else None)
+        return loader.report
+
+    def _cache_specs(self) -> list[KVCacheSpec]:
+        name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype
+        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8) for a in self.model.attention_layers()]
+
+    def _working_bytes(self) -> int:
+        """A bound on the activations of the largest step: the MLP's, and the logits with what sampling makes of them."""
+        c = self.model_config
+        activations = self.max_num_batched_tokens * (4 * c.intermediate_size + 8 * c.hidden_size) * 4
+        return activations + self.config.max_num_seqs * c.vocab_size * 4 * 6
+
+    def _settle_kv_scales(self) -> None:
+        layers = self.model.attention_layers()
+        if self.config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2"):
+            return
+        if self.config.calculate_kv_scales:
+            self._calculate_kv_scales()
+            scales = [s for layer in layers for s in (layer.k_scale, layer.v_scale)]
+            self.report.note(f"KV scales measured: {min(scales):.3g} to {max(scales):.3g}")
+        elif all(layer.scales_from_checkpoint for layer in layers):
+            self.report.note("KV scales taken from the checkpoint")
+        else:
+            self.report.note("KV scales are 1.0: the checkpoint has none (--calculate-kv-scales measures them)")
+
+    def _calculate_kv_scales(self) -> None:
+        """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
+        from octavo.engine.calibration import calibration_tokens
+
+        room = min(self.max_model_len, self.cache.num_blocks * self.config.block_size, self.max_num_batched_tokens)
+        ids = calibration_tokens(self.directory, self.model_config.vocab_size)[:room]
+        blocks = range(-(-len(ids) // self.config.block_size))
+        for layer in self.model.attention_layers():
+            layer.observe = True
+        self.forward(self._batch([batches.Span(ids, 0, blocks)]))
+        for layer in self.model.attention_layers():
+            layer.observe = False
+
+    def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
+        return batches.build(spans, self.config.block_size, self.platform.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: batches.ForwardBatch) -> Tensor:
+        """Hidden states [T, hidden] of a batch, its keys and values written to the cache."""
+        hidden: Tensor = self.model(batch)
+        return hidden
+
+    @torch.inference_mode()
+    def run(self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> StepTokens:
+        """Compute `items`; `rows[i]` says how the next token of items[i] is chosen, if this step reaches it."""
+        out = StepTokens()
+        if not items:
+            return out
+        spans = [
+            batches.Span(i.request.token_ids[i.start : i.start + i.num_tokens], i.start, i.request.block_ids) for i in items
+        ]
+        batch = self._batch(spans)
+        hidden = self.model(batch)
+        ends = batch.query_start_loc[1:].long() - 1
+        sampling = [n for n, item in enumerate(items) if item.samples]
+        first = 0
+        for item, row, span in zip(items, rows, spans, strict=True):
+            if row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens:
+                out.prompt_logprobs[item.request.request_id] = self._prompt_logprobs(hidden[first:], item, row)
+            first += len(span.token_ids)
+        if sampling:
+            self._sample(hidden[ends[sampling]], [items[n] for n in sampling], [rows[n] for n in sampling], out)
+        return out
+
+    def _sample(self, hidden: Tensor, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], out: StepTokens) -> None:
+        logits = self.model.logits(hidden)
+        asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = logits[asked].clone() if asked else None
+        out.tokens = sample(logits, rows)
+        if raw is not None:
+            found = logprobs_of(raw, out.tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
+            out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
+
+    def _prompt_logprobs(self, hidden: Tensor, item: ScheduledRequest, row: SamplingRow) -> list[Logprobs]:
+        """Of the prompt tokens that follow this step's positions."""
+        stop = min(item.start + item.num_tokens, row.num_prompt_tokens - 1)
+        targets = torch.tensor(row.token_ids[item.start + 1 : stop + 1], device=hidden.device)
+        found: list[Logprobs] = []
+        for at in range(0, len(targets), LOGIT_ROWS):
+            part = targets[at : at + LOGIT_ROWS]
+            logits = self.model.logits(hidden[at : at + len(part)])
+            found += logprobs_of(logits, part, [row.params.prompt_logprobs or 0] * len(part))
+        return found
+
+    def describe(self) -> list[str]:
+        """What was loaded, for a person: one line a role and scheme, then memory, then what is worth knowing."""
+        r, p = self.report, self.platform
+        lines = [f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}"]
+        for (role, scheme), g in sorted(r.groups.items()):
+            lines.append(f"  {role:<10} {scheme:<9} {g.values / 1e6:>10,.2f} M  {gib(g.stored):>11}")
+        stored, dense = r.total("stored"), 2 * r.total("values")
+        lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+        if quantized := r.total("values", quantized_only=True):
+            part = r.total("stored", quantized_only=True)
+            lines.append(f"FP8 linears: {gib(part)}, {50 * part / quantized:.1f}% of BF16's {gib(2 * quantized)}")
+        if p.widened_dtype is not None and r.total("held") > stored:
+            kind = str(p.widened_dtype).removeprefix("torch.")
+            lines.append(f"held in memory: {gib(r.total('held'))}, because FP8 codes are kept as exact {kind} values here")
+        tokens = self.cache.num_blocks * self.config.block_size
+        kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
+        lines.append(
+            f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "
+            f"({100 * self.bytes_per_token / kv_dense:.1f}% of BF16's), {tokens:,} tokens in {gib(self.cache.nbytes)}"
+        )
+        return lines + [f"note: {note}" for note in r.notes]

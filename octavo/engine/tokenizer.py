@@ -1,0 +1,198 @@
+"""The checkpoint's tokenizer, read with the `tokenizers` library alone: transformers would cost two seconds of every start."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from octavo.errors import InvalidRequest, OctavoError
+
+__all__ = ["Tokenizer", "default_sampling", "eos_token_ids", "load_tokenizer"]
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """Text to token ids and back, with what the checkpoint says of special tokens and of chat.
+
+    Raises OctavoError if the directory holds no readable tokenizer.json.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._tokenizer = _read_tokenizer(self.directory / "tokenizer.json")
+        config = _read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(_read_json(self.directory / "special_tokens_map.json") | config)
+        self.chat_templates = _chat_templates(self.directory, config)
+        self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
+        eos = self.token_id(self.special_tokens.get("eos_token"))
+        self.eos_token_ids = eos_token_ids(self.directory) | ({eos} if eos is not None else set())
+        self.default_sampling = default_sampling(self.directory)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
+        self._adds_bos = config.get("add_bos_token")
+        self._bytes: dict[int, bytes] = {}
+        self._decoders = _decoder_types(self._tokenizer.decoder)
+        self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._anchor_text = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's own object, for those who build on it (grammars do)."""
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template, or None if the checkpoint has none."""
+        return self.template_for(tools=False)
+
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template, or the checkpoint's separate one for tools if it has one."""
+        names = ("tool_use", "default") if tools else ("default",)
+        return next((self.chat_templates[name] for name in names if name in self.chat_templates), None)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. A rendered chat template already holds its special tokens: pass False."""
+        add = add_special_tokens and self._adds_bos is not False
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
+        except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
+            raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
+        if add and self._adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of a token by its spelling in the vocabulary, or None."""
+        found: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        return found
+
+    def piece(self, token_id: int) -> str:
+        """The spelling of a token in the vocabulary; empty for an id that the tokenizer does not know."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text. Part of a character reads as U+FFFD: see token_bytes."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 text when it is not the first one; it may be part of a character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._bytes_of(token_id, self.piece(token_id))
+        return known
+
+    def _bytes_of(self, token_id: int, piece: str) -> bytes:
+        if "ByteLevel" in self._decoders:
+            try:
+                return bytes(_BYTE_OF[character] for character in piece)
+            except KeyError:  # an added token, spelled as it reads
+                return piece.encode()
+        if "ByteFallback" in self._decoders and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        # Other decoders treat the first token apart (they strip its space), so decode it after another one.
+        text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text.removeprefix(self._anchor_text).encode()
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer, or None where there is no tokenizer.json: the engine serves token ids without one."""
+    return Tokenizer(directory) if (Path(directory) / "tokenizer.json").exists() else None
+
+
+def eos_token_ids(directory: str | Path) -> frozenset[int]:
+    """The ids that end a generation, as generation_config.json or else config.json lists them."""
+    for name in ("generation_config.json", "config.json"):
+        config = _read_json(Path(directory) / name)
+        text_config = config.get("text_config")
+        ids = config.get("eos_token_id")
+        if ids is None and isinstance(text_config, dict):
+            ids = text_config.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def default_sampling(directory: str | Path) -> dict[str, Any]:
+    """The sampling values that the checkpoint recommends, by SamplingParams' names."""
+    config = _read_json(Path(directory) / "generation_config.json")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.exists():
+        raise OctavoError(f"{path.parent} has no tokenizer.json; add one, or send prompts as token ids.")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise OctavoError(f"{path} cannot be read as a tokenizer: {error}.") from error
+    tokenizer.no_truncation()  # some files keep the settings of their training run
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise OctavoError(f"{path} should hold a JSON object.")
+    return content
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... -> text; the files hold them as strings or as objects with a `content`."""
+    extra = config.get("extra_special_tokens")  # the newer place of a model's own names, such as image_token
+    found = {}
+    for name, value in {**(extra if isinstance(extra, dict) else {}), **config}.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
+    inline = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    templates: dict[str, str] = {}
+    if isinstance(inline, str):
+        templates["default"] = inline
+    elif isinstance(inline, list):
+        templates.update((entry["name"], entry["template"]) for entry in inline)
+    more = directory / "additional_chat_templates"
+    for path in [*sorted(more.glob("*.jinja")), directory / "chat_template.jinja"]:
+        if path.exists():
+            templates["default" if path.parent == directory else path.stem] = path.read_text(encoding="utf-8")
+    return templates
+
+
+def _decoder_types(decoder: Any) -> set[str]:
+    if decoder is None:
+        return set()
+    state = json.loads(decoder.__getstate__())
+    return {part["type"] for part in state.get("decoders", [state])}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE spells each byte as a printable character: itself, or for the others the next one from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,55 @@
+"""Attention over the paged cache: store this step's keys and values, then attend to all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.platform import FP8_MAX
+from octavo.weights import Loader
+
+__all__ = ["PagedAttention"]
+
+# Where checkpoints keep the scales of an FP8 cache, relative to the attention module; the newest spelling first.
+_SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"),
+              ("k_proj.output_scale", "v_proj.output_scale"), ("kv_scale", "kv_scale"))  # fmt: skip
+
+
+class PagedAttention(nn.Module):
+    """Grouped-query attention of q [T, heads, D] over the cache of this layer, which `bind_cache` gives it."""
+
+    reads_siblings = True
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float, window: int | None = None):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scale, self.window = scale, window
+        self.views: Views = {}
+        self.k_scale = self.v_scale = 1.0
+        self.scales_from_checkpoint = False
+        self.observe = False  # while set, forward sets the scales from the largest key and value that it sees
+
+    def load(self, loader: Loader) -> None:
+        for spelling in _SPELLINGS:
+            if loader.has(spelling[0]) and not self.scales_from_checkpoint:
+                # e4m3fnuz codes mean half as much, so the same value needs twice the scale
+                factor = 2.0 if loader.platform.fp8_dtype is torch.float8_e4m3fnuz else 1.0
+                self.k_scale, self.v_scale = (float(loader.read(name, None).max()) * factor for name in spelling)
+                self.scales_from_checkpoint = True
+            for name in (*spelling, "q_scale", "q_proj.output_scale"):
+                loader.skip(name)
+
+    def bind_cache(self, views: Views) -> None:
+        self.views = views
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, heads * D]."""
+        if self.observe:
+            limit = FP8_MAX[self.views["k"].dtype]
+            self.k_scale, self.v_scale = (max(float(x.abs().max()) / limit, 1e-6) for x in (k, v))
+        ops.write_kv(self.views, batch.slot_mapping, k, v, self.k_scale, self.v_scale)
+        o = ops.attention(q, self.views, batch, self.scale, self.window, self.k_scale, self.v_scale)
+        return o.flatten(1)

@@ -1,0 +1,121 @@
+"""Linear layers. A fused one names the checkpoint's matrices that it stacks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.distributed import TensorParallel
+from octavo.quant.formats import Shard
+from octavo.weights import Loader
+
+__all__ = ["ColumnParallelLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear"]
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b, with W [N, K] the stack of the matrices `names`, whose rows are split over ranks.
+
+    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one.
+    """
+
+    reads_siblings = True  # its own name (qkv_proj) is not in the checkpoint; its parts' names are, beside it
+
+    def __init__(
+        self,
+        names: list[str],
+        in_features: int,
+        out_features: list[int],
+        *,
+        bias: bool,
+        tp: TensorParallel,
+        heads: list[int] | None = None,
+    ):
+        super().__init__()
+        self.names, self.has_bias = names, bias
+        self.shapes = [(n, in_features) for n in out_features]
+        copies = [max(1, tp.size // h) for h in heads] if heads else [1] * len(names)
+        self.shards = [Shard(0, tp.rank, tp.size, c) for c in copies]
+
+    def load(self, loader: Loader) -> None:
+        self.weight = loader.weight(self.names, self.shapes, self.shards)
+        self.bias: Tensor | None = None
+        if self.has_bias:
+            parts = [
+                loader.vector(f"{name}.bias", shape[:1], shard)
+                for name, shape, shard in zip(self.names, self.shapes, self.shards, strict=True)
+            ]
+            self.bias = torch.cat(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class QKVLinear(ColumnParallelLinear):
+    """The query, key and value projections as one product; forward gives the three, [T, heads, head_dim] each."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
+        super().__init__(
+            ["q_proj", "k_proj", "v_proj"],
+            hidden,
+            [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim],
+            bias=bias,
+            tp=tp,
+            heads=[heads, kv_heads, kv_heads],
+        )
+        self.head_dim = head_dim
+        self.parts = [tp.part(heads), tp.part(kv_heads), tp.part(kv_heads)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = super().forward(x).view(x.shape[0], -1, self.head_dim).split(self.parts, dim=1)
+        return q, k, v
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b, W's columns split over ranks; the partial products are summed over them and b is added once."""
+
+    reads_siblings = True
+
+    def __init__(self, name: str, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel):
+        super().__init__()
+        self.name, self.shape, self.has_bias, self.tp = name, (out_features, in_features), bias, tp
+
+    def load(self, loader: Loader) -> None:
+        self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
+        self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tp.all_reduce(ops.linear(x, self.weight))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
+        super().__init__()
+        self.gate_up_proj = ColumnParallelLinear(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
+        self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
+        return y
+
+
+class LMHead(nn.Module):
+    """Logits in FP32. With tied embeddings its matrix is the embedding's. Every rank computes all of the vocabulary."""
+
+    reads_siblings = True
+
+    def __init__(self, vocab: int, hidden: int, *, tied: bool):
+        super().__init__()
+        self.shape, self.tied = (vocab, hidden), tied
+
+    def load(self, loader: Loader) -> None:
+        if self.tied:
+            loader.skip("lm_head.weight")  # some checkpoints repeat it
+        name = "model.embed_tokens" if self.tied else "lm_head"
+        self.weight = loader.weight([name], [self.shape], [Shard()], is_head=True, tied=self.tied)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight).float()

@@ -1,0 +1,97 @@
+"""Rotary position embedding and the ways that models stretch it over longer contexts.
+
+Dimension i of the first half of a head is rotated with dimension i of the second half by position * inv_freq[i].
+Sources: RoFormer (arXiv:2104.09864); YaRN (arXiv:2309.00071); llama3 as published with Llama 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.errors import OctavoError
+from octavo.weights import Loader
+
+__all__ = ["RotaryEmbedding", "rope_parameters"]
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a config.json in one form: rope_type, rope_theta and the type's own values.
+
+    Older files have `rope_theta` and `rope_scaling` (whose type is under `type` or `rope_type`), newer ones `rope_parameters`.
+    """
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    if found["rope_type"] not in _INV_FREQ:
+        raise OctavoError(f"config.json asks for rope_type '{found['rope_type']}'; Octavo knows {', '.join(_INV_FREQ)}.")
+    return found
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries and keys [T, H, D] at positions under `max_model_len`. One table serves all layers that share it."""
+
+    def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, max_model_len: int):
+        super().__init__()
+        self.inv_freq, self.factor = _INV_FREQ[parameters["rope_type"]](head_dim, parameters, max_position_embeddings)
+        self.max_positions = max_model_len
+
+    def load(self, loader: Loader) -> None:
+        loader.skip("inv_freq")  # old checkpoints hold what config.json already says
+        angles = torch.outer(torch.arange(self.max_positions).float(), self.inv_freq)
+        self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * self.factor).to(loader.platform.device)
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rotate(q, self.cos_sin, positions), ops.rotate(k, self.cos_sin, positions)
+
+
+def _default(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
+    return 1.0 / p["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
+
+
+def _linear(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
+    return _default(dim, p, _)[0] / p["factor"], 1.0
+
+
+def _llama3(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    base, original = _default(dim, p, _)[0], p["original_max_position_embeddings"]
+    turns = original * base / (2 * math.pi)  # rotations that the original context holds
+    keep = ((turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])).clamp(0, 1)
+    return keep * base + (1 - keep) * base / p["factor"], 1.0
+
+
+def _yarn(dim: int, p: Mapping[str, Any], max_positions: int) -> tuple[Tensor, float]:
+    """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, those between ramped."""
+    base, original = _default(dim, p, 0)[0], p["original_max_position_embeddings"] or max_positions
+    factor = p.get("factor") or max_positions / original
+
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(p["rope_theta"]))
+
+    low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return ramp * base / factor + (1 - ramp) * base, p.get("attention_factor") or _yarn_magnitude(factor, p)
+
+
+def _yarn_magnitude(factor: float, p: Mapping[str, Any]) -> float:
+    """What cosines and sines are multiplied by, so that attention's logits keep their spread."""
+
+    def magnitude(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+_INV_FREQ = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -1,0 +1,60 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 and models of the same shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.layers.attention import PagedAttention
+from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import RotaryEmbedding
+from octavo.models.common import CausalLM, ConfigBase
+
+__all__ = ["Config", "Model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ConfigBase):
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.qkv_proj = QKVLinear(c.hidden_size, heads, kv_heads, c.head_dim, bias=c.attention_bias, tp=tp)
+        self.rotary_emb = rotary
+        self.attn = PagedAttention(tp.part(heads), tp.part(kv_heads), c.head_dim, c.head_dim**-0.5)
+        self.o_proj = RowParallelLinear("o_proj", heads * c.head_dim, c.hidden_size, bias=c.attention_bias, tp=tp)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        q, k, v = self.qkv_proj(x)
+        q, k = self.rotary_emb(q, k, batch.positions)
+        y: Tensor = self.o_proj(self.attn(q, k, v, batch))
+        return y
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, rotary, tp)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, tp=tp)
+
+    def forward(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Model(CausalLM):
+    def __init__(self, c: Config, tp: TensorParallel, max_model_len: int):
+        rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_model_len)
+        super().__init__(c, [DecoderLayer(c, rotary, tp) for _ in range(c.num_hidden_layers)])

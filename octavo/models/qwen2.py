@@ -1,0 +1,71 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v; some layers may attend to a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.layers.attention import PagedAttention
+from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import RotaryEmbedding
+from octavo.models.common import CausalLM, ConfigBase
+
+__all__ = ["Config", "Model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ConfigBase):
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+    layer_types: Sequence[str] = ()
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer: as `layer_types` says, else of those from `max_window_layers` on."""
+        if self.layer_types:
+            slides = self.layer_types[layer] == "sliding_attention"
+        else:
+            slides = self.use_sliding_window and layer >= self.max_window_layers
+        return self.sliding_window if slides else None
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int, rotary: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.qkv_proj = QKVLinear(c.hidden_size, heads, kv_heads, c.head_dim, bias=True, tp=tp)
+        self.rotary_emb = rotary
+        self.attn = PagedAttention(tp.part(heads), tp.part(kv_heads), c.head_dim, c.head_dim**-0.5, c.window(layer))
+        self.o_proj = RowParallelLinear("o_proj", heads * c.head_dim, c.hidden_size, bias=False, tp=tp)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        q, k, v = self.qkv_proj(x)
+        q, k = self.rotary_emb(q, k, batch.positions)
+        y: Tensor = self.o_proj(self.attn(q, k, v, batch))
+        return y
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config, layer: int, rotary: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer, rotary, tp)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
+
+    def forward(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Model(CausalLM):
+    def __init__(self, c: Config, tp: TensorParallel, max_model_len: int):
+        rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_model_len)
+        super().__init__(c, [DecoderLayer(c, i, rotary, tp) for i in range(c.num_hidden_layers)])

@@ -1,0 +1,127 @@
+"""Ops: function contracts, each with a torch reference and the implementations that platforms prefer.
+
+An implementation is bound once, at start, by `bind(platform)`: of those that the platform lists, the first that supports it.
+`linear` is chosen for each weight, since schemes differ in what computes them best. `table()` says what was chosen, and why
+not the ones before it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.ops import reference
+from octavo.platform import Platform
+from octavo.quant import QTensor
+
+__all__ = ["PackedWeight", "attention", "bind", "linear", "pack", "rms_norm", "rotate", "silu_mul", "table", "write_kv"]
+
+
+class PackedWeight(Protocol):
+    """A weight laid out for the implementation that multiplies by it."""
+
+    held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class LinearImplementation(Protocol):
+    """One way to multiply by a QTensor."""
+
+    name: str
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        """None, or why not."""
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...
+
+
+_bound: dict[str, Callable[..., Any]] = {}
+_linear: list[LinearImplementation] = []
+_table: dict[str, str] = {}
+_lock = threading.Lock()
+
+
+def bind(platform: Platform) -> None:
+    """Choose the implementations of this process. Binding again replaces the earlier choice."""
+    if platform.is_cpu:
+        from octavo.ops import cpu as preferred
+    else:
+        from octavo.ops import cuda as preferred  # type: ignore[no-redef]
+    with _lock:
+        _table.clear()
+        _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
+        for name in ("attention", "write_kv", "rms_norm", "rotate", "silu_mul"):
+            chosen = getattr(preferred, name, None) or getattr(reference, name)
+            _bound[name] = chosen
+            _table[name] = chosen.__module__.removeprefix("octavo.ops.")
+
+
+def table() -> dict[str, str]:
+    """Op -> the implementation bound to it, with the reasons against those preferred to it."""
+    return dict(_table)
+
+
+def pack(q: QTensor, platform: Platform) -> PackedWeight:
+    """Lay out a stored weight for the first implementation that supports it."""
+    refused: list[str] = []
+    for implementation in _linear:
+        if (reason := implementation.supports(q, platform)) is None:
+            _table[f"linear[{q.scheme.name}]"] = "; ".join([implementation.name, *refused])
+            return implementation.pack(q, platform)
+        refused.append(f"not {implementation.name}: {reason}")
+    raise AssertionError("the reference supports every weight")
+
+
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
+
+    With an FP8 weight, x is quantized as the weight's scheme says and the sum is taken in FP32 over the products of codes.
+    """
+    y = w(x)
+    return y if bias is None else y.add_(bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype."""
+    return _bound["rms_norm"](x, weight, eps, residual)  # type: ignore[no-any-return]
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I]."""
+    return _bound["silu_mul"](x)  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of x [T, H, D] in place of the first R dimensions; cos_sin is FP32 [positions, R], cosines first."""
+    return _bound["rotate"](x, cos_sin, positions)  # type: ignore[no-any-return]
+
+
+def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+    """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) as the views' dtypes say.
+
+    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, or the token's and head's where the cache has a
+    place for it. NaN is stored as 0: the cache holds finite values only, so that what is masked may be multiplied by 0.
+    """
+    _bound["write_kv"](views, slots, k, v, k_scale, v_scale)
+
+
+def attention(
+    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
+) -> Tensor:
+    """Causal attention of q [T, H, D] over the cache, which already holds this step's tokens: [T, H, D].
+
+    Each request's query tokens are the last of its context. `window` limits a token to the last `window` positions, itself
+    included. Scores and sums are FP32.
+    """
+    return _bound["attention"](q, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+
+
+def implementations() -> Sequence[LinearImplementation]:
+    """The linear implementations bound here, the preferred first; tests run each against the reference."""
+    return tuple(_linear)

@@ -1,0 +1,89 @@
+"""Paged attention on a CPU: requests that decode are grouped into one product; each prefill is its own.
+
+Keys and values are gathered by block, widened to FP32, and multiplied in FP32. Widened codes are smaller than their values by
+a power of two, which is folded, with the layer's scale, into the softmax scale for keys and into the output for values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.ops.cpu.widen import WIDEN_FACTOR, widen
+from octavo.ops.reference import write_kv
+from octavo.platform import FP8_MAX
+
+__all__ = ["attention", "write_kv"]
+
+GROUP_VALUES = 1 << 23  # values of keys gathered at a time: bounds the memory that a long context takes
+
+
+def attention(
+    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
+) -> Tensor:
+    out = torch.empty_like(q)
+    fp8 = views["k"].dtype if views["k"].dtype in FP8_MAX else None
+    factor = WIDEN_FACTOR[fp8] if fp8 else 1.0
+    per_tensor = fp8 is not None and "k_scale" not in views
+    k_factor, v_factor = (factor * s if per_tensor else factor for s in (k_scale, v_scale))
+    for rows, table, mask in _groups(batch, views, window):
+        k, v = _gather(views, "k", table), _gather(views, "v", table)
+        # [requests, tokens, heads, dim] -> heads before tokens
+        group_q = q[rows].unflatten(0, (table.shape[0], -1)).transpose(1, 2).float()
+        o = F.scaled_dot_product_attention(group_q, k, v, mask, scale=scale * k_factor, enable_gqa=True)
+        out[rows] = (o * v_factor if v_factor != 1.0 else o).transpose(1, 2).flatten(0, 1).to(q.dtype)
+    return out
+
+
+def _gather(views: Views, name: str, table: Tensor) -> Tensor:
+    """FP32 [requests, heads, tokens, dim] of the blocks `table` [requests, blocks]."""
+    view = views[name]
+    if view.dtype not in FP8_MAX:
+        return view[table].flatten(1, 2).transpose(1, 2).float()
+    codes = view.view(torch.uint8)[table].flatten(1, 2).transpose(1, 2).contiguous()
+    values = widen(codes, view.dtype)
+    if (scales := views.get(f"{name}_scale")) is not None:
+        values *= scales[table].flatten(1, 2).transpose(1, 2).unsqueeze(-1)
+    return values
+
+
+Group = tuple[slice, Tensor, Tensor]
+
+
+def _groups(batch: ForwardBatch, views: Views, window: int | None) -> list[Group]:
+    """(rows of the batch, block table, additive mask) for each product; the same for every layer of a step."""
+    key = f"groups {window}"
+    if key not in batch.cache:
+        _, _, heads, dim = views["k"].shape
+        batch.cache[key] = _make_groups(batch, window, heads * dim)
+    return batch.cache[key]  # type: ignore[return-value]
+
+
+def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int) -> list[Group]:
+    groups: list[Group] = []
+    request, row, total = 0, 0, len(batch.query_lens)
+    while request < total:
+        query_len, longest = batch.query_lens[request], batch.context_lens[request]
+        last = request + 1
+        # Neighbours that decode share a product, as long as padding them to the longest stays in bounds.
+        while query_len == 1 and last < total and batch.query_lens[last] == 1:
+            padded = max(longest, batch.context_lens[last])
+            if padded * values_per_token * (last + 1 - request) > GROUP_VALUES:
+                break
+            longest, last = padded, last + 1
+        width = -(-longest // batch.block_size)
+        table = batch.block_tables[request:last, :width].long()
+        context = batch.seq_lens[request:last].long().view(-1, 1, 1)
+        at = context - query_len + torch.arange(query_len).view(1, -1, 1)
+        keys = torch.arange(width * batch.block_size).view(1, 1, -1)
+        hidden = keys > at
+        if window is not None:
+            hidden |= keys <= at - window
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).unsqueeze(1)
+        groups.append((slice(row, row + query_len * (last - request)), table, mask))
+        row += query_len * (last - request)
+        request = last
+    return groups

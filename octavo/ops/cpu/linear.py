@@ -1,0 +1,91 @@
+"""Matrix products on a CPU: FP8 codes are held widened, so that the numbers are the GPU's without FP8 instructions.
+
+A code is exact in BF16 and in FP32. Products of codes are summed in FP32 and the two scales applied after, as an FP8 matrix
+unit does. The held type is BF16 where the CPU multiplies it natively and FP32 where it does not (Platform.widened_dtype).
+A 128x128 tile's scale cannot wait until after the sum, so block-scaled weights are held as their FP32 values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
+from octavo.ops.reference import SCALE_FLOOR
+from octavo.platform import FP8_MAX, Platform
+from octavo.quant.qtensor import QTensor, dequantize
+from octavo.quant.scheme import BLOCK, Granularity
+
+__all__ = ["Widened"]
+
+TYPICAL_BATCH = 16  # the row count that oneDNN lays a weight out for; other counts use the same layout
+
+
+class Widened:
+    """FP8 codes or BF16 values in `Platform.widened_dtype`, laid out once by oneDNN."""
+
+    name = "widened codes, oneDNN"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        if not torch.backends.mkldnn.is_available():
+            return "this torch has no oneDNN"
+        return None
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedWidened:
+        assert platform.widened_dtype is not None
+        return PackedWidened(q, platform.widened_dtype)
+
+
+class PackedWidened:
+    """A weight [N, K] in oneDNN's layout, its channel scales [1, N] beside it."""
+
+    def __init__(self, q: QTensor, held: torch.dtype):
+        (self.n, self.k), self.activation = q.shape, q.scheme.activation
+        self.scale: Tensor | None = None
+        if q.scheme.weight is Granularity.BLOCK:
+            dense, held = dequantize(q), torch.float32
+        elif q.scale is not None:
+            dense = q.data.to(held)
+            # Activations come out of round_to_fp8 without their power of two; the weight's scale makes up for it.
+            self.scale = (q.scale * WIDEN_FACTOR[q.data.dtype]).view(1, -1)
+        else:
+            held = torch.float32 if q.data.dtype is torch.float32 else held
+            dense = q.data.to(held)
+        self.held, self.fp8_dtype = held, q.data.dtype
+        self.padding = dense.shape[1] - self.k
+        self.laid_out = held is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dense = dense.contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_BATCH) if self.laid_out else dense
+        self.held_bytes = dense.nbytes + (0 if q.scale is None else q.scale.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.activation is None:
+            return self._product(x.to(self.held)).to(x.dtype)
+        if self.activation is Granularity.BLOCK:
+            return self._product(self._grouped(x)).to(x.dtype)
+        values = x.float()
+        limit = FP8_MAX[self.fp8_dtype]
+        low, high = values.aminmax(dim=1, keepdim=True)
+        scale = torch.maximum(high, low.neg_()).div_(limit).clamp_(min=SCALE_FLOOR)
+        codes = round_to_fp8((values / scale).clamp_(-limit, limit), self.fp8_dtype)
+        y = self._product(codes.to(self.held))
+        assert self.scale is not None
+        return (y if y.dtype is torch.float32 else y.float()).mul_(scale).mul_(self.scale).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
+        if self.laid_out:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        else:
+            y = F.linear(x, self.weight)
+        return y[:, : self.n] if y.shape[1] > self.n else y
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """The values that x's codes stand for, one scale a group of 128."""
+        limit = FP8_MAX[self.fp8_dtype]
+        groups = F.pad(x.float(), (0, -self.k % BLOCK)).unflatten(1, (-1, BLOCK))
+        scale = (groups.abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
+        codes = round_to_fp8((groups / scale).clamp_(-limit, limit), self.fp8_dtype)
+        return codes.mul_(scale * WIDEN_FACTOR[self.fp8_dtype]).flatten(1)[:, : self.k]

@@ -1,0 +1,29 @@
+"""FP8 codes to FP32 on a CPU, where torch's own conversion takes a table's time for every value.
+
+An FP8 code and an IEEE half have the same layout, sign, exponent, mantissa, and differ in the exponent's bias. Moved to the
+half's bit positions, a code is the half that is smaller by a power of two, subnormals too. So widening is two integer
+operations and the CPU's half-to-float instruction; the power of two is left to the caller, who folds it into a scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["WIDEN_FACTOR", "round_to_fp8", "widen"]
+
+# value of a code = widen(code) * factor
+WIDEN_FACTOR = {torch.float8_e4m3fn: 256.0, torch.float8_e4m3fnuz: 128.0, torch.float8_e5m2: 1.0}
+
+
+def widen(codes: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """FP32 of uint8 `codes`, smaller than their values by WIDEN_FACTOR. Codes must be finite, as clamped ones are."""
+    if fp8_dtype is torch.float8_e5m2:
+        return codes.to(torch.int16).bitwise_left_shift_(8).view(torch.float16).float()
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign is copied into every upper bit
+    return bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float()
+
+
+def round_to_fp8(x: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """FP32 `x`, already within the dtype's range, rounded to the values that the dtype has, smaller by WIDEN_FACTOR."""
+    return widen(x.to(fp8_dtype).view(torch.uint8), fp8_dtype)

@@ -1,0 +1,128 @@
+"""Every op in plain torch: what the contracts mean. Runs on any device; speed is not its aim."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.platform import FP8_MAX, Platform
+from octavo.quant.qtensor import QTensor, dequantize
+from octavo.quant.scheme import BLOCK, Granularity
+
+__all__ = ["ReferenceLinear", "attention", "quantize_activation", "rms_norm", "rotate", "silu_mul", "write_kv"]
+
+SCALE_FLOOR = 1 / (448 * 512)  # of an activation's scale: an all-zero token must not divide by zero
+
+
+def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(codes [M, K] in FP8, scale FP32 [M, 1] for a token or [M, ceil(K/128)] for groups of 128)."""
+    limit = FP8_MAX[fp8_dtype]
+    k = x.shape[1]
+    groups = x.float().unsqueeze(1)
+    if granularity is Granularity.BLOCK:
+        groups = F.pad(x.float(), (0, -k % BLOCK)).unflatten(1, (-1, BLOCK))
+    scale = (groups.abs().amax(-1) / limit).clamp_(min=SCALE_FLOOR)
+    codes = (groups / scale.unsqueeze(-1)).clamp_(-limit, limit).to(fp8_dtype)
+    return codes.flatten(1)[:, :k], scale
+
+
+class _Dequantized:
+    def __init__(self, q: QTensor):
+        self.q = q
+        self.held_bytes = q.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q = self.q
+        if q.scale is None:
+            return x @ q.data.to(x.dtype).mT
+        codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
+        if q.scheme.activation is Granularity.BLOCK:
+            scale = scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
+        return ((codes.float() * scale) @ dequantize(q).mT).to(x.dtype)
+
+
+class ReferenceLinear:
+    """Dequantizes both sides and multiplies in FP32."""
+
+    name = "reference"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return None
+
+    def pack(self, q: QTensor, platform: Platform) -> _Dequantized:
+        return _Dequantized(q)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        x = x + residual
+    y = F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+    return y * weight, x
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    width = cos_sin.shape[1]
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, -1)
+    a, b = x[..., :width].float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., width:]], -1).to(x.dtype)
+
+
+def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+    block_size = views["k"].shape[1]
+    block, offset = slots // block_size, slots % block_size
+    for name, values, layer_scale in (("k", k, k_scale), ("v", v, v_scale)):
+        view, values = views[name], values.nan_to_num()  # one request's NaN must not outlive it in a shared block
+        if view.dtype not in FP8_MAX:
+            view[block, offset] = values.to(view.dtype)
+            continue
+        limit = FP8_MAX[view.dtype]
+        scale: Tensor | float = layer_scale
+        if (scales := views.get(f"{name}_scale")) is not None:
+            scale = (values.float().abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
+            scales[block, offset] = scale.squeeze(-1)
+        codes = (values.float() / scale).clamp_(-limit, limit).to(view.dtype)
+        view.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
+
+
+def read_kv(views: Views, name: str, block_ids: Tensor, length: int, layer_scale: float) -> Tensor:
+    """The first `length` keys or values of the blocks, FP32 [length, H, D]."""
+    view = views[name]
+    if view.dtype not in FP8_MAX:
+        return view[block_ids].flatten(0, 1)[:length].float()
+    codes = view.view(torch.uint8)[block_ids].flatten(0, 1)[:length]
+    scale: Tensor | float = layer_scale
+    if (scales := views.get(f"{name}_scale")) is not None:
+        scale = scales[block_ids].flatten(0, 1)[:length].unsqueeze(-1)
+    return codes.view(view.dtype).float() * scale
+
+
+def attention(
+    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
+) -> Tensor:
+    out = torch.empty_like(q)
+    heads = q.shape[1]
+    start = 0
+    for row, (query_len, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        part = slice(start, start + query_len)
+        blocks = batch.block_tables[row, : -(-context // batch.block_size)].long()
+        k = read_kv(views, "k", blocks, context, k_scale)
+        v = read_kv(views, "v", blocks, context, v_scale)
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[part].float(), k) * scale
+        at = torch.arange(context - query_len, context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)
+        hidden = key > at
+        if window is not None:
+            hidden |= key <= at - window
+        scores = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[part] = torch.einsum("hqk,khd->qhd", scores, v).to(q.dtype)
+        start += query_len
+    return out

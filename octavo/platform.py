@@ -1,0 +1,87 @@
+"""What this machine is: device, architecture, its FP8 dtype and what it can do. The only place that asks."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from octavo.errors import OctavoError
+
+__all__ = ["FP8_MAX", "Platform", "detect"]
+
+# The largest magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One rank's device and what is true of it. A value: tests make their own."""
+
+    device: torch.device
+    arch: str  # "sm_90", "gfx942", or the CPU's instruction set as torch sees it
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn
+    fp8_alignment: int = 16  # FP8 matrix units take dimensions that are multiples of this
+    widened_dtype: torch.dtype | None = None  # a device without FP8 arithmetic holds codes as exact values of this dtype
+
+    @property
+    def fp8_max(self) -> float:
+        return FP8_MAX[self.fp8_dtype]
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @cached_property
+    def name(self) -> str:
+        if self.is_cpu:
+            return f"CPU ({self.arch}, {torch.get_num_threads()} threads)"
+        return f"{torch.cuda.get_device_name(self.device)} ({self.arch})"
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total memory of the device in bytes."""
+        if not self.is_cpu:
+            free, total = torch.cuda.mem_get_info(self.device)
+            return int(free), int(total)
+        with open("/proc/meminfo") as file:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            if os.path.exists(path):
+                with open(path) as file:
+                    limit = file.read().strip()
+                if limit.isdigit() and int(limit) < total:  # a container's share
+                    total = int(limit)
+                    free = min(free, total)
+        return free, total
+
+
+def detect(device: str = "auto", rank: int = 0) -> Platform:
+    """The Platform of this machine. Raises OctavoError where `device` is asked for and is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OctavoError(
+            "--device cuda: torch sees no accelerator here; use --device cpu, or install torch for this accelerator."
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return _cpu()
+    props = torch.cuda.get_device_properties(rank)
+    found = Platform(torch.device("cuda", rank), f"sm_{props.major}{props.minor}")
+    if torch.version.hip is None:
+        if (props.major, props.minor) < (8, 9):
+            raise OctavoError(f"{props.name} ({found.arch}) has no FP8 units; Octavo needs sm_89 or newer, or --device cpu.")
+        return found
+    arch = props.gcnArchName.split(":")[0]
+    return replace(found, arch=arch, fp8_dtype=torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn)
+
+
+def _cpu() -> Platform:
+    # Without BF16 instructions a BF16 product runs at a tenth of FP32's speed; both hold an FP8 code exactly.
+    native_bf16 = host.machine() == "x86_64" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Platform(
+        torch.device("cpu"),
+        torch.backends.cpu.get_cpu_capability().lower(),
+        widened_dtype=torch.bfloat16 if native_bf16 else torch.float32,
+    )

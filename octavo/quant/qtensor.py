@@ -1,0 +1,132 @@
+"""One stored weight: FP8 codes, their scales, and the logical shape that padding hides.
+
+A code c stands for c * scale. Codes are round-to-nearest-even of w / scale, computed in FP32: dividing in BF16, as some
+tools do, rounds twice and costs 0.6-0.8% of the error. The scale is amax / 448, amax over the values that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.platform import FP8_MAX
+from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme
+
+__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize"]
+
+CHUNK = 1 << 22  # values converted through FP32 at a time: bounds the memory that quantizing a weight takes
+
+
+@dataclass
+class QTensor:
+    """A weight [N, K] as stored.
+
+    data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's
+        FP8 units take; the padding is zero and nobody above `ops` learns of it.
+    scale: FP32 [N, 1], or a grid [ceil(N/128), ceil(K/128)] of tiles, or [N, ceil(K/128)] where matrices whose heights are
+        not multiples of 128 are stacked. None for BF16. Never a scalar: a stack of matrices then needs no special case.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    scheme: Scheme
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored: codes and scales."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def padded(self, multiple: int) -> QTensor:
+        """The same weight with both dimensions of `data` rounded up to `multiple`, filled with zeros."""
+        n, k = self.data.shape
+        if self.scale is None or (n % multiple == 0 and k % multiple == 0):
+            return self
+        data = torch.zeros(n + -n % multiple, k + -k % multiple, dtype=torch.uint8, device=self.data.device)
+        data[:n, :k] = self.data.view(torch.uint8)
+        return QTensor(data.view(self.data.dtype), self.scale, self.scheme, self.shape)
+
+
+def quantize(
+    w: Tensor,
+    scheme: Scheme,
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn,
+    max_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> QTensor:
+    """Quantize a weight [N, K] of any float dtype.
+
+    `max_reduce` agrees on the amax with the ranks that hold the other parts of the values sharing a scale.
+    """
+    n, k = w.shape
+    if not scheme.quantized:
+        return QTensor(w, None, scheme, (n, k))
+    peak = weight_amax(w, scheme.weight)
+    if max_reduce is not None:
+        peak = max_reduce(peak)
+    limit = FP8_MAX[fp8_dtype]
+    scale = torch.where(peak > 0, peak / limit, torch.ones_like(peak))  # an all-zero group keeps its zeros under any scale
+    data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
+    rows = max(BLOCK, CHUNK // max(k, 1) // BLOCK * BLOCK)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        divided = w[part].float() / _rows_of(scale, part, (n, k))
+        data[part] = divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
+    return QTensor(data, scale, scheme, (n, k))
+
+
+def weight_amax(w: Tensor, granularity: Granularity | None) -> Tensor:
+    """Largest magnitude of the values that share a scale, FP32, in the scale's shape."""
+    n, k = w.shape
+    if granularity is Granularity.BLOCK:
+        tiles = F.pad(w.abs(), (0, -k % BLOCK, 0, -n % BLOCK)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        peaks: Tensor = tiles.amax((1, 3)).float()
+        return peaks
+    low, high = w.aminmax(dim=1, keepdim=True) if k else (w.new_zeros(n, 1), w.new_zeros(n, 1))
+    peak = torch.maximum(high, -low).float()  # without a copy of |w|
+    return peak if granularity is Granularity.ROW else peak.amax(0, keepdim=True).expand(n, 1).contiguous()
+
+
+def expand_scale(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """The scale of every value of a weight of `shape`, ready to multiply: [N, 1] or [N, K]."""
+    return _rows_of(scale, slice(0, shape[0]), shape)
+
+
+def _rows_of(scale: Tensor, rows: slice, shape: Sequence[int]) -> Tensor:
+    n, k = shape
+    if scale.shape[0] == n and (n > 1 or scale.shape[1] == 1):  # one row of scales a channel
+        part = scale[rows]
+    else:
+        part = scale.repeat_interleave(BLOCK, 0)[rows]
+    return part if part.shape[1] == 1 else part.repeat_interleave(BLOCK, 1)[:, :k]
+
+
+def dequantize(q: QTensor) -> Tensor:
+    """The values [N, K] that the codes stand for, FP32 (a BF16 weight comes back as it is)."""
+    if q.scale is None:
+        return q.data
+    n, k = q.shape
+    values: Tensor = q.data[:n, :k].float() * expand_scale(q.scale, q.shape)
+    return values
+
+
+def concat(parts: Sequence[QTensor]) -> QTensor:
+    """Stack matrices of equal K (q, k, v) into one operand; each keeps its own scales, bit for bit.
+
+    Matrices of different schemes cannot share an operand: they are stacked in BF16, at the price of one rounding.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
+    if len({(p.scheme, p.data.dtype) for p in parts}) > 1:
+        return QTensor(torch.cat([dequantize(p).bfloat16() for p in parts]), None, BF16, shape)
+    scheme, scales = parts[0].scheme, [p.scale for p in parts if p.scale is not None]
+    if not scales:
+        return QTensor(torch.cat([p.data for p in parts]), None, scheme, shape)
+    data = torch.cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
+    if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would straddle two matrices
+        scales = [s.repeat_interleave(BLOCK, 0)[: p.shape[0]] for s, p in zip(scales, parts, strict=True)]
+    return QTensor(data, torch.cat(scales), scheme, shape)

@@ -1,0 +1,63 @@
+"""Which scheme a layer gets: the asked one, unless the user or the scheme's defaults leave it out."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from octavo.errors import OctavoError
+from octavo.quant.scheme import BF16, Scheme
+
+__all__ = ["QuantRules"]
+
+
+@dataclass
+class QuantRules:
+    """The scheme asked for and the modules that it leaves out.
+
+    A pattern is a module's checkpoint name ("model.layers.0.mlp.down_proj"), a trailing part of one ("down_proj"), a glob
+    ("model.layers.0.*") or "re:" and a regular expression that must match from the name's start, as compressed-tensors
+    has it. Raises OctavoError for a regular expression that does not compile.
+    """
+
+    scheme: Scheme = BF16
+    ignore: Sequence[str] = ()
+    quantize_lm_head: bool = False
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for pattern in self.ignore:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise OctavoError(f"--quantization-ignore '{pattern}' is not a regular expression: {error}.") from None
+
+    def ignored(self, name: str) -> bool:
+        """Whether a pattern leaves the module `name` out."""
+        for pattern in self.ignore:
+            if pattern.startswith("re:"):
+                hit = re.match(pattern[3:], name) is not None
+            else:
+                hit = name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+            if hit:
+                self.used.add(pattern)
+                return True
+        return False
+
+    def scheme_for(self, names: Sequence[str], *, is_head: bool = False) -> Scheme:
+        """The scheme of the layer that is stacked from the modules `names`; leaving one out leaves out the stack."""
+        left_out = [self.ignored(name) for name in names]  # every name is asked: an unused pattern is reported
+        if any(left_out) or (is_head and not self.quantize_lm_head):
+            return BF16
+        return self.scheme
+
+    def check_used(self) -> None:
+        """Raises OctavoError for a pattern that matched no module, which is a typing error more often than a wish."""
+        if self.scheme.quantized and (unused := [pattern for pattern in self.ignore if pattern not in self.used]):
+            raise OctavoError(
+                f"--quantization-ignore '{unused[0]}' matches no layer of this model; "
+                "use a module name such as 'model.layers.0.mlp.down_proj', a glob or re:REGEX."
+            )

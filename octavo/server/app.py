@@ -1,0 +1,111 @@
+"""The routes. Starlette alone: the endpoints read and validate their bodies themselves, and it is imported in a third of
+the time of what is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from octavo import __version__
+from octavo.errors import InvalidRequest
+from octavo.server.chat import chat, chat_prompt
+from octavo.server.completions import complete
+from octavo.server.errors import HANDLERS, ApiError
+from octavo.server.http import Answer, Gate, JsonEndpoint, parse
+from octavo.server.protocol import ApiModel, ChatInput, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.served import Served
+
+__all__ = ["make_app"]
+
+R = TypeVar("R", bound=ApiModel)
+
+
+def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ("*",)) -> Starlette:
+    """The whole HTTP surface over one engine."""
+
+    def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
+        return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id)), methods=["POST"])
+
+    def get(path: str, handle: Callable[[Served, Request], Response], methods: Sequence[str] = ("GET",)) -> Route:
+        async def endpoint(request: Request) -> Response:
+            return handle(served, request)
+
+        return Route(path, endpoint, methods=list(methods))
+
+    routes = [
+        post("/v1/completions", CompletionRequest, complete),
+        post("/v1/chat/completions", ChatRequest, chat),
+        get("/v1/models", _models),
+        get("/v1/models/{name:path}", _model),
+        post("/tokenize", TokenizeRequest, _tokenize),
+        post("/detokenize", DetokenizeRequest, _detokenize),
+        get("/health", _health),
+        get("/ping", _health, ("GET", "POST")),
+        get("/version", lambda *_: JSONResponse({"version": __version__})),
+        get("/metrics", lambda served, _: Response(served.metrics.text(), media_type="text/plain; version=0.0.4")),
+    ]
+    middleware = [
+        Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
+        Middleware(Gate, api_keys=api_keys, closed=lambda: served.closing),
+    ]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
+
+
+def _card(served: Served, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "octavo",
+        "root": served.names[0],
+        "parent": None,
+        "max_model_len": served.engine.info.max_model_len,
+    }
+
+
+def _models(served: Served, _: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(served, name) for name in served.names]})
+
+
+def _model(served: Served, request: Request) -> Response:
+    name = request.path_params["name"]
+    served.check_model(name)
+    return JSONResponse(_card(served, name))
+
+
+def _health(served: Served, _: Request) -> Response:
+    if not served.engine.healthy:
+        raise ApiError(503, "The engine is dead; the server needs a new start.", code="engine_unavailable")
+    if served.closing:
+        raise ApiError(503, "The server is shutting down.", code="shutting_down")
+    return Response()
+
+
+async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
+    served.check_model(request.model)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Send either a prompt or messages.", "prompt")
+    if request.prompt is not None:
+        ids = await served.encode(request.prompt, request.add_special_tokens is not False)
+    else:
+        ids = await served.encode(
+            chat_prompt(served, parse(ChatInput, request.model_dump())),
+            bool(request.add_special_tokens),
+        )
+    strings = [served.tokenizer.piece(i) for i in ids] if request.return_token_strs else None
+    return {"count": len(ids), "max_model_len": served.engine.info.max_model_len, "tokens": ids, "token_strs": strings}
+
+
+async def _detokenize(served: Served, request: DetokenizeRequest, _: str) -> Answer:
+    served.check_model(request.model)
+    size = served.engine.info.vocab_size
+    if (wrong := next((token for token in request.tokens if not 0 <= token < size), None)) is not None:
+        raise InvalidRequest(f"Token id {wrong} is out of the vocabulary of {size} tokens.", "tokens")
+    return {"prompt": served.tokenizer.decode(request.tokens, skip_special_tokens=False)}

@@ -1,0 +1,189 @@
+"""POST /v1/chat/completions. A whole answer is its stream, joined: there is one way to read a message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from octavo.engine.outputs import Delta
+from octavo.engine.request import SamplingParams, StructuredOutput
+from octavo.errors import InvalidRequest
+from octavo.server.completions import Usage, stream_extras
+from octavo.server.http import Answer
+from octavo.server.logprobs import chat_logprobs, prompt_logprobs
+from octavo.server.messages import plain_messages
+from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
+from octavo.server.reader import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
+from octavo.server.served import Served
+from octavo.server.structured import calls_schema, json_schema, structured_output
+from octavo.server.tool_calls import PARSERS, CallParser, NamedCall, make_parser
+
+__all__ = ["chat", "chat_prompt"]
+
+
+async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
+    """Answers a chat request: an object, or the chunks of a stream."""
+    served.check_model(request.model)
+    tools = _Tools(served, request)
+    text = chat_prompt(served, request)
+    prompt = await served.encode(text, bool(request.add_special_tokens))
+    params = _params(served, request, tools)
+    served.engine.check(prompt, params)
+    job = _Job(served, request, f"chatcmpl-{request_id}", prompt, params, tools, text.rstrip().endswith(OPEN))
+    return job.stream() if request.stream else await job.whole()
+
+
+def chat_prompt(served: Served, request: ChatInput) -> str:
+    """The messages as the text that the model reads."""
+    tools = None
+    if request.tools and getattr(request, "tool_choice", None) != "none":
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
+    messages = plain_messages(request.messages)
+    switches = {**request.chat_template_kwargs, "documents": request.documents}
+    if not request.continue_final_message:
+        return served.render(messages, tools, request.add_generation_prompt, switches)
+    text = served.render(messages, tools, False, switches)
+    last = str(messages[-1]["content"]).strip()
+    return text[: text.rindex(last) + len(last)] if last in text else text  # without what the template puts after it
+
+
+def _params(served: Served, request: ChatRequest, tools: _Tools) -> SamplingParams:
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
+    limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    structured = structured_output(request)
+    if tools.structured is not None:
+        if structured is not None:
+            raise InvalidRequest("A forced tool_choice and a structured output exclude each other.", "tool_choice")
+        structured = tools.structured
+    fixed = {"skip_special_tokens": False} if tools.keep_special else {}
+    return served.sampling(request, max_tokens=limit, logprobs=logprobs, structured=structured, **fixed)
+
+
+class _Tools:
+    """What the request's tools and tool_choice mean for the grammar and for reading the answer."""
+
+    def __init__(self, served: Served, request: ChatRequest):
+        names = [tool.function.name for tool in request.tools or ()]
+        choice = request.tool_choice if request.tool_choice is not None else ("auto" if names else "none")
+        if not names and choice not in ("none", "auto"):
+            raise InvalidRequest("tool_choice needs tools to choose from.", "tool_choice")
+        self.named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        if self.named is not None and self.named not in names:
+            raise InvalidRequest(f"tool_choice names '{self.named}', which is not among the tools.", "tool_choice")
+        self.parser: str | None = None
+        self.structured: StructuredOutput | None = None
+        if self.named is not None:
+            function = next(tool.function for tool in request.tools or () if tool.function.name == self.named)
+            self.structured = json_schema(function.parameters or {"type": "object"}, "tools")
+        elif choice == "required":
+            self.parser = "json"
+            self.structured = json_schema(calls_schema(request.tools or (), not request.parallel_tool_calls), "tools")
+        elif choice == "auto" and names:
+            self.parser = served.tool_parser
+        self.keep_special = self.parser is not None and PARSERS[self.parser].special
+
+    def reader(self) -> CallParser | None:
+        """What finds the calls in one choice's text, if there may be any."""
+        if self.named is not None:
+            return NamedCall(self.named)
+        return make_parser(self.parser) if self.parser else None
+
+
+class _Job:
+    """One chat request on its way to its answer."""
+
+    def __init__(
+        self,
+        served: Served,
+        request: ChatRequest,
+        response_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        tools: _Tools,
+        thinking: bool,
+    ):
+        self.served, self.request, self.params, self.prompt, self.tools = served, request, params, prompt, tools
+        self.id = response_id
+        self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
+        self.usage = Usage(len(prompt))
+        self.readers = [MessageReader(tools.reader(), self._splitter(thinking)) for _ in range(params.n)]
+        self.prompt_logprobs: list[Any] | None = None
+
+    def _splitter(self, thinking: bool) -> ThinkSplitter | None:
+        name = self.served.reasoning_parser
+        if name is None or self.params.structured is not None:  # a grammar leaves no room for thinking
+            return None
+        return ThinkSplitter(thinking or REASONING_PARSERS[name])
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""
+        head = {**self.head, "object": "chat.completion.chunk"}
+        begun: set[int] = set()
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                extras = stream_extras(self.request, self.usage)
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    first = {"role": "assistant", "content": ""}
+                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras}
+                message, logprobs, reason = self._read(delta)
+                told = {"delta": message}
+                yield {**head, "choices": [_choice(delta.index, told, logprobs, reason, delta.stop_reason)], **extras}
+        if self.request.stream_options.include_usage:
+            yield {**head, "choices": [], "usage": self.usage.dict()}
+
+    async def whole(self) -> dict[str, Any]:
+        """All choices, complete."""
+        messages: list[dict[str, Any]] = [{} for _ in self.readers]
+        logprobs: list[list[Any]] = [[] for _ in self.readers]
+        ends: list[tuple[str | None, int | str | None]] = [(None, None)] * len(self.readers)
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                message, known, reason = self._read(delta)
+                join_delta(messages[delta.index], message)
+                logprobs[delta.index] += known["content"] if known else []
+                ends[delta.index] = (reason, delta.stop_reason)
+        choices = [
+            _choice(i, {"message": _message(message)}, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i])
+            for i, message in enumerate(messages)
+        ]
+        answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
+        return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
+
+    async def _deltas(self) -> AsyncGenerator[Delta, None]:
+        async with aclosing(self.served.generate(self.prompt, self.params, self.id)) as deltas:
+            async for delta in deltas:
+                self.usage.add(0, delta)
+                if delta.prompt_logprobs is not None:
+                    self.prompt_logprobs = prompt_logprobs(self.served.tokenizer, delta.prompt_logprobs)
+                yield delta
+
+    def _read(self, delta: Delta) -> tuple[dict[str, Any], dict[str, Any] | None, str | None]:
+        reader = self.readers[delta.index]
+        reason: str | None = delta.finish_reason
+        message = reader.feed(delta.text, final=reason is not None)
+        if reason == "stop" and reader.calls and self.tools.named is None:  # OpenAI says "stop" of a call it was told to make
+            reason = "tool_calls"
+        logprobs = None
+        if self.request.logprobs and delta.logprobs is not None:
+            logprobs = chat_logprobs(self.served.tokenizer, delta.logprobs)
+        return message, logprobs, reason
+
+
+def _choice(
+    index: int, told: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None, stop_reason: int | str | None = None
+) -> dict[str, Any]:
+    return {"index": index, **told, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
+
+
+def _message(parts: dict[str, Any]) -> dict[str, Any]:
+    calls = parts.get("tool_calls", [])
+    content = "".join(parts.get("content", ()))
+    message: dict[str, Any] = {"role": "assistant", "content": content if content.strip() or not calls else None}
+    if "reasoning_content" in parts:
+        message["reasoning_content"] = "".join(parts["reasoning_content"])
+    return {**message, "tool_calls": calls} if calls else message

@@ -1,0 +1,201 @@
+"""POST /v1/completions. A whole answer is its stream, joined: there is one way to make text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from octavo.engine.outputs import Delta
+from octavo.engine.request import SamplingParams
+from octavo.errors import InvalidRequest
+from octavo.server.http import Answer, merge
+from octavo.server.logprobs import completion_logprobs, prompt_logprobs
+from octavo.server.protocol import CompletionRequest, GenerationRequest
+from octavo.server.served import Served
+from octavo.server.structured import structured_output
+
+__all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
+    """Answers a completion request: an object, or the chunks of a stream."""
+    served.check_model(request.model)
+    if request.suffix:
+        raise InvalidRequest(
+            "suffix is not served; put both sides of the gap into the prompt as the model expects them.", "suffix"
+        )
+    prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
+    params = _params(served, request, max(map(len, prompts)))
+    for prompt in prompts:
+        served.engine.check(prompt, params)
+    job = _Job(served, request, f"cmpl-{request_id}", prompts, params)
+    return job.stream() if request.stream else await job.whole()
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts, whichever of OpenAI's four forms they came in."""
+    many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    if many and all(isinstance(one, str) or _is_ids(one) for one in many):
+        return many
+    raise InvalidRequest("prompt should be a string, a list of strings, a list of token ids or a list of such lists.", "prompt")
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and set(map(type, prompt)) == {int}
+
+
+async def _ids(served: Served, prompt: str | list[int], request: CompletionRequest) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    return await served.encode(prompt, request.add_special_tokens is not False)
+
+
+def _params(served: Served, request: CompletionRequest, longest: int) -> SamplingParams:
+    if request.echo and request.logprobs is not None and (request.n or 1) > 1:
+        raise InvalidRequest("echo with logprobs is served for n = 1 only.", "n")
+    max_tokens = request.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, served.engine.info.max_model_len - longest))
+    fixed: dict[str, Any] = {}
+    if request.echo:
+        max_tokens = max_tokens or 1  # 0 with echo: the prompt is only to be scored; the one token is dropped
+        if request.logprobs is not None:
+            fixed["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
+    structured = structured_output(request)
+    return served.sampling(request, max_tokens=max_tokens, logprobs=request.logprobs, structured=structured, **fixed)
+
+
+@dataclass(slots=True)
+class Usage:
+    """The tokens of one HTTP request."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)  # prompt number -> its tokens found in the prefix cache
+
+    def add(self, prompt: int, delta: Delta) -> None:
+        """Counts what one delta brought."""
+        self.completion_tokens += len(delta.token_ids)
+        if delta.num_cached_tokens:
+            self.cached[prompt] = max(self.cached.get(prompt, 0), delta.num_cached_tokens)
+
+    def dict(self) -> dict[str, Any]:
+        """OpenAI's shape."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
+
+
+def stream_extras(request: GenerationRequest, usage: Usage) -> dict[str, Any]:
+    """What a chunk that carries tokens says of usage: nothing, null while it is still to come, or the count so far."""
+    options = request.stream_options
+    if not options.include_usage:
+        return {}
+    return {"usage": usage.dict() if options.continuous_usage_stats else None}
+
+
+class _Job:
+    """One request on its way to its answer."""
+
+    def __init__(
+        self, served: Served, request: CompletionRequest, response_id: str, prompts: list[list[int]], params: SamplingParams
+    ):
+        self.served, self.request, self.prompts, self.params = served, request, prompts, params
+        self.id = response_id
+        self.head = {
+            "id": response_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model or served.names[0],
+        }
+        self.usage = Usage(sum(map(len, prompts)))
+        self.offsets: dict[int, int] = {}  # choice -> length of its text so far
+        self.only_score = request.echo and request.max_tokens == 0
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """A chunk for each choice and engine step, even where the text is still held back: clients time the chunks."""
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                yield {**self.head, "choices": [piece], **stream_extras(self.request, self.usage)}
+        if self.request.stream_options.include_usage:
+            yield {**self.head, "choices": [], "usage": self.usage.dict()}
+
+    async def whole(self) -> dict[str, Any]:
+        """All choices, complete."""
+        choices: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                _join(choices.setdefault(piece["index"], {}), piece)
+        for choice in choices.values():
+            choice["text"] = "".join(choice["text"])
+        return {**self.head, "choices": [choices[i] for i in sorted(choices)], "usage": self.usage.dict()}
+
+    async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
+        streams = [self.served.generate(prompt, self.params, self.id) for prompt in self.prompts]
+        async with aclosing(merge(streams)) as merged:
+            async for number, delta in merged:
+                if self.only_score:
+                    delta = replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length", stop_reason=None)
+                self.usage.add(number, delta)
+                yield self._piece(number, delta)
+
+    def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
+        index = number * self.params.n + delta.index
+        before = self._echo(number, delta) if index not in self.offsets else _Echo()
+        offset = self.offsets.get(index, 0)
+        entries = before.entries
+        if delta.logprobs is not None:
+            entries = entries + list(zip(delta.token_ids, delta.logprobs, strict=False))
+        text = before.text + delta.text
+        self.offsets[index] = offset + len(text)
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = completion_logprobs(self.served.engine.tokenizer, entries, offset)
+        piece: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self.request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+            piece["prompt_logprobs"] = prompt_logprobs(self.served.engine.tokenizer, delta.prompt_logprobs)
+        return piece
+
+    def _echo(self, number: int, delta: Delta) -> _Echo:
+        if not self.request.echo:
+            return _Echo()
+        prompt = self.prompts[number]
+        given = _prompts(self.request.prompt)[number]
+        text = given if isinstance(given, str) else self.served.tokenizer.decode(given)
+        known = delta.prompt_logprobs if self.params.logprobs is not None else None
+        return _Echo(text, list(zip(prompt, known, strict=False)) if known else [])
+
+
+@dataclass(slots=True)
+class _Echo:
+    """The prompt as the start of an answer."""
+
+    text: str = ""
+    entries: list[tuple[int, Any]] = field(default_factory=list)
+
+
+def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Adds a piece to its choice. The text stays a list until the end: adding to a string would copy it every time."""
+    if not choice:
+        choice.update(piece, text=[piece["text"]])
+        return
+    choice["text"].append(piece["text"])
+    choice["finish_reason"], choice["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
+    if "prompt_logprobs" in piece:
+        choice["prompt_logprobs"] = piece["prompt_logprobs"]
+    for key, values in (piece["logprobs"] or {}).items():
+        choice["logprobs"][key] += values

@@ -1,0 +1,80 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` and the right status."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from octavo.errors import InvalidRequest, OctavoError
+
+__all__ = ["HANDLERS", "ApiError", "as_api_error", "error_response", "from_validation"]
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(OctavoError):
+    """An answer other than 200: `status` is HTTP's, the rest are the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that a client sees, alone or as an event of a stream."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Whatever went wrong while serving a request, as an answer. What nobody foresaw is logged and told as a plain 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidRequest):
+        return ApiError(400, str(error), error.param)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, _HTTP_SENTENCES.get(error.status_code, str(error.detail)))
+    if isinstance(error, OctavoError):  # the engine died, or could not go on with the request
+        return ApiError(503, str(error), code="engine_unavailable")
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "The server failed on this request; its log says why.")
+
+
+_HTTP_SENTENCES = {
+    404: "This path is not served here; see /v1/models, /v1/completions and /v1/chat/completions.",
+    405: "This path is served, but not with this HTTP method.",
+}
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """`error` as a whole HTTP response."""
+    answer = as_api_error(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(answer.body(), answer.status, headers)
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first thing that pydantic found wrong, as one sentence."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    told = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    value = "" if first["type"] == "missing" else f", not {_short(first['input'])}"
+    return ApiError(400, f"{where or 'The body'}: {told[:1].lower()}{told[1:]}{value}.", where or None)
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) <= 80 else told[:77] + "..."
+
+
+async def _handle(_: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+HANDLERS: dict[Any, Any] = {HTTPException: _handle, OctavoError: _handle, Exception: _handle}

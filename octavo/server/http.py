@@ -1,0 +1,209 @@
+"""HTTP around the handlers: reading a body, answering with JSON or a stream of events, noticing that a client left.
+
+Streams are written as raw ASGI messages: under load every token of every request passes here, on cores that the engine
+needs for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.server.errors import ApiError, as_api_error, error_response, from_validation
+from octavo.server.protocol import ApiModel
+
+__all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "JsonEndpoint", "merge", "parse", "read_json"]
+
+MAX_BODY_BYTES = 32 * 2**20
+R = TypeVar("R", bound=ApiModel)
+Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
+]
+_dump = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class JsonEndpoint(Generic[R]):
+    """An ASGI endpoint: validates the body as `model`, calls `handle(request, request_id)` and sends what it answers."""
+
+    def __init__(self, model: type[R], handle: Callable[[R, str], Awaitable[Answer]]):
+        self.model, self.handle = model, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = parse(self.model, await read_json(scope, receive))
+        except ClientLeft:
+            return
+        await while_connected(receive, self._serve(request, scope, receive, send))
+
+    async def _serve(self, request: R, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            answer = await self.handle(request, scope["state"]["request_id"])
+            if not isinstance(answer, dict):
+                await stream(answer, send)
+                return
+            response = JSONResponse(answer)
+        except Exception as error:
+            response = error_response(error)
+        await response(scope, receive, send)
+
+
+class ClientLeft(Exception):
+    """The connection was closed before the request was whole."""
+
+
+async def read_json(scope: Scope, receive: Receive) -> Any:
+    """The body as JSON. Raises ApiError for one that is too large or nonsense, ClientLeft if it never comes whole."""
+    too_large = ApiError(413, f"The body is over {MAX_BODY_BYTES >> 20} MiB, the most that this server reads.")
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.") from error
+
+
+def parse(model: type[R], data: Any) -> R:
+    """`data` as a request of this kind, or ApiError 400 with the first thing wrong with it."""
+    if not isinstance(data, dict):
+        raise ApiError(400, f"The body should be a JSON object, not {type(data).__name__}.")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
+    """Sends `events` as server-sent events. An error before the first one is raised, so that it can have its status."""
+    async with aclosing(events):
+        first = await anext(events)
+        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+        await _send_event(send, _dump(first))
+        try:
+            async for event in events:
+                await _send_event(send, _dump(event))
+        except Exception as error:  # too late for a status: the error is an event
+            await _send_event(send, _dump(as_api_error(error).body()))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _send_event(send: Send, data: str) -> Awaitable[None]:
+    return send({"type": "http.response.body", "body": b"data: %b\n\n" % data.encode(), "more_body": True})
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work`, and cancels it when the client goes away: closing its generators aborts them in the engine."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+    if not task.cancelled() and (error := task.exception()):
+        raise error
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Gate:
+    """Before every endpoint: the request's id, the API key, and 503 while the server is about to stop."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str] = (), closed: Callable[[], bool] = lambda: False):
+        self.app, self.closed = app, closed
+        self._keys = [key.encode() for key in api_keys if key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope, headers.get("authorization", ""))
+        await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
+        if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS":
+            return None
+        scheme, _, key = authorization.partition(" ")
+        # every key is compared, in constant time, so that the answer's delay tells nothing
+        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        if self._keys and not (scheme.lower() == "bearer" and any(matches)):
+            return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.", code="invalid_api_key")
+        if self.closed() and scope["method"] == "POST":
+            return ApiError(503, "The server is shutting down; try another one.", code="shutting_down")
+        return None
+
+
+def _clean(request_id: str) -> str:
+    """A client's id as far as it can be repeated in a header and a log."""
+    return re.sub(r"[^\x21-\x7e]", "", request_id)[:128]
+
+
+async def merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[tuple[int, Any], None]:
+    """The items of several generators as they come, each with its generator's number. Closing it closes them all."""
+    if len(streams) == 1:  # the usual case needs no queue
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue()
+
+    async def pump(number: int, items: AsyncGenerator[Any, None]) -> None:
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    queue.put_nowait((number, item, None))
+            queue.put_nowait((number, None, None))
+        except Exception as error:
+            queue.put_nowait((number, None, error))
+
+    tasks = [asyncio.create_task(pump(number, items)) for number, items in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            number, item, error = await queue.get()
+            if error is not None:
+                raise error
+            if item is None:
+                running -= 1
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,57 @@
+"""Log-probabilities in the shapes of the two endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from octavo.engine.request import Logprob, Logprobs
+from octavo.engine.tokenizer import Tokenizer
+
+__all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
+
+LOWEST = -9999.0  # stands for -inf, which JSON cannot spell
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offset: int
+) -> dict[str, list[Any]]:
+    """The legacy shape, of tokens whose text starts at `offset`. A prompt's first token has no logprobs."""
+    tokens, chosen, top, offsets = [], [], [], []
+    for token_id, entry in entries:
+        tokens.append(_text(tokenizer, token_id))
+        chosen.append(None if entry is None else _value(entry[0]))
+        top.append(None if entry is None else {_text(tokenizer, e.token_id): _value(e) for e in entry})
+        offsets.append(offset)
+        offset += len(tokens[-1])
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str, Any]:
+    """The shape of chat: each token with its bytes and its alternatives."""
+    content = [
+        {**_chat_token(tokenizer, e[0]), "top_logprobs": [_chat_token(tokenizer, one) for one in e[1:]]} for e in entries
+    ]
+    return {"content": content}
+
+
+def prompt_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Logprobs | None]) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's own shape: for each prompt token the candidates by token id."""
+    return [None if entry is None else {str(e.token_id): _candidate(tokenizer, e) for e in entry} for entry in entries]
+
+
+def _candidate(tokenizer: Tokenizer | None, e: Logprob) -> dict[str, Any]:
+    return {"logprob": _value(e), "rank": e.rank, "decoded_token": _text(tokenizer, e.token_id)}
+
+
+def _chat_token(tokenizer: Tokenizer, e: Logprob) -> dict[str, Any]:
+    spelled = tokenizer.token_bytes(e.token_id)
+    return {"token": spelled.decode("utf-8", "replace"), "logprob": _value(e), "bytes": list(spelled)}
+
+
+def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def _value(e: Logprob) -> float:
+    return max(e.logprob, LOWEST)

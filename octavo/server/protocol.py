@@ -1,0 +1,199 @@
+"""The requests of the OpenAI API, with the extras that vLLM's clients send. Fields that nobody knows are ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from octavo.errors import InvalidRequest
+
+__all__ = [
+    "ApiModel",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "GenerationRequest",
+    "NamedToolChoice",
+    "ResponseFormat",
+    "TokenizeRequest",
+    "Tool",
+]
+
+
+class ApiModel(BaseModel):
+    """A JSON object in which null means the same as leaving the field out."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+
+class StreamOptions(ApiModel):
+    """What a stream tells besides its tokens."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchema(ApiModel):
+    """The schema of `response_format`."""
+
+    name: str = ""
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+
+
+class ResponseFormat(ApiModel):
+    """OpenAI's way to ask for structured output."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(ApiModel):
+    """vLLM's way to ask for it: one of these."""
+
+    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class GenerationRequest(ApiModel):
+    """What completions and chat have in common. None: the request does not say, so the model's own default holds."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    skip_special_tokens: bool | None = None
+
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+    best_of: int | None = None
+    use_beam_search: bool = False
+    add_special_tokens: bool | None = None
+    echo: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs = StructuredOutputs()
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("use_beam_search"):
+            raise InvalidRequest("Beam search is not served; leave use_beam_search out.", "use_beam_search")
+        if data.get("best_of") is not None and data["best_of"] != (data.get("n") or 1):
+            raise InvalidRequest("best_of is not served; ask for n choices and keep the best yourself.", "best_of")
+        return data
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Any = None  # checked by hand: a union would try every branch on every one of 100,000 token ids
+    suffix: str | None = None
+    logprobs: int | None = None
+
+
+class Function(ApiModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(ApiModel):
+    """An entry of `tools`."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(ApiModel):
+    """The name inside NamedToolChoice."""
+
+    name: str
+
+
+class NamedToolChoice(ApiModel):
+    """`tool_choice` that asks for one function."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class ChatInput(ApiModel):
+    """Messages and how to render them."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    documents: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_template(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("chat_template"):  # a program, and a loop in it would stop the server
+            raise InvalidRequest(
+                "A request cannot bring a chat_template; start the server with --chat-template.", "chat_template"
+            )
+        return data
+
+
+class ChatRequest(ChatInput, GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool = True
+
+
+class TokenizeRequest(ApiModel):
+    """POST /tokenize: a prompt, or messages as in a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(ApiModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

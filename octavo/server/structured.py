@@ -1,0 +1,124 @@
+"""Structured output: what a request asks for, as a grammar that the engine's mask can follow.
+
+The grammar is compiled once here, without a vocabulary, so that a wrong one is told to its sender and never reaches the
+engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from octavo.engine.request import StructuredOutput
+from octavo.errors import InvalidRequest
+from octavo.server.protocol import GenerationRequest, Tool
+
+__all__ = ["calls_schema", "json_schema", "structured_output"]
+
+Kind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
+def structured_output(request: GenerationRequest) -> StructuredOutput | None:
+    """The grammar that `request` asks for, in OpenAI's or in vLLM's words. Raises InvalidRequest if it cannot be followed."""
+    asked = [found for found in (_response_format(request), *_extras(request)) if found is not None]
+    if len(asked) > 1:
+        raise InvalidRequest(f"Only one structured output can be asked for; this request has {len(asked)}.", asked[1][0])
+    if not asked:
+        return None
+    param, kind, grammar = asked[0]
+    return checked(kind, grammar, param)
+
+
+def json_schema(schema: Any, param: str) -> StructuredOutput:
+    """Output that follows a JSON schema, given as an object or as text."""
+    return checked("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)
+
+
+def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
+    """The schema of `[{"name": ..., "parameters": {...}}, ...]`: one or more calls of these tools."""
+    definitions: dict[str, Any] = {}
+    items = []
+    for tool in tools:
+        parameters = dict(tool.function.parameters or {"type": "object"})
+        for key in ("$defs", "definitions"):  # references count from the root, so what they name must move there
+            definitions.setdefault(key, {}).update(parameters.pop(key, None) or {})
+        properties = {"name": {"const": tool.function.name}, "parameters": parameters}
+        items.append(
+            {"type": "object", "properties": properties, "required": ["name", "parameters"], "additionalProperties": False}
+        )
+    shared = {key: value for key, value in definitions.items() if value}
+    limit = {"maxItems": 1} if at_most_one else {}
+    return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": items}, **shared}
+
+
+def checked(kind: Kind, grammar: str, param: str) -> StructuredOutput:
+    """A StructuredOutput that is known to compile."""
+    if fault := _fault(kind, grammar):
+        raise InvalidRequest(f"{param} cannot be followed: {fault}", param)
+    return StructuredOutput(kind, grammar)
+
+
+@lru_cache(maxsize=64)  # clients send the same schema with every request
+def _fault(kind: Kind, grammar: str) -> str:
+    """What is wrong with a grammar, in one line; empty if nothing is."""
+    from llguidance import LLMatcher
+
+    try:
+        if kind == "regex":
+            compiled = LLMatcher.grammar_from_regex(grammar)
+        elif kind == "lark":
+            compiled = LLMatcher.grammar_from_lark(grammar)
+        else:
+            compiled = LLMatcher.grammar_from_json_schema(grammar or '{"type": "object"}')
+        told = LLMatcher.validate_grammar(compiled)
+    except (ValueError, RecursionError) as error:
+        told = str(error)
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
+    return reason[:300].rstrip(".:") + "." if reason else ""
+
+
+def _response_format(request: GenerationRequest) -> tuple[str, Kind, str] | None:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return "response_format", "json_object", ""
+    if wanted.json_schema is None:
+        raise InvalidRequest("response_format of type json_schema needs its json_schema.", "response_format")
+    return "response_format", "json_schema", json.dumps(wanted.json_schema.schema_)
+
+
+def _extras(request: GenerationRequest) -> list[tuple[str, Kind, str] | None]:
+    new = request.structured_outputs
+    return [
+        _json("guided_json", request.guided_json),
+        _json("structured_outputs.json", new.json_),
+        ("structured_outputs.json_object", "json_object", "") if new.json_object else None,
+        _text("guided_regex", "regex", request.guided_regex),
+        _text("structured_outputs.regex", "regex", new.regex),
+        _text("guided_grammar", "lark", request.guided_grammar),
+        _text("structured_outputs.grammar", "lark", new.grammar),
+        _choice("guided_choice", request.guided_choice),
+        _choice("structured_outputs.choice", new.choice),
+    ]
+
+
+def _json(param: str, schema: dict[str, Any] | str | bool | None) -> tuple[str, Kind, str] | None:
+    if schema is None:
+        return None
+    return param, "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
+
+
+def _text(param: str, kind: Kind, grammar: str | None) -> tuple[str, Kind, str] | None:
+    return None if grammar is None else (param, kind, grammar)
+
+
+def _choice(param: str, choices: list[str] | None) -> tuple[str, Kind, str] | None:
+    if choices is None:
+        return None
+    if not choices or not all(choices):
+        raise InvalidRequest(f"{param} needs one or more strings that are not empty.", param)
+    return param, "lark", "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

@@ -1,0 +1,198 @@
+"""Tool calls in what a model writes, in the formats of the model families.
+
+A parser takes text as it comes and gives back what is plain content and what is a call. A call is given out once it is
+whole, so that a call the model got wrong can still be shown as the content it then is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from octavo.errors import OctavoError
+
+__all__ = ["PARSERS", "CallParser", "Format", "NamedCall", "Part", "ToolCall", "choose_parser", "make_parser", "undecided"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call, or with `name` None more of the last call's arguments. `arguments` is JSON text."""
+
+    name: str | None
+    arguments: str
+
+
+Part = str | ToolCall
+
+
+class CallParser(Protocol):
+    """Text in, parts out; `finish` gives what was held back."""
+
+    def feed(self, text: str) -> list[Part]: ...
+    def finish(self) -> list[Part]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a model family writes its calls."""
+
+    opener: str  # where calls begin; empty: at the first character
+    closer: str = ""  # where one call ends; empty: where its JSON ends
+    bare: bool = False  # the opener may be left out if the answer begins with a JSON object
+    special: bool = False  # the opener is a special token: text must keep those
+
+
+PARSERS = {
+    "hermes": Format("<tool_call>", "</tool_call>"),  # qwen2, qwen3 and NousResearch's models
+    "llama3_json": Format("<|python_tag|>", bare=True, special=True),
+    "mistral": Format("[TOOL_CALLS]", special=True),  # a JSON array, or since v11 name{...}
+    "json": Format(""),  # what tool_choice "required" makes the model write, whatever its family
+}
+_ALIASES = {"llama": "llama3_json", "llama3": "llama3_json", "qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes"}
+_BETWEEN = " \n\r\t;,[]"
+_NAME = re.compile(r"\s*([\w.\-/]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
+_decode = json.JSONDecoder().raw_decode
+
+
+def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
+    """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
+    if asked:
+        name = _ALIASES.get(asked, asked)
+        if name not in PARSERS:
+            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join(PARSERS)}.")
+        return name
+    for name, form in PARSERS.items():
+        if form.opener and form.opener in (template or ""):
+            return name
+    return {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral", "llama": "llama3_json"}.get(model_type)
+
+
+def make_parser(name: str) -> CallParser:
+    """A parser for one answer."""
+    return _Parser(PARSERS[name])
+
+
+class _Parser:
+    def __init__(self, form: Format):
+        self._form = form
+        self._held = ""  # text that is not given out yet
+        self._in_calls = not form.opener
+        self._opening = ""  # the text that began this run of calls
+        self._calls = 0  # calls in this run
+        self._begun = False  # something was given out
+        self._tried = 0  # characters of `_held` in which no call was found
+
+    def feed(self, text: str) -> list[Part]:
+        """The parts that are sure now."""
+        self._held += text
+        parts: list[Part] = []
+        while True:
+            if not self._in_calls:
+                parts.append(self._content())
+            if not self._in_calls or (part := self._call()) is None:
+                break
+            parts.append(part)
+        parts = [part for part in parts if part]
+        self._begun |= bool(parts)
+        return parts
+
+    def finish(self) -> list[Part]:
+        """What is left: a call without its closer, or text that turned out to be content."""
+        parts: list[Part] = []
+        while self._in_calls and (taken := self._take()):
+            parts.append(taken)
+        rest = self._held.strip(_BETWEEN) if self._calls else self._opening + self._held
+        self._held = ""
+        return [*parts, rest] if rest else parts
+
+    def _content(self) -> str:
+        """Content up to where calls begin, or as far as they cannot have begun."""
+        if self._calls:
+            self._held = self._held.lstrip()  # blanks after a call belong to nobody
+        if self._form.bare and not self._begun and (first := self._held.lstrip()[:1]) in ("", "{"):
+            if first:
+                self._enter("", self._held)
+            return ""
+        content, opener, rest = self._held.partition(self._form.opener)
+        if opener:
+            self._enter(opener, rest)
+        else:
+            keep = undecided(content, self._form.opener)
+            content, self._held = content[: len(content) - keep], content[len(content) - keep :]
+            self._calls = 0 if content else self._calls
+        return content
+
+    def _enter(self, opening: str, rest: str) -> None:
+        self._in_calls, self._opening, self._held = True, opening, rest
+        self._calls = self._tried = 0
+
+    def _call(self) -> Part | None:
+        """The next part of a run of calls, or None when more text is needed."""
+        closer = self._form.closer
+        if not closer:
+            closes = "}" in self._held[self._tried :]  # until a brace closes, parsing again is of no use
+            self._tried = len(self._held)
+            return self._take() if closes else None
+        body, found, after = self._held.partition(closer)
+        if not found:
+            return None
+        self._held = body
+        call = self._take()
+        self._in_calls, self._held = False, after
+        return call or self._opening + body + closer
+
+    def _take(self) -> ToolCall | None:
+        text = self._held.lstrip(_BETWEEN.replace("[", ""))
+        if self._form.opener and text.startswith(self._form.opener):  # mistral repeats it before every call
+            text = text[len(self._form.opener) :]
+        if (taken := _take(text)) is None:
+            return None
+        call, self._held = taken
+        self._calls += 1
+        self._tried = 0
+        return call
+
+
+def _take(text: str) -> tuple[ToolCall, str] | None:
+    """The first whole call in `text` and what follows it, or None if there is none (yet)."""
+    text = text.lstrip(_BETWEEN)
+    named = _NAME.match(text)
+    try:
+        value, end = _decode(text, named.end() if named else 0)
+    except (ValueError, RecursionError):
+        return None
+    call = ToolCall(named[1], json.dumps(value, ensure_ascii=False)) if named else _as_call(value)
+    return None if call is None else (call, text[end:])
+
+
+def _as_call(value: Any) -> ToolCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    return ToolCall(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+
+
+class NamedCall:
+    """The parser of a call whose function the request has named: all the text is its arguments, given out as it comes."""
+
+    def __init__(self, name: str):
+        self._name: str | None = name
+
+    def feed(self, text: str) -> list[Part]:
+        """More arguments."""
+        if not text:
+            return []
+        name, self._name = self._name, None
+        return [ToolCall(name, text)]
+
+    def finish(self) -> list[Part]:
+        """Nothing is ever held back."""
+        return []
+
+
+def undecided(text: str, marker: str) -> int:
+    """The length of the longest end of `text` that `marker` begins with."""
+    longest = min(len(text), len(marker) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

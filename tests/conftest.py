@@ -1,0 +1,97 @@
+"""Tiny checkpoints that transformers wrote, and Octavo's model of them without an engine around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo import batch, ops
+from octavo.distributed import TensorParallel
+from octavo.kvcache import KVCache, spec_for
+from octavo.models import architecture, read_config
+from octavo.platform import Platform, detect
+from octavo.quant import BF16, QuantRules, Scheme
+from octavo.weights import Loader, SafetensorsSource, load
+
+VOCAB = 256
+COMMON = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=136, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A model with a cache of its own, to be run without an engine."""
+
+    model: Any
+    cache: KVCache
+    platform: Platform
+    loader: Loader
+    block_size: int = 4
+
+    def hidden(self, spans: list[batch.Span]) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(batch.build(spans, self.block_size, self.platform.device))
+
+    def logits(self, ids: list[int], chunks: tuple[int, ...] = ()) -> torch.Tensor:
+        """Logits of every position of one sequence, computed in parts of the given lengths (default: all at once)."""
+        blocks = list(range(1, 2 + len(ids) // self.block_size))
+        start, parts = 0, []
+        for length in chunks or (len(ids),):
+            parts.append(self.hidden([batch.Span(ids[start : start + length], start, blocks)]))
+            start += length
+        assert start == len(ids)
+        with torch.inference_mode():
+            return self.model.logits(torch.cat(parts))
+
+
+@pytest.fixture(scope="session")
+def platform() -> Platform:
+    return detect()
+
+
+LoadModel = Callable[..., Loaded]
+
+
+@pytest.fixture
+def load_model(platform: Platform) -> LoadModel:
+    """load_model(directory, scheme=BF16, kv="auto", dtype=float32, ...) -> Loaded"""
+
+    def make(
+        directory: Path,
+        scheme: Scheme = BF16,
+        kv: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        rules: QuantRules | None = None,
+        on: Platform = platform,
+    ) -> Loaded:
+        ops.bind(on)
+        config = read_config(directory)
+        arch = architecture(config)
+        c = arch.Config.from_json(config)
+        model = arch.Model(c, TensorParallel(), c.max_position_embeddings)
+        loader = Loader(SafetensorsSource(directory), on, rules or QuantRules(scheme), dtype)
+        load(model, loader, model.ignored)
+        layers = model.attention_layers()
+        cache = KVCache([spec_for(kv, a.kv_heads, a.head_dim, dtype, on.fp8_dtype) for a in layers], 40, 4, on.device)
+        for layer, views in zip(layers, cache.views, strict=True):
+            layer.bind_cache(views)
+        return Loaded(model, cache, on, loader)
+
+    return make
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref|| in float64; NaN if anything is."""
+    out, ref = out.double().cpu(), ref.double().cpu()
+    return float((out - ref).norm() / ref.norm())
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,94 @@
+"""Logits of every architecture against transformers, on tiny random checkpoints that transformers wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, LoadModel, relative_error, tokens
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128)
+
+
+def llama(**changes: object) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**(COMMON | changes)))
+
+
+CASES = {
+    "llama": lambda: llama(),
+    "llama, tied": lambda: llama(tie_word_embeddings=True),
+    "llama, biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama, head_dim apart from hidden": lambda: llama(head_dim=24),
+    "llama, every head its own keys": lambda: llama(num_key_value_heads=4),
+    "llama, rope llama3": lambda: llama(rope_parameters=LLAMA3),
+    "llama, rope linear": lambda: llama(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    "llama, rope yarn": lambda: llama(rope_parameters=YARN),
+    "llama, rope yarn with attention factor": lambda: llama(rope_parameters=YARN | dict(attention_factor=0.8, beta_fast=16)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=None, head_dim=16)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=7)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON)),
+    "qwen2, sliding window from layer 1": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32)),
+    "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms and biases start as ones and zeros, which would hide a mistake in them."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (1.0 if "norm" in name else 0.0))
+            else:
+                p.mul_(4)  # the default 0.02 makes attention nearly uniform, and a wrong mask hard to see
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, tmp_path: Path, load_model: LoadModel) -> None:
+    torch.manual_seed(0)
+    reference = randomize(CASES[case]())
+    reference.save_pretrained(tmp_path)
+    ids = tokens(70)
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    loaded = load_model(tmp_path)
+    assert relative_error(loaded.logits(ids), expected) < 1e-4
+    # The same positions in uneven parts, single tokens among them, over the cache.
+    assert relative_error(loaded.logits(ids, (1, 30, 1, 1, 37)), expected) < 1e-4
+
+
+def test_a_wrong_rope_would_be_seen(tmp_path: Path, load_model: LoadModel) -> None:
+    """The bound above is far under what dropping the context extension does."""
+    torch.manual_seed(0)
+    reference = randomize(llama(rope_parameters=LLAMA3))
+    reference.save_pretrained(tmp_path)
+    ids = tokens(70)
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"llama3"', '"default"'))
+    assert relative_error(load_model(tmp_path).logits(ids), expected) > 1e-2

@@ -1,0 +1,81 @@
+"""An engine that writes what a test tells it to, with the interface of AsyncEngine and the demo model's tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from octavo.demo import MODEL_DIR
+from octavo.engine.client import EngineDead
+from octavo.engine.outputs import Delta, EngineInfo, check_request
+from octavo.engine.request import EngineStats, Logprob, SamplingParams
+from octavo.engine.tokenizer import Tokenizer
+from octavo.errors import InvalidRequest
+
+
+class FakeEngine:
+    """Answers every prompt with `text`, one token a step."""
+
+    def __init__(self, text: str = " hello world") -> None:
+        self.tokenizer = Tokenizer(MODEL_DIR)
+        self.info = EngineInfo(1024, 4096, 64, 16, "llama", ["report"])
+        self.text = text
+        self.healthy = True
+        self.fail_after: int | None = None  # tokens, then the engine dies
+        self.delay = 0.0
+        self.calls: list[tuple[list[int], SamplingParams, str]] = []
+        self.aborted: list[str] = []
+        self.listeners: list[Callable[[EngineStats], None]] = []
+
+    def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
+        self.listeners.append(listener)
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        check_request(self.info, self.tokenizer, prompt, params)
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.info.max_model_len:
+            raise InvalidRequest(f"This model's maximum context length is {self.info.max_model_len} tokens.", "max_tokens")
+
+    def generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
+        if not self.healthy:
+            raise EngineDead("The engine is dead.")
+        self.check(prompt, params)
+        self.calls.append((prompt, params, request_id))
+        return self._generate(prompt, params, request_id)
+
+    async def _generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
+        ids = self.tokenizer.encode(self.text)[: params.max_tokens]
+        whole = len(ids) == len(self.tokenizer.encode(self.text))
+        done = False
+        for listener in self.listeners:
+            first = request_id if params.n == 1 else f"{request_id}-0"
+            listener(EngineStats(1, 0, 0.5, len(prompt), len(prompt), 0, 0, [first]))
+        try:
+            for position, token in enumerate(ids):
+                await asyncio.sleep(self.delay)
+                if position == self.fail_after:
+                    raise EngineDead("The engine died.")
+                last = position == len(ids) - 1
+                reason = ("stop" if whole else "length") if last else None
+                for index in range(params.n):
+                    yield Delta(
+                        index,
+                        self.tokenizer.token_text(token),
+                        [token],
+                        [self._logprobs(token, params.logprobs)] if params.logprobs is not None else None,
+                        reason,
+                        None,
+                        self._prompt_logprobs(prompt, params) if not position and not index else None,
+                        num_cached_tokens=0 if position else 3,
+                    )
+            done = True
+        finally:
+            if not done:
+                self.aborted.append(request_id)
+
+    def _logprobs(self, token: int, count: int) -> tuple[Logprob, ...]:
+        return (Logprob(token, -0.5, 1), *(Logprob(5 + i, float("-inf"), i + 2) for i in range(count)))
+
+    def _prompt_logprobs(self, prompt: list[int], params: SamplingParams) -> list[tuple[Logprob, ...] | None] | None:
+        if params.prompt_logprobs is None:
+            return None
+        return [None, *(self._logprobs(token, params.prompt_logprobs) for token in prompt[1:])]

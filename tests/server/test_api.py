@@ -1,0 +1,364 @@
+"""Every endpoint over the fake engine: shapes, streams, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from api_client import Client
+
+from octavo.server.app import make_app
+from octavo.server.http import MAX_BODY_BYTES
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "hi"}
+
+
+def test_completion_has_openais_shape(client: Client) -> None:
+    answer = client.complete(max_tokens=6)
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert answer["model"] == "demo"
+    choice = {"index": 0, "text": " hello world", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    assert answer["choices"] == [choice]
+    details = {"cached_tokens": 3}
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 6,
+        "total_tokens": 8,
+        "prompt_tokens_details": details,
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str
+)
+def test_prompt_forms(client: Client, prompt: Any, choices: int) -> None:
+    answer = client.complete(prompt=prompt, n=2, max_tokens=2)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(2 * choices))
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert len(client.engine.calls) == choices
+
+
+def test_completion_stream_is_one_chunk_a_token(client: Client) -> None:
+    events = client.events(COMPLETIONS, stream_options={"include_usage": True})
+    *tokens, last = events
+    assert len(tokens) == 6
+    assert "".join(event["choices"][0]["text"] for event in tokens) == " hello world"
+    assert [event["choices"][0]["finish_reason"] for event in tokens] == [None] * 5 + ["stop"]
+    assert all(event["usage"] is None for event in tokens)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert all("usage" not in event for event in client.events(COMPLETIONS))
+
+
+def test_continuous_usage(client: Client) -> None:
+    events = client.events(COMPLETIONS, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_completion_logprobs_and_echo(client: Client) -> None:
+    choice = client.complete(logprobs=2, echo=True, max_tokens=1)["choices"][0]
+    assert choice["text"] == "def f h"
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == "def f h"
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5]
+    assert logprobs["text_offset"] == [0, 3, 5]
+    assert logprobs["top_logprobs"][0] is None
+    assert -9999.0 in logprobs["top_logprobs"][1].values()  # -inf, which JSON cannot spell
+
+
+def test_echo_without_tokens_scores_the_prompt(client: Client) -> None:
+    answer = client.complete(logprobs=0, echo=True, max_tokens=0)
+    choice = answer["choices"][0]
+    assert choice["text"] == "def f"
+    assert len(choice["logprobs"]["tokens"]) == 2
+    assert answer["usage"]["completion_tokens"] == 0
+    assert choice["finish_reason"] == "length"
+
+
+def test_prompt_logprobs(client: Client) -> None:
+    choice = client.complete(prompt_logprobs=1)["choices"][0]
+    assert choice["prompt_logprobs"][0] is None
+    assert {"logprob": -0.5, "rank": 1, "decoded_token": " f"} in choice["prompt_logprobs"][1].values()
+    assert "prompt_logprobs" in client.chat(prompt_logprobs=0)
+
+
+def test_chat_has_openais_shape(client: Client) -> None:
+    answer = client.chat(logprobs=True, top_logprobs=1, max_completion_tokens=1, n=2)
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    assert len(answer["choices"]) == 2
+    choice = answer["choices"][1]
+    assert choice["message"] == {"role": "assistant", "content": " h"}
+    assert choice["finish_reason"] == "length"
+    token = choice["logprobs"]["content"][0]
+    assert (token["token"], token["logprob"], token["bytes"]) == (" h", -0.5, [32, 104])
+    assert len(token["top_logprobs"]) == 1
+
+
+def test_chat_stream(client: Client) -> None:
+    events = client.events(CHAT, stream_options={"include_usage": True})
+    first, *tokens, last = events
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert len(tokens) == 6
+    assert "".join(event["choices"][0]["delta"]["content"] for event in tokens) == " hello world"
+    assert tokens[-1]["choices"][0]["finish_reason"] == "stop"
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == 16
+
+
+def test_chat_renders_the_template(client: Client) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    client.chat(messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}])
+    prompt, params, _ = client.engine.calls[-1]
+    decoded = client.engine.tokenizer.decode(prompt, skip_special_tokens=False)
+    assert decoded == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    assert params.max_tokens is None  # as many as the context holds
+
+
+def test_chat_continues_the_last_message(client: Client) -> None:
+    client.chat(messages=[USER, {"role": "assistant", "content": "I say"}], continue_final_message=True)
+    decoded = client.engine.tokenizer.decode(client.engine.calls[-1][0], skip_special_tokens=False)
+    assert decoded.endswith("<|im_start|>assistant\nI say")
+
+
+def test_sampling_values_come_from_the_request_then_the_model(client: Client) -> None:
+    recommended = client.engine.tokenizer.default_sampling
+    client.complete(temperature=0.1, top_k=None, ignore_eos=True, logit_bias={"7": 2}, stop="x", seed=None)
+    params = client.engine.calls[-1][1]
+    assert params.temperature == 0.1
+    assert params.top_k == recommended["top_k"]
+    assert params.ignore_eos
+    assert params.logit_bias == {7: 2.0}
+    assert params.stop == ("x",)
+    assert params.max_tokens == 16
+
+
+def test_what_vllm_bench_sends_is_taken(client: Client) -> None:
+    client.complete(
+        model="demo", temperature=0.0, repetition_penalty=1.0, max_tokens=128, logprobs=None, ignore_eos=True, best_of=None
+    )
+
+
+BAD = [
+    (COMPLETIONS, {"prompt": 3}, 400, "prompt"),
+    (COMPLETIONS, {}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": []}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [True]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [4096]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [10**30]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [5] * 5000}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 1024}, 400, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "n": 100000}, 400, "n"),
+    (COMPLETIONS, {"prompt": "a", "n": 0}, 400, "n"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    (COMPLETIONS, {"prompt": "a", "use_beam_search": True}, 400, "use_beam_search"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature"),
+    (COMPLETIONS, {"prompt": "a", "temperature": []}, 400, "temperature"),
+    (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias.x.[key]"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5000": 1}}, 400, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "stop": [""]}, 400, "stop"),
+    (COMPLETIONS, {"prompt": "a", "stream": "perhaps"}, 400, "stream"),
+    (COMPLETIONS, {"prompt": "a", "model": "gpt-4"}, 404, "model"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "a("}, 400, "guided_regex"),
+    (COMPLETIONS, {"prompt": "a", "guided_choice": []}, 400, "guided_choice"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "guided_json": {}}, 400, "guided_regex"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, 400, "response_format.type"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "response_format"),
+    (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": "hi"}, 400, "messages"),
+    (CHAT, {"messages": [{"content": "hi"}]}, 400, "messages.0.role"),
+    (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    (CHAT, {"messages": [USER], "top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 30}, 400, "logprobs"),
+    (CHAT, {"messages": [USER], "chat_template": "{{ 1 }}"}, 400, "chat_template"),
+    (CHAT, {"messages": [USER], "tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"messages": [USER], "tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    (CHAT, {"messages": [USER], "max_completion_tokens": 5000}, 400, "max_tokens"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"messages": []}, 400, "messages"),
+    ("/detokenize", {"tokens": [99999]}, 400, "tokens"),
+    ("/detokenize", {}, 400, "tokens"),
+    ("/v1/nothing", {}, 404, None),
+    ("/version", {}, 405, None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=str)
+def test_bad_requests_get_one_sentence(client: Client, path: str, body: Any, status: int, param: str | None) -> None:
+    for more in ({}, {"stream": True}) if path.startswith("/v1/c") and "stream" not in body else ({},):
+        response = client.request("POST", path, content=json.dumps({**body, **more}))
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["param"] == param
+        assert error["type"] == "invalid_request_error"
+        assert error["message"].endswith((".", "}."))
+        assert "\n" not in error["message"]
+        assert len(error["message"]) < 400
+    assert client.complete()["choices"]  # the server lives on
+
+
+@pytest.mark.parametrize("body", [b"", b"nonsense", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b"1" * 10_000])
+def test_nonsense_json(client: Client, body: bytes) -> None:
+    response = client.request("POST", COMPLETIONS, content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("The body ")
+
+
+def test_unknown_fields_and_nulls_are_ignored(client: Client) -> None:
+    client.complete(nothing_known=1, n=None, stop=None, stream=None, stream_options=None, logprobs=None, user=None, echo=None)
+    client.chat(store=True, tools=None, tool_choice=None, response_format=None, metadata={}, parallel_tool_calls=None)
+
+
+def test_a_large_body_is_413(client: Client) -> None:
+    assert client.request("POST", COMPLETIONS, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert client.request("POST", COMPLETIONS, content=b"{}", headers={"content-length": "9" * 30}).status_code == 413
+
+
+def test_template_switches_cannot_replace_its_arguments(client: Client) -> None:
+    client.chat(chat_template_kwargs={"messages": [], "template": "x", "self": 1, "tools": 3, "enable_thinking": False})
+
+
+def test_models(client: Client) -> None:
+    answer = client.get("/v1/models").json()
+    assert [card["id"] for card in answer["data"]] == ["demo", "other"]
+    assert answer["data"][0]["max_model_len"] == 1024
+    assert client.get("/v1/models/other").json()["id"] == "other"
+    assert client.get("/v1/models/a/b").status_code == 404
+    assert client.complete(model="other")["model"] == "other"
+
+
+def test_tokenize_and_back(client: Client) -> None:
+    answer = client.post("/tokenize", {"prompt": "def f", "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) == 2
+    assert answer["max_model_len"] == 1024
+    assert client.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "def f"}
+    assert client.post("/tokenize", {"messages": [USER]}).json()["count"] == 10
+
+
+def test_health_follows_the_engine(client: Client) -> None:
+    assert client.get("/health").status_code == client.get("/ping").status_code == 200
+    client.engine.healthy = False
+    assert client.get("/health").status_code == client.get("/ping").status_code == 503
+    response = client.post(COMPLETIONS, {"prompt": "a"})
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_engine_that_dies_ends_the_stream_with_an_error(client: Client, path: str) -> None:
+    client.engine.fail_after = 2
+    events = client.events(path)
+    assert events[-1]["error"]["message"] == "The engine died."
+    client.engine.fail_after = 0
+    response = client.post(path, {"prompt": "a", "messages": [USER], "stream": True})
+    assert response.status_code == 503  # nothing was sent yet, so the status can tell
+
+
+def test_api_key(client: Client) -> None:
+    client.api_keys = ["secret", "other"]
+    assert client.get("/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer s\xe9cret"}):
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        response = client.get("/v1/models", headers=encoded)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+    for key in client.api_keys:
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_request_ids(client: Client) -> None:
+    response = client.post(COMPLETIONS, {"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.json()["id"] == "cmpl-mine-1"
+    assert client.get("/v1/nothing").headers["x-request-id"]
+    client.post(COMPLETIONS, {"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
+    assert len({call[2] for call in client.engine.calls}) == 2  # the engine needs ids that differ
+
+
+def test_a_closing_server_refuses(client: Client) -> None:
+    client.served.closing = True
+    assert client.post(COMPLETIONS, {"prompt": "a"}).status_code == 503
+    assert client.get("/health").status_code == 503
+
+
+def test_metrics(client: Client) -> None:
+    client.complete()
+    client.complete(n=3, max_tokens=2)
+    page = client.get("/metrics").text
+    labels = 'engine="0",model_name="demo"'
+    for line in (
+        f"vllm:num_requests_running{{{labels}}} 1.0",
+        f"vllm:num_requests_waiting{{{labels}}} 0.0",
+        f"vllm:kv_cache_usage_perc{{{labels}}} 0.5",
+        f"vllm:prompt_tokens_total{{{labels}}} 4.0",
+        f"vllm:generation_tokens_total{{{labels}}} 12.0",
+        'vllm:request_success_total{engine="0",finished_reason="stop",model_name="demo"} 1.0',
+        'vllm:request_success_total{engine="0",finished_reason="length",model_name="demo"} 3.0',
+        f"vllm:inter_token_latency_seconds_count{{{labels}}} 8.0",
+        f"vllm:prefix_cache_queries_total{{{labels}}} 4.0",
+        f"vllm:prefix_cache_hits_total{{{labels}}} 0.0",
+        f"vllm:num_preemptions_total{{{labels}}} 0.0",
+    ):
+        assert line in page
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "iteration_tokens_total",
+    ):
+        assert f"vllm:{name}_count{{{labels}}} 2.0" in page
+    assert "_created" not in page
+
+
+def test_a_client_that_leaves_is_aborted(client: Client) -> None:
+    client.engine.delay = 0.01
+    for stream in (True, False):
+        asyncio.run(_leave(client, stream))
+    assert len(client.engine.aborted) == 2
+    assert client.served.running == 0
+    assert 'finished_reason="abort",model_name="demo"} 2.0' in client.get("/metrics").text
+
+
+async def _leave(client: Client, stream: bool) -> None:
+    body = json.dumps({"prompt": "a", "stream": stream}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.025)
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None: ...
+
+    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": [], "query_string": b"", "root_path": ""}
+    await asyncio.wait_for(make_app(client.served)(scope, receive, send), 5)
+
+
+def test_cors(client: Client) -> None:
+    headers = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    assert client.request("OPTIONS", COMPLETIONS, headers=headers).headers["access-control-allow-origin"] == "*"
