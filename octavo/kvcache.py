@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "KVCache", "KVCacheSpec", "bf16", "fp8_per_tensor", "fp8_per_token_head", "spec_for"]
+__all__ = ["Field", "KVCache", "KVCacheSpec", "bf16", "fp8_per_tensor", "fp8_per_token_head", "gather", "spec_for"]
 
 Views = dict[str, Tensor]
 
@@ -81,6 +81,17 @@ def spec_for(kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_
     if kv_cache_dtype == "fp8_per_token_head":
         return fp8_per_token_head(heads, dim, fp8_dtype)
     return fp8_per_tensor(heads, dim, torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype)
+
+
+def gather(views: Views, block_ids: Tensor) -> Views:
+    """Views of a copy of the blocks `block_ids` [n], all fields at once: whole blocks are copied as rows of bytes."""
+    any_view = next(iter(views.values()))
+    rows = torch.empty(0, dtype=torch.uint8, device=any_view.device).set_(any_view.untyped_storage())
+    rows = rows.view(any_view.shape[0], -1).index_select(0, block_ids)
+    return {
+        name: rows.view(v.dtype).as_strided((len(block_ids), *v.shape[1:]), v.stride(), v.storage_offset())
+        for name, v in views.items()
+    }
 
 
 class KVCache:

@@ -13,6 +13,7 @@ from octavo.engine.request import EngineRequest, EngineStats, Logprobs, TokenOut
 from octavo.engine.runner import ModelRunner, StepTokens
 from octavo.engine.sampler import SamplingRow
 from octavo.engine.scheduler import Request, Schedule, Scheduler
+from octavo.errors import InvalidRequest
 
 __all__ = ["EngineCore"]
 
@@ -47,7 +48,9 @@ class EngineCore:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest if it cannot be run."""
-        wanted = request.params.structured
+        wanted, bias, size = request.params.structured, request.params.logit_bias or {}, self.info.vocab_size
+        if (wrong := next((token for token in bias if not 0 <= token < size), None)) is not None:
+            raise InvalidRequest(f"logit_bias names token {wrong}; the vocabulary has {size}.", "logit_bias")
         grammar = self.grammars.compile(wanted, request.eos_token_ids) if wanted else None
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         if request.params.seed is not None:

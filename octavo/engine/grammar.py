@@ -15,6 +15,9 @@ from octavo.errors import InvalidRequest, OctavoError
 
 __all__ = ["Grammar", "GrammarCompiler", "to_llguidance"]
 
+# JSON may hold any amount of white space, and a weak model that begins to write it may never stop.
+SPACING = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
+
 
 def to_llguidance(wanted: StructuredOutput) -> str:
     """llguidance's own form of a grammar. Raises InvalidRequest for one that cannot be read."""
@@ -22,9 +25,9 @@ def to_llguidance(wanted: StructuredOutput) -> str:
 
     try:
         if wanted.kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+            return str(LLMatcher.grammar_from_json_schema({"type": "object"}, SPACING))
         if wanted.kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(wanted.grammar))
+            return str(LLMatcher.grammar_from_json_schema(wanted.grammar, SPACING))
         make = LLMatcher.grammar_from_regex if wanted.kind == "regex" else LLMatcher.grammar_from_lark
         return str(make(wanted.grammar))
     except ValueError as error:
@@ -66,6 +69,11 @@ class Grammar:
         self._matcher = matcher
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         self.vocab_size = vocab_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end-of-sequence token may follow."""
+        return bool(self._matcher.is_stopped())
 
     def forbidden(self) -> Tensor:
         """bool [vocab]: the tokens that may not come next."""

@@ -15,8 +15,11 @@ CPU_DEFAULT_GIB = 4.0
 
 
 def gib(count: float) -> str:
-    """Bytes for a person: 1.50 GiB, 12.3 MiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+    """Bytes for a person: 1.50 GiB, 12.3 MiB, 4.0 KiB."""
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if count >= size / 10:
+            return f"{count / size:.{2 if size == GIB else 1}f} {unit}"
+    return f"{count / 1024:.1f} KiB"
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class ModelRunner:
         r, p = self.report, self.platform
         lines = [f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}"]
         for (role, scheme), g in sorted(r.groups.items()):
-            lines.append(f"  {role:<10} {scheme:<9} {g.values / 1e6:>10,.2f} M  {gib(g.stored):>11}")
+            if g.stored:  # a tied head stores nothing
+                lines.append(f"  {role:<10} {scheme:<9} {g.values / 1e6:>10,.2f} M  {gib(g.stored):>11}")
         stored, dense = r.total("stored"), 2 * r.total("values")
         lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
         if quantized := r.total("values", quantized_only=True):
@@ -201,7 +202,8 @@ class ModelRunner:
             lines.append(f"FP8 linears: {gib(part)}, {50 * part / quantized:.1f}% of BF16's {gib(2 * quantized)}")
         if p.widened_dtype is not None and r.total("held") > stored:
             kind = str(p.widened_dtype).removeprefix("torch.")
-            lines.append(f"held in memory: {gib(r.total('held'))}, because FP8 codes are kept as exact {kind} values here")
+            why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
+            lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
         tokens = self.cache.num_blocks * self.config.block_size
         kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
         lines.append(

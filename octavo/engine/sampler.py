@@ -49,6 +49,12 @@ class SamplingRow:
             and self.num_output_tokens >= p.min_tokens
         )
 
+    @property
+    def filtered(self) -> bool:
+        """Whether only the likeliest tokens are drawn from."""
+        p = self.params
+        return p.top_p < 1 or p.top_k > 0 or p.min_p > 0
+
 
 def uniform(seed: int, place: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
@@ -64,39 +70,40 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         if not row.plain:
             _adjust(logits[i], row)
     tokens = logits.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if drawn:
-        at = torch.tensor(drawn, device=logits.device)
-        tokens[at] = _draw(logits[at], [rows[i] for i in drawn])
+    for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
+        if drawn := [i for i, row in enumerate(rows) if not row.params.greedy and row.filtered is filtered]:
+            at = torch.tensor(drawn, device=logits.device)
+            tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
     return tokens
 
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
-    """Penalties, biases and bans, in place on one row, in vLLM's order of effect."""
+    """Biases, bans and penalties, in place on one row, in vLLM's order."""
     p, device = row.params, logits.device
-    seen = torch.tensor(sorted(set(row.token_ids)), device=device)
+    for token, bias in (p.logit_bias or {}).items():
+        logits[token] += bias
+    if row.num_output_tokens < p.min_tokens and not (row.grammar and row.grammar.finished):
+        enders = [token for token in {*row.eos_token_ids, *p.stop_token_ids} if 0 <= token < len(logits)]
+        logits[torch.tensor(enders, dtype=torch.int64, device=device)] = float("-inf")
     if p.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and row.num_output_tokens:
         output = torch.tensor(list(row.token_ids[row.num_prompt_tokens :]), device=device)
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
-    for token, bias in (p.logit_bias or {}).items():
-        logits[token] += bias
-    if row.num_output_tokens < p.min_tokens and (enders := {*row.eos_token_ids, *p.stop_token_ids}):
-        logits[torch.tensor(sorted(enders), device=device)] = float("-inf")
     if row.grammar is not None:
         logits.masked_fill_(row.grammar.forbidden().to(device), float("-inf"))
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
 
     probs = (logits / column([r.params.temperature for r in rows])).softmax(-1)
     u = column([uniform(r.seed, r.num_output_tokens) for r in rows], torch.float64)
-    if all(r.params.top_p >= 1 and r.params.top_k <= 0 and r.params.min_p <= 0 for r in rows):
+    if not filtered:
         return _invert(probs, u)
     vocab = probs.shape[1]
     probs, order = probs.sort(dim=-1, descending=True, stable=True)

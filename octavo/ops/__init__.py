@@ -106,7 +106,8 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
     """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) as the views' dtypes say.
 
     An FP8 cache stores round(k / scale), clamped; the scale is the layer's, or the token's and head's where the cache has a
-    place for it. NaN is stored as 0: the cache holds finite values only, so that what is masked may be multiplied by 0.
+    place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
+    may be multiplied, by 0 too.
     """
     _bound["write_kv"](views, slots, k, v, k_scale, v_scale)
 

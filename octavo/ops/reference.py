@@ -59,8 +59,9 @@ class ReferenceLinear:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if residual is not None:
         x = x + residual
-    y = F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
-    return y * weight, x
+    values = x.float()
+    mean_square = torch.linalg.vecdot(values, values).div_(x.shape[-1]).unsqueeze(-1)
+    return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -69,17 +70,23 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    width = cos_sin.shape[1]
+    half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, -1)
-    a, b = x[..., :width].float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., width:]], -1).to(x.dtype)
+    a, b = x[..., : 2 * half].float().chunk(2, -1)
+    out = torch.empty_like(x)
+    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., half : 2 * half] = (b * cos).addcmul_(a, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
 
 
 def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
     block_size = views["k"].shape[1]
     block, offset = slots // block_size, slots % block_size
     for name, values, layer_scale in (("k", k, k_scale), ("v", v, v_scale)):
-        view, values = views[name], values.nan_to_num()  # one request's NaN must not outlive it in a shared block
+        # One request's NaN or infinity must not outlive it in the block that another gets: scores of what is masked are
+        # still computed, and have to be finite.
+        view, values = views[name], values.nan_to_num(0.0, posinf=0.0, neginf=0.0)
         if view.dtype not in FP8_MAX:
             view[block, offset] = values.to(view.dtype)
             continue

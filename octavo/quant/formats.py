@@ -61,7 +61,8 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
         raise OctavoError(
             f"{name} is stored as packed INT4, which this version does not read; use the model's BF16 or FP8 checkpoint."
         )
-    reader.skip(f"{name}.input_scale")  # activations are always scaled by what they are, not by what a calibration saw
+    for calibrated in ("input_scale", "activation_scale"):  # activations are scaled by what they are, not by what was seen
+        reader.skip(f"{name}.{calibrated}")
     for decode in (fp8_block, fp8_scaled):
         if (found := decode(reader, name, shape, shard)) is not None:
             return found
@@ -74,8 +75,10 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
 
 
 def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """DeepSeek's: e4m3 `weight` [N, K] and FP32 `weight_scale_inv`, which multiplies, for each 128x128 tile."""
-    if not reader.has(f"{name}.weight_scale_inv"):
+    """DeepSeek's, and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale for each 128x128 tile."""
+    grid = [-(-n // BLOCK) for n in shape]
+    scale_name = _scale_name(reader, name)
+    if scale_name is None or reader.stored_shape(scale_name) != grid:
         return None
     part = shard.slice(shape[shard.dim])
     if part.start % BLOCK:
@@ -84,25 +87,31 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     data = reader.read(f"{name}.weight", shape, shard)
-    scale = reader.read(f"{name}.weight_scale_inv", [-(-n // BLOCK) for n in shape], shard, tiles).float()
+    scale = reader.read(scale_name, grid, shard, tiles).float()
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
 
 def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """compressed-tensors `float-quantized` and its kin: e4m3 `weight` and `weight_scale` of [], [1], [N] or [N, 1]."""
-    if not reader.has(f"{name}.weight_scale"):
+    """compressed-tensors `float-quantized` and its kin: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
+    if (scale_name := _scale_name(reader, name)) is None:
         return None
-    stored = reader.stored_shape(f"{name}.weight_scale")
-    channels = stored[:1] == [shape[0]] and shape[0] > 1
-    if len(stored) == 2 and stored[1] > 1:
+    stored = reader.stored_shape(scale_name)
+    channels = stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1
+    if not channels and stored not in ([], [1], [1, 1]):
         raise OctavoError(
-            f"{name}.weight_scale has shape {stored}: groups within a channel are not FP8 schemes that Octavo knows."
+            f"{scale_name} has shape {stored}, which is neither one scale for the matrix {list(shape)}, nor one for each of "
+            "its channels, nor one for each 128x128 tile; Octavo knows no other."
         )
-    scale = reader.read(f"{name}.weight_scale", stored, shard if channels and shard.dim == 0 else WHOLE).float().view(-1, 1)
+    scale = reader.read(scale_name, stored, shard if channels and shard.dim == 0 else WHOLE).float().view(-1, 1)
     data = reader.read(f"{name}.weight", shape, shard)
     n, k = data.shape
     scheme = FP8_PER_CHANNEL if channels else FP8_PER_TENSOR
     return to_device_fp8(QTensor(data, scale.expand(n, 1).contiguous(), scheme, (n, k)), reader.platform.fp8_dtype)
+
+
+def _scale_name(reader: Reader, name: str) -> str | None:
+    """Both spellings multiply: Hugging Face calls it the inverse of what the weight was multiplied by."""
+    return next((full for full in (f"{name}.weight_scale_inv", f"{name}.weight_scale") if reader.has(full)), None)
 
 
 def to_device_fp8(q: QTensor, fp8_dtype: torch.dtype) -> QTensor:

@@ -68,7 +68,8 @@ def quantize(
     if max_reduce is not None:
         peak = max_reduce(peak)
     limit = FP8_MAX[fp8_dtype]
-    scale = torch.where(peak > 0, peak / limit, torch.ones_like(peak))  # an all-zero group keeps its zeros under any scale
+    scale = peak / limit
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # values that are all zero, or too small for a scale
     data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
     rows = max(BLOCK, CHUNK // max(k, 1) // BLOCK * BLOCK)
     for start in range(0, n, rows):

@@ -37,15 +37,9 @@ class QuantRules:
 
     def ignored(self, name: str) -> bool:
         """Whether a pattern leaves the module `name` out."""
-        for pattern in self.ignore:
-            if pattern.startswith("re:"):
-                hit = re.match(pattern[3:], name) is not None
-            else:
-                hit = name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
-            if hit:
-                self.used.add(pattern)
-                return True
-        return False
+        hits = {pattern for pattern in self.ignore if _matches(pattern, name)}  # all of them: an unused pattern is reported
+        self.used |= hits
+        return bool(hits)
 
     def scheme_for(self, names: Sequence[str], *, is_head: bool = False) -> Scheme:
         """The scheme of the layer that is stacked from the modules `names`; leaving one out leaves out the stack."""
@@ -61,3 +55,9 @@ class QuantRules:
                 f"--quantization-ignore '{unused[0]}' matches no layer of this model; "
                 "use a module name such as 'model.layers.0.mlp.down_proj', a glob or re:REGEX."
             )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)

@@ -27,40 +27,50 @@ class ThinkSplitter:
     """Parts text at the think tags. `inside`: the prompt has opened the thinking already."""
 
     def __init__(self, inside: bool):
+        self._inside = inside
         self._held = ""
-        self._state = "thinking" if inside else "start"
+        self._state = "start"
 
     def feed(self, text: str) -> tuple[str, str]:
         """The reasoning and the content that are sure now."""
         if self._state == "content":
             return "", text
+        if self._state == "between":
+            return "", self._first_content(text)
         self._held += text
-        if self._state == "start" and not self._begin():
-            return "", self._release() if self._state == "content" else ""
-        return self._think()
+        if self._state == "start":
+            self._begin()
+        if self._state == "thinking":
+            return self._think()
+        return "", self._release() if self._state == "content" else ""
 
     def finish(self) -> tuple[str, str]:
         """What was held back."""
         rest = self._release()
-        return (rest, "") if self._state == "thinking" else ("", rest)
+        return (rest, "") if self._state == "thinking" or self._inside else ("", rest)
 
-    def _begin(self) -> bool:
-        """Whether the thinking has begun; if it cannot begin any more, the state becomes content."""
+    def _begin(self) -> None:
+        """Leaves the start as soon as the text has an opening tag, or cannot get one any more."""
         text = self._held.lstrip()
         if text.startswith(OPEN):
             self._state, self._held = "thinking", text[len(OPEN) :]
-        elif text.startswith(CLOSE) or not OPEN.startswith(text):
-            self._state = "content"
-        return self._state == "thinking"
+        elif not OPEN.startswith(text):
+            self._state = "thinking" if self._inside else "content"
 
     def _think(self) -> tuple[str, str]:
-        reasoning, closed, content = self._held.removeprefix(OPEN).partition(CLOSE)
+        reasoning, closed, content = self._held.partition(CLOSE)
         if closed:
-            self._state, self._held = "content", ""
-            return reasoning, content.lstrip("\n")
+            self._state, self._held, self._inside = "between", "", False
+            return reasoning, self._first_content(content)
         keep = undecided(reasoning, CLOSE)
         self._held = reasoning[len(reasoning) - keep :]
         return reasoning[: len(reasoning) - keep], ""
+
+    def _first_content(self, text: str) -> str:
+        """Content without the blank lines that models put between it and their thinking."""
+        text = text.lstrip("\n")
+        self._state = "content" if text else "between"
+        return text
 
     def _release(self) -> str:
         rest, self._held = self._held, ""

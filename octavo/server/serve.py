@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The server's own flags; the engine's are added by the command line."""
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
     group.add_argument("--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="keys that /v1 asks for")
     group.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME", help="names of the model in the API")
     group.add_argument("--chat-template", metavar="FILE", help="a jinja file, or the template itself, for the checkpoint's own")
@@ -73,14 +73,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
 
 
+def _port(text: str) -> int:
+    if not 0 <= (port := int(text)) <= 65535:  # the system would take 99999 for 34463
+        raise ValueError
+    return port
+
+
+_port.__name__ = "port"  # argparse says "invalid port value"
+
+
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     check_reasoning_parser(args.reasoning_parser)
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
-    listener = bind(args.host, args.port)
     template = read_template(args.chat_template)
+    listener = bind(args.host, args.port)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve(args, config, listener, template, started))
 
@@ -99,12 +108,16 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise OctavoError(f"Port {port} is in use; stop what uses it, or choose another with --port.") from error
-        raise OctavoError(f"Cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}.") from error
+        raise OctavoError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
     return listener
 
 

@@ -103,8 +103,11 @@ class _Parser:
         parts: list[Part] = []
         while self._in_calls and (taken := self._take()):
             parts.append(taken)
-        rest = self._held.strip(_BETWEEN) if self._calls else self._opening + self._held
-        self._held = ""
+        rest, self._held = self._held, ""
+        if self._calls:
+            rest = rest.strip(_BETWEEN)
+        elif self._in_calls:
+            rest, self._opening = self._opening + rest, ""
         return [*parts, rest] if rest else parts
 
     def _content(self) -> str:

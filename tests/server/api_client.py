@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from fake_engine import FakeEngine
+from server.fake_engine import FakeEngine
 
 from octavo.server.app import make_app
 from octavo.server.served import Served

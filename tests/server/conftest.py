@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from api_client import Client
-from fake_engine import FakeEngine
+from server.api_client import Client
+from server.fake_engine import FakeEngine
 
 from octavo.server.serve import make_served
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from octavo.demo import MODEL_DIR
 from octavo.engine.client import EngineDead
+from octavo.engine.detokenizer import Detokenizer
 from octavo.engine.outputs import Delta, EngineInfo, check_request
 from octavo.engine.request import EngineStats, Logprob, SamplingParams
 from octavo.engine.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class FakeEngine:
         ids = self.tokenizer.encode(self.text)[: params.max_tokens]
         whole = len(ids) == len(self.tokenizer.encode(self.text))
         done = False
+        texts = [Detokenizer(self.tokenizer, params, prompt) for _ in range(params.n)]
         for listener in self.listeners:
             first = request_id if params.n == 1 else f"{request_id}-0"
             listener(EngineStats(1, 0, 0.5, len(prompt), len(prompt), 0, 0, [first]))
@@ -59,7 +61,7 @@ class FakeEngine:
                 for index in range(params.n):
                     yield Delta(
                         index,
-                        self.tokenizer.token_text(token),
+                        texts[index].step(token),
                         [token],
                         [self._logprobs(token, params.logprobs)] if params.logprobs is not None else None,
                         reason,
@@ -79,3 +81,6 @@ class FakeEngine:
         if params.prompt_logprobs is None:
             return None
         return [None, *(self._logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
+
+    async def shutdown(self, drain_seconds: float = 0.0) -> None:
+        self.healthy = False

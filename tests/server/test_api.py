@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from api_client import Client
+from server.api_client import Client
 
 from octavo.server.app import make_app
 from octavo.server.http import MAX_BODY_BYTES

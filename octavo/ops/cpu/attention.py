@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import Views, gather
 from octavo.ops.cpu.widen import WIDEN_FACTOR, widen
 from octavo.ops.reference import write_kv
 from octavo.platform import FP8_MAX
@@ -30,7 +30,8 @@ def attention(
     per_tensor = fp8 is not None and "k_scale" not in views
     k_factor, v_factor = (factor * s if per_tensor else factor for s in (k_scale, v_scale))
     for rows, table, mask in _groups(batch, views, window):
-        k, v = _gather(views, "k", table), _gather(views, "v", table)
+        blocks = gather(views, table.flatten())
+        k, v = (_widened(blocks, name, table.shape[0]) for name in ("k", "v"))
         # [requests, tokens, heads, dim] -> heads before tokens
         group_q = q[rows].unflatten(0, (table.shape[0], -1)).transpose(1, 2).float()
         o = F.scaled_dot_product_attention(group_q, k, v, mask, scale=scale * k_factor, enable_gqa=True)
@@ -38,15 +39,18 @@ def attention(
     return out
 
 
-def _gather(views: Views, name: str, table: Tensor) -> Tensor:
-    """FP32 [requests, heads, tokens, dim] of the blocks `table` [requests, blocks]."""
-    view = views[name]
+def _widened(blocks: Views, name: str, requests: int) -> Tensor:
+    """FP32 [requests, heads, tokens, dim] of gathered blocks, which are in the requests' order."""
+
+    def by_head(x: Tensor) -> Tensor:  # [blocks, block_size, heads, ...] -> [requests, heads, blocks, block_size, ...]
+        return x.view(requests, -1, *x.shape[1:]).movedim(3, 1)
+
+    view = blocks[name]
     if view.dtype not in FP8_MAX:
-        return view[table].flatten(1, 2).transpose(1, 2).float()
-    codes = view.view(torch.uint8)[table].flatten(1, 2).transpose(1, 2).contiguous()
-    values = widen(codes, view.dtype)
-    if (scales := views.get(f"{name}_scale")) is not None:
-        values *= scales[table].flatten(1, 2).transpose(1, 2).unsqueeze(-1)
+        return by_head(view).to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3)
+    values = widen(by_head(view.view(torch.uint8)), view.dtype).flatten(2, 3)
+    if (scales := blocks.get(f"{name}_scale")) is not None:
+        values *= by_head(scales).flatten(2, 3).unsqueeze(-1)
     return values
 
 
@@ -59,7 +63,8 @@ def _groups(batch: ForwardBatch, views: Views, window: int | None) -> list[Group
     if key not in batch.cache:
         _, _, heads, dim = views["k"].shape
         batch.cache[key] = _make_groups(batch, window, heads * dim)
-    return batch.cache[key]  # type: ignore[return-value]
+    groups: list[Group] = batch.cache[key]  # type: ignore[assignment]
+    return groups
 
 
 def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int) -> list[Group]:

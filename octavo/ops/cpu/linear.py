@@ -64,11 +64,10 @@ class PackedWidened:
             return self._product(x.to(self.held)).to(x.dtype)
         if self.activation is Granularity.BLOCK:
             return self._product(self._grouped(x)).to(x.dtype)
-        values = x.float()
+        values = x.to(torch.float32, copy=True)
         limit = FP8_MAX[self.fp8_dtype]
-        low, high = values.aminmax(dim=1, keepdim=True)
-        scale = torch.maximum(high, low.neg_()).div_(limit).clamp_(min=SCALE_FLOOR)
-        codes = round_to_fp8((values / scale).clamp_(-limit, limit), self.fp8_dtype)
+        scale = values.abs().amax(1, keepdim=True).div_(limit).clamp_(min=SCALE_FLOOR)
+        codes = round_to_fp8(values.div_(scale), self.fp8_dtype)  # at most the limit, but for a rounding that the cast undoes
         y = self._product(codes.to(self.held))
         assert self.scale is not None
         return (y if y.dtype is torch.float32 else y.float()).mul_(scale).mul_(self.scale).to(x.dtype)

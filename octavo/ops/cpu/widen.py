@@ -18,9 +18,10 @@ WIDEN_FACTOR = {torch.float8_e4m3fn: 256.0, torch.float8_e4m3fnuz: 128.0, torch.
 
 def widen(codes: Tensor, fp8_dtype: torch.dtype) -> Tensor:
     """FP32 of uint8 `codes`, smaller than their values by WIDEN_FACTOR. Codes must be finite, as clamped ones are."""
+    # Signed, so that the sign is copied into every upper bit; made contiguous, so that a transposed view costs no extra pass.
+    bits = codes.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
     if fp8_dtype is torch.float8_e5m2:
-        return codes.to(torch.int16).bitwise_left_shift_(8).view(torch.float16).float()
-    bits = codes.view(torch.int8).to(torch.int16)  # the sign is copied into every upper bit
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
     return bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float()
 
 

@@ -1,0 +1,302 @@
+"""The whole engine on a tiny random checkpoint: alone or together, in parts or preempted, a request's tokens are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import LLM
+from octavo.config import EngineConfig
+from octavo.engine.blocks import BlockPool
+from octavo.engine.core import EngineCore
+from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, TokenOutput
+from octavo.engine.scheduler import Scheduler
+from octavo.errors import InvalidRequest, OctavoError
+
+LENGTH = 100  # max_model_len
+ENGINE = dict(dtype="float32", device="cpu", threads=1, block_size=4, max_model_len=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
+    """transformers' model and where it is saved."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.ndim == 2 else 1)  # at the default 0.02 every output is one token over and over
+    path = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(path)
+    return model, path
+
+
+@pytest.fixture
+def make(reference):
+    def core(blocks: int | None = None, **options) -> EngineCore:
+        made = EngineCore(EngineConfig(model=str(reference[1]), **ENGINE | options))
+        if blocks is not None:
+            pool = BlockPool(blocks, 4, made.scheduler.pool.prefix_caching)
+            made.scheduler = Scheduler(pool, 256, made.runner.max_num_batched_tokens, LENGTH)
+        return made
+
+    return core
+
+
+def request(name: str, ids: list[int], eos: tuple[int, ...] = (), **params) -> EngineRequest:
+    return EngineRequest(name, ids, SamplingParams(**{"max_tokens": 24} | params), frozenset(eos))
+
+
+def run(core: EngineCore, requests: list[EngineRequest], apart: int = 0) -> tuple[dict[str, list[TokenOutput]], EngineStats]:
+    """Outputs by request, and the sums of the steps' counters. `apart`: steps between arrivals."""
+    queue, outputs, sums, step = list(requests), {r.request_id: [] for r in requests}, EngineStats(), 0
+    while queue or core.has_work():
+        while queue and step >= apart * (len(requests) - len(queue)):
+            core.add(queue.pop(0))
+        found, stats = core.step()
+        for output in found:
+            outputs[output.request_id].append(output)
+        sums.num_preemptions += stats.num_preemptions
+        sums.prefix_cache_hits += stats.prefix_cache_hits
+        step += 1
+        assert step < 3000
+    assert not core.generations
+    core.scheduler.pool.check([])
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
+    return outputs, sums
+
+
+def token_ids(outputs: dict[str, list[TokenOutput]]) -> dict[str, list[int]]:
+    assert not [o.error for each in outputs.values() for o in each if o.error]
+    return {name: [token for o in each for token in o.token_ids] for name, each in outputs.items()}
+
+
+SAMPLINGS = [
+    dict(temperature=0),
+    dict(seed=1),
+    dict(seed=2, top_p=0.9, temperature=0.8),
+    dict(temperature=0, repetition_penalty=1.3),
+    dict(seed=3, top_k=20, presence_penalty=0.5),
+    dict(seed=4, min_p=0.05, logit_bias={5: 3.0}),
+]
+SHARED = tokens(21, seed=99)  # a prefix of several prompts
+TWELVE = [
+    request(str(i), (SHARED if i % 3 == 0 else []) + tokens(n, seed=i), **SAMPLINGS[i % 6], max_tokens=20)
+    for i, n in enumerate([1, 50, 7, 4, 33, 70, 16, 2, 9, 40, 3, 12])
+]
+SCHEMES = [(None, "auto"), ("fp8", "fp8"), ("ptpc_fp8", "fp8_e5m2"), ("fp8_block", "fp8_per_token_head")]
+
+
+@pytest.mark.parametrize(("scheme", "kv"), SCHEMES)
+def test_company_changes_nothing(make, scheme, kv):
+    """The tokens are the same. FP8 lets one request in twelve differ: a sum taken in another order is another FP32 number by
+    1e-7, and where that lies on the border of two FP8 codes the step between them is 1e-1. A wrong engine changes most."""
+
+    def assert_same(outputs, allowed=0 if kv == "auto" else 1):
+        got = token_ids(outputs)
+        assert got.keys() == alone.keys()
+        assert sum(got[name] != alone[name] for name in alone) <= allowed, (got, alone)
+
+    options = dict(quantization=scheme, kv_cache_dtype=kv)
+    single = make(enable_prefix_caching=False, **options)
+    alone = {name: ids for one in TWELVE for name, ids in token_ids(run(single, [one])[0]).items()}
+    assert all(len(ids) == 20 for ids in alone.values())
+    assert len({token for ids in alone.values() for token in ids}) > 50, "outputs too dull to tell a mistake by"
+
+    assert_same(run(single, TWELVE)[0])
+    assert_same(run(make(max_num_batched_tokens=11, **options), TWELVE, apart=2)[0])  # in parts
+    preempted, sums = run(make(blocks=26, max_num_batched_tokens=30, **options), TWELVE)
+    assert_same(preempted)
+    assert sums.num_preemptions > 3
+
+    cached = make(**options)
+    assert_same(run(cached, TWELVE)[0])
+    again, sums = run(cached, TWELVE)
+    assert_same(again)
+    assert sums.prefix_cache_hits > 150
+    for one in TWELVE:
+        assert again[one.request_id][0].num_cached_tokens == (len(one.prompt_token_ids) - 1) // 4 * 4
+
+
+def test_greedy_tokens_are_transformers(reference):
+    model, path = reference
+    llm = LLM(path, **ENGINE)
+    prompts = [tokens(n, seed=n) for n in (1, 5, 30, 64)]
+    for prompt, out in zip(prompts, llm.generate(prompts, SamplingParams(temperature=0, max_tokens=30)), strict=True):
+        ids = torch.tensor([prompt])
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
+        assert out.outputs[0].token_ids == want[0, len(prompt) :].tolist()
+
+
+def test_seeds(make):
+    ids = tokens(10)
+    drawn = [request(name, ids, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", None), ("e", None))]
+    first, second = (token_ids(run(make(), drawn)[0]) for _ in range(2))
+    assert first == second  # an engine can be repeated, requests without a seed among it
+    assert first["a"] == first["b"]
+    assert len({tuple(out) for out in first.values()}) == 4
+    assert token_ids(run(make(seed=5), drawn)[0])["d"] != first["d"]
+
+
+def test_n_sequences(reference):
+    llm = LLM(reference[1], **ENGINE)
+    (three,) = llm.generate([tokens(9)], SamplingParams(n=3, seed=5, prompt_logprobs=0))
+    ones = [llm.generate([tokens(9)], SamplingParams(seed=5 + i))[0].outputs[0].token_ids for i in range(3)]
+    assert [o.token_ids for o in three.outputs] == ones
+    assert len(three.prompt_logprobs) == 9
+
+
+def test_abort(make):
+    core = make(enable_prefix_caching=False)
+    alone = token_ids(run(core, TWELVE[:3])[0])
+    got = {r.request_id: [] for r in TWELVE[:3]}
+    for r in TWELVE[:3]:
+        core.add(r)
+    core.add(request("long", tokens(90)))
+    core.add(request("waits", tokens(5)))
+    for step in range(40):
+        if step == 1:
+            core.abort("waits")
+        if step == 5:
+            before = core.scheduler.pool.num_free
+            core.abort("long")
+            assert core.scheduler.pool.num_free - before == 24  # 90 prompt and 5 more tokens, 4 a block
+            core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+        for output in core.step()[0]:
+            if output.request_id in got:
+                got[output.request_id] += output.token_ids
+    assert got == alone
+    core.abort("long")
+    core.abort("nobody")
+    assert not core.has_work()
+    assert not core.generations
+    assert core.step()[0] == []
+    assert token_ids(run(core, TWELVE[:3])[0]) == alone
+
+
+def test_ends(make):
+    core = make()
+    ids = tokens(12, seed=4)
+
+    def end(eos=(), prompt=ids, **params):
+        outputs = run(core, [request("x", prompt, eos, **dict(temperature=0) | params)])[0]["x"]
+        return [token for o in outputs for token in o.token_ids], outputs[-1].finish_reason, outputs[-1].stop_reason
+
+    plain = end()[0]
+    assert end() == (plain, "length", None)
+    at = next(i for i in range(4, 24) if plain[i] not in plain[:i])
+    token = plain[at]
+    assert end(stop_token_ids=[token]) == (plain[: at + 1], "stop", token)
+    assert end(eos=(token, 3)) == (plain[: at + 1], "stop", None)
+    assert end(eos=(token,), ignore_eos=True) == (plain, "length", None)
+    assert end(eos=(token,), stop_token_ids=[token], ignore_eos=True) == (plain[: at + 1], "stop", token)
+    assert end(max_tokens=1) == (plain[:1], "length", None)
+    for banned in (dict(eos=(token,)), dict(stop_token_ids=[token, 10**6])):
+        later = end(min_tokens=at + 3, **banned)[0]
+        assert later[:at] == plain[:at]
+        assert token not in later[: at + 2]
+        assert len(later) >= at + 3
+    full, reason, _ = end(max_tokens=None)
+    assert (len(ids) + len(full), reason, full[:24]) == (LENGTH, "length", plain)
+    assert len(end(max_tokens=10**9)[0]) == len(full)
+    assert len(end(prompt=tokens(LENGTH - 1))[0]) == 1
+    (failed,) = run(core, [request("x", tokens(LENGTH))])[0]["x"]
+    assert (failed.finish_reason, failed.token_ids) == ("abort", [])
+    assert f"1 to {LENGTH - 1} tokens" in failed.error
+    with pytest.raises(InvalidRequest, match="logit_bias names token 256"):
+        core.add(request("x", ids, logit_bias={256: 1.0}))
+    assert end()[0] == plain
+
+
+def check_logprobs(entries, log_probs: torch.Tensor, chosen: list[int], count: int) -> None:
+    """`entries[i]` against row i of transformers' log-probabilities."""
+    assert len(entries) == len(chosen) == len(log_probs)
+    for entry, token, row in zip(entries, chosen, log_probs, strict=True):
+        assert entry[0].token_id == token
+        assert entry[0].rank == int((row > row[token]).sum()) + 1
+        assert [e.token_id for e in entry[1:]] == row.topk(count).indices.tolist()
+        assert [e.rank for e in entry[1:]] == list(range(1, count + 1))
+        assert [e.logprob for e in entry] == pytest.approx([float(row[e.token_id]) for e in entry], abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_num_batched_tokens=5), dict(blocks=22, max_num_batched_tokens=6)], ids=str)
+def test_logprobs(make, reference, options):
+    """Of prompt and output, of the raw logits; also in parts, and of a prompt that is preempted half-way."""
+    core = make(**options)
+    several = [request("a", tokens(5, 1), temperature=0, max_tokens=50), request("b", tokens(2, 2), seed=3, max_tokens=50)]
+    several.append(request("c", tokens(61, 3), seed=1, temperature=1.5, prompt_logprobs=2, logprobs=3, frequency_penalty=1))
+    run(core, several)  # fills the prefix cache, which must not cost a prompt logprobs
+    outputs, sums = run(core, several)
+    assert (sums.num_preemptions > 0) == ("blocks" in options)
+    out = outputs["c"]
+    output = [o.token_ids[0] for o in out]
+    ids = several[2].prompt_token_ids + output
+    with torch.no_grad():
+        exact = reference[0](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    first, *prompt = out[0].prompt_logprobs
+    assert first is None
+    check_logprobs(prompt, exact[:60], ids[1:61], 2)
+    check_logprobs([o.logprobs[0] for o in out], exact[60:-1], output, 3)
+    assert all(o.prompt_logprobs is None for o in out[1:])
+    assert all(o.logprobs is None and o.prompt_logprobs is None for o in outputs["a"])
+    assert min(o.logprobs[0][0].rank for o in out) < max(o.logprobs[0][0].rank for o in out)
+
+
+def test_kv_scales(make):
+    def scales(core):
+        return [s for layer in core.runner.model.attention_layers() for s in (layer.k_scale, layer.v_scale)]
+
+    def report(core):
+        return "\n".join(core.info.report)
+
+    requests = [request(str(i), tokens(40, i), temperature=0, prompt_logprobs=0, max_tokens=1) for i in range(6)]
+
+    def logprobs(core):
+        outputs = run(core, requests)[0]
+        return torch.tensor([[p[0].logprob for p in outputs[r.request_id][0].prompt_logprobs[1:]] for r in requests])
+
+    unit, exact = make(kv_cache_dtype="fp8"), make()
+    for kv, limit in (("fp8", 448), ("fp8_e5m2", 57344)):
+        measured, again = (make(kv_cache_dtype=kv, calculate_kv_scales=True) for _ in range(2))
+        assert scales(measured) == scales(again)
+        assert all(0 < scale * limit < 100 for scale in scales(measured))
+        assert len(set(scales(measured))) == 6
+        assert "KV scales measured" in report(measured)
+        assert (logprobs(measured) - logprobs(exact)).abs().mean() < (0.1 if kv == "fp8" else 0.2)
+        assert measured.scheduler.pool.num_free == measured.scheduler.pool.num_blocks
+    assert scales(unit) == [1.0] * 6
+    assert "KV scales are 1.0" in report(unit)
+    assert "KV scales" not in report(exact)
+    assert (logprobs(unit) - logprobs(exact)).abs().mean() < 0.1
+
+
+def test_what_is_left_out_of_quantization(make):
+    def schemes(**options):
+        lines = make(quantization="ptpc_fp8", **options).info.report
+        return {tuple(line.split()[:2]) for line in lines if line.startswith("  ")}
+
+    other = {("embedding", "bf16"), ("norms", "bf16")}
+    plain = other | {("attention", "ptpc_fp8"), ("mlp", "ptpc_fp8")}
+    assert schemes() == plain | {("lm_head", "bf16")}
+    assert schemes(quantize_lm_head=True) == plain | {("lm_head", "ptpc_fp8")}
+    some = schemes(quantization_ignore=("re:.*self_attn", "model.layers.1.*"))
+    assert some == other | {("attention", "bf16"), ("mlp", "bf16"), ("mlp", "ptpc_fp8"), ("lm_head", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(quantization="fp8", quantization_ignore=("no_such_proj",)), "'no_such_proj' matches no layer"),
+        (dict(quantization="fp8", quantization_ignore=("re:(",)), "not a regular expression"),
+        (dict(tensor_parallel_size=2), "--tensor-parallel-size 2 is not served yet"),
+        (dict(max_model_len=513), "--max-model-len 513 is over the 512 positions .* at most 512"),
+        (dict(quantization="ptcp_fp8"), "did you mean 'ptpc_fp8'"),
+    ],
+)
+def test_options_that_cannot_be(make, options, sentence):
+    with pytest.raises(OctavoError, match=sentence):
+        make(**options)

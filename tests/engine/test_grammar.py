@@ -1,0 +1,146 @@
+"""Structured output of a random model, which would never write JSON by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import COMMON
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import LLM
+from octavo.demo import MODEL_DIR
+from octavo.engine.grammar import GrammarCompiler
+from octavo.engine.request import EngineRequest, SamplingParams, StructuredOutput
+from octavo.errors import InvalidRequest, OctavoError
+
+EOS = frozenset({0})
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["paper", "vellum", 3, None]},
+        "bound": {"type": "boolean"},
+        "name": {"type": "string", "maxLength": 6},
+        "pages": {"type": "integer", "minimum": 8, "maximum": 512},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["kind", "bound", "name", "pages", "tags"],
+    "additionalProperties": False,
+}
+DATE = r"(19|20)[0-9]{2}-(0[1-9]|1[0-2])-[0-3][0-9]: (true|maybe é)"
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> LLM:
+    path = tmp_path_factory.mktemp("random")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**COMMON | dict(vocab_size=4096, num_hidden_layers=1, eos_token_id=0))).save_pretrained(path)
+    shutil.copy(MODEL_DIR / "tokenizer.json", path)
+    return LLM(path, device="cpu", threads=1, cpu_kv_cache_gib=0.1)
+
+
+def outputs(llm: LLM, kind: str, grammar: str = "", count: int = 6, **params):
+    structured = StructuredOutput(kind, grammar)
+    wanted = SamplingParams(n=count, seed=0, structured=structured, **dict(max_tokens=400) | params)
+    return llm.generate([[70, 71, 72]], wanted, use_tqdm=False)[0].outputs
+
+
+def test_json_schema(llm):
+    found = outputs(llm, "json_schema", json.dumps(SCHEMA), count=12)
+    for out in found:
+        assert out.finish_reason == "stop"
+        value = json.loads(out.text)
+        assert list(value) == list(SCHEMA["properties"])
+        assert value["kind"] in ["paper", "vellum", 3, None]
+        assert isinstance(value["bound"], bool)
+        assert len(value["name"]) <= 6
+        assert isinstance(value["pages"], int)
+        assert 8 <= value["pages"] <= 512
+        assert 1 <= len(value["tags"]) <= 2
+    assert len({out.text for out in found}) == 12
+    assert {json.loads(out.text)["bound"] for out in found} == {True, False}
+
+
+def test_json_object(llm):
+    """A random model seldom closes what it opened: the brackets are made likely and the rest is left to the grammar."""
+    tokenizer = llm.get_tokenizer()
+    closing = {tokenizer.token_id(text): 9.0 for text in ("}", '"', "]", '":', '"}')} | {0: 9.0}
+    bias = {token: value for token, value in closing.items() if token is not None}
+    done = [out for out in outputs(llm, "json_object", count=20, logit_bias=bias) if out.finish_reason == "stop"]
+    assert len(done) > 10
+    assert all(isinstance(json.loads(out.text), dict) for out in done)
+    assert any(json.loads(out.text) for out in done)
+
+
+@pytest.mark.parametrize(("kind", "grammar"), [("regex", DATE), ("lark", 'start: "yes" | "no" number\nnumber: /[0-9]{2}/')])
+def test_other_grammars(llm, kind, grammar):
+    pattern = DATE if kind == "regex" else r"yes|no\d\d"
+    for params in (dict(), dict(temperature=0), dict(temperature=2.0, top_p=0.9), dict(top_k=3), dict(repetition_penalty=1.5)):
+        found = outputs(llm, kind, grammar, **params)
+        for out in found:
+            assert out.finish_reason == "stop"
+            assert re.fullmatch(pattern, out.text), out.text
+
+
+def test_neighbours_are_free(llm):
+    """Requests with and without a grammar in one batch; the free one's tokens do not change."""
+    free = SamplingParams(seed=3, max_tokens=30)
+    bound = SamplingParams(seed=3, max_tokens=40, structured=StructuredOutput("regex", DATE))
+    alone = [llm.generate([[70, 71, 72]], one, use_tqdm=False)[0].outputs[0].token_ids for one in (free, bound)]
+    both = llm.generate([[70, 71, 72]] * 4, [free, bound, free, bound], use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in both] == alone * 2
+    assert not re.match(r"19|20", llm.get_tokenizer().decode(alone[0]))
+
+
+def test_a_finished_grammar_ends_before_min_tokens(llm):
+    """Nothing but the end may follow it, whatever was asked."""
+    for temperature in (0, 1):
+        for out in outputs(llm, "regex", "(ab|cd)", min_tokens=20, temperature=temperature, logit_bias={0: -100.0}):
+            assert (out.text in ("ab", "cd"), out.finish_reason) == (True, "stop")
+            assert out.token_ids[-1] == 0
+    for out in outputs(llm, "regex", "(ab|cd)", ignore_eos=True, max_tokens=8):
+        assert (out.text in ("ab", "cd"), out.finish_reason) == (True, "length")
+
+
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [
+        ("json_schema", "not json"),
+        ("json_schema", '{"type": "nonsense"}'),
+        ("json_schema", "[]"),
+        ("json_schema", "false"),
+        ("json_schema", '{"$ref": "#/nowhere"}'),
+        ("regex", "(ab"),
+        ("regex", "(?=a)b"),
+        ("regex", "\ud800"),
+        ("lark", "start: /a"),
+    ],
+)
+def test_a_grammar_that_cannot_be(llm, kind, grammar):
+    core = llm._core
+    params = SamplingParams(structured=StructuredOutput(kind, grammar))
+    with pytest.raises(InvalidRequest, match=f"{kind} of the structured|grammar of the structured") as caught:
+        core.add(EngineRequest("bad", [5], params, EOS))
+    assert caught.value.param == "response_format"
+    assert not core.has_work()
+    assert not core.generations
+    assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")
+
+
+def test_without_a_tokenizer(tmp_path):
+    compiler = GrammarCompiler(tmp_path, 4096)
+    with pytest.raises(OctavoError, match=r"structured output needs .*tokenizer\.json"):
+        compiler.compile(StructuredOutput("json_object"), EOS)
+
+
+def test_a_model_with_more_rows_than_tokens():
+    """Vocabularies are padded; the rows past the tokenizer's are never allowed."""
+    grammar = GrammarCompiler(MODEL_DIR, 4200).compile(StructuredOutput("regex", "[a-z]+"), EOS)
+    forbidden = grammar.forbidden()
+    assert forbidden.shape == (4200,)
+    assert forbidden[4096:].all()
+    assert forbidden[0]
+    assert not forbidden.all()

@@ -1,0 +1,190 @@
+"""How much KV cache is planned, what is said when it does not fit, and what the report says of FP8's bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON
+
+from octavo import LLM
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.memory import GIB, gib, plan_blocks
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+
+
+@dataclass(frozen=True)
+class Machine(Platform):
+    """A device with the memory that a test gives it."""
+
+    free: int = 0
+    total: int = 0
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.total
+
+
+def cpu(free: float = 16, total: float = 32) -> Machine:
+    return Machine(torch.device("cpu"), "avx512", free=int(free * GIB), total=int(total * GIB))
+
+
+def cuda(free: float = 70, total: float = 80) -> Machine:
+    return Machine(torch.device("cuda", 0), "sm_90", free=int(free * GIB), total=int(total * GIB))
+
+
+PER_TOKEN = 1 << 17  # 128 KiB; a block of 16 tokens takes 2 MiB, 512 blocks a GiB
+
+
+def plan(platform: Platform, length: int = 4096, working: float = 0, **options):
+    config = EngineConfig(model="x", **options)
+    return plan_blocks(config, platform, PER_TOKEN, length, 8 * GIB, int(working * GIB))
+
+
+def test_blocks_on_a_cpu():
+    assert plan(cpu()).num_blocks == 4 * 512  # the default
+    assert plan(cpu(free=6)).num_blocks == 3 * 512  # half of what is free, where that is less
+    assert plan(cpu(free=6), cpu_kv_cache_gib=5).num_blocks == 5 * 512
+    assert plan(cpu(), cpu_kv_cache_gib=2.001, block_size=32).num_blocks == 512
+
+
+def test_blocks_on_an_accelerator():
+    assert plan(cuda()).num_blocks == int((80 * 0.9 - 10) * 512)
+    assert plan(cuda(), working=3).num_blocks == int((80 * 0.9 - 13) * 512)
+    assert plan(cuda(), gpu_memory_utilization=0.5).num_blocks == 30 * 512
+    assert plan(cuda(free=80), gpu_memory_utilization=1).num_blocks == 80 * 512
+
+
+def test_no_more_blocks_than_could_be_used_at_once():
+    assert plan(cuda(), length=160, max_num_seqs=3).num_blocks == 30
+    assert plan(cuda(), length=161, max_num_seqs=3).num_blocks == 33
+
+
+def test_a_length_that_nobody_asked_for_is_lowered():
+    budget = plan(cpu(), length=131_072)
+    assert (budget.num_blocks, budget.max_model_len) == (2048, 32_768)
+    assert budget.notes == ("max_model_len lowered from 131072 to 32768: that is what 4.00 GiB of KV cache holds",)
+    exact = plan(cpu(), length=32_768)
+    assert (exact.num_blocks, exact.max_model_len, exact.notes) == (2048, 32_768, ())
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "parts"),
+    [
+        (
+            cpu(),
+            dict(max_model_len=65_536),
+            [
+                "65536 tokens needs 8.00 GiB",
+                "4.00 GiB of 32.00 GiB is left",
+                "lower --max-model-len to 32768",
+                "use --kv-cache-dtype fp8 (half",
+                "raise --cpu-kv-cache-gib (now 4.00)",
+            ],
+        ),
+        (
+            cuda(free=14),
+            dict(max_model_len=65_536),
+            [
+                "65536 tokens needs 8.00 GiB",
+                "6.00 GiB of 80.00 GiB is left",
+                "lower --max-model-len to 49152",
+                "use --kv-cache-dtype fp8 (half",
+                "raise --gpu-memory-utilization (now 0.9)",
+            ],
+        ),
+        (
+            cuda(free=7),  # the model took more than its part
+            dict(max_model_len=4096, gpu_memory_utilization=0.9),
+            ["but 0.0 KiB of 80.00 GiB", "smaller model or quantization (weights take 8.00 GiB)"],
+        ),
+        (cpu(), dict(cpu_kv_cache_gib=0.2), ["32768 tokens needs 4.00 GiB", "0.20 GiB", "lower --max-model-len to 1632"]),
+    ],
+)
+def test_what_does_not_fit(platform, options, parts):
+    with pytest.raises(OctavoError) as caught:
+        plan(platform, options.get("max_model_len", 32_768), **options)
+    sentence = str(caught.value)
+    assert [part for part in parts if part not in sentence] == [], sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    lowered = re.search(r"--max-model-len to (\d+)", sentence)
+    if lowered:  # the advice works, and no larger length would
+        length = int(lowered[1])
+        assert plan(platform, length, **options | dict(max_model_len=length)).max_model_len == length
+        with pytest.raises(OctavoError):
+            plan(platform, length + 1, **options | dict(max_model_len=length + 1))
+
+
+def test_fp8_is_not_advised_to_those_who_have_it():
+    with pytest.raises(OctavoError) as caught:
+        plan(cpu(), 65_536, max_model_len=65_536, kv_cache_dtype="fp8")
+    assert "--kv-cache-dtype" not in str(caught.value)
+
+
+def test_bytes_for_a_person():
+    assert [gib(n) for n in (0, 4096, 1 << 20, GIB // 10 + 1, GIB * 3 / 2)] == [
+        "0.0 KiB",
+        "4.0 KiB",
+        "1.0 MiB",
+        "0.10 GiB",
+        "1.50 GiB",
+    ]
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory) -> Path:
+    """A checkpoint for --load-format dummy: a config.json alone."""
+    path = tmp_path_factory.mktemp("dummy")
+    sizes = dict(model_type="llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2, tie_word_embeddings=True)
+    (path / "config.json").write_text(json.dumps(COMMON | sizes))
+    return path
+
+
+DUMMY = dict(load_format="dummy", device="cpu", threads=1, max_model_len=64)
+
+
+@pytest.mark.parametrize(("scheme", "scales"), [("fp8", 4), ("ptpc_fp8", 4), ("fp8_block", None)])
+def test_fp8_linears_take_half_of_bf16(shape, scheme, scales):
+    core = EngineCore(EngineConfig(model=str(shape), quantization=scheme, **DUMMY))
+    groups = core.runner.report.groups
+    stored = sum(groups[role, scheme].stored for role in ("attention", "mlp"))
+    values = 2 * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512)
+    assert sum(groups[role, scheme].values for role in ("attention", "mlp")) == values
+    rows = 2 * (256 + 2 * 128 + 256 + 512 + 512 + 256)
+    assert stored == values + (rows * scales if scales else values // 128**2 * 4)  # a code a value, and the FP32 scales
+    (line,) = (line for line in core.info.report if line.startswith("FP8 linears"))
+    assert 50 <= float(re.search(r"([\d.]+)% of BF16", line)[1]) <= 51
+    assert any("FP8 codes are kept as exact" in line for line in core.info.report) == (core.runner.platform.is_cpu)
+
+
+def test_bf16_makes_no_claim_of_fp8(shape):
+    assert "FP8" not in "\n".join(LLM(shape, **DUMMY).info.report)
+
+
+@pytest.mark.parametrize(
+    ("kv", "nbytes", "percent"),
+    [("auto", 1024, 100), ("bf16", 1024, 100), ("fp8", 512, 50), ("fp8_e5m2", 512, 50), ("fp8_per_token_head", 544, 53.1)],
+)
+def test_kv_cache_bytes(shape, kv, nbytes, percent):
+    """2 layers of keys and values, 2 heads of 64; a per-token-head scale adds 4 bytes to a head's 64."""
+    llm = LLM(shape, kv_cache_dtype=kv, cpu_kv_cache_gib=0.01, max_num_seqs=4, **DUMMY)
+    (line,) = (line for line in llm.info.report if line.startswith("KV cache"))
+    assert f" {nbytes} bytes a token ({percent:.1f}% of BF16's), 256 tokens" in line
+    assert llm._core.runner.cache.nbytes == 256 * nbytes
+    assert (llm.info.num_blocks, llm.info.block_size) == (16, 16)
+
+
+def test_a_note_reaches_the_report(shape):
+    config = dict(max_position_embeddings=100_000)
+    long = shape.parent / "long"
+    long.mkdir()
+    (long / "config.json").write_text(json.dumps(json.loads((shape / "config.json").read_text()) | config))
+    llm = LLM(long, **DUMMY | dict(max_model_len=None, cpu_kv_cache_gib=4096 * 1024 / GIB))
+    assert llm.info.max_model_len == 4096
+    assert any("note: max_model_len lowered from 100000 to 4096" in line for line in llm.info.report)

@@ -1,0 +1,181 @@
+"""Sampling against float64 numpy: what is kept, how often it is drawn, what penalties do to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.engine.request import SamplingParams
+from octavo.engine.sampler import SamplingRow, logprobs_of, sample, uniform
+
+VOCAB, DRAWS = 40, 10_000
+LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+INF = float("inf")
+
+
+def row(seed: int = 0, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), eos: tuple[int, ...] = (), **params):
+    return SamplingRow(SamplingParams(**params), [*prompt, *output], len(prompt), seed, frozenset(eos))
+
+
+def expected(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+    """Probabilities float64 [vocab] after the filters, written token by token."""
+    scaled = logits.double().numpy() / temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    kept = [i for i in order if probs[i] >= min_p * probs.max()][: top_k if top_k > 0 else None]
+    total, mass, nucleus = sum(probs[i] for i in kept), 0.0, []
+    for i in kept:  # the fewest tokens that reach top_p together
+        nucleus.append(i)
+        mass += probs[i] / total
+        if mass >= top_p:
+            break
+    out = np.zeros(len(probs))
+    out[nucleus] = probs[nucleus]
+    return out / out.sum()
+
+
+def assert_drawn_like(tokens: torch.Tensor, probs: np.ndarray) -> None:
+    counts = np.bincount(tokens.numpy(), minlength=len(probs))
+    assert not counts[probs == 0].any(), "a token outside the kept set was drawn"
+    wanted = probs * counts.sum()
+    common = wanted >= 5  # a count under 5 is not normal; those tokens are one cell together
+    cells = [(counts[common], wanted[common]), ([counts[~common].sum()], [wanted[~common].sum()])]
+    chi2 = sum(((np.array(c) - w) ** 2 / np.maximum(w, 1)).sum() for c, w in cells)
+    freedom = max(common.sum(), 1)
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom), f"chi-square {chi2:.1f} with {freedom} degrees of freedom"
+
+
+FILTERS = [
+    {},
+    dict(temperature=0.5),
+    dict(temperature=2.5),
+    dict(top_k=1),
+    dict(top_k=5),
+    dict(top_k=VOCAB + 9),
+    dict(top_p=0.3),
+    dict(top_p=0.9),
+    dict(min_p=0.1),
+    dict(min_p=1.0),
+    dict(temperature=1.7, top_k=12, top_p=0.8),
+    dict(temperature=0.7, top_p=0.95, min_p=0.05),
+    dict(temperature=1.3, top_k=20, top_p=0.7, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_distribution(filters):
+    tokens = sample(LOGITS.repeat(DRAWS, 1), [row(seed, **filters) for seed in range(DRAWS)])
+    assert_drawn_like(tokens, expected(LOGITS, **filters))
+
+
+def test_distribution_along_one_request():
+    """The places of one output are as independent as the seeds of many."""
+    params = SamplingParams(top_p=0.9)
+    history = [1] * 4000
+    rows = [SamplingRow(params, history[: 1 + place], 1, 77) for place in range(len(history))]
+    assert_drawn_like(sample(LOGITS.repeat(len(rows), 1), rows), expected(LOGITS, top_p=0.9))
+
+
+def test_uniform_numbers():
+    table = np.array([[uniform(seed, place) for place in range(60)] for seed in range(-100, 300)])
+    assert table.min() >= 0
+    assert table.max() < 1
+    assert len(np.unique(table)) == table.size
+    assert abs(table.mean() - 0.5) < 0.01
+    assert abs(table.var() - 1 / 12) < 0.005
+    for pair in ((table[:, :-1], table[:, 1:]), (table[:-1], table[1:])):  # neighbours by place, by seed
+        assert abs(np.corrcoef(pair[0].ravel(), pair[1].ravel())[0, 1]) < 0.03
+    assert 0 <= uniform(2**64 - 1, 10**6) < 1
+    assert 0 <= uniform(-(2**63), 0) < 1
+
+
+def test_a_row_is_drawn_alike_whatever_is_beside_it():
+    params = [dict(temperature=0), *FILTERS, dict(repetition_penalty=1.5), dict(logit_bias={3: 4.0}), dict(logprobs=2)]
+    rows = [row(seed, output=(4, 5), **p) for seed in range(40) for p in params]
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    alone = torch.cat([sample(logits[i : i + 1].clone(), [one]) for i, one in enumerate(rows)])
+    assert sample(logits.clone(), rows).tolist() == alone.tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(6))
+    assert sample(logits[order].clone(), [rows[i] for i in order]).tolist() == alone[order].tolist()
+    greedy = [i for i, one in enumerate(rows) if one.params.greedy]
+    assert alone[greedy].tolist() == logits[greedy].argmax(-1).tolist()
+
+
+def adjusted(logits: torch.Tensor, of: SamplingRow) -> np.ndarray:
+    """Bias, ban, penalties in float64, token by token."""
+    p, x = of.params, logits.double().numpy().copy()
+    output = list(of.token_ids[of.num_prompt_tokens :])
+    for token in range(len(x)):
+        x[token] += (p.logit_bias or {}).get(token, 0.0)
+        if len(output) < p.min_tokens and (token in of.eos_token_ids or token in p.stop_token_ids):
+            x[token] = -INF
+        if token in of.token_ids:
+            x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        x[token] -= p.frequency_penalty * output.count(token) + p.presence_penalty * (token in output)
+    return x
+
+
+HISTORY = dict(prompt=(7, 8, 8, 9), output=(3, 9, 3, 3, 11), eos=(5, 6))
+ADJUSTMENTS = [
+    dict(repetition_penalty=1.8),
+    dict(repetition_penalty=0.4),
+    dict(presence_penalty=1.5),
+    dict(frequency_penalty=-1.2),
+    dict(presence_penalty=-0.7, frequency_penalty=0.9),
+    dict(logit_bias={0: 5.0, 5: -100.0, 8: 2.5}),
+    dict(min_tokens=6, stop_token_ids=(12, 10**6)),  # a stop token that no model has must do no harm
+    dict(min_tokens=5),  # reached: nothing is banned
+    dict(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 9.0, 5: 8.0}, min_tokens=9),
+]
+
+
+@pytest.mark.parametrize("params", ADJUSTMENTS, ids=str)
+def test_adjustments_against_numpy(params):
+    want = adjusted(LOGITS, row(**HISTORY, **params))
+    logits = torch.tensor(want)
+    drawn = sample(LOGITS.repeat(3000, 1), [row(seed, **HISTORY, **params) for seed in range(3000)])
+    assert_drawn_like(drawn, expected(logits))
+    greedy = sample(LOGITS.repeat(2, 1), [row(**HISTORY, **params, temperature=0), row(temperature=0)])
+    assert greedy.tolist() == [int(want.argmax()), int(LOGITS.argmax())]
+
+
+def test_extremes():
+    logits = torch.full((8, VOCAB), -INF)
+    logits[0, 9] = 0.0  # all mass on one token
+    logits[1] = torch.arange(VOCAB) * 1e-3  # nearly even: a tiny top_p or temperature still takes the best
+    logits[2], logits[3] = logits[1], logits[1]
+    logits[4, [4, 30]] = torch.tensor([1.0, -1.0])
+    logits[5, VOCAB - 1] = 1e30
+    logits[6] = LOGITS * 1e4
+    logits[7, :2] = 88.0
+    params = [{}, dict(top_p=1e-9), dict(temperature=2e-5), dict(min_p=1), dict(top_k=10, top_p=0.99), {}, dict(top_p=0.5)]
+    want = [9, VOCAB - 1, VOCAB - 1, VOCAB - 1, None, VOCAB - 1, int(LOGITS.argmax()), None]
+    fourth, last = set(), set()
+    for seed in range(60):
+        tokens = sample(logits.clone(), [row(seed, **p) for p in [*params, {}]]).tolist()
+        fourth.add(tokens[4])
+        last.add(tokens[7])
+        assert [t for t, w in zip(tokens, want, strict=True) if w is not None] == [w for w in want if w is not None]
+    assert (fourth, last) == ({4, 30}, {0, 1})
+
+
+def test_a_rare_token_at_either_end_is_drawn_as_often_as_it_should():
+    logits = torch.zeros(VOCAB)
+    logits[[0, VOCAB - 1]] = -4.0
+    assert_drawn_like(sample(logits.repeat(DRAWS, 1), [row(seed) for seed in range(DRAWS)]), expected(logits))
+
+
+def test_logprobs_of():
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(9)) * 5
+    tokens, counts = torch.tensor([0, 39, 7, 7, int(logits[4].argmax())]), [3, 0, VOCAB + 5, 1, 2]
+    exact = logits.double() - logits.double().exp().sum(-1, keepdim=True).log()
+    for i, (chosen, *top) in enumerate(logprobs_of(logits, tokens, counts)):
+        order = exact[i].argsort(descending=True).tolist()
+        assert chosen.token_id == tokens[i]
+        assert chosen.rank == order.index(chosen.token_id) + 1
+        assert [t.token_id for t in top] == order[: counts[i]]
+        assert [t.rank for t in top] == list(range(1, len(top) + 1))
+        for entry in (chosen, *top):
+            assert entry.logprob == pytest.approx(float(exact[i, entry.token_id]), abs=1e-5)

@@ -1,0 +1,613 @@
+"""Every request gets the tokens it would get alone, whatever the scheduler does with memory meanwhile.
+
+The judge is `Engine`, whose cache holds, in the slot of each computed token, a digest of the prefix that ends there. A step
+writes digests through the block tables, then reads every position of every scheduled request back: a block that was given
+to two requests, evicted too early, or found under a wrong name shows at once. The "model" makes the next token of the digest
+that it reads at the last position.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from octavo.engine.blocks import BlockPool
+from octavo.engine.request import EngineRequest, SamplingParams
+from octavo.engine.scheduler import Scheduler, Status
+
+VOCAB = 11
+EOS = frozenset({0})
+
+
+def digest(before, token):
+    return ((before ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x1234567) % (1 << 61)
+
+
+def digests(tokens):
+    result = [0]
+    for token in tokens:
+        result.append(digest(result[-1], token))
+    return result[1:]
+
+
+def predict(last_digest):
+    return (last_digest >> 20) % VOCAB
+
+
+def alone(prompt, params, max_model_len):
+    """The output, finish reason and stop reason of a request that has the model for itself."""
+    output, last = [], digests(prompt)[-1]
+    while True:
+        output.append(predict(last))
+        last = digest(last, output[-1])
+        if len(output) >= params.min_tokens:
+            if output[-1] in EOS and not params.ignore_eos:
+                return output, "stop", None
+            if output[-1] in params.stop_token_ids:
+                return output, "stop", output[-1]
+        if len(prompt) + len(output) == max_model_len or len(output) == params.max_tokens:
+            return output, "length", None
+
+
+@dataclass
+class Track:
+    """What the test knows of one request."""
+
+    request: object
+    prompt: list
+    params: SamplingParams
+    output: list = field(default_factory=list)
+    next_position: int | None = None  # None: it has yet to be (re)started
+    end: tuple | None = None
+
+
+class Engine:
+    """A scheduler, a cache and a model, checked at every step."""
+
+    def __init__(self, num_blocks=64, block_size=4, seqs=8, budget=64, max_model_len=64, caching=True):
+        self.pool = BlockPool(num_blocks, block_size, caching)
+        self.scheduler = Scheduler(self.pool, seqs, budget, max_model_len)
+        self.slots = [None] * (num_blocks * block_size)
+        self.tracks = {}
+        self.live = {}
+        self.arrivals = 0
+        self.hits = self.preemptions = 0
+        self.script = None  # request id -> tokens that the model is made to say
+
+    def add(self, prompt, script=None, **params):
+        params = SamplingParams(**params)
+        name = f"r{self.arrivals}"
+        self.arrivals += 1
+        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS))
+        self.tracks[name] = self.live[name] = Track(request, list(prompt), params)
+        if script is not None:
+            self.script = {**(self.script or {}), name: script}
+        return name
+
+    def abort(self, name):
+        aborted = self.scheduler.abort(name)
+        assert aborted is self.tracks[name].request
+        assert aborted.status is Status.FINISHED
+        self.live.pop(name).end = ("abort", None)
+        self.check()
+
+    def step(self, abort_meanwhile=()):
+        """One step; returns the schedule and what `update` made of it."""
+        schedule = self.scheduler.schedule()
+        for request in schedule.preempted:
+            self.live[request.request_id].next_position = None
+            assert request.block_ids == []
+            assert request.num_computed_tokens == 0
+        for request, reason in schedule.failed:
+            self.live.pop(request.request_id).end = ("failed", reason)
+        self.check()
+        self._check_schedule(schedule)
+        sampled = self._run(schedule)
+        for name in abort_meanwhile:
+            if name in self.live:
+                self.abort(name)
+        news = self.scheduler.update(schedule, sampled)
+        alive = [i.request for i in schedule.sampling if self.tracks[i.request.request_id].end is None]
+        assert [new.request for new in news] == alive
+        for request, token, finish_reason, stop_reason in news:
+            track = self.tracks[request.request_id]
+            track.output.append(token)
+            if finish_reason:
+                assert request.status is Status.FINISHED
+                self.live.pop(request.request_id).end = (finish_reason, stop_reason)
+        self.check()
+        return schedule, news
+
+    def drain(self, limit=5000):
+        steps = 0
+        while self.scheduler.has_work:
+            self.step()
+            steps += 1
+            assert steps < limit, "the scheduler does not come to an end"
+        assert not self.live
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.usage == 0
+        return self
+
+    def tokens(self, name):
+        return self.tracks[name].output
+
+    def _run(self, schedule):
+        size, written = self.pool.block_size, set()
+        for item in schedule.items:
+            request, stop = item.request, item.start + item.num_tokens
+            expected = digests(request.token_ids[:stop])
+            for p in range(item.start, stop):
+                slot = request.block_ids[p // size] * size + p % size
+                assert slot not in written, "two requests write to one slot"
+                written.add(slot)
+                self.slots[slot] = expected[p]
+        sampled = []
+        for item in schedule.items:  # after all writes: what one request writes must not disturb another
+            request, stop = item.request, item.start + item.num_tokens
+            read = [self.slots[request.block_ids[p // size] * size + p % size] for p in range(stop)]
+            assert read == digests(request.token_ids[:stop]), "a request reads what is not its own"
+            if item.samples:
+                script = (self.script or {}).get(request.request_id)
+                sampled.append(predict(read[-1]) if script is None else script[request.num_output_tokens])
+        return sampled
+
+    def _check_schedule(self, schedule):
+        s = self.scheduler
+        stats = s.stats(schedule)
+        assert stats.iteration_tokens == sum(i.num_tokens for i in schedule.items) <= s.max_num_batched_tokens
+        assert stats.num_preemptions == len(schedule.preempted)
+        assert stats.prefix_cache_hits <= stats.prefix_cache_queries
+        assert schedule.items or schedule.failed, "a step with work did nothing"
+        assert len({id(i.request) for i in schedule.items}) == len(schedule.items)
+        self.hits += schedule.prefix_hits
+        self.preemptions += len(schedule.preempted)
+        for item in schedule.items:
+            track, request = self.live[item.request.request_id], item.request
+            if track.next_position is None:
+                assert not schedule.preempted, "admitted in a step that preempted"
+                assert item.start % self.pool.block_size == 0
+                if not request.num_preemptions:
+                    assert request.request_id in schedule.started
+                    assert request.num_cached_tokens == item.start < request.num_prompt_tokens
+                if track.params.prompt_logprobs is not None:
+                    assert item.start == 0
+            else:
+                assert item.start == track.next_position, "a position is computed twice, or never"
+            track.next_position = item.start + item.num_tokens
+            assert item.num_tokens >= 1
+            assert item.samples == (track.next_position == len(request.token_ids))
+            assert request.num_computed_tokens == track.next_position
+            assert len(request.block_ids) == self.pool.blocks_for(len(request.token_ids))
+
+    def check(self):
+        """The books agree, and the order of arrival is kept."""
+        s = self.scheduler
+        self.pool.check(r.block_ids for r in s.running)
+        assert len(s.running) <= s.max_num_seqs
+        assert all(r.status is Status.RUNNING for r in s.running)
+        assert all(r.status is Status.WAITING and not r.block_ids for r in s.waiting)
+        order = [int(r.request_id[1:]) for r in [*s.running, *s.waiting]]
+        assert order == sorted(order)
+        assert {f"r{i}" for i in order} == set(self.live)
+        assert (s.num_running, s.num_waiting, s.has_work) == (len(s.running), len(s.waiting), bool(order))
+        # only the youngest may be in the middle of its prefill, unless the budget cannot even serve all decodes
+        if len(s.running) <= s.max_num_batched_tokens:
+            assert all(len(r.token_ids) - r.num_computed_tokens <= 1 for r in s.running[:-1])
+
+    def check_results(self):
+        """Everything that ended of itself has the tokens it would have alone."""
+        roomy = self.pool.num_blocks * self.pool.block_size >= self.scheduler.max_model_len
+        for track in self.tracks.values():
+            prompt_fits = 0 < len(track.prompt) < self.scheduler.max_model_len
+            if not prompt_fits:
+                assert track.end[0] in ("failed", "abort")
+                assert track.output == []
+                continue
+            output, *end = alone(track.prompt, track.params, self.scheduler.max_model_len)
+            assert track.output == output[: len(track.output)]
+            if track.end[0] == "failed":
+                assert not roomy
+                assert self.pool.blocks_for(len(track.prompt) + len(track.output)) > self.pool.num_blocks
+            elif track.end[0] != "abort":
+                assert (track.output, track.end) == (output, tuple(end))
+
+
+def items(schedule):
+    return [(i.request.request_id, i.start, i.num_tokens, i.samples) for i in schedule.items]
+
+
+# Order, budget, chunks
+
+
+def test_a_prompt_then_one_token_a_step():
+    engine = Engine()
+    engine.add([1, 2, 3], script=[5, 6, 7], max_tokens=3)
+    assert items(engine.step()[0]) == [("r0", 0, 3, True)]
+    assert items(engine.step()[0]) == [("r0", 3, 1, True)]
+    assert items(engine.step()[0]) == [("r0", 4, 1, True)]
+    assert engine.tokens("r0") == [5, 6, 7]
+    assert engine.tracks["r0"].end == ("length", None)
+    engine.drain()
+
+
+def test_a_long_prompt_is_cut_and_decodes_come_first():
+    engine = Engine(budget=8)
+    engine.add([1, 2], script=[5] * 9, max_tokens=9)
+    engine.add(range(20), script=[5] * 9, max_tokens=2)
+    engine.add([3], script=[5] * 9, max_tokens=2)
+    assert items(engine.step()[0]) == [("r0", 0, 2, True), ("r1", 0, 6, False)]
+    assert items(engine.step()[0]) == [("r0", 2, 1, True), ("r1", 6, 7, False)]
+    assert items(engine.step()[0]) == [("r0", 3, 1, True), ("r1", 13, 7, True)]
+    assert items(engine.step()[0]) == [("r0", 4, 1, True), ("r1", 20, 1, True), ("r2", 0, 1, True)]
+    engine.drain()
+
+
+def test_no_more_than_max_num_seqs_and_first_come_first_served():
+    engine = Engine(seqs=2)
+    for _ in range(4):
+        engine.add([1, 2], script=[5] * 2, max_tokens=2)
+    started = []
+    while engine.scheduler.has_work:
+        schedule, _ = engine.step()
+        assert len(schedule.items) == 2
+        started.append(schedule.started)
+    assert started == [["r0", "r1"], [], ["r2", "r3"], []]
+
+
+def test_a_budget_smaller_than_the_decodes_still_serves_all():
+    engine = Engine(budget=2, seqs=5)
+    for i in range(5):
+        engine.add([i + 1], max_tokens=6)
+    engine.drain()
+    engine.check_results()
+
+
+def test_waits_for_memory_with_a_block_to_spare_for_each_running_request():
+    engine = Engine(num_blocks=5, caching=False)
+    engine.add([1] * 8, script=[5] * 9, max_tokens=2)
+    engine.add([2] * 12, script=[5] * 9, max_tokens=2)
+    assert items(engine.step()[0]) == [("r0", 0, 8, True)]  # three blocks are free and wanted, but one is kept for r0
+    assert items(engine.step()[0]) == [("r0", 8, 1, True)]
+    assert items(engine.step()[0]) == [("r1", 0, 12, True)]
+    engine.drain()
+    assert engine.preemptions == 0
+
+
+def test_a_request_that_does_not_fit_holds_up_those_behind_it():
+    engine = Engine(num_blocks=6, caching=False)
+    engine.add([1] * 8, script=[5] * 9, max_tokens=2)
+    engine.add([2] * 16, script=[5] * 9, max_tokens=2)
+    engine.add([3], script=[5] * 9, max_tokens=2)
+    assert items(engine.step()[0]) == [("r0", 0, 8, True)]
+    engine.step()
+    assert [name for name, *_ in items(engine.step()[0])] == ["r1", "r2"]
+    engine.drain()
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("params", "script", "length", "end"),
+    [
+        ({"max_tokens": 4}, [5, 0, 5, 5], 2, ("stop", None)),
+        ({"max_tokens": 4, "ignore_eos": True}, [5, 0, 5, 5], 4, ("length", None)),
+        ({"max_tokens": 4, "stop_token_ids": [7, 8]}, [5, 5, 8, 5], 3, ("stop", 8)),
+        ({"max_tokens": 4, "stop_token_ids": [0]}, [5, 0, 5, 5], 2, ("stop", None)),
+        ({"max_tokens": 4, "stop_token_ids": [0], "ignore_eos": True}, [5, 0, 5, 5], 2, ("stop", 0)),
+        ({"max_tokens": 2, "stop_token_ids": [8]}, [5, 8], 2, ("stop", 8)),
+        ({"max_tokens": 5, "min_tokens": 3, "stop_token_ids": [8]}, [0, 8, 5, 0, 5], 4, ("stop", None)),
+        ({"max_tokens": 1}, [5], 1, ("length", None)),
+        ({"max_tokens": None}, [5] * 99, 10, ("length", None)),
+        ({"max_tokens": 99}, [5] * 99, 10, ("length", None)),
+        ({"max_tokens": 99, "min_tokens": 50}, [0] * 99, 10, ("length", None)),
+    ],
+)
+def test_ends(params, script, length, end):
+    engine = Engine(max_model_len=13)
+    name = engine.add([1, 2, 3], script=script, **params)
+    engine.drain()
+    assert engine.tokens(name) == script[:length]
+    assert engine.tracks[name].end == end
+
+
+def test_update_wants_one_token_for_each_that_samples():
+    engine = Engine()
+    engine.add([1, 2, 3])
+    schedule = engine.scheduler.schedule()
+    with pytest.raises(ValueError, match="shorter"):
+        engine.scheduler.update(schedule, [])
+
+
+def test_an_id_in_use_is_refused_and_a_finished_one_is_not():
+    scheduler = Engine().scheduler
+    scheduler.add(EngineRequest("a", [1], SamplingParams()))
+    with pytest.raises(ValueError, match="in use"):
+        scheduler.add(EngineRequest("a", [1], SamplingParams()))
+    scheduler.abort("a")
+    scheduler.add(EngineRequest("a", [1], SamplingParams()))
+
+
+def test_the_prompt_given_is_not_changed():
+    prompt = [1, 2, 3]
+    scheduler = Engine().scheduler
+    request = scheduler.add(EngineRequest("a", prompt, SamplingParams()))
+    scheduler.update(scheduler.schedule(), [5])
+    assert (prompt, request.prompt_token_ids, request.token_ids) == ([1, 2, 3], [1, 2, 3], [1, 2, 3, 5])
+    assert (request.num_prompt_tokens, request.num_output_tokens) == (3, 1)
+
+
+# Aborts
+
+
+def test_abort_of_waiting_running_and_unknown():
+    engine = Engine(seqs=1)
+    engine.add([1] * 9, max_tokens=9)
+    engine.add([2] * 9, max_tokens=9)
+    engine.step()
+    engine.abort("r1")
+    engine.abort("r0")
+    assert not engine.scheduler.has_work
+    assert engine.pool.num_free == engine.pool.num_blocks
+    assert engine.scheduler.abort("r0") is None
+    assert engine.scheduler.abort("never") is None
+
+
+def test_abort_while_the_step_runs():
+    engine = Engine()
+    engine.add([1] * 9, script=[5] * 4, max_tokens=4)
+    engine.add([2] * 9, script=[6] * 4, max_tokens=4)
+    _, news = engine.step(abort_meanwhile=["r0"])
+    assert [(n.request.request_id, n.token) for n in news] == [("r1", 6)]
+    assert engine.tokens("r0") == []
+    engine.drain()
+
+
+def test_a_block_of_an_aborted_step_is_not_cached():
+    engine = Engine()
+    engine.add([1] * 9)
+    engine.step(abort_meanwhile=["r0"])
+    engine.add([1] * 9)
+    engine.drain()
+    assert engine.hits == 0
+
+
+# Requests that can never run
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([], "this one has 0"), ([1] * 64, "this one has 64"), ([1] * 40, "outgrown")])
+def test_an_impossible_prompt_fails_alone(prompt, message):
+    engine = Engine(num_blocks=8)
+    engine.add(prompt)
+    name = engine.add([1, 2], script=[5], max_tokens=1)
+    schedule, _ = engine.step()
+    assert [(r.request_id, message in reason) for r, reason in schedule.failed] == [("r0", True)]
+    assert engine.tracks[name].end == ("length", None)
+    engine.drain()
+
+
+def test_a_request_that_outgrows_the_pool_fails_and_the_rest_goes_on():
+    engine = Engine(num_blocks=3, block_size=2)
+    engine.add([1, 2], script=[5] * 20, max_tokens=20)
+    engine.add([3, 4], script=[5] * 2, max_tokens=2)
+    engine.drain()
+    assert engine.tracks["r0"].end == ("failed", "The request has outgrown the KV cache.")
+    assert len(engine.tokens("r0")) == 5  # six slots; the seventh token had none
+    assert engine.tracks["r1"].end == ("length", None)
+
+
+# Preemption
+
+
+def test_the_youngest_is_preempted_keeps_its_tokens_and_comes_back_first():
+    engine = Engine(num_blocks=5, block_size=2, caching=False)
+    engine.add([1], script=[5] * 7, max_tokens=7)
+    engine.add([2], script=[6] * 7, max_tokens=7)
+    engine.add([3], script=[7] * 7, max_tokens=7)
+    preempted = []
+    while engine.scheduler.has_work:
+        schedule, _ = engine.step()
+        if schedule.preempted:
+            preempted += [r.request_id for r in schedule.preempted]
+            assert engine.scheduler.waiting[0] is schedule.preempted[-1]
+            assert schedule.preempted[-1].num_output_tokens > 0
+    assert preempted[0] == "r2"
+    assert "r0" not in preempted
+    assert [set(t.output) for t in engine.tracks.values()] == [{5}, {6}, {7}]
+
+
+def test_preemption_with_a_prefix_cache_loses_little():
+    engine = Engine(num_blocks=8, block_size=2)
+    engine.add([1, 2, 3], max_tokens=10, ignore_eos=True)
+    engine.add([4, 5, 6], max_tokens=10, ignore_eos=True)
+    starts = []
+    while engine.scheduler.has_work:
+        schedule, _ = engine.step()
+        starts += [i.start for i in schedule.items if i.request.num_preemptions and i.num_tokens > 1]
+    assert engine.preemptions >= 1
+    assert any(starts), "nothing of the preempted request's cache was found again"
+    engine.check_results()
+
+
+# The prefix cache
+
+
+def test_a_second_equal_prompt_computes_its_last_block_alone():
+    engine = Engine()
+    prompt = list(range(1, 11))
+    engine.add(prompt, max_tokens=1)
+    engine.step()
+    engine.add(prompt, max_tokens=1)
+    schedule, _ = engine.step()
+    assert items(schedule) == [("r1", 8, 2, True)]
+    assert (schedule.prefix_queries, schedule.prefix_hits) == (10, 8)
+    assert engine.tracks["r1"].request.num_cached_tokens == 8
+    engine.check_results()
+
+
+def test_of_a_prompt_of_full_blocks_one_block_is_computed():
+    engine = Engine()
+    for _ in range(2):
+        engine.add(range(8), max_tokens=1)
+        schedule, _ = engine.step()
+    assert items(schedule) == [("r1", 4, 4, True)]
+
+
+def test_running_requests_share_blocks():
+    engine = Engine(num_blocks=6)
+    prompt = list(range(8))
+    engine.add([*prompt, 1], script=[5] * 3, max_tokens=3)
+    engine.step()
+    engine.add([*prompt, 2], script=[5] * 3, max_tokens=3)
+    engine.step()
+    a, b = (engine.tracks[n].request.block_ids for n in ("r0", "r1"))
+    assert a[:2] == b[:2]
+    assert a[2] != b[2]
+    assert engine.pool.num_free == 2
+    engine.drain()
+
+
+def test_a_chat_turn_finds_the_answer_before_it():
+    engine = Engine()
+    prompt = list(range(1, 7))
+    engine.add(prompt, script=[7, 8, 9, 10, 7, 8, 9], max_tokens=7)
+    engine.drain()
+    engine.add([*prompt, *engine.tokens("r0"), 1, 2, 3], script=[5], max_tokens=1)
+    assert items(engine.step()[0]) == [("r1", 12, 4, True)]
+
+
+def test_blocks_computed_in_chunks_are_shared_before_the_prompt_is_done():
+    engine = Engine(budget=8)
+    engine.add(range(24), max_tokens=1)
+    engine.step()
+    engine.abort("r0")
+    engine.add(range(24), max_tokens=1)
+    assert items(engine.step()[0]) == [("r1", 8, 8, False)]
+    engine.drain()
+
+
+def test_prompt_logprobs_need_every_position():
+    engine = Engine()
+    engine.add(range(10), max_tokens=1)
+    engine.step()
+    engine.add(range(10), max_tokens=1, prompt_logprobs=0)
+    schedule, _ = engine.step()
+    assert items(schedule) == [("r1", 0, 10, True)]
+    assert (schedule.prefix_queries, schedule.prefix_hits) == (0, 0)
+
+
+def test_caching_can_be_off():
+    engine = Engine(caching=False)
+    for _ in range(2):
+        engine.add(range(10), max_tokens=1)
+        schedule, _ = engine.step()
+    assert items(schedule) == [("r1", 0, 10, True)]
+    assert (schedule.prefix_queries, schedule.prefix_hits) == (0, 0)
+
+
+def test_a_full_pool_of_cached_blocks_is_free():
+    engine = Engine(num_blocks=16)
+    for i in range(12):
+        engine.add([i] * 60, max_tokens=1)
+        engine.drain()
+    engine.check_results()
+
+
+# Everything at once
+
+PREFIXES = [[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 4, 4, 4, 4, 4, 4, 4]]
+
+
+class Machine(RuleBasedStateMachine):
+    """Small pools, few tokens, shared prefixes, and anything in any order."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        max_model_len=st.integers(2, 30),
+        extra_blocks=st.integers(-3, 8),
+        seqs=st.integers(1, 5),
+        budget=st.integers(1, 24),
+        caching=st.booleans(),
+    )
+    def start(self, block_size, max_model_len, extra_blocks, seqs, budget, caching):
+        num_blocks = max(1, -(-max_model_len // block_size) + extra_blocks)
+        self.engine = Engine(num_blocks, block_size, seqs, budget, max_model_len, caching)
+
+    @rule(
+        prefix=st.sampled_from(PREFIXES),
+        rest=st.lists(st.integers(0, 2), max_size=6),
+        max_tokens=st.one_of(st.none(), st.integers(1, 20)),
+        min_tokens=st.sampled_from([0, 0, 5]),
+        ignore_eos=st.booleans(),
+        stop=st.sampled_from([(), (3,)]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    )
+    def add(self, prefix, rest, max_tokens, min_tokens, ignore_eos, stop, prompt_logprobs):
+        self.engine.add(
+            prefix + rest,
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens or 5),
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    @precondition(lambda self: self.engine.live)
+    @rule(count=st.integers(1, 8))
+    def steps(self, count):
+        for _ in range(count):
+            if self.engine.live:
+                self.engine.step()
+
+    @precondition(lambda self: self.engine.live)
+    @rule(data=st.data(), meanwhile=st.booleans())
+    def abort(self, data, meanwhile):
+        name = data.draw(st.sampled_from(sorted(self.engine.live)))
+        if meanwhile:
+            self.engine.step(abort_meanwhile=[name])
+        else:
+            self.engine.abort(name)
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.drain()
+            self.engine.check_results()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+
+
+def long_run(seed, steps, **kwargs):
+    """Requests come and go at random for `steps` steps; returns the engine and the trace of its schedules."""
+    rng = random.Random(seed)
+    engine, trace = Engine(**kwargs), []
+    documents = [[rng.randrange(VOCAB) for _ in range(24)] for _ in range(4)]
+    for _ in range(steps):
+        if rng.random() < 0.35 and len(engine.live) < 20:
+            prompt = rng.choice(documents)[: rng.randrange(24)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
+            engine.add(prompt, max_tokens=rng.choice([None, 1, 4, 16]), ignore_eos=rng.random() < 0.7)
+        if engine.live:
+            unlucky = [rng.choice(sorted(engine.live))] if rng.random() < 0.03 else []
+            trace.append(items(engine.step(abort_meanwhile=unlucky)[0]))
+    engine.drain()
+    engine.check_results()
+    return engine, trace
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("budget", [5, 40])
+def test_a_long_life_in_little_memory(caching, budget):
+    engine, _ = long_run(budget, 1500, num_blocks=18, block_size=4, seqs=6, budget=budget, max_model_len=64, caching=caching)
+    assert len(engine.tracks) > 150
+    assert engine.preemptions > 20
+    assert (engine.hits > 300) == caching
+
+
+def test_every_rank_decides_alike():
+    runs = [long_run(1, 300, num_blocks=18, seqs=6, budget=16)[1] for _ in range(2)]
+    assert runs[0] == runs[1]

@@ -1,0 +1,29 @@
+"""The shapes that every implementation of an op is run over."""
+
+# (M, N, K) of a linear layer: no tokens, one, a few, many; dimensions that 16 and 128 do not divide, single ones, 538 (a
+# vision MLP's 4304 split over 8 ranks), and a K long enough for accumulation to matter.
+LINEAR = [
+    (0, 32, 64),
+    (1, 1, 1),
+    (1, 64, 128),
+    (3, 17, 33),
+    (16, 130, 257),
+    (16, 1, 300),
+    (67, 538, 96),
+    (5, 96, 538),
+    (67, 48, 1000),
+    (2, 16, 4304),
+]
+
+# Rows of a batch, as (tokens before this step, tokens in this step).
+BATCHES = {
+    "one token": [(0, 1)],
+    "prefill": [(0, 13)],
+    "chunk": [(9, 6)],
+    "decode": [(11, 1), (0, 1), (3, 1), (30, 1), (4, 1)],
+    "mixed": [(7, 1), (0, 9), (16, 1), (12, 5), (0, 1), (3, 1), (21, 3)],
+    "many": [(3 * i % 29, 1) for i in range(24)],
+}
+
+# (query heads, key heads, head dimension)
+HEADS = [(2, 2, 16), (4, 2, 24), (8, 1, 32)]

@@ -1,0 +1,166 @@
+"""Stored FP8 weights: read from every format with their codes bit for bit, in whatever FP8 dtype the device has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from quant.float64 import E4M3FN, array, codes_of
+
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, dequantize, quantize
+from octavo.quant.formats import WHOLE, Shard, read_weight, to_device_fp8
+
+CPU = Platform(torch.device("cpu"), "test")
+FNUZ = Platform(torch.device("cpu"), "test", fp8_dtype=torch.float8_e4m3fnuz)
+
+
+class Stored:
+    """A checkpoint of a few tensors."""
+
+    def __init__(self, platform: Platform = CPU, **tensors: torch.Tensor):
+        self.platform, self.tensors = platform, {f"w.{name}": tensor for name, tensor in tensors.items()}
+        self.skipped: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def skip(self, name: str) -> None:
+        self.skipped.add(name)
+
+    def stored_shape(self, name: str) -> list[int]:
+        return list(self.tensors[name].shape)
+
+    def read(self, name: str, shape: Sequence[int] | None, shard: Shard = WHOLE, part: slice | None = None) -> torch.Tensor:
+        tensor = self.tensors[name]
+        assert shape is None or list(shape) == list(tensor.shape)
+        if not tensor.shape:
+            return tensor
+        part = part or shard.slice(tensor.shape[shard.dim])
+        return tensor.narrow(shard.dim, part.start, part.stop - part.start)
+
+
+def all_codes() -> torch.Tensor:
+    """[2, 127]: every finite e4m3fn code."""
+    return torch.cat([torch.arange(0x7F), torch.arange(0x80, 0xFF)]).to(torch.uint8).view(2, 127).view(torch.float8_e4m3fn)
+
+
+def read(stored: Stored, shape: tuple[int, int], shard: Shard = WHOLE) -> QTensor:
+    found = read_weight(stored, "w", shape, shard)
+    assert isinstance(found, QTensor)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scale_shape", "scheme"),
+    [((), FP8_PER_TENSOR), ((1,), FP8_PER_TENSOR), ((2,), FP8_PER_CHANNEL), ((2, 1), FP8_PER_CHANNEL)],
+)
+def test_scaled_weights_are_kept(scale_shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
+    scale = (torch.rand(scale_shape) + 0.5).to(dtype)
+    stored = Stored(weight=all_codes(), weight_scale=scale, input_scale=torch.tensor(0.3))
+    q = read(stored, (2, 127))
+    assert q.scheme is scheme
+    assert q.scale is not None
+    assert q.scale.shape == (2, 1)
+    assert q.scale.dtype == torch.float32
+    np.testing.assert_array_equal(codes_of(q.data), codes_of(all_codes()))
+    assert torch.equal(q.scale.flatten(), scale.float().flatten().expand(2))
+    assert torch.equal(dequantize(q), all_codes().float() * q.scale)
+    assert "w.input_scale" in stored.skipped
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (300, 100), (100, 300), (1, 300)], ids=str)
+@pytest.mark.parametrize("spelling", ["weight_scale_inv", "weight_scale"])  # Hugging Face's and compressed-tensors'
+def test_block_weights_are_kept(spelling: str, shape: tuple[int, int], seed: int) -> None:
+    original = quantize(torch.randn(shape), FP8_BLOCK)
+    assert original.scale is not None
+    q = read(Stored(weight=original.data, **{spelling: original.scale}), shape)
+    assert q.scheme is FP8_BLOCK
+    np.testing.assert_array_equal(codes_of(q.data), codes_of(original.data))
+    assert torch.equal(dequantize(q), dequantize(original))
+
+
+def test_hugging_face_per_tensor_weights_are_kept() -> None:
+    """`fp8` without a block size calls the matrix's scale `weight_scale_inv` too, and a static input's `activation_scale`."""
+    stored = Stored(weight=all_codes(), weight_scale_inv=torch.tensor(0.7), activation_scale=torch.tensor(0.3))
+    q = read(stored, (2, 127))
+    assert q.scheme is FP8_PER_TENSOR
+    assert torch.equal(dequantize(q), all_codes().float() * 0.7)
+    assert "w.activation_scale" in stored.skipped
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+def test_ranks_read_their_part(scheme: Scheme, dim: int, seed: int) -> None:
+    original = quantize(torch.randn(512, 256), scheme)
+    assert original.scale is not None
+    scale = original.scale[:1] if scheme is FP8_PER_TENSOR else original.scale
+    stored = Stored(weight=original.data, **{"weight_scale_inv" if scheme is FP8_BLOCK else "weight_scale": scale})
+    parts = [dequantize(read(stored, (512, 256), Shard(dim, rank, 2))) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim), dequantize(original))
+
+
+def test_ranks_that_share_a_head_read_the_same_part() -> None:
+    assert [Shard(0, rank, 4, copies=2).slice(6) for rank in range(4)] == [slice(0, 3)] * 2 + [slice(3, 6)] * 2
+
+
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+def test_fnuz_keeps_every_value(scheme: Scheme) -> None:
+    codes = all_codes()
+    scale = torch.tensor([[0.5], [2.0]]) if scheme is FP8_PER_CHANNEL else torch.full((2, 1), 0.3)
+    if scheme is FP8_BLOCK:
+        scale = scale[:1]
+    before = QTensor(codes, scale, scheme, (2, 127))
+    after = to_device_fp8(before, torch.float8_e4m3fnuz)
+    assert after.data.dtype is torch.float8_e4m3fnuz
+    assert not (after.data.view(torch.uint8) == 0x80).any()  # fnuz's NaN
+    assert torch.equal(dequantize(after), dequantize(before))
+    np.testing.assert_array_equal(codes_of(before.data), codes_of(all_codes()))  # the stored ones are as they were
+    assert (before.data.view(torch.uint8) == 0x80).any()
+    assert to_device_fp8(before, torch.float8_e4m3fn) is before
+
+
+def test_fnuz_device_reads_stored_codes(seed: int) -> None:
+    original = quantize(torch.randn(130, 140), FP8_PER_CHANNEL)
+    assert original.scale is not None
+    q = read(Stored(FNUZ, weight=original.data, weight_scale=original.scale), (130, 140))
+    assert q.data.dtype is torch.float8_e4m3fnuz
+    assert torch.equal(dequantize(q), dequantize(original))
+
+
+def test_a_dense_weight_is_dense(seed: int) -> None:
+    w = torch.randn(4, 6).bfloat16()
+    assert torch.equal(read_weight(Stored(weight=w), "w", (4, 6), WHOLE), w)  # type: ignore[arg-type]
+    assert torch.equal(read_weight(Stored(weight=w), "w", (4, 6), Shard(1, 1, 2)), w[:, 3:])  # type: ignore[arg-type]
+
+
+FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("stored", "shard", "sentence"),
+    [
+        (Stored(weight_packed=FP8), WHOLE, "w is stored as packed INT4"),
+        (Stored(weight=FP8), WHOLE, "w.weight is stored as torch.float8_e4m3fn without a scale"),
+        (Stored(weight=FP8, weight_scale=torch.ones(256, 8)), WHOLE, r"w.weight_scale has shape \[256, 8\]"),
+        (Stored(weight=FP8, weight_scale=torch.ones(3)), WHOLE, r"w.weight_scale has shape \[3\]"),
+        (Stored(weight=FP8, weight_scale=torch.ones(3, 1)), WHOLE, r"w.weight_scale has shape \[3, 1\]"),
+        (Stored(weight=FP8, weight_scale=torch.ones(1, 1, 1)), WHOLE, r"w.weight_scale has shape \[1, 1, 1\]"),
+        (Stored(weight=FP8.view(torch.uint8).view(torch.float8_e5m2), weight_scale=torch.ones(1)), WHOLE, "float8_e5m2"),
+        (Stored(weight=FP8.view(torch.int8), weight_scale=torch.ones(1)), WHOLE, "torch.int8"),
+        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(0, 1, 4), "w: a part that starts at 64 splits"),
+        (Stored(weight=FP8, weight_scale=torch.ones(1)), Shard(0, 0, 3), "256 does not split over 3 ranks"),
+    ],
+)
+def test_what_cannot_be_read_is_said(stored: Stored, shard: Shard, sentence: str) -> None:
+    with pytest.raises(OctavoError, match=sentence):
+        read_weight(stored, "w", (256, 256), shard)
+
+
+def test_stored_values_are_those_of_the_definition() -> None:
+    q = read(Stored(weight=all_codes(), weight_scale=torch.tensor(1.0)), (2, 127))
+    np.testing.assert_array_equal(array(dequantize(q)), E4M3FN.values[codes_of(all_codes())])

@@ -1,0 +1,206 @@
+"""The openai client against the real `octavo serve` on the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from server.processes import Server
+
+FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8")
+MODEL = "octavo-demo"
+PROMPT = "def read(self"
+LONG: dict[str, Any] = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server(*FLAGS)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_start_shows_the_main_job_done(server: Server) -> None:
+    log = "".join(server.log)
+    assert PROMPT in log
+    assert "curl http://localhost:" in log
+    assert "ptpc_fp8" in log
+    assert log.index(PROMPT) < log.index("Octavo is ready on http://127.0.0.1:")
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_completion_and_its_stream_agree(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    whole = client.completions.create(**how)
+    assert whole.usage is not None
+    chunks = list(client.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == len(chunks) - 1
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_ignore_eos_gives_exactly_that_many_chunks(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt=[5, 6, 7], max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+    )
+    assert len(list(stream)) == 40
+
+
+def test_seed_n_and_prompts(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": MODEL, "prompt": [PROMPT, "import"], "n": 2, "max_tokens": 12, "seed": 7, "temperature": 1}
+    first, second = client.completions.create(**how), client.completions.create(**how)
+    assert [choice.text for choice in first.choices] == [choice.text for choice in second.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    assert first.choices[0].text != first.choices[1].text
+
+
+def test_stop(client: openai.OpenAI) -> None:
+    choice = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=200, temperature=0, stop=["\n", ":"]).choices[0]
+    assert choice.finish_reason == "stop"
+    assert "\n" not in choice.text
+    assert ":" not in choice.text
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4, temperature=0, logprobs=3, echo=True)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == answer.choices[0].text
+    assert (logprobs.token_logprobs or [0])[0] is None
+    for chosen, top in zip((logprobs.token_logprobs or [])[-4:], (logprobs.top_logprobs or [])[-4:], strict=True):
+        assert chosen == max(top.values()) <= 0
+        assert len(top) == 3
+    message = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(model=MODEL, messages=message, max_tokens=3, logprobs=True, top_logprobs=2)  # type: ignore[arg-type]
+    content = chat.choices[0].logprobs and chat.choices[0].logprobs.content
+    assert content
+    assert all(len(token.top_logprobs) == 2 for token in content)
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    how: dict[str, Any] = {"model": MODEL, "messages": messages, "max_completion_tokens": 16, "temperature": 0}
+    whole = client.chat.completions.create(**how).choices[0]
+    chunks = list(client.chat.completions.create(**how, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    properties = {"kind": {"enum": ["class", "def"]}, "lines": {"type": "integer", "minimum": 0, "maximum": 99}}
+    schema = {"type": "object", "properties": properties, "required": ["kind", "lines"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "what", "schema": schema, "strict": True}}
+    messages: Any = [{"role": "user", "content": "describe it"}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, response_format=form, max_tokens=200)
+    found = json.loads(answer.choices[0].message.content or "")
+    assert found["kind"] in ("class", "def")
+    assert 0 <= found["lines"] <= 99
+
+
+def test_a_forced_tool_call(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"], "additionalProperties": False}
+    tools: Any = [{"type": "function", "function": {"name": "count", "parameters": parameters}}]
+    messages: Any = [{"role": "user", "content": "count"}]
+    how: dict[str, Any] = {"model": MODEL, "messages": messages, "tools": tools, "max_tokens": 300}
+    for choice in ("required", {"type": "function", "function": {"name": "count"}}):
+        message = client.chat.completions.create(**how, tool_choice=choice).choices[0].message
+        assert message.tool_calls
+        assert message.tool_calls[0].function.name == "count"
+        assert isinstance(json.loads(message.tool_calls[0].function.arguments)["n"], bool)
+
+
+def test_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served"):
+        client.completions.create(model="gpt-4", prompt="a")
+    for wrong in ({"max_tokens": 10**9}, {"n": 10**6}, {"temperature": -3}, {"prompt": "x " * 5000}, {"prompt": [10**6]}):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(**{"model": MODEL, "prompt": "a", **wrong})
+        assert error.value.type == "invalid_request_error"
+    assert client.completions.create(model=MODEL, prompt="a", max_tokens=1).choices
+
+
+def test_a_client_that_leaves_is_aborted(server: Server, client: openai.OpenAI) -> None:
+    with client.completions.create(model=MODEL, prompt=PROMPT, stream=True, **LONG) as stream:
+        for _ in range(3):
+            next(iter(stream))
+    deadline = time.monotonic() + 10
+    aborted = f'finished_reason="abort",model_name="{MODEL}"}} 1.0'
+    running = f'vllm:num_requests_running{{engine="0",model_name="{MODEL}"}} 0.0'
+    while not all(line in (page := server.get("/metrics")[1]) for line in (aborted, running)):
+        assert time.monotonic() < deadline, page
+        time.sleep(0.05)
+
+
+def test_octavo_chat_talks_to_it(server: Server) -> None:
+    for flags in ([], ["--complete"]):
+        command = [sys.executable, "-m", "octavo.cli", "chat", server.url, "--max-tokens", "8", "--temperature", "0", *flags]
+        told = subprocess.run(command, input=PROMPT + "\n", capture_output=True, text=True, timeout=60)
+        assert (told.returncode, told.stderr) == (0, "")
+        assert told.stdout.startswith(PROMPT) == bool(flags)
+
+
+def test_an_occupied_port_and_a_wrong_path(server: Server, tmp_path: Path) -> None:
+    for flags, sentence in (
+        (["--host", "127.0.0.1", "--port", str(server.port)], f"octavo: Port {server.port} is in use; "),
+        (["--port", "0", str(tmp_path / "nowhere")], "octavo: "),
+        (["--port", "0", str(tmp_path)], "octavo: "),
+    ):
+        command = [sys.executable, "-m", "octavo.cli", "serve", *flags]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert told.returncode == 1
+        assert told.stderr.splitlines()[-1].startswith(sentence), told.stderr
+        assert "Traceback" not in told.stderr
+    assert server.get("/health")[0] == 200
+
+
+def test_sigterm_while_streaming() -> None:
+    server = Server(*FLAGS)
+    try:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, **{**LONG, "max_tokens": 300})
+            next(iter(stream))
+            server.signal(signal.SIGTERM)
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+            assert server.end() == 0
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def test_a_killed_engine_is_told() -> None:
+    server = Server(*FLAGS)
+    try:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        engines = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(engines) == 1
+        os.kill(int(engines[0]), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while server.get("/health")[0] != 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.get("/v1/models")[0] == 200
+    finally:
+        server.stop()
+    assert server.process.returncode == 0
