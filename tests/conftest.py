@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch is loaded)
+
+import torch  # isort: skip
 
 from octavo import batch, ops
 from octavo.distributed import TensorParallel

@@ -16,7 +16,7 @@ from octavo.errors import InvalidRequest, OctavoError
 __all__ = ["Grammar", "GrammarCompiler", "to_llguidance"]
 
 # JSON may hold any amount of white space, and a weak model that begins to write it may never stop.
-SPACING = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
+SPACING: Any = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
 
 
 def to_llguidance(wanted: StructuredOutput) -> str:

@@ -18,7 +18,9 @@ from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme
 
 __all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize"]
 
-CHUNK = 1 << 22  # values converted through FP32 at a time: bounds the memory that quantizing a weight takes
+# Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
+CHUNK = 1 << 19
+DEVICE_CHUNK = 1 << 26
 
 
 @dataclass
@@ -71,24 +73,33 @@ def quantize(
     scale = peak / limit
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # values that are all zero, or too small for a scale
     data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
-    rows = max(BLOCK, CHUNK // max(k, 1) // BLOCK * BLOCK)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        divided = w[part].float() / _rows_of(scale, part, (n, k))
-        data[part] = divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
+    for rows in _row_chunks(w):
+        divided = w[rows].float() / _rows_of(scale, rows, (n, k))
+        data[rows] = divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
     return QTensor(data, scale, scheme, (n, k))
 
 
 def weight_amax(w: Tensor, granularity: Granularity | None) -> Tensor:
     """Largest magnitude of the values that share a scale, FP32, in the scale's shape."""
     n, k = w.shape
-    if granularity is Granularity.BLOCK:
-        tiles = F.pad(w.abs(), (0, -k % BLOCK, 0, -n % BLOCK)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-        peaks: Tensor = tiles.amax((1, 3)).float()
-        return peaks
-    low, high = w.aminmax(dim=1, keepdim=True) if k else (w.new_zeros(n, 1), w.new_zeros(n, 1))
-    peak = torch.maximum(high, -low).float()  # without a copy of |w|
-    return peak if granularity is Granularity.ROW else peak.amax(0, keepdim=True).expand(n, 1).contiguous()
+    peaks = []
+    for rows in _row_chunks(w):
+        magnitudes = w[rows].float().abs()
+        if granularity is Granularity.BLOCK:
+            tiles = F.pad(magnitudes, (0, -k % BLOCK, 0, -magnitudes.shape[0] % BLOCK))
+            peaks.append(tiles.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3)))
+        else:
+            peaks.append(magnitudes.amax(1, keepdim=True))
+    peak = torch.cat(peaks)
+    return peak.amax(0, keepdim=True).expand(n, 1).contiguous() if granularity is Granularity.TENSOR else peak
+
+
+def _row_chunks(w: Tensor) -> list[slice]:
+    """Row ranges, whole tiles high, that are converted through FP32 one at a time."""
+    n, k = w.shape
+    values = CHUNK if w.device.type == "cpu" else DEVICE_CHUNK
+    rows = max(BLOCK, values // max(k, 1) // BLOCK * BLOCK)
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
 def expand_scale(scale: Tensor, shape: Sequence[int]) -> Tensor:

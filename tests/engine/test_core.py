@@ -243,15 +243,12 @@ def test_logprobs(make, reference, options):
     check_logprobs([o.logprobs[0] for o in out], exact[60:-1], output, 3)
     assert all(o.prompt_logprobs is None for o in out[1:])
     assert all(o.logprobs is None and o.prompt_logprobs is None for o in outputs["a"])
-    assert min(o.logprobs[0][0].rank for o in out) < max(o.logprobs[0][0].rank for o in out)
+    assert len({o.logprobs[0][0].rank for o in out}) > 3
 
 
 def test_kv_scales(make):
     def scales(core):
         return [s for layer in core.runner.model.attention_layers() for s in (layer.k_scale, layer.v_scale)]
-
-    def report(core):
-        return "\n".join(core.info.report)
 
     requests = [request(str(i), tokens(40, i), temperature=0, prompt_logprobs=0, max_tokens=1) for i in range(6)]
 
@@ -265,12 +262,12 @@ def test_kv_scales(make):
         assert scales(measured) == scales(again)
         assert all(0 < scale * limit < 100 for scale in scales(measured))
         assert len(set(scales(measured))) == 6
-        assert "KV scales measured" in report(measured)
+        assert "KV scales measured" in str(measured.info.report)
         assert (logprobs(measured) - logprobs(exact)).abs().mean() < (0.1 if kv == "fp8" else 0.2)
         assert measured.scheduler.pool.num_free == measured.scheduler.pool.num_blocks
     assert scales(unit) == [1.0] * 6
-    assert "KV scales are 1.0" in report(unit)
-    assert "KV scales" not in report(exact)
+    assert "KV scales are 1.0" in str(unit.info.report)
+    assert "KV scales" not in str(exact.info.report)
     assert (logprobs(unit) - logprobs(exact)).abs().mean() < 0.1
 
 

@@ -128,13 +128,8 @@ def test_fp8_is_not_advised_to_those_who_have_it():
 
 
 def test_bytes_for_a_person():
-    assert [gib(n) for n in (0, 4096, 1 << 20, GIB // 10 + 1, GIB * 3 / 2)] == [
-        "0.0 KiB",
-        "4.0 KiB",
-        "1.0 MiB",
-        "0.10 GiB",
-        "1.50 GiB",
-    ]
+    counts = [0, 4096, 1 << 20, GIB // 10 + 1, GIB * 3 / 2]
+    assert [gib(count) for count in counts] == ["0.0 KiB", "4.0 KiB", "1.0 MiB", "0.10 GiB", "1.50 GiB"]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 import torch
-from conftest import COMMON, LoadModel, relative_error, tokens
+from conftest import COMMON, Loaded, LoadModel, relative_error, tokens
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, Format, array
 from safetensors.torch import load_file, save_file
@@ -30,10 +31,11 @@ from octavo.weights import Loader, SafetensorsSource, load
 CPU = Platform(torch.device("cpu"), "test", widened_dtype=torch.float32)
 FNUZ = dataclasses.replace(CPU, fp8_dtype=torch.float8_e4m3fnuz)
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
-ODD = COMMON | dict(hidden_size=76, intermediate_size=150, num_attention_heads=6, num_key_value_heads=2, head_dim=14)
-IDS = tokens(40)
-# One code more or less where a token's scale differs in its last bit, from sums in another order; 2.6% of one value.
-BOUND = 1e-3
+ODD = COMMON | dict(hidden_size=78, intermediate_size=150, num_attention_heads=6, num_key_value_heads=2, head_dim=14)
+# Sums in another order differ in FP32's last bits, and now and then a value that lies between two codes goes the other way,
+# which later layers amplify. So many short prompts are compared: most meet no such value and agree to FP32.
+PROMPTS = [tokens(6, seed) for seed in range(9)]
+BOUND = 1e-4
 
 
 def tiny(path: Path, **changes: object) -> PreTrainedModel:
@@ -48,9 +50,19 @@ def tiny(path: Path, **changes: object) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
+    """[prompts, positions, vocabulary]."""
     with torch.no_grad():
-        found: Tensor = model(torch.tensor([IDS])).logits[0]
+        found: Tensor = model(torch.tensor(PROMPTS)).logits
     return found
+
+
+def octavo_logits(loaded: Loaded) -> Tensor:
+    return torch.stack([loaded.logits(ids) for ids in PROMPTS])
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """The median over prompts of ||out - expected|| / ||expected||."""
+    return median(relative_error(a, b) for a, b in zip(out, expected, strict=True))
 
 
 class FakeQuantized(nn.Module):
@@ -61,11 +73,12 @@ class FakeQuantized(nn.Module):
         w, k = array(linear.weight), linear.in_features
         tile = float64.tile_of(scheme, *w.shape)
         self.weight = torch.from_numpy(float64.dequantize(*float64.quantize(w, tile, fmt), tile, fmt))
-        self.group, self.fmt = float64.group_of(scheme, k), fmt
+        self.group, self.fmt, self.bias = float64.group_of(scheme, k), fmt, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         flat = float64.quantized_activation(array(x.flatten(0, 1)), self.group, self.fmt)
-        return (torch.from_numpy(flat) @ self.weight.mT).to(x.dtype).view(*x.shape[:2], -1)
+        y = (torch.from_numpy(flat) @ self.weight.mT).to(x.dtype).view(*x.shape[:2], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def fake_quantize(model: PreTrainedModel, scheme: str, fmt: Format = E4M3FN, but: tuple[str, ...] = ("lm_head",)) -> None:
@@ -84,15 +97,15 @@ def test_logits_equal_a_fake_quantized_model(
     dense = logits(model)
     fake_quantize(model, scheme.name, fmt)
     expected = logits(model)
-    out = load_model(tmp_path, scheme, on=on).logits(IDS)
-    assert relative_error(out, expected) < BOUND
-    assert relative_error(out, dense) > 10 * BOUND  # the schemes do differ from no scheme
+    out = octavo_logits(load_model(tmp_path, scheme, on=on))
+    assert error(out, expected) < BOUND
+    assert error(out, dense) > 0.01  # the schemes do differ from no scheme
 
 
 def test_schemes_are_told_apart(tmp_path: Path, load_model: LoadModel) -> None:
     tiny(tmp_path)
-    outs = [load_model(tmp_path, scheme, on=CPU).logits(IDS) for scheme in SCHEMES]
-    assert all(relative_error(a, b) > 5 * BOUND for a, b in zip(outs, [*outs[1:], outs[0]], strict=True))
+    outs = [octavo_logits(load_model(tmp_path, scheme, on=CPU)) for scheme in SCHEMES]
+    assert all(error(a, b) > 0.01 for a, b in zip(outs, [*outs[1:], outs[0]], strict=True))
 
 
 def test_layers_left_out_and_the_head(tmp_path: Path, load_model: LoadModel) -> None:
@@ -100,7 +113,7 @@ def test_layers_left_out_and_the_head(tmp_path: Path, load_model: LoadModel) -> 
     fake_quantize(model, "ptpc_fp8", but=("down_proj", "layers.1.self_attn.o_proj"))
     rules = QuantRules(FP8_PER_CHANNEL, ["down_proj", "re:.*layers.1.self_attn.o"], quantize_lm_head=True)
     out = load_model(tmp_path, rules=rules, on=CPU)
-    assert relative_error(out.logits(IDS), logits(model)) < BOUND
+    assert error(octavo_logits(out), logits(model)) < BOUND
 
 
 # --- stored codes -----------------------------------------------------------------------
@@ -135,7 +148,9 @@ def compressed_tensors(weights: str) -> dict[str, object]:
     )  # fmt: skip
 
 
-HF_BLOCK = dict(quant_method="fp8", activation_scheme="dynamic", weight_block_size=[128, 128], modules_to_not_convert=["lm_head"])
+HF_BLOCK = dict(
+    quant_method="fp8", activation_scheme="dynamic", weight_block_size=[128, 128], modules_to_not_convert=["lm_head"]
+)
 
 
 def scaled(scheme: str) -> Callable[[str, Tensor], dict[str, Tensor]]:
@@ -218,8 +233,8 @@ def test_logits_equal_compressed_tensors_own(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     assert theirs.model.layers[0].mlp.down_proj.quantization_scheme.input_activations.dynamic  # it does quantize activations
     expected = logits(theirs)
-    out = load_model(tmp_path, on=CPU).logits(IDS)
-    assert relative_error(out, expected) < BOUND
+    out = octavo_logits(load_model(tmp_path, on=CPU))
+    assert error(out, expected) < BOUND
 
 
 def test_logits_equal_hugging_face_fp8(tmp_path: Path, load_model: LoadModel) -> None:
@@ -233,7 +248,7 @@ def test_logits_equal_hugging_face_fp8(tmp_path: Path, load_model: LoadModel) ->
             codes, scales = (array(tensors[f"{name}.weight{end}"]) for end in ("", "_scale_inv"))
             wide = np.repeat(np.repeat(scales, 128, 0)[: codes.shape[0]], 128, 1)[:, : codes.shape[1]]
             module.weight = torch.from_numpy(codes * wide)
-    assert relative_error(load_model(tmp_path, on=CPU).logits(IDS), logits(reference)) < BOUND
+    assert error(octavo_logits(load_model(tmp_path, on=CPU)), logits(reference)) < BOUND
 
 
 # --- tensor parallelism -----------------------------------------------------------------

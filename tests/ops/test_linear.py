@@ -33,7 +33,7 @@ def implementations(q: QTensor, platform: Platform) -> dict[str, ops.PackedWeigh
 
 def bound(platform: Platform, name: str, *dtypes: torch.dtype) -> float:
     """FP32 sums are good to 1e-6; a BF16 result is rounded by up to 2^-9, and once more where a BF16 product comes first."""
-    if name != "reference" and platform.widened_dtype is torch.bfloat16 or not platform.is_cpu:
+    if (name != "reference" and platform.widened_dtype is torch.bfloat16) or not platform.is_cpu:
         dtypes = (*dtypes, torch.bfloat16)
     return 4e-3 if torch.bfloat16 in dtypes else 2e-6
 

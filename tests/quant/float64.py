@@ -58,15 +58,15 @@ FORMATS = {"e4m3fn": E4M3FN, "e4m3fnuz": E4M3FNUZ, "e5m2": E5M2}
 def quantize(x: Array, tile: tuple[int, int], fmt: Format, floor: float = 0.0) -> tuple[Codes, Array]:
     """(codes, one scale a tile) of x, whose values are FP32's. Scales and quotients are rounded to FP32, as contracted."""
     (n, k), (height, width) = x.shape, tile
-    codes = np.zeros((n, k), np.uint8)
-    scales = np.ones((-(-n // height), -(-k // width)))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
-            scale = max(float(np.float32(np.abs(x[at]).max() / fmt.limit)), float(np.float32(floor)))
-            scales[i, j] = scale = scale or 1.0
-            codes[at] = fmt.nearest((x[at] / scale).astype(np.float32).astype(np.float64))
-    return codes, scales
+    rows, columns = -(-n // height), -(-k // width)
+    tiles = np.zeros((rows * height, columns * width))
+    tiles[:n, :k] = x
+    tiles = tiles.reshape(rows, height, columns, width)
+    peaks = np.abs(tiles).max((1, 3), initial=0.0)
+    scales = np.maximum((peaks / fmt.limit).astype(np.float32), np.float32(floor)).astype(np.float64)
+    scales[scales == 0] = 1.0
+    quotients = (tiles / scales[:, None, :, None]).astype(np.float32).astype(np.float64)
+    return fmt.nearest(quotients).reshape(rows * height, columns * width)[:n, :k], scales
 
 
 def dequantize(codes: Codes, scales: Array, tile: tuple[int, int], fmt: Format) -> Array:

@@ -9,6 +9,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 import pytest
 from server.processes import Server
@@ -32,32 +34,26 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServer]:
             server.stop()
 
 
-class Stream:
-    """A streaming completion of 60 words, of which the first has come."""
-
-    def __init__(self, server: Server) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", server.port)
-        self.connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "stream": True, "max_tokens": 100}))
-        self.response = self.connection.getresponse()
-        assert self.response.readline().startswith(b"data: ")
-
-    def rest(self) -> bytes:
-        with self.response:
-            return self.response.read()
+@contextmanager
+def post(server: Server, **body: Any) -> Iterator[http.client.HTTPResponse]:
+    """The response to a completion request of 60 words."""
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 100, **body}))
+        with connection.getresponse() as response:
+            yield response
 
 
 def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(serve: MakeServer) -> None:
     server = serve(delay=0.02)
-    stream = Stream(server)
-    server.signal()
-    server.wait_for("finishing 1 running")
-    assert server.get("/health")[0] == 503
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("POST", "/v1/completions", '{"prompt": "a"}')
-    with connection.getresponse() as refused:
-        assert refused.status == 503
-        assert json.loads(refused.read())["error"]["code"] == "shutting_down"
-    assert stream.rest().endswith(b"data: [DONE]\n\n")
+    with post(server, stream=True) as stream:
+        assert stream.readline().startswith(b"data: ")
+        server.signal()
+        server.wait_for("finishing 1 running")
+        assert server.get("/health")[0] == 503
+        with post(server) as refused:
+            assert refused.status == 503
+            assert json.loads(refused.read())["error"]["code"] == "shutting_down"
+        assert stream.read().endswith(b"data: [DONE]\n\n")
     assert server.end() == 0
 
 
@@ -72,24 +68,23 @@ def test_an_idle_server_ends_at_once(serve: MakeServer) -> None:
 
 
 def test_the_timeout_ends_what_takes_too_long(serve: MakeServer) -> None:
-    server = serve("--shutdown-timeout", "0.3", delay=5)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("POST", "/v1/completions", '{"prompt": "a"}')
-    time.sleep(0.3)
-    server.signal()
-    assert server.end(10) == 0
-    connection.close()
+    server = serve("--shutdown-timeout", "0.3", delay=0.2)
+    with post(server, stream=True) as stream:
+        server.signal()
+        assert server.end(8) == 0  # the whole stream would take 12 s
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            stream.read()
 
 
 def test_a_second_signal_ends_at_once(serve: MakeServer) -> None:
     server = serve(delay=0.2)
-    stream = Stream(server)
-    server.signal(signal.SIGINT)
-    server.wait_for("finishing 1 running")
-    server.signal(signal.SIGINT)
-    assert server.end(5) == 0
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        stream.rest()
+    with post(server, stream=True) as stream:
+        server.signal(signal.SIGINT)
+        server.wait_for("finishing 1 running")
+        server.signal(signal.SIGINT)
+        assert server.end(5) == 0
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            stream.read()
 
 
 def test_a_signal_while_loading(serve: MakeServer) -> None:
