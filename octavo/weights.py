@@ -46,7 +46,8 @@ class SafetensorsSource:
     def __init__(self, directory: Path):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
-        files = sorted(directory.glob("*.safetensors"))
+        one = directory / "model.safetensors"  # some directories hold the same weights again, in another layout
+        files = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
         if index.exists():
             try:
                 weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from octavo import ops, weights
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.models import llama
+from octavo.models import architecture, llama
 from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme
 from octavo.weights import DummySource, Loader, SafetensorsSource, load
@@ -232,7 +232,7 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     "FP8 without a scale": (edit(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), [Q, "without a scale"]),
     "a truncated file": (cut, ["model.safetensors", "truncated or corrupt"]),
     "a corrupt header": (garble, ["model.safetensors", "truncated or corrupt"]),
-    "an empty file": (lambda path: (path / "model.safetensors").write_bytes(b""), ["model.safetensors", "truncated or corrupt"]),
+    "an empty file": (lambda path: (path / "model.safetensors").write_bytes(b""), ["model.safetensors", "corrupt"]),
     "an absent shard": (lose_a_shard, ["model-00002-of-00003.safetensors", "is missing"]),
     "an index with a tensor too many": (misplace, ["model.layers.7.mlp.up_proj.weight", "index.json"]),
     "an index that is not JSON": (index_of("{"), ["index.json", "not a safetensors index"]),
@@ -287,7 +287,7 @@ CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     (dict(hidden_size=32.5), ["hidden_size", "32.5"]),
     (dict(hidden_size=True), ["hidden_size"]),
     (dict(hidden_size=-32), ["hidden_size"]),
-    (dict(hidden_size=64), ["[64, 64]", "[32, 32]"]),
+    (dict(hidden_size=64), ["model.embed_tokens.weight", "[32, 32]", "[32, 64]"]),
     (dict(hidden_size=[32]), ["hidden_size"]),
     (dict(vocab_size=33), ["model.embed_tokens.weight", "[33, 32]"]),
     (dict(num_hidden_layers=3), ["model.layers.2."]),
@@ -307,6 +307,8 @@ CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
         dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)),
         ["original_max_position_embeddings"],
     ),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=2.0, beta_fast="32")), ["beta_fast"]),
+    (dict(rope_scaling=dict(rope_type="linear", factor=0)), ["factor"]),
     (dict(rope_theta="10000"), ["rope_theta"]),
     (dict(head_dim=7), ["head_dim"]),
 ]
@@ -329,6 +331,13 @@ def test_wrong_windows_are_named(model_type: str, changes: dict[str, Any], tmp_p
     with pytest.raises(OctavoError) as raised:
         load_model(tmp_path)
     assert_one_sentence(str(raised.value), list(changes))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_every_layer_may_slide(model_type: str) -> None:
+    changes = dict(model_type=model_type, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    config = architecture(CONFIG | changes).Config.from_json(CONFIG | changes)
+    assert [config.window(i) for i in range(2)] == [8, 8]
 
 
 # --- random weights ---------------------------------------------------------------------

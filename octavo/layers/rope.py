@@ -25,12 +25,21 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Older files have `rope_theta` and `rope_scaling` (whose type is under `type` or `rope_type`), newer ones `rope_parameters`.
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise OctavoError(f"config.json: rope_scaling must be an object, not {given!r}.")
+    found = dict(given)
+    kind = found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    if found["rope_type"] not in _INV_FREQ:
-        raise OctavoError(f"config.json asks for rope_type '{found['rope_type']}'; Octavo knows {', '.join(_INV_FREQ)}.")
+    if not isinstance(kind, str) or kind not in _INV_FREQ:
+        raise OctavoError(f"config.json asks for rope_type '{kind}'; Octavo knows {', '.join(_INV_FREQ)}.")
+    for name in _NUMBERS:
+        needed, value = name in _NEEDED[kind], found.get(name)
+        if value is None and needed:
+            raise OctavoError(f"config.json: rope_type '{kind}' needs {name}, which is not there.")
+        if value is not None and (not isinstance(value, (int, float)) or value < 0 or (needed and value == 0)):
+            raise OctavoError(f"config.json: {name} of the rotary embedding must be a positive number, not {value!r}.")
     return found
 
 
@@ -94,4 +103,11 @@ def _yarn_magnitude(factor: float, p: Mapping[str, Any]) -> float:
     return magnitude(1.0)
 
 
+_NEEDED = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("rope_theta",),
+}
+_NUMBERS = (*_NEEDED["llama3"], "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _INV_FREQ = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

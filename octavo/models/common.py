@@ -61,11 +61,18 @@ class ConfigBase:
                 values[field.name] = float(value)
             elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
                 raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
-            elif kind is int and value <= 0:
+            elif kind is int and value < (0 if field.name == "max_window_layers" else 1):  # every layer may slide
                 raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
         made = cls(**values, rope=rope_parameters(config))
         if made.hidden_act != "silu":
             raise OctavoError(f"config.json asks for hidden_act '{made.hidden_act}'; this architecture is served with 'silu'.")
+        if made.head_dim % 2:
+            raise OctavoError(
+                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {made.head_dim}."
+            )
+        kinds = values.get("layer_types")
+        if kinds and not (isinstance(kinds, list) and len(kinds) == made.num_hidden_layers):
+            raise OctavoError(f"config.json: layer_types must list one type for each of the {made.num_hidden_layers} layers.")
         if made.num_attention_heads % made.num_key_value_heads:
             raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
         return made

@@ -48,6 +48,7 @@ class Reader(Protocol):
     """What a format needs of a Loader."""
 
     platform: Platform
+    prefix: str  # of the names, for messages
 
     def has(self, name: str) -> bool: ...
     def skip(self, name: str) -> None: ...
@@ -59,7 +60,8 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
     """This rank's part of the matrix `name` [N, K], whatever the checkpoint stored."""
     if reader.has(f"{name}.weight_packed"):
         raise OctavoError(
-            f"{name} is stored as packed INT4, which this version does not read; use the model's BF16 or FP8 checkpoint."
+            f"{reader.prefix}{name} is stored as packed INT4, which this version does not read; "
+            "use the model's BF16 or FP8 checkpoint."
         )
     for calibrated in ("input_scale", "activation_scale"):  # activations are scaled by what they are, not by what was seen
         reader.skip(f"{name}.{calibrated}")
@@ -69,7 +71,8 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
     dense = reader.read(f"{name}.weight", shape, shard)
     if dense.dtype.itemsize == 1:
         raise OctavoError(
-            f"{name}.weight is stored as {dense.dtype} without a scale beside it; the checkpoint is of an unknown format."
+            f"{reader.prefix}{name}.weight is stored as {dense.dtype} without a scale beside it; "
+            "the checkpoint is of an unknown format."
         )
     return dense
 
@@ -83,7 +86,8 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
     part = shard.slice(shape[shard.dim])
     if part.start % BLOCK:
         raise OctavoError(
-            f"{name}: a part that starts at {part.start} splits a 128x128 tile; use a smaller --tensor-parallel-size."
+            f"{reader.prefix}{name}: a part that starts at {part.start} splits a 128x128 tile; "
+            "use a smaller --tensor-parallel-size."
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     data = reader.read(f"{name}.weight", shape, shard)
@@ -99,8 +103,8 @@ def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) 
     channels = stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1
     if not channels and stored not in ([], [1], [1, 1]):
         raise OctavoError(
-            f"{scale_name} has shape {stored}, which is neither one scale for the matrix {list(shape)}, nor one for each of "
-            "its channels, nor one for each 128x128 tile; Octavo knows no other."
+            f"{reader.prefix}{scale_name} has shape {stored}, which is neither one scale for the matrix {list(shape)}, "
+            "nor one for each of its channels, nor one for each 128x128 tile; Octavo knows no other."
         )
     scale = reader.read(scale_name, stored, shard if channels and shard.dim == 0 else WHOLE).float().view(-1, 1)
     data = reader.read(f"{name}.weight", shape, shard)

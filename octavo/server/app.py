@@ -53,7 +53,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequ
     ]
     middleware = [
         Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
-        Middleware(Gate, api_keys=api_keys, closed=lambda: served.closing),
+        Middleware(Gate, state=served.gate, api_keys=api_keys),
     ]
     return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
 
@@ -83,7 +83,7 @@ def _model(served: Served, request: Request) -> Response:
 def _health(served: Served, _: Request) -> Response:
     if not served.engine.healthy:
         raise ApiError(503, "The engine is dead; the server needs a new start.", code="engine_unavailable")
-    if served.closing:
+    if served.gate.closing:
         raise ApiError(503, "The server is shutting down.", code="shutting_down")
     return Response()
 

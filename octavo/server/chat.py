@@ -17,7 +17,7 @@ from octavo.server.messages import plain_messages
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
 from octavo.server.reader import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
 from octavo.server.served import Served
-from octavo.server.structured import calls_schema, json_schema, structured_output
+from octavo.server.structured import arguments_of, calls_of, structured_output
 from octavo.server.tool_calls import PARSERS, CallParser, NamedCall, make_parser
 
 __all__ = ["chat", "chat_prompt"]
@@ -78,10 +78,10 @@ class _Tools:
         self.structured: StructuredOutput | None = None
         if self.named is not None:
             function = next(tool.function for tool in request.tools or () if tool.function.name == self.named)
-            self.structured = json_schema(function.parameters or {"type": "object"}, "tools")
+            self.structured = arguments_of(function)
         elif choice == "required":
             self.parser = "json"
-            self.structured = json_schema(calls_schema(request.tools or (), not request.parallel_tool_calls), "tools")
+            self.structured = calls_of(request.tools or (), not request.parallel_tool_calls)
         elif choice == "auto" and names:
             self.parser = served.tool_parser
         self.keep_special = self.parser is not None and PARSERS[self.parser].special

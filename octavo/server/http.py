@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.server.errors import ApiError, as_api_error, error_response, from_validation
 from octavo.server.protocol import ApiModel
 
-__all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "JsonEndpoint", "merge", "parse", "read_json"]
+__all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "GateState", "JsonEndpoint", "merge", "parse", "read_json"]
 
 MAX_BODY_BYTES = 32 * 2**20
 R = TypeVar("R", bound=ApiModel)
@@ -133,11 +134,19 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+@dataclass
+class GateState:
+    """Whether new requests are let in, and how many are inside."""
+
+    closing: bool = False
+    running: int = 0
+
+
 class Gate:
     """Before every endpoint: the request's id, the API key, and 503 while the server is about to stop."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str] = (), closed: Callable[[], bool] = lambda: False):
-        self.app, self.closed = app, closed
+    def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = ()):
+        self.app, self.state = app, state
         self._keys = [key.encode() for key in api_keys if key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +163,14 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(scope, headers.get("authorization", ""))
-        await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send_with_id)
+            return
+        self.state.running += 1
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            self.state.running -= 1
 
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
         if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS":
@@ -164,7 +180,7 @@ class Gate:
         matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
         if self._keys and not (scheme.lower() == "bearer" and any(matches)):
             return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.", code="invalid_api_key")
-        if self.closed() and scope["method"] == "POST":
+        if self.state.closing and scope["method"] == "POST":
             return ApiError(503, "The server is shutting down; try another one.", code="shutting_down")
         return None
 

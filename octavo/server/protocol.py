@@ -14,6 +14,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "Function",
     "GenerationRequest",
     "NamedToolChoice",
     "ResponseFormat",

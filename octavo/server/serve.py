@@ -6,30 +6,27 @@ import argparse
 import asyncio
 import errno
 import os
-import signal
 import socket
-import sys
-import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
+from octavo.server.ending import Ending
+from octavo.server.greeting import greet, say
+from octavo.server.progress import Progress
 from octavo.server.reader import check_reasoning_parser
 from octavo.server.tool_calls import choose_parser
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from octavo.engine.client import AsyncEngine
     from octavo.server.served import Served
 
 __all__ = ["DEMO_NAME", "add_arguments", "run"]
 
 DEMO_NAME = "octavo-demo"
-DEMO_PROMPT = "def read(self"
 KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server that its owner believes closed
 # What the peer takes and Octavo decides by itself, does always or never needs: flag -> whether a value follows.
 IGNORED = {
@@ -136,13 +133,10 @@ async def serve(
 ) -> int:
     """Loads, serves and ends. The exit code."""
     from octavo.engine.client import AsyncEngine
-    from octavo.server.progress import Progress
 
-    loop = asyncio.get_running_loop()
     progress = Progress()
     loading = asyncio.ensure_future(AsyncEngine.start(config, progress.update))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, loading.cancel)
+    ending = Ending(loading, args.shutdown_timeout)
     await asyncio.sleep(0)  # the engine process starts here, and loads while this one imports the server
     import octavo.server.app  # noqa: F401
 
@@ -154,19 +148,20 @@ async def serve(
     finally:
         progress.close()
     try:
-        return await _serve(args, config, engine, listener, template, started)
+        await _serve(args, engine, listener, template, ending, started)
+        return 0
     finally:
         await engine.shutdown(0)
 
 
 async def _serve(
     args: argparse.Namespace,
-    config: EngineConfig,
     engine: AsyncEngine,
     listener: socket.socket,
     template: str | None,
+    ending: Ending,
     started: float,
-) -> int:
+) -> None:
     import uvicorn
 
     from octavo.server.app import make_app
@@ -181,17 +176,17 @@ async def _serve(
     )
     server = uvicorn.Server(settings)
     server.capture_signals = _no_signals  # type: ignore[method-assign]
-    ending = Ending(server, served, args.shutdown_timeout)
+    ending.begin_with(server, served)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started))
     try:
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        greeting = asyncio.ensure_future(_greet(args, config, served, listener, started))
-        await asyncio.wait((serving, greeting), return_when=asyncio.FIRST_EXCEPTION)
-        greeting.cancel()
-        await serving
+        await server.serve(sockets=[listener])
     except OSError as error:  # another process began to listen while the model was loading
         raise OctavoError(f"Cannot listen on port {args.port}: {error.strerror or error}.") from error
-    await ending.wait()
-    return 0
+    finally:
+        greeting.cancel()
+        await asyncio.gather(greeting, return_exceptions=True)
 
 
 def make_served(
@@ -212,70 +207,6 @@ def make_served(
     served.tool_parser = choose_parser(tool_parser, known, engine.info.model_type)
     served.reasoning_parser = check_reasoning_parser(reasoning_parser)
     return served
-
-
-class Ending:
-    """What SIGTERM and SIGINT do: refuse what is new, let running answers end, and on a second signal stop at once."""
-
-    def __init__(self, server: uvicorn.Server, served: Served, timeout: float):
-        self._server, self._served, self._timeout = server, served, timeout
-        self._draining: asyncio.Task[None] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._signal)
-
-    def _signal(self) -> None:
-        if self._draining is None:
-            self._served.closing = True
-            self._draining = asyncio.ensure_future(self._drain())
-        else:
-            self._server.force_exit = self._server.should_exit = True
-
-    async def _drain(self) -> None:
-        if self._served.running:
-            say(f"octavo: finishing {self._served.running} running requests; Ctrl-C again stops at once.")
-        deadline = time.monotonic() + self._timeout
-        while self._served.running and time.monotonic() < deadline and not self._server.should_exit:
-            await asyncio.sleep(0.02)
-        self._server.should_exit = True
-
-    async def wait(self) -> None:
-        """Returns when the draining has, if there was one."""
-        if self._draining is not None:
-            await self._draining
-
-
-async def _greet(
-    args: argparse.Namespace, config: EngineConfig, served: Served, listener: socket.socket, started: float
-) -> None:
-    for line in served.engine.info.report:
-        print(line)
-    port = listener.getsockname()[1]
-    if not args.model and served.engine.tokenizer is not None:
-        await _show_demo(served)
-        print(
-            f"\nTry it:\n  curl http://localhost:{port}/v1/completions -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{served.names[0]}", "prompt": "class Stack:", "max_tokens": 64}}\'\n'
-        )
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"Octavo is ready on http://{host}:{port} ({time.time() - started:.1f} s)", flush=True)
-
-
-async def _show_demo(served: Served) -> None:
-    from octavo.engine.request import SamplingParams
-
-    print(f"\nA first completion:\n\n{DEMO_PROMPT}", end="", flush=True)
-    params = SamplingParams(max_tokens=64, temperature=0.0, repetition_penalty=1.05)
-    began, tokens = time.monotonic(), 0
-    async with aclosing(served.engine.generate(await served.encode(DEMO_PROMPT), params, "demo")) as deltas:
-        async for delta in deltas:
-            tokens += len(delta.token_ids)
-            print(delta.text, end="", flush=True)
-    print(f"\n\n({tokens} tokens in {time.monotonic() - began:.2f} s)")
-
-
-def say(line: str) -> None:
-    """A line for the person at the terminal, beside the output proper."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

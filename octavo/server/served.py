@@ -17,6 +17,7 @@ from octavo.engine.request import SamplingParams, StructuredOutput
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import InvalidRequest
 from octavo.server.errors import ApiError
+from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.protocol import GenerationRequest
 
@@ -58,8 +59,7 @@ class Served:
     chat_template: str | None = None  # instead of the checkpoint's
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    closing: bool = False
-    running: int = 0
+    gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -123,7 +123,6 @@ class Served:
     async def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
         """The engine's deltas, counted. Closing it aborts the request."""
         request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
-        self.running += 1
         watch = self.metrics.watch(request_id, len(prompt), params.n)
         try:
             async with aclosing(self.engine.generate(prompt, params, request_id)) as deltas:
@@ -131,5 +130,4 @@ class Served:
                     watch.saw(delta)
                     yield delta
         finally:
-            self.running -= 1
             watch.close()

@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 from octavo.engine.request import StructuredOutput
 from octavo.errors import InvalidRequest
-from octavo.server.protocol import GenerationRequest, Tool
+from octavo.server.protocol import Function, GenerationRequest, Tool
 
-__all__ = ["calls_schema", "json_schema", "structured_output"]
+__all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
 
 Kind = Literal["json_object", "json_schema", "regex", "lark"]
+_ANY_OBJECT = {"type": "object"}
+# Spaced as json.dumps does it, which is how the families' training data writes calls; free spacing may never end.
+_SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
 def structured_output(request: GenerationRequest) -> StructuredOutput | None:
@@ -31,9 +34,14 @@ def structured_output(request: GenerationRequest) -> StructuredOutput | None:
     return checked(kind, grammar, param)
 
 
-def json_schema(schema: Any, param: str) -> StructuredOutput:
-    """Output that follows a JSON schema, given as an object or as text."""
-    return checked("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)
+def arguments_of(function: Function) -> StructuredOutput:
+    """Output that is the arguments of a call of `function`."""
+    return checked("json_schema", json.dumps({**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
+
+
+def calls_of(tools: Sequence[Tool], at_most_one: bool) -> StructuredOutput:
+    """Output that is one or more calls of these tools."""
+    return checked("json_schema", json.dumps({**calls_schema(tools, at_most_one), **_SPACING}), "tools")
 
 
 def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     items = []
     for tool in tools:
-        parameters = dict(tool.function.parameters or {"type": "object"})
+        parameters = dict(tool.function.parameters or _ANY_OBJECT)
         for key in ("$defs", "definitions"):  # references count from the root, so what they name must move there
             definitions.setdefault(key, {}).update(parameters.pop(key, None) or {})
         properties = {"name": {"const": tool.function.name}, "parameters": parameters}

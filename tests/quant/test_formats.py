@@ -21,6 +21,8 @@ FNUZ = Platform(torch.device("cpu"), "test", fp8_dtype=torch.float8_e4m3fnuz)
 class Stored:
     """A checkpoint of a few tensors."""
 
+    prefix = "layer."
+
     def __init__(self, platform: Platform = CPU, **tensors: torch.Tensor):
         self.platform, self.tensors = platform, {f"w.{name}": tensor for name, tensor in tensors.items()}
         self.skipped: set[str] = set()
@@ -144,15 +146,15 @@ FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
 @pytest.mark.parametrize(
     ("stored", "shard", "sentence"),
     [
-        (Stored(weight_packed=FP8), WHOLE, "w is stored as packed INT4"),
-        (Stored(weight=FP8), WHOLE, "w.weight is stored as torch.float8_e4m3fn without a scale"),
+        (Stored(weight_packed=FP8), WHOLE, "layer.w is stored as packed INT4"),
+        (Stored(weight=FP8), WHOLE, "layer.w.weight is stored as torch.float8_e4m3fn without a scale"),
         (Stored(weight=FP8, weight_scale=torch.ones(256, 8)), WHOLE, r"w.weight_scale has shape \[256, 8\]"),
         (Stored(weight=FP8, weight_scale=torch.ones(3)), WHOLE, r"w.weight_scale has shape \[3\]"),
         (Stored(weight=FP8, weight_scale=torch.ones(3, 1)), WHOLE, r"w.weight_scale has shape \[3, 1\]"),
         (Stored(weight=FP8, weight_scale=torch.ones(1, 1, 1)), WHOLE, r"w.weight_scale has shape \[1, 1, 1\]"),
         (Stored(weight=FP8.view(torch.uint8).view(torch.float8_e5m2), weight_scale=torch.ones(1)), WHOLE, "float8_e5m2"),
         (Stored(weight=FP8.view(torch.int8), weight_scale=torch.ones(1)), WHOLE, "torch.int8"),
-        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(0, 1, 4), "w: a part that starts at 64 splits"),
+        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(0, 1, 4), "layer.w: a part that starts at 64 splits"),
         (Stored(weight=FP8, weight_scale=torch.ones(1)), Shard(0, 0, 3), "256 does not split over 3 ranks"),
     ],
 )

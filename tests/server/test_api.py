@@ -296,7 +296,7 @@ def test_request_ids(client: Client) -> None:
 
 
 def test_a_closing_server_refuses(client: Client) -> None:
-    client.served.closing = True
+    client.served.gate.closing = True
     assert client.post(COMPLETIONS, {"prompt": "a"}).status_code == 503
     assert client.get("/health").status_code == 503
 
@@ -339,7 +339,7 @@ def test_a_client_that_leaves_is_aborted(client: Client) -> None:
     for stream in (True, False):
         asyncio.run(_leave(client, stream))
     assert len(client.engine.aborted) == 2
-    assert client.served.running == 0
+    assert client.served.gate.running == 0
     assert 'finished_reason="abort",model_name="demo"} 2.0' in client.get("/metrics").text
 
 
