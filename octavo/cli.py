@@ -34,6 +34,7 @@ class Command:
 COMMANDS = {
     "serve": Command("octavo.server.serve", "serve a model over HTTP, with OpenAI's API"),
     "chat": Command("octavo.tools.chat", "talk to a running server or to a model"),
+    "plan": Command("octavo.tools.plan", "say what fits and how fast it could be, before a weight is read"),
 }
 
 

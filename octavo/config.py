@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
@@ -61,6 +62,9 @@ class EngineConfig:
         (), "layers to keep in BF16: a name, a glob, or re:REGEX over the checkpoint's module names"
     )
     quantize_lm_head: bool = option(False, "quantize lm_head too")
+    quantization_config: str | None = option(
+        None, "file that `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16"
+    )
     kv_cache_dtype: str = option("auto", "auto, bfloat16, fp8 (= fp8_e4m3), fp8_e5m2 or fp8_per_token_head")
     calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0")
     dtype: str = option("auto", "activations and unquantized weights: auto, bfloat16 or float32")
@@ -91,6 +95,9 @@ class EngineConfig:
             from octavo.demo import MODEL_DIR
 
             put("model", str(MODEL_DIR))
+        if self.quantization_config is not None:
+            for name, value in _merged(self, read_quantization_config(self.quantization_config)).items():
+                put(name, value)
         if self.quantization is not None:
             put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
         if self.kv_cache_dtype == "fp8_ds_mla":
@@ -120,6 +127,55 @@ class EngineConfig:
         ):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
+
+
+# What a --quantization-config file may say, and of what type; "measured" tells a person what its writer saw.
+_FILE_KEYS = {
+    "quantization": str,
+    "kv_cache_dtype": str,
+    "quantization_ignore": list,
+    "quantize_lm_head": bool,
+    "calculate_kv_scales": bool,
+    "measured": dict,
+}
+
+
+def read_quantization_config(path: str) -> dict[str, Any]:
+    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError, naming what is wrong."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except OSError as error:
+        raise OctavoError(f"--quantization-config {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise OctavoError(f"--quantization-config {path} is not valid JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise OctavoError(f"--quantization-config {path} must hold a JSON object, as `octavo compare --auto` writes one.")
+    for key, value in found.items():
+        kind = _FILE_KEYS[canonical(f"--quantization-config {path}: the key", key, {k: k for k in _FILE_KEYS})]
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(name, str) for name in value)):
+            wanted = {str: "a string", list: "a list of strings", bool: "true or false", dict: "an object"}[kind]
+            raise OctavoError(f"--quantization-config {path}: {key} must be {wanted}, not {json.dumps(value)}.")
+    found.pop("measured", None)
+    return found
+
+
+def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
+    """What the file adds to the flags. Layers to ignore add up; anything else may be said twice, but not in two ways."""
+    known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}
+    out = dict(read)
+    for field in fields(EngineConfig):
+        given, name = getattr(config, field.name), field.name
+        if name not in read or given == field.default:
+            continue
+        if name == "quantization_ignore":
+            out[name] = tuple(dict.fromkeys([*([given] if isinstance(given, str) else given), *read[name]]))
+        elif known.get(name, {}).get(given, given) != known.get(name, {}).get(read[name], read[name]):
+            said = f"{flag_of(name)} {given}" if isinstance(given, str) else flag_of(name)
+            raise OctavoError(
+                f"{said} contradicts {config.quantization_config}, which says {json.dumps(read[name])}; give one of them."
+            )
+    return out
 
 
 def flag_of(name: str) -> str:

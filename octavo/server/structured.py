@@ -19,8 +19,8 @@ __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
 
 Kind = Literal["json_object", "json_schema", "regex", "lark"]
 _ANY_OBJECT = {"type": "object"}
-# Spaced as json.dumps does it, which is how the families' training data writes calls; free spacing may never end.
-_SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+# Calls are written on one line, as in the families' training data; a weak model would fill pages with white space.
+_SPACING = {"x-guidance": {"whitespace_pattern": " ?"}}
 
 
 def structured_output(request: GenerationRequest) -> StructuredOutput | None:

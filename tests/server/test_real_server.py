@@ -118,7 +118,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": properties, "required": ["kind", "lines"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "what", "schema": schema, "strict": True}}
     messages: Any = [{"role": "user", "content": "describe it"}]
-    answer = client.chat.completions.create(model=MODEL, messages=messages, response_format=form, max_tokens=200)
+    answer = client.chat.completions.create(model=MODEL, messages=messages, response_format=form, max_tokens=900)
     found = json.loads(answer.choices[0].message.content or "")
     assert found["kind"] in ("class", "def")
     assert 0 <= found["lines"] <= 99
