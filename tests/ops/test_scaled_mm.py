@@ -1,0 +1,40 @@
+"""The GPU's FP8 product, run on the CPU: torch has `_scaled_mm` there too, with the same rules of shape, stride and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from ops.shapes import LINEAR
+from quant import float64
+from quant.float64 import E4M3FN, array
+
+from octavo.ops.cuda import ScaledMM
+from octavo.platform import Platform
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
+
+PLATFORM = Platform(torch.device("cpu"), "test")
+
+
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [shape for shape in LINEAR if shape[0]], ids=str)
+def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -> None:
+    m, n, k = shape
+    x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k)
+    q = quantize(w, scheme).padded(PLATFORM.fp8_alignment)
+    y = ScaledMM().pack(q, PLATFORM)(x)
+    assert y.shape == (m, n)
+    assert relative_error(y, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, E4M3FN))) < 4e-3
+
+
+def test_without_padding_the_library_refuses() -> None:
+    """What the padding is for: the meta device has the GPU's checks."""
+    codes, weight = (torch.empty(rows, 96, device="meta", dtype=torch.float8_e4m3fn) for rows in (3, 538))
+    scales = torch.empty(3, 1, device="meta"), torch.empty(1, 538, device="meta")
+    with pytest.raises((RuntimeError, ValueError), match="16"):
+        torch._scaled_mm(codes, weight.mT, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", [BF16, FP8_BLOCK], ids=lambda s: s.name)
+def test_what_it_does_not_take(scheme: Scheme) -> None:
+    assert ScaledMM().supports(quantize(torch.randn(32, 32), scheme), PLATFORM)
