@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +80,10 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> list[int]:
         return list(self._files[name].get_slice(name).get_shape())
+
+    def matrix_values(self) -> int:
+        """Values of all matrices, from the headers alone."""
+        return sum(prod(shape) for name in self.names if len(shape := self.shape(name)) > 1)
 
     def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice) -> Tensor:
         view = self._files[name].get_slice(name)

@@ -8,7 +8,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 
-__all__ = ["CacheBudget", "gib", "plan_blocks"]
+__all__ = ["CacheBudget", "check_weights", "gib", "plan_blocks"]
 
 GIB = 1 << 30
 CPU_DEFAULT_GIB = 4.0
@@ -29,6 +29,20 @@ class CacheBudget:
     num_blocks: int
     max_model_len: int
     notes: tuple[str, ...] = ()
+
+
+def check_weights(platform: Platform, matrix_values: int, quantized: bool) -> None:
+    """Raises OctavoError, before anything is read, if matrices of so many values cannot fit even without a cache."""
+    free, _ = platform.memory()
+    itemsize = platform.widened_dtype.itemsize if platform.widened_dtype else 1 if quantized else 2
+    if (needed := matrix_values * itemsize) <= free:
+        return
+    smaller = "" if quantized or platform.is_cpu else "use --quantization ptpc_fp8 (half of the bytes), "
+    more = "a machine with more memory" if platform.is_cpu else "--tensor-parallel-size to split it over more accelerators"
+    raise OctavoError(
+        f"the weights alone would take {gib(needed)} of memory ({itemsize} byte(s) a value here), and {gib(free)} is free: "
+        f"{smaller}use a smaller model, free some memory, or use {more}."
+    )
 
 
 def plan_blocks(
@@ -57,7 +71,7 @@ def plan_blocks(
     if config.max_model_len is None and fits >= min(2048, model_len):
         note = f"max_model_len lowered from {model_len} to {fits}: that is what {gib(have)} of KV cache holds"
         return CacheBudget(blocks, fits, (note,))
-    smaller = "" if config.kv_cache_dtype.startswith("fp8") else ", use --kv-cache-dtype fp8 (half of the bytes)"
+    smaller = ", free some memory" if config.kv_cache_dtype.startswith("fp8") else ", use --kv-cache-dtype fp8 (half of it)"
     fewer = (
         f"lower --max-model-len to {fits}" if fits else f"use a smaller model or quantization (weights take {gib(model_bytes)})"
     )

@@ -15,7 +15,7 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
-from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.memory import check_weights, gib, plan_blocks
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.scheduler import ScheduledRequest
@@ -95,6 +95,8 @@ class ModelRunner:
     def _load(self, progress: Callable[[str, float], None] | None) -> LoadReport:
         source = DummySource() if self.config.load_format == "dummy" else SafetensorsSource(self.directory)
         scheme = SCHEMES[self.config.quantization or "bf16"]
+        if isinstance(source, SafetensorsSource):
+            check_weights(self.platform, source.matrix_values(), scheme.quantized)
         rules = QuantRules(scheme, self.config.quantization_ignore, self.config.quantize_lm_head)
         loader = Loader(source, self.platform, rules, self.dtype)
         verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"

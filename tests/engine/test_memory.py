@@ -14,7 +14,7 @@ from conftest import COMMON
 from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.memory import GIB, gib, plan_blocks
+from octavo.engine.memory import GIB, check_weights, gib, plan_blocks
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 
@@ -183,3 +183,11 @@ def test_a_note_reaches_the_report(shape):
     llm = LLM(long, **DUMMY | dict(max_model_len=None, cpu_kv_cache_gib=4096 * 1024 / GIB))
     assert llm.info.max_model_len == 4096
     assert any("note: max_model_len lowered from 100000 to 4096" in line for line in llm.info.report)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read():
+    check_weights(cuda(free=20), 19 << 30, quantized=True)
+    with pytest.raises(OctavoError, match=r"would take 19\.00 GiB.*1 byte.*18\.00 GiB is free.*--tensor-parallel-size"):
+        check_weights(cuda(free=18), 19 << 30, quantized=True)
+    with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
+        check_weights(cuda(free=20), 19 << 30, quantized=False)
