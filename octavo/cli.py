@@ -33,8 +33,10 @@ class Command:
 
 COMMANDS = {
     "serve": Command("octavo.server.serve", "serve a model over HTTP, with OpenAI's API"),
+    "quantize": Command("octavo.tools.quantize", "write an FP8 checkpoint to keep"),
     "chat": Command("octavo.tools.chat", "talk to a running server or to a model"),
     "plan": Command("octavo.tools.plan", "say what fits and how fast it could be, before a weight is read"),
+    "compare": Command("octavo.tools.compare", "measure what each FP8 scheme and KV cache costs in accuracy"),
 }
 
 

@@ -126,7 +126,8 @@ class GroupReport:
     """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme."""
 
     tensors: int = 0
-    values: int = 0
+    values: int = 0  # parameters; those of a tied head are the embedding's
+    dense: int = 0  # what is stored here would take this many bytes in BF16
     stored: int = 0
     held: int = 0
 
@@ -138,10 +139,11 @@ class LoadReport:
     groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, path: str, scheme: str, values: int, stored: int, held: int) -> None:
+    def add(self, path: str, scheme: str, values: int, stored: int, held: int, *, tied: bool = False) -> None:
         group = self.groups.setdefault((_role(path), scheme), GroupReport())
         group.tensors += 1
-        group.values += values
+        group.values += 0 if tied else values
+        group.dense += 2 * values if stored else 0
         group.stored += stored
         group.held += held
 
@@ -151,7 +153,7 @@ class LoadReport:
             self.notes.append(text)
 
     def total(self, what: str, *, quantized_only: bool = False) -> int:
-        """Sum of `values`, `stored` or `held` over all groups, or over those stored in FP8."""
+        """Sum of a GroupReport's field over all groups, or over those stored in FP8."""
         return sum(getattr(g, what) for (_, scheme), g in self.groups.items() if not quantized_only or scheme != "bf16")
 
 
@@ -174,6 +176,7 @@ class Loader:
     prefix: str = ""
     report: LoadReport = field(default_factory=LoadReport)
     seen: set[str] = field(default_factory=set)
+    shared: dict[str, Tensor] = field(default_factory=dict)  # what a tied layer takes from the layer that loaded it
 
     def at(self, path: str) -> Loader:
         return replace(self, prefix=f"{path}." if path else "")
@@ -219,14 +222,15 @@ class Loader:
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = concat([self._stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)])
         packed = ops.pack(q.padded(self.platform.fp8_alignment), self.platform)
-        values = 0 if tied else q.shape[0] * q.shape[1]
         stored = 0 if tied and q.scale is None else q.nbytes
         path = "lm_head" if is_head else self.prefix + names[0]
-        self.report.add(path, q.scheme.name, values, stored, packed.held_bytes)
+        self.report.add(path, q.scheme.name, q.shape[0] * q.shape[1], stored, packed.held_bytes, tied=tied)
         return packed
 
     def _stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        found = read_weight(self, name, shape, shard)
+        found: QTensor | Tensor | None = self.shared.get(f"{self.prefix}{name}.weight")
+        if found is None:
+            found = read_weight(self, name, shape, shard)
         if isinstance(found, QTensor):  # already quantized: its codes are kept bit for bit
             return found
         spans_ranks = scheme.weight is Granularity.TENSOR or (scheme.weight is Granularity.ROW and shard.dim == 1)

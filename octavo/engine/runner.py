@@ -196,12 +196,12 @@ class ModelRunner:
         lines = [f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}"]
         for (role, scheme), g in sorted(r.groups.items()):
             if g.stored:  # a tied head stores nothing
-                lines.append(f"  {role:<10} {scheme:<9} {g.values / 1e6:>10,.2f} M  {gib(g.stored):>11}")
+                lines.append(f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}")
         stored, dense = r.total("stored"), 2 * r.total("values")
         lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-        if quantized := r.total("values", quantized_only=True):
+        if quantized := r.total("dense", quantized_only=True):
             part = r.total("stored", quantized_only=True)
-            lines.append(f"FP8 linears: {gib(part)}, {50 * part / quantized:.1f}% of BF16's {gib(2 * quantized)}")
+            lines.append(f"FP8 linears: {gib(part)}, {100 * part / quantized:.1f}% of BF16's {gib(quantized)}")
         if p.widened_dtype is not None and r.total("held") > stored:
             kind = str(p.widened_dtype).removeprefix("torch.")
             why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"

@@ -19,6 +19,7 @@ class Embedding(nn.Module):
 
     def load(self, loader: Loader) -> None:
         self.weight = loader.vector("weight", self.shape)
+        loader.shared[loader.prefix + "weight"] = self.weight  # for a head that is tied to it
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

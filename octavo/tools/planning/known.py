@@ -1,0 +1,111 @@
+"""Models that can be planned by name alone: the numbers of their published config.json files, built in."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from octavo.errors import OctavoError
+
+__all__ = ["KNOWN", "known_config", "unknown_model"]
+
+Config = dict[str, Any]
+FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+KIMI_INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+    },
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+}
+
+
+def _dense(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, length: int) -> Config:
+    return {
+        "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": 128, "vocab_size": vocab,
+        "max_position_embeddings": length,
+    }  # fmt: skip
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int) -> Config:
+    return _dense("llama", hidden, inner, layers, heads, 8, 128256, 131072)
+
+
+def _qwen(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, length: int, moe: int = 0) -> Config:
+    config = _dense(model_type, hidden, inner, layers, heads, kv, 151936, length)
+    experts = {"moe_intermediate_size": moe, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+    return config | experts if moe else config
+
+
+def _qwen_vl(text: Config) -> Config:
+    vision = {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304,
+        "out_hidden_size": text["hidden_size"], "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "deepstack_visual_indexes": [8, 16, 24],
+    }  # fmt: skip
+    return {"model_type": text["model_type"], "text_config": text, "vision_config": vision}
+
+
+def _mla(model_type: str, heads: int, experts: int, dense_layers: int, vocab: int, length: int, mtp: int) -> Config:
+    return {
+        "model_type": model_type, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": heads, "num_key_value_heads": heads, "n_routed_experts": experts,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": dense_layers, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": vocab,
+        "max_position_embeddings": length, "num_nextn_predict_layers": mtp,
+    }  # fmt: skip
+
+
+_DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 163840, 1) | {"quantization_config": FP8_BLOCKS}
+_INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+_KIMI_VISION = {
+    "vt_hidden_size": 1152, "vt_intermediate_size": 4304, "vt_num_hidden_layers": 27, "vt_num_attention_heads": 16,
+    "patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64, "merge_kernel_size": [2, 2],
+}  # fmt: skip
+
+KNOWN: dict[str, Config] = {
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32),
+    "Llama-3.1-70B": _llama(8192, 28672, 80, 64),
+    "Llama-3.3-70B": _llama(8192, 28672, 80, 64),
+    "Llama-3.1-405B": _llama(16384, 53248, 126, 128),
+    "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 40960) | {"tie_word_embeddings": True},
+    "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 40960),
+    "Qwen3-30B-A3B": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 40960, moe=768),
+    "Qwen3-30B-A3B-FP8": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 40960, moe=768) | {"quantization_config": FP8_BLOCKS},
+    "Qwen3-VL-8B": _qwen_vl(_qwen("qwen3_vl", 4096, 12288, 36, 32, 8, 262144)),
+    "Qwen3-VL-30B-A3B": _qwen_vl(_qwen("qwen3_vl_moe", 2048, 6144, 48, 32, 4, 262144, moe=768)),
+    "Qwen3-VL-235B-A22B": _qwen_vl(_qwen("qwen3_vl_moe", 4096, 12288, 94, 64, 4, 262144, moe=1536)),
+    "DeepSeek-V3": _DEEPSEEK,
+    "DeepSeek-R1": _DEEPSEEK,
+    "DeepSeek-V3.2": _DEEPSEEK | _INDEXER,
+    "Kimi-K2": _mla("kimi_k2", 64, 384, 1, 163840, 131072, 0) | {"quantization_config": FP8_BLOCKS},
+    "Kimi-K2.5": {
+        "model_type": "kimi_k25",
+        "text_config": _mla("kimi_k2", 64, 384, 1, 163840, 262144, 0) | {"quantization_config": KIMI_INT4},
+        "vision_config": _KIMI_VISION,
+    },
+}
+
+
+def known_config(name: str) -> tuple[str, Config] | None:
+    """The known model that `name` means, with its config; case, owner and -Instruct do not matter."""
+    wanted = _plain(name)
+    return next(((known, config) for known, config in KNOWN.items() if _plain(known) == wanted), None)
+
+
+def unknown_model(name: str) -> OctavoError:
+    """What to say about a name that is neither known nor a path."""
+    near = difflib.get_close_matches(_plain(name), {_plain(known): known for known in KNOWN}, n=1)
+    hint = next((f"did you mean '{known}'? " for known in KNOWN if near and _plain(known) == near[0]), "")
+    return OctavoError(
+        f"'{name}' is no directory, no config.json and no model that is known by name; {hint}Known are: {', '.join(KNOWN)}."
+    )
+
+
+def _plain(name: str) -> str:
+    """meta-llama/Meta-Llama-3.1-405B-Instruct -> llama-3.1-405b"""
+    last = name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
+    return re.sub(r"-(instruct|chat|exp)$", "", last)

@@ -1,0 +1,230 @@
+"""`octavo plan`: checkpoints read by their headers, refusals, machines, output; and the engine, which must agree."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tools.planner import answer, checkpoint, plan_of
+
+from octavo.cli import main
+from octavo.demo import MODEL_DIR
+from octavo.platform import detect
+from octavo.tools.planning import accelerators
+from octavo.tools.planning.fit import working_bytes
+from octavo.tools.planning.words import groups, refusals
+
+DEMO_BYTES = 11_540_992
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ((), {}),
+        (("-q", "ptpc_fp8", "--kv-cache-dtype", "fp8"), {"quantization": "ptpc_fp8", "kv_cache_dtype": "fp8"}),
+        (("-q", "fp8", "--quantize-lm-head"), {"quantization": "fp8", "quantize_lm_head": True}),
+        (
+            (
+                "-q",
+                "fp8_block",
+                "--kv-cache-dtype",
+                "fp8_per_token_head",
+                "--quantization-ignore",
+                "down_proj",
+                "model.layers.0.*",
+            ),
+            {
+                "quantization": "fp8_block",
+                "kv_cache_dtype": "fp8_per_token_head",
+                "quantization_ignore": ("down_proj", "model.layers.0.*"),
+            },
+        ),
+        (("--dtype", "float32", "-q", "bf16", "--max-num-seqs", "4"), {"dtype": "float32", "max_num_seqs": 4}),
+    ],
+)
+def test_the_engine_allocates_what_was_planned(words: tuple[str, ...], options: dict[str, object]) -> None:
+    from octavo.config import EngineConfig
+    from octavo.engine.runner import ModelRunner
+
+    bf16 = () if words else ("-q", "bf16")
+    plan = plan_of(*words, *bf16, "--accelerator", "cpu", "--cpu-kv-cache-gib", "0.25")
+    runner = ModelRunner(EngineConfig(device="cpu", cpu_kv_cache_gib=0.25, **options))  # type: ignore[arg-type]
+    assert plan.asked.fit is not None
+    assert plan.asked.weights == runner.report.total("stored")
+    assert plan.question.model.parameters == runner.report.total("values")
+    assert plan.asked.token_bytes == runner.bytes_per_token
+    assert plan.asked.fit.cache == pytest.approx(runner.cache.nbytes, rel=0.02)
+    assert plan.asked.fit.max_model_len == runner.max_model_len
+    assert working_bytes(plan.question.config, plan.question.model, plan.question.on) == runner._working_bytes()
+
+
+def test_the_demo_model_is_counted_by_its_headers() -> None:
+    found = answer("--accelerator", "cpu")
+    assert found["measured_by"] == "its safetensors headers"
+    assert found["parameters_in_headers"] == found["parameters_by_component"]
+    assert sum(found["parameters_by_component"].values()) == found["parameters"] == DEMO_BYTES // 2
+    assert found["bytes_on_disk"] == found["variants"]["BF16"]["weights"] == DEMO_BYTES
+    assert not found["refused"]
+    assert answer(str(MODEL_DIR / "config.json"), "--accelerator", "cpu")["parameters"] == found["parameters"]
+
+
+def test_the_fp8_list_in_config_json_is_enough() -> None:
+    """Kimi's ignore list leaves only the experts in INT4; Qwen's FP8 release has all but routers, embeddings and the head."""
+    kimi = {g["component"]: g["format"] for g in answer("Kimi-K2.5", "--accelerator", "mi355x")["groups"]}
+    assert {name for name, form in kimi.items() if form.startswith("int4")} == {"experts"}
+    assert kimi["KV cache"] == "fp8_ds_mla"
+    qwen = {g["component"]: g["format"] for g in answer("Qwen3-30B-A3B-FP8", "--accelerator", "h200")["groups"]}
+    assert {name for name, form in qwen.items() if form == "fp8_block"} == {"attention", "experts"}
+
+
+def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
+    vision = next(g for g in groups(plan_of("Qwen3-VL-235B-A22B", "--accelerator", "mi300x", "--num-accelerators", "8"))
+                  if g.component == "vision")  # fmt: skip
+    assert vision.format == "bf16"
+    assert "if it were FP8, 4304 / 8 = 538 is padded to 544" in vision.remarks
+    directory = checkpoint(tmp_path, {}, intermediate_size=1000)
+    plan = plan_of(directory + "/config.json", "--accelerator", "h200", "--num-accelerators", "2")
+    mlp = next(g for g in groups(plan) if g.component == "mlp")
+    assert mlp.remarks == ["2000 / 2 = 1000 is padded to 1008", "1000 / 2 = 500 is padded to 512"]
+    assert plan.asked.rank_weights[2] == plan.asked.fit.weights  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("DeepSeek-V3.2", "--accelerator", "mi355x"), "does not serve model_type 'deepseek_v32' yet; it serves llama"),
+        (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
+        (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there are 1"),
+        (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads do not split over 3 ranks"),
+        (("Llama-3.1-8B", "--max-model-len", "200k"), "over the 131072 positions"),
+        (("Llama-3.1-8B", "--accelerator", "a100"), "(sm_80) has no FP8 units"),
+        (("Llama-3.1-8B", "--accelerator", "mi250x"), "(gfx90a) has no FP8 units"),
+        (
+            ("Llama-3.1-405B",),
+            "It does not fit: a rank needs 410.1 GB for weights and 12.6 GB to work in, and may use 135.1 GB",
+        ),
+        (("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"), "or use --kv-cache-dtype fp8"),
+        (("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8"), "reads packed INT4 but does not keep it yet"),
+        (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
+    ],
+)
+def test_refusals_are_one_sentence_each(words: tuple[str, ...], sentence: str) -> None:
+    chosen = words if "--accelerator" in words else (*words, "--accelerator", "h200")
+    found = refusals(plan_of(*chosen))
+    assert any(sentence in text for text in found), found
+    assert all(text.endswith(".") and "\n" not in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--accelerator", "MI-355"), "--accelerator 'MI-355' is not known; did you mean 'mi355x'?"),
+        (("Llama-3.1-450B",), "did you mean 'Llama-3.1-405B'?"),
+        (("/nowhere/at/all",), "is no directory, no config.json and no model that is known by name"),
+        (("--num-accelerators", "0"), "--num-accelerators must be positive, not 0."),
+        (("DeepSeek-V3.2", "--kv-cache-dtype", "fp8_e5m2"), "is not for MLA models, whose FP8 cache is fp8_ds_mla; use fp8."),
+        (("--quantization-ignore", "no_such_layer"), "'no_such_layer' matches no layer of this model"),
+        (("--quantization-ignore", "re:("), "is not a regular expression"),
+    ],
+)
+def test_nonsense_is_refused_with_a_suggestion(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_roofline_is_the_hardwares() -> None:
+    """Llama-3.1-8B on one H200: 8.03 GB (no embedding) at 4.22 TB/s a token, 14 GFLOP at 1.3 PFLOP/s a prompt token."""
+    words = ("Llama-3.1-8B", "--accelerator", "h200", "-q", "ptpc_fp8", "--kv-cache-dtype", "fp8")
+    one = plan_of(*words, "--context", "256").asked.speed
+    assert one is not None
+    assert one.decode_one == pytest.approx(527, rel=0.02)
+    assert one.prefill == pytest.approx(92_000, rel=0.03)
+    speeds = [v.speed for v in plan_of(*words).variants]
+    assert all(s is not None and s.requests == 64 for s in speeds)
+    bf16, *fp8 = [s for s in speeds if s is not None]
+    assert all(
+        1.1 < getattr(s, what) / getattr(bf16, what) < 2.01 for s in fp8 for what in ("prefill", "decode_one", "decode_many")
+    )
+
+
+def test_what_fits() -> None:
+    fits = answer("Llama-3.1-405B", "--accelerator", "mi300x", "--num-accelerators", "8")["variants"]
+    assert fits["BF16"]["smallest"] == 8
+    assert fits["PTPC"]["smallest"] == 4
+    room = fits["PTPC + FP8 KV"]["fit"]["room"]
+    assert fits["PTPC + FP8 KV"]["fit"]["tokens"] == room // (126 * 2 * 128 * 16) * 16
+    assert fits["PTPC + FP8 KV"]["token_percent"] == 50
+    assert fits["PTPC + FP8 KV"]["request_percent"] == pytest.approx(50.5, abs=0.1)
+
+
+def fake_tool(directory: Path, name: str, output: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    (directory / name).chmod(0o755)
+
+
+def test_the_machines_accelerators_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    fake_tool(tmp_path, "nvidia-smi", "NVIDIA H100 80GB HBM3, 81559, 9.0\nNVIDIA H100 80GB HBM3, 81559, 9.0")
+    found, number = accelerators.in_this_machine()
+    assert (number, found.memory, found.bandwidth) == (2, 81559 << 20, 3.35e12)
+    fake_tool(tmp_path, "nvidia-smi", "NVIDIA GeForce RTX 4090, 24564, 8.9")
+    assert accelerators.in_this_machine()[0].fp8 == 330.3e12
+    fake_tool(tmp_path, "nvidia-smi", "NVIDIA Something New, 100000, 13.0")
+    found, _ = accelerators.in_this_machine()
+    assert (found.bandwidth, found.has_fp8) == (0, True)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    card = {"Card Series": "AMD Instinct MI300X", "GFX Version": "gfx942", "VRAM Total Memory (B)": "206141652992"}
+    fake_tool(tmp_path, "rocm-smi", json.dumps({f"card{i}": card for i in range(8)} | {"system": {}}))
+    found, number = accelerators.in_this_machine()
+    assert (number, found.arch, found.memory, found.bandwidth) == (8, "gfx942", 206141652992, 5.3e12)
+
+
+def test_the_host_has_the_memory_that_the_engine_sees() -> None:
+    host = accelerators.find("cpu")
+    free, total = detect("cpu").memory()
+    assert host.memory == total
+    assert host.free == pytest.approx(free, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-405B", "DeepSeek-V3.2", "Kimi-K2.5", "Qwen3-VL-235B-A22B", ""])
+def test_tables_are_readable_at_100_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    words = [name, "--accelerator", "mi355x", "--num-accelerators", "8"] if name else ["--accelerator", "cpu"]
+    assert main(["plan", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    command = next(line for line in lines if line.startswith("  octavo serve"))
+    assert max(len(line) for line in lines if line != command) <= 100
+    assert "…" not in "".join(lines)
+    if name:
+        assert "--kv-cache-dtype fp8 --tensor-parallel-size 8" in command
+
+
+def test_the_command_keeps_what_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["Llama-3.1-8B", "--accelerator", "h200", "-q", "fp8", "--max-model-len", "8192", "--quantize-lm-head"]
+    assert (
+        main(["plan", *words, "--quantization-ignore", "o_proj", "re:.*layers.0.*", "--no-enable-prefix-caching", "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["command"] == (
+        "octavo serve Llama-3.1-8B --quantization fp8 --quantization-ignore o_proj 're:.*layers.0.*' --quantize-lm-head "
+        "--max-model-len 8192 --no-enable-prefix-caching"
+    )
+
+
+def test_a_plan_is_quick_and_brings_no_torch() -> None:
+    code = "import sys; from octavo.cli import main; main(['plan', 'DeepSeek-V3.2', '--accelerator', 'mi355x']); "
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr == ""
+    assert after.ru_utime - before.ru_utime < 0.5  # of the processor: the machine may be busy

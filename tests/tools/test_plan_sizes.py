@@ -1,0 +1,195 @@
+"""A plan's numbers against the published sizes, transformers' own counts and the tensors that octavo.quant makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tools.planner import answer
+
+from octavo.kvcache import spec_for
+from octavo.quant import SCHEMES, concat, quantize
+from octavo.quant.rules import QuantRules
+from octavo.tools.planning.known import KNOWN, known_config
+from octavo.tools.planning.shapes import model_of
+from octavo.tools.planning.sizes import Attention
+from octavo.tools.planning.stored import FORMATS, matches
+
+# Of the models as published: parameters in 1e9, GB in BF16, GB with the text model's linears in FP8 of 128x128 tiles (or as
+# the hub has them), KiB of BF16 cache a token, of which the indexer's. As printed: half of the last digit is their precision.
+PUBLISHED = [
+    ("Llama-3.1-8B", "8.03", "16.1", "9.1", "128", "0"),
+    ("Llama-3.1-70B", "70.6", "141.1", "72.7", "320", "0"),
+    ("Llama-3.1-405B", "405.9", "811.7", "410.2", "504", "0"),
+    ("Qwen3-8B", "8.19", "16.4", "9.4", "144", "0"),
+    ("Qwen3-30B-A3B", "30.5", "61.1", "31.2", "96", "0"),
+    ("Qwen3-VL-235B-A22B", "235.7", "471.3", "237.6", "188", "0"),
+    ("DeepSeek-V3.2", "671.9", "1343.8", "674.0", "68.6", "7.9"),
+    ("Kimi-K2.5", "1026.9", "2053.8", "595.1", "68.6", "0"),
+]
+
+
+def assert_printed(value: float, printed: str) -> None:
+    """`value` rounds to `printed`, or is within 0.1% of it: the table's rounding is coarser where it has three digits."""
+    half = 0.5 * 10.0 ** -len(printed.partition(".")[2])
+    assert abs(value - float(printed)) <= max(half * 1.0001, 1e-3 * float(printed)), (value, printed)
+
+
+@pytest.mark.parametrize(("name", "parameters", "bf16", "fp8", "kv", "index"), PUBLISHED, ids=lambda text: str(text))
+def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: str, index: str) -> None:
+    found = answer(name, "--accelerator", "mi355x", "-q", "fp8_block", "--kv-cache-dtype", "auto")
+    variants = found["variants"]
+    native = known_config(name)[1].get("quantization_config") or name.startswith("Kimi")  # type: ignore[index]
+    stored = answer(name, "--accelerator", "mi355x")["variants"]["native"] if native else variants["FP8 block"]
+    assert_printed(found["parameters"] / 1e9, parameters)
+    assert_printed(variants["BF16"]["weights"] / 1e9, bf16)
+    assert_printed(stored["weights"] / 1e9, fp8)
+    attention = model_of(known_config(name)[1]).attention  # type: ignore[index]
+    assert_printed(variants["BF16"]["token_bytes"] / 1024 - attention.layers * attention.index_bytes() / 1024, kv)
+    assert_printed(attention.layers * attention.index_bytes() / 1024, index)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-405B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-VL-235B-A22B"])
+def test_scales_are_all_that_the_schemes_differ_by(name: str) -> None:
+    """`fp8` and `ptpc_fp8` hold an FP32 scale a row: for 512 columns or more, within 0.3% of a scale for 128x128 values."""
+    variants = answer(name, "--accelerator", "mi355x", "-q", "fp8_block")["variants"]
+    assert variants["FP8"]["weights"] == variants["PTPC"]["weights"]
+    assert variants["PTPC"]["weights"] == pytest.approx(variants["FP8 block"]["weights"], rel=3e-3)
+
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=256, hidden_size=64, intermediate_size=136, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=False,
+)  # fmt: skip
+EXPERTS = dict(moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2)
+MLA: dict[str, Any] = COMMON | dict(
+    num_key_value_heads=4, moe_intermediate_size=48, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=2, n_group=4,
+    topk_group=2, first_k_dense_replace=1, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    v_head_dim=24,
+)  # fmt: skip
+QWEN_VISION = dict(
+    depth=3, hidden_size=32, intermediate_size=68, num_heads=4, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+    in_channels=3, num_position_embeddings=64, out_hidden_size=64, deepstack_visual_indexes=[0, 1],
+)  # fmt: skip
+QWEN_ROPE = {"rope_parameters": dict(rope_type="default", rope_theta=5e6, mrope_section=[3, 3, 2], mrope_interleaved=True)}
+KIMI_VISION = dict(
+    patch_size=14, pos_emb_height=8, pos_emb_width=6, pos_emb_time=4, num_attention_heads=4, num_hidden_layers=2,
+    hidden_size=32, intermediate_size=68, merge_kernel_size=[2, 2],
+)  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", COMMON),
+    "llama, tied, biases": ("Llama", COMMON | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=24)),
+    "mistral": ("Mistral", COMMON),
+    "qwen2": ("Qwen2", COMMON),
+    "qwen3": ("Qwen3", COMMON | dict(head_dim=32)),
+    "qwen3_moe": ("Qwen3Moe", COMMON | EXPERTS | dict(head_dim=32)),
+    "qwen3_moe, some layers dense": ("Qwen3Moe", COMMON | EXPERTS | dict(decoder_sparse_step=2, num_hidden_layers=5)),
+    "qwen3_moe, one layer dense": ("Qwen3Moe", COMMON | EXPERTS | dict(mlp_only_layers=[1])),
+    "deepseek_v3": ("DeepseekV3", MLA),
+    "deepseek_v3, biases": ("DeepseekV3", MLA | dict(attention_bias=True)),
+    "deepseek_v32": ("DeepseekV32", MLA | dict(index_n_heads=16, index_head_dim=16, index_topk=6)),
+    "qwen3_vl": ("Qwen3VL", dict(text_config=COMMON | QWEN_ROPE, vision_config=QWEN_VISION, tie_word_embeddings=False)),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        dict(text_config=COMMON | EXPERTS | QWEN_ROPE, vision_config=QWEN_VISION, tie_word_embeddings=False),
+    ),
+    "kimi_k25": (
+        "Kimi_K25",
+        dict(
+            text_config=MLA | dict(model_type="deepseek_v3"), vision_config=KIMI_VISION, projection_hidden_size=32,
+            tie_word_embeddings=False,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, Any]]]:
+    """(transformers' own count, its config.json) of a model that is never given memory."""
+    import transformers
+
+    def count(family: str, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        config = getattr(transformers, f"{family}Config")(**values)
+        kind = "ForConditionalGeneration" if "vision_config" in values else "ForCausalLM"
+        with torch.device("meta"):
+            model = getattr(transformers, family + kind)(config)
+        return model.num_parameters(), json.loads(config.to_json_string(use_diff=False))
+
+    return count
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) -> None:
+    parameters, config = count_parameters(*CONFIGS[name])
+    assert config["model_type"] == name.split(",")[0]
+    assert model_of(config).parameters == parameters
+
+
+def test_the_known_names_are_known_by_their_aliases() -> None:
+    for alias, name in {
+        "meta-llama/Llama-3.1-405B-Instruct": "Llama-3.1-405B",
+        "meta-llama/Meta-Llama-3.1-8B": "Llama-3.1-8B",
+        "qwen/qwen3-vl-235b-a22b-instruct": "Qwen3-VL-235B-A22B",
+        "deepseek-ai/DeepSeek-V3.2-Exp": "DeepSeek-V3.2",
+        "moonshotai/Kimi-K2.5": "Kimi-K2.5",
+    }.items():
+        found = known_config(alias)
+        assert found is not None
+        assert found[0] == name
+    assert known_config("Qwen3-30B-A3B-Instruct-2507") is None  # another context length
+    assert all(known_config(name) == (name, config) for name, config in KNOWN.items())
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "ptpc_fp8", "fp8_block"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [([24], 40), ([128, 64, 64], 256), ([130, 136], 264), ([256, 128, 128], 200), ([538], 1152)]
+)
+def test_bytes_of_a_weight_are_the_qtensors(scheme: str, rows: list[int], columns: int) -> None:
+    parts = [quantize(torch.ones(n, columns, dtype=torch.bfloat16), SCHEMES[scheme]) for n in rows]
+    stacked = concat(parts)
+    assert FORMATS[scheme].nbytes(rows, columns) == stacked.nbytes
+    assert FORMATS[scheme].nbytes(rows, columns, 16) == stacked.padded(16).nbytes
+
+
+@pytest.mark.parametrize("kv", ["auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_a_token_are_the_caches(kv: str, dtype: torch.dtype) -> None:
+    attention = Attention(layers=3, heads=8, kv_heads=4, qk_dim=64, v_dim=64)
+    for tp in (1, 2, 4, 8):
+        spec = spec_for(kv, max(1, 4 // tp), 64, dtype, torch.float8_e4m3fn)
+        assert attention.token_bytes(attention.stored_as(kv), tp, dtype.itemsize) == spec.bytes_per_token
+    assert attention.cache_bytes("auto") == 3 * 2 * 4 * 64 * 2
+
+
+def test_bytes_of_a_token_of_mla() -> None:
+    attention = Attention(61, 128, 128, 192, 128, latent=512, rope=64, index_heads=64, index_dim=128, index_topk=2048)
+    assert attention.token_bytes("auto") == attention.token_bytes("auto", tp=8) == 1152
+    assert attention.token_bytes(attention.stored_as("fp8_e4m3")) == 656
+    assert attention.index_bytes() == 132
+    assert attention.cache_bytes("fp8_ds_mla") == 61 * (656 + 132)
+
+
+def test_patterns_mean_what_they_mean_to_the_loader() -> None:
+    names = ["model.layers.0.mlp.down_proj", "model.layers.10.mlp.down_proj", "lm_head", "model.layers.0.self_attn.q_proj"]
+    for pattern in [
+        "down_proj",
+        "model.layers.0.*",
+        "re:.*mlp",
+        r"re:model\.layers\.1",
+        "lm_head",
+        "mlp.down_proj",
+        "*_proj",
+        "x",
+    ]:
+        assert [matches(pattern, name) for name in names] == [QuantRules(ignore=[pattern]).ignored(name) for name in names]
+
+
+def test_a_rank_holds_its_part_and_what_is_whole_everywhere() -> None:
+    rank = answer("Llama-3.1-405B", "--accelerator", "mi300x")["variants"]["BF16"]["rank_weights"]
+    whole = 2 * (2 * 128256 * 16384 + 253 * 16384)  # embeddings, lm_head, norms
+    assert rank["8"] == (rank["1"] - whole) // 8 + whole
+    shared = answer("Qwen3-30B-A3B", "--accelerator", "mi300x")["variants"]["BF16"]["rank_weights"]
+    assert shared["8"] > (shared["4"] - 0) / 2  # 4 KV heads: at 8 ranks two share one
