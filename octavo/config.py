@@ -130,7 +130,7 @@ class EngineConfig:
 
 
 # What a --quantization-config file may say, and of what type; "measured" tells a person what its writer saw.
-_FILE_KEYS = {
+_FILE_KEYS: dict[str, type] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "quantization_ignore": list,
@@ -153,7 +153,7 @@ def read_quantization_config(path: str) -> dict[str, Any]:
         raise OctavoError(f"--quantization-config {path} must hold a JSON object, as `octavo compare --auto` writes one.")
     for key, value in found.items():
         kind = _FILE_KEYS[canonical(f"--quantization-config {path}: the key", key, {k: k for k in _FILE_KEYS})]
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(name, str) for name in value)):
+        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(name, str) for name in value)):
             wanted = {str: "a string", list: "a list of strings", bool: "true or false", dict: "an object"}[kind]
             raise OctavoError(f"--quantization-config {path}: {key} must be {wanted}, not {json.dumps(value)}.")
     found.pop("measured", None)
@@ -162,14 +162,15 @@ def read_quantization_config(path: str) -> dict[str, Any]:
 
 def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
     """What the file adds to the flags. Layers to ignore add up; anything else may be said twice, but not in two ways."""
-    known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}
+    known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}  # equal under two names is equal
     out = dict(read)
-    for field in fields(EngineConfig):
-        given, name = getattr(config, field.name), field.name
-        if name not in read or given == field.default:
+    for f in fields(EngineConfig):
+        given, name = getattr(config, f.name), f.name
+        if name not in read or given == f.default:
             continue
         if name == "quantization_ignore":
-            out[name] = tuple(dict.fromkeys([*([given] if isinstance(given, str) else given), *read[name]]))
+            own = [given] if isinstance(given, str) else given
+            out[name] = tuple(dict.fromkeys([*own, *read[name]]))
         elif known.get(name, {}).get(given, given) != known.get(name, {}).get(read[name], read[name]):
             said = f"{flag_of(name)} {given}" if isinstance(given, str) else flag_of(name)
             raise OctavoError(

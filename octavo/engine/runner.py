@@ -25,6 +25,7 @@ from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM, ConfigBase
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, QuantRules
+from octavo.quant.checks import check_format
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 
 __all__ = ["ModelRunner", "StepTokens"]
@@ -60,6 +61,7 @@ class ModelRunner:
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
+        check_format(json_config, self.directory)
         arch = architecture(json_config)
         self.model_type: str = json_config["model_type"]
         self.model_config: ConfigBase = arch.Config.from_json(json_config)

@@ -1,7 +1,15 @@
 """How checkpoints spell a weight: one function a format, tried in order, found by the tensors that are there.
 
 A stored FP8 weight comes back as a QTensor with its codes bit for bit (converted where the device's FP8 dtype is another);
-anything else as the dense matrix.
+anything else as the dense matrix. The formats, and who writes them:
+
+    fp8                Hugging Face, DeepSeek      weight, weight_scale_inv: tiles, FP32 or E8M0; or one for the matrix
+    fbgemm_fp8         Hugging Face                weight, weight_scale [N, 1]
+    compressed-tensors llm-compressor, octavo      weight, weight_scale [1], [N, 1] or tiles; or INT4: weight_packed, ...
+    modelopt           NVIDIA's ModelOpt           weight, weight_scale []
+    quark              AMD's Quark                 weight, weight_scale [] or [N]
+
+Scales of activations may stand beside them and are not read: Octavo scales every token by what it is.
 """
 
 from __future__ import annotations
@@ -16,9 +24,14 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
-from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR
+from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
 
-__all__ = ["WHOLE", "Shard", "read_weight", "to_device_fp8"]
+__all__ = ["COMPANIONS", "WHOLE", "Reader", "Shard", "read_weight", "stored_scheme", "stored_shape", "to_device_fp8"]
+
+# What may stand beside a quantized `weight` and belongs to it. The last four are of activations.
+COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "input_scale_ub",
+              "input_zero_point")  # fmt: skip
+INT4_IN_INT32 = 8
 
 
 @dataclass(frozen=True)
@@ -58,13 +71,10 @@ class Reader(Protocol):
 
 def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor:
     """This rank's part of the matrix `name` [N, K], whatever the checkpoint stored."""
-    if reader.has(f"{name}.weight_packed"):
-        raise OctavoError(
-            f"{reader.prefix}{name} is stored as packed INT4, which this version does not read; "
-            "use the model's BF16 or FP8 checkpoint."
-        )
-    for calibrated in ("input_scale", "activation_scale"):  # activations are scaled by what they are, not by what was seen
+    for calibrated in COMPANIONS[3:]:
         reader.skip(f"{name}.{calibrated}")
+    if (packed := int4_packed(reader, name, shape, shard)) is not None:
+        return packed
     for decode in (fp8_block, fp8_scaled):
         if (found := decode(reader, name, shape, shard)) is not None:
             return found
@@ -77,11 +87,39 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
     return dense
 
 
+def stored_shape(reader: Reader, name: str) -> tuple[int, int]:
+    """[N, K] of the matrix `name`, packed or not."""
+    if not reader.has(f"{name}.weight_packed"):
+        n, k = reader.stored_shape(f"{name}.weight")
+    elif reader.has(f"{name}.weight_shape"):
+        n, k = reader.read(f"{name}.weight_shape", None).tolist()
+    else:
+        n, k = reader.stored_shape(f"{name}.weight_packed")
+        k *= INT4_IN_INT32
+    return n, k
+
+
+def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme | None:
+    """The scheme that the shape of the stored scale means; None for a dense or packed weight. Raises OctavoError for others."""
+    if (scale_name := _scale_name(reader, name)) is None or reader.has(f"{name}.weight_packed"):
+        return None
+    stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
+    if stored == grid:
+        return FP8_BLOCK
+    if stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1:
+        return FP8_PER_CHANNEL
+    if stored in ([], [1], [1, 1]):
+        return FP8_PER_TENSOR
+    raise OctavoError(
+        f"{reader.prefix}{scale_name} has shape {stored}, which is neither one scale for the matrix {list(shape)}, "
+        "nor one for each of its channels, nor one for each 128x128 tile; Octavo knows no other."
+    )
+
+
 def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
     """DeepSeek's, and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale for each 128x128 tile."""
-    grid = [-(-n // BLOCK) for n in shape]
     scale_name = _scale_name(reader, name)
-    if scale_name is None or reader.stored_shape(scale_name) != grid:
+    if scale_name is None or stored_scheme(reader, name, shape) is not FP8_BLOCK:
         return None
     part = shard.slice(shape[shard.dim])
     if part.start % BLOCK:
@@ -91,31 +129,70 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     data = reader.read(f"{name}.weight", shape, shard)
-    scale = reader.read(scale_name, grid, shard, tiles).float()
+    scale = _scale(reader.read(scale_name, None, shard, tiles))
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
 
 def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """compressed-tensors `float-quantized` and its kin: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
+    """The others: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
     if (scale_name := _scale_name(reader, name)) is None:
         return None
-    stored = reader.stored_shape(scale_name)
-    channels = stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1
-    if not channels and stored not in ([], [1], [1, 1]):
-        raise OctavoError(
-            f"{reader.prefix}{scale_name} has shape {stored}, which is neither one scale for the matrix {list(shape)}, "
-            "nor one for each of its channels, nor one for each 128x128 tile; Octavo knows no other."
-        )
-    scale = reader.read(scale_name, stored, shard if channels and shard.dim == 0 else WHOLE).float().view(-1, 1)
+    scheme = stored_scheme(reader, name, shape)
+    assert scheme is not None
+    of_rows = scheme is FP8_PER_CHANNEL and shard.dim == 0
+    scale = _scale(reader.read(scale_name, None, shard if of_rows else WHOLE)).view(-1, 1)
     data = reader.read(f"{name}.weight", shape, shard)
     n, k = data.shape
-    scheme = FP8_PER_CHANNEL if channels else FP8_PER_TENSOR
     return to_device_fp8(QTensor(data, scale.expand(n, 1).contiguous(), scheme, (n, k)), reader.platform.fp8_dtype)
+
+
+def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> Tensor | None:
+    """compressed-tensors' `pack-quantized`, as FP32: the exact product of an integer -8..7 and its group's scale.
+
+    `weight_packed` int32 [N, ceil(K/8)] holds element i of a row in bits 4(i%8) of word i//8, stored plus 8; `weight_scale`
+    [N, K/group]. The product rounded to the scale's dtype is what compressed-tensors makes of it.
+    """
+    if not reader.has(f"{name}.weight_packed"):
+        return None
+    if reader.has(f"{name}.weight_zero_point") or reader.has(f"{name}.weight_g_idx"):
+        raise OctavoError(
+            f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
+            "Octavo reads symmetric INT4 in its own order only."
+        )
+    reader.skip(f"{name}.weight_shape")
+    groups = reader.stored_shape(f"{name}.weight_scale")[1]
+    words = reader.stored_shape(f"{name}.weight_packed")[1]
+    if words * INT4_IN_INT32 - shape[1] not in range(INT4_IN_INT32) or shape[1] % groups:
+        raise OctavoError(
+            f"{reader.prefix}{name}: {words} packed words and {groups} scales a row do not make INT4 rows of {shape[1]} values."
+        )
+    group = shape[1] // groups
+    if shard.dim == 0:
+        columns, packed = slice(0, shape[1]), reader.read(f"{name}.weight_packed", None, shard)
+        scale = reader.read(f"{name}.weight_scale", None, shard)
+    else:
+        columns = shard.slice(shape[1])
+        packed = reader.read(f"{name}.weight_packed", None, shard, _covering(columns, INT4_IN_INT32))
+        scale = reader.read(f"{name}.weight_scale", None, shard, _covering(columns, group))
+    nibbles = torch.stack([(packed >> 4 * i) & 15 for i in range(INT4_IN_INT32)], 2).flatten(1) - 8
+    start, width = columns.start, columns.stop - columns.start
+    codes = nibbles[:, start % INT4_IN_INT32 :][:, :width].float()
+    return codes.mul_(scale.float().repeat_interleave(group, 1)[:, start % group :][:, :width])
+
+
+def _covering(columns: slice, unit: int) -> slice:
+    """The units that hold the columns."""
+    return slice(columns.start // unit, -(-columns.stop // unit))
 
 
 def _scale_name(reader: Reader, name: str) -> str | None:
     """Both spellings multiply: Hugging Face calls it the inverse of what the weight was multiplied by."""
     return next((full for full in (f"{name}.weight_scale_inv", f"{name}.weight_scale") if reader.has(full)), None)
+
+
+def _scale(stored: Tensor) -> Tensor:
+    """FP32. Bytes are E8M0, powers of two (DeepSeek's `ue8m0`), under torch's own dtype for it or as plain bytes."""
+    return (stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored).float()
 
 
 def to_device_fp8(q: QTensor, fp8_dtype: torch.dtype) -> QTensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme
 
-__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize"]
+__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "weight_amax"]
 
 # Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
 CHUNK = 1 << 19
@@ -69,14 +69,19 @@ def quantize(
     peak = weight_amax(w, scheme.weight)
     if max_reduce is not None:
         peak = max_reduce(peak)
-    limit = FP8_MAX[fp8_dtype]
-    scale = peak / limit
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # values that are all zero, or too small for a scale
+    scale, limit = scale_of(peak, fp8_dtype), FP8_MAX[fp8_dtype]
     data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
     for rows in _row_chunks(w):
         divided = w[rows].float() / _rows_of(scale, rows, (n, k))
         data[rows] = divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
     return QTensor(data, scale, scheme, (n, k))
+
+
+def scale_of(peak: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """The scale of values whose largest magnitude is `peak`; 1 where they are all zero, or too small for a scale."""
+    # By a tensor: a GPU divides by a number with its reciprocal, whose last bit would make other codes than a CPU's.
+    scale = peak / torch.full_like(peak, FP8_MAX[fp8_dtype])
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def weight_amax(w: Tensor, granularity: Granularity | None) -> Tensor:

@@ -26,7 +26,7 @@ from octavo.platform import Platform
 from octavo.quant.formats import WHOLE, Shard
 from octavo.weights import SafetensorsSource
 
-__all__ = ["INDEX", "Checkpoint", "OutputFile", "RowReader", "Rows", "Scratch", "StoredTensor", "write_json"]
+__all__ = ["INDEX", "Checkpoint", "OutputFile", "RowReader", "Rows", "Scratch", "StoredTensor", "write_error", "write_json"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,7 +67,7 @@ class Checkpoint:
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
         """Fill the bytes of `buffer` (uint8) from the tensor's byte `start` on."""
-        view = memoryview(buffer.numpy())
+        view = _bytes(buffer)
         descriptor, at = self.descriptor(tensor.file), tensor.start + start
         while view:
             try:
@@ -91,6 +91,12 @@ class Checkpoint:
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+def _bytes(data: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = data.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
@@ -118,7 +124,7 @@ class Scratch:
         nbytes = math.prod(shape) * dtype.itemsize
         if name not in self._buffers or self._buffers[name].nbytes < nbytes:
             self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
-        return self._buffers[name][:nbytes].view(dtype).view(*shape)
+        return self._buffers[name][:nbytes].view(dtype).view(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -202,14 +208,14 @@ class OutputFile:
 
     def write(self, name: str, start: int, data: Tensor) -> None:
         """Put the bytes of `data` at the tensor's byte `start`."""
-        self._write(len(self.header) + self.tensors[name].start + start, memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self._write(len(self.header) + self.tensors[name].start + start, _bytes(data))
 
     def _write(self, at: int, view: memoryview) -> None:
         while view:
             try:
                 count = os.pwrite(self._descriptor, view, at)
             except OSError as error:
-                raise _no_write(error, self.path, self.nbytes) from None
+                raise write_error(error, self.path, self.nbytes) from None
             view, at = view[count:], at + count
 
     def commit(self) -> None:
@@ -219,7 +225,7 @@ class OutputFile:
             self._descriptor = -1
             self.partial.replace(self.path)
         except OSError as error:
-            raise _no_write(error, self.path, self.nbytes) from None
+            raise write_error(error, self.path, self.nbytes) from None
 
     def discard(self) -> None:
         """Take the unfinished file away."""
@@ -230,7 +236,7 @@ class OutputFile:
             self.partial.unlink(missing_ok=True)
 
 
-def _no_write(error: OSError, path: Path, nbytes: int) -> OctavoError:
+def write_error(error: OSError, path: Path, nbytes: int) -> OctavoError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OctavoError(
             f"the disk is full: {path} needs {nbytes:,} bytes; free them and run the same command again, which continues."
@@ -247,4 +253,4 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _no_write(error, path, len(data)) from None
+        raise write_error(error, path, len(data)) from None

@@ -144,17 +144,18 @@ def sensitivities(base: EngineConfig, scheme: str, text: Text, reference: Refere
         stored = weights.stored(module, names)
         if any(isinstance(w, QTensor) for w in stored):
             continue  # there is no BF16 to go back to
+        values = sum(w.shape[0] * w.shape[1] for w in stored)
         dense = module.weight
         module.weight, small = weights.pack(weights.quantized(stored, SCHEMES[scheme]))
-        large = sum(w.numel() for w in stored) * core.runner.dtype.itemsize  # type: ignore[union-attr]
-        found.append(Sensitivity(path, names, _kl_of(core, text.windows[0], reference), large - small))
+        extra = max(1, values * core.runner.dtype.itemsize - small)  # padding may outweigh the gain in a tiny matrix
+        found.append(Sensitivity(path, names, _kl_of(core, text.windows[0], reference), extra))
         module.weight = dense
     return sorted(found, key=lambda layer: layer.kl / layer.extra_bytes, reverse=True)
 
 
 def _kl_of(core: EngineCore, window: Sequence[int], reference: Reference) -> float:
-    hidden = hidden_states(core.runner, window)
-    return float(divergence(reference.head, reference.hidden[0], reference.head, hidden, window)[2].double().mean())
+    hidden, head = hidden_states(core.runner, window), reference.head
+    return float(divergence(head, reference.hidden[0], head, hidden, window, core.runner.platform.device)[2].double().mean())
 
 
 def worth_keeping(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:

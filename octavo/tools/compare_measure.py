@@ -1,7 +1,7 @@
 """How far a quantized model is from the same model in BF16, measured on a text.
 
-The text is cut into windows, each a prompt of its own, prefilled through the paged cache, so that the cache's dtype counts as in
-serving. Every position but the last predicts the token after it. With p the BF16 model's distribution there and q the
+The text is cut into windows, each a prompt of its own, prefilled through the paged cache, so that the cache's dtype counts as
+in serving. Every position but the last predicts the token after it. With p the BF16 model's distribution there and q the
 variant's, over the whole vocabulary:
 
     perplexity   exp(mean of -log q(next token)), next tokens as the text has them
@@ -16,7 +16,7 @@ head, from which p is computed again, a few rows at a time: exact, and vocab / h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,19 @@ from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.layers.linear import LMHead
 
-__all__ = ["REFERENCE", "Measurement", "Reference", "Text", "Variant", "cut", "divergence", "hidden_states", "measure", "open_core"]
+__all__ = [
+    "REFERENCE",
+    "Measurement",
+    "Reference",
+    "Text",
+    "Variant",
+    "cut",
+    "divergence",
+    "hidden_states",
+    "measure",
+    "open_core",
+    "score",
+]
 
 LOGIT_VALUES = 1 << 22  # logits computed at a time, of each model: 16 MiB in FP32
 PROMPTS, PROMPT_TOKENS, GREEDY_TOKENS = 8, 32, 64
@@ -67,6 +79,7 @@ class Text:
 
     windows: list[list[int]]
     prompts: list[list[int]]
+    greedy: int  # tokens to continue each prompt with
 
     @property
     def predictions(self) -> int:
@@ -75,7 +88,7 @@ class Text:
     @property
     def longest(self) -> int:
         """Positions that the longest window, or a prompt with its continuation, takes."""
-        return max(len(self.windows[0]), len(self.prompts[0]) + GREEDY_TOKENS)
+        return max(len(self.windows[0]), len(self.prompts[0]) + self.greedy)
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Measurement:
     kl: float  # nats a token
     kl_p99: float  # of single positions
     top1: float  # 0 to 1
-    greedy: float  # tokens, at most GREEDY_TOKENS
+    greedy: float  # equal tokens, at most Text.greedy
     weight_bytes: int  # as stored
     quantized_values: int  # weights held in FP8
     kv_bytes_per_token: int
@@ -115,7 +128,7 @@ class Reference:
     def of(cls, core: EngineCore, text: Text) -> Reference:
         """Runs the reference model over the text."""
         hidden = [hidden_states(core.runner, window).cpu() for window in text.windows]
-        return cls(core.runner.model.lm_head, hidden, _continue(core, text.prompts))
+        return cls(core.runner.model.lm_head, hidden, _continue(core, text))
 
 
 def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Text:
@@ -126,36 +139,47 @@ def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Te
     room = len(ids) // window
     count = room if tokens is None else max(1, min(room, tokens // window))
     starts = [i * room // count * window for i in range(count)]
-    prompt = min(PROMPT_TOKENS, max(1, longest - GREEDY_TOKENS - 1), window)
+    prompt = min(PROMPT_TOKENS, window // 2)
     places = range(0, len(ids) - prompt + 1, max(1, (len(ids) - prompt) // PROMPTS))
     prompts = [list(ids[at : at + prompt]) for at in places[:PROMPTS]]
-    return Text([list(ids[at : at + window]) for at in starts], prompts)
+    return Text([list(ids[at : at + window]) for at in starts], prompts, min(GREEDY_TOKENS, longest - prompt))
 
 
 def open_core(base: EngineConfig, variant: Variant, text: Text) -> EngineCore:
     """The engine of a variant, with a cache for the text's longest window."""
-    sizes = dict(max_model_len=text.longest + 1, max_num_seqs=PROMPTS, enable_prefix_caching=False)
+    sizes = dict(max_model_len=text.longest, max_num_seqs=PROMPTS, enable_prefix_caching=False)
     return EngineCore(replace(variant.config(base), **sizes))  # type: ignore[arg-type]
 
 
-def measure(base: EngineConfig, variant: Variant, text: Text, reference: Reference, core: EngineCore | None = None) -> Measurement:
-    """Runs a variant over the text; `core` is its engine where that is open already."""
-    core = core or open_core(base, variant, text)
-    runner = core.runner
+def measure(base: EngineConfig, variant: Variant, text: Text, reference: Reference) -> Measurement:
+    """Loads a variant and runs it over the text."""
+    core = open_core(base, variant, text)
+    hidden = (hidden_states(core.runner, window) for window in text.windows)
+    return score(variant, core.runner, hidden, _continue(core, text), text, reference)
+
+
+def score(
+    variant: Variant,
+    runner: ModelRunner,
+    hidden: Iterable[Tensor],
+    greedy: Sequence[list[int]],
+    text: Text,
+    reference: Reference,
+) -> Measurement:
+    """What a variant costs, by its hidden states of each window and its continuation of each prompt."""
     parts = [
-        divergence(reference.head, expected, runner.model.lm_head, hidden_states(runner, window), window)
-        for window, expected in zip(text.windows, reference.hidden, strict=True)
+        divergence(reference.head, expected, runner.model.lm_head, found, window, runner.platform.device)
+        for window, expected, found in zip(text.windows, reference.hidden, hidden, strict=True)
     ]
     before, after, kl, same = torch.cat(parts, 1).double()
     excess = after - before
-    spread = float(excess.std()) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
-    ratio = math.exp(float(excess.mean()))
-    counts = [_common(a, b) for a, b in zip(reference.greedy, _continue(core, text.prompts), strict=True)]
+    ratio = float(excess.mean().exp())
+    counts = [_common(a, b) for a, b in zip(reference.greedy, greedy, strict=True)]
     return Measurement(
         variant,
-        perplexity=math.exp(float(after.mean())),
+        perplexity=float(after.mean().exp()),
         change=ratio - 1,
-        change_error=ratio * spread,
+        change_error=ratio * float(excess.std(correction=0)) / math.sqrt(len(excess)),
         kl=float(kl.mean()),
         kl_p99=float(kl.quantile(0.99)),
         top1=float(same.mean()),
@@ -173,14 +197,16 @@ def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def divergence(p_head: LMHead, p_hidden: Tensor, q_head: LMHead, q_hidden: Tensor, window: Sequence[int]) -> Tensor:
+def divergence(
+    p_head: LMHead, p_hidden: Tensor, q_head: LMHead, q_hidden: Tensor, window: Sequence[int], device: torch.device
+) -> Tensor:
     """[4, tokens - 1] on the host, FP32: -log p and -log q of the next token, KL(p || q), and 1 where the top tokens agree."""
-    targets = torch.tensor(window[1:], device=q_hidden.device)
+    targets = torch.tensor(window[1:], device=device)
     rows = max(1, LOGIT_VALUES // q_head.shape[0])
     parts = []
     for at in range(0, len(targets), rows):  # both in the same chunks: a product's last bits may depend on its row count
         part = slice(at, min(at + rows, len(targets)))
-        p, q = p_head(p_hidden[part].to(q_hidden.device)), q_head(q_hidden[part])
+        p, q = p_head(p_hidden[part].to(device)), q_head(q_hidden[part].to(device))
         losses = [logits.logsumexp(-1) - logits.gather(1, targets[part, None])[:, 0] for logits in (p, q)]
         parts.append(torch.stack([*losses, _kl(p, q), (p.argmax(-1) == q.argmax(-1)).float()]))
     return torch.cat(parts, 1).cpu()
@@ -192,15 +218,16 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     Unlike the textbook sum this takes no difference of large numbers, so FP32 resolves a KL of 1e-9.
     """
     weight, d = p.softmax(-1), p - q
-    d -= (weight * d).sum(-1, keepdim=True)
+    for _ in range(2):  # of a large mean, the first time leaves a rounding
+        d -= (weight * d).sum(-1, keepdim=True)
     return (weight * torch.expm1(-d)).sum(-1).log1p()
 
 
-def _continue(core: EngineCore, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """GREEDY_TOKENS likeliest tokens after each prompt, all prompts in one batch."""
-    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
-    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for name, prompt in zip(outputs, prompts, strict=True):
+def _continue(core: EngineCore, text: Text) -> list[list[int]]:
+    """What follows each prompt greedily, all prompts in one batch."""
+    params = SamplingParams(temperature=0.0, max_tokens=text.greedy, ignore_eos=True)
+    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(text.prompts))}
+    for name, prompt in zip(outputs, text.prompts, strict=True):
         core.add(EngineRequest(name, prompt, params))
     while core.has_work():
         for output in core.step()[0]:

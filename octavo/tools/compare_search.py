@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,18 +39,19 @@ class Budget:
         return cls(limit / 100 if relative else limit, relative)
 
     def loss(self, m: Measurement) -> float:
-        """What `m` loses, in the budget's unit; a perplexity under BF16's counts as no loss."""
-        return max(0.0, m.change) if self.relative else m.kl
+        """What `m` loses, in the budget's unit; a perplexity under BF16's counts as no loss, one that is no number as all."""
+        loss = m.change if self.relative else m.kl
+        return math.inf if math.isnan(loss) else max(0.0, loss)
 
     def met(self, m: Measurement) -> bool:
         return self.loss(m) <= self.limit
 
     def amount(self, m: Measurement) -> str:
         """What `m` loses, for a person."""
-        return f"{100 * m.change:+.2f}% of perplexity" if self.relative else f"a KL of {m.kl:.3g}"
+        return f"{100 * m.change:+.2f}%" if self.relative else f"{m.kl:.3g}"
 
     def __str__(self) -> str:
-        return f"{100 * self.limit:g}% of perplexity" if self.relative else f"a KL of {self.limit:g}"
+        return f"{100 * self.limit:g}% of perplexity" if self.relative else f"KL {self.limit:g}"
 
 
 DEFAULT_BUDGET = Budget(0.005, relative=True)
@@ -88,15 +90,17 @@ def search(
         if budget.met(tried[-1]):
             return tried[-1]
     scheme = min(tried, key=budget.loss).variant.scheme if tried else "bf16"
-    for kv in kvs[1:]:
+    for kv in kvs[1:] if tried else ():
         tried.append(measure(Variant(scheme, kv)))
         if budget.met(tried[-1]):
             return tried[-1]
-    kv = min((m for m in tried if m.variant.scheme == scheme), key=budget.loss).variant.kv
-    found = _shortest(budget, measure, scheme, kv, rank(scheme)) if tried and scheme != "bf16" else None
+    found = None
+    if tried:
+        kv = min((m for m in tried if m.variant.scheme == scheme), key=budget.loss).variant.kv
+        found = _shortest(budget, measure, scheme, kv, rank(scheme))
     if found is None:
-        return next((m for k in kvs if budget.met(m := measure(Variant("bf16", k)))), None)
-    for cheaper in kvs[: kvs.index(kv)]:  # with the worst layers out, a smaller cache may do
+        return next((m for kv in kvs if budget.met(m := measure(Variant("bf16", kv)))), None)
+    for cheaper in kvs[: kvs.index(found.variant.kv)]:  # with the worst layers out, a smaller cache may do
         if budget.met(m := measure(Variant(scheme, cheaper, found.variant.ignore))):
             return m
     return found
@@ -129,11 +133,14 @@ def verdict(budget: Budget, climbed: Sequence[Measurement]) -> tuple[str, Measur
     """What to do, in words, and the measurement that it stands on: the first of `climbed` within the budget."""
     chosen = next((m for m in climbed if budget.met(m)), None)
     over = climbed[: climbed.index(chosen)] if chosen else climbed
-    said = [f"{name_of(m.variant)} costs {budget.amount(m)}, over the budget of {budget}." for m in over[:MENTIONED]]
-    if len(over) > MENTIONED:
-        said.append(f"So do {len(over) - MENTIONED} more.")
+    said = []
+    if over:
+        names = [f"{name_of(m.variant)} ({budget.amount(m)})" for m in over]
+        more = [f"and {len(over) - MENTIONED} more"] if len(over) > MENTIONED else []
+        said.append(f"Over the budget of {budget}: {'; '.join(names[:MENTIONED] + more)}.")
     if chosen is None:
-        return " ".join([*said, "Nothing measured is within the budget: serve BF16, or try --auto, which keeps layers."]), None
+        said.append("Nothing measured is within it: serve BF16, or let --auto look for layers to keep in BF16.")
+        return " ".join(said), None
     noise = ", within this text's noise" if 0 < abs(chosen.change) < 2 * chosen.change_error else ""
     loss = f"{100 * chosen.change:+.2f}% of perplexity{noise}; KL {chosen.kl:.3g}; top-1 agreement {100 * chosen.top1:.1f}%"
     said.append(f"{'Use' if over else 'Accuracy held: use'} {name_of(chosen.variant)} ({loss}).")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from quant.float64 import E4M3FN, array, codes_of
 
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, dequantize, quantize
-from octavo.quant.formats import WHOLE, Shard, read_weight, to_device_fp8
+from octavo.quant.formats import WHOLE, Shard, read_weight, stored_shape, to_device_fp8
 
 CPU = Platform(torch.device("cpu"), "test")
 FNUZ = Platform(torch.device("cpu"), "test", fp8_dtype=torch.float8_e4m3fnuz)
@@ -146,7 +147,9 @@ FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
 @pytest.mark.parametrize(
     ("stored", "shard", "sentence"),
     [
-        (Stored(weight_packed=FP8), WHOLE, "layer.w is stored as packed INT4"),
+        (Stored(weight_packed=FP8, weight_zero_point=FP8), WHOLE, "layer.w is stored as packed INT4 with zero points"),
+        (Stored(weight_packed=FP8, weight_scale=FP8), WHOLE, "layer.w: 256 packed words and 256 scales a row"),
+        (Stored(weight_packed=FP8[:, :32], weight_scale=FP8[:, :3]), WHOLE, "layer.w: 32 packed words and 3 scales a row"),
         (Stored(weight=FP8), WHOLE, "layer.w.weight is stored as torch.float8_e4m3fn without a scale"),
         (Stored(weight=FP8, weight_scale=torch.ones(256, 8)), WHOLE, r"w.weight_scale has shape \[256, 8\]"),
         (Stored(weight=FP8, weight_scale=torch.ones(3)), WHOLE, r"w.weight_scale has shape \[3\]"),
@@ -166,3 +169,45 @@ def test_what_cannot_be_read_is_said(stored: Stored, shard: Shard, sentence: str
 def test_stored_values_are_those_of_the_definition() -> None:
     q = read(Stored(weight=all_codes(), weight_scale=torch.tensor(1.0)), (2, 127))
     np.testing.assert_array_equal(array(dequantize(q)), E4M3FN.values[codes_of(all_codes())])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+def test_scales_that_are_powers_of_two(dtype: torch.dtype, seed: int) -> None:
+    """DeepSeek's `ue8m0`: a byte e means 2^(e - 127)."""
+    codes = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    exponents = torch.randint(100, 150, (3, 2), dtype=torch.uint8)
+    q = read(Stored(weight=codes, weight_scale_inv=exponents.view(dtype)), (300, 200))
+    assert q.scheme is FP8_BLOCK
+    assert q.scale is not None
+    assert torch.equal(q.scale, 2.0 ** (exponents.float() - 127))
+
+
+def int4(n: int, k: int, group: int) -> tuple[Stored, torch.Tensor]:
+    """A matrix as compressed-tensors packs it, and its values in float64."""
+    codes = torch.randint(-8, 8, (n, k))
+    scale = torch.rand(n, k // group).bfloat16()
+    packed = pack_to_int32(codes.to(torch.int8), 4)
+    values = codes.double() * scale.double().repeat_interleave(group, 1)
+    return Stored(weight_packed=packed, weight_scale=scale, weight_shape=torch.tensor([n, k])), values
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(3, 64, 32), (16, 96, 96), (5, 20, 4), (1, 8, 8), (7, 12, 12)])
+def test_packed_int4(n: int, k: int, group: int, seed: int) -> None:
+    stored, values = int4(n, k, group)
+    found = read_weight(stored, "w", (n, k), WHOLE)
+    assert isinstance(found, torch.Tensor)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, values.float())
+    assert torch.equal(found.double(), values)  # FP32 holds the products exactly
+    assert stored_shape(stored, "w") == (n, k)
+    assert "w.weight_shape" in stored.skipped
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("k", "group"), [(96, 32), (64, 64), (48, 4)])
+def test_ranks_read_their_part_of_int4(k: int, group: int, dim: int, ranks: int, seed: int) -> None:
+    """Also where a part starts within a packed word or a group."""
+    stored, values = int4(16, k, group)
+    parts = [read_weight(stored, "w", (16, k), Shard(dim, rank, ranks)) for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts, dim), values.float())  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""Which quantized checkpoints Octavo reads, by what their config.json says: asked before anything is loaded.
+
+Tools write `quantization_config` (older ones `compression_config`) at the top or, for models of text and images, within
+`text_config`; ModelOpt writes a file of its own, hf_quant_config.json, beside it or instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.quant.scheme import BLOCK
+
+__all__ = ["check_format", "quantization_configs"]
+
+READ = ("fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
+
+
+def quantization_configs(config: Mapping[str, Any], directory: Path | None = None) -> list[dict[str, Any]]:
+    """Every description of quantized weights in a config.json, and in hf_quant_config.json of `directory`."""
+    places = [config, *(value for value in config.values() if isinstance(value, dict))]
+    found = [place[key] for place in places for key in ("quantization_config", "compression_config") if place.get(key)]
+    own_file = directory / "hf_quant_config.json" if directory else None
+    if own_file and own_file.exists():
+        try:
+            found.append({"quant_method": "modelopt", **json.loads(own_file.read_text())["quantization"]})
+        except (ValueError, KeyError, TypeError):
+            raise OctavoError(f"{own_file} is not a quantization config of ModelOpt's; download it again.") from None
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def check_format(config: Mapping[str, Any], directory: Path | None = None) -> None:
+    """Raises OctavoError for a checkpoint that is quantized in a way Octavo does not read."""
+    for entry in quantization_configs(config, directory):
+        method = entry.get("quant_method") or ("compressed-tensors" if "config_groups" in entry else None)
+        checks = {"fp8": _hf_fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "quark": _quark}
+        if method not in READ:
+            raise _unread(f"quantized with '{method}'")
+        if method in checks:
+            checks[method](entry)
+
+
+def _unread(what: str) -> OctavoError:
+    return OctavoError(
+        f"this checkpoint is {what}, which Octavo does not read; it reads BF16, FP8 of {', '.join(READ)}, "
+        "and compressed-tensors INT4, so use one of those."
+    )
+
+
+def _hf_fp8(entry: Mapping[str, Any]) -> None:
+    if entry.get("weight_block_size") not in (None, [BLOCK, BLOCK]):
+        raise _unread(f"FP8 in blocks of {entry['weight_block_size']}")
+    if entry.get("fmt") not in (None, "e4m3"):
+        raise _unread(f"FP8 of format '{entry['fmt']}'")
+
+
+def _compressed_tensors(entry: Mapping[str, Any]) -> None:
+    if (entry.get("sparsity_config") or {}).get("format") not in (None, "dense"):
+        raise _unread(f"compressed as '{entry['sparsity_config']['format']}'")
+    for group in (entry.get("config_groups") or {}).values():
+        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
+        kind = (weights.get("type"), weights.get("num_bits"))
+        if weights and kind not in (("float", 8), ("int", 4)):
+            raise _unread(f"stored as {kind[0]} of {kind[1]} bits")
+        if weights and not weights.get("symmetric", True):
+            raise _unread("stored with zero points")
+        if weights.get("strategy") == "block" and weights.get("block_structure") != [BLOCK, BLOCK]:
+            raise _unread(f"FP8 in blocks of {weights.get('block_structure')}")
+
+
+def _modelopt(entry: Mapping[str, Any]) -> None:
+    algorithm = str(entry.get("quant_algo"))
+    if not algorithm.startswith("FP8"):
+        raise _unread(f"quantized by ModelOpt to '{algorithm}'")
+
+
+def _quark(entry: Mapping[str, Any]) -> None:
+    layers = [entry.get("global_quant_config"), *(entry.get("layer_quant_config") or {}).values()]
+    for layer in filter(None, layers):
+        weight = layer.get("weight") or {}
+        kind = (weight[0] if isinstance(weight, list) else weight).get("dtype") or "fp8_e4m3"
+        if kind != "fp8_e4m3":
+            raise _unread(f"quantized by Quark to '{kind}'")

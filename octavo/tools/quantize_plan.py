@@ -1,0 +1,219 @@
+"""What `octavo quantize` makes of each tensor, known from the headers and config.json before any weight is read.
+
+The output is compressed-tensors' `float-quantized` layout, which transformers, vLLM and SGLang read: `weight` in e4m3fn and
+`weight_scale` in FP32 beside it, [1], [N, 1] or [ceil(N/128), ceil(K/128)], and in config.json one group of schemes for all
+modules of class Linear but those that `ignore` names (https://github.com/vllm-project/compressed-tensors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.quant import QuantRules, Scheme
+from octavo.quant.checks import quantization_configs
+from octavo.quant.formats import COMPANIONS, stored_scheme, stored_shape
+from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity
+from octavo.tools.checkpoint_writer import Checkpoint, RowReader, Rows, StoredTensor
+
+__all__ = ["Piece", "Plan"]
+
+CHUNK = 1 << 20  # values converted at a time: enough to outweigh the cost of calling torch, little enough for a cache
+# A module's name does not say whether it is a linear layer, but these are what architectures call theirs. The last component
+# of the name is asked. GPT-2's c_proj holds its matrix transposed, and the indexer's weights_proj is too small to gain.
+LINEAR = re.compile(
+    r"(?!weights_proj$|c_proj$)(.*_proj|.*_proj_with_mqa|wq_b|wk|wqkv|wo|w[123]|fc[012]|linear_fc[12]|qkv|proj|dense"
+    r"|query_key_value|dense_h_to_4h|dense_4h_to_h)"
+)
+EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
+# Engines stack these into one operand, which must be of one scheme.
+STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor and what becomes of it: copied as it is, or a matrix [N, K] that gets a scheme."""
+
+    tensor: StoredTensor
+    module: str = ""
+    shape: tuple[int, int] = (0, 0)
+    scheme: Scheme | None = None  # None: copied. BF16: a matrix that was stored quantized and is to be dense
+    stored: Scheme | None = None  # the FP8 scheme that it has; None for dense ones and other formats
+    is_packed: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the stored codes are what is asked for."""
+        return self.scheme is not None and self.scheme is self.stored
+
+    @property
+    def granularity(self) -> Granularity:
+        assert self.scheme is not None
+        assert self.scheme.weight is not None
+        return self.scheme.weight
+
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of what is written."""
+        if self.scheme is None:
+            return [(self.tensor.name, self.tensor.dtype, self.tensor.shape)]
+        weight = f"{self.module}.weight"
+        if not self.scheme.quantized:
+            return [(weight, "BF16", self.shape)]
+        return [(weight, "F8_E4M3", self.shape), (f"{weight}_scale", "F32", self.scale_shape())]
+
+    def scale_shape(self) -> tuple[int, ...]:
+        n, k = self.shape
+        tiles = (-(-n // BLOCK), -(-k // BLOCK))
+        return {Granularity.TENSOR: (1,), Granularity.ROW: (n, 1), Granularity.BLOCK: tiles}[self.granularity]
+
+    def row_parts(self) -> list[Rows]:
+        """The matrix in parts of about CHUNK values, tiles whole where there are any."""
+        n, k = self.shape
+        tiled = any(scheme is not None and scheme.weight is Granularity.BLOCK for scheme in (self.scheme, self.stored))
+        unit = BLOCK if tiled else 1
+        step = max(unit, CHUNK // k // unit * unit)
+        return [Rows(start=start, stop=min(start + step, n)) for start in range(0, n, step)]
+
+
+class Plan:
+    """The pieces of every file. Raises OctavoError for what cannot be done, before anything is written."""
+
+    def __init__(self, checkpoint: Checkpoint, reader: RowReader, config: dict[str, Any], rules: QuantRules):
+        self.checkpoint, self.reader, self.config, self.rules = checkpoint, reader, config, rules
+        self.modules = {name for tensor in checkpoint.tensors.values() if (name := _module(tensor))}
+        self.scaled = {name for name in self.modules if self._is_stored_quantized(name)}
+        self.files = {file: list(self._pieces(tensors)) for file, tensors in checkpoint.files.items()}
+        self.pieces = [piece for pieces in self.files.values() for piece in pieces]
+        self._check()
+
+    def _is_stored_quantized(self, module: str) -> bool:
+        return any(self.reader.has(f"{module}.{end}") for end in ("weight_scale", "weight_scale_inv", "weight_packed"))
+
+    def _pieces(self, tensors: list[StoredTensor]) -> Iterator[Piece]:
+        for tensor in tensors:
+            owner, _, end = tensor.name.rpartition(".")
+            if owner in self.scaled and end in COMPANIONS:
+                continue  # written anew, or not needed: activations are scaled by what they are
+            yield self._matrix(tensor, _module(tensor)) if _module(tensor) else self._other(tensor)
+
+    def _other(self, tensor: StoredTensor) -> Piece:
+        if len(tensor.shape) == 3 and "experts" in tensor.name and not self.rules.ignored(tensor.name):
+            raise OctavoError(
+                f"{tensor.name} stacks the matrices of {tensor.shape[0]} experts in one tensor, which this version does not "
+                "quantize; save them one by one, or leave them in BF16 with --quantization-ignore '*.experts.*'."
+            )
+        return Piece(tensor)
+
+    def _matrix(self, tensor: StoredTensor, module: str) -> Piece:
+        quantized, last = module in self.scaled, module.rpartition(".")[2]
+        if not quantized and not (LINEAR.fullmatch(last) or last == "lm_head"):
+            return Piece(tensor)
+        shape = stored_shape(self.reader, module)
+        stored = stored_scheme(self.reader, module, shape)
+        asked = self.rules.scheme_for(self._stack(module), is_head=last == "lm_head" and not quantized)
+        if not quantized and not asked.quantized:
+            return Piece(tensor)
+        if not shape[0] * shape[1]:
+            return Piece(tensor)
+        return Piece(tensor, module, shape, asked, stored, tensor.name.endswith("_packed"))
+
+    def _stack(self, module: str) -> list[str]:
+        """The modules that engines stack with this one."""
+        parent, dot, last = module.rpartition(".")
+        names = next((stack for stack in STACKS if last in stack), (last,))
+        return [name for part in names if (name := parent + dot + part) in self.modules]
+
+    def _check(self) -> None:
+        self.rules.check_used()
+        if not self.quantized:
+            raise OctavoError(
+                f"no linear layer was recognized among the {len(self.checkpoint.tensors)} tensors of this checkpoint "
+                f"(model_type '{self.config.get('model_type')}'), so there is nothing to quantize."
+            )
+        tied = self.config.get("tie_word_embeddings") is True
+        if self.rules.quantize_lm_head and (tied or not any(p.module.rpartition(".")[2] == "lm_head" for p in self.quantized)):
+            raise OctavoError(
+                "--quantize-lm-head: this checkpoint has no lm_head of its own (its head is the embedding matrix, which stays "
+                "BF16); leave the flag out."
+            )
+
+    @property
+    def quantized(self) -> list[Piece]:
+        """Matrices that the output holds in FP8."""
+        return [piece for piece in self.pieces if piece.scheme is not None and piece.scheme.quantized]
+
+    def ignored(self) -> list[str]:
+        """Modules that may be of class Linear and stay as they are: what the config's `ignore` must name."""
+        done = {piece.module for piece in self.quantized}
+        left = {name for name in self.modules - done if not EMBEDDING.search(name)}
+        return sorted(left | ({"lm_head"} if "lm_head" not in done else set()))
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What compressed-tensors has in config.json."""
+        eight: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+        strategies: dict[Granularity, tuple[dict[str, Any], dict[str, Any]]] = {
+            Granularity.TENSOR: ({"strategy": "tensor"}, {"strategy": "token"}),
+            Granularity.ROW: ({"strategy": "channel"}, {"strategy": "token"}),
+            Granularity.BLOCK: (
+                {"strategy": "block", "block_structure": [BLOCK, BLOCK]},
+                {"strategy": "group", "group_size": BLOCK},
+            ),
+        }
+        strategy, activations = strategies[self.quantized[0].granularity]
+        group = {
+            "targets": ["Linear"],
+            "weights": {**eight, **strategy, "dynamic": False},
+            "input_activations": {**eight, **activations, "dynamic": True},
+            "output_activations": None,
+        }
+        found = [c for c in quantization_configs(self.config) if c.get("quant_method") == "compressed-tensors"]
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": self.ignored(),
+            "kv_cache_scheme": found[0].get("kv_cache_scheme") if found else None,
+        }
+
+    def notes(self) -> list[str]:
+        """What a person should know of the choices, one line each."""
+        name = self.rules.scheme.name
+        kept = [p for p in self.quantized if p.is_kept]
+        lossy = [p for p in self.quantized if not p.is_kept and (p.stored or p.is_packed)]
+        dense = [p for p in self.pieces if p.scheme is BF16]
+        lines = [f"{len(self.quantized)} matrices to {name}: {_names([p.module for p in self.quantized])}"]
+        if self.rules.scheme is FP8_BLOCK and (
+            odd := [p.module for p in self.quantized if any(size % BLOCK for size in p.shape)]
+        ):
+            lines.append(f"{len(odd)} matrices do not divide into 128x128 tiles, which some engines refuse: {_names(odd)}")
+        if left := self.ignored():
+            lines.append(f"left in the model's dtype, besides embeddings and norms: {_names(left)}")
+        if kept:
+            lines.append(
+                f"{len(kept)} matrices are stored in {self.rules.scheme.name} already; their codes are kept bit for bit"
+            )
+        if lossy:
+            kinds = sorted({p.stored.name if p.stored else "INT4" for p in lossy})
+            lines.append(
+                f"{len(lossy)} matrices are stored in {', '.join(kinds)} and are rounded a second time, which loses some more; "
+                "the original BF16 checkpoint would give better ones"
+            )
+        if dense:
+            lines.append(f"{len(dense)} matrices stored quantized become BF16: {_names([p.module for p in dense])}")
+        return lines
+
+
+def _module(tensor: StoredTensor) -> str:
+    """The module whose matrix this tensor is, "" for other tensors."""
+    name, _, end = tensor.name.rpartition(".")
+    return name if end in ("weight", "weight_packed") and len(tensor.shape) == 2 else ""
+
+
+def _names(modules: list[str]) -> str:
+    """Names with their layers' numbers left out."""
+    short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules))
+    return ", ".join(short[:12]) + (f" and {len(short) - 12} more" if len(short) > 12 else "")

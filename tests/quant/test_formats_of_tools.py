@@ -1,0 +1,197 @@
+"""Checkpoints that each format's own tool wrote (tests/data/formats), read as that tool means them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LoadModel, relative_error
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize
+from octavo.quant.checks import check_format
+from octavo.quant.formats import read_weight, stored_shape
+from octavo.tools.checkpoint_writer import Checkpoint, RowReader, Rows, Scratch
+from octavo.tools.quantize import quantize_checkpoint
+
+DATA = Path(__file__).parents[1] / "data/formats"
+CPU = Platform(torch.device("cpu"), "test", widened_dtype=torch.float32)
+SCHEMES: dict[str, Scheme | None] = {
+    "llm_compressor_fp8_dynamic": FP8_PER_CHANNEL,
+    "llm_compressor_fp8": FP8_PER_TENSOR,
+    "llm_compressor_fp8_block": FP8_BLOCK,
+    "llm_compressor_w4a16": None,
+    "modelopt_fp8": FP8_PER_TENSOR,
+    "quark_fp8_tensor": FP8_PER_TENSOR,
+    "quark_fp8_channel": FP8_PER_CHANNEL,
+}
+every = pytest.mark.parametrize("name", SCHEMES)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    """FP32 of each linear layer, as octavo.quant.formats reads it."""
+    checkpoint = Checkpoint(directory)
+    reader = RowReader(checkpoint, CPU, Scratch())
+    found = {}
+    for module in sorted({name.rpartition(".")[0] for name in checkpoint.tensors if "_proj.weight" in name}):
+        n, k = stored_shape(reader, module)
+        read = read_weight(reader, module, (n, k), Rows(start=0, stop=n))
+        found[module] = dequantize(read) if isinstance(read, QTensor) else read.clone()  # of a buffer used again
+    checkpoint.close()
+    return found
+
+
+def multiplied(directory: Path) -> dict[str, Tensor]:
+    """Code times scale in float64: what every FP8 format means."""
+    tensors = load_file(directory / "model.safetensors")
+    found = {}
+    for name, codes in tensors.items():
+        if name.endswith("_proj.weight"):
+            scale = tensors[f"{name}_scale"].double()
+            if scale.ndim == 2 and scale.shape[0] != codes.shape[0]:  # tiles
+                scale = scale.repeat_interleave(128, 0)[: codes.shape[0]].repeat_interleave(128, 1)[:, : codes.shape[1]]
+            found[name.removesuffix(".weight")] = codes.double() * (
+                scale[:, None] if scale.ndim == 1 and len(scale) > 1 else scale
+            )
+    return found
+
+
+@every
+def test_weights_are_code_times_scale(name: str) -> None:
+    found, expected = weights(DATA / name), multiplied(DATA / name)
+    assert len(found) == 7
+    for module, w in expected.items():
+        assert torch.equal(found[module], w.float()), module
+    assert bool(expected) == (SCHEMES[name] is not None)
+
+
+@every
+def test_weights_are_those_of_the_original(name: str) -> None:
+    """The tools' scales multiply: dividing, or another order of INT4's elements, would be far off."""
+    if name == "llm_compressor_fp8_block":
+        pytest.skip("of another original; transformers reads it below")
+    found, original = weights(DATA / name), weights(DATA / "original")
+    bound = 0.04 if SCHEMES[name] else 0.12
+    for module, w in original.items():
+        assert relative_error(found[module], w.float()) < bound
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name.startswith("llm_compressor")])
+def test_transformers_reads_the_same_bits(name: str, tmp_path: Path) -> None:
+    config = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(DATA / name, dtype=torch.bfloat16, quantization_config=config)
+    for module, w in weights(DATA / name).items():
+        assert torch.equal(w.bfloat16(), theirs.get_parameter(f"{module}.weight")), module
+
+
+@every
+def test_octavo_runs_it(name: str, load_model: LoadModel) -> None:
+    check_format(json.loads((DATA / name / "config.json").read_text()), DATA / name)
+    loaded = load_model(DATA / name, on=CPU)
+    expected = load_model(DATA / "original", on=CPU).logits([3, 4, 5, 6])
+    out = loaded.logits([3, 4, 5, 6])
+    if name != "llm_compressor_fp8_block":
+        assert 0 < relative_error(out, expected) < 0.3
+    kinds = {scheme for _, scheme in loaded.loader.report.groups}
+    assert kinds == {"bf16"} | ({scheme.name} if (scheme := SCHEMES[name]) else set())
+    attention = loaded.model.attention_layers()[0]
+    assert attention.scales_from_checkpoint == (name in ("llm_compressor_fp8", "modelopt_fp8"))
+
+
+@every
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+def test_quantize_reads_it(name: str, scheme: Scheme, tmp_path: Path, load_model: LoadModel) -> None:
+    quantize_checkpoint(DATA / name, tmp_path / "out", QuantRules(scheme), say=lambda line: None)
+    old, new = weights(DATA / name), weights(tmp_path / "out")
+    kept = SCHEMES[name] is scheme
+    for module, w in old.items():
+        assert torch.equal(new[module], w) if kept else relative_error(new[module], w) < 0.05
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert {key.rpartition(".")[2] for key in tensors} <= {"weight", "weight_scale", "k_scale", "v_scale"}
+    if kept:
+        stored = load_file(DATA / name / "model.safetensors")
+        for key in (key for key in stored if key.endswith("_proj.weight")):
+            assert torch.equal(tensors[key].view(torch.uint8), stored[key].view(torch.uint8))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert bool(config["quantization_config"]["kv_cache_scheme"]) == (name == "llm_compressor_fp8")
+    before, after = (load_model(path, on=CPU).model.attention_layers()[0].k_scale for path in (DATA / name, tmp_path / "out"))
+    assert before == after
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# --- what is refused before loading -----------------------------------------------------
+
+CT = dict(quant_method="compressed-tensors", format="pack-quantized")
+
+
+def group(**args: Any) -> dict[str, Any]:
+    return CT | dict(config_groups={"group_0": dict(targets=["Linear"], weights=args)})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "part"),
+    [
+        (dict(quant_method="awq", bits=4), "'awq'"),
+        (dict(quant_method="gptq"), "'gptq'"),
+        (dict(quant_method="bitsandbytes"), "'bitsandbytes'"),
+        (dict(quant_method="mxfp4"), "'mxfp4'"),
+        (dict(bits=4), "'None'"),
+        (dict(quant_method="fp8", weight_block_size=[64, 128]), "[64, 128]"),
+        (dict(quant_method="fp8", fmt="e5m2"), "'e5m2'"),
+        (group(type="int", num_bits=8), "int of 8 bits"),
+        (group(type="float", num_bits=4), "float of 4 bits"),
+        (group(type="int", num_bits=4, symmetric=False), "zero points"),
+        (group(type="float", num_bits=8, strategy="block", block_structure=[64, 64]), "[64, 64]"),
+        (CT | dict(sparsity_config=dict(format="sparse-24-bitmask")), "sparse-24-bitmask"),
+        (dict(quant_method="modelopt", quant_algo="NVFP4"), "'NVFP4'"),
+        (dict(quant_method="quark", global_quant_config=dict(weight=dict(dtype="fp4"))), "'fp4'"),
+        (dict(quant_method="quark", layer_quant_config={"a": dict(weight=[dict(dtype="int4")])}), "'int4'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+def test_other_formats_are_refused(quantization: dict[str, Any], part: str, place: str) -> None:
+    config = {place: {"quantization_config": quantization} if place == "text_config" else quantization}
+    with pytest.raises(OctavoError) as raised:
+        check_format(config)
+    assert part in str(raised.value)
+    assert "which Octavo does not read" in str(raised.value)
+    assert str(raised.value).endswith(".")
+
+
+def test_a_config_file_of_modelopts_own(tmp_path: Path) -> None:
+    path = tmp_path / "hf_quant_config.json"
+    path.write_text(json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
+    check_format({}, tmp_path)
+    path.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(OctavoError, match="'W4A8_AWQ'"):
+        check_format({}, tmp_path)
+    path.write_text("[]")
+    with pytest.raises(OctavoError, match=r"hf_quant_config\.json is not"):
+        check_format({}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        None,
+        dict(quant_method="fp8", activation_scheme="dynamic", fmt="e4m3", scale_fmt="ue8m0", weight_block_size=[128, 128]),
+        dict(quant_method="fp8", activation_scheme="static"),
+        dict(quant_method="fbgemm_fp8", activation_scale_ub=1200.0, modules_to_not_convert=["lm_head"]),
+        group(type="int", num_bits=4, symmetric=True, strategy="group", group_size=32),
+        group(type="float", num_bits=8, strategy="block", block_structure=[128, 128]),
+    ],
+    ids=str,
+)
+def test_known_formats_are_not_refused(quantization: dict[str, Any] | None) -> None:
+    check_format({"model_type": "llama", "quantization_config": quantization})
+    check_format({"text_config": {"quantization_config": quantization}, "vision_config": {}})

@@ -1,0 +1,503 @@
+"""`octavo compare`: its numbers against float64 by transformers, outliers that one scheme survives and another does not, the
+search for a configuration, the file that serving takes, and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, tokens
+from models.test_quantized import fake_quantize
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import LLM, SamplingParams
+from octavo.cli import _with_dashes, engine_config, main, make_parser
+from octavo.config import EngineConfig
+from octavo.engine import runner
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+from octavo.server import serve
+from octavo.tools import report
+from octavo.tools.compare import Comparison, compare, write_atomically, write_config
+from octavo.tools.compare_layers import Sensitivity
+from octavo.tools.compare_measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
+from octavo.tools.compare_search import Budget, search, verdict
+
+IDS = tokens(192, seed=5)
+WINDOW = 64
+EXACT = Platform(torch.device("cpu"), "test", widened_dtype=torch.float32)  # sums in FP32 whatever the CPU prefers
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama whose distributions are far from uniform, in BF16."""
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            sharp = 10 if "q_proj" in name or "k_proj" in name else 4  # attention that looks at some tokens more than others
+            p.copy_(p * sharp if p.ndim == 2 else p + torch.randn(p.shape) * 0.2)
+    model.bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fp32_sums() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "detect", lambda device: EXACT)
+        yield
+
+
+def config(model: Path, **options: object) -> EngineConfig:
+    return EngineConfig(model=str(model), device="cpu", threads=1, cpu_kv_cache_gib=0.05, max_model_len=WINDOW, **options)
+
+
+def compared(model: Path, schemes: list[str], kvs: list[str], budget: str | None = None, **options: object) -> Comparison:
+    return compare(config(model, **options), IDS, schemes, kvs, Budget.parse(budget) if budget else None, window=WINDOW)
+
+
+@functools.cache
+def both(model: Path) -> Comparison:
+    """Per tensor and per channel, with a BF16 cache."""
+    return compared(model, ["fp8", "ptpc_fp8"], ["auto"])
+
+
+def row(found: Comparison, scheme: str, kv: str = "auto") -> Measurement:
+    return next(m for m in found.measured if m.variant == Variant(scheme, kv))
+
+
+# --- the numbers ------------------------------------------------------------------------
+
+
+def log_probs(model: LlamaForCausalLM) -> torch.Tensor:
+    """Float64 [windows, positions, vocabulary] of transformers' logits."""
+    with torch.no_grad():
+        return model(torch.tensor(IDS).view(-1, WINDOW)).logits.double().log_softmax(-1)[:, :-1]
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "ptpc_fp8", "fp8_block"])
+def test_the_metrics_are_those_of_float64_through_transformers(tiny: Path, scheme: str) -> None:
+    found = compared(tiny, [scheme], ["auto"], dtype="float32")
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="eager")
+    targets = torch.tensor(IDS).view(-1, WINDOW)[:, 1:, None]
+    p = log_probs(model)
+    fake_quantize(model, scheme)
+    q = log_probs(model)
+    m = row(found, scheme)
+    assert found.predictions == targets.numel() == 3 * (WINDOW - 1)
+    assert found.reference.perplexity == pytest.approx(float((-p.gather(-1, targets)).mean().exp()), rel=1e-5)
+    # a value between two codes goes the other way now and then, hence percents and not FP32's precision
+    assert m.perplexity == pytest.approx(float((-q.gather(-1, targets)).mean().exp()), rel=2e-3)
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert m.kl == pytest.approx(float(kl.mean()), rel=0.05)
+    assert m.kl_p99 == pytest.approx(float(kl.flatten().quantile(0.99)), rel=0.1)
+    assert m.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=0.02)
+    excess = (p - q).gather(-1, targets).flatten()
+    assert m.change == pytest.approx(float(excess.mean().exp()) - 1, rel=0.15, abs=2e-3)
+    assert m.change_error == pytest.approx(float(excess.std(correction=0)) / math.sqrt(len(excess)), rel=0.05)
+    assert m.kl > 1e-4  # something was quantized
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_kl_keeps_its_precision_however_small(size: float) -> None:
+    from octavo.tools.compare_measure import _kl
+
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(16, 5000, generator=g) * 4
+    q = p + torch.randn(16, 5000, generator=g) * size + 7  # a constant changes nothing
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    torch.testing.assert_close(_kl(p, q).double(), (a.exp() * (a - b)).sum(-1), rtol=2e-2 if size < 1e-3 else 1e-4, atol=1e-12)
+
+
+def test_greedy_counts_the_tokens_before_the_first_difference(tiny: Path) -> None:
+    found = both(tiny)
+    text = cut(IDS, WINDOW, None, WINDOW)
+    params = SamplingParams(temperature=0, max_tokens=text.greedy, ignore_eos=True)
+    counts = []
+    llms = [LLM(tiny, device="cpu", threads=1, cpu_kv_cache_gib=0.05, quantization=q) for q in (None, "fp8")]
+    a, b = ([out.outputs[0].token_ids for out in llm.generate(text.prompts, params, use_tqdm=False)] for llm in llms)
+    for x, y in zip(a, b, strict=True):
+        counts.append(next((i for i in range(text.greedy) if x[i] != y[i]), text.greedy))
+    assert row(found, "fp8").greedy == sum(counts) / len(counts) < text.greedy
+
+
+def test_equal_configurations_differ_in_nothing(tiny: Path) -> None:
+    same = row(compared(tiny, ["bf16"], ["auto", "bfloat16"]), "bf16", "bfloat16")
+    assert (same.kl, same.kl_p99, same.top1, same.change, same.change_error) == (0, 0, 1, 0, 0)
+    base, text = config(tiny, quantization_ignore=("*",)), cut(IDS, WINDOW, 100, WINDOW)
+    reference = Reference.of(open_core(base, REFERENCE, text), text)
+    ignored = measure(base, Variant("fp8"), text, reference)  # FP8 of nothing
+    assert (ignored.kl, ignored.top1, ignored.greedy, ignored.quantized_values) == (0, 1, text.greedy, 0)
+
+
+def test_layer_errors_are_those_of_the_stored_weights(tiny: Path) -> None:
+    found = both(tiny)
+    assert [e.path for e in found.layers[:4]] == [
+        f"model.layers.0.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
+    tensors = load_file(tiny / "model.safetensors")
+    for e in found.layers:
+        w = [tensors[f"{name}.weight"].double() for name in e.names]
+        codes = [((x.float() / (x.float().abs().amax(1, keepdim=True) / 448)).to(torch.float8_e4m3fn)) for x in w]
+        wrong = sum(
+            float((c.double() * (x.abs().amax(1, keepdim=True) / 448) - x).square().sum())
+            for c, x in zip(codes, w, strict=True)
+        )
+        total = sum(float(x.square().sum()) for x in w)
+        assert e.weight["ptpc_fp8"] == pytest.approx(math.sqrt(wrong / total), rel=1e-3)
+        assert 0.02 < e.weight["ptpc_fp8"] <= e.weight["fp8"] * 1.05 < 0.04
+        assert 0.02 < e.output["ptpc_fp8"] < 0.06
+    assert sum(s.kl for s in found.ranked) == pytest.approx(row(found, found.scheme).kl, rel=0.5)  # KLs add up, roughly
+    assert {s.path: s.extra_bytes for s in found.ranked}["model.layers.0.self_attn.o_proj"] == 2 * 64 * 64 - (64 * 64 + 4 * 64)
+
+
+def test_text_is_cut_evenly() -> None:
+    ids = list(range(1000))
+    text = cut(ids, 100, 300, 512)
+    assert [w[0] for w in text.windows] == [0, 300, 600]
+    assert all(len(w) == 100 for w in text.windows)
+    assert len(cut(ids, 100, None, 512).windows) == 10
+    small = cut(ids, 512, 64, 40)  # a model of 40 positions
+    assert (len(small.windows[0]), small.longest) == (40, 40)
+    with pytest.raises(OctavoError, match="fewer than 2 tokens"):
+        cut([1], 512, None, 512)
+
+
+# --- outliers that change nothing in BF16 -----------------------------------------------
+
+
+def changed(model: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other weights."""
+    shutil.copytree(model, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def weight_outliers(t: dict[str, torch.Tensor]) -> None:
+    """Two rows of every query head up by 2^20 and of every key head down by as much: their product is what it was.
+
+    A dimension and its partner are rotated together, so both are scaled. Exact, since the factor is a power of two. FP8 is
+    floating: a factor of 100 costs it little, but 2^20 pushes the other rows of a matrix with one scale below its subnormals.
+    """
+    for layer in range(COMMON["num_hidden_layers"]):
+        for name, factor in (("q_proj", 2.0**20), ("k_proj", 2.0**-20)):
+            w = t[f"model.layers.{layer}.self_attn.{name}.weight"].view(-1, 16, 64)
+            w[:, [3, 3 + 8]] *= factor
+
+
+def activation_outliers(t: dict[str, torch.Tensor]) -> None:
+    """One channel of layer 1's first norm up by 2^20 and the columns that read it down: no scheme's token scale survives."""
+    t["model.layers.1.input_layernorm.weight"][7] *= 2.0**20
+    for name in ("q_proj", "k_proj", "v_proj"):
+        t[f"model.layers.1.self_attn.{name}.weight"][:, 7] *= 2.0**-20
+
+
+@pytest.fixture(scope="module")
+def rows_up(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return changed(tiny, tmp_path_factory.mktemp("rows") / "model", weight_outliers)
+
+
+@pytest.fixture(scope="module")
+def channel_up(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return changed(tiny, tmp_path_factory.mktemp("channel") / "model", activation_outliers)
+
+
+def test_weight_outliers_hurt_one_scale_a_matrix_and_not_one_a_channel(tiny: Path, rows_up: Path) -> None:
+    plain, hurt = both(tiny), both(rows_up)
+    assert hurt.reference.perplexity == pytest.approx(plain.reference.perplexity, rel=1e-6)  # BF16 is what it was
+    assert row(hurt, "ptpc_fp8").kl == pytest.approx(row(plain, "ptpc_fp8").kl, rel=1e-3)  # and so are PTPC's codes
+    assert row(hurt, "fp8").kl > 5 * row(plain, "fp8").kl
+    assert {s.path.rpartition(".")[2] for s in plain.ranked} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def test_activation_outliers_point_to_the_layer_that_they_hurt(tiny: Path, channel_up: Path) -> None:
+    plain, hurt = both(tiny), both(channel_up)
+    assert hurt.reference.perplexity == pytest.approx(plain.reference.perplexity, rel=1e-6)
+    assert row(hurt, "ptpc_fp8").kl > 5 * row(plain, "ptpc_fp8").kl
+    assert hurt.ignore == [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    kept = hurt.measured[-1]
+    assert kept.variant.ignore == tuple(hurt.ignore)
+    assert kept.kl < row(plain, "ptpc_fp8").kl * 1.5
+
+
+# --- --auto and the file that it writes -------------------------------------------------
+
+
+def test_auto_climbs_to_ptpc_and_serving_takes_its_file(rows_up: Path, tiny: Path, tmp_path: Path) -> None:
+    limit = 2 * row(both(tiny), "ptpc_fp8").kl
+    found = compared(rows_up, ["fp8", "ptpc_fp8"], ["auto"], budget=str(limit))
+    assert found.chosen is not None
+    assert found.chosen.variant == Variant("ptpc_fp8")
+    assert found.chosen.kl <= limit < found.measured[0].kl
+    assert "fp8 with a BF16 KV cache" in found.verdict
+    file = tmp_path / "found.json"
+    write_config(file, found, config(rows_up))
+    args = make_parser("serve", serve.add_arguments).parse_args(_with_dashes(["M", "--quantization-config", str(file)]))
+    assert engine_config(args).quantization == "ptpc_fp8"
+    options = dict(device="cpu", threads=1, cpu_kv_cache_gib=0.05)
+    outputs = [
+        LLM(rows_up, **options, **how).generate([IDS[:20]], SamplingParams(max_tokens=8, temperature=0), use_tqdm=False)
+        for how in ({"quantization_config": str(file)}, {"quantization": "ptpc_fp8"})
+    ]
+    assert outputs[0][0].outputs[0].token_ids == outputs[1][0].outputs[0].token_ids
+
+
+def test_auto_keeps_the_layer_that_is_hurt(tiny: Path, channel_up: Path, tmp_path: Path) -> None:
+    limit = 2 * row(both(tiny), "ptpc_fp8").kl
+    found = compared(channel_up, ["fp8", "ptpc_fp8"], ["auto"], budget=str(limit), quantization_ignore=("*.0.mlp.down_proj",))
+    assert found.chosen is not None
+    assert found.chosen.kl <= limit
+    assert found.chosen.variant.ignore == tuple(f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
+    write_config(tmp_path / "f.json", found, config(channel_up, quantization_ignore=("*.0.mlp.down_proj",)))
+    llm = LLM(channel_up, device="cpu", threads=1, cpu_kv_cache_gib=0.05, quantization_config=str(tmp_path / "f.json"))
+    assert llm.config.quantization_ignore == ("*.0.mlp.down_proj", *found.chosen.variant.ignore)
+
+
+def made(variant: Variant, kl: float, change: float = 0.0) -> Measurement:
+    return Measurement(variant, 10.0, change, 0.001, kl, kl, 1.0, 64, 100, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"),
+    [
+        (0.9, Variant("fp8", "fp8_e4m3")),
+        (0.75, Variant("ptpc_fp8", "fp8_e4m3")),
+        (0.65, Variant("ptpc_fp8", "auto")),
+        (0.5, Variant("ptpc_fp8", "auto", ("a",))),
+        (0.36, Variant("ptpc_fp8", "auto", ("a", "b", "c"))),
+        (0.2, Variant("bf16", "fp8_e4m3")),
+        (0.05, Variant("bf16", "auto")),
+    ],
+)
+def test_the_search_climbs_scheme_then_cache_then_layers_then_bf16(limit: float, chosen: Variant) -> None:
+    ranked = [Sensitivity(name, (name,), 0.1, 10) for name in "abcd"]
+    asked: list[Variant] = []
+
+    def measured(v: Variant) -> Measurement:
+        asked.append(v)
+        weights = {"fp8": 0.7, "ptpc_fp8": 0.6, "bf16": 0.0}[v.scheme] - 0.1 * len(v.ignore)
+        return made(v, weights + (0.1 if v.kv == "fp8_e4m3" else 0.0))
+
+    budget = Budget(limit, relative=False)
+    found = search(budget, measured, lambda scheme: ranked, ["fp8", "ptpc_fp8"], ["fp8_e4m3", "auto"])
+    assert found is not None
+    assert found.variant == chosen
+    assert found.variant in asked  # nothing is promised that was not measured
+
+
+def test_a_model_that_broke_meets_no_budget() -> None:
+    broken = made(Variant("fp8", "fp8_e4m3"), math.nan, math.nan)
+    assert not any(Budget.parse(text).met(broken) for text in ("50%", "10"))
+    good = made(Variant("ptpc_fp8", "fp8_e4m3"), 0.1)
+    found = search(
+        Budget(0.2, False), {m.variant: m for m in (broken, good)}.__getitem__, lambda s: [], ["fp8", "ptpc_fp8"], ["fp8_e4m3"]
+    )
+    assert found is good
+
+
+@pytest.mark.parametrize("kvs", [["auto"], ["fp8_e4m3"], ["fp8_e4m3", "auto"]])
+def test_the_search_without_a_scheme_looks_at_the_cache_alone(kvs: list[str]) -> None:
+    found = search(Budget(0.2, False), lambda v: made(v, 0.1), lambda scheme: [], [], kvs)
+    assert found is not None
+    assert found.variant == Variant("bf16", kvs[0])
+
+
+def test_the_search_admits_that_nothing_helps(tiny: Path) -> None:
+    found = compared(tiny, ["fp8"], ["fp8_e5m2"], budget="0")
+    assert found.chosen is None
+    assert "Nothing measured is within it" in found.verdict
+    assert Variant("bf16", "fp8_e5m2") in [m.variant for m in found.measured]
+
+
+@pytest.mark.parametrize(("text", "limit", "relative"), [("0.3%", 0.003, True), ("0.002", 0.002, False), ("0", 0.0, False)])
+def test_budgets(text: str, limit: float, relative: bool) -> None:
+    assert Budget.parse(text) == Budget(pytest.approx(limit), relative)
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf", "%"])
+def test_a_wrong_budget_is_a_sentence(text: str) -> None:
+    with pytest.raises(OctavoError, match=r"is no budget; give a rise in perplexity such as 0.3%"):
+        Budget.parse(text)
+
+
+def test_the_verdict_follows_the_ladder() -> None:
+    budget = Budget.parse("0.5%")
+    steps = [made(Variant("fp8", "fp8_e4m3"), 0.1, 0.02), made(Variant("ptpc_fp8", "fp8_e4m3"), 0.01, 0.004)]
+    said, chosen = verdict(budget, steps)
+    assert chosen is steps[1]
+    assert said.startswith("Over the budget of 0.5% of perplexity: fp8 with KV cache fp8_e4m3 (+2.00%). Use ptpc_fp8")
+    assert verdict(budget, steps[1:])[0].startswith("Accuracy held: use ptpc_fp8 with KV cache fp8_e4m3 (+0.40% of perplexity")
+    assert verdict(budget, steps[:1])[1] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"quantisation": "fp8"}', "the key 'quantisation' is not known; did you mean 'quantization'"),
+        ('{"quantization_ignore": "down_proj"}', 'quantization_ignore must be a list of strings, not "down_proj"'),
+        ('{"quantization_ignore": [1]}', "quantization_ignore must be a list of strings"),
+        ('{"quantize_lm_head": 1}', "quantize_lm_head must be true or false, not 1"),
+        ('{"quantization": "fp9"}', "--quantization 'fp9' is not known"),
+        ('{"kv_cache_dtype": "int4"}', "--kv-cache-dtype 'int4' is not known"),
+        ('{"quantization": "fp8"}', '--quantization ptpc_fp8 contradicts .*, which says "fp8"; give one of them'),
+    ],
+)
+def test_a_wrong_quantization_config_is_a_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(OctavoError, match=sentence):
+        EngineConfig(quantization="ptpc_fp8" if "contradicts" in sentence else None, quantization_config=str(path))
+
+
+def test_flags_beside_a_quantization_config(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"quantization": "ptpc_fp8", "kv_cache_dtype": "fp8_e4m3", "quantization_ignore": ["a"], "measured": {}}')
+    found = EngineConfig(quantization_config=str(path), quantization="fp8_per_channel", kv_cache_dtype="fp8", seed=3)
+    assert (found.quantization, found.kv_cache_dtype, found.quantization_ignore) == ("ptpc_fp8", "fp8_e4m3", ("a",))
+    more = EngineConfig(quantization_config=str(path), quantization_ignore="b")
+    assert more.quantization_ignore == ("b", "a")
+    assert replace(more, seed=4).quantization_ignore == ("b", "a")  # reading it twice adds nothing
+
+
+# --- the report and the command line ----------------------------------------------------
+
+
+class Parsed(HTMLParser):
+    """Rows of each table by its id, plots by their figure's id, and every address that the page would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables: dict[str, int] = {}
+        self.plots: list[str] = []
+        self.fetched: list[str] = []
+        self.last = self.figure = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        a = dict(attrs)
+        if tag == "table":
+            self.last = a["id"] or ""
+            self.tables[self.last] = 0
+        self.tables[self.last] = self.tables.get(self.last, 0) + (tag == "tr")
+        if tag == "figure":
+            self.figure = a["id"] or ""
+        if tag == "svg":
+            self.plots.append(self.figure)
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "data") and tag != "use"]
+
+
+@pytest.fixture
+def demo_line() -> list[str]:
+    return [
+        "compare",
+        "--tokens",
+        "32",
+        "--window",
+        "32",
+        "--max-model-len",
+        "40",
+        "--threads",
+        "1",
+        "--cpu-kv-cache-gib",
+        "0.05",
+    ]
+
+
+def test_the_report_and_the_terminal(demo_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.html"
+    assert main([*demo_line, "--scheme", "fp8", "ptpc_fp8", "--kv", "fp8", "--output", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith(("--quant", "  octavo", "Report", "/")))
+    assert "perplexity" in out
+    assert "The layers that" in out
+    assert "octavo serve" in out
+    page = Parsed(path.read_text("utf-8"))
+    assert page.plots == ["bars", "memory", "layers"]
+    assert page.tables["measurements"] == 1 + 1 + 2 + 1  # head, BF16, two schemes, and the proposed list
+    assert page.tables["errors"] == 1 + 24
+    assert page.tables["worst"] == 1 + 6
+    assert [address for address in page.fetched if not address.startswith("#")] == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_and_the_file_of_auto(demo_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "q.json"
+    assert main([*demo_line, "--scheme", "fp8", "--kv", "fp8", "--auto", "20%", "--save", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["kv"] == "fp8_e4m3"
+    assert found["reference"]["kl"] == 0
+    assert 0 < found["measured"][0]["kl"] < 0.1
+    assert EngineConfig(quantization_config=str(path)).kv_cache_dtype == "fp8_e4m3"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--text nowhere.txt", "--text nowhere.txt cannot be read"),
+        ("--text BINARY", "is not UTF-8 text"),
+        ("--scheme fp9", "--scheme 'fp9' is not known; did you mean 'fp8'"),
+        ("--kv int8", "--kv 'int8' is not known"),
+        ("--auto lots", "--auto 'lots' is no budget"),
+        ("--save x.json", "--save names the file that --auto writes"),
+        ("--output no/such/dir/r.html", "cannot be written: there is no writable directory no/such/dir"),
+        ("--output .", ". is a directory"),
+        ("--scheme bf16 --kv auto", "bf16 with a BF16 KV cache is what everything is compared with"),
+        ("--window 1", "--window must be at least 2, not 1"),
+        ("--tokens -5", "--tokens must be at least 0, not -5"),
+    ],
+)
+def test_wrong_input_is_a_sentence(more: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert main(["compare", *more.replace("BINARY", str(tmp_path / "binary")).split()]) == 1
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_without_matplotlib_the_report_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert main(["compare", "--output", str(tmp_path / "r.html")]) == 1
+    assert "--output needs matplotlib for its plots, which is not installed" in capsys.readouterr().err
+
+
+def test_matplotlib_is_for_the_report_alone() -> None:
+    import subprocess
+
+    code = "import sys, octavo.tools.report, octavo.tools.compare_layers; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    write = Path.write_text
+
+    def full_disk(self: Path, text: str, encoding: str) -> int:
+        write(self, text[:2], encoding)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OctavoError, match="cannot be written: No space left on device"):
+        write_atomically(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    assert path.read_text() == "old"
