@@ -170,7 +170,7 @@ def test_fnuz(kv: str, op: ModuleType) -> None:
 @implementations
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_bf16_queries(kv: str, op: ModuleType, platform: Platform) -> None:
-    check(scene(BATCHES["mixed"], (4, 2, 16), kv, platform, op, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 3e-3)
+    check(scene(BATCHES["mixed"], (4, 2, 16), kv, platform, op, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 5e-3)
 
 
 @pytest.mark.parametrize("budget", [1, 300, 2000])
