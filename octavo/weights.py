@@ -232,6 +232,8 @@ class Loader:
         if found is None:
             found = read_weight(self, name, shape, shard)
         if isinstance(found, QTensor):  # already quantized: its codes are kept bit for bit
+            if scheme.quantized and scheme is not found.scheme:
+                self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
             return found
         spans_ranks = scheme.weight is Granularity.TENSOR or (scheme.weight is Granularity.ROW and shard.dim == 1)
         dense = found if scheme.quantized else found.to(self.dtype)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantize")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the FP8 checkpoint")
     group.add_argument(
-        "--scheme", default="ptpc_fp8", metavar="NAME",
+        "--scheme", metavar="NAME",
         help="ptpc_fp8 (a scale for each output channel), fp8 (one for each matrix) or fp8_block (128x128 tiles) (ptpc_fp8)",
     )  # fmt: skip
     group.add_argument(
@@ -57,9 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Quantizes, or continues where an earlier run of the same command was stopped."""
-    scheme = SCHEMES[canonical("--scheme", config.quantization or args.scheme, QUANTIZATIONS)]
+    asked = args.scheme or config.quantization or "ptpc_fp8"
+    scheme = SCHEMES[canonical("--scheme", asked, QUANTIZATIONS)]
+    if config.quantization not in (None, scheme.name):
+        raise OctavoError(f"--quantization {config.quantization} contradicts --scheme {asked}; give one of them.")
     if not scheme.quantized:
-        raise OctavoError(f"--scheme {args.scheme} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
+        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
     quantize_checkpoint(

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
+from octavo import LLM
 from octavo.cli import main
+from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize, quantize
@@ -589,3 +591,16 @@ def test_the_device_decides_nothing(checkpoint: Path, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     run(checkpoint, tmp_path / "again")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+
+
+def test_two_schemes_are_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["quantize", str(MODEL_DIR), "-o", out, "--scheme", "fp8", "--quantization", "ptpc_fp8"]) == 1
+    assert "--quantization ptpc_fp8 contradicts --scheme fp8" in capsys.readouterr().err
+
+
+def test_a_flag_over_a_quantized_checkpoint_is_said_to_leave_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(MODEL_DIR), "-o", str(out), "--scheme", "fp8"]) == 0
+    report = LLM(out, quantization="ptpc_fp8", device="cpu", threads=1).info.report
+    assert "note: layers stored as fp8 keep their codes; ptpc_fp8 is for those in BF16" in report
