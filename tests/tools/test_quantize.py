@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,23 +314,41 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(model: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "octavo.cli", "quantize", str(model), "-o", str(out), "--threads", "1", *more]
+# Runs the command and sends itself a signal right after the file of that number has its final name.
+SIGNALLED = """
+import os, sys
+from octavo.cli import main
+from octavo.tools.checkpoint_writer import OutputFile
+
+number, after = int(sys.argv[1]), int(sys.argv[2])
+commit, files = OutputFile.commit, []
+
+def counted(file):
+    commit(file)
+    files.append(file)
+    if len(files) == after:
+        os.kill(os.getpid(), number)
+
+OutputFile.commit = counted
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def signalled(number: signal.Signals, after: int, model: Path, out: Path) -> tuple[int, str]:
+    """Exit code and stderr of a run that is sent a signal after so many files."""
+    words = ["quantize", str(model), "-o", str(out), "--threads", "1", "--scale-search", "mse"]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(int(number)), str(after), *words], capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stderr
 
 
 def test_a_killed_run_is_continued(large: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(large, whole, search=True)
-    process = subprocess.Popen(
-        command(large, out, "--scale-search", "mse"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert signalled(signal.SIGKILL, 3, large, out)[0] == -signal.SIGKILL
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
-    assert 3 <= len(done) < 10
+    assert len(done) == 3
     assert not (out / "config.json").exists()  # so nobody takes it for a checkpoint
     with pytest.raises(OctavoError):
         run(large, out)  # another command
@@ -341,13 +358,8 @@ def test_a_killed_run_is_continued(large: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_leaves_no_partial_file(large: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(large, tmp_path / "out", "--scale-search", "mse"), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, said = signalled(signal.SIGINT, 2, large, tmp_path / "out")
+    assert code == 130
     assert "Traceback" not in said
     assert not list((tmp_path / "out").glob("*.partial"))
     assert (tmp_path / "out" / MARKER).exists()
