@@ -316,10 +316,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Runs the command and sends itself a signal right after the file of that number has its final name.
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 from octavo.cli import main
 from octavo.tools.checkpoint_writer import OutputFile
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 number, after = int(sys.argv[1]), int(sys.argv[2])
 commit, files = OutputFile.commit, []
 
