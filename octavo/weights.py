@@ -59,6 +59,7 @@ class SafetensorsSource:
             raise OctavoError(
                 f"{directory} has no .safetensors files; Octavo reads no other weight format (convert .bin files first)."
             )
+        self.paths = files
         self._files: dict[str, Any] = {}
         for path in files:
             opened = self._open(path)

@@ -53,13 +53,9 @@ class Checkpoint:
     """Where the tensors of a checkpoint directory are. Raises OctavoError for a file that is missing or damaged."""
 
     def __init__(self, directory: Path):
-        SafetensorsSource(directory)  # says what is missing, cut short or not in the index
+        source = SafetensorsSource(directory)  # says what is missing, cut short or not in the index
         self.directory = directory
-        index, one = directory / INDEX, directory / "model.safetensors"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [one.name] if one.exists() else sorted(path.name for path in directory.glob("*.safetensors"))
+        files = [str(path.relative_to(directory)) for path in source.paths]
         self.files: dict[str, list[StoredTensor]] = {file: _read_header(directory / file) for file in files}
         self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
         self._descriptors: dict[str, int] = {}
