@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["ForwardBatch", "Span", "build"]
+__all__ = ["ForwardBatch", "Span", "build", "to_device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class ForwardBatch:
         return self.input_ids.shape[0]
 
 
+def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host, sent without waiting for the device: it reads them from pinned memory when it comes to them."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+
+
 def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_block: int = 0) -> ForwardBatch:
     """The batch of `spans`, built on the host and moved to the device."""
     ids: list[int] = []
@@ -63,7 +68,7 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
     table = [[*span.block_ids[:width], *[scratch_block] * (width - len(span.block_ids))] for span in spans]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return to_device(values, dtype, device)
 
     return ForwardBatch(
         tensor(ids, torch.int64),

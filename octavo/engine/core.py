@@ -1,4 +1,8 @@
-"""The engine of one rank: schedule, run, update. Requests go in, one step's tokens come out."""
+"""The engine of one rank: schedule, run, update. Requests go in, one step's tokens come out.
+
+A device that works beside the host need never wait for it: each step is launched before the tokens of the one before are
+read, and takes them over on the device. What a token decides on the host (that it ends its request) then comes one step late.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from octavo.engine.outputs import EngineInfo
 from octavo.engine.request import EngineRequest, EngineStats, Logprobs, TokenOutput
 from octavo.engine.runner import ModelRunner, StepTokens
 from octavo.engine.sampler import SamplingRow
-from octavo.engine.scheduler import Request, Schedule, Scheduler
+from octavo.engine.schedule import Schedule, ScheduledRequest, Status
+from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidRequest
 
 __all__ = ["EngineCore"]
@@ -27,6 +32,15 @@ class _Generation:
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that was launched."""
+
+    schedule: Schedule
+    result: StepTokens
+    synchronous: bool  # the next one must not be launched before this one's tokens are read
+
+
 class EngineCore:
     """Runs requests together. Not thread-safe: its owner calls add, abort and step in turn."""
 
@@ -36,6 +50,8 @@ class EngineCore:
         self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
         self.grammars = GrammarCompiler(runner.directory, runner.model_config.vocab_size)
         self.generations: dict[str, _Generation] = {}
+        self.ahead = not runner.platform.is_cpu  # whether steps are launched one ahead; a CPU would only compute too much
+        self.in_flight: _Step | None = None  # launched by the last `step`, to be read by the next one
         self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
@@ -64,18 +80,31 @@ class EngineCore:
         self.generations.pop(request_id, None)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.in_flight is not None
 
     def step(self) -> tuple[list[TokenOutput], EngineStats]:
         """One step of all the requests that fit in it: what it added to each, and how the engine stands."""
-        schedule = self.scheduler.schedule()
-        result = self.runner.run(schedule.items, [self._row(item.request) for item in schedule.items])
-        # A device that runs ahead of the host goes between these two lines: the next schedule needs no token's value.
-        outputs = self._take(schedule, result)
-        return outputs, self.scheduler.stats(schedule)
+        outputs: list[TokenOutput] = []
+        step = self.in_flight or self._launch(None, outputs)
+        self.in_flight = None
+        if self.ahead and not step.synchronous:
+            following = self._launch(step.result, outputs)
+            self.in_flight = following if following.schedule.items else None  # it may have to wait for what `step` brings
+        outputs += self._take(step)
+        return outputs, self.scheduler.stats(step.schedule)
 
-    def _row(self, request: Request) -> SamplingRow:
-        generation = self.generations[request.request_id]
+    def _launch(self, previous: StepTokens | None, outputs: list[TokenOutput]) -> _Step:
+        """Starts the next step, after `previous` if that is still in flight. `outputs` gets the requests that failed."""
+        schedule = self.scheduler.schedule()
+        for request, reason in schedule.failed:
+            del self.generations[request.request_id]
+            outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
+        rows = [self._row(item) for item in schedule.items]
+        result = self.runner.run(schedule.items, rows, previous)
+        return _Step(schedule, result, any(row.synchronous for row in rows))
+
+    def _row(self, item: ScheduledRequest) -> SamplingRow:
+        request, generation = item.request, self.generations[item.request.request_id]
         return SamplingRow(
             request.params,
             request.token_ids,
@@ -83,14 +112,15 @@ class EngineCore:
             generation.seed,
             request.eos_token_ids,
             generation.grammar,
+            int(item.pending),
         )
 
-    def _take(self, schedule: Schedule, result: StepTokens) -> list[TokenOutput]:
-        outputs = [TokenOutput(request.request_id, [], "abort", error=reason) for request, reason in schedule.failed]
-        for output in outputs:
-            del self.generations[output.request_id]
+    def _take(self, step: _Step) -> list[TokenOutput]:
+        """Waits for a step's tokens and hands them out."""
+        outputs, schedule, result = [], step.schedule, step.result
         for item in schedule.items:
-            if (entries := result.prompt_logprobs.get(item.request.request_id)) is not None:
+            entries = result.prompt_logprobs.get(item.request.request_id)
+            if entries is not None and item.request.status is not Status.FINISHED:  # it may have been aborted meanwhile
                 kept = self.generations[item.request.request_id].prompt_logprobs
                 del kept[item.start + 1 :]  # a preempted prefill comes by again
                 kept.extend(entries)

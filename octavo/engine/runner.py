@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from octavo.distributed import TensorParallel
 from octavo.engine.memory import check_weights, gib, plan_blocks
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
-from octavo.engine.scheduler import ScheduledRequest
+from octavo.engine.schedule import ScheduledRequest
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, KVCacheSpec, spec_for
 from octavo.models import architecture, read_config
@@ -37,14 +38,36 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StepTokens:
-    """What a step computed, by request id. The tokens are still on the device: reading them is what waits for it."""
+    """What a step computes. The tokens are on the device, for the next step; `to_host` waits for them, and for no more."""
 
-    tokens: Tensor | None = None  # one for each request that sampled, in their order
+    tokens: Tensor | None = None  # int64, one for each request that sampled, in their order
+    rows: dict[str, int] = field(default_factory=dict)  # where in `tokens`, by request id
     logprobs: dict[str, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)  # of this step's prompt positions
 
+    _host: Tensor | None = None
+    _copied: torch.Event | None = None
+
+    def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
+        """Keeps the tokens, and starts their copy now: what is launched later would hold it up."""
+        self.tokens = self._host = tokens
+        self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
+        if tokens.device.type != "cpu":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.Event(tokens.device)
+            self._copied.record()
+
     def to_host(self) -> list[int]:
-        return [] if self.tokens is None else self.tokens.tolist()
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [] if self._host is None else self._host.tolist()
+
+
+def _span(item: ScheduledRequest) -> batches.Span:
+    """An item for the batch; a pending token is 0 until the device puts in its value."""
+    token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
+    return batches.Span(token_ids, item.start, item.request.block_ids)
 
 
 class ModelRunner:
@@ -151,34 +174,44 @@ class ModelRunner:
         return hidden
 
     @torch.inference_mode()
-    def run(self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> StepTokens:
-        """Compute `items`; `rows[i]` says how the next token of items[i] is chosen, if this step reaches it."""
+    def run(
+        self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None = None
+    ) -> StepTokens:
+        """Launch the computation of `items`; `rows[i]` says how the next token of items[i] is chosen, if this step reaches it.
+
+        `previous` is what the step before computes: pending tokens are taken from it on the device.
+        """
         out = StepTokens()
         if not items:
             return out
-        spans = [
-            batches.Span(i.request.token_ids[i.start : i.start + i.num_tokens], i.start, i.request.block_ids) for i in items
-        ]
-        batch = self._batch(spans)
+        batch = self._batch([_span(item) for item in items])
+        ends = list(accumulate(item.num_tokens for item in items))
+        if pending := [n for n, item in enumerate(items) if item.pending]:
+            assert previous is not None
+            assert previous.tokens is not None
+            at = self._indices([ends[n] - 1 for n in pending])
+            batch.input_ids[at] = previous.tokens[self._indices([previous.rows[items[n].request.request_id] for n in pending])]
         hidden = self.model(batch)
-        ends = batch.query_start_loc[1:].long() - 1
-        sampling = [n for n, item in enumerate(items) if item.samples]
-        first = 0
-        for item, row, span in zip(items, rows, spans, strict=True):
+        for item, row, end in zip(items, rows, ends, strict=True):
             if row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens:
-                out.prompt_logprobs[item.request.request_id] = self._prompt_logprobs(hidden[first:], item, row)
-            first += len(span.token_ids)
-        if sampling:
-            self._sample(hidden[ends[sampling]], [items[n] for n in sampling], [rows[n] for n in sampling], out)
+                found = self._prompt_logprobs(hidden[end - item.num_tokens :], item, row)
+                out.prompt_logprobs[item.request.request_id] = found
+        if sampling := [n for n, item in enumerate(items) if item.samples]:
+            last = hidden[self._indices([ends[n] - 1 for n in sampling])]
+            self._sample(last, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return batches.to_device(values, torch.int64, self.platform.device)
 
     def _sample(self, hidden: Tensor, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], out: StepTokens) -> None:
         logits = self.model.logits(hidden)
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
-        out.tokens = sample(logits, rows)
+        tokens = sample(logits, rows)
+        out.put(tokens, [item.request.request_id for item in items])
         if raw is not None:
-            found = logprobs_of(raw, out.tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
+            found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
             out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
 
     def _prompt_logprobs(self, hidden: Tensor, item: ScheduledRequest, row: SamplingRow) -> list[Logprobs]:

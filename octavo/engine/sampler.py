@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.batch import to_device
 from octavo.engine.grammar import Grammar
 from octavo.engine.request import Logprob, Logprobs, SamplingParams
 
@@ -26,28 +27,36 @@ class SamplingRow:
     """What decides the next token of one request."""
 
     params: SamplingParams
-    token_ids: Sequence[int]  # prompt and output so far
+    token_ids: Sequence[int]  # prompt and output so far, less the pending ones
     num_prompt_tokens: int
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    num_pending: int = 0  # tokens chosen before this one whose values only the device knows yet
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_pending - self.num_prompt_tokens
 
     @property
     def plain(self) -> bool:
         """Whether the logits are used as they are."""
+        return not self.follows and not self.params.logit_bias and self.num_output_tokens >= self.params.min_tokens
+
+    @property
+    def follows(self) -> bool:
+        """Whether the choice depends on the values of the tokens before, which the host must then know."""
         p = self.params
-        return (
-            p.repetition_penalty == 1.0
-            and p.presence_penalty == 0.0
-            and p.frequency_penalty == 0.0
-            and not p.logit_bias
-            and self.grammar is None
-            and self.num_output_tokens >= p.min_tokens
-        )
+        penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        return penalties or self.grammar is not None
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether the step that computes this row must be over before the next one is launched.
+
+        The next choice needs its token's value, or its log-probabilities are read at once and there is nothing to gain.
+        """
+        return self.follows or self.params.logprobs is not None or self.params.prompt_logprobs is not None
 
     @property
     def filtered(self) -> bool:
@@ -72,7 +81,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     tokens = logits.argmax(-1)
     for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
         if drawn := [i for i, row in enumerate(rows) if not row.params.greedy and row.filtered is filtered]:
-            at = torch.tensor(drawn, device=logits.device)
+            at = to_device(drawn, torch.int64, logits.device)
             tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
     return tokens
 
@@ -84,7 +93,7 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
         logits[token] += bias
     if row.num_output_tokens < p.min_tokens and not (row.grammar and row.grammar.finished):
         enders = [token for token in {*row.eos_token_ids, *p.stop_token_ids} if 0 <= token < len(logits)]
-        logits[torch.tensor(enders, dtype=torch.int64, device=device)] = float("-inf")
+        logits.index_fill_(0, to_device(enders, torch.int64, device), float("-inf"))
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(row.token_ids)), device=device)
         values = logits[seen]
@@ -99,7 +108,7 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
+        return to_device(values, dtype, logits.device).unsqueeze(1)
 
     probs = (logits / column([r.params.temperature for r in rows])).softmax(-1)
     u = column([uniform(r.seed, r.num_output_tokens) for r in rows], torch.float64)

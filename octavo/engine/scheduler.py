@@ -6,6 +6,9 @@ before every waiting one. Running ones are served from the oldest, so whoever mu
 has not yet been served in that step. And a prompt is cut only where the step's budget ends, so that at most one request, the
 youngest, is in the middle of its prefill: the budget goes to decodes first, and what is left of it to the prefill.
 
+A step may be scheduled while the one before it still runs. The token that one will choose is then known by its place alone:
+it counts as `num_pending`, gets memory and is computed, its value going from step to step on the device.
+
 Nothing here reads a clock or depends on chance: every rank decides alike.
 """
 
@@ -13,91 +16,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple
 
 from octavo.engine.blocks import BlockPool
-from octavo.engine.request import EngineRequest, EngineStats, FinishReason
+from octavo.engine.request import EngineRequest, EngineStats
+from octavo.engine.schedule import NewToken, Request, Schedule, ScheduledRequest, Status
 
-__all__ = ["NewToken", "Request", "Schedule", "ScheduledRequest", "Scheduler", "Status"]
-
-
-class Status(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-class Request:
-    """The progress of one generation. Only the scheduler changes it."""
-
-    def __init__(self, request: EngineRequest, max_model_len: int):
-        self.request_id = request.request_id
-        self.params = request.params
-        self.eos_token_ids = request.eos_token_ids
-        self.prompt_token_ids = request.prompt_token_ids
-        self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.token_ids = list(request.prompt_token_ids)  # prompt and output
-        self.num_computed_tokens = 0  # tokens whose KV is in the cache, or will be after the steps scheduled so far
-        self.num_cached_tokens = 0  # prompt tokens that the prefix cache had when the request was first started
-        self.num_preemptions = 0
-        self.block_ids: list[int] = []  # block i holds the tokens [i * block_size, (i + 1) * block_size)
-        self.names: list[bytes] = []  # of its first full blocks, as far as anyone has asked; they outlive the blocks
-        self.status = Status.WAITING
-        limit = max_model_len if self.params.max_tokens is None else self.num_prompt_tokens + self.params.max_tokens
-        self.max_total_tokens = min(limit, max_model_len)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    def finish_of(self, token: int) -> tuple[FinishReason | None, int | None]:
-        """Whether `token`, just appended, ends the request: finish reason and stop reason."""
-        params = self.params
-        if self.num_output_tokens >= params.min_tokens:
-            if token in self.eos_token_ids and not params.ignore_eos:
-                return "stop", None
-            if token in params.stop_token_ids:
-                return "stop", token
-        return ("length" if len(self.token_ids) >= self.max_total_tokens else None), None
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request's part of a step: it computes its tokens [start, start + num_tokens)."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool  # the last known token is among them, so the step chooses the next one
-
-
-@dataclass(slots=True)
-class Schedule:
-    """What one step does, and what deciding it did. Items are in the order of arrival."""
-
-    budget: int  # tokens that the step could still compute
-    items: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)  # lost their cache and wait again
-    failed: list[tuple[Request, str]] = field(default_factory=list)  # finished, each with a sentence that says why
-    started: list[str] = field(default_factory=list)  # ids of those scheduled for the first time
-    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache, and found
-    prefix_hits: int = 0
-
-    @property
-    def sampling(self) -> list[ScheduledRequest]:
-        """The items that get a token, in the order that `Scheduler.update` takes them."""
-        return [item for item in self.items if item.samples]
-
-
-class NewToken(NamedTuple):
-    """What a step brought one request. stop_reason is the stop token that ended it; None for EOS."""
-
-    request: Request
-    token: int
-    finish_reason: FinishReason | None
-    stop_reason: int | None
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -120,14 +44,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    @property
-    def num_running(self) -> int:
-        return len(self.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
-
     def add(self, request: EngineRequest) -> Request:
         """Queues a request. ValueError if its id is in use; one that can never run fails in the next schedule."""
         if request.request_id in self._requests:
@@ -145,8 +61,14 @@ class Scheduler:
         return request
 
     def schedule(self) -> Schedule:
-        """Decides the next step. The requests that `failed` in it are finished; only a step with items need be run."""
+        """Decides the next step. The requests that `failed` in it are finished; only a step with items need be run.
+
+        A request with a pending token cannot give up its memory: what it would have to compute anew is not known. Where that
+        would be needed there are no items, and the step can be scheduled when the `update` of the one before is done.
+        """
         schedule = Schedule(self.max_num_batched_tokens)
+        if any(request.num_pending for request in self.running) and self._missing() > self.pool.num_free:
+            return schedule
         self._continue_running(schedule)
         if not schedule.preempted:  # whoever was just put out of memory would come straight back in
             self._admit_waiting(schedule)
@@ -155,7 +77,8 @@ class Scheduler:
     def update(self, schedule: Schedule, sampled: Sequence[int]) -> list[NewToken]:
         """Takes a finished step's tokens, one for each of `schedule.sampling`, and ends the requests that they complete.
 
-        Requests aborted meanwhile are passed over. ValueError if the number of tokens is wrong.
+        Requests that ended meanwhile are passed over: aborted, or by a token of the step before, which came too late to keep
+        them out of this one. ValueError if the number of tokens is wrong.
         """
         for item in schedule.items:
             if item.request.status is Status.RUNNING:
@@ -166,8 +89,8 @@ class Scheduler:
     def stats(self, schedule: Schedule) -> EngineStats:
         """The state as it is now, and what `schedule` did."""
         return EngineStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
             kv_cache_usage=self.pool.usage,
             iteration_tokens=sum(item.num_tokens for item in schedule.items),
             prefix_cache_queries=schedule.prefix_queries,
@@ -179,13 +102,20 @@ class Scheduler:
     def _continue_running(self, schedule: Schedule) -> None:
         served = 0
         while served < len(self.running) and schedule.budget:  # the list may lose its tail on the way
-            if self._grow(self.running[served], schedule):
+            if self.running[served].complete:
+                served += 1
+            elif self._grow(self.running[served], schedule):
                 self._compute(self.running[served], schedule)
                 served += 1
 
+    def _missing(self) -> int:
+        """Blocks that the running requests lack for the tokens they have."""
+        growing = [request for request in self.running if not request.complete]
+        return sum(self.pool.blocks_for(request.num_tokens) - len(request.block_ids) for request in growing)
+
     def _grow(self, request: Request, schedule: Schedule) -> bool:
-        """Gets blocks for all the tokens that `request` knows, if need be the youngest ones'; False if it lost its own."""
-        missing = self.pool.blocks_for(len(request.token_ids)) - len(request.block_ids)
+        """Gets blocks for all the tokens that `request` has, if need be the youngest ones'; False if it lost its own."""
+        missing = self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
         while missing > self.pool.num_free:
             victim = self.running.pop()
             if not self.running:  # it had the whole pool
@@ -243,15 +173,21 @@ class Scheduler:
         return self.pool.match(request.names[:count])
 
     def _compute(self, request: Request, schedule: Schedule) -> None:
-        start, missing = request.num_computed_tokens, len(request.token_ids) - request.num_computed_tokens
+        start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
         num_tokens = min(missing, schedule.budget)
-        schedule.items.append(ScheduledRequest(request, start, num_tokens, num_tokens == missing))
+        samples = num_tokens == missing
+        # A pending token comes alone: the step that chooses it computes all those before.
+        schedule.items.append(ScheduledRequest(request, start, num_tokens, samples, pending=request.num_pending > 0))
         schedule.budget -= num_tokens
-        # Counted here, not in `update`: a later version can so schedule a step before the tokens of this one are known.
+        # Counted here, not in `update`, so that the next step can be scheduled before the tokens of this one are known.
         request.num_computed_tokens += num_tokens
+        request.num_pending += samples
 
     def _cache_full_blocks(self, item: ScheduledRequest) -> None:
-        """Offers the blocks that the step has filled to other requests."""
+        """Offers the blocks that the step has filled to other requests.
+
+        Their names need the tokens' values, and all are there: the last one came with the `update` of the step before.
+        """
         size, request = self.pool.block_size, item.request
         first, stop = item.start // size, (item.start + item.num_tokens) // size
         if first < stop:
@@ -260,6 +196,7 @@ class Scheduler:
 
     def _append(self, request: Request, token: int) -> NewToken:
         request.token_ids.append(token)
+        request.num_pending -= 1
         finish_reason, stop_reason = request.finish_of(token)
         if finish_reason:
             self.running.remove(request)
@@ -268,6 +205,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, schedule: Schedule) -> None:
         """Takes a request's memory. It keeps its tokens, will compute them anew, and is the next to be admitted."""
+        assert not request.num_pending
         self._drop_blocks(request)
         request.num_preemptions += 1
         request.status = Status.WAITING
@@ -287,6 +225,8 @@ class Scheduler:
         schedule.failed.append((request, reason))
 
     def _release(self, request: Request) -> None:
+        # A step in flight may still write to these blocks. Whoever gets them writes in a later step, and the device runs steps
+        # in their order. Nor does anybody share them: a block has a name only when all of it is computed and its step is over.
         request.status = Status.FINISHED
         del self._requests[request.request_id]
         self._drop_blocks(request)
