@@ -29,6 +29,7 @@ class Command:
     module: str
     help: str
     epilog: str = ""
+    modes: tuple[str, ...] = ()  # what the word after the command may be, where it takes one
 
 
 COMMANDS = {
@@ -37,6 +38,11 @@ COMMANDS = {
     "chat": Command("octavo.tools.chat", "talk to a running server or to a model"),
     "plan": Command("octavo.tools.plan", "say what fits and how fast it could be, before a weight is read"),
     "compare": Command("octavo.tools.compare", "measure what each FP8 scheme and KV cache costs in accuracy"),
+    "bench": Command(
+        "octavo.tools.bench",
+        "measure throughput and latency, beside what the machine could do at most",
+        modes=("throughput", "latency", "serve", "profile"),
+    ),
 }
 
 
@@ -51,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"octavo: '{name}' is not a command{_nearest(name, COMMANDS)} (see octavo --help)", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name].module)
-    args = make_parser(name, module.add_arguments).parse_args(_with_dashes(arguments[1:]))
+    # Intermixed, or flags between a mode and MODEL would hide the latter.
+    args = make_parser(name, module.add_arguments).parse_intermixed_args(_with_dashes(arguments[1:]))
     try:
         return int(module.run(args, engine_config(args), _started()))
     except OctavoError as error:
@@ -83,6 +90,8 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(name: str, add_arguments: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
     """The parser of one command: its own flags, and the engine's as EngineConfig declares them."""
     parser = _Parser(prog=f"octavo {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    if modes := COMMANDS[name].modes:
+        parser.add_argument("mode", choices=modes, metavar="MODE", help=", ".join(modes))
     parser.add_argument("target", nargs="?", metavar="MODEL", help="checkpoint directory; without one, the embedded demo model")
     add_arguments(parser)
     group = parser.add_argument_group("engine")
