@@ -4,9 +4,13 @@ The judge is `Engine`, whose cache holds, in the slot of each computed token, a 
 writes digests through the block tables, then reads every position of every scheduled request back: a block that was given
 to two requests, evicted too early, or found under a wrong name shows at once. The "model" makes the next token of the digest
 that it reads at the last position.
+
+A step is computed when it is launched, as a device runs its queue in order. What it chose is shown to the scheduler when it is
+taken, at will after the next one was launched; a pending token reaches that one from the step before.
 """
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -61,6 +65,7 @@ class Track:
     prompt: list
     params: SamplingParams
     output: list = field(default_factory=list)
+    chosen: list = field(default_factory=list)  # the output and what the device chose after it
     next_position: int | None = None  # None: it has yet to be (re)started
     end: tuple | None = None
 
@@ -75,8 +80,9 @@ class Engine:
         self.tracks = {}
         self.live = {}
         self.arrivals = 0
-        self.hits = self.preemptions = 0
+        self.hits = self.preemptions = self.waited = 0
         self.script = None  # request id -> tokens that the model is made to say
+        self.flight = deque()  # steps that were launched and not taken: schedule, tokens by request id
 
     def add(self, prompt, script=None, **params):
         params = SamplingParams(**params)
@@ -95,8 +101,23 @@ class Engine:
         self.live.pop(name).end = ("abort", None)
         self.check()
 
-    def step(self, abort_meanwhile=()):
-        """One step; returns the schedule and what `update` made of it."""
+    @property
+    def has_work(self):
+        return self.scheduler.has_work or bool(self.flight)
+
+    def step(self, abort_meanwhile=(), ahead=False):
+        """One step; returns the schedule and what `update` made of it. `ahead`: the next one is launched before."""
+        if not self.flight:
+            self.launch()
+        if ahead:
+            self.launch()
+        for name in abort_meanwhile:
+            if name in self.live:
+                self.abort(name)
+        return self.take()
+
+    def launch(self):
+        """Schedules and computes a step. One without items is done with, if another is in flight."""
         schedule = self.scheduler.schedule()
         for request in schedule.preempted:
             self.live[request.request_id].next_position = None
@@ -104,13 +125,15 @@ class Engine:
             assert request.num_computed_tokens == 0
         for request, reason in schedule.failed:
             self.live.pop(request.request_id).end = ("failed", reason)
-        self.check()
         self._check_schedule(schedule)
-        sampled = self._run(schedule)
-        for name in abort_meanwhile:
-            if name in self.live:
-                self.abort(name)
-        news = self.scheduler.update(schedule, sampled)
+        if schedule.items or not self.flight:
+            self.flight.append((schedule, self._run(schedule)))
+        self.check()
+        return schedule
+
+    def take(self):
+        schedule, sampled = self.flight.popleft()
+        news = self.scheduler.update(schedule, list(sampled.values()))
         alive = [i.request for i in schedule.sampling if self.tracks[i.request.request_id].end is None]
         assert [new.request for new in news] == alive
         for request, token, finish_reason, stop_reason in news:
@@ -122,10 +145,10 @@ class Engine:
         self.check()
         return schedule, news
 
-    def drain(self, limit=5000):
+    def drain(self, limit=5000, ahead=False):
         steps = 0
-        while self.scheduler.has_work:
-            self.step()
+        while self.has_work:
+            self.step(ahead=ahead)
             steps += 1
             assert steps < limit, "the scheduler does not come to an end"
         assert not self.live
@@ -138,22 +161,31 @@ class Engine:
 
     def _run(self, schedule):
         size, written = self.pool.block_size, set()
+        before = self.flight[-1][1] if self.flight else {}
+        known = {}
         for item in schedule.items:
             request, stop = item.request, item.start + item.num_tokens
-            expected = digests(request.token_ids[:stop])
+            track = self.tracks[request.request_id]
+            known[request] = (track.prompt + track.chosen)[:stop]
+            inputs = [before[request.request_id]] if item.pending else request.token_ids[item.start : stop]
+            assert inputs == known[request][item.start :]
+            expected = digests(known[request])
             for p in range(item.start, stop):
                 slot = request.block_ids[p // size] * size + p % size
                 assert slot not in written, "two requests write to one slot"
                 written.add(slot)
                 self.slots[slot] = expected[p]
-        sampled = []
+        sampled = {}
         for item in schedule.items:  # after all writes: what one request writes must not disturb another
             request, stop = item.request, item.start + item.num_tokens
             read = [self.slots[request.block_ids[p // size] * size + p % size] for p in range(stop)]
-            assert read == digests(request.token_ids[:stop]), "a request reads what is not its own"
+            assert read == digests(known[request]), "a request reads what is not its own"
             if item.samples:
                 script = (self.script or {}).get(request.request_id)
-                sampled.append(predict(read[-1]) if script is None else script[request.num_output_tokens])
+                place = stop - request.num_prompt_tokens
+                token = predict(read[-1]) if script is None else [*script, *[1] * 9][place]  # it may be asked once too often
+                sampled[request.request_id] = token
+                self.tracks[request.request_id].chosen.append(token)
         return sampled
 
     def _check_schedule(self, schedule):
@@ -162,7 +194,9 @@ class Engine:
         assert stats.iteration_tokens == sum(i.num_tokens for i in schedule.items) <= s.max_num_batched_tokens
         assert stats.num_preemptions == len(schedule.preempted)
         assert stats.prefix_cache_hits <= stats.prefix_cache_queries
-        assert schedule.items or schedule.failed, "a step with work did nothing"
+        assert schedule.items or schedule.failed or self.flight, "a step with work did nothing"
+        assert not (schedule.preempted and any(self.flight_of(r) for r in s.running))
+        self.waited += not schedule.items and any(not r.complete for r in s.running)
         assert len({id(i.request) for i in schedule.items}) == len(schedule.items)
         self.hits += schedule.prefix_hits
         self.preemptions += len(schedule.preempted)
@@ -180,9 +214,11 @@ class Engine:
                 assert item.start == track.next_position, "a position is computed twice, or never"
             track.next_position = item.start + item.num_tokens
             assert item.num_tokens >= 1
-            assert item.samples == (track.next_position == len(request.token_ids))
+            assert request.num_tokens <= request.max_total_tokens, "it cannot have another token"
+            assert item.samples == (track.next_position == request.num_tokens - item.samples)
+            assert item.pending == (track.next_position > len(request.token_ids))
             assert request.num_computed_tokens == track.next_position
-            assert len(request.block_ids) == self.pool.blocks_for(len(request.token_ids))
+            assert len(request.block_ids) == self.pool.blocks_for(request.num_tokens - item.samples)
 
     def check(self):
         """The books agree, and the order of arrival is kept."""
@@ -190,14 +226,19 @@ class Engine:
         self.pool.check(r.block_ids for r in s.running)
         assert len(s.running) <= s.max_num_seqs
         assert all(r.status is Status.RUNNING for r in s.running)
-        assert all(r.status is Status.WAITING and not r.block_ids for r in s.waiting)
+        assert all(r.status is Status.WAITING and not r.block_ids and not r.num_pending for r in s.waiting)
+        assert all(r.num_pending == self.flight_of(r) for r in s.running)
         order = [int(r.request_id[1:]) for r in [*s.running, *s.waiting]]
         assert order == sorted(order)
         assert {f"r{i}" for i in order} == set(self.live)
         assert s.has_work == bool(order)
         # only the youngest may be in the middle of its prefill, unless the budget cannot even serve all decodes
         if len(s.running) <= s.max_num_batched_tokens:
-            assert all(len(r.token_ids) - r.num_computed_tokens <= 1 for r in s.running[:-1])
+            assert all(r.num_tokens - r.num_computed_tokens <= 1 for r in s.running[:-1])
+
+    def flight_of(self, request):
+        """How many steps in flight choose a token for `request`."""
+        return sum(item.request is request for schedule, _ in self.flight for item in schedule.sampling)
 
     def check_results(self):
         """Everything that ended of itself has the tokens it would have alone."""
@@ -518,6 +559,92 @@ def test_a_full_pool_of_cached_blocks_is_free():
     engine.check_results()
 
 
+# A step ahead
+
+
+def test_a_decode_is_scheduled_before_its_token_is_known():
+    engine = Engine()
+    name = engine.add([1, 2, 3], script=[5, 6, 7], max_tokens=3)
+    assert items(engine.launch()) == [("r0", 0, 3, True)]
+    (item,) = engine.launch().items
+    assert (item.start, item.num_tokens, item.samples, item.pending) == (3, 1, True, True)
+    assert (item.request.num_tokens, item.request.num_output_tokens) == (5, 0)
+    assert [new.token for new in engine.take()[1]] == [5]
+    (item,) = engine.launch().items
+    assert (item.start, item.pending) == (4, True)
+    assert engine.launch().items == []  # the third token is the last
+    engine.drain()
+    assert engine.tokens(name) == [5, 6, 7]
+
+
+def test_a_decode_waits_for_the_rest_of_its_prompt():
+    engine = Engine(budget=4)
+    engine.add(range(10), script=[5, 6], max_tokens=2)
+    launched = [engine.launch() for _ in range(3)]
+    assert [items(s) for s in launched] == [[("r0", 0, 4, False)], [("r0", 4, 4, False)], [("r0", 8, 2, True)]]
+    assert not any(s.items[0].pending for s in launched)
+    assert engine.launch().items[0].pending
+    while engine.flight:
+        engine.take()
+    assert engine.tokens("r0") == [5, 6]
+
+
+@pytest.mark.parametrize("end", [0, 7])
+def test_an_end_is_found_one_step_late_and_the_token_after_it_is_dropped(end):
+    engine = Engine()
+    engine.add([1, 2, 3], script=[5, end, 9], max_tokens=9, stop_token_ids=[7])
+    engine.add([4, 4, 4], script=[6] * 9, max_tokens=9)
+    for _ in range(2):
+        engine.step(ahead=True)
+    assert engine.tokens("r0") == [5, end]
+    assert engine.tracks["r0"].end == ("stop", end or None)
+    assert [name for name, *_ in items(engine.flight[0][0])] == ["r0", "r1"]
+    _, news = engine.step(ahead=True)
+    assert [(n.request.request_id, n.token) for n in news] == [("r1", 6)]
+    engine.drain(ahead=True)
+    assert engine.tokens("r0") == [5, end]
+
+
+def test_no_ahead_step_takes_memory_from_a_running_request():
+    engine = Engine(num_blocks=3, block_size=2, caching=False)
+    engine.add([1, 1], script=[5] * 4, max_tokens=4)
+    engine.add([2], script=[6] * 4, max_tokens=4)
+    engine.step(ahead=True)
+    engine.step(ahead=True)
+    assert not engine.flight  # r1's third token wants a block, and r0 has two of three
+    assert (engine.waited, engine.preemptions) == (1, 0)
+    engine.step(ahead=True)
+    assert (engine.waited, engine.preemptions) == (1, 1)
+    engine.drain(ahead=True)
+    assert [engine.tokens(name) for name in ("r0", "r1")] == [[5] * 4, [6] * 4]
+
+
+def test_a_block_is_not_cached_before_its_last_token_is_known():
+    engine = Engine(block_size=4)
+    engine.add([1, 2, 3], script=[4, 5, 6], max_tokens=3)
+    engine.step(ahead=True)  # the step that fills the block is in flight
+    engine.add([1, 2, 3, 4, 8], script=[5], max_tokens=1)
+    assert items(engine.launch()) == [("r0", 4, 1, True), ("r1", 0, 5, True)]
+    engine.drain(ahead=True)
+    engine.add([1, 2, 3, 4, 8], script=[5], max_tokens=1)
+    assert items(engine.launch()) == [("r2", 4, 1, True)]
+    engine.drain()
+
+
+def test_abort_with_two_steps_in_flight():
+    engine = Engine(num_blocks=8)
+    engine.add([1] * 9, max_tokens=9)
+    engine.add([2] * 9, max_tokens=9)
+    engine.launch()
+    engine.launch()
+    engine.abort("r0")
+    engine.add([3] * 15, max_tokens=9)  # gets the blocks that r0's step still writes to
+    engine.launch()
+    engine.drain(ahead=True)
+    assert engine.tokens("r0") == []
+    engine.check_results()
+
+
 # Everything at once
 
 PREFIXES = [[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 4, 4, 4, 4, 4, 4, 4]]
@@ -533,8 +660,10 @@ class Machine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         budget=st.integers(1, 24),
         caching=st.booleans(),
+        ahead_at_last=st.booleans(),
     )
-    def start(self, block_size, max_model_len, extra_blocks, seqs, budget, caching):
+    def start(self, block_size, max_model_len, extra_blocks, seqs, budget, caching, ahead_at_last):
+        self.ahead_at_last = ahead_at_last
         num_blocks = max(1, -(-max_model_len // block_size) + extra_blocks)
         self.engine = Engine(num_blocks, block_size, seqs, budget, max_model_len, caching)
 
@@ -557,25 +686,25 @@ class Machine(RuleBasedStateMachine):
             prompt_logprobs=prompt_logprobs,
         )
 
-    @precondition(lambda self: self.engine.live)
-    @rule(count=st.integers(1, 8))
-    def steps(self, count):
-        for _ in range(count):
-            if self.engine.live:
-                self.engine.step()
+    @precondition(lambda self: self.engine.has_work)
+    @rule(ahead=st.one_of(st.lists(st.booleans(), min_size=1, max_size=8), st.just([True] * 8)))
+    def steps(self, ahead):
+        for one in ahead:
+            if self.engine.has_work:
+                self.engine.step(ahead=one)
 
     @precondition(lambda self: self.engine.live)
-    @rule(data=st.data(), meanwhile=st.booleans())
-    def abort(self, data, meanwhile):
+    @rule(data=st.data(), meanwhile=st.booleans(), ahead=st.booleans())
+    def abort(self, data, meanwhile, ahead):
         name = data.draw(st.sampled_from(sorted(self.engine.live)))
         if meanwhile:
-            self.engine.step(abort_meanwhile=[name])
+            self.engine.step(abort_meanwhile=[name], ahead=ahead)
         else:
             self.engine.abort(name)
 
     def teardown(self):
         if hasattr(self, "engine"):
-            self.engine.drain()
+            self.engine.drain(ahead=self.ahead_at_last)
             self.engine.check_results()
 
 
@@ -583,8 +712,9 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
 
 
-def long_run(seed, steps, **kwargs):
-    """Requests come and go at random for `steps` steps; returns the engine and the trace of its schedules."""
+def long_run(seed, steps, ahead=0.0, **kwargs):
+    """Requests come and go at random for `steps` steps, of which the part `ahead` is launched before the tokens of the one
+    before are taken; returns the engine and the trace of its schedules."""
     rng = random.Random(seed)
     engine, trace = Engine(**kwargs), []
     documents = [[rng.randrange(VOCAB) for _ in range(24)] for _ in range(4)]
@@ -592,21 +722,24 @@ def long_run(seed, steps, **kwargs):
         if rng.random() < 0.35 and len(engine.live) < 20:
             prompt = rng.choice(documents)[: rng.randrange(24)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
             engine.add(prompt, max_tokens=rng.choice([None, 1, 4, 16]), ignore_eos=rng.random() < 0.7)
-        if engine.live:
-            unlucky = [rng.choice(sorted(engine.live))] if rng.random() < 0.03 else []
-            trace.append(items(engine.step(abort_meanwhile=unlucky)[0]))
-    engine.drain()
+        if engine.has_work:
+            unlucky = [rng.choice(sorted(engine.live))] if engine.live and rng.random() < 0.03 else []
+            trace.append(items(engine.step(abort_meanwhile=unlucky, ahead=rng.random() < ahead)[0]))
+    engine.drain(ahead=bool(ahead))
     engine.check_results()
     return engine, trace
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("budget", [5, 40])
-def test_a_long_life_in_little_memory(caching, budget):
-    engine, _ = long_run(budget, 1500, num_blocks=18, block_size=4, seqs=6, budget=budget, max_model_len=64, caching=caching)
+def test_a_long_life_in_little_memory(caching, budget, ahead):
+    size = dict(num_blocks=18, block_size=4, seqs=6, max_model_len=64)
+    engine, _ = long_run(budget, 1500, ahead, budget=budget, caching=caching, **size)
     assert len(engine.tracks) > 150
     assert engine.preemptions > 20
     assert (engine.hits > 300) == caching
+    assert (engine.waited > 20) == bool(ahead)
 
 
 def test_every_rank_decides_alike():
