@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
-from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, TokenOutput
+from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, StructuredOutput, TokenOutput
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidRequest, OctavoError
 
@@ -210,6 +212,167 @@ def test_ends(make):
     with pytest.raises(InvalidRequest, match="logit_bias names token 256"):
         core.add(request("x", ids, logit_bias={256: 1.0}))
     assert end()[0] == plain
+
+
+# A step ahead
+
+PLAIN = [one for i, one in enumerate(TWELVE) if i % 6 in (0, 1, 2, 5)]
+
+
+def ends(outputs: dict[str, list[TokenOutput]]) -> dict[str, tuple]:
+    """Tokens, finish reason and stop reason by request; tokens come one by one and nothing comes after the end."""
+    assert all(len(o.token_ids) == 1 for each in outputs.values() for o in each)
+    assert all([o.finish_reason for o in each[:-1]] == [None] * (len(each) - 1) for each in outputs.values())
+    return {name: (token_ids(outputs)[name], each[-1].finish_reason, each[-1].stop_reason) for name, each in outputs.items()}
+
+
+def run_ahead(core: EngineCore, requests: list[EngineRequest], apart: int = 0):
+    """`run`, and the part of its steps that left another one on the device."""
+    step, left = core.step, []
+
+    def counted():
+        found = step()
+        left.append(core.in_flight is not None)
+        return found
+
+    core.ahead, core.step = True, counted
+    outputs, sums = run(core, requests, apart)
+    core.step = step
+    return outputs, sums, sum(left) / len(left)
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [({}, 0), (dict(max_num_batched_tokens=11), 2), (dict(blocks=26, max_num_batched_tokens=30), 0)],
+    ids=str,
+)
+def test_ahead_the_tokens_are_the_same(make, options, apart):
+    want = ends(run(make(enable_prefix_caching=False), PLAIN)[0])
+    core = make(**options)
+    for _ in range(2):  # then with a prefix cache
+        outputs, sums, part = run_ahead(core, PLAIN, apart)
+        assert ends(outputs) == want
+        assert part > 0.6
+        assert (sums.num_preemptions > 0) == ("blocks" in options)
+    assert sums.prefix_cache_hits > (0 if "blocks" in options else 100)
+
+
+def test_ahead_ends(make):
+    """Those by length are foreseen. The others are seen a step late, and the token after them is dropped."""
+    plain = token_ids(run(make(), PLAIN)[0])
+    requests = []
+    for i, one in enumerate(PLAIN):
+        at = next(at for at in range(2 + i, 20) if plain[one.request_id][at] not in plain[one.request_id][:at])
+        token = plain[one.request_id][at]
+        kinds = [dict(eos=(token, 3)), dict(stop_token_ids=[token]), dict(eos=(token,), ignore_eos=True)]
+        kinds += [dict(eos=(token,), min_tokens=at + 1 + k) for k in (0, 1, 4)] + [dict(max_tokens=1 + i)]
+        for k, kind in enumerate(kinds):
+            params = SAMPLINGS[int(one.request_id) % 6] | dict(max_tokens=20) | kind
+            requests.append(request(f"{i}.{k}", one.prompt_token_ids, **params))
+    requests.append(request("all", tokens(3), temperature=0, max_tokens=None))
+    want = ends(run(make(), requests, apart=1)[0])
+    for options in ({}, dict(blocks=30, max_num_batched_tokens=50)):
+        outputs, sums, part = run_ahead(make(**options), requests, apart=1)
+        assert ends(outputs) == want
+        assert part > 0.4
+    assert sums.num_preemptions
+    assert {(reason, stop is None) for _, reason, stop in want.values()} == {("stop", True), ("stop", False), ("length", True)}
+    assert all(want[f"{i}.0"][:2] == want[f"{i}.1"][:2] for i in range(len(PLAIN)))
+
+
+class Chain:
+    """Stands in for a grammar: a token's remainder by 5 is one more than that of the token before."""
+
+    finished = False
+
+    def __init__(self, *_):
+        self.last = 0
+
+    def forbidden(self) -> torch.Tensor:
+        return torch.arange(256) % 5 != (self.last + 1) % 5
+
+    def accept(self, token: int) -> None:
+        self.last = token
+
+
+def test_ahead_beside_rows_that_cannot(make, monkeypatch):
+    """Penalties, grammars and log-probabilities hold the engine back as long as they are there, and no longer."""
+    slow = [dict(repetition_penalty=1.4), dict(frequency_penalty=1), dict(structured=StructuredOutput("regex"))]
+    slow += [dict(logprobs=2), dict(prompt_logprobs=1)]
+    requests = list(PLAIN)
+    for i, kind in enumerate(slow * 2):
+        requests.insert(3 * i // 2, request(f"slow{i}", tokens(5 + 6 * i, seed=i), seed=i, max_tokens=4 + i % 3, **kind))
+    requests.append(request("last", tokens(4), seed=9, max_tokens=40))
+    want = None
+    for options, apart in (({}, 2), (dict(max_num_batched_tokens=13), 3), (dict(blocks=30), 1)):
+        for ahead in (False, True) if want is None else (True,):
+            core = make(**options, enable_prefix_caching=False)
+            monkeypatch.setattr(core.grammars, "compile", Chain)
+            outputs, sums, part = run_ahead(core, requests, apart) if ahead else (*run(core, requests, apart), 0)
+            found = ends(outputs)
+            beside = {name: [(o.logprobs, o.prompt_logprobs) for o in each] for name, each in outputs.items()}
+            if not ahead:
+                want, entries = found, beside
+                continue
+            assert found == want
+            assert 0.1 < part < 0.9
+            for name, each in entries.items():
+                assert flat(beside[name]) == pytest.approx(flat(each), abs=1e-4)
+    assert sums.num_preemptions
+    for name in ("slow2", "slow7"):
+        chain = [0, *want[name][0]]
+        assert all(b % 5 == (a + 1) % 5 for a, b in pairwise(chain))
+
+
+def flat(entries) -> list[float]:
+    """Tokens, ranks and log-probabilities of nested entries, one after the other."""
+    if isinstance(entries, list | tuple):
+        return [value for entry in entries for value in flat(entry)]
+    return [] if entries is None else [entries.token_id, entries.rank, entries.logprob]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ahead_aborts(make, seed):
+    core, rng = make(blocks=40, enable_prefix_caching=seed % 2 == 0), random.Random(seed)
+    alone = token_ids(run(core, PLAIN)[0])
+    got, gone = {r.request_id: [] for r in PLAIN}, set()
+    core.ahead = True
+    for one in PLAIN:
+        core.add(one)
+    while core.has_work():
+        for output in core.step()[0]:
+            assert output.request_id not in gone
+            got[output.request_id] += output.token_ids
+        core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+        if rng.random() < 0.15 and len(gone) < 5:
+            name = rng.choice(PLAIN).request_id
+            core.abort(name)
+            gone.add(name)
+    core.scheduler.pool.check([])
+    assert not core.generations
+    assert all(tokens == alone[name][: len(tokens)] for name, tokens in got.items())
+    assert [name for name in alone if name not in gone and got[name] != alone[name]] == []
+
+
+def test_ahead_an_id_is_used_again_while_its_step_is_in_flight(make):
+    core = make()
+    want = token_ids(run(core, [request("x", tokens(9), seed=1)])[0])
+    core.ahead = True
+    core.add(request("x", tokens(30), seed=2, prompt_logprobs=1))
+    core.add(request("y", tokens(7), seed=2))
+    core.step()
+    core.abort("x")
+    core.add(request("x", tokens(3), seed=2))
+    core.step()
+    core.abort("x")
+    core.abort("y")
+    assert core.has_work()  # though only a step whose tokens nobody wants
+    core.add(request("x", tokens(LENGTH)))
+    (failed,) = core.step()[0]
+    assert failed.finish_reason == "abort"
+    core.abort("x")
+    assert not core.has_work()
+    assert token_ids(run(core, [request("x", tokens(9), seed=1)])[0]) == want
 
 
 def check_logprobs(entries, log_probs: torch.Tensor, chosen: list[int], count: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.engine.request import SamplingParams
+from octavo.engine.request import SamplingParams, StructuredOutput
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, uniform
 
 VOCAB, DRAWS = 40, 10_000
@@ -76,6 +76,29 @@ def test_distribution_along_one_request():
     history = [1] * 4000
     rows = [SamplingRow(params, history[: 1 + place], 1, 77) for place in range(len(history))]
     assert_drawn_like(sample(LOGITS.repeat(len(rows), 1), rows), expected(LOGITS, top_p=0.9))
+
+
+def test_a_pending_token_has_its_place():
+    """The draw, and how long an end is banned, go by the number of tokens before, whether their values are here or not."""
+    history = [1, 4, 4]
+    for params in (dict(), dict(top_p=0.9), dict(min_tokens=4, stop_token_ids=tuple(range(9, VOCAB))), dict(min_tokens=3)):
+        known = [SamplingRow(SamplingParams(**params), [*history, 4], 1, seed, frozenset({7})) for seed in range(200)]
+        pending = [SamplingRow(SamplingParams(**params), history, 1, seed, frozenset({7}), None, 1) for seed in range(200)]
+        assert [r.num_output_tokens for r in pending] == [3] * 200
+        drawn = [sample(LOGITS.repeat(200, 1), rows).tolist() for rows in (known, pending)]
+        assert drawn[0] == drawn[1]
+
+
+def test_what_needs_the_values_of_the_tokens_before():
+    alone = [dict(), dict(temperature=0), dict(top_p=0.5, seed=3), dict(logit_bias={3: 1.0}), dict(min_tokens=3)]
+    follow = [dict(repetition_penalty=1.1), dict(presence_penalty=0.1), dict(frequency_penalty=-0.1)]
+    read = [dict(logprobs=0), dict(prompt_logprobs=0)]
+    assert [(r.follows, r.synchronous) for r in (row(**p) for p in alone)] == [(False, False)] * 5
+    assert [(r.follows, r.synchronous) for r in (row(**p) for p in follow)] == [(True, True)] * 3
+    assert [(r.follows, r.synchronous) for r in (row(**p) for p in read)] == [(False, True)] * 2
+    bound = row(structured=StructuredOutput("json_object"))
+    bound.grammar = object()
+    assert (bound.follows, bound.synchronous, bound.plain) == (True, True, False)
 
 
 def test_uniform_numbers():
