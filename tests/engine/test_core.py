@@ -16,6 +16,7 @@ from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, StructuredOutput, TokenOutput
+from octavo.engine.runner import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidRequest, OctavoError
 
@@ -354,15 +355,21 @@ def test_ahead_aborts(make, seed):
     assert [name for name in alone if name not in gone and got[name] != alone[name]] == []
 
 
-def test_ahead_an_id_is_used_again_while_its_step_is_in_flight(make):
+@pytest.mark.parametrize("again", [True, False])
+def test_ahead_an_abort_while_its_step_is_in_flight(make, again):
+    """Also of prompt logprobs that are there and not handed out, and of an id that is used again at once."""
     core = make()
     want = token_ids(run(core, [request("x", tokens(9), seed=1)])[0])
     core.ahead = True
-    core.add(request("x", tokens(30), seed=2, prompt_logprobs=1))
     core.add(request("y", tokens(7), seed=2))
     core.step()
+    core.add(request("x", tokens(30), seed=2, prompt_logprobs=1))
+    core.step()
+    assert [item.request.request_id for item in core.in_flight.schedule.items] == ["y", "x"]
     core.abort("x")
-    core.add(request("x", tokens(3), seed=2))
+    if again:
+        core.add(request("x", tokens(3), seed=2))
+    assert {o.request_id for o in core.step()[0]} == {"y"}
     core.step()
     core.abort("x")
     core.abort("y")
@@ -373,6 +380,29 @@ def test_ahead_an_id_is_used_again_while_its_step_is_in_flight(make):
     core.abort("x")
     assert not core.has_work()
     assert token_ids(run(core, [request("x", tokens(9), seed=1)])[0]) == want
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_ahead_after_an_interrupt_the_engine_is_idle(make, monkeypatch, at):
+    core, calls = make(blocks=26, enable_prefix_caching=False), 0
+    want = token_ids(run(core, PLAIN)[0])
+    core.ahead, read = True, StepTokens.to_host
+
+    def interrupted(step):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return read(step)
+
+    monkeypatch.setattr(StepTokens, "to_host", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(core, PLAIN)
+    for one in PLAIN:
+        core.abort(one.request_id)
+    outputs, sums = run(core, PLAIN)
+    assert token_ids(outputs) == want
+    assert sums.num_preemptions
 
 
 def check_logprobs(entries, log_probs: torch.Tensor, chosen: list[int], count: int) -> None:

@@ -244,6 +244,9 @@ class Engine:
         """Everything that ended of itself has the tokens it would have alone."""
         roomy = self.pool.num_blocks * self.pool.block_size >= self.scheduler.max_model_len
         for track in self.tracks.values():
+            names = []
+            self.pool.name_blocks(names, track.prompt + track.output, len(track.request.names))
+            assert track.request.names == names
             prompt_fits = 0 < len(track.prompt) < self.scheduler.max_model_len
             if not prompt_fits:
                 assert track.end[0] in ("failed", "abort")
@@ -625,6 +628,7 @@ def test_a_block_is_not_cached_before_its_last_token_is_known():
     engine.step(ahead=True)  # the step that fills the block is in flight
     engine.add([1, 2, 3, 4, 8], script=[5], max_tokens=1)
     assert items(engine.launch()) == [("r0", 4, 1, True), ("r1", 0, 5, True)]
+    engine.abort("r1")
     engine.drain(ahead=True)
     engine.add([1, 2, 3, 4, 8], script=[5], max_tokens=1)
     assert items(engine.launch()) == [("r2", 4, 1, True)]
