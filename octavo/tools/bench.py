@@ -80,7 +80,8 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
     for name, value in [*numbers.items(), ("repeats", args.repeats), ("steps", args.steps)]:
         if value is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
-    return [Workload("custom", *(value or FREE[name] for name, value in numbers.items()))]
+    requests, length, output = (value or FREE[name] for name, value in numbers.items())
+    return [Workload("custom", requests, length, output)]
 
 
 def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:

@@ -38,10 +38,7 @@ def measure_ceilings(platform: Platform) -> Ceilings:
     Random data: on zeros a device draws less power and runs faster than it ever does at work.
     """
     on, cpu = platform.device, int(platform.is_cpu)
-    source = torch.empty(COPY_BYTES[cpu], dtype=torch.uint8, device=on).random_()
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / _best(platform, lambda: target.copy_(source))
-    del source, target
+    bandwidth = _bandwidth(platform, torch.empty(COPY_BYTES[cpu], dtype=torch.uint8, device=on).random_())
     side = SIDE[cpu]
     dtype = torch.float32 if platform.is_cpu else torch.bfloat16
     a, b = (torch.randn(side, side, device=on, dtype=dtype) for _ in range(2))
@@ -49,6 +46,11 @@ def measure_ceilings(platform: Platform) -> Ceilings:
     plain = operations / _best(platform, lambda: a @ b)
     fp8 = 0.0 if platform.is_cpu else operations / min(_best(platform, call) for call in _fp8_products(platform, a, b))
     return Ceilings(bandwidth, fp8, plain, str(dtype).removeprefix("torch."))
+
+
+def _bandwidth(platform: Platform, source: torch.Tensor) -> float:
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(platform, lambda: target.copy_(source))
 
 
 def _fp8_products(platform: Platform, a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:

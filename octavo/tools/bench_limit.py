@@ -69,7 +69,8 @@ class Costs:
         fp8, plain = _add(fp8, plain, sampled * self.head_operations, self.head_fp8)
         fp8, plain = _add(fp8, plain, pairs * self.pair_operations, self.kv_fp8)
         # A machine without FP8 units computes FP8 products in the other dtype.
-        return max(moved / on.bandwidth, fp8 / (on.fp8 or on.plain) + plain / on.plain)
+        seconds: float = max(moved / on.bandwidth, fp8 / (on.fp8 or on.plain) + plain / on.plain)
+        return seconds
 
 
 def _add(fp8: float, plain: float, more: float, is_fp8: bool) -> tuple[float, float]:

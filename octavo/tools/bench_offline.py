@@ -12,9 +12,9 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.request import EngineRequest, EngineStats, SamplingParams
 from octavo.errors import OctavoError
-from octavo.tools.bench_workloads import Workload, prompts
+from octavo.tools.bench_workloads import Workload, prompts, spread
 
-__all__ = ["Batch", "Measured", "engine_options", "measure", "spread", "warm_up"]
+__all__ = ["Batch", "Measured", "engine_options", "measure", "warm_up"]
 
 STEP_TOKENS = 2048  # no engine's default has smaller steps; for how far a "decode" workload's first requests may run ahead
 WARM_UP_LEN = 32
@@ -54,19 +54,11 @@ class Measured:
         }
 
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median and 99th percentile (the nearest rank)."""
-    if not values:
-        return None
-    ordered, last = sorted(values), len(values) - 1
-    return {"mean": sum(values) / len(values), "p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)]}
-
-
 def engine_options(config: EngineConfig, workloads: Sequence[Workload], given: dict[str, Any]) -> EngineConfig:
     """`config` with room for all workloads where the user did not say; prefix caching is off unless asked for."""
     # One more than the longest: the engine takes prompts shorter than max_model_len.
     room = max(w.room(min(STEP_TOKENS, config.max_num_batched_tokens or STEP_TOKENS)) for w in workloads) + 1
-    wanted = {
+    wanted: dict[str, Any] = {
         "max_model_len": room,
         "max_num_seqs": min(256, max(w.num_requests for w in workloads)),
         "enable_prefix_caching": False,

@@ -21,16 +21,17 @@ def console() -> Any:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str | None = None) -> Any:
     """A table whose first column names the row; the others are numbers."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(title=title, caption=note, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    made.title_justify = made.caption_justify = "left"
-    made.title_style, made.caption_style = "bold", "dim"
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
     for row in rows:
         made.add_row(*row)
-    return made
+    # Beside the table, not of it: a title would be wrapped at the width of a narrow one.
+    return Group(Text(title, style="bold"), made, *([Text(note, style="dim")] if note else []), "")
 
 
 def show_offline(found: Mapping[str, Any]) -> None:

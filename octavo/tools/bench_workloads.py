@@ -15,7 +15,7 @@ from typing import Any
 from octavo.errors import OctavoError
 from octavo.models import read_config
 
-__all__ = ["SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_workloads", "prompts", "shape_config"]
+__all__ = ["SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_workloads", "prompts", "shape_config", "spread"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ def prompts(workload: Workload, vocab_size: int, seed: int | str) -> list[list[i
     rng = random.Random(f"{seed} {workload}")
     low = min(3, vocab_size - 1)
     return [rng.choices(range(low, vocab_size), k=workload.input_len) for _ in range(workload.num_requests)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, median and 99th percentile (the nearest rank)."""
+    if not values:
+        return None
+    ordered, last = sorted(values), len(values) - 1
+    return {"mean": sum(values) / len(values), "p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)]}
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, factor: float = 8.0, **more: Any) -> dict[str, Any]:
