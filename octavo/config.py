@@ -65,6 +65,9 @@ class EngineConfig:
     quantization_config: str | None = option(
         None, "file that `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16"
     )
+    save_quantized: str | None = option(
+        None, "directory for a checkpoint of the quantized weights: written once, and read by the starts that follow"
+    )
     kv_cache_dtype: str = option("auto", "auto, bfloat16, fp8 (= fp8_e4m3), fp8_e5m2 or fp8_per_token_head")
     calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0")
     dtype: str = option("auto", "activations and unquantized weights: auto, bfloat16 or float32")
@@ -114,6 +117,10 @@ class EngineConfig:
         if isinstance(self.quantization_ignore, str):
             put("quantization_ignore", (self.quantization_ignore,))
         put("quantization_ignore", tuple(self.quantization_ignore))
+        if self.save_quantized is not None and self.quantization in (None, "bf16"):
+            raise OctavoError("--save-quantized needs --quantization fp8, ptpc_fp8 or fp8_block: it saves what that makes.")
+        if self.save_quantized is not None and self.load_format == "dummy":
+            raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OctavoError(f"--gpu-memory-utilization must be over 0 and at most 1, not {self.gpu_memory_utilization}.")
         for name in (

@@ -16,13 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from octavo import ops, weights
+from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.models import architecture, llama
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme, qtensor
 from octavo.weights import DummySource, Loader, SafetensorsSource, load
+from octavo.weights import loader as loader_module
 
 CONFIG: dict[str, Any] = dict(
     model_type="llama", vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -102,10 +103,11 @@ def test_loading_takes_the_model_and_one_layer(
 ) -> None:
     sizes = CONFIG | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6)
     write(tmp_path, tensors_of(sizes), **sizes)
+    monkeypatch.setattr(qtensor, "CHUNK", 1 << 15)  # the layers are small, so must be what is converted at a time
     kept: list[object] = []
     if hoard:  # what the bound is there to find
-        read = weights.read_weight
-        monkeypatch.setattr(weights, "read_weight", lambda *args: kept.append(found := read(*args)) or found)
+        read = loader_module.read_weight
+        monkeypatch.setattr(loader_module, "read_weight", lambda *args: kept.append(found := read(*args)) or found)
     ops.bind(CPU)
     model = llama.Model(llama.Config.from_json(sizes), TensorParallel(), 64)
     with Accounting() as accounting:
@@ -364,7 +366,7 @@ def test_dummy_weights_are_random_and_repeatable() -> None:
 def test_dummy_matrices_differ() -> None:
     source = DummySource()
     names = [f"model.layers.{i}.{name}" for i in range(4) for name in ("q_proj.weight", "up_proj.weight")]
-    matrices = [source.read(name, (40, 50), 0, slice(0, 40)) for name in names]
+    matrices = [source.read(name, (40, 50), 0, slice(0, 40), CPU.device) for name in names]
     assert all(not torch.equal(a, b) for i, a in enumerate(matrices) for b in matrices[:i])
-    large = source.read("large", (1200, 1000), 0, slice(0, 1200))  # more values than the pool
+    large = source.read("large", (1200, 1000), 0, slice(0, 1200), CPU.device)  # more values than the pool
     assert len({row[:8].float().numpy().tobytes() for row in large}) == 1200

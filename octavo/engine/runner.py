@@ -16,7 +16,8 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
-from octavo.engine.memory import check_weights, gib, plan_blocks
+from octavo.engine.loading import load_model
+from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.schedule import ScheduledRequest
@@ -25,9 +26,7 @@ from octavo.kvcache import KVCache, KVCacheSpec, spec_for
 from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM, ConfigBase
 from octavo.platform import Platform, detect
-from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
-from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 
 __all__ = ["ModelRunner", "StepTokens"]
 
@@ -91,7 +90,7 @@ class ModelRunner:
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         model_len = self._model_len()
         self.model: CausalLM = arch.Model(self.model_config, TensorParallel(), model_len)
-        self.report = self._load(progress)
+        self.report = load_model(self.model, config, self.platform, self.dtype, progress)
         specs = self._cache_specs()
         self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (2048 if self.platform.is_cpu else 8192)
@@ -116,17 +115,6 @@ class ModelRunner:
                 f"--max-model-len {asked} is over the {limit} positions that the model was made for; use at most {limit}."
             )
         return asked or limit
-
-    def _load(self, progress: Callable[[str, float], None] | None) -> LoadReport:
-        source = DummySource() if self.config.load_format == "dummy" else SafetensorsSource(self.directory)
-        scheme = SCHEMES[self.config.quantization or "bf16"]
-        if isinstance(source, SafetensorsSource):
-            check_weights(self.platform, source.matrix_values(), scheme.quantized)
-        rules = QuantRules(scheme, self.config.quantization_ignore, self.config.quantize_lm_head)
-        loader = Loader(source, self.platform, rules, self.dtype)
-        verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
-        load(self.model, loader, self.model.ignored, (lambda part: progress(verb, part)) if progress else None)
-        return loader.report
 
     def _cache_specs(self) -> list[KVCacheSpec]:
         name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype

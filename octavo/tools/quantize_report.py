@@ -20,8 +20,8 @@ from torch import Tensor
 from octavo.platform import Platform
 from octavo.quant import QTensor, dequantize
 from octavo.quant.formats import read_weight
-from octavo.tools.checkpoint_writer import Checkpoint, RowReader, Rows, Scratch
-from octavo.tools.quantize_plan import Piece, Plan
+from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
+from octavo.weights.quantize_plan import Piece, Plan
 
 __all__ = ["Progress", "layer_errors", "verify"]
 

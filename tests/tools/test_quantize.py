@@ -26,10 +26,10 @@ from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize, quantize
-from octavo.tools import quantize_plan
-from octavo.tools.checkpoint_writer import OutputFile
-from octavo.tools.output_directory import MARKER
 from octavo.tools.quantize import quantize_checkpoint
+from octavo.weights import quantize_plan
+from octavo.weights.output import OutputFile
+from octavo.weights.output_directory import MARKER, ORIGIN
 
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
@@ -157,6 +157,7 @@ def test_files_and_config(checkpoint: Path, tmp_path: Path) -> None:
     assert len(shards) > 3
     assert set(files_of(out)) == shards | {
         "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "templates/tool.jinja",
+        ORIGIN,
     }  # fmt: skip
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
@@ -318,7 +319,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SIGNALLED = """
 import os, signal, sys
 from octavo.cli import main
-from octavo.tools.checkpoint_writer import OutputFile
+from octavo.weights.output import OutputFile
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 number, after = int(sys.argv[1]), int(sys.argv[2])
@@ -411,7 +412,7 @@ def test_two_at_once(checkpoint: Path, tmp_path: Path) -> None:
         fcntl.flock(marker, fcntl.LOCK_EX)
         with pytest.raises(OctavoError) as raised:
             run(checkpoint, tmp_path / "out")
-    assert_sentence(raised.value, "another octavo quantize", str(tmp_path / "out"))
+    assert_sentence(raised.value, "another process is writing", str(tmp_path / "out"))
     run(checkpoint, tmp_path / "out")
 
 

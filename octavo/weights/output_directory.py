@@ -1,7 +1,7 @@
-"""The directory that `octavo quantize` writes: claimed, filled, and whole once it has a config.json.
+"""The directory of a checkpoint that is being written: claimed, filled, and whole once it has a config.json.
 
 A file of notes says whose unfinished work a directory is. The same command continues it; another is refused, and so is any
-directory that holds something else.
+directory that holds something else. Of a finished one, a file says what it was made of.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import IO, Any, Self
 
 from octavo import __version__
 from octavo.errors import OctavoError
-from octavo.tools.checkpoint_writer import INDEX, Checkpoint, OutputFile, write_error, write_json
+from octavo.weights.checkpoint import INDEX, Checkpoint
+from octavo.weights.output import OutputFile, write_error, write_json
 
-__all__ = ["MARKER", "OutputDirectory"]
+__all__ = ["MARKER", "ORIGIN", "OutputDirectory"]
 
 MARKER = ".octavo-quantize.json"
+ORIGIN = ".octavo-origin.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".gguf",
            ".onnx", ".onnx_data", ".tflite", ".ot", ".partial"}  # fmt: skip
 REPLACED = {"config.json", "hf_quant_config.json", INDEX}
@@ -31,13 +33,15 @@ REPLACED = {"config.json", "hf_quant_config.json", INDEX}
 class OutputDirectory:
     """The directory `path`, this process's alone between entry and exit. Raises OctavoError where it may not be used.
 
-    `job` is what must be the same for a run to continue another one's work.
+    `job` is what must be the same for a run to continue another one's work. `flag` is the option that names the directory.
     """
 
-    def __init__(self, path: Path, source: Checkpoint, files: Mapping[str, OutputFile], job: Mapping[str, Any]):
-        self.path, self.source = path, source
+    def __init__(
+        self, path: Path, source: Checkpoint, files: Mapping[str, OutputFile], job: Mapping[str, Any], flag: str = "-o"
+    ):
+        self.path, self.source, self.flag = path, source, flag
         self.files = {name: file for name, file in files.items() if file.tensors}
-        stats = {name: os.stat(source.directory / name) for name in source.files}
+        stats = {name: os.stat(source.directory / name) for name in ("config.json", *source.files)}
         self.job = {
             "octavo": __version__,
             "model": str(source.directory.resolve()),
@@ -47,7 +51,7 @@ class OutputDirectory:
 
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
-            raise OctavoError(f"{self.path} is a file; give a new directory with -o.")
+            raise OctavoError(f"{self.path} is a file; give {self.flag} a new directory.")
         self._check_room()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -74,11 +78,31 @@ class OutputDirectory:
         """The files that are still to be written."""
         return [name for name, file in self.files.items() if not file.finished()]
 
+    def is_complete(self) -> bool:
+        """Whether it holds all of this job's work. Raises OctavoError if it holds a checkpoint that is of another."""
+        if not (self.path / "config.json").exists():
+            return False
+        try:
+            origin: dict[str, Any] = json.loads((self.path / ORIGIN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise OctavoError(
+                f"{self.path} holds a checkpoint not made of {self.source.directory}; give {self.flag} a new directory."
+            ) from None
+        # The version that wrote it may be another: codes mean the same to every one.
+        if changed := [key for key in self.job if key != "octavo" and origin.get(key) != self.job[key]]:
+            raise OctavoError(
+                f"{self.path} holds a checkpoint that was made of something else or with other settings ('{changed[0]}' "
+                f"differs); give {self.flag} another directory, or remove that one."
+            )
+        if damaged := self.unfinished():
+            raise OctavoError(f"{self.path / damaged[0]} is missing or cut short; remove {self.path}, and it is written anew.")
+        return True
+
     def _check_contents(self) -> None:
         names = {path.name for path in self.path.iterdir()}
         if names and MARKER not in names:
             raise OctavoError(
-                f"{self.path} is not empty and holds no unfinished work of octavo quantize; give a new directory with -o."
+                f"{self.path} is not empty and holds no unfinished work of this kind; give {self.flag} a new directory."
             )
 
     def _claim(self, marker: IO[str]) -> None:
@@ -86,7 +110,7 @@ class OutputDirectory:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OctavoError(f"another octavo quantize is writing to {self.path}; wait for it, or give another -o.") from None
+            raise OctavoError(f"another process is writing to {self.path}; wait for it, or give {self.flag} another.") from None
         marker.seek(0)
         text, boot = marker.read(), _boot()
         noted: dict[str, Any] = json.loads(text) if text.endswith("\n") else {}
@@ -94,7 +118,7 @@ class OutputDirectory:
             changed = next(key for key in self.job if noted["job"].get(key) != self.job[key])
             raise OctavoError(
                 f"{self.path} holds unfinished work of another command or version ('{changed}' differs); "
-                "give another directory with -o, or remove that one."
+                f"give {self.flag} another directory, or remove that one."
             )
         if not noted or noted["boot"] != boot:  # files named just before a power cut may lack their contents
             for name in self.files:
@@ -113,7 +137,7 @@ class OutputDirectory:
         if free < needed:
             raise OctavoError(
                 f"{self.path} needs {needed:,} bytes and its disk has {free:,} free; free {needed - free:,} more, "
-                "or give a directory on another disk with -o."
+                f"or give {self.flag} a directory on another disk."
             )
 
     def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> None:
@@ -127,7 +151,20 @@ class OutputDirectory:
         if set(self.files) != {"model.safetensors"}:
             total = sum(tensor.nbytes for file in self.files.values() for tensor in file.tensors.values())
             write_json(self.path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(self.path / ORIGIN, self.job)
+        self._sync()  # a power cut must not leave a config.json beside files whose contents were still on their way
         write_json(self.path / "config.json", {**_plain(config), "quantization_config": dict(quantization)})
+
+    def _sync(self) -> None:
+        for place in (*(self.path / name for name in self.files), self.path):
+            try:
+                descriptor = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise write_error(error, place, 0) from None
 
 
 def _boot() -> str:

@@ -7,16 +7,10 @@ layer reads a slice, quantizes it on the device and drops the dense copy, so the
 from __future__ import annotations
 
 import fnmatch
-import json
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from octavo import ops
@@ -26,100 +20,9 @@ from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
 from octavo.quant.scheme import Granularity
+from octavo.weights.sources import Source
 
-__all__ = ["WHOLE", "DummySource", "LoadReport", "Loader", "SafetensorsSource", "Shard", "load"]
-
-
-class Source(Protocol):
-    """Named tensors that can be read in parts."""
-
-    names: set[str]
-
-    def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim`. Raises OctavoError if the stored shape is not `shape`."""
-
-    def shape(self, name: str) -> list[int]: ...
-
-
-class SafetensorsSource:
-    """The safetensors files of a checkpoint directory. Raises OctavoError for what is missing or damaged."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        one = directory / "model.safetensors"  # some directories hold the same weights again, in another layout
-        files = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
-        if index.exists():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                files = [directory / name for name in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
-        if not files:
-            raise OctavoError(
-                f"{directory} has no .safetensors files; Octavo reads no other weight format (convert .bin files first)."
-            )
-        self.paths = files
-        self._files: dict[str, Any] = {}
-        for path in files:
-            opened = self._open(path)
-            self._files.update((name, opened) for name in opened.keys())  # noqa: SIM118 (not a dict)
-        self.names = set(self._files)
-        if index.exists() and (absent := sorted(set(weight_map) - self.names)):
-            raise OctavoError(
-                f"{index} names the tensor {absent[0]}, which {weight_map[absent[0]]} does not hold; download it again."
-            )
-
-    @staticmethod
-    def _open(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except FileNotFoundError:
-            raise OctavoError(f"{path} is missing, but the checkpoint's index names it; download it.") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise OctavoError(f"{path} is truncated or corrupt ({error}); download it again.") from None
-
-    def shape(self, name: str) -> list[int]:
-        return list(self._files[name].get_slice(name).get_shape())
-
-    def matrix_values(self) -> int:
-        """Values of all matrices, from the headers alone."""
-        return sum(prod(shape) for name in self.names if len(shape := self.shape(name)) > 1)
-
-    def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice) -> Tensor:
-        view = self._files[name].get_slice(name)
-        stored = list(view.get_shape())
-        if shape is not None and stored != list(shape):
-            raise OctavoError(
-                f"tensor {name} has shape {stored}, but config.json makes it {list(shape)}: they are of different models."
-            )
-        return view[(slice(None),) * dim + (part,)] if stored else self._files[name].get_tensor(name)  # type: ignore[no-any-return]
-
-
-class DummySource:
-    """Random weights of any shape that is asked for, the same for the same name. For benchmarks."""
-
-    POOL = 1_000_003  # prime, so that no two rows of a matrix start at the same place
-
-    def __init__(self, std: float = 0.02) -> None:
-        self.names: set[str] = set()
-        self._pool = torch.randn(self.POOL, generator=torch.Generator().manual_seed(0)).mul_(std).bfloat16()
-
-    def shape(self, name: str) -> list[int]:
-        raise KeyError(name)
-
-    def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice) -> Tensor:
-        assert shape is not None
-        size = [part.stop - part.start if i == dim else n for i, n in enumerate(shape)]
-        if len(size) == 1:
-            return (
-                torch.ones(size, dtype=torch.bfloat16)
-                if name.endswith("norm.weight")
-                else torch.zeros(size, dtype=torch.bfloat16)
-            )
-        offset = zlib.crc32(name.encode()) % self.POOL
-        count = size[0] * size[1]
-        return self._pool.roll(-offset).repeat(-(-count // self.POOL))[:count].view(size)
+__all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "load"]
 
 
 @dataclass
@@ -196,10 +99,10 @@ class Loader:
         """A tensor as stored, on the device: this rank's `shard` of it, or `part` of the shard's dimension."""
         full = self.prefix + name
         self.seen.add(full)
-        if full not in self.source.names and not isinstance(self.source, DummySource):
+        if full not in self.source.names and not self.source.has_any:
             raise OctavoError(f"the checkpoint has no tensor {full}, which the model needs; is it complete?")
         length = (shape or self.source.shape(full) or [1])[shard.dim]
-        return self.source.read(full, shape, shard.dim, part or shard.slice(length)).to(self.platform.device)
+        return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
         """A norm, bias or embedding in the model's dtype; never quantized."""
@@ -246,11 +149,19 @@ def load(model: nn.Module, loader: Loader, ignore: Sequence[str] = (), progress:
 
     `ignore`: globs of tensors that may go unread. `progress` is called with the part that is done, 0 to 1.
     """
-    modules = [(path, module) for path, module in model.named_modules() if hasattr(module, "load")]
-    for done, (path, module) in enumerate(modules, 1):
-        module.load(loader.at(path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path))
-        if progress:
-            progress(done / len(modules))
+    places = [
+        (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
+        for path, module in model.named_modules()
+        if hasattr(module, "load")
+    ]
+    loader.source.expect(_order([path for path, _ in places], loader.source.names))
+    try:
+        for done, (path, module) in enumerate(places, 1):
+            module.load(loader.at(path))
+            if progress:
+                progress(done / len(places))
+    finally:
+        loader.source.close()
     extra = sorted(
         n for n in loader.source.names - loader.seen if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)
     )
@@ -260,3 +171,15 @@ def load(model: nn.Module, loader: Loader, ignore: Sequence[str] = (), progress:
             f"the first is {extra[0]}; they are of different models."
         )
     loader.rules.check_used()
+
+
+def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:
+    """The tensors in about the order in which the modules at `paths` ask for them."""
+    below: dict[str, list[str]] = {}
+    for name in sorted(names):
+        owner = name.rpartition(".")[0]
+        while owner:
+            below.setdefault(owner, []).append(name)
+            owner = owner.rpartition(".")[0]
+    # A tied or fused layer at the top has the path "", below which everything is: what no other module names comes last.
+    return list(dict.fromkeys([name for path in paths for name in below.get(path, ())] + sorted(names)))

@@ -1,4 +1,4 @@
-"""What `octavo quantize` makes of each tensor, known from the headers and config.json before any weight is read.
+"""What quantizing a checkpoint makes of each tensor, known from the headers and config.json before any weight is read.
 
 The output is compressed-tensors' `float-quantized` layout, which transformers, vLLM and SGLang read: `weight` in e4m3fn and
 `weight_scale` in FP32 beside it, [1], [N, 1] or [ceil(N/128), ceil(K/128)], and in config.json one group of schemes for all
@@ -17,7 +17,7 @@ from octavo.quant import QuantRules, Scheme
 from octavo.quant.checks import quantization_configs
 from octavo.quant.formats import COMPANIONS, stored_scheme, stored_shape
 from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity
-from octavo.tools.checkpoint_writer import Checkpoint, RowReader, Rows, StoredTensor
+from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
 
 __all__ = ["Piece", "Plan"]
 

@@ -1,0 +1,74 @@
+"""Loads a model as an EngineConfig says, and notes what that took."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from octavo.config import EngineConfig
+from octavo.engine.memory import check_weights, gib
+from octavo.models import read_config
+from octavo.models.common import CausalLM
+from octavo.platform import Platform
+from octavo.quant import SCHEMES, QuantRules
+from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
+from octavo.weights.saving import save_quantized
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    model: CausalLM,
+    config: EngineConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: Callable[[str, float], None] | None = None,
+) -> LoadReport:
+    """Fills `model`. Raises OctavoError for whatever the user can mend."""
+    scheme = SCHEMES[config.quantization or "bf16"]
+    rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
+    directory, notes = Path(config.model), []
+    if config.save_quantized is not None:
+        output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
+        told = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
+        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, told))
+        directory = output
+    source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
+    if isinstance(source, SafetensorsSource):
+        check_weights(platform, source.matrix_values(), scheme.quantized)
+    loader = Loader(source, platform, rules, dtype)
+    loader.report.notes.extend(notes)
+    verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
+    peak = None if platform.is_cpu else _Peak(platform.device)
+    began = time.perf_counter()
+    load(model, loader, model.ignored, partial(progress, verb) if progress else None)
+    if peak is not None:
+        loader.report.note(peak.describe())
+    seconds = time.perf_counter() - began
+    if isinstance(source, SafetensorsSource):
+        read = source.bytes_read
+        loader.report.note(f"loaded in {seconds:.1f} s: {read / 1e9:.2f} GB at {read / 1e9 / seconds:.2f} GB/s")
+    else:
+        loader.report.note(f"random weights made in {seconds:.1f} s")
+    return loader.report
+
+
+class _Peak:
+    """The most memory of an accelerator that loading took at once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+
+    def describe(self) -> str:
+        """Waits for the device, so that the time taken after this is of work that is done."""
+        torch.accelerator.synchronize(self.device)
+        model = torch.accelerator.memory_allocated(self.device) - self.before
+        peak = torch.accelerator.max_memory_allocated(self.device) - self.before
+        return f"peak while loading {gib(peak)} (model {gib(model)} + {gib(peak - model)})"

@@ -1,0 +1,12 @@
+"""Checkpoints: read one named, sharded tensor at a time into a model, or quantized into another checkpoint.
+
+sources: tensors by name, from files or made up. loader: what fills a model with them. checkpoint, output, output_directory:
+safetensors files in parts. quantize_plan, quantizer, saving: one checkpoint made of another.
+"""
+
+from __future__ import annotations
+
+from octavo.weights.loader import WHOLE, Loader, LoadReport, Shard, load
+from octavo.weights.sources import DummySource, SafetensorsSource
+
+__all__ = ["WHOLE", "DummySource", "LoadReport", "Loader", "SafetensorsSource", "Shard", "load"]

@@ -1,0 +1,208 @@
+"""Safetensors files read in parts at known places, so that neither a file nor a matrix has to fit in memory.
+
+A file is eight bytes with the header's length, the header, JSON that gives every tensor's dtype, shape and place, and the
+data (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+from octavo.quant.formats import WHOLE, Shard
+
+__all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
+
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's entry in a header. `start` counts from the beginning of the file."""
+
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise OctavoError(f"tensor {self.name} has dtype {self.dtype}, which Octavo does not read.")
+        return DTYPES[self.dtype]
+
+
+class Checkpoint:
+    """Where the tensors of a checkpoint directory are. Raises OctavoError for a file that is missing or damaged."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        index = directory / INDEX
+        one = directory / "model.safetensors"  # some directories hold the same weights again, in another layout
+        paths = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
+        weight_map: dict[str, str] = {}
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                paths = [directory / name for name in sorted(set(weight_map.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
+        if not paths:
+            raise OctavoError(
+                f"{directory} has no .safetensors files; Octavo reads no other weight format (convert .bin files first)."
+            )
+        files = {str(path.relative_to(directory)): path for path in paths}
+        self.files = {file: _read_header(path, file) for file, path in files.items()}
+        self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+        self._descriptors: dict[str, int] = {}
+        self._maps: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        if absent := sorted(set(weight_map) - set(self.tensors)):
+            raise OctavoError(
+                f"{index} names the tensor {absent[0]}, which {weight_map[absent[0]]} does not hold; download it again."
+            )
+
+    def matrix_values(self) -> int:
+        """Values of all matrices, from the headers alone."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values() if len(tensor.shape) > 1)
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
+        """Fill the bytes of `buffer` (uint8) from the tensor's byte `start` on. Any thread; the interpreter is left free."""
+        view = bytes_of(buffer)
+        descriptor, at = self.descriptor(tensor.file), tensor.start + start
+        while view:
+            try:
+                count = os.preadv(descriptor, [view], at)
+            except OSError as error:
+                raise OctavoError(f"{self.directory / tensor.file} cannot be read: {error.strerror}.") from None
+            if not count:
+                raise OctavoError(f"{self.directory / tensor.file} became shorter while it was read; download it again.")
+            view, at = view[count:], at + count
+
+    def mapped(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
+        """The `part` of dimension `dim` on the CPU: the file's own pages, read when they are touched. One thread's."""
+        tensor.torch_dtype  # noqa: B018 (says so if it is not known)
+        if tensor.file not in self._maps:
+            self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
+        view = self._maps[tensor.file].get_slice(tensor.name)
+        return view[(slice(None),) * dim + (part,)] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.name)  # type: ignore[no-any-return]
+
+    def descriptor(self, file: str) -> int:
+        """The file, open for reading."""
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+                except OSError as error:
+                    raise OctavoError(f"{self.directory / file} cannot be read: {error.strerror}.") from None
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        self._maps.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def bytes_of(data: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = data.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read_header(path: Path, file: str) -> list[StoredTensor]:
+    """The entries of a file, in the order of their data."""
+    try:
+        with safe_open(path, framework="pt"), open(path, "rb") as opened:  # safetensors knows what makes a header sound
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except FileNotFoundError:
+        raise OctavoError(f"{path} is missing, but the checkpoint's index names it; download it.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OctavoError(f"{path} is truncated or corrupt ({error}); download it again.") from None
+    header.pop("__metadata__", None)
+    places = [
+        StoredTensor(name, e["dtype"], tuple(e["shape"]), file, 8 + length + e["data_offsets"][0],
+                     e["data_offsets"][1] - e["data_offsets"][0])
+        for name, e in header.items()
+    ]  # fmt: skip
+    return sorted(places, key=lambda tensor: tensor.start)
+
+
+class Scratch:
+    """One thread's buffers, used again and again: the page faults of fresh ones would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor with arbitrary contents on the CPU; the next `take` of the same name reuses its memory."""
+        nbytes = prod(shape) * dtype.itemsize
+        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
+            self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffers[name][:nbytes].view(dtype).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Rows(Shard):
+    """Rows `start` to `stop` of a matrix, whatever its length: what a rank's part is to a format, in smaller pieces."""
+
+    start: int = 0
+    stop: int = 0
+
+    def slice(self, length: int) -> slice:
+        return slice(self.start, self.stop)
+
+
+class RowReader:
+    """A Checkpoint as the formats of octavo.quant.formats read it. One thread's: a read overwrites the one before."""
+
+    prefix = ""
+
+    def __init__(self, checkpoint: Checkpoint, platform: Platform, scratch: Scratch):
+        self.checkpoint, self.platform, self.scratch = checkpoint, platform, scratch
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def skip(self, name: str) -> None:
+        """Nothing to remember: what an output holds was decided before."""
+
+    def stored_shape(self, name: str) -> list[int]:
+        return list(self.checkpoint.tensors[name].shape)
+
+    def read(self, name: str, shape: Sequence[int] | None, shard: Shard = WHOLE, part: slice | None = None) -> Tensor:
+        """A part of the rows as stored, on the platform's device."""
+        tensor = self.checkpoint.tensors[name]
+        dtype = tensor.torch_dtype
+        if shape is not None and tuple(shape) != tensor.shape:
+            raise OctavoError(f"tensor {name} has shape {list(tensor.shape)} where {list(shape)} was expected.")
+        if not tensor.nbytes or not tensor.shape:
+            part, row, rest = slice(0, 1), tensor.nbytes, tensor.shape
+        else:
+            part = part or shard.slice(tensor.shape[0])
+            row, rest = tensor.nbytes // tensor.shape[0], (part.stop - part.start, *tensor.shape[1:])
+        kind = "matrix" if name.endswith((".weight", ".weight_packed")) else name.rpartition(".")[2]
+        found = self.scratch.take(kind, rest, dtype)
+        self.checkpoint.read_into(tensor, part.start * row, found.view(-1).view(torch.uint8))
+        return found.to(self.platform.device)
