@@ -75,11 +75,11 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
     asked = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
     if args.workload and asked:
         raise OctavoError(f"--workload says how many requests of which lengths; leave out {asked[0]}, or --workload.")
-    if args.workload:
-        return parse_workloads(args.workload)
     for name, value in [*numbers.items(), ("repeats", args.repeats), ("steps", args.steps)]:
         if value is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+    if args.workload:
+        return parse_workloads(args.workload)
     requests, length, output = (value or FREE[name] for name, value in numbers.items())
     return [Workload("custom", requests, length, output)]
 

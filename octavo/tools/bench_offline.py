@@ -118,6 +118,8 @@ class Batch:
         for request_id in self._running:
             self.core.abort(request_id)
         self._running.clear()
+        while self.core.has_work():  # a step that was launched ahead
+            self.core.step()
 
 
 def warm_up(core: EngineCore, workload: Workload, seed: int) -> float:
@@ -134,6 +136,7 @@ def warm_up(core: EngineCore, workload: Workload, seed: int) -> float:
     first = time.time()
     while batch.running:
         batch.step()
+    batch.close()
     return first
 
 
@@ -174,6 +177,7 @@ def _whole(core: EngineCore, w: Workload, seed: int) -> Measured:
     batch = Batch(core, prompts(w, core.info.vocab_size, seed), [w.output_len] * w.num_requests, w.name)
     while batch.running:
         batch.step()
+    batch.close()
     wall = max(batch.last) - batch.start
     _expect(batch.counts, w.output_len, w)
     ttft = [first - batch.start for first in batch.first]

@@ -70,13 +70,15 @@ def profile_into(
 def _workload(core: EngineCore, w: Workload, seed: int, steps: int) -> list[dict[str, Any]]:
     """A prefill step, the first of all, and `steps` decode steps after everything is prefilled."""
     needed = 2 * steps + 1 if not w.prefill_only else 1
-    ahead = w.room(core.scheduler.max_num_batched_tokens) - w.input_len
-    output = min(max(w.output_len, ahead) if w.part == "decode" else w.output_len, core.info.max_model_len - w.input_len)
+    # The room that a "decode" workload's requests need is at least its output.
+    output = min(w.room(core.scheduler.max_num_batched_tokens), core.info.max_model_len) - w.input_len
     batch = Batch(core, prompts(w, core.info.vocab_size, f"profile {seed}"), [output] * w.num_requests, f"profile-{w.name}")
     try:
         out = []
         if w.part != "decode":
+            ahead, core.ahead = core.ahead, False  # or the step after it would be launched, and counted, with it
             prefill = _profiled(core, f"{w.name}: a prefill step", batch.step, 1)
+            core.ahead = ahead
             prefill["name"] += f" of {batch.stats.iteration_tokens:,} tokens"
             out.append(prefill)
         while batch.running and not batch.all_started:
@@ -137,7 +139,7 @@ def _kernels(events: Iterable[Any], cpu: bool, steps: int) -> list[Kernel]:
     """Events of the device alone, the longest first; on a CPU the operators, each without those that it calls."""
     out = []
     for event in events:
-        if (event.device_type.name == "CPU") != cpu or event.is_user_annotation:
+        if (event.device_type.name == "CPU") != cpu or getattr(event, "is_user_annotation", False):
             continue
         us = event.self_cpu_time_total if cpu else event.self_device_time_total
         if us:

@@ -13,6 +13,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -57,10 +58,10 @@ class Server:
     def _first_model(self) -> str:
         make = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
         try:
-            connection = make(self.host, self.port, timeout=30)
-            connection.request("GET", f"{self.prefix}/v1/models", headers=self.headers)
-            response = connection.getresponse()
-            answer = response.read()
+            with closing(make(self.host, self.port, timeout=30)) as connection:
+                connection.request("GET", f"{self.prefix}/v1/models", headers=self.headers)
+                response = connection.getresponse()
+                answer = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise OctavoError(f"No server answers at {self.url}; start one with `octavo serve`.") from error
         try:

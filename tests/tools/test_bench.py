@@ -1,0 +1,313 @@
+"""`octavo bench`: the limit by hand and by known anchors, every mode on the demo model, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server.processes import Server
+
+from octavo.cli import main
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.models import MODEL_TYPES, architecture
+from octavo.tools import bench_offline, bench_workloads
+from octavo.tools.bench_limit import Ceilings, Costs, costs_of, costs_of_shape, limit
+from octavo.tools.bench_profile import GAPS, role_of
+from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, prompts, spread
+from octavo.tools.planning.shapes import model_of
+
+BY_HAND = Costs(
+    weight_bytes=100, head_bytes=10, kv_bytes=2, fp8_operations=1000, plain_operations=0, head_operations=50, pair_operations=4,
+    kv_fp8=True,
+)  # fmt: skip
+ON = Ceilings(bandwidth=10, fp8=1000, plain=100)
+
+
+@pytest.mark.parametrize(
+    ("workload", "most", "prefill", "decode"),
+    [
+        # Prefill: 100 + 10 + 6 tokens x 2 = 122 bytes. Decode: 110 + (2 written + 6 read) x 2 = 126, then 130.
+        (Workload("", 2, 3, 3), None, 12.2, 12.6 + 13.0),
+        # One at a time: 110 + (1 + 3) x 2 = 118, then 120, twice.
+        (Workload("", 2, 3, 3), 1, 12.2, 2 * (11.8 + 12.0)),
+        # From the cache the first token is one of those timed before: three steps.
+        (Workload("", 2, 3, 3, part="decode"), None, 12.2, 12.6 + 13.0 + 13.4),
+        # 20,000 tokens in three steps, by arithmetic: 20 M + 20,000 x 20,001 / 2 pairs x 4 in FP8, the head's 50 in BF16.
+        (Workload("", 1, 20000, 1), None, (20e6 + 4 * 20000 * 20001 / 2) / 1000 + 0.5, 0.0),
+    ],
+)  # fmt: skip
+def test_the_limit_by_hand(workload: Workload, most: int | None, prefill: float, decode: float) -> None:
+    found = limit(BY_HAND, ON, workload, most)
+    assert (found.prefill, found.decode) == (pytest.approx(prefill, rel=1e-12), pytest.approx(decode, rel=1e-12))
+    assert found.of(workload) == pytest.approx(decode if workload.part == "decode" else prefill + decode)
+
+
+def test_without_fp8_units_fp8_is_computed_in_the_other_dtype() -> None:
+    one = Workload("", 1, 20000, 1)
+    slow = limit(BY_HAND, Ceilings(10, 0, 100), one).prefill
+    assert slow == pytest.approx((20e6 + 4 * 20000 * 20001 / 2) / 100 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "output_rate", "within"),
+    # Worked out by others for one H200. D's, 92,000, leaves attention's operations out: 7 of 100.
+    [("A", 62_000 / 3, 0.03), ("B", 8_200, 0.03), ("C", 527, 0.01), ("F", 1_600, 0.01), ("D", 92_000 / 4096, 0.07)],
+)
+def test_the_limit_of_llama_8b_on_an_h200(name: str, output_rate: float, within: float) -> None:
+    costs = costs_of_shape(EngineConfig(quantization="fp8", kv_cache_dtype="fp8"), SHAPES["llama-3.1-8b"])
+    w = WORKLOADS[name]
+    seconds = limit(costs, Ceilings(4.24e12, 1.3e15, 0.65e15), w).of(w)
+    assert w.num_requests * w.output_len / seconds == pytest.approx(output_rate, rel=within)
+
+
+def test_costs_are_those_of_the_matrices() -> None:
+    """The demo model: 6 layers, hidden 256, inner 768, 4 + 2 + 2 heads of 64, a tied vocabulary of 4096."""
+    layer = 512 * 256 + 256 * 256 + 3 * 768 * 256
+    dense = costs_of(EngineConfig())
+    assert (dense.weight_bytes, dense.head_bytes, dense.kv_bytes) == (2 * 6 * layer, 2 * 4096 * 256, 6 * 2 * 2 * 64 * 2)
+    assert (dense.plain_operations, dense.fp8_operations, dense.head_operations) == (2 * 6 * layer, 0, 2 * 4096 * 256)
+    assert dense.pair_operations == 6 * 4 * 4 * 64  # a multiplication and an addition, for scores and for sums
+    fp8 = costs_of(EngineConfig(quantization="ptpc_fp8", kv_cache_dtype="fp8"))
+    scales = 4 * 6 * (512 + 256 + 2 * 768 + 256)
+    assert (fp8.weight_bytes, fp8.kv_bytes) == (6 * layer + scales, dense.kv_bytes / 2)
+    assert (fp8.plain_operations, fp8.fp8_operations, fp8.head_fp8, fp8.kv_fp8) == (0, 2 * 6 * layer, False, True)
+
+
+def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
+    costs = costs_of_shape(EngineConfig(quantization="ptpc_fp8"), SHAPES["qwen3-30b-a3b"])
+    assert costs.expert_share == 8 / 128
+    assert costs.expert_bytes == pytest.approx(48 * 128 * 3 * 2048 * 768, rel=0.01)
+    quick = Ceilings(1, 1e30, 1e30)
+    one, all_of_them = (costs.step_seconds(quick, n, 0, 0, 0) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
+    assert (one, all_of_them) == (pytest.approx(costs.expert_bytes / 16), pytest.approx(costs.expert_bytes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),  # as the models' cards count them
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624),
+    ],
+)
+def test_shapes(shape: str, parameters: int) -> None:
+    assert model_of(SHAPES[shape]).parameters == parameters
+    if SHAPES[shape]["model_type"] in MODEL_TYPES:
+        architecture(SHAPES[shape]).Config.from_json(SHAPES[shape])
+
+
+def test_prompts_are_a_seed_s() -> None:
+    w = Workload("", 3, 50, 1)
+    assert prompts(w, 100, 1) == prompts(w, 100, 1) != prompts(w, 100, 2)
+    assert {len(p) for p in prompts(w, 100, 1)} == {50}
+    assert {t for p in prompts(w, 8, 1) for t in p} == set(range(3, 8))
+
+
+def test_spread() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 100.0]) == {"mean": 22.0, "p50": 3.0, "p99": 100.0}
+    assert spread([]) is None
+
+
+@pytest.fixture
+def core() -> EngineCore:
+    return EngineCore(EngineConfig(max_num_batched_tokens=96, max_model_len=256, enable_prefix_caching=False, max_num_seqs=8))
+
+
+def test_decode_goes_on_from_the_prefill_s_cache(core: EngineCore) -> None:
+    e, f, other = Workload("E", 4, 64, 1), Workload("F", 4, 64, 8, part="decode"), Workload("G", 3, 10, 5)
+    added = []
+    add, core.add = core.add, lambda request: (added.append(request.request_id), add(request))[1]  # type: ignore[method-assign]
+    bench_offline.warm_up(core, f, 0)
+    added.clear()
+    found = bench_offline.measure(core, [other, e, f], seed=1)
+    assert [m.workload.name for m in found] == ["G", "E", "F"]
+    assert len(added) == 4 + 3  # E's requests are F's
+    assert [(m.input_tokens, m.output_tokens) for m in found] == [(30, 15), (256, 4), (0, 32)]
+    assert not core.has_work()
+    assert len(found[1].ttft) == 4
+    assert max(found[1].ttft) <= found[1].wall
+    assert not found[2].ttft
+    assert max(found[2].tpot) * 8 <= found[2].wall * 1.001
+    alone = bench_offline.measure(core, [f], seed=1, repeats=2)[0]
+    assert (alone.output_tokens, len(alone.walls), alone.wall) == (32, 2, min(alone.walls))
+
+
+def test_a_cache_too_small_to_decode_from_is_said(core: EngineCore) -> None:
+    from octavo.errors import OctavoError
+
+    with pytest.raises(OctavoError, match=r"^workload F keeps [\d,]+ tokens in the KV cache, which holds 2,048;"):
+        bench_offline.measure(core, [Workload("F", 40, 64, 8, part="decode")], seed=1)
+
+
+def test_room_for_all_workloads() -> None:
+    named = [WORKLOADS["A"], WORKLOADS["C"]]
+    chosen = bench_offline.engine_options(EngineConfig(), named, {})
+    assert (chosen.max_model_len, chosen.max_num_seqs, chosen.enable_prefix_caching) == (1024 + 512 + 1, 256, False)
+    chosen = bench_offline.engine_options(EngineConfig(max_num_seqs=7), named, {"max_num_seqs": 7})
+    assert (chosen.max_model_len, chosen.max_num_seqs) == (1537, 7)
+
+
+def bench(tmp_path: Path, *words: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    assert main(["bench", *words, "--json", str(out)]) == 0
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".partial"] == []
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def check_figures(name: str, w: dict[str, Any]) -> None:
+    assert w["wall_s"] > 0
+    assert w["out_tok_s"] * w["wall_s"] == pytest.approx(w["output_tokens"])
+    assert w["total_tok_s"] * w["wall_s"] == pytest.approx(w["input_tokens"] + w["output_tokens"])
+    assert w["input_tokens"] == w["num_requests"] * w["input_len"]
+    assert w["output_tokens"] == w["num_requests"] * w["output_len"]
+    assert w["wall_s"] == min(w["walls_s"])
+    assert 0 < w["ttft_s"]["mean"] <= w["ttft_s"]["p99"] <= w["wall_s"], name
+
+
+def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"A": Workload("A", 6, 40, 9), "D": Workload("D", 3, 100, 1)}
+    monkeypatch.setattr(bench_workloads, "WORKLOADS", small)
+    found = bench(tmp_path, "throughput", "--workload", "a,D", "-q", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--repeats", "2")
+    assert found["mode"] == "throughput"
+    assert list(found["workloads"]) == ["A", "D"]
+    for name, w in found["workloads"].items():
+        check_figures(name, w)
+        assert len(w["walls_s"]) == 2
+        assert w["percent_of_limit"] == pytest.approx(100 * w["limit_s"] / w["wall_s"])
+        assert 0 < w["percent_of_limit"] < 100
+    assert found["workloads"]["A"]["prefill_tok_s"] is None
+    assert found["workloads"]["D"]["prefill_tok_s"] == pytest.approx(300 / found["workloads"]["D"]["wall_s"])
+    assert 0 < found["start_s"] < found["first_token_s"]
+    assert found["peak_memory_bytes"] > 1 << 20
+    assert found["ceilings"]["bandwidth_bytes_s"] > 1e8
+    assert (found["quantization"], found["kv_cache_dtype"]) == ("ptpc_fp8", "fp8_e4m3")
+    told = capsys.readouterr().out
+    assert "A: 6 x 40/9" in told
+    assert f"{found['workloads']['A']['wall_s']:.3f}" in told
+    assert "\x1b" not in told
+
+
+def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = SHAPES["llama-3.1-8b"] | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 8,
+                                     "vocab_size": 300}  # fmt: skip
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    words = "latency --shape tiny --num-layers 2 --num-requests 1 --input-len 12 --output-len 6 --max-model-len 64"
+    found = bench(tmp_path, *words.split())
+    w = found["workloads"]["custom"]
+    check_figures("custom", w)
+    assert w["ttft_s"]["mean"] + 5 * w["tpot_s"]["mean"] == pytest.approx(w["wall_s"])
+    assert "tiny, 2 layers" in found["model"]
+    assert found["engine"][0].startswith("model: llama, 0.1 M")  # two layers of the tiny one
+    assert "TPOT" in capsys.readouterr().out
+
+
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "steps.png"
+    words = "profile --num-requests 3 --input-len 20 --output-len 16 --steps 3 --png"
+    found = bench(tmp_path, *words.split(), str(png))
+    prefill, decode = found["steps"]
+    assert "a prefill step of 60 tokens" in prefill["name"]
+    assert "a decode step of 3 requests" in decode["name"]
+    for step in (prefill, decode):
+        assert sum(step["roles_us"].values()) == pytest.approx(step["wall_us"], rel=1e-6)
+        assert step["roles_us"]["linear"] > 0
+        assert step["roles_us"][GAPS] > 0
+        assert sum(k["us"] for k in step["kernels"]) == pytest.approx(step["busy_us"])
+    linears = sum(k["calls"] for k in decode["kernels"] if k["role"] == "linear" and "pointwise" in k["name"])
+    assert linears in (0, 25)  # a step has 4 in each of 6 layers and the head, whatever the number of steps looked at
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "gaps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "role"),
+    [
+        ("_norm_quant", "norm"),
+        ("_silu_mul_quant", "activation"),
+        ("_rope_write_kv", "rope, cache"),
+        ("_decode_attention", "attention"),
+        ("_merge_splits", "attention"),
+        ("_prefill_attention", "attention"),
+        ("_stage_kv", "attention"),
+        ("_small_linear", "linear"),
+        ("_quantize", "quantize"),
+        ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "linear"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "linear"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>", "sampling"),
+        ("vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_roles(kernel: str, role: str) -> None:
+    assert role_of(kernel) == role
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server("--max-num-seqs", "8")
+    yield server
+    server.stop()
+
+
+def test_serve(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--num-requests", "6", "--input-len", "30", "--output-len", "7"]
+    offline = bench(tmp_path, "throughput", *size)
+    (tmp_path / "out.json").rename(tmp_path / "offline.json")
+    where = ["--base-url", server.url, "--max-concurrency", "3", "--offline-json", str(tmp_path / "offline.json")]
+    w = bench(tmp_path, "serve", *where, *size)["workloads"]["custom"]
+    check_figures("custom", w)
+    assert w["max_concurrency"] == 3
+    assert w["of_offline"] == pytest.approx(w["out_tok_s"] / offline["workloads"]["custom"]["out_tok_s"])
+    assert "of offline" in capsys.readouterr().out
+    refused(
+        f"serve --base-url {server.url} --num-requests 2 --input-len 4096", "the server refused a request: The prompt", capsys
+    )
+    other = f"serve --base-url {server.url} --num-requests 2 --offline-json {tmp_path / 'offline.json'}"
+    refused(other, "its workload custom is of another size; run both with the same.", capsys)
+
+
+def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: int = 1) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:  # argparse's way; the rest returns
+        raise SystemExit(main(["bench", *line.split()]))
+    told = capsys.readouterr().err
+    assert exit.value.code == code
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "sentence"),
+    [
+        ("", 2, "the following arguments are required: MODE"),
+        ("troughput", 2, "invalid choice: 'troughput'"),
+        ("throughput --workloda A", 2, "did you mean --workload"),
+        ("throughput --workload A,Z", 1, "--workload 'Z' is not known; known are A, B, C, D, E, F."),
+        ("throughput --workload A --input-len 3", 1, "leave out --input-len, or --workload."),
+        ("throughput --num-requests 0", 1, "--num-requests must be positive, not 0."),
+        ("throughput --workload A --repeats 0", 1, "--repeats must be positive, not 0."),
+        ("throughput --shape llama-3.1-9b", 1, "--shape 'llama-3.1-9b' is not known; did you mean 'llama-3.1-8b'?"),
+        ("throughput --shape llama-3.1-8b --num-layers 0", 1, "--num-layers must be positive, not 0."),
+        ("throughput -q bf16 M --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
+        ("throughput --num-layers 2", 1, "--num-layers is for random weights; add --load-format dummy, or use --shape."),
+        ("throughput --shape qwen3-8b --load-format auto", 1, "are for random weights; leave out --load-format"),
+        ("throughput --json /nowhere/x.json", 1, "--json /nowhere/x.json: there is no directory /nowhere."),
+        ("throughput --png x.png", 1, "--png is for profile mode"),
+        ("serve --base-url localhost:8000", 1, "--base-url 'localhost:8000' is no URL"),
+        ("serve --base-url http://127.0.0.1:9", 1, "No server answers at http://127.0.0.1:9"),
+        ("serve --workload F", 1, "workload F times decoding alone, which a client cannot see"),
+        ("serve --max-concurrency 0", 1, "--max-concurrency must be positive, not 0."),
+        ("serve --offline-json /nowhere", 1, "--offline-json /nowhere cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(line: str, code: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(line, sentence, capsys, code)
