@@ -1,0 +1,21 @@
+/* Everything that is compiled for each instruction set. */
+#include "vector.h"
+#include "linear.h"
+#include "attention.h"
+#include "elementwise.h"
+
+static const Functions NAME(functions) = {
+    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(write_kv)};
+
+#undef vf
+#undef vi
+#undef vu
+#undef vh
+#undef vb
+#undef PARTS
+#undef INLINE
+#undef SELECT
+#undef SUFFIX
+#undef VL
+#undef ISA
+#undef TILE_ROWS

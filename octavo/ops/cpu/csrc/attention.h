@@ -1,0 +1,170 @@
+/* Causal attention over a paged cache for one instruction set: included after vector.h.
+
+   A task is some query rows (tokens of a request, and the heads that share a key's head) over all of their context, TOKENS at
+   a time, with the largest score so far (Flash attention, arXiv:2205.14135). Few rows are multiplied along the head's
+   dimension; up to LANES of them lie across a vector. Values past a request's end are not read. */
+#define TOKENS 32
+#define FEW_ROWS 4
+#define MAX_DIM 256
+
+typedef struct {
+    float k[TOKENS * MAX_DIM], v[TOKENS * MAX_DIM];
+    float q[LANES * MAX_DIM], o[LANES * MAX_DIM]; /* [row][dim] for few rows, else [dim][LANES] */
+    float scores[TOKENS * LANES];                 /* [row][TOKENS], or [token][LANES] */
+    float most[LANES], total[LANES], shrink[LANES];
+    int64_t position[LANES];
+} NAME(Flash);
+
+/* Keys and values of `count` tokens from `start` on as FP32 [count][padded], their own scales applied. */
+INLINE void NAME(fetch)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t padded,
+                        NAME(Flash) *f) {
+    for (int64_t t = 0; t < count; t++) {
+        int64_t block = table[(start + t) / c->block_size], offset = (start + t) % c->block_size;
+        int64_t at = block * c->block + offset * c->token + head * c->head;
+        NAME(widen_row)(f->k + t * padded, (const char *)c->k + at, c->kind, c->dim);
+        NAME(widen_row)(f->v + t * padded, (const char *)c->v + at, c->kind, c->dim);
+        if (!c->k_scale) continue;
+        int64_t scale = block * c->scale_block + offset * c->scale_token;
+        float k_scale = ((const float *)((const char *)c->k_scale + scale))[head];
+        float v_scale = ((const float *)((const char *)c->v_scale + scale))[head];
+        for (int64_t d = 0; d < padded; d += VL) {
+            NAME(store)(f->k + t * padded + d, NAME(load)(f->k + t * padded + d) * k_scale);
+            NAME(store)(f->v + t * padded + d, NAME(load)(f->v + t * padded + d) * v_scale);
+        }
+    }
+}
+
+/* Scores [row][TOKENS] of few rows, then their weighted values. */
+INLINE void NAME(few)(NAME(Flash) *f, int rows, int64_t start, int64_t count, int64_t padded, int64_t window, float factor) {
+    for (int64_t t = 0; t < count; t++) {
+        vf sum[FEW_ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) sum[r] = (vf){0};
+        for (int64_t d = 0; d < padded; d += VL) {
+            vf k = NAME(load)(f->k + t * padded + d);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) sum[r] += k * NAME(load)(f->q + r * padded + d);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) f->scores[r * TOKENS + t] = NAME(sum)(sum[r]) * factor;
+    }
+    for (int r = 0; r < rows; r++) {
+        float *scores = f->scores + r * TOKENS, most = f->most[r];
+        int64_t from = window ? f->position[r] - window + 1 - start : 0, to = f->position[r] + 1 - start;
+        for (int64_t t = 0; t < TOKENS; t++) {
+            if (t >= count || t < from || t >= to) scores[t] = -INFINITY;
+            else most = scores[t] > most || scores[t] != scores[t] ? scores[t] : most;
+        }
+        float shrink = f->most[r] == most ? 1 : expf(f->most[r] - most);
+        vf total = {0};
+        for (int64_t t = 0; t < TOKENS; t += VL) {
+            vf s = NAME(load)(scores + t), p = NAME(exp)(s - most);
+            p = SELECT(s == -INFINITY, (vf){0}, p);
+            total += p;
+            NAME(store)(scores + t, p);
+        }
+        f->total[r] = f->total[r] * shrink + NAME(sum)(total);
+        f->most[r] = most, f->shrink[r] = shrink;
+    }
+    for (int64_t d = 0; d < padded; d += LANES) {
+        vf o[FEW_ROWS * PARTS];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * PARTS; i++)
+            o[i] = NAME(load)(f->o + i / PARTS * padded + d + i % PARTS * VL) * f->shrink[i / PARTS];
+        for (int64_t t = 0; t < count; t++) {
+#pragma GCC unroll 16
+            for (int i = 0; i < rows * PARTS; i++)
+                o[i] += NAME(load)(f->v + t * padded + d + i % PARTS * VL) * f->scores[i / PARTS * TOKENS + t];
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * PARTS; i++) NAME(store)(f->o + i / PARTS * padded + d + i % PARTS * VL, o[i]);
+    }
+}
+
+/* The same for up to LANES rows, one a lane. */
+INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
+                       float factor) {
+    NAME(product)(count, rows, dim, f->k, padded, 1, f->q, f->scores, 0);
+    int used = rows > LANES / 2 || PARTS == 1 ? PARTS : PARTS / 2;
+    for (int p = 0; p < used; p++) {
+        vf most = NAME(load)(f->most + p * VL), before = most, total = {0};
+        vi position, first;
+        for (int i = 0; i < VL; i++) {
+            position[i] = (int32_t)(f->position[p * VL + i] - start);
+            first[i] = window ? position[i] - (int32_t)window + 1 : 0;
+        }
+        for (int64_t t = 0; t < count; t++) {
+            float *at = f->scores + t * LANES + p * VL;
+            vf s = NAME(load)(at) * factor;
+            s = SELECT(((vi){0} + (int32_t)t > position) | ((vi){0} + (int32_t)t < first), NAME(splat)(-INFINITY), s);
+            NAME(store)(at, s);
+            most = SELECT((s > most) | (s != s), s, most);
+        }
+        for (int64_t t = 0; t < count; t++) {
+            float *at = f->scores + t * LANES + p * VL;
+            vf s = NAME(load)(at), weight = NAME(exp)(s - most);
+            weight = SELECT(s == -INFINITY, (vf){0}, weight);
+            total += weight;
+            NAME(store)(at, weight);
+        }
+        vf shrink = SELECT(before == most, NAME(splat)(1), NAME(exp)(before - most));
+        NAME(store)(f->shrink + p * VL, shrink);
+        NAME(store)(f->most + p * VL, most);
+        NAME(store)(f->total + p * VL, NAME(load)(f->total + p * VL) * shrink + total);
+    }
+    for (int p = 0; p < used; p++) {
+        vf shrink = NAME(load)(f->shrink + p * VL);
+        for (int64_t d = 0; d < dim; d++) {
+            float *at = f->o + d * LANES + p * VL;
+            NAME(store)(at, NAME(load)(at) * shrink);
+        }
+    }
+    NAME(product)(dim, rows, count, f->v, 1, padded, f->scores, f->o, 1);
+}
+
+static void NAME(attend)(void *argument, int64_t task) {
+    const AttentionJob *job = argument;
+    const Attention *a = job->a;
+    const Cache *c = job->cache;
+    int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads, request = 0;
+    int64_t high = a->requests;
+    while (high - request > 1) { /* the request that the block of queries is of */
+        int64_t middle = (request + high) / 2;
+        if (job->first[middle] <= block) request = middle;
+        else high = middle;
+    }
+    int64_t tokens = a->starts[request + 1] - a->starts[request], dim = c->dim, padded = (dim + LANES - 1) / LANES * LANES;
+    int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
+    int64_t before = a->lengths[request] - tokens; /* context that was there already */
+    const int32_t *table = a->tables + request * a->table_stride;
+    int few = rows <= FEW_ROWS;
+    NAME(Flash) flash, *f = &flash;
+    float line[MAX_DIM];
+    memset(f->o, 0, (size_t)(LANES * padded) * 4);
+    if (!few) memset(f->q, 0, (size_t)(LANES * padded) * 4);
+    for (int64_t r = 0; r < LANES; r++) {
+        f->most[r] = -1e30f, f->total[r] = 0, f->position[r] = -1;
+        if (r >= rows) continue;
+        int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
+        f->position[r] = before + (from + r) / group;
+        const char *q = (const char *)a->q + (token * a->q_token + q_head * a->q_head) * size_of(a->kind);
+        NAME(widen_row)(few ? f->q + r * padded : line, q, a->kind, dim);
+        for (int64_t d = 0; d < dim && !few; d++) f->q[d * LANES + r] = line[d];
+    }
+    int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
+    for (; start < last; start += TOKENS) {
+        int64_t count = least(TOKENS, last - start);
+        NAME(fetch)(c, table, head, start, count, padded, f);
+        if (!few) NAME(many)(f, rows, start, count, dim, padded, a->window, a->k_factor);
+        else if (rows == 1) NAME(few)(f, 1, start, count, padded, a->window, a->k_factor);
+        else if (rows == 2) NAME(few)(f, 2, start, count, padded, a->window, a->k_factor);
+        else if (rows == 3) NAME(few)(f, 3, start, count, padded, a->window, a->k_factor);
+        else NAME(few)(f, 4, start, count, padded, a->window, a->k_factor);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
+        float factor = a->v_factor / f->total[r];
+        for (int64_t d = 0; d < dim; d++) line[d] = (few ? f->o[r * padded + d] : f->o[d * LANES + r]) * factor;
+        NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
+    }
+}

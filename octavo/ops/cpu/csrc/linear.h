@@ -1,0 +1,166 @@
+/* y = x W^T for one instruction set: included after vector.h.
+
+   Weights stay as they are stored, row by row. Up to ROWS_MODE tokens, a weight is widened in registers and multiplied along
+   k: what bounds that is reading it. For more, some rows at a time are widened to FP32 in the cache, and a tile of them
+   times a panel of LANES tokens is summed in registers. */
+#define ROWS_MODE 4
+#define TASK_ROWS 24 /* a multiple of TILE_ROWS */
+#define TASK_K 512   /* TASK_ROWS * TASK_K floats lie in the second-level cache */
+#define CHUNK_TOKENS 512
+
+/* One token's values as FP32, quantized as the weight's scheme says; `step` apart at dst. */
+static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, int64_t step) {
+    const Linear *w = job->w;
+    const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
+    const Format format = FORMATS[w->kind];
+    float values[GROUP], scale = 1;
+    if (w->activation == PER_TOKEN) {
+        float peak = 0;
+        for (int64_t at = 0; at < w->k; at += GROUP) {
+            int64_t count = least(GROUP, w->k - at);
+            NAME(widen_row)(values, x + at * size_of(job->kind), job->kind, count);
+            float most = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
+            if (!(most <= peak)) peak = most; /* NaN too */
+            if (peak != peak) break;
+        }
+        scale = peak / format.limit;
+        if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
+        job->scale[token] = scale;
+    }
+    for (int64_t at = 0; at < w->k; at += GROUP) {
+        int64_t count = least(GROUP, w->k - at), whole = (count + LANES - 1) / LANES * LANES;
+        NAME(widen_row)(values, x + at * size_of(job->kind), job->kind, count);
+        if (w->activation == PER_GROUP) {
+            scale = NAME(amax)(values, whole) / format.limit;
+            if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
+        }
+        if (w->activation != NOT_QUANTIZED) {
+            for (int64_t i = 0; i < whole; i += VL) {
+                vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
+                NAME(store)(values + i, w->activation == PER_GROUP ? v * scale : v);
+            }
+        }
+        if (step == 1) {
+            for (int64_t i = 0; i < whole; i += VL) NAME(store)(dst + at + i, NAME(load)(values + i));
+        } else {
+            for (int64_t i = 0; i < count; i++) dst[(at + i) * step] = values[i];
+        }
+    }
+}
+
+/* Task: one panel of tokens, or all of them where they are rows. */
+static void NAME(prepare)(void *argument, int64_t task) {
+    const LinearJob *job = argument;
+    int64_t first = job->is_panel ? task * LANES : 0, lanes = least(LANES, job->m - first);
+    for (int64_t i = 0; i < lanes; i++) {
+        float *dst = job->is_panel ? job->panel + task * job->w->k * LANES + i : job->panel + i * job->k_padded;
+        NAME(quantize_row)(job, first + i, dst, job->is_panel ? LANES : 1);
+    }
+    if (!job->is_panel || lanes == LANES) return;
+    for (int64_t k = 0; k < job->w->k; k++)
+        for (int64_t i = lanes; i < LANES; i++) job->panel[(task * job->w->k + k) * LANES + i] = 0;
+}
+
+/* The scale of a row of the weight, or of its part that begins at k. */
+INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
+    if (!w->scale) return 1;
+    return w->scale_columns ? w->scale[row / w->scale_rows * w->scale_columns + k / GROUP] : w->scale[row];
+}
+
+INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float sum) {
+    const Linear *w = job->w;
+    if (w->activation == PER_TOKEN) sum *= job->scale[token];
+    if (!w->scale_columns && w->scale) sum *= w->scale[row];
+    put(job->y, job->kind, token * w->n + row, sum);
+}
+
+/* 4 x m results, each a sum along k in vectors. */
+INLINE void NAME(dot)(const LinearJob *job, int64_t first, int m, int kind) {
+    const Linear *w = job->w;
+    const char *at[4];
+    vf sum[16], v[PARTS];
+    int64_t size = size_of(kind), whole = w->k / LANES * LANES;
+    char tails[4][LANES * 4];
+    float results[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * m; i++) sum[i] = (vf){0};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) at[r] = (const char *)w->weight + least(first + r, w->n - 1) * w->stride * size;
+    for (int64_t k = 0, end = whole;; end = job->k_padded) {
+        for (; k < end; k += LANES) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                NAME(widen16)(at[r] + k * size, kind, v);
+                if (w->scale_columns) {
+                    float scale = NAME(scale_at)(w, least(first + r, w->n - 1), k);
+#pragma GCC unroll 4
+                    for (int p = 0; p < PARTS; p++) v[p] *= scale;
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+                    for (int p = 0; p < PARTS; p++) sum[r * m + i] += v[p] * NAME(load)(job->panel + i * job->k_padded + k + p * VL);
+            }
+        }
+        if (k == job->k_padded) break;
+        for (int r = 0; r < 4; r++) { /* what lies after the last row is not ours to read */
+            memset(tails[r], 0, sizeof tails[r]);
+            memcpy(tails[r], at[r] + whole * size, (size_t)((w->k - whole) * size));
+            at[r] = tails[r] - whole * size;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * m; i++) results[i] = NAME(sum)(sum[i]);
+    for (int r = 0; r < 4 && first + r < w->n; r++)
+        for (int i = 0; i < m; i++) NAME(finish)(job, i, first + r, results[r * m + i]);
+}
+
+static void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
+    const Linear *w = job->w;
+    float rows[TASK_ROWS * TASK_K] __attribute__((aligned(64)));
+    float sums[CHUNK_TOKENS / LANES * TASK_ROWS * LANES] __attribute__((aligned(64)));
+    for (int64_t k = 0; k < w->k; k += TASK_K) {
+        int64_t depth = least(TASK_K, w->k - k);
+        for (int64_t row = from; row < to; row++) {
+            const char *at = (const char *)w->weight + (row * w->stride + k) * size_of(w->kind);
+            float *dst = rows + (row - from) * TASK_K;
+            NAME(widen_row)(dst, at, w->kind, depth);
+            for (int64_t g = 0; w->scale_columns && g < depth; g += GROUP) {
+                float scale = NAME(scale_at)(w, row, k + g);
+                for (int64_t i = g; i < least(g + GROUP, depth); i += VL) NAME(store)(dst + i, NAME(load)(dst + i) * scale);
+            }
+        }
+        for (int64_t p = first_panel; p < last_panel; p++)
+            NAME(product)(to - from, least(LANES, job->m - p * LANES), depth, rows, TASK_K, 1, job->panel + (p * w->k + k) * LANES,
+                          sums + (p - first_panel) * TASK_ROWS * LANES, k > 0);
+    }
+    for (int64_t p = first_panel; p < last_panel; p++) {
+        const float *sum = sums + (p - first_panel) * TASK_ROWS * LANES;
+        for (int64_t i = 0; i < least(LANES, job->m - p * LANES); i++)
+            for (int64_t row = from; row < to; row++) NAME(finish)(job, p * LANES + i, row, sum[(row - from) * LANES + i]);
+    }
+}
+
+INLINE void NAME(dots)(const LinearJob *job, int64_t from, int64_t to, int m) {
+    for (; from < to; from += 4) {
+        if (job->w->kind == F32) NAME(dot)(job, from, m, F32);
+        else if (job->w->kind == BF16) NAME(dot)(job, from, m, BF16);
+        else NAME(dot)(job, from, m, job->w->kind);
+    }
+}
+
+static void NAME(multiply)(void *argument, int64_t task) {
+    const LinearJob *job = argument;
+    int64_t n = job->w->n, from = task % job->row_tasks * TASK_ROWS, to = least(from + TASK_ROWS, n);
+    if (job->is_panel) {
+        int64_t panels = (job->m + LANES - 1) / LANES, part = task / job->row_tasks;
+        NAME(panels)(job, from, to, panels * part / job->token_tasks, panels * (part + 1) / job->token_tasks);
+        return;
+    }
+    int64_t fours = (n + 3) / 4;
+    from = fours * task / job->row_tasks * 4, to = fours * (task + 1) / job->row_tasks * 4;
+    if (job->m == 1) NAME(dots)(job, from, to, 1);
+    else if (job->m == 2) NAME(dots)(job, from, to, 2);
+    else if (job->m == 3) NAME(dots)(job, from, to, 3);
+    else NAME(dots)(job, from, to, 4);
+}

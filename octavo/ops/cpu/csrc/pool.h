@@ -1,0 +1,113 @@
+/* Threads that share out the tasks of one call.
+
+   A job is a count of tasks, claimed one by one, so that a thread which the system has put aside holds up one task and not
+   its share. A worker looks for the next job for some microseconds, yielding the core to whoever wants it, then sleeps. */
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define MAX_THREADS 256
+#define LOOKS 200 /* for a job before sleeping: about the time that Python takes between two calls of a step */
+
+typedef void (*task_fn)(void *job, int64_t task);
+
+static struct {
+    pthread_mutex_t call;  /* one call at a time: scratch and job belong to it */
+    pthread_mutex_t sleep;
+    pthread_cond_t wake;
+    int workers;
+    task_fn run;
+    void *job;
+    int64_t tasks;
+    atomic_int wanted;         /* workers that this job takes */
+    atomic_int inside;         /* workers that may touch the job */
+    atomic_int asleep;
+    _Atomic int64_t next;
+    _Atomic uint64_t published; /* number of the newest job */
+    atomic_bool open;
+} pool = {.call = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void work(void) {
+    for (int64_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) pool.run(pool.job, task);
+}
+
+static void *worker(void *arg) {
+    int index = (int)(intptr_t)arg;
+    uint64_t seen = 0;
+    for (;;) {
+        for (int i = 0; i < LOOKS && atomic_load(&pool.published) == seen; i++) {
+            for (int j = 0; j < 8; j++) relax();
+            if (i % 8 == 7) sched_yield();
+        }
+        if (atomic_load(&pool.published) == seen) {
+            pthread_mutex_lock(&pool.sleep);
+            atomic_fetch_add(&pool.asleep, 1);
+            while (atomic_load(&pool.published) == seen) pthread_cond_wait(&pool.wake, &pool.sleep);
+            atomic_fetch_sub(&pool.asleep, 1);
+            pthread_mutex_unlock(&pool.sleep);
+        }
+        seen = atomic_load(&pool.published);
+        /* Entering comes before looking whether the job is still open; the caller closes it before looking for who is inside. */
+        atomic_fetch_add(&pool.inside, 1);
+        if (atomic_load(&pool.open) && index < atomic_load(&pool.wanted)) work();
+        atomic_fetch_sub(&pool.inside, 1);
+    }
+    return NULL;
+}
+
+static void forget_workers(void) { /* a forked child has none of its parent's threads */
+    pthread_mutex_init(&pool.call, NULL);
+    pthread_mutex_init(&pool.sleep, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.workers = 0;
+    atomic_store(&pool.inside, 0);
+    atomic_store(&pool.asleep, 0);
+    atomic_store(&pool.open, 0);
+}
+
+/* Runs tasks 0 to tasks-1 on up to `threads` threads, the caller's among them. The caller holds pool.call. */
+static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
+    if (threads > tasks) threads = (int)tasks;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    while (pool.workers < threads - 1) {
+        static int registered;
+        pthread_t id;
+        sigset_t all, before; /* signals are for the threads that wait for them */
+        if (!registered) registered = 1, pthread_atfork(NULL, NULL, forget_workers);
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        int failed = pthread_create(&id, NULL, worker, (void *)(intptr_t)pool.workers);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        if (failed) break; /* fewer threads are slower, not wrong */
+        pthread_detach(id);
+        pool.workers++;
+    }
+    if (threads <= 1 || !pool.workers) {
+        for (int64_t task = 0; task < tasks; task++) run(job, task);
+        return;
+    }
+    pool.run = run, pool.job = job, pool.tasks = tasks;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.wanted, threads - 1);
+    atomic_store(&pool.open, 1);
+    atomic_fetch_add(&pool.published, 1);
+    if (atomic_load(&pool.asleep)) {
+        pthread_mutex_lock(&pool.sleep);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.sleep);
+    }
+    work();
+    atomic_store(&pool.open, 0);
+    for (int i = 0; atomic_load(&pool.inside); i++) {
+        relax();
+        if (i > 1000) sched_yield();
+    }
+}

@@ -1,0 +1,105 @@
+/* What Python fills in and every instruction set's functions read. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { F32, BF16, E4M3, E4M3FNUZ, E5M2 };      /* what an array holds */
+enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* how activations are quantized */
+#define GROUP 128 /* values of a row that share a scale */
+#define LANES 16  /* tokens, or queries, of a panel */
+
+/* An FP8 format's rounding: mantissa bits, exponent of its smallest normal number, largest magnitude, bias. */
+typedef struct { int mantissa, smallest, bias; float limit; } Format;
+static const Format FORMATS[] = {[E4M3] = {3, -6, 7, 448}, [E4M3FNUZ] = {3, -7, 8, 224}, [E5M2] = {2, -14, 15, 57344}};
+#define SCALE_FLOOR (1.0f / (448 * 512))
+
+/* A weight [n, k] whose rows are `stride` values apart. scale: FP32, times the power of two that widening leaves out;
+   scale_columns is 0 for one a row, or the width of a grid whose every value is for scale_rows rows and 128 columns. */
+typedef struct {
+    const void *weight;
+    const float *scale;
+    int64_t n, k, stride, scale_rows, scale_columns;
+    int32_t kind, activation;
+} Linear;
+
+/* Keys and values of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 a token and head,
+   or NULL; strides likewise. */
+typedef struct {
+    void *k, *v;
+    float *k_scale, *v_scale;
+    int64_t block, token, head, scale_block, scale_token;
+    int32_t kind, block_size, kv_heads, dim;
+} Cache;
+
+typedef struct {
+    const void *q; /* [tokens, heads, dim]; strides in values */
+    void *out;     /* [tokens, heads, dim], contiguous */
+    int64_t q_token, q_head;
+    const int32_t *tables, *starts, *lengths; /* block tables, first token of each request, context of each request */
+    int64_t table_stride, requests, heads, window;
+    float k_factor, v_factor; /* softmax scale, layer scales and powers of two */
+    int32_t kind;
+} Attention;
+
+/* A job as the pool runs it: what is wanted, and what was worked out for all of its tasks. */
+typedef struct {
+    const Linear *w;
+    const void *x;
+    void *y;
+    float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens; a token's scale */
+    int64_t m, x_stride, k_padded, row_tasks, token_tasks;
+    int32_t kind, is_panel;
+} LinearJob;
+
+typedef struct {
+    const Attention *a;
+    const Cache *cache;
+    const int64_t *first; /* [requests + 1] first block of queries of each request */
+} AttentionJob;
+
+/* Rows [rows, width] of anything; a row is at (row / inner) * outer_stride + (row % inner) * inner_stride. */
+typedef struct {
+    const void *x, *residual, *weight;
+    void *y, *sum;
+    const float *cos_sin;
+    const int64_t *positions;
+    int64_t rows, width, inner, outer_stride, inner_stride, residual_stride, per_task, rotated;
+    float eps;
+    int32_t kind;
+} Rows;
+
+typedef struct {
+    const Cache *cache;
+    const void *k, *v;
+    const int64_t *slots;
+    int64_t tokens, k_token, k_head, v_token, v_head, per_task;
+    float k_scale, v_scale;
+    int32_t kind;
+} Write;
+
+static inline float bf16_to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float value_at(const void *x, int kind, int64_t i) {
+    return kind == F32 ? ((const float *)x)[i] : bf16_to_float(((const uint16_t *)x)[i]);
+}
+
+static inline void put(void *y, int kind, int64_t i, float value) {
+    if (kind == F32) ((float *)y)[i] = value;
+    else ((uint16_t *)y)[i] = float_to_bf16(value);
+}
+
+static inline int64_t size_of(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

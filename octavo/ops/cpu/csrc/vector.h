@@ -1,0 +1,190 @@
+/* Vectors of one instruction set: included once for each, with VL lanes, NAME(x) and, for x86, the intrinsics' level ISA.
+
+   GCC's vector types are arithmetic in portable C; the intrinsics are in what C cannot say: FP8 and BF16 to FP32. */
+typedef float NAME(vf) __attribute__((vector_size(4 * VL)));
+typedef int32_t NAME(vi) __attribute__((vector_size(4 * VL)));
+typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VL)));
+typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VL)));
+typedef uint8_t NAME(vb) __attribute__((vector_size(VL)));
+#define vf NAME(vf)
+#define vi NAME(vi)
+#define vu NAME(vu)
+#define vh NAME(vh)
+#define vb NAME(vb)
+#define PARTS (LANES / VL)
+#define SELECT(condition, yes, no) ((__typeof__(yes))(((condition) & (vi)(yes)) | (~(condition) & (vi)(no))))
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf NAME(load)(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+INLINE void NAME(store)(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vf NAME(splat)(float x) { return x - (vf){0}; }
+INLINE float NAME(sum)(vf v) {
+#if ISA == 3
+    return _mm512_reduce_add_ps((__m512)v);
+#elif ISA == 2
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+/* 16 values at p as FP32: exact, FP8 smaller by the power of two that its scale makes up for. */
+INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
+    if (kind == F32) {
+        for (int i = 0; i < PARTS; i++) out[i] = NAME(load)((const float *)p + i * VL);
+    } else if (kind == BF16) {
+        for (int i = 0; i < PARTS; i++) {
+            vh half;
+            memcpy(&half, (const uint16_t *)p + i * VL, sizeof half);
+            out[i] = (vf)(__builtin_convertvector(half, vu) << 16);
+        }
+    } else {
+#if ISA >= 2
+        /* A code moved to a half's bits is the half that is smaller by a power of two; the conversion takes subnormals too. */
+        __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+        bits = _mm256_sll_epi16(bits, _mm_cvtsi32_si128(kind == E5M2 ? 8 : 7));
+        bits = _mm256_and_si256(bits, _mm256_set1_epi16(kind == E5M2 ? -1 : (short)0xBFFF));
+#if ISA >= 3
+        out[0] = (vf)_mm512_cvtph_ps(bits);
+#else
+        out[0] = (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+        out[1] = (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+#endif
+#else
+        const uint8_t *codes = p;
+        float values[LANES];
+        for (int i = 0; i < LANES; i++) values[i] = widened[kind == E5M2][codes[i]];
+        for (int i = 0; i < PARTS; i++) out[i] = NAME(load)(values + i * VL);
+#endif
+    }
+}
+
+INLINE void NAME(widen_whole)(float *dst, const char *p, int kind, int64_t count) {
+    vf v[PARTS];
+    for (int64_t i = 0; i < count; i += LANES) {
+        NAME(widen16)(p + i * size_of(kind), kind, v);
+        for (int j = 0; j < PARTS; j++) NAME(store)(dst + i + j * VL, v[j]);
+    }
+}
+
+/* count values at p to FP32, zeros up to a multiple of 16 after them, for which dst has room. */
+static void NAME(widen_row)(float *dst, const void *p, int kind, int64_t count) {
+    int64_t whole = count / LANES * LANES;
+    char tail[LANES * 4] = {0};
+    memcpy(tail, (const char *)p + whole * size_of(kind), (size_t)((count - whole) * size_of(kind)));
+    for (int part = 0; part < 2; part++) {
+        if (kind == F32) NAME(widen_whole)(dst, p, F32, whole);
+        else if (kind == BF16) NAME(widen_whole)(dst, p, BF16, whole);
+        else NAME(widen_whole)(dst, p, kind, whole);
+        if (whole == count) return;
+        dst += whole, p = tail, count = whole = LANES;
+    }
+}
+
+/* Rounded to BF16, ties to even; NaN stays NaN. */
+INLINE vf NAME(round_bf16)(vf v) {
+    vu bits = (vu)v, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    return (vf)SELECT((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded);
+}
+
+/* count FP32 values at src, which has room for a multiple of 16, to FP32 or BF16 at y from value `at` on. */
+INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, int64_t count) {
+    if (kind == F32) {
+        memcpy((float *)y + at, src, (size_t)count * 4);
+        return;
+    }
+    uint16_t *dst = (uint16_t *)y + at;
+    for (int64_t i = 0; i < count; i += VL) {
+        vh half = __builtin_convertvector((vu)NAME(round_bf16)(NAME(load)(src + i)) >> 16, vh);
+        if (i + VL <= count) memcpy(dst + i, &half, sizeof half);
+        else memcpy(dst + i, &half, (size_t)(count - i) * 2);
+    }
+}
+
+/* Largest magnitude of count values, a multiple of VL; NaN if there is one, since as integers NaN are the largest. */
+INLINE float NAME(amax)(const float *x, int64_t count) {
+    vi most = {0};
+    for (int64_t i = 0; i < count; i += VL) {
+        vi bits = (vi)NAME(load)(x + i) & 0x7FFFFFFF;
+        most = SELECT(bits > most, bits, most);
+    }
+    int32_t largest = 0;
+    for (int i = 0; i < VL; i++) largest = most[i] > largest ? most[i] : largest;
+    float value;
+    memcpy(&value, &largest, 4);
+    return value;
+}
+
+/* v / scale, clamped and rounded to the nearest code's value, ties to even. NaN stays NaN.
+
+   Adding 1.5 * 2^(e + 23 - mantissa), e the value's exponent and at least the smallest normal's, leaves the mantissa's bits. */
+INLINE vf NAME(round_to)(vf v, float scale, Format f) {
+    v = v / scale;
+    v = SELECT(v > f.limit, NAME(splat)(f.limit), v);
+    v = SELECT(v < -f.limit, NAME(splat)(-f.limit), v);
+    vi exponent = (vi)v & 0x7F800000, smallest = (vi){0} + ((f.smallest + 127) << 23);
+    exponent = SELECT(exponent > smallest, exponent, smallest);
+    vf magic = (vf)((exponent + ((23 - f.mantissa) << 23)) | 0x400000);
+    return (v + magic) - magic;
+}
+
+/* e^x for x <= 0, to 2 units of the last place; what is under e^-87 is as good as 0. */
+INLINE vf NAME(exp)(vf x) {
+    x = SELECT(x < -87.0f, NAME(splat)(-87.0f), x);
+    vf whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vf r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vf p = NAME(splat)(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    vi power = __builtin_convertvector(whole, vi) << 23;
+    return (vf)((vi)p + power);
+}
+
+/* c[rows][LANES] (+)= sum over k of a[row * rs + k * cs] * b[k * LANES + lane], for `parts` vectors of lanes. */
+INLINE void NAME(tile)(int rows, int parts, int64_t k, const float *a, int64_t rs, int64_t cs, const float *b, float *c, int add) {
+    vf sum[TILE_ROWS * PARTS];
+#pragma GCC unroll 32
+    for (int i = 0; i < rows * parts; i++) sum[i] = (vf){0};
+    for (int64_t j = 0; j < k; j++, a += cs, b += LANES) {
+        vf x[PARTS];
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) x[p] = NAME(load)(b + p * VL);
+#pragma GCC unroll 32
+        for (int i = 0; i < rows; i++) {
+            vf w = NAME(splat)(a[i * rs]);
+#pragma GCC unroll 4
+            for (int p = 0; p < parts; p++) sum[i * parts + p] += w * x[p];
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) {
+            float *at = c + i * LANES + p * VL;
+            NAME(store)(at, add ? NAME(load)(at) + sum[i * parts + p] : sum[i * parts + p]);
+        }
+    }
+}
+
+/* tile() for any number of rows and 1 to LANES lanes in use. */
+static void NAME(product)(int64_t rows, int64_t lanes, int64_t k, const float *a, int64_t rs, int64_t cs, const float *b, float *c,
+                          int add) {
+    int64_t i = 0;
+    if (lanes > LANES / 2 || PARTS == 1) {
+        for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+            NAME(tile)(TILE_ROWS, PARTS, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+        for (; i + 2 <= rows; i += 2) NAME(tile)(2, PARTS, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+        for (; i < rows; i++) NAME(tile)(1, PARTS, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+    } else {
+        enum { HALF = PARTS > 1 ? PARTS / 2 : 1, MORE = PARTS > 1 ? 2 * TILE_ROWS : TILE_ROWS };
+        for (; i + MORE <= rows; i += MORE) NAME(tile)(MORE, HALF, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+        for (; i + 4 <= rows; i += 4) NAME(tile)(4, HALF, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+        for (; i < rows; i++) NAME(tile)(1, HALF, k, a + i * rs, rs, cs, b, c + i * LANES, add);
+    }
+}
