@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,18 @@ def test_serve(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str
     )
     other = f"serve --base-url {server.url} --num-requests 2 --offline-json {tmp_path / 'offline.json'}"
     refused(other, "its workload custom is of another size; run both with the same.", capsys)
+
+
+def test_the_bench_of_ops(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.ops", "attention", "--device", "cpu", "--shape", "decode 1 x 1024", "--json"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, str(tmp_path / "ops.json")], cwd=root, capture_output=True, text=True, check=True)
+    (row,) = json.loads((tmp_path / "ops.json").read_text())["ops"]
+    assert "decode 1 x 1024" in done.stdout
+    assert row["gb_s"] * row["us"] * 1e3 == pytest.approx(2 * 1024 * 8 * 128 + 2 * 2 * 32 * 128)  # codes read, q and o
+    assert row["tflops"] * row["us"] * 1e6 == pytest.approx(4 * 1024 * 32 * 128)
+    assert row["of_library"] == pytest.approx(row["library_us"] / row["us"])
+    assert row["of_limit"] == pytest.approx(row["limit_us"] / row["us"])
 
 
 def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: int = 1) -> None:

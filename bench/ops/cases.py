@@ -1,0 +1,172 @@
+"""One function an op: makes a set of inputs and says what calling the op on it costs, and what the library's call would be.
+
+Shapes are Llama-3.1-8B's. Ops come through octavo.ops, so what is timed is what the platform at hand was bound to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo import batch, ops
+from octavo.kvcache import Views, fp8_per_tensor
+from octavo.platform import Platform
+from octavo.quant import SCHEMES, quantize
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, BLOCK = 4096, 14336, 32, 8, 128, 16
+LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
+TOKENS = (1, 16, 64, 256, 2048)
+DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
+PREFILLS = ((8, 1024), (2, 4096), (1, 8192))
+Call = Callable[[], Any]
+
+
+@dataclass
+class Set:
+    """One set of inputs: the op on it and the library's call for the same work (None: it has none).
+
+    Bytes and operations are the least that the work needs; `fp8`: on FP8 units. nbytes is what the set holds in memory.
+    """
+
+    op: Call
+    library: Call | None
+    moved: float
+    operations: float = 0.0
+    fp8: bool = False
+    nbytes: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape. `make` gives a fresh set, so that a timing can go round more memory than a cache holds."""
+
+    op: str
+    shape: str
+    library: str
+    make: Callable[[], Set]
+
+
+def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
+    """All cases; `scale` below 1 leaves the large ones out, which a CPU would take minutes for."""
+    most_tokens, most_context = int(2048 * scale), int(256 * 1024 * scale)
+    tokens = [m for m in TOKENS if m <= most_tokens]
+    for name, (n, k) in LAYERS.items():
+        for m in tokens:
+            yield Case(
+                "linear",
+                f"{name} M={m}",
+                "_scaled_mm, one scale" if not p.is_cpu else "F.linear",
+                lambda n=n, k=k, m=m: linear(p, m, n, k),
+            )
+    for m in tokens:
+        yield Case("rms_norm", f"M={m}", "F.rms_norm", lambda m=m: rms_norm(p, m))
+        yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, m))
+        yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
+    for n, context in DECODES:
+        if n * context <= most_context:
+            yield Case("attention", f"decode {n} x {context}", "SDPA, dense", lambda n=n, c=context: attention(p, n, c, 1))
+    for n, length in PREFILLS:
+        if n * length <= 4 * most_tokens:
+            yield Case("attention", f"prefill {n} x {length}", "SDPA, dense", lambda n=n, c=length: attention(p, n, c, c))
+
+
+def random(p: Platform, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=p.device).bfloat16()
+
+
+def library_dtype(p: Platform) -> torch.dtype:
+    """The fastest of the library's: few CPUs multiply BF16 at speed."""
+    return (p.widened_dtype or torch.float32) if p.is_cpu else torch.bfloat16
+
+
+def packed(p: Platform, n: int, k: int) -> tuple[ops.PackedWeight, int]:
+    q = quantize(random(p, n, k) * 0.02, SCHEMES["ptpc_fp8"], p.fp8_dtype)
+    w = ops.pack(q, p)
+    return w, w.held_bytes
+
+
+def linear(p: Platform, m: int, n: int, k: int) -> Set:
+    """An FP8 product, its quantization of x included unless the op before would have done it."""
+    (w, held), x = packed(p, n, k), random(p, m, k)
+    given: ops.Activation = x
+    if w.reads is not None:  # as in a layer, where the norm before quantizes
+        given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, w)[0]
+    nbytes = held
+    if p.is_cpu:
+        dense = random(p, n, k).to(library_dtype(p))
+        wide, nbytes = x.to(dense.dtype), held + dense.nbytes
+        library: Call = partial(F.linear, wide, dense)
+    else:
+        codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
+        one, nbytes = torch.ones((), device=p.device), held + b.nbytes
+        library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16)
+    return Set(lambda: ops.linear(given, w), library, n * k + m * k + 2 * m * n, 2.0 * m * n * k, True, nbytes)
+
+
+def rms_norm(p: Platform, m: int) -> Set:
+    """With the residual's addition, and the quantization where the next layer reads codes."""
+    x, residual, weight = random(p, m, HIDDEN), random(p, m, HIDDEN), random(p, HIDDEN)
+    feeds, _ = small_weight(p, HIDDEN)
+
+    def library() -> Tensor:
+        return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
+
+    moved = m * HIDDEN * (3 * 2 + (1 if feeds.reads is not None else 2))
+    return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, feeds), library, moved, nbytes=4 * x.nbytes)
+
+
+def silu_mul(p: Platform, m: int) -> Set:
+    x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, INNER)
+
+    def library() -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
+    return Set(lambda: ops.silu_mul(x, feeds), library, moved, nbytes=2 * x.nbytes)
+
+
+def small_weight(p: Platform, k: int) -> tuple[ops.PackedWeight, int]:
+    """Some weight that an op's output feeds; what it holds does not matter."""
+    return packed(p, 16, k)
+
+
+def cache(p: Platform, blocks: int) -> Views:
+    spec = fp8_per_tensor(KV_HEADS, DIM, p.fp8_dtype)
+    buffer = torch.randint(0, 120, (blocks, BLOCK * spec.bytes_per_token), dtype=torch.uint8, device=p.device)  # finite codes
+    return spec.views(buffer, BLOCK)
+
+
+def rope_write_kv(p: Platform, m: int) -> Set:
+    views = cache(p, -(-m // BLOCK))
+    q, k, v = random(p, m, HEADS, DIM), random(p, m, KV_HEADS, DIM), random(p, m, KV_HEADS, DIM)
+    at, table = torch.arange(m, device=p.device), torch.rand(max(TOKENS), DIM, device=p.device)
+    moved = 2 * 2 * q.numel() + 3 * k.numel() * 2
+    held = 2 * q.nbytes + 2 * k.nbytes + 2 * k.numel()
+    return Set(lambda: ops.rope_write_kv(q, k, v, None, table, at, views, at, 1.0, 1.0), None, moved, nbytes=held)
+
+
+def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
+    """The last `queries` tokens of each request over an FP8 cache; the library's reads dense BF16, so twice the bytes."""
+    width = -(-context // BLOCK)
+    views, order = cache(p, requests * width), torch.randperm(requests * width).tolist()  # blocks lie anywhere
+    spans = [batch.Span([0] * queries, context - queries, order[i * width : (i + 1) * width]) for i in range(requests)]
+    made, q = batch.build(spans, BLOCK, p.device), random(p, requests * queries, HEADS, DIM)
+    dtype = library_dtype(p)
+    k, v = (random(p, requests, KV_HEADS, context, DIM).to(dtype) for _ in range(2))
+    dense = q.to(dtype).view(requests, queries, HEADS, DIM).transpose(1, 2)
+
+    def library() -> Tensor:
+        return F.scaled_dot_product_attention(dense, k, v, is_causal=queries > 1, enable_gqa=True)
+
+    pairs = requests * (queries * context - queries * (queries - 1) / 2)
+    moved = 2.0 * requests * context * KV_HEADS * DIM + 2 * 2 * q.numel()
+    held = int(2 * requests * context * KV_HEADS * DIM) + 2 * k.nbytes
+    call = partial(ops.attention, q, views, made, DIM**-0.5, None, 1.0, 1.0)
+    return Set(call, library, moved, 4.0 * pairs * HEADS * DIM, True, held)
