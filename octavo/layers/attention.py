@@ -1,4 +1,4 @@
-"""Attention over the paged cache: store this step's keys and values, then attend to all of them."""
+"""Attention over the paged cache: rotate, store this step's keys and values, then attend to all of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import RotaryEmbedding
+from octavo.ops import reference
 from octavo.platform import FP8_MAX
 from octavo.weights import Loader
 
@@ -19,12 +22,25 @@ _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj
 
 
 class PagedAttention(nn.Module):
-    """Grouped-query attention of q [T, heads, D] over the cache of this layer, which `bind_cache` gives it."""
+    """Grouped-query attention of q [T, heads, D] over the cache of this layer, which `bind_cache` gives it.
+
+    `norms` are the layers that norm each query and key head before they are rotated, where the model has them.
+    """
 
     reads_siblings = True
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, scale: float, window: int | None = None):
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rotary: RotaryEmbedding,
+        window: int | None = None,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
+    ):
         super().__init__()
+        self._shared = rotary, norms  # in a tuple: their weights are loaded at the paths that the model gives them
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = scale, window
         self.views: Views = {}
@@ -47,9 +63,13 @@ class PagedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """[T, heads * D]."""
+        rotary, layers = self._shared
+        norms = ops.HeadNorms(layers[0].weight, layers[1].weight, layers[0].eps) if layers else None
         if self.observe:
             limit = FP8_MAX[self.views["k"].dtype]
-            self.k_scale, self.v_scale = (max(float(x.abs().max()) / limit, 1e-6) for x in (k, v))
-        ops.write_kv(self.views, batch.slot_mapping, k, v, self.k_scale, self.v_scale)
+            _, turned = reference.normed_and_rotated(q, k, norms, rotary.cos_sin, batch.positions)
+            self.k_scale, self.v_scale = (max(float(x.abs().max()) / limit, 1e-6) for x in (turned, v))
+        places = batch.positions, self.views, batch.slot_mapping
+        q = ops.rope_write_kv(q, k, v, norms, rotary.cos_sin, *places, self.k_scale, self.v_scale)
         o = ops.attention(q, self.views, batch, self.scale, self.window, self.k_scale, self.v_scale)
         return o.flatten(1)

@@ -47,7 +47,7 @@ class ColumnParallelLinear(nn.Module):
             ]
             self.bias = torch.cat(parts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: ops.Activation) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -66,8 +66,8 @@ class QKVLinear(ColumnParallelLinear):
         self.head_dim = head_dim
         self.parts = [tp.part(heads), tp.part(kv_heads), tp.part(kv_heads)]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        q, k, v = super().forward(x).view(x.shape[0], -1, self.head_dim).split(self.parts, dim=1)
+    def forward(self, x: ops.Activation) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = super().forward(x).unflatten(1, (-1, self.head_dim)).split(self.parts, dim=1)
         return q, k, v
 
 
@@ -84,7 +84,7 @@ class RowParallelLinear(nn.Module):
         self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
         self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: ops.Activation) -> Tensor:
         y = self.tp.all_reduce(ops.linear(x, self.weight))
         return y if self.bias is None else y.add_(self.bias)
 
@@ -97,8 +97,8 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
         self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: ops.Activation) -> Tensor:
+        y: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x), self.down_proj.weight))
         return y
 
 
@@ -117,5 +117,5 @@ class LMHead(nn.Module):
         name = "model.embed_tokens" if self.tied else "lm_head"
         self.weight = loader.weight([name], [self.shape], [Shard()], is_head=True, tied=self.tied)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: ops.Activation) -> Tensor:
         return ops.linear(x, self.weight).float()

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.weights import Loader
 
-__all__ = ["HeadNorm", "RMSNorm"]
+__all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """(norm(x + residual), x + residual); without a residual, x is the residual from here on."""
+    """(norm(x + residual), x + residual); without a residual, x is the residual from here on.
+
+    `feeds` is the weight that reads the first: it may then be quantized as that one reads it.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -20,12 +23,7 @@ class RMSNorm(nn.Module):
     def load(self, loader: Loader) -> None:
         self.weight = loader.vector("weight", (self.size,))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.rms_norm(x, self.weight, self.eps, residual)
-
-
-class HeadNorm(RMSNorm):
-    """RMSNorm of each head of x [T, H, D] by itself."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, feeds: ops.PackedWeight | None = None
+    ) -> tuple[ops.Activation, Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, residual, feeds)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo import ops
 from octavo.errors import OctavoError
 from octavo.weights import Loader
 
@@ -44,7 +43,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys [T, H, D] at positions under `max_model_len`. One table serves all layers that share it."""
+    """The cosines and sines of positions under `max_model_len`: `cos_sin`, FP32 [positions, R]. All layers share one table."""
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, max_model_len: int):
         super().__init__()
@@ -55,10 +54,6 @@ class RotaryEmbedding(nn.Module):
         loader.skip("inv_freq")  # old checkpoints hold what config.json already says
         angles = torch.outer(torch.arange(self.max_positions).float(), self.inv_freq)
         self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * self.factor).to(loader.platform.device)
-
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.rotate(q, self.cos_sin, positions), ops.rotate(k, self.cos_sin, positions)
-
 
 def _default(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
     return 1.0 / p["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0

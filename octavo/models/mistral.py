@@ -13,6 +13,7 @@ from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import CausalLM, ConfigBase
+from octavo.ops import Activation
 
 __all__ = ["Config", "Model"]
 
@@ -28,12 +29,11 @@ class Attention(nn.Module):
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.qkv_proj = QKVLinear(c.hidden_size, heads, kv_heads, c.head_dim, bias=False, tp=tp)
         self.rotary_emb = rotary
-        self.attn = PagedAttention(tp.part(heads), tp.part(kv_heads), c.head_dim, c.head_dim**-0.5, c.sliding_window)
+        self.attn = PagedAttention(tp.part(heads), tp.part(kv_heads), c.head_dim, c.head_dim**-0.5, rotary, c.sliding_window)
         self.o_proj = RowParallelLinear("o_proj", heads * c.head_dim, c.hidden_size, bias=False, tp=tp)
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Activation, batch: ForwardBatch) -> Tensor:
         q, k, v = self.qkv_proj(x)
-        q, k = self.rotary_emb(q, k, batch.positions)
         y: Tensor = self.o_proj(self.attn(q, k, v, batch))
         return y
 
@@ -47,9 +47,9 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
 
     def forward(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.input_layernorm(x, residual, self.self_attn.qkv_proj.weight)
         x = self.self_attn(x, batch)
-        x, residual = self.post_attention_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(x, residual, self.mlp.gate_up_proj.weight)
         return self.mlp(x), residual
 
 

@@ -9,36 +9,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
+from octavo.ops.contract import Activation, HeadNorms, LinearImplementation, PackedWeight, Quantized
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
-__all__ = ["PackedWeight", "attention", "bind", "linear", "pack", "rms_norm", "rotate", "silu_mul", "table", "write_kv"]
+__all__ = [
+    "Activation",
+    "HeadNorms",
+    "PackedWeight",
+    "Quantized",
+    "attention",
+    "bind",
+    "linear",
+    "pack",
+    "rms_norm",
+    "rope_write_kv",
+    "rotate",
+    "silu_mul",
+    "table",
+    "write_kv",
+]
 
-
-class PackedWeight(Protocol):
-    """A weight laid out for the implementation that multiplies by it."""
-
-    held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
-class LinearImplementation(Protocol):
-    """One way to multiply by a QTensor."""
-
-    name: str
-
-    def supports(self, q: QTensor, platform: Platform) -> str | None:
-        """None, or why not."""
-
-    def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...
+_OPS = ("attention", "write_kv", "rms_norm", "rotate", "silu_mul", "rope_write_kv")
 
 
 _bound: dict[str, Callable[..., Any]] = {}
@@ -56,7 +55,9 @@ def bind(platform: Platform) -> None:
     with _lock:
         _table.clear()
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
-        for name in ("attention", "write_kv", "rms_norm", "rotate", "silu_mul"):
+        if configure := getattr(preferred, "configure", None):
+            configure(platform)
+        for name in _OPS:
             chosen = getattr(preferred, name, None) or getattr(reference, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
@@ -78,7 +79,7 @@ def pack(q: QTensor, platform: Platform) -> PackedWeight:
     raise AssertionError("the reference supports every weight")
 
 
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
     With an FP8 weight, x is quantized as the weight's scheme says and the sum is taken in FP32 over the products of codes.
@@ -87,14 +88,19 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype."""
-    return _bound["rms_norm"](x, weight, eps, residual)  # type: ignore[no-any-return]
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+) -> tuple[Activation, Tensor]:
+    """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
+
+    The first may be Quantized where `feeds`, the weight that it is multiplied by next, reads such.
+    """
+    return _bound["rms_norm"](x, weight, eps, residual, feeds)  # type: ignore[no-any-return]
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I]."""
-    return _bound["silu_mul"](x)  # type: ignore[no-any-return]
+def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Activation:
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], Quantized where `feeds` reads such."""
+    return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -110,6 +116,25 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
     may be multiplied, by 0 too.
     """
     _bound["write_kv"](views, slots, k, v, k_scale, v_scale)
+
+
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    views: Views,
+    slots: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
+    """What lies between the QKV product and attention: norms of the query and key heads, `rotate`, `write_kv`.
+
+    q [T, H, D], k and v [T, H', D]; returns the rotated queries.
+    """
+    return _bound["rope_write_kv"](q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)  # type: ignore[no-any-return]
 
 
 def attention(

@@ -8,11 +8,22 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
+from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["ReferenceLinear", "attention", "quantize_activation", "rms_norm", "rotate", "silu_mul", "write_kv"]
+__all__ = [
+    "ReferenceLinear",
+    "attention",
+    "normed_and_rotated",
+    "quantize_activation",
+    "rms_norm",
+    "rope_write_kv",
+    "rotate",
+    "silu_mul",
+    "write_kv",
+]
 
 SCALE_FLOOR = 1 / (448 * 512)  # of an activation's scale: an all-zero token must not divide by zero
 
@@ -29,12 +40,13 @@ def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: t
     return codes.flatten(1)[:, :k], scale
 
 
-class _Dequantized:
+class _Dequantized(PackedWeight):
     def __init__(self, q: QTensor):
         self.q = q
         self.held_bytes = q.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
         q = self.q
         if q.scale is None:
             return x @ q.data.to(x.dtype).mT
@@ -56,7 +68,9 @@ class ReferenceLinear:
         return _Dequantized(q)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+) -> tuple[Tensor, Tensor]:
     if residual is not None:
         x = x + residual
     values = x.float()
@@ -64,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
 
 
-def silu_mul(x: Tensor) -> Tensor:
+def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -97,6 +111,31 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
             scales[block, offset] = scale.squeeze(-1)
         codes = (values.float() / scale).clamp_(-limit, limit).to(view.dtype)
         view.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
+
+
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    views: Views,
+    slots: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
+    q, k = normed_and_rotated(q, k, norms, cos_sin, positions)
+    write_kv(views, slots, k, v, k_scale, v_scale)
+    return q
+
+
+def normed_and_rotated(
+    q: Tensor, k: Tensor, norms: HeadNorms | None, cos_sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    if norms is not None:
+        q, k = rms_norm(q, norms.q, norms.eps)[0], rms_norm(k, norms.k, norms.eps)[0]
+    return rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
 
 
 def read_kv(views: Views, name: str, block_ids: Tensor, length: int, layer_scale: float) -> Tensor:

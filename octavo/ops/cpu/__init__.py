@@ -1,8 +1,15 @@
-"""What a CPU prefers: codes held widened and multiplied by oneDNN, attention by request groups."""
+"""What a CPU prefers: C kernels that read FP8 as it is; without them, codes held widened, oneDNN and torch."""
 
 from octavo.ops.cpu.attention import attention, write_kv
+from octavo.ops.cpu.library import missing
 from octavo.ops.cpu.linear import Widened
+from octavo.ops.cpu.native import Native
 
 __all__ = ["LINEAR", "attention", "write_kv"]
 
-LINEAR = [Widened()]
+LINEAR = [Native(), Widened()]
+
+if missing() is None:
+    from octavo.ops.cpu.native import attention, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
+
+    __all__ += ["rms_norm", "rope_write_kv", "rotate", "silu_mul"]  # noqa: PLE0605

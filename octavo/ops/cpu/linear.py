@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.ops.contract import Activation, PackedWeight
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.platform import FP8_MAX, Platform
@@ -30,14 +31,14 @@ class Widened:
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if not torch.backends.mkldnn.is_available():
             return "this torch has no oneDNN"
-        return None
+        return "nothing is widened in memory here" if platform.widened_dtype is None else None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWidened:
         assert platform.widened_dtype is not None
         return PackedWidened(q, platform.widened_dtype)
 
 
-class PackedWidened:
+class PackedWidened(PackedWeight):
     """A weight [N, K] in oneDNN's layout, its channel scales [1, N] beside it."""
 
     def __init__(self, q: QTensor, held: torch.dtype):
@@ -59,7 +60,8 @@ class PackedWidened:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_BATCH) if self.laid_out else dense
         self.held_bytes = dense.nbytes + (0 if q.scale is None else q.scale.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
         if self.activation is None:
             return self._product(x.to(self.held)).to(x.dtype)
         if self.activation is Granularity.BLOCK:

@@ -1,0 +1,54 @@
+"""The types that ops and their implementations share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.platform import Platform
+from octavo.quant import QTensor
+
+__all__ = ["Activation", "HeadNorms", "LinearImplementation", "PackedWeight", "Quantized"]
+
+
+class Quantized(NamedTuple):
+    """What a linear layer with a scale a token reads: FP8 codes [M, K'] (columns past K are zero) and FP32 scales [M, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+Activation = Tensor | Quantized
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm of each query and key head: weights [head_dim] and epsilon."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+class PackedWeight:
+    """A weight laid out for the implementation that multiplies by it."""
+
+    held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
+    reads: torch.dtype | None = None  # set, it also takes Quantized activations of this dtype
+    width: int = 0  # columns that such codes must have
+
+    def __call__(self, x: Activation) -> Tensor:
+        """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
+        raise NotImplementedError
+
+
+class LinearImplementation(Protocol):
+    """One way to multiply by a QTensor."""
+
+    name: str
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        """None, or why not."""
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...

@@ -1,0 +1,145 @@
+"""RMSNorm, SiLU·mul and quantization of activations: one program a token, FP8 codes written in the same pass.
+
+The scale of a token is amax / limit and its codes are round(x / scale), as `reference.quantize_activation` has it. Values are
+rounded to x's dtype where the reference rounds them, so that the codes are the reference's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.contract import PackedWeight, Quantized
+from octavo.ops.reference import SCALE_FLOOR
+from octavo.ops.triton.launch import overlap, power_of_2, release, round_to, to_fp8, wait
+from octavo.platform import FP8_MAX
+
+__all__ = ["quantize", "rms_norm", "silu_mul"]
+
+
+
+@triton.jit
+def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """One token's codes and scale; columns that pad K are zero."""
+    s = tl.maximum(tl.div_rn(tl.max(tl.abs(y), 0), LIMIT), FLOOR)
+    tl.store(scale + row, s)
+    tl.store(codes + row * width + cols, to_fp8(y * (1.0 / s), LIMIT, codes.dtype.element_ty), mask=cols < width)
+
+
+@triton.jit
+def _norm_quant(
+    x, residual, weight, out, scale, carried, eps, size, inner, outer_stride, inner_stride, width,
+    ADD: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    w = tl.load(weight + cols, mask=inside, other=0.0)
+    wait(PDL)
+    at = x + (row // inner) * outer_stride + (row % inner) * inner_stride + cols
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * size + cols, mask=inside, other=0.0).to(tl.float32)
+        value = round_to(value, x.dtype.element_ty)
+        tl.store(carried + row * size + cols, value.to(x.dtype.element_ty), mask=inside)
+    release(PDL)
+    factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    y = round_to(round_to(value * factor, x.dtype.element_ty) * w.to(tl.float32), x.dtype.element_ty)
+    if QUANT:
+        _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
+    else:
+        tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _silu_mul_quant(
+    x, out, scale, size, width,
+    QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    wait(PDL)
+    gate = tl.load(x + row * 2 * size + cols, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * size + size + cols, mask=inside, other=0.0).to(tl.float32)
+    release(PDL)
+    y = round_to(gate / (1.0 + tl.exp(-gate)), x.dtype.element_ty) * up
+    if QUANT:
+        _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, LIMIT, FLOOR)
+    else:
+        tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize(
+    x, out, scale, size, stride, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    wait(PDL)
+    y = tl.load(x + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
+    release(PDL)
+    _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def _outputs(rows: int, size: int, like: Tensor, fp8: torch.dtype | None, width: int) -> tuple[Tensor, Tensor]:
+    if fp8 is None:
+        return torch.empty(rows, size, dtype=like.dtype, device=like.device), like  # the second is not used
+    codes = torch.empty(rows, width, dtype=fp8, device=like.device)
+    return codes, torch.empty(rows, 1, dtype=torch.float32, device=like.device)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+) -> tuple[Tensor | Quantized, Tensor]:
+    size = x.shape[-1]
+    if x.stride(-1) != 1 or x.dim() not in (2, 3):
+        x = x.reshape(-1, size)
+    inner = x.shape[1] if x.dim() == 3 else 1
+    rows = x.numel() // size
+    fp8 = feeds.reads if feeds is not None else None
+    width = feeds.width if feeds is not None else size
+    out, scale = _outputs(rows, size, x, fp8, width)
+    carried = x if residual is None else torch.empty_like(residual)
+    if rows:
+        block = power_of_2(max(size, width))
+        _norm_quant[(rows,)](
+            x, x if residual is None else residual, weight, out, scale, carried, eps, size, inner,
+            x.stride(0), x.stride(1) if x.dim() == 3 else 0, width,
+            ADD=residual is not None, QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR,
+            BLOCK=block, num_warps=_warps(block), **overlap(),
+        )  # fmt: skip
+    return (out.view(x.shape) if fp8 is None else Quantized(out, scale)), carried
+
+
+def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor | Quantized:
+    rows, size = x.shape[0], x.shape[1] // 2
+    fp8 = feeds.reads if feeds is not None else None
+    width = feeds.width if feeds is not None else size
+    out, scale = _outputs(rows, size, x, fp8, width)
+    if rows:
+        block = power_of_2(max(size, width))
+        _silu_mul_quant[(rows,)](
+            x.contiguous(), out, scale, size, width, QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0,
+            FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block), **overlap(),
+        )  # fmt: skip
+    return out if fp8 is None else Quantized(out, scale)
+
+
+def quantize(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
+    """Codes [M, width] and scales [M, 1] of x [M, K], a scale a token."""
+    rows, size = x.shape
+    codes, scale = _outputs(rows, size, x, fp8, width)
+    if rows:
+        block = power_of_2(max(size, width))
+        _quantize[(rows,)](
+            x, codes, scale, size, x.stride(0), width, LIMIT=FP8_MAX[fp8], FLOOR=SCALE_FLOOR, BLOCK=block,
+            num_warps=_warps(block), **overlap(),
+        )  # fmt: skip
+    return Quantized(codes, scale)

@@ -1,0 +1,71 @@
+"""How kernels are launched: overlapped with the kernel before them where the chip can, and FP8 rounding that all share.
+
+Programmatic dependent launch (sm_90 and newer): a kernel may start while the one before it still runs, up to the point where
+it needs that one's results. Every kernel here calls `wait` before it touches anything that another kernel writes or still
+reads, and `release` once its successor may begin to start. Weights depend on no kernel and may be read before `wait`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from octavo.platform import Platform
+
+__all__ = ["configure", "device_units", "overlap", "power_of_2", "release", "round_to", "to_fp8", "wait"]
+
+_overlap: dict[str, Any] = {"PDL": False}
+_units = 132
+
+
+def configure(platform: Platform) -> None:
+    """Settle, once, what this process's device can do."""
+    global _overlap, _units
+    major = int(platform.arch[3:-1]) if platform.arch.startswith("sm_") else 0
+    _overlap = {"PDL": True, "launch_pdl": True} if major >= 9 else {"PDL": False}
+    if platform.device.type != "cpu":
+        _units = torch.cuda.get_device_properties(platform.device).multi_processor_count
+
+
+def overlap() -> dict[str, Any]:
+    """Launch options of every kernel."""
+    return _overlap
+
+
+def device_units() -> int:
+    """Multiprocessors of the device."""
+    return _units
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    return max(least, triton.next_power_of_2(n))
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """From here on the results of earlier kernels may be read, and what they read may be overwritten."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """The next kernel may start as multiprocessors fall free; it still waits for this one's results."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def to_fp8(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """x clamped to the codes' range and rounded to nearest even; NaN stays NaN."""
+    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """FP32 x with the precision of `dtype`: where the reference stores a value, it is rounded."""
+    return x.to(dtype).to(tl.float32)

@@ -1,0 +1,103 @@
+"""FP8 products for few tokens, where reading the weights is all the time there is.
+
+The weight's rows take the matrix unit's tall side and the tokens its narrow one, so that 16 tokens waste nothing but zeros. K
+is split over programs until the chip is full; the last program of a tile to finish adds up the parts, in their order, so a
+result never depends on which one that was.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.contract import Quantized
+from octavo.ops.triton.launch import device_units, overlap, power_of_2, release, wait
+
+__all__ = ["MOST_TOKENS", "small_linear"]
+
+MOST_TOKENS = 64  # from here on a library's product, made for compute, is the faster one
+PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, before FP32 takes over
+
+
+@triton.jit
+def _small_linear(
+    x, x_scale, w, w_scale, out, parts, counters, tokens, n, k, x_width, w_width, per_split,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = tile * BN + tl.arange(0, BN)
+    token = tl.program_id(2) * BM + tl.arange(0, BM)
+    depth = tl.arange(0, BK)
+    w_at = w + rows.to(tl.int64)[:, None] * w_width + depth[None, :]
+    x_at = x + token[:, None] * x_width + depth[None, :]
+    row_ok, token_ok = rows < n, token < tokens
+    acc = tl.zeros((BN, BM), tl.float32)
+    wait(PDL)
+    for step in tl.range(split * per_split, min((split + 1) * per_split, tl.cdiv(k, BK)), num_stages=STAGES):
+        deep = step * BK + depth < k
+        a = tl.load(w_at + step * BK, mask=row_ok[:, None] & deep[None, :], other=0.0)
+        b = tl.load(x_at + step * BK, mask=token_ok[:, None] & deep[None, :], other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE)
+    release(PDL)
+    mask = row_ok[:, None] & token_ok[None, :]
+    if SPLIT > 1:
+        place = tl.arange(0, BN)[:, None] * BM + token[None, :]
+        mine = parts + (tile.to(tl.int64) * SPLIT) * BN * BM
+        tl.store(mine + split * BN * BM + place, acc)
+        tl.debug_barrier()  # all of the program's parts are written before it counts itself
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") != SPLIT - 1:
+            return
+        tl.store(counters + tile, 0)  # for the next product
+        acc = tl.zeros((BN, BM), tl.float32)
+        for part in tl.static_range(SPLIT):
+            acc += tl.load(mine + part * BN * BM + place, cache_modifier=".cg")
+    by_row = tl.load(w_scale + rows, mask=row_ok, other=0.0)
+    by_token = tl.load(x_scale + token, mask=token_ok, other=0.0)
+    y = acc * by_row[:, None] * by_token[None, :]
+    tl.store(out + token[None, :].to(tl.int64) * n + rows[:, None], y.to(out.dtype.element_ty), mask=mask)
+
+
+_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """Room for partial sums and zeroed counters, shared by all products of the device, which run one after another."""
+    found = _workspaces.get(device)
+    if found is None or found[0].numel() < values or found[1].numel() < tiles:
+        parts = torch.empty(max(values, 1 << 23), dtype=torch.float32, device=device)
+        found = _workspaces[device] = parts, torch.zeros(max(tiles, 1 << 13), dtype=torch.int32, device=device)
+    return found
+
+
+def _split(tiles: int, steps: int, most: int) -> int:
+    """Parts of K, so that programs fill the multiprocessors evenly: the fewest that leave little of the last round empty."""
+    units, best, waste_of_best = device_units(), 1, 1.0
+    for split in range(1, min(most, steps) + 1):
+        rounds = tiles * split / units
+        waste = 1 - rounds / (-(-tiles * split // units)) + (0.5 if rounds < 1.5 else 0.0)
+        if waste < waste_of_best - 0.04:
+            best, waste_of_best = split, waste
+    return best
+
+
+def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None) -> Tensor:
+    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MOST_TOKENS."""
+    tokens, width = x.codes.shape
+    out = torch.empty(tokens, n, dtype=torch.bfloat16, device=w.device)
+    if not tokens:
+        return out
+    bm = (config or {}).get("BM") or power_of_2(tokens, 16)
+    c = {"BN": 64, "BK": 128 if bm > 32 else 256, "warps": 4, "stages": 4, "most": 8 if bm <= 32 else 4} | (config or {})
+    tiles, steps = triton.cdiv(n, c["BN"]), triton.cdiv(width, c["BK"])
+    split = c.get("split") or _split(tiles, steps, c["most"])
+    per_split = triton.cdiv(steps, split)
+    split = triton.cdiv(steps, per_split)
+    parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm, tiles)
+    _small_linear[(tiles, split, triton.cdiv(tokens, bm))](
+        x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, width, w.shape[1], per_split,
+        BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=c["stages"], num_warps=c["warps"], **overlap(),
+    )  # fmt: skip
+    return out

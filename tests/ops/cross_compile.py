@@ -1,0 +1,147 @@
+"""Compiles Triton kernels for chips that are not here. Run as a program: the tests' own process interprets them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from octavo.ops.triton import decode, elementwise, linear, prefill, rope
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+FP8 = {"sm_90": "*fp8e4nv", "gfx942": "*fp8e4b8", "gfx950": "*fp8e4nv"}
+
+
+@dataclass
+class Compiled:
+    """What the compiler made of a kernel."""
+
+    kernel: str
+    target: str
+    shared: int  # bytes
+    spills: int
+    registers: int
+    matrix: list[str]  # kinds of matrix instruction in its assembly
+
+
+def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Name, kernel, types of the arguments, constants, launch options: as the wrappers launch them for Llama-3.1-8B."""
+    fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
+    limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
+    yield (
+        "norm_quant", elementwise._norm_quant,
+        dict(x=bf16, residual=bf16, weight=bf16, out=fp8, scale=fp32, carried=bf16, eps="fp32", size="i32", inner="i32",
+             outer_stride="i32", inner_stride="i32", width="i32"),
+        dict(ADD=True, QUANT=True, BLOCK=4096, **limit), {"num_warps": 8},
+    )  # fmt: skip
+    yield (
+        "silu_mul_quant", elementwise._silu_mul_quant,
+        dict(x=bf16, out=fp8, scale=fp32, size="i32", width="i32"),
+        dict(QUANT=True, BLOCK=16384, **limit), {"num_warps": 16},
+    )  # fmt: skip
+    yield (
+        "quantize", elementwise._quantize,
+        dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"), dict(BLOCK=4096, **limit), {"num_warps": 8},
+    )  # fmt: skip
+    cache = dict(block_stride="i32", token_stride="i32", scale_block_stride="i32", scale_token_stride="i32")
+    for per_head in (False, True):
+        yield (
+            f"rope_write_kv{'_per_head' * per_head}", rope._rope_write_kv,
+            dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
+                 k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, eps="fp32", k_scale="fp32", v_scale="fp32", qs="i32",
+                 ks="i32", vs="i32", **cache),
+            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=16, HEADS=8, NORM=per_head, FP8=True,
+                 PER_HEAD=per_head, **limit),
+            {"num_warps": 4},
+        )  # fmt: skip
+    for bm in (16, 32, 64):
+        yield (
+            f"small_linear_{bm}", linear._small_linear,
+            dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32", k="i32",
+                 x_width="i32", w_width="i32", per_split="i32"),
+            dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, PDL=pdl, STAGES=4 if pdl else 2),
+            {"num_warps": 4},
+        )  # fmt: skip
+    for kind, kv, per_head in (("fp8", fp8, False), ("per_head", fp8, True), ("bf16", bf16, False)):
+        yield (
+            f"decode_attention_{kind}", decode._decode_attention,
+            dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
+                 qk_scale="fp32", v_scale="fp32", table_width="i32", **cache),
+            dict(Q_HEADS=32, GROUP=4, ROWS=16, D=128, DP=128, BLOCK_SIZE=16, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
+                 FP8=kv == fp8, STAGES=2, PDL=pdl),
+            {"num_warps": 4},
+        )  # fmt: skip
+    yield (
+        "merge_splits", decode._merge_splits, dict(parts=fp32, sums=fp32, out=bf16, v_scale="fp32"),
+        dict(D=128, DP=128, SPLITS=8, SP=8, PDL=pdl), {"num_warps": 1},
+    )  # fmt: skip
+    yield (
+        "stage_kv", prefill._stage_kv,
+        dict(k=fp8, v=fp8, k_scales=fp32, v_scales=fp32, k_out=fp8, v_out=fp8, tables=i32, chunks=i32, table_width="i32",
+             **cache, length="i32"),
+        dict(D=128, DP=128, BLOCK_SIZE=16, TILE=128, PER_HEAD=False, TRANSPOSE=True, PDL=pdl), {"num_warps": 4},
+    )  # fmt: skip
+    for kind, kv, bn in (("fp8", fp8, 128), ("bf16", bf16, 64)):
+        yield (
+            f"prefill_attention_{kind}", prefill._prefill_attention,
+            dict(q=bf16, k=kv, v=kv, out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32", length="i32"),
+            dict(Q_HEADS=32, GROUP=4, D=128, DP=128, BM=128, BN=bn if pdl else 64, WINDOW=0, FP8=kind == "fp8",
+                 LIMIT=limit["LIMIT"], STAGES=2 if pdl else 1, PDL=pdl),
+            {"num_warps": 8},
+        )  # fmt: skip
+
+
+def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
+    for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
+        if only and only not in name:
+            continue
+        signature = {p: types.get(p, "constexpr") for p in kernel.arg_names}
+        # what the launcher finds out by itself: pointers and sizes are multiples of 16
+        aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names) if signature[p][0] in "*i"}
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+        made = triton.compile(source, target=TARGETS[target], options=options)
+        yield _read(name, target, made)
+
+
+def _read(name: str, target: str, made: Any) -> Compiled:
+    if target.startswith("sm"):
+        spills, registers = _resources(made.asm["cubin"])
+        matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*", made.asm["ptx"])))
+    else:
+        text = made.asm["amdgcn"]
+        spills = sum(map(int, re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)))
+        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+        matrix = sorted(set(re.findall(r"v_mfma\w+", text)))
+    return Compiled(name, target, made.metadata.shared, spills, registers, matrix)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Local memory (which spilled registers go to) and registers of a thread, as the disassembler's tool says."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(sys.argv[0]).parent / "kernel.cubin"
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    del path
+    return sum(map(int, re.findall(r"STACK:(\d+)", text))), max(map(int, re.findall(r"REG:(\d+)", text)))
+
+
+if __name__ == "__main__":
+    for one in compile_for(sys.argv[1], *sys.argv[2:3]):
+        print(json.dumps(asdict(one)), flush=True)

@@ -1,0 +1,211 @@
+"""Every Triton kernel against the op's reference, over the shared shapes: on the GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from ops.interpreter import HAS_GPU, set_up
+from ops.shapes import BATCHES, HEADS, LINEAR
+
+set_up()
+
+from octavo import batch as batches  # noqa: E402
+from octavo.kvcache import KVCache, spec_for  # noqa: E402
+from octavo.ops import reference  # noqa: E402
+from octavo.ops.contract import HeadNorms, PackedWeight, Quantized  # noqa: E402
+from octavo.ops.triton import attention, decode, elementwise, linear, prefill, rope  # noqa: E402
+from octavo.platform import FP8_MAX  # noqa: E402
+from octavo.quant import FP8_PER_CHANNEL, dequantize, quantize  # noqa: E402
+from octavo.quant.scheme import Granularity  # noqa: E402
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+FP8 = [torch.float8_e4m3fn]  # the interpreter has no e4m3fnuz; that one is compiled, in test_compile.py
+KV_DTYPES = ["auto", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"]
+fp8_dtypes = pytest.mark.parametrize("fp8", FP8, ids=str)
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's, of infinities that the kernels mask
+
+
+class Reads(PackedWeight):
+    def __init__(self, fp8: torch.dtype, width: int):
+        self.reads, self.width = fp8, width
+
+
+def values(given: Quantized) -> torch.Tensor:
+    return given.codes.float() * given.scale
+
+
+def assert_codes(found: Quantized, expected: torch.Tensor, fp8: torch.dtype) -> None:
+    """The reference's codes of `expected`, but for the few that a last bit of the division rounds the other way."""
+    codes, scale = reference.quantize_activation(expected, Granularity.ROW, fp8)
+    k = expected.shape[1]
+    assert torch.equal(found.codes[:, k:].float(), torch.zeros_like(found.codes[:, k:].float()))
+    torch.testing.assert_close(found.scale, scale, rtol=1e-6, atol=0)
+    different = found.codes[:, :k].float() != codes.float()
+    assert different.sum() <= 2e-3 * different.numel()
+    if expected.numel():
+        assert relative_error(values(found)[:, :k], codes.float() * scale) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 100), (3, 4, 17), (2, 1024), (0, 8)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(shape: tuple[int, ...], with_residual: bool, dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(2))
+    weight = torch.randn(shape[-1], dtype=dtype, device=DEVICE)
+    args = x, weight, 1e-3, residual if with_residual else None
+    for found, expected in zip(elementwise.rms_norm(*args), reference.rms_norm(*args), strict=True):
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@fp8_dtypes
+@pytest.mark.parametrize("size", [1, 33, 100, 1024])
+def test_rms_norm_that_quantizes(size: int, fp8: torch.dtype) -> None:
+    x, residual = (torch.randn(5, size, device=DEVICE).bfloat16() for _ in range(2))
+    weight = torch.randn(size, device=DEVICE).bfloat16()
+    width = size + -size % 16
+    found, carried = elementwise.rms_norm(x, weight, 1e-5, residual, Reads(fp8, width))
+    expected, total = reference.rms_norm(x, weight, 1e-5, residual)
+    assert isinstance(found, Quantized)
+    assert torch.equal(carried, total)
+    assert found.codes.shape == (5, width)
+    assert relative_error(values(found)[:, :size], expected) < 0.04
+    codes, _ = reference.quantize_activation(expected, Granularity.ROW, fp8)
+    assert (found.codes[:, :size].float() != codes.float()).float().mean() < 0.02  # a last bit of the norm moves a code
+
+
+def test_rms_norm_of_strided_heads() -> None:
+    qkv = torch.randn(3, 7 * 24, device=DEVICE)
+    q = qkv.unflatten(1, (-1, 24))[:, 1:5]
+    weight = torch.randn(24, device=DEVICE)
+    found, _ = elementwise.rms_norm(q, weight, 1e-6)
+    torch.testing.assert_close(found, reference.rms_norm(q, weight, 1e-6)[0])
+
+
+@fp8_dtypes
+@pytest.mark.parametrize("size", [1, 17, 136, 2048])
+@pytest.mark.parametrize("rows", [0, 1, 6])
+def test_silu_mul(rows: int, size: int, fp8: torch.dtype) -> None:
+    x = torch.randn(rows, 2 * size, device=DEVICE).bfloat16() * 4
+    expected = reference.silu_mul(x)
+    plain = elementwise.silu_mul(x)
+    assert isinstance(plain, torch.Tensor)
+    torch.testing.assert_close(plain, expected, rtol=1e-2, atol=1e-6)
+    found = elementwise.silu_mul(x, Reads(fp8, size + -size % 16))
+    assert isinstance(found, Quantized)
+    if rows:
+        assert relative_error(values(found)[:, :size], expected) < 0.04
+
+
+@fp8_dtypes
+@pytest.mark.parametrize(("rows", "size"), [(0, 16), (1, 1), (3, 33), (4, 5000)])
+def test_quantize(rows: int, size: int, fp8: torch.dtype) -> None:
+    x = torch.randn(rows, size + 3, device=DEVICE).bfloat16()[:, :size] * torch.rand(rows, 1, device=DEVICE).mul(9).exp()
+    x = x.bfloat16()
+    if rows > 1:
+        x[1] = 0  # an empty token must not divide by zero
+    assert_codes(elementwise.quantize(x, fp8, size + -size % 16), x, fp8)
+
+
+@fp8_dtypes
+@pytest.mark.parametrize("split", [None, 1, 3])
+@pytest.mark.parametrize("shape", [s for s in LINEAR if s[0] <= linear.MOST_TOKENS], ids=str)
+def test_small_linear(shape: tuple[int, int, int], split: int | None, fp8: torch.dtype) -> None:
+    m, n, k = shape
+    q = quantize(torch.randn(n, k, device=DEVICE), FP8_PER_CHANNEL, fp8).padded(16)
+    x = elementwise.quantize(torch.randn(m, k, device=DEVICE).bfloat16(), fp8, q.data.shape[1])
+    assert q.scale is not None
+    found = linear.small_linear(x, q.data, q.scale, n, {"split": split} if split else None)
+    assert found.shape == (m, n)
+    if m:
+        expected = values(x)[:, :k].double() @ dequantize(q).double().mT
+        assert relative_error(found, expected) < 4e-3
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("dim", "rotated"), [(16, 16), (24, 24), (32, 16)])
+def test_rope_write_kv(dim: int, rotated: int, normed: bool, kv: str) -> None:
+    tokens, heads, kv_heads, block_size = 5, 6, 3, 4
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
+    qkv[1, heads + 1, 3], qkv[2, -1, 2] = float("nan"), float("inf")
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    angles = torch.rand(40, rotated // 2, device=DEVICE) * 7
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+    positions, slots = (torch.randperm(40, device=DEVICE)[:tokens] for _ in range(2))
+    norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
+    spec = spec_for(kv, kv_heads, dim, torch.bfloat16, torch.float8_e4m3fn)
+    ours, theirs = (KVCache([spec], 10, block_size, DEVICE) for _ in range(2))
+    args = q, k, v, norms, cos_sin, positions
+    found = rope.rope_write_kv(*args, ours.views[0], slots, 0.3, 0.2)
+    expected = reference.rope_write_kv(*args, theirs.views[0], slots, 0.3, 0.2)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
+    for name in ours.views[0]:
+        a, b = ours.views[0][name].float(), theirs.views[0][name].float()
+        assert relative_error(a, b) < (0.01 if normed else 5e-3), name
+        assert a.count_nonzero() <= b.count_nonzero() + 2  # nothing is written beside the slots
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str) -> None:
+    query_heads, kv_heads, dim = heads
+    block_size, lengths = 4, [sum(row) for row in rows]
+    free = iter(torch.randperm(sum(lengths) + 8).add(1).tolist())
+    tables = [[next(free) for _ in range(-(-length // block_size))] for length in lengths]
+    spans = [batches.Span([5] * count, before, t) for (before, count), t in zip(rows, tables, strict=True)]
+    batch = batches.build(spans, block_size, DEVICE)
+    cache = KVCache([spec_for(kv, kv_heads, dim, torch.bfloat16, torch.float8_e4m3fn)], sum(lengths) + 10, block_size, DEVICE)
+    slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
+    k, v = (torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2))
+    views = cache.views[0]
+    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    q = torch.randn(sum(c for _, c in rows), query_heads, dim, device=DEVICE).bfloat16()
+    args = views, batch, dim**-0.5, window, 0.04, 0.03
+    found, expected = attention.attention(q, *args), reference.attention(q, *args)
+    prefills = any(count > 1 for _, count in rows)
+    rounded = prefills and views["k"].dtype in FP8_MAX and "k_scale" not in views  # queries and probabilities are FP8 too
+    assert relative_error(found, expected) < (0.06 if rounded else 6e-3)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("kv", KV_DTYPES)
+def test_decode_splits(kv: str, splits: int) -> None:
+    """Contexts of one tile and of many, over parts of which some get nothing."""
+    lengths, block_size = [1, 63, 64, 65, 300], 16
+    count = -(-max(lengths) // block_size)
+    tables = torch.randperm(len(lengths) * count).add(1).view(len(lengths), count).tolist()
+    spans = [batches.Span([5], n - 1, t) for n, t in zip(lengths, tables, strict=True)]
+    batch = batches.build(spans, block_size, DEVICE)
+    cache = KVCache([spec_for(kv, 2, 32, torch.bfloat16, torch.float8_e4m3fn)], len(lengths) * count + 1, block_size, DEVICE)
+    slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
+    k, v = (torch.randn(len(slots), 2, 32, device=DEVICE).bfloat16() for _ in range(2))
+    views = cache.views[0]
+    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    q = torch.randn(len(lengths), 6, 32, device=DEVICE).bfloat16()
+    out = torch.full_like(q, float("nan"))
+    decode.decode_attention(q, out, views, batch, len(lengths), max(lengths), 0.2, None, 0.04, 0.03, {"splits": splits})
+    assert relative_error(out, reference.attention(q, views, batch, 0.2, None, 0.04, 0.03)) < 6e-3
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+def test_long_prefill(kv: str) -> None:
+    """More than one tile of queries and of keys, a chunk that goes on, and a second request beside it."""
+    rows, block_size = [(70, 150), (0, 130)], 16
+    count = 14
+    tables = torch.randperm(2 * count).add(1).view(2, count).tolist()
+    batch = batches.build([batches.Span([5] * n, a, t) for (a, n), t in zip(rows, tables, strict=True)], block_size, DEVICE)
+    cache = KVCache([spec_for(kv, 1, 64, torch.bfloat16, torch.float8_e4m3fn)], 2 * count + 1, block_size, DEVICE)
+    slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
+    k, v = (torch.randn(len(slots), 1, 64, device=DEVICE).bfloat16() for _ in range(2))
+    views = cache.views[0]
+    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    q = torch.randn(280, 2, 64, device=DEVICE).bfloat16()
+    out = torch.full_like(q, float("nan"))
+    prefill.prefill_attention(q, out, views, batch, 0, 0.125, None, 0.04, 0.03)
+    rounded = kv in ("fp8_e4m3", "fp8_e5m2")
+    assert relative_error(out, reference.attention(q, views, batch, 0.125, None, 0.04, 0.03)) < (0.06 if rounded else 6e-3)
