@@ -107,12 +107,6 @@ class Batch:
             if output.finish_reason is not None:
                 self._running.discard(output.request_id)
 
-    def stop(self, number: int) -> None:
-        """Ends one request."""
-        request_id = next(name for name, i in self._number.items() if i == number)
-        self.core.abort(request_id)
-        self._running.discard(request_id)
-
     def close(self) -> None:
         """Ends what still runs, so that the next batch finds an idle engine."""
         for request_id in self._running:
@@ -212,9 +206,9 @@ def _from_cache(core: EngineCore, w: Workload, prefill: Workload, seed: int) -> 
         for i, end in enumerate(ends):
             if not end and batch.counts[i] - before[i] >= w.output_len:
                 ends[i] = batch.last[i]
-                batch.stop(i)
+    extra = [count - b for count, b in zip(batch.counts, before, strict=True)]
     batch.close()
-    _expect([count - b for count, b in zip(batch.counts, before, strict=True)], w.output_len, w)
+    _expect(extra, w.output_len, w)  # all decode in every step, unless one was preempted
     tpot = [(end - boundary) / w.output_len for end in ends]
     decoded = w.num_requests * w.output_len
     return first, Measured(w, max(ends) - boundary, 0, decoded, [], tpot, batch.preemptions)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from server.processes import Server
@@ -16,7 +19,7 @@ from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.models import MODEL_TYPES, architecture
-from octavo.tools import bench_offline, bench_workloads
+from octavo.tools import bench_offline, bench_serve, bench_workloads
 from octavo.tools.bench_limit import Ceilings, Costs, costs_of, costs_of_shape, limit
 from octavo.tools.bench_profile import GAPS, role_of
 from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, prompts, spread
@@ -129,7 +132,10 @@ def test_decode_goes_on_from_the_prefill_s_cache(core: EngineCore) -> None:
     add, core.add = core.add, lambda request: (added.append(request.request_id), add(request))[1]  # type: ignore[method-assign]
     bench_offline.warm_up(core, f, 0)
     added.clear()
+    start = time.perf_counter()
     found = bench_offline.measure(core, [other, e, f], seed=1)
+    elapsed = time.perf_counter() - start
+    assert 0.5 * elapsed < sum(m.wall for m in found) < elapsed
     assert [m.workload.name for m in found] == ["G", "E", "F"]
     assert len(added) == 4 + 3  # E's requests are F's
     assert [(m.input_tokens, m.output_tokens) for m in found] == [(30, 15), (256, 4), (0, 32)]
@@ -275,6 +281,52 @@ def test_serve(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str
     )
     other = f"serve --base-url {server.url} --num-requests 2 --offline-json {tmp_path / 'offline.json'}"
     refused(other, "its workload custom is of another size; run both with the same.", capsys)
+
+
+class Counting(BaseHTTPRequestHandler):
+    """A server of one sentence, which keeps what it was asked and how many asked at a time."""
+
+    bodies: ClassVar[list[dict[str, Any]]] = []
+    busy = most = 0
+
+    def do_GET(self) -> None:
+        self.answer(b'{"data": [{"id": "counted"}]}')
+
+    def do_POST(self) -> None:
+        Counting.busy += 1
+        Counting.most = max(Counting.most, Counting.busy)
+        Counting.bodies.append(body := json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        time.sleep(0.02)
+        events = [{"choices": [{"text": "x"}]}] * body["max_tokens"]
+        events.append({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        Counting.busy -= 1
+        self.answer(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n")
+
+    def answer(self, data: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_what_a_server_is_asked() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+            found = bench_serve.bench(url, None, [Workload("custom", 12, 40, 5)], 3, 1, None, 7)
+        finally:
+            server.shutdown()
+    assert found["model"] == "counted"
+    asked = Counting.bodies[3:]  # after the warm-up, as many as run at a time
+    assert len(asked) == 12
+    assert Counting.most == 3
+    assert len({tuple(body["prompt"]) for body in asked}) == 12
+    assert {len(body["prompt"]) for body in asked} == {40}
+    wanted = {"model": "counted", "max_tokens": 5, "temperature": 0, "ignore_eos": True, "stream": True}
+    assert all(wanted.items() <= body.items() for body in asked)
 
 
 def test_the_bench_of_ops(tmp_path: Path) -> None:
