@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import platform as host
+import runpy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 
 import torch
 
 from octavo.errors import OctavoError
 
-__all__ = ["FP8_MAX", "Platform", "detect"]
+__all__ = ["FP8_MAX", "Platform", "cpu_kernels", "detect"]
+
+log = logging.getLogger(__name__)
 
 # The largest magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
@@ -78,10 +84,35 @@ def detect(device: str = "auto", rank: int = 0) -> Platform:
 
 
 def _cpu() -> Platform:
+    kernels = cpu_kernels()
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if isinstance(kernels, ctypes.CDLL):
+        return Platform(torch.device("cpu"), capability)
+    log.warning("no CPU kernels: %s; FP8 codes are kept widened and multiplied by torch", kernels)
     # Without BF16 instructions a BF16 product runs at a tenth of FP32's speed; both hold an FP8 code exactly.
     native_bf16 = host.machine() == "x86_64" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Platform(
-        torch.device("cpu"),
-        torch.backends.cpu.get_cpu_capability().lower(),
-        widened_dtype=torch.bfloat16 if native_bf16 else torch.float32,
-    )
+    return Platform(torch.device("cpu"), capability, widened_dtype=torch.bfloat16 if native_bf16 else torch.float32)
+
+
+@cache
+def cpu_kernels() -> ctypes.CDLL | str:
+    """The C kernels of ops/cpu, or why there are none.
+
+    They are compiled when Octavo is installed; if its sources have changed since, or nothing was compiled, then here, beside
+    the sources or else in the user's cache.
+    """
+    directory = Path(__file__).parent / "ops" / "cpu"
+    builder = runpy.run_path(str(directory / "build.py"))  # a script: an installer runs it before Octavo can be imported
+    places = [place / builder["library_name"]() for place in (directory, Path.home() / ".cache" / "octavo")]
+    found = next((path for path in places if path.exists()), None)
+    reason = ""
+    for path in places if found is None else ():
+        if (reason := builder["build"](path.parent)) is None:
+            found = path
+            break
+    if found is None:
+        return reason
+    try:
+        return ctypes.CDLL(str(found))
+    except OSError as error:
+        return f"{found} cannot be loaded ({error})"

@@ -1,5 +1,6 @@
 """What a CPU prefers: C kernels that read FP8 as it is; without them, codes held widened, oneDNN and torch."""
 
+from octavo.ops.contract import LinearImplementation
 from octavo.ops.cpu.attention import attention, write_kv
 from octavo.ops.cpu.library import missing
 from octavo.ops.cpu.linear import Widened
@@ -7,9 +8,9 @@ from octavo.ops.cpu.native import Native
 
 __all__ = ["LINEAR", "attention", "write_kv"]
 
-LINEAR = [Native(), Widened()]
+LINEAR: list[LinearImplementation] = [Native(), Widened()]
 
 if missing() is None:
     from octavo.ops.cpu.native import attention, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
 
-    __all__ += ["rms_norm", "rope_write_kv", "rotate", "silu_mul"]  # noqa: PLE0605
+    __all__ += ["rms_norm", "rope_write_kv", "rotate", "silu_mul"]

@@ -7,7 +7,6 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from octavo.platform import cpu_kernels
 
@@ -16,30 +15,45 @@ __all__ = ["KINDS", "Attention", "Cache", "Linear", "Rows", "Write", "kernels", 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
 
 
-def _struct(name: str, **fields: type) -> type[Structure]:
-    return type(name, (Structure,), {"_fields_": list(fields.items())})
-
-
 P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
-Linear = _struct(
-    "Linear", weight=P, scale=P, n=I64, k=I64, stride=I64, scale_rows=I64, scale_columns=I64, kind=I32, activation=I32
-)
-Cache = _struct(
-    "Cache", k=P, v=P, k_scale=P, v_scale=P, block=I64, token=I64, head=I64, scale_block=I64, scale_token=I64,
-    kind=I32, block_size=I32, kv_heads=I32, dim=I32,
-)  # fmt: skip
-Attention = _struct(
-    "Attention", q=P, out=P, q_token=I64, q_head=I64, tables=P, starts=P, lengths=P, table_stride=I64, requests=I64,
-    heads=I64, window=I64, k_factor=F, v_factor=F, kind=I32,
-)  # fmt: skip
-Rows = _struct(
-    "Rows", x=P, residual=P, weight=P, y=P, sum=P, cos_sin=P, positions=P, rows=I64, width=I64, inner=I64,
-    outer_stride=I64, inner_stride=I64, residual_stride=I64, per_task=I64, rotated=I64, eps=F, kind=I32,
-)  # fmt: skip
-Write = _struct(
-    "Write", cache=P, k=P, v=P, slots=P, tokens=I64, k_token=I64, k_head=I64, v_token=I64, v_head=I64, per_task=I64,
-    k_scale=F, v_scale=F, kind=I32,
-)  # fmt: skip
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("weight", P), ("scale", P), ("n", I64), ("k", I64), ("stride", I64), ("scale_rows", I64), ("scale_columns", I64),
+        ("kind", I32), ("activation", I32),
+    ]  # fmt: skip
+
+
+class Cache(Structure):
+    _fields_ = [
+        ("k", P), ("v", P), ("k_scale", P), ("v_scale", P), ("block", I64), ("token", I64), ("head", I64),
+        ("scale_block", I64), ("scale_token", I64), ("kind", I32), ("block_size", I32), ("kv_heads", I32), ("dim", I32),
+    ]  # fmt: skip
+
+
+class Attention(Structure):
+    _fields_ = [
+        ("q", P), ("out", P), ("q_token", I64), ("q_head", I64), ("tables", P), ("starts", P), ("lengths", P),
+        ("table_stride", I64), ("requests", I64), ("heads", I64), ("window", I64), ("k_factor", F), ("v_factor", F),
+        ("kind", I32),
+    ]  # fmt: skip
+
+
+class Rows(Structure):
+    _fields_ = [
+        ("x", P), ("residual", P), ("weight", P), ("y", P), ("sum", P), ("cos_sin", P), ("positions", P), ("rows", I64),
+        ("width", I64), ("inner", I64), ("outer_stride", I64), ("inner_stride", I64), ("residual_stride", I64),
+        ("per_task", I64), ("rotated", I64), ("eps", F), ("kind", I32),
+    ]  # fmt: skip
+
+
+class Write(Structure):
+    _fields_ = [
+        ("cache", P), ("k", P), ("v", P), ("slots", P), ("tokens", I64), ("k_token", I64), ("k_head", I64), ("v_token", I64),
+        ("v_head", I64), ("per_task", I64), ("k_scale", F), ("v_scale", F), ("kind", I32),
+    ]  # fmt: skip
+
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_use": (c_char_p, [c_char_p]),

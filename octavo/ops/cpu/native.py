@@ -16,7 +16,7 @@ from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.cpu import attention as by_torch
-from octavo.ops.cpu.library import KINDS, Attention, Cache, Linear, Rows, Write, kernels, missing
+from octavo.ops.cpu.library import KINDS, Attention, Cache, Linear, Rows, Write, kernels, missing, use
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
@@ -31,9 +31,8 @@ _MAX_DIM = 256  # of a head: csrc/attention.h
 class Native:
     """The C kernels' product."""
 
-    @property
-    def name(self) -> str:
-        return "C kernels"
+    def __init__(self) -> None:
+        self.name = "C kernels" if missing() else f"C kernels, {use(None)}"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if (reason := missing()) is not None:
@@ -83,9 +82,7 @@ class PackedNative(PackedWeight):
             x = x.contiguous()
         m = x.shape[0]
         y = torch.empty(m, self.n, dtype=x.dtype)
-        if self.multiply(
-            self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], torch.get_num_threads()
-        ):
+        if self.multiply(self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], torch.get_num_threads()):
             raise MemoryError(f"no memory to multiply {m} rows")
         return y
 
@@ -109,7 +106,7 @@ def rms_norm(
     return y, carried
 
 
-def _rows(x: Tensor, y: Tensor) -> Rows:  # type: ignore[valid-type]
+def _rows(x: Tensor, y: Tensor) -> Rows:
     """x [M, width] or [T, H, width] with whatever strides, y contiguous."""
     if x.dim() == 2:
         inner, strides = 1, (x.stride(0), 0)
@@ -193,7 +190,7 @@ def attention(
     return out
 
 
-def _cache(views: Views) -> Cache:  # type: ignore[valid-type]
+def _cache(views: Views) -> Cache:
     k, v = views["k"], views["v"]
     scales = tuple((views[name].data_ptr(), *views[name].stride()[:2]) for name in ("k_scale", "v_scale") if name in views)
     return _cache_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, scales)
@@ -202,7 +199,7 @@ def _cache(views: Views) -> Cache:  # type: ignore[valid-type]
 @lru_cache(maxsize=1024)
 def _cache_struct(
     k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, scales: tuple[tuple[int, int, int], ...]
-) -> Cache:  # type: ignore[valid-type]
+) -> Cache:
     """Says where a layer's keys and values lie; depends on nothing but its arguments, so it cannot be out of date."""
     size = dtype.itemsize
     (k_scale, block, token), (v_scale, _, _) = scales or ((None, 0, 0),) * 2

@@ -16,11 +16,19 @@ typedef struct {
 } NAME(Flash);
 
 /* Keys and values of `count` tokens from `start` on as FP32 [count][padded], their own scales applied. */
-INLINE void NAME(fetch)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t padded,
-                        NAME(Flash) *f) {
-    for (int64_t t = 0; t < count; t++) {
-        int64_t block = table[(start + t) / c->block_size], offset = (start + t) % c->block_size;
-        int64_t at = block * c->block + offset * c->token + head * c->head;
+INLINE void NAME(fetch)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t last,
+                        int64_t padded, NAME(Flash) *f) {
+    int64_t entry = start / c->block_size, offset = start % c->block_size;
+    int64_t next = (start + TOKENS) / c->block_size, ahead = (start + TOKENS) % c->block_size;
+    for (int64_t t = 0; t < count; t++, offset++, ahead++) {
+        if (offset == c->block_size) entry++, offset = 0;
+        if (ahead == c->block_size) next++, ahead = 0;
+        if (start + TOKENS + t < last) { /* blocks lie anywhere: no stream that a CPU sees by itself */
+            int64_t soon = table[next] * c->block + ahead * c->token + head * c->head;
+            __builtin_prefetch((const char *)c->k + soon);
+            __builtin_prefetch((const char *)c->v + soon);
+        }
+        int64_t block = table[entry], at = block * c->block + offset * c->token + head * c->head;
         NAME(widen_row)(f->k + t * padded, (const char *)c->k + at, c->kind, c->dim);
         NAME(widen_row)(f->v + t * padded, (const char *)c->v + at, c->kind, c->dim);
         if (!c->k_scale) continue;
@@ -154,7 +162,7 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
     for (; start < last; start += TOKENS) {
         int64_t count = least(TOKENS, last - start);
-        NAME(fetch)(c, table, head, start, count, padded, f);
+        NAME(fetch)(c, table, head, start, count, last, padded, f);
         if (!few) NAME(many)(f, rows, start, count, dim, padded, a->window, a->k_factor);
         else if (rows == 1) NAME(few)(f, 1, start, count, padded, a->window, a->k_factor);
         else if (rows == 2) NAME(few)(f, 2, start, count, padded, a->window, a->k_factor);

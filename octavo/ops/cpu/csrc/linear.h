@@ -79,19 +79,25 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t first, int m, int kind) {
     const Linear *w = job->w;
     const char *at[4];
     vf sum[16], v[PARTS];
-    int64_t size = size_of(kind), whole = w->k / LANES * LANES;
+    int64_t size = size_of(kind), whole = w->k / LANES * LANES, stride = w->stride, padded = job->k_padded;
+    const float *x = job->panel;
+    const int grouped = w->scale_columns > 0;
     char tails[4][LANES * 4];
     float results[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * m; i++) sum[i] = (vf){0};
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) at[r] = (const char *)w->weight + least(first + r, w->n - 1) * w->stride * size;
-    for (int64_t k = 0, end = whole;; end = job->k_padded) {
+    for (int r = 0; r < 4; r++) at[r] = (const char *)w->weight + least(first + r, w->n - 1) * stride * size;
+    for (int64_t k = 0, end = whole;; end = padded) {
         for (; k < end; k += LANES) {
+            if (k * size % 64 == 0) { /* short rows, four at a time, are no stream that a CPU sees by itself */
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) __builtin_prefetch(at[r] + (k + 4 * stride) * size);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 NAME(widen16)(at[r] + k * size, kind, v);
-                if (w->scale_columns) {
+                if (grouped) {
                     float scale = NAME(scale_at)(w, least(first + r, w->n - 1), k);
 #pragma GCC unroll 4
                     for (int p = 0; p < PARTS; p++) v[p] *= scale;
@@ -99,10 +105,10 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t first, int m, int kind) {
 #pragma GCC unroll 4
                 for (int i = 0; i < m; i++)
 #pragma GCC unroll 4
-                    for (int p = 0; p < PARTS; p++) sum[r * m + i] += v[p] * NAME(load)(job->panel + i * job->k_padded + k + p * VL);
+                    for (int p = 0; p < PARTS; p++) sum[r * m + i] += v[p] * NAME(load)(x + i * padded + k + p * VL);
             }
         }
-        if (k == job->k_padded) break;
+        if (k == padded) break;
         for (int r = 0; r < 4; r++) { /* what lies after the last row is not ours to read */
             memset(tails[r], 0, sizeof tails[r]);
             memcpy(tails[r], at[r] + whole * size, (size_t)((w->k - whole) * size));
@@ -115,7 +121,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t first, int m, int kind) {
         for (int i = 0; i < m; i++) NAME(finish)(job, i, first + r, results[r * m + i]);
 }
 
-static void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
+static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
     const Linear *w = job->w;
     float rows[TASK_ROWS * TASK_K] __attribute__((aligned(64)));
     float sums[CHUNK_TOKENS / LANES * TASK_ROWS * LANES] __attribute__((aligned(64)));
@@ -141,13 +147,18 @@ static void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t
     }
 }
 
-INLINE void NAME(dots)(const LinearJob *job, int64_t from, int64_t to, int m) {
-    for (; from < to; from += 4) {
-        if (job->w->kind == F32) NAME(dot)(job, from, m, F32);
-        else if (job->w->kind == BF16) NAME(dot)(job, from, m, BF16);
-        else NAME(dot)(job, from, m, job->w->kind);
+#define DOTS(m, kind)                                                                                           \
+    static __attribute__((noinline)) void NAME(dots_##m##_##kind)(const LinearJob *job, int64_t from, int64_t to) { \
+        for (; from < to; from += 4) NAME(dot)(job, from, m, kind);                                              \
     }
-}
+#define EACH_M(kind) DOTS(1, kind) DOTS(2, kind) DOTS(3, kind) DOTS(4, kind)
+EACH_M(F32)
+EACH_M(BF16)
+EACH_M(E4M3)
+EACH_M(E5M2)
+#define ROW(kind) {NAME(dots_1_##kind), NAME(dots_2_##kind), NAME(dots_3_##kind), NAME(dots_4_##kind)}
+static void (*const NAME(dots)[][ROWS_MODE])(const LinearJob *, int64_t, int64_t) = {
+    [F32] = ROW(F32), [BF16] = ROW(BF16), [E4M3] = ROW(E4M3), [E4M3FNUZ] = ROW(E4M3), [E5M2] = ROW(E5M2)};
 
 static void NAME(multiply)(void *argument, int64_t task) {
     const LinearJob *job = argument;
@@ -159,8 +170,9 @@ static void NAME(multiply)(void *argument, int64_t task) {
     }
     int64_t fours = (n + 3) / 4;
     from = fours * task / job->row_tasks * 4, to = fours * (task + 1) / job->row_tasks * 4;
-    if (job->m == 1) NAME(dots)(job, from, to, 1);
-    else if (job->m == 2) NAME(dots)(job, from, to, 2);
-    else if (job->m == 3) NAME(dots)(job, from, to, 3);
-    else NAME(dots)(job, from, to, 4);
+    NAME(dots)[job->w->kind][job->m - 1](job, from, to);
 }
+
+#undef DOTS
+#undef EACH_M
+#undef ROW

@@ -44,8 +44,8 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
 #if ISA >= 2
         /* A code moved to a half's bits is the half that is smaller by a power of two; the conversion takes subnormals too. */
         __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-        bits = _mm256_sll_epi16(bits, _mm_cvtsi32_si128(kind == E5M2 ? 8 : 7));
-        bits = _mm256_and_si256(bits, _mm256_set1_epi16(kind == E5M2 ? -1 : (short)0xBFFF));
+        bits = kind == E5M2 ? _mm256_slli_epi16(bits, 8)
+                            : _mm256_and_si256(_mm256_slli_epi16(bits, 7), _mm256_set1_epi16((short)0xBFFF));
 #if ISA >= 3
         out[0] = (vf)_mm512_cvtph_ps(bits);
 #else
@@ -72,13 +72,15 @@ INLINE void NAME(widen_whole)(float *dst, const char *p, int kind, int64_t count
 /* count values at p to FP32, zeros up to a multiple of 16 after them, for which dst has room. */
 static void NAME(widen_row)(float *dst, const void *p, int kind, int64_t count) {
     int64_t whole = count / LANES * LANES;
-    char tail[LANES * 4] = {0};
-    memcpy(tail, (const char *)p + whole * size_of(kind), (size_t)((count - whole) * size_of(kind)));
-    for (int part = 0; part < 2; part++) {
+    char tail[LANES * 4];
+    for (;;) {
         if (kind == F32) NAME(widen_whole)(dst, p, F32, whole);
         else if (kind == BF16) NAME(widen_whole)(dst, p, BF16, whole);
-        else NAME(widen_whole)(dst, p, kind, whole);
+        else if (kind == E5M2) NAME(widen_whole)(dst, p, E5M2, whole);
+        else NAME(widen_whole)(dst, p, E4M3, whole);
         if (whole == count) return;
+        memset(tail, 0, sizeof tail);
+        memcpy(tail, (const char *)p + whole * size_of(kind), (size_t)((count - whole) * size_of(kind)));
         dst += whole, p = tail, count = whole = LANES;
     }
 }
