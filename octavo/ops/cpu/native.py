@@ -37,6 +37,8 @@ class Native:
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if (reason := missing()) is not None:
             return reason
+        if platform.widened_dtype is not None:
+            return "weights are to be widened in memory"
         if q.data.dtype not in KINDS or q.data.stride(1) != 1:
             return f"{q.data.dtype} is not theirs"
         if q.scale is None:
