@@ -122,7 +122,7 @@ int32_t octavo_not_finite(const uint8_t *codes, int64_t count, int32_t kind) {
 
 /* y [m, n] = x [m, k] times the transposed weight, both of `kind`; x's rows are x_stride values apart. 0, or -1 without memory. */
 int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t threads) {
-    int64_t k_padded = (w->k + LANES - 1) / LANES * LANES, most = least(m, CHUNK_TOKENS);
+    int64_t k_padded = (w->k + CHUNK - 1) / CHUNK * CHUNK, most = least(m, CHUNK_TOKENS);
     int status = 0;
     pthread_mutex_lock(&pool.call);
     for (int64_t done = 0; done < m && !status; done += most) {
@@ -141,7 +141,7 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
             job.row_tasks = (w->n + TASK_ROWS - 1) / TASK_ROWS;
             while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
         } else {
-            job.row_tasks = least((w->n + 3) / 4, 8 * threads);
+            job.row_tasks = least((w->n + 15) / 16, 8 * threads);
         }
         parallel(chosen->multiply, &job, job.row_tasks * job.token_tasks, threads);
     }

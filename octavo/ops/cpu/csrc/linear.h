@@ -7,6 +7,8 @@
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats lie in the second-level cache */
 #define CHUNK_TOKENS 512
+#define CHUNK 64   /* values of a row that are multiplied in one turn */
+#define AHEAD 4096 /* bytes: rows are read in one stream, and a CPU's own prefetching stops at the end of each page */
 
 /* One token's values as FP32, quantized as the weight's scheme says; `step` apart at dst. */
 static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, int64_t step) {
@@ -46,6 +48,7 @@ static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, 
             for (int64_t i = 0; i < count; i++) dst[(at + i) * step] = values[i];
         }
     }
+    for (int64_t i = (w->k + LANES - 1) / LANES * LANES; step == 1 && i < job->k_padded; i++) dst[i] = 0;
 }
 
 /* Task: one panel of tokens, or all of them where they are rows. */
@@ -74,51 +77,48 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
     put(job->y, job->kind, token * w->n + row, sum);
 }
 
-/* 4 x m results, each a sum along k in vectors. */
-INLINE void NAME(dot)(const LinearJob *job, int64_t first, int m, int kind) {
+/* Rows `from` to `to` times m tokens, each result a sum along k in vectors. */
+INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
+    enum { SUMS = CHUNK / LANES * PARTS }; /* few tokens have more than one each, to hide what an addition takes */
     const Linear *w = job->w;
-    const char *at[4];
-    vf sum[16], v[PARTS];
-    int64_t size = size_of(kind), whole = w->k / LANES * LANES, stride = w->stride, padded = job->k_padded;
     const float *x = job->panel;
-    const int grouped = w->scale_columns > 0;
-    char tails[4][LANES * 4];
-    float results[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * m; i++) sum[i] = (vf){0};
+    const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
+    const int grouped = w->scale_columns > 0, sums = m == 1 ? SUMS : m == 2 ? SUMS / 2 : PARTS;
+    for (int64_t row = from; row < to; row++) {
+        const char *at = (const char *)w->weight + row * w->stride * size;
+        char tail[CHUNK * 4];
+        vf sum[SUMS], v[PARTS];
+#pragma GCC unroll 32
+        for (int i = 0; i < m * sums; i++) sum[i] = (vf){0};
+        for (int64_t k = 0, end = whole;; end = padded) {
+            for (; k < end; k += CHUNK) {
+                float scale = grouped ? NAME(scale_at)(w, row, k) : 1;
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) at[r] = (const char *)w->weight + least(first + r, w->n - 1) * stride * size;
-    for (int64_t k = 0, end = whole;; end = padded) {
-        for (; k < end; k += LANES) {
-            if (k * size % 64 == 0) { /* short rows, four at a time, are no stream that a CPU sees by itself */
+                for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) __builtin_prefetch(at[r] + (k + 4 * stride) * size);
-            }
+                for (int part = 0; part < CHUNK / LANES; part++) {
+                    NAME(widen16)(at + (k + part * LANES) * size, kind, v);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) {
-                NAME(widen16)(at[r] + k * size, kind, v);
-                if (grouped) {
-                    float scale = NAME(scale_at)(w, least(first + r, w->n - 1), k);
+                    for (int p = 0; p < PARTS; p++) {
+                        if (grouped) v[p] *= scale;
 #pragma GCC unroll 4
-                    for (int p = 0; p < PARTS; p++) v[p] *= scale;
+                        for (int i = 0; i < m; i++)
+                            sum[i * sums + (part * PARTS + p) % sums] += v[p] * NAME(load)(x + i * padded + k + part * LANES + p * VL);
+                    }
                 }
-#pragma GCC unroll 4
-                for (int i = 0; i < m; i++)
-#pragma GCC unroll 4
-                    for (int p = 0; p < PARTS; p++) sum[r * m + i] += v[p] * NAME(load)(x + i * padded + k + p * VL);
             }
+            if (k == padded) break;
+            memset(tail, 0, sizeof tail); /* what lies after the last row is not ours to read */
+            memcpy(tail, at + whole * size, (size_t)((w->k - whole) * size));
+            at = tail - whole * size;
         }
-        if (k == padded) break;
-        for (int r = 0; r < 4; r++) { /* what lies after the last row is not ours to read */
-            memset(tails[r], 0, sizeof tails[r]);
-            memcpy(tails[r], at[r] + whole * size, (size_t)((w->k - whole) * size));
-            at[r] = tails[r] - whole * size;
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++) {
+#pragma GCC unroll 16
+            for (int j = 1; j < sums; j++) sum[i * sums] += sum[i * sums + j];
+            NAME(finish)(job, i, row, NAME(sum)(sum[i * sums]));
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * m; i++) results[i] = NAME(sum)(sum[i]);
-    for (int r = 0; r < 4 && first + r < w->n; r++)
-        for (int i = 0; i < m; i++) NAME(finish)(job, i, first + r, results[r * m + i]);
 }
 
 static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
@@ -149,7 +149,7 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
 
 #define DOTS(m, kind)                                                                                           \
     static __attribute__((noinline)) void NAME(dots_##m##_##kind)(const LinearJob *job, int64_t from, int64_t to) { \
-        for (; from < to; from += 4) NAME(dot)(job, from, m, kind);                                              \
+        NAME(dot)(job, from, to, m, kind);                                                                       \
     }
 #define EACH_M(kind) DOTS(1, kind) DOTS(2, kind) DOTS(3, kind) DOTS(4, kind)
 EACH_M(F32)
@@ -168,9 +168,7 @@ static void NAME(multiply)(void *argument, int64_t task) {
         NAME(panels)(job, from, to, panels * part / job->token_tasks, panels * (part + 1) / job->token_tasks);
         return;
     }
-    int64_t fours = (n + 3) / 4;
-    from = fours * task / job->row_tasks * 4, to = fours * (task + 1) / job->row_tasks * 4;
-    NAME(dots)[job->w->kind][job->m - 1](job, from, to);
+    NAME(dots)[job->w->kind][job->m - 1](job, n * task / job->row_tasks, n * (task + 1) / job->row_tasks);
 }
 
 #undef DOTS

@@ -7,9 +7,10 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <time.h>
 
 #define MAX_THREADS 256
-#define LOOKS 200 /* for a job before sleeping: about the time that Python takes between two calls of a step */
+#define LOOK 100000 /* nanoseconds that a worker looks for a job before it sleeps: Python takes less between calls of a step */
 
 typedef void (*task_fn)(void *job, int64_t task);
 
@@ -35,6 +36,12 @@ static inline void relax(void) {
 #endif
 }
 
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 static void work(void) {
     for (int64_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) pool.run(pool.job, task);
 }
@@ -43,10 +50,8 @@ static void *worker(void *arg) {
     int index = (int)(intptr_t)arg;
     uint64_t seen = 0;
     for (;;) {
-        for (int i = 0; i < LOOKS && atomic_load(&pool.published) == seen; i++) {
-            for (int j = 0; j < 8; j++) relax();
-            if (i % 8 == 7) sched_yield();
-        }
+        for (int64_t until = now() + LOOK; atomic_load(&pool.published) == seen && now() < until; sched_yield())
+            for (int i = 0; i < 64 && atomic_load(&pool.published) == seen; i++) relax();
         if (atomic_load(&pool.published) == seen) {
             pthread_mutex_lock(&pool.sleep);
             atomic_fetch_add(&pool.asleep, 1);
