@@ -15,7 +15,7 @@ from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
-from octavo.ops.cpu import attention as by_torch
+from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Attention, Cache, Linear, Rows, Write, kernels, missing, use
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
@@ -175,7 +175,7 @@ def attention(
     q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
 ) -> Tensor:
     if q.dtype not in (torch.float32, torch.bfloat16) or q.shape[2] > _MAX_DIM or q.stride(2) != 1:
-        return by_torch.attention(q, views, batch, scale, window, k_scale, v_scale)
+        return attention_by_torch(q, views, batch, scale, window, k_scale, v_scale)
     dtype = views["k"].dtype
     factor = WIDEN_FACTOR.get(dtype, 1.0)
     if dtype not in FP8_MAX or "k_scale" in views:

@@ -129,7 +129,7 @@ INLINE vf NAME(round_to)(vf v, float scale, Format f) {
     vi exponent = (vi)v & 0x7F800000, smallest = (vi){0} + ((f.smallest + 127) << 23);
     exponent = SELECT(exponent > smallest, exponent, smallest);
     vf magic = (vf)((exponent + ((23 - f.mantissa) << 23)) | 0x400000);
-    return (v + magic) - magic;
+    return (vf)((vi)((v + magic) - magic) | ((vi)v & (int32_t)0x80000000)); /* what is rounded to zero keeps its sign */
 }
 
 /* e^x for x <= 0, to 2 units of the last place; what is under e^-87 is as good as 0. */

@@ -1,0 +1,225 @@
+"""The C kernels: every path that this CPU can run, against float64, the reference's codes, and themselves."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from ops.shapes import BATCHES, HEADS, LINEAR
+from ops.test_attention import FP8, KV_DTYPES, check, scene
+from ops.test_linear import activations
+from quant import float64
+from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
+
+from octavo.kvcache import KVCache, spec_for
+from octavo.ops import reference
+from octavo.ops.cpu import library, native
+from octavo.platform import Platform, detect
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
+
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+
+CPU = Platform(torch.device("cpu"), "test")
+QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
+# More tokens than a row at a time takes, than a panel holds, than one pass takes.
+SHAPES = [*LINEAR, (2, 40, 64), (4, 7, 65), (5, 25, 31), (8, 24, 512), (9, 50, 513), (17, 100, 1100), (530, 30, 70)]
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    if library.use(request.param) is None:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.use(None)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def bound(dtype: torch.dtype) -> float:
+    return 4e-3 if dtype is torch.bfloat16 else 2e-6
+
+
+@dtypes
+@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ], ids=lambda f: str(f.dtype))
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format, dtype: torch.dtype) -> None:
+    m, n, k = shape
+    x, w = activations(m, k, dtype), torch.randn(n, k)
+    q = quantize(w, scheme, fmt.dtype).padded(16)
+    assert native.Native().supports(q, CPU) is None
+    packed = native.Native().pack(q, CPU)
+    assert packed.held_bytes == q.nbytes
+    y = packed(x)
+    assert (y.dtype, y.shape) == (dtype, (m, n))
+    if m:
+        assert relative_error(y, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense(shape: tuple[int, int, int], held: torch.dtype, dtype: torch.dtype) -> None:
+    m, n, k = shape
+    x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(held)
+    y = native.Native().pack(quantize(w, BF16), CPU)(x)
+    if m:
+        assert relative_error(y, torch.from_numpy(array(x) @ array(w).T)) < bound(dtype)
+
+
+@pytest.mark.parametrize("m", [4, 16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_code_is_exact(name: str, m: int) -> None:
+    """Weights of one code each, times tokens of one code each at a scale of 1: each result is one product."""
+    fmt = FORMATS[name]
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[~torch.from_numpy(np.isfinite(fmt.values))] = 0
+    q = QTensor(codes.view(16, 16).to(torch.uint8).view(fmt.dtype), torch.ones(16, 1), FP8_PER_CHANNEL, (16, 16))
+    for start in range(0, 16, m):
+        x = torch.eye(16)[start : start + m] * fmt.limit
+        y = native.Native().pack(q, CPU)(x)
+        expected = fmt.values[codes.numpy()].reshape(16, 16).T[start : start + m] * fmt.limit
+        np.testing.assert_array_equal(array(y), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
+def test_activations_have_the_reference_codes(fmt: Format, m: int, dtype: torch.dtype) -> None:
+    """Times the identity, bit for bit; what is not a number stays within its token."""
+    k = 150
+    x = torch.cat([activations(m - 2, k, dtype), torch.full((2, k), 1e-7, dtype=dtype)])
+    x[0] *= torch.logspace(-6, 0, k).to(dtype)  # over subnormal codes
+    x[-1, 3], x[1, 5] = float("nan"), float("inf")
+    one = quantize(torch.eye(k), FP8_PER_CHANNEL, fmt.dtype)
+    one = QTensor(torch.eye(k).to(fmt.dtype), torch.ones(k, 1), FP8_PER_CHANNEL, one.shape)
+    y = native.Native().pack(one, CPU)(x)
+    codes, scale = reference.quantize_activation(x, FP8_PER_CHANNEL.activation, fmt.dtype)
+    expected = (codes.float() * scale).to(dtype)
+    finite = x.isfinite().all(1)
+    assert torch.equal(y[finite], expected[finite])
+    assert y[~finite].isnan().all()
+    assert reference.ReferenceLinear().pack(one, CPU)(x)[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 4, 5, 40])
+def test_zero_rows_strides_and_e5m2(m: int) -> None:
+    w = torch.randn(33, 70)
+    w[4] = 0
+    wide = torch.randn(m, 200)
+    wide[m // 2] = 0
+    for x in (wide[:, 7:77], wide.mT.contiguous().mT[:, 1:71]):
+        q = QTensor(w.to(torch.float8_e5m2), torch.rand(33, 1) + 0.1, FP8_PER_CHANNEL, (33, 70))
+        y, expected = (i.pack(q, CPU)(x) for i in (native.Native(), reference.ReferenceLinear()))
+        assert not y[:, 4].any()
+        assert not y[m // 2].any()
+        assert m == 1 or relative_error(y, expected) < 2e-6
+
+
+def test_weights_that_are_not_theirs_are_refused() -> None:
+    q = quantize(torch.randn(32, 64), FP8_PER_CHANNEL)
+    q.data.view(torch.uint8)[31, 63] = 0x7F
+    assert native.Native().supports(q, CPU) == "codes that are not numbers"
+    assert "widened" in str(native.Native().supports(q, Platform(CPU.device, "test", widened_dtype=torch.float32)))
+    assert native.Native().supports(quantize(torch.randn(4, 4).half(), BF16), CPU) is not None
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 33])
+@pytest.mark.parametrize("rows", [*BATCHES.values(), [(200, 1), (70, 40), (0, 100), (63, 3), (31, 2)]], ids=[*BATCHES, "long"])
+def test_attention(rows: list[tuple[int, int]], window: int | None, kv: str) -> None:
+    check(scene(rows, (4, 2, 16), kv, CPU, native), kv, FP8.get(kv, E4M3FN), window, 2e-6)
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("heads", [*HEADS, (3, 1, 10), (16, 1, 80), (2, 2, 256), (20, 1, 6)], ids=str)
+def test_heads(heads: tuple[int, int, int], kv: str) -> None:
+    check(scene(BATCHES["mixed"], heads, kv, CPU, native), kv, FP8.get(kv, E4M3FN), None, 2e-6)
+    check(scene(BATCHES["mixed"], heads, kv, CPU, native, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 5e-3)
+
+
+def test_heads_too_wide_go_to_torch() -> None:
+    check(scene(BATCHES["mixed"], (2, 1, 300), "fp8_e4m3", CPU, native), "fp8_e4m3", E4M3FN, None, 2e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("kv", [*KV_DTYPES, "fnuz"])
+def test_the_cache_holds_what_the_reference_writes(kv: str, dtype: torch.dtype) -> None:
+    fp8 = torch.float8_e4m3fnuz if kv == "fnuz" else torch.float8_e4m3fn
+    spec = spec_for("fp8_per_token_head" if kv == "fnuz" else kv, 3, 20, dtype, fp8)
+    caches = [KVCache([spec], 6, 4, CPU.device) for _ in range(2)]
+    qkv = (torch.randn(9, 10, 20) * torch.logspace(-5, 3, 9)[:, None, None]).to(dtype)
+    qkv[2, 3, 4], qkv[3, 8, 1], qkv[4, 7, 19], qkv[5] = float("nan"), float("inf"), float("-inf"), 0
+    slots = torch.tensor([7, 3, 22, 23, 0, 11, 12, 13, 5])
+    for cache, op in zip(caches, (native, reference), strict=True):
+        op.write_kv(cache.views[0], slots, qkv[:, 4:7], qkv[:, 7:], 0.04, 0.02)
+    assert torch.equal(*(cache.buffers[0] for cache in caches))
+
+
+@dtypes
+@pytest.mark.parametrize("width", [1, 6, 128, 300])
+def test_norms_and_activations(width: int, dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(7, width).to(dtype), torch.randn(7, width).to(dtype), torch.randn(width).to(dtype)
+    for more in (None, residual):
+        y, carried = native.rms_norm(x, weight, 1e-5, more)
+        expected, total = reference.rms_norm(x, weight, 1e-5, more)
+        assert torch.equal(carried, total)
+        assert relative_error(y, expected) < bound(dtype)
+    heads = torch.randn(5, 4, width).to(dtype)[:, 1:3]
+    assert relative_error(native.rms_norm(heads, weight, 1e-5)[0], reference.rms_norm(heads, weight, 1e-5)[0]) < bound(dtype)
+    both = torch.randn(9, 2 * width).to(dtype) * 20
+    gate, up = both.double().chunk(2, 1)
+    assert relative_error(native.silu_mul(both), gate / (1 + (-gate).exp()) * up) < bound(dtype)
+    spoiled = torch.tensor([[float("nan"), 0.0, 1.0, 1.0], [float("-inf"), float("inf"), 2.0, 3.0]]).to(dtype)
+    assert torch.equal(native.silu_mul(spoiled).isfinite(), reference.silu_mul(spoiled).isfinite())
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_the_number_of_threads_changes_no_bit(m: int, threads: None) -> None:
+    x, q = torch.randn(m, 700), quantize(torch.randn(301, 700), FP8_PER_CHANNEL)
+    packed = native.Native().pack(q, CPU)
+    made = scene(BATCHES["many"], (4, 2, 16), "fp8_e4m3", CPU, native)
+    results = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        results.append((packed(x), made.attend(0.3, None)))
+    assert all(torch.equal(y, results[0][0]) and torch.equal(o, results[0][1]) for y, o in results)
+
+
+def test_calls_from_several_threads_and_after_a_fork(threads: None) -> None:
+    torch.set_num_threads(2)
+    packed = native.Native().pack(quantize(torch.randn(640, 512), FP8_PER_CHANNEL), CPU)
+    xs = [torch.randn(m, 512) for m in (1, 3, 16, 40)]
+    expected, wrong = [packed(x) for x in xs], []
+
+    def work() -> None:
+        for _ in range(30):
+            wrong.extend(1 for x, y in zip(xs, expected, strict=True) if not torch.equal(packed(x), y))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    if not (child := os.fork()):
+        # The kernels alone: torch's own threads do not survive a fork.
+        y = torch.empty(16, 640)
+        packed.multiply(packed.address, xs[2].data_ptr(), 16, 512, y.data_ptr(), 0, 2)
+        os._exit(0 if torch.equal(y, expected[2]) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_this_machine_uses_them() -> None:
+    assert detect("cpu").widened_dtype is None
