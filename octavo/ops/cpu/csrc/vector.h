@@ -128,7 +128,7 @@ INLINE vf NAME(round_to)(vf v, float scale, Format f) {
     v = SELECT(v < -f.limit, NAME(splat)(-f.limit), v);
     vi exponent = (vi)v & 0x7F800000, smallest = (vi){0} + ((f.smallest + 127) << 23);
     exponent = SELECT(exponent > smallest, exponent, smallest);
-    vf magic = (vf)((exponent + ((23 - f.mantissa) << 23)) | 0x400000);
+    vf magic = (vf)(((vu)exponent + ((23u - (uint32_t)f.mantissa) << 23)) | 0x400000);
     return (vf)((vi)((v + magic) - magic) | ((vi)v & (int32_t)0x80000000)); /* what is rounded to zero keeps its sign */
 }
 
@@ -144,8 +144,8 @@ INLINE vf NAME(exp)(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    vi power = __builtin_convertvector(whole, vi) << 23;
-    return (vf)((vi)p + power);
+    vu power = (vu)__builtin_convertvector(whole, vi) << 23;
+    return (vf)((vu)p + power);
 }
 
 /* c[rows][LANES] (+)= sum over k of a[row * rs + k * cs] * b[k * LANES + lane], for `parts` vectors of lanes. */
