@@ -78,7 +78,7 @@ class EngineConfig:
     cpu_kv_cache_gib: float | None = option(
         None, "KV cache on a CPU in GiB; default: 4, or half of the memory that is available if that is less"
     )
-    block_size: int = option(16, "tokens in a block of KV cache")
+    block_size: int | None = option(None, "tokens in a block of KV cache; default: 64, on a CPU 16")
     max_num_seqs: int = option(256, "most requests in one step")
     max_num_batched_tokens: int | None = option(None, "most tokens in one step; default: 8192, on a CPU 2048")
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes")
@@ -89,6 +89,10 @@ class EngineConfig:
     revision: str | None = option(None, "accepted for compatibility; a checkpoint directory has no revision")
     trust_remote_code: bool = option(False, "accepted for compatibility; Octavo never runs a model's code")
     limit_mm_per_prompt: str | None = option(None, "accepted for compatibility; text models have no images to limit")
+
+    def block_size_on(self, cpu: bool) -> int:
+        """Tokens in a block: a GPU reads a block of 64 whole, a CPU gains nothing from more than 16."""
+        return self.block_size or (16 if cpu else 64)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

@@ -16,11 +16,16 @@ Views = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Field:
-    """One array of the cache: its name, its shape for one token, its dtype."""
+    """One array of the cache: its name, its shape for one token, its dtype.
+
+    With `tokens_last` the tokens of a block lie next to each other, each of the shape's elements after the other: as an FP8
+    matrix unit takes the values, which it sums over tokens. The view's shape is the same.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    tokens_last: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -47,10 +52,11 @@ class KVCacheSpec:
             token_stride = self.bytes_per_token if self.interleaved else field.nbytes
             start = offset if self.interleaved else offset * block_size
             inner = [prod(field.shape[i + 1 :]) for i in range(len(field.shape))]
+            strides = (token_stride // size, *inner)
+            if field.tokens_last:
+                strides = (1, *(block_size * stride for stride in inner))
             out[field.name] = buffer.view(field.dtype).as_strided(
-                (buffer.shape[0], block_size, *field.shape),
-                (buffer.shape[1] // size, token_stride // size, *inner),
-                start // size,
+                (buffer.shape[0], block_size, *field.shape), (buffer.shape[1] // size, *strides), start // size
             )
             offset += field.nbytes
         return out
@@ -61,26 +67,31 @@ def bf16(heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> KVCacheSp
     return KVCacheSpec((Field("k", (heads, dim), dtype), Field("v", (heads, dim), dtype)))
 
 
-def fp8_per_tensor(heads: int, dim: int, dtype: torch.dtype) -> KVCacheSpec:
+def fp8_per_tensor(heads: int, dim: int, dtype: torch.dtype, tokens_last: bool = False) -> KVCacheSpec:
     """FP8 codes; one scale for the keys and one for the values of a layer, kept outside the cache."""
-    return KVCacheSpec((Field("k", (heads, dim), dtype), Field("v", (heads, dim), dtype)))
+    return KVCacheSpec((Field("k", (heads, dim), dtype), Field("v", (heads, dim), dtype, tokens_last)))
 
 
-def fp8_per_token_head(heads: int, dim: int, dtype: torch.dtype) -> KVCacheSpec:
+def fp8_per_token_head(heads: int, dim: int, dtype: torch.dtype, tokens_last: bool = False) -> KVCacheSpec:
     """FP8 codes and one FP32 scale for each token and head, beside them."""
     scales = (Field("k_scale", (heads,), torch.float32), Field("v_scale", (heads,), torch.float32))
-    return KVCacheSpec((*fp8_per_tensor(heads, dim, dtype).fields, *scales))
+    return KVCacheSpec((*fp8_per_tensor(heads, dim, dtype, tokens_last).fields, *scales))
 
 
-def spec_for(kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_dtype: torch.dtype) -> KVCacheSpec:
-    """The spec that a canonical `--kv-cache-dtype` names; `dtype` is the model's and `fp8_dtype` the device's."""
+def spec_for(
+    kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_dtype: torch.dtype, tokens_last: bool = False
+) -> KVCacheSpec:
+    """The spec that a canonical `--kv-cache-dtype` names; `dtype` is the model's and `fp8_dtype` the device's.
+
+    `tokens_last`: FP8 values are laid out for a matrix unit (see Field).
+    """
     if kv_cache_dtype == "auto":
         return bf16(heads, dim, dtype)
     if kv_cache_dtype == "bfloat16":
         return bf16(heads, dim)
     if kv_cache_dtype == "fp8_per_token_head":
-        return fp8_per_token_head(heads, dim, fp8_dtype)
-    return fp8_per_tensor(heads, dim, torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype)
+        return fp8_per_token_head(heads, dim, fp8_dtype, tokens_last)
+    return fp8_per_tensor(heads, dim, torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype, tokens_last)
 
 
 def gather(views: Views, block_ids: Tensor) -> Views:

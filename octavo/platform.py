@@ -7,9 +7,11 @@ import logging
 import os
 import platform as host
 import runpy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +20,8 @@ from octavo.errors import OctavoError
 __all__ = ["FP8_MAX", "Platform", "cpu_kernels", "detect"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # The largest magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
@@ -46,6 +50,13 @@ class Platform:
         if self.is_cpu:
             return f"CPU ({self.arch}, {torch.get_num_threads()} threads)"
         return f"{torch.cuda.get_device_name(self.device)} ({self.arch})"
+
+    def capture(self, fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
+        """A graph of what `fn` launches: its replay, what `fn` returned, and the memory pool, to be given to the next graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+            out = fn()
+        return graph.replay, out, graph.pool()
 
     def memory(self) -> tuple[int, int]:
         """Free and total memory of the device in bytes."""

@@ -61,13 +61,14 @@ def plan_blocks(
     else:
         have = total * config.gpu_memory_utilization - (total - free) - working_bytes
         larger = f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
-    block_bytes = bytes_per_token * config.block_size
+    block_size = config.block_size_on(platform.is_cpu)
+    block_bytes = bytes_per_token * block_size
     blocks = int(have // block_bytes)
-    needed = -(-model_len // config.block_size)
+    needed = -(-model_len // block_size)
     useful = needed * config.max_num_seqs  # more could never be in use at once
     if blocks >= needed:
         return CacheBudget(min(blocks, useful), model_len)
-    fits = max(blocks, 0) * config.block_size
+    fits = max(blocks, 0) * block_size
     if config.max_model_len is None and fits >= min(2048, model_len):
         note = f"max_model_len lowered from {model_len} to {fits}: that is what {gib(have)} of KV cache holds"
         return CacheBudget(blocks, fits, (note,))

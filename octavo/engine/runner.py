@@ -1,4 +1,4 @@
-"""Owns the model, the KV cache and (on a GPU, later) the graphs of one rank: a step's requests in, tokens out."""
+"""Owns the model, the KV cache and the graphs of one rank: a step's requests in, tokens out."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
+from octavo.engine.graphs import DecodeGraphs
 from octavo.engine.loading import load_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.request import Logprobs
@@ -80,6 +81,7 @@ class ModelRunner:
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         self.config = config
         self.platform: Platform = detect(config.device)
+        self.block_size = config.block_size_on(self.platform.is_cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
@@ -99,10 +101,15 @@ class ModelRunner:
         )
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
-        self.cache = KVCache(specs, budget.num_blocks, config.block_size, self.platform.device)
+        self.cache = KVCache(specs, budget.num_blocks, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
         self._settle_kv_scales()
+        self.graphs: DecodeGraphs | None = None
+        if not (self.platform.is_cpu or config.enforce_eager):
+            with torch.inference_mode():
+                sizes = self.block_size, config.max_num_seqs, self.max_model_len
+                self.graphs = DecodeGraphs(self.model, self.platform, *sizes)
         log.info("ops: %s", ops.table())
 
     def _model_len(self) -> int:
@@ -118,7 +125,8 @@ class ModelRunner:
 
     def _cache_specs(self) -> list[KVCacheSpec]:
         name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype
-        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8) for a in self.model.attention_layers()]
+        by_dim = not self.platform.is_cpu
+        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8, by_dim) for a in self.model.attention_layers()]
 
     def _working_bytes(self) -> int:
         """A bound on the activations of the largest step: the MLP's, and the logits with what sampling makes of them."""
@@ -143,9 +151,9 @@ class ModelRunner:
         """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
         from octavo.engine.calibration import calibration_tokens
 
-        room = min(self.max_model_len, self.cache.num_blocks * self.config.block_size, self.max_num_batched_tokens)
+        room = min(self.max_model_len, self.cache.num_blocks * self.block_size, self.max_num_batched_tokens)
         ids = calibration_tokens(self.directory, self.model_config.vocab_size)[:room]
-        blocks = range(-(-len(ids) // self.config.block_size))
+        blocks = range(-(-len(ids) // self.block_size))
         for layer in self.model.attention_layers():
             layer.observe = True
         self.forward(self._batch([batches.Span(ids, 0, blocks)]))
@@ -153,7 +161,7 @@ class ModelRunner:
             layer.observe = False
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
-        return batches.build(spans, self.config.block_size, self.platform.device)
+        return batches.build(spans, self.block_size, self.platform.device)
 
     @torch.inference_mode()
     def forward(self, batch: batches.ForwardBatch) -> Tensor:
@@ -172,32 +180,45 @@ class ModelRunner:
         out = StepTokens()
         if not items:
             return out
-        batch = self._batch([_span(item) for item in items])
-        ends = list(accumulate(item.num_tokens for item in items))
-        if pending := [n for n, item in enumerate(items) if item.pending]:
-            assert previous is not None
-            assert previous.tokens is not None
-            at = self._indices([ends[n] - 1 for n in pending])
-            batch.input_ids[at] = previous.tokens[self._indices([previous.rows[items[n].request.request_id] for n in pending])]
-        hidden = self.model(batch)
+        hidden, ends = self._hidden(items, previous), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
             if row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens:
                 found = self._prompt_logprobs(hidden[end - item.num_tokens :], item, row)
                 out.prompt_logprobs[item.request.request_id] = found
         if sampling := [n for n, item in enumerate(items) if item.samples]:
-            last = hidden[self._indices([ends[n] - 1 for n in sampling])]
+            every = len(sampling) == hidden.shape[0]
+            last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
             self._sample(last, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
+
+    def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None) -> Tensor:
+        """Hidden states of all the items' tokens."""
+        spans = [_span(item) for item in items]
+        known = None if previous is None else previous.tokens
+        sources = [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
+        if self.graphs is not None and all(item.num_tokens == 1 for item in items):
+            if (replayed := self.graphs.run(spans, known, sources)) is not None:
+                return replayed
+        batch, last = self._batch(spans), [end - 1 for end in accumulate(item.num_tokens for item in items)]
+        if pending := [(at, source) for at, source in zip(last, sources, strict=True) if source >= 0]:
+            assert known is not None
+            at, source = (self._indices(part) for part in zip(*pending, strict=True))
+            batch.input_ids[at] = known[source]
+        return self.forward(batch)
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)
 
     def _sample(self, hidden: Tensor, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], out: StepTokens) -> None:
+        ids = [item.request.request_id for item in items]
+        if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
+            out.put(self.model.likeliest(hidden), ids)
+            return
         logits = self.model.logits(hidden)
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
         tokens = sample(logits, rows)
-        out.put(tokens, [item.request.request_id for item in items])
+        out.put(tokens, ids)
         if raw is not None:
             found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
             out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
@@ -229,7 +250,7 @@ class ModelRunner:
             kind = str(p.widened_dtype).removeprefix("torch.")
             why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
             lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
-        tokens = self.cache.num_blocks * self.config.block_size
+        tokens = self.cache.num_blocks * self.block_size
         kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
         lines.append(
             f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "

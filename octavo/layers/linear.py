@@ -103,7 +103,7 @@ class GatedMLP(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Logits in FP32. With tied embeddings its matrix is the embedding's. Every rank computes all of the vocabulary."""
+    """Logits, in x's dtype. With tied embeddings its matrix is the embedding's. Every rank computes all of the vocabulary."""
 
     reads_siblings = True
 
@@ -118,4 +118,4 @@ class LMHead(nn.Module):
         self.weight = loader.weight([name], [self.shape], [Shard()], is_head=True, tied=self.tied)
 
     def forward(self, x: ops.Activation) -> Tensor:
-        return ops.linear(x, self.weight).float()
+        return ops.linear(x, self.weight)

@@ -122,7 +122,12 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """FP32 [rows, vocab]."""
         logits: Tensor = self.lm_head(hidden)
-        return logits
+        return logits.float()
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The token with the largest logit, int64 [rows]: the logits need not be widened for it."""
+        tokens: Tensor = self.lm_head(hidden).argmax(-1)
+        return tokens
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

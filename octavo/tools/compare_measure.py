@@ -192,8 +192,8 @@ def score(
 
 def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:
     """Hidden states [tokens, hidden] of one window, prefilled in one step into blocks that nobody else uses."""
-    blocks = range(1, 1 - len(window) // -runner.config.block_size)
-    return runner.forward(batch.build([batch.Span(window, 0, blocks)], runner.config.block_size, runner.platform.device))
+    blocks = range(1, 1 - len(window) // -runner.block_size)
+    return runner.forward(batch.build([batch.Span(window, 0, blocks)], runner.block_size, runner.platform.device))
 
 
 @torch.inference_mode()

@@ -56,15 +56,18 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         "quantize", elementwise._quantize,
         dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"), dict(BLOCK=4096, **limit), {"num_warps": 8},
     )  # fmt: skip
-    cache = dict(block_stride="i32", token_stride="i32", scale_block_stride="i32", scale_token_stride="i32")
+    cache = dict.fromkeys(
+        ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
+         "scale_token_stride", "table_width"), "i32"
+    )  # fmt: skip
     for per_head in (False, True):
         yield (
             f"rope_write_kv{'_per_head' * per_head}", rope._rope_write_kv,
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
-                 k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, eps="fp32", k_scale="fp32", v_scale="fp32", qs="i32",
-                 ks="i32", vs="i32", **cache),
-            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=16, HEADS=8, NORM=per_head, FP8=True,
-                 PER_HEAD=per_head, **limit),
+                 k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, tokens="i32", eps="fp32", k_scale="fp32", v_scale="fp32",
+                 q_stride="i32", k_stride="i32", v_stride="i32", **cache),
+            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=64, TOKENS=16, NORM=per_head, FP8=True,
+                 PER_HEAD=per_head, BY_DIM=True, **limit),
             {"num_warps": 4},
         )  # fmt: skip
     for bm in (16, 32, 64):
@@ -79,9 +82,9 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
-                 qk_scale="fp32", v_scale="fp32", table_width="i32", **cache),
-            dict(Q_HEADS=32, GROUP=4, ROWS=16, D=128, DP=128, BLOCK_SIZE=16, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
-                 FP8=kv == fp8, STAGES=2, PDL=pdl),
+                 qk_scale="fp32", v_scale="fp32", **cache),
+            dict(Q_HEADS=32, GROUP=4, ROWS=8, D=128, DP=128, BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
+                 FP8=kv == fp8, LIMIT=limit["LIMIT"], STAGES=2 if pdl else 1, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
     yield (
@@ -90,16 +93,16 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     )  # fmt: skip
     yield (
         "stage_kv", prefill._stage_kv,
-        dict(k=fp8, v=fp8, k_scales=fp32, v_scales=fp32, k_out=fp8, v_out=fp8, tables=i32, chunks=i32, table_width="i32",
-             **cache, length="i32"),
-        dict(D=128, DP=128, BLOCK_SIZE=16, TILE=128, PER_HEAD=False, TRANSPOSE=True, PDL=pdl), {"num_warps": 4},
+        dict(k=fp8, v=fp8, k_scales=fp32, v_scales=fp32, k_out=fp8, v_out=bf16, tables=i32, chunks=i32, **cache,
+             length="i32"),
+        dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=False, BY_DIM=True, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
     for kind, kv, bn in (("fp8", fp8, 128), ("bf16", bf16, 64)):
         yield (
             f"prefill_attention_{kind}", prefill._prefill_attention,
-            dict(q=bf16, k=kv, v=kv, out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32", length="i32"),
+            dict(q=bf16, k=kv, v=bf16, out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32", length="i32"),
             dict(Q_HEADS=32, GROUP=4, D=128, DP=128, BM=128, BN=bn if pdl else 64, WINDOW=0, FP8=kind == "fp8",
-                 LIMIT=limit["LIMIT"], STAGES=2 if pdl else 1, PDL=pdl),
+                 LIMIT=limit["LIMIT"], STAGES=3 if pdl else 1, PDL=pdl),
             {"num_warps": 8},
         )  # fmt: skip
 

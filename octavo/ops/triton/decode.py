@@ -1,7 +1,9 @@
 """Attention of single new tokens over the paged cache, where reading keys and values is all the time there is.
 
 A program takes one request, one key head with all the query heads that share it, and one part of the context (split-KV): the
-cache is read once. FP8 codes are read as such and become FP16, which holds each exactly; their scale is applied to the sums.
+cache is read once. The context takes the matrix unit's tall side and the heads its narrow one, so keys and values go from the
+cache into the product as they are stored. Over FP8 codes the other operand must be FP8 too: queries and probabilities are
+split into a code and the code of what it leaves over, which together keep 8 bits, as BF16 does.
 """
 
 from __future__ import annotations
@@ -16,100 +18,110 @@ from octavo.kvcache import Views
 from octavo.ops.triton.launch import device_units, overlap, power_of_2, release, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["decode_attention"]
+__all__ = ["decode_attention", "splits_for"]
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def widen(x):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 lo, hi;
-        mov.b32 {lo, hi}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, lo;
-        cvt.rn.f16x2.e4m3x2 $1, hi;
-        }""",
-        "=r,=r,r", [x.to(tl.uint8, bitcast=True)], dtype=tl.float16, is_pure=True, pack=4,
-    )
+def _in_two(x, dtype: tl.constexpr):
+    """FP32 x [K, N] as FP8 [K, 2N]: codes, then the codes of what those leave over, times 16."""
+    high = x.to(dtype)
+    low = ((x - high.to(tl.float32)) * 16.0).to(dtype)
+    both = tl.trans(tl.join(high, low), 0, 2, 1)
+    return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def _as_one(x):
+    """The sum [M, N] that a product with `_in_two`'s codes stands for."""
+    both = tl.trans(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 0, 2, 1)
+    high, low = tl.split(both)
+    return high + low * 0.0625
 
 
 @triton.jit
 def _decode_attention(
     q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums,
-    qk_scale, v_scale, table_width, block_stride, token_stride, scale_block_stride, scale_token_stride,
+    qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
+    scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
-    FP8: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, KMODE: tl.constexpr = 0, VMODE: tl.constexpr = 0,
+    FP8: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     head = kv_head * GROUP + row
-    wide: tl.constexpr = tl.float16 if FP8 else k.dtype.element_ty
     wait(PDL)
     length = tl.load(seq_lens + request)
     low = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     first = low // TILE
     per_split = tl.cdiv(tl.cdiv(length, TILE) - first, SPLITS)
     begin, end = first + split * per_split, min(first + (split + 1) * per_split, tl.cdiv(length, TILE))
-    q_at = (request.to(tl.int64) * Q_HEADS + head[:, None]) * D + d[None, :]
-    row_ok = (row < GROUP)[:, None] & (d < D)[None, :]
-    query = tl.load(q + q_at, mask=row_ok, other=0.0)
+    q_at = (request.to(tl.int64) * Q_HEADS + head[None, :]) * D + d[:, None]
+    q_ok = (row < GROUP)[None, :] & (d < D)[:, None]
+    query = tl.load(q + q_at, mask=q_ok, other=0.0).to(tl.float32)
+    factor = tl.full((ROWS,), 1.0, tl.float32) * qk_scale
     if FP8:
-        query = tl.clamp(query.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-    if KMODE == 2:
-        q_scale = tl.max(tl.abs(query), 1) / 448.0 + 1e-20
-        query = query / q_scale[:, None]
-        q_hi = query.to(k.dtype.element_ty)
-        q_lo = ((query - q_hi.to(tl.float32)) * 16.0).to(k.dtype.element_ty)
-        qk_factor = (q_scale * qk_scale)[:, None]
+        q_scale = tl.maximum(tl.max(tl.abs(query), 0) / (LIMIT * 0.5), 1e-12)  # room for 16 times what a code leaves
+        factor *= q_scale
+        codes = _in_two(query / q_scale[None, :], k.dtype.element_ty)
     else:
-        query = query.to(wide)
-        qk_factor = qk_scale
-    acc = tl.zeros((ROWS, DP), tl.float32)
+        codes = query.to(k.dtype.element_ty)
+    acc = tl.zeros((DP, ROWS), tl.float32)
     peak = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    d_ok = (d < D)[None, :]
+    total = tl.zeros((TILE, ROWS), tl.float32)
+    run: tl.constexpr = min(BLOCK_SIZE, 16)
     for tile in tl.range(begin, end, num_stages=STAGES):
         at = tile * TILE + tl.arange(0, TILE)
-        block = tl.load(tables + request.to(tl.int64) * table_width + at // BLOCK_SIZE, mask=at < length, other=0).to(tl.int64)
-        slot = block * block_stride + (at % BLOCK_SIZE) * token_stride + kv_head * D
-        ok = (at < length)[:, None] & d_ok
-        keys = tl.load(k + slot[:, None] + d[None, :], mask=ok, other=0.0)
-        values = tl.load(v + slot[:, None] + d[None, :], mask=ok, other=0.0)
-        if KMODE == 2:
-            kt = tl.trans(keys)
-            score = tl.dot(q_hi, kt) * qk_factor + tl.dot(q_lo, kt) * (qk_factor * 0.0625)
-        elif KMODE == 1:
-            score = tl.dot(query, tl.trans(widen(keys)), input_precision="ieee") * qk_factor
+        index = at // BLOCK_SIZE
+        # No mask over tokens: what lies past the context is another's, or the scratch block, and finite; its weight is 0.
+        block = tl.load(tables + request.to(tl.int64) * table_width + index, mask=index < table_width, other=0).to(tl.int64)
+        base, offset = block * block_stride, at % BLOCK_SIZE
+        k_at = (base + offset * k_token_stride + kv_head * D)[:, None] + d[None, :]
+        v_slot = base + offset * v_token_stride + kv_head * v_head_stride
+        if FP8:  # the values of a block's tokens are adjacent
+            v_slot = tl.max_contiguous(tl.multiple_of(v_slot, run), run)
+        v_at = v_slot[None, :] + d[:, None] * v_dim_stride
+        if DP == D:
+            keys, values = tl.load(k + k_at), tl.load(v + v_at)
         else:
-            score = tl.dot(query, tl.trans(keys.to(wide)), input_precision="ieee") * qk_factor
-        if PER_HEAD:
-            place = block * scale_block_stride + (at % BLOCK_SIZE) * scale_token_stride + kv_head
-            score *= tl.load(k_scales + place, mask=at < length, other=0.0)[None, :]
+            keys = tl.load(k + k_at, mask=(d < D)[None, :], other=0.0)
+            values = tl.load(v + v_at, mask=(d < D)[:, None], other=0.0)
+        score = tl.dot(keys, codes, input_precision="ieee")
+        if FP8:
+            score = _as_one(score)
+        score *= factor[None, :]
         seen = (at < length) & (at >= low)
-        score = tl.where(seen[None, :], score, -1e30)
-        higher = tl.maximum(peak, tl.max(score, 1))
-        p = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(p, 1)
-        peak = higher
+        place = block * scale_block_stride + offset * scale_token_stride + kv_head
         if PER_HEAD:
-            p *= tl.load(v_scales + place, mask=at < length, other=0.0)[None, :]
-        if VMODE == 1:
-            acc = acc * shrink[:, None] + tl.dot(p.to(wide), widen(values), input_precision="ieee")
+            score *= tl.load(k_scales + place)[:, None]
+        score = tl.where(seen[:, None], score, -1e30)
+        higher = tl.maximum(peak, tl.max(score, 0))
+        p = tl.exp2(score - higher[None, :])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink[None, :] + p
+        peak = higher
+        gain = 1.0
+        if PER_HEAD:  # the largest scale of the tile stays outside, so that p keeps its codes' range
+            by_token = tl.where(seen, tl.load(v_scales + place), 0.0)
+            gain = tl.maximum(tl.max(by_token, 0), 1e-30)
+            p *= (by_token / gain)[:, None]
+        if FP8:
+            product = _as_one(tl.dot(values, _in_two(p * 256.0, v.dtype.element_ty))) * (gain / 256.0)
         else:
-            acc = acc * shrink[:, None] + tl.dot(p.to(wide), values.to(wide), input_precision="ieee")
+            product = tl.dot(values, p.to(v.dtype.element_ty), input_precision="ieee")
+        acc = acc * shrink[None, :] + product
     release(PDL)
+    sum_of_p = tl.sum(total, 0)
     if SPLITS == 1:
-        y = acc * (v_scale / total)[:, None]
-        tl.store(out + q_at, y.to(out.dtype.element_ty), mask=row_ok)
+        tl.store(out + q_at, (acc * (v_scale / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
     else:
         place = (request.to(tl.int64) * Q_HEADS + head) * SPLITS + split
-        tl.store(parts + place[:, None] * DP + d[None, :], acc, mask=(row < GROUP)[:, None])
+        tl.store(parts + place[None, :] * DP + d[:, None], acc, mask=(row < GROUP)[None, :])
         tl.store(sums + place * 2, peak, mask=row < GROUP)
-        tl.store(sums + place * 2 + 1, total, mask=row < GROUP)
+        tl.store(sums + place * 2 + 1, sum_of_p, mask=row < GROUP)
 
 
 @triton.jit
@@ -142,28 +154,29 @@ def decode_attention(
 ) -> None:  # fmt: skip
     """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each."""
     heads, dim = q.shape[1:]
-    k = views["k"]
+    k, v = views["k"], views["v"]
     kv_heads, group = k.shape[2], heads // k.shape[2]
     fp8 = k.dtype in FP8_MAX
     scales = views.get("k_scale")
-    c = {"TILE": 64, "warps": 4, "stages": 2 if fp8 else 3} | (config or {})
+    c = {"TILE": 64, "warps": 4, "stages": 2} | (config or {})
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
-    dp = power_of_2(dim, 16)
+    dp = power_of_2(dim, 32)
     parts, sums = out, out  # not used
     if splits > 1:
         parts = torch.empty(requests * heads * splits * dp, dtype=torch.float32, device=q.device)
         sums = torch.empty(requests * heads * splits * 2, dtype=torch.float32, device=q.device)
-    per_head = scales is not None
-    _decode_attention[(requests, kv_heads, splits)](
-        q, k, views["v"], views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out, parts, sums,
-        scale * LOG2E * (1.0 if per_head or not fp8 else k_scale), 1.0 if per_head or not fp8 else v_scale,
-        batch.block_tables.stride(0), k.stride(0), k.stride(1), scales.stride(0) if scales is not None else 0,
-        scales.stride(1) if scales is not None else 0, Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 16), D=dim, DP=dp,
-        BLOCK_SIZE=k.shape[1], TILE=c["TILE"], SPLITS=splits, WINDOW=window or 0, PER_HEAD=per_head, FP8=fp8,
-        STAGES=c["stages"], num_warps=c["warps"], KMODE=c.get("K", 0), VMODE=c.get("V", 0), **overlap(),
+    by_layer = fp8 and scales is None
+    _decode_attention[(kv_heads, splits, requests)](
+        q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out, parts, sums,
+        scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
+        batch.block_tables.stride(0), k.stride(0), k.stride(1), v.stride(1), v.stride(2), v.stride(3),
+        scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
+        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 8), D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=c["TILE"],
+        SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, FP8=fp8, LIMIT=FP8_MAX.get(k.dtype, 1.0),
+        STAGES=c["stages"], num_warps=c["warps"], **overlap(),
     )  # fmt: skip
     if splits > 1:
         _merge_splits[(requests * heads,)](
-            parts, sums, out, 1.0 if per_head or not fp8 else v_scale, D=dim, DP=dp, SPLITS=splits, SP=power_of_2(splits),
+            parts, sums, out, v_scale if by_layer else 1.0, D=dim, DP=dp, SPLITS=splits, SP=power_of_2(splits),
             num_warps=1 if splits * dp <= 1024 else 4, **overlap(),
         )  # fmt: skip

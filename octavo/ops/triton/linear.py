@@ -21,7 +21,7 @@ MOST_TOKENS = 64  # from here on a library's product, made for compute, is the f
 PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, before FP32 takes over
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _small_linear(
     x, x_scale, w, w_scale, out, parts, counters, tokens, n, k, x_width, w_width, per_split,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
@@ -29,7 +29,7 @@ def _small_linear(
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     rows = tile * BN + tl.arange(0, BN)
-    token = tl.program_id(2) * BM + tl.arange(0, BM)
+    token = tl.arange(0, BM)
     depth = tl.arange(0, BK)
     w_at = w + rows.to(tl.int64)[:, None] * w_width + depth[None, :]
     x_at = x + token[:, None] * x_width + depth[None, :]
@@ -72,15 +72,15 @@ def _workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, T
     return found
 
 
-def _split(tiles: int, steps: int, most: int) -> int:
-    """Parts of K, so that programs fill the multiprocessors evenly: the fewest that leave little of the last round empty."""
-    units, best, waste_of_best = device_units(), 1, 1.0
-    for split in range(1, min(most, steps) + 1):
-        rounds = tiles * split / units
-        waste = 1 - rounds / (-(-tiles * split // units)) + (0.5 if rounds < 1.5 else 0.0)
-        if waste < waste_of_best - 0.04:
-            best, waste_of_best = split, waste
-    return best
+def _shape(n: int, bm: int) -> dict[str, int]:
+    """Tile and split, as measured on an H200 over Llama-3.1-8B's layers: a few programs a multiprocessor, none idle."""
+    if n >= 2 * 64 * device_units():  # enough tiles of 128 rows without splitting
+        return {"BN": 128, "BK": 128, "warps": 8, "stages": 4, "split": 1}
+    tiles = triton.cdiv(n, 64)
+    split = power_of_2(max(1, 2 * device_units() // tiles))
+    if bm > 16 and split <= 2:
+        return {"BN": 64, "BK": 128, "warps": 4, "stages": 6, "split": 1}
+    return {"BN": 64, "BK": 256, "warps": 4, "stages": 4 if split > 2 and bm <= 32 else 3, "split": split}
 
 
 def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None) -> Tensor:
@@ -89,14 +89,13 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     out = torch.empty(tokens, n, dtype=torch.bfloat16, device=w.device)
     if not tokens:
         return out
-    bm = (config or {}).get("BM") or power_of_2(tokens, 16)
-    c = {"BN": 64, "BK": 128 if bm > 32 else 256, "warps": 4, "stages": 4, "most": 8 if bm <= 32 else 4} | (config or {})
+    bm = power_of_2(tokens, 16)
+    c = _shape(n, bm) | (config or {})
     tiles, steps = triton.cdiv(n, c["BN"]), triton.cdiv(width, c["BK"])
-    split = c.get("split") or _split(tiles, steps, c["most"])
-    per_split = triton.cdiv(steps, split)
+    per_split = triton.cdiv(steps, min(c["split"], steps))
     split = triton.cdiv(steps, per_split)
     parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm, tiles)
-    _small_linear[(tiles, split, triton.cdiv(tokens, bm))](
+    _small_linear[(tiles, split)](
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, width, w.shape[1], per_split,
         BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=c["stages"], num_warps=c["warps"], **overlap(),
     )  # fmt: skip

@@ -15,78 +15,93 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_kv"]
 
-HEADS = 8  # of one token that a program takes
+TOKENS = ((32, 1, 1), (512, 8, 2), (1 << 31, 16, 4))  # up to so many tokens: those of a program, and its warps
 
 
 @triton.jit
 def _store_cache(
-    x, row_mask, mask, cache, scales, address, scale_address, layer_scale,
-    FP8: tl.constexpr, PER_HEAD: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    x, ok, cache, scales, base, offset, token_stride, dim_stride, scale_at, layer_scale, d,
+    D: tl.constexpr, FP8: tl.constexpr, PER_HEAD: tl.constexpr, BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
+    """One head's x [tokens, DP] at the tokens' places."""
     x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN too: the cache holds finite values only
     if FP8:
         if PER_HEAD:
             s = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), LIMIT), FLOOR)
-            tl.store(scales + scale_address, s, mask=row_mask)
+            tl.store(scales + scale_at, s, mask=ok)
             x = x / s[:, None]
         else:
             x = x / layer_scale
-        tl.store(cache + address, to_fp8(x, LIMIT, cache.dtype.element_ty), mask=mask)
+        x = to_fp8(x, LIMIT, cache.dtype.element_ty)
+    x = x.to(cache.dtype.element_ty)
+    place = base + offset * token_stride
+    if BY_DIM:  # neighbouring threads then write neighbouring tokens
+        tl.store(cache + place[None, :] + d[:, None] * dim_stride, tl.trans(x), mask=ok[None, :] & (d < D)[:, None])
     else:
-        tl.store(cache + address, x.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache + place[:, None] + d[None, :] * dim_stride, x, mask=ok[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rope_write_kv(
     q, k, v, q_out, k_cache, v_cache, k_scales, v_scales, q_norm, k_norm, cos_sin, positions, slots,
-    eps, k_scale, v_scale, qs, ks, vs, block_stride, token_stride, scale_block_stride, scale_token_stride,
+    tokens, eps, k_scale, v_scale, q_stride, k_stride, v_stride, block_stride, k_token_stride, v_token_stride, v_head_stride,
+    v_dim_stride, scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, PER_HEAD: tl.constexpr,
-    LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr, PER_HEAD: tl.constexpr,
+    BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)  # queries, then keys, then values
+    head = tl.program_id(0)  # queries, then keys, then values
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = token.to(tl.int64)[:, None]
     d = tl.arange(0, DP)
-    is_q, is_v = head < Q_HEADS, head >= Q_HEADS + KV_HEADS
-    is_k = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
-    kv_head = tl.where(is_v, head - Q_HEADS - KV_HEADS, head - Q_HEADS)
-    known = head < Q_HEADS + 2 * KV_HEADS
-    half: tl.constexpr = R // 2
-    partner = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+    ok = token < tokens
+    inside = ok[:, None] & (d < D)[None, :]
     wait(PDL)
-    position = tl.load(positions + token)
-    slot = tl.load(slots + token).to(tl.int64)
-    mine, other = d[None, :], partner[None, :]
-    inside = d[None, :] < D
-    from_q, from_k, from_v = is_q[:, None] & inside, is_k[:, None] & inside, (is_v & known)[:, None] & inside
-    q_at, k_at, v_at = q + token * qs + head[:, None] * D, k + token * ks + kv_head[:, None] * D, v + token * vs
-    x = tl.load(q_at + mine, mask=from_q, other=0.0).to(tl.float32)
-    x += tl.load(k_at + mine, mask=from_k, other=0.0).to(tl.float32)
-    x += tl.load(v_at + kv_head[:, None] * D + mine, mask=from_v, other=0.0).to(tl.float32)
-    y = tl.load(q_at + other, mask=from_q, other=0.0).to(tl.float32)
-    y += tl.load(k_at + other, mask=from_k, other=0.0).to(tl.float32)
-    release(PDL)
-    dtype: tl.constexpr = q.dtype.element_ty
-    if NORM:
-        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        w = tl.load(q_norm + mine, mask=from_q, other=0.0).to(tl.float32)
-        w += tl.load(k_norm + mine, mask=from_k, other=0.0).to(tl.float32)
-        u = tl.load(q_norm + other, mask=from_q, other=0.0).to(tl.float32)
-        u += tl.load(k_norm + other, mask=from_k, other=0.0).to(tl.float32)
-        x = tl.where(is_v[:, None], x, round_to(round_to(x * factor, dtype) * w, dtype))
-        y = round_to(round_to(y * factor, dtype) * u, dtype)
-    angle = tl.where(d < half, d, d - half)
-    turned = d < R
-    cos = tl.load(cos_sin + position * R + angle, mask=turned, other=1.0)
-    sin = tl.load(cos_sin + position * R + half + angle, mask=turned, other=0.0)
-    sin = tl.where(d < half, -sin, sin)
-    x = tl.where(is_v[:, None], x, round_to(x * cos[None, :] + y * sin[None, :], dtype))
-    tl.store(q_out + (token * Q_HEADS + head[:, None]) * D + mine, x.to(dtype), mask=from_q)
+    slot = tl.load(slots + token, mask=ok, other=0).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    address = block * block_stride + offset * token_stride + kv_head[:, None] * D + mine
-    scale_address = block * scale_block_stride + offset * scale_token_stride + kv_head
-    _store_cache(x, is_k, from_k, k_cache, k_scales, address, scale_address, k_scale, FP8, PER_HEAD, LIMIT, FLOOR)
-    _store_cache(x, is_v & known, from_v, v_cache, v_scales, address, scale_address, v_scale, FP8, PER_HEAD, LIMIT, FLOOR)
+    if head >= Q_HEADS + KV_HEADS:
+        kv_head = head - Q_HEADS - KV_HEADS
+        x = tl.load(v + row * v_stride + kv_head * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        release(PDL)
+        _store_cache(
+            x, ok, v_cache, v_scales, block * block_stride + kv_head * v_head_stride, offset, v_token_stride, v_dim_stride,
+            block * scale_block_stride + offset * scale_token_stride + kv_head, v_scale, d,
+            D, FP8, PER_HEAD, BY_DIM, LIMIT, FLOOR,
+        )  # fmt: skip
+    else:
+        is_q = head < Q_HEADS
+        kv_head = head - Q_HEADS
+        source = q + row * q_stride + head * D
+        norm = q_norm
+        if not is_q:
+            source = k + row * k_stride + kv_head * D
+            norm = k_norm
+        half: tl.constexpr = R // 2
+        partner = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+        x = tl.load(source + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        release(PDL)
+        dtype: tl.constexpr = q.dtype.element_ty
+        if NORM:
+            factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+            w = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+            u = tl.load(norm + partner, mask=d < D, other=0.0).to(tl.float32)
+            x = round_to(round_to(x * factor, dtype) * w[None, :], dtype)
+            y = round_to(round_to(y * factor, dtype) * u[None, :], dtype)
+        position = tl.load(positions + token, mask=ok, other=0)[:, None]
+        angle = tl.where(d < half, d, d - half)[None, :]
+        turned = ok[:, None] & (d < R)[None, :]
+        cos = tl.load(cos_sin + position * R + angle, mask=turned, other=1.0)
+        sin = tl.load(cos_sin + position * R + half + angle, mask=turned, other=0.0)
+        x = round_to(x * cos + tl.where((d < half)[None, :], -y, y) * sin, dtype)
+        if is_q:
+            tl.store(q_out + (row * Q_HEADS + head) * D + d[None, :], x.to(dtype), mask=inside)
+        else:
+            _store_cache(
+                x, ok, k_cache, k_scales, block * block_stride + kv_head * D, offset, k_token_stride, 1,
+                block * scale_block_stride + offset * scale_token_stride + kv_head, k_scale, d,
+                D, FP8, PER_HEAD, False, LIMIT, FLOOR,
+            )  # fmt: skip
 
 
 def rope_write_kv(
@@ -98,18 +113,17 @@ def rope_write_kv(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    fp8 = views["k"].dtype if views["k"].dtype in FP8_MAX else None
-    scales = views.get("k_scale")
-    heads = min(HEADS, power_of_2(q_heads + 2 * kv_heads))
-    grid = (tokens, triton.cdiv(q_heads + 2 * kv_heads, heads))
-    _rope_write_kv[grid](
-        q, k, v, out, views["k"], views["v"], views.get("k_scale", cos_sin), views.get("v_scale", cos_sin),
+    k_cache, v_cache, scales = views["k"], views["v"], views.get("k_scale")
+    per_program, warps = next(rest for most, *rest in TOKENS if tokens <= most)
+    _rope_write_kv[(q_heads + 2 * kv_heads, triton.cdiv(tokens, per_program))](
+        q, k, v, out, k_cache, v_cache, views.get("k_scale", cos_sin), views.get("v_scale", cos_sin),
         norms.q if norms else cos_sin, norms.k if norms else cos_sin, cos_sin, positions, slots,
-        norms.eps if norms else 0.0, k_scale, v_scale, q.stride(0), k.stride(0), v.stride(0),
-        views["k"].stride(0), views["k"].stride(1), scales.stride(0) if scales is not None else 0,
-        scales.stride(1) if scales is not None else 0,
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=cos_sin.shape[1],
-        BLOCK_SIZE=views["k"].shape[1], HEADS=heads, NORM=norms is not None, FP8=fp8 is not None,
-        PER_HEAD=scales is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR, num_warps=4, **overlap(),
+        tokens, norms.eps if norms else 0.0, k_scale, v_scale, q.stride(0), k.stride(0), v.stride(0),
+        k_cache.stride(0), k_cache.stride(1), v_cache.stride(1), v_cache.stride(2), v_cache.stride(3),
+        scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=cos_sin.shape[1], BLOCK_SIZE=k_cache.shape[1],
+        TOKENS=per_program, NORM=norms is not None, FP8=k_cache.dtype in FP8_MAX, PER_HEAD=scales is not None,
+        BY_DIM=v_cache.stride(3) != 1, LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR,
+        num_warps=warps, **overlap(),
     )  # fmt: skip
     return out

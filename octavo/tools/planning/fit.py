@@ -47,9 +47,9 @@ def fit(config: EngineConfig, model: Model, on: Accelerator, weights: int, token
     else:
         room = int(on.memory * config.gpu_memory_utilization) - CONTEXT_BYTES - weights - working_bytes(config, model, on)
     length = config.max_model_len or model.max_model_len
-    block = token_bytes * config.block_size
-    blocks, needed = max(room, 0) // block, -(-length // config.block_size)
-    tokens = blocks * config.block_size
+    block = token_bytes * config.block_size_on(on.is_cpu)
+    blocks, needed = max(room, 0) // block, -(-length // config.block_size_on(on.is_cpu))
+    tokens = blocks * config.block_size_on(on.is_cpu)
     requests = tokens / length
     if blocks < needed:
         lowered = config.max_model_len is None and tokens >= min(SHORTEST, length)
