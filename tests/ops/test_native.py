@@ -18,6 +18,7 @@ from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
 
 from octavo.kvcache import KVCache, spec_for
 from octavo.ops import reference
+from octavo.ops.contract import HeadNorms
 from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
@@ -165,6 +166,29 @@ def test_the_cache_holds_what_the_reference_writes(kv: str, dtype: torch.dtype) 
     for cache, op in zip(caches, (native, reference), strict=True):
         op.write_kv(cache.views[0], slots, qkv[:, 4:7], qkv[:, 7:], 0.04, 0.02)
     assert torch.equal(*(cache.buffers[0] for cache in caches))
+
+
+@dtypes
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("dim", "rotated"), [(2, 2), (80, 80), (64, 16), (256, 256), (300, 300)])
+def test_from_the_product_to_attention(dim: int, rotated: int, normed: bool, dtype: torch.dtype) -> None:
+    spec = spec_for("fp8_e4m3", 2, dim, dtype, torch.float8_e4m3fn)
+    caches = [KVCache([spec], 6, 4, CPU.device) for _ in range(2)]
+    q, k, v = torch.randn(5, 8, dim).to(dtype).split([4, 2, 2], 1)
+    before, angles = q.clone(), torch.rand(50, rotated // 2) * 7
+    norms = HeadNorms(torch.randn(dim).to(dtype), torch.randn(dim).to(dtype), 1e-5) if normed else None
+    table = torch.cat([angles.cos(), angles.sin()], 1), torch.tensor([0, 49, 3, 3, 17])
+    out = [
+        op.rope_write_kv(q, k, v, norms, *table, cache.views[0], torch.tensor([7, 3, 22, 23, 0]), 0.03, 0.02)
+        for op, cache in zip((native, reference), caches, strict=True)
+    ]
+    assert torch.equal(q, before)
+    assert relative_error(*out) < bound(dtype)
+    keys, values = (
+        [c.views[0][name].view(torch.uint8).view(torch.float8_e4m3fn).float() for c in caches] for name in ("k", "v")
+    )
+    assert relative_error(*keys) < 0.02  # a last bit before rounding to FP8 may be a code after it
+    assert torch.equal(*values)
 
 
 @dtypes

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
 import torch
 
 from octavo.platform import cpu_kernels
 
-__all__ = ["KINDS", "Attention", "Cache", "Linear", "Rows", "Write", "kernels", "missing", "use"]
+__all__ = ["KINDS", "Cache", "Linear", "kernels", "missing", "use"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
 
@@ -32,38 +32,15 @@ class Cache(Structure):
     ]  # fmt: skip
 
 
-class Attention(Structure):
-    _fields_ = [
-        ("q", P), ("out", P), ("q_token", I64), ("q_head", I64), ("tables", P), ("starts", P), ("lengths", P),
-        ("table_stride", I64), ("requests", I64), ("heads", I64), ("window", I64), ("k_factor", F), ("v_factor", F),
-        ("kind", I32),
-    ]  # fmt: skip
-
-
-class Rows(Structure):
-    _fields_ = [
-        ("x", P), ("residual", P), ("weight", P), ("y", P), ("sum", P), ("cos_sin", P), ("positions", P), ("rows", I64),
-        ("width", I64), ("inner", I64), ("outer_stride", I64), ("inner_stride", I64), ("residual_stride", I64),
-        ("per_task", I64), ("rotated", I64), ("eps", F), ("kind", I32),
-    ]  # fmt: skip
-
-
-class Write(Structure):
-    _fields_ = [
-        ("cache", P), ("k", P), ("v", P), ("slots", P), ("tokens", I64), ("k_token", I64), ("k_head", I64), ("v_token", I64),
-        ("v_head", I64), ("per_task", I64), ("k_scale", F), ("v_scale", F), ("kind", I32),
-    ]  # fmt: skip
-
-
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_use": (c_char_p, [c_char_p]),
-    "octavo_not_finite": (c_int32, [P, I64, I32]),
-    "octavo_linear": (c_int32, [P, P, I64, I64, P, I32, I32]),
-    "octavo_attention": (c_int32, [POINTER(Attention), P, I32]),
-    "octavo_rms_norm": (None, [POINTER(Rows), I32]),
-    "octavo_silu_mul": (None, [POINTER(Rows), I32]),
-    "octavo_rotate": (None, [POINTER(Rows), I32]),
-    "octavo_write_kv": (None, [POINTER(Write), I32]),
+    "octavo_not_finite": (I32, [P, I64, I32]),
+    "octavo_linear": (I32, [P, P, I64, I64, P, I32, I32]),
+    "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
+    "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
+    "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
+    "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
+    "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, F, F, I32, I32]),
 }
 
 

@@ -6,17 +6,18 @@ A weight is used where it lies, as it is stored. Whatever the kernels do not tak
 from __future__ import annotations
 
 import ctypes
+from ctypes import byref
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.cpu.attention import attention as attention_by_torch
-from octavo.ops.cpu.library import KINDS, Attention, Cache, Linear, Rows, Write, kernels, missing, use
+from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, use
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
@@ -80,76 +81,68 @@ class PackedNative(PackedWeight):
 
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
-        if x.stride(-1) != 1:
+        if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
-        y = torch.empty(m, self.n, dtype=x.dtype)
-        if self.multiply(self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], torch.get_num_threads()):
+        y = x.new_empty(m, self.n)
+        if self.multiply(self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads()):
             raise MemoryError(f"no memory to multiply {m} rows")
         return y
+
+
+def _taken(x: Tensor) -> bool:
+    """Whether the kernels read x as it lies."""
+    return (x.dtype is torch.bfloat16 or x.dtype is torch.float32) and (x.is_contiguous() or x.stride(-1) == 1)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `ops.rms_norm`; x [M, width], or a view [T, H, width]."""
-    width = x.shape[-1]
-    if not (x.dtype is weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and 2 <= x.dim() <= 3 and x.stride(-1) == 1):
+    dims = x.dim()
+    if not (2 <= dims <= 3 and _taken(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    carried = x
-    rows = _rows(x, y)
-    rows.weight, rows.eps = weight.data_ptr(), eps
+    *rows, width = x.shape
+    inner, inside = (1, 0) if dims == 2 else (rows[1], x.stride(1))
+    y, carried, given, total = x.new_empty(*x.shape), x, None, None
     if residual is not None:
-        residual = residual.contiguous()
-        carried = torch.empty(x.shape, dtype=x.dtype)
-        rows.residual, rows.residual_stride, rows.sum = residual.data_ptr(), width, carried.data_ptr()
-    kernels().octavo_rms_norm(rows, torch.get_num_threads())
+        residual, carried = residual.contiguous(), x.new_empty(*x.shape)
+        given, total = residual.data_ptr(), carried.data_ptr()
+    kernels().octavo_rms_norm(
+        x.data_ptr(), given, weight.data_ptr(), y.data_ptr(), total, rows[0] * inner, width, inner, x.stride(0), inside, eps,
+        KINDS[x.dtype], get_num_threads(),
+    )  # fmt: skip
     return y, carried
 
 
-def _rows(x: Tensor, y: Tensor) -> Rows:
-    """x [M, width] or [T, H, width] with whatever strides, y contiguous."""
-    if x.dim() == 2:
-        inner, strides = 1, (x.stride(0), 0)
-    else:
-        inner, strides = x.shape[1], (x.stride(0), x.stride(1))
-    return Rows(
-        x=x.data_ptr(), y=y.data_ptr(), rows=x.shape[0] * inner, width=y.shape[-1], inner=max(inner, 1),
-        outer_stride=strides[0], inner_stride=strides[1], kind=KINDS[x.dtype],
-    )  # fmt: skip
-
-
 def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.stride(1) != 1:
+    if x.dim() != 2 or not _taken(x):
         return reference.silu_mul(x)
-    y = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
-    kernels().octavo_silu_mul(_rows(x, y), torch.get_num_threads())
+    rows, width = x.shape
+    y = x.new_empty(rows, width // 2)
+    kernels().octavo_silu_mul(x.data_ptr(), y.data_ptr(), rows, width // 2, x.stride(0), KINDS[x.dtype], get_num_threads())
     return y
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.stride(-1) != 1 or not cos_sin.is_contiguous():
+    if not _taken(x):
         return reference.rotate(x, cos_sin, positions)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rows = _rows(x, y)
-    positions = positions.contiguous()
-    rows.cos_sin, rows.positions, rows.rotated = cos_sin.data_ptr(), positions.data_ptr(), cos_sin.shape[1]
-    kernels().octavo_rotate(rows, torch.get_num_threads())
+    (tokens, heads, dim), cos_sin, positions = x.shape, cos_sin.contiguous(), positions.contiguous()
+    y = x.new_empty(*x.shape)
+    kernels().octavo_rotate(
+        x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
+        cos_sin.shape[1], KINDS[x.dtype], get_num_threads(),
+    )  # fmt: skip
     return y
 
 
 def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
-    if not (k.dtype is v.dtype and k.dtype in (torch.float32, torch.bfloat16) and k.stride(-1) == v.stride(-1) == 1):
+    if not (_taken(k) and _taken(v) and k.dtype is v.dtype):
         return reference.write_kv(views, slots, k, v, k_scale, v_scale)
-    cache, slots = _cache(views), slots.contiguous()
-    kernels().octavo_write_kv(
-        Write(
-            cache=ctypes.addressof(cache), k=k.data_ptr(), v=v.data_ptr(), slots=slots.data_ptr(), tokens=k.shape[0],
-            k_token=k.stride(0), k_head=k.stride(1), v_token=v.stride(0), v_head=v.stride(1),
-            k_scale=k_scale, v_scale=v_scale, kind=KINDS[k.dtype],
-        ),
-        torch.get_num_threads(),
+    slots = slots.contiguous()
+    kernels().octavo_rope_write_kv(
+        None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_cache(views)), len(k), 0, 0,
+        0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, k_scale, v_scale, KINDS[k.dtype], get_num_threads(),
     )  # fmt: skip
 
 
@@ -165,29 +158,40 @@ def rope_write_kv(
     k_scale: float,
     v_scale: float,
 ) -> Tensor:
+    tokens, heads, dim = q.shape
+    if not (dim <= _MAX_DIM and _taken(q) and _taken(k) and _taken(v) and q.dtype is k.dtype is v.dtype):
+        return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+    q_norm = k_norm = None
+    eps = 0.0
     if norms is not None:
-        q, k = rms_norm(q, norms.q, norms.eps)[0], rms_norm(k, norms.k, norms.eps)[0]
-    write_kv(views, slots, rotate(k, cos_sin, positions), v, k_scale, v_scale)
-    return rotate(q, cos_sin, positions)
+        if not (norms.q.dtype is norms.k.dtype is q.dtype):
+            return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+        q_norm, k_norm, eps = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps
+    out = q.new_empty(*q.shape)
+    cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
+    kernels().octavo_rope_write_kv(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
+        slots.data_ptr(), byref(_cache(views)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        cos_sin.shape[1], eps, k_scale, v_scale, KINDS[q.dtype], get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def attention(
     q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
 ) -> Tensor:
-    if q.dtype not in (torch.float32, torch.bfloat16) or q.shape[2] > _MAX_DIM or q.stride(2) != 1:
+    if q.shape[2] > _MAX_DIM or not _taken(q):
         return attention_by_torch(q, views, batch, scale, window, k_scale, v_scale)
     dtype = views["k"].dtype
     factor = WIDEN_FACTOR.get(dtype, 1.0)
     if dtype not in FP8_MAX or "k_scale" in views:
         k_scale = v_scale = 1.0
-    out = torch.empty(q.shape, dtype=q.dtype)
-    wanted = Attention(
-        q=q.data_ptr(), out=out.data_ptr(), q_token=q.stride(0), q_head=q.stride(1), tables=batch.block_tables.data_ptr(),
-        starts=batch.query_start_loc.data_ptr(), lengths=batch.seq_lens.data_ptr(), table_stride=batch.block_tables.stride(0),
-        requests=batch.seq_lens.shape[0], heads=q.shape[1], window=window or 0,
-        k_factor=scale * factor * k_scale, v_factor=factor * v_scale, kind=KINDS[q.dtype],
-    )  # fmt: skip
-    if kernels().octavo_attention(wanted, ctypes.addressof(_cache(views)), torch.get_num_threads()):
+    out, tables = q.new_empty(*q.shape), batch.block_tables
+    if kernels().octavo_attention(
+        q.data_ptr(), out.data_ptr(), byref(_cache(views)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
+        batch.seq_lens.data_ptr(), tables.stride(0), tables.shape[0], q.shape[1], q.stride(0), q.stride(1), window or 0,
+        scale * factor * k_scale, factor * v_scale, KINDS[q.dtype], get_num_threads(),
+    ):  # fmt: skip
         raise MemoryError("no memory for attention")
     return out
 

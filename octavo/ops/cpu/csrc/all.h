@@ -5,7 +5,7 @@
 #include "elementwise.h"
 
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(write_kv)};
+    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(rope)};
 
 #undef vf
 #undef vi

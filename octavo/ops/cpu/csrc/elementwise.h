@@ -1,45 +1,51 @@
 /* Norms, activations, rotary embedding and writing to the cache for one instruction set: included after vector.h. */
 
 INLINE const char *NAME(row_of)(const Rows *r, int64_t row) {
-    return (const char *)r->x + (row / r->inner * r->outer_stride + row % r->inner * r->inner_stride) * size_of(r->kind);
+    return (const char *)r->x + (row / r->inner * r->outer + row % r->inner * r->inside) * size_of(r->kind);
 }
 
 #define EACH_ROW(r, task) \
     for (int64_t row = (task) * (r)->per_task, end = least(row + (r)->per_task, (r)->rows); row < end; row++)
 
+/* y = norm(x + residual) * weight and sum = x + residual, of one row; without a residual no sum is stored. Rounded where a
+   model's own code rounds. */
+static void NAME(norm_row)(const char *x, const char *residual, const char *weight, char *y, char *sum, int64_t width, float eps,
+                           int kind) {
+    vf square = {0};
+    float values[GROUP], more[GROUP];
+    for (int64_t at = 0; at < width; at += GROUP) {
+        int64_t count = least(GROUP, width - at), offset = at * size_of(kind);
+        NAME(widen_row)(values, x + offset, kind, count);
+        if (residual) {
+            NAME(widen_row)(more, residual + offset, kind, count);
+            for (int64_t i = 0; i < count; i += VL) {
+                vf v = NAME(load)(values + i) + NAME(load)(more + i);
+                NAME(store)(values + i, kind == BF16 ? NAME(round_bf16)(v) : v);
+            }
+            NAME(narrow_row)(sum, kind, at, values, count);
+        }
+        for (int64_t i = 0; i < count; i += VL) square += NAME(load)(values + i) * NAME(load)(values + i);
+    }
+    float factor = 1 / sqrtf(NAME(sum)(square) / (float)width + eps);
+    for (int64_t at = 0; at < width; at += GROUP) {
+        int64_t count = least(GROUP, width - at), offset = at * size_of(kind);
+        NAME(widen_row)(values, (residual ? sum : x) + offset, kind, count);
+        NAME(widen_row)(more, weight + offset, kind, count);
+        for (int64_t i = 0; i < count; i += VL) {
+            vf v = NAME(load)(values + i) * factor;
+            NAME(store)(values + i, (kind == BF16 ? NAME(round_bf16)(v) : v) * NAME(load)(more + i));
+        }
+        NAME(narrow_row)(y, kind, at, values, count);
+    }
+}
+
 static void NAME(rms_norm)(void *argument, int64_t task) {
     const Rows *r = argument;
     EACH_ROW(r, task) {
-        const char *x = NAME(row_of)(r, row);
-        const char *residual = r->residual ? (const char *)r->residual + row * r->residual_stride * size_of(r->kind) : NULL;
-        vf square = {0};
-        float values[GROUP], more[GROUP];
-        for (int pass = 0; pass < 2; pass++) {
-            float factor = pass ? 1 / sqrtf(NAME(sum)(square) / (float)r->width + r->eps) : 0;
-            for (int64_t at = 0; at < r->width; at += GROUP) {
-                int64_t count = least(GROUP, r->width - at), offset = at * size_of(r->kind);
-                const char *from = pass && residual ? (const char *)r->sum + row * r->width * size_of(r->kind) : x;
-                NAME(widen_row)(values, from + offset, r->kind, count);
-                if (!pass && residual) {
-                    NAME(widen_row)(more, residual + offset, r->kind, count);
-                    for (int64_t i = 0; i < count; i += VL) {
-                        vf v = NAME(load)(values + i) + NAME(load)(more + i);
-                        NAME(store)(values + i, r->kind == BF16 ? NAME(round_bf16)(v) : v); /* as a model's own code has it */
-                    }
-                    NAME(narrow_row)(r->sum, r->kind, row * r->width + at, values, count);
-                }
-                if (!pass) {
-                    for (int64_t i = 0; i < count; i += VL) square += NAME(load)(values + i) * NAME(load)(values + i);
-                    continue;
-                }
-                NAME(widen_row)(more, (const char *)r->weight + offset, r->kind, count);
-                for (int64_t i = 0; i < count; i += VL) {
-                    vf v = NAME(load)(values + i) * factor;
-                    NAME(store)(values + i, (r->kind == BF16 ? NAME(round_bf16)(v) : v) * NAME(load)(more + i));
-                }
-                NAME(narrow_row)(r->y, r->kind, row * r->width + at, values, count);
-            }
-        }
+        int64_t offset = row * r->width * size_of(r->kind);
+        const char *residual = r->residual ? (const char *)r->residual + offset : NULL;
+        NAME(norm_row)(NAME(row_of)(r, row), residual, r->weight, (char *)r->y + offset, (char *)r->sum + offset, r->width, r->eps,
+                       r->kind);
     }
 }
 
@@ -62,20 +68,32 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
     }
 }
 
+/* The first `rotated` of a head's values turned by the angles whose cosines and sines follow each other; y may be x. */
+static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
+    int64_t half = rotated / 2, size = size_of(kind);
+    float a[GROUP], b[GROUP], cosine[GROUP], sine[GROUP];
+    for (int64_t at = 0; at < half; at += GROUP) {
+        int64_t count = least(GROUP, half - at);
+        NAME(widen_row)(a, x + at * size, kind, count);
+        NAME(widen_row)(b, x + (half + at) * size, kind, count);
+        NAME(widen_row)(cosine, cosines + at, F32, count);
+        NAME(widen_row)(sine, cosines + half + at, F32, count);
+        for (int64_t i = 0; i < count; i += VL) {
+            vf u = NAME(load)(a + i), v = NAME(load)(b + i), c = NAME(load)(cosine + i), s = NAME(load)(sine + i);
+            NAME(store)(a + i, u * c - v * s);
+            NAME(store)(b + i, v * c + u * s);
+        }
+        NAME(narrow_row)(y, kind, at, a, count);
+        NAME(narrow_row)(y, kind, half + at, b, count);
+    }
+    if (x != y) memcpy(y + rotated * size, x + rotated * size, (size_t)((width - rotated) * size));
+}
+
 static void NAME(rotate)(void *argument, int64_t task) {
     const Rows *r = argument;
-    int64_t half = r->rotated / 2;
     EACH_ROW(r, task) {
-        const char *x = NAME(row_of)(r, row);
-        const float *cosines = r->cos_sin + r->positions[row / r->inner] * r->rotated, *sines = cosines + half;
-        int64_t y = row * r->width;
-        for (int64_t i = 0; i < half; i++) {
-            float a = value_at(x, r->kind, i), b = value_at(x, r->kind, half + i);
-            put(r->y, r->kind, y + i, a * cosines[i] - b * sines[i]);
-            put(r->y, r->kind, y + half + i, b * cosines[i] + a * sines[i]);
-        }
-        memcpy((char *)r->y + (y + r->rotated) * size_of(r->kind), x + r->rotated * size_of(r->kind),
-               (size_t)((r->width - r->rotated) * size_of(r->kind)));
+        const float *cosines = r->cos_sin + r->positions[row / r->inner] * r->rotated;
+        NAME(rotate_row)(NAME(row_of)(r, row), (char *)r->y + row * r->width * size_of(r->kind), cosines, r->rotated, r->width, r->kind);
     }
 }
 
@@ -119,19 +137,32 @@ static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale
     }
 }
 
-static void NAME(write_kv)(void *argument, int64_t task) {
-    const Write *w = argument;
-    const Cache *c = w->cache;
-    for (int64_t t = task * w->per_task; t < least((task + 1) * w->per_task, w->tokens); t++) {
-        int64_t block = w->slots[t] / c->block_size, offset = w->slots[t] % c->block_size;
+/* A head normed and rotated, as far as that is wanted, into y. */
+INLINE void NAME(turn)(const Rope *r, const char *x, const void *norm, const float *cosines, char *y) {
+    if (norm) NAME(norm_row)(x, NULL, norm, y, NULL, r->cache->dim, r->eps, r->kind);
+    NAME(rotate_row)(norm ? y : x, y, cosines, r->rotated, r->cache->dim, r->kind);
+}
+
+static void NAME(rope)(void *argument, int64_t task) {
+    const Rope *r = argument;
+    const Cache *c = r->cache;
+    int64_t size = size_of(r->kind);
+    char turned[MAX_DIM * 4];
+    for (int64_t t = task * r->per_task; t < least((task + 1) * r->per_task, r->tokens); t++) {
+        int64_t block = r->slots[t] / c->block_size, offset = r->slots[t] % c->block_size;
         int64_t token = block * c->block + offset * c->token, scale = block * c->scale_block + offset * c->scale_token;
+        const float *cosines = r->q ? r->cos_sin + r->positions[t] * r->rotated : NULL;
+        for (int64_t h = 0; r->q && h < r->heads; h++)
+            NAME(turn)(r, (const char *)r->q + (t * r->q_token + h * r->q_head) * size, r->q_norm, cosines,
+                       (char *)r->out + (t * r->heads + h) * c->dim * size);
         for (int64_t h = 0; h < c->kv_heads; h++) {
-            const char *k = (const char *)w->k + (t * w->k_token + h * w->k_head) * size_of(w->kind);
-            const char *v = (const char *)w->v + (t * w->v_token + h * w->v_head) * size_of(w->kind);
+            const char *k = (const char *)r->k + (t * r->k_token + h * r->k_head) * size;
+            const char *v = (const char *)r->v + (t * r->v_token + h * r->v_head) * size;
             float *k_scale = c->k_scale ? (float *)((char *)c->k_scale + scale) + h : NULL;
             float *v_scale = c->v_scale ? (float *)((char *)c->v_scale + scale) + h : NULL;
-            NAME(write_head)(k, w->kind, (char *)c->k + token + h * c->head, k_scale, w->k_scale, c->kind, c->dim);
-            NAME(write_head)(v, w->kind, (char *)c->v + token + h * c->head, v_scale, w->v_scale, c->kind, c->dim);
+            if (r->q) NAME(turn)(r, k, r->k_norm, cosines, turned), k = turned;
+            NAME(write_head)(k, r->kind, (char *)c->k + token + h * c->head, k_scale, r->k_scale, c->kind, c->dim);
+            NAME(write_head)(v, r->kind, (char *)c->v + token + h * c->head, v_scale, r->v_scale, c->kind, c->dim);
         }
     }
 }

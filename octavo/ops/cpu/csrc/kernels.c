@@ -19,7 +19,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, write_kv;
+    task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope;
 } Functions;
 
 #define SUFFIX portable
@@ -149,37 +149,63 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
     return status;
 }
 
-/* Attention as Attention says, over `cache`. 0, or -1 without memory. */
-int32_t octavo_attention(const Attention *a, const Cache *cache, int32_t threads) {
-    int64_t group = a->heads / cache->kv_heads, blocks = 0;
+/* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. 0, or -1 without memory. */
+int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int32_t *tables, const int32_t *starts,
+                         const int32_t *lengths, int64_t table_stride, int64_t requests, int64_t heads, int64_t q_token,
+                         int64_t q_head, int64_t window, float k_factor, float v_factor, int32_t kind, int32_t threads) {
+    Attention a = {q, out, q_token, q_head, tables, starts, lengths, table_stride, requests, heads, window, k_factor, v_factor, kind};
+    int64_t group = heads / cache->kv_heads, blocks = 0;
     pthread_mutex_lock(&pool.call);
-    int64_t *first = scratch((size_t)(a->requests + 1) * sizeof *first);
-    for (int64_t r = 0; first && r <= a->requests; r++) {
+    int64_t *first = scratch((size_t)(requests + 1) * sizeof *first);
+    for (int64_t r = 0; first && r <= requests; r++) {
         first[r] = blocks;
-        if (r < a->requests) blocks += ((a->starts[r + 1] - a->starts[r]) * group + LANES - 1) / LANES;
+        if (r < requests) blocks += ((starts[r + 1] - starts[r]) * group + LANES - 1) / LANES;
     }
-    AttentionJob job = {a, cache, first};
+    AttentionJob job = {&a, cache, first};
     if (first) parallel(chosen->attend, &job, blocks * cache->kv_heads, threads);
     pthread_mutex_unlock(&pool.call);
     return first ? 0 : -1;
 }
 
-#define ROW_VALUES 16384 /* of a task: less is not worth a second thread */
+#define TASK_VALUES 16384 /* less is not worth a second thread */
 
-static void each_row(task_fn run, Rows *rows, int32_t threads) {
-    rows->per_task = rows->width ? (ROW_VALUES + rows->width - 1) / rows->width : rows->rows;
+static void each_row(task_fn run, Rows *r, int32_t threads) {
+    r->per_task = 1 + TASK_VALUES / (r->width + 1);
     pthread_mutex_lock(&pool.call);
-    if (rows->rows) parallel(run, rows, (rows->rows + rows->per_task - 1) / rows->per_task, threads);
+    parallel(run, r, (r->rows + r->per_task - 1) / r->per_task, threads);
     pthread_mutex_unlock(&pool.call);
 }
 
-void octavo_rms_norm(Rows *rows, int32_t threads) { each_row(chosen->rms_norm, rows, threads); }
-void octavo_silu_mul(Rows *rows, int32_t threads) { each_row(chosen->silu_mul, rows, threads); }
-void octavo_rotate(Rows *rows, int32_t threads) { each_row(chosen->rotate, rows, threads); }
+/* y = norm(x + residual) * weight, sum = x + residual; residual may be NULL, sum is then not written. All [rows, width]. */
+void octavo_rms_norm(const void *x, const void *residual, const void *weight, void *y, void *sum, int64_t rows, int64_t width,
+                     int64_t inner, int64_t outer, int64_t inside, float eps, int32_t kind, int32_t threads) {
+    Rows r = {.x = x, .residual = residual, .weight = weight, .y = y, .sum = sum, .rows = rows, .width = width, .inner = inner,
+              .outer = outer, .inside = inside, .eps = eps, .kind = kind};
+    each_row(chosen->rms_norm, &r, threads);
+}
 
-void octavo_write_kv(Write *w, int32_t threads) {
-    w->per_task = 1 + ROW_VALUES / (w->cache->kv_heads * w->cache->dim);
+/* y [rows, width] = silu(gate) * up of x [rows, 2 width], whose rows are `stride` values apart. */
+void octavo_silu_mul(const void *x, void *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
+    Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
+    each_row(chosen->silu_mul, &r, threads);
+}
+
+/* y [tokens, heads, dim]: x with its first `rotated` dimensions turned. */
+void octavo_rotate(const void *x, void *y, const float *cos_sin, const int64_t *positions, int64_t tokens, int64_t heads, int64_t dim,
+                   int64_t token, int64_t head, int64_t rotated, int32_t kind, int32_t threads) {
+    Rows r = {.x = x, .y = y, .cos_sin = cos_sin, .positions = positions, .rows = tokens * heads, .width = dim, .inner = heads,
+              .outer = token, .inside = head, .rotated = rotated, .kind = kind};
+    each_row(chosen->rotate, &r, threads);
+}
+
+/* Norms and rotates queries into `out`, and keys, which it writes to the cache with the values; see Rope. */
+void octavo_rope_write_kv(const void *q, const void *k, const void *v, const void *q_norm, const void *k_norm, void *out,
+                          const float *cos_sin, const int64_t *positions, const int64_t *slots, const Cache *cache, int64_t tokens,
+                          int64_t heads, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,
+                          int64_t v_head, int64_t rotated, float eps, float k_scale, float v_scale, int32_t kind, int32_t threads) {
+    Rope r = {q, k, v, q_norm, k_norm, out, cos_sin, positions, slots, cache, tokens, heads, q_token, q_head, k_token, k_head,
+              v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, k_scale, v_scale, kind};
     pthread_mutex_lock(&pool.call);
-    if (w->tokens) parallel(chosen->write_kv, w, (w->tokens + w->per_task - 1) / w->per_task, threads);
+    parallel(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
     pthread_mutex_unlock(&pool.call);
 }

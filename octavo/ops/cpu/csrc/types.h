@@ -58,25 +58,29 @@ typedef struct {
     const int64_t *first; /* [requests + 1] first block of queries of each request */
 } AttentionJob;
 
-/* Rows [rows, width] of anything; a row is at (row / inner) * outer_stride + (row % inner) * inner_stride. */
+/* Rows [rows, width] of anything; a row is at (row / inner) * outer + (row % inner) * inside, in values. */
 typedef struct {
     const void *x, *residual, *weight;
     void *y, *sum;
     const float *cos_sin;
     const int64_t *positions;
-    int64_t rows, width, inner, outer_stride, inner_stride, residual_stride, per_task, rotated;
+    int64_t rows, width, inner, outer, inside, rotated, per_task;
     float eps;
     int32_t kind;
 } Rows;
 
+/* Queries, keys and values [tokens, heads, dim] on their way to attention; strides in values. q_norm: NULL without norms;
+   q: NULL to write only, cos_sin then too. */
 typedef struct {
+    const void *q, *k, *v, *q_norm, *k_norm;
+    void *out;
+    const float *cos_sin;
+    const int64_t *positions, *slots;
     const Cache *cache;
-    const void *k, *v;
-    const int64_t *slots;
-    int64_t tokens, k_token, k_head, v_token, v_head, per_task;
-    float k_scale, v_scale;
+    int64_t tokens, heads, q_token, q_head, k_token, k_head, v_token, v_head, rotated, per_task;
+    float eps, k_scale, v_scale;
     int32_t kind;
-} Write;
+} Rope;
 
 static inline float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
