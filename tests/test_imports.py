@@ -36,7 +36,7 @@ ORDER = [
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 FOR_ALL = {"errors", "batch", "demo"}  # leaves
 CONFIG_READERS = {"cli", "server", "engine", "tools"}
-VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm"}
+VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch"}
 CATALOGUES = {"octavo.tools.planning.accelerators"}  # names of products are the data there
 VENDOR = re.compile(r"cuda|hip(?![a-z])|nvidia|(?<![a-z])amd|rocm", re.IGNORECASE)
 
@@ -96,7 +96,10 @@ def words(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("module", sorted(set(FILES) - VENDORS - CATALOGUES))
 def test_only_the_platform_names_vendors(module: str) -> None:
     # Reading which device a person asked for, and binding ops.cuda, are choices by Platform's word.
-    allowed = {"octavo.config": {"cuda", "auto, cuda or cpu"}, "octavo.ops": {"cuda", "octavo.ops.cuda"}}.get(module, set())
+    allowed = {
+        "octavo.config": {"cuda", "auto, cuda or cpu"},
+        "octavo.ops": {"cuda", "rocm", "octavo.ops.cuda", "octavo.ops.rocm"},
+    }.get(module, set())
     found = [(line, word) for line, word in words(ast.parse(FILES[module].read_text())) if VENDOR.search(word)]
     assert [(line, word) for line, word in found if word not in allowed] == []
 

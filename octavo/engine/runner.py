@@ -196,9 +196,9 @@ class ModelRunner:
         spans = [_span(item) for item in items]
         known = None if previous is None else previous.tokens
         sources = [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
-        if self.graphs is not None and all(item.num_tokens == 1 for item in items):
-            if (replayed := self.graphs.run(spans, known, sources)) is not None:
-                return replayed
+        decodes = all(item.num_tokens == 1 for item in items)
+        if self.graphs and decodes and (replayed := self.graphs.run(spans, known, sources)) is not None:
+            return replayed
         batch, last = self._batch(spans), [end - 1 for end in accumulate(item.num_tokens for item in items)]
         if pending := [(at, source) for at, source in zip(last, sources, strict=True) if source >= 0]:
             assert known is not None

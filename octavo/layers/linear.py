@@ -72,7 +72,10 @@ class QKVLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b, W's columns split over ranks; the partial products are summed over them and b is added once."""
+    """y = x W^T + b, W's columns split over ranks; the partial products are summed over them and b is added once.
+
+    What comes out goes into an RMSNorm, so its scales may be left to that one.
+    """
 
     reads_siblings = True
 
@@ -84,7 +87,9 @@ class RowParallelLinear(nn.Module):
         self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
         self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
 
-    def forward(self, x: ops.Activation) -> Tensor:
+    def forward(self, x: ops.Activation) -> ops.Product:
+        if self.tp.size == 1 and self.bias is None:
+            return ops.linear_unscaled(x, self.weight)
         y = self.tp.all_reduce(ops.linear(x, self.weight))
         return y if self.bias is None else y.add_(self.bias)
 
@@ -97,9 +102,11 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
         self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
 
-    def forward(self, x: ops.Activation) -> Tensor:
-        y: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x), self.down_proj.weight))
-        return y
+    def forward(self, x: ops.Activation) -> ops.Product:
+        wide = self.gate_up_proj
+        y = ops.linear_unscaled(x, wide.weight) if wide.bias is None else wide(x)
+        out: ops.Product = self.down_proj(ops.silu_mul(y, self.down_proj.weight))
+        return out
 
 
 class LMHead(nn.Module):

@@ -24,6 +24,6 @@ class RMSNorm(nn.Module):
         self.weight = loader.vector("weight", (self.size,))
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, feeds: ops.PackedWeight | None = None
+        self, x: ops.Product, residual: Tensor | None = None, feeds: ops.PackedWeight | None = None
     ) -> tuple[ops.Activation, Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual, feeds)

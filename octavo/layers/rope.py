@@ -55,6 +55,7 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(torch.arange(self.max_positions).float(), self.inv_freq)
         self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * self.factor).to(loader.platform.device)
 
+
 def _default(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
     return 1.0 / p["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
 

@@ -14,7 +14,7 @@ from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import CausalLM, ConfigBase
-from octavo.ops import Activation
+from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]
 
@@ -48,9 +48,9 @@ class Attention(nn.Module):
         )
         self.o_proj = RowParallelLinear("o_proj", heads * c.head_dim, c.hidden_size, bias=c.attention_bias, tp=tp)
 
-    def forward(self, x: Activation, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Activation, batch: ForwardBatch) -> Product:
         q, k, v = self.qkv_proj(x)
-        y: Tensor = self.o_proj(self.attn(q, k, v, batch))
+        y: Product = self.o_proj(self.attn(q, k, v, batch))
         return y
 
 
@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
 
-    def forward(self, x: Tensor, residual: Tensor | None, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
         x, residual = self.input_layernorm(x, residual, self.self_attn.qkv_proj.weight)
         x = self.self_attn(x, batch)
         x, residual = self.post_attention_layernorm(x, residual, self.mlp.gate_up_proj.weight)

@@ -16,7 +16,15 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
-from octavo.ops.contract import Activation, HeadNorms, LinearImplementation, PackedWeight, Quantized
+from octavo.ops.contract import (
+    Activation,
+    HeadNorms,
+    LinearImplementation,
+    PackedWeight,
+    Product,
+    Quantized,
+    Unscaled,
+)
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
@@ -24,10 +32,13 @@ __all__ = [
     "Activation",
     "HeadNorms",
     "PackedWeight",
+    "Product",
     "Quantized",
+    "Unscaled",
     "attention",
     "bind",
     "linear",
+    "linear_unscaled",
     "pack",
     "rms_norm",
     "rope_write_kv",
@@ -50,6 +61,8 @@ def bind(platform: Platform) -> None:
     """Choose the implementations of this process. Binding again replaces the earlier choice."""
     if platform.is_cpu:
         from octavo.ops import cpu as preferred
+    elif platform.arch.startswith("gfx"):
+        from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
     with _lock:
@@ -88,8 +101,13 @@ def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y.add_(bias)
 
 
+def linear_unscaled(x: Activation, w: PackedWeight) -> Product:
+    """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
+    return w.unscaled(x)
+
+
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
 ) -> tuple[Activation, Tensor]:
     """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
 
@@ -98,7 +116,7 @@ def rms_norm(
     return _bound["rms_norm"](x, weight, eps, residual, feeds)  # type: ignore[no-any-return]
 
 
-def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Activation:
+def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
     """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], Quantized where `feeds` reads such."""
     return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
-__all__ = ["Activation", "HeadNorms", "LinearImplementation", "PackedWeight", "Quantized"]
+__all__ = ["Activation", "HeadNorms", "LinearImplementation", "PackedWeight", "Product", "Quantized", "Unscaled"]
 
 
 class Quantized(NamedTuple):
@@ -20,7 +20,19 @@ class Quantized(NamedTuple):
     scale: Tensor
 
 
+class Unscaled(NamedTuple):
+    """A product whose scales its reader is to apply: values [M, N] * row [M, 1] * column [N]. FP32 scales.
+
+    Rounding to BF16 does not depend on a scale, and a library multiplies faster without.
+    """
+
+    values: Tensor
+    row: Tensor
+    column: Tensor
+
+
 Activation = Tensor | Quantized
+Product = Tensor | Unscaled
 
 
 class HeadNorms(NamedTuple):
@@ -41,6 +53,10 @@ class PackedWeight:
     def __call__(self, x: Activation) -> Tensor:
         """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
         raise NotImplementedError
+
+    def unscaled(self, x: Activation) -> Product:
+        """The same product, for a reader that applies scales itself."""
+        return self(x)
 
 
 class LinearImplementation(Protocol):

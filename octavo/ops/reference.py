@@ -8,7 +8,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.contract import Activation, HeadNorms, PackedWeight
+from octavo.ops.contract import Activation, HeadNorms, PackedWeight, Product, Unscaled
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
@@ -68,9 +68,15 @@ class ReferenceLinear:
         return _Dequantized(q)
 
 
+def scaled(x: Product) -> Tensor:
+    """A product with its scales applied, in its dtype."""
+    return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
+
+
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
 ) -> tuple[Tensor, Tensor]:
+    x = scaled(x)
     if residual is not None:
         x = x + residual
     values = x.float()
@@ -78,7 +84,8 @@ def rms_norm(
     return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
 
 
-def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
+def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor:
+    x = scaled(x)
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 

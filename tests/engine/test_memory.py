@@ -54,15 +54,18 @@ def test_blocks_on_a_cpu():
 
 
 def test_blocks_on_an_accelerator():
-    assert plan(cuda()).num_blocks == int((80 * 0.9 - 10) * 512)
-    assert plan(cuda(), working=3).num_blocks == int((80 * 0.9 - 13) * 512)
-    assert plan(cuda(), gpu_memory_utilization=0.5).num_blocks == 30 * 512
-    assert plan(cuda(free=80), gpu_memory_utilization=1).num_blocks == 80 * 512
+    a_gib = 512 // 4  # blocks there hold 64 tokens, not 16
+    assert plan(cuda()).num_blocks == int((80 * 0.9 - 10) * a_gib)
+    assert plan(cuda(), working=3).num_blocks == int((80 * 0.9 - 13) * a_gib)
+    assert plan(cuda(), gpu_memory_utilization=0.5).num_blocks == 30 * a_gib
+    assert plan(cuda(free=80), gpu_memory_utilization=1).num_blocks == 80 * a_gib
+    assert plan(cuda(), gpu_memory_utilization=0.5, block_size=16).num_blocks == 30 * 512
 
 
 def test_no_more_blocks_than_could_be_used_at_once():
-    assert plan(cuda(), length=160, max_num_seqs=3).num_blocks == 30
-    assert plan(cuda(), length=161, max_num_seqs=3).num_blocks == 33
+    assert plan(cpu(), length=160, max_num_seqs=3).num_blocks == 30
+    assert plan(cpu(), length=161, max_num_seqs=3).num_blocks == 33
+    assert plan(cuda(), length=161, max_num_seqs=3).num_blocks == 9
 
 
 def test_a_length_that_nobody_asked_for_is_lowered():

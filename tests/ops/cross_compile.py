@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import decode, elementwise, linear, prefill, rope
+from octavo.ops.triton import block, decode, elementwise, linear, prefill, rope
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -41,20 +42,22 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     """Name, kernel, types of the arguments, constants, launch options: as the wrappers launch them for Llama-3.1-8B."""
     fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
     limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
-    yield (
-        "norm_quant", elementwise._norm_quant,
-        dict(x=bf16, residual=bf16, weight=bf16, out=fp8, scale=fp32, carried=bf16, eps="fp32", size="i32", inner="i32",
-             outer_stride="i32", inner_stride="i32", width="i32"),
-        dict(ADD=True, QUANT=True, BLOCK=4096, **limit), {"num_warps": 8},
-    )  # fmt: skip
-    yield (
-        "silu_mul_quant", elementwise._silu_mul_quant,
-        dict(x=bf16, out=fp8, scale=fp32, size="i32", width="i32"),
-        dict(QUANT=True, BLOCK=16384, **limit), {"num_warps": 16},
-    )  # fmt: skip
+    for scaled in (False, True):
+        product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32")
+        yield (
+            f"norm_quant{'_scaled' * scaled}", elementwise._norm_quant,
+            dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
+                 **product),
+            dict(SCALED=scaled, ADD=True, QUANT=True, BLOCK=4096, **limit), {"num_warps": 8},
+        )  # fmt: skip
+        yield (
+            f"silu_mul_quant{'_scaled' * scaled}", elementwise._silu_mul_quant, product,
+            dict(SCALED=scaled, QUANT=True, BLOCK=16384, **limit), {"num_warps": 16},
+        )  # fmt: skip
     yield (
         "quantize", elementwise._quantize,
-        dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"), dict(BLOCK=4096, **limit), {"num_warps": 8},
+        dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"),
+        dict(BLOCK=4096, **limit), {"num_warps": 8},
     )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
@@ -66,9 +69,9 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
                  k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, tokens="i32", eps="fp32", k_scale="fp32", v_scale="fp32",
                  q_stride="i32", k_stride="i32", v_stride="i32", **cache),
-            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=64, TOKENS=16, NORM=per_head, FP8=True,
+            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=64, TOKENS=16, HEADS=4, NORM=per_head, FP8=True,
                  PER_HEAD=per_head, BY_DIM=True, **limit),
-            {"num_warps": 4},
+            {"num_warps": 8},
         )  # fmt: skip
     for bm in (16, 32, 64):
         yield (
@@ -78,13 +81,21 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, PDL=pdl, STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip
+    for bm in (16, 128):
+        yield (
+            f"block_linear_{bm}", block._block_linear,
+            dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, tokens="i32", n="i32", width="i32", groups="i32"),
+            dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
+            {"num_warps": 4 if bm == 16 else 8},
+        )  # fmt: skip
     for kind, kv, per_head in (("fp8", fp8, False), ("per_head", fp8, True), ("bf16", bf16, False)):
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
                  qk_scale="fp32", v_scale="fp32", **cache),
-            dict(Q_HEADS=32, GROUP=4, ROWS=8, D=128, DP=128, BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
-                 FP8=kv == fp8, LIMIT=limit["LIMIT"], STAGES=2 if pdl else 1, PDL=pdl),
+            dict(Q_HEADS=32, GROUP=4, ROWS=8 if pdl or kv == fp8 else 16, D=128, DP=128,
+                 BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
+                 FP8=kv == fp8, LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
     yield (
@@ -125,7 +136,7 @@ def _read(name: str, target: str, made: Any) -> Compiled:
         matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*", made.asm["ptx"])))
     else:
         text = made.asm["amdgcn"]
-        spills = sum(map(int, re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)))
+        spills = sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)))
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
         matrix = sorted(set(re.findall(r"v_mfma\w+", text)))
     return Compiled(name, target, made.metadata.shared, spills, registers, matrix)
@@ -134,14 +145,10 @@ def _read(name: str, target: str, made: Any) -> Compiled:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Local memory (which spilled registers go to) and registers of a thread, as the disassembler's tool says."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(sys.argv[0]).parent / "kernel.cubin"
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    del path
     return sum(map(int, re.findall(r"STACK:(\d+)", text))), max(map(int, re.findall(r"REG:(\d+)", text)))
 
 

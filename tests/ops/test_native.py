@@ -32,11 +32,12 @@ SHAPES = [*LINEAR, (2, 40, 64), (4, 7, 65), (5, 25, 31), (8, 24, 512), (9, 50, 5
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"], autouse=True)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     if library.use(request.param) is None:
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
+    assert library.used() == request.param
     library.use(None)
 
 

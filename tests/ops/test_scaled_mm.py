@@ -1,17 +1,21 @@
-"""The GPU's FP8 product, run on the CPU: torch has `_scaled_mm` there too, with the same rules of shape, stride and dtype."""
+"""A GPU's FP8 product, run on the CPU: torch has `_scaled_mm` there too, with the same rules of shape, stride and dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import relative_error
+from ops.interpreter import set_up
 from ops.shapes import LINEAR
 from quant import float64
 from quant.float64 import E4M3FN, array
 
-from octavo.ops.cuda import ScaledMM
-from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
+set_up()
+
+from octavo.ops.gpu import ScaledMM  # noqa: E402
+from octavo.ops.reference import scaled  # noqa: E402
+from octavo.platform import Platform  # noqa: E402
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize  # noqa: E402
 
 PLATFORM = Platform(torch.device("cpu"), "test")
 
@@ -28,14 +32,16 @@ def rowwise() -> bool:
 
 @pytest.mark.skipif(not rowwise(), reason="this torch's CPU has one scale a matrix only")
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [shape for shape in LINEAR if shape[0]], ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in [*LINEAR, (65, 48, 64)] if shape[0]], ids=str)
 def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -> None:
     m, n, k = shape
     x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k)
     q = quantize(w, scheme).padded(PLATFORM.fp8_alignment)
-    y = ScaledMM().pack(q, PLATFORM)(x)
-    assert y.shape == (m, n)
-    assert relative_error(y, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, E4M3FN))) < 4e-3
+    packed = ScaledMM().pack(q, PLATFORM)
+    expected = torch.from_numpy(float64.linear(array(x), array(w), scheme.name, E4M3FN))
+    for y in (packed(x), scaled(packed.unscaled(x))):
+        assert y.shape == (m, n)
+        assert relative_error(y, expected) < 4e-3
 
 
 def test_without_padding_the_library_refuses() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.triton.launch import device_units, overlap, power_of_2, release, wait
+from octavo.ops.triton.launch import device_units, overlap, pipeline, power_of_2, release, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["decode_attention", "splits_for"]
@@ -145,7 +145,7 @@ def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
     """Parts of a context, so that there are a few programs a multiprocessor and none has less than a tile or two."""
     programs = requests * kv_heads
     wanted = max(1, 4 * device_units() // programs)
-    return min(power_of_2(wanted), 64, max(1, triton.cdiv(longest, 2 * tile)))
+    return min(power_of_2(wanted), 64, max(1, -(-longest // (2 * tile))))
 
 
 def decode_attention(
@@ -162,6 +162,7 @@ def decode_attention(
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     dp = power_of_2(dim, 32)
     parts, sums = out, out  # not used
+    least = 8 if fp8 or pipeline(3) > 2 else 16  # columns of the smallest good matrix instruction; FP8 doubles them
     if splits > 1:
         parts = torch.empty(requests * heads * splits * dp, dtype=torch.float32, device=q.device)
         sums = torch.empty(requests * heads * splits * 2, dtype=torch.float32, device=q.device)
@@ -171,9 +172,9 @@ def decode_attention(
         scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), k.stride(0), k.stride(1), v.stride(1), v.stride(2), v.stride(3),
         scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
-        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 8), D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=c["TILE"],
+        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, least), D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=c["TILE"],
         SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, FP8=fp8, LIMIT=FP8_MAX.get(k.dtype, 1.0),
-        STAGES=c["stages"], num_warps=c["warps"], **overlap(),
+        STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
     )  # fmt: skip
     if splits > 1:
         _merge_splits[(requests * heads,)](

@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import PackedWeight, Quantized
+from octavo.ops.contract import PackedWeight, Product, Quantized, Unscaled
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import overlap, power_of_2, release, round_to, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["quantize", "rms_norm", "silu_mul"]
-
 
 
 @triton.jit
@@ -30,23 +29,29 @@ def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: 
 
 @triton.jit
 def _norm_quant(
-    x, residual, weight, out, scale, carried, eps, size, inner, outer_stride, inner_stride, width,
-    ADD: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_row, x_column, residual, weight, out, scale, carried, eps, size, inner, outer_stride, inner_stride, width,
+    SCALED: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
-    w = tl.load(weight + cols, mask=inside, other=0.0)
+    gain = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        column = tl.load(x_column + cols, mask=inside, other=0.0)
     wait(PDL)
     at = x + (row // inner) * outer_stride + (row % inner) * inner_stride + cols
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        value = round_to(value * tl.load(x_row + row) * column, x.dtype.element_ty)
     if ADD:
         value += tl.load(residual + row * size + cols, mask=inside, other=0.0).to(tl.float32)
         value = round_to(value, x.dtype.element_ty)
+    if ADD or SCALED:
         tl.store(carried + row * size + cols, value.to(x.dtype.element_ty), mask=inside)
     release(PDL)
     factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
-    y = round_to(round_to(value * factor, x.dtype.element_ty) * w.to(tl.float32), x.dtype.element_ty)
+    y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
     if QUANT:
         _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
     else:
@@ -55,8 +60,9 @@ def _norm_quant(
 
 @triton.jit
 def _silu_mul_quant(
-    x, out, scale, size, width,
-    QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_row, x_column, out, scale, size, width,
+    SCALED: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -64,6 +70,10 @@ def _silu_mul_quant(
     wait(PDL)
     gate = tl.load(x + row * 2 * size + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + cols, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        by_row = tl.load(x_row + row)
+        gate = round_to(gate * by_row * tl.load(x_column + cols, mask=inside, other=0.0), x.dtype.element_ty)
+        up = round_to(up * by_row * tl.load(x_column + size + cols, mask=inside, other=0.0), x.dtype.element_ty)
     release(PDL)
     y = round_to(gate / (1.0 + tl.exp(-gate)), x.dtype.element_ty) * up
     if QUANT:
@@ -74,8 +84,9 @@ def _silu_mul_quant(
 
 @triton.jit
 def _quantize(
-    x, out, scale, size, stride, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    x, out, scale, size, stride, width,
+    LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     wait(PDL)
@@ -96,8 +107,9 @@ def _outputs(rows: int, size: int, like: Tensor, fp8: torch.dtype | None, width:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
 ) -> tuple[Tensor | Quantized, Tensor]:
+    x, by_row, by_column = x if isinstance(x, Unscaled) else (x, None, None)
     size = x.shape[-1]
     if x.stride(-1) != 1 or x.dim() not in (2, 3):
         x = x.reshape(-1, size)
@@ -106,19 +118,20 @@ def rms_norm(
     fp8 = feeds.reads if feeds is not None else None
     width = feeds.width if feeds is not None else size
     out, scale = _outputs(rows, size, x, fp8, width)
-    carried = x if residual is None else torch.empty_like(residual)
+    carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         block = power_of_2(max(size, width))
         _norm_quant[(rows,)](
-            x, x if residual is None else residual, weight, out, scale, carried, eps, size, inner,
-            x.stride(0), x.stride(1) if x.dim() == 3 else 0, width,
-            ADD=residual is not None, QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR,
+            x, by_row, by_column, residual, weight, out, scale, carried, eps, size, inner,
+            x.stride(0), x.stride(1) if x.dim() == 3 else 0, width, SCALED=by_row is not None, ADD=residual is not None,
+            QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR,
             BLOCK=block, num_warps=_warps(block), **overlap(),
         )  # fmt: skip
     return (out.view(x.shape) if fp8 is None else Quantized(out, scale)), carried
 
 
-def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor | Quantized:
+def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor | Quantized:
+    x, by_row, by_column = x if isinstance(x, Unscaled) else (x.contiguous(), None, None)
     rows, size = x.shape[0], x.shape[1] // 2
     fp8 = feeds.reads if feeds is not None else None
     width = feeds.width if feeds is not None else size
@@ -126,8 +139,8 @@ def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor | Quantized
     if rows:
         block = power_of_2(max(size, width))
         _silu_mul_quant[(rows,)](
-            x.contiguous(), out, scale, size, width, QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0,
-            FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block), **overlap(),
+            x, by_row, by_column, out, scale, size, width, SCALED=by_row is not None, QUANT=fp8 is not None,
+            LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block), **overlap(),
         )  # fmt: skip
     return out if fp8 is None else Quantized(out, scale)
 

@@ -16,19 +16,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.platform import Platform
 
-__all__ = ["configure", "device_units", "overlap", "power_of_2", "release", "round_to", "to_fp8", "wait"]
+__all__ = [
+    "configure",
+    "device_units",
+    "overlap",
+    "pipeline",
+    "power_of_2",
+    "release",
+    "round_to",
+    "to_fp8",
+    "wait",
+]
 
 _overlap: dict[str, Any] = {"PDL": False}
 _units = 132
+_stages = 8
 
 
-def configure(platform: Platform) -> None:
-    """Settle, once, what this process's device can do."""
-    global _overlap, _units
-    major = int(platform.arch[3:-1]) if platform.arch.startswith("sm_") else 0
-    _overlap = {"PDL": True, "launch_pdl": True} if major >= 9 else {"PDL": False}
+def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
+    """Settle, once, what this process's device can do: dependent launches, and how deep a pipeline may be."""
+    global _overlap, _units, _stages
+    _overlap = {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
+    _stages = stages
     if platform.device.type != "cpu":
         _units = torch.cuda.get_device_properties(platform.device).multi_processor_count
+
+
+def pipeline(stages: int) -> int:
+    """Stages of a loop's pipeline: as many as are best where asynchronous copies are deep, fewer elsewhere."""
+    return min(stages, _stages)
 
 
 def overlap() -> dict[str, Any]:
@@ -42,7 +58,7 @@ def device_units() -> int:
 
 
 def power_of_2(n: int, least: int = 1) -> int:
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())
 
 
 @triton.jit

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.contract import Quantized
-from octavo.ops.triton.launch import device_units, overlap, power_of_2, release, wait
+from octavo.ops.triton.launch import device_units, overlap, pipeline, power_of_2, release, wait
 
 __all__ = ["MOST_TOKENS", "small_linear"]
 
 MOST_TOKENS = 64  # from here on a library's product, made for compute, is the faster one
+MOST_PARTS, MOST_TILES = 1 << 23, 1 << 14
 PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, before FP32 takes over
 
 
@@ -65,11 +66,12 @@ _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 def _workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
     """Room for partial sums and zeroed counters, shared by all products of the device, which run one after another."""
-    found = _workspaces.get(device)
-    if found is None or found[0].numel() < values or found[1].numel() < tiles:
-        parts = torch.empty(max(values, 1 << 23), dtype=torch.float32, device=device)
-        found = _workspaces[device] = parts, torch.zeros(max(tiles, 1 << 13), dtype=torch.int32, device=device)
-    return found
+    if device not in _workspaces:
+        parts = torch.empty(MOST_PARTS, dtype=torch.float32, device=device)
+        _workspaces[device] = parts, torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+    assert values <= MOST_PARTS, "a graph may hold the workspace, so it cannot grow"
+    assert tiles <= MOST_TILES
+    return _workspaces[device]
 
 
 def _shape(n: int, bm: int) -> dict[str, int]:
@@ -83,6 +85,13 @@ def _shape(n: int, bm: int) -> dict[str, int]:
     return {"BN": 64, "BK": 256, "warps": 4, "stages": 4 if split > 2 and bm <= 32 else 3, "split": split}
 
 
+def _split(n: int, width: int, c: dict[str, int]) -> tuple[int, int]:
+    """Programs over K, and how many steps of BK each takes."""
+    steps = triton.cdiv(width, c["BK"])
+    per_split = triton.cdiv(steps, min(c["split"], steps))
+    return triton.cdiv(steps, per_split), per_split
+
+
 def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None) -> Tensor:
     """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MOST_TOKENS."""
     tokens, width = x.codes.shape
@@ -91,12 +100,11 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
         return out
     bm = power_of_2(tokens, 16)
     c = _shape(n, bm) | (config or {})
-    tiles, steps = triton.cdiv(n, c["BN"]), triton.cdiv(width, c["BK"])
-    per_split = triton.cdiv(steps, min(c["split"], steps))
-    split = triton.cdiv(steps, per_split)
-    parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm, tiles)
+    tiles, (split, per_split) = triton.cdiv(n, c["BN"]), _split(n, width, c)
+    parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
     _small_linear[(tiles, split)](
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, width, w.shape[1], per_split,
-        BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=c["stages"], num_warps=c["warps"], **overlap(),
+        BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
+        **overlap(),
     )  # fmt: skip
     return out

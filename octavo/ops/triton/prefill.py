@@ -7,6 +7,7 @@ codes must first change places between threads, and less accurate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops.triton.decode import LOG2E
-from octavo.ops.triton.launch import overlap, power_of_2, release, to_fp8, wait
+from octavo.ops.triton.launch import overlap, pipeline, power_of_2, release, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["prefill_attention"]
@@ -165,7 +166,7 @@ def _plan(batch: ForwardBatch, first: int, bm: int) -> _Plan:
         row += query
     tiles.sort(key=lambda t: -t[2])
 
-    def table(rows: list[tuple[int, ...]]) -> Tensor:
+    def table(rows: Sequence[tuple[int, ...]]) -> Tensor:
         return torch.from_numpy(np.array(rows, dtype=np.int32)).to(batch.input_ids.device, non_blocking=True)
 
     made = batch.cache[key] = _Plan(table(chunks), table(tiles), staged)
@@ -185,6 +186,8 @@ def prefill_attention(
     k_dtype, v_dtype = (k.dtype if fp8 or not by_dim else q.dtype), (q.dtype if by_dim else k.dtype)
     wide = v_dtype is torch.float32
     c = {"BM": 128, "BN": 128, "warps": 8, "stages": 3} if fp8 else {"BM": 128, "BN": 64, "warps": 8, "stages": 3}
+    if pipeline(3) < 3:  # tiles must fit into less memory
+        c |= {"BN": 64, "stages": 1}
     c = ({"BM": 32, "BN": 32, "warps": 4, "stages": 1} if wide else c) | (config or {})
     plan, dp = _plan(batch, first, c["BM"]), power_of_2(dim, 32)
     k_staged = torch.empty(kv_heads * plan.length * dp, dtype=k_dtype, device=q.device)

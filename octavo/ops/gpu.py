@@ -1,0 +1,115 @@
+"""Linear layers on a GPU: our kernel where reading the weight is all the time there is, torch's library for many tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
+from octavo.ops.triton.block import block_linear, quantize_groups
+from octavo.ops.triton.elementwise import quantize
+from octavo.ops.triton.linear import MOST_TOKENS, small_linear
+from octavo.platform import Platform
+from octavo.quant.qtensor import QTensor
+from octavo.quant.scheme import Granularity
+
+__all__ = ["Blocks", "Dense", "ScaledMM"]
+
+UNSCALED_TOKENS = 1024  # up to here the library's product is faster with one scale a matrix than with one a row and column
+
+
+class ScaledMM:
+    """FP8 with a scale a token and a scale a channel."""
+
+    name = "Triton for few tokens, torch._scaled_mm for many"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        if not q.scheme.quantized:
+            return "the weight has no scale"
+        if q.scheme.weight is Granularity.BLOCK:
+            return "tiles of 128x128 need a kernel of their own"
+        return None
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedScaledMM:
+        return PackedScaledMM(q)
+
+
+class PackedScaledMM(PackedWeight):
+    """Codes [N', K'] and channel scales [1, N'], padded as the matrix units want them."""
+
+    def __init__(self, q: QTensor):
+        assert q.scale is not None
+        self.weight, (self.n, self.k) = q.data, q.shape
+        self.scale = F.pad(q.scale, (0, 0, 0, q.data.shape[0] - self.n), value=1.0).view(1, -1)
+        self.one = torch.ones((), dtype=torch.float32, device=q.data.device)
+        self.held_bytes = q.nbytes
+        self.reads, self.width = q.data.dtype, q.data.shape[1]
+
+    def __call__(self, x: Activation) -> Tensor:
+        dtype = torch.bfloat16 if isinstance(x, Quantized) else x.dtype
+        codes, scale = given = self._codes(x)
+        if codes.shape[0] <= MOST_TOKENS:
+            return small_linear(given, self.weight, self.scale, self.n).to(dtype)
+        y = torch._scaled_mm(codes, self.weight.mT, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16)
+        return y[:, : self.n].to(dtype)
+
+    def unscaled(self, x: Activation) -> Product:
+        if not isinstance(x, Quantized) and x.dtype is not torch.bfloat16:
+            return self(x)
+        codes, scale = given = self._codes(x)
+        if not MOST_TOKENS < codes.shape[0] <= UNSCALED_TOKENS or self.n != self.weight.shape[0]:
+            return self(given)
+        y = torch._scaled_mm(codes, self.weight.mT, scale_a=self.one, scale_b=self.one, out_dtype=torch.bfloat16)
+        return Unscaled(y, scale, self.scale)
+
+    def _codes(self, x: Activation) -> Quantized:
+        return x if isinstance(x, Quantized) else quantize(x, self.weight.dtype, self.width)
+
+
+class Blocks:
+    """FP8 with a scale a 128x128 tile of the weight and a group of 128 activations."""
+
+    name = "Triton, tiles of 128x128"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return None if q.scheme.weight is Granularity.BLOCK else "the weight has no scale a tile"
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedBlocks:
+        return PackedBlocks(q)
+
+
+class PackedBlocks(PackedWeight):
+    """Codes [N', K'] and the grid of their scales."""
+
+    def __init__(self, q: QTensor):
+        assert q.scale is not None
+        self.weight, self.scale, self.n, self.held_bytes = q.data, q.scale, q.shape[0], q.nbytes
+
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
+        codes, scale = quantize_groups(x, self.weight.dtype, self.weight.shape[1])
+        return block_linear(codes, scale, self.weight, self.scale, self.n).to(x.dtype)
+
+
+class Dense:
+    """BF16 weights: the library's product."""
+
+    name = "torch"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return "the weight is FP8" if q.scheme.quantized else None
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedDense:
+        return PackedDense(q)
+
+
+class PackedDense(PackedWeight):
+    """A weight [N, K] as it is."""
+
+    def __init__(self, q: QTensor):
+        self.weight, self.held_bytes = q.data, q.nbytes
+
+    def __call__(self, x: Activation) -> Tensor:
+        assert isinstance(x, Tensor)
+        return F.linear(x, self.weight.to(x.dtype))

@@ -1,0 +1,54 @@
+"""Every Triton kernel compiles for chips that are not here: with FP8 matrix instructions, no spills, within their memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
+FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4"}
+MULTIPLIES_FP8 = {
+    "small_linear_16", "small_linear_32", "small_linear_64", "block_linear_16", "block_linear_128", "decode_attention_fp8",
+    "decode_attention_per_head", "prefill_attention_fp8",
+}  # fmt: skip
+MULTIPLIES_BF16 = {"decode_attention_bf16", "prefill_attention_bf16", "prefill_attention_fp8"}
+
+
+@cache
+def compiled(target: str) -> dict[str, dict[str, Any]]:
+    """In a process of its own: this one interprets its kernels."""
+    script = Path(__file__).with_name("cross_compile.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, timeout=600, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {one["kernel"]: one for one in found}
+
+
+@pytest.mark.parametrize("target", MEMORY)
+def test_kernels_compile(target: str) -> None:
+    kernels = compiled(target)
+    assert kernels.keys() >= MULTIPLIES_FP8 | MULTIPLIES_BF16
+    for name, one in kernels.items():
+        assert one["spills"] == 0, f"{name} spills"
+        assert one["shared"] <= MEMORY[target] * 1024, f"{name} takes {one['shared']} bytes"
+        instructions = " ".join(one["matrix"])
+        assert (FP8[target] in instructions) == (name in MULTIPLIES_FP8), f"{name}: {instructions}"
+        assert ("bf16" in instructions) == (name in MULTIPLIES_BF16), f"{name}: {instructions}"
+
+
+def test_hopper_uses_warpgroup_instructions() -> None:
+    """Anything else there runs at half of the rate or less, which only reading a BF16 cache hides."""
+    for name, one in compiled("sm_90").items():
+        if name == "decode_attention_bf16":
+            continue
+        assert all(kind.startswith("wgmma") for kind in one["matrix"]), f"{name}: {one['matrix']}"
