@@ -158,7 +158,7 @@ def main() -> None:
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0))
-    print(f"{cores} cores, {model}, {detect('cpu').arch}; kernels: {library.use(None)}; torch {torch.__version__}")
+    print(f"{cores} cores, {model}, {detect('cpu').arch}; kernels: {library.used()}; torch {torch.__version__}")
     read, flops = limits()
     print(f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e9:.0f} GFLOP/s in FP32")
     for shape in args.shape:

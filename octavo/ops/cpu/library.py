@@ -10,7 +10,7 @@ import torch
 
 from octavo.platform import cpu_kernels
 
-__all__ = ["KINDS", "Cache", "Linear", "kernels", "missing", "use"]
+__all__ = ["KINDS", "Cache", "Linear", "kernels", "missing", "use", "used"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
 
@@ -34,6 +34,7 @@ class Cache(Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_use": (c_char_p, [c_char_p]),
+    "octavo_used": (c_char_p, []),
     "octavo_not_finite": (I32, [P, I64, I32]),
     "octavo_linear": (I32, [P, P, I64, I64, P, I32, I32]),
     "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
@@ -63,6 +64,12 @@ def missing() -> str | None:
 
 
 def use(instruction_set: str | None) -> str | None:
-    """Choose "avx512", "avx2" or "portable", or the best: the name of what is used from now on, None if this CPU lacks it."""
+    """Use "avx512_bf16", "avx512", "avx2" or "portable" from now on, or the best: its name, None if this CPU lacks it."""
     name: bytes | None = kernels().octavo_use(None if instruction_set is None else instruction_set.encode())
     return None if name is None else name.decode()
+
+
+def used() -> str:
+    """The instruction set that the kernels use."""
+    name: bytes = kernels().octavo_used()
+    return name.decode()

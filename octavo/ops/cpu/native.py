@@ -17,7 +17,7 @@ from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.cpu.attention import attention as attention_by_torch
-from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, use
+from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
@@ -33,7 +33,7 @@ class Native:
     """The C kernels' product."""
 
     def __init__(self) -> None:
-        self.name = "C kernels" if missing() else f"C kernels, {use(None)}"
+        self.name = "C kernels" if missing() else f"C kernels, {used()}"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if (reason := missing()) is not None:

@@ -5,7 +5,7 @@
 #include "elementwise.h"
 
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(rope)};
+    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(rope), DOT};
 
 #undef vf
 #undef vi
@@ -19,3 +19,4 @@ static const Functions NAME(functions) = {
 #undef VL
 #undef ISA
 #undef TILE_ROWS
+#undef DOT

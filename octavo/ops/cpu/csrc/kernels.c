@@ -20,12 +20,28 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 typedef struct {
     const char *name;
     task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope;
+    int dot; /* multiplies pairs of BF16 values */
 } Functions;
+
+#if defined(__clang__)
+#define PRAGMA(x) _Pragma(#x)
+#define BEGIN_TARGET(set) PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define PRAGMA(x) _Pragma(#x)
+#define BEGIN_TARGET(set) PRAGMA(GCC push_options) PRAGMA(GCC target(set))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
 
 #define SUFFIX portable
 #define VL 4
 #define ISA 0
 #define TILE_ROWS 3
+#ifdef TEST_PAIRS /* the dot product's data flow, where no CPU with the instruction is at hand */
+#define DOT 1
+#else
+#define DOT 0
+#endif
 #include "all.h"
 
 #if defined(__x86_64__)
@@ -33,42 +49,36 @@ typedef struct {
 #define VL 8
 #define ISA 2
 #define TILE_ROWS 6
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#define DOT 0
+BEGIN_TARGET("avx2,fma,f16c")
 #include "all.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
 
+#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define SUFFIX avx512
 #define VL 16
 #define ISA 3
 #define TILE_ROWS 12
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+#define DOT 0
+BEGIN_TARGET(AVX512)
 #include "all.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
+
+#define SUFFIX avx512_bf16
+#define VL 16
+#define ISA 4
+#define TILE_ROWS 12
+#define DOT 1
+BEGIN_TARGET("avx512bf16," AVX512)
+#include "all.h"
+END_TARGET
 #endif
 
 static const Functions *chosen;
 
 /* The best instruction set that this CPU has, or the one of the given name: its name, or NULL if this CPU lacks it. */
 const char *octavo_use(const char *name) {
-    const Functions *have[3];
+    const Functions *have[4];
     int count = 0;
     for (int code = 0; code < 256; code++) {
         for (int e5m2 = 0; e5m2 < 2; e5m2++) {
@@ -81,9 +91,10 @@ const char *octavo_use(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        have[count++] = &functions_avx512;
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) have[count++] = &functions_avx512_bf16;
+    if (avx512) have[count++] = &functions_avx512;
     if (avx2) have[count++] = &functions_avx2;
 #endif
     have[count++] = &functions_portable;
@@ -94,6 +105,9 @@ const char *octavo_use(const char *name) {
     }
     return NULL;
 }
+
+/* The instruction set that is used now. */
+const char *octavo_used(void) { return chosen->name; }
 
 /* Memory of one call, kept for the next; guarded by pool.call. */
 static void *scratch(size_t bytes) {
@@ -128,14 +142,17 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
     for (int64_t done = 0; done < m && !status; done += most) {
         int64_t count = least(most, m - done), panels = (count + LANES - 1) / LANES;
         int is_panel = count > ROWS_MODE;
-        size_t values = (size_t)(is_panel ? panels * w->k * LANES : count * k_padded), scales = (size_t)(count + 15) / 16 * 16;
+        int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x, in BF16 */
+        size_t values = (size_t)(is_panel ? panels * (w->k + 1) * LANES : count * k_padded), scales = (size_t)(count + 15) / 16 * 16;
         float *memory = scratch((values + scales) * 4);
         if (!memory) {
             status = -1;
             break;
         }
-        LinearJob job = {w, (const char *)x + done * x_stride * size_of(kind), (char *)y + done * w->n * size_of(kind), memory + scales,
-                         memory, count, x_stride, k_padded, 0, 1, kind, is_panel};
+        LinearJob job = {
+            .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
+            .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
+            .kind = kind, .is_panel = is_panel, .pairs = is_panel && chosen->dot && exact && w->kind != F32 && !w->scale_columns};
         parallel(chosen->prepare, &job, is_panel ? panels : 1, threads);
         if (is_panel) {
             job.row_tasks = (w->n + TASK_ROWS - 1) / TASK_ROWS;

@@ -10,8 +10,14 @@
 #define CHUNK 64   /* values of a row that are multiplied in one turn */
 #define AHEAD 4096 /* bytes: rows are read in one stream, and a CPU's own prefetching stops at the end of each page */
 
-/* One token's values as FP32, quantized as the weight's scheme says; `step` apart at dst. */
-static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, int64_t step) {
+/* Where a panel's values of position k begin: [k][LANES] FP32, or [k / 2][LANES][2] BF16, which are as exact for codes. */
+INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
+    if (job->pairs) return job->panel + (panel * ((job->w->k + 1) / 2) + k / 2) * LANES;
+    return job->panel + (panel * job->w->k + k) * LANES;
+}
+
+/* One token's values, quantized as the weight's scheme says: as FP32 one after another (lane < 0), or in a panel's lane. */
+static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, int64_t lane) {
     const Linear *w = job->w;
     const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
     const Format format = FORMATS[w->kind];
@@ -42,13 +48,16 @@ static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, 
                 NAME(store)(values + i, w->activation == PER_GROUP ? v * scale : v);
             }
         }
-        if (step == 1) {
+        if (lane < 0) {
             for (int64_t i = 0; i < whole; i += VL) NAME(store)(dst + at + i, NAME(load)(values + i));
+        } else if (job->pairs) {
+            uint16_t *pairs = (uint16_t *)(dst + at / 2 * LANES) + 2 * lane;
+            for (int64_t i = 0; i < count + count % 2; i++) pairs[i / 2 * 2 * LANES + i % 2] = i < count ? float_to_bf16(values[i]) : 0;
         } else {
-            for (int64_t i = 0; i < count; i++) dst[(at + i) * step] = values[i];
+            for (int64_t i = 0; i < count; i++) dst[(at + i) * LANES + lane] = values[i];
         }
     }
-    for (int64_t i = (w->k + LANES - 1) / LANES * LANES; step == 1 && i < job->k_padded; i++) dst[i] = 0;
+    for (int64_t i = (w->k + LANES - 1) / LANES * LANES; lane < 0 && i < job->k_padded; i++) dst[i] = 0;
 }
 
 /* Task: one panel of tokens, or all of them where they are rows. */
@@ -56,12 +65,12 @@ static void NAME(prepare)(void *argument, int64_t task) {
     const LinearJob *job = argument;
     int64_t first = job->is_panel ? task * LANES : 0, lanes = least(LANES, job->m - first);
     for (int64_t i = 0; i < lanes; i++) {
-        float *dst = job->is_panel ? job->panel + task * job->w->k * LANES + i : job->panel + i * job->k_padded;
-        NAME(quantize_row)(job, first + i, dst, job->is_panel ? LANES : 1);
+        float *dst = job->is_panel ? NAME(panel_at)(job, task, 0) : job->panel + i * job->k_padded;
+        NAME(quantize_row)(job, first + i, dst, job->is_panel ? i : -1);
     }
     if (!job->is_panel || lanes == LANES) return;
-    for (int64_t k = 0; k < job->w->k; k++)
-        for (int64_t i = lanes; i < LANES; i++) job->panel[(task * job->w->k + k) * LANES + i] = 0;
+    for (float *at = NAME(panel_at)(job, task, 0), *end = NAME(panel_at)(job, task + 1, 0); at < end; at += LANES)
+        for (int64_t i = lanes; i < LANES; i++) at[i] = 0;
 }
 
 /* The scale of a row of the weight, or of its part that begins at k. */
@@ -121,6 +130,58 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
     }
 }
 
+#if DOT
+/* A code is exact in BF16 too: as FP8 it is at least 2^-17 once widened, far above what the dot product takes for zero. */
+INLINE void NAME(widen_to_pairs)(uint16_t *dst, const char *p, int kind, int64_t count) {
+    float values[GROUP];
+    for (int64_t at = 0; at < count; at += GROUP) {
+        int64_t some = least(GROUP, count - at);
+        if (kind == BF16) {
+            memcpy(dst + at, p + at * 2, (size_t)some * 2);
+        } else {
+            NAME(widen_row)(values, p + at, kind, some);
+            NAME(narrow_row)(dst, BF16, at, values, some);
+        }
+    }
+    if (count % 2) dst[count] = 0;
+}
+
+/* sum += x[2 lane] * w[0] + x[2 lane + 1] * w[1] in every lane. */
+INLINE void NAME(dot_pairs)(vf sum[PARTS], const uint16_t *x, const uint16_t *w) {
+#if ISA == 4
+    int32_t pair;
+    memcpy(&pair, w, 4);
+    sum[0] = (vf)_mm512_dpbf16_ps((__m512)sum[0], (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_set1_epi32(pair));
+#else /* the same in C, for testing what is around it */
+    for (int i = 0; i < LANES; i++) {
+        float one = bf16_to_float(x[2 * i]) * bf16_to_float(w[0]), other = bf16_to_float(x[2 * i + 1]) * bf16_to_float(w[1]);
+        sum[i / VL][i % VL] += one + other;
+    }
+#endif
+}
+
+INLINE void NAME(tile_of_pairs)(int rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
+    vf sum[TILE_ROWS][PARTS] = {0};
+    for (int64_t j = 0; j < pairs; j++, a += 2, b += 2 * LANES) {
+#pragma GCC unroll 32
+        for (int i = 0; i < rows; i++) NAME(dot_pairs)(sum[i], b, a + i * rs);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < rows; i++) {
+        for (int p = 0; p < PARTS; p++) {
+            float *at = c + i * LANES + p * VL;
+            NAME(store)(at, add ? NAME(load)(at) + sum[i][p] : sum[i][p]);
+        }
+    }
+}
+
+static void NAME(product_of_pairs)(int64_t rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
+    int64_t i = 0;
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) NAME(tile_of_pairs)(TILE_ROWS, pairs, a + i * rs, rs, b, c + i * LANES, add);
+    for (; i < rows; i++) NAME(tile_of_pairs)(1, pairs, a + i * rs, rs, b, c + i * LANES, add);
+}
+#endif
+
 static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
     const Linear *w = job->w;
     float rows[TASK_ROWS * TASK_K] __attribute__((aligned(64)));
@@ -130,15 +191,29 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
         for (int64_t row = from; row < to; row++) {
             const char *at = (const char *)w->weight + (row * w->stride + k) * size_of(w->kind);
             float *dst = rows + (row - from) * TASK_K;
+#if DOT
+            if (job->pairs) {
+                NAME(widen_to_pairs)((uint16_t *)dst, at, w->kind, depth);
+                continue;
+            }
+#endif
             NAME(widen_row)(dst, at, w->kind, depth);
             for (int64_t g = 0; w->scale_columns && g < depth; g += GROUP) {
                 float scale = NAME(scale_at)(w, row, k + g);
                 for (int64_t i = g; i < least(g + GROUP, depth); i += VL) NAME(store)(dst + i, NAME(load)(dst + i) * scale);
             }
         }
-        for (int64_t p = first_panel; p < last_panel; p++)
-            NAME(product)(to - from, least(LANES, job->m - p * LANES), depth, rows, TASK_K, 1, job->panel + (p * w->k + k) * LANES,
-                          sums + (p - first_panel) * TASK_ROWS * LANES, k > 0);
+        for (int64_t p = first_panel; p < last_panel; p++) {
+            float *sum = sums + (p - first_panel) * TASK_ROWS * LANES;
+#if DOT
+            if (job->pairs) {
+                NAME(product_of_pairs)(to - from, (depth + 1) / 2, (uint16_t *)rows, 2 * TASK_K, (uint16_t *)NAME(panel_at)(job, p, k),
+                                       sum, k > 0);
+                continue;
+            }
+#endif
+            NAME(product)(to - from, least(LANES, job->m - p * LANES), depth, rows, TASK_K, 1, NAME(panel_at)(job, p, k), sum, k > 0);
+        }
     }
     for (int64_t p = first_panel; p < last_panel; p++) {
         const float *sum = sums + (p - first_panel) * TASK_ROWS * LANES;

@@ -47,9 +47,9 @@ typedef struct {
     const Linear *w;
     const void *x;
     void *y;
-    float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens; a token's scale */
+    float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens (for `pairs` BF16); a token's scale */
     int64_t m, x_stride, k_padded, row_tasks, token_tasks;
-    int32_t kind, is_panel;
+    int32_t kind, is_panel, pairs;
 } LinearJob;
 
 typedef struct {

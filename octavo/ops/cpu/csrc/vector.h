@@ -19,7 +19,7 @@ INLINE vf NAME(load)(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; 
 INLINE void NAME(store)(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf NAME(splat)(float x) { return x - (vf){0}; }
 INLINE float NAME(sum)(vf v) {
-#if ISA == 3
+#if ISA >= 3
     return _mm512_reduce_add_ps((__m512)v);
 #elif ISA == 2
     __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
