@@ -43,9 +43,8 @@ class Native:
         if q.data.dtype not in KINDS or q.data.stride(1) != 1:
             return f"{q.data.dtype} is not theirs"
         if q.scale is None:
-            if q.data.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                return "oneDNN has BF16 instructions here"
-            return None
+            tiles = q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+            return "torch multiplies BF16 by this CPU's matrix tiles" if tiles else None
         codes = q.data
         if codes.is_contiguous() and kernels().octavo_not_finite(codes.data_ptr(), codes.numel(), KINDS[codes.dtype]):
             return "codes that are not numbers"
