@@ -13,6 +13,8 @@ import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch 
 
 import torch  # isort: skip
 
+import ops.interpreter
+
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCache, spec_for

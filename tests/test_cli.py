@@ -48,7 +48,7 @@ def test_every_field_has_its_flag() -> None:
         ("--max-model-len 32K", "max_model_len", 32768),
         ("-q fp8_per_channel", "quantization", "ptpc_fp8"),
         ("-tp 2", "tensor_parallel_size", 2),
-        ("", "block_size", 16),
+        ("--block-size 32", "block_size", 32),
     ],
 )
 def test_flags(line: str, name: str, value: object) -> None:

@@ -16,7 +16,8 @@ __all__ = ["ColumnParallelLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParall
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W [N, K] the stack of the matrices `names`, whose rows are split over ranks.
 
-    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one.
+    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one. `unscaled`: what reads
+    the result takes a Product.
     """
 
     reads_siblings = True  # its own name (qkv_proj) is not in the checkpoint; its parts' names are, beside it
@@ -30,9 +31,10 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         tp: TensorParallel,
         heads: list[int] | None = None,
+        unscaled: bool = False,
     ):
         super().__init__()
-        self.names, self.has_bias = names, bias
+        self.names, self.has_bias, self.unscaled = names, bias, unscaled
         self.shapes = [(n, in_features) for n in out_features]
         copies = [max(1, tp.size // h) for h in heads] if heads else [1] * len(names)
         self.shards = [Shard(0, tp.rank, tp.size, c) for c in copies]
@@ -47,7 +49,9 @@ class ColumnParallelLinear(nn.Module):
             ]
             self.bias = torch.cat(parts)
 
-    def forward(self, x: ops.Activation) -> Tensor:
+    def forward(self, x: ops.Activation) -> ops.Product:
+        if self.unscaled and self.bias is None:
+            return ops.linear_unscaled(x, self.weight)
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -67,7 +71,8 @@ class QKVLinear(ColumnParallelLinear):
         self.parts = [tp.part(heads), tp.part(kv_heads), tp.part(kv_heads)]
 
     def forward(self, x: ops.Activation) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        q, k, v = super().forward(x).unflatten(1, (-1, self.head_dim)).split(self.parts, dim=1)
+        y = ops.linear(x, self.weight, self.bias)
+        q, k, v = y.unflatten(1, (-1, self.head_dim)).split(self.parts, dim=1)
         return q, k, v
 
 
@@ -99,14 +104,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
         super().__init__()
-        self.gate_up_proj = ColumnParallelLinear(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
+        both = ["gate_proj", "up_proj"]
+        self.gate_up_proj = ColumnParallelLinear(both, hidden, [intermediate] * 2, bias=bias, tp=tp, unscaled=True)
         self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
 
     def forward(self, x: ops.Activation) -> ops.Product:
-        wide = self.gate_up_proj
-        y = ops.linear_unscaled(x, wide.weight) if wide.bias is None else wide(x)
-        out: ops.Product = self.down_proj(ops.silu_mul(y, self.down_proj.weight))
-        return out
+        y: ops.Product = self.down_proj(ops.silu_mul(self.gate_up_proj(x), self.down_proj.weight))
+        return y
 
 
 class LMHead(nn.Module):

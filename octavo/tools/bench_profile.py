@@ -6,13 +6,15 @@ import importlib.util
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from octavo import ops
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
 from octavo.platform import Platform
@@ -34,6 +36,7 @@ ROLES = {
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
 OTHER, GAPS = "other", "gaps"
+OP = "octavo::"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int)
     """
     platform = core.runner.platform
     plain = _wall(platform, step, steps) if steps > 1 and not platform.is_cpu else None
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile() as profiler, _named_ops() if platform.is_cpu else nullcontext():
         wall = _wall(platform, step, steps)
     wall = plain if plain is not None else wall
     kernels = _kernels(profiler.key_averages(), platform.is_cpu, steps)
@@ -126,6 +129,28 @@ def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int)
     }
 
 
+@contextmanager
+def _named_ops() -> Iterator[None]:
+    """Gives octavo's ops names in a profile: the C kernels of a CPU are not torch's, which would not see them."""
+    names = ("linear", "linear_unscaled", "rms_norm", "silu_mul", "rope_write_kv", "attention")
+    plain = {name: getattr(ops, name) for name in names}
+
+    def named(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.profiler.record_function(OP + name):
+                return plain[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in names:
+            setattr(ops, name, named(name))
+        yield
+    finally:
+        for name in names:
+            setattr(ops, name, plain[name])
+
+
 def _wall(platform: Platform, step: Callable[[], None], steps: int) -> float:
     synchronize(platform)
     start = time.perf_counter()
@@ -139,7 +164,8 @@ def _kernels(events: Iterable[Any], cpu: bool, steps: int) -> list[Kernel]:
     """Events of the device alone, the longest first; on a CPU the operators, each without those that it calls."""
     out = []
     for event in events:
-        if (event.device_type.name == "CPU") != cpu or getattr(event, "is_user_annotation", False):
+        annotation = getattr(event, "is_user_annotation", False) and not event.key.startswith(OP)
+        if (event.device_type.name == "CPU") != cpu or annotation:
             continue
         us = event.self_cpu_time_total if cpu else event.self_device_time_total
         if us:

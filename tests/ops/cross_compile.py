@@ -93,7 +93,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
                  qk_scale="fp32", v_scale="fp32", **cache),
-            dict(Q_HEADS=32, GROUP=4, ROWS=8 if pdl or kv == fp8 else 16, D=128, DP=128,
+            dict(Q_HEADS=32, GROUP=4, ROWS=16, D=128, DP=128,
                  BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
                  FP8=kv == fp8, LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},

@@ -7,15 +7,13 @@ import os
 import numpy as np
 import torch
 
-__all__ = ["HAS_GPU", "set_up"]
+__all__ = ["HAS_GPU"]
 
 HAS_GPU = torch.cuda.is_available()
 
 
-def set_up() -> None:
-    """Call before a kernel's module is imported: Triton decides then how its functions will run."""
-    if HAS_GPU:
-        return
+def _set_up() -> None:
+    """Triton decides how a function will run when its module is imported: this must come first."""
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
     from triton.runtime import interpreter
@@ -59,3 +57,7 @@ def set_up() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # type: ignore[attr-defined]
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if not HAS_GPU:
+    _set_up()

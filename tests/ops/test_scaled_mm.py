@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
-from ops.interpreter import set_up
 from ops.shapes import LINEAR
 from quant import float64
 from quant.float64 import E4M3FN, array
 
-set_up()
-
-from octavo.ops.gpu import ScaledMM  # noqa: E402
-from octavo.ops.reference import scaled  # noqa: E402
-from octavo.platform import Platform  # noqa: E402
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize  # noqa: E402
+from octavo.ops.gpu import ScaledMM
+from octavo.ops.reference import scaled
+from octavo.platform import Platform
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
 
 PLATFORM = Platform(torch.device("cpu"), "test")
 

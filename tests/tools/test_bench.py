@@ -135,7 +135,7 @@ def test_decode_goes_on_from_the_prefill_s_cache(core: EngineCore) -> None:
     start = time.perf_counter()
     found = bench_offline.measure(core, [other, e, f], seed=1)
     elapsed = time.perf_counter() - start
-    assert 0.5 * elapsed < sum(m.wall for m in found) < elapsed
+    assert 0.1 * elapsed < sum(m.wall for m in found) < elapsed  # the rest is making requests
     assert [m.workload.name for m in found] == ["G", "E", "F"]
     assert len(added) == 4 + 3  # E's requests are F's
     assert [(m.input_tokens, m.output_tokens) for m in found] == [(30, 15), (256, 4), (0, 32)]
@@ -230,8 +230,8 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert step["roles_us"]["linear"] > 0
         assert step["roles_us"][GAPS] > 0
         assert sum(k["us"] for k in step["kernels"]) == pytest.approx(step["busy_us"])
-    linears = sum(k["calls"] for k in decode["kernels"] if k["role"] == "linear" and "pointwise" in k["name"])
-    assert linears in (0, 25)  # a step has 4 in each of 6 layers and the head, whatever the number of steps looked at
+    linears = sum(k["calls"] for k in decode["kernels"] if k["role"] == "linear" and "octavo" in k["name"])
+    assert linears == 25  # a step has 4 in each of 6 layers and the head, whatever the number of steps looked at
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "gaps" in capsys.readouterr().out
 

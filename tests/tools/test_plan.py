@@ -160,7 +160,7 @@ def test_what_fits() -> None:
     assert fits["BF16"]["smallest"] == 8
     assert fits["PTPC"]["smallest"] == 4
     room = fits["PTPC + FP8 KV"]["fit"]["room"]
-    assert fits["PTPC + FP8 KV"]["fit"]["tokens"] == room // (126 * 2 * 128 * 16) * 16
+    assert fits["PTPC + FP8 KV"]["fit"]["tokens"] == room // (126 * 2 * 128 * 64) * 64
     assert fits["PTPC + FP8 KV"]["token_percent"] == 50
     assert fits["PTPC + FP8 KV"]["request_percent"] == pytest.approx(50.5, abs=0.1)
 
