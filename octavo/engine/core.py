@@ -46,7 +46,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
         self.runner = runner = ModelRunner(config, progress)
-        pool = BlockPool(runner.cache.num_blocks, runner.block_size, config.enable_prefix_caching)
+        pool = BlockPool(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
         self.grammars = GrammarCompiler(runner.directory, runner.model_config.vocab_size)
         self.generations: dict[str, _Generation] = {}
@@ -56,7 +56,7 @@ class EngineCore:
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.model_config.vocab_size,
-            num_blocks=runner.cache.num_blocks,
+            num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,
             report=runner.describe(),

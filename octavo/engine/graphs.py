@@ -10,10 +10,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, Span
+from octavo.errors import OctavoError
 from octavo.platform import Platform
 
 __all__ = ["DecodeGraphs"]
@@ -38,8 +40,9 @@ class DecodeGraphs:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
+        scratch_block: int,
     ):
-        self.platform, self.block_size = platform, block_size
+        self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
         self.contexts = [*(c for c in CONTEXTS if c < max_model_len), max_model_len]
         rows, width = self.sizes[-1], -(-max_model_len // block_size)
@@ -49,12 +52,22 @@ class DecodeGraphs:
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self.inputs[2] = self.scratch_slot
+        try:
+            self._capture(forward)
+        except torch.OutOfMemoryError:
+            raise OctavoError(
+                "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
+                "or decode without graphs (--enforce-eager)."
+            ) from None
+
+    def _capture(self, forward: Callable[[ForwardBatch], Tensor]) -> None:
         pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
             for context in self.contexts:
                 batch = self._batch(size, context)
                 forward(batch)  # compiles what is not compiled yet, which a capture could not
-                replay, hidden, pool = platform.capture(lambda batch=batch: forward(batch), pool)  # type: ignore[misc]
+                replay, hidden, pool = self.platform.capture(lambda batch=batch: forward(batch), pool)  # type: ignore[misc]
                 self._graphs[size, context] = _Graph(replay, hidden)
 
     def __len__(self) -> int:
@@ -80,13 +93,12 @@ class DecodeGraphs:
         context = self.contexts[bisect_left(self.contexts, max(last) + 1)]
         host = self._pinned((4, size), torch.int64)
         numbers = host.numpy()
-        numbers[:, count:] = 0
+        numbers[:, count:] = np.array([[0], [0], [self.scratch_slot], [-1]])
         numbers[0, :count] = [span.token_ids[0] for span in spans]
         numbers[1, :count] = last
         block = self.block_size
         numbers[2, :count] = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
         numbers[3, :count] = sources
-        numbers[3, count:] = -1
         sent = host.to(self.platform.device, non_blocking=True)
         self.inputs[:, :size].copy_(sent[:3])
         if tokens is not None:

@@ -101,15 +101,17 @@ class ModelRunner:
         )
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
-        self.cache = KVCache(specs, budget.num_blocks, self.block_size, self.platform.device)
+        self.num_blocks = budget.num_blocks
+        graphs = not (self.platform.is_cpu or config.enforce_eager)  # their unused rows write to a block that nobody owns
+        self.cache = KVCache(specs, self.num_blocks + graphs, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
         self._settle_kv_scales()
         self.graphs: DecodeGraphs | None = None
-        if not (self.platform.is_cpu or config.enforce_eager):
+        if graphs:
             with torch.inference_mode():
                 sizes = self.block_size, config.max_num_seqs, self.max_model_len
-                self.graphs = DecodeGraphs(self.model, self.platform, *sizes)
+                self.graphs = DecodeGraphs(self.model, self.platform, *sizes, scratch_block=self.num_blocks)
         log.info("ops: %s", ops.table())
 
     def _model_len(self) -> int:
@@ -151,7 +153,7 @@ class ModelRunner:
         """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
         from octavo.engine.calibration import calibration_tokens
 
-        room = min(self.max_model_len, self.cache.num_blocks * self.block_size, self.max_num_batched_tokens)
+        room = min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)
         ids = calibration_tokens(self.directory, self.model_config.vocab_size)[:room]
         blocks = range(-(-len(ids) // self.block_size))
         for layer in self.model.attention_layers():
@@ -250,7 +252,7 @@ class ModelRunner:
             kind = str(p.widened_dtype).removeprefix("torch.")
             why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
             lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
-        tokens = self.cache.num_blocks * self.block_size
+        tokens = self.num_blocks * self.block_size
         kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
         lines.append(
             f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "

@@ -53,8 +53,31 @@ def test_it_is_the_cpus_model(scheme: str, kv: str) -> None:
     assert agreement >= (0.96 if scheme == "bf16" else 0.9)
 
 
-def test_generation_streams_through_blocks_and_batches() -> None:
-    """Greedy continuations on the GPU, batched and alone, from a cache that was shared and one that was not."""
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("kv", ["auto", "fp8", "fp8_per_token_head"])
+def test_decoding_is_that_of_prefilling(kv: str, count: int) -> None:
+    """Greedy tokens of a batch that no graph has the size of, over several blocks: each is the likeliest to a prefill too.
+
+    The prefill of prompt and output together goes through other kernels, without graphs; near ties may fall either way.
+    """
+    llm = LLM(quantization="bf16", kv_cache_dtype=kv, device="cuda", max_num_seqs=8)
+    text = llm.encode(HELDOUT.read_text()[:8_000])
+    prompts = [text[150 * i : 150 * i + 70 + 9 * i] for i in range(count)]
+    params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
+    outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    again = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    whole = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
+    behind = []
+    for prompt, checked in zip(prompts, llm.generate(whole, again, use_tqdm=False), strict=True):
+        entries = list(zip(checked.prompt_token_ids, checked.prompt_logprobs or [], strict=True))[len(prompt) :]
+        behind += [max(o.logprob for o in entry.values()) - entry[token].logprob for token, entry in entries if entry]
+    assert len(behind) == 80 * count
+    assert max(behind) < 0.5
+    assert sum(gap > 0.02 for gap in behind) <= 0.05 * len(behind)
+
+
+def test_generation_repeats_itself() -> None:
+    """The same greedy continuations twice, of a batch that fills a graph."""
     llm = LLM(quantization="ptpc_fp8", kv_cache_dtype="fp8", device="cuda", max_num_seqs=8)
     prompts = ["def read(self", "import os\n\n\ndef ", "class Stack:\n", "for name in "]
     params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)

@@ -108,12 +108,12 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
              length="i32"),
         dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=False, BY_DIM=True, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
-    for kind, kv, bn in (("fp8", fp8, 128), ("bf16", bf16, 64)):
+    for kind, kv, bn, dim in (("fp8", fp8, 128, 128), ("bf16", bf16, 64, 128), ("fp8_256", fp8, 64, 256)):
         yield (
             f"prefill_attention_{kind}", prefill._prefill_attention,
             dict(q=bf16, k=kv, v=bf16, out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32", length="i32"),
-            dict(Q_HEADS=32, GROUP=4, D=128, DP=128, BM=128, BN=bn if pdl else 64, WINDOW=0, FP8=kind == "fp8",
-                 LIMIT=limit["LIMIT"], STAGES=3 if pdl else 1, PDL=pdl),
+            dict(Q_HEADS=32, GROUP=4, D=dim, DP=dim, BM=128 if dim == 128 else 64, BN=bn if pdl else 64, WINDOW=0,
+                 FP8=kind != "bf16", LIMIT=limit["LIMIT"], STAGES=1 + pdl + (dim == 128), PDL=pdl),
             {"num_warps": 8},
         )  # fmt: skip
 

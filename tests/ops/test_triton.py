@@ -211,8 +211,9 @@ def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], win
 
 
 @pytest.mark.parametrize(("block_size", "dim", "splits"), [(16, 32, 1), (16, 32, 2), (64, 32, 8), (64, 128, 1), (64, 128, 2)])
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv", KV_DTYPES)
-def test_decode_splits(kv: str, block_size: int, dim: int, splits: int) -> None:
+def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, splits: int) -> None:
     """Contexts of one tile and of many, over parts of which some get nothing."""
     lengths = [1, 63, 64, 65, 300]
     count = -(-max(lengths) // block_size)
@@ -226,12 +227,13 @@ def test_decode_splits(kv: str, block_size: int, dim: int, splits: int) -> None:
     reference.write_kv(views, slots, k, v, 0.04, 0.03)
     q = torch.randn(len(lengths), 6, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    decode.decode_attention(q, out, views, batch, len(lengths), max(lengths), 0.2, None, 0.04, 0.03, {"splits": splits})
-    assert relative_error(out, reference.attention(q, views, batch, 0.2, None, 0.04, 0.03)) < 6e-3
+    decode.decode_attention(q, out, views, batch, len(lengths), max(lengths), 0.2, window, 0.04, 0.03, {"splits": splits})
+    assert relative_error(out, reference.attention(q, views, batch, 0.2, window, 0.04, 0.03)) < 6e-3
 
 
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv", KV_DTYPES)
-def test_long_prefill(kv: str) -> None:
+def test_long_prefill(kv: str, window: int | None) -> None:
     """More than one tile of queries and of keys, a chunk that goes on, and a second request beside it."""
     rows, block_size = [(70, 150), (0, 130)], 16
     count = 14
@@ -244,7 +246,49 @@ def test_long_prefill(kv: str) -> None:
     reference.write_kv(views, slots, k, v, 0.04, 0.03)
     q = torch.randn(280, 2, 64, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    prefill.prefill_attention(q, out, views, batch, 0, 0.125, None, 0.04, 0.03)
+    prefill.prefill_attention(q, out, views, batch, 0, 2, 0.125, window, 0.04, 0.03)
     rounded = kv in ("fp8_e4m3", "fp8_e5m2")
     bound = 6e-3 if not rounded else 0.03 if kv == "fp8_e4m3" else 0.06
-    assert relative_error(out, reference.attention(q, views, batch, 0.125, None, 0.04, 0.03)) < bound
+    assert relative_error(out, reference.attention(q, views, batch, 0.125, window, 0.04, 0.03)) < bound
+
+
+def test_contexts_are_laid_out_in_groups() -> None:
+    """However many prompts share a long prefix, the memory that one pass takes is bounded."""
+    long, limit = 60_000, attention.STAGED
+    groups = list(attention._groups([1, long, long, long, 2 * limit, 5, 6], 1))
+    assert groups == [(1, 3), (3, 4), (4, 5), (5, 7)]
+    assert list(attention._groups([1, 1], 2)) == []
+
+
+def test_a_model_of_fp32_is_not_quantized_on_the_way() -> None:
+    x = torch.randn(3, 64, device=DEVICE)
+    for found in (elementwise.rms_norm(x, x[0], 1e-5, None, Reads(torch.float8_e4m3fn, 64))[0], elementwise.silu_mul(x, None)):
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype is torch.float32
+
+
+@pytest.mark.parametrize(("cache", "dtype"), [("bfloat16", torch.float32), ("auto", torch.bfloat16)])
+def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype) -> None:
+    """An FP32 model with a BF16 cache, and BF16 queries over an FP32 cache."""
+    spans = [batches.Span([5], 9, [1, 2, 3]), batches.Span([5] * 7, 4, [4, 5, 6])]
+    batch = batches.build(spans, 4, DEVICE)
+    stored = torch.float32 if cache == "auto" else dtype
+    views = KVCache([spec_for(cache, 2, 32, stored, torch.float8_e4m3fn, tokens_last=True)], 8, 4, DEVICE).views[0]
+    k, v = (torch.randn(32, 2, 32, device=DEVICE) for _ in range(2))
+    reference.write_kv(views, torch.arange(32, device=DEVICE), k, v, 1.0, 1.0)
+    q = torch.randn(8, 4, 32, device=DEVICE).to(dtype)
+    args = q, views, batch, 0.2, None, 1.0, 1.0
+    assert relative_error(attention.attention(*args), reference.attention(*args)) < 6e-3
+
+
+def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the head's size and the chip's memory; Hopper's, and half of that of a chip without its."""
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    assert prefill._tiles(128, fp8, bf16) == {"BM": 128, "BN": 128, "warps": 8, "stages": 3}
+    assert prefill._tiles(128, bf16, bf16)["BN"] == 64
+    for kib in (227, 99, 64):
+        monkeypatch.setattr("octavo.ops.triton.launch._shared", kib << 10)
+        for dp in (32, 64, 128, 256):
+            for key in (fp8, bf16):
+                t = prefill._tiles(dp, key, bf16)
+                assert dp * (t["BM"] * key.itemsize + t["stages"] * t["BN"] * (key.itemsize + 2)) <= kib << 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from octavo.ops.triton.decode import decode_attention
 from octavo.ops.triton.prefill import prefill_attention
 
 __all__ = ["attention"]
+
+STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 
 def attention(
@@ -23,6 +27,18 @@ def attention(
     if decodes:
         longest = max(batch.context_lens[:decodes])
         decode_attention(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
-    if decodes < requests:
-        prefill_attention(q, out, views, batch, decodes, scale, window, k_scale, v_scale)
+    for first, stop in _groups(batch.context_lens, decodes):
+        prefill_attention(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
     return out
+
+
+def _groups(contexts: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
+    """Prefills whose contexts are laid out at a time, so that shared prefixes, however many, take no more memory."""
+    staged, start = 0, first
+    for request in range(first, len(contexts)):
+        if staged and staged + contexts[request] > STAGED:
+            yield start, request
+            staged, start = 0, request
+        staged += contexts[request]
+    if start < len(contexts):
+        yield start, len(contexts)

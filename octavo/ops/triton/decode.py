@@ -65,7 +65,7 @@ def _decode_attention(
     acc = tl.zeros((DP, ROWS), tl.float32)
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((TILE, ROWS), tl.float32)
-    run: tl.constexpr = min(BLOCK_SIZE, 16)
+    run: tl.constexpr = min(BLOCK_SIZE & -BLOCK_SIZE, 16)
     for tile in tl.range(begin, end, num_stages=STAGES):
         at = tile * TILE + tl.arange(0, TILE)
         index = at // BLOCK_SIZE
@@ -99,7 +99,7 @@ def _decode_attention(
             gain = tl.maximum(tl.max(by_token, 0), 1e-30)
             p *= (by_token / gain)[:, None]
         if FP8:
-            acc = acc * shrink[None, :] + _product(values, p * 256.0, FP8) * (gain / 256.0)
+            acc = acc * shrink[None, :] + _product(values, p * 128.0, FP8) * (gain / 128.0)
         else:
             acc = acc * shrink[None, :] + _product(values, p, FP8)
     release(PDL)
@@ -134,7 +134,7 @@ def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
     """Parts of a context, so that there are a few programs a multiprocessor and none has less than a tile or two."""
     programs = requests * kv_heads
     wanted = max(1, 4 * device_units() // programs)
-    return min(power_of_2(wanted), 64, max(1, -(-longest // (2 * tile))))
+    return min(power_of_2(wanted), 64, power_of_2(-(-longest // (2 * tile))))  # few values: each is compiled
 
 
 def decode_attention(

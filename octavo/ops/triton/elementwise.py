@@ -106,6 +106,13 @@ def _outputs(rows: int, size: int, like: Tensor, fp8: torch.dtype | None, width:
     return codes, torch.empty(rows, 1, dtype=torch.float32, device=like.device)
 
 
+def _wanted(feeds: PackedWeight | None, x: Tensor, size: int) -> tuple[torch.dtype | None, int]:
+    """The codes to write and their columns. Of an FP32 model the products would come out in BF16: its values stay values."""
+    if feeds is None or feeds.reads is None or x.dtype is not torch.bfloat16:
+        return None, size
+    return feeds.reads, feeds.width
+
+
 def rms_norm(
     x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
 ) -> tuple[Tensor | Quantized, Tensor]:
@@ -115,8 +122,7 @@ def rms_norm(
         x = x.reshape(-1, size)
     inner = x.shape[1] if x.dim() == 3 else 1
     rows = x.numel() // size
-    fp8 = feeds.reads if feeds is not None else None
-    width = feeds.width if feeds is not None else size
+    fp8, width = _wanted(feeds, x, size)
     out, scale = _outputs(rows, size, x, fp8, width)
     carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
@@ -133,8 +139,7 @@ def rms_norm(
 def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor | Quantized:
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x.contiguous(), None, None)
     rows, size = x.shape[0], x.shape[1] // 2
-    fp8 = feeds.reads if feeds is not None else None
-    width = feeds.width if feeds is not None else size
+    fp8, width = _wanted(feeds, x, size)
     out, scale = _outputs(rows, size, x, fp8, width)
     if rows:
         block = power_of_2(max(size, width))

@@ -24,6 +24,7 @@ __all__ = [
     "power_of_2",
     "release",
     "round_to",
+    "shared_memory",
     "to_fp8",
     "wait",
 ]
@@ -31,15 +32,18 @@ __all__ = [
 _overlap: dict[str, Any] = {"PDL": False}
 _units = 132
 _stages = 8
+_shared = 227 << 10
 
 
 def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
     """Settle, once, what this process's device can do: dependent launches, and how deep a pipeline may be."""
-    global _overlap, _units, _stages
+    global _overlap, _units, _stages, _shared
     _overlap = {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
     _stages = stages
     if platform.device.type != "cpu":
-        _units = torch.cuda.get_device_properties(platform.device).multi_processor_count
+        properties = torch.cuda.get_device_properties(platform.device)
+        _units = properties.multi_processor_count
+        _shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
 
 
 def pipeline(stages: int) -> int:
@@ -55,6 +59,11 @@ def overlap() -> dict[str, Any]:
 def device_units() -> int:
     """Multiprocessors of the device."""
     return _units
+
+
+def shared_memory() -> int:
+    """Bytes of a multiprocessor's memory that one program may have."""
+    return _shared
 
 
 def power_of_2(n: int, least: int = 1) -> int:

@@ -1,0 +1,109 @@
+"""Which rows a decode graph computes, without a device: a capture that only remembers what to run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch, Span
+from octavo.engine.graphs import DecodeGraphs
+from octavo.errors import OctavoError
+from octavo.platform import Platform
+
+BLOCK, SCRATCH = 4, 99
+
+
+class Replays(Platform):
+    """Replaying runs the function again and leaves its result where the first one was."""
+
+    def capture(self, fn: Callable[[], Any], pool: object = None) -> tuple[Callable[[], None], Any, object]:
+        out = fn()
+
+        def replay() -> None:
+            out.copy_(fn())
+
+        return replay, out, "pool"
+
+
+class Model:
+    """Writes token ids to a cache at their slots; its hidden states say what each row was given."""
+
+    def __init__(self) -> None:
+        self.cache = torch.full(((SCRATCH + 1) * BLOCK,), -1)
+        self.bounds: list[int] = []
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        self.cache[batch.slot_mapping] = batch.input_ids
+        self.bounds.append(batch.context_lens[0])
+        table = batch.block_tables[:, :3].long()
+        columns = (batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens.long(), *table.unbind(1))
+        return torch.stack(columns, 1)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def graphs(model: Model) -> DecodeGraphs:
+    return DecodeGraphs(model, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH)
+
+
+def test_sizes_and_contexts(graphs: DecodeGraphs) -> None:
+    assert graphs.sizes == [1, 2, 4, 8, 9]
+    assert graphs.contexts == [512, 4096, 10_000]
+    assert len(graphs) == 15
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 9])
+def test_rows_of_a_step(count: int, graphs: DecodeGraphs, model: Model) -> None:
+    """Tokens from the host and from the last step; rows that are left over touch nobody's blocks."""
+    model.cache.fill_(-1)
+    spans = [Span([50 + i], i + 2, [3 * i + 1, 3 * i + 2, 3 * i + 3]) for i in range(count)]
+    last = torch.arange(200, 220)
+    sources = [i + 1 if i % 2 else -1 for i in range(count)]
+    hidden = graphs.run(spans, last, sources)
+    assert hidden is not None
+    assert hidden.shape[0] == count
+    for i, (row, span) in enumerate(zip(hidden.tolist(), spans, strict=True)):
+        slot = span.block_ids[span.start // BLOCK] * BLOCK + span.start % BLOCK
+        width = max(s.start for s in spans) // BLOCK + 1
+        token = 201 + i if i % 2 else 50 + i
+        assert row[:4] == [token, span.start, slot, span.start + 1]
+        assert row[4 : 4 + min(width, 3)] == list(span.block_ids[: min(width, 3)])
+        assert model.cache[slot] == token
+    written = (model.cache >= 0).nonzero().flatten().tolist()
+    mine = {s.block_ids[s.start // BLOCK] * BLOCK + s.start % BLOCK for s in spans}
+    assert set(written) - mine <= {SCRATCH * BLOCK}
+
+
+def test_what_a_longer_step_left_does_not_matter(graphs: DecodeGraphs) -> None:
+    graphs.run([Span([1], 9, [7, 8, 9])] * 4, None, [-1] * 4)
+    hidden = graphs.run([Span([2], 0, [5])], None, [-1])
+    assert hidden is not None
+    assert hidden.tolist()[0][:5] == [2, 0, 20, 1, 5]
+
+
+def test_the_bound_on_the_context_is_the_next_one(graphs: DecodeGraphs, model: Model) -> None:
+    blocks = list(range(1, 90)) * 30
+    for start, bound in ((511, 512), (512, 4096), (9_999, 10_000)):
+        graphs.run([Span([1], start, blocks)], None, [-1])
+        assert model.bounds[-1] == bound
+
+
+def test_more_requests_than_any_graph(graphs: DecodeGraphs) -> None:
+    assert graphs.run([Span([1], 0, [1])] * 10, None, [-1] * 10) is None
+
+
+def test_no_memory_to_capture_in_is_one_sentence(model: Model) -> None:
+    class Full(Replays):
+        def capture(self, fn: Callable[[], Any], pool: object = None) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OctavoError, match="--gpu-memory-utilization"):
+        DecodeGraphs(model, Full(torch.device("cpu"), "test"), BLOCK, 2, 100, SCRATCH)
