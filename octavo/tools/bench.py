@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     else:
         found = _offline(args, config, given, workloads, started)
     if args.json:
-        from octavo.tools.checkpoint_writer import write_json
+        from octavo.weights.output import write_json
 
         write_json(Path(args.json), found)
     {"serve": bench_table.show_serve, "profile": bench_table.show_profile}.get(args.mode, bench_table.show_offline)(found)

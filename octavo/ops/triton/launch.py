@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
 
 from octavo.platform import Platform
 
@@ -41,9 +41,8 @@ def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
     _overlap = {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
     _stages = stages
     if platform.device.type != "cpu":
-        properties = torch.cuda.get_device_properties(platform.device)
-        _units = properties.multi_processor_count
-        _shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
+        properties = driver.active.utils.get_device_properties(platform.device.index or 0)
+        _units, _shared = properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 def pipeline(stages: int) -> int:
