@@ -94,6 +94,10 @@ class EngineConfig:
         """Tokens in a block: a GPU reads a block of 64 whole, a CPU gains nothing from more than 16."""
         return self.block_size or (16 if cpu else 64)
 
+    def step_tokens_on(self, cpu: bool) -> int:
+        """Most tokens in one step."""
+        return self.max_num_batched_tokens or (2048 if cpu else 8192)
+
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import platform as host
 import runpy
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from octavo.errors import OctavoError
+from octavo.host import memory as host_memory
 
 __all__ = ["FP8_MAX", "Platform", "cpu_kernels", "detect"]
 
@@ -63,17 +63,7 @@ class Platform:
         if not self.is_cpu:
             free, total = torch.cuda.mem_get_info(self.device)
             return int(free), int(total)
-        with open("/proc/meminfo") as file:
-            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-            if os.path.exists(path):
-                with open(path) as file:
-                    limit = file.read().strip()
-                if limit.isdigit() and int(limit) < total:  # a container's share
-                    total = int(limit)
-                    free = min(free, total)
-        return free, total
+        return host_memory()
 
 
 def detect(device: str = "auto", rank: int = 0) -> Platform:

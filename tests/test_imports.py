@@ -32,6 +32,7 @@ ORDER = [
     ["kvcache"],
     ["quant"],
     ["platform", "distributed"],
+    ["host"],
 ]
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 FOR_ALL = {"errors", "batch", "demo"}  # leaves

@@ -95,7 +95,7 @@ class ModelRunner:
         self.report = load_model(self.model, config, self.platform, self.dtype, progress)
         specs = self._cache_specs()
         self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or (2048 if self.platform.is_cpu else 8192)
+        self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
         budget = plan_blocks(
             config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), self._working_bytes()
         )
@@ -199,7 +199,7 @@ class ModelRunner:
         known = None if previous is None else previous.tokens
         sources = [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
         decodes = all(item.num_tokens == 1 for item in items)
-        if self.graphs and decodes and (replayed := self.graphs.run(spans, known, sources)) is not None:
+        if self.graphs is not None and decodes and (replayed := self.graphs.run(spans, known, sources)) is not None:
             return replayed
         batch, last = self._batch(spans), [end - 1 for end in accumulate(item.num_tokens for item in items)]
         if pending := [(at, source) for at, source in zip(last, sources, strict=True) if source >= 0]:

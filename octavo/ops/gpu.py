@@ -1,4 +1,4 @@
-"""Linear layers on a GPU: our kernel where reading the weight is all the time there is, torch's library for many tokens."""
+"""What every GPU prefers: Triton kernels, and the library's products where there are many tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
+from octavo.ops.triton.attention import attention
 from octavo.ops.triton.block import block_linear, quantize_groups
-from octavo.ops.triton.elementwise import quantize
+from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
+from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
 
-__all__ = ["Blocks", "Dense", "ScaledMM"]
+__all__ = ["LINEAR", "ScaledMM", "attention", "rms_norm", "rope_write_kv", "silu_mul"]
 
 UNSCALED_TOKENS = 1024  # up to here the library's product is faster with one scale a matrix than with one a row and column
 
@@ -113,3 +115,6 @@ class PackedDense(PackedWeight):
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+LINEAR = [ScaledMM(), Blocks(), Dense()]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from octavo.ops.gpu import Blocks, Dense, ScaledMM
+from octavo.ops.gpu import LINEAR, attention, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.triton import launch
-from octavo.ops.triton.attention import attention
-from octavo.ops.triton.elementwise import rms_norm, silu_mul
-from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform
 
 __all__ = ["LINEAR", "attention", "configure", "rms_norm", "rope_write_kv", "silu_mul"]
-
-LINEAR = [ScaledMM(), Blocks(), Dense()]
 
 
 def configure(platform: Platform) -> None:

@@ -133,14 +133,16 @@ def _offline(
         return _with_limits(found, config, core, measured)
 
 
+def _stamp(args: argparse.Namespace) -> dict[str, Any]:
+    """What was run, by what, when."""
+    command = shlex.join(["octavo", *sys.argv[1:]])
+    return {"mode": args.mode, "command": command, "date": time.strftime("%Y-%m-%d"), "octavo": __version__}
+
+
 def _about(args: argparse.Namespace, config: EngineConfig, core: EngineCore, start_s: float) -> dict[str, Any]:
     """What a figure is of."""
     layers = f", {args.num_layers} layers" if args.num_layers is not None else ""
-    return {
-        "mode": args.mode,
-        "command": shlex.join(["octavo", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "octavo": __version__,
+    return _stamp(args) | {
         "machine": core.runner.platform.name,
         "torch": _torch(),
         "model": (args.shape or args.model or "the embedded demo model") + layers,
@@ -182,13 +184,10 @@ def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, 
 def _serve(args: argparse.Namespace, workloads: Sequence[Workload], given: dict[str, Any]) -> dict[str, Any]:
     from octavo.tools import bench_serve
 
-    about = {
-        "mode": "serve",
-        "command": shlex.join(["octavo", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "octavo": __version__,
-        "base_url": args.base_url,
-    }
-    return about | bench_serve.bench(
-        args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
+    return (
+        _stamp(args)
+        | {"base_url": args.base_url}
+        | bench_serve.bench(
+            args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
+        )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from octavo.config import canonical
 from octavo.errors import OctavoError
 from octavo.models import read_config
 
@@ -124,10 +124,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape_config(name: str) -> dict[str, Any]:
     """The config.json of a --shape. Raises OctavoError with a suggestion."""
     plain = name.lower()
-    if plain not in SHAPES:
-        near = difflib.get_close_matches(plain, SHAPES, n=1, cutoff=0.0)
-        raise OctavoError(f"--shape '{name}' is not known; did you mean '{near[0]}'? Known are: {', '.join(SHAPES)}.")
-    return SHAPES[plain]
+    return SHAPES[canonical("--shape", plain if plain in SHAPES else name, {known: known for known in SHAPES})]
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     for bm in (16, 32, 64):
         yield (
             f"small_linear_{bm}", linear._small_linear,
-            dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32", k="i32",
-                 x_width="i32", w_width="i32", per_split="i32"),
+            dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
+                 width="i32", per_split="i32"),
             dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, PDL=pdl, STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.triton.launch import device_units, overlap, pipeline, power_of_2, release, wait
+from octavo.ops.triton.launch import cache_strides, device_units, overlap, pipeline, power_of_2, release, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["decode_attention", "splits_for"]
@@ -158,8 +158,7 @@ def decode_attention(
     _decode_attention[(kv_heads, splits, requests)](
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out, parts, sums,
         scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
-        batch.block_tables.stride(0), k.stride(0), k.stride(1), v.stride(1), v.stride(2), v.stride(3),
-        scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
+        batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 16), D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=c["TILE"],
         SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, FP8=fp8, LIMIT=FP8_MAX.get(k.dtype, 1.0),
         STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),

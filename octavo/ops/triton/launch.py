@@ -14,9 +14,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
+from octavo.kvcache import Views
 from octavo.platform import Platform
 
 __all__ = [
+    "cache_strides",
     "configure",
     "device_units",
     "overlap",
@@ -63,6 +65,13 @@ def device_units() -> int:
 def shared_memory() -> int:
     """Bytes of a multiprocessor's memory that one program may have."""
     return _shared
+
+
+def cache_strides(views: Views) -> tuple[int, ...]:
+    """What kernels address a cache by: strides of a block; of a key's token; of a value's token, head and dimension; of the
+    scales' block and token. A key's heads and dimensions are adjacent."""
+    k, v, scales = views["k"], views["v"], views.get("k_scale")
+    return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
 
 
 def power_of_2(n: int, least: int = 1) -> int:

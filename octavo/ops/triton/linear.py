@@ -24,7 +24,7 @@ PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _small_linear(
-    x, x_scale, w, w_scale, out, parts, counters, tokens, n, k, x_width, w_width, per_split,
+    x, x_scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -32,13 +32,13 @@ def _small_linear(
     rows = tile * BN + tl.arange(0, BN)
     token = tl.arange(0, BM)
     depth = tl.arange(0, BK)
-    w_at = w + rows.to(tl.int64)[:, None] * w_width + depth[None, :]
-    x_at = x + token[:, None] * x_width + depth[None, :]
+    w_at = w + rows.to(tl.int64)[:, None] * width + depth[None, :]
+    x_at = x + token[:, None] * width + depth[None, :]
     row_ok, token_ok = rows < n, token < tokens
     acc = tl.zeros((BN, BM), tl.float32)
     wait(PDL)
-    for step in tl.range(split * per_split, min((split + 1) * per_split, tl.cdiv(k, BK)), num_stages=STAGES):
-        deep = step * BK + depth < k
+    for step in tl.range(split * per_split, min((split + 1) * per_split, tl.cdiv(width, BK)), num_stages=STAGES):
+        deep = step * BK + depth < width
         a = tl.load(w_at + step * BK, mask=row_ok[:, None] & deep[None, :], other=0.0)
         b = tl.load(x_at + step * BK, mask=token_ok[:, None] & deep[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE)
@@ -103,7 +103,7 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     tiles, (split, per_split) = triton.cdiv(n, c["BN"]), _split(n, width, c)
     parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
     _small_linear[(tiles, split)](
-        x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, width, w.shape[1], per_split,
+        x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
         BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
         **overlap(),
     )  # fmt: skip

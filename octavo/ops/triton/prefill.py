@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch, to_device
 from octavo.kvcache import Views
 from octavo.ops.triton.decode import LOG2E
-from octavo.ops.triton.launch import overlap, pipeline, power_of_2, release, shared_memory, to_fp8, wait
+from octavo.ops.triton.launch import cache_strides, overlap, pipeline, power_of_2, release, shared_memory, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["prefill_attention"]
@@ -204,8 +204,7 @@ def prefill_attention(
     v_staged = torch.empty(kv_heads * plan.length * dp, dtype=v_dtype, device=q.device)
     _stage_kv[(len(plan.chunks), kv_heads)](
         k, v, views.get("k_scale", q), views.get("v_scale", q), k_staged, v_staged, batch.block_tables, plan.chunks,
-        batch.block_tables.stride(0), k.stride(0), k.stride(1), v.stride(1), v.stride(2), v.stride(3),
-        scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0, plan.length,
+        batch.block_tables.stride(0), *cache_strides(views), plan.length,
         D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=ALIGN, PER_HEAD=scales is not None, BY_DIM=by_dim, num_warps=8, **overlap(),
     )  # fmt: skip
     _prefill_attention[(len(plan.tiles), heads)](

@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass, replace
 
 from octavo.errors import OctavoError
+from octavo.host import memory
 
 __all__ = ["ACCELERATORS", "Accelerator", "find", "in_this_machine"]
 
@@ -125,15 +126,6 @@ def _named(name: str, arch: str, memory: int) -> Accelerator:
 
 
 def host() -> Accelerator:
-    """This machine's CPU and its memory, a container's share where that is less (as octavo.platform has it)."""
-    with open("/proc/meminfo") as file:
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.exists(path):
-            with open(path) as file:
-                limit = file.read().strip()
-            if limit.isdigit() and int(limit) < total:
-                total = int(limit)
-                free = min(free, total)
+    """This machine's CPU and its memory."""
+    free, total = memory()
     return Accelerator(f"CPU, {len(os.sched_getaffinity(0))} cores", "cpu", total, free)

@@ -33,7 +33,7 @@ class Fit:
 
 def working_bytes(config: EngineConfig, model: Model, on: Accelerator) -> int:
     """A bound on the activations of the largest step (octavo.engine.runner.ModelRunner._working_bytes)."""
-    tokens = config.max_num_batched_tokens or (2048 if on.is_cpu else 8192)
+    tokens = config.step_tokens_on(on.is_cpu)
     return tokens * (4 * model.intermediate_size + 8 * model.hidden_size) * 4 + config.max_num_seqs * model.vocab_size * 4 * 6
 
 

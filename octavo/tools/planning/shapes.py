@@ -6,12 +6,12 @@ multi-token prediction layers after the last, which are not loaded.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.models import model_type_of
 from octavo.tools.planning.sizes import VECTOR, Attention, Weight
 from octavo.tools.planning.vision import kimi_vision, qwen_vision
 
@@ -85,14 +85,7 @@ class Model:
 
 def model_of(config: Mapping[str, Any]) -> Model:
     """The model of a config.json. Raises OctavoError for an architecture that is not known, or a field that is missing."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise OctavoError("config.json has no model_type, so the architecture cannot be known.")
-    if model_type not in ARCHITECTURES:
-        near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise OctavoError(f"model_type '{model_type}' cannot be planned; {hint}known are {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[model_type](Numbers(config))
+    return ARCHITECTURES[model_type_of(config, ARCHITECTURES, "cannot be planned", "known are")](Numbers(config))
 
 
 def dense(c: Numbers, *, qkv_bias: bool = False, head_norms: bool = False) -> Model:

@@ -1,0 +1,22 @@
+"""What this machine has beside its accelerators. Nothing here imports torch: `octavo plan` asks too."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["memory"]
+
+
+def memory() -> tuple[int, int]:
+    """Free and total memory in bytes: of the machine, or of a container's share where that is less."""
+    with open("/proc/meminfo") as file:
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(path):
+            with open(path) as file:
+                limit = file.read().strip()
+            if limit.isdigit() and int(limit) < total:
+                total = int(limit)
+                free = min(free, total)
+    return free, total
