@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import block, decode, elementwise, linear, prefill, rope
+from octavo.ops.triton import block, decode, elementwise, launch, linear, prefill, rope
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -40,6 +41,7 @@ class Compiled:
 
 def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Name, kernel, types of the arguments, constants, launch options: as the wrappers launch them for Llama-3.1-8B."""
+    names = {"*bf16": "bfloat16", fp8: fp8.replace("*fp8", "float8")}
     fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
     limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
     for scaled in (False, True):
@@ -93,32 +95,39 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
                  qk_scale="fp32", v_scale="fp32", **cache),
-            dict(Q_HEADS=32, GROUP=4, ROWS=16, D=128, DP=128,
+            dict(Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
                  BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
-                 FP8=kv == fp8, LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
+                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
     yield (
         "merge_splits", decode._merge_splits, dict(parts=fp32, sums=fp32, out=bf16, v_scale="fp32"),
         dict(D=128, DP=128, SPLITS=8, SP=8, PDL=pdl), {"num_warps": 1},
     )  # fmt: skip
-    yield (
-        "stage_kv", prefill._stage_kv,
-        dict(k=fp8, v=fp8, k_scales=fp32, v_scales=fp32, k_out=fp8, v_out=bf16, tables=i32, chunks=i32, **cache,
-             length="i32"),
-        dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=False, BY_DIM=True, PDL=pdl), {"num_warps": 8},
-    )  # fmt: skip
-    for kind, kv, bn, dim in (("fp8", fp8, 128, 128), ("bf16", bf16, 64, 128), ("fp8_256", fp8, 64, 256)):
+    for kind, out in (("fp8", fp8), ("bf16", bf16)):
+        yield (
+            f"stage_kv_{kind}", prefill._stage_kv,
+            dict(k=fp8, v=fp8, k_scales=fp32, v_scales=fp32, k_out=out, v_out=out, tables=i32, chunks=i32, **cache,
+                 length="i32"),
+            dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=kind == "bf16", BY_DIM=True, PDL=pdl), {"num_warps": 8},
+        )  # fmt: skip
+    for kind, kv, dim in (("fp8", fp8, 128), ("bf16", bf16, 128), ("fp8_256", fp8, 256), ("bf16_256", bf16, 256)):
+        c = prefill._tiles(dim, torch.bfloat16 if kv == bf16 else torch.float8_e4m3fn)
+        bn = c["BN"]
+        name = names[kv].replace("bfloat", "bf").replace("float8", "fp8")
         yield (
             f"prefill_attention_{kind}", prefill._prefill_attention,
-            dict(q=bf16, k=kv, v=bf16, out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32", length="i32"),
-            dict(Q_HEADS=32, GROUP=4, D=dim, DP=dim, BM=128 if dim == 128 else 64, BN=bn if pdl else 64, WINDOW=0,
-                 FP8=kind != "bf16", LIMIT=limit["LIMIT"], STAGES=1 + pdl + (dim == 128), PDL=pdl),
-            {"num_warps": 8},
+            dict(q=bf16, k=f"tensordesc<{name}[{bn}, {dim}]>", out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32",
+                 v=f"tensordesc<{name}[{bn}, {dim}]>" if kv == bf16 else f"tensordesc<{name}[{dim}, {bn}]>", length="i32"),
+            dict(Q_HEADS=32, GROUP=4, D=dim, DP=dim, BM=c["BM"], BN=c["BN"], WINDOW=0,
+                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=c["stages"], PDL=pdl),
+            {"num_warps": c["warps"]} | ({"maxnreg": c["registers"]} if pdl else {}),
         )  # fmt: skip
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
+    launch._stages = 8 if target.startswith("sm") else 2  # as the platforms' modules say
+    launch._shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
     for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
         if only and only not in name:
             continue

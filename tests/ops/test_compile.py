@@ -20,7 +20,9 @@ MULTIPLIES_FP8 = {
     "small_linear_16", "small_linear_32", "small_linear_64", "block_linear_16", "block_linear_128", "decode_attention_fp8",
     "decode_attention_per_head", "prefill_attention_fp8", "prefill_attention_fp8_256",
 }  # fmt: skip
-MULTIPLIES_BF16 = {"decode_attention_bf16", "prefill_attention_bf16", "prefill_attention_fp8", "prefill_attention_fp8_256"}
+MULTIPLIES_BF16 = {"decode_attention_bf16", "prefill_attention_bf16", "prefill_attention_bf16_256"}
+# Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
+SPILLS = {("sm_90", "prefill_attention_fp8"): 48}  # bytes
 
 
 @cache
@@ -39,7 +41,7 @@ def test_kernels_compile(target: str) -> None:
     kernels = compiled(target)
     assert kernels.keys() >= MULTIPLIES_FP8 | MULTIPLIES_BF16
     for name, one in kernels.items():
-        assert one["spills"] == 0, f"{name} spills"
+        assert one["spills"] <= SPILLS.get((target, name), 0), f"{name} spills"
         assert one["shared"] <= MEMORY[target] * 1024, f"{name} takes {one['shared']} bytes"
         instructions = " ".join(one["matrix"])
         assert (FP8[target] in instructions) == (name in MULTIPLIES_FP8), f"{name}: {instructions}"

@@ -206,8 +206,8 @@ def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], win
     args = views, batch, dim**-0.5, window, 0.04, 0.03
     found, expected = attention.attention(q, *args), reference.attention(q, *args)
     prefills = any(count > 1 for _, count in rows)
-    rounded = prefills and views["k"].dtype in FP8_MAX and "k_scale" not in views  # queries are FP8 too
-    assert relative_error(found, expected) < (6e-3 if not rounded else 0.03 if kv == "fp8_e4m3" else 0.06)
+    rounded = prefills and views["k"].dtype in FP8_MAX and "k_scale" not in views  # queries and probabilities are FP8 too
+    assert relative_error(found, expected) < (0.04 if rounded else 6e-3)  # rounding to 3 bits is 2.6% of random values
 
 
 @pytest.mark.parametrize(("block_size", "dim", "splits"), [(16, 32, 1), (16, 32, 2), (64, 32, 8), (64, 128, 1), (64, 128, 2)])
@@ -231,25 +231,27 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
     assert relative_error(out, reference.attention(q, views, batch, 0.2, window, 0.04, 0.03)) < 6e-3
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv", KV_DTYPES)
-def test_long_prefill(kv: str, window: int | None) -> None:
+def test_long_prefill(kv: str, window: int | None, dim: int) -> None:
     """More than one tile of queries and of keys, a chunk that goes on, and a second request beside it."""
     rows, block_size = [(70, 150), (0, 130)], 16
     count = 14
     tables = torch.randperm(2 * count).add(1).view(2, count).tolist()
     batch = batches.build([batches.Span([5] * n, a, t) for (a, n), t in zip(rows, tables, strict=True)], block_size, DEVICE)
-    cache = KVCache([spec(kv, 1, 64)], 2 * count + 1, block_size, DEVICE)
+    cache = KVCache([spec(kv, 1, dim)], 2 * count + 1, block_size, DEVICE)
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
-    k, v = (torch.randn(len(slots), 1, 64, device=DEVICE).bfloat16() for _ in range(2))
+    k, v = (torch.randn(len(slots), 1, dim, device=DEVICE).bfloat16() for _ in range(2))
     views = cache.views[0]
     reference.write_kv(views, slots, k, v, 0.04, 0.03)
-    q = torch.randn(280, 2, 64, device=DEVICE).bfloat16()
+    q = torch.randn(280, 2, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    prefill.prefill_attention(q, out, views, batch, 0, 2, 0.125, window, 0.04, 0.03)
+    prefill.prefill_attention(q, out, views, batch, 0, 2, dim**-0.5, window, 0.04, 0.03)
     rounded = kv in ("fp8_e4m3", "fp8_e5m2")
-    bound = 6e-3 if not rounded else 0.03 if kv == "fp8_e4m3" else 0.06
-    assert relative_error(out, reference.attention(q, views, batch, 0.125, window, 0.04, 0.03)) < bound
+    assert relative_error(out, reference.attention(q, views, batch, dim**-0.5, window, 0.04, 0.03)) < (
+        0.04 if rounded else 6e-3
+    )
 
 
 def test_contexts_are_laid_out_in_groups() -> None:
@@ -281,14 +283,16 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
     assert relative_error(attention.attention(*args), reference.attention(*args)) < 6e-3
 
 
-def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stages", [8, 2])
+def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
     """Whatever the head's size and the chip's memory; Hopper's, and half of that of a chip without its."""
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    assert prefill._tiles(128, fp8, bf16) == {"BM": 128, "BN": 128, "warps": 8, "stages": 3}
-    assert prefill._tiles(128, bf16, bf16)["BN"] == 64
+    monkeypatch.setattr("octavo.ops.triton.launch._stages", stages)
+    assert prefill._tiles(128, fp8)["BN"] == (128 if stages == 8 else 32)
     for kib in (227, 99, 64):
         monkeypatch.setattr("octavo.ops.triton.launch._shared", kib << 10)
         for dp in (32, 64, 128, 256):
-            for key in (fp8, bf16):
-                t = prefill._tiles(dp, key, bf16)
-                assert dp * (t["BM"] * key.itemsize + t["stages"] * t["BN"] * (key.itemsize + 2)) <= kib << 10
+            for dtype in (fp8, bf16):
+                t = prefill._tiles(dp, dtype)
+                assert dp * dtype.itemsize * (t["BM"] + t["stages"] * 2 * t["BN"]) <= kib << 10
+                assert t["stages"] <= stages

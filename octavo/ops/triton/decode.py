@@ -3,7 +3,8 @@
 A program takes one request, one key head with all the query heads that share it, and one part of the context (split-KV): the
 cache is read once. The context takes the matrix unit's tall side and the heads its narrow one, so keys and values go from the
 cache into the product as they are stored. Over FP8 codes the other operand must be FP8 too: queries and probabilities are
-split into a code and the code of what it leaves over, which together keep 8 bits, as BF16 does.
+split into a code and the code of what it leaves over, which together keep 8 bits, as BF16 does; the two lie side by side in one
+product, so 8 heads fill the 16 columns that the matrix unit has at least.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.triton.launch import cache_strides, device_units, overlap, pipeline, power_of_2, release, wait
+from octavo.ops.triton.launch import cache_strides, codes, device_units, overlap, pipeline, power_of_2, release, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["decode_attention", "splits_for"]
@@ -24,15 +25,16 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _product(a, b, FP8: tl.constexpr):
-    """a [M, K] times b [K, N] of FP32; b in a's dtype, over FP8 in two parts."""
-    if FP8:
-        # The two side by side in one product were a quarter faster, and wrong on sm_90 at a head dimension of 128, though not
-        # interpreted and not at 32: the compiler is suspected. Two products are what was checked there.
-        high = b.to(a.dtype)
-        low = ((b - high.to(tl.float32)) * 16.0).to(a.dtype)
-        return tl.dot(a, high) + tl.dot(a, low) * 0.0625
-    return tl.dot(a, b.to(a.dtype), input_precision="ieee")
+def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr):
+    """a [M, K] times b [K, N] of FP32, which becomes CODE: over FP8 each value's code and what it leaves over, side by side."""
+    if CODE.primitive_bitwidth == 8:
+        high = b.to(CODE).to(tl.float32)
+        # Rounded after the reshape, though it is done twice: the compiler turns a reshape just before a product into a layout
+        # of shared memory, which on sm_90 it either rejects or gets wrong (seen in Triton 3.6).
+        both = tl.reshape(tl.join(high, (b - high) * 16.0), (K, 2 * N)).to(CODE)
+        high_y, low_y = tl.split(tl.reshape(tl.dot(a, both), (M, N, 2)))  # neighbouring columns are one thread's
+        return high_y + low_y * 0.0625
+    return tl.dot(a, b.to(CODE), input_precision="ieee")
 
 
 @triton.jit
@@ -42,9 +44,10 @@ def _decode_attention(
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
-    FP8: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    CODE: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    FP8: tl.constexpr = CODE.primitive_bitwidth == 8
     row = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     head = kv_head * GROUP + row
@@ -82,7 +85,7 @@ def _decode_attention(
         else:
             keys = tl.load(k + k_at, mask=(d < D)[None, :], other=0.0)
             values = tl.load(v + v_at, mask=(d < D)[:, None], other=0.0)
-        score = _product(keys, query, FP8) * factor[None, :]
+        score = _product(keys, query, TILE, DP, ROWS, CODE) * factor[None, :]
         seen = (at < length) & (at >= low)
         place = block * scale_block_stride + offset * scale_token_stride + kv_head
         if PER_HEAD:
@@ -99,9 +102,9 @@ def _decode_attention(
             gain = tl.maximum(tl.max(by_token, 0), 1e-30)
             p *= (by_token / gain)[:, None]
         if FP8:
-            acc = acc * shrink[None, :] + _product(values, p * 128.0, FP8) * (gain / 128.0)
+            acc = acc * shrink[None, :] + _product(values, p * 128.0, DP, TILE, ROWS, CODE) * (gain / 128.0)
         else:
-            acc = acc * shrink[None, :] + _product(values, p, FP8)
+            acc = acc * shrink[None, :] + _product(values, p, DP, TILE, ROWS, CODE)
     release(PDL)
     sum_of_p = tl.sum(total, 0)
     if SPLITS == 1:
@@ -159,8 +162,8 @@ def decode_attention(
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out, parts, sums,
         scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
-        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 16), D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=c["TILE"],
-        SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, FP8=fp8, LIMIT=FP8_MAX.get(k.dtype, 1.0),
+        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 8 if fp8 else 16), D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
+        TILE=c["TILE"], SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
         STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
     )  # fmt: skip
     if splits > 1:

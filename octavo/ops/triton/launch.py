@@ -9,24 +9,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kvcache import Views
-from octavo.platform import Platform
+from octavo.platform import FP8_MAX, Platform
 
 __all__ = [
     "cache_strides",
+    "codes",
     "configure",
     "device_units",
     "overlap",
     "pipeline",
     "power_of_2",
+    "registers",
     "release",
     "round_to",
     "shared_memory",
+    "tiled",
     "to_fp8",
     "wait",
 ]
@@ -35,13 +41,17 @@ _overlap: dict[str, Any] = {"PDL": False}
 _units = 132
 _stages = 8
 _shared = 227 << 10
+_fp8 = tl.float8e4nv, 448.0
+_bounded = False
 
 
 def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
     """Settle, once, what this process's device can do: dependent launches, and how deep a pipeline may be."""
-    global _overlap, _units, _stages, _shared
+    global _overlap, _units, _stages, _shared, _fp8, _bounded
     _overlap = {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
-    _stages = stages
+    _stages, _bounded = stages, platform.arch.startswith("sm")
+    if platform.fp8_dtype is torch.float8_e4m3fnuz:
+        _fp8 = tl.float8e4b8, 224.0
     if platform.device.type != "cpu":
         properties = driver.active.utils.get_device_properties(platform.device.index or 0)
         _units, _shared = properties["multiprocessor_count"], properties["max_shared_mem"]
@@ -72,6 +82,23 @@ def cache_strides(views: Views) -> tuple[int, ...]:
     scales' block and token. A key's heads and dimensions are adjacent."""
     k, v, scales = views["k"], views["v"], views.get("k_scale")
     return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
+
+
+def codes(cache: torch.dtype) -> dict[str, Any]:
+    """What queries and probabilities become beside a cache of that dtype, and its limit: over FP8 the codes of more bits."""
+    if cache not in FP8_MAX:
+        return {"CODE": getattr(tl, str(cache).removeprefix("torch.")), "LIMIT": 1.0}
+    return {"CODE": _fp8[0], "LIMIT": _fp8[1]}
+
+
+def registers(most: int) -> dict[str, int]:
+    """The launch option that bounds a thread's registers, so that more programs share a multiprocessor (NVIDIA's compiler)."""
+    return {"maxnreg": most} if _bounded and most < 255 else {}
+
+
+def tiled(x: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> TensorDescriptor:
+    """Contiguous x as a matrix that kernels load tile by tile: on sm_90 and newer its copy engine does."""
+    return TensorDescriptor(x, list(shape), [shape[1], 1], list(tile))
 
 
 def power_of_2(n: int, least: int = 1) -> int:

@@ -1,8 +1,8 @@
 """Attention of many new tokens. The context is first laid out once, head by head, from its blocks; then flash attention.
 
-Over an FP8 cache queries are quantized, a scale a row and head, and multiplied with the keys' codes as FP8; the values' codes
-become BF16, which holds them exactly, where the context is laid out. Probabilities as FP8 were tried: slower, because their
-codes must first change places between threads, and less accurate.
+Over an FP8 cache both products are FP8. Queries have a scale a row and head. Probabilities become codes in the very threads
+that hold them: those hold a row's sums in another order than an FP8 operand's, so the values' tokens are laid out in that
+order instead. What the FP8 unit sums over a tile of keys, with about 14 bits, is added up in FP32.
 """
 
 from __future__ import annotations
@@ -17,12 +17,34 @@ from torch import Tensor
 from octavo.batch import ForwardBatch, to_device
 from octavo.kvcache import Views
 from octavo.ops.triton.decode import LOG2E
-from octavo.ops.triton.launch import cache_strides, overlap, pipeline, power_of_2, release, shared_memory, to_fp8, wait
+from octavo.ops.triton.launch import (
+    cache_strides,
+    codes,
+    overlap,
+    pipeline,
+    power_of_2,
+    registers,
+    release,
+    shared_memory,
+    tiled,
+    to_fp8,
+    wait,
+)
 from octavo.platform import FP8_MAX
 
 __all__ = ["prefill_attention"]
 
 ALIGN = 128  # the staged contexts begin at multiples of this
+
+
+@triton.jit
+def _operand_order(x, M: tl.constexpr, N: tl.constexpr):
+    """x [M, N] with each 16 columns in the order in which the threads that hold FP32 sums need them as an FP8 operand.
+
+    In a group of four threads, thread t holds columns 2t, 2t+1, 2t+8, 2t+9 of the sums and 4t to 4t+3 of the operand (PTX ISA,
+    register fragments of wgmma). Any order is right if both factors have it.
+    """
+    return tl.reshape(tl.permute(tl.reshape(x, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, N))
 
 
 @triton.jit
@@ -32,7 +54,7 @@ def _stage_kv(
     D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PER_HEAD: tl.constexpr,
     BY_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values to [heads, length, DP]; BY_DIM, the values of a block's tokens are adjacent."""
+    """Keys to [heads, length, DP], values too, or as FP8 to [heads, DP, length]; BY_DIM, a block's tokens are adjacent."""
     chunk, kv_head = tl.program_id(0), tl.program_id(1)
     request, start, target = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
     d = tl.arange(0, DP)
@@ -52,25 +74,28 @@ def _stage_kv(
     v_slot = base + offset * v_token_stride + kv_head * v_head_stride
     if BY_DIM:
         v_slot = tl.max_contiguous(tl.multiple_of(v_slot, run), run)
-        values = tl.load(v + v_slot[None, :] + d[:, None] * v_dim_stride, mask=(d < D)[:, None], other=0.0).to(tl.float32)
+        values = tl.load(v + v_slot[None, :] + d[:, None] * v_dim_stride, mask=(d < D)[:, None], other=0.0)
         if PER_HEAD:
-            values *= tl.load(v_scales + place)[None, :]
-        values = tl.trans(values)
+            values = tl.trans(values.to(tl.float32) * tl.load(v_scales + place)[None, :])
     else:
         values = tl.load(v + v_slot[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-    tl.store(v_out + to + onto[:, None] * DP + d[None, :], values.to(v_out.dtype.element_ty))
+    if v_out.dtype.element_ty.primitive_bitwidth == 8:
+        row = (kv_head * DP + d).to(tl.int64)
+        tl.store(v_out + row[:, None] * length + onto[None, :], _operand_order(values, DP, TILE))
+    else:
+        tl.store(v_out + to + onto[:, None] * DP + d[None, :], values.to(v_out.dtype.element_ty))
     release(PDL)
 
 
 @triton.jit
 def _attend_tiles(
-    acc, total, peak, query, k_at, v_at, first, last, position, factor, step, window,
-    BN: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    acc, total, peak, query, k, v, k_row, v_row, staged, first, last, position, factor, window,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key tiles [first, last)."""
+    FP8: tl.constexpr = query.dtype.primitive_bitwidth == 8
     for tile in tl.range(first, last, num_stages=STAGES):
-        keys = tl.load(k_at + tile * step)
-        score = tl.dot(query, keys, input_precision="ieee")
+        score = tl.dot(query, k.load([k_row + tile * BN, 0]).T, input_precision="ieee")
         if MASKED:
             at = tile * BN + tl.arange(0, BN)
             seen = at[None, :] <= position[:, None]
@@ -78,15 +103,20 @@ def _attend_tiles(
                 seen = seen & (at[None, :] > position[:, None] - window)
             score = tl.where(seen, score, -1e30)
         higher = tl.maximum(peak, tl.max(score, 1) * factor)
-        p = tl.exp2(score * factor[:, None] - higher[:, None])
+        lift: tl.constexpr = 7.0 if FP8 else 0.0  # p up to 2**7: few below the least code, none over the largest
+        p = tl.exp2(score * factor[:, None] - (higher - lift)[:, None])
         if WINDOW:
             p = tl.where(seen, p, 0.0)
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 1)
         peak = higher
-        values = tl.load(v_at + tile * step)
         acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
+        if FP8:
+            values = v.load([v_row, staged + tile * BN]).T
+            acc += tl.dot(_operand_order(p.to(query.dtype), BM, BN), values)
+        else:
+            values = v.load([k_row + tile * BN, 0])
+            acc = tl.dot(p.to(query.dtype), values, acc, input_precision="ieee")
     return acc, total, peak
 
 
@@ -94,29 +124,27 @@ def _attend_tiles(
 def _prefill_attention(
     q, k, v, out, tiles, qk_scale, v_scale, length,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, FP8: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CODE: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """k and v: descriptors of the layouts that `_stage_kv` writes, by tiles [BN, DP], of FP8 values [DP, BN]."""
     which, head = tl.program_id(0), tl.program_id(1)
     first_row, rows = tl.load(tiles + which * 4), tl.load(tiles + which * 4 + 1)  # in q, and how many
     start, staged = tl.load(tiles + which * 4 + 2), tl.load(tiles + which * 4 + 3)  # of the first, and of its context's layout
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
-    n = tl.arange(0, BN)
     q_at = ((first_row + m).to(tl.int64)[:, None] * Q_HEADS + head) * D + d[None, :]
     ok = (m < rows)[:, None] & (d < D)[None, :]
     position = start + m
-    base = (head // GROUP) * length.to(tl.int64)
+    k_row, v_row = head // GROUP * length + staged, head // GROUP * DP
     wait(PDL)
     query = tl.load(q + q_at, mask=ok, other=0.0)
-    if FP8:
+    if CODE.primitive_bitwidth == 8:
         wide = query.to(tl.float32)
         q_scale = tl.maximum(tl.max(tl.abs(wide), 1) / LIMIT, 1e-12)
-        query = to_fp8(wide / q_scale[:, None], LIMIT, k.dtype.element_ty)
+        query = to_fp8(wide / q_scale[:, None], LIMIT, CODE)
         factor = q_scale * qk_scale
     else:
         factor = tl.full((BM,), 1.0, tl.float32) * qk_scale
-    v_at = v + (base + staged + n)[:, None] * DP + d[None, :]
-    k_at = k + (base + staged + n)[None, :] * DP + d[:, None]
     acc = tl.zeros((BM, DP), tl.float32)
     peak = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -124,17 +152,18 @@ def _prefill_attention(
     if WINDOW:
         first = tl.maximum(start - WINDOW + 1, 0) // BN
         acc, total, peak = _attend_tiles(
-            acc, total, peak, query, k_at, v_at, first, last, position, factor, BN * DP, WINDOW,
-            BN, True, True, STAGES,
+            acc, total, peak, query, k, v, k_row, v_row, staged, first, last, position, factor, WINDOW,
+            BM, BN, True, True, STAGES,
         )  # fmt: skip
     else:
         whole = (start + 1) // BN
         acc, total, peak = _attend_tiles(
-            acc, total, peak, query, k_at, v_at, 0, whole, position, factor, BN * DP, 0, BN, False, False, STAGES
+            acc, total, peak, query, k, v, k_row, v_row, staged, 0, whole, position, factor, 0, BM, BN, False, False, STAGES
         )
         acc, total, peak = _attend_tiles(
-            acc, total, peak, query, k_at, v_at, whole, last, position, factor, BN * DP, 0, BN, True, False, STAGES
-        )
+            acc, total, peak, query, k, v, k_row, v_row, staged, whole, last, position, factor, 0,
+            BM, BN, True, False, STAGES,
+        )  # fmt: skip
     release(PDL)
     y = acc * (v_scale / total)[:, None]
     tl.store(out + q_at, y.to(out.dtype.element_ty), mask=ok)
@@ -169,22 +198,27 @@ def _plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     return made
 
 
-# Queries and keys of a tile, warps, stages of the pipeline: the fastest first, as measured on an H200.
-_TILES = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))
+# Queries and keys of a tile, warps, stages of the pipeline, registers of a thread: the fastest first, as measured on an H200.
+_Tiles = tuple[tuple[int, int, int, int, int], ...]
+_DEEP: _Tiles = (
+    (64, 128, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 2, 168), (64, 64, 8, 2, 255), (64, 64, 8, 1, 255),
+    (32, 32, 4, 1, 255),
+)  # fmt: skip
+_SHALLOW: _Tiles = (128, 32, 8, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 1, 255)  # as compiled for AMD's chips: nothing spills
 SUMS = 64 * 32  # FP32 sums that the threads of a warp can hold without spilling
 
 
-def _tiles(dp: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> dict[str, int]:
+def _tiles(dp: int, dtype: torch.dtype) -> dict[str, int]:
     """The first tiles that fit into a multiprocessor's memory; FP32 is for small models and short of registers."""
-    a_key, both = k_dtype.itemsize, k_dtype.itemsize + v_dtype.itemsize
 
-    def fits(bm: int, bn: int, warps: int, stages: int) -> bool:
-        held = dp * (bm * a_key + stages * bn * both)
+    def fits(bm: int, bn: int, warps: int, stages: int, _: int) -> bool:
+        held = dp * dtype.itemsize * (bm + 2 * stages * bn)
         return stages <= pipeline(stages) and held <= shared_memory() and bm * dp <= SUMS * warps
 
-    tried = _TILES[-1:] if v_dtype.itemsize > 2 else _TILES[a_key > 1 :]
-    bm, bn, warps, stages = next((t for t in tried if fits(*t)), _TILES[-1])
-    return {"BM": bm, "BN": bn, "warps": warps, "stages": stages}
+    tried = _SHALLOW if pipeline(3) < 3 else _DEEP if dtype.itemsize == 1 else _DEEP[1:]
+    tried = tried[-1:] if dtype.itemsize > 2 else tried
+    chosen = next((t for t in tried if fits(*t)), tried[-1])
+    return dict(zip(("BM", "BN", "warps", "stages", "registers"), chosen, strict=True))
 
 
 def prefill_attention(
@@ -197,18 +231,20 @@ def prefill_attention(
     kv_heads, scales = k.shape[2], views.get("k_scale")
     by_dim = k.dtype in FP8_MAX
     fp8 = by_dim and scales is None  # a scale a token and head is applied where the context is laid out, in q's dtype
-    k_dtype, v_dtype, dp = k.dtype if fp8 else q.dtype, q.dtype, power_of_2(dim, 32)
-    c = _tiles(dp, k_dtype, v_dtype) | (config or {})
+    dtype, dp = k.dtype if fp8 else q.dtype, power_of_2(dim, 32)
+    c = _tiles(dp, dtype) | (config or {})
     plan = _plan(batch, first, stop, c["BM"])
-    k_staged = torch.empty(kv_heads * plan.length * dp, dtype=k_dtype, device=q.device)
-    v_staged = torch.empty(kv_heads * plan.length * dp, dtype=v_dtype, device=q.device)
+    k_staged, v_staged = (torch.empty(kv_heads * plan.length * dp, dtype=dtype, device=q.device) for _ in range(2))
     _stage_kv[(len(plan.chunks), kv_heads)](
         k, v, views.get("k_scale", q), views.get("v_scale", q), k_staged, v_staged, batch.block_tables, plan.chunks,
         batch.block_tables.stride(0), *cache_strides(views), plan.length,
         D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=ALIGN, PER_HEAD=scales is not None, BY_DIM=by_dim, num_warps=8, **overlap(),
     )  # fmt: skip
+    by_row, tile = (kv_heads * plan.length, dp), (c["BN"], dp)
+    by_dim_of_v, turned = (kv_heads * dp, plan.length), (dp, c["BN"])
     _prefill_attention[(len(plan.tiles), heads)](
-        q, k_staged, v_staged, out, plan.tiles, scale * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0, plan.length,
-        Q_HEADS=heads, GROUP=heads // kv_heads, D=dim, DP=dp, BM=c["BM"], BN=c["BN"], WINDOW=window or 0, FP8=fp8,
-        LIMIT=FP8_MAX.get(k.dtype, 1.0), STAGES=c["stages"], num_warps=c["warps"], **overlap(),
+        q, tiled(k_staged, by_row, tile), tiled(v_staged, *((by_dim_of_v, turned) if fp8 else (by_row, tile))), out, plan.tiles,
+        scale * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0, plan.length,
+        Q_HEADS=heads, GROUP=heads // kv_heads, D=dim, DP=dp, BM=c["BM"], BN=c["BN"], WINDOW=window or 0, **codes(dtype),
+        STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]), **overlap(),
     )  # fmt: skip
