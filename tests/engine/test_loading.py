@@ -99,6 +99,7 @@ def test_later_starts_read_what_the_first_wrote(
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_transformers_reads_it(scheme: str, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
     start(model, scheme, tmp_path / "saved")
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", quantization_config=CompressedTensorsConfig(dequantize=True), output_loading_info=True,
