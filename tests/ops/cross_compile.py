@@ -71,7 +71,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
                  k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, tokens="i32", eps="fp32", k_scale="fp32", v_scale="fp32",
                  q_stride="i32", k_stride="i32", v_stride="i32", **cache),
-            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, BLOCK_SIZE=64, TOKENS=16, HEADS=4, NORM=per_head, FP8=True,
+            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, HALF=64, BLOCK_SIZE=64, TOKENS=64, HEADS=2, NORM=per_head,
                  PER_HEAD=per_head, BY_DIM=True, **limit),
             {"num_warps": 8},
         )  # fmt: skip
@@ -80,7 +80,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"small_linear_{bm}", linear._small_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
                  width="i32", per_split="i32"),
-            dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, PDL=pdl, STAGES=4 if pdl else 2),
+            dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, HELD=2 * pdl, PDL=pdl,
+                 STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip
     for bm in (16, 128):

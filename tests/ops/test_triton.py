@@ -165,7 +165,7 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
 
 @pytest.mark.parametrize("kv", KV_DTYPES)
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("dim", "rotated", "tokens"), [(16, 16, 5), (24, 24, 5), (32, 16, 34)])
+@pytest.mark.parametrize(("dim", "rotated", "tokens"), [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)])
 def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str) -> None:
     heads, kv_heads, block_size = 8, 4, 4
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
@@ -184,6 +184,22 @@ def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: st
         a, b = ours.views[0][name].float(), theirs.views[0][name].float()
         assert relative_error(a, b) < (0.01 if normed else 5e-3), name
         assert a.count_nonzero() <= b.count_nonzero() + 2  # nothing is written beside the slots
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_per_token_head"])
+@pytest.mark.parametrize("first", [64, 80, 69])
+def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: int, kv: str) -> None:
+    """Adjacent tokens of a block are written together, wherever they begin; a program's last ones may lie in the next block."""
+    monkeypatch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
+    q, k, v = torch.randn(40, 4 + 2 + 2, 32, device=DEVICE).bfloat16().split([4, 2, 2], 1)
+    cos_sin, slots = torch.rand(40, 32, device=DEVICE), torch.arange(first, first + 40, device=DEVICE)
+    ours, theirs = (KVCache([spec(kv, 2, 32)], 3, 64, DEVICE).views[0] for _ in range(2))
+    for views in (ours, theirs):
+        op = (rope if views is ours else reference).rope_write_kv
+        op(q, k, v, None, cos_sin, slots - first, views, slots, 0.3, 0.2)
+    for name in ours:
+        assert relative_error(ours[name].float(), theirs[name].float()) < 5e-3, name
+        assert torch.equal(ours[name].float() != 0, theirs[name].float() != 0), name
 
 
 @pytest.mark.parametrize("kv", KV_DTYPES)

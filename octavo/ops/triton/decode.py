@@ -51,6 +51,7 @@ def _decode_attention(
     row = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     head = kv_head * GROUP + row
+    release(PDL)
     wait(PDL)
     length = tl.load(seq_lens + request)
     low = tl.maximum(length - WINDOW, 0) if WINDOW else 0
@@ -105,7 +106,6 @@ def _decode_attention(
             acc = acc * shrink[None, :] + _product(values, p * 128.0, DP, TILE, ROWS, CODE) * (gain / 128.0)
         else:
             acc = acc * shrink[None, :] + _product(values, p, DP, TILE, ROWS, CODE)
-    release(PDL)
     sum_of_p = tl.sum(total, 0)
     if SPLITS == 1:
         tl.store(out + q_at, (acc * (v_scale / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
@@ -122,12 +122,12 @@ def _merge_splits(parts, sums, out, v_scale, D: tl.constexpr, DP: tl.constexpr, 
     head = tl.program_id(0).to(tl.int64)  # of a request
     d = tl.arange(0, DP)
     split = tl.arange(0, SP)
+    release(PDL)
     wait(PDL)
     ok = split < SPLITS
     peak = tl.load(sums + (head * SPLITS + split) * 2, mask=ok, other=-1e30)
     total = tl.load(sums + (head * SPLITS + split) * 2 + 1, mask=ok, other=0.0)
     part = tl.load(parts + (head * SPLITS + split[:, None]) * DP + d[None, :], mask=ok[:, None], other=0.0)
-    release(PDL)
     weight = tl.exp2(peak - tl.max(peak, 0))
     y = tl.sum(part * weight[:, None], 0) * (v_scale / tl.sum(total * weight, 0))
     tl.store(out + head * D + d, y.to(out.dtype.element_ty), mask=d < D)

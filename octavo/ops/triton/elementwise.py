@@ -39,6 +39,7 @@ def _norm_quant(
     gain = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         column = tl.load(x_column + cols, mask=inside, other=0.0)
+    release(PDL)
     wait(PDL)
     at = x + (row // inner) * outer_stride + (row % inner) * inner_stride + cols
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -49,7 +50,6 @@ def _norm_quant(
         value = round_to(value, x.dtype.element_ty)
     if ADD or SCALED:
         tl.store(carried + row * size + cols, value.to(x.dtype.element_ty), mask=inside)
-    release(PDL)
     factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
     y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
     if QUANT:
@@ -67,6 +67,7 @@ def _silu_mul_quant(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
+    release(PDL)
     wait(PDL)
     gate = tl.load(x + row * 2 * size + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + cols, mask=inside, other=0.0).to(tl.float32)
@@ -74,7 +75,6 @@ def _silu_mul_quant(
         by_row = tl.load(x_row + row)
         gate = round_to(gate * by_row * tl.load(x_column + cols, mask=inside, other=0.0), x.dtype.element_ty)
         up = round_to(up * by_row * tl.load(x_column + size + cols, mask=inside, other=0.0), x.dtype.element_ty)
-    release(PDL)
     y = round_to(gate / (1.0 + tl.exp(-gate)), x.dtype.element_ty) * up
     if QUANT:
         _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, LIMIT, FLOOR)
@@ -89,9 +89,9 @@ def _quantize(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
+    release(PDL)
     wait(PDL)
     y = tl.load(x + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
-    release(PDL)
     _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
 
 

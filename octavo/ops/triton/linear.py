@@ -25,8 +25,8 @@ PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, 
 @triton.jit(do_not_specialize=["tokens"])
 def _small_linear(
     x, x_scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, PDL: tl.constexpr,
-    STAGES: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, HELD: tl.constexpr,
+    PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     rows = tile * BN + tl.arange(0, BN)
@@ -36,25 +36,35 @@ def _small_linear(
     x_at = x + token[:, None] * width + depth[None, :]
     row_ok, token_ok = rows < n, token < tokens
     acc = tl.zeros((BN, BM), tl.float32)
+    first, stop = split * per_split, min((split + 1) * per_split, tl.cdiv(width, BK))
+    release(PDL)
+    if HELD:  # the last tiles of the weight come while the kernel before, on which the weight does not depend, still runs
+        behind = (stop - HELD) * BK + tl.arange(0, HELD * BK)
+        mine = (behind >= first * BK) & (behind < width)
+        held = tl.load(
+            w + rows.to(tl.int64)[:, None] * width + behind[None, :], mask=row_ok[:, None] & mine[None, :], other=0.0
+        )
     wait(PDL)
-    for step in tl.range(split * per_split, min((split + 1) * per_split, tl.cdiv(width, BK)), num_stages=STAGES):
+    for step in tl.range(first, stop - HELD, num_stages=STAGES):
         deep = step * BK + depth < width
         a = tl.load(w_at + step * BK, mask=row_ok[:, None] & deep[None, :], other=0.0)
         b = tl.load(x_at + step * BK, mask=token_ok[:, None] & deep[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE)
-    release(PDL)
+    if HELD:
+        b = tl.load(x + token[:, None] * width + behind[None, :], mask=token_ok[:, None] & mine[None, :], other=0.0)
+        acc = tl.dot(held, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE)
     mask = row_ok[:, None] & token_ok[None, :]
     if SPLIT > 1:
         place = tl.arange(0, BN)[:, None] * BM + token[None, :]
-        mine = parts + (tile.to(tl.int64) * SPLIT) * BN * BM
-        tl.store(mine + split * BN * BM + place, acc)
+        own = parts + (tile.to(tl.int64) * SPLIT) * BN * BM
+        tl.store(own + split * BN * BM + place, acc)
         tl.debug_barrier()  # all of the program's parts are written before it counts itself
         if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") != SPLIT - 1:
             return
         tl.store(counters + tile, 0)  # for the next product
         acc = tl.zeros((BN, BM), tl.float32)
         for part in tl.static_range(SPLIT):
-            acc += tl.load(mine + part * BN * BM + place, cache_modifier=".cg")
+            acc += tl.load(own + part * BN * BM + place, cache_modifier=".cg")
     by_row = tl.load(w_scale + rows, mask=row_ok, other=0.0)
     by_token = tl.load(x_scale + token, mask=token_ok, other=0.0)
     y = acc * by_row[:, None] * by_token[None, :]
@@ -74,15 +84,25 @@ def _workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, T
     return _workspaces[device]
 
 
-def _shape(n: int, bm: int) -> dict[str, int]:
-    """Tile and split, as measured on an H200 over Llama-3.1-8B's layers: a few programs a multiprocessor, none idle."""
+def _shape(n: int, width: int, bm: int) -> dict[str, int]:
+    """Tile, split, and the tiles that a program holds before its inputs are there, as measured on an H200 over Llama-3.1-8B.
+
+    All programs should be there at once and evenly spread, at most two a multiprocessor: they start while the kernel before
+    still runs, wherever there is room, and a multiprocessor with three would be the last to finish.
+    """
+    few = bm == 16
+    split = power_of_2(max(1, 2 * device_units() // triton.cdiv(n, 64)))
     if n >= 2 * 64 * device_units():  # enough tiles of 128 rows without splitting
-        return {"BN": 128, "BK": 128, "warps": 8, "stages": 4, "split": 1}
-    tiles = triton.cdiv(n, 64)
-    split = power_of_2(max(1, 2 * device_units() // tiles))
-    if bm > 16 and split <= 2:
-        return {"BN": 64, "BK": 128, "warps": 4, "stages": 6, "split": 1}
-    return {"BN": 64, "BK": 256, "warps": 4, "stages": 4 if split > 2 and bm <= 32 else 3, "split": split}
+        bn, bk, split, held, stages = 128, 128, 1, 2, 3 if few else 4
+    elif bm == 64:
+        bn, bk, split, held, stages = (64, 256, split, 0, 3) if split > 2 else (64, 128, 1, 0, 6)
+    elif split <= 2:
+        bn, bk, held, stages = 64, 128, 8 if few else 4, 4
+    elif width > 4096:
+        bn, bk, held, stages = 64, 256, 2 if few else 1, 3
+    else:
+        bn, bk, held, stages = 64, 128, 8 if few else 4, 2 if few else 4
+    return {"BN": bn, "BK": bk, "warps": bn // 16, "split": split, "held": held, "stages": stages}
 
 
 def _split(n: int, width: int, c: dict[str, int]) -> tuple[int, int]:
@@ -99,12 +119,12 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     if not tokens:
         return out
     bm = power_of_2(tokens, 16)
-    c = _shape(n, bm) | (config or {})
+    c = _shape(n, width, bm) | (config or {})
     tiles, (split, per_split) = triton.cdiv(n, c["BN"]), _split(n, width, c)
     parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
     _small_linear[(tiles, split)](
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
-        BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
-        **overlap(),
+        BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, HELD=c["held"] if pipeline(3) == 3 else 0,
+        STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
     )  # fmt: skip
     return out

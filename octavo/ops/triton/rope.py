@@ -17,32 +17,58 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_kv"]
 
-TILES = ((32, 1, 8, 2), (512, 2, 8, 4), (1 << 31, 16, 4, 8))  # up to so many tokens: tokens and heads of a program, its warps
+TILES = ((512, 1, 4, 1), (1 << 31, 16, 2, 4))  # up to so many tokens: tokens and heads of a program, its warps
 
 
 @triton.jit
-def _store_cache(
-    x, ok, cache, scales, base, head, head_stride, offset, token_stride, dim_stride, scale_at, layer_scale, d,
-    D: tl.constexpr, FP8: tl.constexpr, PER_HEAD: tl.constexpr, BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+def _finite(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN too: the cache holds finite values only
+
+
+@triton.jit
+def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
+    """x / by at the addresses `at`, as codes or as the values that they are."""
+    dtype: tl.constexpr = cache.dtype.element_ty
+    if dtype.primitive_bitwidth == 8:
+        x = to_fp8(x / by, LIMIT, dtype)
+    tl.store(cache + at, x.to(dtype), mask=ok)
+
+
+@triton.jit
+def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """The scales of tokens and heads whose largest magnitudes are `most` [tokens, heads]."""
+    s = tl.maximum(tl.div_rn(most, LIMIT), FLOOR)
+    tl.store(scales + at[:, None] + head[None, :], s, mask=ok[:, None])
+    return s
+
+
+@triton.jit
+def _store_values(
+    x, ok, cache, place, head_stride, dim_stride, head, d, by, D: tl.constexpr, TOKENS: tl.constexpr, BY_DIM: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, heads, DP] at the tokens' places."""
-    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN too: the cache holds finite values only
-    if FP8:
-        if PER_HEAD:
-            s = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 2), LIMIT), FLOOR)
-            tl.store(scales + scale_at[:, None] + head[None, :], s, mask=ok[:, None])
-            x = x / s[:, :, None]
+    """x [tokens, heads, DP] at the tokens' places; BY_DIM, turned, so that neighbouring threads write neighbouring tokens."""
+    if BY_DIM:
+        x = tl.trans(x, 1, 2, 0)
+        rows = (head * head_stride)[:, None, None] + (d * dim_stride)[None, :, None]
+        inside = (d < D)[None, :, None] & ok[None, None, :]
+        start = tl.min(place, 0)
+        token = tl.arange(0, TOKENS)
+        apart = tl.sum(((place != start + token) | (ok == 0)).to(tl.int32), 0)
+        if apart == 0 and start % 16 == 0:  # a stretch of one block: several tokens at a time
+            _store_codes(x, inside, cache, rows + (tl.multiple_of(start, 16) + token)[None, None, :], by, LIMIT)
         else:
-            x = x / layer_scale
-        x = to_fp8(x, LIMIT, cache.dtype.element_ty)
-    x = x.to(cache.dtype.element_ty)
-    place = base + offset * token_stride
-    if BY_DIM:  # turned, so that neighbouring threads write neighbouring tokens
-        at = place[None, None, :] + (head * head_stride)[:, None, None] + (d * dim_stride)[None, :, None]
-        tl.store(cache + at, tl.trans(x, 1, 2, 0), mask=ok[None, None, :] & (d < D)[None, :, None])
+            _store_codes(x, inside, cache, rows + place[None, None, :], by, LIMIT)
     else:
         at = place[:, None, None] + (head * head_stride)[None, :, None] + (d * dim_stride)[None, None, :]
-        tl.store(cache + at, x, mask=ok[:, None, None] & (d < D)[None, None, :])
+        _store_codes(x, ok[:, None, None] & (d < D)[None, None, :], cache, at, by, LIMIT)
+
+
+@triton.jit
+def _normed(x, factor, norm, d, n: tl.constexpr, dtype: tl.constexpr):
+    """A part of each head, whose dimensions d < n are left, times the head's factor and the norm's weight."""
+    gain = tl.load(norm + d, mask=d < n, other=0.0).to(tl.float32)[None, None, :]
+    return round_to(round_to(x * factor, dtype) * gain, dtype)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -50,62 +76,83 @@ def _rope_write_kv(
     q, k, v, q_out, k_cache, v_cache, k_scales, v_scales, q_norm, k_norm, cos_sin, positions, slots,
     tokens, eps, k_scale, v_scale, q_stride, k_stride, v_stride, block_stride, k_token_stride, v_token_stride, v_head_stride,
     v_dim_stride, scale_block_stride, scale_token_stride,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
-    PER_HEAD: tl.constexpr, BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * HEADS  # of queries, then keys, then values; a program has one kind
+    """A head is rotated as its two halves [tokens, heads, HALF]; what is behind R is a third part, if there is any."""
+    first = tl.program_id(0) * HEADS  # of queries, then keys, then values: a program has one kind
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = token.to(tl.int64)[:, None, None]
-    d = tl.arange(0, DP)
     ok = token < tokens
-    inside = ok[:, None, None] & (d < D)[None, None, :]
+    release(PDL)
     wait(PDL)
     slot = tl.load(slots + token, mask=ok, other=0).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     scale_at = block * scale_block_stride + offset * scale_token_stride
     if first >= Q_HEADS + KV_HEADS:
         head = first - Q_HEADS - KV_HEADS + tl.arange(0, HEADS)
+        d = tl.arange(0, DP)
+        inside = ok[:, None, None] & (d < D)[None, None, :]
         x = tl.load(v + row * v_stride + (head * D)[None, :, None] + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
-        release(PDL)
-        _store_cache(
-            x, ok, v_cache, v_scales, block * block_stride, head, v_head_stride, offset, v_token_stride, v_dim_stride, scale_at,
-            v_scale, d, D, FP8, PER_HEAD, BY_DIM, LIMIT, FLOOR,
-        )  # fmt: skip
+        x = _finite(x)
+        by = v_scale
+        if PER_HEAD:
+            by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, LIMIT, FLOOR)
+            by = tl.trans(by[:, :, None], 1, 2, 0) if BY_DIM else by[:, :, None]
+        place = block * block_stride + offset * v_token_stride
+        _store_values(x, ok, v_cache, place, v_head_stride, v_dim_stride, head, d, by, D, TOKENS, BY_DIM, LIMIT)
+        return
+    is_q = first < Q_HEADS
+    head = first + tl.arange(0, HEADS)
+    source, norm = q + row * q_stride, q_norm
+    if not is_q:
+        head -= Q_HEADS
+        source, norm = k + row * k_stride, k_norm
+    half: tl.constexpr = R // 2
+    rest: tl.constexpr = D - R
+    dtype: tl.constexpr = q.dtype.element_ty
+    d = tl.arange(0, HALF)
+    e = tl.arange(0, DP)  # of what is behind R
+    inside = ok[:, None, None] & (d < half)[None, None, :]
+    behind = ok[:, None, None] & (e < rest)[None, None, :]
+    source += (head * D)[None, :, None]
+    x = tl.load(source + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(source + half + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    if rest:
+        z = tl.load(source + R + e[None, None, :], mask=behind, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(x * x, 2) + tl.sum(y * y, 2)
+        if rest:
+            squares += tl.sum(z * z, 2)
+        factor = tl.rsqrt(squares / D + eps)[:, :, None]
+        x, y = _normed(x, factor, norm, d, half, dtype), _normed(y, factor, norm + half, d, half, dtype)
+        if rest:
+            z = _normed(z, factor, norm + R, e, rest, dtype)
+    angle = tl.load(positions + token, mask=ok, other=0)[:, None] * R + d[None, :]
+    turned = ok[:, None] & (d < half)[None, :]
+    cos = tl.load(cos_sin + angle, mask=turned, other=1.0)[:, None, :]
+    sin = tl.load(cos_sin + half + angle, mask=turned, other=0.0)[:, None, :]
+    x, y = round_to(x * cos - y * sin, dtype), round_to(y * cos + x * sin, dtype)
+    if is_q:
+        to = q_out + row * Q_HEADS * D + (head * D)[None, :, None]
+        tl.store(to + d[None, None, :], x.to(dtype), mask=inside)
+        tl.store(to + half + d[None, None, :], y.to(dtype), mask=inside)
+        if rest:
+            tl.store(to + R + e[None, None, :], z.to(dtype), mask=behind)
     else:
-        is_q = first < Q_HEADS
-        head = first + tl.arange(0, HEADS)
-        source, norm = q + row * q_stride, q_norm
-        if not is_q:
-            head -= Q_HEADS
-            source, norm = k + row * k_stride, k_norm
-        half: tl.constexpr = R // 2
-        partner = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
-        source += (head * D)[None, :, None]
-        x = tl.load(source + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(source + partner[None, None, :], mask=inside, other=0.0).to(tl.float32)
-        release(PDL)
-        dtype: tl.constexpr = q.dtype.element_ty
-        if NORM:
-            factor = tl.rsqrt(tl.sum(x * x, 2) / D + eps)[:, :, None]
-            gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, None, :]
-            gain_of_y = tl.load(norm + partner, mask=d < D, other=0.0).to(tl.float32)[None, None, :]
-            x = round_to(round_to(x * factor, dtype) * gain, dtype)
-            y = round_to(round_to(y * factor, dtype) * gain_of_y, dtype)
-        position = tl.load(positions + token, mask=ok, other=0)[:, None]
-        angle = tl.where(d < half, d, d - half)[None, :]
-        turned = ok[:, None] & (d < R)[None, :]
-        cos = tl.load(cos_sin + position * R + angle, mask=turned, other=1.0)
-        sin = tl.load(cos_sin + position * R + half + angle, mask=turned, other=0.0)
-        sin = tl.where((d < half)[None, :], -sin, sin)
-        x = round_to(x * cos[:, None, :] + y * sin[:, None, :], dtype)
-        if is_q:
-            tl.store(q_out + row * Q_HEADS * D + (head * D)[None, :, None] + d[None, None, :], x.to(dtype), mask=inside)
-        else:
-            _store_cache(
-                x, ok, k_cache, k_scales, block * block_stride, head, D, offset, k_token_stride, 1, scale_at,
-                k_scale, d, D, FP8, PER_HEAD, False, LIMIT, FLOOR,
-            )  # fmt: skip
+        x, y, by = _finite(x), _finite(y), k_scale
+        most = tl.maximum(tl.max(tl.abs(x), 2), tl.max(tl.abs(y), 2))
+        if rest:
+            z = _finite(z)
+            most = tl.maximum(most, tl.max(tl.abs(z), 2))
+        if PER_HEAD:
+            by = _store_scales(most, ok, k_scales, scale_at, head, LIMIT, FLOOR)[:, :, None]
+        at = (block * block_stride + offset * k_token_stride)[:, None, None] + (head * D)[None, :, None]
+        _store_codes(x, inside, k_cache, at + d[None, None, :], by, LIMIT)
+        _store_codes(y, inside, k_cache, at + half + d[None, None, :], by, LIMIT)
+        if rest:
+            _store_codes(z, behind, k_cache, at + R + e[None, None, :], by, LIMIT)
 
 
 def rope_write_kv(
@@ -117,6 +164,7 @@ def rope_write_kv(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
+    rotated = cos_sin.shape[1]
     k_cache, v_cache, scales = views["k"], views["v"], views.get("k_scale")
     per_program, heads, warps = next(rest for most, *rest in TILES if tokens <= most)
     heads = math.gcd(heads, q_heads, kv_heads)
@@ -124,8 +172,8 @@ def rope_write_kv(
         q, k, v, out, k_cache, v_cache, views.get("k_scale"), views.get("v_scale"),
         norms.q if norms else None, norms.k if norms else None, cos_sin, positions, slots,
         tokens, norms.eps if norms else 0.0, k_scale, v_scale, q.stride(0), k.stride(0), v.stride(0), *cache_strides(views),
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=cos_sin.shape[1], BLOCK_SIZE=k_cache.shape[1],
-        TOKENS=per_program, HEADS=heads, NORM=norms is not None, FP8=k_cache.dtype in FP8_MAX, PER_HEAD=scales is not None,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=rotated, HALF=power_of_2(rotated // 2),
+        BLOCK_SIZE=k_cache.shape[1], TOKENS=per_program, HEADS=heads, NORM=norms is not None, PER_HEAD=scales is not None,
         BY_DIM=v_cache.stride(3) != 1, LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR, num_warps=warps, **overlap(),
     )  # fmt: skip
     return out
