@@ -26,7 +26,7 @@ __all__ = ["ROLES", "check", "draw", "profile_into", "role_of"]
 
 # Of a kernel's name, the first that is found in it; on a CPU the names are torch's operators.
 ROLES = {
-    "attention": r"attention|merge_splits|stage_kv|fmha|flash|softmax|bmm|baddbmm",
+    "attention": r"attention|stage_kv|fmha|flash|softmax|bmm|baddbmm",
     "norm": r"norm|vecdot",
     "activation": r"silu",
     "rope, cache": r"rope|rotate|write_kv|reshape_and_cache|index_put",

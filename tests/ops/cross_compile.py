@@ -95,16 +95,12 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
-                 qk_scale="fp32", v_scale="fp32", **cache),
+                 counters=i32, qk_scale="fp32", v_scale="fp32", **cache),
             dict(Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
                  BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
                  CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
-    yield (
-        "merge_splits", decode._merge_splits, dict(parts=fp32, sums=fp32, out=bf16, v_scale="fp32"),
-        dict(D=128, DP=128, SPLITS=8, SP=8, PDL=pdl), {"num_warps": 1},
-    )  # fmt: skip
     for kind, out in (("fp8", fp8), ("bf16", bf16)):
         yield (
             f"stage_kv_{kind}", prefill._stage_kv,

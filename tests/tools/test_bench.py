@@ -243,7 +243,6 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("_silu_mul_quant", "activation"),
         ("_rope_write_kv", "rope, cache"),
         ("_decode_attention", "attention"),
-        ("_merge_splits", "attention"),
         ("_prefill_attention", "attention"),
         ("_stage_kv", "attention"),
         ("_small_linear", "linear"),

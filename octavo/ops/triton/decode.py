@@ -22,6 +22,7 @@ from octavo.platform import FP8_MAX
 __all__ = ["decode_attention", "splits_for"]
 
 LOG2E = 1.4426950408889634
+MOST_COUNTERS = 1 << 14
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.c
 
 @triton.jit
 def _decode_attention(
-    q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums,
+    q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums, counters,
     qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -107,30 +108,41 @@ def _decode_attention(
         else:
             acc = acc * shrink[None, :] + _product(values, p, DP, TILE, ROWS, CODE)
     sum_of_p = tl.sum(total, 0)
-    if SPLITS == 1:
-        tl.store(out + q_at, (acc * (v_scale / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
-    else:
-        place = (request.to(tl.int64) * Q_HEADS + head) * SPLITS + split
-        tl.store(parts + place[None, :] * DP + d[:, None], acc, mask=(row < GROUP)[None, :])
-        tl.store(sums + place * 2, peak, mask=row < GROUP)
-        tl.store(sums + place * 2 + 1, sum_of_p, mask=row < GROUP)
+    if SPLITS > 1:  # the last program of a head to finish puts the parts together, in their order whoever that is
+        one = (request * tl.num_programs(0) + kv_head) * SPLITS
+        place = d[:, None] * ROWS + row[None, :]
+        tl.store(parts + (one + split) * DP * ROWS + place, acc)
+        tl.store(sums + (one + split) * 2 * ROWS + row, peak)
+        tl.store(sums + (one + split) * 2 * ROWS + ROWS + row, sum_of_p)
+        tl.debug_barrier()  # all of the program's parts are written before it counts itself
+        counter = counters + request * tl.num_programs(0) + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+            return
+        tl.store(counter, 0)  # for the next launch
+        acc = tl.zeros((DP, ROWS), tl.float32)
+        peak = tl.full((ROWS,), -1e30, tl.float32)
+        sum_of_p = tl.zeros((ROWS,), tl.float32)
+        for part in range(SPLITS):
+            theirs = tl.load(sums + (one + part) * 2 * ROWS + row, cache_modifier=".cg")
+            weighed = tl.load(sums + (one + part) * 2 * ROWS + ROWS + row, cache_modifier=".cg")
+            higher = tl.maximum(peak, theirs)
+            mine, its = tl.exp2(peak - higher), tl.exp2(theirs - higher)
+            sum_of_p = sum_of_p * mine + weighed * its
+            acc = acc * mine[None, :] + tl.load(parts + (one + part) * DP * ROWS + place, cache_modifier=".cg") * its[None, :]
+            peak = higher
+    tl.store(out + q_at, (acc * (v_scale / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
 
 
-@triton.jit
-def _merge_splits(parts, sums, out, v_scale, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # of a request
-    d = tl.arange(0, DP)
-    split = tl.arange(0, SP)
-    release(PDL)
-    wait(PDL)
-    ok = split < SPLITS
-    peak = tl.load(sums + (head * SPLITS + split) * 2, mask=ok, other=-1e30)
-    total = tl.load(sums + (head * SPLITS + split) * 2 + 1, mask=ok, other=0.0)
-    part = tl.load(parts + (head * SPLITS + split[:, None]) * DP + d[None, :], mask=ok[:, None], other=0.0)
-    weight = tl.exp2(peak - tl.max(peak, 0))
-    y = tl.sum(part * weight[:, None], 0) * (v_scale / tl.sum(total * weight, 0))
-    tl.store(out + head * D + d, y.to(out.dtype.element_ty), mask=d < D)
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _workspace(device: torch.device, programs: int, rows: int, dp: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over parts of a context, their peaks and totals, and zeroed counters, which every launch leaves at zero."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+    assert programs <= 2 * MOST_COUNTERS, "a context is split where there are few programs"
+    parts = torch.empty(programs * rows * dp, dtype=torch.float32, device=device)
+    return parts, torch.empty(programs * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
 def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
@@ -153,21 +165,14 @@ def decode_attention(
     c = {"TILE": 64, "warps": 4, "stages": 2} | (config or {})
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     dp = power_of_2(dim, 32)
-    parts, sums = out, out  # not used
-    if splits > 1:
-        parts = torch.empty(requests * heads * splits * dp, dtype=torch.float32, device=q.device)
-        sums = torch.empty(requests * heads * splits * 2, dtype=torch.float32, device=q.device)
+    rows = power_of_2(group, 8 if fp8 else 16)
+    parts, sums, counters = _workspace(q.device, requests * kv_heads * splits, rows, dp) if splits > 1 else (out, out, out)
     by_layer = fp8 and scales is None
     _decode_attention[(kv_heads, splits, requests)](
-        q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out, parts, sums,
-        scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
+        q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out,
+        parts, sums, counters, scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
-        Q_HEADS=heads, GROUP=group, ROWS=power_of_2(group, 8 if fp8 else 16), D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
+        Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
         TILE=c["TILE"], SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
         STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
     )  # fmt: skip
-    if splits > 1:
-        _merge_splits[(requests * heads,)](
-            parts, sums, out, v_scale if by_layer else 1.0, D=dim, DP=dp, SPLITS=splits, SP=power_of_2(splits),
-            num_warps=1 if splits * dp <= 1024 else 4, **overlap(),
-        )  # fmt: skip
