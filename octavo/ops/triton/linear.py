@@ -93,9 +93,9 @@ def _shape(n: int, width: int, bm: int) -> dict[str, int]:
     few = bm == 16
     split = power_of_2(max(1, 2 * device_units() // triton.cdiv(n, 64)))
     if n >= 2 * 64 * device_units():  # enough tiles of 128 rows without splitting
-        bn, bk, split, held, stages = 128, 128, 1, 2, 3 if few else 4
+        bn, bk, split, held, stages = 128, 128, 1, 1 if bm == 64 else 2, 3 if few else 4
     elif bm == 64:
-        bn, bk, split, held, stages = (64, 256, split, 0, 3) if split > 2 else (64, 128, 1, 0, 6)
+        bn, bk, split, held, stages = (128, 128, split, 2, 4) if split > 2 else (64, 128, 1, 0, 6)
     elif split <= 2:
         bn, bk, held, stages = 64, 128, 8 if few else 4, 4
     elif width > 4096:
