@@ -1,13 +1,14 @@
 """Decode steps from captured graphs: the host then launches one graph where it would launch hundreds of kernels.
 
-A graph is of one batch size and one bound on the contexts' length, which decides how many parts attention is split into. A
-step takes the next larger of both; the rows that are left over write to the scratch block and are dropped.
+A graph is of one batch size and one bound on the contexts' length, which decides how many parts attention is split into;
+bounds that make no difference at a size share its graph. A step takes the next larger of both; the rows that are left over
+write to the scratch block and are dropped.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,10 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens."""
+    """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
+
+    `variant(requests, longest context)` is equal where `forward` launches the same.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class DecodeGraphs:
         max_num_seqs: int,
         max_model_len: int,
         scratch_block: int,
+        variant: Callable[[int, int], Hashable],
     ):
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
@@ -54,24 +59,28 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self.inputs[2] = self.scratch_slot
         try:
-            self._capture(forward)
+            self._capture(forward, variant)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
                 "or decode without graphs (--enforce-eager)."
             ) from None
 
-    def _capture(self, forward: Callable[[ForwardBatch], Tensor]) -> None:
+    def _capture(self, forward: Callable[[ForwardBatch], Tensor], variant: Callable[[int, int], Hashable]) -> None:
         pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
-            for context in self.contexts:
-                batch = self._batch(size, context)
-                forward(batch)  # compiles what is not compiled yet, which a capture could not
-                replay, hidden, pool = self.platform.capture(lambda batch=batch: forward(batch), pool)  # type: ignore[misc]
-                self._graphs[size, context] = _Graph(replay, hidden)
+            made: dict[Hashable, _Graph] = {}
+            for context in reversed(self.contexts):
+                if (key := variant(size, context)) not in made:
+                    batch = self._batch(size, context)
+                    forward(batch)  # compiles what is not compiled yet, which a capture could not
+                    replay, hidden, pool = self.platform.capture(lambda batch=batch: forward(batch), pool)  # type: ignore[misc]
+                    made[key] = _Graph(replay, hidden)
+                self._graphs[size, context] = made[key]
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        """Graphs that were captured."""
+        return len({id(graph) for graph in self._graphs.values()})
 
     def _batch(self, size: int, context: int) -> ForwardBatch:
         ids, positions, slots = self.inputs[:, :size]

@@ -111,8 +111,12 @@ class ModelRunner:
         if graphs:
             with torch.inference_mode():
                 sizes = self.block_size, config.max_num_seqs, self.max_model_len
-                self.graphs = DecodeGraphs(self.model, self.platform, *sizes, scratch_block=self.num_blocks)
+                self.graphs = DecodeGraphs(self.model, self.platform, *sizes, self.num_blocks, self._decode_variant)
         log.info("ops: %s", ops.table())
+
+    def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
+        kinds = {a.kv_heads for a in self.model.attention_layers()}
+        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
 
     def _model_len(self) -> int:
         c, asked = self.model_config, self.config.max_model_len

@@ -37,6 +37,7 @@ __all__ = [
     "Unscaled",
     "attention",
     "bind",
+    "decode_variant",
     "linear",
     "linear_unscaled",
     "pack",
@@ -48,7 +49,7 @@ __all__ = [
     "write_kv",
 ]
 
-_OPS = ("attention", "write_kv", "rms_norm", "rotate", "silu_mul", "rope_write_kv")
+_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "rope_write_kv")
 
 
 _bound: dict[str, Callable[..., Any]] = {}
@@ -164,6 +165,11 @@ def attention(
     included. Scores and sums are FP32.
     """
     return _bound["attention"](q, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+
+
+def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+    """Of single tokens with contexts up to `longest`: where it is equal, `attention` launches the same."""
+    return _bound["decode_variant"](requests, kv_heads, longest)  # type: ignore[no-any-return]
 
 
 def implementations() -> Sequence[LinearImplementation]:

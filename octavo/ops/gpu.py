@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
 from octavo.ops.triton.attention import attention
 from octavo.ops.triton.block import block_linear, quantize_groups
+from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
@@ -16,7 +17,7 @@ from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
 
-__all__ = ["LINEAR", "ScaledMM", "attention", "rms_norm", "rope_write_kv", "silu_mul"]
+__all__ = ["LINEAR", "ScaledMM", "attention", "decode_variant", "rms_norm", "rope_write_kv", "silu_mul"]
 
 UNSCALED_TOKENS = 1024  # up to here the library's product is faster with one scale a matrix than with one a row and column
 

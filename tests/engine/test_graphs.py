@@ -51,7 +51,7 @@ def model() -> Model:
 
 @pytest.fixture
 def graphs(model: Model) -> DecodeGraphs:
-    return DecodeGraphs(model, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH)
+    return DecodeGraphs(model, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH, lambda size, context: context)
 
 
 def test_sizes_and_contexts(graphs: DecodeGraphs) -> None:
@@ -96,6 +96,18 @@ def test_the_bound_on_the_context_is_the_next_one(graphs: DecodeGraphs, model: M
         assert model.bounds[-1] == bound
 
 
+def test_bounds_that_make_no_difference_share_a_graph(model: Model) -> None:
+    """It is of the longest of them, since a step's contexts may be."""
+    device = Replays(torch.device("cpu"), "test")
+    graphs = DecodeGraphs(
+        model, device, BLOCK, 4, 10_000, SCRATCH, lambda size, context: min(context, 4096) if size == 1 else 1
+    )
+    assert len(graphs) == 4
+    for start, size, bound in ((5, 1, 512), (600, 1, 10_000), (9_000, 1, 10_000), (5, 2, 10_000), (9_000, 4, 10_000)):
+        graphs.run([Span([1], start, list(range(1, 90)) * 30)] * size, None, [-1] * size)
+        assert model.bounds[-1] == bound
+
+
 def test_more_requests_than_any_graph(graphs: DecodeGraphs) -> None:
     assert graphs.run([Span([1], 0, [1])] * 10, None, [-1] * 10) is None
 
@@ -106,4 +118,4 @@ def test_no_memory_to_capture_in_is_one_sentence(model: Model) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(OctavoError, match="--gpu-memory-utilization"):
-        DecodeGraphs(model, Full(torch.device("cpu"), "test"), BLOCK, 2, 100, SCRATCH)
+        DecodeGraphs(model, Full(torch.device("cpu"), "test"), BLOCK, 2, 100, SCRATCH, lambda size, context: context)

@@ -19,7 +19,7 @@ from octavo.kvcache import Views
 from octavo.ops.triton.launch import cache_strides, codes, device_units, overlap, pipeline, power_of_2, release, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["decode_attention", "splits_for"]
+__all__ = ["decode_attention", "decode_variant"]
 
 LOG2E = 1.4426950408889634
 MOST_COUNTERS = 1 << 14
@@ -145,11 +145,20 @@ def _workspace(device: torch.device, programs: int, rows: int, dp: int) -> tuple
     return parts, torch.empty(programs * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
+def _tile(requests: int, kv_heads: int) -> int:
+    """Tokens of the context at a time: more where there are few programs and each waits for memory alone."""
+    return 128 if 8 * requests * kv_heads <= device_units() else 64
+
+
 def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
     """Parts of a context, so that there are a few programs a multiprocessor and none has less than a tile or two."""
     programs = requests * kv_heads
     wanted = max(1, 4 * device_units() // programs)
     return min(power_of_2(wanted), 64, power_of_2(-(-longest // (2 * tile))))  # few values: each is compiled
+
+
+def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+    return splits_for(requests, kv_heads, longest, _tile(requests, kv_heads))
 
 
 def decode_attention(
@@ -162,7 +171,7 @@ def decode_attention(
     kv_heads, group = k.shape[2], heads // k.shape[2]
     fp8 = k.dtype in FP8_MAX
     scales = views.get("k_scale")
-    c = {"TILE": 64, "warps": 4, "stages": 2} | (config or {})
+    c = {"TILE": _tile(requests, kv_heads), "warps": 4, "stages": 2} | (config or {})
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     dp = power_of_2(dim, 32)
     rows = power_of_2(group, 8 if fp8 else 16)
