@@ -97,7 +97,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
                  counters=i32, qk_scale="fp32", v_scale="fp32", **cache),
             dict(Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
-                 BLOCK_SIZE=64, TILE=64, SPLITS=4, WINDOW=0, PER_HEAD=per_head,
+                 BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
                  CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip

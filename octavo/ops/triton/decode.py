@@ -44,10 +44,11 @@ def _decode_attention(
     qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
     CODE: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(1)
     FP8: tl.constexpr = CODE.primitive_bitwidth == 8
     row = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
@@ -57,7 +58,7 @@ def _decode_attention(
     length = tl.load(seq_lens + request)
     low = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     first = low // TILE
-    per_split = tl.cdiv(tl.cdiv(length, TILE) - first, SPLITS)
+    per_split = tl.cdiv(tl.cdiv(length, TILE) - first, splits)
     begin, end = first + split * per_split, min(first + (split + 1) * per_split, tl.cdiv(length, TILE))
     q_at = (request.to(tl.int64) * Q_HEADS + head[None, :]) * D + d[:, None]
     q_ok = (row < GROUP)[None, :] & (d < D)[:, None]
@@ -108,21 +109,21 @@ def _decode_attention(
         else:
             acc = acc * shrink[None, :] + _product(values, p, DP, TILE, ROWS, CODE)
     sum_of_p = tl.sum(total, 0)
-    if SPLITS > 1:  # the last program of a head to finish puts the parts together, in their order whoever that is
-        one = (request * tl.num_programs(0) + kv_head) * SPLITS
+    if SPLIT:  # the last program of a head to finish puts the parts together, in their order whoever that is
+        one = (request * tl.num_programs(0) + kv_head) * splits
         place = d[:, None] * ROWS + row[None, :]
         tl.store(parts + (one + split) * DP * ROWS + place, acc)
         tl.store(sums + (one + split) * 2 * ROWS + row, peak)
         tl.store(sums + (one + split) * 2 * ROWS + ROWS + row, sum_of_p)
         tl.debug_barrier()  # all of the program's parts are written before it counts itself
         counter = counters + request * tl.num_programs(0) + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") != splits - 1:
             return
         tl.store(counter, 0)  # for the next launch
         acc = tl.zeros((DP, ROWS), tl.float32)
         peak = tl.full((ROWS,), -1e30, tl.float32)
         sum_of_p = tl.zeros((ROWS,), tl.float32)
-        for part in range(SPLITS):
+        for part in range(splits):
             theirs = tl.load(sums + (one + part) * 2 * ROWS + row, cache_modifier=".cg")
             weighed = tl.load(sums + (one + part) * 2 * ROWS + ROWS + row, cache_modifier=".cg")
             higher = tl.maximum(peak, theirs)
@@ -154,7 +155,7 @@ def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
     """Parts of a context, so that there are a few programs a multiprocessor and none has less than a tile or two."""
     programs = requests * kv_heads
     wanted = max(1, 4 * device_units() // programs)
-    return min(power_of_2(wanted), 64, power_of_2(-(-longest // (2 * tile))))  # few values: each is compiled
+    return min(power_of_2(wanted), 64, power_of_2(-(-longest // (2 * tile))))  # few values, for few graphs
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
@@ -182,6 +183,6 @@ def decode_attention(
         parts, sums, counters, scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
-        TILE=c["TILE"], SPLITS=splits, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
+        TILE=c["TILE"], SPLIT=splits > 1, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
         STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
     )  # fmt: skip
