@@ -87,11 +87,9 @@ def _plain(hint: Any) -> type | None:
     return hint if hint in (int, float, bool, str) else None
 
 
-def _argmax(x: Tensor) -> Tensor:
-    """x.argmax(-1) of rows [rows, n]; of few rows in two steps, since one alone leaves each to one multiprocessor."""
+def argmax_by_parts(x: Tensor) -> Tensor:
+    """x.argmax(-1) of [rows, n] in two steps: in one, a GPU leaves each row to one multiprocessor."""
     parts = math.gcd(x.shape[-1], 64)
-    if not x.is_cuda or x.shape[0] >= 64 or parts < 16:
-        return x.argmax(-1)
     most, at = x.unflatten(-1, (parts, -1)).max(-1)
     part = most.argmax(-1, keepdim=True)
     token: Tensor = part * (x.shape[-1] // parts) + at.gather(-1, part)
@@ -138,7 +136,9 @@ class CausalLM(nn.Module):
 
     def likeliest(self, hidden: Tensor) -> Tensor:
         """The token with the largest logit, int64 [rows]: the logits need not be widened for it."""
-        return _argmax(self.lm_head(hidden))
+        logits: Tensor = self.lm_head(hidden)
+        few = logits.is_cuda and logits.shape[0] < 64
+        return argmax_by_parts(logits) if few else logits.argmax(-1)
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

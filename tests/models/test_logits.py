@@ -19,6 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from octavo.models.common import argmax_by_parts
+
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -92,3 +94,9 @@ def test_a_wrong_rope_would_be_seen(tmp_path: Path, load_model: LoadModel) -> No
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"llama3"', '"default"'))
     assert relative_error(load_model(tmp_path).logits(ids), expected) > 1e-2
+
+
+@pytest.mark.parametrize("vocab", [1, 77, 96, 128_256])
+def test_the_likeliest_token_by_parts(vocab: int) -> None:
+    x = torch.randn(5, vocab)
+    assert torch.equal(argmax_by_parts(x), x.argmax(-1))

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.triton.launch import cache_strides, codes, device_units, overlap, pipeline, power_of_2, release, wait
+from octavo.ops.triton.launch import (
+    cache_strides,
+    codes,
+    device_units,
+    overlap,
+    pipeline,
+    power_of_2,
+    release,
+    shared_memory,
+    wait,
+)
 from octavo.platform import FP8_MAX
 
 __all__ = ["decode_attention", "decode_variant"]
@@ -172,9 +182,10 @@ def decode_attention(
     kv_heads, group = k.shape[2], heads // k.shape[2]
     fp8 = k.dtype in FP8_MAX
     scales = views.get("k_scale")
-    c = {"TILE": _tile(requests, kv_heads), "warps": 4, "stages": 2} | (config or {})
-    splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     dp = power_of_2(dim, 32)
+    large = 4 * 128 * dp * k.element_size() > shared_memory() // 2  # two stages of keys and values, two programs
+    c = {"TILE": 64 if large else _tile(requests, kv_heads), "warps": 4, "stages": 2} | (config or {})
+    splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     rows = power_of_2(group, 8 if fp8 else 16)
     parts, sums, counters = _workspace(q.device, requests * kv_heads * splits, rows, dp) if splits > 1 else (out, out, out)
     by_layer = fp8 and scales is None
