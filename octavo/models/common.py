@@ -137,7 +137,7 @@ class CausalLM(nn.Module):
     def likeliest(self, hidden: Tensor) -> Tensor:
         """The token with the largest logit, int64 [rows]: the logits need not be widened for it."""
         logits: Tensor = self.lm_head(hidden)
-        few = logits.is_cuda and logits.shape[0] < 64
+        few = logits.device.type != "cpu" and logits.shape[0] < 64
         return argmax_by_parts(logits) if few else logits.argmax(-1)
 
     def attention_layers(self) -> list[PagedAttention]:

@@ -65,15 +65,16 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
          "scale_token_stride", "table_width"), "i32"
     )  # fmt: skip
+    _, tokens, heads, warps = rope.TILES[-1]
     for per_head in (False, True):
         yield (
             f"rope_write_kv{'_per_head' * per_head}", rope._rope_write_kv,
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
                  k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, tokens="i32", eps="fp32", k_scale="fp32", v_scale="fp32",
                  q_stride="i32", k_stride="i32", v_stride="i32", **cache),
-            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, HALF=64, BLOCK_SIZE=64, TOKENS=64, HEADS=2, NORM=per_head,
-                 PER_HEAD=per_head, BY_DIM=True, **limit),
-            {"num_warps": 8},
+            dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, HALF=64, BLOCK_SIZE=64, TOKENS=tokens, HEADS=heads,
+                 NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **limit),
+            {"num_warps": warps},
         )  # fmt: skip
     for bm in (16, 32, 64):
         yield (

@@ -227,4 +227,4 @@ def test_a_plan_is_quick_and_brings_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stderr == ""
-    assert after.ru_utime - before.ru_utime < 0.5  # of the processor: the machine may be busy
+    assert after.ru_utime - before.ru_utime < 1  # of the processor, since the machine may be busy; importing torch takes more
