@@ -153,7 +153,8 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
             .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
             .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
             .kind = kind, .is_panel = is_panel, .pairs = is_panel && chosen->dot && exact && w->kind != F32 && !w->scale_columns};
-        parallel(chosen->prepare, &job, is_panel ? panels : 1, threads);
+        job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
+        parallel(chosen->prepare, &job, is_panel ? panels * job.parts : 1, threads);
         if (is_panel) {
             job.row_tasks = (w->n + TASK_ROWS - 1) / TASK_ROWS;
             while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;

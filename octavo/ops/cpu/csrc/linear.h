@@ -16,61 +16,84 @@ INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
     return job->panel + (panel * job->w->k + k) * LANES;
 }
 
-/* One token's values, quantized as the weight's scheme says: as FP32 one after another (lane < 0), or in a panel's lane. */
-static void NAME(quantize_row)(const LinearJob *job, int64_t token, float *dst, int64_t lane) {
+/* A token's scale where all its values share one, else 1. */
+static float NAME(token_scale)(const LinearJob *job, const char *x) {
     const Linear *w = job->w;
-    const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
-    const Format format = FORMATS[w->kind];
-    float values[GROUP], scale = 1;
-    if (w->activation == PER_TOKEN) {
-        float peak = 0;
-        for (int64_t at = 0; at < w->k; at += GROUP) {
-            int64_t count = least(GROUP, w->k - at);
-            NAME(widen_row)(values, x + at * size_of(job->kind), job->kind, count);
-            float most = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
-            if (!(most <= peak)) peak = most; /* NaN too */
-            if (peak != peak) break;
-        }
-        scale = peak / format.limit;
-        if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
-        job->scale[token] = scale;
-    }
-    for (int64_t at = 0; at < w->k; at += GROUP) {
-        int64_t count = least(GROUP, w->k - at), whole = (count + LANES - 1) / LANES * LANES;
+    float values[GROUP], peak = 0;
+    if (w->activation != PER_TOKEN) return 1;
+    for (int64_t at = 0; at < w->k && peak == peak; at += GROUP) {
+        int64_t count = least(GROUP, w->k - at);
         NAME(widen_row)(values, x + at * size_of(job->kind), job->kind, count);
-        if (w->activation == PER_GROUP) {
-            scale = NAME(amax)(values, whole) / format.limit;
-            if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
-        }
-        if (w->activation != NOT_QUANTIZED) {
-            for (int64_t i = 0; i < whole; i += VL) {
-                vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
-                NAME(store)(values + i, w->activation == PER_GROUP ? v * scale : v);
-            }
-        }
-        if (lane < 0) {
-            for (int64_t i = 0; i < whole; i += VL) NAME(store)(dst + at + i, NAME(load)(values + i));
-        } else if (job->pairs) {
-            uint16_t *pairs = (uint16_t *)(dst + at / 2 * LANES) + 2 * lane;
-            for (int64_t i = 0; i < count + count % 2; i++) pairs[i / 2 * 2 * LANES + i % 2] = i < count ? float_to_bf16(values[i]) : 0;
-        } else {
-            for (int64_t i = 0; i < count; i++) dst[(at + i) * LANES + lane] = values[i];
-        }
+        float most = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
+        if (!(most <= peak)) peak = most; /* NaN too */
     }
-    for (int64_t i = (w->k + LANES - 1) / LANES * LANES; lane < 0 && i < job->k_padded; i++) dst[i] = 0;
+    float scale = peak / FORMATS[w->kind].limit;
+    return scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
 }
 
-/* Task: one panel of tokens, or all of them where they are rows. */
+/* `count` values of a token, a group at most, as FP32, quantized as the weight's scheme says; zeros up to whole vectors. */
+INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char *x, int64_t count, float scale) {
+    const int activation = job->w->activation;
+    const Format format = FORMATS[job->w->kind];
+    int64_t whole = (count + LANES - 1) / LANES * LANES;
+    NAME(widen_row)(values, x, job->kind, count);
+    if (activation == NOT_QUANTIZED) return;
+    if (activation == PER_GROUP) {
+        scale = NAME(amax)(values, whole) / format.limit;
+        if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
+    }
+    for (int64_t i = 0; i < whole; i += VL) {
+        vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
+        NAME(store)(values + i, activation == PER_GROUP ? v * scale : v);
+    }
+}
+
+/* One token's values, one after another. */
+static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
+    const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
+    const float scale = NAME(token_scale)(job, x);
+    float *dst = job->panel + token * job->k_padded;
+    job->scale[token] = scale;
+    for (int64_t at = 0; at < job->w->k; at += GROUP)
+        NAME(quantize_group)(dst + at, job, x + at * size_of(job->kind), least(GROUP, job->w->k - at), scale);
+    for (int64_t i = (job->w->k + LANES - 1) / LANES * LANES; i < job->k_padded; i++) dst[i] = 0;
+}
+
+/* One of `parts` parts of a panel, a group of all its tokens at a time, so that it is written in one stream. */
+static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t part) {
+    const int64_t k = job->w->k, size = size_of(job->kind), groups = (k + GROUP - 1) / GROUP;
+    const int64_t lanes = least(LANES, job->m - panel * LANES);
+    const char *x = (const char *)job->x + panel * LANES * job->x_stride * size;
+    float rows[LANES][GROUP] __attribute__((aligned(64))), scale[LANES];
+    memset(rows[lanes - 1], 0, (size_t)(LANES - lanes + 1) * sizeof rows[0]);
+    for (int64_t i = 0; i < lanes; i++) {
+        scale[i] = NAME(token_scale)(job, x + i * job->x_stride * size);
+        if (!part) job->scale[panel * LANES + i] = scale[i];
+    }
+    for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, k); at += GROUP) {
+        const int64_t count = least(GROUP, k - at);
+        float *dst = NAME(panel_at)(job, panel, at);
+        for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x + (i * job->x_stride + at) * size, count, scale[i]);
+        if (job->pairs) {
+            uint16_t *pairs = (uint16_t *)dst;
+            for (int64_t j = 0; j < count + count % 2; j += 2, pairs += 2 * LANES) {
+                for (int i = 0; i < LANES; i++) pairs[2 * i] = float_to_bf16(rows[i][j]), pairs[2 * i + 1] = float_to_bf16(rows[i][j + 1]);
+            }
+        } else {
+            for (int64_t j = 0; j < count; j++, dst += LANES)
+                for (int i = 0; i < LANES; i++) dst[i] = rows[i][j];
+        }
+    }
+}
+
+/* Task: a part of a panel of tokens, or all of them where they are rows. */
 static void NAME(prepare)(void *argument, int64_t task) {
     const LinearJob *job = argument;
-    int64_t first = job->is_panel ? task * LANES : 0, lanes = least(LANES, job->m - first);
-    for (int64_t i = 0; i < lanes; i++) {
-        float *dst = job->is_panel ? NAME(panel_at)(job, task, 0) : job->panel + i * job->k_padded;
-        NAME(quantize_row)(job, first + i, dst, job->is_panel ? i : -1);
+    if (job->is_panel) {
+        NAME(prepare_panel)(job, task / job->parts, task % job->parts);
+        return;
     }
-    if (!job->is_panel || lanes == LANES) return;
-    for (float *at = NAME(panel_at)(job, task, 0), *end = NAME(panel_at)(job, task + 1, 0); at < end; at += LANES)
-        for (int64_t i = lanes; i < LANES; i++) at[i] = 0;
+    for (int64_t i = 0; i < job->m; i++) NAME(prepare_row)(job, i);
 }
 
 /* The scale of a row of the weight, or of its part that begins at k. */
