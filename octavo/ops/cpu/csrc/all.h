@@ -12,6 +12,8 @@ static const Functions NAME(functions) = {
 #undef vu
 #undef vh
 #undef vb
+#undef vp
+#undef PAIRED
 #undef PARTS
 #undef INLINE
 #undef SELECT

@@ -152,7 +152,7 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
         LinearJob job = {
             .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
             .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
-            .kind = kind, .is_panel = is_panel, .pairs = is_panel && chosen->dot && exact && w->kind != F32 && !w->scale_columns};
+            .kind = kind, .is_panel = is_panel, .pairs = chosen->dot && exact && w->kind != F32 && !w->scale_columns};
         job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
         parallel(chosen->prepare, &job, is_panel ? panels * job.parts : 1, threads);
         if (is_panel) {

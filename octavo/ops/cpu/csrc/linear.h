@@ -52,11 +52,15 @@ INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
     const float scale = NAME(token_scale)(job, x);
-    float *dst = job->panel + token * job->k_padded;
+    float values[GROUP], *dst = job->panel + token * job->k_padded;
     job->scale[token] = scale;
-    for (int64_t at = 0; at < job->w->k; at += GROUP)
-        NAME(quantize_group)(dst + at, job, x + at * size_of(job->kind), least(GROUP, job->w->k - at), scale);
-    for (int64_t i = (job->w->k + LANES - 1) / LANES * LANES; i < job->k_padded; i++) dst[i] = 0;
+    for (int64_t at = 0; at < job->k_padded; at += GROUP) {
+        const int64_t count = least(GROUP, job->w->k - at), padded = least(GROUP, job->k_padded - at);
+        memset(values, 0, sizeof values);
+        if (count > 0) NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
+        if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
+        else memcpy(dst + at, values, (size_t)padded * 4);
+    }
 }
 
 /* One of `parts` parts of a panel, a group of all its tokens at a time, so that it is written in one stream. */
@@ -75,10 +79,9 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
         float *dst = NAME(panel_at)(job, panel, at);
         for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x + (i * job->x_stride + at) * size, count, scale[i]);
         if (job->pairs) {
-            uint16_t *pairs = (uint16_t *)dst;
-            for (int64_t j = 0; j < count + count % 2; j += 2, pairs += 2 * LANES) {
-                for (int i = 0; i < LANES; i++) pairs[2 * i] = float_to_bf16(rows[i][j]), pairs[2 * i + 1] = float_to_bf16(rows[i][j + 1]);
-            }
+            for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(rows[i], BF16, 0, rows[i], count + count % 2);
+            for (int64_t j = 0; j < count + count % 2; j += 2, dst += LANES)
+                for (int i = 0; i < LANES; i++) memcpy(dst + i, (uint16_t *)rows[i] + j, 4);
         } else {
             for (int64_t j = 0; j < count; j++, dst += LANES)
                 for (int i = 0; i < LANES; i++) dst[i] = rows[i][j];
@@ -109,13 +112,13 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
     put(job->y, job->kind, token * w->n + row, sum);
 }
 
-/* Rows `from` to `to` times m tokens, each result a sum along k in vectors. */
-INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
+/* Rows `from` to `to` times m tokens, each result a sum along k in vectors; grouped: a scale every 128 values of a row. */
+INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int kind, int grouped) {
     enum { SUMS = CHUNK / LANES * PARTS }; /* few tokens have more than one each, to hide what an addition takes */
     const Linear *w = job->w;
     const float *x = job->panel;
     const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
-    const int grouped = w->scale_columns > 0, sums = m == 1 ? SUMS : m == 2 ? SUMS / 2 : PARTS;
+    const int sums = m == 1 ? SUMS : m == 2 ? SUMS / 2 : PARTS;
     for (int64_t row = from; row < to; row++) {
         const char *at = (const char *)w->weight + row * w->stride * size;
         char tail[CHUNK * 4];
@@ -154,54 +157,48 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
 }
 
 #if DOT
-/* A code is exact in BF16 too: as FP8 it is at least 2^-17 once widened, far above what the dot product takes for zero. */
-INLINE void NAME(widen_to_pairs)(uint16_t *dst, const char *p, int kind, int64_t count) {
-    float values[GROUP];
-    for (int64_t at = 0; at < count; at += GROUP) {
-        int64_t some = least(GROUP, count - at);
-        if (kind == BF16) {
-            memcpy(dst + at, p + at * 2, (size_t)some * 2);
-        } else {
-            NAME(widen_row)(values, p + at, kind, some);
-            NAME(narrow_row)(dst, BF16, at, values, some);
+#include "pairs.h"
+
+/* dot() over pairs. */
+INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
+    enum { PARTS_OF_PAIRS = CHUNK / PAIRED };
+    const Linear *w = job->w;
+    const uint16_t *x = (const uint16_t *)job->panel;
+    const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
+    for (int64_t row = from; row < to; row++) {
+        const char *at = (const char *)w->weight + row * w->stride * size;
+        char tail[CHUNK * 2];
+        vf sum[ROWS_MODE][PARTS_OF_PAIRS];
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++)
+#pragma GCC unroll 8
+            for (int part = 0; part < PARTS_OF_PAIRS; part++) sum[i][part] = (vf){0};
+        for (int64_t k = 0, end = whole;; end = padded) {
+            for (; k < end; k += CHUNK) {
+#pragma GCC unroll 2
+                for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
+#pragma GCC unroll 8
+                for (int part = 0; part < PARTS_OF_PAIRS; part++) {
+                    vp v = NAME(widen_pairs)(at + (k + part * PAIRED) * size, kind), other;
+#pragma GCC unroll 4
+                    for (int i = 0; i < m; i++) {
+                        memcpy(&other, x + i * padded + k + part * PAIRED, sizeof other);
+                        sum[i][part] = NAME(dot_pairs)(sum[i][part], other, v);
+                    }
+                }
+            }
+            if (k == padded) break;
+            memset(tail, 0, sizeof tail); /* what lies after the last row is not ours to read */
+            memcpy(tail, at + whole * size, (size_t)((w->k - whole) * size));
+            at = tail - whole * size;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++) {
+#pragma GCC unroll 8
+            for (int part = 1; part < PARTS_OF_PAIRS; part++) sum[i][0] += sum[i][part];
+            NAME(finish)(job, i, row, NAME(sum)(sum[i][0]));
         }
     }
-    if (count % 2) dst[count] = 0;
-}
-
-/* sum += x[2 lane] * w[0] + x[2 lane + 1] * w[1] in every lane. */
-INLINE void NAME(dot_pairs)(vf sum[PARTS], const uint16_t *x, const uint16_t *w) {
-#if ISA == 4
-    int32_t pair;
-    memcpy(&pair, w, 4);
-    sum[0] = (vf)_mm512_dpbf16_ps((__m512)sum[0], (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_set1_epi32(pair));
-#else /* the same in C, for testing what is around it */
-    for (int i = 0; i < LANES; i++) {
-        float one = bf16_to_float(x[2 * i]) * bf16_to_float(w[0]), other = bf16_to_float(x[2 * i + 1]) * bf16_to_float(w[1]);
-        sum[i / VL][i % VL] += one + other;
-    }
-#endif
-}
-
-INLINE void NAME(tile_of_pairs)(int rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
-    vf sum[TILE_ROWS][PARTS] = {0};
-    for (int64_t j = 0; j < pairs; j++, a += 2, b += 2 * LANES) {
-#pragma GCC unroll 32
-        for (int i = 0; i < rows; i++) NAME(dot_pairs)(sum[i], b, a + i * rs);
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < rows; i++) {
-        for (int p = 0; p < PARTS; p++) {
-            float *at = c + i * LANES + p * VL;
-            NAME(store)(at, add ? NAME(load)(at) + sum[i][p] : sum[i][p]);
-        }
-    }
-}
-
-static void NAME(product_of_pairs)(int64_t rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
-    int64_t i = 0;
-    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) NAME(tile_of_pairs)(TILE_ROWS, pairs, a + i * rs, rs, b, c + i * LANES, add);
-    for (; i < rows; i++) NAME(tile_of_pairs)(1, pairs, a + i * rs, rs, b, c + i * LANES, add);
 }
 #endif
 
@@ -245,9 +242,16 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
     }
 }
 
+#if DOT
+#define IF_PAIRS(call) if (job->pairs) { call; return; }
+#else
+#define IF_PAIRS(call)
+#endif
 #define DOTS(m, kind)                                                                                           \
     static __attribute__((noinline)) void NAME(dots_##m##_##kind)(const LinearJob *job, int64_t from, int64_t to) { \
-        NAME(dot)(job, from, to, m, kind);                                                                       \
+        IF_PAIRS(NAME(dot_of_pairs)(job, from, to, m, kind))                                                     \
+        if (job->w->scale_columns) NAME(dot)(job, from, to, m, kind, 1);                                         \
+        else NAME(dot)(job, from, to, m, kind, 0);                                                               \
     }
 #define EACH_M(kind) DOTS(1, kind) DOTS(2, kind) DOTS(3, kind) DOTS(4, kind)
 EACH_M(F32)
@@ -270,5 +274,6 @@ static void NAME(multiply)(void *argument, int64_t task) {
 }
 
 #undef DOTS
+#undef IF_PAIRS
 #undef EACH_M
 #undef ROW
