@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,18 +29,19 @@ LARGEST = 512  # requests; a larger batch keeps the device busy without graphs
 @dataclass
 class _Graph:
     replay: Callable[[], None]
-    hidden: Tensor
+    logits: Tensor
 
 
 class DecodeGraphs:
     """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
-    `variant(requests, longest context)` is equal where `forward` launches the same.
+    `forward` gives logits [rows, vocab] and the tokens chosen from them, int64 [rows]. `variant(requests, longest context)` is
+    equal where it launches the same.
     """
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
+        forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
         platform: Platform,
         block_size: int,
         max_num_seqs: int,
@@ -52,12 +54,13 @@ class DecodeGraphs:
         self.contexts = [*(c for c in CONTEXTS if c < max_model_len), max_model_len]
         rows, width = self.sizes[-1], -(-max_model_len // block_size)
         device = platform.device
-        self.inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)  # token ids, positions, slots
-        self.lengths = torch.ones(rows, dtype=torch.int32, device=device)
+        # The tokens that the last replay chose, and behind them what the host sends for the next one; see _sent.
+        self.memory = torch.zeros(6 * rows, dtype=torch.int64, device=device)
+        self.chosen = self.memory[:rows]
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self.known_tables = np.zeros((rows, width), np.int32)  # what `tables` holds
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self.inputs[2] = self.scratch_slot
         try:
             self._capture(forward, variant)
         except torch.OutOfMemoryError:
@@ -66,68 +69,86 @@ class DecodeGraphs:
                 "or decode without graphs (--enforce-eager)."
             ) from None
 
-    def _capture(self, forward: Callable[[ForwardBatch], Tensor], variant: Callable[[int, int], Hashable]) -> None:
+    def _capture(
+        self, forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]], variant: Callable[[int, int], Hashable]
+    ) -> None:
+        def decode(size: int, context: int) -> Tensor:
+            logits, tokens = forward(self._batch(size, context))
+            self.chosen[:size].copy_(tokens)
+            return logits
+
         pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
+            self._send(size, [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
-                    batch = self._batch(size, context)
-                    forward(batch)  # compiles what is not compiled yet, which a capture could not
-                    replay, hidden, pool = self.platform.capture(lambda batch=batch: forward(batch), pool)  # type: ignore[misc]
-                    made[key] = _Graph(replay, hidden)
+                    decode(size, context)  # compiles what is not compiled yet, which a capture could not
+                    replay, logits, pool = self.platform.capture(partial(decode, size, context), pool)
+                    made[key] = _Graph(replay, logits)
                 self._graphs[size, context] = made[key]
 
     def __len__(self) -> int:
         """Graphs that were captured."""
         return len({id(graph) for graph in self._graphs.values()})
 
+    def _sent(self, size: int) -> Tensor:
+        """int64 [5 * size]: token ids, positions, slots, where in `memory` each row's token is, and lengths (int32)."""
+        return self.memory[len(self.chosen) : len(self.chosen) + 5 * size]
+
     def _batch(self, size: int, context: int) -> ForwardBatch:
-        ids, positions, slots = self.inputs[:, :size]
+        sent = self._sent(size)
+        _, positions, slots, place = sent[: 4 * size].view(4, size)
+        lengths = sent[4 * size :].view(torch.int32)[:size]
         return ForwardBatch(
-            ids, positions, slots, self.starts[: size + 1], self.lengths[:size], self.tables[:size],
+            self.memory[place], positions, slots, self.starts[: size + 1], lengths, self.tables[:size],
             [1] * size, [context] * size, self.block_size, {},
         )  # fmt: skip
 
-    def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> Tensor | None:
-        """Hidden states [len(spans), hidden] of one token a span; None where there are more spans than any graph has.
+    def _send(self, size: int, ids: Sequence[int], last: Sequence[int], slots: Sequence[int], sources: Sequence[int]) -> None:
+        """One copy to the device; rows past len(ids) are of one token that goes to the scratch block."""
+        count, own = len(ids), len(self.chosen)
+        host = torch.empty(5 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
+        numbers, lengths = host[: 4 * size].view(4, size).numpy(), host[4 * size :].view(torch.int32).numpy()
+        numbers[:, count:] = np.array([[0], [0], [self.scratch_slot], [own]])
+        numbers[:3, :count] = ids, last, slots
+        numbers[3, :count] = [own + row if source < 0 else source for row, source in enumerate(sources)]
+        lengths[:size] = numbers[1] + 1
+        self._sent(size).copy_(host, non_blocking=True)
 
-        The token of span i is tokens[sources[i]] where sources[i] is not negative. What is returned lasts until the next call.
-        """
-        count = len(spans)
-        if count > self.sizes[-1]:
-            return None
-        size = self.sizes[bisect_left(self.sizes, count)]
-        last = [span.start for span in spans]
-        context = self.contexts[bisect_left(self.contexts, max(last) + 1)]
-        host = self._pinned((4, size), torch.int64)
-        numbers = host.numpy()
-        numbers[:, count:] = np.array([[0], [0], [self.scratch_slot], [-1]])
-        numbers[0, :count] = [span.token_ids[0] for span in spans]
-        numbers[1, :count] = last
-        block = self.block_size
-        numbers[2, :count] = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
-        numbers[3, :count] = sources
-        sent = host.to(self.platform.device, non_blocking=True)
-        self.inputs[:, :size].copy_(sent[:3])
-        if tokens is not None:
-            given = sent[3]
-            self.inputs[0, :size] = torch.where(given < 0, sent[0], tokens[given.clamp(min=0)])
-        self.lengths[:size].copy_(sent[1] + 1)
-        width = max(last) // self.block_size + 1
-        table = self._pinned((size, width), torch.int32)
-        rows = table.numpy()
-        rows[:] = 0
-        for row, span in zip(rows, spans, strict=False):
+    def _send_tables(self, spans: Sequence[Span], width: int) -> None:
+        """Block tables, where they are not on the device already: they change once in a block's tokens."""
+        table = np.zeros((len(spans), width), np.int32)
+        for row, span in zip(table, spans, strict=True):
             held = min(len(span.block_ids), width)
             row[:held] = span.block_ids[:held]
-        self.tables[:size, :width].copy_(table, non_blocking=True)
+        known = self.known_tables[: len(spans), :width]
+        if not np.array_equal(table, known):
+            known[:] = table
+            sent = torch.from_numpy(table)
+            sent = sent if self.platform.is_cpu else sent.pin_memory()
+            self.tables[: len(spans), :width].copy_(sent, non_blocking=True)
+
+    def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Logits [len(spans), vocab] of one token a span and the tokens chosen from them, int64 [len(spans)].
+
+        None where there are more spans than any graph has. The token of span i is tokens[sources[i]] where sources[i] is not
+        negative. What is returned lasts until the next call.
+        """
+        count = len(spans)
+        if count > self.sizes[-1] or (tokens is not None and len(tokens) > len(self.chosen)):
+            return None
+        size = self.sizes[bisect_left(self.sizes, count)]
+        last, block = [span.start for span in spans], self.block_size
+        context = self.contexts[bisect_left(self.contexts, max(last) + 1)]
+        slots = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
+        self._send(size, [span.token_ids[0] for span in spans], last, slots, sources)
+        if tokens is not None and tokens.data_ptr() != self.chosen.data_ptr():
+            self.chosen[: len(tokens)].copy_(tokens)
+        self._send_tables(spans, max(last) // block + 1)
         graph = self._graphs[size, context]
         graph.replay()
-        return graph.hidden[:count]
-
-    def _pinned(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=not self.platform.is_cpu)
+        return graph.logits[:count], self.chosen[:count]
 
 
 def _sizes(most: int) -> list[int]:

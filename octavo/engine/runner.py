@@ -25,7 +25,7 @@ from octavo.engine.schedule import ScheduledRequest
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, KVCacheSpec, spec_for
 from octavo.models import architecture, read_config
-from octavo.models.common import CausalLM, ConfigBase
+from octavo.models.common import CausalLM, ConfigBase, likeliest
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -70,6 +70,15 @@ def _span(item: ScheduledRequest) -> batches.Span:
     return batches.Span(token_ids, item.start, item.request.block_ids)
 
 
+def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
+    """For each item the row of its token in the step before, -1 where the host knows it."""
+    return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
+
+
+def _wants_prompt_logprobs(item: ScheduledRequest, row: SamplingRow) -> bool:
+    return row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens
+
+
 class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for whatever the user can mend."""
 
@@ -111,8 +120,13 @@ class ModelRunner:
         if graphs:
             with torch.inference_mode():
                 sizes = self.block_size, config.max_num_seqs, self.max_model_len
-                self.graphs = DecodeGraphs(self.model, self.platform, *sizes, self.num_blocks, self._decode_variant)
+                self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant)
         log.info("ops: %s", ops.table())
+
+    def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
+        """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
+        logits: Tensor = self.model.lm_head(self.model(batch))
+        return logits, likeliest(logits)
 
     def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
         kinds = {a.kv_heads for a in self.model.attention_layers()}
@@ -186,41 +200,57 @@ class ModelRunner:
         out = StepTokens()
         if not items:
             return out
+        if (decoded := self._replay(items, rows, previous)) is not None:
+            logits, tokens = decoded
+            if len(sampling := [n for n, item in enumerate(items) if item.samples]) < len(items):
+                at = self._indices(sampling)
+                logits, tokens = logits[at], tokens[at]
+            self._choose(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            return out
         hidden, ends = self._hidden(items, previous), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
-            if row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens:
+            if _wants_prompt_logprobs(item, row):
                 found = self._prompt_logprobs(hidden[end - item.num_tokens :], item, row)
                 out.prompt_logprobs[item.request.request_id] = found
         if sampling := [n for n, item in enumerate(items) if item.samples]:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
-            self._sample(last, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._choose(self.model.lm_head(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
+
+    def _replay(
+        self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Logits and likeliest tokens of a step of single tokens, where a graph has them."""
+        if self.graphs is None or any(item.num_tokens > 1 for item in items) or any(map(_wants_prompt_logprobs, items, rows)):
+            return None
+        known = None if previous is None else previous.tokens
+        return self.graphs.run([_span(item) for item in items], known, _sources(items, previous))
 
     def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None) -> Tensor:
         """Hidden states of all the items' tokens."""
-        spans = [_span(item) for item in items]
-        known = None if previous is None else previous.tokens
-        sources = [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
-        decodes = all(item.num_tokens == 1 for item in items)
-        if self.graphs is not None and decodes and (replayed := self.graphs.run(spans, known, sources)) is not None:
-            return replayed
-        batch, last = self._batch(spans), [end - 1 for end in accumulate(item.num_tokens for item in items)]
-        if pending := [(at, source) for at, source in zip(last, sources, strict=True) if source >= 0]:
-            assert known is not None
+        batch = self._batch([_span(item) for item in items])
+        last = [end - 1 for end in accumulate(item.num_tokens for item in items)]
+        if pending := [pair for pair in zip(last, _sources(items, previous), strict=True) if pair[1] >= 0]:
+            assert previous is not None
+            assert previous.tokens is not None
             at, source = (self._indices(part) for part in zip(*pending, strict=True))
-            batch.input_ids[at] = known[source]
+            batch.input_ids[at] = previous.tokens[source]
         return self.forward(batch)
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)
 
-    def _sample(self, hidden: Tensor, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], out: StepTokens) -> None:
+    def _choose(
+        self, logits: Tensor, greedy: Tensor | None, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow],
+        out: StepTokens,
+    ) -> None:  # fmt: skip
+        """Puts the next tokens of `items` into `out`; `greedy`: the likeliest of `logits`, where they are known."""
         ids = [item.request.request_id for item in items]
         if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
-            out.put(self.model.likeliest(hidden), ids)
+            out.put(likeliest(logits) if greedy is None else greedy, ids)
             return
-        logits = self.model.logits(hidden)
+        logits = logits.float()
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
         tokens = sample(logits, rows)

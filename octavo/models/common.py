@@ -19,7 +19,7 @@ from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import rope_parameters
 
-__all__ = ["CausalLM", "ConfigBase", "Decoder"]
+__all__ = ["CausalLM", "ConfigBase", "Decoder", "likeliest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,12 @@ def argmax_by_parts(x: Tensor) -> Tensor:
     return token.squeeze(-1)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The token with the largest of logits [rows, vocab], int64 [rows]; they need not be widened for it."""
+    few = logits.device.type != "cpu" and logits.shape[0] < 64
+    return argmax_by_parts(logits) if few else logits.argmax(-1)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, norm: hidden states [T, hidden] of a batch."""
 
@@ -133,12 +139,6 @@ class CausalLM(nn.Module):
         """FP32 [rows, vocab]."""
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
-
-    def likeliest(self, hidden: Tensor) -> Tensor:
-        """The token with the largest logit, int64 [rows]: the logits need not be widened for it."""
-        logits: Tensor = self.lm_head(hidden)
-        few = logits.device.type != "cpu" and logits.shape[0] < 64
-        return argmax_by_parts(logits) if few else logits.argmax(-1)
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

@@ -19,7 +19,9 @@ from octavo.quant.scheme import Granularity
 
 __all__ = ["LINEAR", "ScaledMM", "attention", "decode_variant", "rms_norm", "rope_write_kv", "silu_mul"]
 
-UNSCALED_TOKENS = 1024  # up to here the library's product is faster with one scale a matrix than with one a row and column
+# The library's product is faster with one scale a matrix than with one a row and column: up to so many tokens, and where K is
+# longer than this for any number (5% at 8192 tokens of K = 14,336, the card at its power limit).
+UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
 
 
 class ScaledMM:
@@ -61,7 +63,8 @@ class PackedScaledMM(PackedWeight):
         if not isinstance(x, Quantized) and x.dtype is not torch.bfloat16:
             return self(x)
         codes, scale = given = self._codes(x)
-        if not MOST_TOKENS < codes.shape[0] <= UNSCALED_TOKENS or self.n != self.weight.shape[0]:
+        faster = codes.shape[0] <= UNSCALED_TOKENS or self.width > UNSCALED_DEPTH
+        if codes.shape[0] <= MOST_TOKENS or not faster or self.n != self.weight.shape[0]:
             return self(given)
         return Unscaled(self._scaled_mm(codes, self.one, self.one), scale, self.scale)
 

@@ -30,18 +30,18 @@ class Replays(Platform):
 
 
 class Model:
-    """Writes token ids to a cache at their slots; its hidden states say what each row was given."""
+    """Writes token ids to a cache at their slots; its logits say what each row was given, and what it chooses is 1000 more."""
 
     def __init__(self) -> None:
         self.cache = torch.full(((SCRATCH + 1) * BLOCK,), -1)
         self.bounds: list[int] = []
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
+    def __call__(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         self.cache[batch.slot_mapping] = batch.input_ids
         self.bounds.append(batch.context_lens[0])
         table = batch.block_tables[:, :3].long()
         columns = (batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens.long(), *table.unbind(1))
-        return torch.stack(columns, 1)
+        return torch.stack(columns, 1), batch.input_ids + 1000
 
 
 @pytest.fixture
@@ -65,12 +65,14 @@ def test_rows_of_a_step(count: int, graphs: DecodeGraphs, model: Model) -> None:
     """Tokens from the host and from the last step; rows that are left over touch nobody's blocks."""
     model.cache.fill_(-1)
     spans = [Span([50 + i], i + 2, [3 * i + 1, 3 * i + 2, 3 * i + 3]) for i in range(count)]
-    last = torch.arange(200, 220)
+    last = torch.arange(200, 209)
     sources = [i + 1 if i % 2 else -1 for i in range(count)]
-    hidden = graphs.run(spans, last, sources)
-    assert hidden is not None
-    assert hidden.shape[0] == count
-    for i, (row, span) in enumerate(zip(hidden.tolist(), spans, strict=True)):
+    found = graphs.run(spans, last, sources)
+    assert found is not None
+    logits, chosen = found
+    assert logits.shape[0] == chosen.shape[0] == count
+    assert chosen.tolist() == [row[0] + 1000 for row in logits.tolist()]
+    for i, (row, span) in enumerate(zip(logits.tolist(), spans, strict=True)):
         slot = span.block_ids[span.start // BLOCK] * BLOCK + span.start % BLOCK
         width = max(s.start for s in spans) // BLOCK + 1
         token = 201 + i if i % 2 else 50 + i
@@ -84,9 +86,29 @@ def test_rows_of_a_step(count: int, graphs: DecodeGraphs, model: Model) -> None:
 
 def test_what_a_longer_step_left_does_not_matter(graphs: DecodeGraphs) -> None:
     graphs.run([Span([1], 9, [7, 8, 9])] * 4, None, [-1] * 4)
-    hidden = graphs.run([Span([2], 0, [5])], None, [-1])
-    assert hidden is not None
-    assert hidden.tolist()[0][:5] == [2, 0, 20, 1, 5]
+    found = graphs.run([Span([2], 0, [5])], None, [-1])
+    assert found is not None
+    assert found[0].tolist()[0][:5] == [2, 0, 20, 1, 5]
+
+
+def test_what_a_replay_chose_is_the_next_ones_token(graphs: DecodeGraphs) -> None:
+    """Without a copy, in another order, in a batch of another size, and beside a token that the host knows."""
+    _, chosen = graphs.run([Span([i], 3, [1]) for i in range(3)], None, [-1] * 3) or pytest.fail("no graph")
+    assert chosen.tolist() == [1000, 1001, 1002]
+    spans = [Span([0], 4, [1, 2]), Span([7], 0, [3]), Span([0], 4, [1, 2]), Span([0], 4, [1, 2]), Span([9], 1, [4])]
+    _, chosen = graphs.run(spans, chosen, [2, -1, 0, 1, -1]) or pytest.fail("no graph")
+    assert chosen.tolist() == [2002, 1007, 2000, 2001, 1009]
+
+
+def test_block_tables_are_sent_where_they_changed(graphs: DecodeGraphs) -> None:
+    def blocks(spans: list[Span]) -> list[list[int]]:
+        logits, _ = graphs.run(spans, None, [-1] * len(spans)) or pytest.fail("no graph")
+        return [row[4:] for row in logits.tolist()]
+
+    assert blocks([Span([1], 9, [7, 8, 9]), Span([1], 2, [4])]) == [[7, 8, 9], [4, 0, 0]]
+    graphs.tables.zero_()  # what is known to be there is not sent again
+    assert blocks([Span([1], 10, [7, 8, 9]), Span([1], 3, [4])]) == [[0, 0, 0], [0, 0, 0]]
+    assert blocks([Span([1], 10, [7, 8, 6]), Span([1], 3, [4])]) == [[7, 8, 6], [4, 0, 0]]
 
 
 def test_the_bound_on_the_context_is_the_next_one(graphs: DecodeGraphs, model: Model) -> None:
@@ -110,6 +132,7 @@ def test_bounds_that_make_no_difference_share_a_graph(model: Model) -> None:
 
 def test_more_requests_than_any_graph(graphs: DecodeGraphs) -> None:
     assert graphs.run([Span([1], 0, [1])] * 10, None, [-1] * 10) is None
+    assert graphs.run([Span([1], 0, [1])], torch.zeros(10, dtype=torch.int64), [9]) is None  # chosen by such a step
 
 
 def test_no_memory_to_capture_in_is_one_sentence(model: Model) -> None:
