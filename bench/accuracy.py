@@ -1,4 +1,4 @@
-"""Perplexity of the demo model on its held-out text, for every scheme and KV cache.
+"""Perplexity of the demo model on its held-out text, for every scheme and KV cache, and with its tied head quantized too.
 
     python -m bench.accuracy            # the whole held-out text, windows of 512 tokens
     python -m bench.accuracy --model DIR --text FILE
@@ -16,8 +16,9 @@ from pathlib import Path
 from octavo import LLM, SamplingParams
 from octavo.demo import HELDOUT, MODEL_DIR
 
-RUNS = [(weights, kv) for weights in ("bf16", "fp8", "ptpc_fp8", "fp8_block") for kv in ("auto", "fp8")]
-RUNS += [("ptpc_fp8", "fp8_e5m2"), ("ptpc_fp8", "fp8_per_token_head")]
+RUNS = [(weights, kv, False) for weights in ("bf16", "fp8", "ptpc_fp8", "fp8_block") for kv in ("auto", "fp8")]
+RUNS += [("ptpc_fp8", "fp8_e5m2", False), ("ptpc_fp8", "fp8_per_token_head", False)]
+RUNS += [(weights, "auto", True) for weights in ("fp8", "ptpc_fp8", "fp8_block")]
 
 
 def perplexity(llm: LLM, windows: list[list[int]]) -> float:
@@ -40,13 +41,14 @@ def main() -> None:
     args = parser.parse_args()
     base = None
     print("| weights | KV cache | perplexity | against BF16 |\n|---|---|---:|---:|")
-    for weights, kv in RUNS:
-        llm = LLM(args.model, quantization=weights, kv_cache_dtype=kv)
+    for weights, kv, head in RUNS:
+        llm = LLM(args.model, quantization=weights, kv_cache_dtype=kv, quantize_lm_head=head)
         ids = llm.get_tokenizer().encode(args.text.read_text())
         windows = [w for at in range(0, len(ids), args.window) if len(w := ids[at : at + args.window]) > 1]
         value = perplexity(llm, windows)
         base = base or value
-        print(f"| {weights} | {'BF16' if kv == 'auto' else kv} | {value:.4f} | {100 * (value / base - 1):+.3f}% |", flush=True)
+        name = weights + (", lm_head too" if head else "")
+        print(f"| {name} | {'BF16' if kv == 'auto' else kv} | {value:.4f} | {100 * (value / base - 1):+.3f}% |", flush=True)
     print(f"\n{len(ids):,} tokens of {args.text.name}, windows of {args.window}")
 
 

@@ -61,7 +61,7 @@ class EngineConfig:
     quantization_ignore: tuple[str, ...] = option(
         (), "layers to keep in BF16: a name, a glob, or re:REGEX over the checkpoint's module names"
     )
-    quantize_lm_head: bool = option(False, "quantize lm_head too")
+    quantize_lm_head: bool = option(False, "quantize lm_head too; with tied embeddings, the one matrix of both")
     quantization_config: str | None = option(
         None, "file that `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16"
     )

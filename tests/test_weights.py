@@ -20,8 +20,9 @@ from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.models import architecture, llama
+from octavo.ops.cpu.library import missing
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme, qtensor
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme, dequantize, qtensor, quantize
 from octavo.quant.scheme import BLOCK
 from octavo.weights import DummySource, Loader, SafetensorsSource, load
 from octavo.weights import loader as loader_module
@@ -122,6 +123,37 @@ def test_loading_takes_the_model_and_one_layer(
     one_layer = sum(group.held for (role, _), group in report.groups.items() if role in ("attention", "mlp")) / 6
     converted = 3 * 4 * BLOCK * sizes["intermediate_size"]  # a tile's rows in FP32, their scales and their quotients
     assert (accounting.peak > finished + one_layer + converted) is hoard
+
+
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@pytest.mark.parametrize("on", [CPU, Platform(torch.device("cpu"), "test")], ids=["widened", "native"])
+def test_a_tied_matrix_is_held_once(scheme: Scheme, on: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As codes, which are both looked up and multiplied by where nothing has to be widened; no BF16 copy is left of it."""
+    sizes = CONFIG | dict(
+        hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=2048, tie_word_embeddings=True
+    )
+    tensors = tensors_of(sizes)
+    del tensors["lm_head.weight"]
+    write(tmp_path, tensors, **sizes)
+    monkeypatch.setattr(qtensor, "CHUNK", 1 << 15)
+    ops.bind(on)
+    model = llama.Model(llama.Config.from_json(sizes), TensorParallel(), 64)
+    with Accounting() as accounting:
+        loader = Loader(SafetensorsSource(tmp_path), on, QuantRules(scheme, quantize_lm_head=True), torch.bfloat16)
+        load(model, loader)
+    report, finished = loader.report, accounting.live
+    cos_sin = model.model.layers[0].self_attn.rotary_emb.cos_sin
+    embedding = report.groups["embedding", scheme.name]
+    codes = 2048 * 256
+    scales = embedding.stored - codes
+    assert scales == 4 * (2048 if scheme is not FP8_BLOCK else 16 * 2)
+    if on.widened_dtype is None and missing() is None:  # the product's own scales, and the look-up's
+        assert embedding.held == codes + 2 * scales
+        assert model.lm_head.weight.data.data_ptr() == model.lm_head.weight.stored.data.data_ptr()
+    assert finished == pytest.approx(report.total("held") + cos_sin.nbytes, rel=1e-3)
+    one_layer = sum(group.held for (role, _), group in report.groups.items() if role in ("attention", "mlp")) / 6
+    converted = 3 * 4 * BLOCK * sizes["intermediate_size"]
+    assert accounting.peak < finished + one_layer + converted
 
 
 def test_values_are_those_of_the_checkpoint_and_progress_is_told(checkpoint: Path) -> None:
@@ -344,10 +376,10 @@ def test_every_layer_may_slide(model_type: str) -> None:
 # --- random weights ---------------------------------------------------------------------
 
 
-def dummy(scheme: Scheme = BF16, **changes: Any) -> tuple[Any, Loader]:
+def dummy(scheme: Scheme = BF16, head: bool = False, **changes: Any) -> tuple[Any, Loader]:
     ops.bind(CPU)
     model = llama.Model(llama.Config.from_json(CONFIG | changes), TensorParallel(), 64)
-    loader = Loader(DummySource(), CPU, QuantRules(scheme), torch.bfloat16)
+    loader = Loader(DummySource(), CPU, QuantRules(scheme, quantize_lm_head=head), torch.bfloat16)
     load(model, loader, model.ignored)
     return model, loader
 
@@ -360,6 +392,14 @@ def test_dummy_weights_are_random_and_repeatable() -> None:
     assert torch.equal(model.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
     assert not model.model.layers[0].self_attn.qkv_proj.bias.any()
     assert loader.report.total("values", quantized_only=True) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+
+
+def test_dummy_weights_of_a_tied_head() -> None:
+    ids = torch.tensor([3, 30, 3])
+    (dense, _), (model, loader) = dummy(tie_word_embeddings=True), dummy(FP8_PER_CHANNEL, True, tie_word_embeddings=True)
+    q = quantize(dense.model.embed_tokens.weight, FP8_PER_CHANNEL)
+    assert torch.equal(model.model.embed_tokens(ids), dequantize(q)[ids].bfloat16())
+    assert loader.report.groups["embedding", "ptpc_fp8"].stored == q.nbytes
 
 
 def test_dummy_matrices_differ() -> None:

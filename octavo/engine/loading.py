@@ -12,10 +12,12 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.engine.memory import check_weights, gib
+from octavo.errors import OctavoError
 from octavo.models import read_config
 from octavo.models.common import CausalLM
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, QuantRules
+from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.saving import save_quantized
 
@@ -43,6 +45,8 @@ def load_model(
         check_weights(platform, source.matrix_values(), scheme.quantized)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
+    if config.quantize_lm_head and not scheme.quantized:
+        rules.head_scheme = _checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
@@ -56,6 +60,18 @@ def load_model(
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report
+
+
+def _checkpoint_scheme(loader: Loader) -> Scheme:
+    """The scheme that all FP8 weights of a checkpoint have: what --quantize-lm-head means without --quantization."""
+    scaled = {name.rpartition(".")[0] for name in loader.source.names if name.endswith((".weight_scale", ".weight_scale_inv"))}
+    found = {stored_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
+    if len(found) == 1 and (scheme := found.pop()):
+        return scheme
+    raise OctavoError(
+        f"--quantize-lm-head needs a scheme, and the checkpoint has {'several' if found else 'none'} of its own; "
+        "add --quantization ptpc_fp8, fp8 or fp8_block, or leave the flag out."
+    )
 
 
 class _Peak:

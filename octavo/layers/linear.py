@@ -125,8 +125,9 @@ class LMHead(nn.Module):
     def load(self, loader: Loader) -> None:
         if self.tied:
             loader.skip("lm_head.weight")  # some checkpoints repeat it
-        name = "model.embed_tokens" if self.tied else "lm_head"
-        self.weight = loader.weight([name], [self.shape], [Shard()], is_head=True, tied=self.tied)
+            self.weight = loader.tied("model.embed_tokens")
+        else:
+            self.weight = loader.weight(["lm_head"], [self.shape], [Shard()], is_head=True)
 
     def forward(self, x: ops.Activation) -> Tensor:
         return ops.linear(x, self.weight)

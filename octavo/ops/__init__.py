@@ -82,13 +82,16 @@ def table() -> dict[str, str]:
     return dict(_table)
 
 
-def pack(q: QTensor, platform: Platform) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it."""
+def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
+    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too."""
     refused: list[str] = []
     for implementation in _linear:
         if (reason := implementation.supports(q, platform)) is None:
             _table[f"linear[{q.scheme.name}]"] = "; ".join([implementation.name, *refused])
-            return implementation.pack(q, platform)
+            packed = implementation.pack(q, platform)
+            if looked_up:
+                packed.keep(q)
+            return packed
         refused.append(f"not {implementation.name}: {reason}")
     raise AssertionError("the reference supports every weight")
 

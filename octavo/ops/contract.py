@@ -49,6 +49,7 @@ class PackedWeight:
     held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
     reads: torch.dtype | None = None  # set, it also takes Quantized activations of this dtype
     width: int = 0  # columns that such codes must have
+    stored: QTensor | None = None  # what `keep` was given
 
     def __call__(self, x: Activation) -> Tensor:
         """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
@@ -57,6 +58,25 @@ class PackedWeight:
     def unscaled(self, x: Activation) -> Product:
         """The same product, for a reader that applies scales itself."""
         return self(x)
+
+    def keep(self, q: QTensor) -> None:
+        """Hold `q`, which this weight was made of, for `rows`. What it shares with this weight takes no memory again."""
+        self.held_bytes += q.nbytes - self.shared_bytes(q)
+        self.stored = q
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] of the weight in `dtype`, [T, K], of codes times their scales. Of a weight that keeps its codes."""
+        assert self.stored is not None
+        return self.stored.rows(ids, dtype)
+
+    def shared_bytes(self, q: QTensor) -> int:
+        """Bytes of `q`, which this weight was made of, that are this weight's own memory and no copy."""
+        own = {t.untyped_storage().data_ptr() for t in vars(self).values() if isinstance(t, Tensor) and _has_storage(t)}
+        return sum(t.nbytes for t in (q.data, q.scale) if t is not None and t.untyped_storage().data_ptr() in own)
+
+
+def _has_storage(t: Tensor) -> bool:
+    return t.layout is torch.strided  # oneDNN's layouts have none
 
 
 class LinearImplementation(Protocol):

@@ -55,6 +55,9 @@ class _Dequantized(PackedWeight):
             scale = scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
         return ((codes.float() * scale) @ dequantize(q).mT).to(x.dtype)
 
+    def shared_bytes(self, q: QTensor) -> int:
+        return q.nbytes if q is self.q else 0
+
 
 class ReferenceLinear:
     """Dequantizes both sides and multiplies in FP32."""

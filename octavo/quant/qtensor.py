@@ -52,6 +52,17 @@ class QTensor:
         data[:n, :k] = self.data.view(torch.uint8)
         return QTensor(data.view(self.data.dtype), self.scale, self.scheme, self.shape)
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] (int32 or int64) as `dequantize` has them, rounded to `dtype`: [T, K]. Never waits for the device."""
+        if self.scale is None:
+            return F.embedding(ids, self.data).to(dtype)
+        n, k = self.shape
+        codes = F.embedding(ids, self.data.view(torch.uint8))[:, :k].view(self.data.dtype)  # torch gathers bytes, not FP8
+        scale = F.embedding(ids if self.scale.shape[0] == n else ids // BLOCK, self.scale)
+        if scale.shape[1] > 1:
+            scale = scale.unsqueeze(2).expand(-1, -1, BLOCK).flatten(1)[:, :k]
+        return codes.to(dtype).mul_(scale)  # BF16 holds every code exactly, so the product in FP32 is rounded once
+
 
 def quantize(
     w: Tensor,

@@ -25,6 +25,7 @@ class QuantRules:
     scheme: Scheme = BF16
     ignore: Sequence[str] = ()
     quantize_lm_head: bool = False
+    head_scheme: Scheme | None = None  # of lm_head, where it is to have another than `scheme`
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class QuantRules:
         left_out = [self.ignored(name) for name in names]  # every name is asked: an unused pattern is reported
         if any(left_out) or (is_head and not self.quantize_lm_head):
             return BF16
-        return self.scheme
+        return (is_head and self.head_scheme) or self.scheme
 
     def check_used(self) -> None:
         """Raises OctavoError for a pattern that matched no module, which is a typing error more often than a wish."""

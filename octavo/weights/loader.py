@@ -19,7 +19,7 @@ from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
-from octavo.quant.scheme import Granularity
+from octavo.quant.scheme import BF16, Granularity
 from octavo.weights.sources import Source
 
 __all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "load"]
@@ -30,7 +30,7 @@ class GroupReport:
     """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme."""
 
     tensors: int = 0
-    values: int = 0  # parameters; those of a tied head are the embedding's
+    values: int = 0  # parameters; what a tied head has is the embedding's, here and below
     dense: int = 0  # what is stored here would take this many bytes in BF16
     stored: int = 0
     held: int = 0
@@ -43,11 +43,11 @@ class LoadReport:
     groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, path: str, scheme: str, values: int, stored: int, held: int, *, tied: bool = False) -> None:
+    def add(self, path: str, scheme: str, values: int, stored: int, held: int) -> None:
         group = self.groups.setdefault((_role(path), scheme), GroupReport())
         group.tensors += 1
-        group.values += 0 if tied else values
-        group.dense += 2 * values if stored else 0
+        group.values += values
+        group.dense += 2 * values
         group.stored += stored
         group.held += held
 
@@ -80,7 +80,8 @@ class Loader:
     prefix: str = ""
     report: LoadReport = field(default_factory=LoadReport)
     seen: set[str] = field(default_factory=set)
-    shared: dict[str, Tensor] = field(default_factory=dict)  # what a tied layer takes from the layer that loaded it
+    tied_head: bool = False  # whether the model's head multiplies by its embedding
+    embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a head tied to one
 
     def at(self, path: str) -> Loader:
         return replace(self, prefix=f"{path}." if path else "")
@@ -105,7 +106,7 @@ class Loader:
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
-        """A norm, bias or embedding in the model's dtype; never quantized."""
+        """A norm, bias or embedding in the model's dtype, not quantized."""
         tensor = self.read(name, shape, shard).to(self.dtype)
         self.report.add(self.prefix + name, "bf16", tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
@@ -117,24 +118,45 @@ class Loader:
         shards: Sequence[Shard],
         *,
         is_head: bool = False,
-        tied: bool = False,
+        looked_up: bool = False,
     ) -> ops.PackedWeight:
         """The matrices `names`, each [N, K], stacked, quantized as the rules say and laid out for this platform.
 
-        A `tied` one is another layer's too: its values are counted there.
+        `looked_up`: single rows are read, too.
         """
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = concat([self._stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)])
-        packed = ops.pack(q.padded(self.platform.fp8_alignment), self.platform)
-        stored = 0 if tied and q.scale is None else q.nbytes
-        path = "lm_head" if is_head else self.prefix + names[0]
-        self.report.add(path, q.scheme.name, q.shape[0] * q.shape[1], stored, packed.held_bytes, tied=tied)
+        packed = ops.pack(q.padded(self.platform.fp8_alignment), self.platform, looked_up=looked_up)
+        self.report.add(self.prefix + names[0], q.scheme.name, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
+        return packed
+
+    def embedding(self, shape: tuple[int, int]) -> Tensor | ops.PackedWeight:
+        """The matrix [vocab, hidden] of the module that this loader is at, in the model's dtype.
+
+        Where the head is tied to it and the rules quantize the head, packed for both instead: no other copy is held.
+        """
+        module = self.prefix.removesuffix(".")
+        parent, _, name = module.rpartition(".")
+        matrix: Tensor | ops.PackedWeight
+        if self.tied_head and self.rules.scheme_for([module], is_head=True).quantized:
+            matrix = self.at(parent).weight([name], [shape], [WHOLE], is_head=True, looked_up=True)
+        else:
+            matrix = self.vector("weight", shape)
+        self.embeddings[module] = matrix
+        return matrix
+
+    def tied(self, module: str) -> ops.PackedWeight:
+        """The weight of a head that is tied to the embedding `module`, which was loaded before."""
+        matrix = self.embeddings[module]
+        if isinstance(matrix, ops.PackedWeight):
+            return matrix
+        q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
+        packed = ops.pack(q, self.platform)
+        self.report.add("lm_head", "bf16", 0, 0, packed.held_bytes - packed.shared_bytes(q))
         return packed
 
     def _stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        found: QTensor | Tensor | None = self.shared.get(f"{self.prefix}{name}.weight")
-        if found is None:
-            found = read_weight(self, name, shape, shard)
+        found = read_weight(self, name, shape, shard)
         if isinstance(found, QTensor):  # already quantized: its codes are kept bit for bit
             if scheme.quantized and scheme is not found.scheme:
                 self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
@@ -154,6 +176,7 @@ def load(model: nn.Module, loader: Loader, ignore: Sequence[str] = (), progress:
         for path, module in model.named_modules()
         if hasattr(module, "load")
     ]
+    loader = replace(loader, tied_head=any(getattr(module, "tied", False) for _, module in places))
     loader.source.expect(_order([path for path, _ in places], loader.source.names))
     try:
         for done, (path, module) in enumerate(places, 1):

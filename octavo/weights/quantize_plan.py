@@ -136,8 +136,9 @@ class Plan:
         tied = self.config.get("tie_word_embeddings") is True
         if self.rules.quantize_lm_head and (tied or not any(p.module.rpartition(".")[2] == "lm_head" for p in self.quantized)):
             raise OctavoError(
-                "--quantize-lm-head: this checkpoint has no lm_head of its own (its head is the embedding matrix, which stays "
-                "BF16); leave the flag out."
+                "--quantize-lm-head: this checkpoint has no lm_head of its own (its head is the embedding matrix, which a "
+                "checkpoint that other engines read has in BF16); leave the flag out here, and give it to octavo serve, which "
+                "quantizes the matrix when it loads it."
             )
 
     @property

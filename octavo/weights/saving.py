@@ -37,13 +37,15 @@ def save_quantized(
 ) -> str:
     """Makes `output` the checkpoint `model` (whose config.json holds `config`) quantized as `rules` say, and says what it did.
 
-    Writes nothing where an earlier start finished the same. Raises OctavoError for a directory that holds something else, and
-    for a checkpoint whose stored FP8 codes are of another scheme than is asked for.
+    A head that is tied to the embeddings stays as it is there, and is quantized by the start that reads it. Writes nothing
+    where an earlier start finished the same. Raises OctavoError for a directory that holds something else, and for a
+    checkpoint whose stored FP8 codes are of another scheme than is asked for.
     """
     platform = replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
     checkpoint = Checkpoint(model)
     try:
-        own = replace(rules, used=set())
+        tied = rules.quantize_lm_head and config.get("tie_word_embeddings") is True
+        own = replace(rules, used=set(), quantize_lm_head=rules.quantize_lm_head and not tied)
         plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), dict(config), own)
         if other := next((piece for piece in plan.pieces if piece.stored and not piece.is_kept), None):
             assert other.stored is not None
@@ -51,13 +53,14 @@ def save_quantized(
                 f"{FLAG}: {model} stores {other.module} as {other.stored.name} already, whose codes a start keeps; "
                 "leave the option out, or convert the checkpoint with octavo quantize."
             )
-        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(rules, False), FLAG)
+        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False), FLAG)
         if directory.is_complete():
             return f"weights taken from {output}, which an earlier start made of {model}"
         with directory:
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress))
             directory.finish(config, plan.quantization_config())
-        return f"quantized weights saved in {output}, from where the next start takes them"
+        kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
+        return f"quantized weights saved in {output}, from where the next start takes them{kept}"
     finally:
         checkpoint.close()
 

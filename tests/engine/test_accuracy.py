@@ -60,3 +60,10 @@ def test_fp8_costs_little(windows, dense, scheme, kv, bound):
     found = perplexity(windows, quantization=scheme, kv_cache_dtype=kv)
     assert found == pytest.approx(dense, rel=bound)
     assert found != dense  # something was quantized
+
+
+def test_quantizing_the_tied_head_costs_little(windows, dense):
+    """Head and look-up read the same codes; a look-up's row is within a sixteenth of the BF16 one."""
+    found = perplexity(windows, quantization="ptpc_fp8", quantize_lm_head=True)
+    assert found == pytest.approx(dense, rel=0.01)
+    assert found != perplexity(windows, quantization="ptpc_fp8")

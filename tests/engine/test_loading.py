@@ -96,6 +96,36 @@ def test_later_starts_read_what_the_first_wrote(
         assert llm.info.report[1:4] == first.info.report[1:4]
 
 
+def test_a_tied_head_stays_bf16_where_it_is_saved(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo model's: each start quantizes it anew, and the directory is the one that is written without the flag."""
+    out = tmp_path / "saved"
+    expected = logprobs(start(model, quantize_lm_head=True))
+    first = start(model, out=out, quantize_lm_head=True)
+    assert said(first, "the embeddings, which are the head too, stay BF16 there and are quantized at each start")
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(tensors_of(out)[embedding], tensors_of(model)[embedding])
+    no_writing(monkeypatch)
+    again = start(model, out=out, quantize_lm_head=True)
+    alone = start(out, None, quantize_lm_head=True)  # in the scheme that the checkpoint has
+    for llm in (first, again, alone):
+        assert said(llm, "embedding  ptpc_fp8        1.05 M      1.0 MiB")
+        assert said(llm, "weights: 5.6 MiB stored, 50.7% of BF16's 11.0 MiB")
+        assert not said(llm, "lm_head ")
+        assert logprobs(llm) == expected
+    plain = start(model, out=out)
+    assert said(plain, f"weights taken from {out}")
+    assert logprobs(plain) != expected
+
+
+@pytest.mark.parametrize("options", [dict(), dict(scheme="bf16"), dict(load_format="dummy")], ids=str)
+def test_a_quantized_head_needs_a_scheme(options: dict[str, Any], model: Path) -> None:
+    options = dict(scheme=None) | options
+    with pytest.raises(
+        OctavoError, match=r"^--quantize-lm-head needs a scheme, and the checkpoint has none of its own; add .*\.$"
+    ):
+        start(model, quantize_lm_head=True, **options)
+
+
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_transformers_reads_it(scheme: str, model: Path, tmp_path: Path) -> None:

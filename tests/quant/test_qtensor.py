@@ -31,6 +31,29 @@ def test_padding_is_invisible(scheme: Scheme, shape: tuple[int, int], fp8_dtype:
     assert not outside.any()
 
 
+@schemes
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (16, 32), (130, 130), (538, 300), (256, 128)], ids=str)
+@pytest.mark.parametrize("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+def test_rows_are_those_of_the_dequantized_weight(
+    scheme: Scheme, shape: tuple[int, int], fp8_dtype: torch.dtype, seed: int
+) -> None:
+    q = quantize(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], scheme, fp8_dtype)
+    ids = torch.randint(shape[0], (40,))
+    for stored in (q, q.padded(16)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for chosen in (ids, ids.int(), ids[:0]):
+                out = stored.rows(chosen, dtype)
+                assert (out.dtype, out.is_contiguous()) == (dtype, True)
+                assert torch.equal(out, dequantize(q)[chosen.long()].to(dtype))
+
+
+def test_rows_of_a_dense_weight(seed: int) -> None:
+    w = torch.randn(17, 33)
+    assert torch.equal(
+        QTensor(w, None, BF16, (17, 33)).rows(torch.tensor([3, 16, 3]), torch.bfloat16), w[[3, 16, 3]].bfloat16()
+    )
+
+
 def test_a_dense_weight_is_not_padded() -> None:
     q = QTensor(torch.randn(17, 33), None, BF16, (17, 33))
     assert q.padded(16) is q

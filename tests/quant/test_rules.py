@@ -53,6 +53,9 @@ def test_overlapping_patterns_are_both_used() -> None:
 def test_the_head_is_left_out_unless_asked_for(ignore: tuple[str, ...], asked: bool, expected: object) -> None:
     rules = QuantRules(FP8_PER_CHANNEL, ignore, quantize_lm_head=asked)
     assert rules.scheme_for(["lm_head"], is_head=True) is expected
+    alone = QuantRules(ignore=ignore, quantize_lm_head=asked, head_scheme=FP8_PER_CHANNEL)
+    assert alone.scheme_for(["lm_head"], is_head=True) is expected
+    assert alone.scheme_for(["model.layers.0.mlp.down_proj"]) is BF16
 
 
 def test_a_regular_expression_that_does_not_compile() -> None:

@@ -80,6 +80,8 @@ def test_costs_are_those_of_the_matrices() -> None:
     scales = 4 * 6 * (512 + 256 + 2 * 768 + 256)
     assert (fp8.weight_bytes, fp8.kv_bytes) == (6 * layer + scales, dense.kv_bytes / 2)
     assert (fp8.plain_operations, fp8.fp8_operations, fp8.head_fp8, fp8.kv_fp8) == (0, 2 * 6 * layer, False, True)
+    head = costs_of(EngineConfig(quantization="ptpc_fp8", kv_cache_dtype="fp8", quantize_lm_head=True))
+    assert (head.weight_bytes, head.head_bytes, head.head_fp8) == (fp8.weight_bytes, 4096 * 256 + 4 * 4096, True)
 
 
 def test_a_mixture_reads_the_experts_that_it_reaches() -> None:

@@ -16,7 +16,7 @@ from octavo.demo import MODEL_DIR
 from octavo.platform import detect
 from octavo.tools.planning import accelerators
 from octavo.tools.planning.fit import working_bytes
-from octavo.tools.planning.words import groups, refusals
+from octavo.tools.planning.words import groups, notes, refusals
 
 DEMO_BYTES = 11_540_992
 
@@ -27,6 +27,7 @@ DEMO_BYTES = 11_540_992
         ((), {}),
         (("-q", "ptpc_fp8", "--kv-cache-dtype", "fp8"), {"quantization": "ptpc_fp8", "kv_cache_dtype": "fp8"}),
         (("-q", "fp8", "--quantize-lm-head"), {"quantization": "fp8", "quantize_lm_head": True}),
+        (("-q", "fp8_block", "--quantize-lm-head"), {"quantization": "fp8_block", "quantize_lm_head": True}),
         (
             (
                 "-q",
@@ -72,6 +73,24 @@ def test_the_demo_model_is_counted_by_its_headers() -> None:
     assert answer(str(MODEL_DIR / "config.json"), "--accelerator", "cpu")["parameters"] == found["parameters"]
 
 
+def test_a_tied_head_is_one_matrix_with_the_embeddings() -> None:
+    """Qwen3-0.6B: 151,936 x 1024 values that are looked up and multiplied by, with a scale a row as ptpc_fp8."""
+    values = 151_936 * 1024
+    words = ("Qwen3-0.6B", "--accelerator", "h200", "-q", "ptpc_fp8")
+    plain, quantized = plan_of(*words), plan_of(*words, "--quantize-lm-head")
+    assert (plain.asked.components["embeddings"], plain.asked.components["lm_head"]) == (2 * values, 0)
+    sizes = quantized.asked.components
+    assert (sizes["embeddings"], sizes["lm_head"]) == (values + 4 * 151_936, 0)
+    assert plain.asked.weights - quantized.asked.weights == values - 4 * 151_936
+    found = {g.component: (g.format, g.nbytes) for g in groups(quantized)}
+    assert found["embeddings"] == ("ptpc_fp8", sizes["embeddings"])
+    assert found["lm_head"] == ("ptpc_fp8", 0)
+    assert "embeddings and lm_head stay BF16" in " ".join(notes(plain))
+    assert "stay BF16" not in " ".join(notes(quantized))
+    untied = plan_of("Llama-3.1-8B", "--accelerator", "h200", "-q", "ptpc_fp8", "--quantize-lm-head")
+    assert "; embeddings stay BF16 and add to it." in " ".join(notes(untied))
+
+
 def test_the_fp8_list_in_config_json_is_enough() -> None:
     """Kimi's ignore list leaves only the experts in INT4; Qwen's FP8 release has all but routers, embeddings and the head."""
     kimi = {g["component"]: g["format"] for g in answer("Kimi-K2.5", "--accelerator", "mi355x")["groups"]}
@@ -110,6 +129,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
         (("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"), "or use --kv-cache-dtype fp8"),
         (("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8"), "reads packed INT4 but does not keep it yet"),
         (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
+        (("Llama-3.1-8B", "-q", "bf16", "--quantize-lm-head"), "--quantize-lm-head needs a scheme"),
     ],
 )
 def test_refusals_are_one_sentence_each(words: tuple[str, ...], sentence: str) -> None:

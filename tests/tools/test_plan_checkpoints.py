@@ -41,6 +41,20 @@ def test_what_is_still_bf16_follows_the_option(tmp_path: Path) -> None:
     assert {g.component: g.format for g in groups(plan)}["mlp"] == "ptpc_fp8"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("scheme", "label"), [("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "")])
+def test_a_quantized_head_takes_the_scheme_of_the_checkpoint(tmp_path: Path, scheme: str, label: str, tied: bool) -> None:
+    tensors = llama_tensors(scheme)
+    if tied:
+        del tensors["lm_head.weight"]
+    path = checkpoint(tmp_path, tensors, tie_word_embeddings=tied)
+    found = answer(path, "--accelerator", "h200", "--quantize-lm-head")
+    stored = {group["component"]: group["format"] for group in found["groups"]}
+    assert stored["lm_head"] == (label or "bf16")
+    assert stored["embeddings"] == (label if tied and label else "bf16")
+    assert bool(label) != any("--quantize-lm-head needs a scheme" in text for text in found["refused"])
+
+
 def test_a_checkpoint_that_does_not_match_its_config(tmp_path: Path) -> None:
     tensors = llama_tensors()
     del tensors["model.layers.1.mlp.up_proj.weight"]

@@ -207,12 +207,16 @@ def test_tied_embeddings_stay(tmp_path: Path, load_model: LoadModel) -> None:
     model = llama(tmp_path / "model", tie_word_embeddings=True)
     with pytest.raises(OctavoError) as raised:
         run(model, tmp_path / "out", quantize_lm_head=True)
-    assert_sentence(raised.value, "--quantize-lm-head")
+    assert_sentence(raised.value, "--quantize-lm-head", "embedding matrix", "give it to octavo serve")
     assert not (tmp_path / "out").exists()
     run(model, tmp_path / "out")
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
     online = load_model(model, FP8_PER_CHANNEL).logits(tokens(9))
     assert torch.equal(load_model(tmp_path / "out").logits(tokens(9)), online)
+    rules = QuantRules(FP8_PER_CHANNEL, quantize_lm_head=True)  # the matrix is quantized when it is loaded, from either
+    quantized = load_model(model, rules=rules).logits(tokens(9))
+    assert torch.equal(load_model(tmp_path / "out", rules=rules).logits(tokens(9)), quantized)
+    assert not torch.equal(quantized, online)
 
 
 def test_an_unknown_architecture(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from octavo.errors import OctavoError
 from octavo.tools.planning.accelerators import Accelerator
 from octavo.tools.planning.fit import Fit, fit
 from octavo.tools.planning.roofline import Deployment, decode_rate, prefill_rate
-from octavo.tools.planning.shapes import HEAD, Model
+from octavo.tools.planning.shapes import HEAD, TIED, Model
 from octavo.tools.planning.sizes import Format, Weight, dense, distinct
 from octavo.tools.planning.source import Source
 from octavo.tools.planning.stored import FORMATS, expert_names, matches
@@ -196,8 +196,10 @@ def treatment(q: Question, variant: Variant, index: int) -> tuple[Format, str]:
     plain, scheme = dense(variant.itemsize), FORMATS[variant.scheme]
     if variant.native and stored.quantized:
         return stored, "stored so: its codes are kept bit for bit"
-    if weight.kept and not (weight.kept == HEAD and q.config.quantize_lm_head):
+    if weight.kept and not (weight.kept in (HEAD, TIED) and q.config.quantize_lm_head):
         return plain, weight.kept
+    if weight.kept and variant.native and not scheme.quantized:
+        scheme = FORMATS[q.source.stored.scheme or "bf16"]
     if not scheme.quantized:
         return plain, "as stored"
     if q.left_out[index]:

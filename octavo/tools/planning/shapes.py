@@ -19,6 +19,7 @@ __all__ = ["ARCHITECTURES", "Model", "Numbers", "model_of"]
 
 EMBEDDINGS = "a look-up gains nothing from FP8"
 HEAD = "lm_head is BF16 by default; --quantize-lm-head stores it in FP8"
+TIED = "lm_head's matrix, too: BF16 by default; --quantize-lm-head stores it in FP8"
 ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "64 weights a token that decide what attention sees"
 
@@ -246,7 +247,7 @@ def _ends(c: Numbers, root: str, head: str, tied: bool) -> list[Weight]:
     shape = ((c["vocab_size"], c["hidden_size"]),)
     name = f"{root}.embed_tokens"
     return [
-        Weight("embeddings", (name,), shape, active=0, kept=EMBEDDINGS),
+        Weight("embeddings", (name,), shape, active=0, kept=TIED if tied else EMBEDDINGS),
         Weight("lm_head", (name if tied else head,), shape, kept=HEAD, tied=tied),
         vector(f"{root}.norm.weight", c["hidden_size"]),
     ]

@@ -111,15 +111,11 @@ class Weight:
 
     def nbytes(self, form: Format) -> int:
         """Bytes as stored, without padding: what the engine's report calls stored."""
-        if self.tied and not form.quantized:
-            return 0
-        return self.experts * self._bytes(form, 1, 1)
+        return 0 if self.tied else self.experts * self._bytes(form, 1, 1)
 
     def rank_bytes(self, form: Format, tp: int) -> int:
         """Bytes that one of `tp` ranks holds, padded to what FP8 units take."""
-        if self.tied and not form.quantized:
-            return 0
-        return self.experts * self._bytes(form, tp, ALIGNMENT)
+        return 0 if self.tied else self.experts * self._bytes(form, tp, ALIGNMENT)
 
     def operand_bytes(self, form: Format, tp: int) -> int:
         """Bytes that a product with one copy reads on one of `tp` ranks."""

@@ -46,6 +46,12 @@ class Stored:
         return any(form.quantized for form in self.formats)
 
     @property
+    def scheme(self) -> str | None:
+        """The scheme that all FP8 weights have, if there is one: --quantize-lm-head's where --quantization is not given."""
+        names = {form.name for form in self.formats if form.bits == 8}
+        return names.pop() if len(names) == 1 else None
+
+    @property
     def label(self) -> str:
         """The format that most values are stored in."""
         names = Counter(form.name for form in self.formats if form.quantized)

@@ -46,7 +46,7 @@ def groups(plan: Plan) -> list[Group]:
     q, found = plan.question, dict[tuple[str, str, str], Group]()
     for i, weight in enumerate(q.model.weights):
         form, why = treatment(q, plan.asked.variant, i)
-        if weight.tied and not form.quantized:
+        if weight.tied:
             why = "tied: the embedding's matrix"
         elif weight.component == "vision" and not form.quantized:
             why = VISION
@@ -127,6 +127,10 @@ def refusals(plan: Plan) -> list[str]:
     out += q.source.stored.problems
     if not q.on.has_fp8:
         out.append(f"{q.on.name} ({q.on.arch}) has no FP8 units; Octavo needs gfx942, sm_89 or newer, or a CPU.")
+    if q.config.quantize_lm_head and asked.variant.scheme == "bf16" and not (asked.variant.native and q.source.stored.scheme):
+        out.append(
+            "--quantize-lm-head needs a scheme, and the checkpoint has none, or several; add --quantization or leave it out."
+        )
     if q.tp > q.number:
         out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and there are {q.number}.")
     limit, wanted = q.model.max_model_len, q.config.max_model_len
@@ -184,7 +188,10 @@ def notes(plan: Plan) -> list[str]:
             "and BF16 is what they are compared with."
         )
     else:
-        out.append("FP8 halves what it stores, so nothing here is under 50%; embeddings and lm_head stay BF16 and add to it.")
+        ends = ["embeddings", "lm_head"]
+        kept = [name for name in ends if any(g.component == name and g.format in ("bf16", "float32") for g in groups(plan))]
+        rest = f"; {' and '.join(kept)} stay BF16 and add to it." if kept else "."
+        out.append(f"FP8 halves what it stores, so nothing here is under 50%{rest}")
     if not q.source.on_disk:
         out.append("Octavo downloads nothing: the command takes the directory that the checkpoint is downloaded into.")
     if q.on.arch == "gfx942" and asked.variant.label != "BF16":
