@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from octavo.batch import ForwardBatch
@@ -97,9 +98,10 @@ def argmax_by_parts(x: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The token with the largest of logits [rows, vocab], int64 [rows]; they need not be widened for it."""
-    few = logits.device.type != "cpu" and logits.shape[0] < 64
-    return argmax_by_parts(logits) if few else logits.argmax(-1)
+    """The token with the largest of logits [rows, vocab], int64 [rows]."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.float().numpy().argmax(-1))  # numpy's is vectorized: a ninth of torch's time in BF16
+    return argmax_by_parts(logits) if logits.shape[0] < 64 else logits.argmax(-1)
 
 
 class Decoder(nn.Module):
