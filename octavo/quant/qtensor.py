@@ -80,12 +80,18 @@ def quantize(
     peak = weight_amax(w, scheme.weight)
     if max_reduce is not None:
         peak = max_reduce(peak)
-    scale, limit = scale_of(peak, fp8_dtype), FP8_MAX[fp8_dtype]
+    scale = scale_of(peak, fp8_dtype)
     data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
     for rows in _row_chunks(w):
-        divided = w[rows].float() / _rows_of(scale, rows, (n, k))
-        data[rows] = divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
+        data[rows] = _codes(w[rows], _rows_of(scale, rows, (n, k)), fp8_dtype)
     return QTensor(data, scale, scheme, (n, k))
+
+
+def _codes(values: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """The codes of some rows. A function of its own, so that their FP32 values are gone before those of the next are made."""
+    limit = FP8_MAX[fp8_dtype]
+    divided = values.to(torch.float32, copy=True).div_(scale)
+    return divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
 
 
 def scale_of(peak: Tensor, fp8_dtype: torch.dtype) -> Tensor:
@@ -97,17 +103,19 @@ def scale_of(peak: Tensor, fp8_dtype: torch.dtype) -> Tensor:
 
 def weight_amax(w: Tensor, granularity: Granularity | None) -> Tensor:
     """Largest magnitude of the values that share a scale, FP32, in the scale's shape."""
-    n, k = w.shape
-    peaks = []
-    for rows in _row_chunks(w):
-        magnitudes = w[rows].float().abs()
-        if granularity is Granularity.BLOCK:
-            tiles = F.pad(magnitudes, (0, -k % BLOCK, 0, -magnitudes.shape[0] % BLOCK))
-            peaks.append(tiles.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3)))
-        else:
-            peaks.append(magnitudes.amax(1, keepdim=True))
-    peak = torch.cat(peaks)
-    return peak.amax(0, keepdim=True).expand(n, 1).contiguous() if granularity is Granularity.TENSOR else peak
+    peak = torch.cat([_amax(w[rows], granularity) for rows in _row_chunks(w)])
+    return peak.amax(0, keepdim=True).expand(len(w), 1).contiguous() if granularity is Granularity.TENSOR else peak
+
+
+def _amax(values: Tensor, granularity: Granularity | None) -> Tensor:
+    magnitudes = values.to(torch.float32, copy=True).abs_()
+    if granularity is not Granularity.BLOCK:
+        return magnitudes.amax(1, keepdim=True)
+    n, k = magnitudes.shape
+    if n % BLOCK or k % BLOCK:
+        magnitudes = F.pad(magnitudes, (0, -k % BLOCK, 0, -n % BLOCK))
+    peaks: Tensor = magnitudes.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    return peaks
 
 
 def _row_chunks(w: Tensor) -> list[slice]:

@@ -178,9 +178,9 @@ class Watch:
         self.packed: list[QTensor] = []
         pack = ops.pack
 
-        def watched(q: QTensor, platform: Platform) -> ops.PackedWeight:
+        def watched(q: QTensor, platform: Platform, **options: bool) -> ops.PackedWeight:
             self.packed.append(q)
-            return pack(q, platform)
+            return pack(q, platform, **options)
 
         monkeypatch.setattr(ops, "pack", watched)
 
