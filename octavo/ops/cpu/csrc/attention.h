@@ -8,6 +8,8 @@
 #define MAX_DIM 256
 
 typedef struct {
+    const char *k_at[TOKENS], *v_at[TOKENS]; /* where each token's key and value lie */
+    float k_scale[TOKENS], v_scale[TOKENS];  /* their own scales, if they have such */
     float k[TOKENS * MAX_DIM], v[TOKENS * MAX_DIM];
     float q[LANES * MAX_DIM], o[LANES * MAX_DIM]; /* [row][dim] for few rows, else [dim][LANES] */
     float scores[TOKENS * LANES];                 /* [row][TOKENS], or [token][LANES] */
@@ -15,54 +17,74 @@ typedef struct {
     int64_t position[LANES];
 } NAME(Flash);
 
-/* Keys and values of `count` tokens from `start` on as FP32 [count][padded], their own scales applied. */
-INLINE void NAME(fetch)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t last,
-                        int64_t padded, NAME(Flash) *f) {
+/* Finds keys and values of `count` tokens from `start` on, and fetches those of the TOKENS after them. */
+INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t last,
+                       NAME(Flash) *f) {
     int64_t entry = start / c->block_size, offset = start % c->block_size;
     int64_t next = (start + TOKENS) / c->block_size, ahead = (start + TOKENS) % c->block_size;
+    const int64_t bytes = c->dim * size_of(c->kind);
     for (int64_t t = 0; t < count; t++, offset++, ahead++) {
         if (offset == c->block_size) entry++, offset = 0;
         if (ahead == c->block_size) next++, ahead = 0;
         if (start + TOKENS + t < last) { /* blocks lie anywhere: no stream that a CPU sees by itself */
             int64_t soon = table[next] * c->block + ahead * c->token + head * c->head;
-            __builtin_prefetch((const char *)c->k + soon);
-            __builtin_prefetch((const char *)c->v + soon);
+            for (int64_t line = 0; line < bytes; line += 64) {
+                __builtin_prefetch((const char *)c->k + soon + line);
+                __builtin_prefetch((const char *)c->v + soon + line);
+            }
         }
         int64_t block = table[entry], at = block * c->block + offset * c->token + head * c->head;
-        NAME(widen_row)(f->k + t * padded, (const char *)c->k + at, c->kind, c->dim);
-        NAME(widen_row)(f->v + t * padded, (const char *)c->v + at, c->kind, c->dim);
+        f->k_at[t] = (const char *)c->k + at, f->v_at[t] = (const char *)c->v + at;
         if (!c->k_scale) continue;
         int64_t scale = block * c->scale_block + offset * c->scale_token;
-        float k_scale = ((const float *)((const char *)c->k_scale + scale))[head];
-        float v_scale = ((const float *)((const char *)c->v_scale + scale))[head];
-        for (int64_t d = 0; d < padded; d += VL) {
-            NAME(store)(f->k + t * padded + d, NAME(load)(f->k + t * padded + d) * k_scale);
-            NAME(store)(f->v + t * padded + d, NAME(load)(f->v + t * padded + d) * v_scale);
+        f->k_scale[t] = ((const float *)((const char *)c->k_scale + scale))[head];
+        f->v_scale[t] = ((const float *)((const char *)c->v_scale + scale))[head];
+    }
+}
+
+/* What was found as FP32 [count][padded], its own scales applied; it is then found there. */
+static void NAME(fetch)(const Cache *c, int64_t count, int64_t padded, NAME(Flash) *f) {
+    for (int64_t t = 0; t < count; t++) {
+        float *k = f->k + t * padded, *v = f->v + t * padded;
+        NAME(widen_row)(k, f->k_at[t], c->kind, c->dim);
+        NAME(widen_row)(v, f->v_at[t], c->kind, c->dim);
+        f->k_at[t] = (const char *)k, f->v_at[t] = (const char *)v;
+        for (int64_t d = 0; c->k_scale && d < padded; d += VL) {
+            NAME(store)(k + d, NAME(load)(k + d) * f->k_scale[t]);
+            NAME(store)(v + d, NAME(load)(v + d) * f->v_scale[t]);
         }
     }
 }
 
-/* Scores [row][TOKENS] of few rows, then their weighted values. */
-INLINE void NAME(few)(NAME(Flash) *f, int rows, int64_t start, int64_t count, int64_t padded, int64_t window, float factor) {
+/* Scores [row][TOKENS] of few rows, then their weighted values; keys and values of `kind` are widened as they are read. */
+INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t start, int64_t count, int64_t padded, int64_t window,
+                      float factor) {
+    const int64_t size = size_of(kind);
     for (int64_t t = 0; t < count; t++) {
-        vf sum[FEW_ROWS];
+        const char *at = f->k_at[t];
+        const float by = scaled ? f->k_scale[t] * factor : factor;
+        vf sum[FEW_ROWS], k[PARTS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) sum[r] = (vf){0};
-        for (int64_t d = 0; d < padded; d += VL) {
-            vf k = NAME(load)(f->k + t * padded + d);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) sum[r] += k * NAME(load)(f->q + r * padded + d);
+        for (int64_t d = 0; d < padded; d += LANES) {
+            NAME(widen16)(at + d * size, kind, k);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows * PARTS; i++) sum[i / PARTS] += k[i % PARTS] * NAME(load)(f->q + i / PARTS * padded + d + i % PARTS * VL);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) f->scores[r * TOKENS + t] = NAME(sum)(sum[r]) * factor;
+        for (int r = 0; r < rows; r++) f->scores[r * TOKENS + t] = NAME(sum)(sum[r]) * by;
     }
     for (int r = 0; r < rows; r++) {
         float *scores = f->scores + r * TOKENS, most = f->most[r];
-        int64_t from = window ? f->position[r] - window + 1 - start : 0, to = f->position[r] + 1 - start;
-        for (int64_t t = 0; t < TOKENS; t++) {
-            if (t >= count || t < from || t >= to) scores[t] = -INFINITY;
-            else most = scores[t] > most || scores[t] != scores[t] ? scores[t] : most;
+        int64_t from = window ? f->position[r] - window + 1 - start : 0, to = least(f->position[r] + 1 - start, count);
+        vf largest = NAME(splat)(most);
+        for (int64_t t = 0; (from > 0 || to < TOKENS) && t < TOKENS; t++)
+            if (t < from || t >= to) scores[t] = -INFINITY;
+        for (int64_t t = 0; t < TOKENS; t += VL) {
+            vf s = NAME(load)(scores + t);
+            largest = SELECT((s > largest) | (s != s), s, largest);
         }
+        for (int i = 0; i < VL; i++) most = largest[i] > most || largest[i] != largest[i] ? largest[i] : most;
         float shrink = f->most[r] == most ? 1 : expf(f->most[r] - most);
         vf total = {0};
         for (int64_t t = 0; t < TOKENS; t += VL) {
@@ -73,6 +95,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int64_t start, int64_t count, in
         }
         f->total[r] = f->total[r] * shrink + NAME(sum)(total);
         f->most[r] = most, f->shrink[r] = shrink;
+        for (int64_t t = 0; scaled && t < count; t++) scores[t] *= f->v_scale[t];
     }
     for (int64_t d = 0; d < padded; d += LANES) {
         vf o[FEW_ROWS * PARTS];
@@ -80,14 +103,31 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int64_t start, int64_t count, in
         for (int i = 0; i < rows * PARTS; i++)
             o[i] = NAME(load)(f->o + i / PARTS * padded + d + i % PARTS * VL) * f->shrink[i / PARTS];
         for (int64_t t = 0; t < count; t++) {
+            vf v[PARTS];
+            NAME(widen16)(f->v_at[t] + d * size, kind, v);
 #pragma GCC unroll 16
-            for (int i = 0; i < rows * PARTS; i++)
-                o[i] += NAME(load)(f->v + t * padded + d + i % PARTS * VL) * f->scores[i / PARTS * TOKENS + t];
+            for (int i = 0; i < rows * PARTS; i++) o[i] += v[i % PARTS] * f->scores[i / PARTS * TOKENS + t];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows * PARTS; i++) NAME(store)(f->o + i / PARTS * padded + d + i % PARTS * VL, o[i]);
     }
 }
+
+#define FEW(kind)                                                                                                        \
+    static __attribute__((noinline)) void NAME(few_##kind)(NAME(Flash) *f, int64_t rows, int scaled, int64_t start, int64_t count, \
+                                                           int64_t padded, int64_t window, float factor) {              \
+        if (rows == 1) NAME(few)(f, 1, kind, scaled, start, count, padded, window, factor);                             \
+        else if (rows == 2) NAME(few)(f, 2, kind, scaled, start, count, padded, window, factor);                        \
+        else if (rows == 3) NAME(few)(f, 3, kind, scaled, start, count, padded, window, factor);                        \
+        else NAME(few)(f, 4, kind, scaled, start, count, padded, window, factor);                                       \
+    }
+FEW(F32)
+FEW(BF16)
+FEW(E4M3)
+FEW(E5M2)
+#undef FEW
+static void (*const NAME(few_of)[])(NAME(Flash) *, int64_t, int, int64_t, int64_t, int64_t, int64_t, float) = {
+    [F32] = NAME(few_F32), [BF16] = NAME(few_BF16), [E4M3] = NAME(few_E4M3), [E4M3FNUZ] = NAME(few_E4M3), [E5M2] = NAME(few_E5M2)};
 
 /* The same for up to LANES rows, one a lane. */
 INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
@@ -145,10 +185,10 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
     int64_t before = a->lengths[request] - tokens; /* context that was there already */
     const int32_t *table = a->tables + request * a->table_stride;
-    int few = rows <= FEW_ROWS;
+    int few = rows <= FEW_ROWS, in_place = few && dim == padded;
     NAME(Flash) flash, *f = &flash;
     float line[MAX_DIM];
-    memset(f->o, 0, (size_t)(LANES * padded) * 4);
+    memset(f->o, 0, (size_t)((few ? rows : LANES) * padded) * 4);
     if (!few) memset(f->q, 0, (size_t)(LANES * padded) * 4);
     for (int64_t r = 0; r < LANES; r++) {
         f->most[r] = -1e30f, f->total[r] = 0, f->position[r] = -1;
@@ -162,12 +202,10 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
     for (; start < last; start += TOKENS) {
         int64_t count = least(TOKENS, last - start);
-        NAME(fetch)(c, table, head, start, count, last, padded, f);
-        if (!few) NAME(many)(f, rows, start, count, dim, padded, a->window, a->k_factor);
-        else if (rows == 1) NAME(few)(f, 1, start, count, padded, a->window, a->k_factor);
-        else if (rows == 2) NAME(few)(f, 2, start, count, padded, a->window, a->k_factor);
-        else if (rows == 3) NAME(few)(f, 3, start, count, padded, a->window, a->k_factor);
-        else NAME(few)(f, 4, start, count, padded, a->window, a->k_factor);
+        NAME(find)(c, table, head, start, count, last, f);
+        if (!in_place) NAME(fetch)(c, count, padded, f);
+        if (few) NAME(few_of)[in_place ? c->kind : F32](f, rows, in_place && c->k_scale, start, count, padded, a->window, a->k_factor);
+        else NAME(many)(f, rows, start, count, dim, padded, a->window, a->k_factor);
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;

@@ -112,6 +112,28 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
     put(job->y, job->kind, token * w->n + row, sum);
 }
 
+/* finish() for sums [rows][LANES] of a panel of tokens. */
+static void NAME(finish_panel)(const LinearJob *job, int64_t panel, int64_t from, int64_t to, const float *sum) {
+    const Linear *w = job->w;
+    const int64_t first = panel * LANES, lanes = least(LANES, job->m - first), rows = to - from;
+    float values[TASK_ROWS][LANES];
+    uint16_t halves[TASK_ROWS][LANES];
+    for (int64_t row = 0; row < rows; row++) {
+        for (int p = 0; p < LANES; p += VL) {
+            vf v = NAME(load)(sum + row * LANES + p);
+            if (w->activation == PER_TOKEN) v *= NAME(load)(job->scale + first + p);
+            if (!w->scale_columns && w->scale) v *= w->scale[from + row];
+            NAME(store)(values[row] + p, v);
+        }
+        if (job->kind == BF16) NAME(narrow_row)(halves[row], BF16, 0, values[row], LANES);
+    }
+    for (int64_t i = 0; i < lanes; i++) {
+        const int64_t at = (first + i) * w->n + from;
+        if (job->kind == BF16) for (int64_t row = 0; row < rows; row++) ((uint16_t *)job->y)[at + row] = halves[row][i];
+        else for (int64_t row = 0; row < rows; row++) ((float *)job->y)[at + row] = values[row][i];
+    }
+}
+
 /* Rows `from` to `to` times m tokens, each result a sum along k in vectors; grouped: a scale every 128 values of a row. */
 INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int kind, int grouped) {
     enum { SUMS = CHUNK / LANES * PARTS }; /* few tokens have more than one each, to hide what an addition takes */
@@ -235,11 +257,7 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
             NAME(product)(to - from, least(LANES, job->m - p * LANES), depth, rows, TASK_K, 1, NAME(panel_at)(job, p, k), sum, k > 0);
         }
     }
-    for (int64_t p = first_panel; p < last_panel; p++) {
-        const float *sum = sums + (p - first_panel) * TASK_ROWS * LANES;
-        for (int64_t i = 0; i < least(LANES, job->m - p * LANES); i++)
-            for (int64_t row = from; row < to; row++) NAME(finish)(job, p * LANES + i, row, sum[(row - from) * LANES + i]);
-    }
+    for (int64_t p = first_panel; p < last_panel; p++) NAME(finish_panel)(job, p, from, to, sums + (p - first_panel) * TASK_ROWS * LANES);
 }
 
 #if DOT
