@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo import batch, ops
-from octavo.kvcache import Views, fp8_per_tensor
+from octavo.config import EngineConfig
+from octavo.kvcache import Views, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
 
-HIDDEN, INNER, HEADS, KV_HEADS, DIM, BLOCK = 4096, 14336, 32, 8, 128, 16
+HIDDEN, INNER, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
 TOKENS = (1, 16, 64, 256, 2048)
 DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
@@ -105,7 +106,7 @@ def linear(p: Platform, m: int, n: int, k: int) -> Set:
     else:
         codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
         one, nbytes = torch.ones((), device=p.device), held + b.nbytes
-        library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16)
+        library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     return Set(lambda: ops.linear(given, w), library, n * k + m * k + 2 * m * n, 2.0 * m * n * k, True, nbytes)
 
 
@@ -137,14 +138,19 @@ def small_weight(p: Platform, k: int) -> tuple[ops.PackedWeight, int]:
     return packed(p, 16, k)
 
 
-def cache(p: Platform, blocks: int) -> Views:
-    spec = fp8_per_tensor(KV_HEADS, DIM, p.fp8_dtype)
-    buffer = torch.randint(0, 120, (blocks, BLOCK * spec.bytes_per_token), dtype=torch.uint8, device=p.device)  # finite codes
-    return spec.views(buffer, BLOCK)
+def block_size(p: Platform) -> int:
+    return EngineConfig().block_size_on(p.is_cpu)
+
+
+def cache(p: Platform, tokens: int) -> Views:
+    """An FP8 cache of one layer as the engine lays it out there, with room for so many tokens."""
+    spec, block = spec_for("fp8_e4m3", KV_HEADS, DIM, torch.bfloat16, p.fp8_dtype, not p.is_cpu), block_size(p)
+    shape = -(-tokens // block), block * spec.bytes_per_token
+    return spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
 
 
 def rope_write_kv(p: Platform, m: int) -> Set:
-    views = cache(p, -(-m // BLOCK))
+    views = cache(p, m)
     q, k, v = random(p, m, HEADS, DIM), random(p, m, KV_HEADS, DIM), random(p, m, KV_HEADS, DIM)
     at, table = torch.arange(m, device=p.device), torch.rand(max(TOKENS), DIM, device=p.device)
     moved = 2 * 2 * q.numel() + 3 * k.numel() * 2
@@ -154,10 +160,11 @@ def rope_write_kv(p: Platform, m: int) -> Set:
 
 def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
     """The last `queries` tokens of each request over an FP8 cache; the library's reads dense BF16, so twice the bytes."""
-    width = -(-context // BLOCK)
-    views, order = cache(p, requests * width), torch.randperm(requests * width).tolist()  # blocks lie anywhere
+    block = block_size(p)
+    width = -(-context // block)
+    views, order = cache(p, requests * width * block), torch.randperm(requests * width).tolist()  # blocks lie anywhere
     spans = [batch.Span([0] * queries, context - queries, order[i * width : (i + 1) * width]) for i in range(requests)]
-    made, q = batch.build(spans, BLOCK, p.device), random(p, requests * queries, HEADS, DIM)
+    made, q = batch.build(spans, block, p.device), random(p, requests * queries, HEADS, DIM)
     dtype = library_dtype(p)
     k, v = (random(p, requests, KV_HEADS, context, DIM).to(dtype) for _ in range(2))
     dense = q.to(dtype).view(requests, queries, HEADS, DIM).transpose(1, 2)
