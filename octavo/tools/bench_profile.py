@@ -108,7 +108,7 @@ def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int)
     with torch.profiler.profile() as profiler, _named_ops() if platform.is_cpu else nullcontext():
         wall = _wall(platform, step, steps)
     wall = plain if plain is not None else wall
-    kernels = _kernels(profiler.key_averages(), platform.is_cpu, steps)
+    kernels = _operators(profiler.key_averages(), steps) if platform.is_cpu else _kernels(profiler.events(), steps)
     roles: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, float] = defaultdict(float)
     for kernel in kernels:
@@ -160,16 +160,31 @@ def _wall(platform: Platform, step: Callable[[], None], steps: int) -> float:
     return time.perf_counter() - start
 
 
-def _kernels(events: Iterable[Any], cpu: bool, steps: int) -> list[Kernel]:
-    """Events of the device alone, the longest first; on a CPU the operators, each without those that it calls."""
+def _operators(events: Iterable[Any], steps: int) -> list[Kernel]:
+    """A CPU's operators, each without those that it calls, the longest first."""
     out = []
     for event in events:
         annotation = getattr(event, "is_user_annotation", False) and not event.key.startswith(OP)
-        if (event.device_type.name == "CPU") != cpu or annotation:
-            continue
-        us = event.self_cpu_time_total if cpu else event.self_device_time_total
-        if us:
-            out.append(Kernel(event.key, role_of(event.key), us / steps, event.count / steps))
+        if event.device_type.name == "CPU" and not annotation and event.self_cpu_time_total:
+            out.append(Kernel(event.key, role_of(event.key), event.self_cpu_time_total / steps, event.count / steps))
+    return sorted(out, key=lambda kernel: -kernel.us)
+
+
+def _kernels(events: Iterable[Any], steps: int) -> list[Kernel]:
+    """A device's kernels, the longest first.
+
+    A kernel may start while the one before it still runs, and then waits for that one's end: its time is counted from there.
+    """
+    ran = [e for e in events if e.device_type.name != "CPU" and not getattr(e, "is_user_annotation", False)]
+    us: defaultdict[str, float] = defaultdict(float)
+    calls: defaultdict[str, int] = defaultdict(int)
+    done = float("-inf")
+    for event in sorted(ran, key=lambda e: e.time_range.start):
+        start, end = event.time_range.start, event.time_range.end
+        us[event.name] += max(0.0, end - max(start, done))
+        calls[event.name] += 1
+        done = max(done, end)
+    out = [Kernel(name, role_of(name), time / steps, calls[name] / steps) for name, time in us.items()]
     return sorted(out, key=lambda kernel: -kernel.us)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,7 @@ from octavo.engine.core import EngineCore
 from octavo.models import MODEL_TYPES, architecture
 from octavo.tools import bench_offline, bench_serve, bench_workloads
 from octavo.tools.bench_limit import Ceilings, Costs, costs_of, costs_of_shape, limit
-from octavo.tools.bench_profile import GAPS, role_of
+from octavo.tools.bench_profile import GAPS, _kernels, role_of
 from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, prompts, spread
 from octavo.tools.planning.shapes import model_of
 
@@ -236,6 +237,26 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert linears == 25  # a step has 4 in each of 6 layers and the head, whatever the number of steps looked at
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "gaps" in capsys.readouterr().out
+
+
+def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
+    """One that starts early waits for the one before; what runs inside another's time takes none."""
+
+    def kernel(name: str, start: float, end: float, device: str = "CUDA") -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name=device), time_range=SimpleNamespace(start=start, end=end)
+        )
+
+    ran = [
+        kernel("_norm_quant", 9, 13),
+        kernel("_small_linear", 0, 10),
+        kernel("_small_linear", 20, 26),
+        kernel("_quantize", 21, 25),
+    ]
+    found = _kernels([*ran, kernel("aten::mm", 0, 99, "CPU")], 2)
+    assert [(k.name, k.role, k.us, k.calls) for k in found] == [
+        ("_small_linear", "linear", 8.0, 1.0), ("_norm_quant", "norm", 1.5, 0.5), ("_quantize", "quantize", 0.0, 0.5),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

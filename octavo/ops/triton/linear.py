@@ -17,7 +17,7 @@ from octavo.ops.triton.launch import device_units, overlap, pipeline, power_of_2
 
 __all__ = ["MOST_TOKENS", "small_linear"]
 
-MOST_TOKENS = 64  # from here on a library's product, made for compute, is the faster one
+MOST_TOKENS = 32  # for more a library's product, made for compute, is the faster one (1 to 3% of a step at 40 to 64)
 MOST_PARTS, MOST_TILES = 1 << 23, 1 << 14
 PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, before FP32 takes over
 
@@ -93,9 +93,7 @@ def _shape(n: int, width: int, bm: int) -> dict[str, int]:
     few = bm == 16
     split = power_of_2(max(1, 2 * device_units() // triton.cdiv(n, 64)))
     if n >= 2 * 64 * device_units():  # enough tiles of 128 rows without splitting
-        bn, bk, split, held, stages = 128, 128, 1, 1 if bm == 64 else 2, 3 if few else 4
-    elif bm == 64:
-        bn, bk, split, held, stages = (128, 128, split, 2, 4) if split > 2 else (64, 128, 1, 0, 6)
+        bn, bk, split, held, stages = 128, 128, 1, 2, 3 if few else 4
     elif split <= 2:
         bn, bk, held, stages = 64, 128, 8 if few else 4, 4
     elif width > 4096:

@@ -4,9 +4,15 @@
 #include "attention.h"
 #include "elementwise.h"
 
+#if DOT
+#define PAIRS_PAY NAME(pairs_pay)
+#else
+#define PAIRS_PAY NULL
+#endif
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(rope), DOT};
+    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(rotate), NAME(rope), PAIRS_PAY};
 
+#undef PAIRS_PAY
 #undef vf
 #undef vi
 #undef vu

@@ -69,7 +69,8 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
         for (int64_t d = 0; d < padded; d += LANES) {
             NAME(widen16)(at + d * size, kind, k);
 #pragma GCC unroll 16
-            for (int i = 0; i < rows * PARTS; i++) sum[i / PARTS] += k[i % PARTS] * NAME(load)(f->q + i / PARTS * padded + d + i % PARTS * VL);
+            for (int i = 0; i < rows * PARTS; i++)
+                sum[i / PARTS] += k[i % PARTS] * NAME(load)(f->q + i / PARTS * padded + d + i % PARTS * VL);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) f->scores[r * TOKENS + t] = NAME(sum)(sum[r]) * by;

@@ -20,7 +20,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 typedef struct {
     const char *name;
     task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope;
-    int dot; /* multiplies pairs of BF16 values */
+    int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
 #if defined(__clang__)
@@ -75,8 +75,11 @@ END_TARGET
 #endif
 
 static const Functions *chosen;
+static int panels_of_pairs;
 
-/* The best instruction set that this CPU has, or the one of the given name: its name, or NULL if this CPU lacks it. */
+/* The best instruction set that this CPU has, or the one of the given name: its name, or NULL if this CPU lacks it.
+
+   One that is named has all its ways of multiplying used, whether they pay or not. */
 const char *octavo_use(const char *name) {
     const Functions *have[4];
     int count = 0;
@@ -101,6 +104,7 @@ const char *octavo_use(const char *name) {
     for (int i = 0; i < count; i++) {
         if (name && strcmp(name, have[i]->name)) continue;
         chosen = have[i];
+        panels_of_pairs = chosen->pairs_pay && (name || chosen->pairs_pay());
         return chosen->name;
     }
     return NULL;
@@ -143,6 +147,7 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
         int64_t count = least(most, m - done), panels = (count + LANES - 1) / LANES;
         int is_panel = count > ROWS_MODE;
         int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x, in BF16 */
+        int paired = is_panel ? panels_of_pairs : chosen->pairs_pay != NULL;
         size_t values = (size_t)(is_panel ? panels * (w->k + 1) * LANES : count * k_padded), scales = (size_t)(count + 15) / 16 * 16;
         float *memory = scratch((values + scales) * 4);
         if (!memory) {
@@ -152,7 +157,7 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
         LinearJob job = {
             .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
             .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
-            .kind = kind, .is_panel = is_panel, .pairs = chosen->dot && exact && w->kind != F32 && !w->scale_columns};
+            .kind = kind, .is_panel = is_panel, .pairs = paired && exact && w->kind != F32 && !w->scale_columns};
         job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
         parallel(chosen->prepare, &job, is_panel ? panels * job.parts : 1, threads);
         if (is_panel) {

@@ -101,3 +101,30 @@ static void NAME(product_of_pairs)(int64_t rows, int64_t pairs, const uint16_t *
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS) NAME(tile_of_pairs)(TILE_ROWS, pairs, a + i * rs, rs, b, c + i * LANES, add);
     for (; i < rows; i++) NAME(tile_of_pairs)(1, pairs, a + i * rs, rs, b, c + i * LANES, add);
 }
+
+#define TRIED 256 /* values along k */
+static double NAME(seconds)(int paired, const float *a, const float *b, float *c) {
+    struct timespec before, after;
+    double best = 1;
+    for (int i = 0; i < 5; i++) {
+        clock_gettime(CLOCK_MONOTONIC, &before);
+        for (int j = 0; j < 8; j++) {
+            if (paired) NAME(tile_of_pairs)(TILE_ROWS, TRIED / 2, (const uint16_t *)a, 2 * TRIED, (const uint16_t *)b, c, 0);
+            else NAME(tile)(TILE_ROWS, PARTS, TRIED, a, TRIED, 1, b, c, 0);
+            __asm__ volatile("" ::: "memory");
+        }
+        clock_gettime(CLOCK_MONOTONIC, &after);
+        double took = (double)(after.tv_sec - before.tv_sec) + 1e-9 * (double)(after.tv_nsec - before.tv_nsec);
+        if (took < best) best = took;
+    }
+    return best;
+}
+
+/* Whether tiles are multiplied faster in pairs than in FP32: some CPUs have half as many units for them. Takes 0.1 ms. */
+static int NAME(pairs_pay)(void) {
+    float a[TILE_ROWS * TRIED], b[TRIED * LANES], c[TILE_ROWS * LANES];
+    for (int i = 0; i < TILE_ROWS * TRIED; i++) a[i] = 1.0f + (float)i;
+    for (int i = 0; i < TRIED * LANES; i++) b[i] = 1.0f + (float)i;
+    return NAME(seconds)(1, a, b, c) < NAME(seconds)(0, a, b, c);
+}
+#undef TRIED

@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { F32, BF16, E4M3, E4M3FNUZ, E5M2 };      /* what an array holds */
 enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* how activations are quantized */
