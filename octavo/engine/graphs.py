@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.errors import OctavoError
 from octavo.platform import Platform
@@ -36,7 +37,7 @@ class DecodeGraphs:
     """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
     `forward` gives logits [rows, vocab] and the tokens chosen from them, int64 [rows]. `variant(requests, longest context)` is
-    equal where it launches the same.
+    equal where it launches the same. `rehearse` runs what else is to be compiled now.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class DecodeGraphs:
         max_model_len: int,
         scratch_block: int,
         variant: Callable[[int, int], Hashable],
+        rehearse: Callable[[], None] = lambda: None,
     ):
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
@@ -62,7 +64,7 @@ class DecodeGraphs:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         try:
-            self._capture(forward, variant)
+            self._capture(forward, variant, rehearse)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
@@ -70,20 +72,30 @@ class DecodeGraphs:
             ) from None
 
     def _capture(
-        self, forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]], variant: Callable[[int, int], Hashable]
+        self,
+        forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
+        variant: Callable[[int, int], Hashable],
+        rehearse: Callable[[], None],
     ) -> None:
         def decode(size: int, context: int) -> Tensor:
             logits, tokens = forward(self._batch(size, context))
             self.chosen[:size].copy_(tokens)
             return logits
 
+        with ops.compile_ahead():
+            rehearse()
+            for size in self.sizes:
+                if size & (size - 1) == 0 or size == self.sizes[-1]:  # the others mostly launch what these do
+                    self._send(size, [], [], [], [])
+                    for context in {variant(size, context): context for context in self.contexts}.values():
+                        decode(size, context)
         pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
             self._send(size, [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
-                    decode(size, context)  # compiles what is not compiled yet, which a capture could not
+                    decode(size, context)  # compiles what is still not compiled, which a capture could not
                     replay, logits, pool = self.platform.capture(partial(decode, size, context), pool)
                     made[key] = _Graph(replay, logits)
                 self._graphs[size, context] = made[key]

@@ -105,9 +105,9 @@ class ModelRunner:
         specs = self._cache_specs()
         self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
-        budget = plan_blocks(
-            config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), self._working_bytes()
-        )
+        c = self.model_config
+        working = config.working_bytes_on(self.platform.is_cpu, c.hidden_size, c.intermediate_size, c.vocab_size)
+        budget = plan_blocks(config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), working)
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
         self.num_blocks = budget.num_blocks
@@ -120,13 +120,22 @@ class ModelRunner:
         if graphs:
             with torch.inference_mode():
                 sizes = self.block_size, config.max_num_seqs, self.max_model_len
-                self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant)
+                self.graphs = DecodeGraphs(
+                    self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._prefill_once
+                )
         log.info("ops: %s", ops.table())
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
         """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
         logits: Tensor = self.model.lm_head(self.model(batch))
         return logits, likeliest(logits)
+
+    def _prefill_once(self) -> None:
+        """Calls what prefills launch: a short one and one that is long enough for other tiles."""
+        room = min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)
+        for length in (40, 600):
+            blocks = range(-(-min(length, room) // self.block_size))
+            self.model(self._batch([batches.Span([0] * min(length, room), 0, blocks)]))
 
     def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
         kinds = {a.kv_heads for a in self.model.attention_layers()}
@@ -147,12 +156,6 @@ class ModelRunner:
         name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype
         by_dim = not self.platform.is_cpu
         return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8, by_dim) for a in self.model.attention_layers()]
-
-    def _working_bytes(self) -> int:
-        """A bound on the activations of the largest step: the MLP's, and the logits with what sampling makes of them."""
-        c = self.model_config
-        activations = self.max_num_batched_tokens * (4 * c.intermediate_size + 8 * c.hidden_size) * 4
-        return activations + self.config.max_num_seqs * c.vocab_size * 4 * 6
 
     def _settle_kv_scales(self) -> None:
         layers = self.model.attention_layers()

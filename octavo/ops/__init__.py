@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "Unscaled",
     "attention",
     "bind",
+    "compile_ahead",
     "decode_variant",
     "linear",
     "linear_unscaled",
@@ -53,6 +55,7 @@ _OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_m
 
 
 _bound: dict[str, Callable[..., Any]] = {}
+_compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
@@ -66,8 +69,10 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
+    global _compile_ahead
     with _lock:
         _table.clear()
+        _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
@@ -75,6 +80,14 @@ def bind(platform: Platform) -> None:
             chosen = getattr(preferred, name, None) or getattr(reference, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
+
+
+def compile_ahead() -> AbstractContextManager[None]:
+    """Within it kernels are compiled, side by side, and none is launched: what ops give is worthless.
+
+    Where there is nothing to compile it does nothing.
+    """
+    return _compile_ahead()
 
 
 def table() -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from octavo.ops.gpu import LINEAR, attention, decode_variant, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.triton import launch
+from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform
 
-__all__ = ["LINEAR", "attention", "configure", "decode_variant", "rms_norm", "rope_write_kv", "silu_mul"]
+__all__ = ["LINEAR", "attention", "compile_ahead", "configure", "decode_variant", "rms_norm", "rope_write_kv", "silu_mul"]
 
 
 def configure(platform: Platform) -> None:

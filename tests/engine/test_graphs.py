@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.engine.graphs import DecodeGraphs
 from octavo.errors import OctavoError
@@ -142,3 +144,28 @@ def test_no_memory_to_capture_in_is_one_sentence(model: Model) -> None:
 
     with pytest.raises(OctavoError, match="--gpu-memory-utilization"):
         DecodeGraphs(model, Full(torch.device("cpu"), "test"), BLOCK, 2, 100, SCRATCH, lambda size, context: context)
+
+
+def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that are powers of two and the largest, each variant once, and what the caller rehearses."""
+    ran: list[str] = []
+
+    @contextmanager
+    def compiling() -> Iterator[None]:
+        ran.append("compile")
+        yield
+        ran.append("compiled")
+
+    def forward(batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        ran.append(f"{len(batch.query_lens)}x{batch.context_lens[0]}")
+        return model(batch)
+
+    monkeypatch.setattr(ops, "compile_ahead", compiling)
+    DecodeGraphs(
+        forward, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH, lambda size, context: context > 512,
+        lambda: ran.append("prefill"),
+    )  # fmt: skip
+    done = ran.index("compiled")
+    both = [f"{size}x{context}" for size in (1, 2, 4, 8, 9) for context in (512, 10_000)]
+    assert ran[:done] == ["compile", "prefill", *both]
+    assert set(ran[done + 1 :]) == set(both)

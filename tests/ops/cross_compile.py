@@ -76,12 +76,12 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **limit),
             {"num_warps": warps},
         )  # fmt: skip
-    for bm in (16, 32, 64):
+    for bm in (16, 32):
         yield (
             f"small_linear_{bm}", linear._small_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
                  width="i32", per_split="i32"),
-            dict(BN=64, BM=bm, BK=256 if bm <= 32 else 128, SPLIT=4, PROMOTE=linear.PROMOTE, HELD=2 * pdl, PDL=pdl,
+            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, HELD=2 * pdl, PDL=pdl,
                  STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip

@@ -60,7 +60,9 @@ def test_the_engine_allocates_what_was_planned(words: tuple[str, ...], options: 
     assert plan.asked.token_bytes == runner.bytes_per_token
     assert plan.asked.fit.cache == pytest.approx(runner.cache.nbytes, rel=0.02)
     assert plan.asked.fit.max_model_len == runner.max_model_len
-    assert working_bytes(plan.question.config, plan.question.model, plan.question.on) == runner._working_bytes()
+    c = runner.model_config
+    expected = runner.config.working_bytes_on(True, c.hidden_size, c.intermediate_size, c.vocab_size)
+    assert working_bytes(plan.question.config, plan.question.model, plan.question.on) == expected
 
 
 def test_the_demo_model_is_counted_by_its_headers() -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import overlap, pipeline, power_of_2, release, to_fp8, wait
+from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, to_fp8, wait
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BLOCK
 
@@ -68,9 +68,9 @@ def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> tuple[Tensor, Te
     codes = torch.empty(rows, width, dtype=fp8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     if rows:
-        _quantize_groups[(rows,)](
+        launch(_quantize_groups, (rows,),
             x, codes, scale, size, x.stride(0), width, groups, GROUP=BLOCK, GROUPS=power_of_2(groups), LIMIT=FP8_MAX[fp8],
-            FLOOR=SCALE_FLOOR, num_warps=8 if size > 2048 else 4, **overlap(),
+            FLOOR=SCALE_FLOOR, num_warps=8 if size > 2048 else 4,
         )  # fmt: skip
     return codes, scale
 
@@ -83,9 +83,8 @@ def block_linear(codes: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, n: in
         bm = min(128, power_of_2(tokens, 16))
         bn = 128 if bm > 32 else 64
         a_row_each = w_scale.shape[0] == n and n > 1
-        _block_linear[(triton.cdiv(n, bn), triton.cdiv(tokens, bm))](
+        launch(_block_linear, (triton.cdiv(n, bn), triton.cdiv(tokens, bm)),
             codes, scale, w, w_scale, out, tokens, n, width, scale.shape[1], BN=bn, BM=bm, GROUP=BLOCK,
             SCALE_ROWS=1 if a_row_each else BLOCK, STAGES=pipeline(4 if bm <= 64 else 3), num_warps=8 if bm > 32 else 4,
-            **overlap(),
         )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from octavo.ops.triton.launch import (
     cache_strides,
     codes,
     device_units,
-    overlap,
+    launch,
     pipeline,
     power_of_2,
     release,
@@ -189,11 +189,11 @@ def decode_attention(
     rows = power_of_2(group, 8 if fp8 else 16)
     parts, sums, counters = _workspace(q.device, requests * kv_heads * splits, rows, dp) if splits > 1 else (out, out, out)
     by_layer = fp8 and scales is None
-    _decode_attention[(kv_heads, splits, requests)](
+    launch(_decode_attention, (kv_heads, splits, requests),
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out,
         parts, sums, counters, scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
         TILE=c["TILE"], SPLIT=splits > 1, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
-        STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
+        STAGES=pipeline(c["stages"]), num_warps=c["warps"],
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.ops.contract import PackedWeight, Product, Quantized, Unscaled
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import overlap, power_of_2, release, round_to, to_fp8, wait
+from octavo.ops.triton.launch import launch, power_of_2, release, round_to, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["quantize", "rms_norm", "silu_mul"]
@@ -127,11 +127,11 @@ def rms_norm(
     carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         block = power_of_2(max(size, width))
-        _norm_quant[(rows,)](
+        launch(_norm_quant, (rows,),
             x, by_row, by_column, residual, weight, out, scale, carried, eps, size, inner,
             x.stride(0), x.stride(1) if x.dim() == 3 else 0, width, SCALED=by_row is not None, ADD=residual is not None,
             QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR,
-            BLOCK=block, num_warps=_warps(block), **overlap(),
+            BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return (out.view(x.shape) if fp8 is None else Quantized(out, scale)), carried
 
@@ -143,9 +143,9 @@ def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor | Quantize
     out, scale = _outputs(rows, size, x, fp8, width)
     if rows:
         block = power_of_2(max(size, width))
-        _silu_mul_quant[(rows,)](
+        launch(_silu_mul_quant, (rows,),
             x, by_row, by_column, out, scale, size, width, SCALED=by_row is not None, QUANT=fp8 is not None,
-            LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block), **overlap(),
+            LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return out if fp8 is None else Quantized(out, scale)
 
@@ -156,8 +156,8 @@ def quantize(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
     codes, scale = _outputs(rows, size, x, fp8, width)
     if rows:
         block = power_of_2(max(size, width))
-        _quantize[(rows,)](
+        launch(_quantize, (rows,),
             x, codes, scale, size, x.stride(0), width, LIMIT=FP8_MAX[fp8], FLOOR=SCALE_FLOOR, BLOCK=block,
-            num_warps=_warps(block), **overlap(),
+            num_warps=_warps(block),
         )  # fmt: skip
     return Quantized(codes, scale)

@@ -7,6 +7,10 @@ reads, and `release` once its successor may begin to start. Weights depend on no
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +27,10 @@ from octavo.platform import FP8_MAX, Platform
 __all__ = [
     "cache_strides",
     "codes",
+    "compile_ahead",
     "configure",
     "device_units",
-    "overlap",
+    "launch",
     "pipeline",
     "power_of_2",
     "registers",
@@ -43,6 +48,7 @@ _stages = 8
 _shared = 227 << 10
 _fp8 = tl.float8e4nv, 448.0
 _bounded = False
+_ahead: set[Any] | None = None  # within compile_ahead: what was compiled there
 
 
 def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
@@ -62,9 +68,35 @@ def pipeline(stages: int) -> int:
     return min(stages, _stages)
 
 
-def overlap() -> dict[str, Any]:
-    """Launch options of every kernel."""
-    return _overlap
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Every launch of a kernel; within compile_ahead, its compilation instead."""
+    if _ahead is None:
+        kernel[grid](*args, **options, **_overlap)
+    elif (key := (kernel, *map(_specialized, args), *options.items())) not in _ahead:
+        _ahead.add(key)
+        kernel.warmup(*args, grid=grid, **options, **_overlap)
+
+
+@contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Within it kernels are compiled and not launched: what ops give is worthless. Leaving it waits for the compiler, which
+    works on all cores."""
+    global _ahead
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
+        _ahead = set()
+        try:
+            yield
+        finally:
+            _ahead = None
+
+
+def _specialized(x: Any) -> Any:
+    """What a kernel is compiled anew for, of an argument: a tensor's dtype, and what is a multiple of 16 or one."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, tuple(x.block_shape)
+    return (x == 1, x % 16, x >> 31) if isinstance(x, int) else type(x)
 
 
 def device_units() -> int:

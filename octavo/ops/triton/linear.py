@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.contract import Quantized
-from octavo.ops.triton.launch import device_units, overlap, pipeline, power_of_2, release, wait
+from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
 __all__ = ["MOST_TOKENS", "small_linear"]
 
@@ -120,9 +120,9 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     c = _shape(n, width, bm) | (config or {})
     tiles, (split, per_split) = triton.cdiv(n, c["BN"]), _split(n, width, c)
     parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
-    _small_linear[(tiles, split)](
+    launch(_small_linear, (tiles, split),
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
         BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, HELD=c["held"] if pipeline(3) == 3 else 0,
-        STAGES=pipeline(c["stages"]), num_warps=c["warps"], **overlap(),
+        STAGES=pipeline(c["stages"]), num_warps=c["warps"],
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from octavo.ops.triton.decode import LOG2E
 from octavo.ops.triton.launch import (
     cache_strides,
     codes,
-    overlap,
+    launch,
     pipeline,
     power_of_2,
     registers,
@@ -235,16 +235,16 @@ def prefill_attention(
     c = _tiles(dp, dtype) | (config or {})
     plan = _plan(batch, first, stop, c["BM"])
     k_staged, v_staged = (torch.empty(kv_heads * plan.length * dp, dtype=dtype, device=q.device) for _ in range(2))
-    _stage_kv[(len(plan.chunks), kv_heads)](
+    launch(_stage_kv, (len(plan.chunks), kv_heads),
         k, v, views.get("k_scale", q), views.get("v_scale", q), k_staged, v_staged, batch.block_tables, plan.chunks,
         batch.block_tables.stride(0), *cache_strides(views), plan.length,
-        D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=ALIGN, PER_HEAD=scales is not None, BY_DIM=by_dim, num_warps=8, **overlap(),
+        D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=ALIGN, PER_HEAD=scales is not None, BY_DIM=by_dim, num_warps=8,
     )  # fmt: skip
     by_row, tile = (kv_heads * plan.length, dp), (c["BN"], dp)
     by_dim_of_v, turned = (kv_heads * dp, plan.length), (dp, c["BN"])
-    _prefill_attention[(len(plan.tiles), heads)](
+    launch(_prefill_attention, (len(plan.tiles), heads),
         q, tiled(k_staged, by_row, tile), tiled(v_staged, *((by_dim_of_v, turned) if fp8 else (by_row, tile))), out, plan.tiles,
         scale * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0, plan.length,
         Q_HEADS=heads, GROUP=heads // kv_heads, D=dim, DP=dp, BM=c["BM"], BN=c["BN"], WINDOW=window or 0, **codes(dtype),
-        STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]), **overlap(),
+        STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]),
     )  # fmt: skip

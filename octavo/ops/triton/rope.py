@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.kvcache import Views
 from octavo.ops.contract import HeadNorms
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import cache_strides, overlap, power_of_2, round_to, to_fp8, wait
+from octavo.ops.triton.launch import cache_strides, launch, power_of_2, round_to, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_kv"]
@@ -167,12 +167,12 @@ def rope_write_kv(
     k_cache, v_cache, scales = views["k"], views["v"], views.get("k_scale")
     per_program, heads, warps = next(rest for most, *rest in TILES if tokens <= most)
     heads = math.gcd(heads, q_heads, kv_heads)
-    _rope_write_kv[((q_heads + 2 * kv_heads) // heads, triton.cdiv(tokens, per_program))](
+    launch(_rope_write_kv, ((q_heads + 2 * kv_heads) // heads, triton.cdiv(tokens, per_program)),
         q, k, v, out, k_cache, v_cache, views.get("k_scale"), views.get("v_scale"),
         norms.q if norms else None, norms.k if norms else None, cos_sin, positions, slots,
         tokens, norms.eps if norms else 0.0, k_scale, v_scale, q.stride(0), k.stride(0), v.stride(0), *cache_strides(views),
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=rotated, HALF=power_of_2(rotated // 2),
         BLOCK_SIZE=k_cache.shape[1], TOKENS=per_program, HEADS=heads, NORM=norms is not None, PER_HEAD=scales is not None,
-        BY_DIM=v_cache.stride(3) != 1, LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR, num_warps=warps, **overlap(),
+        BY_DIM=v_cache.stride(3) != 1, LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR, num_warps=warps,
     )  # fmt: skip
     return out

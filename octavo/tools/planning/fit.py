@@ -32,9 +32,7 @@ class Fit:
 
 
 def working_bytes(config: EngineConfig, model: Model, on: Accelerator) -> int:
-    """A bound on the activations of the largest step (octavo.engine.runner.ModelRunner._working_bytes)."""
-    tokens = config.step_tokens_on(on.is_cpu)
-    return tokens * (4 * model.intermediate_size + 8 * model.hidden_size) * 4 + config.max_num_seqs * model.vocab_size * 4 * 6
+    return config.working_bytes_on(on.is_cpu, model.hidden_size, model.intermediate_size, model.vocab_size)
 
 
 def fit(config: EngineConfig, model: Model, on: Accelerator, weights: int, token_bytes: int) -> Fit:

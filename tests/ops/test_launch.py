@@ -1,0 +1,50 @@
+"""How kernels are launched, or compiled ahead, without a device: a kernel that remembers what was asked of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.ops.triton import launch
+
+
+class Kernel:
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.compiled: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.launched.append((grid, args, options))
+
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self.compiled.append((grid, args, options))
+
+
+def test_a_kernel_is_launched_with_the_options_of_all() -> None:
+    kernel, x = Kernel(), torch.ones(3)
+    launch.launch(kernel, (2, 3), x, 5, BLOCK=16)
+    assert kernel.launched == [((2, 3), (x, 5), {"BLOCK": 16, **launch._overlap})]
+
+
+def test_what_differs_is_compiled_once_and_nothing_is_launched() -> None:
+    kernel, x = Kernel(), torch.ones(64)
+    same = [(x, 32, None), (torch.zeros(9), 48, None)]
+    others = [(x[1:], 32, None), (x.bfloat16(), 32, None), (x, 33, None), (x, 1, None), (x, 1 << 40, None), (x, 32, 2.0)]
+    with launch.compile_ahead():
+        for args in (*same, *others, *same):
+            launch.launch(kernel, (1,), *args, BLOCK=16)
+        launch.launch(kernel, (1,), *same[0], BLOCK=32)
+    assert len(kernel.compiled) == 1 + len(others) + 1
+    assert not kernel.launched
+    launch.launch(kernel, (1,), *same[0], BLOCK=16)
+    assert len(kernel.launched) == 1
+
+
+def test_after_an_error_kernels_are_launched_again() -> None:
+    kernel = Kernel()
+    with pytest.raises(ValueError, match="no"), launch.compile_ahead():
+        raise ValueError("no")
+    launch.launch(kernel, (1,), 1)
+    assert len(kernel.launched) == 1
