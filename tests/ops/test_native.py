@@ -69,6 +69,25 @@ def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format, dtype:
         assert relative_error(y, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(dtype)
 
 
+@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
+@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(67, 538, 96), (64, 1100, 160), (130, 3, 32)], ids=str)
+def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
+    """What a CPU with such does, which torch can compute on any; weights small enough that some codes have no leading one."""
+    m, n, k = shape
+    x, w = activations(m, k, torch.bfloat16), torch.randn(n, k) * torch.logspace(-4, 0, k)
+    packed = native.Native().pack(quantize(w, scheme, fmt.dtype).padded(16), CPU)
+    packed.tiles = True
+    found = packed(x)
+    packed.tiles = False
+    assert (found.dtype, found.shape) == (torch.bfloat16, (m, n))
+    assert relative_error(found, packed(x).double()) < 3 * 2**-9  # both round the result, and one the sum too
+    if fmt is not E5M2:
+        assert relative_error(found, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(
+            found.dtype
+        )
+
+
 @dtypes
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -27,6 +27,7 @@ __all__ = ["Native", "attention", "rms_norm", "rope_write_kv", "rotate", "silu_m
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 _MAX_DIM = 256  # of a head: csrc/attention.h
+TILE_TOKENS, TILE_ROWS = 64, 512  # from so many tokens on, a CPU's matrix tiles are used, with so many rows widened at a time
 
 
 class Native:
@@ -75,6 +76,8 @@ class PackedNative(PackedWeight):
             kind=KINDS[q.data.dtype],
             activation=_QUANTIZED[q.scheme.activation],
         )
+        by_token = scale is not None and q.scheme.activation is Granularity.ROW
+        self.tiles = by_token and k % 32 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 
@@ -83,9 +86,26 @@ class PackedNative(PackedWeight):
         if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
+        if self.tiles and m >= TILE_TOKENS and x.dtype is torch.bfloat16:
+            return self._by_tiles(x)
         y = x.new_empty(m, self.n)
         if self.multiply(self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads()):
             raise MemoryError(f"no memory to multiply {m} rows")
+        return y
+
+    def _by_tiles(self, x: Tensor) -> Tensor:
+        """Torch's BF16 product of the codes, which BF16 holds exactly: its sums are rounded once more than the kernels'."""
+        assert self.scale is not None
+        codes, by_token = reference.quantize_activation(x, Granularity.ROW, self.data.dtype)
+        (m, k), codes = codes.shape, codes.bfloat16()
+        y, wide = x.new_empty(m, self.n), torch.empty(min(TILE_ROWS, self.n), k, dtype=torch.bfloat16)
+        for start in range(0, self.n, TILE_ROWS):
+            rows = min(TILE_ROWS, self.n - start)
+            kernels().octavo_widen(
+                self.data[start].data_ptr(), wide.data_ptr(), rows, k, self.data.stride(0), KINDS[self.data.dtype],
+                get_num_threads(),
+            )  # fmt: skip
+            y[:, start : start + rows] = (codes @ wide[:rows].mT) * by_token * self.scale[start : start + rows].view(1, -1)
         return y
 
 

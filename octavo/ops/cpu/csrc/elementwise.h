@@ -166,3 +166,20 @@ static void NAME(rope)(void *argument, int64_t task) {
         }
     }
 }
+
+/* Task: one row of a weight to BF16, smaller by the same power of two as in widen16; k is a multiple of 32. */
+static void NAME(widen)(void *argument, int64_t row) {
+    const WidenJob *job = argument;
+    const char *from = (const char *)job->codes + row * job->stride;
+    uint16_t *to = job->to + row * job->k;
+#if DOT
+    if (job->kind == E5M2) NAME(widen_to_pairs)(to, from, E5M2, job->k);
+    else NAME(widen_to_pairs)(to, from, E4M3, job->k);
+#else
+    float values[GROUP];
+    for (int64_t at = 0; at < job->k; at += GROUP) {
+        NAME(widen_row)(values, from + at, job->kind, least(GROUP, job->k - at));
+        NAME(narrow_row)(to, BF16, at, values, least(GROUP, job->k - at));
+    }
+#endif
+}

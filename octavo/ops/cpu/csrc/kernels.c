@@ -19,7 +19,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope;
+    task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope, widen;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -170,6 +170,15 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
     }
     pthread_mutex_unlock(&pool.call);
     return status;
+}
+
+/* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out; k is a
+   multiple of 32. */
+void octavo_widen(const void *codes, uint16_t *to, int64_t rows, int64_t k, int64_t stride, int32_t kind, int32_t threads) {
+    WidenJob job = {codes, to, k, stride, kind};
+    pthread_mutex_lock(&pool.call);
+    parallel(chosen->widen, &job, rows, threads);
+    pthread_mutex_unlock(&pool.call);
 }
 
 /* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. 0, or -1 without memory. */

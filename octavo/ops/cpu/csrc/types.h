@@ -54,6 +54,13 @@ typedef struct {
 } LinearJob;
 
 typedef struct {
+    const void *codes;
+    uint16_t *to; /* [rows, k] */
+    int64_t k, stride;
+    int32_t kind;
+} WidenJob;
+
+typedef struct {
     const Attention *a;
     const Cache *cache;
     const int64_t *first; /* [requests + 1] first block of queries of each request */
