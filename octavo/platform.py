@@ -17,7 +17,7 @@ import torch
 from octavo.errors import OctavoError
 from octavo.host import memory as host_memory
 
-__all__ = ["FP8_MAX", "Platform", "cpu_kernels", "detect"]
+__all__ = ["FP8_MAX", "Platform", "capture", "cpu_kernels", "detect"]
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +51,20 @@ class Platform:
             return f"CPU ({self.arch}, {torch.get_num_threads()} threads)"
         return f"{torch.cuda.get_device_name(self.device)} ({self.arch})"
 
-    def capture(self, fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
-        """A graph of what `fn` launches: its replay, what `fn` returned, and the memory pool, to be given to the next graph."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-            out = fn()
-        return graph.replay, out, graph.pool()
-
     def memory(self) -> tuple[int, int]:
         """Free and total memory of the device in bytes."""
         if not self.is_cpu:
             free, total = torch.cuda.mem_get_info(self.device)
             return int(free), int(total)
         return host_memory()
+
+
+def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
+    """A graph of what `fn` launches on the accelerator; see `octavo.ops.capture`."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+        out = fn()
+    return graph.replay, out, graph.pool()
 
 
 def detect(device: str = "auto", rank: int = 0) -> Platform:

@@ -25,7 +25,7 @@ from octavo.engine.schedule import ScheduledRequest
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, KVCacheSpec, spec_for
 from octavo.models import architecture, read_config
-from octavo.models.common import CausalLM, ConfigBase, likeliest
+from octavo.models.common import CausalLM, ConfigBase
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -50,9 +50,11 @@ class StepTokens:
 
     def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
         """Keeps the tokens, and starts their copy now: what is launched later would hold it up."""
-        self.tokens = self._host = tokens
+        self.tokens = tokens
         self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
-        if tokens.device.type != "cpu":
+        if tokens.device.type == "cpu":
+            self._host = tokens.clone()
+        else:
             self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
             self._copied = torch.Event(tokens.device)
@@ -111,7 +113,7 @@ class ModelRunner:
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
         self.num_blocks = budget.num_blocks
-        graphs = not (self.platform.is_cpu or config.enforce_eager)  # their unused rows write to a block that nobody owns
+        graphs = ops.captures(c.head_dim) and not config.enforce_eager  # their unused rows write to a block that nobody owns
         self.cache = KVCache(specs, self.num_blocks + graphs, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
@@ -119,16 +121,15 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if graphs:
             with torch.inference_mode():
-                sizes = self.block_size, config.max_num_seqs, self.max_model_len
-                self.graphs = DecodeGraphs(
-                    self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._prefill_once
-                )
+                sizes = self.block_size, config.max_num_seqs, self.max_model_len, self.num_blocks
+                calls = self._decode_variant, self._prefill_once
+                self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, *calls, self.platform.is_cpu)
         log.info("ops: %s", ops.table())
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
         """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
         logits: Tensor = self.model.lm_head(self.model(batch))
-        return logits, likeliest(logits)
+        return logits, ops.likeliest(logits)
 
     def _prefill_once(self) -> None:
         """Calls what prefills launch: a short one and one that is long enough for other tiles."""
@@ -251,7 +252,7 @@ class ModelRunner:
         """Puts the next tokens of `items` into `out`; `greedy`: the likeliest of `logits`, where they are known."""
         ids = [item.request.request_id for item in items]
         if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
-            out.put(likeliest(logits) if greedy is None else greedy, ids)
+            out.put(ops.likeliest(logits) if greedy is None else greedy, ids)
             return
         logits = logits.float()
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]

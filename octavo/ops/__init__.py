@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -38,8 +38,11 @@ __all__ = [
     "Unscaled",
     "attention",
     "bind",
+    "capture",
+    "captures",
     "compile_ahead",
     "decode_variant",
+    "likeliest",
     "linear",
     "linear_unscaled",
     "pack",
@@ -51,11 +54,15 @@ __all__ = [
     "write_kv",
 ]
 
-_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "rope_write_kv")
+T = TypeVar("T")
+
+_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "likeliest", "rope_write_kv")
 
 
 _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+_capture: Callable[..., Any] | None = None
+_captures: Callable[[int], bool]
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
@@ -69,10 +76,12 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead
+    global _compile_ahead, _capture, _captures
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
+        _capture = getattr(preferred, "capture", None)
+        _captures = getattr(preferred, "captures", lambda head_dim: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
@@ -88,6 +97,22 @@ def compile_ahead() -> AbstractContextManager[None]:
     Where there is nothing to compile it does nothing.
     """
     return _compile_ahead()
+
+
+def captures(head_dim: int) -> bool:
+    """Whether there is a `capture` here, and decode steps with heads of this size may be in it."""
+    return _capture is not None and _captures(head_dim)
+
+
+def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
+    """A graph of what `fn` launches: its replay, what `fn` returned, and the memory pool, to be given to the next graph.
+
+    A GPU runs nothing of it before the replay; a CPU runs `fn`. Graphs that share a pool are replayed one at a time: what one
+    returned is lost when the next one runs.
+    """
+    assert _capture is not None
+    replay, out, pool = _capture(fn, pool)
+    return replay, out, pool
 
 
 def table() -> dict[str, str]:
@@ -181,6 +206,11 @@ def attention(
     included. Scores and sums are FP32.
     """
     return _bound["attention"](q, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN counts as infinite."""
+    return _bound["likeliest"](logits)  # type: ignore[no-any-return]
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:

@@ -16,6 +16,7 @@ from octavo.quant.scheme import BLOCK, Granularity
 __all__ = [
     "ReferenceLinear",
     "attention",
+    "likeliest",
     "normed_and_rotated",
     "quantize_activation",
     "rms_norm",
@@ -74,6 +75,10 @@ class ReferenceLinear:
 def scaled(x: Product) -> Tensor:
     """A product with its scales applied, in its dtype."""
     return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    return logits.float().argmax(-1)
 
 
 def rms_norm(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from octavo.ops.gpu import LINEAR, attention, decode_variant, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
-from octavo.platform import Platform
+from octavo.platform import Platform, capture
 
-__all__ = ["LINEAR", "attention", "compile_ahead", "configure", "decode_variant", "rms_norm", "rope_write_kv", "silu_mul"]
+__all__ = [
+    "LINEAR", "attention", "capture", "compile_ahead", "configure", "decode_variant", "likeliest", "rms_norm", "rope_write_kv",
+    "silu_mul",
+]  # fmt: skip
 
 
 def configure(platform: Platform) -> None:

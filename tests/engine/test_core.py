@@ -19,6 +19,7 @@ from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, St
 from octavo.engine.runner import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.ops.cpu import library
 
 LENGTH = 100  # max_model_len
 ENGINE = dict(dtype="float32", device="cpu", threads=1, block_size=4, max_model_len=LENGTH)
@@ -490,3 +491,21 @@ def test_what_is_left_out_of_quantization(make):
 def test_options_that_cannot_be(make, options, sentence):
     with pytest.raises(OctavoError, match=sentence):
         make(**options)
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.parametrize("kv", ["auto", "fp8_per_token_head"])
+@pytest.mark.parametrize("scheme", [None, "ptpc_fp8", "fp8_block"])
+def test_recorded_steps_give_what_the_model_gives(scheme: str | None, kv: str, make) -> None:
+    """Bit for bit: logprobs are compared too. Requests come and go, so that every size of 1 to 6 comes again."""
+    options = dict(quantization=scheme, kv_cache_dtype=kv, dtype="bfloat16", max_num_seqs=6)
+    found = []
+    for eager in (False, True):
+        core = make(enforce_eager=eager, **options)
+        assert (core.runner.graphs is None) == eager
+        requests = [request(f"{n}", tokens(5 + n, seed=n), logprobs=2, temperature=0, max_tokens=4 + 3 * n) for n in range(9)]
+        outputs, _ = run(core, requests, apart=2)
+        found.append({name: [(o.token_ids, o.logprobs) for o in each] for name, each in outputs.items()})
+        if not eager:
+            assert len(core.runner.graphs) >= 5
+    assert found[0] == found[1]

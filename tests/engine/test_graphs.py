@@ -14,21 +14,28 @@ from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.engine.graphs import DecodeGraphs
 from octavo.errors import OctavoError
+from octavo.ops.cpu import recording
 from octavo.platform import Platform
 
 BLOCK, SCRATCH = 4, 99
 
 
-class Replays(Platform):
+DEVICE = Platform(torch.device("cpu"), "test")
+
+
+@pytest.fixture(autouse=True)
+def replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaying runs the function again and leaves its result where the first one was."""
 
-    def capture(self, fn: Callable[[], Any], pool: object = None) -> tuple[Callable[[], None], Any, object]:
+    def capture(fn: Callable[[], Any], pool: object = None) -> tuple[Callable[[], None], Any, object]:
         out = fn()
 
         def replay() -> None:
             out.copy_(fn())
 
         return replay, out, "pool"
+
+    monkeypatch.setattr(ops, "capture", capture)
 
 
 class Model:
@@ -53,7 +60,7 @@ def model() -> Model:
 
 @pytest.fixture
 def graphs(model: Model) -> DecodeGraphs:
-    return DecodeGraphs(model, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH, lambda size, context: context)
+    return DecodeGraphs(model, DEVICE, BLOCK, 9, 10_000, SCRATCH, lambda size, context: context)
 
 
 def test_sizes_and_contexts(graphs: DecodeGraphs) -> None:
@@ -122,9 +129,8 @@ def test_the_bound_on_the_context_is_the_next_one(graphs: DecodeGraphs, model: M
 
 def test_bounds_that_make_no_difference_share_a_graph(model: Model) -> None:
     """It is of the longest of them, since a step's contexts may be."""
-    device = Replays(torch.device("cpu"), "test")
     graphs = DecodeGraphs(
-        model, device, BLOCK, 4, 10_000, SCRATCH, lambda size, context: min(context, 4096) if size == 1 else 1
+        model, DEVICE, BLOCK, 4, 10_000, SCRATCH, lambda size, context: min(context, 4096) if size == 1 else 1
     )
     assert len(graphs) == 4
     for start, size, bound in ((5, 1, 512), (600, 1, 10_000), (9_000, 1, 10_000), (5, 2, 10_000), (9_000, 4, 10_000)):
@@ -137,13 +143,13 @@ def test_more_requests_than_any_graph(graphs: DecodeGraphs) -> None:
     assert graphs.run([Span([1], 0, [1])], torch.zeros(10, dtype=torch.int64), [9]) is None  # chosen by such a step
 
 
-def test_no_memory_to_capture_in_is_one_sentence(model: Model) -> None:
-    class Full(Replays):
-        def capture(self, fn: Callable[[], Any], pool: object = None) -> Any:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+def test_no_memory_to_capture_in_is_one_sentence(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fn: Callable[[], Any], pool: object = None) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(ops, "capture", full)
     with pytest.raises(OctavoError, match="--gpu-memory-utilization"):
-        DecodeGraphs(model, Full(torch.device("cpu"), "test"), BLOCK, 2, 100, SCRATCH, lambda size, context: context)
+        DecodeGraphs(model, DEVICE, BLOCK, 2, 100, SCRATCH, lambda size, context: context)
 
 
 def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +168,33 @@ def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pyte
 
     monkeypatch.setattr(ops, "compile_ahead", compiling)
     DecodeGraphs(
-        forward, Replays(torch.device("cpu"), "test"), BLOCK, 9, 10_000, SCRATCH, lambda size, context: context > 512,
+        forward, DEVICE, BLOCK, 9, 10_000, SCRATCH, lambda size, context: context > 512,
         lambda: ran.append("prefill"),
     )  # fmt: skip
     done = ran.index("compiled")
     both = [f"{size}x{context}" for size in (1, 2, 4, 8, 9) for context in (512, 10_000)]
     assert ran[:done] == ["compile", "prefill", *both]
     assert set(ran[done + 1 :]) == set(both)
+
+
+@pytest.mark.parametrize("way", ["as the tests capture", "as a CPU does"])
+def test_on_a_cpu_each_size_is_captured_when_it_comes(way: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, without rows to spare, and what the capture computes is the step: it runs from what the step before chose."""
+    if way == "as a CPU does":
+        monkeypatch.setattr(ops, "capture", recording.capture)
+    graphs = DecodeGraphs(model, DEVICE, BLOCK, 40, 10_000, SCRATCH, lambda size, context: context, as_they_come=True)
+    assert (len(graphs), len(model.bounds)) == (0, 0)
+    assert graphs.sizes == list(range(1, 33))
+    assert graphs.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
+    chosen = None
+    for step, count in enumerate((3, 3, 2, 3, 2, 1)):
+        spans = [Span([7 * (not step)], 3 + step, [3 * i + 1, 3 * i + 2, 3 * i + 3]) for i in range(count)]
+        before = chosen.tolist() if chosen is not None else [7] * count
+        sources = [i % len(before) if step else -1 for i in range(count)]
+        given = [before[i % len(before)] for i in range(count)]
+        logits, chosen = graphs.run(spans, chosen, sources) or pytest.fail("no graph")
+        assert [row[:2] for row in logits.tolist()] == [[token, 3 + step] for token in given]
+        assert chosen.tolist() == [token + 1000 for token in given]
+    assert len(graphs) == 3
+    if way == "as a CPU does":
+        assert len(model.bounds) == 3  # Python went through the model for captures only

@@ -19,8 +19,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from octavo.models.common import argmax_by_parts, likeliest
-
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -94,18 +92,3 @@ def test_a_wrong_rope_would_be_seen(tmp_path: Path, load_model: LoadModel) -> No
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"llama3"', '"default"'))
     assert relative_error(load_model(tmp_path).logits(ids), expected) > 1e-2
-
-
-@pytest.mark.parametrize("vocab", [1, 77, 96, 128_256])
-def test_the_likeliest_token_by_parts(vocab: int) -> None:
-    x = torch.randn(5, vocab)
-    assert torch.equal(argmax_by_parts(x), x.argmax(-1))
-
-
-def test_of_equal_logits_the_first_is_the_likeliest() -> None:
-    x = torch.randn(5, 2000).bfloat16()
-    x[:, 1500:] = x.amax(-1, keepdim=True)
-    x[2, 40] = float("nan")
-    expected = [row.index(max(row)) for row in x.tolist()]
-    expected[2] = 40  # as torch has it
-    assert likeliest(x).tolist() == x.float().argmax(-1).tolist() == expected

@@ -265,5 +265,20 @@ def test_calls_from_several_threads_and_after_a_fork(threads: None) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@dtypes
+@pytest.mark.parametrize("vocab", [1, 15, 77, 128, 300, 16_391])
+def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
+    """The first of equal ones; NaN as if infinite; rows that lie apart; nothing but minus infinity."""
+    x = torch.randn(9, vocab + 3).to(dtype)[:, :vocab]
+    x[1, vocab // 2 :] = x[1].amax()
+    x[2, vocab // 3] = float("nan")
+    x[3] = -float("inf")
+    x[4] = -3.0
+    x[5, -1] = float("inf")
+    assert native.likeliest(x).tolist() == x.float().argmax(-1).tolist()
+    assert native.likeliest(x[:0]).shape == (0,)
+    assert native.likeliest(x.half()).tolist() == x.half().float().argmax(-1).tolist()
+
+
 def test_this_machine_uses_them() -> None:
     assert detect("cpu").widened_dtype is None

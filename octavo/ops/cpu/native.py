@@ -18,12 +18,13 @@ from octavo.ops import reference
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
+from octavo.ops.cpu.recording import launch
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["Native", "attention", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "write_kv"]
+__all__ = ["Native", "attention", "captures", "likeliest", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "write_kv"]
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 _MAX_DIM = 256  # of a head: csrc/attention.h
@@ -89,8 +90,7 @@ class PackedNative(PackedWeight):
         if self.tiles and m >= TILE_TOKENS and x.dtype is torch.bfloat16:
             return self._by_tiles(x)
         y = x.new_empty(m, self.n)
-        if self.multiply(self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads()):
-            raise MemoryError(f"no memory to multiply {m} rows")
+        launch(self.multiply, self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
         return y
 
     def _by_tiles(self, x: Tensor) -> Tensor:
@@ -101,12 +101,17 @@ class PackedNative(PackedWeight):
         y, wide = x.new_empty(m, self.n), torch.empty(min(TILE_ROWS, self.n), k, dtype=torch.bfloat16)
         for start in range(0, self.n, TILE_ROWS):
             rows = min(TILE_ROWS, self.n - start)
-            kernels().octavo_widen(
+            launch(kernels().octavo_widen,
                 self.data[start].data_ptr(), wide.data_ptr(), rows, k, self.data.stride(0), KINDS[self.data.dtype],
                 get_num_threads(),
             )  # fmt: skip
             y[:, start : start + rows] = (codes @ wide[:rows].mT) * by_token * self.scale[start : start + rows].view(1, -1)
         return y
+
+
+def captures(head_dim: int) -> bool:
+    """Torch's attention, which larger heads have, looks at the contexts' lengths."""
+    return head_dim <= _MAX_DIM
 
 
 def _taken(x: Tensor) -> bool:
@@ -127,7 +132,7 @@ def rms_norm(
     if residual is not None:
         residual, carried = residual.contiguous(), x.new_empty(*x.shape)
         given, total = residual.data_ptr(), carried.data_ptr()
-    kernels().octavo_rms_norm(
+    launch(kernels().octavo_rms_norm,
         x.data_ptr(), given, weight.data_ptr(), y.data_ptr(), total, rows[0] * inner, width, inner, x.stride(0), inside, eps,
         KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
@@ -139,8 +144,20 @@ def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
         return reference.silu_mul(x)
     rows, width = x.shape
     y = x.new_empty(rows, width // 2)
-    kernels().octavo_silu_mul(x.data_ptr(), y.data_ptr(), rows, width // 2, x.stride(0), KINDS[x.dtype], get_num_threads())
+    launch(kernels().octavo_silu_mul,
+        x.data_ptr(), y.data_ptr(), rows, width // 2, x.stride(0), KINDS[x.dtype], get_num_threads(),
+    )  # fmt: skip
     return y
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    if logits.dim() != 2 or not _taken(logits):
+        return reference.likeliest(logits)
+    (rows, vocab), found = logits.shape, logits.new_empty(logits.shape[0], dtype=torch.int64)
+    launch(kernels().octavo_likeliest,
+        logits.data_ptr(), found.data_ptr(), rows, vocab, logits.stride(0), KINDS[logits.dtype], get_num_threads(),
+    )  # fmt: skip
+    return found
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -148,7 +165,7 @@ def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
         return reference.rotate(x, cos_sin, positions)
     (tokens, heads, dim), cos_sin, positions = x.shape, cos_sin.contiguous(), positions.contiguous()
     y = x.new_empty(*x.shape)
-    kernels().octavo_rotate(
+    launch(kernels().octavo_rotate,
         x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
         cos_sin.shape[1], KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
@@ -159,7 +176,7 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
     if not (_taken(k) and _taken(v) and k.dtype is v.dtype):
         return reference.write_kv(views, slots, k, v, k_scale, v_scale)
     slots = slots.contiguous()
-    kernels().octavo_rope_write_kv(
+    launch(kernels().octavo_rope_write_kv,
         None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_cache(views)), len(k), 0, 0,
         0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, k_scale, v_scale, KINDS[k.dtype], get_num_threads(),
     )  # fmt: skip
@@ -188,7 +205,7 @@ def rope_write_kv(
         q_norm, k_norm, eps = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps
     out = q.new_empty(*q.shape)
     cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
-    kernels().octavo_rope_write_kv(
+    launch(kernels().octavo_rope_write_kv,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
         slots.data_ptr(), byref(_cache(views)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         cos_sin.shape[1], eps, k_scale, v_scale, KINDS[q.dtype], get_num_threads(),
@@ -206,12 +223,11 @@ def attention(
     if dtype not in FP8_MAX or "k_scale" in views:
         k_scale = v_scale = 1.0
     out, tables = q.new_empty(*q.shape), batch.block_tables
-    if kernels().octavo_attention(
+    launch(kernels().octavo_attention,
         q.data_ptr(), out.data_ptr(), byref(_cache(views)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
         batch.seq_lens.data_ptr(), tables.stride(0), tables.shape[0], q.shape[1], q.stride(0), q.stride(1), window or 0,
         scale * factor * k_scale, factor * v_scale, KINDS[q.dtype], get_num_threads(),
-    ):  # fmt: skip
-        raise MemoryError("no memory for attention")
+    )  # fmt: skip
     return out
 
 

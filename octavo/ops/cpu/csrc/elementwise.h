@@ -49,6 +49,36 @@ static void NAME(rms_norm)(void *argument, int64_t task) {
     }
 }
 
+/* y [rows], int64: where the first of a row's largest values is; what is no number counts as infinite. */
+static void NAME(likeliest)(void *argument, int64_t task) {
+    const Rows *r = argument;
+    float values[GROUP], lane[VL];
+    EACH_ROW(r, task) {
+        const char *x = NAME(row_of)(r, row);
+        float best = -INFINITY;
+        int64_t found = 0;
+        for (int64_t at = 0; at < r->width; at += GROUP) {
+            int64_t count = least(GROUP, r->width - at);
+            NAME(widen_row)(values, x + at * size_of(r->kind), r->kind, count);
+            for (int64_t i = count; i % VL; i++) values[i] = -INFINITY;
+            vf top = NAME(splat)(best);
+            for (int64_t i = 0; i < count; i += VL) {
+                vf v = NAME(load)(values + i);
+                v = SELECT(v == v, v, NAME(splat)(INFINITY));
+                NAME(store)(values + i, v);
+                top = SELECT(v > top, v, top);
+            }
+            NAME(store)(lane, top);
+            float most = best;
+            for (int i = 0; i < VL; i++) most = lane[i] > most ? lane[i] : most;
+            if (most == best) continue;
+            for (found = at; values[found - at] != most; found++) {}
+            best = most;
+        }
+        ((int64_t *)r->y)[row] = found;
+    }
+}
+
 static void NAME(silu_mul)(void *argument, int64_t task) {
     const Rows *r = argument;
     float gate[GROUP], up[GROUP];

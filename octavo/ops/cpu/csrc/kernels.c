@@ -19,7 +19,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, attend, rms_norm, silu_mul, rotate, rope, widen;
+    task_fn prepare, multiply, attend, rms_norm, silu_mul, likeliest, rotate, rope, widen;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -220,6 +220,12 @@ void octavo_rms_norm(const void *x, const void *residual, const void *weight, vo
 void octavo_silu_mul(const void *x, void *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
     each_row(chosen->silu_mul, &r, threads);
+}
+
+/* y [rows]: where the first of the largest values of x [rows, width] is. */
+void octavo_likeliest(const void *x, int64_t *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
+    Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
+    each_row(chosen->likeliest, &r, threads);
 }
 
 /* y [tokens, heads, dim]: x with its first `rotated` dimensions turned. */

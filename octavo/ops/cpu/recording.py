@@ -1,0 +1,124 @@
+"""What a step on a CPU comes down to, kept as a list of calls: a CPU's counterpart of a GPU's graph.
+
+Between two steps of one shape nothing changes but the numbers in the same tensors. So the calls of the C kernels, with their
+addresses, and the few of torch that compute something can be made again without the Python that led to them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["capture", "launch"]
+
+T = TypeVar("T")
+
+CHUNK = 1 << 20  # bytes of an arena at a time
+ALIGNMENT = 64
+
+_state = threading.local()
+
+
+def launch(function: Callable[..., int | None], *arguments: object) -> None:
+    """Calls a C kernel; where this thread records, it is part of the recording. Raises MemoryError if it says so."""
+    if function(*arguments):
+        raise MemoryError("no memory for a kernel's own values")
+    if (recorder := getattr(_state, "recorder", None)) is not None:
+        recorder.calls.append((function, arguments))
+
+
+class Arena:
+    """Memory for what recorded steps make. One is replayed at a time, so all of them use it from its start."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+
+    def places(self) -> Callable[[Sequence[int], torch.dtype], Tensor]:
+        """What gives a step its tensors, one after another."""
+        at = offset = 0
+
+        def place(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            nonlocal at, offset
+            size = prod(shape) * dtype.itemsize
+            while at < len(self.chunks) and offset + size > self.chunks[at].numel():
+                at, offset = at + 1, 0
+            if at == len(self.chunks):
+                self.chunks.append(torch.empty(max(CHUNK, size), dtype=torch.uint8))
+            found = self.chunks[at][offset : offset + size].view(dtype).view(*shape)
+            offset += -(-size // ALIGNMENT) * ALIGNMENT
+            return found
+
+        return place
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every call of torch: gives what is allocated a place in the arena, and keeps what computes."""
+
+    def __init__(self, arena: Arena):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        self.seen: list[object] = []  # tensors whose addresses the calls hold
+        self.place = arena.places()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler to be told to leave this class alone: two seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.new_empty.default:
+            return self.place(args[1], kwargs.get("dtype") or args[0].dtype)
+        out = func(*args, **kwargs)
+        self.seen.append((args, kwargs, out))
+        if func._schema.is_mutable:
+            self.calls.append((_again, (func, args, kwargs)))
+        elif not isinstance(out, Tensor):
+            views = isinstance(out, (list, tuple)) and all(_shares(part, args) for part in out)
+            assert views, f"{func} gives the host a value, which a recorded step could not"
+        elif not _shares(out, args) and "empty" not in func._schema.name:
+            self.calls.append((_compute, (out, func, args, kwargs)))
+        return out
+
+
+def _shares(out: Tensor, args: Sequence[object]) -> bool:
+    """Whether `out` is a view of an argument. What oneDNN laid out has no storage that could be looked at."""
+    stored = [arg for arg in args if isinstance(arg, Tensor) and torch._C._has_storage(arg)]
+    return any(arg.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for arg in stored)
+
+
+def _again(func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    func(*args, **kwargs)
+
+
+def _compute(out: Tensor, func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    out.copy_(func(*args, **kwargs))
+
+
+def capture(fn: Callable[[], T], arena: object = None) -> tuple[Callable[[], None], T, object]:
+    """Runs `fn` and records it: its replay, what it returned, and the arena, to be given to the next capture.
+
+    A replay computes again what `fn` returned, from what its tensors hold then; whatever else was recorded into the arena is
+    lost. `fn` must not look at a tensor's values: C kernels and torch may.
+    """
+    assert arena is None or isinstance(arena, Arena)
+    arena = arena or Arena()
+    recorder = _Recorder(arena)
+    _state.recorder = recorder
+    try:
+        with recorder:
+            out = fn()
+    finally:
+        _state.recorder = None
+
+    def replay() -> None:
+        for function, arguments in recorder.calls:
+            if function(*arguments):
+                raise MemoryError("no memory for a kernel's own values")
+
+    return replay, out, arena
