@@ -113,8 +113,9 @@ class ModelRunner:
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
         self.num_blocks = budget.num_blocks
-        graphs = ops.captures(c.head_dim) and not config.enforce_eager  # their unused rows write to a block that nobody owns
-        self.cache = KVCache(specs, self.num_blocks + graphs, self.block_size, self.platform.device)
+        graphs = ops.captures(c.head_dim) and not config.enforce_eager
+        scratch = graphs and not self.platform.is_cpu  # a block that nobody owns, which unused rows of graphs write to
+        self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
         self._settle_kv_scales()
