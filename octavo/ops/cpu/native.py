@@ -96,16 +96,18 @@ class PackedNative(PackedWeight):
     def _by_tiles(self, x: Tensor) -> Tensor:
         """Torch's BF16 product of the codes, which BF16 holds exactly: its sums are rounded once more than the kernels'."""
         assert self.scale is not None
-        codes, by_token = reference.quantize_activation(x, Granularity.ROW, self.data.dtype)
-        (m, k), codes = codes.shape, codes.bfloat16()
-        y, wide = x.new_empty(m, self.n), torch.empty(min(TILE_ROWS, self.n), k, dtype=torch.bfloat16)
+        c, threads, (m, k) = kernels(), get_num_threads(), x.shape
+        y, codes, by_token = x.new_empty(m, self.n), x.new_empty(m, k), x.new_empty(m, dtype=torch.float32)
+        launch(c.octavo_round, self.address, x.data_ptr(), m, x.stride(0), codes.data_ptr(), by_token.data_ptr(), threads)
+        wide = x.new_empty(min(TILE_ROWS, self.n), k)
         for start in range(0, self.n, TILE_ROWS):
-            rows = min(TILE_ROWS, self.n - start)
-            launch(kernels().octavo_widen,
-                self.data[start].data_ptr(), wide.data_ptr(), rows, k, self.data.stride(0), KINDS[self.data.dtype],
-                get_num_threads(),
+            part, scale = self.data[start : min(start + TILE_ROWS, self.n)], self.scale[start:]
+            launch(c.octavo_widen, part.data_ptr(), wide.data_ptr(), len(part), k, part.stride(0), KINDS[part.dtype], threads)
+            product = codes @ wide[: len(part)].mT
+            launch(
+                c.octavo_rescale, product.data_ptr(), y[:, start:].data_ptr(), m, len(part), self.n, by_token.data_ptr(),
+                scale.data_ptr(), threads,
             )  # fmt: skip
-            y[:, start : start + rows] = (codes @ wide[:rows].mT) * by_token * self.scale[start : start + rows].view(1, -1)
         return y
 
 

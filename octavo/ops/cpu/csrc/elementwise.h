@@ -197,19 +197,33 @@ static void NAME(rope)(void *argument, int64_t task) {
     }
 }
 
-/* Task: one row of a weight to BF16, smaller by the same power of two as in widen16; k is a multiple of 32. */
+/* Task: one row of a weight to BF16, smaller by the same power of two as in widen16; the width is a multiple of 32. */
 static void NAME(widen)(void *argument, int64_t row) {
-    const WidenJob *job = argument;
-    const char *from = (const char *)job->codes + row * job->stride;
-    uint16_t *to = job->to + row * job->k;
+    const TilesJob *job = argument;
+    const char *from = (const char *)job->from + row * job->from_stride;
+    uint16_t *to = job->to + row * job->to_stride;
 #if DOT
-    if (job->kind == E5M2) NAME(widen_to_pairs)(to, from, E5M2, job->k);
-    else NAME(widen_to_pairs)(to, from, E4M3, job->k);
+    if (job->kind == E5M2) NAME(widen_to_pairs)(to, from, E5M2, job->width);
+    else NAME(widen_to_pairs)(to, from, E4M3, job->width);
 #else
     float values[GROUP];
-    for (int64_t at = 0; at < job->k; at += GROUP) {
-        NAME(widen_row)(values, from + at, job->kind, least(GROUP, job->k - at));
-        NAME(narrow_row)(to, BF16, at, values, least(GROUP, job->k - at));
+    for (int64_t at = 0; at < job->width; at += GROUP) {
+        NAME(widen_row)(values, from + at, job->kind, least(GROUP, job->width - at));
+        NAME(narrow_row)(to, BF16, at, values, least(GROUP, job->width - at));
     }
 #endif
+}
+
+/* Task: one row of BF16 times its scale and its columns'. */
+static void NAME(rescale)(void *argument, int64_t row) {
+    const TilesJob *job = argument;
+    float values[GROUP], scales[GROUP];
+    for (int64_t at = 0; at < job->width; at += GROUP) {
+        int64_t count = least(GROUP, job->width - at);
+        NAME(widen_row)(values, (const uint16_t *)job->from + row * job->from_stride + at, BF16, count);
+        NAME(widen_row)(scales, job->by_column + at, F32, count);
+        for (int64_t i = 0; i < count; i += VL)
+            NAME(store)(values + i, NAME(load)(values + i) * job->by_row[row] * NAME(load)(scales + i));
+        NAME(narrow_row)(job->to + row * job->to_stride, BF16, at, values, count);
+    }
 }

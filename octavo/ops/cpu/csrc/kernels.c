@@ -19,7 +19,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, attend, rms_norm, silu_mul, likeliest, rotate, rope, widen;
+    task_fn prepare, round, multiply, attend, rms_norm, silu_mul, likeliest, rotate, rope, widen, rescale;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -172,13 +172,32 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
     return status;
 }
 
+static void each_of(task_fn run, void *job, int64_t tasks, int32_t threads) {
+    pthread_mutex_lock(&pool.call);
+    parallel(run, job, tasks, threads);
+    pthread_mutex_unlock(&pool.call);
+}
+
 /* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out; k is a
    multiple of 32. */
 void octavo_widen(const void *codes, uint16_t *to, int64_t rows, int64_t k, int64_t stride, int32_t kind, int32_t threads) {
-    WidenJob job = {codes, to, k, stride, kind};
-    pthread_mutex_lock(&pool.call);
-    parallel(chosen->widen, &job, rows, threads);
-    pthread_mutex_unlock(&pool.call);
+    TilesJob job = {.from = codes, .to = to, .width = k, .from_stride = stride, .to_stride = k, .kind = kind};
+    each_of(chosen->widen, &job, rows, threads);
+}
+
+/* The codes, as BF16 [m, k], that x [m, k] in BF16 is multiplied by w as, and each token's scale. */
+void octavo_round(const Linear *w, const void *x, int64_t m, int64_t x_stride, uint16_t *codes, float *scale, int32_t threads) {
+    LinearJob job = {.w = w, .x = x, .panel = (float *)codes, .scale = scale, .m = m, .x_stride = x_stride, .k_padded = w->k,
+                     .kind = BF16, .pairs = 1};
+    each_of(chosen->round, &job, m, threads);
+}
+
+/* to [m, width], its rows `stride` values apart, = from [m, width] times by_row [m] times by_column [width]; both BF16. */
+void octavo_rescale(const uint16_t *from, uint16_t *to, int64_t m, int64_t width, int64_t stride, const float *by_row,
+                    const float *by_column, int32_t threads) {
+    TilesJob job = {.from = from, .to = to, .by_row = by_row, .by_column = by_column, .width = width, .from_stride = width,
+                    .to_stride = stride};
+    each_of(chosen->rescale, &job, m, threads);
 }
 
 /* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. 0, or -1 without memory. */
@@ -203,9 +222,7 @@ int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int
 
 static void each_row(task_fn run, Rows *r, int32_t threads) {
     r->per_task = 1 + TASK_VALUES / (r->width + 1);
-    pthread_mutex_lock(&pool.call);
-    parallel(run, r, (r->rows + r->per_task - 1) / r->per_task, threads);
-    pthread_mutex_unlock(&pool.call);
+    each_of(run, r, (r->rows + r->per_task - 1) / r->per_task, threads);
 }
 
 /* y = norm(x + residual) * weight, sum = x + residual; residual may be NULL, sum is then not written. All [rows, width]. */
@@ -243,7 +260,5 @@ void octavo_rope_write_kv(const void *q, const void *k, const void *v, const voi
                           int64_t v_head, int64_t rotated, float eps, float k_scale, float v_scale, int32_t kind, int32_t threads) {
     Rope r = {q, k, v, q_norm, k_norm, out, cos_sin, positions, slots, cache, tokens, heads, q_token, q_head, k_token, k_head,
               v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, k_scale, v_scale, kind};
-    pthread_mutex_lock(&pool.call);
-    parallel(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
-    pthread_mutex_unlock(&pool.call);
+    each_of(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
 }

@@ -99,6 +99,9 @@ static void NAME(prepare)(void *argument, int64_t task) {
     for (int64_t i = 0; i < job->m; i++) NAME(prepare_row)(job, i);
 }
 
+/* Task: one token's codes. */
+static void NAME(round)(void *argument, int64_t token) { NAME(prepare_row)(argument, token); }
+
 /* The scale of a row of the weight, or of its part that begins at k. */
 INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
     if (!w->scale) return 1;

@@ -53,12 +53,14 @@ typedef struct {
     int32_t kind, is_panel, pairs;
 } LinearJob;
 
+/* What comes before and after a product that a library does by the CPU's matrix tiles: rows `from` one type `to` BF16. */
 typedef struct {
-    const void *codes;
-    uint16_t *to; /* [rows, k] */
-    int64_t k, stride;
+    const void *from;
+    uint16_t *to;
+    const float *by_row, *by_column;
+    int64_t width, from_stride, to_stride;
     int32_t kind;
-} WidenJob;
+} TilesJob;
 
 typedef struct {
     const Attention *a;
