@@ -68,7 +68,10 @@ def missing() -> str | None:
 
 
 def use(instruction_set: str | None) -> str | None:
-    """Use "avx512_bf16", "avx512", "avx2" or "portable" from now on, or the best: its name, None if this CPU lacks it."""
+    """Use "avx512_bf16", "avx512", "avx2_shift", "avx2" or "portable" from now on, or the best.
+
+    Its name, None if this CPU lacks it.
+    """
     name: bytes | None = kernels().octavo_use(None if instruction_set is None else instruction_set.encode())
     return None if name is None else name.decode()
 

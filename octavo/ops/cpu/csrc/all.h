@@ -22,6 +22,9 @@ static const Functions NAME(functions) = {
 #undef vp
 #undef PAIRED
 #undef PARTS
+#undef HALF_UNDO
+#undef UNDO
+#undef SHIFT
 #undef INLINE
 #undef SELECT
 #undef SUFFIX

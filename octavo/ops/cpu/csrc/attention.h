@@ -62,7 +62,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
     const int64_t size = size_of(kind);
     for (int64_t t = 0; t < count; t++) {
         const char *at = f->k_at[t];
-        const float by = scaled ? f->k_scale[t] * factor : factor;
+        const float by = (scaled ? f->k_scale[t] * factor : factor) * (kind >= E4M3 ? HALF_UNDO : 1);
         vf sum[FEW_ROWS], k[PARTS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) sum[r] = (vf){0};
@@ -92,7 +92,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
             vf s = NAME(load)(scores + t), p = NAME(exp)(s - most);
             p = SELECT(s == -INFINITY, (vf){0}, p);
             total += p;
-            NAME(store)(scores + t, p);
+            NAME(store)(scores + t, kind >= E4M3 ? p * UNDO : p);
         }
         f->total[r] = f->total[r] * shrink + NAME(sum)(total);
         f->most[r] = most, f->shrink[r] = shrink;
@@ -198,6 +198,7 @@ static void NAME(attend)(void *argument, int64_t task) {
         f->position[r] = before + (from + r) / group;
         const char *q = (const char *)a->q + (token * a->q_token + q_head * a->q_head) * size_of(a->kind);
         NAME(widen_row)(few ? f->q + r * padded : line, q, a->kind, dim);
+        for (int64_t d = 0; d < dim && in_place && c->kind >= E4M3; d++) f->q[r * padded + d] *= HALF_UNDO;
         for (int64_t d = 0; d < dim && !few; d++) f->q[d * LANES + r] = line[d];
     }
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;

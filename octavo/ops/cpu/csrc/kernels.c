@@ -36,6 +36,7 @@ typedef struct {
 #define SUFFIX portable
 #define VL 4
 #define ISA 0
+#define SHIFT 0
 #define TILE_ROWS 3
 #ifdef TEST_PAIRS /* the dot product's data flow, where no CPU with the instruction is at hand */
 #define DOT 1
@@ -48,6 +49,17 @@ typedef struct {
 #define SUFFIX avx2
 #define VL 8
 #define ISA 2
+#define SHIFT 0
+#define TILE_ROWS 6
+#define DOT 0
+BEGIN_TARGET("avx2,fma,f16c")
+#include "all.h"
+END_TARGET
+
+#define SUFFIX avx2_shift /* for a CPU that multiplies subnormal numbers as fast as others */
+#define VL 8
+#define ISA 2
+#define SHIFT 1
 #define TILE_ROWS 6
 #define DOT 0
 BEGIN_TARGET("avx2,fma,f16c")
@@ -58,6 +70,7 @@ END_TARGET
 #define SUFFIX avx512
 #define VL 16
 #define ISA 3
+#define SHIFT 0
 #define TILE_ROWS 12
 #define DOT 0
 BEGIN_TARGET(AVX512)
@@ -67,6 +80,7 @@ END_TARGET
 #define SUFFIX avx512_bf16
 #define VL 16
 #define ISA 4
+#define SHIFT 0
 #define TILE_ROWS 12
 #define DOT 1
 BEGIN_TARGET("avx512bf16," AVX512)
@@ -81,7 +95,7 @@ static int panels_of_pairs;
 
    One that is named has all its ways of multiplying used, whether they pay or not. */
 const char *octavo_use(const char *name) {
-    const Functions *have[4];
+    const Functions *have[5];
     int count = 0;
     for (int code = 0; code < 256; code++) {
         for (int e5m2 = 0; e5m2 < 2; e5m2++) {
@@ -98,6 +112,7 @@ const char *octavo_use(const char *name) {
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) have[count++] = &functions_avx512_bf16;
     if (avx512) have[count++] = &functions_avx512;
+    if (avx2 && (name || __builtin_cpu_is("amd"))) have[count++] = &functions_avx2_shift;
     if (avx2) have[count++] = &functions_avx2;
 #endif
     have[count++] = &functions_portable;

@@ -144,6 +144,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
     const float *x = job->panel;
     const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
     const int sums = m == 1 ? SUMS : m == 2 ? SUMS / 2 : PARTS;
+    const float undo = kind >= E4M3 ? UNDO : 1;
     for (int64_t row = from; row < to; row++) {
         const char *at = (const char *)w->weight + row * w->stride * size;
         char tail[CHUNK * 4];
@@ -152,7 +153,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
         for (int i = 0; i < m * sums; i++) sum[i] = (vf){0};
         for (int64_t k = 0, end = whole;; end = padded) {
             for (; k < end; k += CHUNK) {
-                float scale = grouped ? NAME(scale_at)(w, row, k) : 1;
+                float scale = grouped ? NAME(scale_at)(w, row, k) * undo : 1;
 #pragma GCC unroll 4
                 for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
 #pragma GCC unroll 4
@@ -176,7 +177,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
         for (int i = 0; i < m; i++) {
 #pragma GCC unroll 16
             for (int j = 1; j < sums; j++) sum[i * sums] += sum[i * sums + j];
-            NAME(finish)(job, i, row, NAME(sum)(sum[i * sums]));
+            NAME(finish)(job, i, row, NAME(sum)(sum[i * sums]) * (grouped ? 1 : undo));
         }
     }
 }

@@ -46,8 +46,22 @@ static void work(void) {
     for (int64_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) pool.run(pool.job, task);
 }
 
+#define USUAL 0x1F80 /* nothing traps, subnormal numbers are numbers: FP8 codes may be such */
+
+/* Sets how this thread computes with floats; what it was before. */
+static inline unsigned float_mode(unsigned mode) {
+#if defined(__x86_64__)
+    unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(mode);
+    return before;
+#else
+    return mode;
+#endif
+}
+
 static void *worker(void *arg) {
     int index = (int)(intptr_t)arg;
+    float_mode(USUAL);
     uint64_t seen = 0;
     for (;;) {
         for (int64_t until = now() + LOOK; atomic_load(&pool.published) == seen && now() < until; sched_yield())
@@ -78,8 +92,7 @@ static void forget_workers(void) { /* a forked child has none of its parent's th
     atomic_store(&pool.open, 0);
 }
 
-/* Runs tasks 0 to tasks-1 on up to `threads` threads, the caller's among them. The caller holds pool.call. */
-static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
+static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
     if (threads > tasks) threads = (int)tasks;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     while (pool.workers < threads - 1) {
@@ -115,4 +128,11 @@ static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
         relax();
         if (i > 1000) sched_yield();
     }
+}
+
+/* Runs tasks 0 to tasks-1 on up to `threads` threads, the caller's among them. The caller holds pool.call. */
+static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
+    unsigned before = float_mode(USUAL);
+    share_out(run, job, tasks, threads);
+    float_mode(before);
 }

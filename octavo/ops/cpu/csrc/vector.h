@@ -12,6 +12,8 @@ typedef uint8_t NAME(vb) __attribute__((vector_size(VL)));
 #define vh NAME(vh)
 #define vb NAME(vb)
 #define PARTS (LANES / VL)
+#define HALF_UNDO (SHIFT ? 0x1p56f : 1.0f)
+#define UNDO (HALF_UNDO * HALF_UNDO) /* what FP8 is smaller by where widening is a shift */
 #define SELECT(condition, yes, no) ((__typeof__(yes))(((condition) & (vi)(yes)) | (~(condition) & (vi)(no))))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -30,7 +32,7 @@ INLINE float NAME(sum)(vf v) {
 #endif
 }
 
-/* 16 values at p as FP32: exact, FP8 smaller by the power of two that its scale makes up for. */
+/* 16 values at p as FP32: exact, FP8 smaller by the power of two that its scale makes up for, and by UNDO's beside. */
 INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     if (kind == F32) {
         for (int i = 0; i < PARTS; i++) out[i] = NAME(load)((const float *)p + i * VL);
@@ -41,7 +43,15 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
             out[i] = (vf)(__builtin_convertvector(half, vu) << 16);
         }
     } else {
-#if ISA >= 2
+#if SHIFT
+        /* A code moved to a float's bits is the float that is smaller by a power of two; its subnormals are the float's. */
+        const int bits = kind == E5M2 ? 21 : 20;
+        const __m256i mask = _mm256_set1_epi32((int)(0x80000000u | 0x7Fu << bits));
+        for (int i = 0; i < PARTS; i++) {
+            __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const char *)p + i * VL)));
+            out[i] = (vf)_mm256_and_si256(_mm256_slli_epi32(code, bits), mask);
+        }
+#elif ISA >= 2
         /* A code moved to a half's bits is the half that is smaller by a power of two; the conversion takes subnormals too. */
         __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
         bits = kind == E5M2 ? _mm256_slli_epi16(bits, 8)
@@ -65,7 +75,7 @@ INLINE void NAME(widen_whole)(float *dst, const char *p, int kind, int64_t count
     vf v[PARTS];
     for (int64_t i = 0; i < count; i += LANES) {
         NAME(widen16)(p + i * size_of(kind), kind, v);
-        for (int j = 0; j < PARTS; j++) NAME(store)(dst + i + j * VL, v[j]);
+        for (int j = 0; j < PARTS; j++) NAME(store)(dst + i + j * VL, kind >= E4M3 ? v[j] * UNDO : v[j]);
     }
 }
 
