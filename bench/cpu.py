@@ -133,7 +133,8 @@ def resident():
 from octavo.engine.runner import ModelRunner
 torch.randn(8, 8) @ torch.randn(8, 8)
 before = resident()
-runner = ModelRunner(EngineConfig(model=sys.argv[1], load_format="dummy", quantization=sys.argv[2], cpu_kv_cache_gib=0.1))
+runner = ModelRunner(EngineConfig(model=sys.argv[1], load_format="dummy", quantization=sys.argv[2], cpu_kv_cache_gib=0.1,
+                                  quantize_lm_head=bool(sys.argv[3])))
 print(resident() - before, runner.report.total("held") / 2**20, runner.report.total("values") * 2 / 2**20)
 """
 
@@ -144,9 +145,10 @@ def memory(size: str) -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(COMMON | SIZES[size]))
-        for name in ("ptpc_fp8", "bf16"):
-            done = subprocess.run([sys.executable, "-c", RESIDENT, directory, name], capture_output=True, text=True, check=True)
-            print(f"  {name:<9}", *(f"{float(x):9.1f}" for x in done.stdout.split()), flush=True)
+        for name, head in (("ptpc_fp8", ""), ("ptpc_fp8", "head too"), ("bf16", "")):
+            command = [sys.executable, "-c", RESIDENT, directory, name, head]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            print(f"  {name:<9}{head:<9}", *(f"{float(x):9.1f}" for x in done.stdout.split()), flush=True)
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
-__all__ = ["memory"]
+__all__ = ["memory", "release"]
 
 
 def memory() -> tuple[int, int]:
@@ -20,3 +21,9 @@ def memory() -> tuple[int, int]:
                 total = int(limit)
                 free = min(free, total)
     return free, total
+
+
+def release() -> None:
+    """Gives freed memory back to the system. glibc keeps what lies between things that are still there; others may not."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

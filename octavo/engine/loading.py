@@ -13,6 +13,7 @@ import torch
 from octavo.config import EngineConfig
 from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
+from octavo.host import release
 from octavo.models import read_config
 from octavo.models.common import CausalLM
 from octavo.platform import Platform
@@ -53,6 +54,7 @@ def load_model(
     load(model, loader, model.ignored, partial(progress, verb) if progress else None)
     if peak is not None:
         loader.report.note(peak.describe())
+    release()
     seconds = time.perf_counter() - began
     if isinstance(source, SafetensorsSource):
         read = source.bytes_read

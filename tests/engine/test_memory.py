@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +44,9 @@ def cuda(free: float = 70, total: float = 80) -> Machine:
 PER_TOKEN = 1 << 17  # 128 KiB; a block of 16 tokens takes 2 MiB, 512 blocks a GiB
 
 
-def plan(platform: Platform, length: int = 4096, working: float = 0, **options):
+def plan(device: Platform, length: int = 4096, working: float = 0, **options):
     config = EngineConfig(model="x", **options)
-    return plan_blocks(config, platform, PER_TOKEN, length, 8 * GIB, int(working * GIB))
+    return plan_blocks(config, device, PER_TOKEN, length, 8 * GIB, int(working * GIB))
 
 
 def test_blocks_on_a_cpu():
@@ -195,3 +198,28 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read():
         check_weights(cuda(free=18), 19 << 30, quantized=True)
     with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
         check_weights(cuda(free=20), 19 << 30, quantized=False)
+
+
+FREED = """
+import ctypes
+from octavo.host import release
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+
+kept, freed = [], []
+for _ in range(1000):
+    freed.append(ctypes.create_string_buffer(b"x" * 100_000))
+    kept.append(ctypes.create_string_buffer(b"x" * 100))
+full = resident()
+freed.clear()
+release()
+print(full - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives back by itself or not at all")
+def test_freed_memory_goes_back_to_the_system():
+    """Also where things that are kept lie between: 95 MiB of buffers under the size that has pages of its own."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 85

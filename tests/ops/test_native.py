@@ -170,6 +170,20 @@ def test_zero_rows_strides_and_e5m2(m: int) -> None:
         assert m == 1 or relative_error(y, expected) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2], ids=str)
+def test_codes_that_are_not_numbers_are_found(dtype: torch.dtype) -> None:
+    """Each code, wherever it lies among finite ones."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes.view(dtype).float().isfinite()
+    others = codes[finite][torch.randint(0, int(finite.sum()), (23,))]
+    for code in range(256):
+        for count in (1, 7, 8, 9, 23):
+            placed = others[:count].clone()
+            placed[code % count] = code
+            found = library.kernels().octavo_not_finite(placed.data_ptr(), count, library.KINDS[dtype])
+            assert bool(found) != bool(finite[code])
+
+
 def test_weights_that_are_not_theirs_are_refused() -> None:
     q = quantize(torch.randn(32, 64), FP8_PER_CHANNEL)
     q.data.view(torch.uint8)[31, 63] = 0x7F

@@ -141,16 +141,19 @@ static void *scratch(size_t bytes) {
     return memory;
 }
 
-/* Whether any of the codes is no finite number. */
+/* Whether any of the codes is no finite number: eight at a time, such that those set their byte's highest bit. */
 int32_t octavo_not_finite(const uint8_t *codes, int64_t count, int32_t kind) {
-    int found = 0;
-    for (int64_t at = 0; at < count && !found; at += 4096) {
-        int64_t end = least(at + 4096, count);
-        if (kind == E4M3) for (int64_t i = at; i < end; i++) found |= (codes[i] & 0x7F) == 0x7F;
-        else if (kind == E4M3FNUZ) for (int64_t i = at; i < end; i++) found |= codes[i] == 0x80;
-        else for (int64_t i = at; i < end; i++) found |= (codes[i] & 0x7C) == 0x7C;
+    const uint64_t each = 0x0101010101010101;
+    uint64_t found = 0;
+    for (int64_t at = 0; at < count; at += 8) {
+        uint64_t x = 0;
+        if (at + 8 <= count) memcpy(&x, codes + at, 8);
+        else memcpy(&x, codes + at, (size_t)(count - at)); /* zeros after them are finite */
+        if (kind == E4M3) found |= (x & 0x7F * each) + each;
+        else if (kind == E5M2) found |= (x & 0x7C * each) + 4 * each;
+        else x ^= 0x80 * each, found |= ~(((x & 0x7F * each) + 0x7F * each) | x); /* the only such code is now zero */
     }
-    return found;
+    return (found & 0x80 * each) != 0;
 }
 
 /* y [m, n] = x [m, k] times the transposed weight, both of `kind`; x's rows are x_stride values apart. 0, or -1 without memory. */
