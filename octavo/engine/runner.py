@@ -49,7 +49,7 @@ class StepTokens:
     _copied: torch.Event | None = None
 
     def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
-        """Keeps the tokens, and starts their copy now: what is launched later would hold it up."""
+        """Keeps the tokens, and starts their copy now: what is launched later would hold it up, or write over a graph's."""
         self.tokens = tokens
         self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
         if tokens.device.type == "cpu":
@@ -113,7 +113,7 @@ class ModelRunner:
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
         self.num_blocks = budget.num_blocks
-        graphs = ops.captures(c.head_dim) and not config.enforce_eager
+        graphs = ops.captures(c.head_dim, self.model.packed_weights()) and not config.enforce_eager
         scratch = graphs and not self.platform.is_cpu  # a block that nobody owns, which unused rows of graphs write to
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):

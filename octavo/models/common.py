@@ -17,6 +17,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import rope_parameters
+from octavo.ops import PackedWeight
 
 __all__ = ["CausalLM", "ConfigBase", "Decoder"]
 
@@ -123,6 +124,10 @@ class CausalLM(nn.Module):
         """FP32 [rows, vocab]."""
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
+
+    def packed_weights(self) -> list[PackedWeight]:
+        weights = (getattr(module, "weight", None) for module in self.modules())
+        return [weight for weight in weights if isinstance(weight, PackedWeight)]
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

@@ -8,7 +8,7 @@ not the ones before it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -62,7 +62,7 @@ _OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_m
 _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
-_captures: Callable[[int], bool]
+_captures: Callable[[int, Iterable[PackedWeight]], bool]
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
@@ -81,7 +81,7 @@ def bind(platform: Platform) -> None:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _capture = getattr(preferred, "capture", None)
-        _captures = getattr(preferred, "captures", lambda head_dim: True)
+        _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
@@ -99,9 +99,9 @@ def compile_ahead() -> AbstractContextManager[None]:
     return _compile_ahead()
 
 
-def captures(head_dim: int) -> bool:
-    """Whether there is a `capture` here, and decode steps with heads of this size may be in it."""
-    return _capture is not None and _captures(head_dim)
+def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
+    """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it."""
+    return _capture is not None and _captures(head_dim, weights)
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
@@ -209,7 +209,7 @@ def attention(
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN counts as infinite."""
+    """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN is as good as infinite."""
     return _bound["likeliest"](logits)  # type: ignore[no-any-return]
 
 

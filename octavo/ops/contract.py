@@ -71,11 +71,11 @@ class PackedWeight:
 
     def shared_bytes(self, q: QTensor) -> int:
         """Bytes of `q`, which this weight was made of, that are this weight's own memory and no copy."""
-        own = {t.untyped_storage().data_ptr() for t in vars(self).values() if isinstance(t, Tensor) and _has_storage(t)}
+        own = {t.untyped_storage().data_ptr() for t in vars(self).values() if isinstance(t, Tensor) and has_storage(t)}
         return sum(t.nbytes for t in (q.data, q.scale) if t is not None and t.untyped_storage().data_ptr() in own)
 
 
-def _has_storage(t: Tensor) -> bool:
+def has_storage(t: Tensor) -> bool:
     return t.layout is torch.strided  # oneDNN's layouts have none
 
 

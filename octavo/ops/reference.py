@@ -14,6 +14,7 @@ from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
 
 __all__ = [
+    "Dequantized",
     "ReferenceLinear",
     "attention",
     "likeliest",
@@ -41,7 +42,9 @@ def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: t
     return codes.flatten(1)[:, :k], scale
 
 
-class _Dequantized(PackedWeight):
+class Dequantized(PackedWeight):
+    """What ReferenceLinear makes of a weight: nothing."""
+
     def __init__(self, q: QTensor):
         self.q = q
         self.held_bytes = q.nbytes
@@ -68,8 +71,8 @@ class ReferenceLinear:
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         return None
 
-    def pack(self, q: QTensor, platform: Platform) -> _Dequantized:
-        return _Dequantized(q)
+    def pack(self, q: QTensor, platform: Platform) -> Dequantized:
+        return Dequantized(q)
 
 
 def scaled(x: Product) -> Tensor:

@@ -90,6 +90,26 @@ def test_subnormal_codes_count(m: int, dtype: torch.dtype, scheme: Scheme) -> No
     assert relative_error(y, x.double() @ codes.view(dtype).double().mT) < 2e-6
 
 
+@pytest.mark.parametrize("power", [2.0**16, 2.0**-60])
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
+@pytest.mark.parametrize("m", [1, 4, 20])
+def test_scales_of_any_size(m: int, scheme: Scheme, power: float) -> None:
+    """A power of two in them is one in the result, bit for bit."""
+    q, x = quantize(torch.randn(24, 384), scheme), torch.randn(m, 384)
+    assert q.scale is not None
+    other = QTensor(q.data, q.scale * power, scheme, q.shape)
+    assert torch.equal(native.Native().pack(other, CPU)(x), native.Native().pack(q, CPU)(x) * power)
+
+
+@pytest.mark.parametrize("power", [2.0**40, 2.0**-40])
+@pytest.mark.parametrize("rows", [[(0, 1), (300, 1)], [(5, 40)]], ids=["few", "many"])
+def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], power: float) -> None:
+    made = scene(rows, (4, 2, 32), "fp8_per_token_head", CPU, native)
+    before = made.attend(0.2, None)
+    made.views["v_scale"].mul_(power)
+    assert torch.equal(made.attend(0.2, None), before * power)
+
+
 @pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
 @pytest.mark.parametrize("shape", [(67, 538, 96), (64, 1100, 160), (130, 3, 32)], ids=str)

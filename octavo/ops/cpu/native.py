@@ -6,6 +6,7 @@ A weight is used where it lies, as it is stored. Whatever the kernels do not tak
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from ctypes import byref
 from functools import lru_cache
 
@@ -111,9 +112,10 @@ class PackedNative(PackedWeight):
         return y
 
 
-def captures(head_dim: int) -> bool:
-    """Torch's attention, which larger heads have, looks at the contexts' lengths."""
-    return head_dim <= _MAX_DIM
+def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
+    """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
+    that the reference makes FP32 in it."""
+    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scale is not None for w in weights)
 
 
 def _taken(x: Tensor) -> bool:

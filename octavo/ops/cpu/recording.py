@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.ops.contract import has_storage
+
 __all__ = ["capture", "launch"]
 
 T = TypeVar("T")
 
-CHUNK = 1 << 20  # bytes of an arena at a time
+CHUNK = 1 << 26  # bytes of an arena at a time, of which what nothing is written to takes no memory
 ALIGNMENT = 64
 
 _state = threading.local()
@@ -34,7 +36,10 @@ def launch(function: Callable[..., int | None], *arguments: object) -> None:
 
 
 class Arena:
-    """Memory for what recorded steps make. One is replayed at a time, so all of them use it from its start."""
+    """Memory for what recorded steps make. One is replayed at a time, so all of them use the same, each from its start.
+
+    Chunks are large, so that the tensors of a larger step find room where those of a smaller one are.
+    """
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
@@ -50,7 +55,7 @@ class Arena:
                 at, offset = at + 1, 0
             if at == len(self.chunks):
                 self.chunks.append(torch.empty(max(CHUNK, size), dtype=torch.uint8))
-            found = self.chunks[at][offset : offset + size].view(dtype).view(*shape)
+            found = self.chunks[at][offset : offset + size].view(dtype).view(list(shape))
             offset += -(-size // ALIGNMENT) * ALIGNMENT
             return found
 
@@ -75,20 +80,22 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.new_empty.default:
             return self.place(args[1], kwargs.get("dtype") or args[0].dtype)
         out = func(*args, **kwargs)
-        self.seen.append((args, kwargs, out))
         if func._schema.is_mutable:
             self.calls.append((_again, (func, args, kwargs)))
         elif not isinstance(out, Tensor):
-            views = isinstance(out, (list, tuple)) and all(_shares(part, args) for part in out)
-            assert views, f"{func} gives the host a value, which a recorded step could not"
+            if not (isinstance(out, (list, tuple)) and all(_shares(part, args) for part in out)):
+                raise RuntimeError(f"{func} gives what is no tensor, or several: a recorded step could not repeat it")
         elif not _shares(out, args) and "empty" not in func._schema.name:
+            if out.is_contiguous():
+                out = self.place(out.shape, out.dtype).copy_(out)
             self.calls.append((_compute, (out, func, args, kwargs)))
+        self.seen.append((args, kwargs, out))
         return out
 
 
 def _shares(out: Tensor, args: Sequence[object]) -> bool:
-    """Whether `out` is a view of an argument. What oneDNN laid out has no storage that could be looked at."""
-    stored = [arg for arg in args if isinstance(arg, Tensor) and torch._C._has_storage(arg)]
+    """Whether `out` is a view of an argument."""
+    stored = [arg for arg in args if isinstance(arg, Tensor) and has_storage(arg)]
     return any(arg.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for arg in stored)
 
 

@@ -92,7 +92,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
             vf s = NAME(load)(scores + t), p = NAME(exp)(s - most);
             p = SELECT(s == -INFINITY, (vf){0}, p);
             total += p;
-            NAME(store)(scores + t, kind >= E4M3 ? p * UNDO : p);
+            NAME(store)(scores + t, kind >= E4M3 ? p * HALF_UNDO : p);
         }
         f->total[r] = f->total[r] * shrink + NAME(sum)(total);
         f->most[r] = most, f->shrink[r] = shrink;
@@ -211,7 +211,7 @@ static void NAME(attend)(void *argument, int64_t task) {
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
-        float factor = a->v_factor / f->total[r];
+        float factor = a->v_factor / f->total[r] * (in_place && c->kind >= E4M3 ? HALF_UNDO : 1);
         for (int64_t d = 0; d < dim; d++) line[d] = (few ? f->o[r * padded + d] : f->o[d * LANES + r]) * factor;
         NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
     }

@@ -197,7 +197,7 @@ static void NAME(rope)(void *argument, int64_t task) {
     }
 }
 
-/* Task: one row of a weight to BF16, smaller by the same power of two as in widen16; the width is a multiple of 32. */
+/* Task: one row of a weight to BF16, smaller by the power of two that its scale makes up for; the width is a multiple of 32. */
 static void NAME(widen)(void *argument, int64_t row) {
     const TilesJob *job = argument;
     const char *from = (const char *)job->from + row * job->from_stride;

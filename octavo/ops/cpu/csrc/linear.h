@@ -153,7 +153,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
         for (int i = 0; i < m * sums; i++) sum[i] = (vf){0};
         for (int64_t k = 0, end = whole;; end = padded) {
             for (; k < end; k += CHUNK) {
-                float scale = grouped ? NAME(scale_at)(w, row, k) * undo : 1;
+                float scale = grouped ? NAME(scale_at)(w, row, k) : 1;
 #pragma GCC unroll 4
                 for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
 #pragma GCC unroll 4
@@ -161,7 +161,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
                     NAME(widen16)(at + (k + part * LANES) * size, kind, v);
 #pragma GCC unroll 4
                     for (int p = 0; p < PARTS; p++) {
-                        if (grouped) v[p] *= scale;
+                        if (grouped) v[p] = v[p] * undo * scale;
 #pragma GCC unroll 4
                         for (int i = 0; i < m; i++)
                             sum[i * sums + (part * PARTS + p) % sums] += v[p] * NAME(load)(x + i * padded + k + part * LANES + p * VL);
