@@ -6,15 +6,13 @@ import importlib.util
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from octavo import ops
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
 from octavo.platform import Platform
@@ -30,13 +28,13 @@ ROLES = {
     "norm": r"norm|vecdot",
     "activation": r"silu",
     "rope, cache": r"rope|rotate|write_kv|reshape_and_cache|index_put",
-    "linear": r"linear|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn",
-    "quantize": r"quantize|quant",
-    "sampling": r"argmax|sampl|multinomial|topk|sort|gumbel|exponential",
+    "linear": r"linear|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn|widen|rescale",
+    "quantize": r"quantize|quant|octavo_round",
+    "sampling": r"argmax|likeliest|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
 OTHER, GAPS = "other", "gaps"
-OP = "octavo::"
+C_KERNEL = "octavo_"  # so their names begin
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int)
     """
     platform = core.runner.platform
     plain = _wall(platform, step, steps) if steps > 1 and not platform.is_cpu else None
-    with torch.profiler.profile() as profiler, _named_ops() if platform.is_cpu else nullcontext():
+    with torch.profiler.profile() as profiler:
         wall = _wall(platform, step, steps)
     wall = plain if plain is not None else wall
     kernels = _operators(profiler.key_averages(), steps) if platform.is_cpu else _kernels(profiler.events(), steps)
@@ -129,28 +127,6 @@ def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int)
     }
 
 
-@contextmanager
-def _named_ops() -> Iterator[None]:
-    """Gives octavo's ops names in a profile: the C kernels of a CPU are not torch's, which would not see them."""
-    names = ("linear", "linear_unscaled", "rms_norm", "silu_mul", "rope_write_kv", "attention")
-    plain = {name: getattr(ops, name) for name in names}
-
-    def named(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.profiler.record_function(OP + name):
-                return plain[name](*args, **kwargs)
-
-        return call
-
-    try:
-        for name in names:
-            setattr(ops, name, named(name))
-        yield
-    finally:
-        for name in names:
-            setattr(ops, name, plain[name])
-
-
 def _wall(platform: Platform, step: Callable[[], None], steps: int) -> float:
     synchronize(platform)
     start = time.perf_counter()
@@ -164,7 +140,7 @@ def _operators(events: Iterable[Any], steps: int) -> list[Kernel]:
     """A CPU's operators, each without those that it calls, the longest first."""
     out = []
     for event in events:
-        annotation = getattr(event, "is_user_annotation", False) and not event.key.startswith(OP)
+        annotation = getattr(event, "is_user_annotation", False) and not event.key.startswith(C_KERNEL)
         if event.device_type.name == "CPU" and not annotation and event.self_cpu_time_total:
             out.append(Kernel(event.key, role_of(event.key), event.self_cpu_time_total / steps, event.count / steps))
     return sorted(out, key=lambda kernel: -kernel.us)

@@ -125,6 +125,16 @@ def test_a_kernel_without_memory_raises_in_a_replay_too() -> None:
             call()
 
 
+def test_a_profiler_sees_the_kernels_of_a_capture_and_of_its_replays() -> None:
+    def octavo_kernel() -> None:
+        pass
+
+    with torch.profiler.profile() as profiler:
+        replay, _, _ = capture(lambda: launch(octavo_kernel))
+        replay()
+    assert {event.key: event.count for event in profiler.key_averages()}["octavo_kernel"] == 2
+
+
 def test_another_thread_is_not_recorded() -> None:
     calls: list[str] = []
 

@@ -7,12 +7,15 @@ addresses, and the few of torch that compute something can be made again without
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.ops.contract import has_storage
@@ -20,6 +23,7 @@ from octavo.ops.contract import has_storage
 __all__ = ["capture", "launch"]
 
 T = TypeVar("T")
+Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 CHUNK = 1 << 26  # bytes of an arena at a time, of which what nothing is written to takes no memory
 ALIGNMENT = 64
@@ -29,10 +33,23 @@ _state = threading.local()
 
 def launch(function: Callable[..., int | None], *arguments: object) -> None:
     """Calls a C kernel; where this thread records, it is part of the recording. Raises MemoryError if it says so."""
-    if function(*arguments):
-        raise MemoryError("no memory for a kernel's own values")
+    _make(((function, arguments),))
     if (recorder := getattr(_state, "recorder", None)) is not None:
         recorder.calls.append((function, arguments))
+
+
+def _make(calls: Iterable[Call]) -> None:
+    """Makes the calls; a profiler, which by itself sees torch's operators only, is told the names of the C kernels."""
+    if _profiler_enabled():
+        calls = [(_named, call) for call in calls]
+    for function, arguments in calls:
+        if function(*arguments):
+            raise MemoryError("no memory for a kernel's own values")
+
+
+def _named(function: Callable[..., object], arguments: tuple[object, ...]) -> object:
+    with record_function(function.__name__):
+        return function(*arguments)
 
 
 class Arena:
@@ -67,7 +84,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, arena: Arena):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        self.calls: list[Call] = []
         self.seen: list[object] = []  # tensors whose addresses the calls hold
         self.place = arena.places()
 
@@ -80,6 +97,8 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.new_empty.default:
             return self.place(args[1], kwargs.get("dtype") or args[0].dtype)
         out = func(*args, **kwargs)
+        if func.namespace == "profiler":  # a name's begin and end
+            return out
         if func._schema.is_mutable:
             self.calls.append((_again, (func, args, kwargs)))
         elif not isinstance(out, Tensor):
@@ -123,9 +142,4 @@ def capture(fn: Callable[[], T], arena: object = None) -> tuple[Callable[[], Non
     finally:
         _state.recorder = None
 
-    def replay() -> None:
-        for function, arguments in recorder.calls:
-            if function(*arguments):
-                raise MemoryError("no memory for a kernel's own values")
-
-    return replay, out, arena
+    return partial(_make, recorder.calls), out, arena
