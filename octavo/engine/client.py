@@ -11,7 +11,7 @@ import atexit
 import multiprocessing
 import threading
 from collections.abc import AsyncGenerator, Callable
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -62,6 +62,7 @@ class AsyncEngine:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=run_engine, args=(config, theirs, make_core), name="octavo-engine")
         self._process.start()
+        self._reaping = threading.Lock()
         theirs.close()  # or the end of the process would never be seen
         atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
@@ -146,7 +147,7 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._die("The engine was shut down.")
         self._outbox.put(("shutdown",))
-        await asyncio.to_thread(self._process.join, EXIT_SECONDS)
+        await asyncio.to_thread(self._exit_code)
         self._kill()
 
     def _raise_if_gone(self) -> None:
@@ -158,9 +159,21 @@ class AsyncEngine:
     def _kill(self) -> None:
         atexit.unregister(self._kill)
         self._outbox.put(None)
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join(EXIT_SECONDS)
+        with self._reaping:
+            if self._process.is_alive():
+                self._process.kill()
+        self._exit_code()
+
+    def _exit_code(self) -> int | None:
+        """Waits for the process to end: its exit code, or None after EXIT_SECONDS.
+
+        The lock: of two threads that ask at once, the kernel tells one, and the other would believe that the process lives.
+        """
+        if not wait([self._process.sentinel], EXIT_SECONDS):
+            return None
+        with self._reaping:
+            self._process.join(EXIT_SECONDS)
+            return self._process.exitcode
 
     def _write(self) -> None:
         try:
@@ -174,7 +187,7 @@ class AsyncEngine:
             while True:
                 self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
         except (EOFError, OSError):
-            sentence = _how_it_ended(self._process)
+            sentence = _how_it_ended(self._exit_code())
         except RuntimeError:
             return  # the loop is closed; nobody listens any more
         try:
@@ -224,8 +237,7 @@ class AsyncEngine:
         self._streams.clear()
 
 
-def _how_it_ended(process: BaseProcess) -> str:
-    process.join(EXIT_SECONDS)
-    if process.exitcode == -9:
+def _how_it_ended(code: int | None) -> str:
+    if code == -9:
         return "The engine process was killed; the machine may have run out of memory."
-    return f"The engine process ended unexpectedly (exit code {process.exitcode})."
+    return f"The engine process ended unexpectedly (exit code {code})."

@@ -1,11 +1,14 @@
 """AsyncEngine with a small deterministic core in a real process: streams, aborts, crashes, ends."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 
@@ -179,6 +182,27 @@ def test_a_crash_reaches_every_request(capfd):
 
     asyncio.run(main())
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_one_thread_at_a_time_asks_how_the_process_ended():
+    """Python's multiprocessing says of a process that another thread is just reaping that it lives."""
+    one_at_a_time = threading.Lock()
+
+    class Process:
+        sentinel, theirs = multiprocessing.Pipe()
+        exitcode = 3
+
+        def join(self, timeout):
+            assert one_at_a_time.acquire(blocking=False)
+            time.sleep(0.02)
+            one_at_a_time.release()
+
+    engine = object.__new__(AsyncEngine)
+    engine._process, engine._reaping = Process(), threading.Lock()
+    Process.theirs.close()
+    with ThreadPoolExecutor() as pool:
+        assert [call.result() for call in [pool.submit(engine._exit_code) for _ in range(4)]] == [3] * 4
+    Process.sentinel.close()
 
 
 def test_a_killed_process_is_noticed():
