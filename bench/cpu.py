@@ -26,7 +26,7 @@ import torch  # isort: skip
 
 from bench.serving import COMMON, SIZES
 from octavo import batch as batches
-from octavo.kvcache import KVCache, spec_for
+from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.cpu import attention as torch_attention  # the kernels' where they are there
 from octavo.ops.cpu import library, native
@@ -109,7 +109,10 @@ def attention() -> None:
             ]
             batch = batches.build(spans, size, CPU)
             cache = KVCache(
-                [spec_for(kv, kv_heads, dim, torch.bfloat16, torch.float8_e4m3fn)], requests * blocks + 1, size, CPU
+                [spec_for(kv, kv_heads, dim, torch.bfloat16, torch.float8_e4m3fn, Layout.on(True))],
+                requests * blocks + 1,
+                size,
+                CPU,
             )
             slots = torch.arange(cache.num_blocks * size)
             kv_values = torch.randn(2, len(slots), kv_heads, dim).bfloat16()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "KVCache", "KVCacheSpec", "bf16", "fp8_per_tensor", "fp8_per_token_head", "gather", "spec_for"]
+__all__ = ["Field", "KVCache", "KVCacheSpec", "Layout", "gather", "spec_for"]
 
 Views = dict[str, Tensor]
 
@@ -18,14 +19,14 @@ Views = dict[str, Tensor]
 class Field:
     """One array of the cache: its name, its shape for one token, its dtype.
 
-    With `tokens_last` the tokens of a block lie next to each other, each of the shape's elements after the other: as an FP8
-    matrix unit takes the values, which it sums over tokens. The view's shape is the same.
+    In memory a block's array has the axes of `shape`, and before axis `tokens_at` of them the block's tokens. The view has the
+    tokens first, wherever they are.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    tokens_last: bool = False
+    tokens_at: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -49,12 +50,12 @@ class KVCacheSpec:
         offset = 0
         for field in self.fields:
             size = field.dtype.itemsize
-            token_stride = self.bytes_per_token if self.interleaved else field.nbytes
             start = offset if self.interleaved else offset * block_size
-            inner = [prod(field.shape[i + 1 :]) for i in range(len(field.shape))]
-            strides = (token_stride // size, *inner)
-            if field.tokens_last:
-                strides = (1, *(block_size * stride for stride in inner))
+            axes = list(field.shape)
+            axes.insert(field.tokens_at, block_size)
+            inner = [prod(axes[i + 1 :]) for i in range(len(axes))]
+            token_stride = inner.pop(field.tokens_at)
+            strides = (self.bytes_per_token // size if self.interleaved else token_stride, *inner)
             out[field.name] = buffer.view(field.dtype).as_strided(
                 (buffer.shape[0], block_size, *field.shape), (buffer.shape[1] // size, *strides), start // size
             )
@@ -62,36 +63,39 @@ class KVCacheSpec:
         return out
 
 
-def bf16(heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> KVCacheSpec:
-    """Keys and values as they are, in `dtype`."""
-    return KVCacheSpec((Field("k", (heads, dim), dtype), Field("v", (heads, dim), dtype)))
+class Layout(Enum):
+    """The order of a block's keys and values in memory."""
 
+    PLAIN = "one token after another"
+    BY_HEAD = "a head's tokens one after another, as a CPU reads them"
+    MATRIX_UNIT = "plain, but FP8 values with the tokens last, over which an FP8 matrix unit sums"
 
-def fp8_per_tensor(heads: int, dim: int, dtype: torch.dtype, tokens_last: bool = False) -> KVCacheSpec:
-    """FP8 codes; one scale for the keys and one for the values of a layer, kept outside the cache."""
-    return KVCacheSpec((Field("k", (heads, dim), dtype), Field("v", (heads, dim), dtype, tokens_last)))
+    @staticmethod
+    def on(cpu: bool) -> Layout:
+        """What the kernels of such a device read best."""
+        return Layout.BY_HEAD if cpu else Layout.MATRIX_UNIT
 
-
-def fp8_per_token_head(heads: int, dim: int, dtype: torch.dtype, tokens_last: bool = False) -> KVCacheSpec:
-    """FP8 codes and one FP32 scale for each token and head, beside them."""
-    scales = (Field("k_scale", (heads,), torch.float32), Field("v_scale", (heads,), torch.float32))
-    return KVCacheSpec((*fp8_per_tensor(heads, dim, dtype, tokens_last).fields, *scales))
+    def tokens_at(self, fp8: bool) -> tuple[int, int]:
+        """Of keys and of values [heads, dim]."""
+        if self is Layout.BY_HEAD:
+            return 1, 1
+        return 0, 2 if self is Layout.MATRIX_UNIT and fp8 else 0
 
 
 def spec_for(
-    kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_dtype: torch.dtype, tokens_last: bool = False
+    kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout = Layout.PLAIN
 ) -> KVCacheSpec:
     """The spec that a canonical `--kv-cache-dtype` names; `dtype` is the model's and `fp8_dtype` the device's.
 
-    `tokens_last`: FP8 values are laid out for a matrix unit (see Field).
+    `fp8_per_token_head` keeps an FP32 scale for each token and head beside the codes; other FP8 has one for the keys and one
+    for the values of a layer, kept outside the cache.
     """
-    if kv_cache_dtype == "auto":
-        return bf16(heads, dim, dtype)
-    if kv_cache_dtype == "bfloat16":
-        return bf16(heads, dim)
+    wide = {"auto": dtype, "bfloat16": torch.bfloat16}.get(kv_cache_dtype)
+    stored = wide or (torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype)
+    fields = [Field(name, (heads, dim), stored, at) for name, at in zip("kv", layout.tokens_at(wide is None), strict=True)]
     if kv_cache_dtype == "fp8_per_token_head":
-        return fp8_per_token_head(heads, dim, fp8_dtype, tokens_last)
-    return fp8_per_tensor(heads, dim, torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype, tokens_last)
+        fields += [Field(name, (heads,), torch.float32) for name in ("k_scale", "v_scale")]
+    return KVCacheSpec(tuple(fields))
 
 
 def gather(views: Views, block_ids: Tensor) -> Views:

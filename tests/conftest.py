@@ -17,7 +17,7 @@ import ops.interpreter
 
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
-from octavo.kvcache import KVCache, spec_for
+from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.models import architecture, read_config
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, QuantRules, Scheme
@@ -84,7 +84,9 @@ def load_model(platform: Platform) -> LoadModel:
         loader = Loader(SafetensorsSource(directory), on, rules or QuantRules(scheme), dtype)
         load(model, loader, model.ignored)
         layers = model.attention_layers()
-        cache = KVCache([spec_for(kv, a.kv_heads, a.head_dim, dtype, on.fp8_dtype) for a in layers], 40, 4, on.device)
+        layout = Layout.on(on.is_cpu)
+        specs = [spec_for(kv, a.kv_heads, a.head_dim, dtype, on.fp8_dtype, layout) for a in layers]
+        cache = KVCache(specs, 40, 4, on.device)
         for layer, views in zip(layers, cache.views, strict=True):
             layer.bind_cache(views)
         return Loaded(model, cache, on, loader)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.kvcache import Field, KVCache, KVCacheSpec, spec_for
+from octavo.kvcache import Field, KVCache, KVCacheSpec, Layout, spec_for
 
 CPU = torch.device("cpu")
 SPECS = {
     kv: spec_for(kv, 3, 8, torch.float32, torch.float8_e4m3fn)
     for kv in ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 } | {
+    "by head": spec_for("fp8_per_token_head", 3, 8, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD),
+    "matrix unit": spec_for("fp8_e4m3", 3, 8, torch.float32, torch.float8_e4m3fn, Layout.MATRIX_UNIT),
     # Layouts of later models: MLA's 656 bytes a token, interleaved; the indexer's 132, values of a block before its scales.
     "fp8_ds_mla": KVCacheSpec(
         (
@@ -23,9 +25,10 @@ SPECS = {
     ),
     "indexer": KVCacheSpec((Field("k", (128,), torch.float8_e4m3fn), Field("scale", (1,), torch.float32))),
 }
-BYTES = dict(
-    auto=192, bfloat16=96, fp8_e4m3=48, fp8_e5m2=48, fp8_per_token_head=72, fp8_ds_mla=656, indexer=132
-)  # fmt: skip
+BYTES = {
+    "auto": 192, "bfloat16": 96, "fp8_e4m3": 48, "fp8_e5m2": 48, "fp8_per_token_head": 72, "by head": 72, "matrix unit": 48,
+    "fp8_ds_mla": 656, "indexer": 132,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -82,3 +85,17 @@ def test_the_device_decides_which_fp8() -> None:
     for kv, expected in {"fp8_e4m3": torch.float8_e4m3fnuz, "fp8_e5m2": torch.float8_e5m2}.items():
         spec = spec_for(kv, 2, 8, torch.bfloat16, torch.float8_e4m3fnuz)
         assert {field.dtype for field in spec.fields} == {expected}
+
+
+def test_the_order_of_a_block() -> None:
+    """Strides of [block, token, head, dim], in values, of blocks of 4 tokens with 3 heads of 8."""
+
+    def strides(layout: Layout, kv: str) -> list[tuple[int, ...]]:
+        spec = spec_for(kv, 3, 8, torch.bfloat16, torch.float8_e4m3fn, layout)
+        return [view.stride()[1:] for view in KVCache([spec], 2, 4, CPU).views[0].values()]
+
+    assert strides(Layout.PLAIN, "fp8_e4m3") == [(24, 8, 1)] * 2
+    assert strides(Layout.BY_HEAD, "fp8_e4m3") == strides(Layout.BY_HEAD, "auto") == [(8, 32, 1)] * 2
+    assert strides(Layout.MATRIX_UNIT, "fp8_e4m3") == [(24, 8, 1), (1, 32, 4)]
+    assert strides(Layout.MATRIX_UNIT, "auto") == [(24, 8, 1)] * 2
+    assert strides(Layout.BY_HEAD, "fp8_per_token_head")[2:] == [(3, 1)] * 2

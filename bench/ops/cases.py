@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo import batch, ops
 from octavo.config import EngineConfig
-from octavo.kvcache import Views, spec_for
+from octavo.kvcache import Layout, Views, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
 
@@ -144,7 +144,7 @@ def block_size(p: Platform) -> int:
 
 def cache(p: Platform, tokens: int) -> Views:
     """An FP8 cache of one layer as the engine lays it out there, with room for so many tokens."""
-    spec, block = spec_for("fp8_e4m3", KV_HEADS, DIM, torch.bfloat16, p.fp8_dtype, not p.is_cpu), block_size(p)
+    spec, block = spec_for("fp8_e4m3", KV_HEADS, DIM, torch.bfloat16, p.fp8_dtype, Layout.on(p.is_cpu)), block_size(p)
     shape = -(-tokens // block), block * spec.bytes_per_token
     return spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
 

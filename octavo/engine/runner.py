@@ -23,7 +23,7 @@ from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.schedule import ScheduledRequest
 from octavo.errors import OctavoError
-from octavo.kvcache import KVCache, KVCacheSpec, spec_for
+from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM, ConfigBase
 from octavo.platform import Platform, detect
@@ -156,8 +156,8 @@ class ModelRunner:
 
     def _cache_specs(self) -> list[KVCacheSpec]:
         name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype
-        by_dim = not self.platform.is_cpu
-        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8, by_dim) for a in self.model.attention_layers()]
+        layout = Layout.on(self.platform.is_cpu)
+        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8, layout) for a in self.model.attention_layers()]
 
     def _settle_kv_scales(self) -> None:
         layers = self.model.attention_layers()

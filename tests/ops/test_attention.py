@@ -17,7 +17,7 @@ from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, Array, Format, array, dequanti
 
 from octavo import batch as batches
 from octavo import ops
-from octavo.kvcache import KVCache, spec_for
+from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.platform import Platform, detect
 
@@ -84,7 +84,7 @@ def scene(
     queries = [torch.randn(count, query_heads, dim).to(dtype) for _, count in rows]
     spans = [batches.Span([5] * count, before, t) for (before, count), t in zip(rows, tables, strict=True)]
     batch = batches.build(spans, BLOCK_SIZE, platform.device)
-    spec = spec_for(kv, kv_heads, dim, dtype, platform.fp8_dtype)
+    spec = spec_for(kv, kv_heads, dim, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
     cache = KVCache([spec], 2 * sum(lengths) + 9, BLOCK_SIZE, platform.device)
     made = Scene(keys, values, queries, tables, batch, cache, op, (K_SCALE, V_SCALE))
     spoil(made)

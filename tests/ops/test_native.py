@@ -16,7 +16,7 @@ from ops.test_linear import activations
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
 
-from octavo.kvcache import KVCache, spec_for
+from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import HeadNorms
 from octavo.ops.cpu import library, native
@@ -232,9 +232,10 @@ def test_heads_too_wide_go_to_torch() -> None:
 
 @dtypes
 @pytest.mark.parametrize("kv", [*KV_DTYPES, "fnuz"])
-def test_the_cache_holds_what_the_reference_writes(kv: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [Layout.PLAIN, Layout.BY_HEAD])
+def test_the_cache_holds_what_the_reference_writes(layout: Layout, kv: str, dtype: torch.dtype) -> None:
     fp8 = torch.float8_e4m3fnuz if kv == "fnuz" else torch.float8_e4m3fn
-    spec = spec_for("fp8_per_token_head" if kv == "fnuz" else kv, 3, 20, dtype, fp8)
+    spec = spec_for("fp8_per_token_head" if kv == "fnuz" else kv, 3, 20, dtype, fp8, layout)
     caches = [KVCache([spec], 6, 4, CPU.device) for _ in range(2)]
     qkv = (torch.randn(9, 10, 20) * torch.logspace(-5, 3, 9)[:, None, None]).to(dtype)
     qkv[2, 3, 4], qkv[3, 8, 1], qkv[4, 7, 19], qkv[5] = float("nan"), float("inf"), float("-inf"), 0

@@ -9,7 +9,7 @@ from ops.interpreter import HAS_GPU
 from ops.shapes import BATCHES, HEADS, LINEAR
 
 from octavo import batch as batches
-from octavo.kvcache import KVCache, KVCacheSpec, spec_for
+from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import HeadNorms, PackedWeight, Quantized, Unscaled
 from octavo.ops.triton import attention, block, decode, elementwise, linear, prefill, rope
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's, 
 
 def spec(kv: str, heads: int, dim: int) -> KVCacheSpec:
     """As an engine on a GPU lays its cache out."""
-    return spec_for(kv, heads, dim, torch.bfloat16, torch.float8_e4m3fn, tokens_last=True)
+    return spec_for(kv, heads, dim, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)
 
 
 class Reads(PackedWeight):
@@ -291,7 +291,7 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
     spans = [batches.Span([5], 9, [1, 2, 3]), batches.Span([5] * 7, 4, [4, 5, 6])]
     batch = batches.build(spans, 4, DEVICE)
     stored = torch.float32 if cache == "auto" else dtype
-    views = KVCache([spec_for(cache, 2, 32, stored, torch.float8_e4m3fn, tokens_last=True)], 8, 4, DEVICE).views[0]
+    views = KVCache([spec_for(cache, 2, 32, stored, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 8, 4, DEVICE).views[0]
     k, v = (torch.randn(32, 2, 32, device=DEVICE) for _ in range(2))
     reference.write_kv(views, torch.arange(32, device=DEVICE), k, v, 1.0, 1.0)
     q = torch.randn(8, 4, 32, device=DEVICE).to(dtype)

@@ -8,8 +8,13 @@
 #define MAX_DIM 256
 
 typedef struct {
-    const char *k_at[TOKENS], *v_at[TOKENS]; /* where each token's key and value lie */
-    float k_scale[TOKENS], v_scale[TOKENS];  /* their own scales, if they have such */
+    int64_t count;
+    const char *k[TOKENS], *v[TOKENS];      /* where each token's key and value lie */
+    float k_scale[TOKENS], v_scale[TOKENS]; /* their own scales, if they have such */
+} NAME(Found);
+
+typedef struct {
+    NAME(Found) found[2]; /* those that are computed, and those after them */
     float k[TOKENS * MAX_DIM], v[TOKENS * MAX_DIM];
     float q[LANES * MAX_DIM], o[LANES * MAX_DIM]; /* [row][dim] for few rows, else [dim][LANES] */
     float scores[TOKENS * LANES];                 /* [row][TOKENS], or [token][LANES] */
@@ -17,24 +22,14 @@ typedef struct {
     int64_t position[LANES];
 } NAME(Flash);
 
-/* Finds keys and values of `count` tokens from `start` on, and fetches those of the TOKENS after them. */
-INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t count, int64_t last,
-                       NAME(Flash) *f) {
+/* Finds keys and values of up to TOKENS tokens from `start` on. */
+INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t last, NAME(Found) *f) {
     int64_t entry = start / c->block_size, offset = start % c->block_size;
-    int64_t next = (start + TOKENS) / c->block_size, ahead = (start + TOKENS) % c->block_size;
-    const int64_t bytes = c->dim * size_of(c->kind);
-    for (int64_t t = 0; t < count; t++, offset++, ahead++) {
+    f->count = start < last ? least(TOKENS, last - start) : 0;
+    for (int64_t t = 0; t < f->count; t++, offset++) {
         if (offset == c->block_size) entry++, offset = 0;
-        if (ahead == c->block_size) next++, ahead = 0;
-        if (start + TOKENS + t < last) { /* blocks lie anywhere: no stream that a CPU sees by itself */
-            int64_t soon = table[next] * c->block + ahead * c->token + head * c->head;
-            for (int64_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch((const char *)c->k + soon + line);
-                __builtin_prefetch((const char *)c->v + soon + line);
-            }
-        }
         int64_t block = table[entry], at = block * c->block + offset * c->token + head * c->head;
-        f->k_at[t] = (const char *)c->k + at, f->v_at[t] = (const char *)c->v + at;
+        f->k[t] = (const char *)c->k + at, f->v[t] = (const char *)c->v + at;
         if (!c->k_scale) continue;
         int64_t scale = block * c->scale_block + offset * c->scale_token;
         f->k_scale[t] = ((const float *)((const char *)c->k_scale + scale))[head];
@@ -42,27 +37,38 @@ INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64
     }
 }
 
+/* Blocks lie anywhere: a CPU's own prefetching does not see the next one. */
+INLINE void NAME(expect)(const NAME(Found) *soon, int64_t t, int64_t bytes) {
+    if (t >= soon->count) return;
+    for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(soon->k[t] + line);
+        __builtin_prefetch(soon->v[t] + line);
+    }
+}
+
 /* What was found as FP32 [count][padded], its own scales applied; it is then found there. */
-static void NAME(fetch)(const Cache *c, int64_t count, int64_t padded, NAME(Flash) *f) {
-    for (int64_t t = 0; t < count; t++) {
+static void NAME(fetch)(const Cache *c, NAME(Found) *now, const NAME(Found) *soon, int64_t padded, NAME(Flash) *f) {
+    for (int64_t t = 0; t < now->count; t++) {
         float *k = f->k + t * padded, *v = f->v + t * padded;
-        NAME(widen_row)(k, f->k_at[t], c->kind, c->dim);
-        NAME(widen_row)(v, f->v_at[t], c->kind, c->dim);
-        f->k_at[t] = (const char *)k, f->v_at[t] = (const char *)v;
+        NAME(expect)(soon, t, c->dim * size_of(c->kind));
+        NAME(widen_row)(k, now->k[t], c->kind, c->dim);
+        NAME(widen_row)(v, now->v[t], c->kind, c->dim);
+        now->k[t] = (const char *)k, now->v[t] = (const char *)v;
         for (int64_t d = 0; c->k_scale && d < padded; d += VL) {
-            NAME(store)(k + d, NAME(load)(k + d) * f->k_scale[t]);
-            NAME(store)(v + d, NAME(load)(v + d) * f->v_scale[t]);
+            NAME(store)(k + d, NAME(load)(k + d) * now->k_scale[t]);
+            NAME(store)(v + d, NAME(load)(v + d) * now->v_scale[t]);
         }
     }
 }
 
 /* Scores [row][TOKENS] of few rows, then their weighted values; keys and values of `kind` are widened as they are read. */
-INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t start, int64_t count, int64_t padded, int64_t window,
-                      float factor) {
-    const int64_t size = size_of(kind);
+INLINE void NAME(few)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, int rows, int kind, int scaled, int64_t start,
+                      int64_t padded, int64_t window, float factor) {
+    const int64_t size = size_of(kind), count = now->count;
     for (int64_t t = 0; t < count; t++) {
-        const char *at = f->k_at[t];
-        const float by = (scaled ? f->k_scale[t] * factor : factor) * (kind >= E4M3 ? HALF_UNDO : 1);
+        const char *at = now->k[t];
+        NAME(expect)(soon, t, padded * size);
+        const float by = (scaled ? now->k_scale[t] * factor : factor) * (kind >= E4M3 ? HALF_UNDO : 1);
         vf sum[FEW_ROWS], k[PARTS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) sum[r] = (vf){0};
@@ -96,7 +102,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
         }
         f->total[r] = f->total[r] * shrink + NAME(sum)(total);
         f->most[r] = most, f->shrink[r] = shrink;
-        for (int64_t t = 0; scaled && t < count; t++) scores[t] *= f->v_scale[t];
+        for (int64_t t = 0; scaled && t < count; t++) scores[t] *= now->v_scale[t];
     }
     for (int64_t d = 0; d < padded; d += LANES) {
         vf o[FEW_ROWS * PARTS];
@@ -105,7 +111,7 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
             o[i] = NAME(load)(f->o + i / PARTS * padded + d + i % PARTS * VL) * f->shrink[i / PARTS];
         for (int64_t t = 0; t < count; t++) {
             vf v[PARTS];
-            NAME(widen16)(f->v_at[t] + d * size, kind, v);
+            NAME(widen16)(now->v[t] + d * size, kind, v);
 #pragma GCC unroll 16
             for (int i = 0; i < rows * PARTS; i++) o[i] += v[i % PARTS] * f->scores[i / PARTS * TOKENS + t];
         }
@@ -115,19 +121,21 @@ INLINE void NAME(few)(NAME(Flash) *f, int rows, int kind, int scaled, int64_t st
 }
 
 #define FEW(kind)                                                                                                        \
-    static __attribute__((noinline)) void NAME(few_##kind)(NAME(Flash) *f, int64_t rows, int scaled, int64_t start, int64_t count, \
-                                                           int64_t padded, int64_t window, float factor) {              \
-        if (rows == 1) NAME(few)(f, 1, kind, scaled, start, count, padded, window, factor);                             \
-        else if (rows == 2) NAME(few)(f, 2, kind, scaled, start, count, padded, window, factor);                        \
-        else if (rows == 3) NAME(few)(f, 3, kind, scaled, start, count, padded, window, factor);                        \
-        else NAME(few)(f, 4, kind, scaled, start, count, padded, window, factor);                                       \
+    static __attribute__((noinline)) void NAME(few_##kind)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, \
+                                                           int64_t rows, int scaled, int64_t start, int64_t padded,      \
+                                                           int64_t window, float factor) {                               \
+        if (rows == 1) NAME(few)(f, now, soon, 1, kind, scaled, start, padded, window, factor);                          \
+        else if (rows == 2) NAME(few)(f, now, soon, 2, kind, scaled, start, padded, window, factor);                     \
+        else if (rows == 3) NAME(few)(f, now, soon, 3, kind, scaled, start, padded, window, factor);                     \
+        else NAME(few)(f, now, soon, 4, kind, scaled, start, padded, window, factor);                                    \
     }
 FEW(F32)
 FEW(BF16)
 FEW(E4M3)
 FEW(E5M2)
 #undef FEW
-static void (*const NAME(few_of)[])(NAME(Flash) *, int64_t, int, int64_t, int64_t, int64_t, int64_t, float) = {
+static void (*const NAME(few_of)[])(NAME(Flash) *, const NAME(Found) *, const NAME(Found) *, int64_t, int, int64_t, int64_t, int64_t,
+                                    float) = {
     [F32] = NAME(few_F32), [BF16] = NAME(few_BF16), [E4M3] = NAME(few_E4M3), [E4M3FNUZ] = NAME(few_E4M3), [E5M2] = NAME(few_E5M2)};
 
 /* The same for up to LANES rows, one a lane. */
@@ -202,12 +210,13 @@ static void NAME(attend)(void *argument, int64_t task) {
         for (int64_t d = 0; d < dim && !few; d++) f->q[d * LANES + r] = line[d];
     }
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
-    for (; start < last; start += TOKENS) {
-        int64_t count = least(TOKENS, last - start);
-        NAME(find)(c, table, head, start, count, last, f);
-        if (!in_place) NAME(fetch)(c, count, padded, f);
-        if (few) NAME(few_of)[in_place ? c->kind : F32](f, rows, in_place && c->k_scale, start, count, padded, a->window, a->k_factor);
-        else NAME(many)(f, rows, start, count, dim, padded, a->window, a->k_factor);
+    NAME(find)(c, table, head, start, last, &f->found[0]);
+    for (int turn = 0; start < last; start += TOKENS, turn = !turn) {
+        NAME(Found) *now = &f->found[turn], *soon = &f->found[!turn];
+        NAME(find)(c, table, head, start + TOKENS, last, soon);
+        if (!in_place) NAME(fetch)(c, now, soon, padded, f);
+        if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, a->k_factor);
+        else NAME(many)(f, rows, start, now->count, dim, padded, a->window, a->k_factor);
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;

@@ -236,7 +236,7 @@ int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int
     return first ? 0 : -1;
 }
 
-#define TASK_VALUES 16384 /* less is not worth a second thread */
+#define TASK_VALUES 4096 /* less is not worth a second thread */
 
 static void each_row(task_fn run, Rows *r, int32_t threads) {
     r->per_task = 1 + TASK_VALUES / (r->width + 1);

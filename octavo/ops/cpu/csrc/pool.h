@@ -25,9 +25,10 @@ static struct {
     atomic_int wanted;         /* workers that this job takes */
     atomic_int inside;         /* workers that may touch the job */
     atomic_int asleep;
-    _Atomic int64_t next;
     _Atomic uint64_t published; /* number of the newest job */
     atomic_bool open;
+    struct { _Atomic int64_t next; int64_t end; char apart[48]; } range[MAX_THREADS]; /* tasks, neighbours in one range */
+    int ranges;
 } pool = {.call = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static inline void relax(void) {
@@ -42,8 +43,12 @@ static int64_t now(void) {
     return t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void work(void) {
-    for (int64_t task; (task = atomic_fetch_add(&pool.next, 1)) < pool.tasks;) pool.run(pool.job, task);
+/* First one's own range, then what is left of others'. */
+static void work(int self) {
+    for (int i = 0; i < pool.ranges; i++) {
+        int at = (self + i) % pool.ranges;
+        for (int64_t task; (task = atomic_fetch_add(&pool.range[at].next, 1)) < pool.range[at].end;) pool.run(pool.job, task);
+    }
 }
 
 #define USUAL 0x1F80 /* nothing traps, subnormal numbers are numbers: FP8 codes may be such */
@@ -76,7 +81,7 @@ static void *worker(void *arg) {
         seen = atomic_load(&pool.published);
         /* Entering comes before looking whether the job is still open; the caller closes it before looking for who is inside. */
         atomic_fetch_add(&pool.inside, 1);
-        if (atomic_load(&pool.open) && index < atomic_load(&pool.wanted)) work();
+        if (atomic_load(&pool.open) && index < atomic_load(&pool.wanted)) work(index + 1);
         atomic_fetch_sub(&pool.inside, 1);
     }
     return NULL;
@@ -113,7 +118,11 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
         return;
     }
     pool.run = run, pool.job = job, pool.tasks = tasks;
-    atomic_store(&pool.next, 0);
+    pool.ranges = threads;
+    for (int i = 0; i < threads; i++) {
+        atomic_store(&pool.range[i].next, tasks * i / threads);
+        pool.range[i].end = tasks * (i + 1) / threads;
+    }
     atomic_store(&pool.wanted, threads - 1);
     atomic_store(&pool.open, 1);
     atomic_fetch_add(&pool.published, 1);
@@ -122,7 +131,7 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.sleep);
     }
-    work();
+    work(0);
     atomic_store(&pool.open, 0);
     for (int i = 0; atomic_load(&pool.inside); i++) {
         relax();
