@@ -2,8 +2,7 @@
 
 A graph is of one batch size and one bound on the contexts' length, which decides how many parts attention is split into;
 bounds that make no difference at a size share its graph. A step takes the next larger of both; the rows that are left over
-write to the scratch block and are dropped. On a CPU, where such rows would cost time, a batch has the graph of its own size,
-captured when it first comes: there a capture computes the step.
+write to the scratch block and are dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ __all__ = ["DecodeGraphs"]
 
 CONTEXTS = (512, 4096, 32768)  # bounds on the longest context, besides the model's own
 LARGEST = 512  # requests; a larger batch keeps the device busy without graphs
-LARGEST_ON_CPU = 32  # what a graph of each size keeps of a step is a small part of what is there
 
 
 @dataclass
@@ -39,7 +37,7 @@ class DecodeGraphs:
     """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
     `forward` gives logits [rows, vocab] and the tokens chosen from them, int64 [rows]. `variant(requests, longest context)` is
-    equal where it launches the same. `rehearse` runs what else is to be compiled now. `as_they_come`: a CPU's way, see above.
+    equal where it launches the same. `rehearse` runs what else is to be compiled now.
     """
 
     def __init__(
@@ -52,13 +50,10 @@ class DecodeGraphs:
         scratch_block: int,
         variant: Callable[[int, int], Hashable],
         rehearse: Callable[[], None] = lambda: None,
-        as_they_come: bool = False,
     ):
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
-        self.forward, self.as_they_come = forward, as_they_come
-        most = min(max_num_seqs, LARGEST_ON_CPU if as_they_come else LARGEST)
-        self.sizes = list(range(1, most + 1)) if as_they_come else _sizes(most)
-        self.contexts = [c for c in CONTEXTS if c < max_model_len and not as_they_come] + [max_model_len]
+        self.sizes = _sizes(min(max_num_seqs, LARGEST))
+        self.contexts = [*(c for c in CONTEXTS if c < max_model_len), max_model_len]
         rows, width = self.sizes[-1], -(-max_model_len // block_size)
         device = platform.device
         # The tokens that the last replay chose, and behind them what the host sends for the next one; see _sent.
@@ -68,41 +63,41 @@ class DecodeGraphs:
         self.known_tables = np.zeros((rows, width), np.int32)  # what `tables` holds
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._pool: object = None
-        if as_they_come:
-            return
         try:
-            self._capture_all(variant, rehearse)
+            self._capture(forward, variant, rehearse)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
                 "or decode without graphs (--enforce-eager)."
             ) from None
 
-    def _decode(self, size: int, context: int) -> Tensor:
-        logits, tokens = self.forward(self._batch(size, context))
-        self.chosen[:size].copy_(tokens)
-        return logits
+    def _capture(
+        self,
+        forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
+        variant: Callable[[int, int], Hashable],
+        rehearse: Callable[[], None],
+    ) -> None:
+        def decode(size: int, context: int) -> Tensor:
+            logits, tokens = forward(self._batch(size, context))
+            self.chosen[:size].copy_(tokens)
+            return logits
 
-    def _capture(self, size: int, context: int) -> _Graph:
-        replay, logits, self._pool = ops.capture(partial(self._decode, size, context), self._pool)
-        return _Graph(replay, logits)
-
-    def _capture_all(self, variant: Callable[[int, int], Hashable], rehearse: Callable[[], None]) -> None:
         with ops.compile_ahead():
             rehearse()
             for size in self.sizes:
                 if size & (size - 1) == 0 or size == self.sizes[-1]:  # the others mostly launch what these do
                     self._send(size, [], [], [], [])
                     for context in {variant(size, context): context for context in self.contexts}.values():
-                        self._decode(size, context)
+                        decode(size, context)
+        pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
             self._send(size, [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
-                    self._decode(size, context)  # compiles what is still not compiled, which a capture could not
-                    made[key] = self._capture(size, context)
+                    decode(size, context)  # compiles what is still not compiled, which a capture could not
+                    replay, logits, pool = ops.capture(partial(decode, size, context), pool)
+                    made[key] = _Graph(replay, logits)
                 self._graphs[size, context] = made[key]
 
     def __len__(self) -> int:
@@ -163,10 +158,8 @@ class DecodeGraphs:
         if tokens is not None and tokens.data_ptr() != self.chosen.data_ptr():
             self.chosen[: len(tokens)].copy_(tokens)
         self._send_tables(spans, max(last) // block + 1)
-        if (graph := self._graphs.get((size, context))) is None:
-            graph = self._graphs[size, context] = self._capture(size, context)
-        else:
-            graph.replay()
+        graph = self._graphs[size, context]
+        graph.replay()
         return graph.logits[:count], self.chosen[:count]
 
 

@@ -19,6 +19,7 @@ from octavo.distributed import TensorParallel
 from octavo.engine.graphs import DecodeGraphs
 from octavo.engine.loading import load_model
 from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.recorded import RecordedSteps
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.schedule import ScheduledRequest
@@ -106,26 +107,28 @@ class ModelRunner:
         self.report = load_model(self.model, config, self.platform, self.dtype, progress)
         specs = self._cache_specs()
         self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
-        self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
-        c = self.model_config
-        working = config.working_bytes_on(self.platform.is_cpu, c.hidden_size, c.intermediate_size, c.vocab_size)
+        c, cpu = self.model_config, self.platform.is_cpu
+        self.max_num_batched_tokens = config.step_tokens_on(cpu)
+        working = config.working_bytes_on(cpu, c.hidden_size, c.intermediate_size, c.vocab_size)
         budget = plan_blocks(config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), working)
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
         self.num_blocks = budget.num_blocks
         graphs = ops.captures(c.head_dim, self.model.packed_weights()) and not config.enforce_eager
-        scratch = graphs and not self.platform.is_cpu  # a block that nobody owns, which unused rows of graphs write to
+        scratch = graphs and not cpu  # a block that nobody owns, which unused rows of graphs write to
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
         self._settle_kv_scales()
-        self.graphs: DecodeGraphs | None = None
-        if graphs:
-            with torch.inference_mode():
-                sizes = self.block_size, config.max_num_seqs, self.max_model_len, self.num_blocks
-                calls = self._decode_variant, self._prefill_once
-                self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, *calls, self.platform.is_cpu)
+        self.graphs = self._decode_graphs() if graphs else None
         log.info("ops: %s", ops.table())
+
+    @torch.inference_mode()
+    def _decode_graphs(self) -> DecodeGraphs | RecordedSteps:
+        sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
+        if self.platform.is_cpu:
+            return RecordedSteps(self._decode, *sizes)
+        return DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._prefill_once)
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
         """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
@@ -155,9 +158,9 @@ class ModelRunner:
         return asked or limit
 
     def _cache_specs(self) -> list[KVCacheSpec]:
-        name, fp8 = self.config.kv_cache_dtype, self.platform.fp8_dtype
-        layout = Layout.on(self.platform.is_cpu)
-        return [spec_for(name, a.kv_heads, a.head_dim, self.dtype, fp8, layout) for a in self.model.attention_layers()]
+        kind, layout = (self.dtype, self.platform.fp8_dtype), Layout.on(self.platform.is_cpu)
+        name = self.config.kv_cache_dtype
+        return [spec_for(name, a.kv_heads, a.head_dim, *kind, layout) for a in self.model.attention_layers()]
 
     def _settle_kv_scales(self) -> None:
         layers = self.model.attention_layers()

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.engine.graphs import DecodeGraphs
+from octavo.engine.recorded import RecordedSteps
 from octavo.errors import OctavoError
 from octavo.ops.cpu import recording
 from octavo.platform import Platform
@@ -177,24 +178,31 @@ def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pyte
     assert set(ran[done + 1 :]) == set(both)
 
 
-@pytest.mark.parametrize("way", ["as the tests capture", "as a CPU does"])
-def test_on_a_cpu_each_size_is_captured_when_it_comes(way: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, without rows to spare, and what the capture computes is the step: it runs from what the step before chose."""
-    if way == "as a CPU does":
-        monkeypatch.setattr(ops, "capture", recording.capture)
-    graphs = DecodeGraphs(model, DEVICE, BLOCK, 40, 10_000, SCRATCH, lambda size, context: context, as_they_come=True)
-    assert (len(graphs), len(model.bounds)) == (0, 0)
-    assert graphs.sizes == list(range(1, 33))
-    assert graphs.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
+def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, without rows to spare, and the recording computes the step: it runs from what the step before chose."""
+    monkeypatch.setattr(ops, "capture", recording.capture)
+    steps = RecordedSteps(model, BLOCK, 40, 10_000)
+    assert steps.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
+    assert (len(steps), len(model.bounds)) == (0, 0)
     chosen = None
     for step, count in enumerate((3, 3, 2, 3, 2, 1)):
-        spans = [Span([7 * (not step)], 3 + step, [3 * i + 1, 3 * i + 2, 3 * i + 3]) for i in range(count)]
+        tables = [[3 * i + 1 + 20 * (step % 2), 3 * i + 2, 3 * i + 3] for i in range(count)]
+        spans = [Span([7 * (not step)], 3 + step, table) for table in tables]
         before = chosen.tolist() if chosen is not None else [7] * count
         sources = [i % len(before) if step else -1 for i in range(count)]
         given = [before[i % len(before)] for i in range(count)]
-        logits, chosen = graphs.run(spans, chosen, sources) or pytest.fail("no graph")
-        assert [row[:2] for row in logits.tolist()] == [[token, 3 + step] for token in given]
+        logits, chosen = steps.run(spans, chosen, sources) or pytest.fail("not recorded")
+        slots = [table[(3 + step) // BLOCK] * BLOCK + (3 + step) % BLOCK for table in tables]
+        rows = [[token, 3 + step, slot, 4 + step, *table] for token, slot, table in zip(given, slots, tables, strict=True)]
+        assert logits.tolist() == rows
         assert chosen.tolist() == [token + 1000 for token in given]
-    assert len(graphs) == 3
-    if way == "as a CPU does":
-        assert len(model.bounds) == 3  # Python went through the model for captures only
+    assert len(steps) == len(model.bounds) == 3  # Python went through the model for recordings only
+
+
+def test_a_request_with_fewer_blocks_than_the_one_before_it_in_the_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "capture", recording.capture)
+    steps = RecordedSteps(model, BLOCK, 4, 12)
+    for span in (Span([5], 11, [1, 2, 3]), Span([6], 2, [9]), Span([7], 3, [8, 7, 6, 5])):
+        logits, _ = steps.run([span], None, [-1]) or pytest.fail("not recorded")
+        held = span.block_ids[:3]
+        assert logits[0, 4 : 4 + len(held)].tolist() == held

@@ -237,6 +237,7 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
         for (int64_t row = from; row < to; row++) {
             const char *at = (const char *)w->weight + (row * w->stride + k) * size_of(w->kind);
             float *dst = rows + (row - from) * TASK_K;
+            for (int64_t line = 0; line < depth * size_of(w->kind); line += 64) __builtin_prefetch(at + line + AHEAD);
 #if DOT
             if (job->pairs) {
                 NAME(widen_to_pairs)((uint16_t *)dst, at, w->kind, depth);
