@@ -25,6 +25,7 @@ static const Functions NAME(functions) = {
 #undef HALF_UNDO
 #undef UNDO
 #undef SHIFT
+#undef MIXED
 #undef INLINE
 #undef SELECT
 #undef SUFFIX

@@ -48,7 +48,7 @@ INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char
     }
 }
 
-/* One token's values, one after another. */
+/* One token's values, one after another, in the order in which dot() reads them. */
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
     const float scale = NAME(token_scale)(job, x);
@@ -58,6 +58,7 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
         const int64_t count = least(GROUP, job->w->k - at), padded = least(GROUP, job->k_padded - at);
         memset(values, 0, sizeof values);
         if (count > 0) NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
+        for (int64_t i = 0; MIXED(job->w->kind) && !job->pairs && i < padded; i += 32) NAME(mix)(values + i);
         if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
         else memcpy(dst + at, values, (size_t)padded * 4);
     }
@@ -148,7 +149,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
     for (int64_t row = from; row < to; row++) {
         const char *at = (const char *)w->weight + row * w->stride * size;
         char tail[CHUNK * 4];
-        vf sum[SUMS], v[PARTS];
+        vf sum[SUMS], v[2 * PARTS];
 #pragma GCC unroll 32
         for (int i = 0; i < m * sums; i++) sum[i] = (vf){0};
         for (int64_t k = 0, end = whole;; end = padded) {
@@ -156,15 +157,15 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
                 float scale = grouped ? NAME(scale_at)(w, row, k) : 1;
 #pragma GCC unroll 4
                 for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
-#pragma GCC unroll 4
-                for (int part = 0; part < CHUNK / LANES; part++) {
-                    NAME(widen16)(at + (k + part * LANES) * size, kind, v);
-#pragma GCC unroll 4
-                    for (int p = 0; p < PARTS; p++) {
+#pragma GCC unroll 2
+                for (int part = 0; part < CHUNK; part += 32) {
+                    NAME(widen32)(at + (k + part) * size, kind, v);
+#pragma GCC unroll 8
+                    for (int p = 0; p < 2 * PARTS; p++) {
                         if (grouped) v[p] = v[p] * undo * scale;
 #pragma GCC unroll 4
                         for (int i = 0; i < m; i++)
-                            sum[i * sums + (part * PARTS + p) % sums] += v[p] * NAME(load)(x + i * padded + k + part * LANES + p * VL);
+                            sum[i * sums + (part / VL + p) % sums] += v[p] * NAME(load)(x + i * padded + k + part + p * VL);
                     }
                 }
             }
@@ -175,9 +176,16 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
         }
 #pragma GCC unroll 4
         for (int i = 0; i < m; i++) {
-#pragma GCC unroll 16
-            for (int j = 1; j < sums; j++) sum[i * sums] += sum[i * sums + j];
-            NAME(finish)(job, i, row, NAME(sum)(sum[i * sums]) * (grouped ? 1 : undo));
+            vf *of = sum + i * sums;
+#pragma GCC unroll 8
+            for (int j = 0; j < sums / 2; j++) of[j] += of[j + sums / 2];
+#pragma GCC unroll 8
+            for (int j = 0; j < sums / 4; j++) of[j] += of[j + sums / 4];
+#pragma GCC unroll 8
+            for (int j = 0; j < sums / 8; j++) of[j] += of[j + sums / 8];
+#pragma GCC unroll 8
+            for (int j = 0; j < sums / 16; j++) of[j] += of[j + sums / 16];
+            NAME(finish)(job, i, row, NAME(sum)(of[0]) * (grouped ? 1 : undo));
         }
     }
 }

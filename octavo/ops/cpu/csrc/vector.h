@@ -71,6 +71,32 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     }
 }
 
+/* 32 values at p as widen16 has them, in the order that mix() puts the other factor's in. */
+#define MIXED(kind) (SHIFT && (kind) >= E4M3)
+INLINE void NAME(widen32)(const void *p, int kind, vf out[2 * PARTS]) {
+#if SHIFT
+    if (MIXED(kind)) { /* as BF16, two to a lane, which is a float's upper half: fewer steps than a lane for each */
+        const int by = kind == E5M2 ? 3 : 4;
+        const __m256i mask = _mm256_set1_epi16((short)(0x8000 | 0x7F << (8 - by))), upper = _mm256_set1_epi32((int)0xFFFF0000);
+        const __m256i codes = _mm256_loadu_si256((const __m256i *)p);
+        const __m256i odd = _mm256_and_si256(_mm256_srai_epi16(codes, by), mask);
+        const __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(codes, 8), by), mask);
+        out[0] = (vf)_mm256_slli_epi32(even, 16), out[1] = (vf)_mm256_slli_epi32(odd, 16);
+        out[2] = (vf)_mm256_and_si256(even, upper), out[3] = (vf)_mm256_and_si256(odd, upper);
+        return;
+    }
+#endif
+    NAME(widen16)(p, kind, out);
+    NAME(widen16)((const char *)p + LANES * size_of(kind), kind, out + PARTS);
+}
+
+/* The first of each four of 32 values, then the second ones, and so on. */
+INLINE void NAME(mix)(float *x) {
+    float mixed[32];
+    for (int i = 0; i < 32; i++) mixed[i % 4 * 8 + i / 4] = x[i];
+    memcpy(x, mixed, sizeof mixed);
+}
+
 INLINE void NAME(widen_whole)(float *dst, const char *p, int kind, int64_t count) {
     vf v[PARTS];
     for (int64_t i = 0; i < count; i += LANES) {
