@@ -131,6 +131,17 @@ def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt
 
 
 @dtypes
+@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(1, 300), (130, 130), (538, 20)], ids=str)
+def test_rows_are_the_stored_weights(shape: tuple[int, int], scheme: Scheme, fmt: Format, dtype: torch.dtype) -> None:
+    q = quantize(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], scheme, fmt.dtype)
+    packed = native.Native().pack(q, CPU)
+    for ids in (torch.randint(shape[0], (40,)), torch.tensor([shape[0] - 1, 0], dtype=torch.int32), torch.zeros(0).long()):
+        assert torch.equal(packed.rows(ids, dtype), q.rows(ids, dtype))
+
+
+@dtypes
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense(shape: tuple[int, int, int], held: torch.dtype, dtype: torch.dtype) -> None:

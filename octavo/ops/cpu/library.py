@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_used": (c_char_p, []),
     "octavo_not_finite": (I32, [P, I64, I32]),
     "octavo_linear": (I32, [P, P, I64, I64, P, I32, I32]),
+    "octavo_look_up": (None, [P, P, P, I64, I32, I32]),
     "octavo_widen": (None, [P, P, I64, I64, I64, I32, I32]),
     "octavo_round": (None, [P, P, I64, I64, P, P, I32]),
     "octavo_rescale": (None, [P, P, I64, I64, I64, P, P, I32]),

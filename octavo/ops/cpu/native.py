@@ -61,7 +61,7 @@ class PackedNative(PackedWeight):
     """A weight [N, K] as stored, its scales beside it."""
 
     def __init__(self, q: QTensor):
-        (self.n, k), self.data, scale = q.shape, q.data, q.scale
+        (self.n, self.k), self.data, scale = q.shape, q.data, q.scale
         self.held_bytes = q.nbytes
         factor = WIDEN_FACTOR.get(q.data.dtype, 1.0)
         self.scale = None if scale is None else (scale.float() * factor).contiguous()  # held as long as the pointer to it is
@@ -71,7 +71,7 @@ class PackedNative(PackedWeight):
             weight=q.data.data_ptr(),
             scale=None if self.scale is None else self.scale.data_ptr(),
             n=self.n,
-            k=k,
+            k=self.k,
             stride=q.data.stride(0),
             scale_rows=1 if by_row else BLOCK,
             scale_columns=scale.shape[1] if by_group and scale is not None else 0,
@@ -79,7 +79,7 @@ class PackedNative(PackedWeight):
             activation=_QUANTIZED[q.scheme.activation],
         )
         by_token = scale is not None and q.scheme.activation is Granularity.ROW
-        self.tiles = by_token and k % 32 == 0 and torch.cpu._is_amx_tile_supported()
+        self.tiles = by_token and self.k % 32 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 
@@ -92,6 +92,11 @@ class PackedNative(PackedWeight):
             return self._by_tiles(x)
         y = x.new_empty(m, self.n)
         launch(self.multiply, self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
+        return y
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        ids, y = ids.long().contiguous(), self.data.new_empty(len(ids), self.k, dtype=dtype)
+        launch(kernels().octavo_look_up, self.address, ids.data_ptr(), y.data_ptr(), len(ids), KINDS[dtype], get_num_threads())
         return y
 
     def _by_tiles(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@
 #define PAIRS_PAY NULL
 #endif
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
+    STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
     NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), PAIRS_PAY};
 
 #undef PAIRS_PAY

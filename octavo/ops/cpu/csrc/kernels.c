@@ -19,7 +19,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, attend, rms_norm, silu_mul, likeliest, rotate, rope, widen, rescale;
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, rotate, rope, widen, rescale;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -194,6 +194,12 @@ static void each_of(task_fn run, void *job, int64_t tasks, int32_t threads) {
     pthread_mutex_lock(&pool.call);
     parallel(run, job, tasks, threads);
     pthread_mutex_unlock(&pool.call);
+}
+
+/* y [m, k] of `kind`: the rows `ids` [m] of w, each at least 0 and less than n. */
+void octavo_look_up(const Linear *w, const int64_t *ids, void *y, int64_t m, int32_t kind, int32_t threads) {
+    LinearJob job = {.w = w, .x = ids, .y = y, .m = m, .kind = kind};
+    each_of(chosen->look_up, &job, m, threads);
 }
 
 /* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out; k is a

@@ -236,6 +236,20 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
 }
 #endif
 
+/* Task: a row of the weight, of codes times their scales, that a token is looked up as; m tokens' rows are job->x. */
+static void NAME(look_up)(void *argument, int64_t token) {
+    const LinearJob *job = argument;
+    const Linear *w = job->w;
+    const int64_t row = ((const int64_t *)job->x)[token];
+    float values[GROUP];
+    for (int64_t at = 0; at < w->k; at += GROUP) {
+        const int64_t count = least(GROUP, w->k - at);
+        NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
+        for (int64_t i = 0; i < count; i += VL) NAME(store)(values + i, NAME(load)(values + i) * NAME(scale_at)(w, row, at));
+        NAME(narrow_row)(job->y, job->kind, token * w->k + at, values, count);
+    }
+}
+
 static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
     const Linear *w = job->w;
     float rows[TASK_ROWS * TASK_K] __attribute__((aligned(64)));
