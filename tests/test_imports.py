@@ -37,7 +37,7 @@ ORDER = [
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 FOR_ALL = {"errors", "batch", "demo"}  # leaves
 CONFIG_READERS = {"cli", "server", "engine", "tools"}
-VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch"}
+VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch", "octavo.ops.resident.compile"}
 CATALOGUES = {"octavo.tools.planning.accelerators"}  # names of products are the data there
 VENDOR = re.compile(r"cuda|hip(?![a-z])|nvidia|(?<![a-z])amd|rocm", re.IGNORECASE)
 

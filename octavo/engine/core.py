@@ -14,10 +14,11 @@ from octavo.engine.blocks import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.outputs import EngineInfo
 from octavo.engine.request import EngineRequest, EngineStats, Logprobs, TokenOutput
-from octavo.engine.runner import ModelRunner, StepTokens
+from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import SamplingRow
 from octavo.engine.schedule import Schedule, ScheduledRequest, Status
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.step_tokens import StepTokens
 from octavo.errors import InvalidRequest
 
 __all__ = ["EngineCore"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from octavo.engine.recorded import RecordedSteps
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.schedule import ScheduledRequest
+from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.models import architecture, read_config
@@ -35,36 +35,6 @@ __all__ = ["ModelRunner", "StepTokens"]
 LOGIT_ROWS = 256  # prompt positions whose logits exist at a time
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class StepTokens:
-    """What a step computes. The tokens are on the device, for the next step; `to_host` waits for them, and for no more."""
-
-    tokens: Tensor | None = None  # int64, one for each request that sampled, in their order
-    rows: dict[str, int] = field(default_factory=dict)  # where in `tokens`, by request id
-    logprobs: dict[str, Logprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)  # of this step's prompt positions
-
-    _host: Tensor | None = None
-    _copied: torch.Event | None = None
-
-    def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
-        """Keeps the tokens, and starts their copy now: what is launched later would hold it up, or write over a graph's."""
-        self.tokens = tokens
-        self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
-        if tokens.device.type == "cpu":
-            self._host = tokens.clone()
-        else:
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._copied = torch.Event(tokens.device)
-            self._copied.record()
-
-    def to_host(self) -> list[int]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return [] if self._host is None else self._host.tolist()
 
 
 def _span(item: ScheduledRequest) -> batches.Span:
@@ -120,6 +90,8 @@ class ModelRunner:
         for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
             layer.bind_cache(views)
         self._settle_kv_scales()
+        if (parts := self.model.parts()) is not None:
+            self.model.model.fused = ops.fuse(parts, self.platform)
         self.graphs = self._decode_graphs() if graphs else None
         log.info("ops: %s", ops.table())
 
@@ -143,6 +115,8 @@ class ModelRunner:
             self.model(self._batch([batches.Span([0] * min(length, room), 0, blocks)]))
 
     def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
+        if self.model.model.is_fused(requests, longest):
+            return ()
         kinds = {a.kv_heads for a in self.model.attention_layers()}
         return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
 

@@ -48,6 +48,14 @@ class PagedAttention(nn.Module):
         self.scales_from_checkpoint = False
         self.observe = False  # while set, forward sets the scales from the largest key and value that it sees
 
+    @property
+    def rotary(self) -> RotaryEmbedding:
+        return self._shared[0]
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        return self._shared[1]
+
     def load(self, loader: Loader) -> None:
         for spelling in _SPELLINGS:
             if loader.has(spelling[0]) and not self.scales_from_checkpoint:

@@ -17,7 +17,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import rope_parameters
-from octavo.ops import PackedWeight
+from octavo.ops import DecoderParts, FusedDecoder, LayerParts, PackedWeight
 
 __all__ = ["CausalLM", "ConfigBase", "Decoder"]
 
@@ -95,11 +95,19 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fused: FusedDecoder | None = None  # computes the layers' steps that it takes
+
+    def is_fused(self, requests: int, longest: int) -> bool:
+        """Whether a step of so many single tokens, with contexts up to `longest`, is one launch."""
+        return self.fused is not None and self.fused.takes(requests, longest)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         x, residual = self.embed_tokens(batch.input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
+        if self.fused and max(batch.query_lens) == 1 and self.is_fused(len(batch.query_lens), max(batch.context_lens)):
+            x = self.fused(x, batch)
+        else:
+            for layer in self.layers:
+                x, residual = layer(x, residual, batch)
         hidden: Tensor = self.norm(x, residual)[0]
         return hidden
 
@@ -124,6 +132,29 @@ class CausalLM(nn.Module):
         """FP32 [rows, vocab]."""
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
+
+    def parts(self) -> DecoderParts | None:
+        """The layers for a kernel that computes all of them; None where they have what `LayerParts` does not."""
+        found: list[LayerParts] = []
+        layers: list[Any] = list(self.model.layers)  # of whatever architecture, with Hugging Face's names
+        for layer in layers:
+            a, mlp = layer.self_attn, layer.mlp
+            if any(linear.bias is not None for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)):
+                return None
+            q_norm, k_norm = a.attn.norms or (None, None)
+            part = LayerParts(
+                qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
+                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
+                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight, qkv_bias=a.qkv_proj.bias,
+                views=a.attn.views, k_scale=a.attn.k_scale, v_scale=a.attn.v_scale, window=a.attn.window,
+            )  # fmt: skip
+            found.append(part)
+        attn: PagedAttention = layers[0].self_attn.attn
+        c = self.config
+        return DecoderParts(
+            found, attn.rotary.cos_sin, c.hidden_size, c.intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
+            attn.scale, c.rms_norm_eps,
+        )  # fmt: skip
 
     def packed_weights(self) -> list[PackedWeight]:
         weights = (getattr(module, "weight", None) for module in self.modules())

@@ -19,7 +19,10 @@ from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import (
     Activation,
+    DecoderParts,
+    FusedDecoder,
     HeadNorms,
+    LayerParts,
     LinearImplementation,
     PackedWeight,
     Product,
@@ -31,7 +34,10 @@ from octavo.quant import QTensor
 
 __all__ = [
     "Activation",
+    "DecoderParts",
+    "FusedDecoder",
     "HeadNorms",
+    "LayerParts",
     "PackedWeight",
     "Product",
     "Quantized",
@@ -42,6 +48,7 @@ __all__ = [
     "captures",
     "compile_ahead",
     "decode_variant",
+    "fuse",
     "likeliest",
     "linear",
     "linear_unscaled",
@@ -63,6 +70,7 @@ _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
+_fuse: Callable[[DecoderParts, Platform], FusedDecoder | str] | None = None
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
@@ -76,11 +84,12 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead, _capture, _captures
+    global _compile_ahead, _capture, _captures, _fuse
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _capture = getattr(preferred, "capture", None)
+        _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
         if configure := getattr(preferred, "configure", None):
@@ -113,6 +122,15 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     assert _capture is not None
     replay, out, pool = _capture(fn, pool)
     return replay, out, pool
+
+
+def fuse(parts: DecoderParts, platform: Platform) -> FusedDecoder | None:
+    """Decode steps of few requests as one launch, where this platform has such a kernel and it takes these layers."""
+    if _fuse is None:
+        return None
+    made = _fuse(parts, platform)
+    _table["decode step of few requests"] = f"not one launch: {made}" if isinstance(made, str) else made.name
+    return None if isinstance(made, str) else made
 
 
 def table() -> dict[str, str]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
-__all__ = ["Activation", "HeadNorms", "LinearImplementation", "PackedWeight", "Product", "Quantized", "Unscaled"]
+__all__ = [
+    "Activation", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
+    "PackedWeight", "Product", "Quantized", "Unscaled",
+]  # fmt: skip
 
 
 class Quantized(NamedTuple):
@@ -77,6 +83,50 @@ class PackedWeight:
 
 def has_storage(t: Tensor) -> bool:
     return t.layout is torch.strided  # oneDNN's layouts have none
+
+
+class LayerParts(NamedTuple):
+    """A layer of a dense decoder: norm, attention, add, norm, gated SiLU MLP, add. No biases but that of qkv."""
+
+    qkv: PackedWeight
+    o: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv_bias: Tensor | None
+    views: Views
+    k_scale: float
+    v_scale: float
+    window: int | None
+
+
+class DecoderParts(NamedTuple):
+    """The layers of a decoder and the numbers that they share; `inter` is the width between the MLP's products."""
+
+    layers: Sequence[LayerParts]
+    cos_sin: Tensor
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+
+
+class FusedDecoder(Protocol):
+    """All layers of a decoder as one launch, for some steps."""
+
+    name: str
+
+    def takes(self, requests: int, longest: int) -> bool:
+        """Whether it computes a step of so many requests, one token each, with contexts up to `longest`."""
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """What the last layer leaves, [requests, hidden], of the embeddings x; keys and values are written to the cache."""
 
 
 class LinearImplementation(Protocol):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.resident.decoder import ResidentDecoder, refusal
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "attention", "capture", "compile_ahead", "configure", "decode_variant", "likeliest", "rms_norm", "rope_write_kv",
-    "silu_mul",
+    "LINEAR", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest", "rms_norm",
+    "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 
 
@@ -17,3 +19,8 @@ def configure(platform: Platform) -> None:
     """Programmatic dependent launch came with sm_90; deep pipelines of asynchronous copies with sm_80."""
     major = int(platform.arch.removeprefix("sm_")[:-1])
     launch.configure(platform, dependent=major >= 9, stages=8)
+
+
+def fuse(parts: DecoderParts, platform: Platform) -> FusedDecoder | str:
+    """The decoder as one launch a step, or why not."""
+    return refusal(parts, platform) or ResidentDecoder(parts, platform)

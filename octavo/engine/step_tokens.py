@@ -1,0 +1,43 @@
+"""What a step computes, as the next step and the host take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from octavo.engine.request import Logprobs
+
+__all__ = ["StepTokens"]
+
+
+@dataclass
+class StepTokens:
+    """What a step computes. The tokens are on the device, for the next step; `to_host` waits for them, and for no more."""
+
+    tokens: Tensor | None = None  # int64, one for each request that sampled, in their order
+    rows: dict[str, int] = field(default_factory=dict)  # where in `tokens`, by request id
+    logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)  # of this step's prompt positions
+
+    _host: Tensor | None = None
+    _copied: torch.Event | None = None
+
+    def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
+        """Keeps the tokens, and starts their copy now: what is launched later would hold it up, or write over a graph's."""
+        self.tokens = tokens
+        self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
+        if tokens.device.type == "cpu":
+            self._host = tokens.clone()
+        else:
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.Event(tokens.device)
+            self._copied.record()
+
+    def to_host(self) -> list[int]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [] if self._host is None else self._host.tolist()

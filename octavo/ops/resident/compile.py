@@ -1,0 +1,126 @@
+"""CUDA C++ compiled at run time, by the compiler that comes with torch, and launched through the driver.
+
+What was compiled is kept in the user's cache, under a name that its source, options and compiler decide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["Kernel", "compile_cubin", "missing"]
+
+SOURCES = Path(__file__).parent / "csrc"
+KEPT = Path.home() / ".cache" / "octavo"
+SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@cache
+def _compiler() -> ctypes.CDLL | str:
+    """NVRTC, or why it is not there."""
+    root = Path(torch.__file__).parents[1] / "nvidia"
+    major = (torch.version.cuda or "13").split(".")[0]
+    found = [*root.glob(f"*/lib/libnvrtc.so.{major}"), Path(f"libnvrtc.so.{major}"), *root.glob("*/lib/libnvrtc.so.*")]
+    for path in found:
+        try:
+            for part in path.parent.glob("libnvrtc-builtins.so.*"):  # which it looks for by name alone
+                ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return f"there is no libnvrtc.so.{major}"
+
+
+def missing() -> str | None:
+    """None, or why nothing can be compiled."""
+    found = _compiler()
+    return found if isinstance(found, str) else None
+
+
+def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
+    """Machine code of csrc/`name` for `arch` ("sm_90"), each option defined as a macro.
+
+    Raises RuntimeError with the compiler's message.
+    """
+    nvrtc = _compiler()
+    assert isinstance(nvrtc, ctypes.CDLL), nvrtc
+    flags = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in options.items())]
+    texts = {path.name: path.read_bytes() for path in sorted(SOURCES.iterdir())}
+    version = c_int(), c_int()
+    nvrtc.nvrtcVersion(byref(version[0]), byref(version[1]))
+    key = hashlib.sha256(repr((name, flags, texts, version[0].value, version[1].value)).encode()).hexdigest()[:24]
+    kept = KEPT / f"{Path(name).stem}-{key}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    headers = {other: text for other, text in texts.items() if other != name}
+    program = c_void_p()
+    made = nvrtc.nvrtcCreateProgram(
+        byref(program), texts[name], name.encode(), len(headers), (c_char_p * len(headers))(*headers.values()),
+        (c_char_p * len(headers))(*(other.encode() for other in headers)),
+    )  # fmt: skip
+    assert made == 0, f"nvrtcCreateProgram: {made}"
+    try:
+        failed = nvrtc.nvrtcCompileProgram(program, len(flags), (c_char_p * len(flags))(*(flag.encode() for flag in flags)))
+        if failed:
+            raise RuntimeError(f"{name}: {_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()}")
+        cubin = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(byref(program))
+    _keep(kept, cubin)
+    return cubin
+
+
+def _text(size_of: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer, program: c_void_p) -> bytes:
+    size = c_size_t()
+    size_of(program, byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    get(program, text)
+    return text.raw
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """For the next start; where the cache cannot be written, that one compiles again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        os.replace(temporary, path)
+    except OSError:
+        return
+
+
+class Kernel:
+    """A function of a compiled module, in the current device's context."""
+
+    def __init__(self, cubin: bytes, name: str):
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        self.module, self.function = c_void_p(), c_void_p()
+        self._check("cuModuleLoadData", byref(self.module), cubin)
+        self._check("cuModuleGetFunction", byref(self.function), self.module, name.encode())
+        self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
+        self._check("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
+
+    def constant(self, name: str) -> int:
+        """The value of a global int of the module."""
+        place, size, value = c_void_p(), c_size_t(), c_int()
+        self._check("cuModuleGetGlobal_v2", byref(place), byref(size), self.module, name.encode())
+        self._check("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
+        return value.value
+
+    def launch(self, programs: int, arguments: ctypes.Structure) -> None:
+        """On torch's current stream. `arguments` are the function's one parameter."""
+        pointers = (c_void_p * 1)(ctypes.addressof(arguments))
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._check("cuLaunchKernel", self.function, programs, 1, 1, self.threads, 1, 1, self.shared, stream, pointers, None)
+
+    def _check(self, call: str, *arguments: object) -> None:
+        if status := getattr(self.driver, call)(*arguments):
+            raise RuntimeError(f"{call} failed with CUDA error {status}")
