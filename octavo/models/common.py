@@ -139,7 +139,8 @@ class CausalLM(nn.Module):
         layers: list[Any] = list(self.model.layers)  # of whatever architecture, with Hugging Face's names
         for layer in layers:
             a, mlp = layer.self_attn, layer.mlp
-            if any(linear.bias is not None for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)):
+            biases = [linear.bias for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+            if a.o_proj.tp.size > 1 or any(bias is not None for bias in biases):
                 return None
             q_norm, k_norm = a.attn.norms or (None, None)
             part = LayerParts(

@@ -52,6 +52,8 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     first, weights = parts.layers[0], [w for layer in parts.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
         return "not every weight is FP8 with a scale a channel or matrix"
+    if first.input_norm.dtype is not torch.bfloat16:
+        return f"the model is {first.input_norm.dtype}"
     k, v, dim, group = first.views["k"], first.views["v"], parts.head_dim, parts.heads // parts.kv_heads
     if any(size % 64 for size in (parts.hidden, parts.inter, parts.heads * dim)):
         return "a dimension is not a multiple of 64"
@@ -63,8 +65,10 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
         return "the cache's FP8 values do not have their tokens last"
-    if parts.kv_heads > launch.device_units():
+    if parts.kv_heads * TOKENS[-1] > launch.device_units():
         return "more key heads than multiprocessors"
+    if TOKENS[-1] * max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
+        return "activations that leave no room for weights on a multiprocessor"
     return None
 
 
@@ -95,7 +99,7 @@ class ResidentDecoder:
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of so many single tokens, of contexts up to `longest`, is one launch."""
-        return requests in TOKENS and longest <= LONGEST and requests * self.parts.kv_heads <= self.programs
+        return requests in TOKENS and longest <= LONGEST
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""

@@ -156,20 +156,25 @@ def _workspace(device: torch.device, programs: int, rows: int, dp: int) -> tuple
     return parts, torch.empty(programs * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
+SHARING = {128: 3, 64: 4}  # programs of such a tile that a multiprocessor runs at a time
+
+
 def _tile(requests: int, kv_heads: int) -> int:
-    """Tokens of the context at a time: more where there are few programs and each waits for memory alone."""
-    return 128 if 8 * requests * kv_heads <= device_units() else 64
+    """Tokens of the context at a time: 64 where so many programs are just there at once, or waves of them without end."""
+    programs, units = requests * kv_heads, device_units()
+    return 128 if programs <= 3 * units or 4 * units < programs <= 8 * units else 64
 
 
 def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
-    """Parts of a context, so that there are a few programs a multiprocessor and none has less than a tile or two."""
-    programs = requests * kv_heads
-    wanted = max(1, 4 * device_units() // programs)
-    return min(power_of_2(wanted), 64, power_of_2(-(-longest // (2 * tile))))  # few values, for few graphs
+    """Parts of a context, so that all programs are there at once and none has less than a tile or two."""
+    wanted = max(1, SHARING[tile] * device_units() // (requests * kv_heads))
+    return min(wanted, 64, -(-longest // (2 * tile)))
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
-    return splits_for(requests, kv_heads, longest, _tile(requests, kv_heads))
+    """The parts, with either tile."""
+    few, more = (splits_for(requests, kv_heads, longest, tile) for tile in SHARING)
+    return few << 8 | more
 
 
 def decode_attention(

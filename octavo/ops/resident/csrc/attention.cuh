@@ -114,7 +114,10 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, u32 n
             for (int e = 0; e < 2; e++) {
                 const int i = 2 * (lane + 32 * j) + e, k = i + DIM / 2;
                 float a = x[j][e], b = y[j][e];
-                if (HEAD_NORMS && !is_value) a = rounded(rounded(a * factor) * wide(__ldg(gain + i))), b = rounded(rounded(b * factor) * wide(__ldg(gain + k)));
+                if (HEAD_NORMS && !is_value) {
+                    a = rounded(rounded(a * factor) * wide(__ldg(gain + i)));
+                    b = rounded(rounded(b * factor) * wide(__ldg(gain + k)));
+                }
                 if (!is_value) {
                     const float cosine = __ldg(cosines + i), sine = __ldg(cosines + k), old = a;
                     a = rounded(a * cosine - b * sine), b = rounded(b * cosine + old * sine);

@@ -1,0 +1,90 @@
+/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by kernel.cu. */
+#define INLINE __device__ __forceinline__
+
+INLINE float wide(u32 bf16) { return __uint_as_float(bf16 << 16); }
+INLINE u32 narrow(float x) { /* to BF16, ties to even */
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+INLINE u32 narrow_two(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+INLINE u32 times(u32 a, u32 b) { /* of two BF16 each */
+    u32 y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u)); /* minus zero leaves a zero's sign */
+    return y;
+}
+INLINE u32 larger(u32 a, u32 b) {
+    u32 y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+INLINE float rounded(float x) { return wide(narrow(x)); }
+INLINE u32 codes_of(float low, float high) {
+    u16 y;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+    return y;
+}
+INLINE void values_of(u32 codes, float (&out)[4]) {
+    u32 low, high;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+        : "=r"(low), "=r"(high) : "r"(codes));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[0]), "=f"(out[1]) : "r"(low));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[2]), "=f"(out[3]) : "r"(high));
+}
+
+/* What other programs wrote in this launch is read from the cache that all share. */
+INLINE uint4 shared_load(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+INLINE float2 shared_load(const float2 *p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+INLINE float shared_load(const float *p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
+INLINE u16 shared_load(const u16 *p) {
+    u16 v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+    return v;
+}
+/* Two BF16 values and the number that says which phase they are of, written and read at once. */
+INLINE void send(u64 *to, u32 values, u32 number) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)number << 32 | values) : "memory");
+}
+INLINE u64 look(const u64 *from) {
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+    return v;
+}
+INLINE ulonglong2 look_at_two(const u64 *from) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
+    return v;
+}
+INLINE bool is_there(u64 sent, u32 number) { return (int)((u32)(sent >> 32) - number) >= 0; }
+
+INLINE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+INLINE u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+INLINE void wait(const u64 *barrier, u32 parity) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;}" ::"r"(address(barrier)), "r"(parity) : "memory");
+}
+INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* all warps but the one that asks */
+
+INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(full) : "memory");
+}
