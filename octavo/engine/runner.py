@@ -18,6 +18,7 @@ from octavo.distributed import TensorParallel
 from octavo.engine.graphs import DecodeGraphs
 from octavo.engine.loading import load_model
 from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.prompt_graphs import PromptGraphs
 from octavo.engine.recorded import RecordedSteps
 from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample
@@ -93,6 +94,7 @@ class ModelRunner:
         if (parts := self.model.parts()) is not None:
             self.model.model.fused = ops.fuse(parts, self.platform)
         self.graphs = self._decode_graphs() if graphs else None
+        self.prompts = self._prompt_graphs() if graphs and not cpu else None
         log.info("ops: %s", ops.table())
 
     @torch.inference_mode()
@@ -101,6 +103,16 @@ class ModelRunner:
         if self.platform.is_cpu:
             return RecordedSteps(self._decode, *sizes)
         return DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._prefill_once)
+
+    @torch.inference_mode()
+    def _prompt_graphs(self) -> PromptGraphs:
+        room = min(self.max_model_len, self.max_num_batched_tokens)
+        return PromptGraphs(self._prompt, self.platform, self.block_size, room, self.num_blocks)
+
+    def _prompt(self, batch: batches.ForwardBatch, last: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_decode`, of a prompt's last token."""
+        logits: Tensor = self.model.lm_head(self.model(batch)[last])
+        return logits, ops.likeliest(logits)
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
         """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
@@ -203,8 +215,12 @@ class ModelRunner:
     def _replay(
         self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Logits and likeliest tokens of a step of single tokens, where a graph has them."""
-        if self.graphs is None or any(item.num_tokens > 1 for item in items) or any(map(_wants_prompt_logprobs, items, rows)):
+        """Logits and likeliest tokens of a step of single tokens, or of one prompt, where a graph has them."""
+        if self.graphs is None or any(map(_wants_prompt_logprobs, items, rows)):
+            return None
+        if self.prompts is not None and len(items) == 1 and items[0].num_tokens > 1 and items[0].samples:
+            return self.prompts.run(_span(items[0]))
+        if any(item.num_tokens > 1 for item in items):
             return None
         known = None if previous is None else previous.tokens
         return self.graphs.run([_span(item) for item in items], known, _sources(items, previous))

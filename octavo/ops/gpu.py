@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
 from octavo.ops.triton.attention import attention
 from octavo.ops.triton.block import block_linear, quantize_groups
+from octavo.ops.triton.choose import likeliest
 from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
@@ -131,16 +130,3 @@ class PackedDense(PackedWeight):
 
 
 LINEAR = [ScaledMM(), Blocks(), Dense()]
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    return argmax_by_parts(logits) if logits.shape[0] < 64 else logits.argmax(-1)
-
-
-def argmax_by_parts(x: Tensor) -> Tensor:
-    """x.argmax(-1) of [rows, n] in two steps: in one, a GPU leaves each row to one multiprocessor."""
-    parts = math.gcd(x.shape[-1], 64)
-    most, at = x.unflatten(-1, (parts, -1)).max(-1)
-    part = most.argmax(-1, keepdim=True)
-    token: Tensor = part * (x.shape[-1] // parts) + at.gather(-1, part)
-    return token.squeeze(-1)

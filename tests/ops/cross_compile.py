@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import block, decode, elementwise, launch, linear, prefill, rope
+from octavo.ops.triton import block, choose, decode, elementwise, launch, linear, prefill, rope
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -60,6 +60,11 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         "quantize", elementwise._quantize,
         dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"),
         dict(BLOCK=4096, **limit), {"num_warps": 8},
+    )  # fmt: skip
+    yield (
+        "likeliest", choose._likeliest,
+        dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
+        dict(BLOCK=choose.BLOCK, LOWEST=choose.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",

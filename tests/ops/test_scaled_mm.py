@@ -9,7 +9,7 @@ from ops.shapes import LINEAR
 from quant import float64
 from quant.float64 import E4M3FN, array
 
-from octavo.ops.gpu import ScaledMM, argmax_by_parts
+from octavo.ops.gpu import ScaledMM
 from octavo.ops.reference import scaled
 from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
@@ -52,9 +52,3 @@ def test_without_padding_the_library_refuses() -> None:
 @pytest.mark.parametrize("scheme", [BF16, FP8_BLOCK], ids=lambda s: s.name)
 def test_what_it_does_not_take(scheme: Scheme) -> None:
     assert ScaledMM().supports(quantize(torch.randn(32, 32), scheme), PLATFORM)
-
-
-@pytest.mark.parametrize("vocab", [1, 77, 96, 128_256])
-def test_the_likeliest_token_by_parts(vocab: int) -> None:
-    x = torch.randn(5, vocab)
-    assert torch.equal(argmax_by_parts(x), x.argmax(-1))

@@ -12,7 +12,7 @@ from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import HeadNorms, PackedWeight, Quantized, Unscaled
-from octavo.ops.triton import attention, block, decode, elementwise, linear, prefill, rope
+from octavo.ops.triton import attention, block, choose, decode, elementwise, linear, prefill, rope
 from octavo.platform import FP8_MAX
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
@@ -312,3 +312,21 @@ def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch, stages: int) -> No
                 t = prefill._tiles(dp, dtype)
                 assert dp * dtype.itemsize * (t["BM"] + t["stages"] * 2 * t["BN"]) <= kib << 10
                 assert t["stages"] <= stages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 77, 4096, 9001])
+def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
+    """The first of the largest; twice, since a launch leaves the workspace as the next one needs it."""
+    x = torch.randn(9, vocab, dtype=dtype, device=DEVICE)
+    x[1] = 0
+    x[2] = -torch.inf
+    x[3, vocab // 2] = x[3, vocab // 3] = 100
+    x[4, vocab // 2] = torch.inf
+    x[5] = -x[5].abs() - 1
+    x[6, ::2], x[6, 1::2] = -0.0, 0.0
+    x[7, vocab // 4] = torch.nan
+    wide = torch.cat([x, x[:, :1] + 1000], 1)[:, :vocab]  # rows that are not adjacent
+    for given in (x, x, wide):
+        assert choose.likeliest(given).tolist() == given.float().argmax(-1).tolist()
+    assert choose.likeliest(x[:0]).shape == (0,)

@@ -251,11 +251,9 @@ INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Sm
     for (int i = threadIdx.x; i < ALL; i += CONSUMERS) own[i] = i < VALUES ? found(i) : stats[i - VALUES];
     meet();
     if (threadIdx.x == 0) {
-        u32 *done = s.counters + 2 + pair;
-        __threadfence();
-        small.last = atomicAdd(done, 1) == (u32)p.splits - 1;
-        if (small.last) *done = 0; /* for the next layer */
-        __threadfence();
+        u32 done; /* counts up to the last and then from zero */
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(done) : "l"(s.counters + 2 + pair), "r"(p.splits - 1) : "memory");
+        small.last = done == (u32)p.splits - 1;
     }
     meet();
     if (!small.last) return;

@@ -1,0 +1,90 @@
+"""Whole short prompts from captured graphs: their kernels take less time than the host takes to launch them.
+
+A graph is of one request's tokens from its first on, up to a size; a shorter prompt is filled up with tokens that come after
+it, which it cannot see, and whose keys and values go to the scratch block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.batch import ForwardBatch, Span
+from octavo.platform import Platform
+
+__all__ = ["PromptGraphs"]
+
+SIZES = (64, 128, 256, 512)  # tokens; of longer prompts the kernels take longer than their launches
+
+
+class PromptGraphs:
+    """Graphs of `forward`, which gives logits [1, vocab] and the token chosen from them, int64 [1], of a batch of one request
+    and the place of its last token, int64 [1]."""
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch, Tensor], tuple[Tensor, Tensor]],
+        platform: Platform,
+        block_size: int,
+        most_tokens: int,
+        scratch_block: int,
+    ):
+        self.platform, self.block_size, self.scratch_block = platform, block_size, scratch_block
+        self.sizes = [size for size in SIZES if size <= most_tokens]
+        if not self.sizes:
+            return
+        largest, device = self.sizes[-1], platform.device
+        self.sent = torch.zeros(2 * largest + 1, dtype=torch.int64, device=device)  # ids, slots, the last token's place
+        self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
+        self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
+        pool = None
+        for size in reversed(self.sizes):
+            self._send(Span([0] * size, 0, []))
+            batch, last = self._batch(size)
+            forward(batch, last)  # compiles, and works out what the batch keeps, which a capture could not
+            replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
+            self._graphs[size] = replay, logits, tokens
+
+    def _batch(self, size: int) -> tuple[ForwardBatch, Tensor]:
+        device = self.platform.device
+        batch = ForwardBatch(
+            self.sent[:size], torch.arange(size, device=device), self.sent[size : 2 * size],
+            torch.tensor([0, size], dtype=torch.int32, device=device), torch.tensor([size], dtype=torch.int32, device=device),
+            self.table, [size], [size], self.block_size, {},
+        )  # fmt: skip
+        return batch, self.sent[2 * size : 2 * size + 1]
+
+    def _send(self, span: Span) -> int:
+        """The prompt to the device; the size of its graph."""
+        count, block, scratch = len(span.token_ids), self.block_size, self.scratch_block * self.block_size
+        size = self.sizes[bisect_left(self.sizes, count)]
+        slots = [scratch] * size if not span.block_ids else _slots(span.block_ids, count, block) + [scratch] * (size - count)
+        self._copy(self.sent[: 2 * size + 1], [*span.token_ids, *[0] * (size - count), *slots, count - 1])
+        width = self.table.shape[1]
+        held = list(span.block_ids[:width])
+        self._copy(self.table[0], held + [self.scratch_block] * (width - len(held)))
+        return size
+
+    def _copy(self, to: Tensor, values: Sequence[int]) -> None:
+        host = torch.tensor(values, dtype=to.dtype, pin_memory=not self.platform.is_cpu)
+        to.copy_(host, non_blocking=True)
+
+    def run(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Logits [1, vocab] after the last token of a prompt, and the token chosen from them; both last until the next call.
+
+        None where no graph is large enough.
+        """
+        if span.start or not self.sizes or len(span.token_ids) > self.sizes[-1]:
+            return None
+        replay, logits, tokens = self._graphs[self._send(span)]
+        replay()
+        return logits, tokens
+
+
+def _slots(block_ids: Sequence[int], count: int, block: int) -> list[int]:
+    return [block_ids[at // block] * block + at % block for at in range(count)]
