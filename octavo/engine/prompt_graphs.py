@@ -42,6 +42,7 @@ class PromptGraphs:
         self.sent = torch.zeros(2 * largest + 1, dtype=torch.int64, device=device)  # ids, slots, the last token's place
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
+        self._batches: list[ForwardBatch] = []  # a replay reads their tensors, and what they keep
         pool = None
         for size in reversed(self.sizes):
             self._send(Span([0] * size, 0, []))
@@ -49,6 +50,7 @@ class PromptGraphs:
             forward(batch, last)  # compiles, and works out what the batch keeps, which a capture could not
             replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
             self._graphs[size] = replay, logits, tokens
+            self._batches.append(batch)
 
     def _batch(self, size: int) -> tuple[ForwardBatch, Tensor]:
         device = self.platform.device
