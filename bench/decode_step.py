@@ -1,0 +1,87 @@
+"""A decode step's layers as one launch, beside the same step op by op, and beside reading the weights at the speed of a copy.
+
+    python -m bench.decode_step --shape llama-3.1-8b --requests 1 2 --context 256 2000
+
+Random weights, a graph each, the median of 20 replays. Needs an accelerator on which a step is one launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+from octavo import ops
+from octavo.batch import Span
+from octavo.config import EngineConfig
+from octavo.engine.runner import ModelRunner
+from octavo.platform import detect
+from octavo.tools.bench_ceilings import measure_ceilings
+from octavo.tools.bench_workloads import SHAPES, model_directory
+
+
+def microseconds(fn: Callable[[], object]) -> float:
+    """The median of a graph's replays."""
+    fn()
+    replay, _, _ = ops.capture(fn)
+    times = []
+    for _ in range(21):  # the first is the warm-up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--requests", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--context", type=int, nargs="*", default=[256, 2000])
+    parser.add_argument("-q", "--quantization", default="ptpc_fp8")
+    parser.add_argument("--kv-cache-dtype", default="fp8")
+    args = parser.parse_args()
+    if detect().is_cpu:
+        sys.exit("there is no accelerator here")
+    with model_directory("", args.shape, None) as directory:
+        config = EngineConfig(
+            model=str(directory), load_format="dummy", quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype,
+            enforce_eager=True, max_model_len=8192, max_num_seqs=8,
+        )  # fmt: skip
+        runner = ModelRunner(config)
+    model, fused, block = runner.model.model, runner.model.model.fused, runner.block_size
+    if fused is None:
+        sys.exit(f"a step is not one launch here: {ops.table().get('decode step of few requests', 'there is no such kernel')}")
+    parts = runner.model.parts()
+    assert parts is not None
+    read = sum(w.held_bytes for layer in parts.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    bandwidth = measure_ceilings(runner.platform).bandwidth
+    copied = 1e6 * read / bandwidth
+    print(
+        f"{args.shape} on {runner.platform.name}: {read / 1e9:.2f} GB of weights, {copied:,.0f} µs at {bandwidth / 1e12:.2f} TB/s"
+    )
+    print("requests  context   op by op, µs   one launch, µs   ratio   of the copy's speed")
+    for requests in args.requests:
+        for context in args.context:
+            if not fused.takes(requests, context):
+                print(f"{requests:8} {context:8}   not one launch")
+                continue
+            each = -(-context // block)
+            spans = [Span([5], context - 1, range(i * each, (i + 1) * each)) for i in range(requests)]
+            batch = runner._batch(spans)
+            one = microseconds(lambda batch=batch: runner.model(batch))  # type: ignore[misc]
+            model.fused = None
+            many = microseconds(lambda batch=batch: runner.model(batch))  # type: ignore[misc]
+            model.fused = fused
+            row = f"{requests:8} {context:8} {many:14,.0f} {one:16,.0f} {many / one:7.2f}"
+            print(f"{row} {100 * copied / one:20.0f}%", flush=True)
+
+
+if __name__ == "__main__":
+    main()
