@@ -63,9 +63,8 @@ def main() -> None:
     read = sum(w.held_bytes for layer in parts.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
     bandwidth = measure_ceilings(runner.platform).bandwidth
     copied = 1e6 * read / bandwidth
-    print(
-        f"{args.shape} on {runner.platform.name}: {read / 1e9:.2f} GB of weights, {copied:,.0f} µs at {bandwidth / 1e12:.2f} TB/s"
-    )
+    at_copy = f"{copied:,.0f} µs at {bandwidth / 1e12:.2f} TB/s"
+    print(f"{args.shape} on {runner.platform.name}: {read / 1e9:.2f} GB of weights, {at_copy}")
     print("requests  context   op by op, µs   one launch, µs   ratio   of the copy's speed")
     for requests in args.requests:
         for context in args.context:
