@@ -81,7 +81,7 @@ def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monke
 def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.missing() is not None:
         pytest.skip("needs NVRTC")
-    with pytest.raises(RuntimeError, match=r"kernel\.cu"):
+    with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
         compiler.compile_cubin("kernel.cu", "sm_90", {"TOKENS": 1})
 
 
@@ -125,6 +125,18 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "missing", lambda: "there is no libnvrtc.so.13")
     assert decoder.refusal(parts(), Platform(CPU, "sm_90")) == "there is no libnvrtc.so.13"
+
+
+def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from octavo.ops import cuda
+
+    def refuse(*_: object) -> None:
+        raise compiler.NoKernel("cuModuleLoadData failed with CUDA error 218\nmore")
+
+    monkeypatch.setattr(cuda, "refusal", lambda *_: None)
+    monkeypatch.setattr(cuda, "ResidentDecoder", refuse)
+    assert cuda.fuse(parts(), Platform(CPU, "sm_90")) == "cuModuleLoadData failed with CUDA error 218"
+    assert "not one launch" in caplog.text
 
 
 def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:

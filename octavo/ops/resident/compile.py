@@ -15,11 +15,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Kernel", "compile_cubin", "missing"]
+__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing"]
 
 SOURCES = Path(__file__).parent / "csrc"
 KEPT = Path.home() / ".cache" / "octavo"
 SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class NoKernel(RuntimeError):
+    """The compiler or the driver refused a kernel."""
 
 
 @cache
@@ -47,7 +51,7 @@ def missing() -> str | None:
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
     """Machine code of csrc/`name` for `arch` ("sm_90"), each option defined as a macro.
 
-    Raises RuntimeError with the compiler's message.
+    Raises NoKernel with the compiler's message.
     """
     nvrtc = _compiler()
     assert isinstance(nvrtc, ctypes.CDLL), nvrtc
@@ -69,7 +73,7 @@ def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> byte
     try:
         failed = nvrtc.nvrtcCompileProgram(program, len(flags), (c_char_p * len(flags))(*(flag.encode() for flag in flags)))
         if failed:
-            raise RuntimeError(f"{name}: {_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()}")
+            raise NoKernel(f"{name}: {_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()}")
         cubin = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
@@ -98,7 +102,7 @@ def _keep(path: Path, cubin: bytes) -> None:
 
 
 class Kernel:
-    """A function of a compiled module, in the current device's context."""
+    """A function of a compiled module, in the current device's context. Raises NoKernel where the driver refuses it."""
 
     def __init__(self, cubin: bytes, name: str):
         self.driver = ctypes.CDLL("libcuda.so.1")
@@ -123,4 +127,4 @@ class Kernel:
 
     def _check(self, call: str, *arguments: object) -> None:
         if status := getattr(self.driver, call)(*arguments):
-            raise RuntimeError(f"{call} failed with CUDA error {status}")
+            raise NoKernel(f"{call} failed with CUDA error {status}")

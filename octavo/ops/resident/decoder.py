@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import partial
 
@@ -75,7 +75,7 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
 class ResidentDecoder:
     """All layers of a decoder, for steps of 1 or 2 requests of one token each with at most LONGEST tokens of context.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled.
+    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
     """
 
     name = "one launch, csrc/kernel.cu"
@@ -87,8 +87,9 @@ class ResidentDecoder:
         self.k, v = first.views["k"], first.views["v"]
         self.strides = (self.k.stride(0), self.k.stride(1), *v.stride()[1:])
         self.table = self._layers()
-        self.kernels: dict[int, Kernel] = {}
-        self.compiled: dict[int, Future[bytes]] = {}
+        with ThreadPoolExecutor(len(TOKENS)) as pool:
+            compiled = list(pool.map(lambda tokens: compile_cubin("kernel.cu", platform.arch, self.options(tokens)), TOKENS))
+        self.kernels = {tokens: Kernel(cubin, "decode_step") for tokens, cubin in zip(TOKENS, compiled, strict=True)}
         most, group, dim = 4, parts.heads // parts.kv_heads, parts.head_dim
         room, zeros = partial(torch.empty, device=self.device), partial(torch.zeros, device=self.device)
         qkv = (parts.heads + 2 * parts.kv_heads) * dim  # two values and a number beside them in eight bytes
@@ -105,8 +106,6 @@ class ResidentDecoder:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
         tokens = x.shape[0]
         if launch.is_ahead():
-            if tokens not in self.compiled:
-                self.compiled[tokens] = launch.ahead(partial(self._compile, tokens))
             return x
         residual, x = torch.empty_like(x), x.contiguous()
         p = self.parts
@@ -116,17 +115,8 @@ class ResidentDecoder:
             batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), batch.block_tables.data_ptr(), p.cos_sin.data_ptr(),
             batch.block_tables.stride(0), *self.strides, len(p.layers), p.eps, p.scale * LOG2E,
         )  # fmt: skip
-        self._kernel(tokens).launch(self.programs, step)
+        self.kernels[tokens].launch(self.programs, step)
         return residual
-
-    def _kernel(self, tokens: int) -> Kernel:
-        if tokens not in self.kernels:
-            ahead = self.compiled.pop(tokens, None)
-            self.kernels[tokens] = Kernel(ahead.result() if ahead else self._compile(tokens), "decode_step")
-        return self.kernels[tokens]
-
-    def _compile(self, tokens: int) -> bytes:
-        return compile_cubin("kernel.cu", self.platform.arch, self.options(tokens))
 
     def options(self, tokens: int) -> dict[str, int | float]:
         """The constants that kernel.cu is compiled with."""

@@ -8,8 +8,8 @@ reads, and `release` once its successor may begin to start. Weights depend on no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,6 @@ from octavo.kvcache import Views
 from octavo.platform import FP8_MAX, Platform
 
 __all__ = [
-    "ahead",
     "cache_strides",
     "codes",
     "compile_ahead",
@@ -51,7 +50,6 @@ _shared = 227 << 10
 _fp8 = tl.float8e4nv, 448.0
 _bounded = False
 _ahead: set[Any] | None = None  # within compile_ahead: what was compiled there
-_pool: ThreadPoolExecutor | None = None  # and who compiles
 
 
 def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
@@ -84,24 +82,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def compile_ahead() -> Iterator[None]:
     """Within it kernels are compiled and not launched: what ops give is worthless. Leaving it waits for the compiler, which
     works on all cores."""
-    global _ahead, _pool
+    global _ahead
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
-        _ahead, _pool = set(), pool
+        _ahead = set()
         try:
             yield
         finally:
-            _ahead = _pool = None
+            _ahead = None
 
 
 def is_ahead() -> bool:
     """Whether this is within compile_ahead."""
     return _ahead is not None
-
-
-def ahead(compile: Callable[[], Any]) -> Future[Any]:
-    """Within compile_ahead, what another compiler makes beside Triton's."""
-    assert _pool is not None
-    return _pool.submit(compile)
 
 
 def _specialized(x: Any) -> Any:
