@@ -79,7 +79,7 @@ class PackedNative(PackedWeight):
             activation=_QUANTIZED[q.scheme.activation],
         )
         by_token = scale is not None and q.scheme.activation is Granularity.ROW
-        self.tiles = by_token and self.k % 32 == 0 and torch.cpu._is_amx_tile_supported()
+        self.tiles = by_token and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 

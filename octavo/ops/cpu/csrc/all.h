@@ -20,7 +20,11 @@ static const Functions NAME(functions) = {
 #undef vh
 #undef vb
 #undef vp
-#undef PAIRED
+#undef vs
+#undef UNIT
+#undef ONE_PANEL
+#undef TWO_PANELS
+#undef APART
 #undef PARTS
 #undef HALF_UNDO
 #undef UNDO

@@ -197,14 +197,19 @@ static void NAME(rope)(void *argument, int64_t task) {
     }
 }
 
-/* Task: one row of a weight to BF16, smaller by the power of two that its scale makes up for; the width is a multiple of 32. */
+/* Task: one row of a weight to BF16, smaller by the power of two that its scale makes up for, in round()'s order; the width is a
+   multiple of CHUNK. */
 static void NAME(widen)(void *argument, int64_t row) {
     const TilesJob *job = argument;
     const char *from = (const char *)job->from + row * job->from_stride;
     uint16_t *to = job->to + row * job->to_stride;
 #if DOT
-    if (job->kind == E5M2) NAME(widen_to_pairs)(to, from, E5M2, job->width);
-    else NAME(widen_to_pairs)(to, from, E4M3, job->width);
+    for (int64_t at = 0; at < job->width; at += UNIT) {
+        vp v[2];
+        if (job->kind == E5M2) NAME(widen_unit)(from + at, E5M2, v);
+        else NAME(widen_unit)(from + at, E4M3, v);
+        memcpy(to + at, v, sizeof v);
+    }
 #else
     float values[GROUP];
     for (int64_t at = 0; at < job->width; at += GROUP) {

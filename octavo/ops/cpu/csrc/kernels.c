@@ -158,15 +158,16 @@ int32_t octavo_not_finite(const uint8_t *codes, int64_t count, int32_t kind) {
 
 /* y [m, n] = x [m, k] times the transposed weight, both of `kind`; x's rows are x_stride values apart. 0, or -1 without memory. */
 int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t threads) {
-    int64_t k_padded = (w->k + CHUNK - 1) / CHUNK * CHUNK, most = least(m, CHUNK_TOKENS);
+    int64_t most = least(m, CHUNK_TOKENS);
     int status = 0;
     pthread_mutex_lock(&pool.call);
     for (int64_t done = 0; done < m && !status; done += most) {
         int64_t count = least(most, m - done), panels = (count + LANES - 1) / LANES;
         int is_panel = count > ROWS_MODE;
         int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x, in BF16 */
-        int paired = is_panel ? panels_of_pairs : chosen->pairs_pay != NULL;
-        size_t values = (size_t)(is_panel ? panels * (w->k + 1) * LANES : count * k_padded), scales = (size_t)(count + 15) / 16 * 16;
+        int pairs = (is_panel ? panels_of_pairs : chosen->pairs_pay != NULL) && exact && w->kind != F32 && !w->scale_columns;
+        int64_t chunk = is_panel || !pairs ? CHUNK : ROW_CHUNK, k_padded = (w->k + chunk - 1) / chunk * chunk;
+        size_t values = (size_t)(is_panel ? panels * LANES : count) * (size_t)k_padded, scales = (size_t)(count + 15) / 16 * 16;
         float *memory = scratch((values + scales) * 4);
         if (!memory) {
             status = -1;
@@ -175,11 +176,12 @@ int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_strid
         LinearJob job = {
             .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
             .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
-            .kind = kind, .is_panel = is_panel, .pairs = paired && exact && w->kind != F32 && !w->scale_columns};
+            .kind = kind, .is_panel = is_panel, .pairs = pairs};
         job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
         parallel(chosen->prepare, &job, is_panel ? panels * job.parts : 1, threads);
         if (is_panel) {
-            job.row_tasks = (w->n + TASK_ROWS - 1) / TASK_ROWS;
+            job.task_rows = job.pairs ? (panels > 1 ? TASK_OF_PAIRS : LANES) : TASK_ROWS;
+            job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
             while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
         } else {
             job.row_tasks = least((w->n + 15) / 16, 8 * threads);
@@ -202,8 +204,8 @@ void octavo_look_up(const Linear *w, const int64_t *ids, void *y, int64_t m, int
     each_of(chosen->look_up, &job, m, threads);
 }
 
-/* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out; k is a
-   multiple of 32. */
+/* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out, in the order
+   in which octavo_round has a token's; k is a multiple of CHUNK. */
 void octavo_widen(const void *codes, uint16_t *to, int64_t rows, int64_t k, int64_t stride, int32_t kind, int32_t threads) {
     TilesJob job = {.from = codes, .to = to, .width = k, .from_stride = stride, .to_stride = k, .kind = kind};
     each_of(chosen->widen, &job, rows, threads);

@@ -6,15 +6,19 @@
 #define ROWS_MODE 4
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats lie in the second-level cache */
+#define TASK_OF_PAIRS 48 /* a multiple of the rows of every tile of pairs */
 #define CHUNK_TOKENS 512
-#define CHUNK 64   /* values of a row that are multiplied in one turn */
+#define CHUNK 64   /* values of a row that are multiplied in one turn, */
+#define ROW_CHUNK 128 /* or of one that is multiplied along k in pairs */
 #define AHEAD 4096 /* bytes: rows are read in one stream, and a CPU's own prefetching stops at the end of each page */
 
 /* Where a panel's values of position k begin: [k][LANES] FP32, or [k / 2][LANES][2] BF16, which are as exact for codes. */
 INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
-    if (job->pairs) return job->panel + (panel * ((job->w->k + 1) / 2) + k / 2) * LANES;
-    return job->panel + (panel * job->w->k + k) * LANES;
+    return job->panel + (panel * job->k_padded + k) * LANES / (job->pairs ? 2 : 1);
 }
+
+/* Whether pairs of values are of every other one, since that is how the codes they meet are widened: pairs.h. */
+#define APART(kind) (DOT && (kind) >= E4M3)
 
 /* A token's scale where all its values share one, else 1. */
 static float NAME(token_scale)(const LinearJob *job, const char *x) {
@@ -48,6 +52,30 @@ INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char
     }
 }
 
+/* The even ones of 4 * VL values, then the odd ones. */
+INLINE void NAME(set_apart)(uint16_t *x) {
+    vu words[2];
+    memcpy(words, x, sizeof words);
+    for (int i = 0; i < 2; i++) {
+        vh even = __builtin_convertvector(words[i] & 0xFFFF, vh), odd = __builtin_convertvector(words[i] >> 16, vh);
+        memcpy(x + i * VL, &even, sizeof even);
+        memcpy(x + (2 + i) * VL, &odd, sizeof odd);
+    }
+}
+
+/* LANES positions of k [LANES][LANES], the first of them `at`, as pairs of BF16 in `panel`, which begins at position 0. */
+INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *panel) {
+    for (int i = 0; i < LANES / 2; i++) {
+        const int first = apart ? i / 2 * 4 + i % 2 : 2 * i, second = first + (apart ? 2 : 1);
+        const int64_t k = at + first, unit = 4 * VL; /* a unit has its even values' pairs first */
+        const int64_t pair = apart ? k / unit * unit / 2 + k % 2 * unit / 4 + k % unit / 4 : k / 2;
+        for (int p = 0; p < LANES; p += VL) {
+            vu low = (vu)NAME(load)(columns + first * LANES + p), high = (vu)NAME(load)(columns + second * LANES + p);
+            NAME(store)(panel + pair * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
+        }
+    }
+}
+
 /* One token's values, one after another, in the order in which dot() reads them. */
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
@@ -61,6 +89,8 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
         for (int64_t i = 0; MIXED(job->w->kind) && !job->pairs && i < padded; i += 32) NAME(mix)(values + i);
         if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
         else memcpy(dst + at, values, (size_t)padded * 4);
+        for (int64_t i = 0; job->pairs && APART(job->w->kind) && i < padded; i += 4 * VL)
+            NAME(set_apart)((uint16_t *)job->panel + token * job->k_padded + at + i);
     }
 }
 
@@ -69,8 +99,8 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
     const int64_t k = job->w->k, size = size_of(job->kind), groups = (k + GROUP - 1) / GROUP;
     const int64_t lanes = least(LANES, job->m - panel * LANES);
     const char *x = (const char *)job->x + panel * LANES * job->x_stride * size;
-    float rows[LANES][GROUP] __attribute__((aligned(64))), scale[LANES];
-    memset(rows[lanes - 1], 0, (size_t)(LANES - lanes + 1) * sizeof rows[0]);
+    float rows[LANES][GROUP] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64))), scale[LANES];
+    memset(rows, 0, sizeof rows);
     for (int64_t i = 0; i < lanes; i++) {
         scale[i] = NAME(token_scale)(job, x + i * job->x_stride * size);
         if (!part) job->scale[panel * LANES + i] = scale[i];
@@ -78,14 +108,12 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
     for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, k); at += GROUP) {
         const int64_t count = least(GROUP, k - at);
         float *dst = NAME(panel_at)(job, panel, at);
+        if (count < GROUP) memset(rows, 0, sizeof rows);
         for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x + (i * job->x_stride + at) * size, count, scale[i]);
-        if (job->pairs) {
-            for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(rows[i], BF16, 0, rows[i], count + count % 2);
-            for (int64_t j = 0; j < count + count % 2; j += 2, dst += LANES)
-                for (int i = 0; i < LANES; i++) memcpy(dst + i, (uint16_t *)rows[i] + j, 4);
-        } else {
-            for (int64_t j = 0; j < count; j++, dst += LANES)
-                for (int i = 0; i < LANES; i++) dst[i] = rows[i][j];
+        for (int64_t j = 0; j < (job->pairs ? least(GROUP, job->k_padded - at) : count); j += LANES) {
+            NAME(transpose)(rows[0] + j, GROUP, columns);
+            if (job->pairs) NAME(pair_up)(columns, j, APART(job->w->kind), dst);
+            else memcpy(dst + j * LANES, columns, (size_t)least(LANES, count - j) * LANES * 4);
         }
     }
 }
@@ -119,22 +147,18 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
 /* finish() for sums [rows][LANES] of a panel of tokens. */
 static void NAME(finish_panel)(const LinearJob *job, int64_t panel, int64_t from, int64_t to, const float *sum) {
     const Linear *w = job->w;
-    const int64_t first = panel * LANES, lanes = least(LANES, job->m - first), rows = to - from;
-    float values[TASK_ROWS][LANES];
-    uint16_t halves[TASK_ROWS][LANES];
-    for (int64_t row = 0; row < rows; row++) {
-        for (int p = 0; p < LANES; p += VL) {
-            vf v = NAME(load)(sum + row * LANES + p);
-            if (w->activation == PER_TOKEN) v *= NAME(load)(job->scale + first + p);
-            if (!w->scale_columns && w->scale) v *= w->scale[from + row];
-            NAME(store)(values[row] + p, v);
+    const int64_t first = panel * LANES, lanes = least(LANES, job->m - first);
+    float values[LANES * LANES] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64)));
+    for (; from < to; from += LANES, sum += LANES * LANES) {
+        const int64_t rows = least(LANES, to - from);
+        for (int64_t i = 0; i < rows * LANES; i += VL) {
+            vf v = NAME(load)(sum + i);
+            if (w->activation == PER_TOKEN) v *= NAME(load)(job->scale + first + i % LANES);
+            if (!w->scale_columns && w->scale) v *= w->scale[from + i / LANES];
+            NAME(store)(values + i, v);
         }
-        if (job->kind == BF16) NAME(narrow_row)(halves[row], BF16, 0, values[row], LANES);
-    }
-    for (int64_t i = 0; i < lanes; i++) {
-        const int64_t at = (first + i) * w->n + from;
-        if (job->kind == BF16) for (int64_t row = 0; row < rows; row++) ((uint16_t *)job->y)[at + row] = halves[row][i];
-        else for (int64_t row = 0; row < rows; row++) ((float *)job->y)[at + row] = values[row][i];
+        NAME(transpose)(values, LANES, columns);
+        for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(job->y, job->kind, (first + i) * w->n + from, columns + i * LANES, rows);
     }
 }
 
@@ -195,42 +219,41 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
 
 /* dot() over pairs. */
 INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
-    enum { PARTS_OF_PAIRS = CHUNK / PAIRED };
+    enum { SUMS = ROW_CHUNK / VL / 2 }; /* of a token and row: several, to hide what a dot product takes */
     const Linear *w = job->w;
-    const uint16_t *x = (const uint16_t *)job->panel;
-    const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
+    const int64_t size = size_of(kind), whole = w->k / ROW_CHUNK * ROW_CHUNK, padded = job->k_padded;
     for (int64_t row = from; row < to; row++) {
         const char *at = (const char *)w->weight + row * w->stride * size;
-        char tail[CHUNK * 2];
-        vf sum[ROWS_MODE][PARTS_OF_PAIRS];
+        const uint16_t *x = (const uint16_t *)job->panel;
+        char tail[ROW_CHUNK * 2];
+        vf sum[ROWS_MODE * SUMS];
+#pragma GCC unroll 64
+        for (int i = 0; i < m * SUMS; i++) sum[i] = (vf){0};
+        for (int64_t k = 0; k < padded; k += ROW_CHUNK, at += ROW_CHUNK * size, x += ROW_CHUNK) {
+            if (k == whole) { /* what lies after the last row is not ours to read */
+                memset(tail, 0, sizeof tail);
+                memcpy(tail, at, (size_t)((w->k - whole) * size));
+                at = tail;
+            }
 #pragma GCC unroll 4
-        for (int i = 0; i < m; i++)
+            for (int line = 0; line < size * ROW_CHUNK; line += 64) __builtin_prefetch(at + line + AHEAD);
+#pragma GCC unroll 16
+            for (int part = 0; part < SUMS; part += 2) {
+                vp v[2], other;
+                NAME(widen_unit)(at + part * VL * 2 * size, kind, v);
 #pragma GCC unroll 8
-            for (int part = 0; part < PARTS_OF_PAIRS; part++) sum[i][part] = (vf){0};
-        for (int64_t k = 0, end = whole;; end = padded) {
-            for (; k < end; k += CHUNK) {
-#pragma GCC unroll 2
-                for (int line = 0; line < size; line++) __builtin_prefetch(at + k * size + line * 64 + AHEAD);
-#pragma GCC unroll 8
-                for (int part = 0; part < PARTS_OF_PAIRS; part++) {
-                    vp v = NAME(widen_pairs)(at + (k + part * PAIRED) * size, kind), other;
-#pragma GCC unroll 4
-                    for (int i = 0; i < m; i++) {
-                        memcpy(&other, x + i * padded + k + part * PAIRED, sizeof other);
-                        sum[i][part] = NAME(dot_pairs)(sum[i][part], other, v);
-                    }
+                for (int i = 0; i < 2 * m; i++) {
+                    memcpy(&other, x + i / 2 * padded + (part + i % 2) * VL * 2, sizeof other);
+                    sum[i / 2 * SUMS + part + i % 2] = NAME(dot_pairs)(sum[i / 2 * SUMS + part + i % 2], other, v[i % 2]);
                 }
             }
-            if (k == padded) break;
-            memset(tail, 0, sizeof tail); /* what lies after the last row is not ours to read */
-            memcpy(tail, at + whole * size, (size_t)((w->k - whole) * size));
-            at = tail - whole * size;
         }
 #pragma GCC unroll 4
         for (int i = 0; i < m; i++) {
-#pragma GCC unroll 8
-            for (int part = 1; part < PARTS_OF_PAIRS; part++) sum[i][0] += sum[i][part];
-            NAME(finish)(job, i, row, NAME(sum)(sum[i][0]));
+            vf *of = sum + i * SUMS;
+#pragma GCC unroll 32
+            for (int j = 1; j < SUMS; j++) of[0] += of[j];
+            NAME(finish)(job, i, row, NAME(sum)(of[0]));
         }
     }
 }
@@ -260,12 +283,6 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
             const char *at = (const char *)w->weight + (row * w->stride + k) * size_of(w->kind);
             float *dst = rows + (row - from) * TASK_K;
             for (int64_t line = 0; line < depth * size_of(w->kind); line += 64) __builtin_prefetch(at + line + AHEAD);
-#if DOT
-            if (job->pairs) {
-                NAME(widen_to_pairs)((uint16_t *)dst, at, w->kind, depth);
-                continue;
-            }
-#endif
             NAME(widen_row)(dst, at, w->kind, depth);
             for (int64_t g = 0; w->scale_columns && g < depth; g += GROUP) {
                 float scale = NAME(scale_at)(w, row, k + g);
@@ -274,13 +291,6 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
         }
         for (int64_t p = first_panel; p < last_panel; p++) {
             float *sum = sums + (p - first_panel) * TASK_ROWS * LANES;
-#if DOT
-            if (job->pairs) {
-                NAME(product_of_pairs)(to - from, (depth + 1) / 2, (uint16_t *)rows, 2 * TASK_K, (uint16_t *)NAME(panel_at)(job, p, k),
-                                       sum, k > 0);
-                continue;
-            }
-#endif
             NAME(product)(to - from, least(LANES, job->m - p * LANES), depth, rows, TASK_K, 1, NAME(panel_at)(job, p, k), sum, k > 0);
         }
     }
@@ -309,14 +319,39 @@ static void (*const NAME(dots)[][ROWS_MODE])(const LinearJob *, int64_t, int64_t
 
 static void NAME(multiply)(void *argument, int64_t task) {
     const LinearJob *job = argument;
-    int64_t n = job->w->n, from = task % job->row_tasks * TASK_ROWS, to = least(from + TASK_ROWS, n);
+    int64_t n = job->w->n;
     if (job->is_panel) {
-        int64_t panels = (job->m + LANES - 1) / LANES, part = task / job->row_tasks;
-        NAME(panels)(job, from, to, panels * part / job->token_tasks, panels * (part + 1) / job->token_tasks);
+        const int64_t from = task % job->row_tasks * job->task_rows, to = least(from + job->task_rows, n), part = task / job->row_tasks;
+        const int64_t panels = (job->m + LANES - 1) / LANES, begin = panels * part / job->token_tasks;
+        const int64_t end = panels * (part + 1) / job->token_tasks;
+        IF_PAIRS(NAME(panels_of_pairs)(job, from, to, begin, end))
+        NAME(panels)(job, from, to, begin, end);
         return;
     }
     NAME(dots)[job->w->kind][job->m - 1](job, n * task / job->row_tasks, n * (task + 1) / job->row_tasks);
 }
+
+#if DOT
+#define TRIED 256 /* values along k */
+/* Whether a tile is multiplied faster in pairs than in FP32: some CPUs have half as many units for them. Takes 0.1 ms. */
+static int NAME(pairs_pay)(void) {
+    uint16_t weight[TASK_ROWS * TRIED], y[2 * LANES * TASK_ROWS];
+    float x[2 * TRIED * LANES], best[2] = {1, 1};
+    for (int i = 0; i < TASK_ROWS * TRIED; i++) weight[i] = 0x3F80;
+    for (int i = 0; i < 2 * TRIED * LANES; i++) x[i] = 1.0f;
+    const Linear w = {.weight = weight, .n = TASK_ROWS, .k = TRIED, .stride = TRIED, .kind = BF16};
+    for (int i = 0; i < 10; i++) {
+        const LinearJob job = {.w = &w, .y = y, .panel = x, .m = 2 * LANES, .k_padded = TRIED, .kind = BF16, .pairs = i % 2};
+        const int64_t before = now();
+        if (job.pairs) NAME(panels_of_pairs)(&job, 0, TASK_ROWS, 0, 2);
+        else NAME(panels)(&job, 0, TASK_ROWS, 0, 2);
+        const float took = (float)(now() - before) * 1e-9f;
+        if (took < best[i % 2]) best[i % 2] = took;
+    }
+    return best[1] < best[0];
+}
+#undef TRIED
+#endif
 
 #undef DOTS
 #undef IF_PAIRS

@@ -1,11 +1,13 @@
 /* BF16 values two by two, as the dot product takes them: included by linear.h where there is one.
 
    A code is exact in BF16 too, and once widened at least 2^-17, far above what the instruction takes for zero. */
-#define PAIRED (2 * VL) /* values that a vector of BF16 holds */
+#define UNIT (4 * VL) /* codes that a vector holds, values that two vectors of BF16 hold */
+#define ONE_PANEL 16  /* rows of a tile where there is one panel of tokens, */
+#define TWO_PANELS 12 /* and of two: more sums at a time than a dot product takes steps, and no more than there are registers */
 typedef uint16_t NAME(vp) __attribute__((vector_size(4 * VL)));
 typedef int16_t NAME(vs) __attribute__((vector_size(4 * VL)));
-typedef int8_t NAME(vc) __attribute__((vector_size(2 * VL)));
 #define vp NAME(vp)
+#define vs NAME(vs)
 
 /* sum += x[2 lane] * w[2 lane] + x[2 lane + 1] * w[2 lane + 1] in every lane. */
 INLINE vf NAME(dot_pairs)(vf sum, vp x, vp w) {
@@ -16,115 +18,141 @@ INLINE vf NAME(dot_pairs)(vf sum, vp x, vp w) {
 #endif
 }
 
-/* Whether a lane of `bits` has none of the bits of `mask`. */
-INLINE int NAME(any_without)(vp bits, uint16_t mask) {
+/* (bits & mask) | more */
+INLINE vp NAME(masked_or)(vs bits, uint16_t mask, uint16_t more) {
 #if ISA == 4
-    return _mm512_testn_epi16_mask((__m512i)bits, _mm512_set1_epi16((short)mask)) != 0;
+    return (vp)_mm512_ternarylogic_epi32((__m512i)bits, _mm512_set1_epi16((short)mask), _mm512_set1_epi16((short)more), 0xEA);
 #else
-    vp missing = (vp)((bits & mask) == 0);
-    uint64_t parts[sizeof missing / 8], found = 0;
-    memcpy(parts, &missing, sizeof missing);
-    for (size_t i = 0; i < sizeof missing / 8; i++) found |= parts[i];
-    return found != 0;
+    return ((vp)bits & mask) | more;
 #endif
 }
 
-/* 2 * VL values at p as BF16: exact, FP8 smaller by the same power of two as in widen16.
+/* Whether a byte of `codes` has none of the bits of `mask`. */
+INLINE int NAME(any_without)(vp codes, uint8_t mask) {
+#if ISA == 4
+    return _mm512_testn_epi8_mask((__m512i)codes, _mm512_set1_epi8((char)mask)) != 0;
+#else
+    uint8_t bytes[UNIT], found = 0;
+    memcpy(bytes, &codes, sizeof bytes);
+    for (int i = 0; i < UNIT; i++) found |= !(bytes[i] & mask);
+    return found;
+#endif
+}
+
+/* `value`, but where `bits`, a code moved to BF16's places, have no exponent: such a number is its mantissa times the smallest. */
+static __attribute__((noinline)) vp NAME(without_leading_one)(vp bits, vp value, int e5m2) {
+    const uint16_t exponent = e5m2 ? 0x0F80 : 0x0780;
+    const float step = e5m2 ? 0x1p-16f : 0x1p-17f;
+    vu whole = (vu)(e5m2 ? bits >> 5 & 3 : bits >> 4 & 7);
+    vf even = __builtin_convertvector((vi)(whole & 0xFFFF), vf) * step, odd = __builtin_convertvector((vi)(whole >> 16), vf) * step;
+    vp exact = (vp)((vu)even >> 16 | (vu)odd), small = (vp)((bits & exponent) == 0);
+    return (small & (exact | (bits & 0x8000))) | (~small & value);
+}
+
+/* UNIT values at p as BF16: exact, FP8 smaller by the same power of two as in widen16. Of codes the even ones come first, then
+   the odd ones: each is moved within its 16 bits, and nothing crosses lanes.
 
    A code's bits moved to BF16's places are right but for the exponent's bias, which is added, and for numbers without a leading
-   one, which are seldom and come from their mantissa as a whole number. */
-INLINE vp NAME(widen_pairs)(const char *p, int kind) {
-    vp bits;
+   one, which are seldom. */
+INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     if (kind == BF16) {
-        memcpy(&bits, p, sizeof bits);
-        return bits;
+        memcpy(out, p, 2 * sizeof *out);
+        return;
     }
-    const int e5m2 = kind == E5M2;
-    const uint16_t exponent = e5m2 ? 0x0F80 : 0x0780, bias = 112 << 7;
-#if ISA == 4
-    bits = (vp)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); /* the sign goes up to bit 15 */
-#else
-    NAME(vc) codes;
+    vp codes;
     memcpy(&codes, p, sizeof codes);
-    bits = (vp)__builtin_convertvector(codes, NAME(vs));
-#endif
-    bits = e5m2 ? bits << 5 & 0x8FE0 : bits << 4 & 0x87F0;
-    vp value = bits + bias;
-    if (__builtin_expect(NAME(any_without)(bits, exponent), 0)) {
-        const float step = e5m2 ? 0x1p-16f : 0x1p-17f;
-        vu whole = (vu)(e5m2 ? bits >> 5 & 3 : bits >> 4 & 7);
-        vf even = __builtin_convertvector((vi)(whole & 0xFFFF), vf) * step, odd = __builtin_convertvector((vi)(whole >> 16), vf) * step;
-        vp exact = (vp)((vu)even >> 16 | (vu)odd), small = (vp)((bits & exponent) == 0);
-        value = (small & (exact | (bits & 0x8000))) | (~small & value);
+    const int by = kind == E5M2 ? 3 : 4;
+    vs even = (vs)(codes << 8) >> by, odd = (vs)codes >> by; /* the sign stays in bit 15 */
+    if (kind == E5M2) {
+        out[0] = ((vp)even & 0x8FE0) + (112 << 7), out[1] = ((vp)odd & 0x8FE0) + (112 << 7);
+    } else { /* no bit of the exponent is one of the bias */
+        out[0] = NAME(masked_or)(even, 0x87F0, 112 << 7), out[1] = NAME(masked_or)(odd, 0x87F0, 112 << 7);
     }
-    return value;
-}
-
-/* count values at p as BF16, zeros up to a whole vector after them, for which dst has room. */
-INLINE void NAME(widen_to_pairs)(uint16_t *dst, const char *p, int kind, int64_t count) {
-    const int64_t size = size_of(kind), whole = count / PAIRED * PAIRED;
-    char tail[PAIRED * 2] = {0};
-    for (int64_t i = 0; i < whole; i += PAIRED) {
-        vp v = NAME(widen_pairs)(p + i * size, kind);
-        memcpy(dst + i, &v, sizeof v);
-    }
-    if (whole < count) {
-        memcpy(tail, p + whole * size, (size_t)((count - whole) * size));
-        vp v = NAME(widen_pairs)(tail, kind);
-        memcpy(dst + whole, &v, sizeof v);
+    if (__builtin_expect(NAME(any_without)(codes, kind == E5M2 ? 0x7C : 0x78), 0)) {
+        const uint16_t mask = kind == E5M2 ? 0x8FE0 : 0x87F0;
+        out[0] = NAME(without_leading_one)((vp)even & mask, out[0], kind == E5M2);
+        out[1] = NAME(without_leading_one)((vp)odd & mask, out[1], kind == E5M2);
     }
 }
 
-INLINE void NAME(tile_of_pairs)(int rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
-    vf sum[TILE_ROWS][PARTS] = {0};
-    for (int64_t j = 0; j < pairs; j++, a += 2, b += 2 * LANES) {
-        vp x[PARTS];
-        memcpy(x, b, sizeof x);
-#pragma GCC unroll 32
-        for (int i = 0; i < rows; i++) {
-            uint32_t pair;
-            memcpy(&pair, a + i * rs, 4);
-            for (int p = 0; p < PARTS; p++) sum[i][p] = NAME(dot_pairs)(sum[i][p], x[p], (vp)(pair - (vu){0}));
+/* Values k to k + CHUNK of `rows` rows, zeros past their end. */
+INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t k, int kind, uint16_t *to) {
+    const int64_t size = size_of(kind), there = w->k - k;
+    const int64_t next = rows * w->stride * size; /* the rows after these are wanted soon: in the second-level cache */
+    for (int i = 0; i < rows; i++, to += CHUNK) {
+        const char *from = at[i] + k * size;
+        char tail[CHUNK * 2];
+        for (int line = 0; line < size; line++) __builtin_prefetch(from + next + line * 64, 0, 2);
+        if (there < CHUNK) { /* what lies after the last row is not ours to read */
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, from, (size_t)(there * size));
+            from = tail;
         }
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < rows; i++) {
-        for (int p = 0; p < PARTS; p++) {
-            float *at = c + i * LANES + p * VL;
-            NAME(store)(at, add ? NAME(load)(at) + sum[i][p] : sum[i][p]);
+        for (int j = 0; j < CHUNK; j += UNIT) {
+            vp v[2];
+            NAME(widen_unit)(from + j * size, kind, v);
+            memcpy(to + j, v, sizeof v);
         }
     }
 }
 
-static void NAME(product_of_pairs)(int64_t rows, int64_t pairs, const uint16_t *a, int64_t rs, const uint16_t *b, float *c, int add) {
-    int64_t i = 0;
-    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) NAME(tile_of_pairs)(TILE_ROWS, pairs, a + i * rs, rs, b, c + i * LANES, add);
-    for (; i < rows; i++) NAME(tile_of_pairs)(1, pairs, a + i * rs, rs, b, c + i * LANES, add);
-}
-
-#define TRIED 256 /* values along k */
-static double NAME(seconds)(int paired, const float *a, const float *b, float *c) {
-    struct timespec before, after;
-    double best = 1;
-    for (int i = 0; i < 5; i++) {
-        clock_gettime(CLOCK_MONOTONIC, &before);
-        for (int j = 0; j < 8; j++) {
-            if (paired) NAME(tile_of_pairs)(TILE_ROWS, TRIED / 2, (const uint16_t *)a, 2 * TRIED, (const uint16_t *)b, c, 0);
-            else NAME(tile)(TILE_ROWS, PARTS, TRIED, a, TRIED, 1, b, c, 0);
-            __asm__ volatile("" ::: "memory");
+/* `rows` rows from `from` on, as far as there are so many, times `panels` panels of tokens. While some values of k are
+   multiplied, the next are widened. */
+INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind) {
+    const Linear *w = job->w;
+    const int64_t chunks = job->k_padded / CHUNK;
+    const char *at[ONE_PANEL], *x = (const char *)NAME(panel_at)(job, panel, 0);
+    uint16_t wide[2][ONE_PANEL * CHUNK] __attribute__((aligned(64)));
+    vf sum[2 * TWO_PANELS * PARTS];
+    float sums[2][ONE_PANEL * LANES] __attribute__((aligned(64)));
+    for (int i = 0; i < rows; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * w->stride * size_of(kind);
+#pragma GCC unroll 128
+    for (int i = 0; i < rows * panels * PARTS; i++) sum[i] = (vf){0};
+    NAME(widen_chunk)(w, at, rows, 0, kind, wide[0]);
+    for (int64_t c = 0; c < chunks; c++) {
+        const uint16_t *a = wide[c % 2];
+        if (c + 1 < chunks) NAME(widen_chunk)(w, at, rows, (c + 1) * CHUNK, kind, wide[(c + 1) % 2]);
+        for (int j = 0; j < CHUNK / 2; j++, a += 2, x += LANES * 4) {
+            vp v[2 * PARTS];
+#pragma GCC unroll 2
+            for (int p = 0; p < panels; p++) memcpy(v + p * PARTS, x + p * job->k_padded * LANES * 2, PARTS * sizeof *v);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) {
+                uint32_t pair;
+                memcpy(&pair, a + i * CHUNK, 4);
+#pragma GCC unroll 8
+                for (int p = 0; p < panels * PARTS; p++)
+                    sum[i * panels * PARTS + p] = NAME(dot_pairs)(sum[i * panels * PARTS + p], v[p], (vp)(pair - (vu){0}));
+            }
         }
-        clock_gettime(CLOCK_MONOTONIC, &after);
-        double took = (double)(after.tv_sec - before.tv_sec) + 1e-9 * (double)(after.tv_nsec - before.tv_nsec);
-        if (took < best) best = took;
     }
-    return best;
+#pragma GCC unroll 128
+    for (int i = 0; i < rows * panels * PARTS; i++)
+        NAME(store)(sums[i / PARTS % panels] + i / PARTS / panels * LANES + i % PARTS * VL, sum[i]);
+    for (int p = 0; p < panels; p++) NAME(finish_panel)(job, panel + p, from, least(from + rows, w->n), sums[p]);
 }
 
-/* Whether tiles are multiplied faster in pairs than in FP32: some CPUs have half as many units for them. Takes 0.1 ms. */
-static int NAME(pairs_pay)(void) {
-    float a[TILE_ROWS * TRIED], b[TRIED * LANES], c[TILE_ROWS * LANES];
-    for (int i = 0; i < TILE_ROWS * TRIED; i++) a[i] = 1.0f + (float)i;
-    for (int i = 0; i < TRIED * LANES; i++) b[i] = 1.0f + (float)i;
-    return NAME(seconds)(1, a, b, c) < NAME(seconds)(0, a, b, c);
+#define TILES(kind)                                                                                                        \
+    static __attribute__((noinline)) void NAME(one_panel_##kind)(const LinearJob *job, int64_t from, int64_t panel) {      \
+        NAME(tile_of_pairs)(job, from, panel, ONE_PANEL, 1, kind);                                                         \
+    }                                                                                                                      \
+    static __attribute__((noinline)) void NAME(two_panels_##kind)(const LinearJob *job, int64_t from, int64_t panel) {     \
+        NAME(tile_of_pairs)(job, from, panel, TWO_PANELS, 2, kind);                                                        \
+    }
+TILES(BF16)
+TILES(E4M3)
+TILES(E5M2)
+#undef TILES
+
+/* Two panels are read again for each tile of rows and stay in the second-level cache meanwhile, as the rows do for the next. */
+static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
+    static void (*const one[])(const LinearJob *, int64_t, int64_t) = {
+        [BF16] = NAME(one_panel_BF16), [E4M3] = NAME(one_panel_E4M3), [E4M3FNUZ] = NAME(one_panel_E4M3), [E5M2] = NAME(one_panel_E5M2)};
+    static void (*const two[])(const LinearJob *, int64_t, int64_t) = {
+        [BF16] = NAME(two_panels_BF16), [E4M3] = NAME(two_panels_E4M3), [E4M3FNUZ] = NAME(two_panels_E4M3),
+        [E5M2] = NAME(two_panels_E5M2)};
+    for (int64_t p = first_panel; p < last_panel; p += 2) {
+        if (p + 1 < last_panel) for (int64_t row = from; row < to; row += TWO_PANELS) two[job->w->kind](job, row, p);
+        else for (int64_t row = from; row < to; row += ONE_PANEL) one[job->w->kind](job, row, p);
+    }
 }
-#undef TRIED

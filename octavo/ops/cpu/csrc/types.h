@@ -49,7 +49,7 @@ typedef struct {
     const void *x;
     void *y;
     float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens (for `pairs` BF16); a token's scale */
-    int64_t m, x_stride, k_padded, row_tasks, token_tasks, parts; /* parts: tasks that prepare a panel */
+    int64_t m, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
     int32_t kind, is_panel, pairs;
 } LinearJob;
 

@@ -137,7 +137,11 @@ INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, in
     for (int64_t i = 0; i < count; i += VL) {
         vh half = __builtin_convertvector((vu)NAME(round_bf16)(NAME(load)(src + i)) >> 16, vh);
         if (i + VL <= count) memcpy(dst + i, &half, sizeof half);
+#if ISA >= 3
+        else _mm256_mask_storeu_epi16(dst + i, (__mmask16)((1u << (count - i)) - 1), (__m256i)half);
+#else
         else memcpy(dst + i, &half, (size_t)(count - i) * 2);
+#endif
     }
 }
 
@@ -182,6 +186,35 @@ INLINE vf NAME(exp)(vf x) {
     p = p * r * r + r + 1.0f;
     vu power = (vu)__builtin_convertvector(whole, vi) << 23;
     return (vf)((vu)p + power);
+}
+
+/* to [LANES][LANES] = the transposed LANES rows at `from`, `stride` values apart. */
+INLINE void NAME(transpose)(const float *from, int64_t stride, float *to) {
+#if ISA >= 3
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) { /* then a[4 i + j] has of four rows column j of each part of four */
+        const int of = i / 4 * 4 + i % 4 / 2;
+        a[i] = (__m512)_mm512_unpacklo_pd((__m512d)b[of], (__m512d)b[of + 2]);
+        a[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)b[of], (__m512d)b[of + 2]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xDD);
+        __m512 more_even = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88), more_odd = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xDD);
+        _mm512_storeu_ps(to + i * 16, _mm512_shuffle_f32x4(even, more_even, 0x88));
+        _mm512_storeu_ps(to + (4 + i) * 16, _mm512_shuffle_f32x4(odd, more_odd, 0x88));
+        _mm512_storeu_ps(to + (8 + i) * 16, _mm512_shuffle_f32x4(even, more_even, 0xDD));
+        _mm512_storeu_ps(to + (12 + i) * 16, _mm512_shuffle_f32x4(odd, more_odd, 0xDD));
+    }
+#else
+    for (int j = 0; j < LANES; j++)
+        for (int i = 0; i < LANES; i++) to[j * LANES + i] = from[i * stride + j];
+#endif
 }
 
 /* c[rows][LANES] (+)= sum over k of a[row * rs + k * cs] * b[k * LANES + lane], for `parts` vectors of lanes. */
