@@ -24,6 +24,7 @@ static const Functions NAME(functions) = {
 #undef UNIT
 #undef ONE_PANEL
 #undef TWO_PANELS
+#undef TURNS
 #undef APART
 #undef PARTS
 #undef HALF_UNDO

@@ -6,7 +6,7 @@
 #define ROWS_MODE 4
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats lie in the second-level cache */
-#define TASK_OF_PAIRS 48 /* a multiple of the rows of every tile of pairs */
+#define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row that are multiplied in one turn, */
 #define ROW_CHUNK 128 /* or of one that is multiplied along k in pairs */
@@ -23,15 +23,8 @@ INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
 /* A token's scale where all its values share one, else 1. */
 static float NAME(token_scale)(const LinearJob *job, const char *x) {
     const Linear *w = job->w;
-    float values[GROUP], peak = 0;
     if (w->activation != PER_TOKEN) return 1;
-    for (int64_t at = 0; at < w->k && peak == peak; at += GROUP) {
-        int64_t count = least(GROUP, w->k - at);
-        NAME(widen_row)(values, x + at * size_of(job->kind), job->kind, count);
-        float most = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
-        if (!(most <= peak)) peak = most; /* NaN too */
-    }
-    float scale = peak / FORMATS[w->kind].limit;
+    float scale = NAME(amax_of)(x, job->kind, w->k) / FORMATS[w->kind].limit;
     return scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
 }
 
@@ -65,13 +58,16 @@ INLINE void NAME(set_apart)(uint16_t *x) {
 
 /* LANES positions of k [LANES][LANES], the first of them `at`, as pairs of BF16 in `panel`, which begins at position 0. */
 INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *panel) {
+    const int64_t unit = 4 * VL; /* has its even values' pairs first, then the odd ones' */
+    float *even = panel + (apart ? at / unit * unit / 2 + at % unit / 4 : at / 2) * LANES, *odd = even + unit / 4 * LANES;
+#pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
         const int first = apart ? i / 2 * 4 + i % 2 : 2 * i, second = first + (apart ? 2 : 1);
-        const int64_t k = at + first, unit = 4 * VL; /* a unit has its even values' pairs first */
-        const int64_t pair = apart ? k / unit * unit / 2 + k % 2 * unit / 4 + k % unit / 4 : k / 2;
+        float *to = !apart ? even + i * LANES : (i % 2 ? odd : even) + i / 2 * LANES;
+#pragma GCC unroll 4
         for (int p = 0; p < LANES; p += VL) {
             vu low = (vu)NAME(load)(columns + first * LANES + p), high = (vu)NAME(load)(columns + second * LANES + p);
-            NAME(store)(panel + pair * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
+            NAME(store)(to + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
         }
     }
 }

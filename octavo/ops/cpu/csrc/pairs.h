@@ -3,7 +3,8 @@
    A code is exact in BF16 too, and once widened at least 2^-17, far above what the instruction takes for zero. */
 #define UNIT (4 * VL) /* codes that a vector holds, values that two vectors of BF16 hold */
 #define ONE_PANEL 16  /* rows of a tile where there is one panel of tokens, */
-#define TWO_PANELS 12 /* and of two: more sums at a time than a dot product takes steps, and no more than there are registers */
+#define TWO_PANELS 8 /* and of two: more sums at a time than a dot product takes steps, and registers left for widening */
+#define TURNS 4       /* in which the next values are widened between products, so that the units for either wait for none */
 typedef uint16_t NAME(vp) __attribute__((vector_size(4 * VL)));
 typedef int16_t NAME(vs) __attribute__((vector_size(4 * VL)));
 #define vp NAME(vp)
@@ -56,7 +57,8 @@ static __attribute__((noinline)) vp NAME(without_leading_one)(vp bits, vp value,
    one, which are seldom. */
 INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     if (kind == BF16) {
-        memcpy(out, p, 2 * sizeof *out);
+        memcpy(out, p, sizeof *out);
+        memcpy(out + 1, p + sizeof *out, sizeof *out);
         return;
     }
     vp codes;
@@ -75,14 +77,17 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     }
 }
 
-/* Values k to k + CHUNK of `rows` rows, zeros past their end. */
-INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t k, int kind, uint16_t *to) {
+/* Values k to k + CHUNK of `rows` rows, zeros past their end. `next`: bytes to the row that is wanted after a tile is done. */
+INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t next, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
-    const int64_t next = rows * w->stride * size; /* the rows after these are wanted soon: in the second-level cache */
+#pragma GCC unroll 4
     for (int i = 0; i < rows; i++, to += CHUNK) {
         const char *from = at[i] + k * size;
         char tail[CHUNK * 2];
-        for (int line = 0; line < size; line++) __builtin_prefetch(from + next + line * 64, 0, 2);
+        for (int line = 0; line < size; line++) {
+            __builtin_prefetch(from + CHUNK * size + line * 64);
+            __builtin_prefetch(from + next + line * 64, 0, 2);
+        }
         if (there < CHUNK) { /* what lies after the last row is not ours to read */
             memset(tail, 0, sizeof tail);
             memcpy(tail, from, (size_t)(there * size));
@@ -91,7 +96,8 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);
-            memcpy(to + j, v, sizeof v);
+            memcpy(to + j, v, sizeof *v);
+            memcpy(to + j + UNIT / 2, v + 1, sizeof *v);
         }
     }
 }
@@ -100,7 +106,7 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
    multiplied, the next are widened. */
 INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind) {
     const Linear *w = job->w;
-    const int64_t chunks = job->k_padded / CHUNK;
+    const int64_t chunks = job->k_padded / CHUNK, next = rows * w->stride * size_of(kind);
     const char *at[ONE_PANEL], *x = (const char *)NAME(panel_at)(job, panel, 0);
     uint16_t wide[2][ONE_PANEL * CHUNK] __attribute__((aligned(64)));
     vf sum[2 * TWO_PANELS * PARTS];
@@ -108,21 +114,25 @@ INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
     for (int i = 0; i < rows; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * w->stride * size_of(kind);
 #pragma GCC unroll 128
     for (int i = 0; i < rows * panels * PARTS; i++) sum[i] = (vf){0};
-    NAME(widen_chunk)(w, at, rows, 0, kind, wide[0]);
+    NAME(widen_chunk)(w, at, rows, next, 0, kind, wide[0]);
     for (int64_t c = 0; c < chunks; c++) {
         const uint16_t *a = wide[c % 2];
-        if (c + 1 < chunks) NAME(widen_chunk)(w, at, rows, (c + 1) * CHUNK, kind, wide[(c + 1) % 2]);
-        for (int j = 0; j < CHUNK / 2; j++, a += 2, x += LANES * 4) {
-            vp v[2 * PARTS];
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int row = rows / TURNS * turn;
+            if (c + 1 < chunks)
+                NAME(widen_chunk)(w, at + row, rows / TURNS, next, (c + 1) * CHUNK, kind, wide[(c + 1) % 2] + row * CHUNK);
+            for (int j = 0; j < CHUNK / 2 / TURNS; j++, a += 2, x += LANES * 4) {
+                vp v[2 * PARTS];
 #pragma GCC unroll 2
-            for (int p = 0; p < panels; p++) memcpy(v + p * PARTS, x + p * job->k_padded * LANES * 2, PARTS * sizeof *v);
+                for (int p = 0; p < panels; p++) memcpy(v + p * PARTS, x + p * job->k_padded * LANES * 2, PARTS * sizeof *v);
 #pragma GCC unroll 16
-            for (int i = 0; i < rows; i++) {
-                uint32_t pair;
-                memcpy(&pair, a + i * CHUNK, 4);
+                for (int i = 0; i < rows; i++) {
+                    uint32_t pair;
+                    memcpy(&pair, a + i * CHUNK, 4);
 #pragma GCC unroll 8
-                for (int p = 0; p < panels * PARTS; p++)
-                    sum[i * panels * PARTS + p] = NAME(dot_pairs)(sum[i * panels * PARTS + p], v[p], (vp)(pair - (vu){0}));
+                    for (int p = 0; p < panels * PARTS; p++)
+                        sum[i * panels * PARTS + p] = NAME(dot_pairs)(sum[i * panels * PARTS + p], v[p], (vp)(pair - (vu){0}));
+                }
             }
         }
     }
