@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import subprocess
 import sys
 import threading
@@ -153,3 +155,25 @@ def test_torchs_compiler_is_not_imported() -> None:
     """Which takes two seconds, of a start that takes three."""
     script = "import sys, torch; from octavo.ops.cpu.recording import capture; capture(lambda: torch.ones(2) + 1)"
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch._dynamo' not in sys.modules"], check=True, timeout=60)
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+def test_neighbouring_kernels_are_one_call_with_the_same_arguments() -> None:
+    """Every kernel that has a place in a replay: whole numbers, floats, addresses, none, and what byref made."""
+    calls: list[tuple[object, tuple[object, ...]]] = []
+    for name in library.REPLAYED:
+        function = getattr(library.kernels(), name)
+        values = [0.5 + i if kind is ctypes.c_float else i for i, kind in enumerate(function.argtypes)]
+        calls.append((function, tuple(values)))
+    held = library.Cache(dim=3)
+    calls[0] = (calls[0][0], (None, ctypes.byref(held), *calls[0][1][2:]))
+    _, (made, count) = library.together(calls)
+    assert count == len(library.REPLAYED) == len(made)
+    for place, (call, (function, values)) in enumerate(zip(made, calls, strict=True)):
+        assert call.kernel == place
+        for word, value, kind in zip(call.word, values, function.argtypes, strict=False):
+            if kind is ctypes.c_float:
+                assert struct.unpack("<f", word.to_bytes(4, "little"))[0] == value
+            elif isinstance(value, int):
+                assert word == value
+    assert made[0].word[:2] == [0, ctypes.addressof(held)]

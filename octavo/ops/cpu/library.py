@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Sequence
 from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 
 from octavo.platform import cpu_kernels
 
-__all__ = ["KINDS", "Cache", "Linear", "kernels", "missing", "use", "used"]
+__all__ = ["KINDS", "REPLAYED", "Cache", "Linear", "kernels", "missing", "together", "use", "used"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
 
@@ -32,7 +35,18 @@ class Cache(Structure):
     ]  # fmt: skip
 
 
+class Call(Structure):
+    _fields_ = [("kernel", I64), ("word", I64 * 24)]
+
+
+# Where csrc/replay.h has each.
+REPLAYED = (
+    "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_likeliest",
+    "octavo_rotate", "octavo_rope_write_kv",
+)  # fmt: skip
+
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "octavo_replay": (I32, [P, I64]),
     "octavo_use": (c_char_p, [c_char_p]),
     "octavo_used": (c_char_p, []),
     "octavo_not_finite": (I32, [P, I64, I32]),
@@ -60,6 +74,23 @@ def kernels() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     library.octavo_use(None)
     return library
+
+
+def together(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[Any, tuple[Any, ...]]:
+    """One call of the library that makes these calls of kernels, each of them in REPLAYED, with their arguments."""
+    made = (Call * len(calls))()
+    for call, (function, arguments) in zip(made, calls, strict=True):
+        call.kernel = REPLAYED.index(function.__name__)
+        call.word[: len(arguments)] = [_word(kind, value) for kind, value in zip(function.argtypes, arguments, strict=True)]
+    return kernels().octavo_replay, (made, len(calls))
+
+
+def _word(kind: type, value: Any) -> int:
+    if kind is c_float:
+        return int.from_bytes(struct.pack("<f", value), "little")
+    if value is None:
+        return 0
+    return value if isinstance(value, int) else ctypes.addressof(value._obj)  # a number or an address, or what byref made
 
 
 def missing() -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from itertools import groupby
 from math import prod
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.ops.contract import has_storage
+from octavo.ops.cpu.library import REPLAYED, together
 
 __all__ = ["capture", "launch"]
 
@@ -126,6 +127,15 @@ def _compute(out: Tensor, func: Callable[..., Tensor], args: Sequence[Any], kwar
     out.copy_(func(*args, **kwargs))
 
 
+def _joined(calls: Sequence[Call]) -> list[Call]:
+    """The same calls, neighbours that are C kernels made as one."""
+    joined: list[Call] = []
+    for native, group in groupby(calls, lambda call: getattr(call[0], "__name__", None) in REPLAYED):
+        part = list(group)
+        joined += [together(part)] if native else part
+    return joined
+
+
 def capture(fn: Callable[[], T], arena: object = None) -> tuple[Callable[[], None], T, object]:
     """Runs `fn` and records it: its replay, what it returned, and the arena, to be given to the next capture.
 
@@ -142,4 +152,9 @@ def capture(fn: Callable[[], T], arena: object = None) -> tuple[Callable[[], Non
     finally:
         _state.recorder = None
 
-    return partial(_make, recorder.calls), out, arena
+    calls, joined = recorder.calls, _joined(recorder.calls)
+
+    def replay() -> None:
+        _make(calls if _profiler_enabled() else joined)
+
+    return replay, out, arena

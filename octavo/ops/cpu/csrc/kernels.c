@@ -288,3 +288,5 @@ void octavo_rope_write_kv(const void *q, const void *k, const void *v, const voi
               v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, k_scale, v_scale, kind};
     each_of(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
 }
+
+#include "replay.h"
