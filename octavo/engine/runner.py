@@ -25,6 +25,7 @@ from octavo.engine.sampler import SamplingRow, logprobs_of, sample
 from octavo.engine.schedule import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
+from octavo.host import keep
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM, ConfigBase
@@ -81,6 +82,8 @@ class ModelRunner:
         c, cpu = self.model_config, self.platform.is_cpu
         self.max_num_batched_tokens = config.step_tokens_on(cpu)
         working = config.working_bytes_on(cpu, c.hidden_size, c.intermediate_size, c.vocab_size)
+        if cpu:
+            keep(working)
         budget = plan_blocks(config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), working)
         self.max_model_len = budget.max_model_len
         self.report.notes.extend(budget.notes)
