@@ -32,6 +32,39 @@ INLINE float NAME(sum)(vf v) {
 #endif
 }
 
+/* The sums of LANES vectors that lie one after another, to `to`: together they take a third of what each takes alone. */
+INLINE void NAME(sums)(const float *from, float *to) {
+#if ISA >= 3
+    __m512 a[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) a[i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]) + _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+        a[i] = (__m512)_mm512_unpacklo_pd(x, y) + (__m512)_mm512_unpackhi_pd(x, y);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        a[i] = _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xDD);
+    _mm512_storeu_ps(to, _mm512_shuffle_f32x4(a[0], a[1], 0x88) + _mm512_shuffle_f32x4(a[0], a[1], 0xDD));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = NAME(sum)(NAME(load)(from + i * VL));
+#endif
+}
+
+/* The largest lane, and of what is no number anything. */
+INLINE float NAME(largest)(vf v) {
+#if ISA >= 3
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < VL; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
 /* 16 values at p as FP32: exact, FP8 smaller by the power of two that its scale makes up for, and by UNDO's beside. */
 INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     if (kind == F32) {
