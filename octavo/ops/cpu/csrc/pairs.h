@@ -120,15 +120,14 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
     }
 }
 
-/* `rows` rows from `from` on, as far as there are so many, times `panels` panels of tokens. While some values of k are
-   multiplied, the next are widened. */
-INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind) {
+/* sums [panels][LANES][LANES] of `rows` rows from `from` on (the last one again where there are fewer) times `panels` panels of
+   tokens. While some values of k are multiplied, the next are widened. */
+INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind, float *sums) {
     const Linear *w = job->w;
     const int64_t chunks = job->k_padded / CHUNK, next = rows * w->stride * size_of(kind);
     const char *at[ONE_PANEL], *x = (const char *)NAME(panel_at)(job, panel, 0);
     uint16_t wide[2][ONE_PANEL * CHUNK] __attribute__((aligned(64)));
     vf sum[2 * TWO_PANELS * PARTS];
-    float sums[2][ONE_PANEL * LANES] __attribute__((aligned(64)));
     for (int i = 0; i < rows; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * w->stride * size_of(kind);
 #pragma GCC unroll 128
     for (int i = 0; i < rows * panels * PARTS; i++) sum[i] = (vf){0};
@@ -156,16 +155,25 @@ INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
     }
 #pragma GCC unroll 128
     for (int i = 0; i < rows * panels * PARTS; i++)
-        NAME(store)(sums[i / PARTS % panels] + i / PARTS / panels * LANES + i % PARTS * VL, sum[i]);
-    for (int p = 0; p < panels; p++) NAME(finish_panel)(job, panel + p, from, least(from + rows, w->n), sums[p]);
+        NAME(store)(sums + (i / PARTS % panels * LANES + i / PARTS / panels) * LANES + i % PARTS * VL, sum[i]);
+}
+
+/* LANES rows from `from` on times `panels` panels of tokens. */
+INLINE void NAME(rows_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int panels, int kind) {
+    const int64_t to = least(from + LANES, job->w->n);
+    float sums[2 * LANES * LANES] __attribute__((aligned(64)));
+    if (panels == 1) NAME(tile_of_pairs)(job, from, panel, ONE_PANEL, 1, kind, sums);
+    else for (int64_t row = 0; row < to - from; row += TWO_PANELS)
+        NAME(tile_of_pairs)(job, from + row, panel, TWO_PANELS, 2, kind, sums + row * LANES);
+    for (int p = 0; p < panels; p++) NAME(finish_panel)(job, panel + p, from, to, sums + p * LANES * LANES);
 }
 
 #define TILES(kind)                                                                                                        \
     static __attribute__((noinline)) void NAME(one_panel_##kind)(const LinearJob *job, int64_t from, int64_t panel) {      \
-        NAME(tile_of_pairs)(job, from, panel, ONE_PANEL, 1, kind);                                                         \
+        NAME(rows_of_pairs)(job, from, panel, 1, kind);                                                                    \
     }                                                                                                                      \
     static __attribute__((noinline)) void NAME(two_panels_##kind)(const LinearJob *job, int64_t from, int64_t panel) {     \
-        NAME(tile_of_pairs)(job, from, panel, TWO_PANELS, 2, kind);                                                        \
+        NAME(rows_of_pairs)(job, from, panel, 2, kind);                                                                    \
     }
 TILES(BF16)
 TILES(E4M3)
@@ -179,8 +187,6 @@ static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to
     static void (*const two[])(const LinearJob *, int64_t, int64_t) = {
         [BF16] = NAME(two_panels_BF16), [E4M3] = NAME(two_panels_E4M3), [E4M3FNUZ] = NAME(two_panels_E4M3),
         [E5M2] = NAME(two_panels_E5M2)};
-    for (int64_t p = first_panel; p < last_panel; p += 2) {
-        if (p + 1 < last_panel) for (int64_t row = from; row < to; row += TWO_PANELS) two[job->w->kind](job, row, p);
-        else for (int64_t row = from; row < to; row += ONE_PANEL) one[job->w->kind](job, row, p);
-    }
+    for (int64_t p = first_panel; p < last_panel; p += 2)
+        for (int64_t row = from; row < to; row += LANES) (p + 1 < last_panel ? two : one)[job->w->kind](job, row, p);
 }
