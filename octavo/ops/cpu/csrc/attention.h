@@ -62,29 +62,21 @@ static void NAME(fetch)(const Cache *c, NAME(Found) *now, const NAME(Found) *soo
     }
 }
 
-#if DOT /* dimensions of a head in the order in which codes are widened with the fewest steps, where it has whole UNITs */
-#define MIXES(kind, dim) ((kind) >= E4M3 && (dim) % UNIT == 0)
-#define WIDEN(mixed, p, kind, out) ((mixed) ? NAME(widen_fours)(p, kind, out) : NAME(widen16)(p, kind, out))
-#else
-#define MIXES(kind, dim) 0
-#define WIDEN(mixed, p, kind, out) NAME(widen16)(p, kind, out)
-#endif
-
 /* Scores [row][TOKENS] of few rows, then their weighted values; keys and values of `kind` are widened as they are read. */
-INLINE void NAME(few)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, int rows, int kind, int mixed, int scaled,
-                      int64_t start, int64_t padded, int64_t window, float factor) {
-    const int many = mixed ? 4 : PARTS; /* vectors that are widened at a time */
+INLINE void NAME(few)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, int rows, int kind, int scaled, int64_t start,
+                      int64_t padded, int64_t window, float factor) {
     const int64_t size = size_of(kind), count = now->count;
     for (int64_t t = 0; t < count; t++) {
         const char *at = now->k[t];
         NAME(expect)(soon, t, padded * size);
-        vf sum[FEW_ROWS], k[4];
+        vf sum[FEW_ROWS], k[PARTS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) sum[r] = (vf){0};
-        for (int64_t d = 0; d < padded; d += many * VL) {
-            WIDEN(mixed, at + d * size, kind, k);
+        for (int64_t d = 0; d < padded; d += LANES) {
+            NAME(widen16)(at + d * size, kind, k);
 #pragma GCC unroll 16
-            for (int i = 0; i < rows * many; i++) sum[i / many] += k[i % many] * NAME(load)(f->q + i / many * padded + d + i % many * VL);
+            for (int i = 0; i < rows * PARTS; i++)
+                sum[i / PARTS] += k[i % PARTS] * NAME(load)(f->q + i / PARTS * padded + d + i % PARTS * VL);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) NAME(store)(f->parts + (r * TOKENS + t) * VL, sum[r]);
@@ -115,49 +107,39 @@ INLINE void NAME(few)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) 
         f->most[r] = most, f->shrink[r] = shrink;
         for (int64_t t = 0; scaled && t < count; t++) scores[t] *= now->v_scale[t];
     }
-    for (int64_t d = 0; d < padded; d += many * VL) {
-        vf o[FEW_ROWS * 4];
+    for (int64_t d = 0; d < padded; d += LANES) {
+        vf o[FEW_ROWS * PARTS];
 #pragma GCC unroll 16
-        for (int i = 0; i < rows * many; i++)
-            o[i] = NAME(load)(f->o + i / many * padded + d + i % many * VL) * f->shrink[i / many];
+        for (int i = 0; i < rows * PARTS; i++)
+            o[i] = NAME(load)(f->o + i / PARTS * padded + d + i % PARTS * VL) * f->shrink[i / PARTS];
         for (int64_t t = 0; t < count; t++) {
-            vf v[4];
-            WIDEN(mixed, now->v[t] + d * size, kind, v);
+            vf v[PARTS];
+            NAME(widen16)(now->v[t] + d * size, kind, v);
 #pragma GCC unroll 16
-            for (int i = 0; i < rows * many; i++) o[i] += v[i % many] * f->scores[i / many * TOKENS + t];
+            for (int i = 0; i < rows * PARTS; i++) o[i] += v[i % PARTS] * f->scores[i / PARTS * TOKENS + t];
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < rows * many; i++) NAME(store)(f->o + i / many * padded + d + i % many * VL, o[i]);
+        for (int i = 0; i < rows * PARTS; i++) NAME(store)(f->o + i / PARTS * padded + d + i % PARTS * VL, o[i]);
     }
 }
 
-#define FEW(name, kind, mixed)                                                                                           \
-    static __attribute__((noinline)) void NAME(few_##name)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, \
+#define FEW(kind)                                                                                                        \
+    static __attribute__((noinline)) void NAME(few_##kind)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, \
                                                            int64_t rows, int scaled, int64_t start, int64_t padded,      \
                                                            int64_t window, float factor) {                               \
-        if (rows == 1) NAME(few)(f, now, soon, 1, kind, mixed, scaled, start, padded, window, factor);                   \
-        else if (rows == 2) NAME(few)(f, now, soon, 2, kind, mixed, scaled, start, padded, window, factor);              \
-        else if (rows == 3) NAME(few)(f, now, soon, 3, kind, mixed, scaled, start, padded, window, factor);              \
-        else NAME(few)(f, now, soon, 4, kind, mixed, scaled, start, padded, window, factor);                             \
+        if (rows == 1) NAME(few)(f, now, soon, 1, kind, scaled, start, padded, window, factor);                          \
+        else if (rows == 2) NAME(few)(f, now, soon, 2, kind, scaled, start, padded, window, factor);                     \
+        else if (rows == 3) NAME(few)(f, now, soon, 3, kind, scaled, start, padded, window, factor);                     \
+        else NAME(few)(f, now, soon, 4, kind, scaled, start, padded, window, factor);                                    \
     }
-FEW(F32, F32, 0)
-FEW(BF16, BF16, 0)
-FEW(E4M3, E4M3, 0)
-FEW(E5M2, E5M2, 0)
-#if DOT
-FEW(mixed_E4M3, E4M3, 1)
-FEW(mixed_E5M2, E5M2, 1)
-#define MIXED_OR(kind) NAME(few_mixed_##kind)
-#else
-#define MIXED_OR(kind) NAME(few_##kind)
-#endif
-static void (*const NAME(few_of)[][2])(NAME(Flash) *, const NAME(Found) *, const NAME(Found) *, int64_t, int, int64_t, int64_t, int64_t,
-                                       float) = {
-    [F32] = {NAME(few_F32)}, [BF16] = {NAME(few_BF16)}, [E4M3] = {NAME(few_E4M3), MIXED_OR(E4M3)},
-    [E4M3FNUZ] = {NAME(few_E4M3), MIXED_OR(E4M3)}, [E5M2] = {NAME(few_E5M2), MIXED_OR(E5M2)}};
+FEW(F32)
+FEW(BF16)
+FEW(E4M3)
+FEW(E5M2)
 #undef FEW
-#undef WIDEN
-#undef MIXED_OR
+static void (*const NAME(few_of)[])(NAME(Flash) *, const NAME(Found) *, const NAME(Found) *, int64_t, int, int64_t, int64_t, int64_t,
+                                    float) = {
+    [F32] = NAME(few_F32), [BF16] = NAME(few_BF16), [E4M3] = NAME(few_E4M3), [E4M3FNUZ] = NAME(few_E4M3), [E5M2] = NAME(few_E5M2)};
 
 /* The same for up to LANES rows, one a lane. */
 INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
@@ -215,7 +197,7 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
     int64_t before = a->lengths[request] - tokens; /* context that was there already */
     const int32_t *table = a->tables + request * a->table_stride;
-    int few = rows <= FEW_ROWS, in_place = few && dim == padded, mixed = in_place && MIXES(c->kind, dim);
+    int few = rows <= FEW_ROWS, in_place = few && dim == padded;
     NAME(Flash) flash, *f = &flash;
     float line[MAX_DIM];
     memset(f->o, 0, (size_t)((few ? rows : LANES) * padded) * 4);
@@ -228,9 +210,6 @@ static void NAME(attend)(void *argument, int64_t task) {
         const char *q = (const char *)a->q + (token * a->q_token + q_head * a->q_head) * size_of(a->kind);
         NAME(widen_row)(few ? f->q + r * padded : line, q, a->kind, dim);
         for (int64_t d = 0; d < dim && in_place && c->kind >= E4M3; d++) f->q[r * padded + d] *= HALF_UNDO;
-#if DOT
-        for (int64_t d = 0; d < dim && mixed; d += UNIT) NAME(mix_fours)(f->q + r * padded + d, 0);
-#endif
         for (int64_t d = 0; d < dim && !few; d++) f->q[d * LANES + r] = line[d];
     }
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
@@ -239,18 +218,13 @@ static void NAME(attend)(void *argument, int64_t task) {
         NAME(Found) *now = &f->found[turn], *soon = &f->found[!turn];
         NAME(find)(c, table, head, start + TOKENS, last, soon);
         if (!in_place) NAME(fetch)(c, now, soon, padded, f);
-        if (few) NAME(few_of)[in_place ? c->kind : F32][mixed](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, a->k_factor);
+        if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, a->k_factor);
         else NAME(many)(f, rows, start, now->count, dim, padded, a->window, a->k_factor);
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
         float factor = a->v_factor / f->total[r] * (in_place && c->kind >= E4M3 ? HALF_UNDO : 1);
-#if DOT
-        for (int64_t d = 0; d < dim && mixed; d += UNIT) NAME(mix_fours)(f->o + r * padded + d, 1);
-#endif
         for (int64_t d = 0; d < dim; d++) line[d] = (few ? f->o[r * padded + d] : f->o[d * LANES + r]) * factor;
         NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
     }
 }
-
-#undef MIXES

@@ -77,24 +77,6 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     }
 }
 
-/* UNIT values of FP8 at p as FP32, as large as widen_unit has them: the first of each four, then the second ones, and so on. */
-INLINE void NAME(widen_fours)(const char *p, int kind, vf out[4]) {
-    vp v[2];
-    NAME(widen_unit)(p, kind, v);
-    for (int i = 0; i < 2; i++) out[i] = (vf)((vu)v[i] << 16), out[2 + i] = (vf)((vu)v[i] & 0xFFFF0000);
-}
-
-/* The same order of UNIT values, and back. */
-static void NAME(mix_fours)(float *x, int back) {
-    float before[UNIT];
-    memcpy(before, x, sizeof before);
-    for (int i = 0; i < UNIT; i++) {
-        const int mixed = i % 4 * VL + i / 4;
-        if (back) x[i] = before[mixed];
-        else x[mixed] = before[i];
-    }
-}
-
 /* Values k to k + CHUNK of `rows` rows, zeros past their end. `next`: bytes to the row that is wanted after a tile is done. */
 INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t next, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
