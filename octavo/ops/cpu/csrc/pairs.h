@@ -41,13 +41,21 @@ INLINE int NAME(any_without)(vp codes, uint8_t mask) {
 }
 
 /* `value`, but where `bits`, a code moved to BF16's places, have no exponent: such a number is its mantissa times the smallest. */
-static __attribute__((noinline)) vp NAME(without_leading_one)(vp bits, vp value, int e5m2) {
+INLINE vp NAME(without_leading_one)(vp bits, vp value, int e5m2) {
     const uint16_t exponent = e5m2 ? 0x0F80 : 0x0780;
+#if ISA == 4
+    static const uint16_t numbers[2][32] = {{0, 0x3700, 0x3780, 0x37C0, 0x3800, 0x3820, 0x3840, 0x3860}, {0, 0x3780, 0x3800, 0x3840}};
+    const __m512i table = _mm512_loadu_si512(numbers[e5m2]); /* the numbers of all mantissas in BF16 */
+    const __m512i mantissa = _mm512_srli_epi16((__m512i)bits, e5m2 ? 5 : 4);
+    const __mmask32 small = _mm512_testn_epi16_mask((__m512i)bits, _mm512_set1_epi16((short)exponent));
+    return (vp)_mm512_mask_permutexvar_epi16((__m512i)value, small, mantissa, table) | (bits & 0x8000);
+#else
     const float step = e5m2 ? 0x1p-16f : 0x1p-17f;
     vu whole = (vu)(e5m2 ? bits >> 5 & 3 : bits >> 4 & 7);
     vf even = __builtin_convertvector((vi)(whole & 0xFFFF), vf) * step, odd = __builtin_convertvector((vi)(whole >> 16), vf) * step;
     vp exact = (vp)((vu)even >> 16 | (vu)odd), small = (vp)((bits & exponent) == 0);
     return (small & (exact | (bits & 0x8000))) | (~small & value);
+#endif
 }
 
 /* UNIT values at p as BF16: exact, FP8 smaller by the same power of two as in widen16. Of codes the even ones come first, then
