@@ -141,6 +141,13 @@ def check(made: Scene, kv: str, fp8: Format, window: int | None, bound: float) -
     assert error < bound
 
 
+def within(exact: float, kv: str, op: ModuleType, platform: Platform) -> float:
+    """The bound of an implementation: an accelerator's multiplies as the cache is stored, queries and weights rounded to it."""
+    if platform.is_cpu or op is reference:
+        return exact
+    return max(exact, 0.06 if kv in FP8 else 6e-3 if kv == "bfloat16" else 0)
+
+
 implementations = pytest.mark.parametrize("op", [ops, reference], ids=["bound", "reference"])
 
 
@@ -150,7 +157,7 @@ implementations = pytest.mark.parametrize("op", [ops, reference], ids=["bound", 
 @pytest.mark.parametrize("rows", BATCHES)
 def test_batches(rows: str, window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
     fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
-    check(scene(BATCHES[rows], (4, 2, 16), kv, platform, op), kv, fp8, window, 2e-6)
+    check(scene(BATCHES[rows], (4, 2, 16), kv, platform, op), kv, fp8, window, within(2e-6, kv, op, platform))
 
 
 @implementations
@@ -170,7 +177,8 @@ def test_fnuz(kv: str, op: ModuleType) -> None:
 @implementations
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_bf16_queries(kv: str, op: ModuleType, platform: Platform) -> None:
-    check(scene(BATCHES["mixed"], (4, 2, 16), kv, platform, op, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 5e-3)
+    bound = within(5e-3, kv, op, platform)
+    check(scene(BATCHES["mixed"], (4, 2, 16), kv, platform, op, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, bound)
 
 
 @pytest.mark.parametrize("budget", [1, 300, 2000])
