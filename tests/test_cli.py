@@ -6,7 +6,6 @@ import argparse
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -97,13 +96,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "serve" in capsys.readouterr().out
 
 
-def test_help_is_quick_and_brings_no_torch() -> None:
+def test_help_brings_nothing_slow() -> None:
     code = "import sys; from octavo.cli import main; main(['--help']); main(['serve', '--version'])"
     code = code.replace("main(['serve', '--version'])", "import octavo.server.app; assert 'torch' not in sys.modules")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
-    times = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "octavo.cli", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
+    code = "import sys; from octavo.cli import main; main(['--help']); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    for slow in ("torch", "transformers", "pydantic", "starlette", "uvicorn", "numpy", "tokenizers"):
+        assert f"'{slow}'" not in loaded
