@@ -24,19 +24,7 @@ BLOCK, SCRATCH = 4, 99
 DEVICE = Platform(torch.device("cpu"), "test")
 
 
-@pytest.fixture(autouse=True)
-def replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaying runs the function again and leaves its result where the first one was."""
-
-    def capture(fn: Callable[[], Any], pool: object = None) -> tuple[Callable[[], None], Any, object]:
-        out = fn()
-
-        def replay() -> None:
-            out.copy_(fn())
-
-        return replay, out, "pool"
-
-    monkeypatch.setattr(ops, "capture", capture)
+pytestmark = pytest.mark.usefixtures("replays")
 
 
 class Model:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.engine.prompt_graphs import PromptGraphs
 from octavo.platform import Platform
@@ -18,18 +14,7 @@ BLOCK, SCRATCH = 16, 60
 DEVICE = Platform(torch.device("cpu"), "test")
 
 
-@pytest.fixture(autouse=True)
-def replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(fn: Callable[[], Any], pool: object = None) -> tuple[Callable[[], None], Any, object]:
-        out = fn()
-
-        def replay() -> None:
-            for held, new in zip(out, fn(), strict=True):
-                held.copy_(new)
-
-        return replay, out, "pool"
-
-    monkeypatch.setattr(ops, "capture", capture)
+pytestmark = pytest.mark.usefixtures("replays")
 
 
 class Model:
