@@ -8,12 +8,12 @@ Random weights, a graph each, the median of 20 replays. Needs an accelerator on 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from bench.timing import in_graph
 from octavo import ops
 from octavo.batch import Span
 from octavo.config import EngineConfig
@@ -22,20 +22,7 @@ from octavo.platform import detect
 from octavo.tools.bench_ceilings import measure_ceilings
 from octavo.tools.bench_workloads import SHAPES, model_directory
 
-
-def microseconds(fn: Callable[[], object]) -> float:
-    """The median of a graph's replays."""
-    fn()
-    replay, _, _ = ops.capture(fn)
-    times = []
-    for _ in range(21):  # the first is the warm-up
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times[1:])
+ROUNDS = 20
 
 
 @torch.inference_mode()
@@ -60,7 +47,7 @@ def main() -> None:
         sys.exit(f"a step is not one launch here: {ops.table().get('decode step of few requests', 'there is no such kernel')}")
     parts = runner.model.parts()
     assert parts is not None
-    read = sum(w.held_bytes for layer in parts.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    read = sum(w.held_bytes for layer in parts.layers for w in layer.weights)
     bandwidth = measure_ceilings(runner.platform).bandwidth
     copied = 1e6 * read / bandwidth
     at_copy = f"{copied:,.0f} µs at {bandwidth / 1e12:.2f} TB/s"
@@ -74,9 +61,9 @@ def main() -> None:
             each = -(-context // block)
             spans = [Span([5], context - 1, range(i * each, (i + 1) * each)) for i in range(requests)]
             batch = runner._batch(spans)
-            one = microseconds(lambda batch=batch: runner.model(batch))  # type: ignore[misc]
+            one = in_graph([partial(runner.model, batch)], 1, ROUNDS)
             model.fused = None
-            many = microseconds(lambda batch=batch: runner.model(batch))  # type: ignore[misc]
+            many = in_graph([partial(runner.model, batch)], 1, ROUNDS)
             model.fused = fused
             row = f"{requests:8} {context:8} {many:14,.0f} {one:16,.0f} {many / one:7.2f}"
             print(f"{row} {100 * copied / one:20.0f}%", flush=True)

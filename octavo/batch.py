@@ -20,6 +20,15 @@ class Span:
     start: int
     block_ids: Sequence[int]
 
+    def slots(self, block_size: int) -> list[int]:
+        """Where each token's key and value go: block * block_size + offset."""
+        positions = range(self.start, self.start + len(self.token_ids))
+        return [self.block_ids[p // block_size] * block_size + p % block_size for p in positions]
+
+    def table(self, width: int, scratch_block: int) -> list[int]:
+        """Its row of the block tables, filled up with the scratch block."""
+        return [*self.block_ids[:width], *[scratch_block] * (width - len(self.block_ids))]
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -61,11 +70,11 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
         stop = span.start + len(span.token_ids)
         ids.extend(span.token_ids)
         positions.extend(range(span.start, stop))
-        slots.extend(span.block_ids[p // block_size] * block_size + p % block_size for p in range(span.start, stop))
+        slots.extend(span.slots(block_size))
         starts.append(len(ids))
         contexts.append(stop)
     width = max((-(-length // block_size) for length in contexts), default=1)
-    table = [[*span.block_ids[:width], *[scratch_block] * (width - len(span.block_ids))] for span in spans]
+    table = [span.table(width, scratch_block) for span in spans]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, device)

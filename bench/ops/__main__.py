@@ -24,6 +24,7 @@ import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch 
 import torch  # isort: skip
 
 from bench.ops.cases import Case, Set, cases
+from bench.timing import in_graph
 from octavo import ops
 from octavo.platform import Platform, detect
 from octavo.tools.bench_ceilings import measure_ceilings
@@ -36,7 +37,7 @@ MOST_SETS, CALLS, ROUNDS = 64, 64, 9
 def microseconds(p: Platform, calls: Sequence[Callable[[], Any]]) -> float:
     """Of one call, the median."""
     with torch.inference_mode():
-        return _on_host(calls) if p.is_cpu else _in_graph(calls)
+        return _on_host(calls) if p.is_cpu else in_graph(calls, max(len(calls), CALLS // len(calls) * len(calls)), ROUNDS)
 
 
 def _on_host(calls: Sequence[Callable[[], Any]]) -> float:
@@ -46,30 +47,6 @@ def _on_host(calls: Sequence[Callable[[], Any]]) -> float:
         calls[i % len(calls)]()
         times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[2:])
-
-
-def _in_graph(calls: Sequence[Callable[[], Any]]) -> float:
-    number = max(len(calls), CALLS // len(calls) * len(calls))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in (*calls, calls[0]):  # compiles, and lets libraries take their workspace
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(number):
-            calls[i % len(calls)]()
-    times = []
-    for _ in range(ROUNDS + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / number)
-    return statistics.median(times[1:])
 
 
 def measure(p: Platform, case: Case, on: Ceilings) -> dict[str, Any]:

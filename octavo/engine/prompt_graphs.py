@@ -45,7 +45,7 @@ class PromptGraphs:
         self._batches: list[ForwardBatch] = []  # a replay reads their tensors, and what they keep
         pool = None
         for size in reversed(self.sizes):
-            self._send(Span([0] * size, 0, []))
+            self._send(Span([0] * size, 0, [scratch_block] * self.table.shape[1]))
             batch, last = self._batch(size)
             forward(batch, last)  # compiles, and works out what the batch keeps, which a capture could not
             replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
@@ -63,13 +63,12 @@ class PromptGraphs:
 
     def _send(self, span: Span) -> int:
         """The prompt to the device; the size of its graph."""
-        count, block, scratch = len(span.token_ids), self.block_size, self.scratch_block * self.block_size
+        count = len(span.token_ids)
         size = self.sizes[bisect_left(self.sizes, count)]
-        slots = [scratch] * size if not span.block_ids else _slots(span.block_ids, count, block) + [scratch] * (size - count)
-        self._copy(self.sent[: 2 * size + 1], [*span.token_ids, *[0] * (size - count), *slots, count - 1])
-        width = self.table.shape[1]
-        held = list(span.block_ids[:width])
-        self._copy(self.table[0], held + [self.scratch_block] * (width - len(held)))
+        ids = [*span.token_ids, *[0] * (size - count)]
+        slots = [*span.slots(self.block_size), *[self.scratch_block * self.block_size] * (size - count)]
+        self._copy(self.sent[: 2 * size + 1], [*ids, *slots, count - 1])
+        self._copy(self.table[0], span.table(self.table.shape[1], self.scratch_block))
         return size
 
     def _copy(self, to: Tensor, values: Sequence[int]) -> None:
@@ -86,7 +85,3 @@ class PromptGraphs:
         replay, logits, tokens = self._graphs[self._send(span)]
         replay()
         return logits, tokens
-
-
-def _slots(block_ids: Sequence[int], count: int, block: int) -> list[int]:
-    return [block_ids[at // block] * block + at % block for at in range(count)]

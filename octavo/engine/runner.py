@@ -97,7 +97,7 @@ class ModelRunner:
         if (parts := self.model.parts()) is not None:
             self.model.model.fused = ops.fuse(parts, self.platform)
         self.graphs = self._decode_graphs() if graphs else None
-        self.prompts = self._prompt_graphs() if graphs and not cpu else None
+        self.prompts = self._prompt_graphs() if scratch else None
         log.info("ops: %s", ops.table())
 
     @torch.inference_mode()
@@ -114,12 +114,14 @@ class ModelRunner:
 
     def _prompt(self, batch: batches.ForwardBatch, last: Tensor) -> tuple[Tensor, Tensor]:
         """As `_decode`, of a prompt's last token."""
-        logits: Tensor = self.model.lm_head(self.model(batch)[last])
-        return logits, ops.likeliest(logits)
+        return self._chosen(self.model(batch)[last])
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
         """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
-        logits: Tensor = self.model.lm_head(self.model(batch))
+        return self._chosen(self.model(batch))
+
+    def _chosen(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.model.lm_head(hidden)
         return logits, ops.likeliest(logits)
 
     def _prefill_once(self) -> None:

@@ -102,6 +102,11 @@ class LayerParts(NamedTuple):
     v_scale: float
     window: int | None
 
+    @property
+    def weights(self) -> tuple[PackedWeight, ...]:
+        """In the order in which they are multiplied by."""
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class DecoderParts(NamedTuple):
     """The layers of a decoder and the numbers that they share; `inter` is the width between the MLP's products."""

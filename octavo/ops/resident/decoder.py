@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import partial
@@ -12,17 +11,18 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops.contract import DecoderParts
+from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.resident.compile import Kernel, compile_cubin, missing
 from octavo.ops.triton import launch
+from octavo.ops.triton.decode import LOG2E
 from octavo.platform import Platform
 
 __all__ = ["ResidentDecoder", "refusal"]
 
 TOKENS = (1, 2)  # requests of a step; for 4 the ops are faster
+MOST_TOKENS = 4  # that there is room for: as in kernel.cu
 LONGEST = 4096  # tokens of context; over more, a kernel that is made for them reads the cache faster
-LOG2E = 1.4426950408889634
 
 
 class _Layer(ctypes.Structure):
@@ -49,7 +49,7 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
     if (reason := missing()) is not None:
         return reason
-    first, weights = parts.layers[0], [w for layer in parts.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    first, weights = parts.layers[0], [w for layer in parts.layers for w in layer.weights]
     if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
         return "not every weight is FP8 with a scale a channel or matrix"
     if first.input_norm.dtype is not torch.bfloat16:
@@ -81,16 +81,15 @@ class ResidentDecoder:
     name = "one launch, csrc/kernel.cu"
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.platform, self.device = parts, platform, platform.device
+        self.parts, self.device = parts, platform.device
         self.programs = launch.device_units()
         first = parts.layers[0]
-        self.k, v = first.views["k"], first.views["v"]
-        self.strides = (self.k.stride(0), self.k.stride(1), *v.stride()[1:])
+        self.k, self.strides = first.views["k"], launch.cache_strides(first.views)[:5]  # not those of scales
         self.table = self._layers()
         with ThreadPoolExecutor(len(TOKENS)) as pool:
             compiled = list(pool.map(lambda tokens: compile_cubin("kernel.cu", platform.arch, self.options(tokens)), TOKENS))
         self.kernels = {tokens: Kernel(cubin, "decode_step") for tokens, cubin in zip(TOKENS, compiled, strict=True)}
-        most, group, dim = 4, parts.heads // parts.kv_heads, parts.head_dim
+        most, group, dim = MOST_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
         room, zeros = partial(torch.empty, device=self.device), partial(torch.zeros, device=self.device)
         qkv = (parts.heads + 2 * parts.kv_heads) * dim  # two values and a number beside them in eight bytes
         self.sent = [zeros(most, w // 2, dtype=torch.int64) for w in (qkv, parts.heads * dim, parts.hidden, parts.hidden)]
@@ -144,7 +143,8 @@ class ResidentDecoder:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
 
 
-def _weights(layer: object) -> Sequence[PackedScaledMM]:
-    found = [getattr(layer, name) for name in ("qkv", "o", "gate_up", "down")]
-    assert all(isinstance(w, PackedScaledMM) for w in found)
+def _weights(layer: LayerParts) -> list[PackedScaledMM]:
+    """A layer's that `refusal` did not refuse."""
+    found = [w for w in layer.weights if isinstance(w, PackedScaledMM)]
+    assert len(found) == len(layer.weights)
     return found

@@ -93,8 +93,7 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, u32 n
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                x[j][e] = e ? __uint_as_float(both[0] & 0xFFFF0000) : wide(both[0] & 0xFFFF);
-                y[j][e] = e ? __uint_as_float(both[1] & 0xFFFF0000) : wide(both[1] & 0xFFFF);
+                x[j][e] = e ? high_of(both[0]) : low_of(both[0]), y[j][e] = e ? high_of(both[1]) : low_of(both[1]);
                 squares += x[j][e] * x[j][e] + y[j][e] * y[j][e];
             }
         }
@@ -139,7 +138,7 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, u32 n
 /* Values of four bytes at `word`, of an FP8 or BF16 cache. */
 INLINE void widen(u32 word, float *out) {
     if (KV_FP8) values_of(word, *(float (*)[4])out);
-    else out[0] = wide(word & 0xFFFF), out[1] = __uint_as_float(word & 0xFFFF0000);
+    else out[0] = low_of(word), out[1] = high_of(word);
 }
 
 INLINE void score(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, const float *query, const u8 *fresh, float *scores) {

@@ -273,14 +273,14 @@ template <int K> struct Row {
     }
     INLINE float get(int i) const {
         const u32 *words = (const u32 *)part;
-        return i % 2 ? __uint_as_float(words[i / 2] & 0xFFFF0000) : wide(words[i / 2] & 0xFFFF);
+        return i % 2 ? high_of(words[i / 2]) : low_of(words[i / 2]);
     }
     INLINE float amax() const {
         const u32 *words = (const u32 *)part;
         u32 most = 0;
 #pragma unroll
         for (int i = 0; i < PARTS * 4; i++) most = larger(most, words[i] & 0x7FFF7FFF);
-        return fmaxf(wide(most & 0xFFFF), __uint_as_float(most & 0xFFFF0000));
+        return fmaxf(low_of(most), high_of(most));
     }
     /* Times `factor`, rounded, times `gain`, rounded. */
     INLINE void scale(float factor, const Row &gain) {

@@ -2,6 +2,8 @@
 #define INLINE __device__ __forceinline__
 
 INLINE float wide(u32 bf16) { return __uint_as_float(bf16 << 16); }
+INLINE float low_of(u32 two) { return wide(two & 0xFFFF); } /* of two BF16 */
+INLINE float high_of(u32 two) { return __uint_as_float(two & 0xFFFF0000); }
 INLINE u32 narrow(float x) { /* to BF16, ties to even */
     u16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -82,7 +84,7 @@ INLINE void wait(const u64 *barrier, u32 parity) {
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;}" ::"r"(address(barrier)), "r"(parity) : "memory");
 }
-INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* all warps but the one that asks */
+INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* all warps but those that ask */
 
 INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
