@@ -32,4 +32,4 @@ def in_graph(calls: Sequence[Callable[[], Any]], number: int, rounds: int) -> fl
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / number)
-    return statistics.median(times[1:])
+    return float(statistics.median(times[1:]))

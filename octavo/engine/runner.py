@@ -132,7 +132,7 @@ class ModelRunner:
             self.model(self._batch([batches.Span([0] * min(length, room), 0, blocks)]))
 
     def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
-        if self.model.model.is_fused(requests, longest):
+        if (fused := self.model.model.fused_for(requests, longest)) and fused.attends:
             return ()
         kinds = {a.kv_heads for a in self.model.attention_layers()}
         return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))

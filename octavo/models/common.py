@@ -95,16 +95,17 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fused: FusedDecoder | None = None  # computes the layers' steps that it takes
+        self.fused: list[FusedDecoder] = []  # of those that take a step the first computes it
 
-    def is_fused(self, requests: int, longest: int) -> bool:
-        """Whether a step of so many single tokens, with contexts up to `longest`, is one launch."""
-        return self.fused is not None and self.fused.takes(requests, longest)
+    def fused_for(self, requests: int, longest: int) -> FusedDecoder | None:
+        """What computes a step of so many single tokens, with contexts up to `longest`; None: the layers, one by one."""
+        return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         x, residual = self.embed_tokens(batch.input_ids), None
-        if self.fused and max(batch.query_lens) == 1 and self.is_fused(len(batch.query_lens), max(batch.context_lens)):
-            x = self.fused(x, batch)
+        single = self.fused and max(batch.query_lens) == 1
+        if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
+            x = fused(x, batch)
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, batch)

@@ -70,7 +70,7 @@ _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
-_fuse: Callable[[DecoderParts, Platform], FusedDecoder | str] | None = None
+_fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
@@ -124,13 +124,15 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts, platform: Platform) -> FusedDecoder | None:
-    """Decode steps of few requests as one launch, where this platform has such a kernel and it takes these layers."""
-    if _fuse is None:
-        return None
-    made = _fuse(parts, platform)
-    _table["decode step of few requests"] = f"not one launch: {made}" if isinstance(made, str) else made.name
-    return None if isinstance(made, str) else made
+def fuse(parts: DecoderParts, platform: Platform) -> list[FusedDecoder]:
+    """What computes decode steps of few requests in fewer launches, where this platform has such and they take these layers.
+
+    Of those that take a step the first is the fastest.
+    """
+    made = {} if _fuse is None else _fuse(parts, platform)
+    for steps, decoder in made.items():
+        _table[steps] = f"op by op: {decoder}" if isinstance(decoder, str) else decoder.name
+    return [decoder for decoder in made.values() if not isinstance(decoder, str)]
 
 
 def table() -> dict[str, str]:

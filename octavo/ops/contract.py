@@ -123,9 +123,10 @@ class DecoderParts(NamedTuple):
 
 
 class FusedDecoder(Protocol):
-    """All layers of a decoder as one launch, for some steps."""
+    """All layers of a decoder in fewer launches than op by op, for some steps."""
 
     name: str
+    attends: bool  # its launches hold attention, so that they are the same for contexts of all lengths
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether it computes a step of so many requests, one token each, with contexts up to `longest`."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.resident import between
+from octavo.ops.resident import decoder as resident
 from octavo.ops.resident.compile import NoKernel
-from octavo.ops.resident.decoder import ResidentDecoder, refusal
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
@@ -26,12 +30,17 @@ def configure(platform: Platform) -> None:
     launch.configure(platform, dependent=major >= 9, stages=8)
 
 
-def fuse(parts: DecoderParts, platform: Platform) -> FusedDecoder | str:
-    """The decoder as one launch a step, or why not."""
-    if (reason := refusal(parts, platform)) is not None:
-        return reason
-    try:
-        return ResidentDecoder(parts, platform)
-    except NoKernel as error:
-        log.warning("decode steps of few requests are not one launch: %s", error)
-        return str(error).splitlines()[0]
+def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:
+    """Which steps -> what computes the decoder in fewer launches than op by op, or why nothing does."""
+
+    def make(module: ModuleType, decoder: Callable[[DecoderParts, Platform], FusedDecoder]) -> FusedDecoder | str:
+        try:
+            return module.refusal(parts, platform) or decoder(parts, platform)
+        except NoKernel as error:
+            log.warning("decode steps of few requests go op by op: %s", error)
+            return str(error).splitlines()[0]
+
+    with ThreadPoolExecutor(2) as pool:  # most of it is the compiler's time
+        one = pool.submit(make, resident, resident.ResidentDecoder)
+        few = pool.submit(make, between, between.BetweenAttentions)
+    return {"decode steps of 1 or 2 requests": one.result(), "decode steps of few requests": few.result()}

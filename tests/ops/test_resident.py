@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.resident import compile as compiler
-from octavo.ops.resident import decoder
+from octavo.ops.resident import decoder, layers
 
 CPU = torch.device("cpu")
 COMMON = dict(vocab_size=512, num_hidden_layers=1, max_position_embeddings=8192, rms_norm_eps=1e-5, torch_dtype="bfloat16")
@@ -117,13 +117,13 @@ def parts(**changes: Any) -> DecoderParts:
     ],
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "missing", lambda: None)
+    monkeypatch.setattr(layers, "missing", lambda: None)
     found = decoder.refusal(parts(**changes), Platform(CPU, arch))
     assert found is None if reason is None else reason in (found or "")
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "missing", lambda: "there is no libnvrtc.so.13")
+    monkeypatch.setattr(layers, "missing", lambda: "there is no libnvrtc.so.13")
     assert decoder.refusal(parts(), Platform(CPU, "sm_90")) == "there is no libnvrtc.so.13"
 
 
@@ -133,10 +133,11 @@ def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPa
     def refuse(*_: object) -> None:
         raise compiler.NoKernel("cuModuleLoadData failed with CUDA error 218\nmore")
 
-    monkeypatch.setattr(cuda, "refusal", lambda *_: None)
-    monkeypatch.setattr(cuda, "ResidentDecoder", refuse)
-    assert cuda.fuse(parts(), Platform(CPU, "sm_90")) == "cuModuleLoadData failed with CUDA error 218"
-    assert "not one launch" in caplog.text
+    for module, name in ((cuda.resident, "ResidentDecoder"), (cuda.between, "BetweenAttentions")):
+        monkeypatch.setattr(module, "refusal", lambda *_: None)
+        monkeypatch.setattr(module, name, refuse)
+    assert set(cuda.fuse(parts(), Platform(CPU, "sm_90")).values()) == {"cuModuleLoadData failed with CUDA error 218"}
+    assert "go op by op" in caplog.text
 
 
 def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -162,8 +163,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
         enforce_eager=True, max_model_len=8192, gpu_memory_utilization=0.9, max_num_seqs=8,
     )  # fmt: skip
     runner = ModelRunner(config)
-    fused: Any = runner.model.model.fused
-    assert fused is not None
+    fused: Any = next(one for one in runner.model.model.fused if one.attends)
     generator, block = torch.Generator().manual_seed(1), runner.block_size
     cases = [[1], [70], [4095], [1, 333], [1000, 31], [4095, 64]]
     for lengths in cases:
@@ -218,12 +218,12 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
         kv_cache_dtype="fp8", device="cuda", enforce_eager=True, max_model_len=8192, gpu_memory_utilization=0.9, max_num_seqs=8,
     )  # fmt: skip
     runner = ModelRunner(config)
-    assert runner.model.model.fused is not None
+    assert runner.model.model.fused_for(1, 700).attends
     ids = torch.randint(512, (700,)).tolist()
     runner.forward(runner._batch([Span(ids[:-1], 0, range(20))]))
     batch = runner._batch([Span(ids[-1:], 699, range(20))])
     first = runner.forward(batch)
     assert all(torch.equal(runner.forward(batch), first) for _ in range(50))
-    runner.model.model.fused = None
+    runner.model.model.fused = []
     want = runner.forward(batch)
     assert float((first - want).float().norm() / want.float().norm()) < 0.15

@@ -9,17 +9,31 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing"]
+__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing", "tensor_map"]
 
 SOURCES = Path(__file__).parent / "csrc"
 KEPT = Path.home() / ".cache" / "octavo"
 SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+SWIZZLED, PROMOTED = 3, 3  # rows of 128 bytes; 256 bytes at a time into the cache
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", c_uint32 * 3), ("block", c_uint32 * 3), ("shared", c_uint32), ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", c_uint32),
+    ]  # fmt: skip
 
 
 class NoKernel(RuntimeError):
@@ -105,26 +119,44 @@ class Kernel:
     """A function of a compiled module, in the current device's context. Raises NoKernel where the driver refuses it."""
 
     def __init__(self, cubin: bytes, name: str):
-        self.driver = ctypes.CDLL("libcuda.so.1")
         self.module, self.function = c_void_p(), c_void_p()
-        self._check("cuModuleLoadData", byref(self.module), cubin)
-        self._check("cuModuleGetFunction", byref(self.function), self.module, name.encode())
+        _driver("cuModuleLoadData", byref(self.module), cubin)
+        _driver("cuModuleGetFunction", byref(self.function), self.module, name.encode())
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
-        self._check("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
+        _driver("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
 
     def constant(self, name: str) -> int:
         """The value of a global int of the module."""
         place, size, value = c_void_p(), c_size_t(), c_int()
-        self._check("cuModuleGetGlobal_v2", byref(place), byref(size), self.module, name.encode())
-        self._check("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
+        _driver("cuModuleGetGlobal_v2", byref(place), byref(size), self.module, name.encode())
+        _driver("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
         return value.value
 
-    def launch(self, programs: int, arguments: ctypes.Structure) -> None:
-        """On torch's current stream. `arguments` are the function's one parameter."""
+    def launch(self, programs: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
+        """On torch's current stream. `arguments` are the function's one parameter; `early`: it waits by itself for the kernel
+        before it, and may start while that one still runs."""
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check("cuLaunchKernel", self.function, programs, 1, 1, self.threads, 1, 1, self.shared, stream, pointers, None)
+        attribute = _Attribute(id=EARLY, value=int(early))
+        config = _Config(
+            (programs, 1, 1), (self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
+            ctypes.pointer(attribute), 1,
+        )  # fmt: skip
+        _driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
-    def _check(self, call: str, *arguments: object) -> None:
-        if status := getattr(self.driver, call)(*arguments):
-            raise NoKernel(f"{call} failed with CUDA error {status}")
+
+def tensor_map(x: Tensor, rows: int, columns: int) -> bytes:
+    """Contiguous bytes x [N, K] as the copy engine sees them: boxes of `rows` by `columns` (at most 128), swizzled."""
+    made = (c_uint64 * 24)()  # 16 words of it, from an address that is a multiple of 64
+    place = (ctypes.addressof(made) + 63) // 64 * 64
+    sizes, strides = (c_uint64 * 2)(x.shape[1], x.shape[0]), (c_uint64 * 1)(x.shape[1])
+    box, apart = (c_uint32 * 2)(columns, rows), (c_uint32 * 2)(1, 1)
+    _driver(
+        "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(2), c_void_p(x.data_ptr()), sizes, strides, box, apart,
+        c_int(0), c_int(SWIZZLED), c_int(PROMOTED), c_int(0),
+    )  # fmt: skip
+    return ctypes.string_at(place, 128)
+
+
+def _driver(call: str, *arguments: object) -> None:
+    if status := getattr(ctypes.CDLL("libcuda.so.1"), call)(*arguments):
+        raise NoKernel(f"{call} failed with CUDA error {status}")

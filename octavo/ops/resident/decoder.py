@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops.contract import DecoderParts, LayerParts
-from octavo.ops.gpu import PackedScaledMM
-from octavo.ops.resident.compile import Kernel, compile_cubin, missing
+from octavo.ops.contract import DecoderParts
+from octavo.ops.resident.compile import Kernel, compile_cubin
+from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E
 from octavo.platform import Platform
@@ -47,13 +47,9 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or why this decoder's steps are not one launch."""
     if not platform.arch.startswith("sm_") or int(platform.arch[3:]) < 90:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
-    if (reason := missing()) is not None:
+    if (reason := unfit(parts)) is not None:
         return reason
-    first, weights = parts.layers[0], [w for layer in parts.layers for w in layer.weights]
-    if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
-        return "not every weight is FP8 with a scale a channel or matrix"
-    if first.input_norm.dtype is not torch.bfloat16:
-        return f"the model is {first.input_norm.dtype}"
+    first = parts.layers[0]
     k, v, dim, group = first.views["k"], first.views["v"], parts.head_dim, parts.heads // parts.kv_heads
     if any(size % 64 for size in (parts.hidden, parts.inter, parts.heads * dim)):
         return "a dimension is not a multiple of 64"
@@ -79,6 +75,7 @@ class ResidentDecoder:
     """
 
     name = "one launch, csrc/kernel.cu"
+    attends = True
 
     def __init__(self, parts: DecoderParts, platform: Platform):
         self.parts, self.device = parts, platform.device
@@ -132,7 +129,7 @@ class ResidentDecoder:
         """The layers' pointers and scales as kernel.cu reads them: bytes on the device."""
         made = [
             _Layer(
-                *(w.weight.data_ptr() for w in _weights(layer)), *(w.scale.data_ptr() for w in _weights(layer)),
+                *(w.weight.data_ptr() for w in packed_weights(layer)), *(w.scale.data_ptr() for w in packed_weights(layer)),
                 *(None if t is None else t.data_ptr() for t in (
                     layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm, layer.qkv_bias,
                     layer.views["k"], layer.views["v"])),
@@ -141,10 +138,3 @@ class ResidentDecoder:
         ]  # fmt: skip
         data = b"".join(bytes(one) for one in made)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-
-
-def _weights(layer: LayerParts) -> list[PackedScaledMM]:
-    """A layer's that `refusal` did not refuse."""
-    found = [w for w in layer.weights if isinstance(w, PackedScaledMM)]
-    assert len(found) == len(layer.weights)
-    return found

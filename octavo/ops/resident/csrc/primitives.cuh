@@ -73,6 +73,12 @@ INLINE ulonglong2 look_at_two(const u64 *from) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
     return v;
 }
+/* Four words that other programs may be writing: unlike shared_load, as they are now. */
+INLINE uint4 look_at_four(const u32 *from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
 INLINE bool is_there(u64 sent, u32 number) { return (int)((u32)(sent >> 32) - number) >= 0; }
 
 INLINE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

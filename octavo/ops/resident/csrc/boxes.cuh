@@ -1,0 +1,99 @@
+/* How weights and inputs come into shared memory: by two threads of a program, in rings. Included by between.cu. */
+
+/* A place in a ring of barriers. */
+template <int SIZE> struct Place {
+    int at = 0;
+    u32 parity = 0;
+    INLINE void next() {
+        if (++at == SIZE) at = 0, parity ^= 1;
+    }
+};
+
+/* Boxes of weights lie one behind the other in a ring, none of them across its end. */
+struct Boxes {
+    Place<BOXES> box;
+    int behind = 0; /* the last */
+    INLINE int next(int bytes) const { return behind + bytes > RING ? 0 : behind; }
+};
+
+INLINE void expect(const u64 *barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+INLINE void arrive(const u64 *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
+/* A box of a matrix that is read once. */
+INLINE void copy_box(u32 to, const Map &map, int k, int row, const u64 *barrier) {
+    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], once;}"
+                 ::"r"(to), "l"(&map), "r"(k), "r"(row), "r"(address(barrier)) : "memory");
+}
+/* Where a token's code k is: 128 codes of all tokens are adjacent, in the order in which the matrix unit wants them. */
+INLINE int place_of(int token, int k) { return (k / STEP * TOKENS + token) * STEP + ((k / 16 ^ token) & 7) * 16 + k % 16; }
+INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/* Arrivals at the launch's meetings, two for each product: its inputs are ready; its results are there. What a program wrote
+   before it came is there for whoever waits. */
+constexpr int LINE = 32, MEETINGS = 8 * LINE; /* a line of the cache each */
+INLINE int ready(int product) { return 2 * product * LINE; }
+INLINE int done(int product) { return (2 * product + 1) * LINE; }
+INLINE void come(u32 *meeting) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(meeting) : "memory"); }
+INLINE void wait_for(const u32 *meeting, u32 arrivals) {
+    u32 seen;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(meeting) : "memory");
+    while (seen < arrivals);
+}
+
+/* One thread asks for weights, */
+struct Asker {
+    Boxes at;
+    Place<BOXES> oldest, landing;
+    int held = 0, ahead = 0; /* boxes not given back; not there yet */
+    /* Where there is room for a box, once there is. */
+    INLINE int room(int bytes, Small &small) {
+        const int to = at.next(bytes);
+        while (held) {
+            const int from = small.begin[oldest.at]; /* what is held is from there to at.behind */
+            if (held < BOXES && (at.behind > from ? to || bytes <= from : to == at.behind && to + bytes <= from)) break;
+            wait(small.empty + oldest.at, oldest.parity);
+            oldest.next(), held--;
+        }
+        small.begin[at.box.at] = to;
+        at.behind = to + bytes;
+        held++;
+        return to;
+    }
+    template <int P> INLINE void ask(const Between &s, u8 *ring, Small &small) {
+        using Z = Shape<P>;
+        for (int unit = blockIdx.x; unit < Z::UNITS; unit += PROGRAMS) {
+            const int row = unit / Z::SPLITS * Z::ROWS, first = unit % Z::SPLITS * Z::SHARE, stop = min(first + Z::SHARE, Z::STEPS);
+            for (int step = first; step < stop; step += Z::PACKED)
+                for (int half = 0; half < Z::HALVES; half++, at.box.next()) {
+                    const int most = P != NEXT_QKV && (step - first) * Z::HALVES * Z::ROWS * STEP < RING ? FEW : MANY; /* while tokens become inputs, few */
+                    for (; ahead >= most; ahead--, landing.next()) wait(small.full + landing.at, landing.parity);
+                    ahead++;
+                    const int to = room(Z::PACKED * Z::ROWS * STEP, small), steps = min(Z::PACKED, stop - step);
+                    expect(small.full + at.box.at, steps * Z::ROWS * STEP);
+                    for (int i = 0; i < steps; i++)
+                        copy_box(address(ring + to) + i * Z::ROWS * STEP, s.weights[P], (step + i) * STEP, row + half * INTER, small.full + at.box.at);
+                }
+        }
+    }
+};
+
+/* and one for inputs, once they are ready. */
+struct Fetcher {
+    Place<INPUTS> at;
+    template <int P> INLINE void fetch(const Between &s, u8 *inputs, Small &small) {
+        using Z = Shape<P>;
+        wait_for(s.meetings + ready(P), P == DOWN ? PROGRAMS : s.tokens);
+        asm volatile("fence.proxy.async;" ::: "memory"); /* what plain stores wrote the copy engine reads */
+        for (int unit = blockIdx.x; unit < Z::UNITS; unit += PROGRAMS) {
+            const int first = unit % Z::SPLITS * Z::SHARE, stop = min(first + Z::SHARE, Z::STEPS);
+            for (int step = first; step < stop; step += FETCHED, at.next()) {
+                const int bytes = min(FETCHED, stop - step) * INPUT;
+                wait(small.input_empty + at.at, at.parity ^ 1);
+                expect(small.input_full + at.at, bytes);
+                copy(address(inputs + at.at * FETCHED * INPUT), s.codes[P == NEXT_QKV ? GATE_UP : P] + step * INPUT, bytes, address(small.input_full + at.at));
+            }
+        }
+    }
+};
