@@ -31,13 +31,13 @@ INLINE void begin(float (&part)[VALUES], u32 rows, u32 tokens) {
     for (int k = 0; k < 4; k++) multiply(part, a + 2 * k, b + 2 * k, k);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-/* All but the last PENDING steps that were begun are done, this one among them: it is added in FP32. */
-template <int PENDING> INLINE void end(float (&sum)[VALUES], float (&part)[VALUES]) {
+/* All but the last PENDING steps that were begun are done, this one among them: it is added in FP32, if it counts. */
+template <int PENDING> INLINE void end(float (&sum)[VALUES], float (&part)[VALUES], bool counts = true) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
     for (int v = 0; v < VALUES; v++) {
         asm volatile("" : "+f"(part[v])::"memory");
-        sum[v] += part[v];
+        sum[v] += counts ? part[v] : 0;
     }
 }
 
@@ -86,14 +86,15 @@ struct Consumer {
             }
         };
         constexpr int UP = Z::HALVES - 1;
+        const bool counts = Z::APART || !group || tiles % 2 == 0; /* in the last turn one step may be left */
         for (int turn = 0; turn < turns; turn += 2) {
             enter(turn, part[0]);
             if (turn) end<1>(sum[UP], part[1]), leave(turn - 1);
             if (turn + 1 < turns) enter(turn + 1, part[1]), end<1>(sum[0], part[0]);
-            else end<0>(sum[0], part[0]);
+            else end<0>(sum[0], part[0], counts);
             leave(turn);
         }
-        if (turns % 2 == 0) end<0>(sum[UP], part[1]), leave(turns - 1);
+        if (turns % 2 == 0) end<0>(sum[UP], part[1], counts), leave(turns - 1);
         if constexpr (!Z::APART) { /* one group's sums of these rows, and the other's */
             if (group) {
 #pragma unroll
