@@ -51,8 +51,8 @@ template <int P> struct Shape {
 
 /* FETCHED steps of inputs are fetched at a time, an even number. */
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, in a thread */
-constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = 3 + (TOKENS == 8), TURNS = up(Shape<GATE_UP>::UNITS, PROGRAMS), BOXES = 24;
-constexpr int WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
+constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, TURNS = up(Shape<GATE_UP>::UNITS, PROGRAMS), BOXES = 24;
+constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
 constexpr int FEW = 2, MANY = 4; /* boxes asked for at a time: what waits in memory's queues holds up the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* the sign of a magnitude */
@@ -61,7 +61,8 @@ struct Small {
     u64 full[BOXES], empty[BOXES], input_full[INPUTS], input_empty[INPUTS];
     int begin[BOXES];
     u32 own_amax[TOKENS], amax[TOKENS];
-    float scale[TOKENS], inverse[TOKENS], first[WARPS], second[WARPS];
+    __align__(16) float input_scale[TOKENS]; /* of a product's inputs, but for down's */
+    float scale[TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* the first two of act */
     union __align__(16) {
         float other[VALUES][128]; /* the other group's sums */
         u16 act[TURNS][TOKENS][128 + 8]; /* a pitch of four banks more */
@@ -124,8 +125,8 @@ struct Row {
             if (place(i) < width) *(uint2 *)(codes + place_of(token, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
         }
     }
-    /* The residual, to which a product's shares are added, and to the sum of its squares. */
-    template <int SPLITS> INLINE float add(const float *parts, u16 *residual) {
+    /* The residual, to which a product's shares are added, and the sum of its squares. */
+    INLINE float add(const float *parts, int splits, u16 *residual) {
         float4 part[PARTS][SPLITS][2];
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
@@ -133,7 +134,7 @@ struct Row {
             for (int c = 0; c < SPLITS; c++)
 #pragma unroll
                 for (int j = 0; j < 2; j++)
-                    part[i][c][j] = place(i) < HIDDEN ? __ldcg((const float4 *)(parts + c * TOKENS * HIDDEN + place(i)) + j) : float4{};
+                    part[i][c][j] = place(i) < HIDDEN && c < splits ? __ldcg((const float4 *)(parts + c * TOKENS * HIDDEN + place(i)) + j) : float4{};
         float squares = 0;
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
@@ -164,29 +165,24 @@ struct Row {
     }
 };
 
-/* Of this program's token: attention's result becomes codes, */
-INLINE void quantize_attended(const Between &s, Small &small) {
-    const int token = blockIdx.x;
-    Row row;
-    row.load(s.attended + (i64)token * WIDE, WIDE);
-    row.quantize(s.codes[O], s.input_scales + O * TOKENS + token, token, WIDE, small);
-    meet();
-    if (threadIdx.x == 0) come(s.meetings + ready(O));
-}
-/* and the residual, to which a product of SPLITS shares is added, the next product's codes after a norm, if there is one. */
-template <int SPLITS> INLINE void add_and_norm(const Between &s, int product, int next, const u16 *norm, Small &small) {
-    const int token = blockIdx.x;
+/* The codes of this program's token for a product: of what attention gave, or of the norm of the residual, to which the shares of
+   the product before are added. Without a norm there is no next product. One piece of code for all: reading it takes time. */
+__device__ __noinline__ void prepare(const Between &s, int product, Small &small) {
+    const int token = blockIdx.x, width = product == O ? WIDE : HIDDEN, before = product == GATE_UP ? O : DOWN;
+    const u16 *norm = product == GATE_UP ? s.post_norm : s.next_norm;
     Row row, gain;
-    row.load(s.residual + (i64)token * HIDDEN, HIDDEN);
-    if (norm) gain.load(norm, HIDDEN);
-    if (threadIdx.x == 0) wait_for(s.meetings + done(product), PROGRAMS);
+    row.load((product == O ? s.attended : s.residual) + (i64)token * width, width);
+    if (product != O) {
+        if (norm) gain.load(norm, HIDDEN);
+        if (threadIdx.x == 0) wait_for(s.meetings + done(before), PROGRAMS);
+        meet();
+        const float squares = row.add(s.parts + token * HIDDEN, before == O ? O_SPLITS : DOWN_SPLITS, s.residual + (i64)token * HIDDEN);
+        if (!norm) return;
+        row.scale(rsqrtf(over_threads<false>(squares, small.first) / HIDDEN + s.eps), gain);
+    }
+    row.quantize(s.codes[product == O ? O : GATE_UP], s.input_scales + product * TOKENS + token, token, width, small);
     meet();
-    const float squares = row.add<SPLITS>(s.parts + token * HIDDEN, s.residual + (i64)token * HIDDEN);
-    if (!norm) return;
-    row.scale(rsqrtf(over_threads<false>(squares, small.first) / HIDDEN + s.eps), gain);
-    row.quantize(s.codes[GATE_UP], s.input_scales + next * TOKENS + token, token, HIDDEN, small);
-    meet();
-    if (threadIdx.x == 0) come(s.meetings + ready(next));
+    if (threadIdx.x == 0) come(s.meetings + ready(product));
 }
 
 /* 16 adjacent values of a token's act, of those that this program computed. */
@@ -306,10 +302,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
         meet();
         if (threadIdx.x == 0) come(s.meetings + done(product));
     };
-    if (has_token) quantize_attended(s, small);
+    if (has_token) prepare(s, O, small);
     product<O>(s, consumer, ring, inputs, small, keep_share);
     share_done(O);
-    if (has_token) add_and_norm<O_SPLITS>(s, O, GATE_UP, s.post_norm, small);
+    if (has_token) prepare(s, GATE_UP, small);
     product<GATE_UP>(s, consumer, ring, inputs, small, [&](int turn, int v, int, bool inside, int, int token, float (&y)[2][2]) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
@@ -321,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
     quantize_act(s, small);
     product<DOWN>(s, consumer, ring, inputs, small, keep_share);
     share_done(DOWN);
-    if (has_token) add_and_norm<DOWN_SPLITS>(s, DOWN, NEXT_QKV, s.next_norm, small);
+    if (has_token) prepare(s, NEXT_QKV, small);
     if (!s.next_norm) return;
     asm volatile("griddepcontrol.launch_dependents;");
     product<NEXT_QKV>(s, consumer, ring, inputs, small, [&](int, int, int, bool inside, int row, int token, float (&y)[1][2]) {

@@ -42,7 +42,7 @@ INLINE void wait_for(const u32 *meeting, u32 arrivals) {
     while (seen < arrivals);
 }
 
-/* One thread asks for weights, */
+/* One thread asks for weights (its loops are short code: what is unrolled must be read first), */
 struct Asker {
     Boxes at;
     Place<BOXES> oldest, landing;
@@ -63,15 +63,19 @@ struct Asker {
     }
     template <int P> INLINE void ask(const Between &s, u8 *ring, Small &small) {
         using Z = Shape<P>;
+#pragma unroll 1
         for (int unit = blockIdx.x; unit < Z::UNITS; unit += PROGRAMS) {
             const int row = unit / Z::SPLITS * Z::ROWS, first = unit % Z::SPLITS * Z::SHARE, stop = min(first + Z::SHARE, Z::STEPS);
+#pragma unroll 1
             for (int step = first; step < stop; step += Z::PACKED)
+#pragma unroll 1
                 for (int half = 0; half < Z::HALVES; half++, at.box.next()) {
                     const int most = P != NEXT_QKV && (step - first) * Z::HALVES * Z::ROWS * STEP < RING ? FEW : MANY; /* while tokens become inputs, few */
                     for (; ahead >= most; ahead--, landing.next()) wait(small.full + landing.at, landing.parity);
                     ahead++;
                     const int to = room(Z::PACKED * Z::ROWS * STEP, small), steps = min(Z::PACKED, stop - step);
                     expect(small.full + at.box.at, steps * Z::ROWS * STEP);
+#pragma unroll 1
                     for (int i = 0; i < steps; i++)
                         copy_box(address(ring + to) + i * Z::ROWS * STEP, s.weights[P], (step + i) * STEP, row + half * INTER, small.full + at.box.at);
                 }
@@ -86,12 +90,15 @@ struct Fetcher {
         using Z = Shape<P>;
         wait_for(s.meetings + ready(P), P == DOWN ? PROGRAMS : s.tokens);
         asm volatile("fence.proxy.async;" ::: "memory"); /* what plain stores wrote the copy engine reads */
+#pragma unroll 1
         for (int unit = blockIdx.x; unit < Z::UNITS; unit += PROGRAMS) {
             const int first = unit % Z::SPLITS * Z::SHARE, stop = min(first + Z::SHARE, Z::STEPS);
+#pragma unroll 1
             for (int step = first; step < stop; step += FETCHED, at.next()) {
-                const int bytes = min(FETCHED, stop - step) * INPUT;
+                const int bytes = min(FETCHED, stop - step) * INPUT, more = P != DOWN && step == first ? TOKENS * 4 : 0;
                 wait(small.input_empty + at.at, at.parity ^ 1);
-                expect(small.input_full + at.at, bytes);
+                expect(small.input_full + at.at, bytes + more);
+                if (more) copy(address(small.input_scale), s.input_scales + P * TOKENS, more, address(small.input_full + at.at));
                 copy(address(inputs + at.at * FETCHED * INPUT), s.codes[P == NEXT_QKV ? GATE_UP : P] + step * INPUT, bytes, address(small.input_full + at.at));
             }
         }

@@ -50,10 +50,9 @@ struct Consumer {
     Place<BOXES> behind; /* the oldest not given back */
     Place<INPUTS> input, input_behind;
 
-    /* The sums of a unit's rows; `begun` is called when its inputs are there. In a turn a group begins its product of 64 rows by a
+    /* The sums of a unit's rows. In a turn a group begins its product of 64 rows by a
        step and then ends the one of the turn before, so that the matrix unit need not wait. */
-    template <int P, class Begun>
-    INLINE void multiply_unit(int unit, int group, u8 *ring, u8 *inputs, Small &small, float (&sum)[2][VALUES], Begun begun) {
+    template <int P> INLINE void multiply_unit(int unit, int group, u8 *ring, u8 *inputs, Small &small, float (&sum)[2][VALUES]) {
         using Z = Shape<P>;
         constexpr int TAKEN = Z::APART ? 1 : 2; /* tiles of a turn */
         const int first = unit % Z::SPLITS * Z::SHARE, tiles = (min(first + Z::SHARE, Z::STEPS) - first) * Z::HALVES, turns = up(tiles, TAKEN);
@@ -66,7 +65,6 @@ struct Consumer {
             const int from = at.next(Z::PACKED * Z::ROWS * STEP);
             if (tile % Z::PACKED == 0) wait(small.full + at.box.at, at.box.parity);
             if (tile % (FETCHED * Z::HALVES) == 0) wait(small.input_full + input.at, input.parity);
-            if (turn == 0) begun();
             if (Z::APART ? group * 64 < Z::ROWS : own < tiles)
                 begin(into, address(ring) + from + (Z::APART ? group * 64 : own % Z::PACKED * Z::ROWS) * STEP,
                       address(inputs) + (input.at * FETCHED + own / Z::HALVES % FETCHED) * INPUT);
@@ -119,18 +117,13 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
     for (int turn = 0; turn < up(Z::UNITS, PROGRAMS); turn++) {
         const int unit = blockIdx.x + turn * PROGRAMS, first_row = unit / Z::SPLITS * Z::ROWS + within;
         if (unit >= Z::UNITS) break;
-        float sum[2][VALUES], by_row[Z::HALVES][2], by_token[VALUES / 2];
+        float sum[2][VALUES], by_row[Z::HALVES][2];
 #pragma unroll
         for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
             for (int i = 0; i < 2; i++) by_row[h][i] = first_row + 8 * i < Z::N ? __ldg(s.scales[P] + h * INTER + first_row + 8 * i) : 0;
-        consumer.multiply_unit<P>(unit, group, ring, inputs, small, sum, [&] {
-#pragma unroll
-            for (int v = 0; v < VALUES / 2; v++) {
-                const int token = own_token() + v / 2 * 8 + v % 2;
-                by_token[v] = P == DOWN ? small.scale[token] : __ldcg(s.input_scales + P * TOKENS + token);
-            }
-        });
+        consumer.multiply_unit<P>(unit, group, ring, inputs, small, sum);
+        const float *by_token = (P == DOWN ? small.scale : small.input_scale) + own_token();
 #pragma unroll
         for (int v = 0; v < VALUES / 2; v++) {
             const int row = first_row + v % 2 * 8;
@@ -138,7 +131,7 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
 #pragma unroll
             for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
-                for (int c = 0; c < 2; c++) y[h][c] = sum[h][2 * v + c] * by_row[h][v % 2] * by_token[v / 2 * 2 + c];
+                for (int c = 0; c < 2; c++) y[h][c] = sum[h][2 * v + c] * by_row[h][v % 2] * by_token[v / 2 * 8 + c];
             const bool inside = (Z::APART || !group) && within + v % 2 * 8 < Z::ROWS && row < Z::N;
             finish(turn, v, unit % Z::SPLITS, inside, row, own_token() + v / 2 * 8, y);
         }
