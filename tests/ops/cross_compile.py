@@ -97,12 +97,18 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
             {"num_warps": 4 if bm == 16 else 8},
         )  # fmt: skip
-    for kind, kv, per_head in (("fp8", fp8, False), ("per_head", fp8, True), ("bf16", bf16, False)):
+    new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64)
+    for kind, kv, per_head, given in (
+        ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
+        ("fp8_new", fp8, False, new), ("per_head_new", fp8, True, new), ("bf16_new", bf16, False, new),
+    ):  # fmt: skip
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
-                 counters=i32, qk_scale="fp32", v_scale="fp32", **cache),
-            dict(Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
+                 counters=i32, qk_scale="fp32", v_scale="fp32", eps="fp32", k_by="fp32", v_by="fp32", new_stride="i32", **given,
+                 **cache),
+            dict(**({} if given else dict.fromkeys(new)), NEW=bool(given), R=128 if given else 0, NORM=bool(given),
+                 KV_LIMIT=limit["LIMIT"], FLOOR=1e-6, Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
                  BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
                  CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},

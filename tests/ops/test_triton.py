@@ -247,6 +247,41 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
     assert relative_error(out, reference.attention(q, views, batch, 0.2, window, 0.04, 0.03)) < 6e-3
 
 
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 80), (128, 64)])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kv", KV_DTYPES)
+def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rotated: int) -> None:
+    """As `rope_write_kv` and attention one after the other; the new token is a block's first, its last, alone."""
+    lengths, heads, kv_heads, block_size = [1, 64, 65, 300], 6, 2, 16
+    count = -(-max(lengths) // block_size)
+    tables = torch.randperm(len(lengths) * count).add(1).view(len(lengths), count).tolist()
+    spans = [batches.Span([5], n - 1, t) for n, t in zip(lengths, tables, strict=True)]
+    batch = batches.build(spans, block_size, DEVICE)
+    ours, theirs = (KVCache([spec(kv, kv_heads, dim)], len(lengths) * count + 1, block_size, DEVICE) for _ in range(2))
+    slots = torch.arange(ours.num_blocks * block_size, device=DEVICE)
+    old = [torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2)]
+    for cache in (ours, theirs):
+        reference.write_kv(cache.views[0], slots, *old, 0.04, 0.03)
+    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
+    qkv[1, heads, 3], qkv[2, -1, 2] = float("nan") if not normed else 1.0, float("inf")
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    angles = torch.rand(300, rotated // 2, device=DEVICE) * 7
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+    norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
+    turned = reference.rope_write_kv(q, k, v, norms, cos_sin, batch.positions, theirs.views[0], batch.slot_mapping, 0.04, 0.03)
+    expected = reference.attention(turned, theirs.views[0], batch, 0.2, None, 0.04, 0.03)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
+    new = decode.New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
+    decode.decode_attention(
+        q, out, ours.views[0], batch, len(lengths), max(lengths), 0.2, None, 0.04, 0.03, {"splits": splits}, new
+    )  # fmt: skip
+    assert relative_error(out, expected) < (2e-2 if normed else 6e-3)
+    for name in ours.views[0]:
+        a, b = ours.views[0][name].float(), theirs.views[0][name].float()
+        assert relative_error(a, b) < 5e-3, name
+
+
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv", KV_DTYPES)

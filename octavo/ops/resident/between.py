@@ -1,6 +1,6 @@
-"""Decode steps of a few requests in three launches a layer: rotary and cache write, attention, and all that lies between.
+"""Decode steps of a few requests in two launches a layer: attention, with rotary and cache write, and all that lies between.
 
-The last is csrc/between.cu. It takes more requests than a step that is one launch, and contexts of any length.
+The second is csrc/between.cu. It takes more requests than a step that is one launch, and contexts of any length.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from octavo.ops.contract import DecoderParts, HeadNorms, LayerParts
 from octavo.ops.resident.compile import Kernel, compile_cubin, tensor_map
 from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
+from octavo.ops.triton.decode import New, decode_attention
 from octavo.platform import Platform
 
 __all__ = ["BetweenAttentions", "refusal", "units"]
@@ -152,6 +153,9 @@ class BetweenAttentions:
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
         norms = None if layer.q_norm is None or layer.k_norm is None else HeadNorms(layer.q_norm, layer.k_norm, p.eps)
-        places = batch.positions, layer.views, batch.slot_mapping
-        q = gpu.rope_write_kv(q, k, v, norms, p.cos_sin, *places, layer.k_scale, layer.v_scale)
-        return gpu.attention(q, layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale).flatten(1)
+        out, requests = torch.empty(q.shape, dtype=q.dtype, device=q.device), len(batch.query_lens)
+        decode_attention(
+            q, out, layer.views, batch, requests, max(batch.context_lens), p.scale, layer.window, layer.k_scale, layer.v_scale,
+            new=New(k, v, norms, p.cos_sin, batch.positions, batch.slot_mapping),
+        )  # fmt: skip
+        return out.flatten(1)

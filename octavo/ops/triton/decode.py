@@ -5,9 +5,14 @@ cache is read once. The context takes the matrix unit's tall side and the heads 
 cache into the product as they are stored. Over FP8 codes the other operand must be FP8 too: queries and probabilities are
 split into a code and the code of what it leaves over, which together keep 8 bits, as BF16 does; the two lie side by side in one
 product, so 8 heads fill the 16 columns that the matrix unit has at least.
+
+Given the QKV product as it is, it also does what `rope_write_kv` does: every program turns its queries, and the one whose part
+of the context ends with the new token writes that one's key and value into the cache first.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +21,8 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
+from octavo.ops.contract import HeadNorms
+from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import (
     cache_strides,
     codes,
@@ -27,9 +34,10 @@ from octavo.ops.triton.launch import (
     shared_memory,
     wait,
 )
+from octavo.ops.triton.rope import turned, write_new
 from octavo.platform import FP8_MAX
 
-__all__ = ["decode_attention", "decode_variant"]
+__all__ = ["New", "decode_attention", "decode_variant"]
 
 LOG2E = 1.4426950408889634
 MOST_COUNTERS = 1 << 14
@@ -51,11 +59,13 @@ def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.c
 @triton.jit
 def _decode_attention(
     q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums, counters,
+    new_k, new_v, q_norm, k_norm, cos_sin, positions, slots, eps, k_by, v_by, new_stride,
     qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
-    CODE: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    CODE: tl.constexpr, LIMIT: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, KV_LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
@@ -72,7 +82,26 @@ def _decode_attention(
     begin, end = first + split * per_split, min(first + (split + 1) * per_split, tl.cdiv(length, TILE))
     q_at = (request.to(tl.int64) * Q_HEADS + head[None, :]) * D + d[:, None]
     q_ok = (row < GROUP)[None, :] & (d < D)[:, None]
-    query = tl.load(q + q_at, mask=q_ok, other=0.0).to(tl.float32)
+    if NEW:
+        new_row = request.to(tl.int64) * new_stride
+        angles = cos_sin + tl.load(positions + request) * R
+        query = turned(q + new_row + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
+        if (end > begin) & (end == tl.cdiv(length, TILE)):
+            ok = (d < D)[:, None] & (tl.arange(0, 1) == 0)[None, :]
+            slot = tl.load(slots + request).to(tl.int64)
+            block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+            base = block * block_stride
+            place = block * scale_block_stride + offset * scale_token_stride + kv_head
+            source = new_row + kv_head * D + tl.arange(0, 1)[None, :]
+            at = base + offset * k_token_stride + kv_head * D + d[:, None]
+            key = turned(new_k + source, ok, k_norm, eps, angles, d, D, R, NORM)
+            write_new(key, ok, k, at, k_by, k_scales + place, PER_HEAD, KV_LIMIT, FLOOR)
+            at = base + offset * v_token_stride + kv_head * v_head_stride + d[:, None] * v_dim_stride
+            value = tl.load(new_v + source + d[:, None], mask=ok, other=0.0).to(tl.float32)
+            write_new(value, ok, v, at, v_by, v_scales + place, PER_HEAD, KV_LIMIT, FLOOR)
+        tl.debug_barrier()  # what was written is read below, by other threads
+    else:
+        query = tl.load(q + q_at, mask=q_ok, other=0.0).to(tl.float32)
     factor = tl.full((ROWS,), 1.0, tl.float32) * qk_scale
     if FP8:
         q_scale = tl.maximum(tl.max(tl.abs(query), 0) / (LIMIT * 0.5), 1e-12)  # room for 16 times what a code leaves
@@ -177,11 +206,24 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
     return few << 8 | more
 
 
+class New(NamedTuple):
+    """What a step's tokens bring: keys and values [T, H', D] that the cache has not yet; how heads are normed and turned."""
+
+    k: Tensor
+    v: Tensor
+    norms: HeadNorms | None
+    cos_sin: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
 def decode_attention(
     q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, longest: int, scale: float, window: int | None,
-    k_scale: float, v_scale: float, config: dict[str, int] | None = None,
+    k_scale: float, v_scale: float, config: dict[str, int] | None = None, new: New | None = None,
 ) -> None:  # fmt: skip
-    """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each."""
+    """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each.
+
+    With `new`, q is not turned yet: queries, keys and values are parts of one matrix [T, ...]."""
     heads, dim = q.shape[1:]
     k, v = views["k"], views["v"]
     kv_heads, group = k.shape[2], heads // k.shape[2]
@@ -196,9 +238,20 @@ def decode_attention(
     by_layer = fp8 and scales is None
     launch(_decode_attention, (kv_heads, splits, requests),
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out,
-        parts, sums, counters, scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
+        parts, sums, counters, *_new_arguments(new, k_scale, v_scale),
+        scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
         TILE=c["TILE"], SPLIT=splits > 1, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
+        NEW=new is not None, R=new.cos_sin.shape[1] if new else 0, NORM=new is not None and new.norms is not None,
+        KV_LIMIT=FP8_MAX.get(k.dtype, 1.0), FLOOR=SCALE_FLOOR,
         STAGES=pipeline(c["stages"]), num_warps=c["warps"],
     )  # fmt: skip
+
+
+def _new_arguments(new: New | None, k_scale: float, v_scale: float) -> tuple[Tensor | float | None, ...]:
+    if new is None:
+        return *(None,) * 7, 0.0, 1.0, 1.0, 0
+    norms = (new.norms.q, new.norms.k) if new.norms else (None, None)
+    eps = new.norms.eps if new.norms else 0.0
+    return new.k, new.v, *norms, new.cos_sin, new.positions, new.slots, eps, k_scale, v_scale, new.k.stride(0)

@@ -15,7 +15,7 @@ from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import cache_strides, launch, power_of_2, round_to, to_fp8, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["rope_write_kv"]
+__all__ = ["rope_write_kv", "turned", "write_new"]
 
 TILES = ((512, 1, 4, 1), (1 << 31, 16, 2, 4))  # up to so many tokens: tokens and heads of a program, its warps
 
@@ -69,6 +69,37 @@ def _normed(x, factor, norm, d, n: tl.constexpr, dtype: tl.constexpr):
     """A part of each head, whose dimensions d < n are left, times the head's factor and the norm's weight."""
     gain = tl.load(norm + d, mask=d < n, other=0.0).to(tl.float32)[None, None, :]
     return round_to(round_to(x * factor, dtype) * gain, dtype)
+
+
+@triton.jit
+def turned(source, ok, norm, eps, cos_sin, d, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
+    """Heads [DP, N] of a token, each at source [1, N], normed and rotated; `cos_sin` is the token's, d [DP] the dimensions."""
+    half: tl.constexpr = R // 2
+    dtype: tl.constexpr = source.dtype.element_ty
+    first = d < half
+    other = tl.where(first, d + half, tl.where(d < R, d - half, d))
+    x = tl.load(source + d[:, None], mask=ok, other=0.0).to(tl.float32)
+    y = tl.load(source + other[:, None], mask=ok, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 0) / D + eps)[None, :]
+        gain = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
+        other_gain = tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)[:, None]
+        x = round_to(round_to(x * factor, dtype) * gain, dtype)
+        y = round_to(round_to(y * factor, dtype) * other_gain, dtype)
+    angle = tl.where(first, d, d - half)
+    cos = tl.load(cos_sin + angle, mask=d < R, other=1.0)
+    sin = tl.load(cos_sin + half + angle, mask=d < R, other=0.0)
+    return round_to(x * cos[:, None] + y * tl.where(first, -sin, sin)[:, None], dtype)
+
+
+@triton.jit
+def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """One head [DP, 1] of a token into the cache at `at`, by the layer's scale or, kept at `scale_at`, its own."""
+    x = _finite(x)
+    if PER_HEAD:
+        by = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), LIMIT), FLOOR)
+        tl.store(scale_at, by)
+    _store_codes(x, ok, cache, at, by, LIMIT)
 
 
 @triton.jit(do_not_specialize=["tokens"])

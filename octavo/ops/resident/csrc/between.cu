@@ -319,7 +319,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
     share_done(DOWN);
     if (has_token) prepare(s, NEXT_QKV, small);
     if (!s.next_norm) return;
-    asm volatile("griddepcontrol.launch_dependents;");
     product<NEXT_QKV>(s, consumer, ring, inputs, small, [&](int, int, int, bool inside, int row, int token, float (&y)[1][2]) {
         const float bias = QKV_BIAS && inside ? wide(__ldg(s.qkv_bias + row)) : 0;
 #pragma unroll
