@@ -77,7 +77,5 @@ class PagedAttention(nn.Module):
             limit = FP8_MAX[self.views["k"].dtype]
             _, turned = reference.normed_and_rotated(q, k, norms, rotary.cos_sin, batch.positions)
             self.k_scale, self.v_scale = (max(float(x.nan_to_num(0).abs().max()) / limit, 1e-6) for x in (turned, v))
-        places = batch.positions, self.views, batch.slot_mapping
-        q = ops.rope_write_kv(q, k, v, norms, rotary.cos_sin, *places, self.k_scale, self.v_scale)
-        o = ops.attention(q, self.views, batch, self.scale, self.window, self.k_scale, self.v_scale)
-        return o.flatten(1)
+        cache = self.views, batch, self.scale, self.window, self.k_scale, self.v_scale
+        return ops.attend(q, k, v, norms, rotary.cos_sin, *cache).flatten(1)

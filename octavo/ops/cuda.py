@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, attend_new, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.resident import between
 from octavo.ops.resident import decoder as resident
 from octavo.ops.resident.compile import NoKernel
@@ -19,8 +19,8 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest", "rms_norm",
-    "rope_write_kv", "silu_mul",
+    "LINEAR", "attend_new", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest",
+    "rms_norm", "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
-from octavo.ops.triton.attention import attention
+from octavo.ops.triton.attention import attend_new, attention
 from octavo.ops.triton.block import block_linear, quantize_groups
 from octavo.ops.triton.choose import likeliest
 from octavo.ops.triton.decode import decode_variant
@@ -18,7 +18,17 @@ from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
 
-__all__ = ["LINEAR", "ScaledMM", "attention", "decode_variant", "likeliest", "rms_norm", "rope_write_kv", "silu_mul"]
+__all__ = [
+    "LINEAR",
+    "ScaledMM",
+    "attend_new",
+    "attention",
+    "decode_variant",
+    "likeliest",
+    "rms_norm",
+    "rope_write_kv",
+    "silu_mul",
+]
 
 # The library's product is faster with one scale a matrix than with one a row and column: up to so many tokens, and where K is
 # longer than this for any number (5% at 8192 tokens of K = 14,336, the card at its power limit).

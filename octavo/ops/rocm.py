@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from octavo.ops.gpu import LINEAR, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, attend_new, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "attention", "capture", "compile_ahead", "configure", "decode_variant", "likeliest", "rms_norm", "rope_write_kv",
-    "silu_mul",
+    "LINEAR", "attend_new", "attention", "capture", "compile_ahead", "configure", "decode_variant", "likeliest", "rms_norm",
+    "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 
 

@@ -105,8 +105,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
-                 counters=i32, qk_scale="fp32", v_scale="fp32", eps="fp32", k_by="fp32", v_by="fp32", new_stride="i32", **given,
-                 **cache),
+                 counters=i32, qk_scale="fp32", v_scale="fp32", eps="fp32", k_by="fp32", v_by="fp32",
+                 q_stride="i32", kv_stride="i32", **given, **cache),
             dict(**({} if given else dict.fromkeys(new)), NEW=bool(given), R=128 if given else 0, NORM=bool(given),
                  KV_LIMIT=limit["LIMIT"], FLOOR=1e-6, Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
                  BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,

@@ -19,7 +19,6 @@ from octavo.ops.contract import DecoderParts, HeadNorms, LayerParts
 from octavo.ops.resident.compile import Kernel, compile_cubin, tensor_map
 from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
-from octavo.ops.triton.decode import New, decode_attention
 from octavo.platform import Platform
 
 __all__ = ["BetweenAttentions", "refusal", "units"]
@@ -153,9 +152,5 @@ class BetweenAttentions:
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
         norms = None if layer.q_norm is None or layer.k_norm is None else HeadNorms(layer.q_norm, layer.k_norm, p.eps)
-        out, requests = torch.empty(q.shape, dtype=q.dtype, device=q.device), len(batch.query_lens)
-        decode_attention(
-            q, out, layer.views, batch, requests, max(batch.context_lens), p.scale, layer.window, layer.k_scale, layer.v_scale,
-            new=New(k, v, norms, p.cos_sin, batch.positions, batch.slot_mapping),
-        )  # fmt: skip
-        return out.flatten(1)
+        cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
+        return gpu.attend_new(q, k, v, norms, p.cos_sin, *cache).flatten(1)

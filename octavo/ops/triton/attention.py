@@ -9,10 +9,11 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.triton.decode import decode_attention
+from octavo.ops.contract import HeadNorms
+from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.prefill import prefill_attention
 
-__all__ = ["attention"]
+__all__ = ["attend_new", "attention"]
 
 STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
@@ -29,6 +30,18 @@ def attention(
         decode_attention(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
     for first, stop in _groups(batch.context_lens, decodes):
         prefill_attention(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
+    return out
+
+
+def attend_new(
+    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
+    window: int | None, k_scale: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    """`rope_write_kv`, then attention, of requests that bring one token each; q, k, v [T, heads, D] may be parts of a matrix."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    new = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
+    longest = max(batch.context_lens)
+    decode_attention(q, out, views, batch, q.shape[0], longest, scale, window, k_scale, v_scale, new=new)
     return out
 
 

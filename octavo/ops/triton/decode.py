@@ -59,7 +59,7 @@ def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.c
 @triton.jit
 def _decode_attention(
     q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums, counters,
-    new_k, new_v, q_norm, k_norm, cos_sin, positions, slots, eps, k_by, v_by, new_stride,
+    new_k, new_v, q_norm, k_norm, cos_sin, positions, slots, eps, k_by, v_by, q_stride, kv_stride,
     qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -83,16 +83,16 @@ def _decode_attention(
     q_at = (request.to(tl.int64) * Q_HEADS + head[None, :]) * D + d[:, None]
     q_ok = (row < GROUP)[None, :] & (d < D)[:, None]
     if NEW:
-        new_row = request.to(tl.int64) * new_stride
+        token = request.to(tl.int64)
         angles = cos_sin + tl.load(positions + request) * R
-        query = turned(q + new_row + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
+        query = turned(q + token * q_stride + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
         if (end > begin) & (end == tl.cdiv(length, TILE)):
             ok = (d < D)[:, None] & (tl.arange(0, 1) == 0)[None, :]
             slot = tl.load(slots + request).to(tl.int64)
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             base = block * block_stride
             place = block * scale_block_stride + offset * scale_token_stride + kv_head
-            source = new_row + kv_head * D + tl.arange(0, 1)[None, :]
+            source = token * kv_stride + kv_head * D + tl.arange(0, 1)[None, :]
             at = base + offset * k_token_stride + kv_head * D + d[:, None]
             key = turned(new_k + source, ok, k_norm, eps, angles, d, D, R, NORM)
             write_new(key, ok, k, at, k_by, k_scales + place, PER_HEAD, KV_LIMIT, FLOOR)
@@ -223,7 +223,7 @@ def decode_attention(
 ) -> None:  # fmt: skip
     """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each.
 
-    With `new`, q is not turned yet: queries, keys and values are parts of one matrix [T, ...]."""
+    With `new`, q is not turned yet."""
     heads, dim = q.shape[1:]
     k, v = views["k"], views["v"]
     kv_heads, group = k.shape[2], heads // k.shape[2]
@@ -238,7 +238,7 @@ def decode_attention(
     by_layer = fp8 and scales is None
     launch(_decode_attention, (kv_heads, splits, requests),
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out,
-        parts, sums, counters, *_new_arguments(new, k_scale, v_scale),
+        parts, sums, counters, *_new_arguments(q, new, k_scale, v_scale),
         scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
         batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
@@ -249,9 +249,10 @@ def decode_attention(
     )  # fmt: skip
 
 
-def _new_arguments(new: New | None, k_scale: float, v_scale: float) -> tuple[Tensor | float | None, ...]:
+def _new_arguments(q: Tensor, new: New | None, k_scale: float, v_scale: float) -> tuple[Tensor | float | None, ...]:
     if new is None:
-        return *(None,) * 7, 0.0, 1.0, 1.0, 0
+        return *(None,) * 7, 0.0, 1.0, 1.0, 0, 0
+    assert new.k.stride(0) == new.v.stride(0)
     norms = (new.norms.q, new.norms.k) if new.norms else (None, None)
     eps = new.norms.eps if new.norms else 0.0
-    return new.k, new.v, *norms, new.cos_sin, new.positions, new.slots, eps, k_scale, v_scale, new.k.stride(0)
+    return new.k, new.v, *norms, new.cos_sin, new.positions, new.slots, eps, k_scale, v_scale, q.stride(0), new.k.stride(0)
