@@ -71,7 +71,7 @@ _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
-_attend_new: Callable[..., Tensor] | None = None
+_attend: Callable[..., Tensor] | None = None
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
@@ -86,12 +86,12 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead, _capture, _captures, _attend_new, _fuse
+    global _compile_ahead, _capture, _captures, _attend, _fuse
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _capture = getattr(preferred, "capture", None)
-        _attend_new = getattr(preferred, "attend_new", None)
+        _attend = getattr(preferred, "attend", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
@@ -244,10 +244,9 @@ def attend(
     k_scale: float,
     v_scale: float,
 ) -> Tensor:
-    """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]. Where every request brings one
-    token, in one launch, if there is such a kernel."""
-    if _attend_new is not None and max(batch.query_lens) == 1:
-        return _attend_new(q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)
+    """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
+    if _attend is not None:
+        return _attend(q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)
     q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
     return attention(q, views, batch, scale, window, k_scale, v_scale)
 

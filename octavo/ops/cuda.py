@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, attend_new, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, attend, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.resident import between
 from octavo.ops.resident import decoder as resident
 from octavo.ops.resident.compile import NoKernel
@@ -19,7 +19,7 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "attend_new", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest",
+    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest",
     "rms_norm", "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 
@@ -43,4 +43,4 @@ def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | st
     with ThreadPoolExecutor(2) as pool:  # most of it is the compiler's time
         one = pool.submit(make, resident, resident.ResidentDecoder)
         few = pool.submit(make, between, between.BetweenAttentions)
-    return {"decode steps of 1 or 2 requests": one.result(), "decode steps of few requests": few.result()}
+    return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
-from octavo.ops.triton.attention import attend_new, attention
+from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block import block_linear, quantize_groups
 from octavo.ops.triton.choose import likeliest
 from octavo.ops.triton.decode import decode_variant
@@ -21,7 +21,7 @@ from octavo.quant.scheme import Granularity
 __all__ = [
     "LINEAR",
     "ScaledMM",
-    "attend_new",
+    "attend",
     "attention",
     "decode_variant",
     "likeliest",

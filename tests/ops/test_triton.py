@@ -282,6 +282,24 @@ def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rota
         assert relative_error(a, b) < 5e-3, name
 
 
+@pytest.mark.parametrize("lengths", [[5, 64, 33], [5, 1, 7, 64, 20, 3]])
+def test_single_tokens_in_one_launch_or_two(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many requests, whose programs come in waves, take two; the results do not tell."""
+    spans = [batches.Span([5], n - 1, range(4 * i, 4 * i + 4)) for i, n in enumerate(lengths)]
+    batch, count = batches.build(spans, 16, DEVICE), 4 * len(lengths)
+    qkv = torch.randn(len(lengths), 8, 64, device=DEVICE).bfloat16()
+    angles = torch.rand(64, 32, device=DEVICE) * 7
+    cos_sin, old = torch.cat([angles.cos(), angles.sin()], 1), torch.randn(2, count * 16, 2, 64, device=DEVICE).bfloat16()
+    found = []
+    for wave in (0, 3):
+        monkeypatch.setattr(attention, "WAVE", wave)
+        cache = KVCache([spec("fp8_e4m3", 2, 64)], count, 16, DEVICE)
+        reference.write_kv(cache.views[0], torch.arange(count * 16, device=DEVICE), *old, 0.04, 0.03)
+        out = attention.attend(*qkv.split([4, 2, 2], 1), None, cos_sin, cache.views[0], batch, 0.2, None, 0.04, 0.03)
+        found.append((out, *(view.float() for view in cache.views[0].values())))
+    assert all(relative_error(a, b) < 3e-3 for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("kv", KV_DTYPES)

@@ -153,4 +153,4 @@ class BetweenAttentions:
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
         norms = None if layer.q_norm is None or layer.k_norm is None else HeadNorms(layer.q_norm, layer.k_norm, p.eps)
         cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
-        return gpu.attend_new(q, k, v, norms, p.cos_sin, *cache).flatten(1)
+        return gpu.attend(q, k, v, norms, p.cos_sin, *cache).flatten(1)

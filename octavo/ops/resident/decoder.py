@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import partial
 
@@ -20,7 +19,7 @@ from octavo.platform import Platform
 
 __all__ = ["ResidentDecoder", "refusal"]
 
-TOKENS = (1, 2)  # requests of a step; for 4 the ops are faster
+TOKENS = 1  # requests of a step; for 2 a launch between attentions is faster (2,914 µs, not 3,075, at 1,152 tokens of context)
 MOST_TOKENS = 4  # that there is room for: as in kernel.cu
 LONGEST = 4096  # tokens of context; over more, a kernel that is made for them reads the cache faster
 
@@ -61,15 +60,15 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
         return "the cache's FP8 values do not have their tokens last"
-    if parts.kv_heads * TOKENS[-1] > launch.device_units():
+    if parts.kv_heads * TOKENS > launch.device_units():
         return "more key heads than multiprocessors"
-    if TOKENS[-1] * max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
+    if TOKENS * max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
         return "activations that leave no room for weights on a multiprocessor"
     return None
 
 
 class ResidentDecoder:
-    """All layers of a decoder, for steps of 1 or 2 requests of one token each with at most LONGEST tokens of context.
+    """All layers of a decoder, for a step of one request, one token with at most LONGEST tokens of context.
 
     `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
     """
@@ -83,9 +82,7 @@ class ResidentDecoder:
         first = parts.layers[0]
         self.k, self.strides = first.views["k"], launch.cache_strides(first.views)[:5]  # not those of scales
         self.table = self._layers()
-        with ThreadPoolExecutor(len(TOKENS)) as pool:
-            compiled = list(pool.map(lambda tokens: compile_cubin("kernel.cu", platform.arch, self.options(tokens)), TOKENS))
-        self.kernels = {tokens: Kernel(cubin, "decode_step") for tokens, cubin in zip(TOKENS, compiled, strict=True)}
+        self.kernel = Kernel(compile_cubin("kernel.cu", platform.arch, self.options()), "decode_step")
         most, group, dim = MOST_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
         room, zeros = partial(torch.empty, device=self.device), partial(torch.zeros, device=self.device)
         qkv = (parts.heads + 2 * parts.kv_heads) * dim  # two values and a number beside them in eight bytes
@@ -96,11 +93,10 @@ class ResidentDecoder:
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of so many single tokens, of contexts up to `longest`, is one launch."""
-        return requests in TOKENS and longest <= LONGEST
+        return requests == TOKENS and longest <= LONGEST
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
-        tokens = x.shape[0]
         if launch.is_ahead():
             return x
         residual, x = torch.empty_like(x), x.contiguous()
@@ -111,14 +107,14 @@ class ResidentDecoder:
             batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), batch.block_tables.data_ptr(), p.cos_sin.data_ptr(),
             batch.block_tables.stride(0), *self.strides, len(p.layers), p.eps, p.scale * LOG2E,
         )  # fmt: skip
-        self.kernels[tokens].launch(self.programs, step)
+        self.kernel.launch(self.programs, step)
         return residual
 
-    def options(self, tokens: int) -> dict[str, int | float]:
+    def options(self) -> dict[str, int | float]:
         """The constants that kernel.cu is compiled with."""
         p, first = self.parts, self.parts.layers[0]
         return {
-            "TOKENS": tokens, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
+            "TOKENS": TOKENS, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
             "WINDOW": first.window or 0, "HEAD_NORMS": int(first.q_norm is not None),
             "QKV_BIAS": int(first.qkv_bias is not None), "PROGRAMS": self.programs, "LONGEST": LONGEST,

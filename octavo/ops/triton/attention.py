@@ -11,10 +11,13 @@ from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops.contract import HeadNorms
 from octavo.ops.triton.decode import New, decode_attention
+from octavo.ops.triton.launch import device_units
 from octavo.ops.triton.prefill import prefill_attention
+from octavo.ops.triton.rope import rope_write_kv
 
-__all__ = ["attend_new", "attention"]
+__all__ = ["attend", "attention"]
 
+WAVE = 3  # programs of decode attention that a multiprocessor runs at a time
 STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 
@@ -33,15 +36,20 @@ def attention(
     return out
 
 
-def attend_new(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
     window: int | None, k_scale: float, v_scale: float,
 ) -> Tensor:  # fmt: skip
-    """`rope_write_kv`, then attention, of requests that bring one token each; q, k, v [T, heads, D] may be parts of a matrix."""
+    """`rope_write_kv`, then attention; in one launch where every request brings one token and all programs are there at once:
+    in waves of them, what each does before it reads the cache is paid for again and again (5% of A at 256 requests)."""
+    requests = len(batch.query_lens)
+    if max(batch.query_lens) > 1 or requests * k.shape[1] > WAVE * device_units():
+        q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
+        return attention(q, views, batch, scale, window, k_scale, v_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     new = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
     longest = max(batch.context_lens)
-    decode_attention(q, out, views, batch, q.shape[0], longest, scale, window, k_scale, v_scale, new=new)
+    decode_attention(q, out, views, batch, requests, longest, scale, window, k_scale, v_scale, new=new)
     return out
 
 
