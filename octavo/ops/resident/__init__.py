@@ -1,1 +1,1 @@
-"""A decode step of few requests as one launch: see csrc/kernel.cu."""
+"""Decode steps of few requests in few launches: one of one request (csrc/kernel.cu), two a layer of up to 32 (between.cu)."""

@@ -75,7 +75,6 @@ extern "C" __device__ const int shared_bytes = 1024 + RING + INPUTS * FETCHED * 
 static_assert(RING >= 4 * 128 * STEP && GATE_UP_ROWS % 16 == 0 && INTER % 16 == 0, "shared memory, pieces");
 
 #include "primitives.cuh"
-
 #include "boxes.cuh"
 #include "tiles.cuh"
 

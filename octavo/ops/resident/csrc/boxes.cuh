@@ -42,7 +42,7 @@ INLINE void wait_for(const u32 *meeting, u32 arrivals) {
     while (seen < arrivals);
 }
 
-/* One thread asks for weights (its loops are short code: what is unrolled must be read first), */
+/* One thread asks for weights, and one fetches inputs. Their loops are short code: what is unrolled must be read first. */
 struct Asker {
     Boxes at;
     Place<BOXES> oldest, landing;
@@ -83,7 +83,7 @@ struct Asker {
     }
 };
 
-/* and one for inputs, once they are ready. */
+/* Inputs, once they are ready, and their scales. */
 struct Fetcher {
     Place<INPUTS> at;
     template <int P> INLINE void fetch(const Between &s, u8 *inputs, Small &small) {

@@ -1,4 +1,4 @@
-/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by kernel.cu. */
+/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by kernel.cu and between.cu. */
 #define INLINE __device__ __forceinline__
 
 INLINE float wide(u32 bf16) { return __uint_as_float(bf16 << 16); }
