@@ -17,8 +17,9 @@ from octavo.platform import Platform
 
 pytest.importorskip("triton")
 
-from octavo.ops.resident import between, layers
+from octavo.ops.resident import between, decoder, layers
 from octavo.ops.resident import compile as compiler
+from octavo.ops.resident.between import BetweenAttentions as Between
 from tests.ops.test_resident import MODELS, parts, write
 
 CPU = torch.device("cpu")
@@ -91,7 +92,21 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
     assert found is None if reason is None else reason in (found or "")
 
 
-def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8") -> tuple[Any, between.BetweenAttentions]:
+def test_the_first_that_takes_a_step_computes_it() -> None:
+    """One request of a usual context: one launch; longer ones and more requests: two a layer; many: op by op."""
+    from octavo.models.common import ConfigBase, Decoder
+
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    model = Decoder(ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes), [])
+    assert model.fused_for(1, 1) is None
+    one, few = decoder.ResidentDecoder.__new__(decoder.ResidentDecoder), Between.__new__(Between)
+    model.fused = [one, few]
+    steps = {(1, 700): one, (1, 5000): few, (2, 700): few, (between.MOST_TOKENS, 1): few, (between.MOST_TOKENS + 1, 1): None}
+    assert {step: model.fused_for(*step) for step in steps} == steps
+    assert (one.attends, few.attends) == (True, False)  # whose graphs depend on how attention splits a context
+
+
+def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8") -> tuple[Any, Between]:
     from octavo.engine.runner import ModelRunner
 
     config = EngineConfig(
@@ -99,7 +114,7 @@ def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8")
         enforce_eager=True, max_model_len=2048, gpu_memory_utilization=0.9, max_num_seqs=64,
     )  # fmt: skip
     runner = ModelRunner(config)
-    (found,) = (one for one in runner.model.model.fused if isinstance(one, between.BetweenAttentions))
+    (found,) = (one for one in runner.model.model.fused if isinstance(one, Between))
     return runner, found
 
 
