@@ -191,24 +191,27 @@ struct Piece {
     INLINE Piece(int i) : turn(i / (TOKENS * OF_TOKEN)), token(i / OF_TOKEN % TOKENS), row(i % OF_TOKEN * 16) {}
     INLINE int unit() const { return blockIdx.x + turn * PROGRAMS; }
     INLINE bool is_there(int tokens) const { return token < tokens && unit() < Shape<GATE_UP>::UNITS && unit() * GATE_UP_ROWS + row < INTER; }
-    INLINE void load(const Small &small, uint4 (&words)[2]) const {
-        words[0] = *(const uint4 *)(small.act[turn][token] + row), words[1] = *(const uint4 *)(small.act[turn][token] + row + 8);
-    }
 };
+/* use(piece, its values in pairs) for each piece that there is, in a thread of its own. */
+template <class Use> INLINE void for_pieces(const Between &s, const Small &small, Use use) {
+    for (int i = threadIdx.x; i < Piece::ALL; i += CONSUMERS) {
+        const Piece piece(i);
+        if (!piece.is_there(s.tokens)) continue;
+        const u16 *act = small.act[piece.turn][piece.token] + piece.row;
+        const uint4 words[2] = {*(const uint4 *)act, *(const uint4 *)(act + 8)};
+        use(piece, (const u32 *)words);
+    }
+}
 
 /* Largest magnitudes over all programs, then the codes of this one's act. */
 INLINE void quantize_act(const Between &s, Small &small) {
     meet();
-    for (int i = threadIdx.x; i < Piece::ALL; i += CONSUMERS) {
-        const Piece piece(i);
-        if (!piece.is_there(s.tokens)) continue;
-        uint4 words[2];
-        piece.load(small, words);
+    for_pieces(s, small, [&](const Piece &piece, const u32 *pairs) {
         u32 most = 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) most = larger(most, ((const u32 *)words)[j] & 0x7FFF7FFF);
+        for (int j = 0; j < 8; j++) most = larger(most, pairs[j] & 0x7FFF7FFF);
         atomicMax(small.own_amax + piece.token, __float_as_uint(fmaxf(low_of(most), high_of(most)))); /* ordered as the bits are */
-    }
+    });
     meet();
     u32 *sent = s.meetings + MEETINGS;
     if (threadIdx.x < TOKENS)
@@ -241,20 +244,16 @@ INLINE void quantize_act(const Between &s, Small &small) {
         small.scale[threadIdx.x] = scale, small.inverse[threadIdx.x] = 1.0f / scale;
     }
     meet();
-    for (int i = threadIdx.x; i < Piece::ALL; i += CONSUMERS) {
-        const Piece piece(i);
-        if (!piece.is_there(s.tokens)) continue;
-        uint4 words[2];
-        piece.load(small, words);
+    for_pieces(s, small, [&](const Piece &piece, const u32 *pairs) {
         const float by = small.inverse[piece.token];
         u32 c[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const u32 a = ((const u32 *)words)[2 * j], b = ((const u32 *)words)[2 * j + 1];
+            const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
             c[j] = codes_of(low_of(a) * by, high_of(a) * by) | codes_of(low_of(b) * by, high_of(b) * by) << 16;
         }
         *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.unit() * GATE_UP_ROWS + piece.row)) = uint4{c[0], c[1], c[2], c[3]};
-    }
+    });
     meet();
     if (threadIdx.x == 0) come(s.meetings + ready(DOWN));
 }
@@ -267,8 +266,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
         for (int i = 0; i < BOXES + INPUTS; i++) {
             const u64 *full = i < BOXES ? small.full + i : small.input_full + i - BOXES;
             const u64 *empty = i < BOXES ? small.empty + i : small.input_empty + i - BOXES;
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(full)) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(empty)), "n"(WARPS) : "memory");
+            init<1>(full);
+            init<WARPS>(empty);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

@@ -16,10 +16,6 @@ struct Boxes {
     INLINE int next(int bytes) const { return behind + bytes > RING ? 0 : behind; }
 };
 
-INLINE void expect(const u64 *barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
-}
-INLINE void arrive(const u64 *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
 /* A box of a matrix that is read once. */
 INLINE void copy_box(u32 to, const Map &map, int k, int row, const u64 *barrier) {
     asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
@@ -35,11 +31,8 @@ INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" :::
 constexpr int LINE = 32, MEETINGS = 8 * LINE; /* a line of the cache each */
 INLINE int ready(int product) { return 2 * product * LINE; }
 INLINE int done(int product) { return (2 * product + 1) * LINE; }
-INLINE void come(u32 *meeting) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(meeting) : "memory"); }
 INLINE void wait_for(const u32 *meeting, u32 arrivals) {
-    u32 seen;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(meeting) : "memory");
-    while (seen < arrivals);
+    while (arrived(meeting) < arrivals) {}
 }
 
 /* One thread asks for weights, and one fetches inputs. Their loops are short code: what is unrolled must be read first. */

@@ -81,10 +81,8 @@ static_assert(STAGES > 1 && STAGES * STAGE + OPERAND + sizeof(Small) <= SHARED, 
 INLINE void meet_all(u32 *counter, u32 target) {
     meet();
     if (threadIdx.x == 0) {
-        u32 seen;
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        while ((int)(seen - target) < 0);
+        come(counter);
+        while ((int)(arrived(counter) - target) < 0) {}
     }
     meet();
 }
@@ -135,7 +133,7 @@ INLINE void ask(const Step &s, u8 *stages, Small &small) {
                 if (ahead == IN_FLIGHT) wait(small.full + behind.stage, behind.parity), behind.next();
                 else ahead++;
                 wait(small.empty + at.stage, at.parity ^ 1); /* of a barrier not used yet the phase before counts as done */
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(MINE * bytes + more) : "memory");
+                expect(small.full + at.stage, MINE * bytes + more);
                 if (more) copy(to + CHUNK + 4 * first, scales + row, more, full);
 #pragma unroll
                 for (int i = 0; i < MINE; i++) copy(to + (first + i) * PITCH, from + (i64)i * depth + k, bytes, full);
@@ -192,7 +190,7 @@ INLINE void product(int kind, Place &at, const u8 *stages, const u8 *operand, Sm
         if (k == 0 && mine) scale = ((const float *)(stages + at.stage * STAGE + CHUNK))[my_row];
         share.load(my_stage + at.stage * STAGE, my_operand + k, row < TOKENS);
         __syncwarp();
-        if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(small.empty + at.stage)) : "memory");
+        if (lane == 0) arrive(small.empty + at.stage);
         at.next();
     };
     int turn = 0;
@@ -357,8 +355,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const Step 
     Small &small = *(Small *)(operand + OPERAND);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(small.full + i)), "n"(ASKING) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(small.empty + i)), "n"(WARPS) : "memory");
+            init<ASKING>(small.full + i);
+            init<WARPS>(small.empty + i);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

@@ -90,6 +90,20 @@ INLINE void wait(const u64 *barrier, u32 parity) {
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;}" ::"r"(address(barrier)), "r"(parity) : "memory");
 }
+template <int ARRIVALS> INLINE void init(const u64 *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "n"(ARRIVALS) : "memory");
+}
+INLINE void expect(const u64 *barrier, u32 bytes) { /* and arrive */
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+INLINE void arrive(const u64 *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
+/* A count of programs in the cache that all share: what each wrote before it came is there for whoever has seen it. */
+INLINE void come(u32 *counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+INLINE u32 arrived(const u32 *counter) {
+    u32 seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    return seen;
+}
 INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* all warps but those that ask */
 
 INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {

@@ -29,7 +29,6 @@ INLINE void begin(float (&part)[VALUES], u32 rows, u32 tokens) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply(part, a + 2 * k, b + 2 * k, k);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 /* All but the last PENDING steps that were begun are done, this one among them: it is added in FP32, if it counts. */
 template <int PENDING> INLINE void end(float (&sum)[VALUES], float (&part)[VALUES], bool counts = true) {
