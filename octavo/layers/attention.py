@@ -53,8 +53,9 @@ class PagedAttention(nn.Module):
         return self._shared[0]
 
     @property
-    def norms(self) -> tuple[RMSNorm, RMSNorm] | None:
-        return self._shared[1]
+    def norms(self) -> ops.HeadNorms | None:
+        layers = self._shared[1]
+        return ops.HeadNorms(layers[0].weight, layers[1].weight, layers[0].eps) if layers else None
 
     def load(self, loader: Loader) -> None:
         for spelling in _SPELLINGS:
@@ -71,8 +72,7 @@ class PagedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """[T, heads * D]."""
-        rotary, layers = self._shared
-        norms = ops.HeadNorms(layers[0].weight, layers[1].weight, layers[0].eps) if layers else None
+        rotary, norms = self.rotary, self.norms
         if self.observe:
             limit = FP8_MAX[self.views["k"].dtype]
             _, turned = reference.normed_and_rotated(q, k, norms, rotary.cos_sin, batch.positions)

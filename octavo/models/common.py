@@ -143,12 +143,11 @@ class CausalLM(nn.Module):
             biases = [linear.bias for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)]
             if a.o_proj.tp.size > 1 or any(bias is not None for bias in biases):
                 return None
-            q_norm, k_norm = a.attn.norms or (None, None)
             part = LayerParts(
                 qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
                 input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight, qkv_bias=a.qkv_proj.bias,
-                views=a.attn.views, k_scale=a.attn.k_scale, v_scale=a.attn.v_scale, window=a.attn.window,
+                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, views=a.attn.views,
+                k_scale=a.attn.k_scale, v_scale=a.attn.v_scale, window=a.attn.window,
             )  # fmt: skip
             found.append(part)
         attn: PagedAttention = layers[0].self_attn.attn

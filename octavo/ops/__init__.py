@@ -101,6 +101,9 @@ def bind(platform: Platform) -> None:
             chosen = getattr(preferred, name, None) or getattr(reference, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
+        _table["attend"] = (
+            "rope_write_kv, then attention" if _attend is None else _attend.__module__.removeprefix("octavo.ops.")
+        )
 
 
 def compile_ahead() -> AbstractContextManager[None]:

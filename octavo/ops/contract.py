@@ -94,8 +94,7 @@ class LayerParts(NamedTuple):
     down: PackedWeight
     input_norm: Tensor
     post_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    norms: HeadNorms | None
     qkv_bias: Tensor | None
     views: Views
     k_scale: float

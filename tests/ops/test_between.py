@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ pytest.importorskip("triton")
 from octavo.ops.resident import between, decoder, layers
 from octavo.ops.resident import compile as compiler
 from octavo.ops.resident.between import BetweenAttentions as Between
-from tests.ops.test_resident import MODELS, parts, write
+from tests.ops.test_resident import MODELS, dumped, parts, write
 
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
@@ -42,17 +41,9 @@ SHAPES = MODELS | {
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, the copy engine's boxes, nothing kept in local memory."""
-    import triton
-
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    (tmp_path / "between.cubin").write_bytes(compiler.compile_cubin("between.cu", "sm_90a", options | {"TOKENS": tokens}))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-    def dumped(what: str) -> str:
-        return subprocess.run([tool, what, tmp_path / "between.cubin"], capture_output=True, text=True, check=True).stdout
-
-    assert re.findall(r"STACK:(\d+)", dumped("--dump-resource-usage")) == ["0"]
-    code = dumped("--dump-sass")
+    stacks, code = dumped(compiler.compile_cubin("between.cu", "sm_90a", options | {"TOKENS": tokens}), tmp_path)
+    assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{tokens}x32\.F32\.E4M3\.E4M3", code)) >= 16
     assert "UTMALDG.2D" in code
     if options is LLAMA_8B:  # a product is ended while the next one runs; where there are few steps the compiler undoes that

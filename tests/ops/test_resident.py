@@ -53,23 +53,28 @@ def write(directory: Path, shape: dict[str, Any]) -> Path:
     return directory
 
 
+def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
+    """Bytes of local memory that each function needs, and the machine code."""
+    import triton
+
+    file, tool = directory / "dumped.cubin", Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    file.write_bytes(cubin)
+    found = [
+        subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+        for what in ("--dump-resource-usage", "--dump-sass")
+    ]
+    return re.findall(r"STACK:(\d+)", found[0]), found[1]
+
+
 @pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
-    import triton
-
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
     cubin = compiler.compile_cubin("kernel.cu", "sm_90", options | {"TOKENS": 1})
     assert [path.read_bytes() for path in (tmp_path / "kept").iterdir()] == [cubin]
-    (tmp_path / "step.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-    def dumped(what: str) -> str:
-        return subprocess.run([tool, what, tmp_path / "step.cubin"], capture_output=True, text=True, check=True).stdout
-
-    assert re.findall(r"STACK:(\d+)", dumped("--dump-resource-usage")) == ["0"]
-    code = dumped("--dump-sass")
+    stacks, code = dumped(cubin, tmp_path)
+    assert stacks == ["0"]
     # sm_90 multiplies a warp's FP8 codes as halves, which hold them exactly.
     assert len(re.findall(r"HMMA\.16816\.F32", code)) >= 8
     assert "F2FP.F16.E4M3.UNPACK_B" in code
@@ -94,7 +99,7 @@ def parts(**changes: Any) -> DecoderParts:
     gain = torch.ones(512, dtype=made["dtype"])
     layers = [
         LayerParts(weight(1024, 512), weight(512, 512), weight(2 * made["inter"], 512), weight(512, made["inter"]),
-                   gain, gain, None, None, None, views, 1.0, 1.0, window)
+                   gain, gain, None, None, views, 1.0, 1.0, window)
         for window in (None, made["window"])
     ]  # fmt: skip
     return DecoderParts(layers, torch.zeros(64, 64), made["hidden"], made["inter"], 8, 4, 64, 0.125, 1e-5)

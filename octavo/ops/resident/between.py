@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops import gpu
-from octavo.ops.contract import DecoderParts, HeadNorms, LayerParts
+from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.resident.compile import Kernel, compile_cubin, tensor_map
 from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
@@ -151,6 +151,5 @@ class BetweenAttentions:
         """[requests, heads * dim] of the product qkv, whose keys and values are written to the cache."""
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        norms = None if layer.q_norm is None or layer.k_norm is None else HeadNorms(layer.q_norm, layer.k_norm, p.eps)
         cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
-        return gpu.attend(q, k, v, norms, p.cos_sin, *cache).flatten(1)
+        return gpu.attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)

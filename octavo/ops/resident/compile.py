@@ -157,6 +157,11 @@ def tensor_map(x: Tensor, rows: int, columns: int) -> bytes:
     return ctypes.string_at(place, 128)
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
 def _driver(call: str, *arguments: object) -> None:
-    if status := getattr(ctypes.CDLL("libcuda.so.1"), call)(*arguments):
+    if status := getattr(_library(), call)(*arguments):
         raise NoKernel(f"{call} failed with CUDA error {status}")

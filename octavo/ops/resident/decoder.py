@@ -19,8 +19,7 @@ from octavo.platform import Platform
 
 __all__ = ["ResidentDecoder", "refusal"]
 
-TOKENS = 1  # requests of a step; for 2 a launch between attentions is faster (2,914 µs, not 3,075, at 1,152 tokens of context)
-MOST_TOKENS = 4  # that there is room for: as in kernel.cu
+MOST_TOKENS = 4  # that there is room for, as in kernel.cu; for 2 a launch between attentions is faster (2,914 µs, not 3,075)
 LONGEST = 4096  # tokens of context; over more, a kernel that is made for them reads the cache faster
 
 
@@ -60,9 +59,9 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
         return "the cache's FP8 values do not have their tokens last"
-    if parts.kv_heads * TOKENS > launch.device_units():
+    if parts.kv_heads > launch.device_units():
         return "more key heads than multiprocessors"
-    if TOKENS * max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
+    if max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
         return "activations that leave no room for weights on a multiprocessor"
     return None
 
@@ -93,7 +92,7 @@ class ResidentDecoder:
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of so many single tokens, of contexts up to `longest`, is one launch."""
-        return requests == TOKENS and longest <= LONGEST
+        return requests == 1 and longest <= LONGEST
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
@@ -114,9 +113,9 @@ class ResidentDecoder:
         """The constants that kernel.cu is compiled with."""
         p, first = self.parts, self.parts.layers[0]
         return {
-            "TOKENS": TOKENS, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
+            "TOKENS": 1, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
-            "WINDOW": first.window or 0, "HEAD_NORMS": int(first.q_norm is not None),
+            "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
             "QKV_BIAS": int(first.qkv_bias is not None), "PROGRAMS": self.programs, "LONGEST": LONGEST,
             "SHARED": launch.shared_memory(),
         }  # fmt: skip
@@ -127,7 +126,7 @@ class ResidentDecoder:
             _Layer(
                 *(w.weight.data_ptr() for w in packed_weights(layer)), *(w.scale.data_ptr() for w in packed_weights(layer)),
                 *(None if t is None else t.data_ptr() for t in (
-                    layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm, layer.qkv_bias,
+                    layer.input_norm, layer.post_norm, *(layer.norms[:2] if layer.norms else (None, None)), layer.qkv_bias,
                     layer.views["k"], layer.views["v"])),
                 layer.k_scale, layer.v_scale,
             ) for layer in self.parts.layers

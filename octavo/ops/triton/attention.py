@@ -10,14 +10,14 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops.contract import HeadNorms
-from octavo.ops.triton.decode import New, decode_attention
+from octavo.ops.triton.decode import SHARING, New, decode_attention
 from octavo.ops.triton.launch import device_units
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_write_kv
 
 __all__ = ["attend", "attention"]
 
-WAVE = 3  # programs of decode attention that a multiprocessor runs at a time
+WAVE = SHARING[128]  # programs of decode attention that a multiprocessor surely runs at a time
 STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 

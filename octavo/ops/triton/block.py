@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, to_fp8, wait
+from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BLOCK
 
@@ -27,7 +27,7 @@ def _quantize_groups(
     wait(PDL)
     y = tl.load(x + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
     release(PDL)
-    s = tl.maximum(tl.div_rn(tl.max(tl.abs(y), 1), LIMIT), FLOOR)
+    s = scale_of(tl.max(tl.abs(y), 1), LIMIT, FLOOR)
     tl.store(scale + row * groups + group, s, mask=group < groups)
     tl.store(
         out + row * width + cols,

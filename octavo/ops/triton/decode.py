@@ -37,7 +37,7 @@ from octavo.ops.triton.launch import (
 from octavo.ops.triton.rope import turned, write_new
 from octavo.platform import FP8_MAX
 
-__all__ = ["New", "decode_attention", "decode_variant"]
+__all__ = ["SHARING", "New", "decode_attention", "decode_variant"]
 
 LOG2E = 1.4426950408889634
 MOST_COUNTERS = 1 << 14
@@ -191,7 +191,8 @@ SHARING = {128: 3, 64: 4}  # programs of such a tile that a multiprocessor runs 
 def _tile(requests: int, kv_heads: int) -> int:
     """Tokens of the context at a time: 64 where so many programs are just there at once, or waves of them without end."""
     programs, units = requests * kv_heads, device_units()
-    return 128 if programs <= 3 * units or 4 * units < programs <= 8 * units else 64
+    large, small = SHARING[128] * units, SHARING[64] * units
+    return 128 if programs <= large or small < programs <= 2 * small else 64
 
 
 def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:

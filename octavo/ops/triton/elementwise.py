@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.ops.contract import PackedWeight, Product, Quantized, Unscaled
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import launch, power_of_2, release, round_to, to_fp8, wait
+from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["quantize", "rms_norm", "silu_mul"]
@@ -22,7 +22,7 @@ __all__ = ["quantize", "rms_norm", "silu_mul"]
 @triton.jit
 def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
     """One token's codes and scale; columns that pad K are zero."""
-    s = tl.maximum(tl.div_rn(tl.max(tl.abs(y), 0), LIMIT), FLOOR)
+    s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
     tl.store(scale + row, s)
     tl.store(codes + row * width + cols, to_fp8(y * (1.0 / s), LIMIT, codes.dtype.element_ty), mask=cols < width)
 

@@ -37,6 +37,7 @@ __all__ = [
     "registers",
     "release",
     "round_to",
+    "scale_of",
     "shared_memory",
     "tiled",
     "to_fp8",
@@ -155,6 +156,12 @@ def release(PDL: tl.constexpr):
     """The next kernel may start as multiprocessors fall free; it still waits for this one's results."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def scale_of(most, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """The scale that gives a largest magnitude of `most` the largest code."""
+    return tl.maximum(tl.div_rn(most, LIMIT), FLOOR)
 
 
 @triton.jit

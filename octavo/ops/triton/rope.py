@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.kvcache import Views
 from octavo.ops.contract import HeadNorms
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import cache_strides, launch, power_of_2, round_to, to_fp8, wait
+from octavo.ops.triton.launch import cache_strides, launch, power_of_2, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_kv", "turned", "write_new"]
@@ -37,7 +37,7 @@ def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
 @triton.jit
 def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
     """The scales of tokens and heads whose largest magnitudes are `most` [tokens, heads]."""
-    s = tl.maximum(tl.div_rn(most, LIMIT), FLOOR)
+    s = scale_of(most, LIMIT, FLOOR)
     tl.store(scales + at[:, None] + head[None, :], s, mask=ok[:, None])
     return s
 
@@ -97,7 +97,7 @@ def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.
     """One head [DP, 1] of a token into the cache at `at`, by the layer's scale or, kept at `scale_at`, its own."""
     x = _finite(x)
     if PER_HEAD:
-        by = tl.maximum(tl.div_rn(tl.max(tl.abs(x)), LIMIT), FLOOR)
+        by = scale_of(tl.max(tl.abs(x)), LIMIT, FLOOR)
         tl.store(scale_at, by)
     _store_codes(x, ok, cache, at, by, LIMIT)
 
