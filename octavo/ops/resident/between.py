@@ -70,6 +70,12 @@ def units(n: int, k: int, programs: int, *, most_shares: int) -> tuple[int, int]
     return min(fits)[1:]
 
 
+def weight_map(weight: Tensor, rows: int) -> bytes:
+    """Of contiguous codes [N, K]: boxes of so many rows by a step of K."""
+    n, k = weight.shape
+    return tensor_map(weight, (k, n), (k,), (STEP, rows))
+
+
 class BetweenAttentions:
     """A decoder's layers for steps of up to MOST_TOKENS requests of one token each.
 
@@ -95,7 +101,7 @@ class BetweenAttentions:
         self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
         self.weights = [packed_weights(layer) for layer in parts.layers]
         rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
-        self.maps = [[tensor_map(w.weight, n, STEP) for w, n in zip(ws, rows, strict=True)] for ws in self.weights]
+        self.maps = [[weight_map(w.weight, n) for w, n in zip(ws, rows, strict=True)] for ws in self.weights]
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of so many single tokens is made of these, whatever its contexts."""

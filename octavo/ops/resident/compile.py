@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,8 @@ SOURCES = Path(__file__).parent / "csrc"
 KEPT = Path.home() / ".cache" / "octavo"
 SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-SWIZZLED, PROMOTED = 3, 3  # rows of 128 bytes; 256 bytes at a time into the cache
+SWIZZLED = {64: 2, 128: 3}  # CUtensorMapSwizzle by bytes of a row
+PROMOTED = 3  # 256 bytes at a time into the cache
 
 
 class _Attribute(ctypes.Structure):
@@ -144,15 +146,16 @@ class Kernel:
         _driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
 
-def tensor_map(x: Tensor, rows: int, columns: int) -> bytes:
-    """Contiguous bytes x [N, K] as the copy engine sees them: boxes of `rows` by `columns` (at most 128), swizzled."""
+def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
+    """Bytes from x's first on as the copy engine sees them: an array of `sizes`, the fastest first, whose other axes lie
+    `strides` bytes apart, copied in boxes. A box's rows, 64 or 128 bytes, are swizzled as matrix instructions read them."""
     made = (c_uint64 * 24)()  # 16 words of it, from an address that is a multiple of 64
     place = (ctypes.addressof(made) + 63) // 64 * 64
-    sizes, strides = (c_uint64 * 2)(x.shape[1], x.shape[0]), (c_uint64 * 1)(x.shape[1])
-    box, apart = (c_uint32 * 2)(columns, rows), (c_uint32 * 2)(1, 1)
+    rank = len(sizes)
     _driver(
-        "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(2), c_void_p(x.data_ptr()), sizes, strides, box, apart,
-        c_int(0), c_int(SWIZZLED), c_int(PROMOTED), c_int(0),
+        "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(rank), c_void_p(x.data_ptr()), (c_uint64 * rank)(*sizes),
+        (c_uint64 * (rank - 1))(*strides), (c_uint32 * rank)(*box), (c_uint32 * rank)(*[1] * rank), c_int(0),
+        c_int(SWIZZLED[box[0]]), c_int(PROMOTED), c_int(0),
     )  # fmt: skip
     return ctypes.string_at(place, 128)
 

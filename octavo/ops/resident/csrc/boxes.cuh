@@ -1,14 +1,5 @@
 /* How weights and inputs come into shared memory: by two threads of a program, in rings. Included by between.cu. */
 
-/* A place in a ring of barriers. */
-template <int SIZE> struct Place {
-    int at = 0;
-    u32 parity = 0;
-    INLINE void next() {
-        if (++at == SIZE) at = 0, parity ^= 1;
-    }
-};
-
 /* Boxes of weights lie one behind the other in a ring, none of them across its end. */
 struct Boxes {
     Place<BOXES> box;
@@ -24,7 +15,6 @@ INLINE void copy_box(u32 to, const Map &map, int k, int row, const u64 *barrier)
 }
 /* Where a token's code k is: 128 codes of all tokens are adjacent, in the order in which the matrix unit wants them. */
 INLINE int place_of(int token, int k) { return (k / STEP * TOKENS + token) * STEP + ((k / 16 ^ token) & 7) * 16 + k % 16; }
-INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /* Arrivals at the launch's meetings, two for each product: its inputs are ready; its results are there. What a program wrote
    before it came is there for whoever waits. */

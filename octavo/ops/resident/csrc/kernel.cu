@@ -88,13 +88,8 @@ INLINE void meet_all(u32 *counter, u32 target) {
 }
 
 /* Where a program stands in the ring of stages, and in the round of tiles over programs. */
-struct Place {
-    int stage = 0;
-    u32 parity = 0;
+struct Stage : Place<STAGES> {
     int dealt = 0; /* tiles so far, of all programs, modulo their number */
-    INLINE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
     INLINE int first_tile(int tiles) {
         int first = (int)blockIdx.x - dealt;
         dealt = (dealt + tiles) % PROGRAMS;
@@ -116,7 +111,7 @@ INLINE int row_of(int kind, int tile, int i) {
 INLINE void ask(const Step &s, u8 *stages, Small &small) {
     constexpr int MINE = ROWS / ASKING;
     const int first = (threadIdx.x / 32 - WARPS) * MINE;
-    Place at, behind;
+    Stage at, behind;
     int ahead = 0;
     for (int step = 0; step < 4 * s.num_layers; step++) {
         const Layer &w = s.layers[step / 4];
@@ -129,11 +124,11 @@ INLINE void ask(const Step &s, u8 *stages, Small &small) {
             const u8 *from = weight + (i64)row * depth;
             for (int k = 0; k < depth; k += CHUNK, at.next()) {
                 const u32 bytes = min(depth - k, CHUNK), more = k == 0 && first % with_scales == 0 ? 4 * with_scales : 0;
-                const u32 to = address(stages + at.stage * STAGE), full = address(small.full + at.stage);
-                if (ahead == IN_FLIGHT) wait(small.full + behind.stage, behind.parity), behind.next();
+                const u32 to = address(stages + at.at * STAGE), full = address(small.full + at.at);
+                if (ahead == IN_FLIGHT) wait(small.full + behind.at, behind.parity), behind.next();
                 else ahead++;
-                wait(small.empty + at.stage, at.parity ^ 1); /* of a barrier not used yet the phase before counts as done */
-                expect(small.full + at.stage, MINE * bytes + more);
+                wait(small.empty + at.at, at.parity ^ 1); /* of a barrier not used yet the phase before counts as done */
+                expect(small.full + at.at, MINE * bytes + more);
                 if (more) copy(to + CHUNK + 4 * first, scales + row, more, full);
 #pragma unroll
                 for (int i = 0; i < MINE; i++) copy(to + (first + i) * PITCH, from + (i64)i * depth + k, bytes, full);
@@ -177,7 +172,7 @@ struct Share {
 /* The product of the codes in `operand`: finish(row, token, y, beside) gets each result, scaled, in a thread of its own: 16 rows
    of a tile by TOKENS. prepare(row, token) gives it what it needs besides, asked for before the sums are there. */
 template <class Prepare, class Finish>
-INLINE void product(int kind, Place &at, const u8 *stages, const u8 *operand, Small &small, Prepare prepare, Finish finish) {
+INLINE void product(int kind, Stage &at, const u8 *stages, const u8 *operand, Small &small, Prepare prepare, Finish finish) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = lane / 4, part = lane % 4;
     const int my_row = thread % ROWS, token = thread / ROWS, tiles = rows_of(kind) / ROWS, depth = depth_of(kind);
     const bool mine = thread < ROWS * TOKENS;
@@ -186,11 +181,11 @@ INLINE void product(int kind, Place &at, const u8 *stages, const u8 *operand, Sm
     Share share;
     float scale = 0;
     auto take = [&](int k) { /* the next stage's, whose place is then free */
-        wait(small.full + at.stage, at.parity);
-        if (k == 0 && mine) scale = ((const float *)(stages + at.stage * STAGE + CHUNK))[my_row];
-        share.load(my_stage + at.stage * STAGE, my_operand + k, row < TOKENS);
+        wait(small.full + at.at, at.parity);
+        if (k == 0 && mine) scale = ((const float *)(stages + at.at * STAGE + CHUNK))[my_row];
+        share.load(my_stage + at.at * STAGE, my_operand + k, row < TOKENS);
         __syncwarp();
-        if (lane == 0) arrive(small.empty + at.stage);
+        if (lane == 0) arrive(small.empty + at.at);
         at.next();
     };
     int turn = 0;
@@ -372,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const Step 
     };
     fetch_layer(0);
     meet();
-    Place at;
+    Stage at;
     Row<HIDDEN> gain;
     gain.load<false>(small.layer[0].input_norm);
     for (int step = 0; step < 4 * s.num_layers; step++) {

@@ -110,3 +110,13 @@ INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                  "r"(full) : "memory");
 }
+INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/* A place in a ring of barriers. */
+template <int SIZE> struct Place {
+    int at = 0;
+    u32 parity = 0;
+    INLINE void next() {
+        if (++at == SIZE) at = 0, parity ^= 1;
+    }
+};

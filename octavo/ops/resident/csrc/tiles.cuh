@@ -1,11 +1,8 @@
 /* Products of 64 rows of a weight by TOKENS inputs in the matrix unit. Included by between.cu. */
+#include "wgmma.cuh"
 
-/* Of a matrix of 128-byte rows, eight of which are 1024 bytes, their 16-byte parts swizzled: the lower half of what the matrix
-   unit wants to know; the upper half is the same for all. */
-INLINE u32 descriptor(u32 place) { return 1 << 16 | place >> 4; }
 #define MATRICES(a, b) "{.reg .pred p; .reg .b64 a, b; mov.b64 a, {" a ", 0x40000040}; mov.b64 b, {" b ", 0x40000040};\n"
 
-#define OUT4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 /* 64 rows by TOKENS, of 32 values of K; not `add`: what was in `x` does not count. */
 INLINE void multiply(float (&x)[VALUES], u32 a, u32 b, int add) {
 #if TOKENS == 8
@@ -26,7 +23,7 @@ INLINE void multiply(float (&x)[VALUES], u32 a, u32 b, int add) {
 /* The same of a step, begun. */
 INLINE void begin(float (&part)[VALUES], u32 rows, u32 tokens) {
     const u32 a = descriptor(rows), b = descriptor(tokens);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    begin_matrices();
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply(part, a + 2 * k, b + 2 * k, k);
 }
@@ -67,7 +64,7 @@ struct Consumer {
             if (Z::APART ? group * 64 < Z::ROWS : own < tiles)
                 begin(into, address(ring) + from + (Z::APART ? group * 64 : own % Z::PACKED * Z::ROWS) * STEP,
                       address(inputs) + (input.at * FETCHED + own / Z::HALVES % FETCHED) * INPUT);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); /* of nothing, maybe */
+            end_matrices(); /* of nothing, maybe */
             if ((tile + TAKEN) % Z::PACKED == 0 || turn + 1 == turns) at.box.next(), at.behind = from + Z::PACKED * Z::ROWS * STEP;
             if ((tile + TAKEN) % (FETCHED * Z::HALVES) == 0 || turn + 1 == turns) input.next();
         };
