@@ -9,10 +9,11 @@ from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
-from octavo.ops.resident import between, prefill
+from octavo.ops.resident import attention as attentions
+from octavo.ops.resident import between
 from octavo.ops.resident import decoder as resident
+from octavo.ops.resident.attention import attend, attention
 from octavo.ops.resident.compile import NoKernel
-from octavo.ops.resident.prefill import attend, attention
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
@@ -29,7 +30,7 @@ def configure(platform: Platform) -> None:
     """Programmatic dependent launch came with sm_90; deep pipelines of asynchronous copies with sm_80."""
     major = int(platform.arch.removeprefix("sm_")[:-1])
     launch.configure(platform, dependent=major >= 9, stages=8)
-    prefill.configure(platform)
+    attentions.configure(platform)
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:

@@ -23,7 +23,7 @@ STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 def attention(
     q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float,
-    prefill: Callable[..., None] = prefill_attention,
+    decode: Callable[..., None] = decode_attention, prefill: Callable[..., None] = prefill_attention,
 ) -> Tensor:  # fmt: skip
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -31,7 +31,7 @@ def attention(
     decodes = next((i for i, n in enumerate(batch.query_lens) if n != 1), requests)
     if decodes:
         longest = max(batch.context_lens[:decodes])
-        decode_attention(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
+        decode(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
     for first, stop in _groups(batch.context_lens, decodes):
         prefill(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
     return out
@@ -39,14 +39,14 @@ def attention(
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
-    window: int | None, k_scale: float, v_scale: float, prefill: Callable[..., None] = prefill_attention,
+    window: int | None, k_scale: float, v_scale: float,
 ) -> Tensor:  # fmt: skip
     """`rope_write_kv`, then attention; in one launch where every request brings one token and all programs are there at once:
     in waves of them, what each does before it reads the cache is paid for again and again (5% of A at 256 requests)."""
     requests = len(batch.query_lens)
     if max(batch.query_lens) > 1 or requests * k.shape[1] > WAVE * device_units():
         q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-        return attention(q, views, batch, scale, window, k_scale, v_scale, prefill)
+        return attention(q, views, batch, scale, window, k_scale, v_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     new = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
     longest = max(batch.context_lens)

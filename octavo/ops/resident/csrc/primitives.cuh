@@ -99,6 +99,11 @@ INLINE void expect(const u64 *barrier, u32 bytes) { /* and arrive */
 INLINE void arrive(const u64 *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
 /* A count of programs in the cache that all share: what each wrote before it came is there for whoever has seen it. */
 INLINE void come(u32 *counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+INLINE u32 come_as(u32 *counter) { /* how many came before; what they wrote is there */
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
 INLINE u32 arrived(const u32 *counter) {
     u32 seen;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
@@ -110,6 +115,7 @@ INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                  "r"(full) : "memory");
 }
+INLINE void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /* A place in a ring of barriers. */

@@ -1,0 +1,152 @@
+"""Attention over an FP8 cache by the kernels of csrc/decode.cu and csrc/prefill.cu on sm_90; the rest is Triton's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.ops import gpu
+from octavo.ops.contract import HeadNorms
+from octavo.ops.resident import blocks
+from octavo.ops.resident.compile import NoKernel, compile_cubin, missing
+from octavo.ops.resident.decode import HEADS, MOST_COUNTERS, DecodeAttention
+from octavo.ops.resident.prefill import MOST_GROUP, PrefillAttention
+from octavo.ops.triton import decode, launch, prefill
+from octavo.ops.triton.decode import New
+from octavo.platform import Platform
+
+__all__ = ["attend", "attention", "configure", "decode_refusal", "prefill_refusal"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Up to so many requests, times KV heads, for each multiprocessor decode.cu is the faster one: by 14% of attention at 32
+# requests, by 4% at 128. At 256, writing the new values while others are read costs it 1% more than two launches do (one H100,
+# 1,280 tokens each).
+MOST_ITEMS = 8
+
+_arch = ""
+
+
+def configure(platform: Platform) -> None:
+    """The kernels are compiled while the model is loaded: nothing in them depends on it."""
+    global _arch
+    _arch = platform.arch
+    if _arch == "sm_90" and missing() is None:
+        _compiling()
+
+
+@cache
+def _compiling() -> dict[int, Future[bytes]]:
+    """Machine code: of prefill.cu at 0, of decode.cu by its HEADS."""
+    pool = ThreadPoolExecutor(1 + len(HEADS))
+    started = {heads: pool.submit(compile_cubin, "decode.cu", "sm_90a", {"HEADS": heads}) for heads in HEADS}
+    started[0] = pool.submit(compile_cubin, "prefill.cu", "sm_90a", {})
+    pool.shutdown(wait=False)
+    return started
+
+
+def _made(make: Callable[[], T]) -> T | None:
+    """None, and a warning, where a kernel cannot be compiled or loaded."""
+    try:
+        return make()
+    except NoKernel as error:
+        log.warning("attention is Triton's: %s", error)
+        return None
+
+
+@cache
+def _prefill(device: torch.device) -> PrefillAttention | None:
+    return _made(lambda: PrefillAttention(_compiling()[0].result(), device))
+
+
+@cache
+def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
+    return _made(lambda: DecodeAttention(_compiling()[heads].result(), heads, device))
+
+
+def prefill_refusal(q: Tensor, views: Views, window: int | None) -> str | None:
+    """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
+    if q.shape[1] > MOST_GROUP * views["k"].shape[2]:
+        return f"more than {MOST_GROUP} query heads of a KV head"
+    return blocks.refusal(_arch, q, views, window)
+
+
+def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, new: New | None = None) -> str | None:
+    """None, or why single tokens of these queries [T, H, D] over this cache are Triton's."""
+    kv_heads = views["k"].shape[2]
+    if q.shape[1] > HEADS[-1] * kv_heads:
+        return f"more than {HEADS[-1]} query heads of a KV head"
+    if kv_heads > launch.device_units() or requests * kv_heads > MOST_COUNTERS:
+        return "more KV heads, or requests, than there are programs, or counters, for"
+    if new is not None and requests * kv_heads > MOST_ITEMS * launch.device_units():
+        return "so many requests that writing and reading are better apart"
+    if new is not None and new.cos_sin.shape[1] % 8:
+        return "rotated dimensions that are not a multiple of 8"
+    given = (q,) if new is None else (q, new.k, new.v)
+    if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
+        return "heads that are not adjacent, or not at multiples of 8 bytes"
+    return blocks.refusal(_arch, q, views, window)
+
+
+def _prefill_attention(
+    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
+    k_scale: float, v_scale: float,
+) -> None:  # fmt: skip
+    if prefill_refusal(q, views, window) is not None or (kernel := _prefill(q.device)) is None:
+        prefill.prefill_attention(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
+    elif not launch.is_ahead():
+        kernel(q, out, views, batch, first, stop, scale, k_scale, v_scale)
+
+
+def _decode_attention(
+    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, scale: float, window: int | None, k_scale: float,
+    v_scale: float, new: New | None = None,
+) -> bool:  # fmt: skip
+    """Of single tokens, where the kernel takes them; whether it does."""
+    if decode_refusal(q, views, window, requests, new) is not None:
+        return False
+    kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * views["k"].shape[2]))
+    if kernel is None:
+        return False
+    if not launch.is_ahead():
+        kernel(q, out, views, batch, requests, scale, k_scale, v_scale, new)
+    return True
+
+
+def _decode_or_triton(
+    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, longest: int, scale: float, window: int | None,
+    k_scale: float, v_scale: float,
+) -> None:  # fmt: skip
+    if not _decode_attention(q, out, views, batch, requests, scale, window, k_scale, v_scale):
+        decode.decode_attention(q, out, views, batch, requests, longest, scale, window, k_scale, v_scale)
+
+
+def attention(
+    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
+) -> Tensor:
+    return gpu.attention(q, views, batch, scale, window, k_scale, v_scale, _decode_or_triton, _prefill_attention)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
+    window: int | None, k_scale: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    """`rope_write_kv`, then attention; in one launch where every request brings one token."""
+    if max(batch.query_lens) == 1:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        new, requests = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping), len(batch.query_lens)
+        if _decode_attention(q, out, views, batch, requests, scale, window, k_scale, v_scale, new):
+            return out
+        return gpu.attend(q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)
+    q = gpu.rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
+    return attention(q, views, batch, scale, window, k_scale, v_scale)

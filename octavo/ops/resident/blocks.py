@@ -1,0 +1,49 @@
+"""The cache's blocks as csrc/prefill.cu and csrc/decode.cu read them, and of which caches and queries they do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kvcache import Views
+from octavo.ops.resident.compile import missing, tensor_map
+
+__all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
+
+DIM, BLOCK = 128, 64  # of a head; tokens of a block
+
+
+def refusal(arch: str, q: Tensor, views: Views, window: int | None) -> str | None:
+    """None, or why these queries [T, H, D] over this cache are not theirs."""
+    k, v = views["k"], views["v"]
+    heads, dim = k.shape[2:]
+    if arch != "sm_90":
+        return f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
+    if (reason := missing()) is not None:
+        return reason
+    if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
+        return "not a cache of e4m3 with one scale"
+    if q.dtype is not torch.bfloat16 or dim != DIM or window is not None:
+        return f"not BF16 queries of {DIM} dimensions that see their whole context"
+    size = heads * DIM
+    expected = (2 * BLOCK * size, size, DIM, 1), (2 * BLOCK * size, 1, DIM * BLOCK, BLOCK)
+    if k.shape[1] != BLOCK or (k.stride(), v.stride()) != expected or v.data_ptr() - k.data_ptr() != BLOCK * size:
+        return f"not blocks of {BLOCK} tokens, keys before values, values with their tokens last"
+    return None
+
+
+_maps: dict[tuple[int, torch.Size], bytes] = {}
+
+
+def cache_maps(views: Views) -> bytes:
+    """Of keys [blocks, 64, heads, 128]: pairs of tokens, four places apart in four, so that a box of a block has each 16 in the
+    order in which a thread of the matrix unit holds sums over them; a head's values of a block are 128 rows of 64 tokens."""
+    k, v = views["k"], views["v"]
+    key = k.data_ptr(), k.shape
+    if key not in _maps:
+        blocks, token = k.shape[0], k.stride(1)
+        sizes, strides = (token, 2, 4, 2, 2 * blocks * BLOCK // 16), (token, 4 * token, 2 * token, 16 * token)
+        keys = tensor_map(k, sizes, strides, (DIM, 2, 4, 2, BLOCK // 16))
+        values = tensor_map(v, (BLOCK, token, blocks), (BLOCK, k.stride(0)), (BLOCK, DIM, 1))
+        _maps[key] = keys + values
+    return _maps[key]

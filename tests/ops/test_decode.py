@@ -1,0 +1,142 @@
+"""Attention of single tokens as one launch of csrc/decode.cu, against float64; and that it compiles where there is no GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+
+pytest.importorskip("triton")
+
+from octavo.ops.contract import HeadNorms
+from octavo.ops.resident import attention, decode
+from octavo.ops.resident import compile as compiler
+from octavo.ops.triton.decode import New, decode_attention
+from octavo.ops.triton.rope import rope_write_kv
+from tests.ops.paged import K_SCALE, V_SCALE, cache_of, exact, scene
+from tests.ops.test_resident import dumped
+
+GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads
+LENGTHS = {
+    "one": [1],
+    "blocks and one more": [64, 65, 63, 1, 130, 700],
+    "long": [9000],
+    "32": [1000 + 7 * i for i in range(32)],
+    "more than programs": [64 * i + 1 for i in range(150)],
+}
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+)
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.parametrize("heads", decode.HEADS)
+def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sm_90: FP8 matrix instructions of a group of warps, boxes from the cache itself, nothing in local memory."""
+    monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
+    stacks, code = dumped(compiler.compile_cubin("decode.cu", "sm_90a", {"HEADS": heads}), tmp_path)
+    assert stacks == ["0"]
+    assert len(re.findall(rf"QGMMA\.64x{2 * heads}x32\.F32\.E4M3\.E4M3", code)) == 8
+    assert "UTMALDG.5D" in code
+    assert "UTMALDG.3D" in code
+    assert "UTMASTG.3D" in code
+
+
+def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither decode.cu nor prefill.cu."""
+    monkeypatch.setattr("octavo.ops.resident.blocks.missing", lambda: None)
+
+    def reasons(
+        views: dict[str, torch.Tensor],
+        heads: int = 8,
+        dim: int = 128,
+        dtype: torch.dtype = torch.bfloat16,
+        window: int | None = None,
+    ) -> str:
+        q = torch.zeros(3, heads, dim, dtype=dtype)
+        found = attention.prefill_refusal(q, views, window), attention.decode_refusal(q, views, window, 3)
+        assert found[0] == found[1]
+        return str(found[0])
+
+    monkeypatch.setattr(attention, "_arch", "sm_100")
+    assert "sm_100" in reasons(cache_of(2, 2))
+    monkeypatch.setattr(attention, "_arch", "sm_90")
+    assert reasons(cache_of(2, 2)) == "None"
+    assert reasons(cache_of(1, 8)) == "None"
+    assert "e4m3" in reasons(cache_of(2, 2, "auto"))
+    assert "e4m3" in reasons(cache_of(2, 2, "fp8_e5m2"))
+    assert "one scale" in reasons(cache_of(2, 2, "fp8_per_token_head"))
+    assert "whole context" in reasons(cache_of(2, 2), window=100)
+    assert "128" in reasons(cache_of(2, 2, dim=64), dim=64)
+    assert "BF16" in reasons(cache_of(2, 2), dtype=torch.float32)
+    assert "64 tokens" in reasons(cache_of(2, 2, block=32))
+
+
+def test_what_decode_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.ops.resident.blocks.missing", lambda: None)
+    monkeypatch.setattr(attention, "_arch", "sm_90")
+    q = torch.zeros(3, 9, 128, dtype=torch.bfloat16)
+    assert "8 query heads" in str(attention.decode_refusal(q, cache_of(1, 1), None, 3))
+    assert attention.prefill_refusal(q, cache_of(1, 1), None) is None
+    assert "64 query heads" in str(attention.prefill_refusal(q[:, :1].expand(3, 65, 128), cache_of(1, 1), None))
+    views, q = cache_of(1, 2), torch.zeros(3, 12 * 128, dtype=torch.bfloat16).view(3, 12, 128)
+    heads, k, v = q.split((8, 2, 2), 1)
+    rotated = [torch.zeros(4, size) for size in (64, 36)]
+    new = [New(k, v, None, cos_sin, torch.zeros(3), torch.zeros(3)) for cos_sin in rotated]
+    assert attention.decode_refusal(heads, views, None, 3, new[0]) is None
+    assert "multiple of 8" in str(attention.decode_refusal(heads, views, None, 3, new[1]))
+    assert "adjacent" in str(attention.decode_refusal(q[..., :64].repeat(1, 1, 2)[:, ::2], views, None, 3))
+    assert "counters" in str(attention.decode_refusal(heads, views, None, 1 << 14))
+
+
+@needs_hopper
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) -> None:
+    """As Triton's kernel does, and the same bits each time; counters are left at zero."""
+    views, batch, q = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
+    assert attention.decode_refusal(q, views, None, len(lengths)) is None
+    kernel = attention._decode(q.device, 4 if heads <= 4 * kv_heads else 8)
+    assert kernel is not None
+    kernel.parts.fill_(float("nan"))
+    outs = [torch.full_like(q, float("nan")) for _ in range(3)]
+    for out in outs[:2]:
+        kernel(q, out, views, batch, len(lengths), 128**-0.5, K_SCALE, V_SCALE)
+    decode_attention(q, outs[2], views, batch, len(lengths), max(lengths), 128**-0.5, None, K_SCALE, V_SCALE)
+    assert torch.equal(outs[0], outs[1])
+    assert not kernel.counters.any()
+    expected = exact(q, views, batch)
+    assert relative_error(outs[0], expected) < 3e-3  # of which rounding the result to BF16 is 1.6e-3
+    assert relative_error(outs[0], expected) < 1.05 * relative_error(outs[2], expected)
+
+
+@needs_hopper
+@pytest.mark.parametrize("rotated", [128, 64])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int) -> None:
+    """The cache is afterwards what `rope_write_kv` leaves, byte for byte, and attention that over it."""
+    views, batch, _ = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
+    device, count = views["k"].device, len(lengths)
+    qkv = torch.randn(count, heads + 2 * kv_heads, 128, device=device).bfloat16()
+    qkv[count // 2, heads, 5] = float("nan")  # which the cache does not hold
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    norms = HeadNorms(*(torch.randn(128, device=device).bfloat16() for _ in range(2)), 1e-5) if normed else None
+    cos_sin = torch.randn(max(lengths), rotated, device=device)
+    new = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
+    assert attention.decode_refusal(q, views, None, count, new) is None
+    kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8)
+    assert kernel is not None
+    buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(views["k"].untyped_storage())
+    before, out = buffer.clone(), torch.full(q.shape, float("nan"), dtype=q.dtype, device=device)
+    kernel(q, out, views, batch, count, 128**-0.5, K_SCALE, V_SCALE, new)
+    found = buffer.clone()
+    buffer.copy_(before)
+    turned = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, K_SCALE, V_SCALE)
+    assert not torch.equal(before, buffer)
+    assert torch.equal(found, buffer)
+    assert relative_error(out, exact(turned, views, batch)) < 3e-3
