@@ -25,7 +25,7 @@ LENGTHS = {
     "blocks and one more": [64, 65, 63, 1, 130, 700],
     "long": [9000],
     "32": [1000 + 7 * i for i in range(32)],
-    "more than programs": [64 * i + 1 for i in range(150)],
+    "more than programs": [64 * i + 1 for i in range(130)],
 }
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
@@ -101,7 +101,7 @@ def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) ->
     assert attention.decode_refusal(q, views, None, len(lengths)) is None
     kernel = attention._decode(q.device, 4 if heads <= 4 * kv_heads else 8)
     assert kernel is not None
-    kernel.parts.fill_(float("nan"))
+    kernel.parts = torch.full_like(kernel.parts, float("nan"))
     outs = [torch.full_like(q, float("nan")) for _ in range(3)]
     for out in outs[:2]:
         kernel(q, out, views, batch, len(lengths), 128**-0.5, K_SCALE, V_SCALE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from octavo.kvcache import Views
 from octavo.ops.resident.compile import missing, tensor_map
@@ -13,8 +12,8 @@ __all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
 DIM, BLOCK = 128, 64  # of a head; tokens of a block
 
 
-def refusal(arch: str, q: Tensor, views: Views, window: int | None) -> str | None:
-    """None, or why these queries [T, H, D] over this cache are not theirs."""
+def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -> str | None:
+    """None, or why such queries over this cache are not theirs."""
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
     if arch != "sm_90":
@@ -23,7 +22,7 @@ def refusal(arch: str, q: Tensor, views: Views, window: int | None) -> str | Non
         return reason
     if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
         return "not a cache of e4m3 with one scale"
-    if q.dtype is not torch.bfloat16 or dim != DIM or window is not None:
+    if queries is not torch.bfloat16 or dim != DIM or window is not None:
         return f"not BF16 queries of {DIM} dimensions that see their whole context"
     size = heads * DIM
     expected = (2 * BLOCK * size, size, DIM, 1), (2 * BLOCK * size, 1, DIM * BLOCK, BLOCK)

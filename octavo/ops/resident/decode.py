@@ -10,44 +10,26 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.contract import HeadNorms
 from octavo.ops.resident.blocks import DIM, cache_maps
 from octavo.ops.resident.compile import Kernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E, New
 
-__all__ = ["HEADS", "MOST_COUNTERS", "Call", "DecodeAttention", "Own", "own"]
+__all__ = ["HEADS", "MOST_COUNTERS", "DecodeAttention"]
 
 HEADS = (4, 8)  # query heads of a KV head that a kernel is compiled for
 MOST_COUNTERS = 1 << 14  # requests times KV heads
 
 
-class Call(ctypes.Structure):
-    """As in decode.cuh."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "positions", "slots", "cos_sin", "parts",
-                                        "counters")),
-        ("q_stride", c_int64), ("kv_stride", c_int64),
-        *((name, c_int32) for name in ("requests", "table_width", "kv_heads", "group", "rotated")), ("eps", c_float),
-    ]  # fmt: skip
-
-
-class Own(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("q_norm", "k_norm", "k_cache")),
-        *((name, c_float) for name in ("qk_scale", "v_scale", "k_by", "v_by")),
-    ]  # fmt: skip
-
-
 class _Decode(ctypes.Structure):
-    _fields_ = [("maps", c_ubyte * 128 * 2), ("call", Call), ("own", Own), ("padding", c_ubyte * 24)]  # to 64 bytes
-
-
-def own(views: Views, norms: HeadNorms | None, scale: float, k_scale: float, v_scale: float) -> Own:
-    """What of a layer the kernel wants to know."""
-    q_norm, k_norm = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
-    return Own(q_norm, k_norm, views["k"].data_ptr(), scale * LOG2E * k_scale, v_scale, k_scale, v_scale)
+    _fields_ = [
+        ("maps", c_ubyte * 128 * 2),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "positions", "slots", "cos_sin", "q_norm",
+                                        "k_norm", "k_cache", "parts", "counters")),
+        ("q_stride", c_int64), ("kv_stride", c_int64),
+        *((name, c_int32) for name in ("requests", "table_width", "kv_heads", "group", "rotated")),
+        *((name, c_float) for name in ("eps", "qk_scale", "k_scale", "v_scale")), ("padding", c_ubyte * 28),  # to 64 bytes
+    ]  # fmt: skip
 
 
 class DecodeAttention:
@@ -67,16 +49,17 @@ class DecodeAttention:
         """Rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not turned yet."""
         kv_heads, tables = views["k"].shape[2], batch.block_tables
         given: tuple[int | None, ...] = (None,) * 2
-        token: tuple[int | None, ...] = (None,) * 3
-        norms = new.norms if new else None
+        token: tuple[int | None, ...] = (None,) * 5
+        kv_stride, rotated, eps = 0, 0, 0.0
         if new is not None:
             given = new.k.data_ptr(), new.v.data_ptr()
-            token = new.positions.data_ptr(), new.slots.data_ptr(), new.cos_sin.data_ptr()
-        call = Call(
-            q.data_ptr(), *given, out.data_ptr(), tables.data_ptr(), batch.seq_lens.data_ptr(), *token, self.parts.data_ptr(),
-            self.counters.data_ptr(), q.stride(0), new.k.stride(0) if new else 0, requests, tables.stride(0), kv_heads,
-            q.shape[1] // kv_heads, new.cos_sin.shape[1] if new else 0, norms.eps if norms else 0.0,
+            norms = (new.norms.q.data_ptr(), new.norms.k.data_ptr()) if new.norms else (None, None)
+            token = new.positions.data_ptr(), new.slots.data_ptr(), new.cos_sin.data_ptr(), *norms
+            kv_stride, rotated, eps = new.k.stride(0), new.cos_sin.shape[1], new.norms.eps if new.norms else 0.0
+        arguments = _Decode(
+            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views)), q.data_ptr(), *given, out.data_ptr(), tables.data_ptr(),
+            batch.seq_lens.data_ptr(), *token, views["k"].data_ptr(), self.parts.data_ptr(), self.counters.data_ptr(),
+            q.stride(0), kv_stride, requests, tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps,
+            scale * LOG2E * k_scale, k_scale, v_scale,
         )  # fmt: skip
-        maps = (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views))
-        arguments = _Decode(maps, call, own(views, norms, scale, k_scale, v_scale))
         self.kernel.launch(launch.device_units() // kv_heads * kv_heads, arguments, early=True)

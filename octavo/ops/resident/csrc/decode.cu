@@ -25,7 +25,6 @@ constexpr int GROUPS = 3, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 32 * (
 struct Decode {
     Map keys, values; /* boxes of a block of one head: 64 tokens by 128, 128 by 64 tokens */
     Call call;
-    Own own;
 };
 struct Shared {
     u8 keys[SLOTS][TILE], values[SLOTS][TILE];
@@ -37,6 +36,7 @@ struct Shared {
     u64 full[SLOTS], empty[SLOTS], told[SEGMENTS], prepared[SEGMENTS], done[SEGMENTS];
     bool last;
 };
+static_assert(alignof(Shared) == 1024, "what the matrix unit reads swizzled");
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
@@ -48,13 +48,13 @@ INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
         wait(m.told + at.at, at.parity);
         const Segment g = m.segments[at.at];
         if (g.tiles) {
-            for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, s.own, to, g.request, kv_head, h);
+            for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h);
             const bool brings = ends_with_new_token(s.call, g) && own >= PREPARERS - 2, key = own == PREPARERS - 1;
-            const u32 codes = brings ? prepare_new(s.call, s.own, to, g.request, kv_head, key) : 0;
+            const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key) : 0;
             show_matrix_unit();
             __syncwarp();
             if (lane == 0) arrive(m.prepared + at.at);
-            if (brings && key) store_key(s.call, s.own, g.request, kv_head, codes); /* after that, for a fence waits until stores are done */
+            if (brings && key) store_key(s.call, g.request, kv_head, codes); /* after that, for a fence waits until stores are done */
         } else {
             if (lane == 0) arrive(m.prepared + at.at);
             break;
@@ -89,7 +89,7 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
         __syncwarp();
         if (leads) arrive(m.done + at.at);
         state.keep(m.sums[even][group], m.totals[group], group);
-        finish(s.call, s.own, g, kv_head, m.sums[even], m.last);
+        finish(s.call, g, kv_head, m.sums[even], m.last);
     }
     end_insertions();
 }

@@ -1,6 +1,5 @@
-/* Attention of single new tokens over an FP8 cache in blocks of 64: what decode.cu and between.cu have in common. Both define
-   HEADS, the most query heads of a KV head (4 or 8), and GROUPS of four warps, CONSUMERS threads in all, which take tiles of 64
-   tokens in turn.
+/* How decode.cu deals out its work, gets queries ready and takes a tile. It defines HEADS, the most query heads of a KV head (4 or
+   8), and GROUPS of four warps, CONSUMERS threads in all, which take tiles of 64 tokens in turn.
 
    The context takes the matrix unit's tall side and the heads its narrow one. Queries and probabilities are split into a code
    and the code of what it leaves over, which together keep 8 bits, as BF16 does; the two lie side by side in one product. What
@@ -13,16 +12,13 @@ struct Call {
     const int *tables, *lengths; /* [requests, table_width] blocks; [requests] */
     const i64 *positions, *slots; /* [requests], of the new tokens */
     const float *cos_sin; /* [positions, rotated], cosines first */
+    const u16 *q_norm, *k_norm; /* [128], or none */
+    u8 *k_cache;
     float *parts; /* [programs, 2, PART] */
     u32 *counters; /* [requests, kv_heads] zeros */
     i64 q_stride, kv_stride;
     int requests, table_width, kv_heads, group, rotated;
-    float eps;
-};
-struct Own { /* a layer's */
-    const u16 *q_norm, *k_norm; /* [128], or none */
-    u8 *k_cache;
-    float qk_scale, v_scale, k_by, v_by; /* qk_scale with log2(e) and k_by; v_scale is v_by */
+    float eps, qk_scale, k_scale, v_scale; /* qk_scale with log2(e) and k_scale */
 };
 
 constexpr int DIM = 128, BLOCK = 64, TILE = BLOCK * DIM, COLUMNS = 2 * HEADS, SUMS = COLUMNS / 2, PART = HEADS * (DIM + 2);
@@ -113,13 +109,13 @@ struct Head {
 };
 
 /* By a warp: one head of a request's queries, as codes and what they leave. */
-INLINE void prepare_head(const Call &c, const Own &o, Ready &to, int request, int kv_head, int h) {
+INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int h) {
     const int lane = threadIdx.x % 32;
     u32 code = 0, left = 0;
     if (h < c.group) {
         Head head;
         const u16 *from = c.q + request * c.q_stride + (kv_head * c.group + h) * DIM;
-        if (c.k) head.load_turned(from, c, o.q_norm, c.positions[request]);
+        if (c.k) head.load_turned(from, c, c.q_norm, c.positions[request]);
         else head.load(from);
         const float most = largest(fmaxf(fmaxf(fabsf(head.x[0]), fabsf(head.x[1])), fmaxf(fabsf(head.x[2]), fabsf(head.x[3]))), 1);
         const float scale = fmaxf(most / Q_LIMIT, 1e-12f);
@@ -131,25 +127,25 @@ INLINE void prepare_head(const Call &c, const Own &o, Ready &to, int request, in
 #pragma unroll
         for (int i = 0; i < 4; i++) head.x[i] = (head.x[i] - back[i]) * LEFT;
         left = codes_of(head.x[0], head.x[1]) | codes_of(head.x[2], head.x[3]) << 16;
-        if (lane == 0) to.scale[h] = scale * o.qk_scale;
+        if (lane == 0) to.scale[h] = scale * c.qk_scale;
     }
     *(u32 *)(to.queries + 2 * h * DIM + ((lane / 4 ^ 2 * h) & 7) * 16 + lane % 4 * 4) = code;
     *(u32 *)(to.queries + (2 * h + 1) * DIM + ((lane / 4 ^ (2 * h + 1)) & 7) * 16 + lane % 4 * 4) = left;
 }
 INLINE bool ends_with_new_token(const Call &c, const Segment &g) { return c.k && (g.first + g.tiles) * BLOCK >= g.length; }
 /* By a warp: the new token's key, or its value, as codes; four of them in each lane. */
-INLINE u32 prepare_new(const Call &c, const Own &o, Ready &to, int request, int kv_head, bool key) {
+INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key) {
     Head head;
     const i64 from = request * c.kv_stride + kv_head * DIM;
-    if (key) head.load_turned(c.k + from, c, o.k_norm, c.positions[request]);
+    if (key) head.load_turned(c.k + from, c, c.k_norm, c.positions[request]);
     else head.load(c.v + from);
-    const u32 codes = head.codes(key ? o.k_by : o.v_by);
+    const u32 codes = head.codes(key ? c.k_scale : c.v_scale);
     *(u32 *)((key ? to.key : to.value) + threadIdx.x % 32 * 4) = codes;
     return codes;
 }
-INLINE void store_key(const Call &c, const Own &o, int request, int kv_head, u32 codes) {
+INLINE void store_key(const Call &c, int request, int kv_head, u32 codes) {
     const i64 slot = c.slots[request], token = slot / BLOCK * 2 * BLOCK + slot % BLOCK; /* a block's values take as much */
-    *(u32 *)(o.k_cache + (token * c.kv_heads + kv_head) * DIM + threadIdx.x % 32 * 4) = codes;
+    *(u32 *)(c.k_cache + (token * c.kv_heads + kv_head) * DIM + threadIdx.x % 32 * 4) = codes;
 }
 
 /* What a group knows of a segment: in each thread, of the heads 4 * i + threadIdx.x % 4, rows and sums of its own. */
@@ -258,8 +254,8 @@ struct Together {
         peak = higher, total = total * mine + their_total * its, o = o * mine + their_o * its;
     }
 };
-/* The groups' sums together; of a context that is shared, the last program's and the others'. Whether the result is there. */
-INLINE bool finish(const Call &c, const Own &own, const Segment &g, int kv_head, const Sums (&sums)[GROUPS], bool &last) {
+/* The groups' sums together; of a context that is shared, the last program's and the others'. */
+INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&sums)[GROUPS], bool &last) {
     constexpr int EACH = (HEADS * DIM + CONSUMERS - 1) / CONSUMERS;
     meet();
     Together all[EACH];
@@ -282,7 +278,7 @@ INLINE bool finish(const Call &c, const Own &own, const Segment &g, int kv_head,
             if (last) *counter = 0; /* for the next launch */
         }
         meet();
-        if (!last) return false;
+        if (!last) return;
     }
 #pragma unroll
     for (int at = threadIdx.x, i = 0; i < EACH; i++, at += CONSUMERS) {
@@ -295,9 +291,8 @@ INLINE bool finish(const Call &c, const Own &own, const Segment &g, int kv_head,
                 all[i].add(shared_load(theirs + HEADS * DIM + head), shared_load(theirs + HEADS * DIM + HEADS + head), shared_load(theirs + at));
             }
         }
-        c.out[((i64)g.request * c.kv_heads + kv_head) * c.group * DIM + at] = narrow(all[i].o * (own.v_scale / all[i].total));
+        c.out[((i64)g.request * c.kv_heads + kv_head) * c.group * DIM + at] = narrow(all[i].o * (c.v_scale / all[i].total));
     }
-    return true;
 }
 
 /* The keys of a block: 16 tokens at a time, tokens 4t + 2i + e at 8i + 2t + e; its values. */
