@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.resident import attention as attentions
 from octavo.ops.resident import between
 from octavo.ops.resident import decoder as resident
-from octavo.ops.resident.attention import attend, attention
+from octavo.ops.resident.attention import attend, attention, decode_variant
 from octavo.ops.resident.compile import NoKernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead

@@ -23,7 +23,7 @@ from octavo.ops.triton import decode, launch, prefill
 from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
-__all__ = ["attend", "attention", "configure", "decode_refusal", "prefill_refusal"]
+__all__ = ["attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ T = TypeVar("T")
 # requests, by 4% at 128. At 256, writing the new values while others are read costs it 1% more than two launches do (one H100,
 # 1,280 tokens each).
 MOST_ITEMS = 8
+
+# Tokens of context from which decode.cu is the faster one between launches of between.cu, too: it reads 3% faster, but begins
+# later, since neither fits beside the other in shared memory (H100: 3% of a step slower at 36,864, 4% faster at 528,000).
+LONG = 1 << 18
 
 _arch = ""
 
@@ -129,6 +133,16 @@ def _decode_or_triton(
 ) -> None:  # fmt: skip
     if not _decode_attention(q, out, views, batch, requests, scale, window, k_scale, v_scale):
         decode.decode_attention(q, out, views, batch, requests, longest, scale, window, k_scale, v_scale)
+
+
+def is_long(requests: int, longest: int) -> bool:
+    """Whether single tokens between launches of between.cu are better off with decode.cu."""
+    return requests * longest >= LONG
+
+
+def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+    """Where it is equal, steps of single tokens with contexts up to `longest` launch the same."""
+    return 2 * gpu.decode_variant(requests, kv_heads, longest) + is_long(requests, longest)
 
 
 def attention(

@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.ops import gpu
 from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.resident import attention
 from octavo.ops.resident.compile import Kernel, compile_cubin, tensor_map
 from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
@@ -158,4 +159,5 @@ class BetweenAttentions:
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
         cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
-        return gpu.attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)
+        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
+        return attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)
