@@ -1,1 +1,1 @@
-"""Decode steps of few requests in few launches: one of one request (csrc/kernel.cu), two a layer of up to 32 (between.cu)."""
+"""CUDA C++ for sm_90: decode steps in few launches (kernel.cu, between.cu), attention over FP8 (prefill.cu, decode.cu)."""

@@ -78,6 +78,11 @@ def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
     return _made(lambda: DecodeAttention(_compiling()[heads].result(), heads, device))
 
 
+@cache
+def _told(tokens: str, reason: str) -> None:
+    log.info("attention of %s tokens is Triton's: %s", tokens, reason)
+
+
 def prefill_refusal(q: Tensor, views: Views, window: int | None) -> str | None:
     """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
     if q.shape[1] > MOST_GROUP * views["k"].shape[2]:
@@ -106,7 +111,9 @@ def _prefill_attention(
     q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
     k_scale: float, v_scale: float,
 ) -> None:  # fmt: skip
-    if prefill_refusal(q, views, window) is not None or (kernel := _prefill(q.device)) is None:
+    if (reason := prefill_refusal(q, views, window)) is not None:
+        _told("many", reason)
+    if reason is not None or (kernel := _prefill(q.device)) is None:
         prefill.prefill_attention(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
     elif not launch.is_ahead():
         kernel(q, out, views, batch, first, stop, scale, k_scale, v_scale)
@@ -117,7 +124,8 @@ def _decode_attention(
     v_scale: float, new: New | None = None,
 ) -> bool:  # fmt: skip
     """Of single tokens, where the kernel takes them; whether it does."""
-    if decode_refusal(q, views, window, requests, new) is not None:
+    if (reason := decode_refusal(q, views, window, requests, new)) is not None:
+        _told("single", reason)
         return False
     kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * views["k"].shape[2]))
     if kernel is None:
