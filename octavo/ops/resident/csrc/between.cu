@@ -14,14 +14,9 @@
    that weight), QKV_BIAS, PROGRAMS, SHARED, and the rows and shares of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of
    gate and as many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS. */
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "types.cuh"
 
 enum { O, GATE_UP, DOWN, NEXT_QKV };
-struct __align__(64) Map { u8 opaque[128]; }; /* a matrix as the copy engine knows it */
 
 struct Between {
     Map weights[4]; /* boxes of 128 bytes of K by a unit's rows */

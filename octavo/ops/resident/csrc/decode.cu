@@ -8,13 +8,8 @@
 
    Compiled at run time with the most query heads of a KV head as a constant: HEADS, 4 or 8. */
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "types.cuh"
 
-struct __align__(64) Map { u8 opaque[128]; }; /* a tensor as the copy engine knows it */
 constexpr int SLOTS = HEADS == 4 ? 12 : 11, AHEAD = 3, SEGMENTS = 4, PREPARERS = 7;
 constexpr int GROUPS = 3, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 32 * (1 + PREPARERS);
 

@@ -53,11 +53,6 @@ INLINE void await(float (&x)[SUMS]) {
 #pragma unroll
     for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
-INLINE float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 INLINE float largest(float x, int least) { /* of the lanes that differ in bits from `least` on */
 #pragma unroll
     for (int lane = 16; lane >= 1; lane /= 2)

@@ -16,11 +16,7 @@
    BLOCK_SIZE (of the cache), KV_FP8, WINDOW (0: none), HEAD_NORMS, QKV_BIAS, LONGEST (context), PROGRAMS (as many as
    multiprocessors), SHARED (bytes of memory that a program may have). */
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "types.cuh"
 
 struct Layer {
     const u8 *qkv, *o, *gate_up, *down; /* codes [rows, K], K adjacent */

@@ -9,13 +9,8 @@
    in another order than an FP8 operand's, so the copy engine lays the keys out in that order. What the matrix unit sums over 128
    keys, with about 14 bits, is added up in FP32 (online softmax: Milakov and Gimelshein, 2018; Dao et al., 2022). */
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "types.cuh"
 
-struct __align__(64) Map { u8 opaque[128]; }; /* a tensor as the copy engine knows it */
 /* Rows of one request: from query head `skip` of its KV head's on, of the token whose row of q and position are these. */
 struct Tile { int request, token, position, skip, rows; };
 
@@ -88,11 +83,6 @@ INLINE void await(float (&x)[64]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < 64; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-INLINE float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 /* A thread's two rows of a group's 64: 8 apart, and of each every fourth pair of columns. Value i of 64 is of row i / 2 % 2. */

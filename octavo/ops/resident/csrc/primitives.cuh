@@ -1,4 +1,4 @@
-/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by kernel.cu and between.cu. */
+/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by all kernels. */
 #define INLINE __device__ __forceinline__
 
 INLINE float wide(u32 bf16) { return __uint_as_float(bf16 << 16); }
@@ -22,6 +22,11 @@ INLINE u32 times(u32 a, u32 b) { /* of two BF16 each */
 INLINE u32 larger(u32 a, u32 b) {
     u32 y;
     asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+INLINE float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 INLINE float rounded(float x) { return wide(narrow(x)); }
