@@ -41,6 +41,12 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "UTMALDG.3D" in code
 
 
+def test_division_by_a_factor_is_exact() -> None:
+    """As prefill.cu divides a row's place by the heads of its KV head."""
+    for by in range(1, prefill.MOST_GROUP + 1):
+        assert [x * (65536 // by + 1) >> 16 for x in range(256)] == [x // by for x in range(256)]
+
+
 @pytest.mark.parametrize("group", [1, 4, 7, 64])
 @pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
 def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> None:
