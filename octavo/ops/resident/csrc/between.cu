@@ -245,7 +245,7 @@ INLINE void quantize_act(const Between &s, Small &small) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
-            c[j] = codes_of(low_of(a) * by, high_of(a) * by) | codes_of(low_of(b) * by, high_of(b) * by) << 16;
+            c[j] = codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
         }
         *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.unit() * GATE_UP_ROWS + piece.row)) = uint4{c[0], c[1], c[2], c[3]};
     });
@@ -264,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
             init<1>(full);
             init<WARPS>(empty);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     if (threadIdx.x < TOKENS) small.own_amax[threadIdx.x] = small.amax[threadIdx.x] = 0;
     __syncthreads();

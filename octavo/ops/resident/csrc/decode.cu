@@ -136,12 +136,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     if (threadIdx.x == 0) {
         for (int i = 0; i < SLOTS; i++) init<1>(m.full + i), init<4>(m.empty + i);
         for (int i = 0; i < SEGMENTS; i++) init<1>(m.told + i), init<PREPARERS>(m.prepared + i), init<CONSUMERS / 32>(m.done + i);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     let_later_kernels_start();
     const int kv_head = blockIdx.x % s.call.kv_heads;
-    const int asking = threadIdx.x / 32 == CONSUMERS / 32;
+    const bool asking = threadIdx.x / 32 == CONSUMERS / 32;
     if (!asking || !s.call.k) wait_for_earlier_kernels();
     if (asking) ask(s, m, kv_head);
     else if (threadIdx.x >= CONSUMERS) prepare(s, m, kv_head);

@@ -48,11 +48,6 @@ template <bool LONG> INLINE void multiply_heads(float (&x)[SUMS], u32 a, u32 b, 
                  : OUT4(x, 0), OUT4(x, 4) : "r"(a), "r"(b), "r"(add), "n"(LONG ? 0x40000040 : 0x80000020));
 #endif
 }
-INLINE void await(float (&x)[SUMS]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
 INLINE float largest(float x, int least) { /* of the lanes that differ in bits from `least` on */
 #pragma unroll
     for (int lane = 16; lane >= 1; lane /= 2)
@@ -66,7 +61,6 @@ INLINE float sum(float x, int least) {
     return x;
 }
 INLINE void group_meets(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 2) : "memory"); }
-INLINE void show_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* Four adjacent dimensions of a head in each lane of a warp. */
 struct Head {
@@ -99,7 +93,7 @@ struct Head {
         float y[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) y[i] = fabsf(x[i]) < __int_as_float(0x7F800000) ? x[i] / by : 0;
-        return codes_of(y[0], y[1]) | codes_of(y[2], y[3]) << 16;
+        return codes_of(y[0], y[1], y[2], y[3]);
     }
 };
 
@@ -117,11 +111,11 @@ INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int
         float back[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) head.x[i] /= scale;
-        code = codes_of(head.x[0], head.x[1]) | codes_of(head.x[2], head.x[3]) << 16;
+        code = codes_of(head.x[0], head.x[1], head.x[2], head.x[3]);
         values_of(code, back);
 #pragma unroll
         for (int i = 0; i < 4; i++) head.x[i] = (head.x[i] - back[i]) * LEFT;
-        left = codes_of(head.x[0], head.x[1]) | codes_of(head.x[2], head.x[3]) << 16;
+        left = codes_of(head.x[0], head.x[1], head.x[2], head.x[3]);
         if (lane == 0) to.scale[h] = scale * c.qk_scale;
     }
     *(u32 *)(to.queries + 2 * h * DIM + ((lane / 4 ^ 2 * h) & 7) * 16 + lane % 4 * 4) = code;

@@ -349,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const Step 
             init<ASKING>(small.full + i);
             init<WARPS>(small.empty + i);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {

@@ -44,10 +44,10 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 #include "primitives.cuh"
 #include "wgmma.cuh"
 
-/* x / group and what remains, for 0 <= x < 256 */
+/* x / by for 0 <= x < 256 and by <= 64 */
 struct Division {
-    int by, factor;
-    INLINE Division(int by) : by(by), factor(65536 / by + 1) {}
+    int factor;
+    INLINE Division(int by) : factor(65536 / by + 1) {}
     INLINE int of(int x) const { return x * factor >> 16; }
 };
 
@@ -78,11 +78,6 @@ INLINE void begin_values(float (&x)[64], const u32 (&p)[16], u32 v) {
                      : OUT64(x) : "r"(p[4 * i]), "r"(p[4 * i + 1]), "r"(p[4 * i + 2]), "r"(p[4 * i + 3]),
                        "r"(descriptor(v + i / 2 * (TILE / 2)) + i % 2 * 2), "r"(i));
     end_matrices();
-}
-INLINE void await(float (&x)[64]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
 /* A thread's two rows of a group's 64: 8 apart, and of each every fourth pair of columns. Value i of 64 is of row i / 2 % 2. */
@@ -121,7 +116,7 @@ INLINE void soften(float (&s)[64], u32 (&p)[16], Rows &rows, int key, bool hidde
 #pragma unroll
     for (int i = 0; i < 64; i += 8)
 #pragma unroll
-        for (int r = 0; r < 2; r++) p[i / 4 + r] = codes_of(s[i + 2 * r], s[i + 2 * r + 1]) | codes_of(s[i + 4 + 2 * r], s[i + 5 + 2 * r]) << 16;
+        for (int r = 0; r < 2; r++) p[i / 4 + r] = codes_of(s[i + 2 * r], s[i + 2 * r + 1], s[i + 4 + 2 * r], s[i + 5 + 2 * r]);
 }
 
 struct Consumer {
@@ -143,12 +138,12 @@ struct Consumer {
             for (int j = 1; j < 16; j *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
             const float scale = fmaxf(most * (1 / LIMIT), 1e-12f), inverse = __fdividef(1, scale);
             uint2 c;
-            c.x = codes_of(y[0] * inverse, y[1] * inverse) | codes_of(y[2] * inverse, y[3] * inverse) << 16;
-            c.y = codes_of(y[4] * inverse, y[5] * inverse) | codes_of(y[6] * inverse, y[7] * inverse) << 16;
+            c.x = codes_of(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse);
+            c.y = codes_of(y[4] * inverse, y[5] * inverse, y[6] * inverse, y[7] * inverse);
             *(uint2 *)(m.codes + row * DIM + ((lane / 2 ^ row) & 7) * 16 + lane % 2 * 8) = c;
             if (lane == 0) m.scale[row] = scale;
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        show_matrix_unit();
         asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
     }
 
@@ -230,11 +225,11 @@ INLINE void copy_values(u32 to, const Map &map, int row, int block, const u64 *b
 INLINE void ask(const Prefill &s, Shared &m) {
     Place<STAGES> at;
     Place<2> piece;
-    u32 taken = 1;
+    Place<1> emptied; /* of the queries */
     const int lane = threadIdx.x % 32;
     const Division by_group(s.group);
-    for (int which = blockIdx.x;; piece.next(), taken ^= 1) {
-        wait(&m.empty, taken);
+    for (int which = blockIdx.x;; piece.next(), emptied.next()) {
+        wait(&m.empty, emptied.parity ^ 1);
         if (which >= s.pieces) break;
         const Tile t = s.tiles[which / s.kv_heads];
         const int kv_head = which % s.kv_heads, tokens = by_group.of(t.skip + t.rows - 1) + 1, last = t.position + tokens - 1, tiles = last / KEYS + 1;
@@ -282,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) init<1>(m.full_k + i), init<GROUPS * 4>(m.empty_k + i), init<1>(m.full_v + i), init<GROUPS * 4>(m.empty_v + i);
         init<1>(m.full), init<1>(m.full + 1), init<GROUPS * 4>(&m.empty);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     wait_for_earlier_kernels();

@@ -35,6 +35,7 @@ INLINE u32 codes_of(float low, float high) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
     return y;
 }
+INLINE u32 codes_of(float a, float b, float c, float d) { return codes_of(a, b) | codes_of(c, d) << 16; }
 INLINE void values_of(u32 codes, float (&out)[4]) {
     u32 low, high;
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
@@ -98,6 +99,7 @@ INLINE void wait(const u64 *barrier, u32 parity) {
 template <int ARRIVALS> INLINE void init(const u64 *barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "n"(ARRIVALS) : "memory");
 }
+INLINE void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); } /* the copy engine, once they are made */
 INLINE void expect(const u64 *barrier, u32 bytes) { /* and arrive */
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
