@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from octavo import batch as batches
@@ -9,7 +10,11 @@ from octavo.kvcache import KVCache, Layout, Views, spec_for
 from octavo.ops.resident import attention
 from octavo.platform import detect
 
-__all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "scene"]
+__all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "needs_hopper", "scene"]
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+)
 
 K_SCALE, V_SCALE = 0.04, 0.02
 

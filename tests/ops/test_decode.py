@@ -16,7 +16,7 @@ from octavo.ops.resident import attention, decode
 from octavo.ops.resident import compile as compiler
 from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
-from tests.ops.paged import K_SCALE, V_SCALE, cache_of, exact, scene
+from tests.ops.paged import K_SCALE, V_SCALE, cache_of, exact, needs_hopper, scene
 from tests.ops.test_resident import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads
@@ -27,9 +27,6 @@ LENGTHS = {
     "32": [1000 + 7 * i for i in range(32)],
     "more than programs": [64 * i + 1 for i in range(130)],
 }
-needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
-)
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from octavo.ops.resident import attention, prefill
 from octavo.ops.resident import compile as compiler
 from octavo.ops.triton.prefill import prefill_attention as triton_prefill
-from tests.ops.paged import K_SCALE, V_SCALE, exact, scene
+from tests.ops.paged import K_SCALE, V_SCALE, exact, needs_hopper, scene
 from tests.ops.test_resident import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (64, 1)]  # query heads, KV heads
@@ -62,7 +62,7 @@ def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> 
     assert [piece[2] for piece in found] == sorted((piece[2] for piece in found), reverse=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90")
+@needs_hopper
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
 @pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
 def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> None:

@@ -16,10 +16,11 @@ from octavo.kvcache import Views
 from octavo.ops import gpu
 from octavo.ops.contract import HeadNorms
 from octavo.ops.resident import blocks
-from octavo.ops.resident.compile import NoKernel, compile_cubin, missing
+from octavo.ops.resident.compile import NoKernel, compile_cubin, missing, no_warpgroups
 from octavo.ops.resident.decode import HEADS, MOST_COUNTERS, DecodeAttention
 from octavo.ops.resident.prefill import MOST_GROUP, PrefillAttention
-from octavo.ops.triton import decode, launch, prefill
+from octavo.ops.triton import decode, launch
+from octavo.ops.triton.attention import prefills
 from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
@@ -45,7 +46,7 @@ def configure(platform: Platform) -> None:
     """The kernels are compiled while the model is loaded: nothing in them depends on it."""
     global _arch
     _arch = platform.arch
-    if _arch == "sm_90" and missing() is None:
+    if no_warpgroups(_arch) is None and missing() is None:
         _compiling()
 
 
@@ -107,16 +108,16 @@ def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, n
     return blocks.refusal(_arch, q.dtype, views, window)
 
 
-def _prefill_attention(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
-    k_scale: float, v_scale: float,
+def _prefills(
+    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, scale: float, window: int | None, k_scale: float,
+    v_scale: float,
 ) -> None:  # fmt: skip
     if (reason := prefill_refusal(q, views, window)) is not None:
         _told("many", reason)
     if reason is not None or (kernel := _prefill(q.device)) is None:
-        prefill.prefill_attention(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
+        prefills(q, out, views, batch, first, scale, window, k_scale, v_scale)
     elif not launch.is_ahead():
-        kernel(q, out, views, batch, first, stop, scale, k_scale, v_scale)
+        kernel(q, out, views, batch, first, len(batch.query_lens), scale, k_scale, v_scale)
 
 
 def _decode_attention(
@@ -156,7 +157,7 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
 def attention(
     q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
 ) -> Tensor:
-    return gpu.attention(q, views, batch, scale, window, k_scale, v_scale, _decode_or_triton, _prefill_attention)
+    return gpu.attention(q, views, batch, scale, window, k_scale, v_scale, _decode_or_triton, _prefills)
 
 
 def attend(

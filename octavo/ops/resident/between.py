@@ -17,7 +17,7 @@ from octavo.batch import ForwardBatch
 from octavo.ops import gpu
 from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.resident import attention
-from octavo.ops.resident.compile import Kernel, compile_cubin, tensor_map
+from octavo.ops.resident.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
 from octavo.ops.resident.layers import packed_weights, unfit
 from octavo.ops.triton import launch
 from octavo.platform import Platform
@@ -42,9 +42,7 @@ class _Between(ctypes.Structure):
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or why this decoder's steps are not made of such launches."""
-    if platform.arch != "sm_90":
-        return f"{platform.arch} has no matrix instructions of a group of warps as sm_90 has them"
-    if (reason := unfit(parts)) is not None:
+    if (reason := no_warpgroups(platform.arch) or unfit(parts)) is not None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return "a dimension is not a multiple of 16"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.kvcache import Views
-from octavo.ops.resident.compile import missing, tensor_map
+from octavo.ops.resident.compile import missing, no_warpgroups, tensor_map
 
 __all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
 
@@ -16,9 +16,7 @@ def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -
     """None, or why such queries over this cache are not theirs."""
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
-    if arch != "sm_90":
-        return f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
-    if (reason := missing()) is not None:
+    if (reason := no_warpgroups(arch) or missing()) is not None:
         return reason
     if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
         return "not a cache of e4m3 with one scale"

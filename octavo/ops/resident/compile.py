@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing", "tensor_map"]
+__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
 
 SOURCES = Path(__file__).parent / "csrc"
 KEPT = Path.home() / ".cache" / "octavo"
@@ -62,6 +62,11 @@ def missing() -> str | None:
     """None, or why nothing can be compiled."""
     found = _compiler()
     return found if isinstance(found, str) else None
+
+
+def no_warpgroups(arch: str) -> str | None:
+    """None, or why nothing with matrix instructions of a group of warps runs there."""
+    return None if arch == "sm_90" else f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:

@@ -15,15 +15,24 @@ from octavo.ops.triton.launch import device_units
 from octavo.ops.triton.prefill import prefill_attention
 from octavo.ops.triton.rope import rope_write_kv
 
-__all__ = ["attend", "attention"]
+__all__ = ["attend", "attention", "prefills"]
 
 WAVE = SHARING[128]  # programs of decode attention that a multiprocessor surely runs at a time
 STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 
+def prefills(
+    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, scale: float, window: int | None, k_scale: float,
+    v_scale: float,
+) -> None:  # fmt: skip
+    """The rows of q and out [T, H, D] that belong to the requests from `first` on."""
+    for start, stop in _groups(batch.context_lens, first):
+        prefill_attention(q, out, views, batch, start, stop, scale, window, k_scale, v_scale)
+
+
 def attention(
     q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float,
-    decode: Callable[..., None] = decode_attention, prefill: Callable[..., None] = prefill_attention,
+    decode: Callable[..., None] = decode_attention, prefill: Callable[..., None] = prefills,
 ) -> Tensor:  # fmt: skip
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -32,8 +41,8 @@ def attention(
     if decodes:
         longest = max(batch.context_lens[:decodes])
         decode(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
-    for first, stop in _groups(batch.context_lens, decodes):
-        prefill(q, out, views, batch, first, stop, scale, window, k_scale, v_scale)
+    if decodes < requests:
+        prefill(q, out, views, batch, decodes, scale, window, k_scale, v_scale)
     return out
 
 
