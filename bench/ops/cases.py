@@ -68,6 +68,7 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
     for m in tokens:
         yield Case("rms_norm", f"M={m}", "F.rms_norm", lambda m=m: rms_norm(p, m))
         yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, m))
+        yield Case("gated_linear", f"M={m}", "_scaled_mm, F.silu * up", lambda m=m: gated_linear(p, m))
         yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
     for n, context in DECODES:
         if n * context <= most_context:
@@ -92,22 +93,38 @@ def packed(p: Platform, n: int, k: int) -> tuple[ops.PackedWeight, int]:
     return w, w.held_bytes
 
 
-def linear(p: Platform, m: int, n: int, k: int) -> Set:
-    """An FP8 product, its quantization of x included unless the op before would have done it."""
+def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Activation, ops.PackedWeight, Call, int]:
+    """What an FP8 product is made of, its quantization of x only where the op before would not have done it; the library's
+    product of the same shape; bytes of both."""
     (w, held), x = packed(p, n, k), random(p, m, k)
     given: ops.Activation = x
     if w.reads is not None:  # as in a layer, where the norm before quantizes
         given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, w)[0]
-    nbytes = held
     if p.is_cpu:
         dense = random(p, n, k).to(library_dtype(p))
-        wide, nbytes = x.to(dense.dtype), held + dense.nbytes
-        library: Call = partial(F.linear, wide, dense)
-    else:
-        codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
-        one, nbytes = torch.ones((), device=p.device), held + b.nbytes
-        library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
+    codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
+    one = torch.ones((), device=p.device)
+    library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return given, w, library, held + b.nbytes
+
+
+def linear(p: Platform, m: int, n: int, k: int) -> Set:
+    given, w, library, nbytes = factors(p, m, n, k)
     return Set(lambda: ops.linear(given, w), library, n * k + m * k + 2 * m * n, 2.0 * m * n * k, True, nbytes)
+
+
+def gated_linear(p: Platform, m: int) -> Set:
+    """An MLP's first product, SiLU and product, its result as the second product reads it."""
+    n, (feeds, _) = 2 * INNER, small_weight(p, INNER)
+    given, w, product, nbytes = factors(p, m, n, HIDDEN)
+
+    def library() -> Tensor:
+        gate, up = product().chunk(2, -1)
+        return F.silu(gate) * up
+
+    moved = n * HIDDEN + m * HIDDEN + m * INNER * (1 if feeds.reads is not None else 2)
+    return Set(lambda: ops.gated_linear(given, w, feeds), library, moved, 2.0 * m * n * HIDDEN, True, nbytes)
 
 
 def rms_norm(p: Platform, m: int) -> Set:

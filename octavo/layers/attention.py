@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
+from octavo.layers.linear import QKVLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import reference
@@ -22,7 +23,7 @@ _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj
 
 
 class PagedAttention(nn.Module):
-    """Grouped-query attention of q [T, heads, D] over the cache of this layer, which `bind_cache` gives it.
+    """Grouped-query attention over the cache of this layer, which `bind_cache` gives it.
 
     `norms` are the layers that norm each query and key head before they are rotated, where the model has them.
     """
@@ -46,7 +47,7 @@ class PagedAttention(nn.Module):
         self.views: Views = {}
         self.k_scale = self.v_scale = 1.0
         self.scales_from_checkpoint = False
-        self.observe = False  # while set, forward sets the scales from the largest key and value that it sees
+        self.observe = False  # while set, attend sets the scales from the largest key and value that it sees
 
     @property
     def rotary(self) -> RotaryEmbedding:
@@ -70,12 +71,23 @@ class PagedAttention(nn.Module):
     def bind_cache(self, views: Views) -> None:
         self.views = views
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T, heads * D]."""
-        rotary, norms = self.rotary, self.norms
+    def forward(self, x: ops.Activation, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
+        """[T, heads * D] of hidden states x [T, K], which `qkv` projects."""
+        scales = self.k_scale, self.v_scale
+        if qkv.bias is None and not self.observe:
+            cache = self.views, batch, self.window, *scales
+            turned = ops.project(x, qkv.weight, self.heads, self.norms, self.rotary.cos_sin, *cache)
+            if turned is not None:
+                return ops.attention(turned, self.views, batch, self.scale, self.window, *scales).flatten(1)
+        q, k, v = qkv(x)
+        return self.attend(q, k, v, batch)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, heads * D] of queries, keys and values [T, heads, D] as they were projected."""
+        norms, cos_sin = self.norms, self.rotary.cos_sin
         if self.observe:
             limit = FP8_MAX[self.views["k"].dtype]
-            _, turned = reference.normed_and_rotated(q, k, norms, rotary.cos_sin, batch.positions)
+            _, turned = reference.normed_and_rotated(q, k, norms, cos_sin, batch.positions)
             self.k_scale, self.v_scale = (max(float(x.nan_to_num(0).abs().max()) / limit, 1e-6) for x in (turned, v))
         cache = self.views, batch, self.scale, self.window, self.k_scale, self.v_scale
-        return ops.attend(q, k, v, norms, rotary.cos_sin, *cache).flatten(1)
+        return ops.attend(q, k, v, norms, cos_sin, *cache).flatten(1)

@@ -10,14 +10,13 @@ from octavo.distributed import TensorParallel
 from octavo.quant.formats import Shard
 from octavo.weights import Loader
 
-__all__ = ["ColumnParallelLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear"]
+__all__ = ["ColumnParallelLinear", "GateUpLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear"]
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W [N, K] the stack of the matrices `names`, whose rows are split over ranks.
 
-    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one. `unscaled`: what reads
-    the result takes a Product.
+    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one.
     """
 
     reads_siblings = True  # its own name (qkv_proj) is not in the checkpoint; its parts' names are, beside it
@@ -31,10 +30,9 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         tp: TensorParallel,
         heads: list[int] | None = None,
-        unscaled: bool = False,
     ):
         super().__init__()
-        self.names, self.has_bias, self.unscaled = names, bias, unscaled
+        self.names, self.has_bias = names, bias
         self.shapes = [(n, in_features) for n in out_features]
         copies = [max(1, tp.size // h) for h in heads] if heads else [1] * len(names)
         self.shards = [Shard(0, tp.rank, tp.size, c) for c in copies]
@@ -49,9 +47,7 @@ class ColumnParallelLinear(nn.Module):
             ]
             self.bias = torch.cat(parts)
 
-    def forward(self, x: ops.Activation) -> ops.Product:
-        if self.unscaled and self.bias is None:
-            return ops.linear_unscaled(x, self.weight)
+    def forward(self, x: ops.Activation) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -99,17 +95,28 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+class GateUpLinear(ColumnParallelLinear):
+    """The gate and up projections as one product; forward gives silu(gate) * up as the layer after, `feeds`, reads it."""
+
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
+        super().__init__(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
+
+    def forward(self, x: ops.Activation, feeds: ops.PackedWeight) -> ops.Activation:  # type: ignore[override]
+        if self.bias is None:
+            return ops.gated_linear(x, self.weight, feeds)
+        return ops.silu_mul(ops.linear(x, self.weight, self.bias), feeds)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
         super().__init__()
-        both = ["gate_proj", "up_proj"]
-        self.gate_up_proj = ColumnParallelLinear(both, hidden, [intermediate] * 2, bias=bias, tp=tp, unscaled=True)
+        self.gate_up_proj = GateUpLinear(hidden, intermediate, bias=bias, tp=tp)
         self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
 
     def forward(self, x: ops.Activation) -> ops.Product:
-        y: ops.Product = self.down_proj(ops.silu_mul(self.gate_up_proj(x), self.down_proj.weight))
+        y: ops.Product = self.down_proj(self.gate_up_proj(x, self.down_proj.weight))
         return y
 
 

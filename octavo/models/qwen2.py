@@ -45,8 +45,7 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear("o_proj", heads * c.head_dim, c.hidden_size, bias=False, tp=tp)
 
     def forward(self, x: Activation, batch: ForwardBatch) -> Product:
-        q, k, v = self.qkv_proj(x)
-        y: Product = self.o_proj(self.attn(q, k, v, batch))
+        y: Product = self.o_proj(self.attn(x, self.qkv_proj, batch))
         return y
 
 

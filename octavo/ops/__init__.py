@@ -33,34 +33,11 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation",
-    "DecoderParts",
-    "FusedDecoder",
-    "HeadNorms",
-    "LayerParts",
-    "PackedWeight",
-    "Product",
-    "Quantized",
-    "Unscaled",
-    "attend",
-    "attention",
-    "bind",
-    "capture",
-    "captures",
-    "compile_ahead",
-    "decode_variant",
-    "fuse",
-    "likeliest",
-    "linear",
-    "linear_unscaled",
-    "pack",
-    "rms_norm",
-    "rope_write_kv",
-    "rotate",
-    "silu_mul",
-    "table",
-    "write_kv",
-]
+    "Activation", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
+    "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "fuse",
+    "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate",
+    "silu_mul", "table", "write_kv",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -72,6 +49,8 @@ _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
 _attend: Callable[..., Tensor] | None = None
+_gated_linear: Callable[..., Activation] | None = None
+_project: Callable[..., Tensor | None] | None = None
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
@@ -86,12 +65,14 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead, _capture, _captures, _attend, _fuse
+    global _compile_ahead, _capture, _captures, _attend, _gated_linear, _project, _fuse
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _capture = getattr(preferred, "capture", None)
         _attend = getattr(preferred, "attend", None)
+        _gated_linear = getattr(preferred, "gated_linear", None)
+        _project = getattr(preferred, "project", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
@@ -101,9 +82,12 @@ def bind(platform: Platform) -> None:
             chosen = getattr(preferred, name, None) or getattr(reference, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
-        _table["attend"] = (
-            "rope_write_kv, then attention" if _attend is None else _attend.__module__.removeprefix("octavo.ops.")
-        )
+        for name, chosen, otherwise in (
+            ("attend", _attend, "rope_write_kv, then attention"),
+            ("gated_linear", _gated_linear, "linear_unscaled, then silu_mul"),
+            ("project", _project, "linear, then attend"),
+        ):
+            _table[name] = otherwise if chosen is None else chosen.__module__.removeprefix("octavo.ops.")
 
 
 def compile_ahead() -> AbstractContextManager[None]:
@@ -189,6 +173,13 @@ def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
     return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
 
 
+def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
+    """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
+    if _gated_linear is not None:
+        return _gated_linear(x, w, feeds)
+    return silu_mul(linear_unscaled(x, w), feeds)
+
+
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     """Rotary embedding of x [T, H, D] in place of the first R dimensions; cos_sin is FP32 [positions, R], cosines first."""
     return _bound["rotate"](x, cos_sin, positions)  # type: ignore[no-any-return]
@@ -221,6 +212,27 @@ def rope_write_kv(
     q [T, H, D], k and v [T, H', D]; returns the rotated queries.
     """
     return _bound["rope_write_kv"](q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)  # type: ignore[no-any-return]
+
+
+def project(
+    x: Activation,
+    w: PackedWeight,
+    heads: int,
+    norms: HeadNorms | None,
+    cos_sin: Tensor,
+    views: Views,
+    batch: ForwardBatch,
+    window: int | None,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor | None:
+    """`linear` of x [T, K] by the weight of queries, keys and values, then `rope_write_kv`: the rotated queries [T, H, D].
+
+    None, and nothing is written, where one launch does not compute both; `attend` takes what `linear` gives.
+    """
+    if _project is None:
+        return None
+    return _project(x, w, heads, norms, cos_sin, views, batch, window, k_scale, v_scale)
 
 
 def attention(

@@ -10,10 +10,12 @@ from types import ModuleType
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.resident import attention as attentions
-from octavo.ops.resident import between
+from octavo.ops.resident import between, gated, qkv
 from octavo.ops.resident import decoder as resident
 from octavo.ops.resident.attention import attend, attention, decode_variant
 from octavo.ops.resident.compile import NoKernel
+from octavo.ops.resident.gated import gated_linear
+from octavo.ops.resident.qkv import project
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
@@ -21,8 +23,8 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "likeliest",
-    "rms_norm", "rope_write_kv", "silu_mul",
+    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "gated_linear",
+    "likeliest", "project", "rms_norm", "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 
 
@@ -31,6 +33,8 @@ def configure(platform: Platform) -> None:
     major = int(platform.arch.removeprefix("sm_")[:-1])
     launch.configure(platform, dependent=major >= 9, stages=8)
     attentions.configure(platform)
+    gated.configure(platform)
+    qkv.configure(platform)
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:

@@ -64,7 +64,7 @@ class PackedScaledMM(PackedWeight):
 
     def __call__(self, x: Activation) -> Tensor:
         dtype = torch.bfloat16 if isinstance(x, Quantized) else x.dtype
-        codes, scale = given = self._codes(x)
+        codes, scale = given = self.codes(x)
         if codes.shape[0] <= MOST_TOKENS:
             return small_linear(given, self.weight, self.scale, self.n).to(dtype)
         y = self._scaled_mm(codes, scale, self.scale)
@@ -73,7 +73,7 @@ class PackedScaledMM(PackedWeight):
     def unscaled(self, x: Activation) -> Product:
         if not isinstance(x, Quantized) and x.dtype is not torch.bfloat16:
             return self(x)
-        codes, scale = given = self._codes(x)
+        codes, scale = given = self.codes(x)
         faster = codes.shape[0] <= UNSCALED_TOKENS or self.width > UNSCALED_DEPTH
         if codes.shape[0] <= MOST_TOKENS or not faster or self.n != self.weight.shape[0]:
             return self(given)
@@ -87,7 +87,8 @@ class PackedScaledMM(PackedWeight):
             codes, self.weight.mT, scale_a=by_row, scale_b=by_column, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    def _codes(self, x: Activation) -> Quantized:
+    def codes(self, x: Activation) -> Quantized:
+        """x [M, K] as this weight reads it."""
         return x if isinstance(x, Quantized) else quantize(x, self.weight.dtype, self.width)
 
 

@@ -196,7 +196,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
                 )
             }
             q, k, v = qkv.unflatten(1, (-1, a.attn.head_dim)).split(a.qkv_proj.parts, dim=1)
-            want["attended"] = a.attn(q, k, v, batch)
+            want["attended"] = a.attn.attend(q, k, v, batch)
             want["between"] = ops.linear(attended, a.o_proj.weight) + x
             normed = layer.post_attention_layernorm(between, None, mlp.gate_up_proj.weight)[0]
             want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight))

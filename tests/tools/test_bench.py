@@ -270,6 +270,8 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("_prefill_attention", "attention"),
         ("_stage_kv", "attention"),
         ("_small_linear", "linear"),
+        ("gated_product", "linear"),
+        ("between_attentions", "layers as one"),
         ("_quantize", "quantize"),
         ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "linear"),
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "linear"),

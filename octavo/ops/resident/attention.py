@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Up to so many requests, times KV heads, for each multiprocessor decode.cu is the faster one: by 14% of attention at 32
-# requests, by 4% at 128. At 256, writing the new values while others are read costs it 1% more than two launches do (one H100,
-# 1,280 tokens each).
-MOST_ITEMS = 8
+# requests, by 4 to 7% at 128 to 224. At 248, writing the new values while others are read costs it 1% more than two launches
+# do (one H100, 700 to 1,280 tokens each).
+MOST_ITEMS = 14
 
 # Tokens of context from which decode.cu is the faster one between launches of between.cu, too: it reads 3% faster, but begins
 # later, since neither fits beside the other in shared memory (H100: 3% of a step slower at 36,864, 4% faster at 528,000).
