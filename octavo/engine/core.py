@@ -78,7 +78,11 @@ class EngineCore:
     def abort(self, request_id: str) -> None:
         """Forget a request; one that is not known, or finished already, is no error."""
         self.scheduler.abort(request_id)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
         self.generations.pop(request_id, None)
+        self.runner.histories.forget(request_id)
 
     def has_work(self) -> bool:
         return self.scheduler.has_work or self.in_flight is not None
@@ -98,7 +102,7 @@ class EngineCore:
         """Starts the next step, after `previous` if that is still in flight. `outputs` gets the requests that failed."""
         schedule = self.scheduler.schedule()
         for request, reason in schedule.failed:
-            del self.generations[request.request_id]
+            self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
         rows = [self._row(item) for item in schedule.items]
         result = self.runner.run(schedule.items, rows, previous)
@@ -137,5 +141,5 @@ class EngineCore:
                 output.prompt_logprobs = generation.prompt_logprobs
             outputs.append(output)
             if finish_reason is not None:
-                del self.generations[request_id]
+                self._forget(request_id)
         return outputs

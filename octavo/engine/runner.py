@@ -16,6 +16,7 @@ from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
 from octavo.engine.graphs import DecodeGraphs
+from octavo.engine.histories import Histories
 from octavo.engine.loading import load_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.prompt_graphs import PromptGraphs
@@ -98,6 +99,7 @@ class ModelRunner:
             self.model.model.fused = ops.fuse(parts, self.platform)
         self.graphs = self._decode_graphs() if graphs else None
         self.prompts = self._prompt_graphs() if scratch else None
+        self.histories = Histories(self.platform.device)
         log.info("ops: %s", ops.table())
 
     @torch.inference_mode()
@@ -256,7 +258,7 @@ class ModelRunner:
         logits = logits.float()
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
-        tokens = sample(logits, rows)
+        tokens = sample(logits, rows, self.histories, ids)
         out.put(tokens, ids)
         if raw is not None:
             found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])

@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.batch import to_device
 from octavo.engine.grammar import Grammar
+from octavo.engine.histories import Histories, History
 from octavo.engine.request import Logprob, Logprobs, SamplingParams
 
 __all__ = ["SamplingRow", "logprobs_of", "sample", "uniform"]
 
+FEW = 256  # of the likeliest tokens, among which a CPU looks first for those that top_p keeps
+BLOCK = 256  # weights that are summed before sums are
 _MASK = (1 << 64) - 1
 
 
@@ -41,22 +45,26 @@ class SamplingRow:
     @property
     def plain(self) -> bool:
         """Whether the logits are used as they are."""
-        return not self.follows and not self.params.logit_bias and self.num_output_tokens >= self.params.min_tokens
+        return not self.penalized and not self.adjusted
 
     @property
-    def follows(self) -> bool:
-        """Whether the choice depends on the values of the tokens before, which the host must then know."""
+    def penalized(self) -> bool:
+        """Whether the logits of tokens that came before are changed."""
         p = self.params
-        penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-        return penalties or self.grammar is not None
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether logits of other tokens are."""
+        return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens or self.grammar is not None
 
     @property
     def synchronous(self) -> bool:
         """Whether the step that computes this row must be over before the next one is launched.
 
-        The next choice needs its token's value, or its log-probabilities are read at once and there is nothing to gain.
+        The grammar must know its token's value, or its log-probabilities are read at once and there is nothing to gain.
         """
-        return self.follows or self.params.logprobs is not None or self.params.prompt_logprobs is not None
+        return self.grammar is not None or self.params.logprobs is not None or self.params.prompt_logprobs is not None
 
     @property
     def filtered(self) -> bool:
@@ -73,66 +81,123 @@ def uniform(seed: int, place: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / float(1 << 53)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """One token a row of FP32 `logits` [rows, vocab], which may be overwritten: int64 [rows], on the logits' device."""
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], histories: Histories | None = None, requests: Sequence[str] = ()
+) -> Tensor:
+    """One token a row of FP32 `logits` [rows, vocab], which may be overwritten: int64 [rows], on the logits' device.
+
+    `histories` has the tokens of the rows' `requests` where the host does not know them all, and is given the new ones.
+    """
     for i, row in enumerate(rows):
-        if not row.plain:
+        if row.adjusted:
             _adjust(logits[i], row)
+    penalized = [i for i, row in enumerate(rows) if row.penalized]
+    if penalized:
+        theirs, names = [rows[i] for i in penalized], [requests[i] for i in penalized] if histories else []
+        _penalize(logits, penalized, theirs, histories.of(names, theirs) if histories else History.of(theirs, logits.device))
+    for i, row in enumerate(rows):
+        if row.grammar is not None:
+            logits[i].masked_fill_(row.grammar.forbidden().to(logits.device), float("-inf"))
     tokens = logits.argmax(-1)
     for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
         if drawn := [i for i, row in enumerate(rows) if not row.params.greedy and row.filtered is filtered]:
             at = to_device(drawn, torch.int64, logits.device)
             tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
+    if penalized and histories:
+        histories.add(names, tokens[to_device(penalized, torch.int64, logits.device)])
     return tokens
 
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
-    """Biases, bans and penalties, in place on one row, in vLLM's order."""
+    """Biases and bans, in place on one row."""
     p, device = row.params, logits.device
     for token, bias in (p.logit_bias or {}).items():
         logits[token] += bias
     if row.num_output_tokens < p.min_tokens and not (row.grammar and row.grammar.finished):
         enders = [token for token in {*row.eos_token_ids, *p.stop_token_ids} if 0 <= token < len(logits)]
         logits.index_fill_(0, to_device(enders, torch.int64, device), float("-inf"))
-    if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.token_ids)), device=device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if (p.presence_penalty or p.frequency_penalty) and row.num_output_tokens:
-        output = torch.tensor(list(row.token_ids[row.num_prompt_tokens :]), device=device)
-        ids, counts = output.unique(return_counts=True)
-        logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
-    if row.grammar is not None:
-        logits.masked_fill_(row.grammar.forbidden().to(device), float("-inf"))
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return to_device(values, dtype, like.device).unsqueeze(1)
+
+
+def _penalize(logits: Tensor, at: Sequence[int], rows: Sequence[SamplingRow], history: History) -> None:
+    """Penalties, in place on rows `at`, in vLLM's order: tokens of prompt and output are repetitions, once each; of the output
+    each is present, and as frequent as it is there. Only logits of such tokens are looked at: equal ones get equal values."""
+    params, place = [row.params for row in rows], torch.arange(history.ids.shape[1], device=logits.device)
+    row = to_device(at, torch.int64, logits.device).unsqueeze(1)
+    ids = torch.where(place < history.tokens, history.ids, history.ids[:, :1])
+    repetition = _column([p.repetition_penalty for p in params], logits)
+    values = logits[row, ids]
+    logits[row, ids] = torch.where(values > 0, values / repetition, values * repetition)
+    chosen = (place >= history.prompt) & (place < history.tokens)
+    if any(p.frequency_penalty for p in params):
+        frequency = _column([p.frequency_penalty for p in params], logits)
+        logits.index_put_((row.expand_as(ids), ids), -frequency * chosen, accumulate=True)
+    if any(p.presence_penalty for p in params):
+        first = torch.minimum(history.prompt, history.tokens - 1)  # of the output, if there is any
+        ids = torch.where(chosen, history.ids, history.ids.gather(1, first))
+        presence = _column([p.presence_penalty for p in params], logits)
+        logits[row, ids] = logits[row, ids] - presence * (history.tokens > history.prompt)
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return to_device(values, dtype, logits.device).unsqueeze(1)
+    probs = (logits / _column([r.params.temperature for r in rows], logits)).softmax(-1)
+    u = _column([uniform(r.seed, r.num_output_tokens) for r in rows], logits, torch.float64)
+    return _draw_likeliest(probs, u, [r.params for r in rows]) if filtered else _invert(probs, u)
 
-    probs = (logits / column([r.params.temperature for r in rows])).softmax(-1)
-    u = column([uniform(r.seed, r.num_output_tokens) for r in rows], torch.float64)
-    if not filtered:
-        return _invert(probs, u)
+
+def _draw_likeliest(probs: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Of the tokens that are kept, the likeliest first, equal ones by their ids. Only their probabilities are sorted, and only
+    as many as `top_k` or, where it costs nothing to look, `top_p` keeps."""
     vocab = probs.shape[1]
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=logits.device)
-    keep = rank < column([r.params.top_k if r.params.top_k > 0 else vocab for r in rows])
+    most = max(p.top_k if 0 < p.top_k < vocab else vocab for p in params)
+    count = min(most, FEW) if probs.device.type == "cpu" else most
+    values, keep, enough = _kept(probs, count, params)
+    while count < most and not enough.all():
+        count = min(most, 16 * count)
+        values, keep, enough = _kept(probs, count, params)
+    rank = _invert(values * keep, u).unsqueeze(1)
+    value = values.gather(1, rank)
+    before = rank - (values > value).sum(-1, keepdim=True)  # of those that are as likely
+    return ((probs == value).cumsum(-1, dtype=torch.int32) > before).int().argmax(-1)
+
+
+def _kept(probs: Tensor, count: int, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `count` probabilities of each row in order, which of them are drawn from, and whether those are all."""
+    vocab = probs.shape[1]
+    values = probs.sort(dim=-1, descending=True).values if count == vocab else probs.topk(count, -1).values
+    top_k = _column([p.top_k if p.top_k > 0 else vocab for p in params], probs)
+    min_p, top_p = _column([p.min_p for p in params], probs), _column([p.top_p for p in params], probs)
     # min_p and top_k come first; top_p's share is of what they leave
-    keep &= probs >= probs[:, :1] * column([r.params.min_p for r in rows])
-    probs = probs * keep
-    before = probs.cumsum(-1) - probs
-    keep = before < column([r.params.top_p for r in rows]) * probs.sum(-1, keepdim=True)
+    left = values * ((torch.arange(count, device=probs.device) < top_k) & (values >= values[:, :1] * min_p))
+    ended = (top_k <= count) | (values[:, -1:] < values[:, :1] * min_p) | (count == vocab)
+    whole = (top_k >= vocab) & (min_p == 0)  # they leave all there is
+    share = top_p * torch.where(whole, probs.sum(-1, keepdim=True), left.sum(-1, keepdim=True))
+    sums = left.cumsum(-1)
+    keep = sums - left < share
     keep[:, 0] = True
-    return order.gather(1, _invert(probs * keep, u).unsqueeze(1)).squeeze(1)
+    return values, keep & (left > 0), ended | (whole & (sums[:, -1:] >= share))
 
 
-def _invert(probs: Tensor, u: Tensor) -> Tensor:
-    """The first index at which the cumulative sum exceeds u times its total."""
-    total = probs.double().cumsum(-1)
-    index = torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(1)
-    last = (probs > 0).int().mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)  # rounding must not pass it
-    return torch.minimum(index, last)
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """The first index of each row at which the cumulative sum exceeds u times its total; sums are FP64, of blocks first."""
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = u * ends[:, -1:]
+    block = _first_over(ends, target, sums)
+    rest = target - (ends - sums).gather(1, block)
+    own = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
+    return (block * BLOCK + _first_over(own.cumsum(-1), rest, own)).squeeze(1)
+
+
+def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """[rows, 1]: rounding must not pass the last of the weights."""
+    places = torch.arange(weights.shape[1], device=weights.device)
+    last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(ends, target, right=True), last)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:

@@ -298,7 +298,7 @@ class Chain:
 
 
 def test_ahead_beside_rows_that_cannot(make, monkeypatch):
-    """Penalties, grammars and log-probabilities hold the engine back as long as they are there, and no longer."""
+    """Grammars and log-probabilities hold the engine back as long as they are there, and no longer; penalties do not."""
     slow = [dict(repetition_penalty=1.4), dict(frequency_penalty=1), dict(structured=StructuredOutput("regex"))]
     slow += [dict(logprobs=2), dict(prompt_logprobs=1)]
     requests = list(PLAIN)
@@ -352,6 +352,7 @@ def test_ahead_aborts(make, seed):
             gone.add(name)
     core.scheduler.pool.check([])
     assert not core.generations
+    assert not core.runner.histories._places
     assert all(tokens == alone[name][: len(tokens)] for name, tokens in got.items())
     assert [name for name in alone if name not in gone and got[name] != alone[name]] == []
 

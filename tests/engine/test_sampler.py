@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.engine.histories import Histories
 from octavo.engine.request import SamplingParams, StructuredOutput
-from octavo.engine.sampler import SamplingRow, logprobs_of, sample, uniform
+from octavo.engine.sampler import SamplingRow, _invert, logprobs_of, sample, uniform
 
 VOCAB, DRAWS = 40, 10_000
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
@@ -89,16 +90,55 @@ def test_a_pending_token_has_its_place():
         assert drawn[0] == drawn[1]
 
 
-def test_what_needs_the_values_of_the_tokens_before():
-    alone = [dict(), dict(temperature=0), dict(top_p=0.5, seed=3), dict(logit_bias={3: 1.0}), dict(min_tokens=3)]
-    follow = [dict(repetition_penalty=1.1), dict(presence_penalty=0.1), dict(frequency_penalty=-0.1)]
-    read = [dict(logprobs=0), dict(prompt_logprobs=0)]
-    assert [(r.follows, r.synchronous) for r in (row(**p) for p in alone)] == [(False, False)] * 5
-    assert [(r.follows, r.synchronous) for r in (row(**p) for p in follow)] == [(True, True)] * 3
-    assert [(r.follows, r.synchronous) for r in (row(**p) for p in read)] == [(False, True)] * 2
+def test_what_holds_the_next_step_back():
+    free = [dict(), dict(temperature=0), dict(top_p=0.5, seed=3), dict(logit_bias={3: 1.0}), dict(min_tokens=3)]
+    free += [dict(repetition_penalty=1.1), dict(presence_penalty=0.1), dict(frequency_penalty=-0.1)]
+    assert not any(row(**p).synchronous for p in free)
+    assert [row(**p).plain for p in free] == [True] * 3 + [False] * 5
+    assert all(row(**p).synchronous for p in (dict(logprobs=0), dict(prompt_logprobs=0)))
     bound = row(structured=StructuredOutput("json_object"))
     bound.grammar = object()
-    assert (bound.follows, bound.synchronous, bound.plain) == (True, True, False)
+    assert (bound.synchronous, bound.plain) == (True, False)
+
+
+def chosen_by_sorting(probs: np.ndarray, of: SamplingRow) -> int:
+    """The token of one row: all sorted, the likeliest first and equal ones by their ids, then walked through in float64."""
+    p, order = of.params, np.lexsort((np.arange(len(probs)), -probs))
+    values = probs[order].astype(np.float64)
+    kept = values * (values >= np.float32(p.min_p) * probs.max())
+    kept[p.top_k if p.top_k > 0 else len(kept) :] = 0
+    before = np.cumsum(kept) - kept
+    kept *= (before < p.top_p * kept.sum()) | (np.arange(len(kept)) == 0)
+    ends = np.cumsum(kept)
+    return int(order[np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right")])
+
+
+@pytest.mark.parametrize("vocab", [300, 6000])
+@pytest.mark.parametrize("spread", [0.2, 1.5, 4.0], ids=["flat", "some", "few"])
+def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
+    """Also of equal logits, of which BF16 has many, and where top_p keeps more tokens than are looked at first."""
+    params = [{}, *FILTERS[4:], dict(top_k=vocab - 1, top_p=0.99), dict(min_p=1e-4), dict(top_k=700, min_p=1e-3)]
+    params = [dict(temperature=0.8) | p for p in (*params, dict(top_p=0.999))]
+    rows = [row(seed, **p) for seed in range(30) for p in params]
+    logits = (torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float()
+    tokens = sample(logits.clone(), rows).tolist()
+    probs = (logits / torch.tensor([[r.params.temperature] for r in rows])).softmax(-1).numpy()
+    unfiltered = [i for i, r in enumerate(rows) if not r.filtered]
+    for i, (token, of) in enumerate(zip(tokens, rows, strict=True)):
+        if i not in unfiltered:
+            assert token == chosen_by_sorting(probs[i], of), of.params
+            continue
+        ends = np.cumsum(probs[i].astype(np.float64))
+        assert token == np.searchsorted(ends, uniform(of.seed, 0) * ends[-1], side="right")
+
+
+def test_weights_of_zero_are_never_drawn():
+    weights = torch.zeros(4, 1000)
+    weights[0, 999], weights[1, 0], weights[2, 511], weights[3, [255, 256]] = 1e-30, 3.0, 1.0, 1.0
+    for u in (0.0, 1e-300, 0.5, 1 - 2**-53):
+        found = _invert(weights, torch.full((4, 1), u, dtype=torch.float64)).tolist()
+        assert found[:3] == [999, 0, 511]
+        assert found[3] in (255, 256)
 
 
 def test_uniform_numbers():
@@ -162,6 +202,33 @@ def test_adjustments_against_numpy(params):
     assert_drawn_like(drawn, expected(logits))
     greedy = sample(LOGITS.repeat(2, 1), [row(**HISTORY, **params, temperature=0), row(temperature=0)])
     assert greedy.tolist() == [int(want.argmax()), int(LOGITS.argmax())]
+
+
+def test_tokens_that_only_the_device_knows():
+    """Penalties go by them as if the host knew them; requests come, wait, go, and outgrow what was reserved."""
+    params = [dict(repetition_penalty=1.7), dict(presence_penalty=0.9, frequency_penalty=0.4), dict(frequency_penalty=-0.3)]
+    generator, histories, waiting = torch.Generator().manual_seed(2), Histories(torch.device("cpu")), {}
+    told = {f"r{i}": list(range(1 + 40 * i % 300)) for i in range(20)}  # prompt and output as they really are
+    prompts = {name: len(ids) for name, ids in told.items()}
+    for step in range(58):
+        names = [name for i, name in enumerate(told) if (step + i) % 3 and step < 40 + i]
+        known, pending = [], []
+        for i, name in enumerate(names):
+            of = SamplingParams(temperature=(step + i) % 2, **params[int(name[1:]) % 3])
+            late = waiting.get(name, 0)
+            ids = [token % VOCAB for token in told[name]]
+            known.append(SamplingRow(of, ids, prompts[name], step))
+            pending.append(SamplingRow(of, ids[: len(ids) - late], prompts[name], step, num_pending=late))
+        logits = torch.randn(len(names), VOCAB, generator=generator) * 2
+        tokens = sample(logits.clone(), pending, histories, names).tolist()
+        assert tokens == sample(logits.clone(), known).tolist()
+        for i, (name, token) in enumerate(zip(names, tokens, strict=True)):
+            told[name].append(token)
+            waiting[name] = (step + i) % 2
+        if step % 10 == 9:
+            histories.forget(names[0])
+            waiting[names[0]] = 0
+            histories.forget("nobody")
 
 
 def test_extremes():
