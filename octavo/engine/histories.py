@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,22 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Histories", "History"]
 
-LEAST_SLOTS, LEAST_TOKENS = 8, 256
+LEAST_ROOM, LEAST_SLOTS = 256, 8
 
 
 class History(NamedTuple):
-    """Tokens of some requests, int64 [rows, longest], and of each, int64 [rows, 1], how many there are and of its prompt."""
+    """Tokens of some rows of a step, `at`: int64 [rows, longest], and of each, int64 [rows, 1], how many there are and of its
+    prompt."""
 
+    at: list[int]
     ids: Tensor
     tokens: Tensor
     prompt: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[SamplingRow], device: torch.device) -> History:
-        """Of rows whose tokens the host knows."""
-        lengths = [len(row.token_ids) for row in rows]
-        ids = [[*row.token_ids, *[0] * (max(lengths) - len(row.token_ids))] for row in rows]
-        return cls(to_device(ids, torch.int64, device), *_counts(lengths, rows, device))
 
 
 def _counts(lengths: Sequence[int], rows: Sequence[SamplingRow], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -38,54 +35,75 @@ def _counts(lengths: Sequence[int], rows: Sequence[SamplingRow], device: torch.d
     return both[0], both[1]
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where a request's tokens are: in memory of rows with this much room, in which row, and how many."""
+
+    room: int
+    slot: int
+    length: int = 0
+
+
 class Histories:
-    """A row of memory for each request that asked, as long as the longest of them needs."""
+    """A row of memory for each request that asked, of a power of two of tokens; rows of equal room are side by side, so that
+    one long request does not make all others as wide."""
 
     def __init__(self, device: torch.device):
-        self._ids = torch.empty(0, 0, dtype=torch.int64, device=device)
-        self._places: dict[str, tuple[int, int]] = {}  # row and tokens of a request
-        self._free: list[int] = []
+        self.device = device
+        self._ids: dict[int, Tensor] = {}  # int64 [slots, room], by room
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        self._places: dict[str, _Place] = {}
 
-    def of(self, requests: Sequence[str], rows: Sequence[SamplingRow]) -> History:
-        """Of `requests`; `add` was given the tokens of theirs that are pending."""
-        device, lengths = self._ids.device, [len(row.token_ids) + row.num_pending for row in rows]
-        self._reserve(requests, max(lengths) + 1)
-        for request, row, length in zip(requests, rows, lengths, strict=True):
-            slot, written = self._places[request]
-            if written != length:
+    def of(self, at: Sequence[int], requests: Sequence[str], rows: Sequence[SamplingRow]) -> list[History]:
+        """Of `requests`, which are rows `at` of a step; `add` was given the tokens of theirs that are pending."""
+        groups: defaultdict[int, list[int]] = defaultdict(list)
+        lengths = [len(row.token_ids) + row.num_pending for row in rows]
+        for i, (request, row, length) in enumerate(zip(requests, rows, lengths, strict=True)):
+            place = self._with_room(request, length + 1)
+            if place.length != length:
                 assert not row.num_pending, "the host knows all tokens of a request that asks for the first time"
-                self._ids[slot, :length] = to_device(row.token_ids, torch.int64, device)
-                self._places[request] = slot, length
-        slots = to_device([self._places[request][0] for request in requests], torch.int64, device)
-        return History(self._ids[slots, : max(lengths)], *_counts(lengths, rows, device))
+                self._ids[place.room][place.slot, :length] = to_device(row.token_ids, torch.int64, self.device)
+                place.length = length
+            groups[place.room].append(i)
+        found = []
+        for room, members in groups.items():
+            slots = to_device([self._places[requests[i]].slot for i in members], torch.int64, self.device)
+            own = [lengths[i] for i in members]
+            ids = self._ids[room][slots, : max(own)]
+            found.append(History([at[i] for i in members], ids, *_counts(own, [rows[i] for i in members], self.device)))
+        return found
 
     def add(self, requests: Sequence[str], tokens: Tensor) -> None:
-        """One more token of each request, int64 [requests], which only the device may know yet."""
-        at = to_device([self._places[request] for request in requests], torch.int64, self._ids.device)
-        self._ids[at[:, 0], at[:, 1]] = tokens
-        for request in requests:
-            slot, length = self._places[request]
-            self._places[request] = slot, length + 1
+        """One more token of each request that `of` was asked for, int64 [requests], which only the device may know yet."""
+        groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            place = self._places[request]
+            groups[place.room].append((i, place.slot, place.length))
+            place.length += 1
+        for room, members in groups.items():
+            which, slots, ends = to_device(list(zip(*members, strict=True)), torch.int64, self.device)
+            self._ids[room][slots, ends] = tokens[which]
 
     def forget(self, request: str) -> None:
         """One that is not known is no error."""
         if (place := self._places.pop(request, None)) is not None:
-            self._free.append(place[0])
+            self._free[place.room].append(place.slot)
 
-    def _reserve(self, requests: Sequence[str], tokens: int) -> None:
-        """A row for each request, and room for so many tokens in each."""
-        unknown = [request for request in requests if request not in self._places]
-        slots, room = self._ids.shape
-        needed = len(self._places) + len(unknown)
-        if needed > slots or tokens > room:
-            size = max(_power_of_2(needed, LEAST_SLOTS), slots), max(_power_of_2(tokens, LEAST_TOKENS), room)
-            ids = torch.zeros(size, dtype=torch.int64, device=self._ids.device)
-            ids[:slots, :room] = self._ids
-            self._ids = ids
-            self._free += range(slots, size[0])
-        for request in unknown:
-            self._places[request] = self._free.pop(), 0
-
-
-def _power_of_2(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
+    def _with_room(self, request: str, tokens: int) -> _Place:
+        """The request's place, with room for so many tokens; what was there moves along."""
+        old = self._places.get(request)
+        if old is not None and old.room >= tokens:
+            return old
+        room = max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
+        if not self._free[room]:
+            ids = self._ids.get(room, torch.empty(0, room, dtype=torch.int64, device=self.device))
+            slots = max(LEAST_SLOTS, 2 * len(ids))
+            self._ids[room] = torch.cat([ids, torch.zeros(slots - len(ids), room, dtype=torch.int64, device=self.device)])
+            self._free[room] += range(len(ids), slots)
+        place = _Place(room, self._free[room].pop())
+        if old is not None:
+            self._ids[room][place.slot, : old.length] = self._ids[old.room][old.slot, : old.length]
+            place.length = old.length
+            self.forget(request)
+        self._places[request] = place
+        return place

@@ -127,9 +127,9 @@ class ModelRunner:
         return logits, ops.likeliest(logits)
 
     def _prefill_once(self) -> None:
-        """Calls what prefills launch: a short one and one that is long enough for other tiles."""
+        """Calls what prefills launch: of few tokens, of more, and of enough for other tiles."""
         room = min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)
-        for length in (40, 600):
+        for length in (16, 40, 600):
             blocks = range(-(-min(length, room) // self.block_size))
             self.model(self._batch([batches.Span([0] * min(length, room), 0, blocks)]))
 

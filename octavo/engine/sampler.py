@@ -91,10 +91,12 @@ def sample(
     for i, row in enumerate(rows):
         if row.adjusted:
             _adjust(logits[i], row)
+    if histories is None:  # the host knows all tokens
+        histories, requests = Histories(logits.device), [str(i) for i in range(len(rows))]
     penalized = [i for i, row in enumerate(rows) if row.penalized]
-    if penalized:
-        theirs, names = [rows[i] for i in penalized], [requests[i] for i in penalized] if histories else []
-        _penalize(logits, penalized, theirs, histories.of(names, theirs) if histories else History.of(theirs, logits.device))
+    names = [requests[i] for i in penalized]
+    for history in histories.of(penalized, names, [rows[i] for i in penalized]):
+        _penalize(logits, history, [rows[i].params for i in history.at])
     for i, row in enumerate(rows):
         if row.grammar is not None:
             logits[i].masked_fill_(row.grammar.forbidden().to(logits.device), float("-inf"))
@@ -103,7 +105,7 @@ def sample(
         if drawn := [i for i, row in enumerate(rows) if not row.params.greedy and row.filtered is filtered]:
             at = to_device(drawn, torch.int64, logits.device)
             tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
-    if penalized and histories:
+    if penalized:
         histories.add(names, tokens[to_device(penalized, torch.int64, logits.device)])
     return tokens
 
@@ -122,11 +124,12 @@ def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.fl
     return to_device(values, dtype, like.device).unsqueeze(1)
 
 
-def _penalize(logits: Tensor, at: Sequence[int], rows: Sequence[SamplingRow], history: History) -> None:
-    """Penalties, in place on rows `at`, in vLLM's order: tokens of prompt and output are repetitions, once each; of the output
-    each is present, and as frequent as it is there. Only logits of such tokens are looked at: equal ones get equal values."""
-    params, place = [row.params for row in rows], torch.arange(history.ids.shape[1], device=logits.device)
-    row = to_device(at, torch.int64, logits.device).unsqueeze(1)
+def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]) -> None:
+    """Penalties, in place on the rows of `history`, in vLLM's order: tokens of prompt and output are repetitions, once each; of
+    the output each is present, and as frequent as it is there. Only logits of such tokens are looked at: of a token that is
+    there more than once, all places get the same value."""
+    place = torch.arange(history.ids.shape[1], device=logits.device)
+    row = to_device(history.at, torch.int64, logits.device).unsqueeze(1)
     ids = torch.where(place < history.tokens, history.ids, history.ids[:, :1])
     repetition = _column([p.repetition_penalty for p in params], logits)
     values = logits[row, ids]
@@ -183,12 +186,14 @@ def _kept(probs: Tensor, count: int, params: Sequence[SamplingParams]) -> tuple[
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
     """The first index of each row at which the cumulative sum exceeds u times its total; sums are FP64, of blocks first."""
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    if short := -weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, short))
+    blocks = weights.view(len(weights), -1, BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64)
     ends = sums.cumsum(-1)
     target = u * ends[:, -1:]
     block = _first_over(ends, target, sums)
-    rest = target - (ends - sums).gather(1, block)
+    rest = (target - (ends - sums).gather(1, block)).clamp_(min=0)  # below it, a first weight of zero would be over
     own = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
     return (block * BLOCK + _first_over(own.cumsum(-1), rest, own)).squeeze(1)
 

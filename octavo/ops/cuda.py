@@ -33,8 +33,8 @@ def configure(platform: Platform) -> None:
     major = int(platform.arch.removeprefix("sm_")[:-1])
     launch.configure(platform, dependent=major >= 9, stages=8)
     attentions.configure(platform)
-    gated.configure(platform)
-    qkv.configure(platform)
+    gated.KERNELS.configure(platform)
+    qkv.KERNELS.configure(platform)
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:

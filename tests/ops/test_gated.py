@@ -102,9 +102,9 @@ def test_what_goes_in_and_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, _ = factors(40, 24, 48)
-    monkeypatch.setattr(gated, "_arch", "gfx942")
+    monkeypatch.setattr(gated.KERNELS, "arch", "gfx942")
     assert "gfx942" in str(gated.refusal(x, w))
-    monkeypatch.setattr(gated, "_arch", "sm_90")
+    monkeypatch.setattr(gated.KERNELS, "arch", "sm_90")
     monkeypatch.setattr(product, "missing", lambda: None)
     assert "fewer tiles" in str(gated.refusal(x, w))
     monkeypatch.setattr(gated, "FILLED", 0)

@@ -152,9 +152,9 @@ def test_it_is_the_one_that_is_used() -> None:
 def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     s = Scene([(0, 40)], 4, 2, depth=32)
     given: tuple[HeadNorms, torch.Tensor, Views, None] = s.norms, s.cos_sin, s.views, None
-    monkeypatch.setattr(qkv, "_arch", "gfx942")
+    monkeypatch.setattr(qkv.KERNELS, "arch", "gfx942")
     assert "gfx942" in str(qkv.refusal(s.x, s.w, *given))
-    monkeypatch.setattr(qkv, "_arch", "sm_90")
+    monkeypatch.setattr(qkv.KERNELS, "arch", "sm_90")
     for module in (product, blocks):
         monkeypatch.setattr(module, "missing", lambda: None)
     assert qkv.refusal(s.x, s.w, *given) is None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from ctypes import c_int32, c_ubyte, c_void_p
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,28 +11,17 @@ from torch import Tensor
 from octavo.ops import gpu
 from octavo.ops.contract import Activation, PackedWeight
 from octavo.ops.resident import product
-from octavo.ops.resident.compile import missing, no_warpgroups, tensor_map
+from octavo.ops.resident.compile import tensor_map
 from octavo.ops.resident.product import OUT_BOX, Product, Variant, Variants, choose, programs
 from octavo.ops.triton import launch
 from octavo.ops.triton.elementwise import quantize
-from octavo.platform import Platform
 
-__all__ = ["KERNELS", "configure", "gated_linear", "multiply", "refusal"]
+__all__ = ["KERNELS", "gated_linear", "multiply", "refusal"]
 
-log = logging.getLogger(__name__)
-
-KERNELS = Variants("gated.cu", "gated_product", [Variant(1, 112), Variant(2, 112), Variant(2, 128)])
+KERNELS = Variants(
+    "gated.cu", "gated_product", "gate and up of many tokens", [Variant(1, 112), Variant(2, 112), Variant(2, 128)]
+)
 FILLED = 2 / 3  # of the multiprocessors, with tiles; with fewer the library's smaller tiles are faster
-
-_arch = ""
-
-
-def configure(platform: Platform) -> None:
-    """The kernels are compiled while the model is loaded: nothing in them depends on it."""
-    global _arch
-    _arch = platform.arch
-    if no_warpgroups(_arch) is None and missing() is None:
-        KERNELS.compiling()
 
 
 class _Gated(ctypes.Structure):
@@ -46,7 +33,7 @@ class _Gated(ctypes.Structure):
 
 def refusal(x: Activation, w: PackedWeight) -> str | None:
     """None, or why the product of such tokens by `w`, and what follows it, are not gated.cu's."""
-    if (reason := product.refusal(_arch, x, w)) is not None:
+    if (reason := product.refusal(KERNELS.arch, x, w)) is not None:
         return reason
     assert isinstance(w, gpu.PackedScaledMM)
     if w.n % 16:
@@ -55,11 +42,6 @@ def refusal(x: Activation, w: PackedWeight) -> str | None:
     if -(-tokens // product.TOKENS) * -(-w.n // (2 * half)) < FILLED * launch.device_units():
         return "fewer tiles than multiprocessors"
     return None
-
-
-@cache
-def _told(reason: str) -> None:
-    log.info("gated products are the library's: %s", reason)
 
 
 def multiply(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor, variant: Variant) -> bool:
@@ -77,7 +59,7 @@ def multiply(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
 
 def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
     if (reason := refusal(x, w)) is not None:
-        _told(reason)
+        KERNELS.refused(reason)
         return gpu.silu_mul(w.unscaled(x), feeds)
     assert isinstance(w, gpu.PackedScaledMM)
     codes, scale = given = w.codes(x)

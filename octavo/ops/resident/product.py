@@ -18,6 +18,7 @@ from octavo.ops.contract import Activation, PackedWeight, Quantized
 from octavo.ops.resident.compile import Kernel, NoKernel, compile_cubin, missing, no_warpgroups, tensor_map
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MOST_TOKENS
+from octavo.platform import Platform
 
 __all__ = ["OUT_BOX", "TOKENS", "Product", "Variant", "Variants", "choose", "programs", "refusal"]
 
@@ -63,12 +64,18 @@ def refusal(arch: str, x: Activation, w: PackedWeight) -> str | None:
 
 
 class Variants:
-    """A kernel in variants, compiled once they are asked for."""
+    """A kernel in variants; `what` it computes is what is the library's where it is not there."""
 
-    def __init__(self, source: str, function: str, variants: Sequence[Variant]):
-        self.source, self.function, self.variants = source, function, variants
-        self.compiling = cache(self._compiling)
-        self.kernel = cache(self._kernel)
+    def __init__(self, source: str, function: str, what: str, variants: Sequence[Variant]):
+        self.source, self.function, self.what, self.variants = source, function, what, variants
+        self.arch = ""
+        self.compiling, self.kernel, self.refused = cache(self._compiling), cache(self._kernel), cache(self._refused)
+
+    def configure(self, platform: Platform) -> None:
+        """The kernels are compiled while the model is loaded: nothing in them depends on it."""
+        self.arch = platform.arch
+        if no_warpgroups(self.arch) is None and missing() is None:
+            self.compiling()
 
     def _compiling(self) -> dict[Variant, Future[bytes]]:
         pool = ThreadPoolExecutor(len(self.variants))
@@ -83,8 +90,12 @@ class Variants:
         try:
             return Kernel(self.compiling()[variant].result(), self.function)
         except NoKernel as error:
-            log.warning("products of many tokens are the library's: %s", error)
+            log.warning("%s: the library's, %s", self.what, error)
             return None
+
+    def _refused(self, reason: str) -> None:
+        """Says so, once."""
+        log.info("%s: the library's, %s", self.what, reason)
 
 
 class Product(ctypes.Structure):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,26 +14,15 @@ from octavo.ops import gpu
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.resident import blocks, product
 from octavo.ops.resident.blocks import DIM
-from octavo.ops.resident.compile import missing, no_warpgroups, tensor_map
+from octavo.ops.resident.compile import tensor_map
 from octavo.ops.resident.product import OUT_BOX, Product, Variant, Variants, choose, programs
 from octavo.ops.triton import launch
-from octavo.platform import Platform
 
-__all__ = ["KERNELS", "configure", "project", "refusal", "write"]
+__all__ = ["KERNELS", "project", "refusal", "write"]
 
-log = logging.getLogger(__name__)
-
-KERNELS = Variants("qkv.cu", "qkv_product", [Variant(1, 64), Variant(2, 64), Variant(2, 128)])
-
-_arch = ""
-
-
-def configure(platform: Platform) -> None:
-    """The kernels are compiled while the model is loaded: nothing in them depends on it."""
-    global _arch
-    _arch = platform.arch
-    if no_warpgroups(_arch) is None and missing() is None:
-        KERNELS.compiling()
+KERNELS = Variants(
+    "qkv.cu", "qkv_product", "queries, keys and values of many tokens", [Variant(1, 64), Variant(2, 64), Variant(2, 128)]
+)
 
 
 class _Qkv(ctypes.Structure):
@@ -51,7 +38,8 @@ def refusal(
     x: Activation, w: PackedWeight, norms: HeadNorms | None, cos_sin: Tensor, views: Views, window: int | None
 ) -> str | None:
     """None, or why such a product, and what lies between it and attention, are not qkv.cu's."""
-    if (reason := product.refusal(_arch, x, w) or blocks.refusal(_arch, torch.bfloat16, views, window)) is not None:
+    arch = KERNELS.arch
+    if (reason := product.refusal(arch, x, w) or blocks.refusal(arch, torch.bfloat16, views, window)) is not None:
         return reason
     if cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
@@ -82,11 +70,6 @@ def write(
     return True
 
 
-@cache
-def _told(reason: str) -> None:
-    log.info("queries, keys and values of many tokens come from a product and a launch after it: %s", reason)
-
-
 def project(
     x: Activation, w: PackedWeight, heads: int, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch,
     window: int | None, k_scale: float, v_scale: float,
@@ -94,7 +77,7 @@ def project(
     if max(batch.query_lens) == 1:
         return None  # attention rotates and writes itself, or values, which lie far apart, are written by all programs at once
     if (reason := refusal(x, w, norms, cos_sin, views, window)) is not None:
-        _told(reason)
+        KERNELS.refused(reason)
         return None
     assert isinstance(w, gpu.PackedScaledMM)
     codes, scale = w.codes(x)
