@@ -72,10 +72,10 @@ class Server:
             raise OctavoError(f"{self.url} answered /v1/models with {response.status}, and not as OpenAI's API does.") from None
 
     def request(self, prompt: Sequence[int], output_len: int) -> bytes:
-        """The bytes of one streaming completion request."""
+        """The bytes of one streaming completion request: of the likeliest tokens, whatever the checkpoint recommends."""
         body = {
-            "model": self.model, "prompt": prompt, "max_tokens": output_len, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True},
+            "model": self.model, "prompt": prompt, "max_tokens": output_len, "temperature": 0, "repetition_penalty": 1,
+            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         data = json.dumps(body).encode()
         lines = [f"POST {self.prefix}/v1/completions HTTP/1.1", f"Host: {self.host}:{self.port}", "Connection: close"]

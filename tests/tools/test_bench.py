@@ -350,7 +350,8 @@ def test_what_a_server_is_asked() -> None:
     assert Counting.most == 3
     assert len({tuple(body["prompt"]) for body in asked}) == 12
     assert {len(body["prompt"]) for body in asked} == {40}
-    wanted = {"model": "counted", "max_tokens": 5, "temperature": 0, "ignore_eos": True, "stream": True}
+    wanted = {"model": "counted", "max_tokens": 5, "temperature": 0, "repetition_penalty": 1, "ignore_eos": True}
+    wanted |= {"stream": True}
     assert all(wanted.items() <= body.items() for body in asked)
 
 
