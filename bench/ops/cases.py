@@ -20,7 +20,7 @@ from octavo.kvcache import Layout, Views, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
 
-HIDDEN, INNER, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
 TOKENS = (1, 16, 64, 256, 2048)
 DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
@@ -70,6 +70,10 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
         yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, m))
         yield Case("gated_linear", f"M={m}", "_scaled_mm, F.silu * up", lambda m=m: gated_linear(p, m))
         yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
+    for n in (1, 16, 256):
+        if n <= tokens[-1]:
+            for name, top_k, top_p in (("temperature", VOCAB, 1.0), ("top_p", VOCAB, 0.9), ("top_k, top_p", 40, 0.9)):
+                yield Case("draw", f"{n} x {VOCAB}, {name}", "softmax, multinomial", partial(draw, p, n, top_k, top_p))
     for n, context in DECODES:
         if n * context <= most_context:
             yield Case("attention", f"decode {n} x {context}", "SDPA, dense", lambda n=n, c=context: attention(p, n, c, 1))
@@ -148,6 +152,16 @@ def silu_mul(p: Platform, m: int) -> Set:
 
     moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
     return Set(lambda: ops.silu_mul(x, feeds), library, moved, nbytes=2 * x.nbytes)
+
+
+def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:
+    """A token of each row; logits as a model has them: a few far above the rest. They are overwritten, so they are copied."""
+    logits, one = 2 * torch.randn(n, VOCAB, device=p.device), torch.ones(n, device=p.device)
+    logits[:, :20] += 12
+    u = torch.rand(n, device=p.device).double()
+    cut = ops.Cut((top_k * one).int(), top_p * one, 0 * one, top_k) if top_k < VOCAB or top_p < 1 else None
+    library = lambda: torch.multinomial(logits.softmax(-1), 1)  # noqa: E731
+    return Set(lambda: ops.draw(logits.clone(), one, u, cut), library, 4 * n * VOCAB, nbytes=2 * logits.nbytes)
 
 
 def small_weight(p: Platform, k: int) -> tuple[ops.PackedWeight, int]:

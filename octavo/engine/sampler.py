@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from octavo import ops
 from octavo.batch import to_device
 from octavo.engine.grammar import Grammar
 from octavo.engine.histories import Histories, History
@@ -21,8 +21,6 @@ from octavo.engine.request import Logprob, Logprobs, SamplingParams
 
 __all__ = ["SamplingRow", "logprobs_of", "sample", "uniform"]
 
-FEW = 256  # of the likeliest tokens, among which a CPU looks first for those that top_p keeps
-BLOCK = 256  # weights that are summed before sums are
 _MASK = (1 << 64) - 1
 
 
@@ -146,63 +144,14 @@ def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
-    probs = (logits / _column([r.params.temperature for r in rows], logits)).softmax(-1)
-    u = _column([uniform(r.seed, r.num_output_tokens) for r in rows], logits, torch.float64)
-    return _draw_likeliest(probs, u, [r.params for r in rows]) if filtered else _invert(probs, u)
-
-
-def _draw_likeliest(probs: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Of the tokens that are kept, the likeliest first, equal ones by their ids. Only their probabilities are sorted, and only
-    as many as `top_k` or, where it costs nothing to look, `top_p` keeps."""
-    vocab = probs.shape[1]
-    most = max(p.top_k if 0 < p.top_k < vocab else vocab for p in params)
-    count = min(most, FEW) if probs.device.type == "cpu" else most
-    values, keep, enough = _kept(probs, count, params)
-    while count < most and not enough.all():
-        count = min(most, 16 * count)
-        values, keep, enough = _kept(probs, count, params)
-    rank = _invert(values * keep, u).unsqueeze(1)
-    value = values.gather(1, rank)
-    before = rank - (values > value).sum(-1, keepdim=True)  # of those that are as likely
-    return ((probs == value).cumsum(-1, dtype=torch.int32) > before).int().argmax(-1)
-
-
-def _kept(probs: Tensor, count: int, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest `count` probabilities of each row in order, which of them are drawn from, and whether those are all."""
-    vocab = probs.shape[1]
-    values = probs.sort(dim=-1, descending=True).values if count == vocab else probs.topk(count, -1).values
-    top_k = _column([p.top_k if p.top_k > 0 else vocab for p in params], probs)
-    min_p, top_p = _column([p.min_p for p in params], probs), _column([p.top_p for p in params], probs)
-    # min_p and top_k come first; top_p's share is of what they leave
-    left = values * ((torch.arange(count, device=probs.device) < top_k) & (values >= values[:, :1] * min_p))
-    ended = (top_k <= count) | (values[:, -1:] < values[:, :1] * min_p) | (count == vocab)
-    whole = (top_k >= vocab) & (min_p == 0)  # they leave all there is
-    share = top_p * torch.where(whole, probs.sum(-1, keepdim=True), left.sum(-1, keepdim=True))
-    sums = left.cumsum(-1)
-    keep = sums - left < share
-    keep[:, 0] = True
-    return values, keep & (left > 0), ended | (whole & (sums[:, -1:] >= share))
-
-
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """The first index of each row at which the cumulative sum exceeds u times its total; sums are FP64, of blocks first."""
-    if short := -weights.shape[1] % BLOCK:
-        weights = F.pad(weights, (0, short))
-    blocks = weights.view(len(weights), -1, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    ends = sums.cumsum(-1)
-    target = u * ends[:, -1:]
-    block = _first_over(ends, target, sums)
-    rest = (target - (ends - sums).gather(1, block)).clamp_(min=0)  # below it, a first weight of zero would be over
-    own = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
-    return (block * BLOCK + _first_over(own.cumsum(-1), rest, own)).squeeze(1)
-
-
-def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """[rows, 1]: rounding must not pass the last of the weights."""
-    places = torch.arange(weights.shape[1], device=weights.device)
-    last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
-    return torch.minimum(torch.searchsorted(ends, target, right=True), last)
+    params, vocab, cut = [row.params for row in rows], logits.shape[1], None
+    if filtered:
+        top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+        shares = to_device([[p.top_p for p in params], [p.min_p for p in params]], torch.float32, logits.device)
+        cut = ops.Cut(to_device(top_k, torch.int32, logits.device), shares[0], shares[1], max(top_k))
+    temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
+    u = to_device([uniform(row.seed, row.num_output_tokens) for row in rows], torch.float64, logits.device)
+    return ops.draw(logits, temperature, u, cut)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:

@@ -19,6 +19,7 @@ from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import (
     Activation,
+    Cut,
     DecoderParts,
     FusedDecoder,
     HeadNorms,
@@ -33,15 +34,15 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
-    "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "fuse",
+    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
+    "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse",
     "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate",
     "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
-_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "likeliest", "rope_write_kv")
+_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "likeliest", "draw", "rope_write_kv")
 
 
 _bound: dict[str, Callable[..., Any]] = {}
@@ -269,6 +270,15 @@ def attend(
 def likeliest(logits: Tensor) -> Tensor:
     """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN is as good as infinite."""
     return _bound["likeliest"](logits)  # type: ignore[no-any-return]
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+    """A token of each row of FP32 logits [rows, vocab], which may be overwritten: int64 [rows].
+
+    It is the first one up to which the probabilities, softmax(logits / temperature) of those that `cut` keeps, sum up to more
+    than u times all of them. temperature FP32 [rows], u FP64 [rows], at least 0 and less than 1.
+    """
+    return _bound["draw"](logits, temperature, u, cut)  # type: ignore[no-any-return]
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:

@@ -14,7 +14,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
+    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
     "PackedWeight", "Product", "Quantized", "Unscaled",
 ]  # fmt: skip
 
@@ -39,6 +39,17 @@ class Unscaled(NamedTuple):
 
 Activation = Tensor | Quantized
 Product = Tensor | Unscaled
+
+
+class Cut(NamedTuple):
+    """Which of a row's tokens are drawn from, [rows] each: the `top_k` likeliest (INT32; the vocabulary's size: all), of those
+    that are at least `min_p` times as likely as the likeliest, and of these the fewest, the likeliest first, that have `top_p`
+    of their sum (FP32). Of equal ones those with smaller ids come first. `most` is the largest of top_k."""
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    most: int
 
 
 class HeadNorms(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.contract import Activation, HeadNorms, PackedWeight, Product, Unscaled
+from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight, Product, Unscaled
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
@@ -17,6 +17,7 @@ __all__ = [
     "Dequantized",
     "ReferenceLinear",
     "attention",
+    "draw",
     "likeliest",
     "normed_and_rotated",
     "quantize_activation",
@@ -27,6 +28,8 @@ __all__ = [
     "write_kv",
 ]
 
+FEW = 256  # of the likeliest tokens, among which a CPU looks first for those that top_p keeps
+SUMMED = 256  # weights that are summed before sums are
 SCALE_FLOOR = 1 / (448 * 512)  # of an activation's scale: an all-zero token must not divide by zero
 
 
@@ -194,3 +197,59 @@ def attention(
         out[part] = torch.einsum("hqk,khd->qhd", scores, v).to(q.dtype)
         start += query_len
     return out
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+    weights = (logits / temperature.unsqueeze(1)).softmax(-1)
+    if cut is not None:
+        weights *= _kept(weights, cut)
+    return _first_over_share(weights, u.unsqueeze(1))
+
+
+def _kept(weights: Tensor, cut: Cut) -> Tensor:
+    """Whether each is drawn from. Only values are sorted, and only as many as `top_k` or, where it costs nothing to look,
+    `top_p` keeps."""
+    count = min(cut.most, FEW) if weights.device.type == "cpu" else cut.most
+    values, kept, enough = _kept_of(weights, count, cut)
+    while count < cut.most and not enough.all():
+        count = min(cut.most, 16 * count)
+        values, kept, enough = _kept_of(weights, count, cut)
+    least = values.gather(1, kept - 1)
+    equal = kept - (values > least).sum(-1, keepdim=True)
+    same = weights == least
+    return (weights > least) | (same & (same.cumsum(-1, dtype=torch.int32) <= equal))
+
+
+def _kept_of(weights: Tensor, count: int, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `count` weights of each row in order, how many of them are kept, [rows, 1], and whether those are all."""
+    vocab = weights.shape[1]
+    values = weights.sort(dim=-1, descending=True).values if count == vocab else weights.topk(count, -1).values
+    top_k, top_p, least = cut.top_k.unsqueeze(1), cut.top_p.unsqueeze(1), values[:, :1] * cut.min_p.unsqueeze(1)
+    left = values * ((torch.arange(count, device=weights.device) < top_k) & (values >= least))
+    ended = (top_k <= count) | (values[:, -1:] < least) | (count == vocab)
+    whole = (top_k >= vocab) & (least == 0)  # top_k and min_p leave all there is
+    share = top_p * torch.where(whole, weights.sum(-1, keepdim=True), left.sum(-1, keepdim=True))
+    sums = left.cumsum(-1)
+    kept = ((sums - left < share) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
+    return values, kept, ended | (whole & (sums[:, -1:] >= share))
+
+
+def _first_over_share(weights: Tensor, share: Tensor) -> Tensor:
+    """The first index of each row at which the cumulative sum exceeds a share of the total; sums are FP64, of blocks first."""
+    if short := -weights.shape[1] % SUMMED:
+        weights = F.pad(weights, (0, short))
+    blocks = weights.view(len(weights), -1, SUMMED)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = share * ends[:, -1:]
+    block = _first_over(ends, target, sums)
+    rest = (target - (ends - sums).gather(1, block)).clamp_(min=0)  # below it, a first weight of zero would be over
+    own = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, SUMMED)).squeeze(1).double()
+    return (block * SUMMED + _first_over(own.cumsum(-1), rest, own)).squeeze(1)
+
+
+def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """[rows, 1]: rounding must not pass the last of the weights."""
+    places = torch.arange(weights.shape[1], device=weights.device)
+    last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(ends, target, right=True), last)

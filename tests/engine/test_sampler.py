@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from octavo import ops
 from octavo.engine.histories import Histories
 from octavo.engine.request import SamplingParams, StructuredOutput
-from octavo.engine.sampler import SamplingRow, _invert, logprobs_of, sample, uniform
+from octavo.engine.sampler import SamplingRow, logprobs_of, sample, uniform
+from octavo.ops import reference
 from octavo.platform import detect
 
-VOCAB, DRAWS, DEVICE = 40, 10_000, detect().device
+PLATFORM = detect()
+VOCAB, DRAWS, DEVICE = 40, 10_000, PLATFORM.device
+ops.bind(PLATFORM)
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 INF = float("inf")
 
@@ -102,20 +106,16 @@ def test_what_holds_the_next_step_back():
     assert (bound.synchronous, bound.plain) == (True, False)
 
 
-def chosen_by_sorting(probs: np.ndarray, of: SamplingRow) -> int:
-    """The token of one row: all sorted, the likeliest first and equal ones by their ids, then walked through in float64."""
+def chosen(probs: np.ndarray, of: SamplingRow) -> int:
+    """The token of one row: all sorted, the likeliest first and equal ones by their ids, cut, and walked through by ids."""
     p, order = of.params, np.lexsort((np.arange(len(probs)), -probs))
     values = probs[order].astype(np.float64)
-    kept = values * (values >= np.float32(p.min_p) * probs.max())
-    kept[p.top_k if p.top_k > 0 else len(kept) :] = 0
-    before = np.cumsum(kept) - kept
-    kept *= (before < p.top_p * kept.sum()) | (np.arange(len(kept)) == 0)
+    left = values * (values >= np.float32(p.min_p) * probs.max())
+    left[p.top_k if p.top_k > 0 else len(left) :] = 0
+    before = np.cumsum(left) - left
+    kept = np.zeros(len(probs))
+    kept[order] = left * ((before < p.top_p * left.sum()) | (np.arange(len(left)) == 0))
     ends = np.cumsum(kept)
-    return int(order[np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right")])
-
-
-def chosen_in_order(probs: np.ndarray, of: SamplingRow) -> int:
-    ends = np.cumsum(probs.astype(np.float64))
     return int(np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right"))
 
 
@@ -129,18 +129,21 @@ def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
     logits = (torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float().to(DEVICE)
     tokens = sample(logits.clone(), rows).tolist()
     probs = (logits / torch.tensor([[r.params.temperature] for r in rows], device=DEVICE)).softmax(-1).cpu().numpy()
-    want = [chosen_by_sorting(p, of) if of.filtered else chosen_in_order(p, of) for p, of in zip(probs, rows, strict=True)]
+    want = [chosen(p, of) for p, of in zip(probs, rows, strict=True)]
     wrong = [of.params for of, token, other in zip(rows, tokens, want, strict=True) if token != other]
     assert len(wrong) <= len(rows) // 200, wrong  # the last bit of a sum may move what top_p keeps
 
 
-def test_weights_of_zero_are_never_drawn():
-    weights = torch.zeros(4, 1000)
-    weights[0, 999], weights[1, 0], weights[2, 511], weights[3, [255, 256]] = 1e-30, 3.0, 1.0, 1.0
+@pytest.mark.parametrize("draw", [ops.draw, reference.draw], ids=["here", "reference"])
+def test_what_has_no_probability_is_never_drawn(draw):
+    logits = torch.full((4, 1000), -INF)
+    for i, at in enumerate(([999], [0], [511], [255, 256])):
+        logits[i, at] = 3.0
+    one = torch.ones(4, device=DEVICE)
     for u in (0.0, 1e-300, 0.5, 1 - 2**-53):
-        found = _invert(weights, torch.full((4, 1), u, dtype=torch.float64)).tolist()
+        found = draw(logits.clone().to(DEVICE), one, one.double() * u, None).tolist()
         assert found[:3] == [999, 0, 511]
-        assert found[3] in (255, 256)
+        assert found[3] == (255 if u < 0.5 else 256)
 
 
 def test_uniform_numbers():

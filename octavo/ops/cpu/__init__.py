@@ -11,7 +11,7 @@ __all__ = ["LINEAR", "attention", "write_kv"]
 LINEAR: list[LinearImplementation] = [Native(), Widened()]
 
 if missing() is None:
-    from octavo.ops.cpu.native import attention, captures, likeliest, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
+    from octavo.ops.cpu.native import attention, captures, draw, likeliest, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
     from octavo.ops.cpu.recording import capture
 
-    __all__ += ["capture", "captures", "likeliest", "rms_norm", "rope_write_kv", "rotate", "silu_mul"]
+    __all__ += ["capture", "captures", "draw", "likeliest", "rms_norm", "rope_write_kv", "rotate", "silu_mul"]

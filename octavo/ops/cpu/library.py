@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
     "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
     "octavo_likeliest": (None, [P, P, I64, I64, I64, I32, I32]),
+    "octavo_draw": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, F, F, I32, I32]),
 }

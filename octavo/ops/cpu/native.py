@@ -16,7 +16,7 @@ from torch import Tensor, get_num_threads
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
-from octavo.ops.contract import Activation, HeadNorms, PackedWeight
+from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.recording import launch
@@ -25,7 +25,18 @@ from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["Native", "attention", "captures", "likeliest", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "write_kv"]
+__all__ = [
+    "Native",
+    "attention",
+    "captures",
+    "draw",
+    "likeliest",
+    "rms_norm",
+    "rope_write_kv",
+    "rotate",
+    "silu_mul",
+    "write_kv",
+]
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 _MAX_DIM = 256  # of a head: csrc/attention.h
@@ -166,6 +177,16 @@ def likeliest(logits: Tensor) -> Tensor:
     launch(kernels().octavo_likeliest,
         logits.data_ptr(), found.data_ptr(), rows, vocab, logits.stride(0), KINDS[logits.dtype], get_num_threads(),
     )  # fmt: skip
+    return found
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+    logits = logits.contiguous()
+    found = logits.new_empty(len(logits), dtype=torch.int64)
+    kept = (None, None, None) if cut is None else [x.data_ptr() for x in (cut.top_k, cut.top_p, cut.min_p)]
+    kernels().octavo_draw(
+        logits.data_ptr(), found.data_ptr(), temperature.data_ptr(), u.data_ptr(), *kept, *logits.shape, get_num_threads()
+    )
     return found
 
 

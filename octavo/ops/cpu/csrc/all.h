@@ -3,6 +3,7 @@
 #include "linear.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "draw.h"
 
 #if DOT
 #define PAIRS_PAY NAME(pairs_pay)
@@ -11,7 +12,7 @@
 #endif
 static const Functions NAME(functions) = {
     STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
-    NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), PAIRS_PAY};
+    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), PAIRS_PAY};
 
 #undef PAIRS_PAY
 #undef vf

@@ -79,6 +79,18 @@ typedef struct {
     int32_t kind;
 } Rows;
 
+/* Rows [rows, width] of logits, which are overwritten; of each its temperature, a number u in [0, 1) and, or NULL, how many
+   tokens, what share of their sum, and how large a part of the largest are kept. */
+typedef struct {
+    float *logits;
+    int64_t *out;
+    const float *temperature;
+    const double *u;
+    const int32_t *top_k;
+    const float *top_p, *min_p;
+    int64_t width;
+} Draw;
+
 /* Queries, keys and values [tokens, heads, dim] on their way to attention; strides in values. q_norm: NULL without norms;
    q: NULL to write only, cos_sin then too. */
 typedef struct {

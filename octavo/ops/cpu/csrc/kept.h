@@ -1,0 +1,102 @@
+/* Of weights between 0 and 1, which are kept, and which of those is drawn. A weight's bits are in the order of the weights. */
+#define DIGIT 10 /* bits that are looked at at a time; 1.0 has 30 */
+#define BUCKETS (1 << DIGIT)
+#define MOST_BLOCKS 1024
+
+/* A row's weights, `size` at a time: the largest of a block, and the sum of those that min_p keeps. */
+typedef struct {
+    int64_t size, count;
+    double sum[MOST_BLOCKS];
+    float most[MOST_BLOCKS];
+} Blocks;
+
+/* The weights whose bits are over `bits`, and the first `equal` of those that have these: `total` together. */
+typedef struct {
+    uint32_t bits;
+    int64_t equal;
+    double total;
+} Kept;
+
+static inline uint32_t bits_of(float w) {
+    uint32_t bits;
+    memcpy(&bits, &w, 4);
+    return bits;
+}
+
+/* Of the weights that have at least the bits `floor`, the largest first: while there are fewer than `fewer` before one, of a sum
+   less than `less`, it is kept. Digit by digit: those of a bucket are kept or not together, but for one bucket. */
+static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t floor, int64_t fewer, double less) {
+    int64_t count[BUCKETS], before = 0;
+    double sum[BUCKETS], total = 0;
+    uint32_t prefix = 0;
+    for (int shift = 2 * DIGIT; shift >= 0; shift -= DIGIT) {
+        memset(count, 0, sizeof count);
+        memset(sum, 0, sizeof sum);
+        for (int64_t block = 0; block < blocks->count; block++) {
+            if (bits_of(blocks->most[block]) < floor) continue;
+            int64_t end = least((block + 1) * blocks->size, width);
+            for (int64_t i = block * blocks->size; i < end; i++) {
+                uint32_t bits = bits_of(w[i]);
+                if (bits < floor || bits >> (shift + DIGIT) != prefix) continue;
+                count[bits >> shift & (BUCKETS - 1)]++;
+                sum[bits >> shift & (BUCKETS - 1)] += w[i];
+            }
+        }
+        int lowest = 0, at = BUCKETS - 1;
+        while (lowest < BUCKETS - 1 && !count[lowest]) lowest++;
+        for (; at > lowest; at--) {
+            if (count[at] && (before + count[at] >= fewer || total + sum[at] >= less)) break;
+            before += count[at], total += sum[at];
+        }
+        prefix = prefix << DIGIT | (uint32_t)at;
+        if (shift) continue;
+        float weight;
+        memcpy(&weight, &prefix, 4);
+        int64_t equal = least(count[at], fewer - before);
+        if (weight > 0 && (less - total) / weight < (double)equal) equal = (int64_t)ceil((less - total) / weight);
+        if (equal < 1) equal = 1;
+        return (Kept){prefix, equal, total + (double)equal * weight};
+    }
+    return (Kept){0};
+}
+
+/* The first place at which the sum of what is kept exceeds u times its total. */
+static int64_t drawn(const float *w, const Blocks *blocks, const Draw *d, int64_t row) {
+    int64_t width = d->width, fewer = d->top_k && d->top_k[row] < width ? d->top_k[row] : width + 1;
+    float least_part = d->min_p ? d->min_p[row] : 0, share = d->top_p ? d->top_p[row] : 1;
+    uint32_t floor = least_part > 0 ? bits_of(least_part) : 1;
+    Kept kept = {floor - 1, 0, 0};
+    for (int64_t i = 0; i < blocks->count; i++) kept.total += blocks->sum[i];
+    if (fewer <= width) {
+        uint32_t bits = 0; /* as many blocks have one that is at least as large: few weights have to be looked at */
+        if (fewer <= blocks->count) {
+            const Blocks largest = {.size = blocks->count, .count = 1, .most = {1}};
+            bits = keep(blocks->most, blocks->count, &largest, 1, fewer, INFINITY).bits;
+        }
+        kept = keep(w, width, blocks, floor > bits ? floor : bits, fewer, INFINITY);
+        floor = kept.bits;
+    }
+    if (share < 1) { /* all that is smaller than this is less than what is left out */
+        uint32_t bits = bits_of((float)((1 - (double)share) * kept.total / (double)(2 * width)));
+        kept = keep(w, width, blocks, floor > bits ? floor : bits, fewer, share * kept.total);
+    }
+    const int all = floor == 1 && !kept.bits;
+    double sum = 0, target = d->u[row] * kept.total;
+    if (target >= kept.total) target = nextafter(kept.total, 0);
+    int64_t found = 0, equal = 0;
+    for (int64_t block = 0; block < blocks->count; block++) {
+        if (all && sum + blocks->sum[block] <= target) {
+            sum += blocks->sum[block];
+            continue;
+        }
+        if (bits_of(blocks->most[block]) < kept.bits) continue;
+        int64_t end = least((block + 1) * blocks->size, width);
+        for (int64_t i = block * blocks->size; i < end; i++) {
+            uint32_t bits = bits_of(w[i]);
+            if (bits < kept.bits || !bits || (bits == kept.bits && equal++ >= kept.equal)) continue;
+            found = i, sum += w[i];
+            if (sum > target) return found;
+        }
+    }
+    return found;
+}
