@@ -387,5 +387,14 @@ def test_a_token_that_is_drawn(vocab: int, spread: float) -> None:
     assert native.draw(x[:0].clone(), temperature[:0], u[:0], None).shape == (0,)
 
 
+def test_tokens_that_lie_close_together_are_kept_one_by_one() -> None:
+    """Though there are more of them than blocks that have any."""
+    x = torch.full((50, 4096), -float("inf"))
+    x[:, 100:130] = torch.linspace(0, 1, 30)
+    cut = Cut(torch.full((50,), 20, dtype=torch.int32), torch.ones(50), torch.zeros(50), 20)
+    found = native.draw(x, torch.ones(50), torch.linspace(0, 0.9999, 50).double(), cut)
+    assert sorted(set(found.tolist())) == list(range(110, 130))
+
+
 def test_this_machine_uses_them() -> None:
     assert detect("cpu").widened_dtype is None

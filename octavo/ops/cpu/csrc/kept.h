@@ -68,11 +68,11 @@ static int64_t drawn(const float *w, const Blocks *blocks, const Draw *d, int64_
     Kept kept = {floor - 1, 0, 0};
     for (int64_t i = 0; i < blocks->count; i++) kept.total += blocks->sum[i];
     if (fewer <= width) {
-        uint32_t bits = 0; /* as many blocks have one that is at least as large: few weights have to be looked at */
-        if (fewer <= blocks->count) {
-            const Blocks largest = {.size = blocks->count, .count = 1, .most = {1}};
-            bits = keep(blocks->most, blocks->count, &largest, 1, fewer, INFINITY).bits;
-        }
+        const Blocks largest = {.size = blocks->count, .count = 1, .most = {1}};
+        uint32_t bits = keep(blocks->most, blocks->count, &largest, 1, fewer, INFINITY).bits;
+        int64_t as_large = 0;
+        for (int64_t i = 0; i < blocks->count; i++) as_large += bits_of(blocks->most[i]) >= bits;
+        if (as_large < fewer) bits = 0; /* else a smaller weight cannot be kept, and few have to be looked at */
         kept = keep(w, width, blocks, floor > bits ? floor : bits, fewer, INFINITY);
         floor = kept.bits;
     }
