@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module = importlib.import_module(COMMANDS[name].module)
     # Intermixed, or flags between a mode and MODEL would hide the latter.
-    args = make_parser(name, module.add_arguments).parse_intermixed_args(_with_dashes(arguments[1:]))
+    given = _mode_first(_with_dashes(arguments[1:]), COMMANDS[name].modes)
+    args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
     try:
         return int(module.run(args, engine_config(args), _started()))
     except OctavoError as error:
@@ -69,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `octavo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _mode_first(arguments: list[str], modes: Sequence[str]) -> list[str]:
+    """`octavo bench --profile` means `octavo bench profile`."""
+    flag = next((argument for argument in arguments if argument.removeprefix("--") in modes and argument not in modes), None)
+    return arguments if flag is None else [flag.removeprefix("--"), *(one for one in arguments if one != flag)]
 
 
 def _overview() -> str:

@@ -394,6 +394,8 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
         ("throughput --shape qwen3-8b --load-format auto", 1, "are for random weights; leave out --load-format"),
         ("throughput --json /nowhere/x.json", 1, "--json /nowhere/x.json: there is no directory /nowhere."),
         ("throughput --png x.png", 1, "--png is for profile mode"),
+        ("--profile --steps 0", 1, "--steps must be positive, not 0."),
+        ("M --latency --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
         ("serve --base-url localhost:8000", 1, "--base-url 'localhost:8000' is no URL"),
         ("serve --base-url http://127.0.0.1:9", 1, "No server answers at http://127.0.0.1:9"),
         ("serve --workload F", 1, "workload F times decoding alone, which a client cannot see"),
