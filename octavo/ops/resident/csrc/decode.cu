@@ -131,8 +131,7 @@ INLINE void ask(const Decode &s, Shared &m, int kv_head) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Decode s) {
-    extern __shared__ u8 raw[];
-    Shared &m = *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
+    Shared &m = shared_memory<Shared>();
     if (threadIdx.x == 0) {
         for (int i = 0; i < SLOTS; i++) init<1>(m.full + i), init<4>(m.empty + i);
         for (int i = 0; i < SEGMENTS; i++) init<1>(m.told + i), init<PREPARERS>(m.prepared + i), init<CONSUMERS / 32>(m.done + i);

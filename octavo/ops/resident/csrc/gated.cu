@@ -11,22 +11,16 @@ struct Gated {
     const float *by_token, *by_row;
     int width;
 };
-struct Shared {
-    Ring ring;
-    __align__(1024) Out out[WARPS]; /* the first and the last 64 of HALF columns */
-};
-extern "C" __device__ const int threads = THREADS;
-extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
 INLINE float silu(float x) { return __fdividef(x, 1 + exp2_of(x * -1.44269504f)); }
 
 struct End {
     const Gated &s;
-    Out &out;
+    Out &out; /* the first and the last 64 of HALF columns */
     float by[2];
 
     INLINE End(const Gated &s, Out &out) : s(s), out(out) {}
-    INLINE void prepare(int token, int) {
+    INLINE void prepare(int token) {
         const int row = token + threadIdx.x % 32 / 4, last = s.product.tokens - 1;
         by[0] = s.by_token[min(row, last)], by[1] = s.by_token[min(row + 8, last)];
     }
@@ -54,13 +48,11 @@ struct End {
         if (lane) return;
         store_box(s.out, first * 2, token, out[0]);
         if (first + HALF - 64 < s.width) store_box(s.out, (first + HALF - 64) * 2, token, out[1]);
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        end_stores();
     }
 };
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gated_product(const __grid_constant__ Gated s) {
-    extern __shared__ u8 raw[];
-    Shared &m = *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
     let_later_kernels_start();
-    product(s.product, m.ring, End(s, m.out[min(threadIdx.x / 32, WARPS - 1)]));
+    product<End>(s);
 }

@@ -51,20 +51,13 @@ struct Division {
     INLINE int of(int x) const { return x * factor >> 16; }
 };
 
-#define OUT16(x, i) OUT4(x, i), OUT4(x, i + 4), OUT4(x, i + 8), OUT4(x, i + 12)
-#define OUT64(x) OUT16(x, 0), OUT16(x, 16), OUT16(x, 32), OUT16(x, 48)
-#define NAMES64                                                                                                             \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "   \
-    "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-
 /* x [64, 128] = a [64, 128] b [128, 128]^T, both of rows of 128 bytes: begun. */
 INLINE void begin_scores(float (&x)[64], u32 a, u32 b) {
     begin_matrices();
 #pragma unroll
     for (int i = 0; i < 4; i++)
         asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%64, 0x40000040}; mov.b64 b, {%65, 0x40000040}; setp.ne.b32 p, %66, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " NAMES64 ", a, b, p, 1, 1;}"
+                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, a, b, p, 1, 1;}"
                      : OUT64(x) : "r"(descriptor(a) + 2 * i), "r"(descriptor(b) + 2 * i), "r"(i));
     end_matrices();
 }
@@ -74,7 +67,7 @@ INLINE void begin_values(float (&x)[64], const u32 (&p)[16], u32 v) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
         asm volatile("{.reg .pred p; .reg .b64 b; mov.b64 b, {%68, 0x80000020}; setp.ne.b32 p, %69, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " NAMES64 ", {%64, %65, %66, %67}, b, p, 1, 1;}"
+                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, {%64, %65, %66, %67}, b, p, 1, 1;}"
                      : OUT64(x) : "r"(p[4 * i]), "r"(p[4 * i + 1]), "r"(p[4 * i + 2]), "r"(p[4 * i + 3]),
                        "r"(descriptor(v + i / 2 * (TILE / 2)) + i % 2 * 2), "r"(i));
     end_matrices();
@@ -271,8 +264,7 @@ INLINE void ask(const Prefill &s, Shared &m) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const __grid_constant__ Prefill s) {
-    extern __shared__ u8 raw[];
-    Shared &m = *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
+    Shared &m = shared_memory<Shared>();
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) init<1>(m.full_k + i), init<GROUPS * 4>(m.empty_k + i), init<1>(m.full_v + i), init<GROUPS * 4>(m.empty_v + i);

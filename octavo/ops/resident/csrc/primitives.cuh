@@ -90,6 +90,11 @@ INLINE bool is_there(u64 sent, u32 number) { return (int)((u32)(sent >> 32) - nu
 INLINE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 INLINE u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+/* A program's, from the first multiple of 1,024 on: swizzled boxes begin there. */
+template <class Shared> INLINE Shared &shared_memory() {
+    extern __shared__ u8 raw[];
+    return *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
+}
 INLINE void wait(const u64 *barrier, u32 parity) {
     asm volatile(
         "{.reg .pred done;\n"

@@ -15,18 +15,22 @@ struct Product {
 constexpr int DEPTH = 128, TOKENS = 128, TILES_TALL = 8, STAGES = HALF > 64 ? 4 : 6, GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
 constexpr int WARPS = CONSUMERS / 32, X = TOKENS * DEPTH, W = HALF * DEPTH; /* the last two in bytes */
 
+/* A warp's results on their way out: 16 tokens by 64 values, twice, as the copy engine takes them. */
+typedef u16 Out[2][16 * 64];
 struct Ring {
     u8 x[STAGES][X], weight[STAGES][2][W];
     u64 full[STAGES], empty[STAGES];
 };
+struct Shared {
+    Ring ring;
+    __align__(1024) Out out[WARPS];
+};
+extern "C" __device__ const int threads = THREADS;
+extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
 #include "primitives.cuh"
 #include "wgmma.cuh"
 
-#define OUT16(x, i) OUT4(x, i), OUT4(x, i + 4), OUT4(x, i + 8), OUT4(x, i + 12)
-#define OUT64(x) OUT16(x, 0), OUT16(x, 16), OUT16(x, 32), OUT16(x, 48)
-#define TEN(a) "%" #a "0, %" #a "1, %" #a "2, %" #a "3, %" #a "4, %" #a "5, %" #a "6, %" #a "7, %" #a "8, %" #a "9, "
-#define NAMES60 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define NAMES110 NAMES60 TEN(6) TEN(7) TEN(8) TEN(9) TEN(10)
 #define MULTIPLY(shape, names, A, B, ADD, ...)                                                                             \
     asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%" #A ", 0x40000040}; mov.b64 b, {%" #B ", 0x40000040};\n"     \
@@ -46,7 +50,7 @@ INLINE void multiply(float (&sums)[HALF], u32 x, u32 weight, bool add) {
 #elif HALF == 112
         MULTIPLY("m64n224k32", NAMES110 "%110, %111", 112, 113, 114, OUT64(sums), OUT16(sums, 64), OUT16(sums, 80), OUT16(sums, 96));
 #else
-        MULTIPLY("m64n128k32", NAMES60 "%60, %61, %62, %63", 64, 65, 66, OUT64(sums));
+        MULTIPLY("m64n128k32", NAMES64, 64, 65, 66, OUT64(sums));
 #endif
     end_matrices();
 }
@@ -108,7 +112,7 @@ INLINE void ask(const Product &s, Ring &m) {
         }
 }
 
-/* Of a tile, end.prepare(token, row), then, with its sums, end.finish(sums, token, row): a warp's 16 tokens from `token` on. */
+/* Of a tile, end.prepare(token), then, with its sums, end.finish(sums, token, row): a warp's 16 tokens from `token` on. */
 template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &end) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     auto leave = [&](int stage) {
@@ -120,7 +124,7 @@ template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &
     while (tile.next(s)) {
         float sums[HALF];
         int before = 0;
-        end.prepare(tile.token + warp * 16, tile.row);
+        end.prepare(tile.token + warp * 16);
 #pragma unroll 1
         for (int k = 0; k < s.steps; k++, at.next()) {
             wait(m.full + at.at, at.parity);
@@ -135,34 +139,11 @@ template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &
     }
 }
 
-template <class End> INLINE void product(const Product &s, Ring &m, End &&end) {
-    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) init<1>(m.full + i), init<WARPS * CLUSTER>(m.empty + i);
-        show_barriers();
-    }
-    __syncthreads();
-    if (CLUSTER > 1) meet_cluster();
-    wait_for_earlier_kernels();
-    if (group == GROUPS) { /* 65,536 registers in all */
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == CONSUMERS) ask(s, m);
-        __syncwarp();
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        multiply_tiles(s, m, end);
-        if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    }
-    if (CLUSTER > 1) meet_cluster(); /* nobody writes to the shared memory of a program that is gone */
-}
-
-/* A warp's results on their way out: 16 tokens by 64 values, twice, as the copy engine takes them. */
-typedef u16 Out[2][16 * 64];
-
 INLINE void store_box(const Map &map, int byte, int row, const void *from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(byte), "r"(row),
                  "r"(address(from)) : "memory");
 }
+INLINE void end_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 INLINE void await_stores() { /* what a warp stored has left its place */
     if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     __syncwarp();
@@ -172,4 +153,30 @@ INLINE void put(u16 *out, int i, const u32 (&y)[4]) {
     const int lane = threadIdx.x % 32;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(out) + lane % 16 * 128 + ((i + lane / 16) ^ lane % 8) * 16),
                  "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
+}
+
+/* A kernel: End(its arguments, a warp's place for what it stores) says what becomes of the sums. */
+template <class End, class Arguments> INLINE void product(const Arguments &arguments) {
+    Shared &shared = shared_memory<Shared>();
+    const Product &s = arguments.product;
+    Ring &m = shared.ring;
+    End end(arguments, shared.out[min(threadIdx.x / 32, WARPS - 1)]);
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) init<1>(m.full + i), init<WARPS * CLUSTER>(m.empty + i);
+        show_barriers();
+    }
+    __syncthreads();
+    if (CLUSTER > 1) meet_cluster();
+    wait_for_earlier_kernels();
+    if (group == GROUPS) { /* 64,512 registers in all, the 168 of each thread at the launch */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == CONSUMERS) ask(s, m);
+        __syncwarp();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        multiply_tiles(s, m, end);
+        if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+    if (CLUSTER > 1) meet_cluster(); /* nobody writes to the shared memory of a program that is gone */
 }

@@ -18,17 +18,10 @@ struct Qkv {
     int q_heads, kv_heads;
     float eps, by_key, by_value; /* the last two: one over the cache's scales */
 };
-struct Shared {
-    Ring ring;
-    __align__(1024) Out out[WARPS]; /* queries, or codes of a head: keys 16 by 128, values 128 by 16 */
-};
-extern "C" __device__ const int threads = THREADS;
-extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
 constexpr int DIM = 128, BLOCK = 64;
 
 /* Of a head of 16 tokens a thread has two rows 8 apart: dimensions 8i + 2t + e of row 8r are y[4i + 2r + e], t its place in four. */
-
 INLINE void norm(float *y, const u16 *gains, float eps) {
     float by[2] = {0, 0};
 #pragma unroll
@@ -73,7 +66,7 @@ INLINE void write_queries(const Map &map, Out &out, const float *y, int token, i
     __syncwarp();
     if (threadIdx.x % 32) return;
     store_box(map, head * DIM * 2, token, out[0]), store_box(map, head * DIM * 2 + 128, token, out[1]);
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    end_stores();
 }
 /* 16 bytes at a time, of a row of keys; 16-byte parts lie swizzled in between, that rows do not meet in a bank. */
 INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
@@ -127,13 +120,13 @@ INLINE float2 load_two(const float *p) {
 }
 struct End {
     const Qkv &s;
-    Out &out;
+    Out &out; /* queries, or codes of a head: keys 16 by 128, values 128 by 16 */
     float by[2];
     float2 cosines[2][8], sines[2][8];
     i64 slot;
 
     INLINE End(const Qkv &s, Out &out) : s(s), out(out) {}
-    INLINE void prepare(int token, int) {
+    INLINE void prepare(int token) {
         const int lane = threadIdx.x % 32, last = s.product.tokens - 1;
         slot = s.slots[min(token + lane % 16, last)];
 #pragma unroll
@@ -173,7 +166,5 @@ struct End {
 };
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) qkv_product(const __grid_constant__ Qkv s) {
-    extern __shared__ u8 raw[];
-    Shared &m = *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
-    product(s.product, m.ring, End(s, m.out[min(threadIdx.x / 32, WARPS - 1)]));
+    product<End>(s);
 }

@@ -17,7 +17,7 @@ INLINE void multiply(float (&x)[VALUES], u32 a, u32 b, int add) {
     asm volatile(MATRICES("%16", "%17") "setp.ne.b32 p, %18, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
                  "a, b, p, 1, 1;}"
-                 : OUT4(x, 0), OUT4(x, 4), OUT4(x, 8), OUT4(x, 12) : "r"(a), "r"(b), "r"(add));
+                 : OUT16(x, 0) : "r"(a), "r"(b), "r"(add));
 #endif
 }
 /* The same of a step, begun. */
