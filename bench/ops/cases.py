@@ -123,12 +123,13 @@ def gated_linear(p: Platform, m: int) -> Set:
     n, (feeds, _) = 2 * INNER, small_weight(p, INNER)
     given, w, product, nbytes = factors(p, m, n, HIDDEN)
 
-    def library() -> Tensor:
-        gate, up = product().chunk(2, -1)
-        return F.silu(gate) * up
-
     moved = n * HIDDEN + m * HIDDEN + m * INNER * (1 if feeds.reads is not None else 2)
-    return Set(lambda: ops.gated_linear(given, w, feeds), library, moved, 2.0 * m * n * HIDDEN, True, nbytes)
+    return Set(lambda: ops.gated_linear(given, w, feeds), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
+
+
+def gated(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def rms_norm(p: Platform, m: int) -> Set:
@@ -146,12 +147,8 @@ def rms_norm(p: Platform, m: int) -> Set:
 def silu_mul(p: Platform, m: int) -> Set:
     x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, INNER)
 
-    def library() -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
     moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
-    return Set(lambda: ops.silu_mul(x, feeds), library, moved, nbytes=2 * x.nbytes)
+    return Set(lambda: ops.silu_mul(x, feeds), partial(gated, x), moved, nbytes=2 * x.nbytes)
 
 
 def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:
@@ -160,7 +157,10 @@ def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:
     logits[:, :20] += 12
     u = torch.rand(n, device=p.device).double()
     cut = ops.Cut((top_k * one).int(), top_p * one, 0 * one, top_k) if top_k < VOCAB or top_p < 1 else None
-    library = lambda: torch.multinomial(logits.softmax(-1), 1)  # noqa: E731
+
+    def library() -> Tensor:
+        return torch.multinomial(logits.softmax(-1), 1)
+
     return Set(lambda: ops.draw(logits.clone(), one, u, cut), library, 4 * n * VOCAB, nbytes=2 * logits.nbytes)
 
 

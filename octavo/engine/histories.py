@@ -30,11 +30,6 @@ class History(NamedTuple):
     prompt: Tensor
 
 
-def _counts(lengths: Sequence[int], rows: Sequence[SamplingRow], device: torch.device) -> tuple[Tensor, Tensor]:
-    both = to_device([lengths, [row.num_prompt_tokens for row in rows]], torch.int64, device).unsqueeze(2)
-    return both[0], both[1]
-
-
 @dataclass(slots=True)
 class _Place:
     """Where a request's tokens are: in memory of rows with this much room, in which row, and how many."""
@@ -67,10 +62,11 @@ class Histories:
             groups[place.room].append(i)
         found = []
         for room, members in groups.items():
-            slots = to_device([self._places[requests[i]].slot for i in members], torch.int64, self.device)
             own = [lengths[i] for i in members]
+            told = [self._places[requests[i]].slot for i in members], own, [rows[i].num_prompt_tokens for i in members]
+            slots, tokens, prompt = to_device(told, torch.int64, self.device)
             ids = self._ids[room][slots, : max(own)]
-            found.append(History([at[i] for i in members], ids, *_counts(own, [rows[i] for i in members], self.device)))
+            found.append(History([at[i] for i in members], ids, tokens.unsqueeze(1), prompt.unsqueeze(1)))
         return found
 
     def add(self, requests: Sequence[str], tokens: Tensor) -> None:

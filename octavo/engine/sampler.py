@@ -118,8 +118,8 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
         logits.index_fill_(0, to_device(enders, torch.int64, device), float("-inf"))
 
 
-def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return to_device(values, dtype, like.device).unsqueeze(1)
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return to_device(values, torch.float32, like.device).unsqueeze(1)
 
 
 def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]) -> None:

@@ -104,7 +104,7 @@ class GateUpLinear(ColumnParallelLinear):
     def forward(self, x: ops.Activation, feeds: ops.PackedWeight) -> ops.Activation:  # type: ignore[override]
         if self.bias is None:
             return ops.gated_linear(x, self.weight, feeds)
-        return ops.silu_mul(ops.linear(x, self.weight, self.bias), feeds)
+        return ops.silu_mul(super().forward(x), feeds)
 
 
 class GatedMLP(nn.Module):

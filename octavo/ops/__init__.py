@@ -49,9 +49,6 @@ _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
-_attend: Callable[..., Tensor] | None = None
-_gated_linear: Callable[..., Activation] | None = None
-_project: Callable[..., Tensor | None] | None = None
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _table: dict[str, str] = {}
@@ -66,14 +63,11 @@ def bind(platform: Platform) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead, _capture, _captures, _attend, _gated_linear, _project, _fuse
+    global _compile_ahead, _capture, _captures, _fuse
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
         _capture = getattr(preferred, "capture", None)
-        _attend = getattr(preferred, "attend", None)
-        _gated_linear = getattr(preferred, "gated_linear", None)
-        _project = getattr(preferred, "project", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
@@ -83,12 +77,10 @@ def bind(platform: Platform) -> None:
             chosen = getattr(preferred, name, None) or getattr(reference, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
-        for name, chosen, otherwise in (
-            ("attend", _attend, "rope_write_kv, then attention"),
-            ("gated_linear", _gated_linear, "linear_unscaled, then silu_mul"),
-            ("project", _project, "linear, then attend"),
-        ):
-            _table[name] = otherwise if chosen is None else chosen.__module__.removeprefix("octavo.ops.")
+        for name, (composed, how) in _COMPOSED.items():
+            chosen = getattr(preferred, name, None)
+            _bound[name] = chosen or composed
+            _table[name] = how if chosen is None else chosen.__module__.removeprefix("octavo.ops.")
 
 
 def compile_ahead() -> AbstractContextManager[None]:
@@ -176,9 +168,7 @@ def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
 
 def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
-    if _gated_linear is not None:
-        return _gated_linear(x, w, feeds)
-    return silu_mul(linear_unscaled(x, w), feeds)
+    return _bound["gated_linear"](x, w, feeds)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -231,9 +221,7 @@ def project(
 
     None, and nothing is written, where one launch does not compute both; `attend` takes what `linear` gives.
     """
-    if _project is None:
-        return None
-    return _project(x, w, heads, norms, cos_sin, views, batch, window, k_scale, v_scale)
+    return _bound["project"](x, w, heads, norms, cos_sin, views, batch, window, k_scale, v_scale)  # type: ignore[no-any-return]
 
 
 def attention(
@@ -261,10 +249,7 @@ def attend(
     v_scale: float,
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
-    if _attend is not None:
-        return _attend(q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)
-    q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-    return attention(q, views, batch, scale, window, k_scale, v_scale)
+    return _bound["attend"](q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -289,3 +274,19 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
 def implementations() -> Sequence[LinearImplementation]:
     """The linear implementations bound here, the preferred first; tests run each against the reference."""
     return tuple(_linear)
+
+
+def _rope_then_attention(
+    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
+    window: int | None, k_scale: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
+    return attention(q, views, batch, scale, window, k_scale, v_scale)
+
+
+# What is made of other ops where a platform has nothing better, and how.
+_COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "attend": (_rope_then_attention, "rope_write_kv, then attention"),
+    "gated_linear": (lambda x, w, feeds: silu_mul(linear_unscaled(x, w), feeds), "linear_unscaled, then silu_mul"),
+    "project": (lambda *_: None, "linear, then attend"),
+}

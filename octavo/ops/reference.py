@@ -28,7 +28,6 @@ __all__ = [
     "write_kv",
 ]
 
-FEW = 256  # of the likeliest tokens, among which a CPU looks first for those that top_p keeps
 SUMMED = 256  # weights that are summed before sums are
 SCALE_FLOOR = 1 / (448 * 512)  # of an activation's scale: an all-zero token must not divide by zero
 
@@ -207,31 +206,19 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
 
 
 def _kept(weights: Tensor, cut: Cut) -> Tensor:
-    """Whether each is drawn from. Only values are sorted, and only as many as `top_k` or, where it costs nothing to look,
-    `top_p` keeps."""
-    count = min(cut.most, FEW) if weights.device.type == "cpu" else cut.most
-    values, kept, enough = _kept_of(weights, count, cut)
-    while count < cut.most and not enough.all():
-        count = min(cut.most, 16 * count)
-        values, kept, enough = _kept_of(weights, count, cut)
-    least = values.gather(1, kept - 1)
-    equal = kept - (values > least).sum(-1, keepdim=True)
+    """Whether each is drawn from. Only values are sorted, and only as many as `top_k` keeps at most."""
+    if cut.most == weights.shape[1]:
+        values = weights.sort(dim=-1, descending=True).values
+    else:
+        values = weights.topk(cut.most, -1).values
+    top_k, top_p, min_p = (x.unsqueeze(1) for x in cut[:3])
+    left = values * ((torch.arange(cut.most, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
+    before = left.cumsum(-1) - left
+    count = ((before < top_p * left.sum(-1, keepdim=True)) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
+    least = values.gather(1, count - 1)
+    equal = count - (values > least).sum(-1, keepdim=True)
     same = weights == least
     return (weights > least) | (same & (same.cumsum(-1, dtype=torch.int32) <= equal))
-
-
-def _kept_of(weights: Tensor, count: int, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest `count` weights of each row in order, how many of them are kept, [rows, 1], and whether those are all."""
-    vocab = weights.shape[1]
-    values = weights.sort(dim=-1, descending=True).values if count == vocab else weights.topk(count, -1).values
-    top_k, top_p, least = cut.top_k.unsqueeze(1), cut.top_p.unsqueeze(1), values[:, :1] * cut.min_p.unsqueeze(1)
-    left = values * ((torch.arange(count, device=weights.device) < top_k) & (values >= least))
-    ended = (top_k <= count) | (values[:, -1:] < least) | (count == vocab)
-    whole = (top_k >= vocab) & (least == 0)  # top_k and min_p leave all there is
-    share = top_p * torch.where(whole, weights.sum(-1, keepdim=True), left.sum(-1, keepdim=True))
-    sums = left.cumsum(-1)
-    kept = ((sums - left < share) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
-    return values, kept, ended | (whole & (sums[:, -1:] >= share))
 
 
 def _first_over_share(weights: Tensor, share: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ops.drawn import drawn
 
 from octavo import ops
 from octavo.engine.histories import Histories
@@ -106,19 +107,6 @@ def test_what_holds_the_next_step_back():
     assert (bound.synchronous, bound.plain) == (True, False)
 
 
-def chosen(probs: np.ndarray, of: SamplingRow) -> int:
-    """The token of one row: all sorted, the likeliest first and equal ones by their ids, cut, and walked through by ids."""
-    p, order = of.params, np.lexsort((np.arange(len(probs)), -probs))
-    values = probs[order].astype(np.float64)
-    left = values * (values >= np.float32(p.min_p) * probs.max())
-    left[p.top_k if p.top_k > 0 else len(left) :] = 0
-    before = np.cumsum(left) - left
-    kept = np.zeros(len(probs))
-    kept[order] = left * ((before < p.top_p * left.sum()) | (np.arange(len(left)) == 0))
-    ends = np.cumsum(kept)
-    return int(np.searchsorted(ends, uniform(of.seed, of.num_output_tokens) * ends[-1], side="right"))
-
-
 @pytest.mark.parametrize("vocab", [300, 6000])
 @pytest.mark.parametrize("spread", [0.2, 1.5, 4.0], ids=["flat", "some", "few"])
 def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
@@ -128,8 +116,10 @@ def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
     rows = [row(seed, **p) for seed in range(30) for p in params]
     logits = (torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float().to(DEVICE)
     tokens = sample(logits.clone(), rows).tolist()
-    probs = (logits / torch.tensor([[r.params.temperature] for r in rows], device=DEVICE)).softmax(-1).cpu().numpy()
-    want = [chosen(p, of) for p, of in zip(probs, rows, strict=True)]
+    probs = (logits / torch.tensor([[r.params.temperature] for r in rows], device=DEVICE)).softmax(-1).cpu()
+    kept = zip(*((r.params.top_k or vocab, r.params.top_p, r.params.min_p) for r in rows), strict=True)
+    u = torch.tensor([uniform(r.seed, 0) for r in rows], dtype=torch.float64)
+    want = drawn(probs, u, ops.Cut(*(torch.tensor(values, dtype=torch.float32) for values in kept), vocab)).tolist()
     wrong = [of.params for of, token, other in zip(rows, tokens, want, strict=True) if token != other]
     assert len(wrong) <= len(rows) // 200, wrong  # the last bit of a sum may move what top_p keeps
 

@@ -7,10 +7,12 @@ import torch
 
 from octavo import batch as batches
 from octavo.kvcache import KVCache, Layout, Views, spec_for
+from octavo.ops import gpu
 from octavo.ops.resident import attention
 from octavo.platform import detect
+from octavo.quant import SCHEMES, quantize
 
-__all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "needs_hopper", "scene"]
+__all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "needs_hopper", "requests", "scene", "weight"]
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
@@ -25,21 +27,33 @@ def cache_of(blocks: int, heads: int, kv: str = "fp8_e4m3", dim: int = 128, bloc
     return KVCache([spec], blocks, block, device).views[0]
 
 
-def scene(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> tuple[Views, batches.ForwardBatch, torch.Tensor]:
-    """A full cache, the batch of requests of (tokens before this step, tokens in this step), their queries."""
+def requests(rows: list[tuple[int, int]], kv_heads: int) -> tuple[Views, batches.ForwardBatch]:
+    """A cache and the batch of requests of (tokens before this step, tokens in this step), whose blocks lie anywhere in it."""
     torch.manual_seed(0)
+    needed = [-(-(before + n) // 64) for before, n in rows]
+    order = iter(torch.randperm(sum(needed) + 3).tolist())
+    spans = [
+        batches.Span([0] * n, before, [next(order) for _ in range(blocks)])
+        for (before, n), blocks in zip(rows, needed, strict=True)
+    ]
+    return cache_of(sum(needed) + 3, kv_heads), batches.build(spans, 64, detect().device)
+
+
+def scene(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> tuple[Views, batches.ForwardBatch, torch.Tensor]:
+    """A full cache, the batch of `requests`, their queries."""
     platform = detect()
     attention.configure(platform)
-    needed = [-(-(before + n) // 64) for before, n in rows]
-    views = cache_of(sum(needed) + 3, kv_heads)
+    views, batch = requests(rows, kv_heads)
     for name in "kv":
         views[name].copy_((25 * torch.randn(views[name].shape, device=platform.device)).clamp(-448, 448))
-    order, spans = torch.randperm(sum(needed) + 3).tolist(), []
-    for (before, n), blocks in zip(rows, needed, strict=True):
-        spans.append(batches.Span([0] * n, before, order[:blocks]))
-        order = order[blocks:]
-    q = torch.randn(sum(n for _, n in rows), heads, 128, device=platform.device).bfloat16()
-    return views, batches.build(spans, 64, platform.device), q
+    return views, batch, torch.randn(batch.num_tokens, heads, 128, device=platform.device).bfloat16()
+
+
+def weight(rows: int, columns: int) -> gpu.PackedScaledMM:
+    """An FP8 weight whose rows are of different sizes."""
+    device = detect().device
+    w = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
+    return gpu.PackedScaledMM(quantize(w.bfloat16(), SCHEMES["ptpc_fp8"], torch.float8_e4m3fn).padded(16))
 
 
 def exact(q: torch.Tensor, views: Views, batch: batches.ForwardBatch) -> torch.Tensor:

@@ -44,7 +44,7 @@ def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither decode.cu nor prefill.cu."""
-    monkeypatch.setattr("octavo.ops.resident.blocks.missing", lambda: None)
+    monkeypatch.setattr(compiler, "missing", lambda: None)
 
     def reasons(
         views: dict[str, torch.Tensor],
@@ -58,9 +58,11 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found[0] == found[1]
         return str(found[0])
 
-    monkeypatch.setattr(attention, "_arch", "sm_100")
+    for kernels in (attention.PREFILL, attention.DECODE):
+        monkeypatch.setattr(kernels, "arch", "sm_100")
     assert "sm_100" in reasons(cache_of(2, 2))
-    monkeypatch.setattr(attention, "_arch", "sm_90")
+    for kernels in (attention.PREFILL, attention.DECODE):
+        monkeypatch.setattr(kernels, "arch", "sm_90")
     assert reasons(cache_of(2, 2)) == "None"
     assert reasons(cache_of(1, 8)) == "None"
     assert "e4m3" in reasons(cache_of(2, 2, "auto"))
@@ -73,8 +75,9 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_decode_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.ops.resident.blocks.missing", lambda: None)
-    monkeypatch.setattr(attention, "_arch", "sm_90")
+    monkeypatch.setattr(compiler, "missing", lambda: None)
+    for kernels in (attention.PREFILL, attention.DECODE):
+        monkeypatch.setattr(kernels, "arch", "sm_90")
     q = torch.zeros(3, 9, 128, dtype=torch.bfloat16)
     assert "8 query heads" in str(attention.decode_refusal(q, cache_of(1, 1), None, 3))
     assert attention.prefill_refusal(q, cache_of(1, 1), None) is None

@@ -16,11 +16,11 @@ from octavo import ops
 from octavo.ops import gpu
 from octavo.ops.contract import Quantized
 from octavo.ops.resident import compile as compiler
-from octavo.ops.resident import gated, product
+from octavo.ops.resident import gated
 from octavo.ops.resident.product import Variant, choose
 from octavo.platform import detect
 from octavo.quant import SCHEMES, quantize
-from tests.ops.paged import needs_hopper
+from tests.ops.paged import needs_hopper, weight
 from tests.ops.test_resident import dumped
 
 # Tokens, width, K: of one tile and less, with tails of each, of many tiles, of Llama-3.1-8B.
@@ -32,7 +32,7 @@ F8 = torch.float8_e4m3fn
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
-@pytest.mark.parametrize("variant", gated.KERNELS.variants)
+@pytest.mark.parametrize("variant", gated.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled; FP8 matrix instructions of a group of warps, four to a step, that are waited for a step later
     and once at the end; weights for all programs of a cluster at once. Of those, programs meet at the start and at the end, and
@@ -49,7 +49,7 @@ def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_variant_that_is_done_first() -> None:
     def chosen(tokens: int, width: int = 14336) -> tuple[int, int]:
-        return choose(gated.KERNELS.variants, tokens, 2 * width, 132)
+        return choose(gated.VARIANTS, tokens, 2 * width, 132)
 
     assert chosen(33) == chosen(128) == (1, 112)  # one tile for each multiprocessor
     assert chosen(256) == chosen(512) == (2, 112)
@@ -58,20 +58,16 @@ def test_the_variant_that_is_done_first() -> None:
     assert choose([Variant(1, 64)], 1, 1, 1) == (1, 64)
 
 
-def exact(codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
-    gate, up = ((codes.double() * scale) @ (weight.double() * by_row.view(-1, 1)).T).chunk(2, 1)
+def exact(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
+    gate, up = ((codes.double() * scale) @ (rows.double() * by_row.view(-1, 1)).T).chunk(2, 1)
     return F.silu(gate) * up
 
 
 def factors(tokens: int, width: int, depth: int) -> tuple[torch.Tensor, gpu.PackedScaledMM, gpu.PackedScaledMM]:
     """Activations, the weight of gate and up, the weight that comes after."""
     torch.manual_seed(0)
-    device = detect().device
-    packed = []
-    for rows, columns in ((2 * width, depth), (16, width)):
-        w = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
-        packed.append(gpu.PackedScaledMM(quantize(w.bfloat16(), SCHEMES["ptpc_fp8"], F8).padded(16)))
-    return torch.randn(tokens, depth, device=device).bfloat16(), packed[0], packed[1]
+    x = torch.randn(tokens, depth, device=detect().device).bfloat16()
+    return x, weight(2 * width, depth), weight(16, width)
 
 
 def test_what_goes_in_and_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +101,7 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated.KERNELS, "arch", "gfx942")
     assert "gfx942" in str(gated.refusal(x, w))
     monkeypatch.setattr(gated.KERNELS, "arch", "sm_90")
-    monkeypatch.setattr(product, "missing", lambda: None)
+    monkeypatch.setattr(compiler, "missing", lambda: None)
     assert "fewer tiles" in str(gated.refusal(x, w))
     monkeypatch.setattr(gated, "FILLED", 0)
     assert gated.refusal(x, w) is None
@@ -118,7 +114,7 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("variant", gated.KERNELS.variants)
+@pytest.mark.parametrize("variant", gated.VARIANTS)
 @pytest.mark.parametrize(("tokens", "width", "depth"), SHAPES)
 def test_it_multiplies_and_gates(tokens: int, width: int, depth: int, variant: Variant) -> None:
     """As exact as its BF16 results and the 14 bits of the matrix unit's sums are, and the same bits each time."""

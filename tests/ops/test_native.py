@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from ops.drawn import drawn
 from ops.shapes import BATCHES, HEADS, LINEAR
 from ops.test_attention import FP8, KV_DTYPES, check, scene
 from ops.test_linear import activations
@@ -371,15 +372,7 @@ def test_a_token_that_is_drawn(vocab: int, spread: float) -> None:
     for given in (cut, None):
         weights = ((x.double() - x.double().amax(1, keepdim=True)) / temperature.double().unsqueeze(1)).exp()
         weights[weights < 1e-36] = 0
-        if given is not None:
-            order = weights.sort(dim=1, descending=True, stable=True).indices
-            left = weights.gather(1, order)
-            left *= (torch.arange(vocab) < top_k.unsqueeze(1)) & (left >= min_p.float().double().unsqueeze(1))
-            share = top_p.float().double().unsqueeze(1) * left.sum(1, keepdim=True)
-            left *= (left.cumsum(1) - left < share) | (torch.arange(vocab) == 0)
-            weights = torch.zeros_like(weights).scatter(1, order, left)
-        ends = weights.cumsum(1)
-        want = torch.searchsorted(ends, u.unsqueeze(1) * ends[:, -1:], right=True).squeeze(1)
+        want = drawn(weights, u, given)
         found = native.draw(x.clone(), temperature, u, given)
         assert x.gather(1, found.unsqueeze(1)).isfinite().all()
         wrong += int((found != want).sum())

@@ -14,14 +14,12 @@ pytest.importorskip("triton")
 from octavo import batch as batches
 from octavo import ops
 from octavo.kvcache import Views
-from octavo.ops import gpu
 from octavo.ops.contract import HeadNorms
-from octavo.ops.resident import blocks, product, qkv
 from octavo.ops.resident import compile as compiler
+from octavo.ops.resident import qkv
 from octavo.ops.resident.product import Variant
 from octavo.platform import detect
-from octavo.quant import SCHEMES, quantize
-from tests.ops.paged import cache_of, needs_hopper
+from tests.ops.paged import needs_hopper, requests, weight
 from tests.ops.test_resident import dumped
 
 K_SCALE, V_SCALE, F8 = 0.3, 0.2, torch.float8_e4m3fn
@@ -36,7 +34,7 @@ HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
-@pytest.mark.parametrize("variant", qkv.KERNELS.variants)
+@pytest.mark.parametrize("variant", qkv.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
@@ -52,18 +50,12 @@ class Scene:
     """A batch, its weight, its cache full of NaN."""
 
     def __init__(self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256):
-        torch.manual_seed(0)
         platform = detect()
         ops.bind(platform)
-        device, rows = platform.device, (heads + 2 * kv_heads) * 128
+        device = platform.device
         self.heads, self.kv_heads = heads, kv_heads
-        needed = [-(-(before + n) // 64) for before, n in spans]
-        self.views = cache_of(sum(needed) + 2, kv_heads)
-        order = iter(torch.randperm(sum(needed) + 2).tolist())
-        given = [batches.Span([0] * n, at, [next(order) for _ in range(k)]) for (at, n), k in zip(spans, needed, strict=True)]
-        self.batch = batches.build(given, 64, device)
-        w = torch.randn(rows, depth, device=device) * torch.rand(rows, 1, device=device)
-        self.w = gpu.PackedScaledMM(quantize(w.bfloat16(), SCHEMES["ptpc_fp8"], F8).padded(16))
+        self.views, self.batch = requests(spans, kv_heads)
+        self.w = weight((heads + 2 * kv_heads) * 128, depth)
         self.x = torch.randn(self.batch.num_tokens, depth, device=device).bfloat16()
         self.norms = HeadNorms(*(torch.rand(128, device=device).add(0.5).bfloat16() for _ in range(2)), 1e-5)
         angles = torch.rand(2048, 64, device=device) * 6
@@ -97,7 +89,7 @@ class Scene:
 
 
 @needs_hopper
-@pytest.mark.parametrize("variant", qkv.KERNELS.variants)
+@pytest.mark.parametrize("variant", qkv.VARIANTS)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
@@ -155,8 +147,7 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qkv.KERNELS, "arch", "gfx942")
     assert "gfx942" in str(qkv.refusal(s.x, s.w, *given))
     monkeypatch.setattr(qkv.KERNELS, "arch", "sm_90")
-    for module in (product, blocks):
-        monkeypatch.setattr(module, "missing", lambda: None)
+    monkeypatch.setattr(compiler, "missing", lambda: None)
     assert qkv.refusal(s.x, s.w, *given) is None
     assert "32 tokens" in str(qkv.refusal(s.x[:32], s.w, *given))
     assert "not rotated" in str(qkv.refusal(s.x, s.w, s.norms, s.cos_sin[:, :64], s.views, None))

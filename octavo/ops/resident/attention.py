@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +12,7 @@ from octavo.kvcache import Views
 from octavo.ops import gpu
 from octavo.ops.contract import HeadNorms
 from octavo.ops.resident import blocks
-from octavo.ops.resident.compile import NoKernel, compile_cubin, missing, no_warpgroups
+from octavo.ops.resident.compile import Kernels
 from octavo.ops.resident.decode import HEADS, MOST_COUNTERS, DecodeAttention
 from octavo.ops.resident.prefill import MOST_GROUP, PrefillAttention
 from octavo.ops.triton import decode, launch
@@ -24,11 +20,9 @@ from octavo.ops.triton.attention import prefills
 from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
-__all__ = ["attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal"]
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
+__all__ = [
+    "DECODE", "PREFILL", "attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
+]  # fmt: skip
 
 # Up to so many requests, times KV heads, for each multiprocessor decode.cu is the faster one: by 14% of attention at 32
 # requests, by 4 to 7% at 128 to 224. At 248, writing the new values while others are read costs it 1% more than two launches
@@ -39,56 +33,32 @@ MOST_ITEMS = 14
 # later, since neither fits beside the other in shared memory (H100: 3% of a step slower at 36,864, 4% faster at 528,000).
 LONG = 1 << 18
 
-_arch = ""
+PREFILL = Kernels("prefill.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()])
+DECODE = Kernels("decode.cu", "decode_attention", "attention of single tokens is Triton's", ("HEADS",), [(n,) for n in HEADS])
 
 
 def configure(platform: Platform) -> None:
-    """The kernels are compiled while the model is loaded: nothing in them depends on it."""
-    global _arch
-    _arch = platform.arch
-    if no_warpgroups(_arch) is None and missing() is None:
-        _compiling()
-
-
-@cache
-def _compiling() -> dict[int, Future[bytes]]:
-    """Machine code: of prefill.cu at 0, of decode.cu by its HEADS."""
-    pool = ThreadPoolExecutor(1 + len(HEADS))
-    started = {heads: pool.submit(compile_cubin, "decode.cu", "sm_90a", {"HEADS": heads}) for heads in HEADS}
-    started[0] = pool.submit(compile_cubin, "prefill.cu", "sm_90a", {})
-    pool.shutdown(wait=False)
-    return started
-
-
-def _made(make: Callable[[], T]) -> T | None:
-    """None, and a warning, where a kernel cannot be compiled or loaded."""
-    try:
-        return make()
-    except NoKernel as error:
-        log.warning("attention is Triton's: %s", error)
-        return None
+    for kernels in (PREFILL, DECODE):
+        kernels.configure(platform)
 
 
 @cache
 def _prefill(device: torch.device) -> PrefillAttention | None:
-    return _made(lambda: PrefillAttention(_compiling()[0].result(), device))
+    kernel = PREFILL.kernel((), device)
+    return None if kernel is None else PrefillAttention(kernel, device)
 
 
 @cache
 def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
-    return _made(lambda: DecodeAttention(_compiling()[heads].result(), heads, device))
-
-
-@cache
-def _told(tokens: str, reason: str) -> None:
-    log.info("attention of %s tokens is Triton's: %s", tokens, reason)
+    kernel = DECODE.kernel((heads,), device)
+    return None if kernel is None else DecodeAttention(kernel, heads, device)
 
 
 def prefill_refusal(q: Tensor, views: Views, window: int | None) -> str | None:
     """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
     if q.shape[1] > MOST_GROUP * views["k"].shape[2]:
         return f"more than {MOST_GROUP} query heads of a KV head"
-    return blocks.refusal(_arch, q.dtype, views, window)
+    return blocks.refusal(PREFILL.arch, q.dtype, views, window)
 
 
 def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, new: New | None = None) -> str | None:
@@ -105,7 +75,7 @@ def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, n
     given = (q,) if new is None else (q, new.k, new.v)
     if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
-    return blocks.refusal(_arch, q.dtype, views, window)
+    return blocks.refusal(DECODE.arch, q.dtype, views, window)
 
 
 def _prefills(
@@ -113,7 +83,7 @@ def _prefills(
     v_scale: float,
 ) -> None:  # fmt: skip
     if (reason := prefill_refusal(q, views, window)) is not None:
-        _told("many", reason)
+        PREFILL.refused(reason)
     if reason is not None or (kernel := _prefill(q.device)) is None:
         prefills(q, out, views, batch, first, scale, window, k_scale, v_scale)
     elif not launch.is_ahead():
@@ -126,7 +96,7 @@ def _decode_attention(
 ) -> bool:  # fmt: skip
     """Of single tokens, where the kernel takes them; whether it does."""
     if (reason := decode_refusal(q, views, window, requests, new)) is not None:
-        _told("single", reason)
+        DECODE.refused(reason)
         return False
     kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * views["k"].shape[2]))
     if kernel is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.kvcache import Views
-from octavo.ops.resident.compile import missing, no_warpgroups, tensor_map
+from octavo.ops.resident.compile import no_warpgroups, tensor_map
 
 __all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
 
@@ -16,7 +16,7 @@ def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -
     """None, or why such queries over this cache are not theirs."""
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
-    if (reason := no_warpgroups(arch) or missing()) is not None:
+    if (reason := no_warpgroups(arch)) is not None:
         return reason
     if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
         return "not a cache of e4m3 with one scale"
@@ -29,18 +29,11 @@ def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -
     return None
 
 
-_maps: dict[tuple[int, torch.Size], bytes] = {}
-
-
 def cache_maps(views: Views) -> bytes:
     """Of keys [blocks, 64, heads, 128]: pairs of tokens, four places apart in four, so that a box of a block has each 16 in the
     order in which a thread of the matrix unit holds sums over them; a head's values of a block are 128 rows of 64 tokens."""
     k, v = views["k"], views["v"]
-    key = k.data_ptr(), k.shape
-    if key not in _maps:
-        blocks, token = k.shape[0], k.stride(1)
-        sizes, strides = (token, 2, 4, 2, 2 * blocks * BLOCK // 16), (token, 4 * token, 2 * token, 16 * token)
-        keys = tensor_map(k, sizes, strides, (DIM, 2, 4, 2, BLOCK // 16))
-        values = tensor_map(v, (BLOCK, token, blocks), (BLOCK, k.stride(0)), (BLOCK, DIM, 1))
-        _maps[key] = keys + values
-    return _maps[key]
+    blocks, token = k.shape[0], k.stride(1)
+    sizes, strides = (token, 2, 4, 2, 2 * blocks * BLOCK // 16), (token, 4 * token, 2 * token, 16 * token)
+    keys = tensor_map(k, sizes, strides, (DIM, 2, 4, 2, BLOCK // 16))
+    return keys + tensor_map(v, (BLOCK, token, blocks), (BLOCK, k.stride(0)), (BLOCK, DIM, 1))

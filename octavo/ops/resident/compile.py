@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
+from octavo.platform import Platform
+
+__all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 KEPT = Path.home() / ".cache" / "octavo"
@@ -65,8 +71,8 @@ def missing() -> str | None:
 
 
 def no_warpgroups(arch: str) -> str | None:
-    """None, or why nothing with matrix instructions of a group of warps runs there."""
-    return None if arch == "sm_90" else f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
+    """None, or why nothing with matrix instructions of a group of warps can be compiled, or runs, there."""
+    return missing() if arch == "sm_90" else f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
@@ -151,14 +157,55 @@ class Kernel:
         _driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
 
+class Kernels:
+    """A kernel for sm_90 in variants, values of the same options; `instead` says what is done where it is not there."""
+
+    def __init__(self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]]):
+        self.source, self.function, self.instead, self.options, self.variants = source, function, instead, options, variants
+        self.arch = ""
+        self.kernel, self.refused, self._compiling = cache(self._kernel), cache(self._refused), cache(self._start)
+
+    def configure(self, platform: Platform) -> None:
+        """They are compiled while the model is loaded: nothing in them depends on it."""
+        self.arch = platform.arch
+        if no_warpgroups(self.arch) is None:
+            self._compiling()
+
+    def _start(self) -> dict[tuple[int, ...], Future[bytes]]:
+        pool = ThreadPoolExecutor(len(self.variants))
+        started = {
+            values: pool.submit(compile_cubin, self.source, "sm_90a", dict(zip(self.options, values, strict=True)))
+            for values in self.variants
+        }
+        pool.shutdown(wait=False)
+        return started
+
+    def _kernel(self, variant: tuple[int, ...], device: torch.device) -> Kernel | None:
+        """On a device; None, and a warning, where it cannot be compiled or loaded."""
+        try:
+            return Kernel(self._compiling()[variant].result(), self.function)
+        except NoKernel as error:
+            log.warning("%s: %s", self.instead, error)
+            return None
+
+    def _refused(self, reason: str) -> None:
+        """Says so, once."""
+        log.info("%s: %s", self.instead, reason)
+
+
 def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
     """Bytes from x's first on as the copy engine sees them: an array of `sizes`, the fastest first, whose other axes lie
     `strides` bytes apart, copied in boxes. A box's rows, 64 or 128 bytes, are swizzled as matrix instructions read them."""
+    return _tensor_map(x.data_ptr(), tuple(sizes), tuple(strides), tuple(box))
+
+
+@lru_cache(1024)  # a layer's weights and cache are looked at again and again
+def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     made = (c_uint64 * 24)()  # 16 words of it, from an address that is a multiple of 64
     place = (ctypes.addressof(made) + 63) // 64 * 64
     rank = len(sizes)
     _driver(
-        "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(rank), c_void_p(x.data_ptr()), (c_uint64 * rank)(*sizes),
+        "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(rank), c_void_p(address), (c_uint64 * rank)(*sizes),
         (c_uint64 * (rank - 1))(*strides), (c_uint32 * rank)(*box), (c_uint32 * rank)(*[1] * rank), c_int(0),
         c_int(SWIZZLED[box[0]]), c_int(PROMOTED), c_int(0),
     )  # fmt: skip

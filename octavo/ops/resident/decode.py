@@ -33,11 +33,10 @@ class _Decode(ctypes.Structure):
 
 
 class DecodeAttention:
-    """The kernel for up to `heads` query heads of a KV head on a device, with room for what programs leave each other. Raises
-    NoKernel."""
+    """The kernel for up to `heads` query heads of a KV head on a device, with room for what programs leave each other."""
 
-    def __init__(self, cubin: bytes, heads: int, device: torch.device):
-        self.kernel = Kernel(cubin, "decode_attention")
+    def __init__(self, kernel: Kernel, heads: int, device: torch.device):
+        self.kernel = kernel
         programs = launch.device_units()
         self.parts = torch.empty(programs * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
         self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)

@@ -11,16 +11,15 @@ from torch import Tensor
 from octavo.ops import gpu
 from octavo.ops.contract import Activation, PackedWeight
 from octavo.ops.resident import product
-from octavo.ops.resident.compile import tensor_map
-from octavo.ops.resident.product import OUT_BOX, Product, Variant, Variants, choose, programs
+from octavo.ops.resident.compile import Kernels, tensor_map
+from octavo.ops.resident.product import OPTIONS, OUT_BOX, Product, Variant, choose, programs, tokens_of
 from octavo.ops.triton import launch
 from octavo.ops.triton.elementwise import quantize
 
-__all__ = ["KERNELS", "gated_linear", "multiply", "refusal"]
+__all__ = ["KERNELS", "VARIANTS", "gated_linear", "multiply", "refusal"]
 
-KERNELS = Variants(
-    "gated.cu", "gated_product", "gate and up of many tokens", [Variant(1, 112), Variant(2, 112), Variant(2, 128)]
-)
+VARIANTS = Variant(1, 112), Variant(2, 112), Variant(2, 128)
+KERNELS = Kernels("gated.cu", "gated_product", "gate and up of many tokens are the library's", OPTIONS, VARIANTS)
 FILLED = 2 / 3  # of the multiprocessors, with tiles; with fewer the library's smaller tiles are faster
 
 
@@ -38,8 +37,7 @@ def refusal(x: Activation, w: PackedWeight) -> str | None:
     assert isinstance(w, gpu.PackedScaledMM)
     if w.n % 16:
         return "a width that is not a multiple of 8"
-    tokens, half = (x if isinstance(x, Tensor) else x.codes).shape[0], KERNELS.variants[0].half
-    if -(-tokens // product.TOKENS) * -(-w.n // (2 * half)) < FILLED * launch.device_units():
+    if -(-tokens_of(x) // product.TOKENS) * -(-w.n // (2 * VARIANTS[0].half)) < FILLED * launch.device_units():
         return "fewer tiles than multiprocessors"
     return None
 
@@ -64,6 +62,6 @@ def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = No
     assert isinstance(w, gpu.PackedScaledMM)
     codes, scale = given = w.codes(x)
     out = torch.empty(len(codes), w.n // 2, dtype=torch.bfloat16, device=codes.device)
-    if not multiply(codes, scale, w.weight, w.scale, out, choose(KERNELS.variants, len(codes), w.n, launch.device_units())):
+    if not multiply(codes, scale, w.weight, w.scale, out, choose(VARIANTS, len(codes), w.n, launch.device_units())):
         return gpu.silu_mul(w.unscaled(given), feeds)
     return out if feeds is None or feeds.reads is None else quantize(out, feeds.reads, feeds.width)

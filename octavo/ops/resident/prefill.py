@@ -42,10 +42,10 @@ def pieces(queries: list[int], contexts: list[int], first: int, stop: int, group
 
 
 class PrefillAttention:
-    """The kernel on a device, and two counters that it leaves at zero. Raises NoKernel."""
+    """The kernel on a device, and two counters that it leaves at zero."""
 
-    def __init__(self, cubin: bytes, device: torch.device):
-        self.kernel = Kernel(cubin, "prefill_attention")
+    def __init__(self, kernel: Kernel, device: torch.device):
+        self.kernel = kernel
         self.taken = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(

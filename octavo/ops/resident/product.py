@@ -1,13 +1,11 @@
-"""What products of many tokens by csrc/product.cuh have in common: variants of a kernel, their choice, their arguments."""
+"""What products of many tokens by csrc/product.cuh have in common: the choice of a variant, and their arguments."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_int32, c_ubyte
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,16 +13,16 @@ from torch import Tensor
 
 from octavo.ops import gpu
 from octavo.ops.contract import Activation, PackedWeight, Quantized
-from octavo.ops.resident.compile import Kernel, NoKernel, compile_cubin, missing, no_warpgroups, tensor_map
+from octavo.ops.resident.compile import no_warpgroups, tensor_map
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MOST_TOKENS
-from octavo.platform import Platform
 
-__all__ = ["OUT_BOX", "TOKENS", "Product", "Variant", "Variants", "choose", "programs", "refusal"]
+__all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "programs", "refusal", "tokens_of"]
 
 log = logging.getLogger(__name__)
 
 TOKENS, DEPTH = 128, 128  # of a tile, and of a step over K, as in product.cuh
+OPTIONS = "CLUSTER", "HALF"  # what a Variant is of
 OUT_BOX = 128, 16  # bytes and tokens of a box of results
 
 
@@ -50,52 +48,21 @@ def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> V
     return min(variants, key=took)
 
 
+def tokens_of(x: Activation) -> int:
+    return len(x.codes if isinstance(x, Quantized) else x)
+
+
 def refusal(arch: str, x: Activation, w: PackedWeight) -> str | None:
     """None, or why such tokens are not multiplied by `w` here."""
-    if (reason := no_warpgroups(arch) or missing()) is not None:
+    if (reason := no_warpgroups(arch)) is not None:
         return reason
     if not isinstance(w, gpu.PackedScaledMM) or w.reads is not torch.float8_e4m3fn:
         return "not a weight of e4m3 with a scale a row"
     if isinstance(x, Tensor) and x.dtype is not torch.bfloat16:
         return "not BF16 activations"
-    if (x.codes if isinstance(x, Quantized) else x).shape[0] <= MOST_TOKENS:
+    if tokens_of(x) <= MOST_TOKENS:
         return f"not more than {MOST_TOKENS} tokens"
     return None
-
-
-class Variants:
-    """A kernel in variants; `what` it computes is what is the library's where it is not there."""
-
-    def __init__(self, source: str, function: str, what: str, variants: Sequence[Variant]):
-        self.source, self.function, self.what, self.variants = source, function, what, variants
-        self.arch = ""
-        self.compiling, self.kernel, self.refused = cache(self._compiling), cache(self._kernel), cache(self._refused)
-
-    def configure(self, platform: Platform) -> None:
-        """The kernels are compiled while the model is loaded: nothing in them depends on it."""
-        self.arch = platform.arch
-        if no_warpgroups(self.arch) is None and missing() is None:
-            self.compiling()
-
-    def _compiling(self) -> dict[Variant, Future[bytes]]:
-        pool = ThreadPoolExecutor(len(self.variants))
-        started = {
-            v: pool.submit(compile_cubin, self.source, "sm_90a", {"CLUSTER": v.cluster, "HALF": v.half}) for v in self.variants
-        }
-        pool.shutdown(wait=False)
-        return started
-
-    def _kernel(self, variant: Variant, device: torch.device) -> Kernel | None:
-        """On a device; None, and a warning, where it cannot be compiled or loaded."""
-        try:
-            return Kernel(self.compiling()[variant].result(), self.function)
-        except NoKernel as error:
-            log.warning("%s: the library's, %s", self.what, error)
-            return None
-
-    def _refused(self, reason: str) -> None:
-        """Says so, once."""
-        log.info("%s: the library's, %s", self.what, reason)
 
 
 class Product(ctypes.Structure):

@@ -14,15 +14,14 @@ from octavo.ops import gpu
 from octavo.ops.contract import Activation, HeadNorms, PackedWeight
 from octavo.ops.resident import blocks, product
 from octavo.ops.resident.blocks import DIM
-from octavo.ops.resident.compile import tensor_map
-from octavo.ops.resident.product import OUT_BOX, Product, Variant, Variants, choose, programs
+from octavo.ops.resident.compile import Kernels, tensor_map
+from octavo.ops.resident.product import OPTIONS, OUT_BOX, Product, Variant, choose, programs
 from octavo.ops.triton import launch
 
-__all__ = ["KERNELS", "project", "refusal", "write"]
+__all__ = ["KERNELS", "VARIANTS", "project", "refusal", "write"]
 
-KERNELS = Variants(
-    "qkv.cu", "qkv_product", "queries, keys and values of many tokens", [Variant(1, 64), Variant(2, 64), Variant(2, 128)]
-)
+VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128)
+KERNELS = Kernels("qkv.cu", "qkv_product", "queries, keys and values of many tokens are the library's", OPTIONS, VARIANTS)
 
 
 class _Qkv(ctypes.Structure):
@@ -82,5 +81,5 @@ def project(
     assert isinstance(w, gpu.PackedScaledMM)
     codes, scale = w.codes(x)
     q = torch.empty(len(codes), heads, DIM, dtype=torch.bfloat16, device=codes.device)
-    variant = choose(KERNELS.variants, len(codes), w.n, launch.device_units())
+    variant = choose(VARIANTS, len(codes), w.n, launch.device_units())
     return q if write(codes, scale, w, q, norms, cos_sin, views, batch, k_scale, v_scale, variant) else None

@@ -29,6 +29,7 @@ static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t f
     int64_t count[BUCKETS], before = 0;
     double sum[BUCKETS], total = 0;
     uint32_t prefix = 0;
+    int at;
     for (int shift = 2 * DIGIT; shift >= 0; shift -= DIGIT) {
         memset(count, 0, sizeof count);
         memset(sum, 0, sizeof sum);
@@ -42,22 +43,20 @@ static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t f
                 sum[bits >> shift & (BUCKETS - 1)] += w[i];
             }
         }
-        int lowest = 0, at = BUCKETS - 1;
+        int lowest = 0;
         while (lowest < BUCKETS - 1 && !count[lowest]) lowest++;
-        for (; at > lowest; at--) {
+        for (at = BUCKETS - 1; at > lowest; at--) {
             if (count[at] && (before + count[at] >= fewer || total + sum[at] >= less)) break;
             before += count[at], total += sum[at];
         }
         prefix = prefix << DIGIT | (uint32_t)at;
-        if (shift) continue;
-        float weight;
-        memcpy(&weight, &prefix, 4);
-        int64_t equal = least(count[at], fewer - before);
-        if (weight > 0 && (less - total) / weight < (double)equal) equal = (int64_t)ceil((less - total) / weight);
-        if (equal < 1) equal = 1;
-        return (Kept){prefix, equal, total + (double)equal * weight};
     }
-    return (Kept){0};
+    float weight;
+    memcpy(&weight, &prefix, 4);
+    int64_t equal = least(count[at], fewer - before);
+    if (weight > 0 && (less - total) / weight < (double)equal) equal = (int64_t)ceil((less - total) / weight);
+    if (equal < 1) equal = 1;
+    return (Kept){prefix, equal, total + (double)equal * weight};
 }
 
 /* The first place at which the sum of what is kept exceeds u times its total. */
