@@ -22,7 +22,7 @@ from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.prompt_graphs import PromptGraphs
 from octavo.engine.recorded import RecordedSteps
 from octavo.engine.request import Logprobs
-from octavo.engine.sampler import SamplingRow, logprobs_of, sample
+from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
 from octavo.engine.schedule import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
@@ -86,9 +86,8 @@ class ModelRunner:
         if cpu:
             keep(working)
         budget = plan_blocks(config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), working)
-        self.max_model_len = budget.max_model_len
+        self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
         self.report.notes.extend(budget.notes)
-        self.num_blocks = budget.num_blocks
         graphs = ops.captures(c.head_dim, self.model.packed_weights()) and not config.enforce_eager
         scratch = graphs and not cpu  # a block that nobody owns, which unused rows of graphs write to
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
@@ -107,7 +106,7 @@ class ModelRunner:
         sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
         if self.platform.is_cpu:
             return RecordedSteps(self._decode, *sizes)
-        return DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._prefill_once)
+        return DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._rehearse)
 
     @torch.inference_mode()
     def _prompt_graphs(self) -> PromptGraphs:
@@ -126,12 +125,11 @@ class ModelRunner:
         logits: Tensor = self.model.lm_head(hidden)
         return logits, ops.likeliest(logits)
 
-    def _prefill_once(self) -> None:
-        """Calls what prefills launch: of few tokens, of more, and of enough for other tiles."""
-        room = min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)
+    def _rehearse(self) -> None:
+        """Calls what prefills launch, of few tokens, of more, and of enough for other tiles; and what sampling does."""
         for length in (16, 40, 600):
-            blocks = range(-(-min(length, room) // self.block_size))
-            self.model(self._batch([batches.Span([0] * min(length, room), 0, blocks)]))
+            hidden = self.model(self._prompt_batch([0] * length))
+        rehearse(self.model.lm_head(hidden[-1:]).float())
 
     def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
         if (fused := self.model.model.fused_for(requests, longest)) and fused.attends:
@@ -172,17 +170,19 @@ class ModelRunner:
         """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
         from octavo.engine.calibration import calibration_tokens
 
-        room = min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)
-        ids = calibration_tokens(self.directory, self.model_config.vocab_size)[:room]
-        blocks = range(-(-len(ids) // self.block_size))
         for layer in self.model.attention_layers():
             layer.observe = True
-        self.forward(self._batch([batches.Span(ids, 0, blocks)]))
+        self.forward(self._prompt_batch(calibration_tokens(self.directory, self.model_config.vocab_size)))
         for layer in self.model.attention_layers():
             layer.observe = False
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
         return batches.build(spans, self.block_size, self.platform.device)
+
+    def _prompt_batch(self, token_ids: list[int]) -> batches.ForwardBatch:
+        """Of one request, which has the first blocks; as many of its tokens as a step may have."""
+        token_ids = token_ids[: min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)]
+        return self._batch([batches.Span(token_ids, 0, range(-(-len(token_ids) // self.block_size)))])
 
     @torch.inference_mode()
     def forward(self, batch: batches.ForwardBatch) -> Tensor:
@@ -291,10 +291,10 @@ class ModelRunner:
             kind = str(p.widened_dtype).removeprefix("torch.")
             why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
             lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
-        tokens = self.num_blocks * self.block_size
         kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
         lines.append(
             f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "
-            f"({100 * self.bytes_per_token / kv_dense:.1f}% of BF16's), {tokens:,} tokens in {gib(self.cache.nbytes)}"
+            f"({100 * self.bytes_per_token / kv_dense:.1f}% of BF16's), "
+            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}"
         )
         return lines + [f"note: {note}" for note in r.notes]

@@ -19,7 +19,7 @@ from octavo.engine.grammar import Grammar
 from octavo.engine.histories import Histories, History
 from octavo.engine.request import Logprob, Logprobs, SamplingParams
 
-__all__ = ["SamplingRow", "logprobs_of", "sample", "uniform"]
+__all__ = ["SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
 
 _MASK = (1 << 64) - 1
 
@@ -152,6 +152,12 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor
     temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
     u = to_device([uniform(row.seed, row.num_output_tokens) for row in rows], torch.float64, logits.device)
     return ops.draw(logits, temperature, u, cut)
+
+
+def rehearse(logits: Tensor) -> None:
+    """Launches what `sample` launches of logits [1, vocab], from all tokens and from the likeliest."""
+    for top_k in (0, 1):
+        sample(logits, [SamplingRow(SamplingParams(top_k=top_k), [0], 1, 0)])
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:

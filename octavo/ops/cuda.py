@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, draw, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.resident import attention as attentions
 from octavo.ops.resident import between, gated, qkv
 from octavo.ops.resident import decoder as resident
@@ -23,7 +23,7 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "fuse", "gated_linear",
+    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "draw", "fuse", "gated_linear",
     "likeliest", "project", "rms_norm", "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block import block_linear, quantize_groups
 from octavo.ops.triton.choose import likeliest
 from octavo.ops.triton.decode import decode_variant
+from octavo.ops.triton.draw import draw
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
@@ -24,6 +25,7 @@ __all__ = [
     "attend",
     "attention",
     "decode_variant",
+    "draw",
     "likeliest",
     "rms_norm",
     "rope_write_kv",

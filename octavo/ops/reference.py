@@ -213,8 +213,8 @@ def _kept(weights: Tensor, cut: Cut) -> Tensor:
         values = weights.topk(cut.most, -1).values
     top_k, top_p, min_p = (x.unsqueeze(1) for x in cut[:3])
     left = values * ((torch.arange(cut.most, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
-    before = left.cumsum(-1) - left
-    count = ((before < top_p * left.sum(-1, keepdim=True)) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
+    sums = left.cumsum(-1, dtype=torch.float64)
+    count = ((sums - left < top_p * sums[:, -1:]) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
     least = values.gather(1, count - 1)
     equal = count - (values > least).sum(-1, keepdim=True)
     same = weights == least
@@ -225,7 +225,7 @@ def _first_over_share(weights: Tensor, share: Tensor) -> Tensor:
     """The first index of each row at which the cumulative sum exceeds a share of the total; sums are FP64, of blocks first."""
     if short := -weights.shape[1] % SUMMED:
         weights = F.pad(weights, (0, short))
-    blocks = weights.view(len(weights), -1, SUMMED)
+    blocks = weights.unflatten(1, (weights.shape[1] // SUMMED, SUMMED))
     sums = blocks.sum(-1, dtype=torch.float64)
     ends = sums.cumsum(-1)
     target = share * ends[:, -1:]

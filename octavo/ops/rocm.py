@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from octavo.ops.gpu import LINEAR, attend, attention, decode_variant, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, attend, attention, decode_variant, draw, likeliest, rms_norm, rope_write_kv, silu_mul
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "likeliest", "rms_norm",
+    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "draw", "likeliest", "rms_norm",
     "rope_write_kv", "silu_mul",
 ]  # fmt: skip
 

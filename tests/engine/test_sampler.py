@@ -8,9 +8,10 @@ import torch
 from ops.drawn import drawn
 
 from octavo import ops
+from octavo.engine import sampler
 from octavo.engine.histories import Histories
 from octavo.engine.request import SamplingParams, StructuredOutput
-from octavo.engine.sampler import SamplingRow, logprobs_of, sample, uniform
+from octavo.engine.sampler import SamplingRow, logprobs_of, uniform
 from octavo.ops import reference
 from octavo.platform import detect
 
@@ -19,6 +20,10 @@ VOCAB, DRAWS, DEVICE = 40, 10_000, PLATFORM.device
 ops.bind(PLATFORM)
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 INF = float("inf")
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow], *histories) -> torch.Tensor:
+    return sampler.sample(logits.to(DEVICE), rows, *histories).cpu()
 
 
 def row(seed: int = 0, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), eos: tuple[int, ...] = (), **params):

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import block, choose, decode, elementwise, launch, linear, prefill, rope
+from octavo.ops.triton import block, choose, decode, draw, elementwise, launch, linear, prefill, rope
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -66,6 +66,13 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
         dict(BLOCK=choose.BLOCK, LOWEST=choose.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
+    for cut in (False, True):
+        yield (
+            f"draw{'_cut' * cut}", draw._draw,
+            dict(logits=fp32, temperature=fp32, u="*fp64", top_k="*i32", top_p=fp32, min_p=fp32, places="*i32", out="*i64",
+                 size="i32", stride="i32"),
+            dict(CUT=cut, CHUNK=draw.CHUNK, EDGES=draw.EDGES, PDL=pdl), {"num_warps": draw.WARPS},
+        )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
          "scale_token_stride", "table_width"), "i32"

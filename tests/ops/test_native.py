@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from ops.drawn import drawn
+from ops.drawn import SPREADS, check_draw
 from ops.shapes import BATCHES, HEADS, LINEAR
 from ops.test_attention import FP8, KV_DTYPES, check, scene
 from ops.test_linear import activations
@@ -349,35 +349,10 @@ def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     assert native.likeliest(x.half()).tolist() == x.half().float().argmax(-1).tolist()
 
 
-CUTS: list[tuple[int, float, float]] = [  # top_k, top_p, min_p
-    (0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (40, 0.9, 0.0), (0, 0.9, 0.0), (0, 0.3, 0.02), (0, 1.0, 0.1), (0, 1.0, 1.0),
-    (3000, 0.999, 0.0), (2500, 1.0, 1e-5), (0, 1e-7, 0.0),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("vocab", [1, 15, 40, 1023, 16_391, 33_000])
-@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 30.0])
+@pytest.mark.parametrize("spread", SPREADS)
 def test_a_token_that_is_drawn(vocab: int, spread: float) -> None:
-    """The one that float64 draws of all of them, sorted: of equal ones, too, of which there are many, and of banned ones; but
-    that the last bit of a sum may move where the sum ends."""
-    rows = 4 * len(CUTS)
-    x = (torch.randn(rows, vocab) * spread).bfloat16().float()
-    x[:, vocab // 3 : vocab // 2] = -float("inf")
-    temperature, u = torch.rand(rows) + 0.3, torch.rand(rows, dtype=torch.float64)
-    u[0] = 0
-    top_k, top_p, min_p = (torch.tensor([cut[i] for cut in CUTS] * 4) for i in range(3))
-    top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
-    cut = Cut(top_k.int(), top_p.float(), min_p.float(), int(top_k.max()))
-    wrong = 0
-    for given in (cut, None):
-        weights = ((x.double() - x.double().amax(1, keepdim=True)) / temperature.double().unsqueeze(1)).exp()
-        weights[weights < 1e-36] = 0
-        want = drawn(weights, u, given)
-        found = native.draw(x.clone(), temperature, u, given)
-        assert x.gather(1, found.unsqueeze(1)).isfinite().all()
-        wrong += int((found != want).sum())
-    assert wrong <= 2
-    assert native.draw(x[:0].clone(), temperature[:0], u[:0], None).shape == (0,)
+    check_draw(native.draw, vocab, spread)
 
 
 def test_tokens_that_lie_close_together_are_kept_one_by_one() -> None:
