@@ -155,9 +155,9 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor
 
 
 def rehearse(logits: Tensor) -> None:
-    """Launches what `sample` launches of logits [1, vocab], from all tokens and from the likeliest."""
-    for top_k in (0, 1):
-        sample(logits, [SamplingRow(SamplingParams(top_k=top_k), [0], 1, 0)])
+    """Draws from logits [1, vocab], from all tokens and from the likeliest."""
+    for filtered in (False, True):
+        _draw(logits, [SamplingRow(SamplingParams(), [0], 1, 0)], filtered)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:

@@ -81,14 +81,20 @@ def _least(row, size, low, high, counted, enough, CHUNK: tl.constexpr, EDGES: tl
 @triton.jit
 def _above(row, size, least, CHUNK: tl.constexpr):
     """How many weights of the list have bits over `least`, and their sum."""
-    count = _over(row, size, 0.0, 1.0, (least,), True, True, CHUNK, 1)
-    return count[0].to(tl.int32), _over(row, size, 0.0, 1.0, (least,), False, True, CHUNK, 1)[0]
+    number, total = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, size, CHUNK):
+        w = tl.load(row + start + tl.arange(0, CHUNK), mask=start + tl.arange(0, CHUNK) < size, other=0.0)
+        over = w.to(tl.int32, bitcast=True) > least
+        number += over.to(tl.int32)
+        total += tl.where(over, w, 0.0)
+    return tl.sum(number, 0), tl.sum(total, 0)
 
 
 @triton.jit
 def _listed(row, places, size, most, by, low, CHUNK: tl.constexpr):
-    """The list: weights whose bits are over `low` in place of the row's first logits, where they stood in `places`."""
-    count = 0
+    """The list: weights whose bits are over `low` in place of the row's first logits, where they stood in `places`; how many
+    there are, and their sum."""
+    count, total = 0, 0.0
     for start in range(0, size, CHUNK):
         at = start + tl.arange(0, CHUNK)
         w = _weights(row, at, size, most, by, False)
@@ -99,9 +105,10 @@ def _listed(row, places, size, most, by, low, CHUNK: tl.constexpr):
             tl.debug_barrier()  # all are read before one is overwritten
             tl.store(row + to, w, mask=keep == 1)
             tl.store(places + to, at, mask=keep == 1)
+            total += tl.sum(w * keep, 0)
         count += found
     tl.debug_barrier()
-    return count
+    return count, total
 
 
 @triton.jit
@@ -143,42 +150,38 @@ def _draw(
             edges += (tl.maximum((127 - i * (i + 1) // 2) << 23, low),)
         counted = k < size
         over = _over(row, size, most, by, edges, counted, False, CHUNK, EDGES)
-        left = over[0]
-        enough = k.to(tl.float32) if counted else tl.where(p < 1, p * left, float("inf"))
+        enough = k.to(tl.float32) if counted else tl.where(p < 1, p * over[0], float("inf"))
         low, high = _between(over, edges, enough, low, high, EDGES)
-        entries = _listed(row, places, size, most, by, low, CHUNK)
+        entries, left = _listed(row, places, size, most, by, low, CHUNK)
+        left = tl.where(counted, left, over[0])  # what top_p is a share of
         least, kept = low + 1, size  # all that have these bits
-        if k < entries:
-            least = _least(row, entries, low, high, True, enough, CHUNK, EDGES)
-            number, left = _above(row, entries, least, CHUNK)
-            kept = k - number
-            left += kept * least.to(tl.float32, bitcast=True)
-        elif counted:  # as many as are listed
-            number, left = _above(row, entries, low, CHUNK)
-        if p < 1:
-            by_p = _least(row, entries, least - 1, tl.where(counted, ONE, high), False, p * left, CHUNK, EDGES)
-            if by_p > least:
-                least, kept = by_p, size
-            number, sum_over = _above(row, entries, least, CHUNK)
-            needed = tl.ceil((p * left - sum_over) / least.to(tl.float32, bitcast=True)).to(tl.int32)
-            kept = tl.maximum(tl.minimum(kept, needed), 1)
-    total, before = tl.zeros((), tl.float64), 0
-    for start in range(0, entries, CHUNK):
-        w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
-        total += tl.sum(w, 0).to(tl.float64)
-    target, found = tl.load(u + n) * total, tl.zeros((), tl.int32)
-    end, before = tl.zeros((), tl.float64), 0
-    start = 0
-    while (start < entries) & (end <= target):
-        w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
-        begin = end
-        end += tl.sum(w, 0).to(tl.float64)
-        if end > target:
-            at = start + tl.arange(0, CHUNK)
-            ends = begin + tl.cumsum(w.to(tl.float64), 0)
-            last_one = tl.max(tl.where(w > 0, at, 0), 0)  # which rounding must not pass
-            found = tl.minimum(tl.min(tl.where((w > 0) & (ends > target), at, entries), 0), last_one)
-        start += CHUNK
+        for turn in range(2):  # top_k and then top_p, by the same code
+            by_number = turn == 0
+            if (k < entries) if by_number else (p < 1):
+                enough = tl.where(by_number, k.to(tl.float32), p * left)
+                highest = tl.where(counted & (turn == 1), ONE, high)
+                found = _least(row, entries, least - 1, highest, by_number, enough, CHUNK, EDGES)
+                if found > least:
+                    least, kept = found, size
+                number, total = _above(row, entries, least, CHUNK)
+                weight = least.to(tl.float32, bitcast=True)
+                missing = (k - number) if by_number else tl.ceil((enough - total) / weight).to(tl.int32)
+                kept = tl.maximum(tl.minimum(kept, missing), 1)
+                left = total + kept * weight
+    target, found = tl.full((), float("inf"), tl.float64), tl.zeros((), tl.int32)
+    for _ in range(2):  # for the sum of all, and again up to a share of it
+        start, before, end = 0, 0, tl.zeros((), tl.float64)
+        while (start < entries) & (end <= target):
+            w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
+            begin = end
+            end += tl.sum(w, 0).to(tl.float64)
+            if end > target:
+                at = start + tl.arange(0, CHUNK)
+                ends = begin + tl.cumsum(w.to(tl.float64), 0)
+                last_one = tl.max(tl.where(w > 0, at, 0), 0)  # which rounding must not pass
+                found = tl.minimum(tl.min(tl.where((w > 0) & (ends > target), at, entries), 0), last_one)
+            start += CHUNK
+        target = tl.load(u + n) * end
     if CUT:
         found = tl.load(places + found)
     tl.store(out + n, found.to(tl.int64))
