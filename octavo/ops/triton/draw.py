@@ -163,25 +163,27 @@ def _draw(
                 found = _least(row, entries, least - 1, highest, by_number, enough, CHUNK, EDGES)
                 if found > least:
                     least, kept = found, size
-                number, total = _above(row, entries, least, CHUNK)
+                number, above = _above(row, entries, least, CHUNK)
                 weight = least.to(tl.float32, bitcast=True)
-                missing = (k - number) if by_number else tl.ceil((enough - total) / weight).to(tl.int32)
+                missing = (k - number) if by_number else tl.ceil((enough - above) / weight).to(tl.int32)
                 kept = tl.maximum(tl.minimum(kept, missing), 1)
-                left = total + kept * weight
-    target, found = tl.full((), float("inf"), tl.float64), tl.zeros((), tl.int32)
-    for _ in range(2):  # for the sum of all, and again up to a share of it
-        start, before, end = 0, 0, tl.zeros((), tl.float64)
-        while (start < entries) & (end <= target):
-            w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
-            begin = end
-            end += tl.sum(w, 0).to(tl.float64)
-            if end > target:
-                at = start + tl.arange(0, CHUNK)
-                ends = begin + tl.cumsum(w.to(tl.float64), 0)
-                last_one = tl.max(tl.where(w > 0, at, 0), 0)  # which rounding must not pass
-                found = tl.minimum(tl.min(tl.where((w > 0) & (ends > target), at, entries), 0), last_one)
-            start += CHUNK
-        target = tl.load(u + n) * end
+                left = above + kept * weight
+    total, before = tl.zeros((), tl.float64), 0
+    for start in range(0, entries, CHUNK):
+        w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
+        total += tl.sum(w, 0).to(tl.float64)
+    target, found = tl.load(u + n) * total, tl.zeros((), tl.int32)
+    start, before, end = 0, 0, tl.zeros((), tl.float64)
+    while (start < entries) & (end <= target):
+        w, before = _drawn_from(row, start, entries, most, by, least, kept, before, CUT, CHUNK)
+        begin = end
+        end += tl.sum(w, 0).to(tl.float64)
+        if end > target:
+            at = start + tl.arange(0, CHUNK)
+            ends = begin + tl.cumsum(w.to(tl.float64), 0)
+            last_one = tl.max(tl.where(w > 0, at, 0), 0)  # which rounding must not pass
+            found = tl.minimum(tl.min(tl.where((w > 0) & (ends > target), at, entries), 0), last_one)
+        start += CHUNK
     if CUT:
         found = tl.load(places + found)
     tl.store(out + n, found.to(tl.int64))
