@@ -16,7 +16,7 @@ from octavo import __version__
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools import bench_table
-from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, model_directory, parse_workloads
+from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, model_directory, parse_sampling, parse_workloads
 
 if TYPE_CHECKING:
     from octavo.engine.core import EngineCore
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"instead of a named workload ({value})")
     group.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
     group.add_argument("--num-layers", type=int, metavar="N", help="with random weights: only this many layers")
+    group.add_argument(
+        "--sampling", metavar="NAME=NUMBER,...", help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (greedy)"
+    )
     group.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs, of which the best counts (1)")
     group.add_argument("--json", metavar="FILE", help="write every number here")
     group = parser.add_argument_group("bench serve")
@@ -78,10 +81,9 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
     for name, value in [*numbers.items(), ("repeats", args.repeats), ("steps", args.steps)]:
         if value is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
-    if args.workload:
-        return parse_workloads(args.workload)
     requests, length, output = (value or FREE[name] for name, value in numbers.items())
-    return [Workload("custom", requests, length, output)]
+    found = parse_workloads(args.workload) if args.workload else [Workload("custom", requests, length, output)]
+    return found if args.sampling is None else [replace(w, sampling=parse_sampling(args.sampling)) for w in found]
 
 
 def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -136,7 +138,10 @@ def _offline(
 def _stamp(args: argparse.Namespace) -> dict[str, Any]:
     """What was run, by what, when."""
     command = shlex.join(["octavo", *sys.argv[1:]])
-    return {"mode": args.mode, "command": command, "date": time.strftime("%Y-%m-%d"), "octavo": __version__}
+    return {
+        "mode": args.mode, "command": command, "date": time.strftime("%Y-%m-%d"), "octavo": __version__,
+        "sampling": args.sampling or "greedy",
+    }  # fmt: skip
 
 
 def _about(args: argparse.Namespace, config: EngineConfig, core: EngineCore, start_s: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An engine in this process, driven with random token ids: greedy, no EOS, no text. What each workload took."""
+"""An engine in this process, driven with random token ids: no EOS, no text. What each workload took."""
 
 from __future__ import annotations
 
@@ -69,17 +69,19 @@ def engine_options(config: EngineConfig, workloads: Sequence[Workload], given: d
 class Batch:
     """A workload's requests in an engine. Drive it with `step`; counts and times are by request."""
 
-    def __init__(self, core: EngineCore, token_ids: Sequence[list[int]], output_lens: Sequence[int], label: str):
+    def __init__(
+        self, core: EngineCore, w: Workload, token_ids: Sequence[list[int]], output_lens: Sequence[int], label: str = ""
+    ):
         self.core = core
         self.counts = [0] * len(token_ids)
         self.first, self.last = [0.0] * len(token_ids), [0.0] * len(token_ids)
         self.preemptions = 0
         self.stats = EngineStats()
-        self._number = {f"{label}-{i}": i for i in range(len(token_ids))}
+        self._number = {f"{label}{w.name}-{i}": i for i in range(len(token_ids))}
         self._running = set(self._number)
         self.start = time.perf_counter()
         for request_id, ids, output in zip(self._number, token_ids, output_lens, strict=True):
-            params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+            params = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False, **w.sampling)  # type: ignore[arg-type]
             core.add(EngineRequest(request_id, ids, params))
 
     @property
@@ -124,7 +126,7 @@ def warm_up(core: EngineCore, workload: Workload, seed: int) -> float:
     short = replace(workload, input_len=min(WARM_UP_LEN, workload.input_len))
     ids = prompts(short, core.info.vocab_size, f"warm-up {seed}")
     ids[0] = prompts(replace(workload, num_requests=1), core.info.vocab_size, f"warm-up {seed}")[0]
-    batch = Batch(core, ids, [min(2 + i % 8, workload.output_len + 1) for i in range(len(ids))], f"warm-up-{workload.name}")
+    batch = Batch(core, workload, ids, [min(2 + i % 8, workload.output_len + 1) for i in range(len(ids))], "warm-up-")
     while not any(batch.counts):
         batch.step()
     first = time.time()
@@ -168,7 +170,7 @@ def _alike(a: Workload, b: Workload) -> bool:
 
 
 def _whole(core: EngineCore, w: Workload, seed: int) -> Measured:
-    batch = Batch(core, prompts(w, core.info.vocab_size, seed), [w.output_len] * w.num_requests, w.name)
+    batch = Batch(core, w, prompts(w, core.info.vocab_size, seed), [w.output_len] * w.num_requests)
     while batch.running:
         batch.step()
     batch.close()
@@ -189,7 +191,7 @@ def _from_cache(core: EngineCore, w: Workload, prefill: Workload, seed: int) -> 
             f"workload {w.name} keeps {needed:,} tokens in the KV cache, which holds {held:,}; "
             "use --kv-cache-dtype fp8, or leave the workload out."
         )
-    batch = Batch(core, prompts(w, core.info.vocab_size, seed), [ahead] * w.num_requests, w.name)
+    batch = Batch(core, w, prompts(w, core.info.vocab_size, seed), [ahead] * w.num_requests)
     while not batch.all_started and batch.running:
         batch.step()
     boundary, before, ends = time.perf_counter(), list(batch.counts), [0.0] * w.num_requests

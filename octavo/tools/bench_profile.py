@@ -32,7 +32,7 @@ ROLES = {
     "linear": r"linear|product|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn|widen"
     r"|rescale",
     "quantize": r"quantize|quant|octavo_round",
-    "sampling": r"argmax|likeliest|sampl|multinomial|topk|sort|gumbel|exponential",
+    "sampling": r"argmax|likeliest|_draw|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
 OTHER, GAPS = "other", "gaps"
@@ -75,7 +75,7 @@ def _workload(core: EngineCore, w: Workload, seed: int, steps: int) -> list[dict
     needed = 2 * steps + 1 if not w.prefill_only else 1
     # The room that a "decode" workload's requests need is at least its output.
     output = min(w.room(core.scheduler.max_num_batched_tokens), core.info.max_model_len) - w.input_len
-    batch = Batch(core, prompts(w, core.info.vocab_size, f"profile {seed}"), [output] * w.num_requests, f"profile-{w.name}")
+    batch = Batch(core, w, prompts(w, core.info.vocab_size, f"profile {seed}"), [output] * w.num_requests, "profile-")
     try:
         out = []
         if w.part != "decode":

@@ -71,10 +71,10 @@ class Server:
         except (ValueError, KeyError, IndexError, TypeError):
             raise OctavoError(f"{self.url} answered /v1/models with {response.status}, and not as OpenAI's API does.") from None
 
-    def request(self, prompt: Sequence[int], output_len: int) -> bytes:
-        """The bytes of one streaming completion request: of the likeliest tokens, whatever the checkpoint recommends."""
+    def request(self, prompt: Sequence[int], w: Workload) -> bytes:
+        """The bytes of one streaming completion request, its tokens chosen as the workload says."""
         body = {
-            "model": self.model, "prompt": prompt, "max_tokens": output_len, "temperature": 0, "repetition_penalty": 1,
+            "model": self.model, "prompt": prompt, "max_tokens": w.output_len, **w.sampling,
             "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         data = json.dumps(body).encode()
@@ -183,7 +183,7 @@ def bench(
 
 
 def _run(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any]:
-    requests = [server.request(ids, w.output_len) for ids in prompts(w, VOCABULARY, seed)]
+    requests = [server.request(ids, w) for ids in prompts(w, VOCABULARY, seed)]
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             wall, streams = runner.run(_drive(server, requests, together))

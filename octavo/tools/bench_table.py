@@ -49,7 +49,7 @@ def show_offline(found: Mapping[str, Any]) -> None:
     if found["mode"] == "latency":
         columns = ["workload", "TTFT mean", "p50", "p99", "TPOT mean", "p50", "p99", "wall s", "% of limit"]
         rows = [[_name(n, w), *_times(w), f"{w['wall_s']:.3f}", _percent(w)] for n, w in found["workloads"].items()]
-        title = "Milliseconds to the first token, and for each one after it"
+        title = f"Milliseconds to the first token, and for each one after it{_sampling(found)}"
     else:
         columns = ["workload", "wall s", "total tok/s", "out tok/s", "prefill tok/s", "limit s", "% of limit"]
         rows = [
@@ -62,7 +62,7 @@ def show_offline(found: Mapping[str, Any]) -> None:
             ]
             for n, w in found["workloads"].items()
         ]
-        title = "Throughput"
+        title = f"Throughput{_sampling(found)}"
     out.print(table(title, columns, rows, note))
     memory = f"peak memory {found['peak_memory_bytes'] / (1 << 30):.2f} GiB"
     out.print(f"ready after {found['start_s']:.1f} s, first token after {found['first_token_s']:.1f} s; {memory}")
@@ -80,7 +80,8 @@ def show_serve(found: Mapping[str, Any]) -> None:
     for name, w in found["workloads"].items():
         ratio = "" if w["of_offline"] is None else f"{100 * w['of_offline']:.1f}%"
         rows.append([_name(name, w), f"{w['wall_s']:.3f}", _rate(w["out_tok_s"]), ratio, *_times(w)])
-    out.print(table("Throughput, and milliseconds to the first token and for each after it", columns, rows))
+    title = f"Throughput, and milliseconds to the first token and for each after it{_sampling(found)}"
+    out.print(table(title, columns, rows))
 
 
 def show_profile(found: Mapping[str, Any]) -> None:
@@ -101,6 +102,10 @@ def show_profile(found: Mapping[str, Any]) -> None:
 def _heading(out: Any, found: Mapping[str, Any]) -> None:
     kinds = f"{found['quantization']}, {found['kv_cache_dtype']} KV"
     out.print(f"[bold]{found['model']}[/] ({kinds}) on {found['machine']}, torch {found['torch']}", soft_wrap=True)
+
+
+def _sampling(found: Mapping[str, Any]) -> str:
+    return "" if found["sampling"] == "greedy" else f" ({found['sampling']})"
 
 
 def _name(name: str, w: Mapping[str, Any]) -> str:

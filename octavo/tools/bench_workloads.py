@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from octavo.config import canonical
-from octavo.errors import OctavoError
+from octavo.engine.request import SamplingParams
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.models import read_config
 
-__all__ = ["SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_workloads", "prompts", "shape_config", "spread"]
+__all__ = [
+    "GREEDY", "SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_sampling", "parse_workloads", "prompts",
+    "shape_config", "spread",
+]  # fmt: skip
+
+# Whatever a checkpoint's generation_config.json recommends.
+GREEDY: dict[str, float] = {
+    "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Workload:
     """Requests that arrive together, with equal lengths in tokens.
 
     part: "all", or "decode" for the time from the moment when every request has its first token; each then brings
-    `output_len` more.
+    `output_len` more. sampling: how tokens are chosen, by the names of an API request.
     """
 
     name: str
@@ -31,6 +41,7 @@ class Workload:
     input_len: int
     output_len: int
     part: str = "all"
+    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False)  # prompts are the same for all of these
 
     @property
     def prefill_only(self) -> bool:
@@ -65,6 +76,24 @@ def parse_workloads(words: Sequence[str]) -> list[Workload]:
         if name not in WORKLOADS:
             raise OctavoError(f"--workload '{name}' is not known; known are {', '.join(WORKLOADS)}.")
     return [WORKLOADS[name] for name in dict.fromkeys(names)]
+
+
+def parse_sampling(words: str) -> dict[str, float]:
+    """ "temperature=0.7,top_k=40" -> these, and the rest as it is in GREEDY. Raises OctavoError."""
+    found = dict(GREEDY)
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        if (name := name.strip()) not in GREEDY:
+            raise OctavoError(f"--sampling '{word}' is not known; it takes NAME=NUMBER of {', '.join(GREEDY)}.")
+        try:
+            found[name] = int(value) if name == "top_k" else float(value)
+        except ValueError:
+            raise OctavoError(f"--sampling {name} must be a number, not '{value}'.") from None
+    try:
+        SamplingParams(**found)  # type: ignore[arg-type]
+    except InvalidRequest as error:
+        raise OctavoError(f"--sampling: {error}") from None
+    return found
 
 
 def prompts(workload: Workload, vocab_size: int, seed: int | str) -> list[list[int]]:

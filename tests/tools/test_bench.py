@@ -19,6 +19,7 @@ from server.processes import Server
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.request import SamplingParams
 from octavo.models import MODEL_TYPES, architecture
 from octavo.tools import bench_offline, bench_serve, bench_workloads
 from octavo.tools.bench_limit import Ceilings, Costs, costs_of, costs_of_shape, limit
@@ -208,6 +209,22 @@ def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "\x1b" not in told
 
 
+def test_tokens_are_chosen_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[SamplingParams] = []
+
+    def keep(**given: Any) -> SamplingParams:
+        made.append(SamplingParams(**given))
+        return made[-1]
+
+    monkeypatch.setattr(bench_offline, "SamplingParams", keep)
+    found = bench(tmp_path, "throughput", "--num-requests", "2", "--output-len", "4", "--sampling", "temperature=0.7, top_k=40")
+    assert found["sampling"] == "temperature=0.7, top_k=40"
+    assert {(p.temperature, p.top_k, p.top_p, p.repetition_penalty, p.ignore_eos) for p in made} == {(0.7, 40, 1.0, 1.0, True)}
+    assert "(temperature=0.7, top_k=40)" in capsys.readouterr().out
+
+
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = SHAPES["llama-3.1-8b"] | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 8,
                                      "vocab_size": 300}  # fmt: skip
@@ -277,6 +294,7 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "linear"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>", "sampling"),
+        ("_draw", "sampling"),
         ("vectorized_elementwise_kernel", "other"),
     ],
 )
@@ -350,7 +368,7 @@ def test_what_a_server_is_asked() -> None:
     assert Counting.most == 3
     assert len({tuple(body["prompt"]) for body in asked}) == 12
     assert {len(body["prompt"]) for body in asked} == {40}
-    wanted = {"model": "counted", "max_tokens": 5, "temperature": 0, "repetition_penalty": 1, "ignore_eos": True}
+    wanted = {"model": "counted", "max_tokens": 5, "temperature": 0, "repetition_penalty": 1, "top_k": -1, "ignore_eos": True}
     wanted |= {"stream": True}
     assert all(wanted.items() <= body.items() for body in asked)
 
@@ -387,6 +405,13 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
         ("throughput --workload A --input-len 3", 1, "leave out --input-len, or --workload."),
         ("throughput --num-requests 0", 1, "--num-requests must be positive, not 0."),
         ("throughput --workload A --repeats 0", 1, "--repeats must be positive, not 0."),
+        (
+            "throughput --sampling heat=1",
+            1,
+            "--sampling 'heat=1' is not known; it takes NAME=NUMBER of temperature, top_p, top_k",
+        ),
+        ("serve --sampling temperature=0.7,top_k=x", 1, "--sampling top_k must be a number, not 'x'."),
+        ("throughput --sampling top_p=1.5", 1, "--sampling: top_p must be between 0 and 1, not 1.5."),
         ("throughput --shape llama-3.1-9b", 1, "--shape 'llama-3.1-9b' is not known; did you mean 'llama-3.1-8b'?"),
         ("throughput --shape llama-3.1-8b --num-layers 0", 1, "--num-layers must be positive, not 0."),
         ("throughput -q bf16 M --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
