@@ -98,11 +98,7 @@ def sample(
     for i, row in enumerate(rows):
         if row.grammar is not None:
             logits[i].masked_fill_(row.grammar.forbidden().to(logits.device), float("-inf"))
-    tokens = logits.argmax(-1)
-    for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
-        if drawn := [i for i, row in enumerate(rows) if not row.params.greedy and row.filtered is filtered]:
-            at = to_device(drawn, torch.int64, logits.device)
-            tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
+    tokens = _chosen(logits, rows)
     if penalized:
         histories.add(names, tokens[to_device(penalized, torch.int64, logits.device)])
     return tokens
@@ -141,6 +137,18 @@ def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]
         ids = torch.where(chosen, history.ids, history.ids.gather(1, first))
         presence = _column([p.presence_penalty for p in params], logits)
         logits[row, ids] = logits[row, ids] - presence * (history.tokens > history.prompt)
+
+
+def _chosen(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    kinds = [None if row.params.greedy else row.filtered for row in rows]
+    if len(set(kinds)) == 1:
+        return ops.likeliest(logits) if kinds[0] is None else _draw(logits, rows, kinds[0])
+    tokens = ops.likeliest(logits)
+    for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
+        if drawn := [i for i, kind in enumerate(kinds) if kind is filtered]:
+            at = to_device(drawn, torch.int64, logits.device)
+            tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
+    return tokens
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
