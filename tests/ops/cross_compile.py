@@ -66,12 +66,17 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
         dict(BLOCK=choose.BLOCK, LOWEST=choose.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
-    for cut in (False, True):
+    row = dict(logits=fp32, best=i64, temperature=fp32, top_k=i32, top_p=fp32, min_p=fp32, u="*fp64", counts=i32, sums=fp32,
+               weights=fp32, places=i32, numbers=i32, lefts=fp32, out=i64, size="i32", stride="i32")  # fmt: skip
+    tiles = dict(CHUNK=draw.CHUNK, PARTS=64, EDGES=draw.EDGES, PDL=pdl)
+    for name, kernel, cut in (
+        ("look", draw._look, {"CUT": False}), ("look_cut", draw._look, {"CUT": True}), ("pick", draw._pick, {}),
+        ("list", draw._list, {}), ("last", draw._draw, {}),
+    ):  # fmt: skip
         yield (
-            f"draw{'_cut' * cut}", draw._draw,
-            dict(logits=fp32, temperature=fp32, u="*fp64", top_k="*i32", top_p=fp32, min_p=fp32, places="*i32", out="*i64",
-                 size="i32", stride="i32"),
-            dict(CUT=cut, CHUNK=draw.CHUNK, EDGES=draw.EDGES, PDL=pdl), {"num_warps": draw.WARPS},
+            f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row},
+            {p: value for p, value in (tiles | cut).items() if p in kernel.arg_names},
+            {"num_warps": draw.LIST_WARPS if kernel is draw._draw else draw.ROW_WARPS},
         )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",

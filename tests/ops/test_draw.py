@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's, 
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter goes through more chunks of fewer values."""
     if not HAS_GPU:
-        monkeypatch.setattr(draw, "CHUNK", 256)
+        monkeypatch.setattr(draw, "CHUNK", 128)
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 40, 1023, 16_391, *([128_256] if HAS_GPU else [])])
