@@ -21,7 +21,7 @@ __all__ = [
     "shape_config", "spread",
 ]  # fmt: skip
 
-# Whatever a checkpoint's generation_config.json recommends.
+# Said in full: what a checkpoint's generation_config.json recommends does not count.
 GREEDY: dict[str, float] = {
     "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
