@@ -41,6 +41,7 @@ class Measured:
             "input_len": w.input_len,
             "output_len": w.output_len,
             "part": "prefill" if w.prefill_only else w.part,
+            "sampling": dict(w.sampling),
             "input_tokens": self.input_tokens,
             "output_tokens": self.output_tokens,
             "wall_s": self.wall,

@@ -19,7 +19,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from octavo.errors import OctavoError
-from octavo.tools.bench_workloads import Workload, prompts, spread
+from octavo.tools.bench_workloads import GREEDY, Workload, prompts, spread
 
 __all__ = ["Server", "bench"]
 
@@ -229,6 +229,8 @@ def _offline(path: str | None, workloads: Sequence[Workload]) -> dict[str, Any]:
             shape = {"num_requests": w.num_requests, "input_len": w.input_len, "output_len": w.output_len}
             if w.name in found and {key: found[w.name][key] for key in shape} != shape:
                 raise OctavoError(f"--offline-json {path}: its workload {w.name} is of another size; run both with the same.")
+            if w.name in found and found[w.name].get("sampling", GREEDY) != w.sampling:
+                raise OctavoError(f"--offline-json {path}: its tokens are chosen otherwise; run both with the same --sampling.")
         return {w.name: {"out_tok_s": float(found[w.name]["out_tok_s"])} for w in workloads if w.name in found}
     except OSError as error:
         raise OctavoError(f"--offline-json {path} cannot be read: {error.strerror}.") from None

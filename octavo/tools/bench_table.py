@@ -93,7 +93,7 @@ def show_profile(found: Mapping[str, Any]) -> None:
             [role, f"{us:,.0f}", f"{100 * us / step['wall_us']:.1f}%", str(round(step["calls"].get(role, 0)))]
             for role, us in sorted(step["roles_us"].items(), key=lambda item: -item[1])
         ]
-        title = f"{step['name']}: {step['wall_us'] / 1000:.3f} ms a step"
+        title = f"{step['name']}{_sampling(found)}: {step['wall_us'] / 1000:.3f} ms a step"
         out.print(table(title, ["role", "µs", "of the step", "calls"], rows, step["note"]))
         rows = [[k["name"][:70], k["role"], f"{k['us']:,.1f}", f"{k['calls']:g}"] for k in step["kernels"][:12]]
         out.print(table("its longest kernels", ["kernel", "role", "µs", "calls"], rows))

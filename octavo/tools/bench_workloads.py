@@ -41,7 +41,7 @@ class Workload:
     input_len: int
     output_len: int
     part: str = "all"
-    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False)  # prompts are the same for all of these
+    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False, hash=False)  # prompts do not depend on it
 
     @property
     def prefill_only(self) -> bool:
@@ -88,7 +88,8 @@ def parse_sampling(words: str) -> dict[str, float]:
         try:
             found[name] = int(value) if name == "top_k" else float(value)
         except ValueError:
-            raise OctavoError(f"--sampling {name} must be a number, not '{value}'.") from None
+            kind = "a whole number" if name == "top_k" else "a number"
+            raise OctavoError(f"--sampling {name} must be {kind}, not '{value}'.") from None
     try:
         SamplingParams(**found)  # type: ignore[arg-type]
     except InvalidRequest as error:

@@ -70,11 +70,12 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                weights=fp32, places=i32, numbers=i32, lefts=fp32, out=i64, size="i32", stride="i32")  # fmt: skip
     tiles = dict(CHUNK=draw.CHUNK, PARTS=64, EDGES=draw.EDGES, PDL=pdl)
     for name, kernel, cut in (
-        ("look", draw._look, {"CUT": False}), ("look_cut", draw._look, {"CUT": True}), ("pick", draw._pick, {}),
-        ("list", draw._list, {}), ("last", draw._draw, {}),
+        ("look", draw._draw_look, {"CUT": False}), ("look_cut", draw._draw_look, {"CUT": True}), ("pick", draw._draw_pick, {}),
+        ("list", draw._draw_list, {}), ("last", draw._draw, {}),
     ):  # fmt: skip
+        fp64 = {"sums": "*fp64"} if name in ("look", "pick") else {}
         yield (
-            f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row},
+            f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row} | fp64,
             {p: value for p, value in (tiles | cut).items() if p in kernel.arg_names},
             {"num_warps": draw.LIST_WARPS if kernel is draw._draw else draw.ROW_WARPS},
         )  # fmt: skip

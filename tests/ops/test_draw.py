@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from ops.drawn import SPREADS, check_draw
 from ops.interpreter import HAS_GPU
+from torch import Tensor
 
 from octavo.ops import Cut, reference
 from octavo.ops.triton import draw
@@ -44,6 +47,24 @@ def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(short: None) -> 
         own = Cut(*(of[i : i + 1] for of in cut[:3]), 50)
         assert draw.draw(x[i : i + 1].clone(), one[:1], u[i : i + 1], own) == together[i]
     assert torch.equal(draw.draw(x, one, u, cut), together)
+
+
+def rare(draw: Callable[[Tensor, Tensor, Tensor, Cut | None], Tensor]) -> None:
+    """Of tokens with very small weights the one whose turn it is; and a min_p that is minus zero."""
+    x, one = torch.full((4, 300), -float("inf"), device=DEVICE), torch.ones(4, device=DEVICE)
+    x[:, [0, 64, 127]] = torch.tensor([0.0, -16.6, -69.0], device=DEVICE)
+    u = torch.tensor([0.5, 1 - 5e-8, 1 - 3e-8, 1 - 2.0**-53], dtype=torch.float64, device=DEVICE)
+    assert draw(x.clone(), one, u, None).tolist()[:3] == [0, 64, 64]
+    cut = Cut(torch.full((4,), 3, dtype=torch.int32, device=DEVICE), one, -0.0 * one, 3)
+    assert draw(x.clone(), one, u, cut).tolist()[:3] == [0, 64, 64]
+
+
+def test_rare_tokens_of_the_reference() -> None:
+    rare(reference.draw)
+
+
+def test_rare_tokens(short: None) -> None:
+    rare(draw.draw)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

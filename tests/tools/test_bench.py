@@ -223,6 +223,11 @@ def test_tokens_are_chosen_as_asked(
     assert found["sampling"] == "temperature=0.7, top_k=40"
     assert {(p.temperature, p.top_k, p.top_p, p.repetition_penalty, p.ignore_eos) for p in made} == {(0.7, 40, 1.0, 1.0, True)}
     assert "(temperature=0.7, top_k=40)" in capsys.readouterr().out
+    found = bench(
+        tmp_path, "profile", "--num-requests", "2", "--output-len", "12", "--steps", "2", "--sampling", "temperature=1"
+    )
+    assert "(temperature=1)" in capsys.readouterr().out
+    assert any(kernel["role"] == "sampling" and "draw" in kernel["name"] for kernel in found["steps"][-1]["kernels"])
 
 
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +299,8 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "linear"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>", "sampling"),
-        ("_draw", "sampling"),
+        ("_draw_list", "sampling"),
+        ("octavo_draw", "sampling"),
         ("vectorized_elementwise_kernel", "other"),
     ],
 )
@@ -324,6 +330,8 @@ def test_serve(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str
     )
     other = f"serve --base-url {server.url} --num-requests 2 --offline-json {tmp_path / 'offline.json'}"
     refused(other, "its workload custom is of another size; run both with the same.", capsys)
+    drawn = " ".join(["serve", *where, *size, "--sampling", "top_k=3,temperature=1"])
+    refused(drawn, "its tokens are chosen otherwise; run both with the same --sampling.", capsys)
 
 
 class Counting(BaseHTTPRequestHandler):
@@ -410,7 +418,7 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
             1,
             "--sampling 'heat=1' is not known; it takes NAME=NUMBER of temperature, top_p, top_k",
         ),
-        ("serve --sampling temperature=0.7,top_k=x", 1, "--sampling top_k must be a number, not 'x'."),
+        ("serve --sampling temperature=0.7,top_k=x", 1, "--sampling top_k must be a whole number, not 'x'."),
         ("throughput --sampling top_p=1.5", 1, "--sampling: top_p must be between 0 and 1, not 1.5."),
         ("throughput --shape llama-3.1-9b", 1, "--shape 'llama-3.1-9b' is not known; did you mean 'llama-3.1-8b'?"),
         ("throughput --shape llama-3.1-8b --num-layers 0", 1, "--num-layers must be positive, not 0."),

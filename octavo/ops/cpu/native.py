@@ -184,9 +184,9 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     logits = logits.contiguous()
     found = logits.new_empty(len(logits), dtype=torch.int64)
     kept = (None, None, None) if cut is None else [x.data_ptr() for x in (cut.top_k, cut.top_p, cut.min_p)]
-    kernels().octavo_draw(
-        logits.data_ptr(), found.data_ptr(), temperature.data_ptr(), u.data_ptr(), *kept, *logits.shape, get_num_threads()
-    )
+    launch(kernels().octavo_draw,
+        logits.data_ptr(), found.data_ptr(), temperature.data_ptr(), u.data_ptr(), *kept, *logits.shape, get_num_threads(),
+    )  # fmt: skip
     return found
 
 

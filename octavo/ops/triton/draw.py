@@ -35,18 +35,19 @@ def _weights_of(logits, best, temperature, n, at, size, stride):
     most = tl.load(row + tl.load(best + n))
     most = tl.where(most == most, most, float("inf"))
     w = tl.exp2((tl.load(row + at, mask=at < size, other=0.0) - most) * (LOG2E / tl.load(temperature + n)))
-    w = tl.where(w == w, w, 1.0)  # infinity less infinity: so NaN is as good as infinite
+    w = tl.where(w < 1, w, 1.0)  # infinity less infinity: so NaN is as good as infinite
     return tl.where(at < size, w, 0.0)
 
 
 @triton.jit
-def _first_edge(i, low, EDGES: tl.constexpr):
+def _first_edge(i, min_p, EDGES: tl.constexpr):
     """Bits that weights are counted over: of 2 ** -1, -3, -6, -10 and so on from i = 1 on, and last what min_p leaves out."""
+    low = tl.maximum(min_p.to(tl.int32, bitcast=True), 0) - 1  # a zero may have a sign
     return tl.maximum(tl.where(i == EDGES, -1, (127 - i * (i + 1) // 2) << 23), low)
 
 
 @kernel
-def _look(
+def _draw_look(
     logits, best, temperature, min_p, counts, sums, size, stride,
     CUT: tl.constexpr, CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -58,17 +59,17 @@ def _look(
     at = part * CHUNK + tl.arange(0, CHUNK)
     w = _weights_of(logits, best, temperature, n, at, size, stride)
     if CUT:
-        low = tl.load(min_p + n).to(tl.int32, bitcast=True) - 1
+        least = tl.load(min_p + n)
         for i in tl.static_range(EDGES):
-            over = (w.to(tl.int32, bitcast=True) > _first_edge(EDGES - i, low, EDGES)) & (at < size)
+            over = (w.to(tl.int32, bitcast=True) > _first_edge(EDGES - i, least, EDGES)) & (at < size)
             tl.store(counts + to * EDGES + i, tl.sum(over.to(tl.int32), 0))
             tl.store(sums + to * EDGES + i, tl.sum(tl.where(over, w, 0.0), 0))
     else:
-        tl.store(sums + to, tl.sum(w, 0))
+        tl.store(sums + to, tl.sum(w.to(tl.float64), 0))
 
 
 @kernel
-def _pick(
+def _draw_pick(
     logits, best, temperature, u, sums, out, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +79,7 @@ def _pick(
     wait(PDL)
     q = tl.arange(0, PARTS)
     own = tl.load(sums + n * parts + q, mask=q < parts, other=0.0)
-    ends = tl.cumsum(own.to(tl.float64), 0)
+    ends = tl.cumsum(own, 0)
     target = tl.load(u + n) * tl.max(ends, 0)
     part = tl.min(tl.where((own > 0) & (ends > target), q, tl.max(tl.where(own > 0, q, 0), 0)), 0)
     at = part * CHUNK + tl.arange(0, CHUNK)
@@ -96,7 +97,7 @@ def _place_over(w, begin, target, at):
 
 
 @kernel
-def _list(
+def _draw_list(
     logits, best, temperature, top_k, top_p, min_p, counts, sums, weights, places, numbers, lefts, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +107,7 @@ def _list(
     release(PDL)
     wait(PDL)
     k, p = tl.load(top_k + n), tl.load(top_p + n)
-    edges = _first_edge(EDGES - tl.arange(0, EDGES), tl.load(min_p + n).to(tl.int32, bitcast=True) - 1, EDGES)
+    edges = _first_edge(EDGES - tl.arange(0, EDGES), tl.load(min_p + n), EDGES)
     q = tl.arange(0, PARTS)
     i = (n * parts + q)[:, None] * EDGES + tl.arange(0, EDGES)[None, :]
     count = tl.load(counts + i, mask=(q < parts)[:, None], other=0)
@@ -206,13 +207,13 @@ def _draw(
     total, before = tl.zeros((), tl.float64), 0
     for start in range(0, entries, CHUNK):
         w, before = _kept(row, start, entries, least, kept, before, CHUNK)
-        total += tl.sum(w, 0).to(tl.float64)
+        total += tl.sum(w.to(tl.float64), 0)
     target, found = tl.load(u + n) * total, tl.zeros((), tl.int32)
     start, before, end = 0, 0, tl.zeros((), tl.float64)
     while (start < entries) & (end <= target):
         w, before = _kept(row, start, entries, least, kept, before, CHUNK)
         begin = end
-        end += tl.sum(w, 0).to(tl.float64)
+        end += tl.sum(w.to(tl.float64), 0)
         if end > target:
             found = _place_over(w, begin, target, start + tl.arange(0, CHUNK))
         start += CHUNK
@@ -234,15 +235,15 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     row, sizes = (logits, likeliest(logits), temperature), (size, logits.stride(0))
     tiles, warps = dict(CHUNK=CHUNK, EDGES=EDGES), dict(num_warps=ROW_WARPS)
     if cut is None:
-        sums = room(rows, parts, dtype=torch.float32)
-        launch(_look, (rows, parts), *row, temperature, out, sums, *sizes, CUT=False, **tiles, **warps)
-        launch(_pick, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
+        sums = room(rows, parts, dtype=torch.float64)
+        launch(_draw_look, (rows, parts), *row, temperature, out, sums, *sizes, CUT=False, **tiles, **warps)
+        launch(_draw_pick, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
         return out
     counts, sums = room(rows, parts, EDGES), room(rows, parts, EDGES, dtype=torch.float32)
     weights, places = room(rows, size, dtype=torch.float32), room(rows, size)
     numbers, lefts = room(rows, 3), room(rows, dtype=torch.float32)
-    launch(_look, (rows, parts), *row, cut.min_p, counts, sums, *sizes, CUT=True, **tiles, **warps)
-    launch(_list, (rows, parts),
+    launch(_draw_look, (rows, parts), *row, cut.min_p, counts, sums, *sizes, CUT=True, **tiles, **warps)
+    launch(_draw_list, (rows, parts),
         *row, *cut[:3], counts, sums, weights, places, numbers, lefts, *sizes, PARTS=power_of_2(parts), **tiles, **warps,
     )  # fmt: skip
     launch(_draw, (rows,), weights, places, numbers, lefts, *cut[:2], u, out, size, **tiles, num_warps=LIST_WARPS)
