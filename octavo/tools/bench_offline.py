@@ -36,12 +36,7 @@ class Measured:
     def as_json(self) -> dict[str, Any]:
         w = self.workload
         total = self.input_tokens + self.output_tokens
-        return {
-            "num_requests": w.num_requests,
-            "input_len": w.input_len,
-            "output_len": w.output_len,
-            "part": "prefill" if w.prefill_only else w.part,
-            "sampling": dict(w.sampling),
+        return w.as_json | {
             "input_tokens": self.input_tokens,
             "output_tokens": self.output_tokens,
             "wall_s": self.wall,

@@ -193,11 +193,7 @@ def _run(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any
     if wrong := [count for count in counts if count != w.output_len]:
         raise OctavoError(f"workload {w.name}: a request brought {wrong[0]} tokens instead of {w.output_len}.")
     several = streams if w.output_len > 1 else []
-    return {
-        "num_requests": w.num_requests,
-        "input_len": w.input_len,
-        "output_len": w.output_len,
-        "part": "prefill" if w.prefill_only else w.part,
+    return w.as_json | {
         "max_concurrency": together,
         "input_tokens": w.num_requests * w.input_len,
         "output_tokens": sum(counts),
@@ -225,13 +221,13 @@ def _offline(path: str | None, workloads: Sequence[Workload]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = dict(json.load(file)["workloads"])
-        for w in workloads:
-            shape = {"num_requests": w.num_requests, "input_len": w.input_len, "output_len": w.output_len}
-            if w.name in found and {key: found[w.name][key] for key in shape} != shape:
-                raise OctavoError(f"--offline-json {path}: its workload {w.name} is of another size; run both with the same.")
-            if w.name in found and found[w.name].get("sampling", GREEDY) != w.sampling:
+        both = {w.name: (w.as_json, found[w.name]) for w in workloads if w.name in found}
+        for name, (now, then) in both.items():
+            if any(now[key] != then[key] for key in ("num_requests", "input_len", "output_len")):
+                raise OctavoError(f"--offline-json {path}: its workload {name} is of another size; run both with the same.")
+            if now["sampling"] != then.get("sampling", GREEDY):
                 raise OctavoError(f"--offline-json {path}: its tokens are chosen otherwise; run both with the same --sampling.")
-        return {w.name: {"out_tok_s": float(found[w.name]["out_tok_s"])} for w in workloads if w.name in found}
+        return {name: {"out_tok_s": float(then["out_tok_s"])} for name, (_, then) in both.items()}
     except OSError as error:
         raise OctavoError(f"--offline-json {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):

@@ -47,6 +47,14 @@ class Workload:
     def prefill_only(self) -> bool:
         return self.output_len == 1
 
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """What figures of it are written down with."""
+        return {
+            "num_requests": self.num_requests, "input_len": self.input_len, "output_len": self.output_len,
+            "part": "prefill" if self.prefill_only else self.part, "sampling": dict(self.sampling),
+        }  # fmt: skip
+
     def room(self, step_tokens: int) -> int:
         """Tokens that a request may come to hold, where a step computes at least `step_tokens`.
 
