@@ -19,8 +19,8 @@ from octavo.batch import Span
 from octavo.config import EngineConfig
 from octavo.engine.runner import ModelRunner
 from octavo.platform import detect
-from octavo.tools.bench_ceilings import measure_ceilings
-from octavo.tools.bench_workloads import SHAPES, model_directory
+from octavo.tools.bench.ceilings import measure_ceilings
+from octavo.tools.bench.workloads import SHAPES, model_directory
 
 ROUNDS = 20
 

@@ -8,19 +8,20 @@ print(llm.generate(["def read(self"], SamplingParams(max_tokens=32))[0].outputs[
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from octavo.version import __version__
+
 __all__ = ["LLM", "CompletionOutput", "OctavoError", "RequestOutput", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from octavo.engine.llm import LLM, CompletionOutput, RequestOutput
-    from octavo.engine.request import SamplingParams
     from octavo.errors import OctavoError
+    from octavo.frontend.llm import LLM, CompletionOutput, RequestOutput
+    from octavo.messages import SamplingParams
 
 _HOMES = {
-    "LLM": "octavo.engine.llm",
-    "CompletionOutput": "octavo.engine.llm",
-    "RequestOutput": "octavo.engine.llm",
-    "SamplingParams": "octavo.engine.request",
+    "LLM": "octavo.frontend.llm",
+    "CompletionOutput": "octavo.frontend.llm",
+    "RequestOutput": "octavo.frontend.llm",
+    "SamplingParams": "octavo.messages",
     "OctavoError": "octavo.errors",
 }
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from octavo import __version__
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
+from octavo.version import __version__
 
 __all__ = ["COMMANDS", "Command", "engine_config", "main", "make_parser"]
 
@@ -34,12 +34,12 @@ class Command:
 
 COMMANDS = {
     "serve": Command("octavo.server.serve", "serve a model over HTTP, with OpenAI's API"),
-    "quantize": Command("octavo.tools.quantize", "write an FP8 checkpoint to keep"),
-    "chat": Command("octavo.tools.chat", "talk to a running server or to a model"),
-    "plan": Command("octavo.tools.plan", "say what fits and how fast it could be, before a weight is read"),
-    "compare": Command("octavo.tools.compare", "measure what each FP8 scheme and KV cache costs in accuracy"),
+    "quantize": Command("octavo.tools.quantize.quantize", "write an FP8 checkpoint to keep"),
+    "chat": Command("octavo.tools.chat.terminal", "talk to a running server or to a model"),
+    "plan": Command("octavo.tools.plan.plan", "say what fits and how fast it could be, before a weight is read"),
+    "compare": Command("octavo.tools.compare.compare", "measure what each FP8 scheme and KV cache costs in accuracy"),
     "bench": Command(
-        "octavo.tools.bench",
+        "octavo.tools.bench.bench",
         "measure throughput and latency, beside what the machine could do at most",
         modes=("throughput", "latency", "serve", "profile"),
     ),

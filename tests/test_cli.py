@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from octavo import __version__
 from octavo.cli import _with_dashes, engine_config, main, make_parser
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.server import serve
+from octavo.version import __version__
 
 
 def parse(line: str) -> tuple[argparse.Namespace, EngineConfig]:

@@ -27,8 +27,8 @@ from bench.ops.cases import Case, Set, cases
 from bench.timing import in_graph
 from octavo import ops
 from octavo.platform import Platform, detect
-from octavo.tools.bench_ceilings import measure_ceilings
-from octavo.tools.bench_limit import Ceilings
+from octavo.tools.bench.ceilings import measure_ceilings
+from octavo.tools.bench.limit import Ceilings
 
 ROTATE = 128 << 20  # bytes that the sets of a case hold together: past the L2 of every GPU at hand
 MOST_SETS, CALLS, ROUNDS = 64, 64, 9

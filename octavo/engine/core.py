@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.config import EngineConfig
-from octavo.engine.blocks import BlockPool
+from octavo.engine.block_pool import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
-from octavo.engine.outputs import EngineInfo
-from octavo.engine.request import EngineRequest, EngineStats, Logprobs, TokenOutput
 from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import SamplingRow
-from octavo.engine.schedule import Schedule, ScheduledRequest, Status
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.errors import InvalidRequest
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
 __all__ = ["EngineCore"]
 

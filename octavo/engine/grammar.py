@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.engine.request import StructuredOutput
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.messages import StructuredOutput
 
 __all__ = ["Grammar", "GrammarCompiler", "to_llguidance"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from octavo.config import EngineConfig
+from octavo.convert.save_quantized import save_quantized
 from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
@@ -20,7 +21,6 @@ from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
-from octavo.weights.saving import save_quantized
 
 __all__ = ["load_model"]
 

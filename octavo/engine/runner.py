@@ -15,21 +15,23 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
-from octavo.engine.graphs import DecodeGraphs
-from octavo.engine.histories import Histories
+from octavo.engine.graphs.cpu_replay import RecordedSteps
+from octavo.engine.graphs.decode import DecodeGraphs
+from octavo.engine.graphs.prefill import PromptGraphs
+from octavo.engine.kv_setup import calibration_tokens
 from octavo.engine.loading import load_model
 from octavo.engine.memory import gib, plan_blocks
-from octavo.engine.prompt_graphs import PromptGraphs
-from octavo.engine.recorded import RecordedSteps
-from octavo.engine.request import Logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
-from octavo.engine.schedule import ScheduledRequest
+from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
+from octavo.engine.token_history import Histories
 from octavo.errors import OctavoError
 from octavo.host import keep
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
+from octavo.messages import Logprobs
 from octavo.models import architecture, read_config
-from octavo.models.common import CausalLM, ConfigBase
+from octavo.models.common import CausalLM
+from octavo.models.config import ConfigBase
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -168,8 +170,6 @@ class ModelRunner:
 
     def _calculate_kv_scales(self) -> None:
         """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
-        from octavo.engine.calibration import calibration_tokens
-
         for layer in self.model.attention_layers():
             layer.observe = True
         self.forward(self._prompt_batch(calibration_tokens(self.directory, self.model_config.vocab_size)))

@@ -16,8 +16,8 @@ from torch import Tensor
 from octavo import ops
 from octavo.batch import to_device
 from octavo.engine.grammar import Grammar
-from octavo.engine.histories import Histories, History
-from octavo.engine.request import Logprob, Logprobs, SamplingParams
+from octavo.engine.token_history import Histories, History
+from octavo.messages import Logprob, Logprobs, SamplingParams
 
 __all__ = ["SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
 

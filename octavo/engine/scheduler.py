@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from octavo.engine.blocks import BlockPool
-from octavo.engine.request import EngineRequest, EngineStats
-from octavo.engine.schedule import NewToken, Request, Schedule, ScheduledRequest, Status
+from octavo.engine.block_pool import BlockPool
+from octavo.engine.sequence import NewToken, Request, Schedule, ScheduledRequest, Status
+from octavo.messages import EngineRequest, EngineStats
 
 __all__ = ["Scheduler"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.engine.request import Logprobs
+from octavo.messages import Logprobs
 
 __all__ = ["StepTokens"]
 

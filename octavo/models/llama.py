@@ -12,7 +12,8 @@ from octavo.layers.attention import PagedAttention
 from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
-from octavo.models.common import CausalLM, ConfigBase
+from octavo.models.common import CausalLM
+from octavo.models.config import ConfigBase
 from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]

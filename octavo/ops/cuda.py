@@ -9,13 +9,12 @@ from types import ModuleType
 
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, draw, likeliest, rms_norm, rope_write_kv, silu_mul
-from octavo.ops.resident import attention as attentions
-from octavo.ops.resident import between, gated, qkv
-from octavo.ops.resident import decoder as resident
-from octavo.ops.resident.attention import attend, attention, decode_variant
-from octavo.ops.resident.compile import NoKernel
-from octavo.ops.resident.gated import gated_linear
-from octavo.ops.resident.qkv import project
+from octavo.ops.hopper import attention as attentions
+from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
+from octavo.ops.hopper.attention import attend, attention, decode_variant
+from octavo.ops.hopper.compile import NoKernel
+from octavo.ops.hopper.gate_up_silu import gated_linear
+from octavo.ops.hopper.qkv_rope_kv_write import project
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
@@ -33,8 +32,8 @@ def configure(platform: Platform) -> None:
     major = int(platform.arch.removeprefix("sm_")[:-1])
     launch.configure(platform, dependent=major >= 9, stages=8)
     attentions.configure(platform)
-    gated.KERNELS.configure(platform)
-    qkv.KERNELS.configure(platform)
+    gate_up_silu.KERNELS.configure(platform)
+    qkv_rope_kv_write.KERNELS.configure(platform)
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:
@@ -48,6 +47,6 @@ def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | st
             return str(error).splitlines()[0]
 
     with ThreadPoolExecutor(2) as pool:  # most of it is the compiler's time
-        one = pool.submit(make, resident, resident.ResidentDecoder)
-        few = pool.submit(make, between, between.BetweenAttentions)
+        one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
+        few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)
     return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
+from octavo.ops.triton.argmax import likeliest
 from octavo.ops.triton.attention import attend, attention
-from octavo.ops.triton.block import block_linear, quantize_groups
-from octavo.ops.triton.choose import likeliest
+from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
-from octavo.ops.triton.draw import draw
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
+from octavo.ops.triton.sample import draw
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity

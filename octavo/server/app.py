@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo import __version__
 from octavo.errors import InvalidRequest
 from octavo.server.chat import chat, chat_prompt
 from octavo.server.completions import complete
-from octavo.server.errors import HANDLERS, ApiError
+from octavo.server.error_responses import HANDLERS, ApiError
 from octavo.server.http import Answer, Gate, JsonEndpoint, parse
 from octavo.server.protocol import ApiModel, ChatInput, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from octavo.server.served import Served
+from octavo.server.serving import Served
+from octavo.version import __version__
 
 __all__ = ["make_app"]
 

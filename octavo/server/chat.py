@@ -7,18 +7,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from octavo.engine.outputs import Delta
-from octavo.engine.request import SamplingParams, StructuredOutput
 from octavo.errors import InvalidRequest
+from octavo.frontend.outputs import Delta
+from octavo.messages import SamplingParams, StructuredOutput
+from octavo.server.chat_messages import plain_messages
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.messages import plain_messages
+from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
+from octavo.server.parsers.tools import PARSERS, CallParser, NamedCall, make_parser
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
-from octavo.server.reader import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
-from octavo.server.served import Served
+from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
-from octavo.server.tool_calls import PARSERS, CallParser, NamedCall, make_parser
 
 __all__ = ["chat", "chat_prompt"]
 

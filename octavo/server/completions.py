@@ -8,13 +8,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from octavo.engine.outputs import Delta
-from octavo.engine.request import SamplingParams
 from octavo.errors import InvalidRequest
+from octavo.frontend.outputs import Delta
+from octavo.messages import SamplingParams
 from octavo.server.http import Answer, merge
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
-from octavo.server.served import Served
+from octavo.server.serving import Served
 from octavo.server.structured import structured_output
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]

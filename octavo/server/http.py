@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ApiError, as_api_error, error_response, from_validation
+from octavo.server.error_responses import ApiError, as_api_error, error_response, from_validation
 from octavo.server.protocol import ApiModel
 
 __all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "GateState", "JsonEndpoint", "merge", "parse", "read_json"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.engine.request import Logprob, Logprobs
-from octavo.engine.tokenizer import Tokenizer
+from octavo.messages import Logprob, Logprobs
+from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 

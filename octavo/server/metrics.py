@@ -6,8 +6,8 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from octavo.engine.outputs import Delta
-from octavo.engine.request import EngineStats
+from octavo.frontend.outputs import Delta
+from octavo.messages import EngineStats
 
 __all__ = ["Metrics", "RequestWatch"]
 

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
-from octavo.server.ending import Ending
-from octavo.server.greeting import greet, say
-from octavo.server.progress import Progress
-from octavo.server.reader import check_reasoning_parser
-from octavo.server.tool_calls import choose_parser
+from octavo.server.console import LoadingBar, greet, say
+from octavo.server.parsers.reasoning import check_reasoning_parser
+from octavo.server.parsers.tools import choose_parser
+from octavo.server.shutdown import Ending
 
 if TYPE_CHECKING:
-    from octavo.engine.client import AsyncEngine
-    from octavo.server.served import Served
+    from octavo.frontend.async_engine import AsyncEngine
+    from octavo.server.serving import Served
 
 __all__ = ["DEMO_NAME", "add_arguments", "run"]
 
@@ -132,9 +131,9 @@ async def serve(
     args: argparse.Namespace, config: EngineConfig, listener: socket.socket, template: str | None, started: float
 ) -> int:
     """Loads, serves and ends. The exit code."""
-    from octavo.engine.client import AsyncEngine
+    from octavo.frontend.async_engine import AsyncEngine
 
-    progress = Progress()
+    progress = LoadingBar()
     loading = asyncio.ensure_future(AsyncEngine.start(config, progress.update))
     ending = Ending(loading, args.shutdown_timeout)
     await asyncio.sleep(0)  # the engine process starts here, and loads while this one imports the server
@@ -198,7 +197,7 @@ def make_served(
 ) -> Served:
     """The engine with its names and the parsers that it is given, or that its family needs."""
     from octavo.server.metrics import Metrics
-    from octavo.server.served import Served
+    from octavo.server.serving import Served
 
     metrics = Metrics(names[0])
     engine.add_stats_listener(metrics.on_step)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from octavo.engine.request import StructuredOutput
 from octavo.errors import InvalidRequest
+from octavo.messages import StructuredOutput
 from octavo.server.protocol import Function, GenerationRequest, Tool
 
 __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
 from octavo.config import EngineConfig
-from octavo.engine.blocks import BlockPool
+from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
-from octavo.engine.request import EngineRequest, EngineStats, SamplingParams, StructuredOutput, TokenOutput
 from octavo.engine.runner import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.messages import EngineRequest, EngineStats, SamplingParams, StructuredOutput, TokenOutput
 from octavo.ops.cpu import library
 
 LENGTH = 100  # max_model_len

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo import LLM
 from octavo.demo import MODEL_DIR
 from octavo.engine.grammar import GrammarCompiler
-from octavo.engine.request import EngineRequest, SamplingParams, StructuredOutput
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.messages import EngineRequest, SamplingParams, StructuredOutput
 
 EOS = frozenset({0})
 SCHEMA = {

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.config import EngineConfig
+from octavo.convert import save_quantized as saving
+from octavo.convert.output_file import OutputFile
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.quant import SCHEMES, dequantize, quantize
-from octavo.weights import saving
-from octavo.weights.output import OutputFile
 
 SCHEME_NAMES = ["fp8", "ptpc_fp8", "fp8_block"]
 PROMPTS = ["def read(self", "import os\n\n\ndef "]

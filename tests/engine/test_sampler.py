@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ops.drawn import drawn
+from ops.sampled import drawn
 
 from octavo import ops
 from octavo.engine import sampler
-from octavo.engine.histories import Histories
-from octavo.engine.request import SamplingParams, StructuredOutput
 from octavo.engine.sampler import SamplingRow, logprobs_of, uniform
+from octavo.engine.token_history import Histories
+from octavo.messages import SamplingParams, StructuredOutput
 from octavo.ops import reference
 from octavo.platform import detect
 

@@ -18,10 +18,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from octavo.engine.blocks import BlockPool
-from octavo.engine.request import EngineRequest, SamplingParams
-from octavo.engine.schedule import Status
+from octavo.engine.block_pool import BlockPool
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.sequence import Status
+from octavo.messages import EngineRequest, SamplingParams
 
 VOCAB = 11
 EOS = frozenset({0})

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import block, choose, decode, draw, elementwise, launch, linear, prefill, rope
+from octavo.ops.triton import argmax, block_linear, decode, elementwise, launch, linear, prefill, rope, sample
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -62,22 +62,22 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         dict(BLOCK=4096, **limit), {"num_warps": 8},
     )  # fmt: skip
     yield (
-        "likeliest", choose._likeliest,
+        "likeliest", argmax._likeliest,
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
-        dict(BLOCK=choose.BLOCK, LOWEST=choose.LOWEST, PDL=pdl), {"num_warps": 8},
+        dict(BLOCK=argmax.BLOCK, LOWEST=argmax.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
     row = dict(logits=fp32, best=i64, temperature=fp32, top_k=i32, top_p=fp32, min_p=fp32, u="*fp64", counts=i32, sums=fp32,
                weights=fp32, places=i32, numbers=i32, lefts=fp32, out=i64, size="i32", stride="i32")  # fmt: skip
-    tiles = dict(CHUNK=draw.CHUNK, PARTS=64, EDGES=draw.EDGES, PDL=pdl)
+    tiles = dict(CHUNK=sample.CHUNK, PARTS=64, EDGES=sample.EDGES, PDL=pdl)
     for name, kernel, cut in (
-        ("look", draw._draw_look, {"CUT": False}), ("look_cut", draw._draw_look, {"CUT": True}), ("pick", draw._draw_pick, {}),
-        ("list", draw._draw_list, {}), ("last", draw._draw, {}),
+        ("look", sample._draw_look, {"CUT": False}), ("look_cut", sample._draw_look, {"CUT": True}),
+        ("pick", sample._draw_pick, {}), ("list", sample._draw_list, {}), ("last", sample._draw, {}),
     ):  # fmt: skip
         fp64 = {"sums": "*fp64"} if name in ("look", "pick") else {}
         yield (
             f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row} | fp64,
             {p: value for p, value in (tiles | cut).items() if p in kernel.arg_names},
-            {"num_warps": draw.LIST_WARPS if kernel is draw._draw else draw.ROW_WARPS},
+            {"num_warps": sample.LIST_WARPS if kernel is sample._draw else sample.ROW_WARPS},
         )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
@@ -105,7 +105,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         )  # fmt: skip
     for bm in (16, 128):
         yield (
-            f"block_linear_{bm}", block._block_linear,
+            f"block_linear_{bm}", block_linear._block_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, tokens="i32", n="i32", width="i32", groups="i32"),
             dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
             {"num_warps": 4 if bm == 16 else 8},

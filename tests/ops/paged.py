@@ -8,7 +8,7 @@ import torch
 from octavo import batch as batches
 from octavo.kvcache import KVCache, Layout, Views, spec_for
 from octavo.ops import gpu
-from octavo.ops.resident import attention
+from octavo.ops.hopper import attention
 from octavo.platform import detect
 from octavo.quant import SCHEMES, quantize
 

@@ -1,4 +1,4 @@
-"""Attention of single tokens as one launch of csrc/decode.cu, against float64; and that it compiles where there is no GPU."""
+"""Attention of single tokens by decode_attention.cu, against float64; and that it compiles where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from conftest import relative_error
 pytest.importorskip("triton")
 
 from octavo.ops.contract import HeadNorms
-from octavo.ops.resident import attention, decode
-from octavo.ops.resident import compile as compiler
+from octavo.ops.hopper import attention, decode
+from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
 from tests.ops.paged import K_SCALE, V_SCALE, cache_of, exact, needs_hopper, scene
-from tests.ops.test_resident import dumped
+from tests.ops.test_decoder_megakernel import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads
 LENGTHS = {
@@ -34,7 +34,7 @@ LENGTHS = {
 def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, boxes from the cache itself, nothing in local memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("decode.cu", "sm_90a", {"HEADS": heads}), tmp_path)
+    stacks, code = dumped(compiler.compile_cubin("decode_attention.cu", "sm_90a", {"HEADS": heads}), tmp_path)
     assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{2 * heads}x32\.F32\.E4M3\.E4M3", code)) == 8
     assert "UTMALDG.5D" in code
@@ -43,7 +43,7 @@ def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither decode.cu nor prefill.cu."""
+    """Neither decode_attention.cu nor prefill_attention.cu."""
     monkeypatch.setattr(compiler, "missing", lambda: None)
 
     def reasons(

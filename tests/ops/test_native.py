@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from ops.drawn import SPREADS, check_draw
+from ops.sampled import SPREADS, check_draw
 from ops.shapes import BATCHES, HEADS, LINEAR
 from ops.test_attention import FP8, KV_DTYPES, check, scene
 from ops.test_linear import activations

@@ -1,4 +1,4 @@
-"""Attention of many tokens as one launch of csrc/prefill.cu, against float64; and that it compiles where there is no GPU."""
+"""Attention of many tokens by prefill_attention.cu, against float64; and that it compiles where there is no GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from conftest import relative_error
 
 pytest.importorskip("triton")
 
-from octavo.ops.resident import attention, prefill
-from octavo.ops.resident import compile as compiler
+from octavo.ops.hopper import attention, prefill
+from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.prefill import prefill_attention as triton_prefill
 from tests.ops.paged import K_SCALE, V_SCALE, exact, needs_hopper, scene
-from tests.ops.test_resident import dumped
+from tests.ops.test_decoder_megakernel import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (64, 1)]  # query heads, KV heads
 # Requests as (tokens before this step, tokens in this step).
@@ -33,7 +33,7 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a product, that the compiler does not make wait for each
     other; boxes from the cache itself."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("prefill.cu", "sm_90a", {}), tmp_path)
+    stacks, code = dumped(compiler.compile_cubin("prefill_attention.cu", "sm_90a", {}), tmp_path)
     assert int(stacks[0]) <= 48  # the 160 registers of a thread are all in use: a few of what its loop does not touch are kept
     assert len(re.findall(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", code)) == 8
     assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == 2
@@ -42,7 +42,7 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_division_by_a_factor_is_exact() -> None:
-    """As prefill.cu divides a row's place by the heads of its KV head."""
+    """As prefill_attention.cu divides a row's place by the heads of its KV head."""
     for by in range(1, prefill.MOST_GROUP + 1):
         assert [x * (65536 // by + 1) >> 16 for x in range(256)] == [x // by for x in range(256)]
 
@@ -55,7 +55,7 @@ def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> 
     seen = []
     for request, token, position, head, count in found:
         assert 0 < count <= prefill.ROWS
-        assert head + count - 1 < 256  # what prefill.cu divides
+        assert head + count - 1 < 256  # what prefill_attention.cu divides
         assert position - token == contexts[request] - queries[request] - sum(queries[:request])
         seen += [(token * group + head + i) for i in range(count)]
     assert sorted(seen) == list(range(queries[0] * group, sum(queries) * group))

@@ -12,7 +12,7 @@ from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import HeadNorms, PackedWeight, Quantized, Unscaled
-from octavo.ops.triton import attention, block, choose, decode, elementwise, linear, prefill, rope
+from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, linear, prefill, rope
 from octavo.platform import FP8_MAX
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
@@ -151,8 +151,8 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
     assert q.scale is not None
     expanded = q.scale.repeat_interleave(128, 0)[:n].contiguous() if scale_rows else q.scale
     x = torch.randn(m, k, device=DEVICE).bfloat16()
-    codes, scale = block.quantize_groups(x, q.data.dtype, q.data.shape[1])
-    found = block.block_linear(codes, scale, q.data, expanded, n)
+    codes, scale = block_linear.quantize_groups(x, q.data.dtype, q.data.shape[1])
+    found = block_linear.block_linear(codes, scale, q.data, expanded, n)
     assert found.shape == (m, n)
     if m:
         # on the CPU: a GPU divides by a number with its reciprocal, whose last bit makes other codes
@@ -381,5 +381,5 @@ def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     x[7, vocab // 4] = torch.nan
     wide = torch.cat([x, x[:, :1] + 1000], 1)[:, :vocab]  # rows that are not adjacent
     for given in (x, x, wide):
-        assert choose.likeliest(given).tolist() == given.float().argmax(-1).tolist()
-    assert choose.likeliest(x[:0]).shape == (0,)
+        assert argmax.likeliest(given).tolist() == given.float().argmax(-1).tolist()
+    assert argmax.likeliest(x[:0]).shape == (0,)

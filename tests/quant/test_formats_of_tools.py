@@ -18,7 +18,7 @@ from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize
 from octavo.quant.checks import check_format
 from octavo.quant.formats import read_weight, stored_shape
-from octavo.tools.quantize import quantize_checkpoint
+from octavo.tools.quantize.quantize import quantize_checkpoint
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 
 DATA = Path(__file__).parents[1] / "data/formats"

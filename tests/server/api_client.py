@@ -11,7 +11,7 @@ import httpx
 from server.fake_engine import FakeEngine
 
 from octavo.server.app import make_app
-from octavo.server.served import Served
+from octavo.server.serving import Served
 
 
 @dataclass

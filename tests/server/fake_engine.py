@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from octavo.demo import MODEL_DIR
-from octavo.engine.client import EngineDead
-from octavo.engine.detokenizer import Detokenizer
-from octavo.engine.outputs import Delta, EngineInfo, check_request
-from octavo.engine.request import EngineStats, Logprob, SamplingParams
-from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import InvalidRequest
+from octavo.frontend.async_engine import EngineDead
+from octavo.frontend.outputs import Delta, check_request
+from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams
+from octavo.text.detokenizer import Detokenizer
+from octavo.text.tokenizer import Tokenizer
 
 
 class FakeEngine:

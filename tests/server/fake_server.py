@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from server.fake_engine import FakeEngine
 
 from octavo.cli import main
-from octavo.engine.client import AsyncEngine
+from octavo.frontend.async_engine import AsyncEngine
 
 
 async def start(config: Any, on_progress: Any = None) -> FakeEngine:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.cli import engine_config, make_parser
-from octavo.tools import plan as tool
-from octavo.tools.planning.build import Plan
+from octavo.tools.plan import plan as tool
+from octavo.tools.plan.variants import Plan
 
 SIZES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4, "I64": 8}
 TINY_LLAMA: dict[str, Any] = {

@@ -19,13 +19,15 @@ from server.processes import Server
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.request import SamplingParams
+from octavo.messages import SamplingParams
 from octavo.models import MODEL_TYPES, architecture
-from octavo.tools import bench_offline, bench_serve, bench_workloads
-from octavo.tools.bench_limit import Ceilings, Costs, costs_of, costs_of_shape, limit
-from octavo.tools.bench_profile import GAPS, _kernels, role_of
-from octavo.tools.bench_workloads import SHAPES, WORKLOADS, Workload, prompts, spread
-from octavo.tools.planning.shapes import model_of
+from octavo.tools.bench import offline as bench_offline
+from octavo.tools.bench import online as bench_serve
+from octavo.tools.bench import workloads as bench_workloads
+from octavo.tools.bench.limit import Ceilings, Costs, costs_of, costs_of_shape, limit
+from octavo.tools.bench.profiling import GAPS, _kernels, role_of
+from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, prompts, spread
+from octavo.tools.plan.shapes import model_of
 
 BY_HAND = Costs(
     weight_bytes=100, head_bytes=10, kv_bytes=2, fp8_operations=1000, plain_operations=0, head_operations=50, pair_operations=4,

@@ -28,11 +28,11 @@ from octavo.engine import runner
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.server import serve
-from octavo.tools import report
-from octavo.tools.compare import Comparison, compare, write_atomically, write_config
-from octavo.tools.compare_layers import Sensitivity
-from octavo.tools.compare_measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
-from octavo.tools.compare_search import Budget, search, verdict
+from octavo.tools.compare import html_report as report
+from octavo.tools.compare.compare import Comparison, compare, write_atomically, write_config
+from octavo.tools.compare.layer_errors import Sensitivity
+from octavo.tools.compare.measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
+from octavo.tools.compare.search import Budget, search, verdict
 
 IDS = tokens(192, seed=5)
 WINDOW = 64
@@ -112,7 +112,7 @@ def test_the_metrics_are_those_of_float64_through_transformers(tiny: Path, schem
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
 def test_kl_keeps_its_precision_however_small(size: float) -> None:
-    from octavo.tools.compare_measure import _kl
+    from octavo.tools.compare.measure import _kl
 
     g = torch.Generator().manual_seed(0)
     p = torch.randn(16, 5000, generator=g) * 4
@@ -483,7 +483,7 @@ def test_without_matplotlib_the_report_is_refused_first(
 def test_matplotlib_is_for_the_report_alone() -> None:
     import subprocess
 
-    code = "import sys, octavo.tools.report, octavo.tools.compare_layers; print('matplotlib' in sys.modules)"
+    code = "import sys, octavo.tools.compare.html_report, octavo.tools.compare.layer_errors; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -14,9 +14,9 @@ from tools.planner import answer, checkpoint, plan_of
 from octavo.cli import main
 from octavo.demo import MODEL_DIR
 from octavo.platform import detect
-from octavo.tools.planning import accelerators
-from octavo.tools.planning.fit import working_bytes
-from octavo.tools.planning.words import groups, notes, refusals
+from octavo.tools.plan import accelerators
+from octavo.tools.plan.explain import groups, notes, refusals
+from octavo.tools.plan.fit import working_bytes
 
 DEMO_BYTES = 11_540_992
 

@@ -11,7 +11,7 @@ import pytest
 from tools.planner import TINY_LLAMA, answer, checkpoint, llama_tensors, plan_of, write_headers
 
 from octavo.errors import OctavoError
-from octavo.tools.planning.words import groups
+from octavo.tools.plan.explain import groups
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import torch
 from tools.planner import answer
 
 from octavo.kvcache import spec_for
+from octavo.models.published import KNOWN, known_config
 from octavo.quant import SCHEMES, concat, quantize
 from octavo.quant.rules import QuantRules
-from octavo.tools.planning.known import KNOWN, known_config
-from octavo.tools.planning.shapes import model_of
-from octavo.tools.planning.sizes import Attention
-from octavo.tools.planning.stored import FORMATS, matches
+from octavo.tools.plan.shapes import model_of
+from octavo.tools.plan.sizes import Attention
+from octavo.tools.plan.stored_formats import FORMATS, matches
 
 # Of the models as published: parameters in 1e9, GB in BF16, GB with the text model's linears in FP8 of 128x128 tiles (or as
 # the hub has them), KiB of BF16 cache a token, of which the indexer's. As printed: half of the last digit is their precision.

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 from octavo import LLM
 from octavo.cli import main
+from octavo.convert import quantize_plan
+from octavo.convert.output_directory import MARKER, ORIGIN
+from octavo.convert.output_file import OutputFile
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize, quantize
-from octavo.tools.quantize import quantize_checkpoint
-from octavo.weights import quantize_plan
-from octavo.weights.output import OutputFile
-from octavo.weights.output_directory import MARKER, ORIGIN
+from octavo.tools.quantize.quantize import quantize_checkpoint
 
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
@@ -323,7 +323,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SIGNALLED = """
 import os, signal, sys
 from octavo.cli import main
-from octavo.weights.output import OutputFile
+from octavo.convert.output_file import OutputFile
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 number, after = int(sys.argv[1]), int(sys.argv[2])
@@ -604,7 +604,7 @@ def test_ignored_layers_become_bf16(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_device_decides_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints hold e4m3fn, also where the device computes in e4m3fnuz."""
     fnuz = Platform(torch.device("cpu"), "gfx942", fp8_dtype=torch.float8_e4m3fnuz)
-    monkeypatch.setattr("octavo.tools.quantize.detect", lambda device: fnuz)
+    monkeypatch.setattr("octavo.tools.quantize.quantize.detect", lambda device: fnuz)
     run(checkpoint, tmp_path / "out")
     monkeypatch.undo()
     run(checkpoint, tmp_path / "again")

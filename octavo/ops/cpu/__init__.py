@@ -12,6 +12,6 @@ LINEAR: list[LinearImplementation] = [Native(), Widened()]
 
 if missing() is None:
     from octavo.ops.cpu.native import attention, captures, draw, likeliest, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
-    from octavo.ops.cpu.recording import capture
+    from octavo.ops.cpu.op_recorder import capture
 
     __all__ += ["capture", "captures", "draw", "likeliest", "rms_norm", "rope_write_kv", "rotate", "silu_mul"]

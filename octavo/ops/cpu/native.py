@@ -19,7 +19,7 @@ from octavo.ops import reference
 from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
-from octavo.ops.cpu.recording import launch
+from octavo.ops.cpu.op_recorder import launch
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor

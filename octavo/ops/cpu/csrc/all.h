@@ -3,7 +3,7 @@
 #include "linear.h"
 #include "attention.h"
 #include "elementwise.h"
-#include "draw.h"
+#include "sample.h"
 
 #if DOT
 #define PAIRS_PAY NAME(pairs_pay)

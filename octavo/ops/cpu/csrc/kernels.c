@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include "pool.h"
 #include "types.h"
-#include "kept.h"
+#include "filter.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

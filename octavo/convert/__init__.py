@@ -1,0 +1,1 @@
+"""Quantized checkpoints made of others, a few megabytes at a time."""

@@ -1,0 +1,39 @@
+"""The fixed text whose keys and values set the FP8 cache's scales under --calculate-kv-scales."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from octavo.errors import OctavoError
+from octavo.text.tokenizer import Tokenizer
+
+__all__ = ["calibration_tokens"]
+
+TEXT = """\
+The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
+3.75 a kilo, and nobody spoke of it. "We should have gone north," said Ines, and her brother nodded: north, yes, on the 14th.
+
+def median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+Question: If a train leaves at 09:40 and travels 210 km at 84 km/h, when does it arrive?
+Answer: 210 / 84 = 2.5 hours, so it arrives at 12:10.
+
+{"name": "Octavo", "tags": ["paper", "format"], "pages": 8, "bound": true, "price": null}
+
+Les feuilles pliées trois fois donnent seize pages. Ein Bogen, dreimal gefalzt, ergibt acht Blätter. 一张纸折三次，得到八页。
+SELECT city, COUNT(*) FROM orders WHERE total > 100 GROUP BY city ORDER BY 2 DESC;
+"""
+
+
+def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
+    """Token ids of the text, in the model's own tokens; without a tokenizer, 512 random ones, the same every time."""
+    try:
+        return Tokenizer(directory).encode(TEXT)
+    except OctavoError:
+        return random.Random(0).choices(range(vocab_size), k=512)

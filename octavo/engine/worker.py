@@ -1,0 +1,134 @@
+"""The engine process: one loop that takes messages, steps, and sends back what each step brought."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
+
+__all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
+
+ORPHAN_GRACE = 5.0  # seconds that a step or a load may take to end after the parent died
+
+
+class Core(Protocol):
+    """What this process needs of an EngineCore."""
+
+    info: EngineInfo
+
+    def add(self, request: EngineRequest) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> tuple[list[TokenOutput], EngineStats]: ...
+
+
+MakeCore = Callable[[EngineConfig, Progress], Core]
+
+
+def engine_core(config: EngineConfig, progress: Progress) -> Core:
+    """The real core. Imported here, for it brings torch."""
+    from octavo.engine.core import EngineCore
+
+    return EngineCore(config, progress)
+
+
+def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None) -> None:
+    """The main function of the engine process. Ends when told to, when a step fails, or when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    try:
+        core = _load(config, connection, make_core or engine_core)
+        if core is None:
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, lambda *_: inbox.put(("shutdown",)))
+        gc.collect()
+        gc.freeze()  # the model lives as long as the process; the collector need not walk it in the middle of a step
+        _serve(core, inbox, connection)
+    except BrokenPipeError:
+        return  # the parent is gone; nobody is left to tell
+    except Exception as error:
+        if not isinstance(error, OctavoError):
+            traceback.print_exc()
+        connection.send(("dead", f"The engine stopped: {_sentence(error)}"))
+        sys.exit(1)
+
+
+def _receive(connection: Connection, inbox: SimpleQueue[Message]) -> None:
+    """Runs in a thread, so that an idle engine sleeps in its inbox and a busy one never waits for the pipe."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        inbox.put(("shutdown",))
+    time.sleep(ORPHAN_GRACE)
+    os._exit(1)  # a step that never ends must not keep the accelerator's memory for nobody
+
+
+def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> Core | None:
+    try:
+        core = make_core(config, lambda stage, fraction: connection.send(("progress", stage, fraction)))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OctavoError):
+            traceback.print_exc()
+        connection.send(("failed", _sentence(error)))
+        return None
+    connection.send(("ready", core.info))
+    return core
+
+
+def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> None:
+    while True:
+        outputs: list[TokenOutput] = []
+        for message in _drain(inbox, wait=not core.has_work()):
+            if message[0] == "shutdown":
+                return
+            outputs += _obey(core, message)
+        stats = EngineStats()  # that of an idle engine, so that no gauge stays at its last busy value
+        if core.has_work():
+            stepped, stats = core.step()
+            outputs += stepped
+        connection.send(("step", outputs, stats))
+
+
+def _drain(inbox: SimpleQueue[Message], wait: bool) -> list[Message]:
+    messages = [inbox.get()] if wait else []
+    try:
+        while True:
+            messages.append(inbox.get_nowait())
+    except Empty:
+        return messages
+
+
+def _obey(core: Core, message: Message) -> list[TokenOutput]:
+    """Does what a message asks. A request that the core refuses is answered; it harms no other."""
+    if message[0] == "add":
+        try:
+            core.add(message[1])
+        except OctavoError as error:
+            return [TokenOutput(message[1].request_id, [], "abort", error=str(error))]
+    else:
+        for request_id in message[1]:
+            core.abort(request_id)
+    return []
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OctavoError):
+        return str(error)
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"

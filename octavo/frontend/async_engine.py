@@ -1,0 +1,246 @@
+"""The engine seen from an asyncio program: it runs in a process of its own, and this one never imports torch.
+
+Two threads tend the pipe, so that the event loop never waits for it: one writes, one reads and hands each step to the
+loop in one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import multiprocessing
+import threading
+from collections.abc import AsyncGenerator, Callable
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import EngineConfig
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.engine_start import worker
+from octavo.frontend.outputs import Delta, OutputProcessor, check_request, fan_out
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
+from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+
+if TYPE_CHECKING:
+    from octavo.engine.worker import MakeCore
+
+__all__ = ["AsyncEngine", "EngineDead"]
+
+EXIT_SECONDS = 5.0  # how long a process that was told to end may take before it is killed
+
+
+class EngineDead(OctavoError):
+    """The engine process is gone; only a new start helps."""
+
+
+class _Stream:
+    """One sequence on its way: what turns its tokens into deltas, and where those go."""
+
+    __slots__ = ("processor", "queue")
+
+    def __init__(self, processor: OutputProcessor, queue: asyncio.Queue[Delta | OctavoError]):
+        self.processor = processor
+        self.queue = queue
+
+
+class AsyncEngine:
+    """An engine in a process of its own. Make one with `await AsyncEngine.start(config)`, end it with `shutdown()`."""
+
+    info: EngineInfo
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+
+    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None):
+        """Starts the process without waiting for it; `start` is the way to get an engine that is ready."""
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._on_progress = on_progress
+        self._streams: dict[str, _Stream] = {}
+        self._listeners: list[Callable[[EngineStats], None]] = []
+        self._dead: str | None = None
+        self._closing = False
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=worker().run_engine, args=(config, theirs, make_core), name="octavo-engine")
+        self._process.start()
+        self._reaping = threading.Lock()
+        theirs.close()  # or the end of the process would never be seen
+        atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
+        threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
+        threading.Thread(target=self._read, name="octavo-read", daemon=True).start()
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
+    ) -> AsyncEngine:
+        """An engine that is ready. `on_progress(stage, fraction)` hears of the loading; raises OctavoError if it fails."""
+        engine = cls(config, make_core, on_progress)
+        try:
+            engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
+            engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else eos_token_ids(config.model)
+            engine.info = await engine._ready
+        except BaseException:  # a cancelled start must not leave a process behind
+            engine._kill()
+            raise
+        return engine
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine died or was shut down."""
+        return self._dead is None
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """The sampling values that the checkpoint recommends, by SamplingParams' names."""
+        return self.tokenizer.default_sampling if self.tokenizer else {}
+
+    def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
+        """`listener` is called in the event loop with the statistics of each step."""
+        self._listeners.append(listener)
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises InvalidRequest if `generate` would refuse this."""
+        check_request(self.info, self.tokenizer, prompt_token_ids, params)
+        longest, length, wanted = self.info.max_model_len, len(prompt_token_ids), params.max_tokens
+        if wanted is not None and length + wanted > longest:
+            raise InvalidRequest(
+                f"This model's maximum context length is {longest} tokens. However, you requested {length + wanted} tokens "
+                f"({length} in the prompt, {wanted} in the completion). Please reduce the prompt or max_tokens.",
+                "max_tokens",
+            )
+
+    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta]:
+        """The deltas of one request, one for each sequence and step, never merged.
+
+        Raises InvalidRequest here and not at the first delta, so that a server can still answer with an error; raises
+        EngineDead when the engine dies. Closing the generator early aborts the request.
+        """
+        self._raise_if_gone()
+        self.check(prompt_token_ids, params)
+        return self._generate(list(fan_out(request_id, prompt_token_ids, params, self.eos_token_ids)))
+
+    async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
+        self._raise_if_gone()  # once more: the first delta may be asked for much later
+        if any(request.request_id in self._streams for request in requests):
+            raise InvalidRequest(f"A request with the id {requests[0].request_id} is already running.", "request_id")
+        queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
+        for index, request in enumerate(requests):
+            self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
+            self._outbox.put(("add", request))
+        running = len(requests)
+        try:
+            while running:
+                delta = await queue.get()
+                if isinstance(delta, OctavoError):
+                    raise delta
+                running -= delta.finish_reason is not None
+                yield delta
+        finally:
+            left = [request.request_id for request in requests if self._streams.pop(request.request_id, None)]
+            if left:
+                self._outbox.put(("abort", left))
+
+    async def shutdown(self, drain_seconds: float = 0.0) -> None:
+        """Takes no new requests, lets the running ones end for `drain_seconds`, then ends the process. Never hangs."""
+        self._closing = True
+        deadline = self._loop.time() + drain_seconds
+        while self._streams and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        self._die("The engine was shut down.")
+        self._outbox.put(("shutdown",))
+        await asyncio.to_thread(self._exit_code)
+        self._kill()
+
+    def _raise_if_gone(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        if self._closing:
+            raise EngineDead("The engine is shutting down.")
+
+    def _kill(self) -> None:
+        atexit.unregister(self._kill)
+        self._outbox.put(None)
+        with self._reaping:
+            if self._process.is_alive():
+                self._process.kill()
+        self._exit_code()
+
+    def _exit_code(self) -> int | None:
+        """Waits for the process to end: its exit code, or None after EXIT_SECONDS.
+
+        The lock: of two threads that ask at once, the kernel tells one, and the other would believe that the process lives.
+        """
+        if not wait([self._process.sentinel], EXIT_SECONDS):
+            return None
+        with self._reaping:
+            self._process.join(EXIT_SECONDS)
+            return self._process.exitcode
+
+    def _write(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._connection.send(message)
+        except OSError:
+            pass  # the process is gone, as the reader will find
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
+        except (EOFError, OSError):
+            sentence = _how_it_ended(self._exit_code())
+        except RuntimeError:
+            return  # the loop is closed; nobody listens any more
+        try:
+            self._loop.call_soon_threadsafe(self._receive, ("dead", sentence))
+        except RuntimeError:
+            return
+
+    def _receive(self, message: Message) -> None:
+        kind = message[0]
+        if kind == "step":
+            self._step(message[1], message[2])
+        elif kind == "progress":
+            if self._on_progress is not None:
+                self._on_progress(message[1], message[2])
+        elif kind == "ready":
+            if not self._ready.done():
+                self._ready.set_result(message[1])
+        else:  # failed or dead
+            self._die(message[1])
+
+    def _step(self, outputs: list[TokenOutput], stats: EngineStats) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue  # aborted, while the engine was at its last step
+            if output.error is not None:
+                del self._streams[output.request_id]
+                stream.queue.put_nowait(InvalidRequest(output.error))
+                continue
+            delta = stream.processor.process(output)
+            stream.queue.put_nowait(delta)
+            if delta.finish_reason is not None:
+                del self._streams[output.request_id]
+                if output.finish_reason is None:  # a stop string: the engine sees only tokens
+                    self._outbox.put(("abort", [output.request_id]))
+        for listener in self._listeners:
+            listener(stats)
+
+    def _die(self, sentence: str) -> None:
+        if self._dead is not None:
+            return
+        self._dead = sentence
+        if not self._ready.done():
+            self._ready.set_exception(OctavoError(sentence))
+        for stream in self._streams.values():
+            stream.queue.put_nowait(EngineDead(sentence))
+        self._streams.clear()
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code == -9:
+        return "The engine process was killed; the machine may have run out of memory."
+    return f"The engine process ended unexpectedly (exit code {code})."

@@ -1,0 +1,174 @@
+"""Offline generation: the engine inside this process, with the shapes of vLLM's LLM class."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from octavo.config import EngineConfig, canonical, config_fields
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.engine_start import worker
+from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput, check_request, fan_out
+from octavo.messages import SamplingParams, TokenOutput
+from octavo.text.chat_template import render_chat
+from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput"]
+
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model to generate with, in this process. `options` are EngineConfig's fields; raises OctavoError on a wrong one.
+
+    llm = LLM("path/to/checkpoint", quantization="ptpc_fp8")
+    print(llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text)
+    """
+
+    def __init__(self, model: str | Path = "", **options: Any):
+        known = [field.name for field in config_fields()]
+        for name in options:
+            canonical("LLM's option", name, dict.fromkeys(known, name))
+        self.config = EngineConfig(model=str(model), **options)
+        self.tokenizer = load_tokenizer(self.config.model)
+        self._core = worker().engine_core(self.config, lambda stage, fraction: None)
+        self.info = self._core.info
+        self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
+        self._numbers = count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; raises OctavoError if it has none."""
+        return self.tokenizer or Tokenizer(self.config.model)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling that the checkpoint recommends."""
+        return SamplingParams(**(self.tokenizer.default_sampling if self.tokenizer else {}))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`."""
+        return self.get_tokenizer().encode(text, add_special_tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each."""
+        listed = _listed(prompts)
+        params = self._params_of(sampling_params, len(listed))
+        results = [self._accept(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        with _bar(len(results), use_tqdm) as advance:
+            self._run(results, params, advance)
+        return results
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """The answers to one conversation, or to each of several."""
+        tokenizer = self.get_tokenizer()
+        template = chat_template or tokenizer.template_for(tools is not None)
+        if template is None:
+            raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
+        one = not messages or isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Messages]", [messages] if one else messages)
+        special, switches = tokenizer.special_tokens, dict(chat_template_kwargs or {})
+        texts = [render_chat(template, chat, special, tools, add_generation_prompt, **switches) for chat in conversations]
+        # the template wrote the special tokens out
+        ids = [{"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
+        return self.generate(ids, sampling_params, use_tqdm)
+
+    def _params_of(self, given: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.get_default_sampling_params()] * number
+        if len(given) != number:
+            raise InvalidRequest(f"There are {number} prompts and {len(given)} sampling_params; give one, or one for each.")
+        return list(given)
+
+    def _accept(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        elif not isinstance(prompt, Mapping):
+            prompt = {"prompt_token_ids": prompt}
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is None:
+            if not isinstance(text, str):
+                raise InvalidRequest("A prompt is text, token ids, or a dict with prompt or prompt_token_ids.", "prompt")
+            ids = self.encode(text)
+        try:
+            ids = list(map(operator.index, ids))  # numpy's integers too
+        except TypeError as error:
+            raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
+        result = RequestOutput(str(next(self._numbers)), text, ids)
+        check_request(self.info, self.tokenizer, result.prompt_token_ids, params)
+        result.outputs = [CompletionOutput(index) for index in range(params.n)]
+        return result
+
+    def _run(self, results: list[RequestOutput], params: list[SamplingParams], advance: Callable[[], None]) -> None:
+        running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}
+        try:
+            for result, one in zip(results, params, strict=True):
+                for index, request in enumerate(fan_out(result.request_id, result.prompt_token_ids, one, self._eos)):
+                    self._core.add(request)
+                    running[request.request_id] = result, OutputProcessor(request, self.tokenizer, index)
+            while running:
+                for output in self._core.step()[0]:
+                    if output.request_id in running and self._take(output, running):
+                        advance()
+        finally:  # after an error or Ctrl-C the next call must find an idle engine
+            for request_id in running:
+                self._core.abort(request_id)
+
+    def _take(self, output: TokenOutput, running: dict[str, tuple[RequestOutput, OutputProcessor]]) -> bool:
+        """Adds what a step brought; True if it completed a prompt."""
+        if output.error is not None:
+            raise InvalidRequest(output.error)
+        result, processor = running[output.request_id]
+        delta = processor.process(output)
+        result.add(delta)
+        if delta.finish_reason is not None:
+            del running[output.request_id]
+            if output.finish_reason is None:  # a stop string: the core sees only tokens
+                self._core.abort(output.request_id)
+        return result.finished
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], Integral):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Iterable[Prompt]", prompts))
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A function to call for each finished prompt; it moves a progress bar on a terminal."""
+    if not wanted:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Generating", total=total)
+        yield lambda: progress.advance(task)

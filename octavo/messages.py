@@ -1,0 +1,173 @@
+"""What crosses between the API process and the engine: requests, sampling parameters, tokens, statistics.
+
+Messages are tuples whose first item is their name. To the engine: ("add", EngineRequest), ("abort", request ids),
+("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed", sentence), then
+("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from octavo.errors import InvalidRequest
+
+__all__ = [
+    "EngineInfo",
+    "EngineRequest",
+    "EngineStats",
+    "FinishReason",
+    "Logprob",
+    "Logprobs",
+    "Message",
+    "Progress",
+    "SamplingParams",
+    "StructuredOutput",
+    "TokenOutput",
+]
+
+Message = tuple[Any, ...]
+Progress = Callable[[str, float], None]
+FinishReason = Literal["stop", "length", "abort"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """A grammar that the output must follow: `kind` says how to read `grammar`."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Names and defaults are vLLM's; raises InvalidRequest on a wrong value."""
+
+    n: int = 1
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all tokens
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: as many as the context holds
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # this many alternatives beside each chosen token
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    structured: StructuredOutput | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails too
+                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {value}.", name)
+        if self.top_p <= 0:
+            raise InvalidRequest(f"top_p must be over 0 and at most 1, not {self.top_p}.", "top_p")
+        if self.repetition_penalty <= 0:
+            raise InvalidRequest(f"repetition_penalty must be over 0, not {self.repetition_penalty}.", "repetition_penalty")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}.", "min_tokens")
+        if any(not s for s in self.stop):
+            raise InvalidRequest("stop must not hold an empty string.", "stop")
+        for token, bias in (self.logit_bias or {}).items():
+            if not -100 <= bias <= 100:
+                raise InvalidRequest(f"logit_bias of token {token} must be between -100 and 100, not {bias}.", "logit_bias")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+_INF = float("inf")
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("n", 1, 128),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", -1, 2**31),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, 100),
+    ("seed", -(2**63), 2**64 - 1),
+    ("max_tokens", 1, _INF),
+    ("min_tokens", 0, _INF),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability (natural log, of the raw logits) and its rank, 1 being the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+Logprobs = tuple[Logprob, ...]  # the chosen token first, then the likeliest ones in order
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation as the engine sees it: a single sequence of tokens (n > 1 is several of these)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What one step added to one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token that ended it, None for EOS
+    logprobs: list[Logprobs] | None = None  # beside each of token_ids
+    prompt_logprobs: list[Logprobs | None] | None = None  # with the first token only; None for the first prompt token
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None  # why the engine could not go on with it
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """The engine after one step, for metrics. Counters are of this step alone."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # 0 to 1
+    iteration_tokens: int = 0
+    prefix_cache_queries: int = 0  # in tokens
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    scheduled_first: list[str] = field(default_factory=list)  # requests that left the queue in this step
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine says of itself."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    model_type: str
+    report: list[str] = field(default_factory=list)  # lines to print: what was quantized, where the memory went

@@ -1,0 +1,39 @@
+"""The cache's blocks as prefill_attention.cu and decode_attention.cu read them, and of which caches and queries they do."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.kvcache import Views
+from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+
+__all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
+
+DIM, BLOCK = 128, 64  # of a head; tokens of a block
+
+
+def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -> str | None:
+    """None, or why such queries over this cache are not theirs."""
+    k, v = views["k"], views["v"]
+    heads, dim = k.shape[2:]
+    if (reason := no_warpgroups(arch)) is not None:
+        return reason
+    if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
+        return "not a cache of e4m3 with one scale"
+    if queries is not torch.bfloat16 or dim != DIM or window is not None:
+        return f"not BF16 queries of {DIM} dimensions that see their whole context"
+    size = heads * DIM
+    expected = (2 * BLOCK * size, size, DIM, 1), (2 * BLOCK * size, 1, DIM * BLOCK, BLOCK)
+    if k.shape[1] != BLOCK or (k.stride(), v.stride()) != expected or v.data_ptr() - k.data_ptr() != BLOCK * size:
+        return f"not blocks of {BLOCK} tokens, keys before values, values with their tokens last"
+    return None
+
+
+def cache_maps(views: Views) -> bytes:
+    """Of keys [blocks, 64, heads, 128]: pairs of tokens, four places apart in four, so that a box of a block has each 16 in the
+    order in which a thread of the matrix unit holds sums over them; a head's values of a block are 128 rows of 64 tokens."""
+    k, v = views["k"], views["v"]
+    blocks, token = k.shape[0], k.stride(1)
+    sizes, strides = (token, 2, 4, 2, 2 * blocks * BLOCK // 16), (token, 4 * token, 2 * token, 16 * token)
+    keys = tensor_map(k, sizes, strides, (DIM, 2, 4, 2, BLOCK // 16))
+    return keys + tensor_map(v, (BLOCK, token, blocks), (BLOCK, k.stride(0)), (BLOCK, DIM, 1))

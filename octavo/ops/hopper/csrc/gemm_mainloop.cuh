@@ -1,0 +1,182 @@
+/* Products of many tokens' FP8 codes by a weight's. Included by gate_up_silu_gemm.cu and qkv_rope_kv_write_gemm.cu, which say what becomes of the sums.
+
+   A tile is 128 tokens by two boxes of HALF rows of the weight, which lie `second` rows apart and STEP rows from those of the
+   next tile. A program stays on each multiprocessor. One warp asks the copy engine for codes, as far ahead as shared memory
+   holds; two groups of warps multiply, 64 tokens each. CLUSTER programs with tiles below one another share the weight's rows:
+   each asks for a part of them, for all. Sums stay in the matrix unit, with about 14 bits. */
+
+#include "types.cuh"
+
+struct Product {
+    Map x, weight; /* boxes of 128 tokens by 128 codes, of HALF rows by 128 codes */
+    int tokens, across, steps, second; /* across: tiles of the weight; steps of 128 codes */
+};
+
+constexpr int DEPTH = 128, TOKENS = 128, TILES_TALL = 8, STAGES = HALF > 64 ? 4 : 6, GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
+constexpr int WARPS = CONSUMERS / 32, X = TOKENS * DEPTH, W = HALF * DEPTH; /* the last two in bytes */
+
+/* A warp's results on their way out: 16 tokens by 64 values, twice, as the copy engine takes them. */
+typedef u16 Out[2][16 * 64];
+struct Ring {
+    u8 x[STAGES][X], weight[STAGES][2][W];
+    u64 full[STAGES], empty[STAGES];
+};
+struct Shared {
+    Ring ring;
+    __align__(1024) Out out[WARPS];
+};
+extern "C" __device__ const int threads = THREADS;
+extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
+
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+#define NAMES110 NAMES60 TEN(6) TEN(7) TEN(8) TEN(9) TEN(10)
+#define MULTIPLY(shape, names, A, B, ADD, ...)                                                                             \
+    asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%" #A ", 0x40000040}; mov.b64 b, {%" #B ", 0x40000040};\n"     \
+                 "setp.ne.b32 p, %" #ADD ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned." shape ".f32.e4m3.e4m3 {" names "}, a, b, p, 1, 1;}"                       \
+                 : __VA_ARGS__ : "r"(descriptor(x) + 2 * i), "r"(descriptor(weight) + 2 * i), "r"(i ? 1 : add))
+
+/* sums [64, 2 HALF] = (add ? sums : 0) + x [64, 128] weight [2 HALF, 128]^T, both of rows of 128 bytes: begun. Of a row a thread
+   has every fourth pair of columns; sum i of it is of row i / 2 % 2 of two that are 8 apart. */
+INLINE void multiply(float (&sums)[HALF], u32 x, u32 weight, bool add) {
+    begin_matrices();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#if HALF == 128
+        MULTIPLY("m64n256k32", NAMES110 TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127", 128, 129, 130, OUT64(sums), OUT16(sums, 64),
+                 OUT16(sums, 80), OUT16(sums, 96), OUT16(sums, 112));
+#elif HALF == 112
+        MULTIPLY("m64n224k32", NAMES110 "%110, %111", 112, 113, 114, OUT64(sums), OUT16(sums, 64), OUT16(sums, 80), OUT16(sums, 96));
+#else
+        MULTIPLY("m64n128k32", NAMES64, 64, 65, 66, OUT64(sums));
+#endif
+    end_matrices();
+}
+
+INLINE u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+INLINE void meet_cluster() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+/* The same barrier of another program of the cluster. Not a release: that would wait for all of the thread's writes. */
+INLINE void arrive_at(const u64 *barrier, u32 program) {
+    asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a];}" ::"r"(address(barrier)),
+                 "r"(program) : "memory");
+}
+#define COPY "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+INLINE void copy_box(const void *to, const Map &map, int column, int row, const u64 *barrier) {
+    asm volatile(COPY " [%0], [%1, {%2, %3}], [%4];" ::"r"(address(to)), "l"(&map), "r"(column), "r"(row), "r"(address(barrier)) : "memory");
+}
+INLINE void copy_box_to_cluster(const void *to, const Map &map, int column, int row, const u64 *barrier) {
+    asm volatile(COPY ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(address(to)), "l"(&map), "r"(column), "r"(row),
+                 "r"(address(barrier)), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+
+/* A program's tiles, one after another: some of the tall side by all of the wide one, so that what is read stays in the L2. */
+struct Tiles {
+    int tall, at, token, row; /* the first of a tile: of the tokens, of the weight's rows */
+    u32 rank;
+    INLINE Tiles(const Product &s) {
+        rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+        tall = (s.tokens + TOKENS * CLUSTER - 1) / (TOKENS * CLUSTER);
+        at = blockIdx.x / CLUSTER;
+    }
+    INLINE bool next(const Product &s) {
+        if (at >= tall * s.across) return false;
+        const int first = at / (TILES_TALL * s.across) * TILES_TALL, size = min(TILES_TALL, tall - first), in = at - first * s.across;
+        token = ((first + in % size) * CLUSTER + rank) * TOKENS, row = in / size * STEP;
+        at += gridDim.x / CLUSTER;
+        return true;
+    }
+};
+
+INLINE void ask(const Product &s, Ring &m) {
+    Place<STAGES> at;
+    Tiles tile(s);
+    while (tile.next(s))
+#pragma unroll 1
+        for (int k = 0; k < s.steps; k++, at.next()) {
+            const u64 *full = m.full + at.at;
+            wait(m.empty + at.at, at.parity ^ 1);
+            expect(full, X + 2 * W);
+            copy_box(m.x[at.at], s.x, k * DEPTH, tile.token, full);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = tile.row + i * s.second;
+                if (CLUSTER == 1) copy_box(m.weight[at.at][i], s.weight, k * DEPTH, row, full);
+                else if (tile.rank == i) copy_box_to_cluster(m.weight[at.at][i], s.weight, k * DEPTH, row, full);
+            }
+        }
+}
+
+/* Of a tile, end.prepare(token), then, with its sums, end.finish(sums, token, row): a warp's 16 tokens from `token` on. */
+template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &end) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    auto leave = [&](int stage) {
+        if (CLUSTER > 1 && lane < CLUSTER) arrive_at(m.empty + stage, lane);
+        if (CLUSTER == 1 && lane == 0) arrive(m.empty + stage);
+    };
+    Place<STAGES> at;
+    Tiles tile(s);
+    while (tile.next(s)) {
+        float sums[HALF];
+        int before = 0;
+        end.prepare(tile.token + warp * 16);
+#pragma unroll 1
+        for (int k = 0; k < s.steps; k++, at.next()) {
+            wait(m.full + at.at, at.parity);
+            multiply(sums, address(m.x[at.at]) + warp / 4 * 64 * DEPTH, address(m.weight[at.at]), k > 0);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); /* all but the step that was just begun */
+            if (k > 0) leave(before);
+            before = at.at;
+        }
+        await(sums);
+        leave(before);
+        end.finish(sums, tile.token + warp * 16, tile.row);
+    }
+}
+
+INLINE void store_box(const Map &map, int byte, int row, const void *from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(byte), "r"(row),
+                 "r"(address(from)) : "memory");
+}
+INLINE void end_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+INLINE void await_stores() { /* what a warp stored has left its place */
+    if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+}
+/* 16 tokens by 16 values, the i-th 8 of 64: of sum pairs 2j + r the columns 8j, the rows 8r. */
+INLINE void put(u16 *out, int i, const u32 (&y)[4]) {
+    const int lane = threadIdx.x % 32;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(out) + lane % 16 * 128 + ((i + lane / 16) ^ lane % 8) * 16),
+                 "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
+}
+
+/* A kernel: End(its arguments, a warp's place for what it stores) says what becomes of the sums. */
+template <class End, class Arguments> INLINE void product(const Arguments &arguments) {
+    Shared &shared = shared_memory<Shared>();
+    const Product &s = arguments.product;
+    Ring &m = shared.ring;
+    End end(arguments, shared.out[min(threadIdx.x / 32, WARPS - 1)]);
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) init<1>(m.full + i), init<WARPS * CLUSTER>(m.empty + i);
+        show_barriers();
+    }
+    __syncthreads();
+    if (CLUSTER > 1) meet_cluster();
+    wait_for_earlier_kernels();
+    if (group == GROUPS) { /* 64,512 registers in all, the 168 of each thread at the launch */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == CONSUMERS) ask(s, m);
+        __syncwarp();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        multiply_tiles(s, m, end);
+        if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+    if (CLUSTER > 1) meet_cluster(); /* nobody writes to the shared memory of a program that is gone */
+}

@@ -1,0 +1,283 @@
+/* Attention of many new tokens over an FP8 cache in blocks: both products in FP8 matrix instructions of a group of warps.
+
+   A program stays on each multiprocessor and takes one piece of work after another, the longest first: some rows of one
+   request and KV head, a row being a token and one of the query heads that share the KV head. Three groups of warps have 64 rows
+   each. One warp asks the copy engine for what they need, as far ahead as shared memory holds: the queries of the next piece, and
+   keys and values straight from the cache's blocks, which all groups share.
+
+   Queries are rounded to FP8 with a scale a row. Probabilities become codes in the threads that hold them: those hold a row's sums
+   in another order than an FP8 operand's, so the copy engine lays the keys out in that order. What the matrix unit sums over 128
+   keys, with about 14 bits, is added up in FP32 (online softmax: Milakov and Gimelshein, 2018; Dao et al., 2022). */
+
+#include "types.cuh"
+
+/* Rows of one request: from query head `skip` of its KV head's on, of the token whose row of q and position are these. */
+struct Tile { int request, token, position, skip, rows; };
+
+struct Prefill {
+    Map keys, values; /* boxes of a block of one head: 64 tokens by 128, 128 by 64 tokens */
+    const u16 *queries; /* BF16 [tokens, kv_heads * group, 128] */
+    u16 *out; /* the same */
+    const int *tables; /* [requests, table_width] blocks */
+    const Tile *tiles; /* the longest contexts first */
+    u32 *taken; /* [2] zeros: pieces taken beyond the first of each program, programs that are done */
+    int table_width, pieces, kv_heads, group; /* query heads of a KV head */
+    float qk_scale, v_scale; /* the first with log2(e) */
+};
+
+constexpr int DIM = 128, KEYS = 128, BLOCK = 64, GROUPS = 3, ROWS = 64 * GROUPS, TILE = KEYS * DIM, STAGES = 4;
+constexpr int PLACES = 2 * BLOCK / 16; /* a block in the map of keys: 16 tokens each of its keys, then as much of its values */
+constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
+constexpr float LIMIT = 448.0f, LIFT = 7.0f; /* probabilities up to 2**7: few below the least code, none over the largest */
+
+struct Piece { Tile tile; int kv_head, tiles; };
+struct Shared {
+    u8 keys[STAGES][TILE], values[STAGES][TILE], codes[ROWS * DIM];
+    u16 queries[ROWS * DIM];
+    Piece pieces[2];
+    float scale[ROWS];
+    u64 full_k[STAGES], empty_k[STAGES], full_v[STAGES], empty_v[STAGES], full[2], empty;
+};
+extern "C" __device__ const int threads = THREADS;
+extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
+
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+/* x / by for 0 <= x < 256 and by <= 64 */
+struct Division {
+    int factor;
+    INLINE Division(int by) : factor(65536 / by + 1) {}
+    INLINE int of(int x) const { return x * factor >> 16; }
+};
+
+/* x [64, 128] = a [64, 128] b [128, 128]^T, both of rows of 128 bytes: begun. */
+INLINE void begin_scores(float (&x)[64], u32 a, u32 b) {
+    begin_matrices();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%64, 0x40000040}; mov.b64 b, {%65, 0x40000040}; setp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, a, b, p, 1, 1;}"
+                     : OUT64(x) : "r"(descriptor(a) + 2 * i), "r"(descriptor(b) + 2 * i), "r"(i));
+    end_matrices();
+}
+/* x [64, 128] = p [64, 128] v [128, 128]^T, p in registers, v two blocks of 128 rows of 64 bytes: begun. */
+INLINE void begin_values(float (&x)[64], const u32 (&p)[16], u32 v) {
+    begin_matrices();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("{.reg .pred p; .reg .b64 b; mov.b64 b, {%68, 0x80000020}; setp.ne.b32 p, %69, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, {%64, %65, %66, %67}, b, p, 1, 1;}"
+                     : OUT64(x) : "r"(p[4 * i]), "r"(p[4 * i + 1]), "r"(p[4 * i + 2]), "r"(p[4 * i + 3]),
+                       "r"(descriptor(v + i / 2 * (TILE / 2)) + i % 2 * 2), "r"(i));
+    end_matrices();
+}
+
+/* A thread's two rows of a group's 64: 8 apart, and of each every fourth pair of columns. Value i of 64 is of row i / 2 % 2. */
+struct Rows {
+    float peak[2], total[2], factor[2], shrink[2];
+    int position[2];
+};
+
+/* Scores become probabilities over their row's peak, times 2**LIFT, and those codes. `hidden`: some keys come after some tokens. */
+INLINE void soften(float (&s)[64], u32 (&p)[16], Rows &rows, int key, bool hidden) {
+    if (hidden) {
+        const int own = key + threadIdx.x % 4 * 4; /* four adjacent keys of each 16, as the copy engine laid them out */
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            if (own + i / 8 * 16 + i % 8 / 4 * 2 + i % 2 > rows.position[i / 2 % 2]) s[i] = -1e30f;
+    }
+    float most[2] = {s[0], s[2]}, less[2];
+#pragma unroll
+    for (int i = 0; i < 64; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        const float higher = fmaxf(rows.peak[r], most[r] * rows.factor[r]);
+        rows.shrink[r] = exp2_of(rows.peak[r] - higher);
+        rows.peak[r] = higher;
+        rows.total[r] *= rows.shrink[r];
+        less[r] = higher - LIFT;
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        const int r = i / 2 % 2;
+        s[i] = exp2_of(fmaf(s[i], rows.factor[r], -less[r]));
+        rows.total[r] += s[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i += 8)
+#pragma unroll
+        for (int r = 0; r < 2; r++) p[i / 4 + r] = codes_of(s[i + 2 * r], s[i + 2 * r + 1], s[i + 4 + 2 * r], s[i + 5 + 2 * r]);
+}
+
+struct Consumer {
+    Place<STAGES> at;
+    Place<2> piece;
+
+    /* A group's queries as codes, swizzled, with their scales. Each warp has its own 16 rows. */
+    INLINE void round_queries(Shared &m, int group) {
+        const int lane = threadIdx.x % 16;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 16 + 2 * i;
+            const uint4 x = *(const uint4 *)(m.queries + row * DIM + lane * 8);
+            const float y[8] = {low_of(x.x), high_of(x.x), low_of(x.y), high_of(x.y), low_of(x.z), high_of(x.z), low_of(x.w), high_of(x.w)};
+            float most = 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(y[j]));
+#pragma unroll
+            for (int j = 1; j < 16; j *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, j));
+            const float scale = fmaxf(most * (1 / LIMIT), 1e-12f), inverse = __fdividef(1, scale);
+            uint2 c;
+            c.x = codes_of(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse);
+            c.y = codes_of(y[4] * inverse, y[5] * inverse, y[6] * inverse, y[7] * inverse);
+            *(uint2 *)(m.codes + row * DIM + ((lane / 2 ^ row) & 7) * 16 + lane % 2 * 8) = c;
+            if (lane == 0) m.scale[row] = scale;
+        }
+        show_matrix_unit();
+        asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    }
+
+    INLINE void run(const Prefill &s, Shared &m, int group) {
+        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; /* of the piece's; and 8 more */
+        const bool leads = threadIdx.x % 32 == 0;
+        const Division by_group(s.group);
+        const u32 q = address(m.codes) + group * 64 * DIM;
+        for (;;) {
+            const Piece &own = m.pieces[piece.at];
+            const Tile &t = own.tile;
+            wait(m.full + piece.at, piece.parity);
+            if (t.rows == 0) break;
+            round_queries(m, group);
+            if (leads) arrive(&m.empty);
+            /* tiles of keys that all of the group's rows see, that any of them sees, and that the piece has */
+            const int first = t.skip + group * 64, end = t.skip + min(group * 64 + 64, t.rows);
+            const int whole = (t.position + by_group.of(first) + 1) / KEYS, seen = first < end ? (t.position + by_group.of(end - 1)) / KEYS + 1 : 0;
+            Rows rows;
+            float o[64];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                rows.peak[r] = -1e30f, rows.total[r] = 0, rows.factor[r] = m.scale[row + 8 * r] * s.qk_scale;
+                rows.position[r] = t.position + by_group.of(t.skip + row + 8 * r);
+            }
+#pragma unroll
+            for (int i = 0; i < 64; i++) o[i] = 0;
+#pragma unroll 1
+            for (int j = 0; j < seen; j++) {
+                float x[64];
+                u32 p[16];
+                wait(m.full_k + at.at, at.parity);
+                begin_scores(x, q, address(m.keys[at.at]));
+                await(x);
+                if (leads) arrive(m.empty_k + at.at);
+                soften(x, p, rows, j * KEYS, j >= whole);
+                wait(m.full_v + at.at, at.parity);
+                begin_values(x, p, address(m.values[at.at]));
+                await(x);
+                if (leads) arrive(m.empty_v + at.at);
+                at.next();
+#pragma unroll
+                for (int i = 0; i < 64; i++) o[i] = fmaf(o[i], rows.shrink[i / 2 % 2], x[i]);
+            }
+#pragma unroll 1
+            for (int j = seen; j < own.tiles; j++, at.next()) {
+                wait(m.full_k + at.at, at.parity);
+                wait(m.full_v + at.at, at.parity);
+                if (leads) arrive(m.empty_k + at.at), arrive(m.empty_v + at.at);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float total = rows.total[r];
+                total += __shfl_xor_sync(~0u, total, 1);
+                total += __shfl_xor_sync(~0u, total, 2);
+                const float by = s.v_scale / total;
+                const int head = t.skip + row + 8 * r, token = by_group.of(head);
+                if (row + 8 * r >= t.rows) continue;
+                u16 *to = s.out + (((i64)(t.token + token) * s.kv_heads + own.kv_head) * s.group + head - token * s.group) * DIM + threadIdx.x % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 16; i++) *(u32 *)(to + 8 * i) = narrow_two(o[4 * i + 2 * r] * by, o[4 * i + 2 * r + 1] * by);
+            }
+            piece.next();
+        }
+    }
+};
+
+/* The keys of a block: 16 tokens at a time in the order of a thread's sums, tokens 4t + 2i + e at 8i + 2t + e. */
+INLINE void copy_keys(u32 to, const Map &map, int column, int place, const u64 *barrier) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %3, %4}], [%5];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(0), "r"(place), "r"(address(barrier)) : "memory");
+}
+INLINE void copy_values(u32 to, const Map &map, int row, int block, const u64 *barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 ::"r"(to), "l"(&map), "r"(0), "r"(row), "r"(block), "r"(address(barrier)) : "memory");
+}
+
+/* One warp says what the next piece is and fetches its queries; its first thread fetches keys and values. */
+INLINE void ask(const Prefill &s, Shared &m) {
+    Place<STAGES> at;
+    Place<2> piece;
+    Place<1> emptied; /* of the queries */
+    const int lane = threadIdx.x % 32;
+    const Division by_group(s.group);
+    for (int which = blockIdx.x;; piece.next(), emptied.next()) {
+        wait(&m.empty, emptied.parity ^ 1);
+        if (which >= s.pieces) break;
+        const Tile t = s.tiles[which / s.kv_heads];
+        const int kv_head = which % s.kv_heads, tokens = by_group.of(t.skip + t.rows - 1) + 1, last = t.position + tokens - 1, tiles = last / KEYS + 1;
+        if (lane == 0) {
+            m.pieces[piece.at] = {t, kv_head, tiles};
+            expect(m.full + piece.at, t.rows * DIM * 2);
+            which = gridDim.x + atomicAdd(s.taken, 1);
+        }
+        __syncwarp();
+        for (int i = lane; i < tokens; i += 32) {
+            const int first = i ? 0 : t.skip, count = min(s.group, t.skip + t.rows - i * s.group) - first;
+            copy(address(m.queries + (i * s.group + first - t.skip) * DIM), s.queries + (((i64)(t.token + i) * s.kv_heads + kv_head) * s.group + first) * DIM,
+                 count * DIM * 2, address(m.full + piece.at));
+        }
+        which = __shfl_sync(~0u, which, 0);
+        if (lane == 0) {
+            const int *table = s.tables + (i64)t.request * s.table_width;
+            int even = table[0], odd = table[min(1, last / BLOCK)];
+#pragma unroll 1
+            for (int j = 0; j < tiles; j++, at.next()) {
+                const int next_even = table[min(2 * j + 2, last / BLOCK)], next_odd = table[min(2 * j + 3, last / BLOCK)];
+                wait(m.empty_k + at.at, at.parity ^ 1);
+                expect(m.full_k + at.at, TILE);
+                copy_keys(address(m.keys[at.at]), s.keys, kv_head * DIM, even * PLACES, m.full_k + at.at);
+                copy_keys(address(m.keys[at.at]) + TILE / 2, s.keys, kv_head * DIM, odd * PLACES, m.full_k + at.at);
+                wait(m.empty_v + at.at, at.parity ^ 1);
+                expect(m.full_v + at.at, TILE);
+                copy_values(address(m.values[at.at]), s.values, kv_head * DIM, even, m.full_v + at.at);
+                copy_values(address(m.values[at.at]) + TILE / 2, s.values, kv_head * DIM, odd, m.full_v + at.at);
+                even = next_even, odd = next_odd;
+            }
+        }
+        __syncwarp();
+    }
+    if (lane) return;
+    m.pieces[piece.at].tile.rows = 0;
+    arrive(m.full + piece.at);
+    if (atomicAdd(s.taken + 1, 1) == gridDim.x - 1) s.taken[0] = s.taken[1] = 0; /* for the next launch */
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const __grid_constant__ Prefill s) {
+    Shared &m = shared_memory<Shared>();
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) init<1>(m.full_k + i), init<GROUPS * 4>(m.empty_k + i), init<1>(m.full_v + i), init<GROUPS * 4>(m.empty_v + i);
+        init<1>(m.full), init<1>(m.full + 1), init<GROUPS * 4>(&m.empty);
+        show_barriers();
+    }
+    __syncthreads();
+    wait_for_earlier_kernels();
+    if (group == GROUPS) { /* 65,536 registers in all */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (threadIdx.x / 32 == GROUPS * 4) ask(s, m);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        Consumer().run(s, m, group);
+    }
+}

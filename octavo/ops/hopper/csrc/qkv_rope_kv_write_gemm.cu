@@ -1,0 +1,170 @@
+/* Queries, keys and values of many tokens: the product by the weight, then what lies between it and attention. Heads of queries
+   and keys may be normed, are rotated (dimension i with i + 64, by the position's cosine and sine) and, as values are,
+   written: queries as BF16, keys and values as e4m3 into their tokens' slots of a cache in blocks.
+
+   A tile is HALF / 64 heads of 128 rows of the weight. */
+
+constexpr int STEP = 2 * HALF;
+#include "gemm_mainloop.cuh"
+
+struct Qkv {
+    Product product;
+    Map queries; /* BF16 [tokens, q_heads * 128] in boxes of 16 tokens by 64 values */
+    const float *by_token, *by_row;
+    const u16 *q_norm, *k_norm; /* BF16 [128]; null: none */
+    const float *cos_sin; /* [positions, 128], cosines first */
+    const i64 *positions, *slots; /* a slot is 64 * block + offset */
+    u8 *cache; /* [blocks, 2, kv_heads * 64 * 128]: keys [64, kv_heads, 128], values [kv_heads, 128, 64] */
+    int q_heads, kv_heads;
+    float eps, by_key, by_value; /* the last two: one over the cache's scales */
+};
+
+constexpr int DIM = 128, BLOCK = 64;
+
+/* Of a head of 16 tokens a thread has two rows 8 apart: dimensions 8i + 2t + e of row 8r are y[4i + 2r + e], t its place in four. */
+INLINE void norm(float *y, const u16 *gains, float eps) {
+    float by[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 64; i++) by[i / 2 % 2] = fmaf(y[i], y[i], by[i / 2 % 2]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        by[r] += __shfl_xor_sync(~0u, by[r], 1);
+        by[r] += __shfl_xor_sync(~0u, by[r], 2);
+        by[r] = rsqrtf(by[r] * (1.0f / DIM) + eps);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const u32 gain = *(const u32 *)(gains + 8 * i + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int r = 0; r < 2; r++) y[4 * i + 2 * r] *= by[r] * low_of(gain), y[4 * i + 2 * r + 1] *= by[r] * high_of(gain);
+    }
+}
+INLINE void turn(float *y, const float2 (&cosines)[2][8], const float2 (&sines)[2][8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float2 cosine = cosines[r][i], sine = sines[r][i];
+            float *low = y + 4 * i + 2 * r, *high = low + 32;
+            const float a = low[0], b = low[1];
+            low[0] = a * cosine.x - high[0] * sine.x, low[1] = b * cosine.y - high[1] * sine.y;
+            high[0] = high[0] * cosine.x + a * sine.x, high[1] = high[1] * cosine.y + b * sine.y;
+        }
+}
+INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0; } /* the cache holds no other */
+INLINE u32 two_codes(const float *y, float by) { return codes_of(finite(y[0]) * by, finite(y[1]) * by); }
+
+INLINE void write_queries(const Map &map, Out &out, const float *y, int token, int head) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+        u32 two[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) two[j] = narrow_two(y[4 * i + 2 * j], y[4 * i + 2 * j + 1]);
+        put(out[i / 8], i % 8, two);
+    }
+    show_matrix_unit();
+    __syncwarp();
+    if (threadIdx.x % 32) return;
+    store_box(map, head * DIM * 2, token, out[0]), store_box(map, head * DIM * 2 + 128, token, out[1]);
+    end_stores();
+}
+/* 16 bytes at a time, of a row of keys; 16-byte parts lie swizzled in between, that rows do not meet in a bank. */
+INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            *(u16 *)(out + (lane / 4 + 8 * r) * DIM + (8 * i + lane % 4 * 2 ^ lane / 4 * 16)) = two_codes(y + 4 * i + 2 * r, s.by_key);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 8 + 4 * i;
+        const i64 to = __shfl_sync(~0u, slot, row);
+        if (row < tokens)
+            *(uint4 *)(s.cache + ((to / BLOCK * 2 * BLOCK + to % BLOCK) * s.kv_heads + head) * DIM + lane % 8 * 16) =
+                *(const uint4 *)(out + row * DIM + (lane % 8 ^ row % 8) * 16);
+    }
+    __syncwarp();
+}
+/* 16 tokens of a dimension at a time, which mostly lie side by side in the cache. */
+INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const u32 two = two_codes(y + 4 * i + 2 * r, s.by_value);
+            u8 *to = out + (8 * i + lane % 4 * 2) * 16 + lane / 4 + 8 * r;
+            to[0] = two, to[16] = two >> 8;
+        }
+    __syncwarp();
+    const i64 first = __shfl_sync(~0u, slot, 0);
+    const bool adjacent = __all_sync(~0u, first % 16 == 0 && slot == first + lane % 16);
+    u8 *to = s.cache + ((slot / BLOCK * 2 + 1) * s.kv_heads + head) * (BLOCK * DIM) + slot % BLOCK;
+    if (adjacent) {
+#pragma unroll
+        for (int d = lane; d < DIM; d += 32) *(uint4 *)(to - lane % 16 + d * BLOCK) = *(const uint4 *)(out + d * 16);
+    } else if (lane % 16 < tokens) {
+#pragma unroll 8
+        for (int d = lane / 16; d < DIM; d += 2) to[d * BLOCK] = out[d * 16 + lane % 16];
+    }
+    __syncwarp();
+}
+
+/* Where it stands: cosines and sines are asked for before a tile's products and are there after them. */
+INLINE float2 load_two(const float *p) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+struct End {
+    const Qkv &s;
+    Out &out; /* queries, or codes of a head: keys 16 by 128, values 128 by 16 */
+    float by[2];
+    float2 cosines[2][8], sines[2][8];
+    i64 slot;
+
+    INLINE End(const Qkv &s, Out &out) : s(s), out(out) {}
+    INLINE void prepare(int token) {
+        const int lane = threadIdx.x % 32, last = s.product.tokens - 1;
+        slot = s.slots[min(token + lane % 16, last)];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int own = min(token + lane / 4 + 8 * r, last);
+            by[r] = s.by_token[own];
+            const float *of = s.cos_sin + s.positions[own] * DIM + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 8; i++) cosines[r][i] = load_two(of + 8 * i), sines[r][i] = load_two(of + 64 + 8 * i);
+        }
+    }
+    INLINE void finish(float (&sums)[HALF], int token, int row) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int h = 0; h < HALF / 64; h++) {
+            const int head = row / DIM + h;
+            float *y = sums + 64 * h;
+            if (head >= s.q_heads + 2 * s.kv_heads) break;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const float2 by_row = *(const float2 *)(s.by_row + head * DIM + 8 * i + lane % 4 * 2);
+#pragma unroll
+                for (int r = 0; r < 2; r++) y[4 * i + 2 * r] *= by[r] * by_row.x, y[4 * i + 2 * r + 1] *= by[r] * by_row.y;
+            }
+            await_stores();
+            const int kv_head = head - s.q_heads;
+            if (kv_head >= s.kv_heads) {
+                write_values(s, (u8 *)out, y, slot, s.product.tokens - token, kv_head - s.kv_heads);
+                continue;
+            }
+            if (s.q_norm) norm(y, kv_head < 0 ? s.q_norm : s.k_norm, s.eps);
+            turn(y, cosines, sines);
+            if (kv_head < 0) write_queries(s.queries, out, y, token, head);
+            else write_keys(s, (u8 *)out, y, slot, s.product.tokens - token, kv_head);
+        }
+    }
+};
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) qkv_product(const __grid_constant__ Qkv s) {
+    product<End>(s);
+}

@@ -1,0 +1,64 @@
+"""Attention of single new tokens over an FP8 cache as one launch, csrc/decode_attention.cu, with rotary and cache write."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_ubyte, c_void_p
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import Views
+from octavo.ops.hopper.cache_blocks import DIM, cache_maps
+from octavo.ops.hopper.compile import Kernel
+from octavo.ops.triton import launch
+from octavo.ops.triton.decode import LOG2E, New
+
+__all__ = ["HEADS", "MOST_COUNTERS", "DecodeAttention"]
+
+HEADS = (4, 8)  # query heads of a KV head that a kernel is compiled for
+MOST_COUNTERS = 1 << 14  # requests times KV heads
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = [
+        ("maps", c_ubyte * 128 * 2),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "positions", "slots", "cos_sin", "q_norm",
+                                        "k_norm", "k_cache", "parts", "counters")),
+        ("q_stride", c_int64), ("kv_stride", c_int64),
+        *((name, c_int32) for name in ("requests", "table_width", "kv_heads", "group", "rotated")),
+        *((name, c_float) for name in ("eps", "qk_scale", "k_scale", "v_scale")), ("padding", c_ubyte * 28),  # to 64 bytes
+    ]  # fmt: skip
+
+
+class DecodeAttention:
+    """The kernel for up to `heads` query heads of a KV head on a device, with room for what programs leave each other."""
+
+    def __init__(self, kernel: Kernel, heads: int, device: torch.device):
+        self.kernel = kernel
+        programs = launch.device_units()
+        self.parts = torch.empty(programs * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
+        self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, scale: float, k_scale: float,
+        v_scale: float, new: New | None = None,
+    ) -> None:  # fmt: skip
+        """Rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not turned yet."""
+        kv_heads, tables = views["k"].shape[2], batch.block_tables
+        given: tuple[int | None, ...] = (None,) * 2
+        token: tuple[int | None, ...] = (None,) * 5
+        kv_stride, rotated, eps = 0, 0, 0.0
+        if new is not None:
+            given = new.k.data_ptr(), new.v.data_ptr()
+            norms = (new.norms.q.data_ptr(), new.norms.k.data_ptr()) if new.norms else (None, None)
+            token = new.positions.data_ptr(), new.slots.data_ptr(), new.cos_sin.data_ptr(), *norms
+            kv_stride, rotated, eps = new.k.stride(0), new.cos_sin.shape[1], new.norms.eps if new.norms else 0.0
+        arguments = _Decode(
+            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views)), q.data_ptr(), *given, out.data_ptr(), tables.data_ptr(),
+            batch.seq_lens.data_ptr(), *token, views["k"].data_ptr(), self.parts.data_ptr(), self.counters.data_ptr(),
+            q.stride(0), kv_stride, requests, tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps,
+            scale * LOG2E * k_scale, k_scale, v_scale,
+        )  # fmt: skip
+        self.kernel.launch(launch.device_units() // kv_heads * kv_heads, arguments, early=True)

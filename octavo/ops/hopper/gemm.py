@@ -1,0 +1,88 @@
+"""What products of many tokens by csrc/gemm_mainloop.cuh have in common: the choice of a variant, and their arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from ctypes import c_int32, c_ubyte
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.ops import gpu
+from octavo.ops.contract import Activation, PackedWeight, Quantized
+from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+from octavo.ops.triton import launch
+from octavo.ops.triton.linear import MOST_TOKENS
+
+__all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "programs", "refusal", "tokens_of"]
+
+log = logging.getLogger(__name__)
+
+TOKENS, DEPTH = 128, 128  # of a tile, and of a step over K, as in gemm_mainloop.cuh
+OPTIONS = "CLUSTER", "HALF"  # what a Variant is of
+OUT_BOX = 128, 16  # bytes and tokens of a box of results
+
+
+class Variant(NamedTuple):
+    """Programs that share the weight's rows, and half of a tile's."""
+
+    cluster: int
+    half: int
+
+
+# In units of a tile's rows at Llama-3.1-8B's K: what a tile takes beside its products, and how much longer those take where no
+# other program shares the weight (one H100).
+AFTERWARDS, ALONE = 8, 1.06
+
+
+def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> Variant:
+    """The variant that is done first with a weight of so many rows, counting tiles that follow one another."""
+
+    def took(v: Variant) -> float:
+        tiles, places = -(-tokens // (TOKENS * v.cluster)) * -(-rows // (2 * v.half)), units // v.cluster
+        return -(-tiles // places) * (v.half * (ALONE if v.cluster == 1 else 1.0) + AFTERWARDS)
+
+    return min(variants, key=took)
+
+
+def tokens_of(x: Activation) -> int:
+    return len(x.codes if isinstance(x, Quantized) else x)
+
+
+def refusal(arch: str, x: Activation, w: PackedWeight) -> str | None:
+    """None, or why such tokens are not multiplied by `w` here."""
+    if (reason := no_warpgroups(arch)) is not None:
+        return reason
+    if not isinstance(w, gpu.PackedScaledMM) or w.reads is not torch.float8_e4m3fn:
+        return "not a weight of e4m3 with a scale a row"
+    if isinstance(x, Tensor) and x.dtype is not torch.bfloat16:
+        return "not BF16 activations"
+    if tokens_of(x) <= MOST_TOKENS:
+        return f"not more than {MOST_TOKENS} tokens"
+    return None
+
+
+class Product(ctypes.Structure):
+    """The arguments that all kernels begin with."""
+
+    _fields_ = [
+        ("maps", c_ubyte * 128 * 2), *((name, c_int32) for name in ("tokens", "across", "steps", "second")),
+        ("padding", c_ubyte * 48),  # to 64 bytes
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, codes: Tensor, weight: Tensor, half: int, across: int, second: int) -> Product:
+        """Codes [M, K'] by a weight [N, K'], in `across` tiles of twice `half` rows, the halves `second` rows apart."""
+        (tokens, depth), rows = codes.shape, weight.shape[0]
+        maps = (
+            tensor_map(codes, (depth, tokens), (depth,), (DEPTH, TOKENS)),
+            tensor_map(weight, (depth, rows), (depth,), (DEPTH, half)),
+        )
+        return cls((c_ubyte * 128 * 2).from_buffer_copy(b"".join(maps)), tokens, across, -(-depth // DEPTH), second)
+
+
+def programs(variant: Variant) -> int:
+    return launch.device_units() // variant.cluster * variant.cluster

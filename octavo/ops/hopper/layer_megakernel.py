@@ -1,0 +1,161 @@
+"""Decode steps of a few requests in two launches a layer: attention, with rotary and cache write, and all that lies between.
+
+The second is csrc/layer_megakernel.cu. It takes more requests than a step that is one launch, and contexts of any length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float, c_int32, c_ubyte, c_void_p
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.ops import gpu
+from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.hopper import attention
+from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
+from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
+from octavo.ops.triton import launch
+from octavo.platform import Platform
+
+__all__ = ["LayerMegakernels", "refusal", "units"]
+
+COLUMNS = (8, 16, 32)  # tokens that a kernel is compiled for
+MOST_TOKENS = COLUMNS[-1]
+MOST_TURNS = 4  # units of gate_up that a program keeps the results of
+MEETINGS = 8 * 32  # as in tma_pipeline.cuh
+STEP = 128  # values of K at a time
+
+
+class _Between(ctypes.Structure):
+    _fields_ = [
+        ("maps", c_ubyte * 128 * 4), ("scales", c_void_p * 4),
+        *((name, c_void_p) for name in ("attended", "residual", "qkv", "post_norm", "next_norm", "qkv_bias", "attended_codes",
+                                        "normed_codes", "act_codes", "input_scales", "parts", "meetings")),
+        ("tokens", c_int32), ("eps", c_float), ("padding", c_ubyte * 56),  # to a multiple of 64 bytes
+    ]  # fmt: skip
+
+
+def refusal(parts: DecoderParts, platform: Platform) -> str | None:
+    """None, or why this decoder's steps are not made of such launches."""
+    if (reason := no_warpgroups(platform.arch) or unfit(parts)) is not None:
+        return reason
+    if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
+        return "a dimension is not a multiple of 16"
+    if launch.device_units() < MOST_TOKENS:
+        return "fewer multiprocessors than tokens"
+    rows, _ = units(parts.inter, parts.hidden, launch.device_units(), most_shares=1)
+    if parts.inter > MOST_TURNS * launch.device_units() * rows:
+        return "an MLP too wide for the multiprocessors"
+    return None
+
+
+def units(n: int, k: int, programs: int, *, most_shares: int) -> tuple[int, int]:
+    """Rows of a unit, and shares of K, of a product [n, k]: what gives the busiest program the fewest bytes to read."""
+
+    def busiest(rows: int, shares: int) -> float:
+        steps = -(-k // STEP)
+        share = -(-steps // shares)
+        if share * (shares - 1) >= steps:
+            return float("inf")
+        turns = -(-(-(-n // rows) * shares) // programs)
+        return turns * share * (rows + MOST_TOKENS / 2)  # inputs come from the cache that all share
+
+    fits = [(busiest(rows, shares), rows, shares) for rows in range(16, 129, 16) for shares in range(1, most_shares + 1)]
+    return min(fits)[1:]
+
+
+def weight_map(weight: Tensor, rows: int) -> bytes:
+    """Of contiguous codes [N, K]: boxes of so many rows by a step of K."""
+    n, k = weight.shape
+    return tensor_map(weight, (k, n), (k,), (STEP, rows))
+
+
+class LayerMegakernels:
+    """A decoder's layers for steps of up to MOST_TOKENS requests of one token each.
+
+    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
+    """
+
+    name = "a launch between attentions, csrc/layer_megakernel.cu"
+    attends = False
+
+    def __init__(self, parts: DecoderParts, platform: Platform):
+        self.parts, self.programs = parts, launch.device_units()
+        options, layers = self.options(), len(parts.layers)
+        with ThreadPoolExecutor(len(COLUMNS)) as pool:
+            compile_for = partial(compile_cubin, "layer_megakernel.cu", f"{platform.arch}a")
+            compiled = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), COLUMNS))
+        zeros = partial(torch.zeros, device=platform.device)
+        widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
+        self.codes = {n: [zeros(-(-width // STEP), n, STEP, dtype=torch.uint8) for width in widths] for n in COLUMNS}
+        self.scales = zeros(4, MOST_TOKENS, dtype=torch.float32)
+        shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
+        self.shares = zeros(shares, MOST_TOKENS, parts.hidden, dtype=torch.float32)
+        self.meetings = zeros(layers, MEETINGS + self.programs * MOST_TOKENS, dtype=torch.int32)
+        self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
+        self.weights = [packed_weights(layer) for layer in parts.layers]
+        rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
+        self.maps = [[weight_map(w.weight, n) for w, n in zip(ws, rows, strict=True)] for ws in self.weights]
+
+    def takes(self, requests: int, longest: int) -> bool:
+        """Whether a step of so many single tokens is made of these, whatever its contexts."""
+        return requests <= MOST_TOKENS
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
+        first = self.parts.layers[0]
+        self.meetings.zero_()
+        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, first.qkv)
+        qkv, residual = first.qkv(normed), x.clone()
+        if first.qkv_bias is not None:
+            qkv += first.qkv_bias
+        for at, layer in enumerate(self.parts.layers):
+            qkv = self.between(at, self._attend(layer, qkv, batch), residual)
+        return residual
+
+    def between(self, at: int, attended: Tensor, residual: Tensor) -> Tensor:
+        """The next layer's qkv [tokens, ...], of what attention gave in layer `at`, [tokens, heads * dim]; after the last layer
+        it holds nothing. `residual` [tokens, hidden] goes from before the layer to after it."""
+        tokens, layer = len(residual), self.parts.layers[at]
+        after = (at + 1) % len(self.weights)  # the last layer's launch does not use what is said of the first
+        next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
+        qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
+        if launch.is_ahead():
+            return qkv
+        columns = next(n for n in COLUMNS if tokens <= n)
+        maps = b"".join([*self.maps[at][1:], self.maps[after][0]])
+        last, bias = after == 0, self.parts.layers[after].qkv_bias
+        arguments = _Between(
+            (c_ubyte * 128 * 4).from_buffer_copy(maps), (c_void_p * 4)(*(w.scale.data_ptr() for w in (*weights, next_qkv))),
+            attended.data_ptr(), residual.data_ptr(), qkv.data_ptr(), layer.post_norm.data_ptr(),
+            None if last else self.parts.layers[after].input_norm.data_ptr(), None if bias is None else bias.data_ptr(),
+            *(codes.data_ptr() for codes in self.codes[columns]), self.scales.data_ptr(), self.shares.data_ptr(),
+            self.meetings[at].data_ptr(), tokens, self.parts.eps,
+        )  # fmt: skip
+        self.kernels[columns].launch(self.programs, arguments, early=True)
+        return qkv
+
+    def options(self) -> dict[str, int | float]:
+        """The constants that layer_megakernel.cu is compiled with, but the number of tokens."""
+        p, programs = self.parts, self.programs
+        wide, qkv, bias = p.heads * p.head_dim, packed_weights(p.layers[0])[0].n, p.layers[0].qkv_bias is not None
+        o, down = units(p.hidden, wide, programs, most_shares=8), units(p.hidden, p.inter, programs, most_shares=8)
+        gate_up, rows = (units(n, p.hidden, programs, most_shares=1)[0] for n in (p.inter, qkv))
+        return {
+            "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "PROGRAMS": programs,
+            "SHARED": launch.shared_memory(), "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
+            "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows,
+        }  # fmt: skip
+
+    def _attend(self, layer: LayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
+        """[requests, heads * dim] of the product qkv, whose keys and values are written to the cache."""
+        p = self.parts
+        q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
+        cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
+        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
+        return attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)

@@ -1,0 +1,30 @@
+"""What the kernels of this folder need of a decoder's layers, whichever it is."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.gpu import PackedScaledMM
+from octavo.ops.hopper.compile import missing
+
+__all__ = ["packed_weights", "unfit"]
+
+
+def packed_weights(layer: LayerParts) -> list[PackedScaledMM]:
+    """A layer's, in the order in which they are multiplied by, where `unfit` has nothing against them."""
+    found = [w for w in layer.weights if isinstance(w, PackedScaledMM)]
+    assert len(found) == len(layer.weights)
+    return found
+
+
+def unfit(parts: DecoderParts) -> str | None:
+    """None, or why no kernel can be made for these layers."""
+    if (reason := missing()) is not None:
+        return reason
+    weights = [w for layer in parts.layers for w in layer.weights]
+    if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
+        return "not every weight is FP8 with a scale a channel or matrix"
+    if parts.layers[0].input_norm.dtype is not torch.bfloat16:
+        return f"the model is {parts.layers[0].input_norm.dtype}"
+    return None

@@ -1,0 +1,69 @@
+"""Attention of many new tokens over an FP8 cache as one launch; it reads the cache's blocks as they lie."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_ubyte, c_void_p
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch, to_device
+from octavo.kvcache import Views
+from octavo.ops.hopper.cache_blocks import cache_maps
+from octavo.ops.hopper.compile import Kernel
+from octavo.ops.triton import launch
+from octavo.ops.triton.decode import LOG2E
+
+__all__ = ["MOST_GROUP", "ROWS", "PrefillAttention", "pieces"]
+
+ROWS = 192  # of a piece, as in prefill_attention.cu
+MOST_GROUP = 64  # query heads of a KV head: prefill_attention.cu divides small numbers by it
+
+
+class _Prefill(ctypes.Structure):
+    _fields_ = [
+        ("maps", c_ubyte * 128 * 2), *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "taken")),
+        *((name, c_int32) for name in ("table_width", "pieces", "kv_heads", "group")), ("qk_scale", c_float),
+        ("v_scale", c_float),
+    ]  # fmt: skip
+
+
+def pieces(queries: list[int], contexts: list[int], first: int, stop: int, group: int) -> list[tuple[int, int, int, int, int]]:
+    """Pieces of work of the requests [first, stop), a row being a token and one of `group` heads, the longest contexts first:
+    request, the first row's token in q and its position, its head, rows."""
+    made, token = [], sum(queries[:first])
+    for request in range(first, stop):
+        rows, start = queries[request] * group, contexts[request] - queries[request]
+        for at in range(0, rows, ROWS):
+            made.append((request, token + at // group, start + at // group, at % group, min(ROWS, rows - at)))
+        token += queries[request]
+    return sorted(made, key=lambda piece: -piece[2])
+
+
+class PrefillAttention:
+    """The kernel on a device, and two counters that it leaves at zero."""
+
+    def __init__(self, kernel: Kernel, device: torch.device):
+        self.kernel = kernel
+        self.taken = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, k_scale: float,
+        v_scale: float,
+    ) -> None:  # fmt: skip
+        """The rows of q and out [T, H, 128] that belong to the requests [first, stop)."""
+        kv_heads = views["k"].shape[2]
+        group = q.shape[1] // kv_heads
+        key = f"prefill pieces {first} {group}"
+        if key not in batch.cache:
+            found = pieces(batch.query_lens, batch.context_lens, first, stop, group)
+            batch.cache[key] = to_device(found, torch.int32, q.device)
+        tiles, tables = batch.cache[key], batch.block_tables
+        assert isinstance(tiles, Tensor)
+        arguments = _Prefill(
+            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
+            tiles.data_ptr(), self.taken.data_ptr(), tables.stride(0), len(tiles) * kv_heads, kv_heads, group,
+            scale * LOG2E * k_scale, v_scale,
+        )  # fmt: skip
+        self.kernel.launch(launch.device_units(), arguments, early=True)

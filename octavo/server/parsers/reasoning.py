@@ -1,0 +1,131 @@
+"""An assistant's message out of the text that a model writes: its reasoning, its content and its tool calls."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.server.parsers.tools import CallParser, ToolCall, undecided
+
+__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkSplitter", "check_reasoning_parser", "join_delta"]
+
+OPEN, CLOSE = "<think>", "</think>"
+REASONING_PARSERS = {"qwen3": False, "deepseek_r1": True}  # whether the model thinks without an opening tag
+_ALPHABET = string.ascii_letters + string.digits
+
+
+def check_reasoning_parser(name: str | None) -> str | None:
+    """`name`, or OctavoError if it is not known."""
+    if name and name not in REASONING_PARSERS:
+        raise OctavoError(f"--reasoning-parser '{name}' is not known; known are: {', '.join(REASONING_PARSERS)}.")
+    return name
+
+
+class ThinkSplitter:
+    """Parts text at the think tags. `inside`: the prompt has opened the thinking already."""
+
+    def __init__(self, inside: bool):
+        self._inside = inside
+        self._held = ""
+        self._state = "start"
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """The reasoning and the content that are sure now."""
+        if self._state == "content":
+            return "", text
+        if self._state == "between":
+            return "", self._first_content(text)
+        self._held += text
+        if self._state == "start":
+            self._begin()
+        if self._state == "thinking":
+            return self._think()
+        return "", self._release() if self._state == "content" else ""
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back."""
+        rest = self._release()
+        return (rest, "") if self._state == "thinking" or self._inside else ("", rest)
+
+    def _begin(self) -> None:
+        """Leaves the start as soon as the text has an opening tag, or cannot get one any more."""
+        text = self._held.lstrip()
+        if text.startswith(OPEN):
+            self._state, self._held = "thinking", text[len(OPEN) :]
+        elif not OPEN.startswith(text):
+            self._state = "thinking" if self._inside else "content"
+
+    def _think(self) -> tuple[str, str]:
+        reasoning, closed, content = self._held.partition(CLOSE)
+        if closed:
+            self._state, self._held, self._inside = "between", "", False
+            return reasoning, self._first_content(content)
+        keep = undecided(reasoning, CLOSE)
+        self._held = reasoning[len(reasoning) - keep :]
+        return reasoning[: len(reasoning) - keep], ""
+
+    def _first_content(self, text: str) -> str:
+        """Content without the blank lines that models put between it and their thinking."""
+        text = text.lstrip("\n")
+        self._state = "content" if text else "between"
+        return text
+
+    def _release(self) -> str:
+        rest, self._held = self._held, ""
+        return rest
+
+
+class MessageReader:
+    """The deltas of one choice of a chat, as OpenAI's streams have them."""
+
+    def __init__(self, calls: CallParser | None, thinking: ThinkSplitter | None):
+        self._parser, self._thinking = calls, thinking
+        self.calls = 0
+
+    def feed(self, text: str, final: bool) -> dict[str, Any]:
+        """What `text` adds to the message: content, reasoning_content, tool_calls. `final`: no more will come."""
+        if self._parser is None and self._thinking is None:
+            return {"content": text}  # most streams: nothing to look for
+        reasoning = ""
+        if self._thinking is not None:
+            reasoning, text = self._thinking.feed(text)
+            if final:
+                more = self._thinking.finish()
+                reasoning, text = reasoning + more[0], text + more[1]
+        delta = self._split(text, final)
+        return {"reasoning_content": reasoning, **delta} if reasoning else delta
+
+    def _split(self, text: str, final: bool) -> dict[str, Any]:
+        if self._parser is None:
+            return {"content": text} if text else {}
+        parts = self._parser.feed(text) + (self._parser.finish() if final else [])
+        content = "".join(part for part in parts if isinstance(part, str))
+        calls = [self._call(part) for part in parts if isinstance(part, ToolCall)]
+        return ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        if call.name is None:
+            return {"index": self.calls - 1, "function": {"arguments": call.arguments}}
+        self.calls += 1
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": self.calls - 1, "id": _call_id(), "type": "function", "function": function}
+
+
+def _call_id() -> str:
+    # Mistral's templates refuse any id that is not nine letters and digits; no other family minds
+    return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+
+
+def join_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Adds one delta to the message of an answer that is not streamed. Texts stay lists until `content` is joined."""
+    for key in ("content", "reasoning_content"):
+        if delta.get(key):
+            message.setdefault(key, []).append(delta[key])
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if "id" in call:
+            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+        else:
+            calls[-1]["function"]["arguments"] += call["function"]["arguments"]

@@ -1,0 +1,133 @@
+"""The engine as the endpoints see it: names, defaults, prompts, and generations that are counted and can be refused."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import InvalidRequest
+from octavo.frontend.outputs import Delta
+from octavo.messages import SamplingParams, StructuredOutput
+from octavo.server.error_responses import ApiError
+from octavo.server.http import GateState
+from octavo.server.metrics import Metrics
+from octavo.server.protocol import GenerationRequest
+from octavo.text.chat_template import render_chat
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.frontend.async_engine import AsyncEngine
+
+__all__ = ["Served"]
+
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "prompt_logprobs",
+    "logit_bias",
+    "skip_special_tokens",
+)
+_TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
+_LONG_TEXT = 20_000  # characters; encoding more would hold up the other streams, so a thread does it
+
+
+@dataclass
+class Served:
+    """One model behind one or more names."""
+
+    engine: AsyncEngine
+    names: Sequence[str]
+    metrics: Metrics
+    chat_template: str | None = None  # instead of the checkpoint's
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    gate: GateState = field(default_factory=GateState)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, or InvalidRequest where the checkpoint has none."""
+        if self.engine.tokenizer is None:
+            raise InvalidRequest("This checkpoint has no tokenizer.json; send the prompt as token ids.", "prompt")
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raises a 404 for a model that is not this one. A request without a name means this one."""
+        if name is not None and name not in self.names:
+            raise ApiError(404, f"The model '{name}' is not served here; {self.names[0]} is.", "model", "model_not_found")
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt."""
+        if len(text) < _LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        switches: Mapping[str, Any],
+    ) -> str:
+        """The text of a chat's prompt. `switches` are the template's own."""
+        chosen = self.template_for(bool(tools))
+        if chosen is None:
+            raise InvalidRequest(
+                "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
+            )
+        own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
+        return render_chat(chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt, **own)
+
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template in use, if there is one."""
+        return self.chat_template or self.tokenizer.template_for(tools)
+
+    def sampling(
+        self,
+        request: GenerationRequest,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        structured: StructuredOutput | None,
+        **fixed: Any,
+    ) -> SamplingParams:
+        """The request's values over the model's recommended ones over SamplingParams' own."""
+        tokenizer = self.engine.tokenizer
+        recommended = tokenizer.default_sampling if tokenizer else {}
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
+        bias, size = request.logit_bias or {}, self.engine.info.vocab_size
+        if (wrong := next((token for token in bias if not 0 <= token < size), None)) is not None:
+            raise InvalidRequest(f"logit_bias names token {wrong}; the vocabulary has {size}.", "logit_bias")
+        asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
+        return SamplingParams(**{**recommended, **given, **asked, **fixed})
+
+    async def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
+        """The engine's deltas, counted. Closing it aborts the request."""
+        request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
+        watch = self.metrics.watch(request_id, len(prompt), params.n)
+        try:
+            async with aclosing(self.engine.generate(prompt, params, request_id)) as deltas:
+                async for delta in deltas:
+                    watch.saw(delta)
+                    yield delta
+        finally:
+            watch.close()

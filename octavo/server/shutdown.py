@@ -1,0 +1,59 @@
+"""What SIGTERM and SIGINT do to a server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from octavo.server.console import say
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from octavo.server.serving import Served
+
+__all__ = ["Ending"]
+
+
+class Ending:
+    """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once."""
+
+    def __init__(self, loading: asyncio.Future[Any], timeout: float):
+        self._loading, self._timeout = loading, timeout
+        self._server: uvicorn.Server | None = None
+        self._served: Served | None = None
+        self._signals = 0
+        self._draining: asyncio.Task[None] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._signal)
+
+    def begin_with(self, server: uvicorn.Server, served: Served) -> None:
+        """From now on there is a server to stop."""
+        self._server, self._served = server, served
+        if self._signals:  # it came between the two
+            self._drain_soon()
+
+    def _signal(self) -> None:
+        self._signals += 1
+        if self._server is None:
+            self._loading.cancel()
+        elif self._signals == 1:
+            self._drain_soon()
+        else:
+            self._server.force_exit = self._server.should_exit = True
+
+    def _drain_soon(self) -> None:
+        if self._server is not None and self._served is not None:
+            self._draining = asyncio.ensure_future(self._drain(self._server, self._served))
+
+    async def _drain(self, server: uvicorn.Server, served: Served) -> None:
+        gate = served.gate
+        gate.closing = True
+        if gate.running:
+            say(f"octavo: finishing {gate.running} running request{'s' * (gate.running > 1)}; Ctrl-C again stops at once.")
+        deadline = time.monotonic() + self._timeout
+        while gate.running and time.monotonic() < deadline and not server.should_exit:
+            await asyncio.sleep(0.02)
+        server.should_exit = True

@@ -1,0 +1,1 @@
+"""octavo bench: throughput, latency, a running server, a profile."""

@@ -1,0 +1,198 @@
+"""`octavo bench`: how fast a model is served, beside what the machine at hand could do at most."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import EngineConfig, config_fields
+from octavo.errors import OctavoError
+from octavo.tools.bench import tables as bench_table
+from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, model_directory, parse_sampling, parse_workloads
+from octavo.version import __version__
+
+if TYPE_CHECKING:
+    from octavo.engine.core import EngineCore
+
+__all__ = ["MODES", "add_arguments", "run"]
+
+MODES = ("throughput", "latency", "serve", "profile")
+FREE = {"num_requests": 32, "input_len": 128, "output_len": 128}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command; the engine's mean what they mean to `octavo serve`."""
+    group = parser.add_argument_group("bench", f"MODE is one of {', '.join(MODES)}.")
+    listed = "; ".join(f"{w.name} {w.num_requests} x {w.input_len}/{w.output_len}" for w in WORKLOADS.values())
+    group.add_argument(
+        "--workload",
+        action="append",
+        metavar="NAMES",
+        help=f"{listed} (requests x tokens in/out; F decodes what E put into the cache)",
+    )
+    for name, value in FREE.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"instead of a named workload ({value})")
+    group.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
+    group.add_argument("--num-layers", type=int, metavar="N", help="with random weights: only this many layers")
+    group.add_argument(
+        "--sampling", metavar="NAME=NUMBER,...", help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (greedy)"
+    )
+    group.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs, of which the best counts (1)")
+    group.add_argument("--json", metavar="FILE", help="write every number here")
+    group = parser.add_argument_group("bench serve")
+    group.add_argument("--base-url", default="http://localhost:8000", metavar="URL", help="the server (http://localhost:8000)")
+    group.add_argument("--max-concurrency", type=int, metavar="N", help="most requests at a time; default: all of a workload")
+    group.add_argument("--offline-json", metavar="FILE", help="what throughput mode wrote with --json, to compare with")
+    group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="default: $OPENAI_API_KEY")
+    group = parser.add_argument_group("bench profile")
+    group.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to look at (8)")
+    group.add_argument("--png", metavar="FILE", help="draw the table as stacked bars")
+
+
+def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
+    """Measures and prints. 0 if every workload ran."""
+    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
+    workloads = _workloads(args)
+    _check(args, given)
+    if args.mode == "serve":
+        found = _serve(args, workloads, given)
+    else:
+        found = _offline(args, config, given, workloads, started)
+    if args.json:
+        from octavo.convert.output_file import write_json
+
+        write_json(Path(args.json), found)
+    {"serve": bench_table.show_serve, "profile": bench_table.show_profile}.get(args.mode, bench_table.show_offline)(found)
+    return 0
+
+
+def _workloads(args: argparse.Namespace) -> list[Workload]:
+    numbers = {name: getattr(args, name) for name in FREE}
+    asked = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
+    if args.workload and asked:
+        raise OctavoError(f"--workload says how many requests of which lengths; leave out {asked[0]}, or --workload.")
+    for name, value in [*numbers.items(), ("repeats", args.repeats), ("steps", args.steps)]:
+        if value is not None and value <= 0:
+            raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+    requests, length, output = (value or FREE[name] for name, value in numbers.items())
+    found = parse_workloads(args.workload) if args.workload else [Workload("custom", requests, length, output)]
+    return found if args.sampling is None else [replace(w, sampling=parse_sampling(args.sampling)) for w in found]
+
+
+def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Raises OctavoError for flags that do not go together, and files that cannot be written, before anything is loaded."""
+    if args.shape is not None and args.model is not None:
+        raise OctavoError(f"Two models were given, {args.model} and --shape {args.shape}; give one.")
+    made_up = args.shape is not None or args.num_layers is not None
+    if made_up and given.get("load_format", "dummy") != "dummy":
+        raise OctavoError("--shape and --num-layers are for random weights; leave out --load-format, or make it dummy.")
+    if args.num_layers is not None and args.shape is None and "load_format" not in given:
+        raise OctavoError("--num-layers is for random weights; add --load-format dummy, or use --shape.")
+    for flag, path in (("--json", args.json), ("--png", args.png)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise OctavoError(f"{flag} {path}: there is no directory {Path(path).absolute().parent}.")
+    if args.png is not None and args.mode != "profile":
+        raise OctavoError(f"--png is for profile mode; {args.mode} mode has nothing to draw.")
+
+
+def _offline(
+    args: argparse.Namespace, config: EngineConfig, given: dict[str, Any], workloads: Sequence[Workload], started: float
+) -> dict[str, Any]:
+    """throughput, latency and profile: one engine in this process."""
+    if args.png is not None:
+        from octavo.tools.bench import profiling as bench_profile
+
+        bench_profile.check()
+    with model_directory(config.model, args.shape, args.num_layers) as directory:
+        config = replace(config, model=str(directory))
+        if args.shape is not None:
+            config = replace(config, load_format="dummy")
+        from octavo.engine.core import EngineCore
+        from octavo.server.console import LoadingBar
+        from octavo.tools.bench import offline as bench_offline
+
+        config = bench_offline.engine_options(config, workloads, given)
+        progress = LoadingBar()
+        try:
+            core = EngineCore(config, progress.update)
+        finally:
+            progress.close()
+        found = _about(args, config, core, time.time() - started)
+        first = [bench_offline.warm_up(core, w, config.seed) for w in workloads]
+        found["first_token_s"] = first[0] - started
+        if args.mode == "profile":
+            from octavo.tools.bench import profiling as bench_profile
+
+            return bench_profile.profile_into(found, core, workloads, config.seed, args.steps, args.png)
+        measured = bench_offline.measure(core, workloads, config.seed, args.repeats)
+        return _with_limits(found, config, core, measured)
+
+
+def _stamp(args: argparse.Namespace) -> dict[str, Any]:
+    """What was run, by what, when."""
+    command = shlex.join(["octavo", *sys.argv[1:]])
+    return {
+        "mode": args.mode, "command": command, "date": time.strftime("%Y-%m-%d"), "octavo": __version__,
+        "sampling": args.sampling or "greedy",
+    }  # fmt: skip
+
+
+def _about(args: argparse.Namespace, config: EngineConfig, core: EngineCore, start_s: float) -> dict[str, Any]:
+    """What a figure is of."""
+    layers = f", {args.num_layers} layers" if args.num_layers is not None else ""
+    return _stamp(args) | {
+        "machine": core.runner.platform.name,
+        "torch": _torch(),
+        "model": (args.shape or args.model or "the embedded demo model") + layers,
+        "quantization": config.quantization or "as stored",
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "engine": core.info.report,
+        "ops": _ops(),
+        "start_s": start_s,
+    }
+
+
+def _torch() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+def _ops() -> dict[str, str]:
+    from octavo import ops
+
+    return ops.table()
+
+
+def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, measured: Sequence[Any]) -> dict[str, Any]:
+    from octavo.tools.bench.ceilings import measure_ceilings, peak_memory
+    from octavo.tools.bench.limit import costs_of, limit
+
+    found["peak_memory_bytes"] = peak_memory(core.runner.platform)  # before the ceilings take some of their own
+    ceilings, costs = measure_ceilings(core.runner.platform), costs_of(config)
+    found["ceilings"] = ceilings.as_json
+    found["workloads"] = {}
+    for m in measured:
+        seconds = limit(costs, ceilings, m.workload, config.max_num_seqs).of(m.workload)
+        figures = {"limit_s": seconds, "percent_of_limit": 100 * seconds / m.wall}
+        found["workloads"][m.workload.name] = m.as_json() | figures
+    return found
+
+
+def _serve(args: argparse.Namespace, workloads: Sequence[Workload], given: dict[str, Any]) -> dict[str, Any]:
+    from octavo.tools.bench import online as bench_serve
+
+    return (
+        _stamp(args)
+        | {"base_url": args.base_url}
+        | bench_serve.bench(
+            args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
+        )
+    )

@@ -1,0 +1,81 @@
+"""The ceilings of the machine at hand, measured: what a copy moves and what a large product computes a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from octavo.platform import Platform
+from octavo.tools.bench.limit import Ceilings
+
+__all__ = ["measure_ceilings", "peak_memory", "synchronize"]
+
+COPY_BYTES = (1 << 30, 1 << 28)  # on an accelerator, on a CPU: far larger than any cache
+SIDE = (8192, 2048)
+ROUNDS, CALLS = 7, (10, 1)
+
+
+def synchronize(platform: Platform) -> None:
+    """Waits for the device."""
+    if not platform.is_cpu:
+        torch.accelerator.synchronize()
+
+
+def peak_memory(platform: Platform) -> int:
+    """The most bytes that this process held on the device; on a CPU, in memory at all."""
+    if platform.is_cpu:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_reserved())
+
+
+def measure_ceilings(platform: Platform) -> Ceilings:
+    """Copy bandwidth (bytes read plus bytes written), and the rates of a large product in FP8 and, on a CPU the faster of
+    BF16 and FP32, in the other dtype.
+
+    Random data: on zeros a device draws less power and runs faster than it ever does at work.
+    """
+    on, cpu = platform.device, int(platform.is_cpu)
+    bandwidth = _bandwidth(platform, torch.empty(COPY_BYTES[cpu], dtype=torch.uint8, device=on).random_())
+    side = SIDE[cpu]
+    a, b = (torch.randn(side, side, device=on, dtype=torch.bfloat16) for _ in range(2))
+    operations = 2 * side**3
+    took = {torch.bfloat16: _best(platform, lambda: a @ b)}
+    if platform.is_cpu:  # where there are no BF16 instructions FP32 is ten times as fast
+        wide, other = a.float(), b.float()
+        took[torch.float32] = _best(platform, lambda: wide @ other)
+    dtype = min(took, key=lambda one: took[one])
+    fp8 = 0.0 if platform.is_cpu else operations / min(_best(platform, call) for call in _fp8_products(platform, a, b))
+    return Ceilings(bandwidth, fp8, operations / took[dtype], str(dtype).removeprefix("torch."))
+
+
+def _bandwidth(platform: Platform, source: torch.Tensor) -> float:
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(platform, lambda: target.copy_(source))
+
+
+def _fp8_products(platform: Platform, a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
+    """With both ways of summing that torch offers."""
+    codes, other, one = a.to(platform.fp8_dtype), b.to(platform.fp8_dtype).mT, torch.ones((), device=a.device)
+
+    def product(fast: bool) -> Callable[[], object]:
+        return lambda: torch._scaled_mm(codes, other, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    return [product(False), product(True)]
+
+
+def _best(platform: Platform, call: Callable[[], object]) -> float:
+    """Seconds of one call, the best round: a ceiling is what the machine can do undisturbed."""
+    calls = CALLS[int(platform.is_cpu)]
+    times = []
+    for _ in range(ROUNDS + 1):  # the first is the warm-up
+        synchronize(platform)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(platform)
+        times.append((time.perf_counter() - start) / calls)
+    return min(times[1:])

@@ -1,0 +1,183 @@
+"""What `octavo bench` runs: named workloads, and the shapes of models that need no checkpoint. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.config import canonical
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.messages import SamplingParams
+from octavo.models import read_config
+
+__all__ = [
+    "GREEDY", "SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_sampling", "parse_workloads", "prompts",
+    "shape_config", "spread",
+]  # fmt: skip
+
+# Said in full: what a checkpoint's generation_config.json recommends does not count.
+GREEDY: dict[str, float] = {
+    "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that arrive together, with equal lengths in tokens.
+
+    part: "all", or "decode" for the time from the moment when every request has its first token; each then brings
+    `output_len` more. sampling: how tokens are chosen, by the names of an API request.
+    """
+
+    name: str
+    num_requests: int
+    input_len: int
+    output_len: int
+    part: str = "all"
+    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False, hash=False)  # prompts do not depend on it
+
+    @property
+    def prefill_only(self) -> bool:
+        return self.output_len == 1
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """What figures of it are written down with."""
+        return {
+            "num_requests": self.num_requests, "input_len": self.input_len, "output_len": self.output_len,
+            "part": "prefill" if self.prefill_only else self.part, "sampling": dict(self.sampling),
+        }  # fmt: skip
+
+    def room(self, step_tokens: int) -> int:
+        """Tokens that a request may come to hold, where a step computes at least `step_tokens`.
+
+        The first of a "decode" workload run ahead while the others are in their prefill, one token a step.
+        """
+        ahead = self.num_requests * (-(-self.input_len // step_tokens) + 1) if self.part == "decode" else 0
+        return self.input_len + self.output_len + ahead
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("A", 256, 1024, 512),
+        Workload("B", 32, 1024, 256),
+        Workload("C", 1, 128, 256),
+        Workload("D", 32, 4096, 1),
+        Workload("E", 16, 32768, 1),
+        Workload("F", 16, 32768, 256, part="decode"),
+    )
+}
+
+
+def parse_workloads(words: Sequence[str]) -> list[Workload]:
+    """["A,C", "D"] -> the three, each once, in that order. Raises OctavoError for a name that is not known."""
+    names = [name.strip().upper() for word in words for name in word.split(",")]
+    for name in names:
+        if name not in WORKLOADS:
+            raise OctavoError(f"--workload '{name}' is not known; known are {', '.join(WORKLOADS)}.")
+    return [WORKLOADS[name] for name in dict.fromkeys(names)]
+
+
+def parse_sampling(words: str) -> dict[str, float]:
+    """ "temperature=0.7,top_k=40" -> these, and the rest as it is in GREEDY. Raises OctavoError."""
+    found = dict(GREEDY)
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        if (name := name.strip()) not in GREEDY:
+            raise OctavoError(f"--sampling '{word}' is not known; it takes NAME=NUMBER of {', '.join(GREEDY)}.")
+        try:
+            found[name] = int(value) if name == "top_k" else float(value)
+        except ValueError:
+            kind = "a whole number" if name == "top_k" else "a number"
+            raise OctavoError(f"--sampling {name} must be {kind}, not '{value}'.") from None
+    try:
+        SamplingParams(**found)  # type: ignore[arg-type]
+    except InvalidRequest as error:
+        raise OctavoError(f"--sampling: {error}") from None
+    return found
+
+
+def prompts(workload: Workload, vocab_size: int, seed: int | str) -> list[list[int]]:
+    """Random token ids, the same for the same seed; 0 to 2 are left out, which many vocabularies keep for special tokens."""
+    rng = random.Random(f"{seed} {workload}")
+    low = min(3, vocab_size - 1)
+    return [rng.choices(range(low, vocab_size), k=workload.input_len) for _ in range(workload.num_requests)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, median and 99th percentile (the nearest rank)."""
+    if not values:
+        return None
+    ordered, last = sorted(values), len(values) - 1
+    return {"mean": sum(values) / len(values), "p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)]}
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, factor: float = 8.0, **more: Any) -> dict[str, Any]:
+    rope = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "rope_scaling": rope, "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 128001, **more,
+    }  # fmt: skip
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int = 8, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 151645, **more,
+    }  # fmt: skip
+
+
+_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+# The numbers of the models' public config.json files.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32),
+    "llama-3.1-70b": _llama(8192, 28672, 80, 64),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
+    "qwen3-30b-a3b": _qwen3(2048, 6144, 48, 32, 4, **_MOE),
+}
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config.json of a --shape. Raises OctavoError with a suggestion."""
+    plain = name.lower()
+    return SHAPES[canonical("--shape", plain if plain in SHAPES else name, {known: known for known in SHAPES})]
+
+
+@contextmanager
+def model_directory(model: str, shape: str | None, num_layers: int | None) -> Iterator[Path]:
+    """A directory to load: `model` itself, or a temporary one that holds config.json alone, for dummy weights."""
+    if shape is None and num_layers is None:
+        yield Path(model)
+        return
+    config = dict(shape_config(shape) if shape is not None else read_config(Path(model)))
+    if num_layers is not None:
+        if num_layers <= 0:
+            raise OctavoError(f"--num-layers must be positive, not {num_layers}.")
+        config["num_hidden_layers"] = num_layers
+        if isinstance(kinds := config.get("layer_types"), list):
+            config["layer_types"] = kinds[:num_layers]
+    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        yield Path(directory)

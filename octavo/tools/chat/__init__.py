@@ -1,0 +1,1 @@
+"""octavo chat: talk to a model from the terminal."""

@@ -1,0 +1,202 @@
+"""`octavo chat`: talk to a running server, or to a model that is loaded for the purpose, from the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import sys
+from collections.abc import Coroutine, Generator
+from contextlib import closing, suppress
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+
+__all__ = ["Local", "Remote", "add_arguments", "run"]
+
+DEFAULT_URL = "http://localhost:8000"
+Event = dict[str, Any]
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command. MODEL may be a server's URL here; the engine's flags count for a directory only."""
+    group = parser.add_argument_group("chat", f"MODEL is a checkpoint directory or a server's URL; default: {DEFAULT_URL}")
+    group.add_argument("--complete", action="store_true", help="complete plain text instead of chatting")
+    group.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy; default: the model's own")
+    group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="default: $OPENAI_API_KEY")
+
+
+class Backend(Protocol):
+    """Something that answers a request of the OpenAI API with the events of a stream."""
+
+    def events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]: ...
+    def close(self) -> None: ...
+
+
+def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
+    """Talks until the input ends."""
+    is_url = args.model is None or args.model.startswith(("http://", "https://"))
+    backend: Backend = Remote(args.model or DEFAULT_URL, args.api_key) if is_url else Local(args, config)
+    with closing(backend):
+        if sys.stdin.isatty():
+            _converse(backend, args)
+        elif text := sys.stdin.read().removesuffix("\n"):  # a pipe holds one prompt
+            _answer(backend, args, _first(args), text)
+    return 0
+
+
+def _first(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _converse(backend: Backend, args: argparse.Namespace) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() a history and line editing)
+    print("Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    messages = _first(args)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not text.strip():
+            continue
+        try:
+            _answer(backend, args, messages, text)
+        except OctavoError as error:  # the next try may do better
+            print(f"octavo: {error}", file=sys.stderr)
+
+
+def _answer(backend: Backend, args: argparse.Namespace, messages: list[dict[str, str]], text: str) -> None:
+    """Prints the answer to `text` as it comes, and adds both to `messages`."""
+    limits = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    body = {"stream": True, **{name: value for name, value in limits.items() if value is not None}}
+    if args.complete:
+        print(text, end="", flush=True)
+        events = backend.events("/v1/completions", {"prompt": text, "max_tokens": 256, **body})
+    else:
+        asked = [*messages, {"role": "user", "content": text}]
+        events = backend.events("/v1/chat/completions", {"messages": asked, **body})
+    said = []
+    try:
+        with closing(events):
+            for event in events:
+                said.append(_text(event))
+                print(said[-1], end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print(flush=True)
+    if not args.complete:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
+
+
+def _text(event: Event) -> str:
+    if "error" in event:
+        raise OctavoError(event["error"]["message"])
+    if not event["choices"]:
+        return ""
+    choice = event["choices"][0]
+    delta = choice.get("delta", {})
+    return choice.get("text") or delta.get("reasoning_content") or delta.get("content") or ""
+
+
+class Remote:
+    """A server at a URL. Only the standard library: a terminal needs no more."""
+
+    def __init__(self, url: str, api_key: str | None = None):
+        parts = urlsplit(url)
+        self._url = f"{parts.scheme}://{parts.netloc}"
+        self._secure, self._host = parts.scheme == "https", parts.netloc
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        models = self._request("GET", "/v1/models").read()
+        self._model = json.loads(models)["data"][0]["id"]
+
+    def events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]:
+        """The events of one request; closing the generator closes the connection, and the server aborts the request."""
+        with closing(self._request("POST", path, {"model": self._model, **body})) as response:
+            for line in response:
+                data = line.removeprefix(b"data: ").strip()
+                if data and data != b"[DONE]":
+                    yield json.loads(data)
+
+    def close(self) -> None:
+        """Nothing is kept open between requests."""
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+        make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        try:
+            connection = make(self._host)
+            connection.request(method, self._prefix + path, json.dumps(body) if body else None, self._headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise OctavoError(
+                f"No server answers at {self._url}; start one with `octavo serve`, or name a checkpoint directory."
+            ) from error
+        if response.status != 200:
+            raise OctavoError(_refusal(response))
+        return response
+
+
+def _refusal(response: http.client.HTTPResponse) -> str:
+    try:
+        return str(json.loads(response.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"The server answered {response.status} {response.reason}."
+
+
+class Local:
+    """A model of this process's own, behind the same handlers as the server's."""
+
+    def __init__(self, args: argparse.Namespace, config: EngineConfig):
+        from octavo.frontend.async_engine import AsyncEngine
+        from octavo.server.console import LoadingBar
+        from octavo.server.serve import make_served
+
+        self._runner = asyncio.Runner()
+        progress = LoadingBar()
+        try:
+            self._engine = self._run(AsyncEngine.start(config, progress.update))
+        finally:
+            progress.close()
+        self._served = make_served(self._engine, [args.model])
+
+    def events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]:
+        """The events of one request, made without HTTP."""
+        from octavo.server.chat import chat
+        from octavo.server.completions import complete
+        from octavo.server.protocol import ChatRequest, CompletionRequest
+
+        if path.endswith("/chat/completions"):
+            answer = self._run(chat(self._served, ChatRequest(**body), "terminal"))
+        else:
+            answer = self._run(complete(self._served, CompletionRequest(**body), "terminal"))
+        assert not isinstance(answer, dict)  # the body asked for a stream
+        try:
+            while (event := self._run(_next(answer))) is not None:
+                yield event
+        finally:
+            self._run(answer.aclose())
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._run(self._engine.shutdown(0))
+        self._runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+
+async def _next(events: Any) -> Event | None:
+    return await anext(events, None)

@@ -1,0 +1,1 @@
+"""octavo compare: what each FP8 scheme and KV cache costs in accuracy."""

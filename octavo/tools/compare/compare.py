@@ -1,0 +1,258 @@
+"""`octavo compare`: BF16 against every FP8 scheme and KV cache on a text, a verdict, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, canonical
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.tools.compare.layer_errors import LayerError, Sensitivity
+    from octavo.tools.compare.measure import Measurement, Variant
+    from octavo.tools.compare.search import Budget
+
+__all__ = ["Comparison", "add_arguments", "compare", "run", "write_atomically", "write_config"]
+
+TOKENS, WINDOW = 2048, 512
+DEFAULT_FILE = "quantization_config.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command; the engine's say how the model is run (--quantization-ignore holds for every scheme)."""
+    group = parser.add_argument_group("compare")
+    group.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to measure on; default: the demo's held-out text")
+    group.add_argument(
+        "--tokens", metavar="N", type=int, default=TOKENS, help=f"tokens of it, evenly spread; 0: all ({TOKENS})"
+    )
+    group.add_argument("--window", metavar="N", type=int, default=WINDOW, help=f"tokens that are read in one go ({WINDOW})")
+    group.add_argument("--scheme", metavar="NAME", nargs="+", help="schemes to compare: bf16 fp8 ptpc_fp8 fp8_block (all)")
+    names = "auto fp8 fp8_e5m2 fp8_per_token_head (all)"
+    group.add_argument("--kv", metavar="NAME", nargs="+", help=f"KV cache dtypes to compare: {names}")
+    group.add_argument("--output", metavar="FILE", type=Path, help="write a report with plots, one HTML file")
+    help_auto = "find the first configuration within BUDGET: a rise in perplexity (0.3%%) or a KL in nats a token (0.002)"
+    group.add_argument("--auto", metavar="BUDGET", help=help_auto)
+    save = f"where --auto writes what `octavo serve --quantization-config` takes ({DEFAULT_FILE})"
+    group.add_argument("--save", metavar="FILE", type=Path, help=save)
+    group.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+@dataclass
+class Comparison:
+    """Everything that was measured, and what it comes to."""
+
+    model: str
+    predictions: int
+    window: int
+    context: int  # tokens of the longest request
+    greedy: int  # tokens of each greedy continuation
+    budget: Budget
+    reference: Measurement
+    measured: list[Measurement]
+    layers: list[LayerError]
+    text: str = "token ids"
+    scheme: str = ""  # the one that the layers were ranked for
+    ranked: list[Sensitivity] = field(default_factory=list)
+    kept: list[Sensitivity] = field(default_factory=list)  # of `ranked`, those that hold most of the loss
+    verdict: str = ""
+    chosen: Measurement | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, (str, int))}
+        for name in ("reference", "chosen"):
+            out[name] = m.as_json() if (m := getattr(self, name)) is not None else None
+        for name in ("measured", "layers", "ranked"):
+            out[name] = [entry.as_json() for entry in getattr(self, name)]
+        return {**out, "budget": str(self.budget), "quantization_ignore": self.ignore, "notes": self.notes}
+
+    @property
+    def ignore(self) -> list[str]:
+        """The `--quantization-ignore` list that takes most of the loss away."""
+        return [name for layer in self.kept for name in layer.names]
+
+    def memory(self, m: Measurement) -> float:
+        """Weights and the KV cache of one longest request, as a part of BF16's."""
+        return m.memory(self.context) / self.reference.memory(self.context)
+
+    def row_of(self, scheme: str) -> Measurement:
+        """The measurement of `scheme` with nothing kept in BF16, with the dearest of the KV dtypes measured."""
+        found = [m for m in self.measured if m.variant.scheme == scheme and not m.variant.ignore]
+        return max(found, key=lambda m: m.kv_bytes_per_token)
+
+
+def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
+    """Compares, prints, writes. Exit code 1 where --auto found nothing within the budget."""
+    from octavo.tools.compare import loss_table as compare_table
+    from octavo.tools.compare import search as compare_search
+
+    budget = compare_search.Budget.parse(args.auto) if args.auto else None
+    if args.save and not budget:
+        raise OctavoError("--save names the file that --auto writes; give a budget too, such as --auto 0.3%.")
+    save = (args.save or Path(DEFAULT_FILE)) if budget else None
+    for path in filter(None, (args.output, save)):  # a wrong path must not cost the measurement
+        _check_writable(path)
+    if args.output:
+        from octavo.tools.compare import html_report as report
+
+        report.check()
+    _check_sizes(args)
+    asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *compare_search.SCHEME_NAMES])
+    schemes = _canonical("--scheme", asked, QUANTIZATIONS, compare_search.SCHEME_NAMES)
+    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else compare_search.KV_NAMES)
+    kvs = _canonical("--kv", asked, KV_CACHE_DTYPES, compare_search.KV_NAMES)
+    name, ids = _read(config, args.text)
+    with compare_table.status(not args.json) as say:
+        found = compare(config, ids, schemes, kvs, budget, window=args.window, tokens=args.tokens or None, say=say)
+    found.text = name
+    if save and found.chosen:
+        write_config(save, found, config)
+    if args.output:
+        write_atomically(args.output, report.render(found))
+    if args.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        compare_table.show(found, save, args.output)
+    return 0 if found.chosen or not budget else 1
+
+
+def compare(
+    config: EngineConfig,
+    ids: Sequence[int],
+    schemes: Sequence[str],
+    kvs: Sequence[str],
+    budget: Budget | None = None,
+    *,
+    window: int = WINDOW,
+    tokens: int | None = TOKENS,
+    say: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Measures every scheme with every KV dtype on the token ids `ids`; with a budget, only what the search for it needs.
+
+    schemes, kvs: canonical names. Raises OctavoError for what the engine refuses.
+    """
+    from octavo.tools.compare import layer_errors as layers
+    from octavo.tools.compare import measure as measuring
+    from octavo.tools.compare import search as searching
+
+    if set(schemes) == {"bf16"} and set(kvs) == {"auto"}:
+        raise OctavoError("bf16 with a BF16 KV cache is what everything is compared with; name another --scheme or --kv.")
+    context = _context(config)
+    text = measuring.cut(ids, window, tokens, context)
+    quantized = [scheme for scheme in schemes if scheme != "bf16"]
+    say("BF16")
+    core = measuring.open_core(config, measuring.REFERENCE, text)
+    reference = measuring.Reference.of(core, text)
+    first = measuring.score(measuring.REFERENCE, core.runner, reference.hidden, reference.greedy, text, reference)
+    say("the error of each layer")
+    errors = layers.layer_errors(core, quantized, text.windows[0])
+    sizes = text.predictions, len(text.windows[0]), context, text.greedy
+    found = Comparison(config.model, *sizes, budget or searching.DEFAULT_BUDGET, first, [], errors)
+    if first.quantized_values:
+        found.notes.append("the checkpoint holds FP8 already, and its codes are kept: BF16 here means the checkpoint as stored")
+    del core  # one model in memory at a time
+    results = {measuring.REFERENCE: first}
+
+    def measure(variant: Variant) -> Measurement:
+        if variant not in results:
+            say(searching.name_of(variant))
+            results[variant] = measuring.measure(config, variant, text, reference)
+            found.measured.append(results[variant])
+        return results[variant]
+
+    def rank(scheme: str) -> list[Sensitivity]:
+        say(f"which layers {scheme} costs most")
+        found.scheme, found.ranked = scheme, layers.sensitivities(config, scheme, text, reference)
+        found.kept = layers.worth_keeping(found.ranked)
+        return found.ranked
+
+    if budget:
+        chosen = searching.search(budget, measure, rank, quantized, kvs)
+        over = [m for m in found.measured if not budget.met(m)]
+        found.verdict, found.chosen = searching.verdict(budget, [*over, chosen] if chosen else over)
+        return found
+    for scheme in schemes:
+        for kv in kvs:
+            measure(measuring.Variant(scheme, kv))
+    found.verdict, found.chosen = searching.verdict(found.budget, searching.rungs(found.measured))
+    if found.measured and quantized:
+        best = found.chosen.variant.scheme if found.chosen else "bf16"
+        rank(best if best != "bf16" else min(quantized, key=lambda scheme: found.row_of(scheme).kl))
+        measure(measuring.Variant(found.scheme, found.row_of(found.scheme).variant.kv, tuple(found.ignore)))
+    return found
+
+
+def write_config(path: Path, found: Comparison, config: EngineConfig) -> None:
+    """What was chosen, as `--quantization-config` reads it, with the measurement that it stands on."""
+    assert found.chosen is not None
+    engine, m = found.chosen.variant.config(config), found.chosen
+    about = {"model": found.model, "text": found.text, "tokens": found.predictions, "budget": str(found.budget)}
+    numbers = {"perplexity": m.perplexity, "change": m.change, "kl": m.kl, "top1": m.top1}
+    value = {
+        "quantization": engine.quantization,
+        "kv_cache_dtype": engine.kv_cache_dtype,
+        "quantization_ignore": list(engine.quantization_ignore),
+        "quantize_lm_head": engine.quantize_lm_head,
+        "calculate_kv_scales": engine.calculate_kv_scales,
+        "measured": {**about, "bf16_perplexity": found.reference.perplexity, **numbers},
+    }
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Under a temporary name first: a reader finds the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OctavoError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise OctavoError(f"{path} is a directory; name a file in it.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OctavoError(f"{path} cannot be written: there is no writable directory {path.parent}.")
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    for flag, value, least in (("--tokens", args.tokens, 0), ("--window", args.window, 2)):
+        if value < least:
+            raise OctavoError(f"{flag} must be at least {least}, not {value}.")
+
+
+def _canonical(option: str, given: Sequence[str], known: dict[str, str], ladder: Sequence[str]) -> list[str]:
+    """The schemes or KV dtypes that `given` names, each once, in the order of the ladder; BF16 comes last."""
+    names = {canonical(option, name, known) for name in given}
+    return sorted(names, key=lambda name: ladder.index(name) if name in ladder else len(ladder))
+
+
+def _read(config: EngineConfig, path: Path | None) -> tuple[str, list[int]]:
+    """The text's name and its tokens."""
+    from octavo.demo import HELDOUT
+    from octavo.text.tokenizer import Tokenizer
+
+    path = path or HELDOUT
+    tokenizer = Tokenizer(config.model)
+    try:
+        return path.name, tokenizer.encode(path.read_text("utf-8"))
+    except OSError as error:
+        raise OctavoError(f"--text {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise OctavoError(f"--text {path} is not UTF-8 text.") from None
+
+
+def _context(config: EngineConfig) -> int:
+    from octavo.models import architecture, read_config
+
+    values = read_config(Path(config.model))
+    longest: int = architecture(values).Config.from_json(values).max_position_embeddings
+    return min(longest, config.max_model_len or longest)

@@ -1,0 +1,181 @@
+"""The HTML report of `octavo compare`: one file that refers to no other, its plots drawn by matplotlib as inline SVG."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import OctavoError
+from octavo.tools.compare import loss_table as compare_table
+from octavo.tools.compare.compare import Comparison
+from octavo.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from octavo.tools.compare.measure import Measurement
+
+__all__ = ["check", "render"]
+
+COLORS = {"bf16": "#444444", "fp8": "#c8553d", "ptpc_fp8": "#2a6f97", "fp8_block": "#588157"}
+MARKERS = {"auto": "o", "bfloat16": "o", "fp8_e4m3": "s", "fp8_e5m2": "^", "fp8_per_token_head": "D"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } .scroll { overflow-x: auto }
+tr.chosen { background: #eef6ee; font-weight: 600 } .verdict { border-left: 4px solid #588157; padding: .1rem 1rem }
+code, pre { font-size: .85rem; background: #f5f5f5; padding: .1rem .3rem } pre { padding: .7rem; white-space: pre-wrap }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } .small { color: #666; font-size: .85rem }
+"""
+
+
+def check() -> None:
+    """Raises OctavoError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OctavoError("--output needs matplotlib for its plots, which is not installed: pip install 'octavo[report]'.")
+
+
+def render(found: Comparison) -> str:
+    """The report as one HTML document."""
+    rows = [found.reference, *found.measured]
+    parts = [
+        f"<h1>{escape(found.model)}: what FP8 costs</h1>",
+        f'<p class="verdict">{escape(found.verdict)}</p>',
+        f"<pre>{escape(compare_table.command(found))}</pre>" if found.chosen else "",
+        f"<p>{escape(compare_table.basis(found))}, Octavo {__version__}.</p>",
+        "<h2>Schemes and KV caches</h2>",
+        _table(
+            compare_table.COLUMNS,
+            [compare_table.cells(found, m) for m in rows],
+            [m is found.chosen for m in rows],
+            "measurements",
+        ),
+        f'<p class="small">{escape(compare_table.legend(found))} Hollow marks: layers kept in BF16.</p>',
+        _figure(_bars(found), "bars"),
+        _figure(_memory(found), "memory"),
+        "<h2>Layers</h2>",
+        '<p class="small">Of each linear layer, on the activations of the BF16 model: ‖y′ − y‖ / ‖y‖ of its output, '
+        "‖W′ − W‖ / ‖W‖ of its weight.</p>",
+        _figure(_layers(found), "layers") if found.layers else "",
+        _worst(found) if found.ranked else "",
+        _errors(found),
+        *(f"<p>Note: {escape(note)}.</p>" for note in found.notes),
+    ]
+    head = f'<meta charset="utf-8"><title>{escape(found.model)}: FP8 against BF16</title><style>{STYLE}</style>'
+    body = "\n".join(part for part in parts if part)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool], name: str) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    lines = []
+    for row, mark in zip(rows, marked, strict=True):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="{"chosen" if mark else "other"}">{cells}</tr>')
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _worst(found: Comparison) -> str:
+    rows = compare_table.worst(found)
+    return (
+        f"<p>The layers that {escape(found.scheme)} costs most:</p>"
+        + _table(compare_table.WORST_COLUMNS, rows, [False] * len(rows), "worst")
+        + f"<p>{escape(compare_table.kept_sentence(found))}</p>"
+        + f"<pre>--quantization-ignore {escape(' '.join(found.ignore))}</pre>"
+    )
+
+
+def _errors(found: Comparison) -> str:
+    schemes = list(found.layers[0].output) if found.layers else []
+    if not schemes:
+        return ""
+    columns = ["layer", *(f"{scheme}: {what}" for scheme in schemes for what in ("weight", "output"))]
+    rows = [[e.path, *(f"{100 * by[scheme]:.2f}%" for scheme in schemes for by in (e.weight, e.output))] for e in found.layers]
+    table = _table(columns, rows, [False] * len(rows), "errors")
+    return f"<details><summary>Every layer's errors</summary>{table}</details>"
+
+
+def _figure(figure: Figure, name: str) -> str:
+    """Inline SVG. Its ids get the figure's name, since ids are shared by the whole document."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # text stays text; the same bytes every time
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = out.getvalue()
+    return f'<figure id="{name}">{svg[svg.index("<svg") :]}</figure>'
+
+
+def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for ax in axes if columns > 1 else [axes]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _label(m: Measurement) -> str:
+    kept = f" -{len(m.variant.ignore)}" if m.variant.ignore else ""
+    return f"{m.variant.scheme}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
+
+
+def _bars(found: Comparison) -> Figure:
+    """Change of perplexity with its standard error, and KL, of each variant."""
+    measured = found.measured[::-1]  # the first on top
+    figure, (left, right) = _new(9, 0.9 + 0.24 * len(measured), columns=2)
+    colors = [COLORS.get(m.variant.scheme, "#888888") for m in measured]
+    labels = [_label(m) for m in measured]
+    spread = [100 * m.change_error for m in measured]
+    left.barh(labels, [100 * m.change for m in measured], xerr=spread, color=colors, error_kw={"lw": 0.8})
+    left.axvline(0, color="#222222", lw=0.8)
+    left.set_xlabel("change of perplexity, %", fontsize=9)
+    right.barh(labels, [m.kl for m in measured], color=colors)
+    right.set_yticklabels([])
+    right.locator_params(axis="x", nbins=5)
+    right.set_xlabel("KL divergence, nats a token", fontsize=9)
+    return figure
+
+
+def _memory(found: Comparison) -> Figure:
+    """KL against memory: what is low and left is good."""
+    figure, ax = _new(7, 4)
+    for m in (found.reference, *found.measured):
+        color, marker = COLORS.get(m.variant.scheme, "#888888"), MARKERS.get(m.variant.kv, "o")
+        face = "none" if m.variant.ignore else color  # hollow: layers kept in BF16
+        ax.plot(100 * found.memory(m), m.kl, marker, color=color, mfc=face, ms=6)
+    for scheme in dict.fromkeys(m.variant.scheme for m in (found.reference, *found.measured)):
+        ax.plot([], [], "o", color=COLORS.get(scheme, "#888888"), label=scheme)
+    for kv in dict.fromkeys(m.variant.kv for m in (found.reference, *found.measured)):
+        ax.plot([], [], MARKERS.get(kv, "o"), color="#222222", mfc="none", label=f"KV {kv.replace('auto', 'BF16')}")
+    ax.set_xlabel(f"weights and KV cache of {found.context:,} tokens, % of BF16", fontsize=9)
+    ax.set_ylabel("KL divergence, nats a token", fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _layers(found: Comparison) -> Figure:
+    """Output error (solid) and weight error (dotted) of each layer, by scheme."""
+    figure, ax = _new(9, 4.2)
+    places = range(len(found.layers))
+    errors = [e.output for e in found.layers], [e.weight for e in found.layers]
+    for scheme in found.layers[0].output:
+        color = COLORS.get(scheme, "#888888")
+        output, weight = ([100 * by[scheme] for by in kind] for kind in errors)
+        ax.plot(places, output, "-o", ms=3, lw=1, color=color, label=f"{scheme}, output")
+        ax.plot(places, weight, ":", lw=1.2, color=color, label=f"{scheme}, weight")
+    step = max(1, len(found.layers) // 32)
+    names = [e.path.removeprefix("model.layers.") for e in found.layers]
+    ax.set_xticks(places[::step], names[::step], rotation=90, fontsize=7)
+    ax.set_ylabel("relative error, %", fontsize=9)
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7, frameon=False, ncols=3)
+    return figure

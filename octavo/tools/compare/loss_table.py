@@ -1,0 +1,136 @@
+"""What `octavo compare` prints: readable at 100 columns, plain where the output is not a terminal."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from octavo.engine.memory import gib
+
+if TYPE_CHECKING:
+    from octavo.tools.compare.compare import Comparison
+    from octavo.tools.compare.measure import Measurement
+
+__all__ = ["COLUMNS", "WORST_COLUMNS", "basis", "cells", "command", "kept_sentence", "legend", "show", "status", "worst"]
+
+WIDTH = 100
+WORST = 6
+COLUMNS = ("weights", "KV cache", "perplexity", "vs BF16", "KL", "KL p99", "top-1", "greedy", "memory")
+WORST_COLUMNS = ("layer", "weight error", "output error", "KL alone", "more in BF16")
+
+
+@contextmanager
+def status(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """A function that shows on a terminal what is being measured."""
+    console = Console(stderr=True)
+    if not (wanted and console.is_terminal):
+        yield lambda text: None
+        return
+    with console.status("starting") as shown:
+        yield lambda text: shown.update(f"measuring {text}")
+
+
+def cells(found: Comparison, m: Measurement) -> tuple[str, ...]:
+    """One row of the main table, under COLUMNS."""
+    v = m.variant
+    weights = v.scheme + (f", {len(v.ignore)} kept" if v.ignore else "")
+    change = "" if m is found.reference else f"{100 * m.change:+.2f}% ±{100 * m.change_error:.2f}"
+    kv, greedy = "BF16" if v.kv in ("auto", "bfloat16") else v.kv, f"{m.greedy:.1f}"
+    top1, memory = f"{100 * m.top1:.1f}%", f"{100 * found.memory(m):.1f}%"
+    return weights, kv, f"{m.perplexity:.3f}", change, _short(m.kl), _short(m.kl_p99), top1, greedy, memory
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if 0 < value < 1e-4 else f"{value:.4f}"
+
+
+def basis(found: Comparison) -> str:
+    """What was measured on."""
+    return f"{found.predictions:,} predictions on {found.text}, windows of {found.window} tokens"
+
+
+def legend(found: Comparison) -> str:
+    """What the columns mean."""
+    whole = gib(found.reference.memory(found.context))
+    return (
+        f"±: standard error over positions. KL: nats a token. greedy: equal tokens of {found.greedy}. "
+        f"memory: weights as stored and the KV cache of {found.context:,} tokens, in percent of BF16's {whole}."
+    )
+
+
+def worst(found: Comparison) -> list[tuple[str, ...]]:
+    """Rows (layer, weight error, output error, KL, extra bytes) of the layers that `found.scheme` costs most."""
+    errors = {layer.path: layer for layer in found.layers}
+    rows: list[tuple[str, ...]] = []
+    for layer in sorted(found.ranked, key=lambda layer: layer.kl, reverse=True)[:WORST]:
+        e = errors[layer.path]
+        weight, output = (f"{100 * by_scheme[found.scheme]:.2f}%" for by_scheme in (e.weight, e.output))
+        rows.append((layer.path, weight, output, f"{layer.kl:.2g}", gib(layer.extra_bytes)))
+    return rows
+
+
+def kept_sentence(found: Comparison) -> str:
+    """What the proposed ignore list takes away and costs, as it was measured."""
+    if not found.kept:
+        return ""
+    extra = sum(layer.extra_bytes for layer in found.kept)
+    share = sum(layer.kl for layer in found.kept) / sum(layer.kl for layer in found.ranked)
+    said = (
+        f"{len(found.kept)} of {len(found.ranked)} layers hold {100 * share:.0f}% of what {found.scheme} loses (KLs added); "
+        f"in BF16 they take {gib(extra)} more, {100 * extra / found.reference.weight_bytes:.1f}% of the BF16 model"
+    )
+    ignore = tuple(found.ignore)
+    after = next((m for m in found.measured if m.variant.ignore == ignore), None)
+    if after is None:
+        return f"{said}."
+    before = next(m for m in found.measured if m.variant == replace(after.variant, ignore=()))
+    return f"{said}. Measured without them: KL {_short(before.kl)} -> {_short(after.kl)}."
+
+
+def show(found: Comparison, saved: Path | None, report: Path | None) -> None:
+    """Prints the comparison."""
+    console = Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
+    console.print(f"[bold]{found.model}[/bold]\n{basis(found)}", soft_wrap=True)
+    main = _table(COLUMNS, [cells(found, m) for m in (found.reference, *found.measured)], texts=2)
+    console.print(main)
+    console.print(legend(found), style="dim")
+    if found.ranked:
+        console.print(f"\nThe layers that {found.scheme} costs most:")
+        console.print(_table(WORST_COLUMNS, worst(found), texts=1))
+        console.print(kept_sentence(found))
+        if not saved:
+            console.print("--quantization-ignore " + shlex.join(found.ignore), soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(f"\n[bold]{found.verdict}[/bold]")
+    if saved and found.chosen:
+        console.print(f"Written to {saved}: octavo serve {found.model} --quantization-config {saved}", soft_wrap=True)
+    elif found.chosen:
+        console.print("  " + command(found), soft_wrap=True)
+    if report:
+        console.print(f"Report: {report}", soft_wrap=True)
+
+
+def command(found: Comparison) -> str:
+    """The command line that serves what was chosen."""
+    assert found.chosen is not None
+    v = found.chosen.variant
+    ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
+    return shlex.join(["octavo", "serve", found.model, "--quantization", v.scheme, "--kv-cache-dtype", v.kv, *ignore])
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], texts: int) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,147 @@
+"""The ladder of "accuracy was lost": PTPC, then a BF16 cache, then layers in BF16, then BF16; and the search that climbs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from octavo.errors import OctavoError
+from octavo.tools.compare.layer_errors import Sensitivity, ignore_list
+from octavo.tools.compare.measure import REFERENCE, Measurement, Variant
+
+__all__ = ["DEFAULT_BUDGET", "KV_NAMES", "SCHEME_NAMES", "Budget", "name_of", "rungs", "search", "verdict"]
+
+# In the order of the ladder: what takes the least memory, or is the most usual, first.
+SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block")
+KV_NAMES = ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "auto")
+MENTIONED = 4  # steps that the verdict speaks of
+FIRST_KV, DENSE_KV = "fp8_e4m3", ("auto", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost: perplexity relative to BF16's, or KL in nats a token."""
+
+    limit: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`0.3%` is of perplexity, `0.002` is KL. Raises OctavoError for anything else."""
+        try:
+            limit = float(text.strip().removesuffix("%"))
+        except ValueError:
+            limit = -1.0
+        if not 0 <= limit < float("inf"):
+            raise OctavoError(f"--auto '{text}' is no budget; give a rise in perplexity such as 0.3%, or a KL such as 0.002.")
+        relative = text.strip().endswith("%")
+        return cls(limit / 100 if relative else limit, relative)
+
+    def loss(self, m: Measurement) -> float:
+        """What `m` loses, in the budget's unit; a perplexity under BF16's counts as no loss, one that is no number as all."""
+        loss = m.change if self.relative else m.kl
+        return math.inf if math.isnan(loss) else max(0.0, loss)
+
+    def met(self, m: Measurement) -> bool:
+        return self.loss(m) <= self.limit
+
+    def amount(self, m: Measurement) -> str:
+        """What `m` loses, for a person."""
+        return f"{100 * m.change:+.2f}%" if self.relative else f"{m.kl:.3g}"
+
+    def __str__(self) -> str:
+        return f"{100 * self.limit:g}% of perplexity" if self.relative else f"KL {self.limit:g}"
+
+
+DEFAULT_BUDGET = Budget(0.005, relative=True)
+
+
+def rungs(measured: Iterable[Measurement]) -> list[Measurement]:
+    """The steps of the ladder that were measured, in its order: fp8, PTPC, a BF16 cache, layers in BF16, BF16 weights.
+
+    Where none of them was, everything that was, the smallest first.
+    """
+    others = [m for m in measured if m.variant != REFERENCE]
+    climbed = [m for m in others if (m.variant.scheme, m.variant.kv) in _STEPS]
+    if not climbed:
+        return sorted(others, key=lambda m: (m.weight_bytes, m.kv_bytes_per_token))
+    return sorted(climbed, key=lambda m: (_STEPS.index((m.variant.scheme, m.variant.kv)), len(m.variant.ignore)))
+
+
+_STEPS = [("fp8", FIRST_KV), ("ptpc_fp8", FIRST_KV), ("ptpc_fp8", "auto"), ("bf16", FIRST_KV)]
+
+
+def search(
+    budget: Budget,
+    measure: Callable[[Variant], Measurement],
+    rank: Callable[[str], Sequence[Sensitivity]],
+    schemes: Sequence[str],
+    kvs: Sequence[str],
+) -> Measurement | None:
+    """Climbs scheme -> KV -> ignore list -> BF16 to the first configuration that was measured to meet the budget.
+
+    schemes and kvs: what may be used, the cheapest first. rank: the layers by what keeping each in BF16 gains a byte.
+    None if even BF16 weights with the last KV dtype miss it.
+    """
+    tried: list[Measurement] = []
+    for variant in (Variant(scheme, kvs[0]) for scheme in schemes):
+        tried.append(measure(variant))
+        if budget.met(tried[-1]):
+            return tried[-1]
+    scheme = min(tried, key=budget.loss).variant.scheme if tried else "bf16"
+    for kv in kvs[1:] if tried else ():
+        tried.append(measure(Variant(scheme, kv)))
+        if budget.met(tried[-1]):
+            return tried[-1]
+    found = None
+    if tried:
+        kv = min((m for m in tried if m.variant.scheme == scheme), key=budget.loss).variant.kv
+        found = _shortest(budget, measure, scheme, kv, rank(scheme))
+    if found is None:
+        return next((m for kv in kvs if budget.met(m := measure(Variant("bf16", kv)))), None)
+    for cheaper in kvs[: kvs.index(found.variant.kv)]:  # with the worst layers out, a smaller cache may do
+        if budget.met(m := measure(Variant(scheme, cheaper, found.variant.ignore))):
+            return m
+    return found
+
+
+def _shortest(
+    budget: Budget, measure: Callable[[Variant], Measurement], scheme: str, kv: str, ranked: Sequence[Sensitivity]
+) -> Measurement | None:
+    """The shortest start of `ranked` that meets the budget when left in BF16, by bisection; None if only all of it does."""
+    found: Measurement | None = None
+    low, high = 1, len(ranked) - 1
+    while low <= high:
+        middle = (low + high) // 2
+        m = measure(Variant(scheme, kv, ignore_list(ranked[:middle])))
+        if budget.met(m):
+            found, high = m, middle - 1
+        else:
+            low = middle + 1
+    return found
+
+
+def name_of(variant: Variant) -> str:
+    """A variant in words: "ptpc_fp8 with KV cache fp8_e4m3, 3 modules in BF16"."""
+    kv = "a BF16 KV cache" if variant.kv in DENSE_KV else f"KV cache {variant.kv}"
+    kept = f", {len(variant.ignore)} modules in BF16" if variant.ignore else ""
+    return f"{variant.scheme} with {kv}{kept}"
+
+
+def verdict(budget: Budget, climbed: Sequence[Measurement]) -> tuple[str, Measurement | None]:
+    """What to do, in words, and the measurement that it stands on: the first of `climbed` within the budget."""
+    chosen = next((m for m in climbed if budget.met(m)), None)
+    over = climbed[: climbed.index(chosen)] if chosen else climbed
+    said = []
+    if over:
+        names = [f"{name_of(m.variant)} ({budget.amount(m)})" for m in over]
+        more = [f"and {len(over) - MENTIONED} more"] if len(over) > MENTIONED else []
+        said.append(f"Over the budget of {budget}: {'; '.join(names[:MENTIONED] + more)}.")
+    if chosen is None:
+        said.append("Nothing measured is within it: serve BF16, or let --auto look for layers to keep in BF16.")
+        return " ".join(said), None
+    noise = ", within this text's noise" if 0 < abs(chosen.change) < 2 * chosen.change_error else ""
+    loss = f"{100 * chosen.change:+.2f}% of perplexity{noise}; KL {chosen.kl:.3g}; top-1 agreement {100 * chosen.top1:.1f}%"
+    said.append(f"{'Use' if over else 'Accuracy held: use'} {name_of(chosen.variant)} ({loss}).")
+    return " ".join(said), chosen

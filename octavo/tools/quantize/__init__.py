@@ -1,0 +1,1 @@
+"""octavo quantize: an FP8 checkpoint to keep."""

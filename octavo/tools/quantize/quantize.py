@@ -1,0 +1,92 @@
+"""`octavo quantize`: a checkpoint in, an FP8 checkpoint out, a few megabytes at a time (octavo.convert.quantizer)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from octavo.config import QUANTIZATIONS, EngineConfig, canonical
+from octavo.convert.output_directory import OutputDirectory
+from octavo.convert.quantize_plan import Plan
+from octavo.convert.quantizer import job_of, output_files, remaining, write_files
+from octavo.errors import OctavoError
+from octavo.models import MODEL_TYPES, read_config
+from octavo.platform import detect
+from octavo.quant import SCHEMES, QuantRules
+from octavo.quant.checks import check_format
+from octavo.tools.quantize.quantize_report import Progress, verify
+from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
+
+__all__ = ["add_arguments", "quantize_checkpoint", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command; of the engine's it takes --quantization-ignore, --quantize-lm-head, --device and --threads."""
+    group = parser.add_argument_group("quantize")
+    group.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the FP8 checkpoint")
+    group.add_argument(
+        "--scheme", metavar="NAME",
+        help="ptpc_fp8 (a scale for each output channel), fp8 (one for each matrix) or fp8_block (128x128 tiles) (ptpc_fp8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
+    )
+    group.add_argument("--verify", action="store_true", help="read the result back and print the error of each layer")
+
+
+def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
+    """Quantizes, or continues where an earlier run of the same command was stopped."""
+    asked = args.scheme or config.quantization or "ptpc_fp8"
+    scheme = SCHEMES[canonical("--scheme", asked, QUANTIZATIONS)]
+    if config.quantization not in (None, scheme.name):
+        raise OctavoError(f"--quantization {config.quantization} contradicts --scheme {asked}; give one of them.")
+    if not scheme.quantized:
+        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
+    rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    quantize_checkpoint(
+        Path(config.model), Path(args.output), rules,
+        search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
+    )  # fmt: skip
+    return 0
+
+
+def quantize_checkpoint(
+    model: Path,
+    output: Path,
+    rules: QuantRules,
+    *,
+    search: bool = False,
+    device: str = "cpu",
+    threads: int = 2,
+    check: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError."""
+    config = read_config(model)
+    check_format(config, model)
+    platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
+    checkpoint = Checkpoint(model)
+    try:
+        plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), config, rules)
+        if config.get("model_type") not in MODEL_TYPES:
+            say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
+        for line in plan.notes():
+            say(line)
+        files = output_files(plan, output)
+        with OutputDirectory(output, checkpoint, files, job_of(rules, search)) as directory:
+            with Progress(remaining(plan, directory)) as progress:
+                write_files(plan, directory, platform, search, threads, progress)
+            directory.finish(config, plan.quantization_config())
+        before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        after = sum(file.nbytes for file in files.values())
+        say(f"{output}: {after / 1e9:.2f} GB, {100 * after / before:.1f}% of {before / 1e9:.2f} GB")
+        if check:
+            verify(plan, output, platform, threads, say)
+    finally:
+        checkpoint.close()

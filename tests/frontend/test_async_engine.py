@@ -1,0 +1,337 @@
+"""AsyncEngine with a small deterministic core in a real process: streams, aborts, crashes, ends."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.async_engine import AsyncEngine, EngineDead
+from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, TokenOutput
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the engine's process finds FakeCore by its module's name
+CRASH, SLOW, REFUSED, SEED = 666, 667, 668, 669  # prompt tokens that ask the core for something
+
+
+class FakeCore:
+    """Counts on from the prompt's last token, one token a step."""
+
+    def __init__(self, config, progress):
+        progress("weights", 0.5)
+        if config.seed == 1:
+            raise OctavoError("There is no such model.")
+        if config.seed == 2:
+            raise ValueError("a bug\nwith lines")
+        if config.seed == 3:
+            os._exit(7)
+        if config.seed == 4:
+            time.sleep(60)
+        self.info = EngineInfo(100, 4096, 10, 16, "fake", ["a line"])
+        self.running = {}
+
+    def add(self, request):
+        if REFUSED in request.prompt_token_ids:
+            raise InvalidRequest("This core does not like that prompt.")
+        self.running[request.request_id] = [request, 0]
+
+    def abort(self, request_id):
+        self.running.pop(request_id, None)
+
+    def has_work(self):
+        return bool(self.running)
+
+    def step(self):
+        outputs = []
+        for request_id, state in list(self.running.items()):
+            request, done = state
+            prompt, params = request.prompt_token_ids, request.params
+            if CRASH in prompt and done == 2:
+                raise RuntimeError("the device fell off")
+            if SLOW in prompt:
+                time.sleep(0.02)
+            state[1] += 1
+            token = params.seed + 100 if SEED in prompt else (prompt[-1] + state[1]) % 4096
+            end = "length" if state[1] == (params.max_tokens or 100 - len(prompt)) else None
+            logprobs = None if params.logprobs is None else [(Logprob(token, -1.0, 1),)]
+            first = params.prompt_logprobs is not None and done == 0
+            outputs.append(TokenOutput(request_id, [token], end, None, logprobs, [None] if first else None))
+            if end:
+                del self.running[request_id]
+        return outputs, EngineStats(num_running=len(self.running), iteration_tokens=len(outputs))
+
+
+async def start(seed=0, **kwargs):
+    return await AsyncEngine.start(EngineConfig(seed=seed), make_core=FakeCore, **kwargs)
+
+
+async def collect(engine, prompt, request_id="r", **params):
+    async with aclosing(engine.generate(prompt, SamplingParams(**params), request_id)) as deltas:
+        return [delta async for delta in deltas]
+
+
+def with_engine(test):
+    async def main():
+        engine = await start()
+        try:
+            await asyncio.wait_for(test(engine), 20)
+        finally:
+            await engine.shutdown()
+        assert not engine._process.is_alive()
+
+    asyncio.run(main())
+
+
+def test_streams():
+    async def test(engine):
+        stats = []
+        engine.add_stats_listener(stats.append)
+        deltas = await collect(engine, [10], max_tokens=3, logprobs=0)
+        assert [d.token_ids for d in deltas] == [[11], [12], [13]]
+        assert [d.finish_reason for d in deltas] == [None, None, "length"]
+        assert "".join(d.text for d in deltas) == engine.tokenizer.decode([11, 12, 13])
+        assert deltas[0].logprobs == [(Logprob(11, -1.0, 1),)]
+        assert sum(s.iteration_tokens for s in stats) == 3
+        assert stats[-1].num_running == 0
+        assert engine.info.report == ["a line"]
+
+    with_engine(test)
+
+
+def test_256_streams_at_once():
+    async def test(engine):
+        every = await asyncio.gather(*(collect(engine, [i + 1], f"r{i}", max_tokens=50) for i in range(256)))
+        for i, deltas in enumerate(every):
+            assert [d.token_ids for d in deltas] == [[i + 2 + k] for k in range(50)]
+
+    with_engine(test)
+
+
+def test_n_sequences_with_seeds_of_their_own():
+    async def test(engine):
+        deltas = await collect(engine, [SEED], n=3, seed=5, max_tokens=2, prompt_logprobs=0)
+        assert {(d.index, d.token_ids[0]) for d in deltas} == {(0, 105), (1, 106), (2, 107)}
+        assert sum(d.finish_reason == "length" for d in deltas) == 3
+        assert [d.index for d in deltas if d.prompt_logprobs] == [0]
+
+    with_engine(test)
+
+
+def test_a_stop_string_ends_the_request_in_the_engine_too():
+    async def test(engine):
+        stop = engine.tokenizer.decode([45])
+        deltas = await collect(engine, [40, SLOW, 40], max_tokens=90, stop=stop)
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason, deltas[-1].token_ids) == ("stop", stop, [45])
+        await idle(engine)
+
+    with_engine(test)
+
+
+async def idle(engine):
+    """Returns once the engine says that nothing runs, long before a slow request would have ended."""
+    calm = asyncio.Event()
+    engine.add_stats_listener(lambda stats: stats.num_running or calm.set())
+    await asyncio.wait_for(calm.wait(), 1.0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_closing_early_aborts(n):
+    async def test(engine):
+        async with aclosing(engine.generate([SLOW], SamplingParams(max_tokens=90, n=n), "r")) as deltas:
+            async for _ in deltas:
+                break
+        await idle(engine)
+        assert not engine._streams
+
+    with_engine(test)
+
+
+def test_cancelling_aborts():
+    async def test(engine):
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await idle(engine)
+
+    with_engine(test)
+
+
+def test_a_crash_reaches_every_request(capfd):
+    async def main():
+        engine = await start()
+        other = asyncio.create_task(collect(engine, [SLOW], "other", max_tokens=90))
+        with pytest.raises(EngineDead, match="RuntimeError: the device fell off"):
+            await collect(engine, [CRASH], max_tokens=5)
+        with pytest.raises(EngineDead):
+            await other
+        assert not engine.healthy
+        with pytest.raises(EngineDead):
+            engine.generate([1], SamplingParams(), "r")
+        await engine.shutdown(drain_seconds=5)
+        assert engine._process.exitcode == 1
+
+    asyncio.run(main())
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_one_thread_at_a_time_asks_how_the_process_ended():
+    """Python's multiprocessing says of a process that another thread is just reaping that it lives."""
+    one_at_a_time = threading.Lock()
+
+    class Process:
+        sentinel, theirs = multiprocessing.Pipe()
+        exitcode = 3
+
+        def join(self, timeout):
+            assert one_at_a_time.acquire(blocking=False)
+            time.sleep(0.02)
+            one_at_a_time.release()
+
+    engine = object.__new__(AsyncEngine)
+    engine._process, engine._reaping = Process(), threading.Lock()
+    Process.theirs.close()
+    with ThreadPoolExecutor() as pool:
+        assert [call.result() for call in [pool.submit(engine._exit_code) for _ in range(4)]] == [3] * 4
+    Process.sentinel.close()
+
+
+def test_a_killed_process_is_noticed():
+    async def main():
+        engine = await start()
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.1)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="killed"):
+            await task
+        assert not engine.healthy
+        await engine.shutdown()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_served():
+    async def test(engine):
+        for prompt, params, sentence in [
+            ([], {}, "empty"),
+            ([1] * 100, {"max_tokens": None}, "100 tokens; at most 99"),
+            ([4096], {}, "4096 is out of the vocabulary of 4096"),
+            ([-1], {}, "-1 is out of"),
+            ([1] * 90, {"max_tokens": 11}, r"length is 100 tokens.*requested 101 tokens \(90 in the prompt, 11"),
+            ([1], {"stop": "x", "detokenize": False}, "Stop strings"),
+        ]:
+            with pytest.raises(InvalidRequest, match=sentence):
+                engine.generate(prompt, SamplingParams(**params), "r")
+        with pytest.raises(InvalidRequest, match="does not like"):
+            await collect(engine, [REFUSED])
+        assert len(await collect(engine, [1] * 90, max_tokens=None)) == 10
+        first = asyncio.create_task(collect(engine, [SLOW], max_tokens=20))
+        await asyncio.sleep(0.05)
+        with pytest.raises(InvalidRequest, match="already running"):
+            await collect(engine, [1])
+        assert len(await first) == 20, "a refused twin must leave the first one alone"
+
+    with_engine(test)
+
+
+def test_shutdown_lets_requests_end():
+    async def main():
+        engine = await start()
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=20))
+        await asyncio.sleep(0.1)
+        ending = asyncio.create_task(engine.shutdown(drain_seconds=10))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineDead, match="shutting down"):
+            engine.generate([1], SamplingParams(), "late")
+        await ending
+        assert len(await task) == 20
+        assert not engine.healthy
+        assert engine._process.exitcode == 0
+
+    asyncio.run(main())
+
+
+def test_shutdown_does_not_wait_for_ever():
+    async def main():
+        engine = await start()
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await engine.shutdown(drain_seconds=0.2)
+        assert time.monotonic() - began < 1.5
+        with pytest.raises(EngineDead, match="shut down"):
+            await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("seed", "sentence"), [(1, "^There is no such model.$"), (2, "ValueError: a bug$"), (3, r"unexpectedly \(exit code 7\)")]
+)
+def test_a_start_that_fails(seed, sentence):
+    heard = []
+    with pytest.raises(OctavoError, match=sentence):
+        asyncio.run(start(seed, on_progress=lambda *heard_of: heard.append(heard_of)))
+    if seed != 3:
+        assert ("weights", 0.5) in heard
+
+
+def test_a_cancelled_start_leaves_nothing_behind():
+    async def main():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(start(4), 1.5)
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_the_engine_does_not_outlive_its_parent(how, tmp_path):
+    program = tmp_path / "parent.py"
+    program.write_text(f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_async_engine import start, collect, SLOW
+
+async def main():
+    engine = await start()
+    print(engine._process.pid, flush=True)
+    if {how!r} == "kill":
+        await collect(engine, [SLOW], max_tokens=90)
+        await asyncio.sleep(60)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+""")
+    parent = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    with parent:
+        pid = int(parent.stdout.readline())
+        if how == "kill":
+            parent.kill()
+        parent.wait(10)
+    deadline = time.monotonic() + 3
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_the_api_process_never_imports_torch():
+    program = "import sys, octavo.frontend.async_engine; sys.exit('torch' in sys.modules or 'jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

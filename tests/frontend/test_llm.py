@@ -1,0 +1,146 @@
+"""The offline API, over a small deterministic core in this process."""
+
+import pytest
+
+from octavo.demo import MODEL_DIR
+from octavo.engine import worker
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.llm import LLM
+from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, TokenOutput
+
+REFUSED, FAILS = 668, 669
+
+
+class FakeCore:
+    """Counts on from the prompt's last token, one token a step and request."""
+
+    def __init__(self, config, progress):
+        progress("weights", 1.0)
+        self.info = EngineInfo(200, 4096, 10, 16, "fake")
+        self.running = {}
+
+    def add(self, request):
+        if REFUSED in request.prompt_token_ids:
+            raise InvalidRequest("This core does not like that prompt.")
+        self.running[request.request_id] = [request, 0]
+
+    def abort(self, request_id):
+        self.running.pop(request_id, None)
+
+    def has_work(self):
+        return bool(self.running)
+
+    def step(self):
+        outputs = []
+        for request_id, state in list(self.running.items()):
+            request, params = state[0], state[0].params
+            state[1] += 1
+            token = (request.prompt_token_ids[-1] + state[1] * (1 + (params.seed or 0))) % 4096
+            output = TokenOutput(request_id, [token], num_cached_tokens=4)
+            if params.logprobs is not None:
+                output.logprobs = [(Logprob(token, -0.5, 1), Logprob(7, -2.0, 2))]
+            if params.prompt_logprobs is not None and state[1] == 1:
+                output.prompt_logprobs = [None, (Logprob(9, -1.0, 1),)]
+            if FAILS in request.prompt_token_ids:
+                output.error = "The cache is too small for this."
+            if state[1] == params.max_tokens:
+                output.finish_reason = "length"
+                del self.running[request_id]
+            outputs.append(output)
+        return outputs, EngineStats()
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    monkeypatch.setattr(worker, "engine_core", FakeCore)
+    return LLM()
+
+
+def params(**kwargs):
+    return SamplingParams(**{"max_tokens": 3, **kwargs})
+
+
+def test_every_form_of_prompt(llm):
+    text = "def read"
+    ids = llm.encode(text)
+    expected = [(ids[-1] + i) % 4096 for i in (1, 2, 3)]
+    for prompts in (text, [text], ids, [ids], {"prompt": text}, [{"prompt_token_ids": ids}], tuple(ids)):
+        (result,) = llm.generate(prompts, params())
+        assert result.prompt_token_ids == ids
+        assert result.outputs[0].token_ids == expected
+        assert result.outputs[0].text == llm.get_tokenizer().decode(expected)
+        assert (result.finished, result.num_cached_tokens, result.outputs[0].finish_reason) == (True, 4, "length")
+    assert llm.generate(text, params())[0].prompt == text
+    assert llm.generate([], params()) == []
+
+
+def test_a_batch_with_params_of_its_own(llm):
+    results = llm.generate([[10], [20], [30]], [params(max_tokens=n) for n in (3, 1, 2)], use_tqdm=False)
+    assert [r.outputs[0].token_ids for r in results] == [[11, 12, 13], [21], [31, 32]]
+    assert len({r.request_id for r in results}) == 3
+
+
+def test_several_sequences_and_logprobs(llm):
+    (result,) = llm.generate([[5, 10]], params(n=2, seed=0, logprobs=1, prompt_logprobs=0))
+    assert [o.token_ids for o in result.outputs] == [[11, 12, 13], [12, 14, 16]]
+    assert [o.index for o in result.outputs] == [0, 1]
+    assert result.outputs[0].cumulative_logprob == -1.5
+    assert result.outputs[0].logprobs[0] == {11: Logprob(11, -0.5, 1), 7: Logprob(7, -2.0, 2)}
+    assert result.prompt_logprobs == [None, {9: Logprob(9, -1.0, 1)}]
+    assert llm.generate([[5]], params())[0].outputs[0].logprobs is None
+
+
+def test_a_stop_string(llm):
+    stop = llm.get_tokenizer().decode([45])
+    (result,) = llm.generate([[40]], params(max_tokens=90, stop=stop))
+    assert (result.outputs[0].finish_reason, result.outputs[0].stop_reason) == ("stop", stop)
+    assert result.outputs[0].token_ids == [41, 42, 43, 44, 45]
+    assert not llm._core.running
+
+
+def test_chat(llm):
+    messages = [{"role": "user", "content": "Hi"}]
+    (result,) = llm.chat(messages, params())
+    assert result.prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert result.prompt_token_ids[0] == llm.get_tokenizer().token_id("<|im_start|>")
+    assert len(llm.chat([messages, messages], params())) == 2
+    (result,) = llm.chat(messages, params(), chat_template="{{ x }}!", chat_template_kwargs={"x": "so"})
+    assert result.prompt == "so!"
+
+
+def test_the_checkpoint_s_sampling_is_the_default(llm):
+    assert llm.get_default_sampling_params() == SamplingParams(**llm.get_tokenizer().default_sampling)
+    assert len(llm.generate([[1]])[0].outputs[0].token_ids) == 16
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "sentence"),
+    [
+        ([[]], {}, "empty"),
+        ([[4096]], {}, "out of the vocabulary"),
+        ([[1] * 200], {}, "200 tokens; at most 199"),
+        ({"text": "x"}, {}, "A prompt is"),
+        ({"prompt_token_ids": "x"}, {}, "list of integers"),
+        ([[1], [REFUSED]], {}, "does not like"),
+        ([[1], [FAILS]], {}, "too small"),
+        (["half \ud800"], {}, "Unicode"),
+    ],
+)
+def test_what_cannot_be_served_leaves_an_idle_engine(llm, prompts, given, sentence):
+    with pytest.raises(InvalidRequest, match=sentence):
+        llm.generate(prompts, params(**given))
+    assert not llm._core.running
+    assert llm.generate([[1]], params())[0].finished
+
+
+def test_other_errors(llm, tmp_path):
+    with pytest.raises(OctavoError, match="did you mean 'quantization'"):
+        LLM(MODEL_DIR, quantisation="fp8")
+    with pytest.raises(InvalidRequest, match="2 prompts and 1 sampling_params"):
+        llm.generate([[1], [2]], [params()])
+    bare = LLM(tmp_path)
+    assert bare.generate([[1]], params())[0].outputs[0].text == ""
+    with pytest.raises(OctavoError, match=r"no tokenizer\.json"):
+        bare.generate("text", params())
+    with pytest.raises(InvalidRequest, match="Stop strings need text"):
+        bare.generate([[1]], params(stop="x"))

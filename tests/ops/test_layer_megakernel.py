@@ -1,0 +1,228 @@
+"""What lies between two attentions as one launch, each phase against float64; and that it compiles where there is no GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.config import EngineConfig
+from octavo.ops.reference import SCALE_FLOOR
+from octavo.platform import Platform
+
+pytest.importorskip("triton")
+
+from octavo.ops.hopper import compile as compiler
+from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
+from octavo.ops.hopper.layer_megakernel import LayerMegakernels as Between
+from tests.ops.test_decoder_megakernel import MODELS, dumped, parts, write
+
+CPU = torch.device("cpu")
+LLAMA_8B = dict(
+    HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, PROGRAMS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
+    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48,
+)  # fmt: skip
+SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, PROGRAMS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
+             DOWN_ROWS=32, DOWN_SPLITS=6, QKV_ROWS=16)  # fmt: skip
+SHAPES = MODELS | {
+    "not multiples of 64": dict(
+        model_type="qwen2", hidden_size=528, intermediate_size=1424, heads=11, kv_heads=11, head_dim=48
+    ),
+    "two units a program": dict(model_type="llama", hidden_size=256, intermediate_size=17408, heads=4, kv_heads=2, head_dim=64),
+}
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
+@pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
+def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sm_90: FP8 matrix instructions of a group of warps, the copy engine's boxes, nothing kept in local memory."""
+    monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
+    stacks, code = dumped(compiler.compile_cubin("layer_megakernel.cu", "sm_90a", options | {"TOKENS": tokens}), tmp_path)
+    assert stacks == ["0"]
+    assert len(re.findall(rf"QGMMA\.64x{tokens}x32\.F32\.E4M3\.E4M3", code)) >= 16
+    assert "UTMALDG.2D" in code
+    if options is LLAMA_8B:  # a product is ended while the next one runs; where there are few steps the compiler undoes that
+        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)) >= 8
+
+
+@pytest.mark.parametrize("programs", [78, 114, 132])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672), (528, 1472), (16, 16)])
+def test_units_cover_a_product(n: int, k: int, programs: int) -> None:
+    """Every row and step is in one unit; no share of K is empty; the busiest program reads at most twice the average."""
+    for most in (1, 8):
+        rows, shares = layer_megakernel.units(n, k, programs, most_shares=most)
+        steps = -(-k // layer_megakernel.STEP)
+        share = -(-steps // shares)
+        assert rows % 16 == 0
+        assert 16 <= rows <= 128
+        assert share * (shares - 1) < steps <= share * shares
+        turns = -(-(-(-n // rows) * shares) // programs)
+        if n * steps > 16 * 8 * programs and most == 8:
+            assert turns * share * rows < 2 * n * steps / programs
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "reason"),
+    [
+        ("sm_90", {}, None),
+        ("sm_90", {"inter": 1424, "kv": "fp8_e5m2", "window": 100}, None),
+        ("sm_100", {}, "sm_90"),
+        ("gfx942", {}, "sm_90"),
+        ("sm_90", {"inter": 1416}, "multiple of 16"),
+        ("sm_90", {"dtype": torch.float32}, "float32"),
+    ],
+)
+def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
+    found = layer_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_the_first_that_takes_a_step_computes_it() -> None:
+    """One request of a usual context: one launch; longer ones and more requests: two a layer; many: op by op."""
+    from octavo.models.common import Decoder
+    from octavo.models.config import ConfigBase
+
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    model = Decoder(ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes), [])
+    assert model.fused_for(1, 1) is None
+    one, few = decoder_megakernel.DecoderMegakernel.__new__(decoder_megakernel.DecoderMegakernel), Between.__new__(Between)
+    model.fused = [one, few]
+    steps = {
+        (1, 700): one,
+        (1, 5000): few,
+        (2, 700): few,
+        (layer_megakernel.MOST_TOKENS, 1): few,
+        (layer_megakernel.MOST_TOKENS + 1, 1): None,
+    }
+    assert {step: model.fused_for(*step) for step in steps} == steps
+    assert (one.attends, few.attends) == (True, False)  # whose graphs depend on how attention splits a context
+
+
+def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8") -> tuple[Any, Between]:
+    from octavo.engine.runner import ModelRunner
+
+    config = EngineConfig(
+        model=str(write(directory, shape)), load_format="dummy", quantization=scheme, kv_cache_dtype="fp8", device="cuda",
+        enforce_eager=True, max_model_len=2048, gpu_memory_utilization=0.9, max_num_seqs=64,
+    )  # fmt: skip
+    runner = ModelRunner(config)
+    (found,) = (one for one in runner.model.model.fused if isinstance(one, Between))
+    return runner, found
+
+
+def in_order(codes: Tensor, tokens: int, width: int) -> Tensor:
+    """Codes [tokens, width] of what the kernel lays out as its matrix unit wants it."""
+    steps, columns, _ = codes.shape
+    token = torch.arange(columns, device=codes.device)
+    chunk = torch.arange(8, device=codes.device)[None, :] ^ token[:, None] % 8
+    plain = codes.view(steps, columns, 8, 16).gather(2, chunk[None, :, :, None].expand(steps, -1, -1, 16))
+    return plain.reshape(steps, columns, 128).transpose(0, 1).reshape(columns, -1)[:tokens, :width].view(torch.float8_e4m3fn)
+
+
+def scale_of(amax: Tensor) -> Tensor:
+    return (amax / torch.full_like(amax, 448)).clamp(min=SCALE_FLOOR)  # by a number torch multiplies by its inverse
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = scale_of(x.float().abs().amax(1, keepdim=True))
+    return (x.float() * (1 / scale)).to(torch.float8_e4m3fn), scale
+
+
+def product(codes: Tensor, scale: Tensor, w: Any) -> Tensor:
+    return (codes.double() @ w.weight.double().T * scale.double() * w.scale.double()).bfloat16()
+
+
+def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return (x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps)).bfloat16() * gain
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    return float((out.double() - ref.double()).norm() / ref.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
+@pytest.mark.parametrize("name", SHAPES)
+@torch.inference_mode()
+def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
+    """Each is compared on what the launch itself computed before it; where that is not kept, codes may fall the other way."""
+    _, fused = decoder_of(tmp_path, SHAPES[name] | {"num_hidden_layers": 2}, scheme)
+    p, (layer, after) = fused.parts, fused.parts.layers
+    (_, o, gate_up, down), (qkv, *_) = fused.weights
+    compared = 0
+    for tokens in (8, 8, 1, 3, 9, 16, 23, 32):
+        torch.manual_seed(tokens)
+        attended = torch.randn(tokens, p.heads * p.head_dim, device="cuda").bfloat16()
+        attended[:, ::7] *= 30
+        want, scale = quantized(attended)
+        o_of = product(want, scale, o)
+        before = o_of[:, torch.randperm(p.hidden, device="cuda")]  # as large
+        residual, columns = before.clone(), next(n for n in layer_megakernel.COLUMNS if tokens <= n)
+        for kept in fused.codes[columns]:
+            kept[:, :, :].fill_(0)
+        fused.meetings.zero_()
+        fused.scales.fill_(torch.nan)
+        fused.shares.fill_(torch.nan)
+        got = fused.between(0, attended, residual)
+        codes = [
+            in_order(c, tokens, w) for c, w in zip(fused.codes[columns], (attended.shape[1], p.hidden, p.inter), strict=True)
+        ]
+        scales = fused.scales.flatten()[: 4 * columns].view(4, columns)[:, :tokens, None]
+        assert torch.equal(codes[0].view(torch.uint8), want.view(torch.uint8))
+        assert torch.equal(scales[0], scale)
+        middle = o_of + before
+        both = product(*quantized(norm(middle, layer.post_norm, p.eps)), gate_up).float()
+        gate, up = both[:, : p.inter], both[:, p.inter :]
+        act = ((gate / (1 + torch.exp(-gate))).bfloat16().float() * up).bfloat16()
+        sent = fused.meetings[0, layer_megakernel.MEETINGS : layer_megakernel.MEETINGS + fused.programs * columns].view(
+            -1, columns
+        )
+        act_scale = scale_of((sent & 0x7FFFFFFF).amax(0).view(torch.float32)[:tokens, None])
+        down_of = product(codes[2], act_scale, down)
+        ratio = float(middle.float().norm() / down_of.float().norm())
+        if ratio > 2:  # so that what down adds is seen beside a BF16 residual
+            down.scale.mul_(ratio)
+            continue
+        normed, normed_scale = quantized(norm(residual, after.input_norm, p.eps))
+        out = product(codes[1], scales[3], qkv)
+        if after.qkv_bias is not None:
+            out = out + after.qkv_bias
+        errors = {
+            "act": (error(codes[2].float() * act_scale, act), 0.05),  # 0.026 of it is the codes' own
+            "after": (error(residual, middle + down_of) * ratio, 0.02),
+            "normed": (error(codes[1].float() * scales[3], normed.float() * normed_scale), 0.002),
+            "qkv": (error(got, out), 0.002),
+        }
+        compared += 1
+        print(name, scheme, tokens, {n: f"{e:.5f}" for n, (e, _) in errors.items()})
+        assert all(e < bound for e, bound in errors.values()), errors
+    assert compared >= 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@torch.inference_mode()
+def test_whole_steps(tmp_path: Path) -> None:
+    """Five layers, launch after launch: the same bits each time, and about what the ops give."""
+    from octavo.batch import Span
+
+    runner, fused = decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5})
+    for requests in (3, 8, 20, 32):
+        ids = torch.randint(512, (requests, 40)).tolist()
+        blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
+        runner.model.model.fused = []
+        runner.forward(runner._batch([Span(one[:-1], 0, own) for one, own in zip(ids, blocks, strict=True)]))
+        batch = runner._batch([Span(one[-1:], 39, own) for one, own in zip(ids, blocks, strict=True)])
+        want = runner.forward(batch)
+        runner.model.model.fused = [fused]
+        first = runner.forward(batch)
+        assert all(torch.equal(runner.forward(batch), first) for _ in range(30))
+        assert error(first, want) < 0.15

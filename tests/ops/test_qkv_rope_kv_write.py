@@ -1,0 +1,157 @@
+"""Queries, keys and values by qkv_rope_kv_write_gemm.cu, against float64; and that it compiles where there is no GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+
+pytest.importorskip("triton")
+
+from octavo import batch as batches
+from octavo import ops
+from octavo.kvcache import Views
+from octavo.ops.contract import HeadNorms
+from octavo.ops.hopper import compile as compiler
+from octavo.ops.hopper import qkv_rope_kv_write
+from octavo.ops.hopper.gemm import Variant
+from octavo.platform import detect
+from tests.ops.paged import needs_hopper, requests, weight
+from tests.ops.test_decoder_megakernel import dumped
+
+K_SCALE, V_SCALE, F8 = 0.3, 0.2, torch.float8_e4m3fn
+SPANS = {  # of each request: tokens before, tokens in this step
+    "one prompt": [(0, 33)],
+    "whole tiles": [(0, 128), (64, 128)],
+    "places of all kinds": [(0, 100), (7, 1), (61, 300), (128, 16)],
+    "single tokens": [(5 * i % 64, 1) for i in range(50)],
+    "many": [(0, 1024), (16, 700), (3, 500)],
+}
+HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
+def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them."""
+    monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
+    options = {"CLUSTER": variant.cluster, "HALF": variant.half}
+    stacks, code = dumped(compiler.compile_cubin("qkv_rope_kv_write_gemm.cu", "sm_90a", options), tmp_path)
+    assert int(stacks[0]) <= 32  # of 240 registers a thread: 128 sums and 64 cosines and sines are there at once
+    assert len(re.findall(rf"QGMMA\.64x{2 * variant.half}x32\.F32\.E4M3\.E4M3", code)) == 4
+    assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == 2
+    assert len(re.findall(r"LDG\.E\.64\.CONSTANT", code[: code.index("QGMMA")])) == 32
+
+
+class Scene:
+    """A batch, its weight, its cache full of NaN."""
+
+    def __init__(self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256):
+        platform = detect()
+        ops.bind(platform)
+        device = platform.device
+        self.heads, self.kv_heads = heads, kv_heads
+        self.views, self.batch = requests(spans, kv_heads)
+        self.w = weight((heads + 2 * kv_heads) * 128, depth)
+        self.x = torch.randn(self.batch.num_tokens, depth, device=device).bfloat16()
+        self.norms = HeadNorms(*(torch.rand(128, device=device).add(0.5).bfloat16() for _ in range(2)), 1e-5)
+        angles = torch.rand(2048, 64, device=device) * 6
+        self.cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+        self.spoil()
+
+    def raw(self) -> torch.Tensor:
+        storage = self.views["k"].untyped_storage()
+        return torch.empty(0, dtype=torch.uint8, device=self.x.device).set_(storage)  # type: ignore[call-overload, no-any-return]
+
+    def spoil(self) -> None:
+        self.raw().fill_(0x7F)
+
+    def written(self) -> list[torch.Tensor]:
+        """Keys and values [T, H', 128] as the cache has them."""
+        at = self.batch.slot_mapping
+        return [self.views[name][at // 64, at % 64].double() * by for name, by in (("k", K_SCALE), ("v", V_SCALE))]
+
+    def exact(self, norms: HeadNorms | None) -> list[torch.Tensor]:
+        codes, scale = self.w.codes(self.x)
+        y = (codes.double() * scale) @ (self.w.weight.double() * self.w.scale.view(-1, 1)).T
+        q, k, v = y.unflatten(1, (-1, 128)).split((self.heads, self.kv_heads, self.kv_heads), 1)
+        cos, sin = self.cos_sin[self.batch.positions].double().unsqueeze(1).chunk(2, 2)
+        turned = []
+        for x, gain in ((q, norms and norms.q), (k, norms and norms.k)):
+            if norms is not None:
+                x = x / (x.square().mean(2, keepdim=True) + norms.eps).sqrt() * gain.double()
+            low, high = x.chunk(2, 2)
+            turned.append(torch.cat([low * cos - high * sin, high * cos + low * sin], 2))
+        return [*turned, v]
+
+
+@needs_hopper
+@pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_it_computes_and_writes(
+    spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, variant: Variant
+) -> None:
+    """As exact as BF16 queries and e4m3 keys and values are; nothing else of the cache is touched; the same bits each time."""
+    s = Scene(spans, heads, kv_heads)
+    norms = s.norms if normed else None
+    codes, scale = s.w.codes(s.x)
+    found = []
+    for _ in range(2):
+        s.spoil()
+        q = torch.full((len(codes) + 1, heads, 128), float("nan"), dtype=torch.bfloat16, device=codes.device)
+        assert qkv_rope_kv_write.write(codes, scale, s.w, q[:-1], norms, s.cos_sin, s.views, s.batch, K_SCALE, V_SCALE, variant)
+        found.append((q, s.raw().clone()))
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0][:-1], found[1][0][:-1])
+    assert found[0][0][-1].isnan().all()
+    expected, (k, v) = s.exact(norms), s.written()
+    assert relative_error(q[:-1], expected[0]) < 4e-3
+    assert relative_error(k, expected[1]) < 0.04
+    assert relative_error(v, expected[2]) < 0.04
+    assert (s.raw() != 0x7F).sum() <= k.numel() + v.numel()
+
+
+@needs_hopper
+def test_what_is_not_finite_is_stored_as_zero() -> None:
+    s = Scene([(0, 40)], 4, 4)
+    s.w.scale[0, :] = float("inf")
+    assert ops.project(s.x, s.w, 4, None, s.cos_sin, s.views, s.batch, None, K_SCALE, V_SCALE) is not None
+    assert all(x.isfinite().all() for x in s.written())
+
+
+@needs_hopper
+def test_it_is_the_one_that_is_used() -> None:
+    """The queries are those of the product and the launch after it, and the cache, but for codes that a last bit moves."""
+    s = Scene(SPANS["many"], 32, 8)
+    given = s.norms, s.cos_sin
+    assert qkv_rope_kv_write.refusal(s.x, s.w, *given, s.views, None) is None
+    q = ops.project(s.x, s.w, 32, *given, s.views, s.batch, None, K_SCALE, V_SCALE)
+    found = s.written()
+    s.spoil()
+    parts = ops.linear(s.x, s.w).unflatten(1, (-1, 128)).split((32, 8, 8), 1)
+    before = ops.rope_write_kv(*parts, *given, s.batch.positions, s.views, s.batch.slot_mapping, K_SCALE, V_SCALE)
+    assert q is not None
+    assert relative_error(q, before) < 6e-3
+    for one, other in zip(found, s.written(), strict=True):
+        assert relative_error(one, other) < 0.02
+
+
+def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = Scene([(0, 40)], 4, 2, depth=32)
+    given: tuple[HeadNorms, torch.Tensor, Views, None] = s.norms, s.cos_sin, s.views, None
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "gfx942")
+    assert "gfx942" in str(qkv_rope_kv_write.refusal(s.x, s.w, *given))
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "sm_90")
+    monkeypatch.setattr(compiler, "missing", lambda: None)
+    assert qkv_rope_kv_write.refusal(s.x, s.w, *given) is None
+    assert "32 tokens" in str(qkv_rope_kv_write.refusal(s.x[:32], s.w, *given))
+    assert "not rotated" in str(qkv_rope_kv_write.refusal(s.x, s.w, s.norms, s.cos_sin[:, :64], s.views, None))
+    assert "BF16" in str(qkv_rope_kv_write.refusal(s.x, s.w, HeadNorms(s.norms.q.float(), s.norms.k.float(), 1e-5), *given[1:]))
+    assert "whole context" in str(qkv_rope_kv_write.refusal(s.x, s.w, *given[:3], 512))
+    singles = batches.build([batches.Span([0], 0, [0])] * 40, 64, s.x.device)
+    assert qkv_rope_kv_write.project(s.x, s.w, 4, s.norms, s.cos_sin, s.views, singles, None, K_SCALE, V_SCALE) is None

@@ -1,0 +1,235 @@
+"""What models write, read as messages: at once and in pieces of every size, always with the same result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from server.api_client import Client
+
+from octavo.errors import OctavoError
+from octavo.messages import StructuredOutput
+from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta
+from octavo.server.parsers.tools import Part, ToolCall, choose_parser, make_parser
+
+A, B = '{"city": "Zürich", "n": [1, {"x": "}"}]}', '{"q": "a; b"}'
+
+
+def call(name: str, arguments: str) -> str:
+    return f'{{"name": "{name}", "arguments": {arguments}}}'
+
+
+CASES = {
+    "hermes": [
+        ("plain text", ["plain text"]),
+        (f"<tool_call>\n{call('f', A)}\n</tool_call>", [("f", A)]),
+        (f"Let me see. <tool_call>{call('f', A)}</tool_call>", ["Let me see. ", ("f", A)]),
+        (f"<tool_call>{call('f', A)}</tool_call>\n<tool_call>{call('g', B)}</tool_call>\n", [("f", A), ("g", B)]),
+        (f"<tool_call>{call('f', A)}</tool_call> done", [("f", A), "done"]),
+        (f"<tool_call>{call('f', A)}", [("f", A)]),  # the closer is a token that some models stop at
+        ("<tool_call>nonsense</tool_call> x", ["<tool_call>nonsense</tool_call> x"]),
+        ('<tool_call>{"name": "f", "argum', ['<tool_call>{"name": "f", "argum']),
+        ('<tool_call>{"name": 3}</tool_call>', ['<tool_call>{"name": 3}</tool_call>']),
+        ('<tool_call>{"name": "f"}</tool_call>', [("f", "{}")]),
+        ("a < b <tool", ["a < b <tool"]),
+        ("", []),
+    ],
+    "llama3_json": [
+        ("plain {text}", ["plain {text}"]),
+        (f'{{"name": "f", "parameters": {A}}}', [("f", A)]),
+        (f'\n<|python_tag|>{{"name": "f", "parameters": {A}}}', ["\n", ("f", A)]),
+        (f"{call('f', A)}; {call('g', B)}", [("f", A), ("g", B)]),
+        ('{"answer": 42}', ['{"answer": 42}']),
+        ('{"name": "f", "param', ['{"name": "f", "param']),
+        ("<|python_tag|>print(1)", ["<|python_tag|>print(1)"]),
+    ],
+    "mistral": [
+        ("plain", ["plain"]),
+        (f"[TOOL_CALLS][{call('f', A)}, {call('g', B)}]", [("f", A), ("g", B)]),
+        (f"[TOOL_CALLS] [{call('f', A)}]", [("f", A)]),
+        (f"[TOOL_CALLS]f{A}", [("f", A)]),
+        (f"Well.[TOOL_CALLS]f[ARGS]{A}[TOOL_CALLS]g[CALL_ID]abc123def[ARGS]{B}", ["Well.", ("f", A), ("g", B)]),
+        ("[TOOL_CALLS]f{broken", ["[TOOL_CALLS]f{broken"]),
+        ("[TOOL", ["[TOOL"]),
+    ],
+    "json": [
+        (f'[{{"name": "f", "parameters": {A}}}, {{"name": "g", "parameters": {B}}}]', [("f", A), ("g", B)]),
+        ('[{"name": "f", "para', ['[{"name": "f", "para']),
+    ],
+}
+FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in cases]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(("name", "text", "parts"), FLAT)
+def test_formats(name: str, text: str, parts: list[Any], size: int) -> None:
+    parser = make_parser(name)
+    found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
+    assert _joined(found + parser.finish()) == parts
+    assert parser.finish() == []
+
+
+def _joined(parts: list[Part]) -> list[Any]:
+    joined: list[Any] = []
+    for part in parts:
+        if isinstance(part, ToolCall):
+            joined.append((part.name, part.arguments))
+        elif joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def test_choosing_a_parser() -> None:
+    assert choose_parser(None, "... <tool_call> ...", "llama") == "hermes"
+    assert choose_parser(None, "... [TOOL_CALLS]", "mistral") == "mistral"
+    assert choose_parser(None, None, "qwen3") == "hermes"
+    assert choose_parser(None, None, "unheard") is None
+    assert choose_parser("llama3_json", "<tool_call>", "qwen3") == "llama3_json"
+    with pytest.raises(OctavoError, match="hermes"):
+        choose_parser("hermse", None, "llama")
+
+
+THINKING = [
+    ("<think>why</think>\n\nbecause", False, "why", "because"),
+    ("why</think>because", True, "why", "because"),
+    ("<think>why</think>because", True, "why", "because"),
+    ("no thoughts", False, "", "no thoughts"),
+    ("<b>no</b>", False, "", "<b>no</b>"),
+    ("<think>cut sho", False, "cut sho", ""),
+    ("cut </thi", True, "cut </thi", ""),
+]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize(("text", "inside", "reasoning", "content"), THINKING)
+def test_thinking(text: str, inside: bool, reasoning: str, content: str, size: int) -> None:
+    reader = MessageReader(None, ThinkSplitter(inside))
+    message: dict[str, Any] = {}
+    for i in range(0, len(text), size):
+        join_delta(message, reader.feed(text[i : i + size], final=i + size >= len(text)))
+    assert "".join(message.get("reasoning_content", [])) == reasoning
+    assert "".join(message.get("content", [])) == content
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "g"}},
+]
+MakeClient = Callable[..., Client]
+
+
+def test_a_chat_with_calls(make_client: MakeClient) -> None:
+    client = make_client(
+        f"Wait.<tool_call>{call('f', A)}</tool_call><tool_call>{call('g', B)}</tool_call>", tool_parser="hermes"
+    )
+    choice = client.chat(tools=TOOLS)["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Wait."
+    calls = choice["message"]["tool_calls"]
+    assert [c["function"] for c in calls] == [{"name": "f", "arguments": A}, {"name": "g", "arguments": B}]
+    assert len({c["id"] for c in calls}) == 2
+
+    events = client.events("/v1/chat/completions", tools=TOOLS)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == "Wait."
+    streamed = [c for delta in deltas for c in delta.get("tool_calls", [])]
+    assert [(c["index"], c["function"]) for c in streamed] == [(i, c["function"]) for i, c in enumerate(calls)]
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_calls_are_content_where_no_tools_are(make_client: MakeClient) -> None:
+    text = f"<tool_call>{call('f', A)}</tool_call>"
+    client = make_client(text, tool_parser="hermes")
+    for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        choice = client.chat(**more)["choices"][0]
+        assert choice["message"] == {"role": "assistant", "content": text}
+        assert choice["finish_reason"] == "stop"
+
+
+def test_a_required_call_follows_a_schema(make_client: MakeClient) -> None:
+    client = make_client(f'[{{"name": "f", "parameters": {A}}}]')
+    choice = client.chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)["choices"][0]
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": A}
+    structured = client.engine.calls[-1][1].structured
+    assert structured is not None
+    schema = json.loads(structured.grammar)
+    assert schema["maxItems"] == 1
+    assert [item["properties"]["name"]["const"] for item in schema["items"]["anyOf"]] == ["f", "g"]
+
+
+def test_a_named_call_streams_its_arguments(make_client: MakeClient) -> None:
+    client = make_client(A)
+    choice = {"type": "function", "function": {"name": "f"}}
+    answer = client.chat(tools=TOOLS, tool_choice=choice)["choices"][0]
+    assert answer["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": A}
+    assert answer["finish_reason"] == "stop"
+    events = client.events("/v1/chat/completions", tools=TOOLS, tool_choice=choice)
+    parts = [c for event in events for c in event["choices"][0]["delta"].get("tool_calls", [])]
+    assert "".join(part["function"]["arguments"] for part in parts) == A
+    assert [part["function"].get("name") for part in parts] == ["f"] + [None] * (len(parts) - 1)
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+    wrong = {"type": "function", "function": {"name": "h"}}
+    assert client.post("/v1/chat/completions", {**body, "tool_choice": wrong}).status_code == 400
+
+
+def test_special_tokens_stay_for_families_that_mark_calls_with_them(make_client: MakeClient) -> None:
+    client = make_client(tool_parser="mistral")
+    client.chat(tools=TOOLS)
+    assert not client.engine.calls[-1][1].skip_special_tokens
+    client.chat()
+    assert client.engine.calls[-1][1].skip_special_tokens
+
+
+def test_earlier_calls_reach_the_template_as_objects(make_client: MakeClient) -> None:
+    client = make_client(
+        template="{% for m in messages %}{{ m.tool_calls[0].function.arguments.city if m.tool_calls }}{% endfor %}"
+    )
+    client.chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": A}}]}])
+    assert client.engine.tokenizer.decode(client.engine.calls[-1][0]) == "Zürich"
+
+
+def test_reasoning_is_split_from_content(make_client: MakeClient) -> None:
+    client = make_client("<think>why</think>\n\nbecause", reasoning_parser="qwen3")
+    message = client.chat()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "because", "reasoning_content": "why"}
+    deltas = [event["choices"][0]["delta"] for event in client.events("/v1/chat/completions")]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "why"
+    assert "".join(delta.get("content", "") for delta in deltas).strip() == "because"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutput("json_object")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
+            StructuredOutput("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"guided_json": SCHEMA}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
+        ({"guided_json": json.dumps(SCHEMA)}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
+        ({"guided_regex": r"\d+"}, StructuredOutput("regex", r"\d+")),
+        ({"guided_choice": ["yes", 'n"o']}, StructuredOutput("lark", r'start: "yes" | "n\"o"')),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput("lark", 'start: "a"')),
+    ],
+)
+def test_structured_output(client: Client, body: dict[str, Any], expected: StructuredOutput | None) -> None:
+    client.complete(**body)
+    client.chat(**body)
+    assert [params.structured for _, params, _ in client.engine.calls] == [expected, expected]
+
+
+@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/nowhere"}, "{", {"pattern": "(", "type": "string"}])
+def test_a_schema_that_cannot_be_followed(client: Client, schema: Any) -> None:
+    response = client.post("/v1/completions", {"prompt": "a", "guided_json": schema})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("guided_json cannot be followed: ")
