@@ -48,14 +48,14 @@ class EngineCore:
         self.runner = runner = ModelRunner(config, progress)
         pool = BlockPool(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
-        self.grammars = GrammarCompiler(runner.directory, runner.model_config.vocab_size)
+        self.grammars = GrammarCompiler(runner.directory, runner.limits.vocab_size)
         self.generations: dict[str, _Generation] = {}
         self.ahead = not runner.platform.is_cpu  # whether steps are launched one ahead; a CPU would only compute too much
         self.in_flight: _Step | None = None  # launched by the last `step`, to be read by the next one
         self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
-            vocab_size=runner.model_config.vocab_size,
+            vocab_size=runner.limits.vocab_size,
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,

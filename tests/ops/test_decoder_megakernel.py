@@ -227,6 +227,6 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     batch = runner._batch([Span(ids[-1:], 699, range(20))])
     first = runner.forward(batch)
     assert all(torch.equal(runner.forward(batch), first) for _ in range(50))
-    runner.model.model.fused = []
+    runner.model.model.fused = ()
     want = runner.forward(batch)
     assert float((first - want).float().norm() / want.float().norm()) < 0.15

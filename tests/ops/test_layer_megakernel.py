@@ -85,14 +85,17 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
 
 def test_the_first_that_takes_a_step_computes_it() -> None:
     """One request of a usual context: one launch; longer ones and more requests: two a layer; many: op by op."""
-    from octavo.models.common import Decoder
+    from octavo.distributed import TensorParallel
+    from octavo.models.common import LayerStack
     from octavo.models.config import ConfigBase
+    from octavo.models.dense import DenseDecoder
 
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    model = Decoder(ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes), [])
+    config = ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes)
+    model = DenseDecoder(config, TensorParallel(), LayerStack(range(0), lambda _: torch.nn.Identity()))
     assert model.fused_for(1, 1) is None
     one, few = decoder_megakernel.DecoderMegakernel.__new__(decoder_megakernel.DecoderMegakernel), Between.__new__(Between)
-    model.fused = [one, few]
+    model.fused = (one, few)
     steps = {
         (1, 700): one,
         (1, 5000): few,
@@ -218,11 +221,11 @@ def test_whole_steps(tmp_path: Path) -> None:
     for requests in (3, 8, 20, 32):
         ids = torch.randint(512, (requests, 40)).tolist()
         blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
-        runner.model.model.fused = []
+        runner.model.model.fused = ()
         runner.forward(runner._batch([Span(one[:-1], 0, own) for one, own in zip(ids, blocks, strict=True)]))
         batch = runner._batch([Span(one[-1:], 39, own) for one, own in zip(ids, blocks, strict=True)])
         want = runner.forward(batch)
-        runner.model.model.fused = [fused]
+        runner.model.model.fused = (fused,)
         first = runner.forward(batch)
         assert all(torch.equal(runner.forward(batch), first) for _ in range(30))
         assert error(first, want) < 0.15

@@ -28,8 +28,8 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
-from octavo.layers.linear import LMHead
 from octavo.messages import EngineRequest, SamplingParams
+from octavo.models.contract import Head
 
 __all__ = [
     "REFERENCE",
@@ -120,7 +120,7 @@ class Measurement:
 class Reference:
     """The BF16 model as far as it is needed to compare with: hidden states on the host, head, greedy continuations."""
 
-    head: LMHead
+    head: Head
     hidden: list[Tensor] = field(default_factory=list)
     greedy: list[list[int]] = field(default_factory=list)
 
@@ -128,7 +128,7 @@ class Reference:
     def of(cls, core: EngineCore, text: Text) -> Reference:
         """Runs the reference model over the text."""
         hidden = [hidden_states(core.runner, window).cpu() for window in text.windows]
-        return cls(core.runner.model.lm_head, hidden, _continue(core, text))
+        return cls(core.runner.model.head, hidden, _continue(core, text))
 
 
 def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Text:
@@ -168,7 +168,7 @@ def score(
 ) -> Measurement:
     """What a variant costs, by its hidden states of each window and its continuation of each prompt."""
     parts = [
-        divergence(reference.head, expected, runner.model.lm_head, found, window, runner.platform.device)
+        divergence(reference.head, expected, runner.model.head, found, window, runner.platform.device)
         for window, expected, found in zip(text.windows, reference.hidden, hidden, strict=True)
     ]
     before, after, kl, same = torch.cat(parts, 1).double()
@@ -198,7 +198,7 @@ def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def divergence(
-    p_head: LMHead, p_hidden: Tensor, q_head: LMHead, q_hidden: Tensor, window: Sequence[int], device: torch.device
+    p_head: Head, p_hidden: Tensor, q_head: Head, q_hidden: Tensor, window: Sequence[int], device: torch.device
 ) -> Tensor:
     """[4, tokens - 1] on the host, FP32: -log p and -log q of the next token, KL(p || q), and 1 where the top tokens agree."""
     targets = torch.tensor(window[1:], device=device)
