@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
     from octavo.models.contract import Model
 
-__all__ = ["MODEL_TYPES", "architecture", "build_model", "read_config"]
+__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -54,6 +54,14 @@ def architecture(config: Mapping[str, Any]) -> Any:
     return importlib.import_module(f"octavo.models.{model_type}")
 
 
+def check_length(max_model_len: int | None, limit: int) -> None:
+    """Raises OctavoError for contexts longer than the `limit` positions that a model was made for."""
+    if max_model_len is not None and max_model_len > limit:
+        raise OctavoError(
+            f"--max-model-len {max_model_len} is over the {limit} positions that the model was made for; use at most {limit}."
+        )
+
+
 def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: int | None, layers: range | None = None) -> Model:
     """The model of a config.json, not loaded yet, for contexts of `max_model_len` tokens (None: the longest it was made for).
 
@@ -62,9 +70,6 @@ def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: in
     arch = architecture(config)
     c = arch.Config.from_json(config)
     limit: int = c.longest_context
-    if max_model_len is not None and max_model_len > limit:
-        raise OctavoError(
-            f"--max-model-len {max_model_len} is over the {limit} positions that the model was made for; use at most {limit}."
-        )
+    check_length(max_model_len, limit)
     model: Model = arch.Model(c, tp, max_model_len or limit, layers)
     return model

@@ -122,6 +122,11 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     if (scale_name := _scale_name(reader, name)) is None or reader.has(f"{name}.weight_packed"):
         return None
     stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
+    if len(stored) > 2:
+        raise OctavoError(
+            f"{reader.prefix}{scale_name} has {len(stored)} dimensions, {stored}; scales of a matrix have at most 2, so the "
+            "checkpoint is of an unknown format."
+        )
     if stored == grid:
         return FP8_BLOCK
     if stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1:
@@ -146,7 +151,7 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
             f"tiles do not split into parts of {part.stop - part.start}, use a smaller --tensor-parallel-size."
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-    data = reader.read(f"{name}.weight", shape, shard)
+    data = _codes(reader, name, shape, shard)
     scale = _scale(reader.read(scale_name, None, shard, tiles))
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
@@ -159,9 +164,19 @@ def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) 
     assert scheme is not None
     of_rows = scheme is FP8_PER_CHANNEL and shard.dim == 0
     scale = _scale(reader.read(scale_name, None, shard if of_rows else WHOLE)).view(-1, 1)
-    data = reader.read(f"{name}.weight", shape, shard)
+    data = _codes(reader, name, shape, shard)
     n, k = data.shape
     return to_device_fp8(QTensor(data, scale.expand(n, 1).contiguous(), scheme, (n, k)), reader.platform.fp8_dtype)
+
+
+def _codes(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> Tensor:
+    data = reader.read(f"{name}.weight", shape, shard)
+    if data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise OctavoError(
+            f"{reader.prefix}{name}.weight is stored as {data.dtype} with a scale beside it, neither FP8 nor packed INT4; "
+            "the checkpoint is of an unknown format."
+        )
+    return data
 
 
 def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:

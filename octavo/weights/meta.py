@@ -58,6 +58,6 @@ class MetaSource:
             check_shape(name, stored, shape)
         assert stored is not None
         if name.endswith(SCALES_OF_CACHES):  # numbers that a layer looks at
-            return torch.ones(*stored, dtype=dtype)
+            return torch.ones(tuple(stored), dtype=dtype)
         size = [len(range(*part.indices(n))) if i == dim else n for i, n in enumerate(stored)]
         return torch.empty(size, dtype=dtype, device="meta")

@@ -36,7 +36,7 @@ class Source:
 
 
 def find_source(target: str, *, dummy: bool = False) -> Source:
-    """`dummy`: weights are made up, whatever is there. Raises OctavoError for a path without config.json, or an unknown name."""
+    """`dummy`: weights are made up. Raises OctavoError for a path without config.json, and for a name that is not known."""
     path = Path(target)
     if path.is_dir():
         config = read_config(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -15,7 +14,7 @@ from octavo.distributed import TensorParallel
 from octavo.engine.loading import checkpoint_scheme
 from octavo.errors import OctavoError
 from octavo.kvcache import Layout
-from octavo.models import architecture, build_model
+from octavo.models import build_model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.tools.plan.accelerators import Accelerator
@@ -97,7 +96,7 @@ class Subject:
 
     @classmethod
     def on(cls, source: Source, config: EngineConfig, on: Accelerator, context: int = 0) -> Subject:
-        """On an accelerator of whose memory a driver's context takes `context` bytes."""
+        """On an accelerator of whose memory a driver's context takes `context` bytes. Both kinds of e4m3 are as large."""
         free = on.free if on.is_cpu else on.memory - context
         return cls(source, config, Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory))
 
@@ -135,24 +134,9 @@ class Subject:
         """Whether the checkpoint is."""
         return any(o.quantized for o in self.base.operands)
 
-    def check_served(self) -> None:
-        """Raises OctavoError for an architecture or a length that the engine does not serve."""
-        if self.model_type in UNSERVED:
-            architecture(self.source.config)
-        build_model(self.source.config, TensorParallel(), self.config.max_model_len, range(1))
-
     def check_ignore(self, variant: Variant) -> None:
         """Raises OctavoError for a --quantization-ignore pattern that matches no layer."""
         self.walk(variant, 1).rules.check_used()
-
-    @staticmethod
-    def refusal_of(check: Callable[[], object]) -> str | None:
-        """What `check` raises, as a sentence."""
-        try:
-            check()
-        except OctavoError as error:
-            return str(error)
-        return None
 
     def head_scheme(self) -> Scheme:
         """What --quantize-lm-head means without --quantization. Raises OctavoError where the checkpoint has no one scheme."""

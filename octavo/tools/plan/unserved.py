@@ -23,17 +23,16 @@ from octavo.quant import QuantRules
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
 from octavo.tools.plan.roofline import Attention
+from octavo.tools.plan.towers import Places, Vectors, kimi_tower, qwen_tower
 from octavo.tools.plan.walk import Walker
 from octavo.weights.checkpoint import StoredTensor
 
-__all__ = ["UNSERVED", "VISION", "UnservedModel", "build_unserved", "stored_as", "unstacked"]
+__all__ = ["UNSERVED", "UnservedModel", "build_unserved", "stored_as", "unstacked"]
 
 ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "64 weights a token that decide what attention sees"
-VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 EXTRA = ("*.rotary_emb.inv_freq", "*.mlp.gate.e_score_correction_bias", "*.k_scale", "*.v_scale", "*.q_scale", "*.kv_scale",
          "*_proj.output_scale", "lm_head.weight")  # fmt: skip
-Places = list[tuple[str, Any]]  # (path, layer): where in the checkpoint it reads
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,6 @@ def stored_as(attention: Attention, kv_cache_dtype: str) -> str:
 
 
 @dataclass
-class Vectors:
-    """Parameters of any shape that are never quantized, whole on every rank: name -> shape."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def load(self, loader: Walker) -> None:
-        for name, shape in self.shapes.items():
-            loader.vector(name, shape)
-
-
-@dataclass
 class Whole:
     """A matrix that every rank has whole."""
 
@@ -160,16 +148,6 @@ class Experts:
         up = ["gate_proj", "up_proj"], [(self.inner, self.hidden)] * 2, [rows] * 2
         loader.expert_weights(*up, self.count, self.active)
         loader.expert_weights(["down_proj"], [(self.hidden, self.inner)], [columns], self.count, self.active)
-
-
-@dataclass
-class Vision:
-    """A linear layer of a vision tower: BF16, with a bias."""
-
-    layer: Any
-
-    def load(self, loader: Walker) -> None:
-        self.layer.load(replace(loader, rules=QuantRules(), kept=VISION))
 
 
 def unstacked(tensors: Mapping[str, StoredTensor], hidden: int) -> dict[str, StoredTensor]:
@@ -268,70 +246,15 @@ def _indexer(at: str, hidden: int, q_lora: int, heads: int, dim: int) -> Places:
     return [(at, Whole("wq_b", heads * dim, q_lora)), (at, Whole("wk", dim, hidden)), (at, weights), (f"{at}.k_norm", norm)]
 
 
-# --- vision towers --------------------------------------------------------------------------------------------------------
-
-
-def _column(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
-    return Vision(ColumnParallelLinear([name], columns, [rows], bias=True, tp=tp))
-
-
-def _row(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
-    return Vision(RowParallelLinear(name, columns, rows, bias=True, tp=tp))
-
-
-def _norm(size: int) -> Vectors:
-    return Vectors({"weight": (size,), "bias": (size,)})
-
-
 def _qwen_vl(c: Numbers, tp: TensorParallel) -> UnservedModel:
-    """A tower of blocks, a merger after the last, and one after each layer whose features go into the text model."""
     model = _grouped(c.part("text_config"), tp, "model.language_model", bool(c.values.get("tie_word_embeddings")))
-    v, at = c.part("vision_config"), "model.visual"
-    hidden, inner, out = v["hidden_size"], v["intermediate_size"], v["out_hidden_size"]
-    patch = (hidden, v.get("in_channels", 3), v["temporal_patch_size"], v["patch_size"], v["patch_size"])
-    merged = hidden * v["spatial_merge_size"] ** 2
-    model.places += [(f"{at}.patch_embed.proj", Vectors({"weight": patch, "bias": (hidden,)})),
-                     (f"{at}.pos_embed", Vectors({"weight": (v["num_position_embeddings"], hidden)}))]  # fmt: skip
-    for i in range(v["depth"]):
-        block = f"{at}.blocks.{i}"
-        model.places += [(f"{block}.norm1", _norm(hidden)), (f"{block}.norm2", _norm(hidden)),
-                         (f"{block}.attn", _column("qkv", hidden, 3 * hidden, tp)),
-                         (f"{block}.attn", _row("proj", hidden, hidden, tp)),
-                         (f"{block}.mlp", _column("linear_fc1", hidden, inner, tp)),
-                         (f"{block}.mlp", _row("linear_fc2", inner, hidden, tp))]  # fmt: skip
-    deep = [f"{at}.deepstack_merger_list.{i}" for i in range(len(v.values.get("deepstack_visual_indexes") or ()))]
-    for merger in (f"{at}.merger", *deep):
-        model.places += [(f"{merger}.norm", _norm(hidden if merger.endswith(".merger") else merged)),
-                         (merger, _column("linear_fc1", merged, merged, tp)),
-                         (merger, _row("linear_fc2", merged, out, tp))]  # fmt: skip
+    model.places += qwen_tower(c.part("vision_config"), tp)
     return model
 
 
 def _kimi(c: Numbers, tp: TensorParallel) -> UnservedModel:
-    """MoonViT and its projector. The hub's config prefixes its fields with vt_, transformers' does not."""
     model = _latent(c.part("text_config"), tp, "language_model.model", "language_model.lm_head")
-    v, at = c.part("vision_config"), "vision_tower"
-
-    def either(name: str, hub: str) -> int:
-        return v[hub if hub in v.values else name]
-
-    hidden, inner = either("hidden_size", "vt_hidden_size"), either("intermediate_size", "vt_intermediate_size")
-    layers, patch = either("num_hidden_layers", "vt_num_hidden_layers"), v["patch_size"]
-    height, width = either("pos_emb_height", "init_pos_emb_height"), either("pos_emb_width", "init_pos_emb_width")
-    merged = hidden * prod(v.values.get("merge_kernel_size") or (2, 2))
-    patches = Vectors({"weight": (hidden, 3, patch, patch), "bias": (hidden,)})
-    model.places += [(f"{at}.patch_embed.proj", patches),
-                     (f"{at}.patch_embed.pos_emb", Vectors({"weight": (height, width, hidden)}))]  # fmt: skip
-    for i in range(layers):
-        block = f"{at}.encoder.blocks.{i}"
-        model.places += [(f"{block}.norm0", _norm(hidden)), (f"{block}.norm1", _norm(hidden)),
-                         (block, _column("wqkv", hidden, 3 * hidden, tp)), (block, _row("wo", hidden, hidden, tp)),
-                         (f"{block}.mlp", _column("fc0", hidden, inner, tp)),
-                         (f"{block}.mlp", _row("fc1", inner, hidden, tp))]  # fmt: skip
-    text = model.numbers["hidden_size"]
-    model.places += [(f"{at}.encoder.final_layernorm", _norm(hidden)), ("mm_projector.pre_norm", _norm(hidden)),
-                     ("mm_projector", _column("proj.0", merged, merged, tp)),
-                     ("mm_projector", _row("proj.2", merged, text, tp))]  # fmt: skip
+    model.places += kimi_tower(c.part("vision_config"), model.numbers["hidden_size"], tp)
     return model
 
 

@@ -164,8 +164,9 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     tokens = room // (token * block) * block
     config = replace(config, kv_cache_dtype=variant.kv)
     try:
-        matrices = sum(o.values for o in found.operands if not o.is_vector)
-        check_weights(machine, matrices, variant.scheme != "bf16" or variant.native)
+        if config.load_format != "dummy":
+            matrices = sum(o.values for o in found.operands if not o.is_vector)
+            check_weights(machine, matrices, variant.scheme != "bf16" or variant.native)
         budget = plan_blocks(config, loaded, token, length, weights, working)
     except OctavoError as error:
         return Fit(weights, room, 0, tokens, tokens / length, 0, (str(error),))

@@ -120,7 +120,7 @@ class Walker(Loader):
     """The Loader that a plan hands to a model's layers: it notes what they ask for.
 
     known: what equal weights came to, since layers repeat. every: whether each expert is looked at, or one for all. kept: why
-    the layer that it is at is never quantized.
+    the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it.
     """
 
     operands: list[Operand] = field(default_factory=list)
@@ -128,6 +128,7 @@ class Walker(Loader):
     known: Known = field(default_factory=dict)
     every: bool = False
     kept: str = ""
+    keeps_int4: bool = False
     experts: int = 1
     active: int = 1
 
@@ -187,19 +188,9 @@ class Walker(Loader):
         stored = values * bits // 8 + (0 if q.scale is None else q.scale.nbytes)
         n = self.experts
         return Operand(
-            component_of(names[0]),
-            names,
-            whole,
-            q.shape,
-            form,
-            why,
-            bits,
-            n * stored,
-            n * q.nbytes,
-            q.nbytes,
-            n * values,
+            component_of(names[0]), names, whole, q.shape, form, why, bits, n * stored, n * q.nbytes, q.nbytes, n * values,
             experts=n,
-        )
+        )  # fmt: skip
 
     def tied(self, module: str) -> PackedWeight:
         table = next(o for o in self.operands if o.component == "embeddings")
@@ -215,7 +206,9 @@ class Walker(Loader):
         beside = [self.source.beside(name) for name in full]
         key = tuple(shapes), tuple(shards), scheme, self.dtype, self.source.has_any, tuple(map(tuple, beside))
         if key not in self.known:
-            own = replace(self, seen=set())
+            ends = [{end: shape[-1:] for end, _, shape in found} for found in beside]
+            alike = len({found.get("weight_scale") for found in ends}) == 1  # else they are decoded, to be stacked
+            own = replace(self, seen=set(), keeps_int4=alike and all("weight_packed" in found for found in ends))
             try:
                 q = Loader.stacked(own, names, shapes, shards, scheme)
             except OctavoError as error:
@@ -229,7 +222,7 @@ class Walker(Loader):
         return q
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        if not self.has(f"{name}.weight_packed"):
+        if not self.keeps_int4:
             return super().stored(name, shape, shard, scheme)
         # Packed INT4 as it is stored, which the engine decodes and does not keep yet: two codes a byte, and the scales.
         group, part = int4_group(self, name, shape), shard.slice(shape[shard.dim])
@@ -272,7 +265,7 @@ def walk(
     *,
     every: bool = False,
 ) -> Walk:
-    """Loads `model`, not loaded before, as the engine would. `known` is shared by walks over the same source."""
+    """Loads `model` as the engine would. `known` is shared by the walks over a model's sources."""
     places = places_of(model)
     loader = Walker(source, platform, rules, dtype, tied_head=is_tied(places), pack=_noted, known=known, every=every)
     for path, module in places:

@@ -1,0 +1,103 @@
+"""The two vision towers, from their part of config.json: BF16, and split over ranks like text layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from octavo.distributed import TensorParallel
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.quant import QuantRules
+from octavo.tools.plan.walk import Walker
+
+if TYPE_CHECKING:
+    from octavo.tools.plan.unserved import Numbers
+
+__all__ = ["VISION", "Places", "Vectors", "kimi_tower", "qwen_tower"]
+
+VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
+Places = list[tuple[str, Any]]  # (path, layer): where in the checkpoint it reads
+
+
+@dataclass
+class Vectors:
+    """Parameters of any shape that are never quantized, whole on every rank: name -> shape."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def load(self, loader: Walker) -> None:
+        for name, shape in self.shapes.items():
+            loader.vector(name, shape)
+
+
+@dataclass
+class Vision:
+    """A linear layer of a vision tower: BF16, with a bias."""
+
+    layer: Any
+
+    def load(self, loader: Walker) -> None:
+        self.layer.load(replace(loader, rules=QuantRules(), kept=VISION))
+
+
+def _column(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
+    return Vision(ColumnParallelLinear([name], columns, [rows], bias=True, tp=tp))
+
+
+def _row(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
+    return Vision(RowParallelLinear(name, columns, rows, bias=True, tp=tp))
+
+
+def _norm(size: int) -> Vectors:
+    return Vectors({"weight": (size,), "bias": (size,)})
+
+
+def qwen_tower(v: Numbers, tp: TensorParallel) -> Places:
+    """Qwen3-VL's: blocks, a merger after the last, and one after each layer whose features go into the text model."""
+    at = "model.visual"
+    hidden, inner, out = v["hidden_size"], v["intermediate_size"], v["out_hidden_size"]
+    patch = (hidden, v.get("in_channels", 3), v["temporal_patch_size"], v["patch_size"], v["patch_size"])
+    merged = hidden * v["spatial_merge_size"] ** 2
+    places: Places = [(f"{at}.patch_embed.proj", Vectors({"weight": patch, "bias": (hidden,)})),
+                     (f"{at}.pos_embed", Vectors({"weight": (v["num_position_embeddings"], hidden)}))]  # fmt: skip
+    for i in range(v["depth"]):
+        block = f"{at}.blocks.{i}"
+        places += [(f"{block}.norm1", _norm(hidden)), (f"{block}.norm2", _norm(hidden)),
+                         (f"{block}.attn", _column("qkv", hidden, 3 * hidden, tp)),
+                         (f"{block}.attn", _row("proj", hidden, hidden, tp)),
+                         (f"{block}.mlp", _column("linear_fc1", hidden, inner, tp)),
+                         (f"{block}.mlp", _row("linear_fc2", inner, hidden, tp))]  # fmt: skip
+    deep = [f"{at}.deepstack_merger_list.{i}" for i in range(len(v.values.get("deepstack_visual_indexes") or ()))]
+    for merger in (f"{at}.merger", *deep):
+        places += [(f"{merger}.norm", _norm(hidden if merger.endswith(".merger") else merged)),
+                         (merger, _column("linear_fc1", merged, merged, tp)),
+                         (merger, _row("linear_fc2", merged, out, tp))]  # fmt: skip
+    return places
+
+
+def kimi_tower(v: Numbers, text: int, tp: TensorParallel) -> Places:
+    """MoonViT and its projector, for a text model `text` wide. The hub's config prefixes its fields with vt_, others do not."""
+    at = "vision_tower"
+
+    def either(name: str, hub: str) -> int:
+        return v[hub if hub in v.values else name]
+
+    hidden, inner = either("hidden_size", "vt_hidden_size"), either("intermediate_size", "vt_intermediate_size")
+    layers, patch = either("num_hidden_layers", "vt_num_hidden_layers"), v["patch_size"]
+    height, width = either("pos_emb_height", "init_pos_emb_height"), either("pos_emb_width", "init_pos_emb_width")
+    merged = hidden * prod(v.values.get("merge_kernel_size") or (2, 2))
+    patches = Vectors({"weight": (hidden, 3, patch, patch), "bias": (hidden,)})
+    places: Places = [(f"{at}.patch_embed.proj", patches),
+                     (f"{at}.patch_embed.pos_emb", Vectors({"weight": (height, width, hidden)}))]  # fmt: skip
+    for i in range(layers):
+        block = f"{at}.encoder.blocks.{i}"
+        places += [(f"{block}.norm0", _norm(hidden)), (f"{block}.norm1", _norm(hidden)),
+                         (block, _column("wqkv", hidden, 3 * hidden, tp)), (block, _row("wo", hidden, hidden, tp)),
+                         (f"{block}.mlp", _column("fc0", hidden, inner, tp)),
+                         (f"{block}.mlp", _row("fc1", inner, hidden, tp))]  # fmt: skip
+    places += [(f"{at}.encoder.final_layernorm", _norm(hidden)), ("mm_projector.pre_norm", _norm(hidden)),
+                     ("mm_projector", _column("proj.0", merged, merged, tp)),
+                     ("mm_projector", _row("proj.2", merged, text, tp))]  # fmt: skip
+    return places
