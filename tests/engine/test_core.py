@@ -234,10 +234,10 @@ def run_ahead(core: EngineCore, requests: list[EngineRequest], apart: int = 0):
 
     def counted():
         found = step()
-        left.append(core.in_flight is not None)
+        left.append(bool(core.in_flight))
         return found
 
-    core.ahead, core.step = True, counted
+    core.depth, core.step = 2, counted
     outputs, sums = run(core, requests, apart)
     core.step = step
     return outputs, sums, sum(left) / len(left)
@@ -338,7 +338,7 @@ def test_ahead_aborts(make, seed):
     core, rng = make(blocks=40, enable_prefix_caching=seed % 2 == 0), random.Random(seed)
     alone = token_ids(run(core, PLAIN)[0])
     got, gone = {r.request_id: [] for r in PLAIN}, set()
-    core.ahead = True
+    core.depth = 2
     for one in PLAIN:
         core.add(one)
     while core.has_work():
@@ -362,12 +362,12 @@ def test_ahead_an_abort_while_its_step_is_in_flight(make, again):
     """Also of prompt logprobs that are there and not handed out, and of an id that is used again at once."""
     core = make()
     want = token_ids(run(core, [request("x", tokens(9), seed=1)])[0])
-    core.ahead = True
+    core.depth = 2
     core.add(request("y", tokens(7), seed=2))
     core.step()
     core.add(request("x", tokens(30), seed=2, prompt_logprobs=1))
     core.step()
-    assert [item.request.request_id for item in core.in_flight.schedule.items] == ["y", "x"]
+    assert [item.request.request_id for item in core.in_flight[0].schedule.items] == ["y", "x"]
     core.abort("x")
     if again:
         core.add(request("x", tokens(3), seed=2))
@@ -388,7 +388,7 @@ def test_ahead_an_abort_while_its_step_is_in_flight(make, again):
 def test_ahead_after_an_interrupt_the_engine_is_idle(make, monkeypatch, at):
     core, calls = make(blocks=26, enable_prefix_caching=False), 0
     want = token_ids(run(core, PLAIN)[0])
-    core.ahead, read = True, StepTokens.to_host
+    core.depth, read = 2, StepTokens.to_host
 
     def interrupted(step):
         nonlocal calls
