@@ -145,8 +145,8 @@ class ModelRunner:
     def sleep(self) -> None:
         """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
         self.graphs = self.prompts = None
-        drop(self.model)
         self.model.bind_cache([{} for _ in self.cache.views])
+        drop(self.model)
         del self.cache
         release()
 
