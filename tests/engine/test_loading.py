@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.config import EngineConfig
-from octavo.convert import save_quantized as saving
+from octavo.convert import save_quantized
 from octavo.convert.output_file import OutputFile
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
@@ -67,7 +67,7 @@ def no_writing(patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("nothing is to be written")
 
-    patch.setattr(saving, "write_files", fail)
+    patch.setattr(save_quantized, "write_files", fail)
 
 
 @devices
@@ -156,7 +156,7 @@ def test_a_broken_off_save_is_not_taken_for_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputFile, "commit", stop)
-        patch.setattr(saving.OutputDirectory, "_sync", stop)  # all weights, and no config.json yet
+        patch.setattr(save_quantized.OutputDirectory, "_sync", stop)  # all weights, and no config.json yet
         with pytest.raises(KeyboardInterrupt):
             start(model, out=out)
     assert not (out / "config.json").exists()

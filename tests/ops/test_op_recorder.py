@@ -15,8 +15,7 @@ from torch import Tensor
 
 from octavo.ops import reference
 from octavo.ops.contract import PackedWeight
-from octavo.ops.cpu import library, native
-from octavo.ops.cpu import op_recorder as recording
+from octavo.ops.cpu import library, native, op_recorder
 from octavo.ops.cpu.op_recorder import Arena, capture, launch
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
@@ -98,7 +97,7 @@ def test_larger_and_larger_steps_take_the_memory_of_the_largest() -> None:
         within = [(chunk.data_ptr(), chunk.data_ptr() + chunk.nbytes) for chunk in arena.chunks]
         assert all(any(low <= one.data_ptr() < high for low, high in within) for one in out)
     assert arena is not None
-    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + recording.CHUNK
+    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + op_recorder.CHUNK
 
 
 def test_a_step_that_looks_at_values_is_not_recorded() -> None:
