@@ -246,7 +246,7 @@ def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = tmp_path / "steps.png"
-    words = "profile --num-requests 3 --input-len 20 --output-len 16 --steps 3 --png"
+    words = "profile --device cpu --num-requests 3 --input-len 20 --output-len 16 --steps 3 --png"
     found = bench(tmp_path, *words.split(), str(png))
     prefill, decode = found["steps"]
     assert "a prefill step of 60 tokens" in prefill["name"]
@@ -256,8 +256,10 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert step["roles_us"]["linear"] > 0
         assert step["roles_us"][GAPS] > 0
         assert sum(k["us"] for k in step["kernels"]) == pytest.approx(step["busy_us"])
-    linears = sum(k["calls"] for k in decode["kernels"] if k["role"] == "linear" and "octavo" in k["name"])
-    assert linears == 25  # a step has 4 in each of 6 layers and the head, whatever the number of steps looked at
+    # A step has 4 products in each of 6 layers and the head, whatever the number of steps looked at. What multiplies them has
+    # another name on every kind of CPU, and operators of little time around it; the longest is the product itself.
+    product = next(k for k in decode["kernels"] if k["role"] == "linear")
+    assert product["calls"] == 25, decode["kernels"]
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "gaps" in capsys.readouterr().out
 
