@@ -22,7 +22,7 @@ from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput"]
+__all__ = ["LLM", "Prompt"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}
 Messages = Sequence[Mapping[str, Any]]
