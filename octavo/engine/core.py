@@ -14,11 +14,11 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import SamplingRow
+from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
-from octavo.errors import InvalidRequest, OctavoError
+from octavo.errors import OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
 __all__ = ["EngineCore"]
@@ -65,10 +65,7 @@ class EngineCore:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest if it cannot be run."""
-        wanted, bias, size = request.params.structured, request.params.logit_bias or {}, self.info.vocab_size
-        if (wrong := next((token for token in bias if not 0 <= token < size), None)) is not None:
-            raise InvalidRequest(f"logit_bias names token {wrong}; the vocabulary has {size}.", "logit_bias")
-        grammar = self.grammars.compile(wanted, request.eos_token_ids) if wanted else None
+        grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         if request.params.seed is not None:
             seed = request.params.seed

@@ -18,14 +18,14 @@ from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
 from octavo.models import read_config
-from octavo.models.contract import Model
+from octavo.models.interface import Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
-__all__ = ["check_ranks", "drop", "load_model", "reload_model"]
+__all__ = ["check_ranks", "describe_weights", "drop", "load_model", "reload_model"]
 
 
 Told = Callable[[str, float], None] | None
@@ -56,6 +56,25 @@ def drop(model: Model) -> None:
     for module in cast("nn.Module", model).modules():
         for name in held(module):
             delattr(module, name)
+
+
+def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
+    """One line a role and scheme, and what they take together."""
+    lines = [
+        f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        for (role, scheme), g in sorted(report.groups.items())
+        if g.stored  # a tied head stores nothing
+    ]
+    stored, dense = report.total("stored"), 2 * report.total("values")
+    lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+    if quantized := report.total("dense", quantized_only=True):
+        part = report.total("stored", quantized_only=True)
+        lines.append(f"FP8 linears: {gib(part)}, {100 * part / quantized:.1f}% of BF16's {gib(quantized)}")
+    if platform.widened_dtype is not None and report.total("held") > stored:
+        kind = str(platform.widened_dtype).removeprefix("torch.")
+        why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
+        lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
+    return lines
 
 
 def _load(

@@ -47,13 +47,13 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, max_model_len: int):
         super().__init__()
-        self.head_dim, self.parameters = head_dim, parameters
+        self.head_dim, self.settings = head_dim, parameters
         self.max_position_embeddings, self.max_positions = max_position_embeddings, max_model_len
 
     def load(self, loader: Loader) -> None:
         loader.skip("inv_freq")  # old checkpoints hold what config.json already says
-        frequencies = _INV_FREQ[self.parameters["rope_type"]]
-        inv_freq, factor = frequencies(self.head_dim, self.parameters, self.max_position_embeddings)
+        frequencies = _INV_FREQ[self.settings["rope_type"]]
+        inv_freq, factor = frequencies(self.head_dim, self.settings, self.max_position_embeddings)
         angles = torch.outer(torch.arange(self.max_positions).float(), inv_freq)
         self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * factor).to(loader.platform.device)
 

@@ -13,7 +13,7 @@ from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
-    from octavo.models.contract import Model
+    from octavo.models.interface import Model
 
 __all__ = ["MODEL_TYPES", "architecture", "build_model", "model_type_of", "read_config"]
 

@@ -1,4 +1,4 @@
-"""What every decoder has around its layers, and how it answers the engine (octavo.models.contract)."""
+"""What every decoder has around its layers, and how it answers the engine (octavo.models.interface)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.models.config import ConfigBase
-from octavo.models.contract import Head, Limits, ModelInput, StageState
+from octavo.models.interface import Head, Limits, ModelInput, StageState
 from octavo.ops.reference import scaled
 
 __all__ = ["CausalLM", "Decoder", "LayerStack"]
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head, as octavo.models.contract.Model.
+    """A decoder and its head, as octavo.models.interface.Model.
 
     `root` is the path of the decoder in the checkpoint; its name in this module is the same.
     """

@@ -11,7 +11,7 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.layers.attention import PagedAttention
 from octavo.models.common import CausalLM, Decoder, LayerStack
-from octavo.models.contract import ModelInput, StageState
+from octavo.models.interface import ModelInput, StageState
 from octavo.ops import DecoderParts, FusedDecoder, LayerParts
 from octavo.platform import Platform
 
@@ -35,7 +35,7 @@ class DenseDecoder(Decoder):
 
 
 class DenseLM(CausalLM):
-    """A dense decoder and its head, as octavo.models.contract.FusedModel too."""
+    """A dense decoder and its head, as octavo.models.interface.FusedModel too."""
 
     model: DenseDecoder
 

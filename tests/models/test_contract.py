@@ -15,7 +15,7 @@ import octavo.models
 from octavo import LLM, SamplingParams, batch
 from octavo.distributed import TensorParallel, run_ranks
 from octavo.engine.vocabulary import Vocabulary
-from octavo.models.contract import ModelInput, StageState
+from octavo.models.interface import ModelInput, StageState
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import ColumnParallelLinear, LMHead, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
-from octavo.models.contract import Limits, ModelInput
+from octavo.models.interface import Limits, ModelInput
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, DIM, WINDOW, EPS, POSITIONS = 96, 32, 40, 2, 2, 16, 3, 1e-5, 128
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

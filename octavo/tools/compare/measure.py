@@ -29,7 +29,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, SamplingParams
-from octavo.models.contract import Head
+from octavo.models.interface import Head
 
 __all__ = [
     "REFERENCE",

@@ -15,7 +15,7 @@ from octavo.batch import ForwardBatch, Span
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.errors import OctavoError
-from octavo.ops.cpu import op_recorder as recording
+from octavo.ops.cpu import op_recorder
 from octavo.platform import Platform
 
 BLOCK, SCRATCH = 4, 99
@@ -168,7 +168,7 @@ def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pyte
 
 def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, without rows to spare, and the recording computes the step: it runs from what the step before chose."""
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 40, 10_000)
     assert steps.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
     assert (len(steps), len(model.bounds)) == (0, 0)
@@ -188,7 +188,7 @@ def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch:
 
 
 def test_a_request_with_fewer_blocks_than_the_one_before_it_in_the_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 4, 12)
     for span in (Span([5], 11, [1, 2, 3]), Span([6], 2, [9]), Span([7], 3, [8, 7, 6, 5])):
         logits, _ = steps.run([span], None, [-1]) or pytest.fail("not recorded")
