@@ -132,7 +132,7 @@ class CausalLM(nn.Module):
 
     def kv_scales(self) -> tuple[list[Tensor], bool]:
         layers = self.attention_layers()
-        scales = [torch.as_tensor(scale) for layer in layers for scale in (layer.k_scale, layer.v_scale)]
+        scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
         return scales, all(layer.scales_from_checkpoint for layer in layers)
 
     def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
     "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
-    "PackedWeight", "Product", "Quantized", "Unscaled",
+    "PackedWeight", "Product", "Quantized", "Rope", "Unscaled",
 ]  # fmt: skip
 
 
@@ -58,6 +58,15 @@ class HeadNorms(NamedTuple):
     q: Tensor
     k: Tensor
     eps: float
+
+
+class Rope(NamedTuple):
+    """What happens to query and key heads before attention: norms (None: none), then rotation of their first R dimensions by
+    the angles whose cosines, then sines, are in a token's row of cos_sin: FP32 [rows, R]. rows: int64 [T]."""
+
+    norms: HeadNorms | None
+    cos_sin: Tensor
+    rows: Tensor
 
 
 class PackedWeight:
@@ -107,9 +116,7 @@ class LayerParts(NamedTuple):
     post_norm: Tensor
     norms: HeadNorms | None
     qkv_bias: Tensor | None
-    views: Views
-    k_scale: float
-    v_scale: float
+    cache: LayerCache
     window: int | None
 
     @property

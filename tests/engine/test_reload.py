@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import COMMON, tokens
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
@@ -78,6 +80,26 @@ def test_reloaded_weights_give_the_other_models_tokens(models: list[Path], optio
         assert len(graphs) == replays > 0
     core.reload(str(models[0]))
     assert generate(llm) == first
+
+
+def test_stored_kv_scales_are_reloaded_too(models: list[Path], tmp_path: Path) -> None:
+    """Each checkpoint's own, in the memory that recorded steps read."""
+    with_scales = []
+    for number, path in enumerate(models[:2]):
+        with_scales.append(shutil.copytree(path, tmp_path / str(number)))
+        weights = load_file(path / "model.safetensors")
+        for i in range(COMMON["num_hidden_layers"]):
+            for name in ("k_scale", "v_scale"):
+                weights[f"model.layers.{i}.self_attn.{name}"] = torch.tensor(0.01 + 0.02 * number)
+        save_file(weights, with_scales[-1] / "model.safetensors")
+    first, second = (generate(load(path, kv_cache_dtype="fp8")) for path in with_scales)
+    llm = load(with_scales[0], kv_cache_dtype="fp8")
+    assert generate(llm) == first != second
+    llm._core.reload(str(with_scales[1]))
+    assert generate(llm) == second
+    scales, stored = llm._core.runner.model.kv_scales()  # type: ignore[attr-defined]
+    assert stored
+    assert {float(scale) for scale in scales} == {pytest.approx(0.03)}
 
 
 @pytest.mark.gpu
