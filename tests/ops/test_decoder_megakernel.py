@@ -66,7 +66,7 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
     return re.findall(r"STACK:(\d+)", found[0]), found[1]
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
@@ -83,7 +83,7 @@ def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytes
 
 def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.missing() is not None:
-        pytest.skip(f"needs NVRTC: {compiler.missing()}")
+        pytest.skip(f"needs NVRTC ({compiler.missing()})")
     with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
 
@@ -149,7 +149,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -211,7 +211,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     """The same bits each time, launch after launch; and about what the ops give."""
     from octavo.engine.runner import ModelRunner

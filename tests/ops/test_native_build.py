@@ -22,9 +22,7 @@ from octavo.ops.cpu import library
 ROOT = Path(octavo.__file__).parents[1]
 BUILDER = runpy.run_path(str(Path(octavo.__file__).parent / "ops" / "cpu" / "build.py"))
 COMPILER = next(filter(None, map(shutil.which, BUILDER["COMPILERS"])), "")
-needs_compiler = pytest.mark.skipif(
-    not COMPILER, reason=f"needs a C compiler: none of {', '.join(BUILDER['COMPILERS'])} is here"
-)
+needs_compiler = pytest.mark.skipif(not COMPILER, reason=f"needs a C compiler ({', '.join(BUILDER['COMPILERS'])})")
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
 @pytest.mark.parametrize(("dtype", "size"), [("float8_e4m3fn", 96), ("bfloat16", 192)])
 def test_weights_take_what_is_stored(dtype: str, size: int) -> None:
     """Resident memory of a process, as the system counts it."""
