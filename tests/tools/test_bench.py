@@ -227,7 +227,8 @@ def test_tokens_are_chosen_as_asked(
         tmp_path, "profile", "--num-requests", "2", "--output-len", "12", "--steps", "2", "--sampling", "temperature=1"
     )
     assert "(temperature=1)" in capsys.readouterr().out
-    assert any(kernel["role"] == "sampling" and "draw" in kernel["name"] for kernel in found["steps"][-1]["kernels"])
+    sampling = [kernel["name"] for kernel in found["steps"][-1]["kernels"] if kernel["role"] == "sampling"]
+    assert any("draw" in name or "searchsorted" in name for name in sampling), sampling  # our kernels, or torch without them
 
 
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
