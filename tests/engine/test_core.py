@@ -492,7 +492,7 @@ def test_options_that_cannot_be(make, options, sentence):
         make(**options)
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 @pytest.mark.parametrize("kv", ["auto", "fp8_per_token_head"])
 @pytest.mark.parametrize("scheme", [None, "ptpc_fp8", "fp8_block"])
 def test_recorded_steps_give_what_the_model_gives(scheme: str | None, kv: str, make) -> None:

@@ -29,7 +29,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("heads", decode.HEADS)
 def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, boxes from the cache itself, nothing in local memory."""

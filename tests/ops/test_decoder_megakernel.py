@@ -66,7 +66,7 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
     return re.findall(r"STACK:(\d+)", found[0]), found[1]
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
@@ -83,7 +83,7 @@ def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytes
 
 def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.missing() is not None:
-        pytest.skip(f"needs NVRTC ({compiler.missing()})")
+        pytest.skip(f"needs NVRTC: {compiler.missing()}")
     with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
 

@@ -31,7 +31,7 @@ SHAPES = [
 F8 = torch.float8_e4m3fn
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("variant", gate_up_silu.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled; FP8 matrix instructions of a group of warps, four to a step, that are waited for a step later

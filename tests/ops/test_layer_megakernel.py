@@ -36,7 +36,7 @@ SHAPES = MODELS | {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

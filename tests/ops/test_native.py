@@ -24,7 +24,7 @@ from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]

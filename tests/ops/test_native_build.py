@@ -104,7 +104,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 @pytest.mark.parametrize(("dtype", "size"), [("float8_e4m3fn", 96), ("bfloat16", 192)])
 def test_weights_take_what_is_stored(dtype: str, size: int) -> None:
     """Resident memory of a process, as the system counts it."""

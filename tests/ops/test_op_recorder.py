@@ -25,7 +25,7 @@ def weight(n: int, k: int) -> PackedWeight:
     return native.Native().pack(quantize(torch.randn(n, k), FP8_PER_CHANNEL), Platform(torch.device("cpu"), "test"))
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_kernels_run_again_with_what_is_there_now() -> None:
     """A gated layer in BF16, with a copy of the input at its place in memory."""
     up, down, norm = weight(96, 40), weight(40, 48), torch.rand(40).bfloat16()
@@ -108,7 +108,7 @@ def test_a_step_that_looks_at_values_is_not_recorded() -> None:
     capture(lambda: x + 1)  # and what was being recorded is not in the way
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_which_models_are_recorded() -> None:
     """Not those whose attention or products torch would do with more memory, or more of Python's numbers, than a step has."""
     q = quantize(torch.randn(8, 8), FP8_PER_CHANNEL)
@@ -157,7 +157,7 @@ def test_torchs_compiler_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch._dynamo' not in sys.modules"], check=True, timeout=60)
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels ({library.missing()})")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_neighbouring_kernels_are_one_call_with_the_same_arguments() -> None:
     """Every kernel that has a place in a replay: whole numbers, floats, addresses, none, and what byref made."""
     calls: list[tuple[object, tuple[object, ...]]] = []

@@ -28,7 +28,7 @@ STEPS = {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC ({compiler.missing()})")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a product, that the compiler does not make wait for each
     other; boxes from the cache itself."""
