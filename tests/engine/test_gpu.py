@@ -13,7 +13,7 @@ from octavo.demo import HELDOUT
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)"),
 ]
 
 SCHEMES = ["bf16", "fp8", "ptpc_fp8", "fp8_block"]

@@ -25,7 +25,7 @@ from octavo.quant import SCHEMES, dequantize, quantize
 
 SCHEME_NAMES = ["fp8", "ptpc_fp8", "fp8_block"]
 PROMPTS = ["def read(self", "import os\n\n\ndef "]
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 
@@ -257,7 +257,7 @@ def test_the_report_says_how_fast_loading_was(model: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("options", [dict(), dict(load_format="dummy")], ids=str)
 def test_the_peak_on_an_accelerator_is_the_model_and_little_more(options: dict[str, Any], model: Path) -> None:
     lines = start(model, device="cuda", **options).info.report

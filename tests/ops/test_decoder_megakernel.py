@@ -153,7 +153,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -215,7 +215,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     """The same bits each time, launch after launch; and about what the ops give."""
     from octavo.engine.runner import ModelRunner

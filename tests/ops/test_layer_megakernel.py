@@ -151,7 +151,7 @@ def error(out: Tensor, ref: Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
@@ -211,7 +211,7 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @torch.inference_mode()
 def test_whole_steps(tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""

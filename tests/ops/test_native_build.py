@@ -22,9 +22,7 @@ from octavo.ops.cpu import library
 ROOT = Path(octavo.__file__).parents[1]
 BUILDER = runpy.run_path(str(Path(octavo.__file__).parent / "ops" / "cpu" / "build.py"))
 COMPILER = next(filter(None, map(shutil.which, BUILDER["COMPILERS"])), "")
-needs_compiler = pytest.mark.skipif(
-    not COMPILER, reason=f"needs a C compiler: none of {', '.join(BUILDER['COMPILERS'])} is here"
-)
+needs_compiler = pytest.mark.skipif(not COMPILER, reason=f"needs a C compiler ({', '.join(BUILDER['COMPILERS'])})")
 
 
 @pytest.fixture

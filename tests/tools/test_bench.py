@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from server.processes import Server
 
 from octavo.cli import main
@@ -21,7 +22,8 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.messages import SamplingParams
 from octavo.models import MODEL_TYPES, architecture
-from octavo.tools.bench import offline, online, workloads
+from octavo.platform import Platform, detect
+from octavo.tools.bench import ceilings, offline, online, workloads
 from octavo.tools.bench.limit import Ceilings, Costs, costs_of, costs_of_shape, limit
 from octavo.tools.bench.profiling import GAPS, _kernels, role_of
 from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, prompts, spread
@@ -168,6 +170,27 @@ def test_room_for_all_workloads() -> None:
     assert (chosen.max_model_len, chosen.max_num_seqs) == (1537, 7)
 
 
+@pytest.mark.parametrize(
+    ("bf16", "timed"), [(30.0, {"float32"}), (3.0, {"float32", "bfloat16"}), (0.5, {"float32", "bfloat16"})]
+)
+def test_a_cpu_without_bf16_instructions_is_not_asked_for_a_large_product(
+    bf16: float, timed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def best(platform: Platform, call: Callable[[], torch.Tensor]) -> float:
+        made.append(call())
+        return bf16 if made[-1].dtype is torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(ceilings, "_best", best)
+    monkeypatch.setattr(ceilings, "SIDE", (0, 96))
+    monkeypatch.setattr(ceilings, "TRIAL", 32)
+    found = ceilings.measure_ceilings(detect("cpu"))
+    large = {str(x.dtype).removeprefix("torch.") for x in made if x.shape == (96, 96)}
+    assert large == timed
+    assert (found.plain, found.plain_dtype) == (2 * 96**3 / min(bf16, 1.0), "bfloat16" if bf16 < 1 else "float32")
+
+
 def bench(tmp_path: Path, *words: str) -> dict[str, Any]:
     out = tmp_path / "out.json"
     assert main(["bench", *words, "--json", str(out)]) == 0
@@ -227,7 +250,8 @@ def test_tokens_are_chosen_as_asked(
         tmp_path, "profile", "--num-requests", "2", "--output-len", "12", "--steps", "2", "--sampling", "temperature=1"
     )
     assert "(temperature=1)" in capsys.readouterr().out
-    assert any(kernel["role"] == "sampling" and "draw" in kernel["name"] for kernel in found["steps"][-1]["kernels"])
+    sampling = [kernel["name"] for kernel in found["steps"][-1]["kernels"] if kernel["role"] == "sampling"]
+    assert any("draw" in name or "searchsorted" in name for name in sampling), sampling  # our kernels, or torch without them
 
 
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from octavo.engine.runner import ModelRunner
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator; torch sees none here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)"),
 ]
 
 LLAMA_8B = {
