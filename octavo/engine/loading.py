@@ -18,7 +18,7 @@ from octavo.host import release
 from octavo.models import read_config
 from octavo.models.common import CausalLM
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 
@@ -43,7 +43,7 @@ def load_model(
         directory = output
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource):
-        check_weights(platform, source.matrix_values(), scheme.quantized)
+        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:

@@ -33,6 +33,7 @@ from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM
 from octavo.models.config import ConfigBase
 from octavo.platform import Platform, detect
+from octavo.quant import WeightDType
 from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
@@ -284,12 +285,12 @@ class ModelRunner:
                 lines.append(f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}")
         stored, dense = r.total("stored"), 2 * r.total("values")
         lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-        if quantized := r.total("dense", quantized_only=True):
-            part = r.total("stored", quantized_only=True)
-            lines.append(f"FP8 linears: {gib(part)}, {100 * part / quantized:.1f}% of BF16's {gib(quantized)}")
+        if fp8 := r.total("dense", WeightDType.FP8):
+            part = r.total("stored", WeightDType.FP8)
+            lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
         if p.widened_dtype is not None and r.total("held") > stored:
             kind = str(p.widened_dtype).removeprefix("torch.")
-            why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
+            why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
             lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
         kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
         lines.append(

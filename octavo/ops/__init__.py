@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.errors import OctavoError
 from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import (
@@ -124,7 +125,10 @@ def table() -> dict[str, str]:
 
 
 def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too."""
+    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too.
+
+    Raises OctavoError, with every implementation's reason, where none does.
+    """
     refused: list[str] = []
     for implementation in _linear:
         if (reason := implementation.supports(q, platform)) is None:
@@ -134,7 +138,7 @@ def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWe
                 packed.keep(q)
             return packed
         refused.append(f"not {implementation.name}: {reason}")
-    raise AssertionError("the reference supports every weight")
+    raise OctavoError(f"no product here takes a weight of {q.scheme.name}: {'; '.join(refused)}.")
 
 
 def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -12,10 +12,12 @@ from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.platform import Platform
 from octavo.quant import QTensor
+from octavo.quant.scheme import Granularity, Scheme, WeightDType
 
 __all__ = [
+    "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
     "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
-    "PackedWeight", "Product", "Quantized", "Unscaled",
+    "PackedWeight", "Product", "Quantized", "Unscaled", "not_taken",
 ]  # fmt: skip
 
 
@@ -145,12 +147,25 @@ class FusedDecoder(Protocol):
         """What the last layer leaves, [requests, hidden], of the embeddings x; keys and values are written to the cache."""
 
 
+# What an implementation of `linear` may take: a weight's dtype, the granularity of its scales, and of its activations'.
+Kind = tuple[WeightDType, Granularity | None, Granularity | None]
+PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
+FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
+FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)}
+
+
+def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
+    """None for a scheme of one of these kinds; for others, what the weight is."""
+    taken = (scheme.dtype, scheme.weight, scheme.activation) in kinds
+    return None if taken else f"the weight is {scheme.kind}"
+
+
 class LinearImplementation(Protocol):
     """One way to multiply by a QTensor."""
 
     name: str
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        """None, or why not."""
+        """None, or why not. It takes what it names, by dtype and granularity, and nothing else."""
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.contract import Activation, PackedWeight, Product, Quantized, Unscaled
+from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, PLAIN, Activation, PackedWeight, Product, Quantized, Unscaled, not_taken
 from octavo.ops.triton.argmax import likeliest
 from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
@@ -17,7 +17,6 @@ from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.sample import draw
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
-from octavo.quant.scheme import Granularity
 
 __all__ = [
     "LINEAR",
@@ -37,16 +36,23 @@ __all__ = [
 UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
 
 
+def _foreign(q: QTensor, platform: Platform) -> str | None:
+    """None, or why the device's FP8 units do not multiply these codes; e5m2 by e5m2 none does."""
+    if q.data.dtype is platform.fp8_dtype:
+        return None
+    return f"its codes are {q.data.dtype}, and this device multiplies {platform.fp8_dtype}"
+
+
 class ScaledMM:
     """FP8 with a scale a token and a scale a channel."""
 
     name = "Triton for few tokens, torch._scaled_mm for many"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if not q.scheme.quantized:
-            return "the weight has no scale"
-        if q.scheme.weight is Granularity.BLOCK:
-            return "tiles of 128x128 need a kernel of their own"
+        if (reason := not_taken(q.scheme, FP8_ROWS) or _foreign(q, platform)) is not None:
+            return reason
+        if any(size % platform.fp8_alignment for size in q.data.shape):
+            return f"sides of {q.data.shape[0]} and {q.data.shape[1]}, not multiples of {platform.fp8_alignment}"
         return None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedScaledMM:
@@ -100,7 +106,7 @@ class Blocks:
     name = "Triton, tiles of 128x128"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return None if q.scheme.weight is Granularity.BLOCK else "the weight has no scale a tile"
+        return not_taken(q.scheme, FP8_BLOCKS) or _foreign(q, platform)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedBlocks:
         return PackedBlocks(q)
@@ -125,7 +131,7 @@ class Dense:
     name = "torch"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return "the weight is FP8" if q.scheme.quantized else None
+        return not_taken(q.scheme, PLAIN)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedDense:
         return PackedDense(q)

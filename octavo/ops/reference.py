@@ -8,7 +8,18 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
-from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight, Product, Unscaled
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    PLAIN,
+    Activation,
+    Cut,
+    HeadNorms,
+    PackedWeight,
+    Product,
+    Unscaled,
+    not_taken,
+)
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
@@ -54,7 +65,7 @@ class Dequantized(PackedWeight):
     def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, Tensor)
         q = self.q
-        if q.scale is None:
+        if not q.scheme.quantized:
             return x @ q.data.to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
         if q.scheme.activation is Granularity.BLOCK:
@@ -71,7 +82,9 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return None
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in FP8_MAX else None
 
     def pack(self, q: QTensor, platform: Platform) -> Dequantized:
         return Dequantized(q)

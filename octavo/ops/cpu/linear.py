@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.contract import Activation, PackedWeight
+from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, PLAIN, Activation, PackedWeight, not_taken
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.platform import FP8_MAX, Platform
@@ -31,7 +31,11 @@ class Widened:
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if not torch.backends.mkldnn.is_available():
             return "this torch has no oneDNN"
-        return "nothing is widened in memory here" if platform.widened_dtype is None else None
+        if platform.widened_dtype is None:
+            return "nothing is widened in memory here"
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in WIDEN_FACTOR else None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWidened:
         assert platform.widened_dtype is not None

@@ -16,7 +16,7 @@ from torch import Tensor, get_num_threads
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import reference
-from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight
+from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, PLAIN, Activation, Cut, HeadNorms, PackedWeight, not_taken
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.op_recorder import launch
@@ -54,9 +54,11 @@ class Native:
             return reason
         if platform.widened_dtype is not None:
             return "weights are to be widened in memory"
-        if q.data.dtype not in KINDS or q.data.stride(1) != 1:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        if q.data.dtype not in KINDS or (q.data.dtype in FP8_MAX) != q.scheme.quantized or q.data.stride(1) != 1:
             return f"{q.data.dtype} is not theirs"
-        if q.scale is None:
+        if not q.scheme.quantized:
             tiles = q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
             return "torch multiplies BF16 by this CPU's matrix tiles" if tiles else None
         codes = q.data
@@ -131,7 +133,7 @@ class PackedNative(PackedWeight):
 def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
     """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
     that the reference makes FP32 in it."""
-    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scale is not None for w in weights)
+    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def _taken(x: Tensor) -> bool:
