@@ -71,7 +71,7 @@ class PagedAttention(nn.Module):
     def bind_cache(self, views: Views) -> None:
         self.views = views
 
-    def forward(self, x: ops.Activation, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] of hidden states x [T, K], which `qkv` projects."""
         scales = self.k_scale, self.v_scale
         if qkv.bias is None and not self.observe:

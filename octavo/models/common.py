@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         else:
             for layer in self.layers:
                 x, residual = layer(x, residual, batch)
-        hidden: Tensor = self.norm(x, residual)[0]
+        hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 
 

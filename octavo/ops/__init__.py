@@ -20,25 +20,28 @@ from octavo.kvcache import Views
 from octavo.ops import reference
 from octavo.ops.contract import (
     Activation,
+    CodeFormat,
     Cut,
     DecoderParts,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    Operand,
     PackedWeight,
     Product,
     Quantized,
+    Reader,
     Unscaled,
 )
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
-    "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse",
-    "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate",
-    "silu_mul", "table", "write_kv",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
+    "Product", "Quantized", "Reader", "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead",
+    "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm",
+    "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -141,38 +144,41 @@ def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWe
     raise OctavoError(f"no product here takes a weight of {q.scheme.name}: {'; '.join(refused)}.")
 
 
-def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    With an FP8 weight, x is quantized as the weight's scheme says and the sum is taken in FP32 over the products of codes.
+    With an FP8 weight, x is quantized as the weight's scheme says, where it does not have such codes, and the sum is taken in
+    FP32 over the products of codes.
     """
     y = w(x)
     return y if bias is None else y.add_(bias)
 
 
-def linear_unscaled(x: Activation, w: PackedWeight) -> Product:
+def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
     """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
     return w.unscaled(x)
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
 
-    The first may be Quantized where `feeds`, the weight that it is multiplied by next, reads such.
+    `readers` are all that read the first, weights or None for a reader of dense values; without any there are dense values.
+    Where all read the same codes, and this platform's op makes such, there are codes alone; where some do, there are both;
+    where readers want different codes, there are dense values, of which each makes its own.
     """
-    return _bound["rms_norm"](x, weight, eps, residual, feeds)  # type: ignore[no-any-return]
+    return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
-    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], Quantized where `feeds` reads such."""
-    return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], for `readers` as `rms_norm` has them."""
+    return _bound["silu_mul"](x, readers)  # type: ignore[no-any-return]
 
 
-def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
+def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
-    return _bound["gated_linear"](x, w, feeds)  # type: ignore[no-any-return]
+    return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -210,7 +216,7 @@ def rope_write_kv(
 
 
 def project(
-    x: Activation,
+    x: Operand,
     w: PackedWeight,
     heads: int,
     norms: HeadNorms | None,
@@ -291,6 +297,6 @@ def _rope_then_attention(
 # What is made of other ops where a platform has nothing better, and how.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
-    "gated_linear": (lambda x, w, feeds: silu_mul(linear_unscaled(x, w), feeds), "linear_unscaled, then silu_mul"),
+    "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),
 }

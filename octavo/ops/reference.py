@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,10 +17,13 @@ from octavo.ops.contract import (
     Activation,
     Cut,
     HeadNorms,
+    Operand,
     PackedWeight,
     Product,
+    Reader,
     Unscaled,
     not_taken,
+    values_of,
 )
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
@@ -62,9 +67,8 @@ class Dequantized(PackedWeight):
         self.q = q
         self.held_bytes = q.nbytes
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
-        q = self.q
+    def __call__(self, x: Operand) -> Tensor:
+        x, q = values_of(x), self.q
         if not q.scheme.quantized:
             return x @ q.data.to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
@@ -100,20 +104,24 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
     x = scaled(x)
     if residual is not None:
         x = x + residual
+    return Activation(normed(x, weight, eps)), x
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = x.float()
     mean_square = torch.linalg.vecdot(values, values).div_(x.shape[-1]).unsqueeze(-1)
-    return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
+    y: Tensor = (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight
+    return y
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor:
-    x = scaled(x)
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    gate, up = scaled(x).chunk(2, -1)
+    return Activation(F.silu(gate) * up)
 
 
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -167,7 +175,7 @@ def normed_and_rotated(
     q: Tensor, k: Tensor, norms: HeadNorms | None, cos_sin: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     if norms is not None:
-        q, k = rms_norm(q, norms.q, norms.eps)[0], rms_norm(k, norms.k, norms.eps)[0]
+        q, k = normed(q, norms.q, norms.eps), normed(k, norms.k, norms.eps)
     return rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
 
 

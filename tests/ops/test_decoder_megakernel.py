@@ -199,9 +199,9 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
             want["attended"] = a.attn.attend(q, k, v, batch)
             want["between"] = ops.linear(attended, a.o_proj.weight) + x
             normed = layer.post_attention_layernorm(between, None, mlp.gate_up_proj.weight)[0]
-            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight))
+            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight)).values()
             want["after"] = ops.linear(act, mlp.down_proj.weight) + between
-            want["whole"] = runner.model.model.norm(after)[0]
+            want["whole"] = runner.model.model.norm(after)[0].values()
         got = {"qkv": qkv, "attended": attended, "between": between, "act": act, "after": after, "whole": whole}
         errors = {n: float((got[n].double() - w.double()).norm() / w.double().norm()) for n, w in want.items()}
         changed = float((cache != runner.cache.buffers[-1]).double().mean())

@@ -110,7 +110,7 @@ class LayerMegakernels:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
         first = self.parts.layers[0]
         self.meetings.zero_()
-        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, first.qkv)
+        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
         qkv, residual = first.qkv(normed), x.clone()
         if first.qkv_bias is not None:
             qkv += first.qkv_bias

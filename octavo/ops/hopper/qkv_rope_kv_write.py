@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import Views
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, HeadNorms, PackedWeight
+from octavo.ops.contract import HeadNorms, Operand, PackedWeight
 from octavo.ops.hopper import cache_blocks, gemm
 from octavo.ops.hopper.cache_blocks import DIM
 from octavo.ops.hopper.compile import Kernels, tensor_map
@@ -36,7 +36,7 @@ class _Qkv(ctypes.Structure):
 
 
 def refusal(
-    x: Activation, w: PackedWeight, norms: HeadNorms | None, cos_sin: Tensor, views: Views, window: int | None
+    x: Operand, w: PackedWeight, norms: HeadNorms | None, cos_sin: Tensor, views: Views, window: int | None
 ) -> str | None:
     """None, or why such a product, and what lies between it and attention, are not qkv_rope_kv_write_gemm.cu's."""
     arch = KERNELS.arch
@@ -72,7 +72,7 @@ def write(
 
 
 def project(
-    x: Activation, w: PackedWeight, heads: int, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch,
+    x: Operand, w: PackedWeight, heads: int, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch,
     window: int | None, k_scale: float, v_scale: float,
 ) -> Tensor | None:  # fmt: skip
     if max(batch.query_lens) == 1:
