@@ -33,8 +33,7 @@ from octavo.models import architecture, read_config
 from octavo.models.common import CausalLM
 from octavo.models.config import ConfigBase
 from octavo.platform import Platform, detect
-from octavo.quant import WeightDType
-from octavo.quant.checks import check_format
+from octavo.quant import WeightDType, checks
 
 __all__ = ["ModelRunner", "StepTokens"]
 
@@ -73,7 +72,7 @@ class ModelRunner:
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
-        check_format(json_config, self.directory)
+        checks.check_format(json_config, self.directory)
         arch = architecture(json_config)
         self.model_type: str = json_config["model_type"]
         self.model_config: ConfigBase = arch.Config.from_json(json_config)

@@ -91,7 +91,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: ops.Operand) -> ops.Product:
         if self.tp.size == 1 and self.bias is None:
             return ops.linear_unscaled(x, self.weight)
-        y = self.tp.all_reduce(ops.linear(x, self.weight))
+        y = ops.all_reduce(ops.linear(x, self.weight), self.tp)
         return y if self.bias is None else y.add_(self.bias)
 
 

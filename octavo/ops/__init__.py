@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
 from octavo.kvcache import Views
-from octavo.ops import reference
+from octavo.ops import ahead, reference
 from octavo.ops.contract import (
     Activation,
     CodeFormat,
@@ -39,9 +40,9 @@ from octavo.quant import QTensor
 
 __all__ = [
     "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
-    "Product", "Quantized", "Reader", "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead",
-    "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm",
-    "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
+    "Product", "Quantized", "Reader", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind", "capture",
+    "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled",
+    "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ _OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_m
 
 
 _bound: dict[str, Callable[..., Any]] = {}
-_compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+_compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
@@ -70,7 +71,7 @@ def bind(platform: Platform) -> None:
     global _compile_ahead, _capture, _captures, _fuse
     with _lock:
         _table.clear()
-        _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
+        _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
         _capture = getattr(preferred, "capture", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
@@ -88,9 +89,9 @@ def bind(platform: Platform) -> None:
 
 
 def compile_ahead() -> AbstractContextManager[None]:
-    """Within it kernels are compiled, side by side, and none is launched: what ops give is worthless.
+    """Within it kernels are compiled, side by side, and none is launched, nor a collective: what ops give is worthless.
 
-    Where there is nothing to compile it does nothing.
+    It is this thread's. Where there is nothing to compile, only collectives are left out.
     """
     return _compile_ahead()
 
@@ -157,6 +158,31 @@ def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
     """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
     return w.unscaled(x)
+
+
+class Reduces(Protocol):
+    """Ranks that add up."""
+
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+
+
+class Gathers(Protocol):
+    """Ranks that give each other what they have."""
+
+    @property
+    def size(self) -> int: ...
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor: ...
+
+
+def all_reduce(x: Tensor, group: Reduces) -> Tensor:
+    """The sum of x over the group's ranks, which may be written into x. Within compile_ahead x, since ranks compile alone."""
+    return x if ahead.is_on() else group.all_reduce(x)
+
+
+def all_gather(x: Tensor, group: Gathers, dim: int = -1) -> Tensor:
+    """Every rank's x, side by side along `dim`, in the order of ranks. Within compile_ahead this rank's alone, repeated."""
+    return torch.cat([x] * group.size, dim) if ahead.is_on() else group.all_gather(x, dim)
 
 
 def rms_norm(

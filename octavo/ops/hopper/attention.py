@@ -89,7 +89,7 @@ def _prefills(
         PREFILL.refused(reason)
     if reason is not None or (kernel := _prefill(q.device)) is None:
         prefills(q, out, views, batch, first, scale, window, k_scale, v_scale)
-    elif not launch.is_ahead():
+    else:
         kernel(q, out, views, batch, first, len(batch.query_lens), scale, k_scale, v_scale)
 
 
@@ -104,8 +104,7 @@ def _decode_attention(
     kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * views["k"].shape[2]))
     if kernel is None:
         return False
-    if not launch.is_ahead():
-        kernel(q, out, views, batch, requests, scale, k_scale, v_scale, new)
+    kernel(q, out, views, batch, requests, scale, k_scale, v_scale, new)
     return True
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.ops import ahead
 from octavo.platform import Platform
 
 __all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
@@ -146,8 +147,10 @@ class Kernel:
         return value.value
 
     def launch(self, programs: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
-        """On torch's current stream. `arguments` are the function's one parameter; `early`: it waits by itself for the kernel
-        before it, and may start while that one still runs."""
+        """On torch's current stream; within compile_ahead it does nothing. `arguments` are the function's one parameter;
+        `early`: it waits by itself for the kernel before it, and may start while that one still runs."""
+        if ahead.is_on():
+            return
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(

@@ -97,8 +97,6 @@ class DecoderMegakernel:
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
-        if launch.is_ahead():
-            return x
         residual, x = torch.empty_like(x), x.contiguous()
         p = self.parts
         step = _Step(

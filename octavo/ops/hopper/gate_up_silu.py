@@ -49,10 +49,9 @@ def multiply(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
     if (kernel := KERNELS.kernel(variant, codes.device)) is None:
         return False
     tokens, width = out.shape
-    if not launch.is_ahead():
-        given = Product.of(codes, weight, variant.half, -(-width // variant.half), width)
-        to = (c_ubyte * 128).from_buffer_copy(tensor_map(out, (2 * width, tokens), (2 * width,), OUT_BOX))
-        kernel.launch(programs(variant), _Gated(given, to, scale.data_ptr(), weight_scale.data_ptr(), width), early=True)
+    given = Product.of(codes, weight, variant.half, -(-width // variant.half), width)
+    to = (c_ubyte * 128).from_buffer_copy(tensor_map(out, (2 * width, tokens), (2 * width,), OUT_BOX))
+    kernel.launch(programs(variant), _Gated(given, to, scale.data_ptr(), weight_scale.data_ptr(), width), early=True)
     return True
 
 

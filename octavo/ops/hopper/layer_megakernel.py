@@ -125,8 +125,6 @@ class LayerMegakernels:
         after = (at + 1) % len(self.weights)  # the last layer's launch does not use what is said of the first
         next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
         qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
-        if launch.is_ahead():
-            return qkv
         columns = next(n for n in COLUMNS if tokens <= n)
         maps = b"".join([*self.maps[at][1:], self.maps[after][0]])
         last, bias = after == 0, self.parts.layers[after].qkv_bias

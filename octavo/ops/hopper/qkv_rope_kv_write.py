@@ -56,18 +56,17 @@ def write(
     """Rotated queries into q [T, H, 128], keys and values into the cache; whether the kernel is there."""
     if (kernel := KERNELS.kernel(variant, codes.device)) is None:
         return False
-    if not launch.is_ahead():
-        tokens, heads, _ = q.shape
-        given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
-        size = 2 * DIM * heads
-        to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
-        gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
-        arguments = _Qkv(
-            given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), batch.positions.data_ptr(),
-            batch.slot_mapping.data_ptr(), views["k"].data_ptr(), heads, views["k"].shape[2], norms.eps if norms else 0.0,
-            1 / k_scale, 1 / v_scale,
-        )  # fmt: skip
-        kernel.launch(programs(variant), arguments, early=True)
+    tokens, heads, _ = q.shape
+    given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
+    size = 2 * DIM * heads
+    to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
+    gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
+    arguments = _Qkv(
+        given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), batch.positions.data_ptr(),
+        batch.slot_mapping.data_ptr(), views["k"].data_ptr(), heads, views["k"].shape[2], norms.eps if norms else 0.0,
+        1 / k_scale, 1 / v_scale,
+    )  # fmt: skip
+    kernel.launch(programs(variant), arguments, early=True)
     return True
 
 

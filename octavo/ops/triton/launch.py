@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kvcache import Views
+from octavo.ops import ahead
 from octavo.platform import FP8_MAX, Platform
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "compile_ahead",
     "configure",
     "device_units",
-    "is_ahead",
     "launch",
     "pipeline",
     "power_of_2",
@@ -50,7 +50,7 @@ _stages = 8
 _shared = 227 << 10
 _fp8 = tl.float8e4nv, 448.0
 _bounded = False
-_ahead: set[Any] | None = None  # within compile_ahead: what was compiled there
+_compiled: set[Any] = set()  # within compile_ahead: what was compiled there
 
 
 def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
@@ -72,29 +72,19 @@ def pipeline(stages: int) -> int:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Every launch of a kernel; within compile_ahead, its compilation instead."""
-    if _ahead is None:
+    if not ahead.is_on():
         kernel[grid](*args, **options, **_overlap)
-    elif (key := (kernel, *map(_specialized, args), *options.items())) not in _ahead:
-        _ahead.add(key)
+    elif (key := (kernel, *map(_specialized, args), *options.items())) not in _compiled:
+        _compiled.add(key)
         kernel.warmup(*args, grid=grid, **options, **_overlap)
 
 
 @contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Within it kernels are compiled and not launched: what ops give is worthless. Leaving it waits for the compiler, which
-    works on all cores."""
-    global _ahead
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
-        _ahead = set()
-        try:
-            yield
-        finally:
-            _ahead = None
-
-
-def is_ahead() -> bool:
-    """Whether this is within compile_ahead."""
-    return _ahead is not None
+    """The mode of `octavo.ops.ahead`. Leaving it waits for the compiler, which works on all cores."""
+    _compiled.clear()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool), ahead.mode():
+        yield
 
 
 def _specialized(x: Any) -> Any:
