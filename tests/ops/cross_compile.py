@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.ops.triton import argmax, block_linear, decode, elementwise, launch, linear, prefill, rope, sample
+from octavo.platform import Platform
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -150,8 +151,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
-    launch._stages = 8 if target.startswith("sm") else 2  # as the platforms' modules say
-    launch._shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    launch.configure(Platform(torch.device("cpu"), target, multiprocessors=132, shared_memory=shared))
     for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
         if only and only not in name:
             continue

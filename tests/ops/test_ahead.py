@@ -26,7 +26,7 @@ from octavo.ops.triton import launch
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor
 from tests.ops.paged import K_SCALE, V_SCALE, requests, weight
-from tests.ops.test_decoder_megakernel import parts
+from tests.ops.test_decoder_megakernel import hopper, parts
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is replaced, and with it what is launched")
@@ -58,7 +58,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     for module in (decoder_megakernel, layer_megakernel):
         monkeypatch.setattr(module, "compile_cubin", lambda *_: b"")
     for kernels in (attention.PREFILL, attention.DECODE, gate_up_silu.KERNELS, qkv_rope_kv_write.KERNELS):
-        monkeypatch.setattr(kernels, "arch", "sm_90")
+        monkeypatch.setattr(kernels, "platform", hopper())
         monkeypatch.setattr(kernels, "kernel", lambda *_: compiler.Kernel(b"", "stub"))
     monkeypatch.setattr(gate_up_silu, "FILLED", 0)
     compiler._tensor_map.cache_clear()
@@ -136,12 +136,12 @@ class Calls:
         return (self.q, self.views), lambda: attention.attention(self.q, self.views, self.batch, 0.1, None, K_SCALE, V_SCALE)
 
     def decoder_megakernel(self) -> tuple[Any, Any]:
-        decoder, x = DecoderMegakernel(parts(), Platform(CPU, "sm_90")), random(1, 512)
+        decoder, x = DecoderMegakernel(parts(), hopper()), random(1, 512)
         decoder.act.fill_(3), decoder.partial.fill_(3)
         return (decoder, x, decoder.parts.layers), lambda: decoder(x, self.singles)
 
     def layer_megakernel(self) -> tuple[Any, Any]:
-        decoder, residual = LayerMegakernels(parts(), Platform(CPU, "sm_90")), random(2, 512)
+        decoder, residual = LayerMegakernels(parts(), hopper()), random(2, 512)
         return (decoder, residual), lambda: decoder.between(0, random(2, 512), residual)
 
 
@@ -167,7 +167,7 @@ def test_a_wrapper_launches_nothing_and_leaves_memory_as_it_is(wrapper: str, dri
 
 def test_a_whole_step_of_layers_launches_nothing(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """LayerMegakernels's norm, product and attention are others' kernels; its own and theirs are left out alike."""
-    decoder, calls = LayerMegakernels(parts(), Platform(CPU, "sm_90")), Calls()
+    decoder, calls = LayerMegakernels(parts(), hopper()), Calls()
     seen: list[LayerParts] = []
     monkeypatch.setattr(gpu, "rms_norm", lambda x, *_: (x, x))
     monkeypatch.setattr(gpu.PackedScaledMM, "__call__", lambda self, x: random(len(x), self.n))

@@ -88,6 +88,11 @@ def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
 
 
+def hopper(arch: str = "sm_90") -> Platform:
+    """As large as an H100."""
+    return Platform(CPU, arch, multiprocessors=132, shared_memory=227 << 10)
+
+
 def parts(**changes: Any) -> DecoderParts:
     """Two layers of 8 heads of 64 dimensions, in FP8 with a BF16 cache."""
 
@@ -121,13 +126,13 @@ def parts(**changes: Any) -> DecoderParts:
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
-    found = decoder_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    found = decoder_megakernel.refusal(parts(**changes), hopper(arch))
     assert found is None if reason is None else reason in (found or "")
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: "there is no libnvrtc.so.13")
-    assert decoder_megakernel.refusal(parts(), Platform(CPU, "sm_90")) == "there is no libnvrtc.so.13"
+    assert decoder_megakernel.refusal(parts(), hopper()) == "there is no libnvrtc.so.13"
 
 
 def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +144,7 @@ def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPa
     for module, name in ((cuda.decoder_megakernel, "DecoderMegakernel"), (cuda.layer_megakernel, "LayerMegakernels")):
         monkeypatch.setattr(module, "refusal", lambda *_: None)
         monkeypatch.setattr(module, name, refuse)
-    assert set(cuda.fuse(parts(), Platform(CPU, "sm_90")).values()) == {"cuModuleLoadData failed with CUDA error 218"}
+    assert set(cuda.fuse(parts(), hopper()).values()) == {"cuModuleLoadData failed with CUDA error 218"}
     assert "go op by op" in caplog.text
 
 

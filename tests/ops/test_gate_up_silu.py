@@ -18,7 +18,7 @@ from octavo.ops.contract import Activation, Quantized
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import gate_up_silu
 from octavo.ops.hopper.gemm import Variant, choose
-from octavo.platform import detect
+from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, quantize
 from tests.ops.paged import needs_hopper, weight
 from tests.ops.test_decoder_megakernel import dumped
@@ -28,7 +28,7 @@ SHAPES = [
     (1, 8, 16), (128, 112, 128), (33, 168, 144), (129, 264, 400), (257, 136, 4096), (1000, 1536, 512), (300, 14336, 4096),
     (2500, 2048, 1024),
 ]  # fmt: skip
-F8 = torch.float8_e4m3fn
+F8, CPU = torch.float8_e4m3fn, torch.device("cpu")
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
@@ -103,9 +103,9 @@ def test_what_goes_in_and_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, _ = factors(40, 24, 48)
-    monkeypatch.setattr(gate_up_silu.KERNELS, "arch", "gfx942")
+    monkeypatch.setattr(gate_up_silu.KERNELS, "platform", Platform(CPU, "gfx942"))
     assert "gfx942" in str(gate_up_silu.refusal(x, w))
-    monkeypatch.setattr(gate_up_silu.KERNELS, "arch", "sm_90")
+    monkeypatch.setattr(gate_up_silu.KERNELS, "platform", Platform(CPU, "sm_90"))
     monkeypatch.setattr(compiler, "missing", lambda: None)
     assert "fewer tiles" in str(gate_up_silu.refusal(x, w))
     monkeypatch.setattr(gate_up_silu, "FILLED", 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_error
@@ -12,8 +14,8 @@ from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Unscaled
-from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, linear, prefill, rope
-from octavo.platform import FP8_MAX
+from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, launch, linear, prefill, rope
+from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
@@ -364,10 +366,12 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
 def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
     """Whatever the head's size and the chip's memory; Hopper's, and half of that of a chip without its."""
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    monkeypatch.setattr("octavo.ops.triton.launch._stages", stages)
+    on = Platform(DEVICE, "sm_90" if stages == 8 else "gfx950", shared_memory=227 << 10)
+    monkeypatch.setattr(launch, "_platform", on)
+    assert on.pipeline_depth == stages
     assert prefill._tiles(128, fp8)["BN"] == (128 if stages == 8 else 32)
     for kib in (227, 99, 64):
-        monkeypatch.setattr("octavo.ops.triton.launch._shared", kib << 10)
+        monkeypatch.setattr(launch, "_platform", replace(on, shared_memory=kib << 10))
         for dp in (32, 64, 128, 256):
             for dtype in (fp8, bf16):
                 t = prefill._tiles(dp, dtype)

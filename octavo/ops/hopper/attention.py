@@ -61,7 +61,7 @@ def prefill_refusal(q: Tensor, views: Views, window: int | None) -> str | None:
     """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
     if q.shape[1] > MOST_GROUP * views["k"].shape[2]:
         return f"more than {MOST_GROUP} query heads of a KV head"
-    return cache_blocks.refusal(PREFILL.arch, q.dtype, views, window)
+    return cache_blocks.refusal(PREFILL.platform, q.dtype, views, window)
 
 
 def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, new: New | None = None) -> str | None:
@@ -78,7 +78,7 @@ def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, n
     given = (q,) if new is None else (q, new.k, new.v)
     if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
-    return cache_blocks.refusal(DECODE.arch, q.dtype, views, window)
+    return cache_blocks.refusal(DECODE.platform, q.dtype, views, window)
 
 
 def _prefills(

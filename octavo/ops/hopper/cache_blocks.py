@@ -6,17 +6,18 @@ import torch
 
 from octavo.kvcache import Views
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+from octavo.platform import Platform
 
 __all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
 
 DIM, BLOCK = 128, 64  # of a head; tokens of a block
 
 
-def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -> str | None:
+def refusal(platform: Platform, queries: torch.dtype, views: Views, window: int | None) -> str | None:
     """None, or why such queries over this cache are not theirs."""
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
-    if (reason := no_warpgroups(arch)) is not None:
+    if (reason := no_warpgroups(platform)) is not None:
         return reason
     if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
         return "not a cache of e4m3 with one scale"

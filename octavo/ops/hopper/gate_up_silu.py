@@ -33,7 +33,7 @@ class _Gated(ctypes.Structure):
 
 def refusal(x: Operand, w: PackedWeight) -> str | None:
     """None, or why the product of such tokens by `w`, and what follows it, are not gate_up_silu_gemm.cu's."""
-    if (reason := gemm.refusal(KERNELS.arch, x, w)) is not None:
+    if (reason := gemm.refusal(KERNELS.platform, x, w)) is not None:
         return reason
     assert isinstance(w, gpu.PackedScaledMM)
     if w.n % 16:

@@ -16,6 +16,7 @@ from octavo.ops.contract import Operand, PackedWeight
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MOST_TOKENS
+from octavo.platform import Platform
 
 __all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "programs", "refusal", "tokens_of"]
 
@@ -52,9 +53,9 @@ def tokens_of(x: Operand) -> int:
     return len(x) if isinstance(x, Tensor) else x.tokens
 
 
-def refusal(arch: str, x: Operand, w: PackedWeight) -> str | None:
+def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
     """None, or why such tokens are not multiplied by `w` here."""
-    if (reason := no_warpgroups(arch)) is not None:
+    if (reason := no_warpgroups(platform)) is not None:
         return reason
     if not isinstance(w, gpu.PackedScaledMM) or w.reads.dtype is not torch.float8_e4m3fn:
         return "not a weight of e4m3 with a scale a row"

@@ -39,8 +39,8 @@ def refusal(
     x: Operand, w: PackedWeight, norms: HeadNorms | None, cos_sin: Tensor, views: Views, window: int | None
 ) -> str | None:
     """None, or why such a product, and what lies between it and attention, are not qkv_rope_kv_write_gemm.cu's."""
-    arch = KERNELS.arch
-    if (reason := gemm.refusal(arch, x, w) or cache_blocks.refusal(arch, torch.bfloat16, views, window)) is not None:
+    on = KERNELS.platform
+    if (reason := gemm.refusal(on, x, w) or cache_blocks.refusal(on, torch.bfloat16, views, window)) is not None:
         return reason
     if cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
