@@ -14,11 +14,15 @@ __all__ = ["ForwardBatch", "Span", "build", "to_device"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context."""
+    """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context.
+
+    A token's rotary row is its position plus `rotary_delta`, which is not 0 after what takes other rows than places.
+    """
 
     token_ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
+    rotary_delta: int = 0
 
     def slots(self, block_size: int) -> list[int]:
         """Where each token's key and value go: block * block_size + offset."""
@@ -34,13 +38,18 @@ class Span:
 class ForwardBatch:
     """B requests and T tokens, prefill and decode mixed; a request's tokens are adjacent.
 
-    input_ids, positions, slot_mapping: int64 [T]. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with this
-    step's tokens. block_tables: int32 [B, max blocks], rows padded with the scratch block.
-    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device.
+    input_ids, positions, rotary_rows, slot_mapping: int64 [T]. A token's position is its place in the context; its rotary
+    row is the row of cosines and sines that it is turned by. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with
+    this step's tokens; 0 for a row that pads a graph, for which attention gives zeros. block_tables: int32 [B, max blocks],
+    rows padded with the scratch block.
+    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph the latter
+    are bounds.
+    live: int32 [1], the tokens at the front that are real, those behind them pad a graph; None: all are.
     """
 
     input_ids: Tensor
     positions: Tensor
+    rotary_rows: Tensor
     slot_mapping: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
@@ -49,6 +58,7 @@ class ForwardBatch:
     context_lens: list[int]
     block_size: int
     cache: dict[str, object]  # what an implementation works out once a step and every layer uses
+    live: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,12 +74,14 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
     """The batch of `spans`, built on the host and moved to the device."""
     ids: list[int] = []
     positions: list[int] = []
+    rows: list[int] = []
     slots: list[int] = []
     starts, contexts = [0], []
     for span in spans:
         stop = span.start + len(span.token_ids)
         ids.extend(span.token_ids)
         positions.extend(range(span.start, stop))
+        rows.extend(range(span.start + span.rotary_delta, stop + span.rotary_delta))
         slots.extend(span.slots(block_size))
         starts.append(len(ids))
         contexts.append(stop)
@@ -79,9 +91,11 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, device)
 
+    places = tensor(positions, torch.int64)
     return ForwardBatch(
         tensor(ids, torch.int64),
-        tensor(positions, torch.int64),
+        places,
+        places if rows == positions else tensor(rows, torch.int64),
         tensor(slots, torch.int64),
         tensor(starts, torch.int32),
         tensor(contexts, torch.int32),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo import batch, ops
 from octavo.config import EngineConfig
-from octavo.kvcache import Layout, Views, spec_for
+from octavo.kvcache import LayerCache, Layout, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
 
@@ -173,27 +173,29 @@ def block_size(p: Platform) -> int:
     return EngineConfig().block_size_on(p.is_cpu)
 
 
-def cache(p: Platform, tokens: int) -> Views:
+def cache(p: Platform, tokens: int) -> LayerCache:
     """An FP8 cache of one layer as the engine lays it out there, with room for so many tokens."""
     spec, block = spec_for("fp8_e4m3", KV_HEADS, DIM, torch.bfloat16, p.fp8_dtype, Layout.on(p.is_cpu)), block_size(p)
     shape = -(-tokens // block), block * spec.bytes_per_token
-    return spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
+    views = spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
+    return LayerCache(views, torch.ones(1, device=p.device), torch.ones(1, device=p.device))
 
 
 def rope_write_kv(p: Platform, m: int) -> Set:
-    views = cache(p, m)
+    kv = cache(p, m)
     q, k, v = random(p, m, HEADS, DIM), random(p, m, KV_HEADS, DIM), random(p, m, KV_HEADS, DIM)
     at, table = torch.arange(m, device=p.device), torch.rand(max(TOKENS), DIM, device=p.device)
     moved = 2 * 2 * q.numel() + 3 * k.numel() * 2
     held = 2 * q.nbytes + 2 * k.nbytes + 2 * k.numel()
-    return Set(lambda: ops.rope_write_kv(q, k, v, None, table, at, views, at, 1.0, 1.0), None, moved, nbytes=held)
+    rope = ops.Rope(None, table, at)
+    return Set(lambda: ops.rope_write_kv(q, k, v, rope, kv, at), None, moved, nbytes=held)
 
 
 def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
     """The last `queries` tokens of each request over an FP8 cache; the library's reads dense BF16, so twice the bytes."""
     block = block_size(p)
     width = -(-context // block)
-    views, order = cache(p, requests * width * block), torch.randperm(requests * width).tolist()  # blocks lie anywhere
+    kv, order = cache(p, requests * width * block), torch.randperm(requests * width).tolist()  # blocks lie anywhere
     spans = [batch.Span([0] * queries, context - queries, order[i * width : (i + 1) * width]) for i in range(requests)]
     made, q = batch.build(spans, block, p.device), random(p, requests * queries, HEADS, DIM)
     dtype = library_dtype(p)
@@ -206,5 +208,5 @@ def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
     pairs = requests * (queries * context - queries * (queries - 1) / 2)
     moved = 2.0 * requests * context * KV_HEADS * DIM + 2 * 2 * q.numel()
     held = int(2 * requests * context * KV_HEADS * DIM) + 2 * k.nbytes
-    call = partial(ops.attention, q, views, made, DIM**-0.5, None, 1.0, 1.0)
+    call = partial(ops.attention, q, kv, made, DIM**-0.5, None)
     return Set(call, library, moved, 4.0 * pairs * HEADS * DIM, True, held)

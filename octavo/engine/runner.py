@@ -161,8 +161,8 @@ class ModelRunner:
             return
         if self.config.calculate_kv_scales:
             self._calculate_kv_scales()
-            scales = [s for layer in layers for s in (layer.k_scale, layer.v_scale)]
-            self.report.note(f"KV scales measured: {min(scales):.3g} to {max(scales):.3g}")
+            scales = torch.cat([s for layer in layers for s in (layer.k_scale, layer.v_scale)])
+            self.report.note(f"KV scales measured: {float(scales.min()):.3g} to {float(scales.max()):.3g}")
         elif all(layer.scales_from_checkpoint for layer in layers):
             self.report.note("KV scales taken from the checkpoint")
         else:

@@ -76,8 +76,7 @@ class CausalLM(nn.Module):
             part = LayerParts(
                 qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
                 input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, views=a.attn.views,
-                k_scale=a.attn.k_scale, v_scale=a.attn.v_scale, window=a.attn.window,
+                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, cache=a.attn.cache, window=a.attn.window,
             )  # fmt: skip
             found.append(part)
         attn: PagedAttention = layers[0].self_attn.attn

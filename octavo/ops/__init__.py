@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference
 from octavo.ops.contract import (
     Activation,
@@ -33,6 +33,7 @@ from octavo.ops.contract import (
     Product,
     Quantized,
     Reader,
+    Rope,
     Unscaled,
 )
 from octavo.platform import Platform
@@ -40,9 +41,9 @@ from octavo.quant import QTensor
 
 __all__ = [
     "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
-    "Product", "Quantized", "Reader", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind", "capture",
-    "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled",
-    "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
+    "Product", "Quantized", "Reader", "Rope", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind",
+    "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear",
+    "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -207,85 +208,53 @@ def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) ->
     return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding of x [T, H, D] in place of the first R dimensions; cos_sin is FP32 [positions, R], cosines first."""
-    return _bound["rotate"](x, cos_sin, positions)  # type: ignore[no-any-return]
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
+    """Rotary embedding of the first R dimensions of x [T, H, D] by rows [T] of cos_sin, FP32 [rows, R], cosines first."""
+    return _bound["rotate"](x, cos_sin, rows)  # type: ignore[no-any-return]
 
 
-def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) as the views' dtypes say.
 
-    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, or the token's and head's where the cache has a
-    place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
+    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, the head's, or the token's and head's where the
+    cache has a place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
     may be multiplied, by 0 too.
     """
-    _bound["write_kv"](views, slots, k, v, k_scale, v_scale)
+    _bound["write_kv"](cache, slots, k, v)
 
 
-def rope_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    views: Views,
-    slots: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
     """What lies between the QKV product and attention: norms of the query and key heads, `rotate`, `write_kv`.
 
     q [T, H, D], k and v [T, H', D]; returns the rotated queries.
     """
-    return _bound["rope_write_kv"](q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["rope_write_kv"](q, k, v, rope, cache, slots)  # type: ignore[no-any-return]
 
 
 def project(
-    x: Operand,
-    w: PackedWeight,
-    heads: int,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    views: Views,
-    batch: ForwardBatch,
-    window: int | None,
-    k_scale: float,
-    v_scale: float,
+    x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     """`linear` of x [T, K] by the weight of queries, keys and values, then `rope_write_kv`: the rotated queries [T, H, D].
 
     None, and nothing is written, where one launch does not compute both; `attend` takes what `linear` gives.
     """
-    return _bound["project"](x, w, heads, norms, cos_sin, views, batch, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["project"](x, w, heads, rope, cache, batch, window)  # type: ignore[no-any-return]
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
     """Causal attention of q [T, H, D] over the cache, which already holds this step's tokens: [T, H, D].
 
     Each request's query tokens are the last of its context. `window` limits a token to the last `window` positions, itself
-    included. Scores and sums are FP32.
+    included. Scores and sums are FP32. A request of one token whose context is empty pads a graph: zeros, and nothing is read.
     """
-    return _bound["attention"](q, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["attention"](q, cache, batch, scale, window)  # type: ignore[no-any-return]
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    views: Views,
-    batch: ForwardBatch,
-    scale: float,
-    window: int | None,
-    k_scale: float,
-    v_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
-    return _bound["attend"](q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["attend"](q, k, v, rope, cache, batch, scale, window)  # type: ignore[no-any-return]
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -313,11 +282,9 @@ def implementations() -> Sequence[LinearImplementation]:
 
 
 def _rope_then_attention(
-    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
-    window: int | None, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
-    q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-    return attention(q, views, batch, scale, window, k_scale, v_scale)
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
+) -> Tensor:
+    return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
 
 
 # What is made of other ops where a platform has nothing better, and how.

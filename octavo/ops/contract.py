@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.platform import Platform
 from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
@@ -18,7 +18,8 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
-    "Operand", "PackedWeight", "Product", "Quantized", "Reader", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "Operand", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Unscaled", "codes_of", "not_taken", "values_of",
+    "wanted",
 ]  # fmt: skip
 
 
@@ -94,6 +95,15 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class Rope(NamedTuple):
+    """What happens to query and key heads before attention: norms (None: none), then rotation of their first R dimensions by
+    the angles whose cosines, then sines, are in a token's row of cos_sin: FP32 [rows, R]. rows: int64 [T]."""
+
+    norms: HeadNorms | None
+    cos_sin: Tensor
+    rows: Tensor
+
+
 class PackedWeight:
     """A weight laid out for the implementation that multiplies by it."""
 
@@ -164,9 +174,7 @@ class LayerParts(NamedTuple):
     post_norm: Tensor
     norms: HeadNorms | None
     qkv_bias: Tensor | None
-    views: Views
-    k_scale: float
-    v_scale: float
+    cache: LayerCache
     window: int | None
 
     @property

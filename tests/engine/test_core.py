@@ -443,7 +443,7 @@ def test_logprobs(make, reference, options):
 
 def test_kv_scales(make):
     def scales(core):
-        return [s for layer in core.runner.model.attention_layers() for s in (layer.k_scale, layer.v_scale)]
+        return [float(s) for layer in core.runner.model.attention_layers() for s in (layer.k_scale, layer.v_scale)]
 
     requests = [request(str(i), tokens(40, i), temperature=0, prompt_logprobs=0, max_tokens=1) for i in range(6)]
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from octavo import batch as batches
 from octavo import ops
 from octavo.ops import ahead, gpu
-from octavo.ops.contract import LayerParts
+from octavo.ops.contract import LayerParts, Rope
 from octavo.ops.hopper import attention, decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper.decode import DecodeAttention
@@ -25,7 +25,7 @@ from octavo.ops.hopper.prefill import PrefillAttention
 from octavo.ops.triton import launch
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor
-from tests.ops.paged import K_SCALE, V_SCALE, requests, weight
+from tests.ops.paged import requests, weight
 from tests.ops.test_decoder_megakernel import hopper, parts
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ class Calls:
     """Each wrapper of a kernel for sm_90, with what it may write to."""
 
     def __init__(self) -> None:
-        self.views, self.batch = requests([(100, 40)], 2)
+        self.cache, self.batch = requests([(100, 40)], 2)
         self.q = random(40, 8, 128)
         self.singles = batches.build([batches.Span([0], 30, [1]), batches.Span([0], 64, [2, 0])], 64, CPU)
 
@@ -118,22 +118,20 @@ class Calls:
     def qkv(self) -> tuple[Any, Any]:
         x, w, q = random(40, 48), weight(12 * 128, 48), random(40, 8, 128)
         codes, scale = elementwise_codes(x, w)
-        variant, cos_sin = qkv_rope_kv_write.VARIANTS[0], torch.rand(256, 128)
-        return (q, self.views), lambda: qkv_rope_kv_write.write(
-            codes, scale, w, q, None, cos_sin, self.views, self.batch, K_SCALE, V_SCALE, variant
-        )
+        variant, rope = qkv_rope_kv_write.VARIANTS[0], Rope(None, torch.rand(256, 128), self.batch.rotary_rows)
+        return (q, self.cache), lambda: qkv_rope_kv_write.write(codes, scale, w, q, rope, self.cache, self.batch, variant)
 
     def prefill(self) -> tuple[Any, Any]:
         kernel, out = PrefillAttention(compiler.Kernel(b"", "stub"), CPU), random(*self.q.shape)
-        return (kernel, out, self.views), lambda: kernel(self.q, out, self.views, self.batch, 0, 1, 0.1, K_SCALE, V_SCALE)
+        return (kernel, out, self.cache), lambda: kernel(self.q, out, self.cache, self.batch, 0, 1, 0.1)
 
     def decode(self) -> tuple[Any, Any]:
         kernel, out = DecodeAttention(compiler.Kernel(b"", "stub"), 4, CPU), random(2, 8, 128)
         kernel.parts.fill_(3)
-        return (kernel, out, self.views), lambda: kernel(self.q[:2], out, self.views, self.singles, 2, 0.1, K_SCALE, V_SCALE)
+        return (kernel, out, self.cache), lambda: kernel(self.q[:2], out, self.cache, self.singles, 2, 0.1)
 
     def attention(self) -> tuple[Any, Any]:
-        return (self.q, self.views), lambda: attention.attention(self.q, self.views, self.batch, 0.1, None, K_SCALE, V_SCALE)
+        return (self.q, self.cache), lambda: attention.attention(self.q, self.cache, self.batch, 0.1, None)
 
     def decoder_megakernel(self) -> tuple[Any, Any]:
         decoder, x = DecoderMegakernel(parts(), hopper()), random(1, 512)

@@ -7,18 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative_error
+from ops.caches import Scale, layer_cache, with_padding
 from ops.interpreter import HAS_GPU
 from ops.shapes import BATCHES, HEADS, LINEAR
 
 from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Unscaled
+from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Rope, Unscaled
 from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, launch, linear, prefill, rope
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
+SCALES: dict[str, tuple[Scale, Scale]] = {
+    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
+    "keys by head": ([0.0131, 0.271], 0.0371),
+    "values by head": (0.271, [0.733, 0.0173]),
+}
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 FP8 = [torch.float8_e4m3fn]  # the interpreter has no e4m3fnuz; that one is compiled, in test_compile.py
 KV_DTYPES = ["auto", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"]
@@ -176,6 +182,22 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("dim", "rotated", "tokens"), [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)])
 def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str) -> None:
+    rotated_and_written(dim, rotated, tokens, normed, kv, (0.3, 0.2))
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_per_token_head", "auto"])
+@pytest.mark.parametrize("scales", [([0.3, 0.71, 1.3, 0.09], [0.2, 0.037, 0.9, 2.1]), ([0.3, 0.71, 1.3, 0.09], 0.2)])
+@pytest.mark.parametrize("tokens", [5, 34])
+def test_rope_write_kv_by_scales_of_heads(
+    tokens: int, scales: tuple[Scale, Scale], kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By programs of one head and of several."""
+    rotated_and_written(24, 12, tokens, False, kv, scales)
+    monkeypatch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
+    rotated_and_written(32, 32, tokens, True, kv, scales)
+
+
+def rotated_and_written(dim: int, rotated: int, tokens: int, normed: bool, kv: str, scales: tuple[Scale, Scale]) -> None:
     heads, kv_heads, block_size = 8, 4, 4
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
     qkv[1, heads + 1, 3], qkv[2, -1, 2] = float("nan"), float("inf")
@@ -185,9 +207,9 @@ def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: st
     positions, slots = (torch.randperm(40, device=DEVICE)[:tokens] for _ in range(2))
     norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
     ours, theirs = (KVCache([spec(kv, kv_heads, dim)], 10, block_size, DEVICE) for _ in range(2))
-    args = q, k, v, norms, cos_sin, positions
-    found = rope.rope_write_kv(*args, ours.views[0], slots, 0.3, 0.2)
-    expected = reference.rope_write_kv(*args, theirs.views[0], slots, 0.3, 0.2)
+    args = q, k, v, Rope(norms, cos_sin, positions)
+    found = rope.rope_write_kv(*args, layer_cache(ours.views[0], *scales), slots)
+    expected = reference.rope_write_kv(*args, layer_cache(theirs.views[0], *scales), slots)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
     for name in ours.views[0]:
         a, b = ours.views[0][name].float(), theirs.views[0][name].float()
@@ -205,7 +227,7 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
     ours, theirs = (KVCache([spec(kv, 2, 32)], 3, 64, DEVICE).views[0] for _ in range(2))
     for views in (ours, theirs):
         op = (rope if views is ours else reference).rope_write_kv
-        op(q, k, v, None, cos_sin, slots - first, views, slots, 0.3, 0.2)
+        op(q, k, v, Rope(None, cos_sin, slots - first), layer_cache(views, 0.3, 0.2), slots)
     for name in ours:
         assert relative_error(ours[name].float(), theirs[name].float()) < 5e-3, name
         assert torch.equal(ours[name].float() != 0, theirs[name].float() != 0), name
@@ -216,6 +238,19 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str) -> None:
+    attended(rows, heads, window, kv, (0.04, 0.03))
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_attention_by_scales_of_heads(rows: str, scales: str, kv: str) -> None:
+    attended(BATCHES[rows], (4, 2, 16), None, kv, SCALES[scales])
+
+
+def attended(
+    rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str, scales: tuple[Scale, Scale]
+) -> None:
     query_heads, kv_heads, dim = heads
     block_size, lengths = 4, [sum(row) for row in rows]
     free = iter(torch.randperm(sum(lengths) + 8).add(1).tolist())
@@ -226,9 +261,10 @@ def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], win
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2))
     views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(views, *scales)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(sum(c for _, c in rows), query_heads, dim, device=DEVICE).bfloat16()
-    args = views, batch, dim**-0.5, window, 0.04, 0.03
+    args = layer, batch, dim**-0.5, window
     found, expected = attention.attention(q, *args), reference.attention(q, *args)
     prefills = any(count > 1 for _, count in rows)
     rounded = prefills and views["k"].dtype in FP8_MAX and "k_scale" not in views  # queries and probabilities are FP8 too
@@ -248,12 +284,12 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
     cache = KVCache([spec(kv, 2, dim)], len(lengths) * count + 1, block_size, DEVICE)
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), 2, dim, device=DEVICE).bfloat16() for _ in range(2))
-    views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(cache.views[0], 0.04, 0.03)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(len(lengths), 6, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    decode.decode_attention(q, out, views, batch, len(lengths), max(lengths), 0.2, window, 0.04, 0.03, {"splits": splits})
-    assert relative_error(out, reference.attention(q, views, batch, 0.2, window, 0.04, 0.03)) < 6e-3
+    decode.decode_attention(q, out, layer, batch, len(lengths), max(lengths), 0.2, window, {"splits": splits})
+    assert relative_error(out, reference.attention(q, layer, batch, 0.2, window)) < 6e-3
 
 
 @pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 80), (128, 64)])
@@ -262,33 +298,72 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rotated: int) -> None:
     """As `rope_write_kv` and attention one after the other; the new token is a block's first, its last, alone."""
-    lengths, heads, kv_heads, block_size = [1, 64, 65, 300], 6, 2, 16
+    news([1, 64, 65, 300], 0, kv, splits, normed, dim, rotated, (0.04, 0.03))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_of_new_tokens_by_scales_of_heads(splits: int, scales: str) -> None:
+    news([1, 65, 130], 0, "fp8_e4m3", splits, False, 64, 64, SCALES[scales])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kv", KV_DTYPES)
+def test_rows_without_a_context_are_zeros(kv: str, splits: int) -> None:
+    """As a graph has them; they bring tokens, which are not written, not even to the scratch block."""
+    news([1, 65, 130], 3, kv, splits, True, 64, 64, (0.04, 0.03))
+
+
+def news(
+    lengths: list[int], padding: int, kv: str, splits: int, normed: bool, dim: int, rotated: int, scales: tuple[Scale, Scale]
+) -> None:
+    """Requests of `lengths` with their new tokens, and rows that pad them, against the reference, which has those alone; a
+    token's rotary row is not its place."""
+    heads, kv_heads, block_size, total = 6, 2, 16, len(lengths) + padding
     count = -(-max(lengths) // block_size)
     tables = torch.randperm(len(lengths) * count).add(1).view(len(lengths), count).tolist()
     spans = [batches.Span([5], n - 1, t) for n, t in zip(lengths, tables, strict=True)]
     batch = batches.build(spans, block_size, DEVICE)
-    ours, theirs = (KVCache([spec(kv, kv_heads, dim)], len(lengths) * count + 1, block_size, DEVICE) for _ in range(2))
-    slots = torch.arange(ours.num_blocks * block_size, device=DEVICE)
+    ours, theirs = (
+        layer_cache(KVCache([spec(kv, kv_heads, dim)], len(lengths) * count + 1, block_size, DEVICE).views[0], *scales)
+        for _ in range(2)
+    )
+    slots = torch.arange((len(lengths) * count + 1) * block_size, device=DEVICE)
     old = [torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2)]
     for cache in (ours, theirs):
-        reference.write_kv(cache.views[0], slots, *old, 0.04, 0.03)
-    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
+        reference.write_kv(cache, slots, *old)
+    qkv = torch.randn(total, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
     qkv[1, heads, 3], qkv[2, -1, 2] = float("nan") if not normed else 1.0, float("inf")
+    qkv[len(lengths) :] = float("nan")
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-    angles = torch.rand(300, rotated // 2, device=DEVICE) * 7
+    angles = torch.rand(310, rotated // 2, device=DEVICE) * 7
     cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
     norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
-    turned = reference.rope_write_kv(q, k, v, norms, cos_sin, batch.positions, theirs.views[0], batch.slot_mapping, 0.04, 0.03)
-    expected = reference.attention(turned, theirs.views[0], batch, 0.2, None, 0.04, 0.03)
+    real = slice(len(lengths))
+    rows = Rope(norms, cos_sin, batch.positions + 7)
+    turned = reference.rope_write_kv(q[real], k[real], v[real], rows, theirs, batch.slot_mapping)
+    expected = reference.attention(turned, theirs, batch, 0.2, None)
+    if padding:
+        batch = with_padding(batch, padding, 0, bound=1000)
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
-    new = decode.New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
-    decode.decode_attention(
-        q, out, ours.views[0], batch, len(lengths), max(lengths), 0.2, None, 0.04, 0.03, {"splits": splits}, new
-    )  # fmt: skip
-    assert relative_error(out, expected) < (2e-2 if normed else 6e-3)
-    for name in ours.views[0]:
-        a, b = ours.views[0][name].float(), theirs.views[0][name].float()
+    new = decode.New(k, v, Rope(norms, cos_sin, batch.positions + 7), batch.slot_mapping)
+    decode.decode_attention(q, out, ours, batch, total, max(lengths), 0.2, None, {"splits": splits}, new)
+    assert relative_error(out[real], expected) < (2e-2 if normed else 6e-3)
+    assert not out[len(lengths) :].any()
+    for name in ours.views:
+        a, b = ours.views[name].float(), theirs.views[name].float()
         assert relative_error(a, b) < 5e-3, name
+    again = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
+    decode.decode_attention(turned_rows(turned, total), again, ours, batch, total, max(lengths), 0.2, None, {"splits": splits})
+    assert relative_error(again[real], expected) < (2e-2 if normed else 6e-3)
+    assert not again[len(lengths) :].any()
+
+
+def turned_rows(turned: torch.Tensor, total: int) -> torch.Tensor:
+    """Queries of the real rows, then NaN."""
+    out = turned.new_full((total, *turned.shape[1:]), float("nan"))
+    out[: len(turned)] = turned
+    return out
 
 
 @pytest.mark.parametrize("lengths", [[5, 64, 33], [5, 1, 7, 64, 20, 3]])
@@ -303,8 +378,9 @@ def test_single_tokens_in_one_launch_or_two(lengths: list[int], monkeypatch: pyt
     for wave in (0, 3):
         monkeypatch.setattr(attention, "WAVE", wave)
         cache = KVCache([spec("fp8_e4m3", 2, 64)], count, 16, DEVICE)
-        reference.write_kv(cache.views[0], torch.arange(count * 16, device=DEVICE), *old, 0.04, 0.03)
-        out = attention.attend(*qkv.split([4, 2, 2], 1), None, cos_sin, cache.views[0], batch, 0.2, None, 0.04, 0.03)
+        layer = layer_cache(cache.views[0], 0.04, 0.03)
+        reference.write_kv(layer, torch.arange(count * 16, device=DEVICE), *old)
+        out = attention.attend(*qkv.split([4, 2, 2], 1), Rope(None, cos_sin, batch.rotary_rows), layer, batch, 0.2, None)
         found.append((out, *(view.float() for view in cache.views[0].values())))
     assert all(relative_error(a, b) < 3e-3 for a, b in zip(*found, strict=True))
 
@@ -321,15 +397,13 @@ def test_long_prefill(kv: str, window: int | None, dim: int) -> None:
     cache = KVCache([spec(kv, 1, dim)], 2 * count + 1, block_size, DEVICE)
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), 1, dim, device=DEVICE).bfloat16() for _ in range(2))
-    views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(cache.views[0], 0.04, 0.03)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(280, 2, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    prefill.prefill_attention(q, out, views, batch, 0, 2, dim**-0.5, window, 0.04, 0.03)
+    prefill.prefill_attention(q, out, layer, batch, 0, 2, dim**-0.5, window)
     rounded = kv in ("fp8_e4m3", "fp8_e5m2")
-    assert relative_error(out, reference.attention(q, views, batch, dim**-0.5, window, 0.04, 0.03)) < (
-        0.04 if rounded else 6e-3
-    )
+    assert relative_error(out, reference.attention(q, layer, batch, dim**-0.5, window)) < (0.04 if rounded else 6e-3)
 
 
 def test_contexts_are_laid_out_in_groups() -> None:
@@ -356,9 +430,10 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
     stored = torch.float32 if cache == "auto" else dtype
     views = KVCache([spec_for(cache, 2, 32, stored, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 8, 4, DEVICE).views[0]
     k, v = (torch.randn(32, 2, 32, device=DEVICE) for _ in range(2))
-    reference.write_kv(views, torch.arange(32, device=DEVICE), k, v, 1.0, 1.0)
+    layer = layer_cache(views)
+    reference.write_kv(layer, torch.arange(32, device=DEVICE), k, v)
     q = torch.randn(8, 4, 32, device=DEVICE).to(dtype)
-    args = q, views, batch, 0.2, None, 1.0, 1.0
+    args = q, layer, batch, 0.2, None
     assert relative_error(attention.attention(*args), reference.attention(*args)) < 6e-3
 
 

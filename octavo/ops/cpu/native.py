@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops import reference
 from octavo.ops.contract import (
     FP8_BLOCKS,
@@ -22,10 +22,10 @@ from octavo.ops.contract import (
     PLAIN,
     Activation,
     Cut,
-    HeadNorms,
     Operand,
     PackedWeight,
     Reader,
+    Rope,
     not_taken,
     values_of,
 )
@@ -204,91 +204,89 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     return found
 
 
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
     if not _taken(x):
-        return reference.rotate(x, cos_sin, positions)
-    (tokens, heads, dim), cos_sin, positions = x.shape, cos_sin.contiguous(), positions.contiguous()
+        return reference.rotate(x, cos_sin, rows)
+    (tokens, heads, dim), cos_sin, rows = x.shape, cos_sin.contiguous(), rows.contiguous()
     y = x.new_empty(*x.shape)
     launch(kernels().octavo_rotate,
-        x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
+        x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), rows.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
         cos_sin.shape[1], KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
     if not (_taken(k) and _taken(v) and k.dtype is v.dtype):
-        return reference.write_kv(views, slots, k, v, k_scale, v_scale)
+        return reference.write_kv(cache, slots, k, v)
     slots = slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
-        None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_cache(views)), len(k), 0, 0,
-        0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, k_scale, v_scale, KINDS[k.dtype], get_num_threads(),
+        None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_struct(cache)), len(k), 0, 0,
+        0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, KINDS[k.dtype], get_num_threads(),
     )  # fmt: skip
 
 
-def rope_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    views: Views,
-    slots: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
-    tokens, heads, dim = q.shape
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
+    (tokens, heads, dim), norms = q.shape, rope.norms
     if not (dim <= _MAX_DIM and _taken(q) and _taken(k) and _taken(v) and q.dtype is k.dtype is v.dtype):
-        return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+        return reference.rope_write_kv(q, k, v, rope, cache, slots)
     q_norm = k_norm = None
     eps = 0.0
     if norms is not None:
         if not (norms.q.dtype is norms.k.dtype is q.dtype):
-            return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+            return reference.rope_write_kv(q, k, v, rope, cache, slots)
         q_norm, k_norm, eps = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps
     out = q.new_empty(*q.shape)
-    cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
+    cos_sin, rows, slots = rope.cos_sin.contiguous(), rope.rows.contiguous(), slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
-        slots.data_ptr(), byref(_cache(views)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        cos_sin.shape[1], eps, k_scale, v_scale, KINDS[q.dtype], get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), rows.data_ptr(),
+        slots.data_ptr(), byref(_struct(cache)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        cos_sin.shape[1], eps, KINDS[q.dtype], get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
     if q.shape[2] > _MAX_DIM or not _taken(q):
-        return attention_by_torch(q, views, batch, scale, window, k_scale, v_scale)
-    dtype = views["k"].dtype
-    factor = WIDEN_FACTOR.get(dtype, 1.0)
-    if dtype not in FP8_MAX or "k_scale" in views:
-        k_scale = v_scale = 1.0
+        return attention_by_torch(q, cache, batch, scale, window)
+    factor = WIDEN_FACTOR.get(cache.views["k"].dtype, 1.0)
     out, tables = q.new_empty(*q.shape), batch.block_tables
     launch(kernels().octavo_attention,
-        q.data_ptr(), out.data_ptr(), byref(_cache(views)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
+        q.data_ptr(), out.data_ptr(), byref(_struct(cache)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
         batch.seq_lens.data_ptr(), tables.stride(0), tables.shape[0], q.shape[1], q.stride(0), q.stride(1), window or 0,
-        scale * factor * k_scale, factor * v_scale, KINDS[q.dtype], get_num_threads(),
+        scale * factor, factor, KINDS[q.dtype], get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _cache(views: Views) -> Cache:
-    k, v = views["k"], views["v"]
-    scales = tuple((views[name].data_ptr(), *views[name].stride()[:2]) for name in ("k_scale", "v_scale") if name in views)
-    return _cache_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, scales)
+class _HeldCache(Cache):
+    """A recording holds this, and this the tensors whose addresses are in it."""
+
+    scales: tuple[Tensor, ...]
+
+
+def _struct(cache: LayerCache) -> Cache:
+    (k, v), scales = (cache.views[name] for name in "kv"), (cache.k_scale, cache.v_scale)
+    own = tuple((t.data_ptr(), *t.stride()[:2]) for name in ("k_scale", "v_scale") if (t := cache.views.get(name)) is not None)
+    layer: tuple[tuple[int | None, int], ...] = ((None, 0),) * 2
+    if k.dtype in FP8_MAX and not own:
+        layer = tuple((s.data_ptr(), s.stride(0) if s.numel() > 1 else 0) for s in scales)
+    made = _made_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, own, layer)
+    made.scales = scales
+    return made
 
 
 @lru_cache(maxsize=1024)
-def _cache_struct(
-    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, scales: tuple[tuple[int, int, int], ...]
-) -> Cache:
-    """Says where a layer's keys and values lie; depends on nothing but its arguments, so it cannot be out of date."""
+def _made_struct(
+    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, own: tuple[tuple[int, int, int], ...],
+    layer: tuple[tuple[int | None, int], ...],
+) -> _HeldCache:  # fmt: skip
+    """Says where a layer's keys, values and scales lie; depends on nothing but its arguments, so it cannot be out of date."""
     size = dtype.itemsize
-    (k_scale, block, token), (v_scale, _, _) = scales or ((None, 0, 0),) * 2
-    return Cache(
-        k=k, v=v, k_scale=k_scale, v_scale=v_scale, block=stride[0] * size, token=stride[1] * size, head=stride[2] * size,
-        scale_block=block * 4, scale_token=token * 4, kind=KINDS[dtype], block_size=shape[0], kv_heads=shape[1], dim=shape[2],
+    (k_scale, block, token), (v_scale, _, _) = own or ((None, 0, 0),) * 2
+    (k_layer, k_layer_head), (v_layer, v_layer_head) = layer
+    return _HeldCache(
+        k=k, v=v, k_scale=k_scale, v_scale=v_scale, k_layer=k_layer, v_layer=v_layer, block=stride[0] * size,
+        token=stride[1] * size, head=stride[2] * size, scale_block=block * 4, scale_token=token * 4, k_layer_head=k_layer_head,
+        v_layer_head=v_layer_head, kind=KINDS[dtype], block_size=shape[0], kv_heads=shape[1], dim=shape[2],
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops import gpu
-from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.contract import DecoderParts, LayerParts, Rope
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
 from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
@@ -77,7 +77,7 @@ def weight_map(weight: Tensor, rows: int) -> bytes:
 class LayerMegakernels:
     """A decoder's layers for steps of up to MOST_TOKENS requests of one token each.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
+    `parts` must be one that `refusal` does not refuse, its caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/layer_megakernel.cu"
@@ -153,6 +153,6 @@ class LayerMegakernels:
         """[requests, heads * dim] of the product qkv, whose keys and values are written to the cache."""
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
+        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
         attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
-        return attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)
+        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache, Views
 from octavo.ops import ahead
 from octavo.platform import FP8_MAX, Platform
 
@@ -30,6 +30,7 @@ __all__ = [
     "compile_ahead",
     "configure",
     "device_units",
+    "head_strides",
     "launch",
     "pipeline",
     "platform",
@@ -107,6 +108,11 @@ def cache_strides(views: Views) -> tuple[int, ...]:
     scales' block and token. A key's heads and dimensions are adjacent."""
     k, v, scales = views["k"], views["v"], views.get("k_scale")
     return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
+
+
+def head_strides(cache: LayerCache) -> dict[str, int]:
+    """Whether a head's own scales of keys and of values lie beside the next one's (1), or all heads have the layer's (0)."""
+    return {"K_STRIDE": int(cache.k_scale.numel() > 1), "V_STRIDE": int(cache.v_scale.numel() > 1)}
 
 
 def codes(cache: torch.dtype) -> dict[str, Any]:
