@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["ForwardBatch", "Span", "build", "to_device"]
+__all__ = ["ForwardBatch", "Key", "Span", "StepCache", "build", "to_device"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,26 @@ class Span:
     def table(self, width: int, scratch_block: int) -> list[int]:
         """Its row of the block tables, filled up with the scratch block."""
         return [*self.block_ids[:width], *[scratch_block] * (width - len(self.block_ids))]
+
+
+@dataclass(frozen=True)
+class Key(Generic[T]):
+    """Names a T that an implementation works out once a step. Each kind is a frozen dataclass of its own, whose fields are all
+    that the value depends on besides the batch; keys of different classes differ."""
+
+
+class StepCache:
+    """What was worked out once a step for every layer to use."""
+
+    def __init__(self) -> None:
+        self._made: dict[Key[Any], Any] = {}
+
+    def get(self, key: Key[T], make: Callable[[], T]) -> T:
+        """The value of `key`; `make` gives it the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
 
 
 @dataclass(slots=True)
@@ -57,8 +80,8 @@ class ForwardBatch:
     query_lens: list[int]
     context_lens: list[int]
     block_size: int
-    cache: dict[str, object]  # what an implementation works out once a step and every layer uses
     live: Tensor | None = None
+    cache: StepCache = field(default_factory=StepCache)
 
     @property
     def num_tokens(self) -> int:
@@ -103,5 +126,4 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
         [stop - start for start, stop in pairwise(starts)],
         contexts,
         block_size,
-        {},
     )

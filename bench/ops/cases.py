@@ -97,13 +97,13 @@ def packed(p: Platform, n: int, k: int) -> tuple[ops.PackedWeight, int]:
     return w, w.held_bytes
 
 
-def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Activation, ops.PackedWeight, Call, int]:
+def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Operand, ops.PackedWeight, Call, int]:
     """What an FP8 product is made of, its quantization of x only where the op before would not have done it; the library's
     product of the same shape; bytes of both."""
     (w, held), x = packed(p, n, k), random(p, m, k)
-    given: ops.Activation = x
+    given: ops.Operand = x
     if w.reads is not None:  # as in a layer, where the norm before quantizes
-        given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, w)[0]
+        given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, [w])[0]
     if p.is_cpu:
         dense = random(p, n, k).to(library_dtype(p))
         return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
@@ -124,7 +124,7 @@ def gated_linear(p: Platform, m: int) -> Set:
     given, w, product, nbytes = factors(p, m, n, HIDDEN)
 
     moved = n * HIDDEN + m * HIDDEN + m * INNER * (1 if feeds.reads is not None else 2)
-    return Set(lambda: ops.gated_linear(given, w, feeds), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
+    return Set(lambda: ops.gated_linear(given, w, [feeds]), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ def rms_norm(p: Platform, m: int) -> Set:
         return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
 
     moved = m * HIDDEN * (3 * 2 + (1 if feeds.reads is not None else 2))
-    return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, feeds), library, moved, nbytes=4 * x.nbytes)
+    return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, [feeds]), library, moved, nbytes=4 * x.nbytes)
 
 
 def silu_mul(p: Platform, m: int) -> Set:
     x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, INNER)
 
     moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
-    return Set(lambda: ops.silu_mul(x, feeds), partial(gated, x), moved, nbytes=2 * x.nbytes)
+    return Set(lambda: ops.silu_mul(x, [feeds]), partial(gated, x), moved, nbytes=2 * x.nbytes)
 
 
 def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:

@@ -20,7 +20,7 @@ from octavo.host import release
 from octavo.models import read_config
 from octavo.models.interface import Model
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
@@ -67,12 +67,12 @@ def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
     ]
     stored, dense = report.total("stored"), 2 * report.total("values")
     lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-    if quantized := report.total("dense", quantized_only=True):
-        part = report.total("stored", quantized_only=True)
-        lines.append(f"FP8 linears: {gib(part)}, {100 * part / quantized:.1f}% of BF16's {gib(quantized)}")
+    if fp8 := report.total("dense", WeightDType.FP8):
+        part = report.total("stored", WeightDType.FP8)
+        lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
     if platform.widened_dtype is not None and report.total("held") > stored:
         kind = str(platform.widened_dtype).removeprefix("torch.")
-        why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
+        why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
         lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
     return lines
 
@@ -90,7 +90,7 @@ def _load(
         directory = output
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource) and not in_place:
-        check_weights(platform, source.matrix_values(), scheme.quantized)
+        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:

@@ -87,7 +87,7 @@ class PagedAttention(nn.Module):
     def bind_cache(self, views: Views) -> None:
         self.cache = LayerCache(views, self.k_scale, self.v_scale)
 
-    def forward(self, x: ops.Activation, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] of hidden states x [T, K], which `qkv` projects."""
         if qkv.bias is None and not self.observe:
             turned = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         if not self.last:
             assert residual is not None
             return StageState(scaled(x), residual, state.extras)
-        hidden: Tensor = self.norm(x, residual)[0]
+        hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:

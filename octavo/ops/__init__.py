@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
 from octavo.kvcache import LayerCache
-from octavo.ops import reference
+from octavo.ops import ahead, reference
 from octavo.ops.contract import (
     Activation,
+    CodeFormat,
     Cut,
     DecoderParts,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    Operand,
     PackedWeight,
     Product,
     Quantized,
+    Reader,
     Rope,
     Unscaled,
 )
@@ -35,10 +41,10 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
-    "Rope", "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse",
-    "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate",
-    "silu_mul", "table", "write_kv",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
+    "Product", "Quantized", "Reader", "Rope", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind",
+    "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear",
+    "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -47,7 +53,7 @@ _OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_m
 
 
 _bound: dict[str, Callable[..., Any]] = {}
-_compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+_compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
@@ -67,7 +73,7 @@ def bind(platform: Platform) -> None:
     global _compile_ahead, _capture, _captures, _fuse
     with _lock:
         _table.clear()
-        _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
+        _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
         _capture = getattr(preferred, "capture", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
@@ -85,9 +91,9 @@ def bind(platform: Platform) -> None:
 
 
 def compile_ahead() -> AbstractContextManager[None]:
-    """Within it kernels are compiled, side by side, and none is launched: what ops give is worthless.
+    """Within it kernels are compiled, side by side, and none is launched, nor a collective: what ops give is worthless.
 
-    Where there is nothing to compile it does nothing.
+    It is this thread's. Where there is nothing to compile, only collectives are left out.
     """
     return _compile_ahead()
 
@@ -125,7 +131,10 @@ def table() -> dict[str, str]:
 
 
 def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too."""
+    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too.
+
+    Raises OctavoError, with every implementation's reason, where none does.
+    """
     refused: list[str] = []
     for implementation in _linear:
         if (reason := implementation.supports(q, platform)) is None:
@@ -135,41 +144,54 @@ def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWe
                 packed.keep(q)
             return packed
         refused.append(f"not {implementation.name}: {reason}")
-    raise AssertionError("the reference supports every weight")
+    raise OctavoError(f"no product here takes a weight of {q.scheme.name}: {'; '.join(refused)}.")
 
 
-def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    With an FP8 weight, x is quantized as the weight's scheme says and the sum is taken in FP32 over the products of codes.
+    With an FP8 weight, x is quantized as the weight's scheme says, where it does not have such codes, and the sum is taken in
+    FP32 over the products of codes.
     """
     y = w(x)
     return y if bias is None else y.add_(bias)
 
 
-def linear_unscaled(x: Activation, w: PackedWeight) -> Product:
+def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
     """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
     return w.unscaled(x)
 
 
+def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The sum of x over ranks, which may be written into x. Within compile_ahead x, since ranks compile alone."""
+    return x if ahead.is_on() else tp.all_reduce(x)
+
+
+def all_gather(x: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
+    """Every rank's x, side by side along `dim`, in the order of ranks. Within compile_ahead this rank's alone, repeated."""
+    return torch.cat([x] * tp.size, dim) if ahead.is_on() else tp.all_gather(x, dim)
+
+
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
 
-    The first may be Quantized where `feeds`, the weight that it is multiplied by next, reads such.
+    `readers` are all that read the first, weights or None for a reader of dense values; without any there are dense values.
+    Where all read the same codes, and this platform's op makes such, there are codes alone; where some do, there are both;
+    where readers want different codes, there are dense values, of which each makes its own.
     """
-    return _bound["rms_norm"](x, weight, eps, residual, feeds)  # type: ignore[no-any-return]
+    return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
-    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], Quantized where `feeds` reads such."""
-    return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], for `readers` as `rms_norm` has them."""
+    return _bound["silu_mul"](x, readers)  # type: ignore[no-any-return]
 
 
-def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
+def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
-    return _bound["gated_linear"](x, w, feeds)  # type: ignore[no-any-return]
+    return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
@@ -196,7 +218,7 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 
 
 def project(
-    x: Activation, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
+    x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     """`linear` of x [T, K] by the weight of queries, keys and values, then `rope_write_kv`: the rotated queries [T, H, D].
 
@@ -254,6 +276,6 @@ def _rope_then_attention(
 # What is made of other ops where a platform has nothing better, and how.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
-    "gated_linear": (lambda x, w, feeds: silu_mul(linear_unscaled(x, w), feeds), "linear_unscaled, then silu_mul"),
+    "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),
 }

@@ -28,9 +28,8 @@ __all__ = [
 
 
 def configure(platform: Platform) -> None:
-    """Programmatic dependent launch came with sm_90; deep pipelines of asynchronous copies with sm_80."""
-    major = int(platform.arch.removeprefix("sm_")[:-1])
-    launch.configure(platform, dependent=major >= 9, stages=8)
+    """For launchers, and to compile what does not depend on a model."""
+    launch.configure(platform)
     hopper.attention.configure(platform)
     gate_up_silu.KERNELS.configure(platform)
     qkv_rope_kv_write.KERNELS.configure(platform)

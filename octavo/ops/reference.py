@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
-from octavo.ops.contract import Activation, Cut, PackedWeight, Product, Rope, Unscaled
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    PLAIN,
+    Activation,
+    Cut,
+    Operand,
+    PackedWeight,
+    Product,
+    Reader,
+    Rope,
+    Unscaled,
+    not_taken,
+    values_of,
+)
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
@@ -51,10 +67,9 @@ class Dequantized(PackedWeight):
         self.q = q
         self.held_bytes = q.nbytes
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
-        q = self.q
-        if q.scale is None:
+    def __call__(self, x: Operand) -> Tensor:
+        x, q = values_of(x), self.q
+        if not q.scheme.quantized:
             return x @ q.data.to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
         if q.scheme.activation is Granularity.BLOCK:
@@ -71,7 +86,9 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return None
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in FP8_MAX else None
 
     def pack(self, q: QTensor, platform: Platform) -> Dequantized:
         return Dequantized(q)
@@ -87,20 +104,24 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
     x = scaled(x)
     if residual is not None:
         x = x + residual
+    return Activation(normed(x, weight, eps)), x
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = x.float()
     mean_square = torch.linalg.vecdot(values, values).div_(x.shape[-1]).unsqueeze(-1)
-    return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
+    y: Tensor = (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight
+    return y
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor:
-    x = scaled(x)
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    gate, up = scaled(x).chunk(2, -1)
+    return Activation(F.silu(gate) * up)
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
@@ -142,7 +163,7 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 
 def normed_and_rotated(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     if (norms := rope.norms) is not None:
-        q, k = rms_norm(q, norms.q, norms.eps)[0], rms_norm(k, norms.k, norms.eps)[0]
+        q, k = normed(q, norms.q, norms.eps), normed(k, norms.k, norms.eps)
     return rotate(q, rope.cos_sin, rope.rows), rotate(k, rope.cos_sin, rope.rows)
 
 

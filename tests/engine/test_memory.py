@@ -193,11 +193,11 @@ def test_a_note_reaches_the_report(shape):
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read():
-    check_weights(cuda(free=20), 19 << 30, quantized=True)
+    check_weights(cuda(free=20), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"would take 19\.00 GiB.*1 byte.*18\.00 GiB is free.*--tensor-parallel-size"):
-        check_weights(cuda(free=18), 19 << 30, quantized=True)
+        check_weights(cuda(free=18), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
-        check_weights(cuda(free=20), 19 << 30, quantized=False)
+        check_weights(cuda(free=20), 19 << 30, fp8=False)
 
 
 FREED = """

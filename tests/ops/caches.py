@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from octavo.batch import ForwardBatch
+from octavo.batch import ForwardBatch, StepCache
 from octavo.kvcache import LayerCache, Views
 
 __all__ = ["layer_cache", "with_padding"]
@@ -45,6 +45,6 @@ def with_padding(batch: ForwardBatch, rows: int, scratch_block: int, *, bound: i
         block_tables=F.pad(batch.block_tables, (0, 0, 0, rows), value=scratch_block),
         query_lens=[1] * count,
         context_lens=[*batch.context_lens, *[0] * rows] if bound is None else [bound] * count,
-        cache={},
+        cache=StepCache(),
         live=torch.tensor([count - rows], dtype=torch.int32, device=device),
     )

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.ops.triton import argmax, block_linear, decode, elementwise, launch, linear, prefill, rope, sample
+from octavo.platform import Platform
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -44,17 +45,19 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     names = {"*bf16": "bfloat16", fp8: fp8.replace("*fp8", "float8")}
     fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
     limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
-    for scaled in (False, True):
-        product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32")
+    for scaled, both in ((False, False), (True, False), (True, True)):
+        kind = "_scaled" * scaled + "_both" * both
+        dense, unread = ({"dense": bf16}, {}) if both else ({}, {"dense": None})
+        product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32", **dense)
         yield (
-            f"norm_quant{'_scaled' * scaled}", elementwise._norm_quant,
+            f"norm_quant{kind}", elementwise._norm_quant,
             dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
                  **product),
-            dict(SCALED=scaled, ADD=True, QUANT=True, BLOCK=4096, **limit), {"num_warps": 8},
+            dict(SCALED=scaled, ADD=True, QUANT=True, BOTH=both, BLOCK=4096, **unread, **limit), {"num_warps": 8},
         )  # fmt: skip
         yield (
-            f"silu_mul_quant{'_scaled' * scaled}", elementwise._silu_mul_quant, product,
-            dict(SCALED=scaled, QUANT=True, BLOCK=16384, **limit), {"num_warps": 16},
+            f"silu_mul_quant{kind}", elementwise._silu_mul_quant, product,
+            dict(SCALED=scaled, QUANT=True, BOTH=both, BLOCK=16384, **unread, **limit), {"num_warps": 16},
         )  # fmt: skip
     yield (
         "quantize", elementwise._quantize,
@@ -149,8 +152,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
-    launch._stages = 8 if target.startswith("sm") else 2  # as the platforms' modules say
-    launch._shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    launch.configure(Platform(torch.device("cpu"), target, multiprocessors=132, shared_memory=shared))
     for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
         if only and only not in name:
             continue

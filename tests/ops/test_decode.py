@@ -17,10 +17,12 @@ from octavo.ops.hopper import attention, decode
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
+from octavo.platform import Platform
 from tests.ops.caches import layer_cache, with_padding
 from tests.ops.paged import cache_of, exact, needs_hopper, scene
 from tests.ops.test_decoder_megakernel import dumped
 
+CPU = torch.device("cpu")
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads
 LENGTHS = {
     "one": [1],
@@ -61,10 +63,10 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
         return str(found[0])
 
     for kernels in (attention.PREFILL, attention.DECODE):
-        monkeypatch.setattr(kernels, "arch", "sm_100")
+        monkeypatch.setattr(kernels, "platform", Platform(CPU, "sm_100"))
     assert "sm_100" in reasons(cache_of(2, 2))
     for kernels in (attention.PREFILL, attention.DECODE):
-        monkeypatch.setattr(kernels, "arch", "sm_90")
+        monkeypatch.setattr(kernels, "platform", Platform(CPU, "sm_90"))
     assert reasons(cache_of(2, 2)) == "None"
     assert reasons(cache_of(1, 8)) == "None"
     assert "e4m3" in reasons(cache_of(2, 2, "auto"))
@@ -81,7 +83,7 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_decode_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "missing", lambda: None)
     for kernels in (attention.PREFILL, attention.DECODE):
-        monkeypatch.setattr(kernels, "arch", "sm_90")
+        monkeypatch.setattr(kernels, "platform", Platform(CPU, "sm_90"))
     q = torch.zeros(3, 9, 128, dtype=torch.bfloat16)
     assert "8 query heads" in str(attention.decode_refusal(q, cache_of(1, 1), None, 3))
     assert attention.prefill_refusal(q, cache_of(1, 1), None) is None

@@ -90,6 +90,11 @@ def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
 
 
+def hopper(arch: str = "sm_90") -> Platform:
+    """As large as an H100."""
+    return Platform(CPU, arch, multiprocessors=132, shared_memory=227 << 10)
+
+
 def parts(**changes: Any) -> DecoderParts:
     """Two layers of 8 heads of 64 dimensions, in FP8 with a BF16 cache."""
 
@@ -125,13 +130,13 @@ def parts(**changes: Any) -> DecoderParts:
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
-    found = decoder_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    found = decoder_megakernel.refusal(parts(**changes), hopper(arch))
     assert found is None if reason is None else reason in (found or "")
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: "there is no libnvrtc.so.13")
-    assert decoder_megakernel.refusal(parts(), Platform(CPU, "sm_90")) == "there is no libnvrtc.so.13"
+    assert decoder_megakernel.refusal(parts(), hopper()) == "there is no libnvrtc.so.13"
 
 
 def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +148,7 @@ def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPa
     for module, name in ((cuda.decoder_megakernel, "DecoderMegakernel"), (cuda.layer_megakernel, "LayerMegakernels")):
         monkeypatch.setattr(module, "refusal", lambda *_: None)
         monkeypatch.setattr(module, name, refuse)
-    assert set(cuda.fuse(parts(), Platform(CPU, "sm_90")).values()) == {"cuModuleLoadData failed with CUDA error 218"}
+    assert set(cuda.fuse(parts(), hopper()).values()) == {"cuModuleLoadData failed with CUDA error 218"}
     assert "go op by op" in caplog.text
 
 
@@ -203,9 +208,9 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
             want["attended"] = a.attn.attend(q, k, v, batch)
             want["between"] = ops.linear(attended, a.o_proj.weight) + x
             normed = layer.post_attention_layernorm(between, None, mlp.gate_up_proj.weight)[0]
-            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight))
+            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight)).values()
             want["after"] = ops.linear(act, mlp.down_proj.weight) + between
-            want["whole"] = runner.model.model.norm(after)[0]
+            want["whole"] = runner.model.model.norm(after)[0].values()
         got = {"qkv": qkv, "attended": attended, "between": between, "act": act, "after": after, "whole": whole}
         errors = {n: float((got[n].double() - w.double()).norm() / w.double().norm()) for n, w in want.items()}
         changed = float((cache != runner.cache.buffers[-1]).double().mean())

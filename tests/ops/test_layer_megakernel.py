@@ -12,14 +12,13 @@ from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.platform import Platform
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
 from octavo.ops.hopper.layer_megakernel import LayerMegakernels as Between
-from tests.ops.test_decoder_megakernel import MODELS, dumped, parts, write
+from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, write
 
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
@@ -79,7 +78,7 @@ def test_units_cover_a_product(n: int, k: int, programs: int) -> None:
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
-    found = layer_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    found = layer_megakernel.refusal(parts(**changes), hopper(arch))
     assert found is None if reason is None else reason in (found or "")
 
 

@@ -17,12 +17,12 @@ from octavo.ops.contract import HeadNorms, Rope
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import qkv_rope_kv_write
 from octavo.ops.hopper.gemm import Variant
-from octavo.platform import detect
+from octavo.platform import Platform, detect
 from tests.ops.caches import layer_cache
 from tests.ops.paged import needs_hopper, requests, weight
 from tests.ops.test_decoder_megakernel import dumped
 
-K_SCALE, V_SCALE, F8 = 0.3, 0.2, torch.float8_e4m3fn
+K_SCALE, V_SCALE, F8, CPU = 0.3, 0.2, torch.float8_e4m3fn, torch.device("cpu")
 SPANS = {  # of each request: tokens before, tokens in this step
     "one prompt": [(0, 33)],
     "whole tiles": [(0, 128), (64, 128)],
@@ -167,9 +167,9 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     s = Scene([(0, 40)], 4, 2, depth=32)
     rope = s.rope(s.norms)
     given = rope, s.cache, None
-    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "gfx942")
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "platform", Platform(CPU, "gfx942"))
     assert "gfx942" in str(qkv_rope_kv_write.refusal(s.x, s.w, *given))
-    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "sm_90")
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "platform", Platform(CPU, "sm_90"))
     monkeypatch.setattr(compiler, "missing", lambda: None)
     assert qkv_rope_kv_write.refusal(s.x, s.w, *given) is None
     assert "32 tokens" in str(qkv_rope_kv_write.refusal(s.x[:32], s.w, *given))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_error
@@ -12,9 +14,9 @@ from ops.shapes import BATCHES, HEADS, LINEAR
 from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import HeadNorms, PackedWeight, Quantized, Rope, Unscaled
-from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, linear, prefill, rope
-from octavo.platform import FP8_MAX
+from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Rope, Unscaled
+from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, launch, linear, prefill, rope
+from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
@@ -36,11 +38,16 @@ def spec(kv: str, heads: int, dim: int) -> KVCacheSpec:
 
 
 class Reads(PackedWeight):
-    def __init__(self, fp8: torch.dtype, width: int):
-        self.reads, self.width = fp8, width
+    def __init__(self, fp8: torch.dtype, width: int, granularity: Granularity = Granularity.ROW):
+        self.reads = CodeFormat(fp8, granularity, width)
 
 
-def values(given: Quantized) -> torch.Tensor:
+def values(given: Quantized | Activation) -> torch.Tensor:
+    """What the codes stand for, of an activation that has no dense values."""
+    if isinstance(given, Activation):
+        assert given.dense is None
+        assert given.quantized is not None
+        given = given.quantized
     return given.codes.float() * given.scale
 
 
@@ -63,8 +70,9 @@ def test_rms_norm(shape: tuple[int, ...], with_residual: bool, dtype: torch.dtyp
     x, residual = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(2))
     weight = torch.randn(shape[-1], dtype=dtype, device=DEVICE)
     args = x, weight, 1e-3, residual if with_residual else None
-    for found, expected in zip(elementwise.rms_norm(*args), reference.rms_norm(*args), strict=True):
-        assert isinstance(found, torch.Tensor)
+    (ours, total), (theirs, expected_total) = elementwise.rms_norm(*args), reference.rms_norm(*args)
+    assert ours.quantized is None
+    for found, expected in ((ours.values(), theirs.values()), (total, expected_total)):
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
@@ -75,8 +83,10 @@ def test_rms_norm_that_quantizes(size: int, fp8: torch.dtype) -> None:
     x, residual = (torch.randn(5, size, device=DEVICE).bfloat16() for _ in range(2))
     weight = torch.randn(size, device=DEVICE).bfloat16()
     width = size + -size % 16
-    found, carried = elementwise.rms_norm(x, weight, 1e-5, residual, Reads(fp8, width))
-    expected, total = reference.rms_norm(x, weight, 1e-5, residual)
+    made, carried = elementwise.rms_norm(x, weight, 1e-5, residual, [Reads(fp8, width)])
+    (dense, total), found = reference.rms_norm(x, weight, 1e-5, residual), made.quantized
+    expected = dense.values()
+    assert made.dense is None
     assert isinstance(found, Quantized)
     assert torch.equal(carried, total)
     assert found.codes.shape == (5, width)
@@ -90,7 +100,7 @@ def test_rms_norm_of_strided_heads() -> None:
     q = qkv.unflatten(1, (-1, 24))[:, 1:5]
     weight = torch.randn(24, device=DEVICE)
     found, _ = elementwise.rms_norm(q, weight, 1e-6)
-    torch.testing.assert_close(found, reference.rms_norm(q, weight, 1e-6)[0])
+    torch.testing.assert_close(found.values(), reference.rms_norm(q, weight, 1e-6)[0].values())
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -98,15 +108,15 @@ def test_scales_that_a_product_left_over(quantized: bool) -> None:
     x, residual = torch.randn(5, 96, device=DEVICE).bfloat16() * 1e5, torch.randn(5, 96, device=DEVICE).bfloat16()
     product = Unscaled(x, torch.rand(5, 1, device=DEVICE) * 1e-3, torch.rand(1, 96, device=DEVICE) * 1e-2)
     weight = torch.randn(96, device=DEVICE).bfloat16()
-    reads = Reads(torch.float8_e4m3fn, 96) if quantized else None
+    reads = [Reads(torch.float8_e4m3fn, 96)] if quantized else []
     found, carried = elementwise.rms_norm(product, weight, 1e-5, residual, reads)
     expected, total = reference.rms_norm(product, weight, 1e-5, residual)
     assert torch.equal(carried, total)
-    assert relative_error(values(found) if isinstance(found, Quantized) else found, expected) < (0.04 if quantized else 5e-3)
-    gated = elementwise.silu_mul(product, Reads(torch.float8_e4m3fn, 48) if quantized else None)
-    by_hand = (x.double() * product.row * product.column).chunk(2, 1)
-    expected = by_hand[0] * by_hand[0].sigmoid() * by_hand[1]
-    assert relative_error(values(gated) if isinstance(gated, Quantized) else gated, expected) < (0.04 if quantized else 2e-2)
+    assert relative_error(values(found) if quantized else found.values(), expected.values()) < (0.04 if quantized else 5e-3)
+    gated = elementwise.silu_mul(product, [Reads(torch.float8_e4m3fn, 48)] if quantized else [])
+    gate, up = (x.double() * product.row * product.column).chunk(2, 1)
+    by_hand = gate * gate.sigmoid() * up
+    assert relative_error(values(gated) if quantized else gated.values(), by_hand) < (0.04 if quantized else 2e-2)
 
 
 @fp8_dtypes
@@ -114,11 +124,10 @@ def test_scales_that_a_product_left_over(quantized: bool) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 6])
 def test_silu_mul(rows: int, size: int, fp8: torch.dtype) -> None:
     x = torch.randn(rows, 2 * size, device=DEVICE).bfloat16() * 4
-    expected = reference.silu_mul(x)
-    plain = elementwise.silu_mul(x)
-    assert isinstance(plain, torch.Tensor)
+    expected = reference.silu_mul(x).values()
+    plain = elementwise.silu_mul(x).values()
     torch.testing.assert_close(plain, expected, rtol=1e-2, atol=1e-6)
-    found = elementwise.silu_mul(x, Reads(fp8, size + -size % 16))
+    found = elementwise.silu_mul(x, [Reads(fp8, size + -size % 16)]).quantized
     assert isinstance(found, Quantized)
     if rows:
         assert relative_error(values(found)[:, :size], expected) < 0.04
@@ -407,9 +416,10 @@ def test_contexts_are_laid_out_in_groups() -> None:
 
 def test_a_model_of_fp32_is_not_quantized_on_the_way() -> None:
     x = torch.randn(3, 64, device=DEVICE)
-    for found in (elementwise.rms_norm(x, x[0], 1e-5, None, Reads(torch.float8_e4m3fn, 64))[0], elementwise.silu_mul(x, None)):
-        assert isinstance(found, torch.Tensor)
-        assert found.dtype is torch.float32
+    reads = [Reads(torch.float8_e4m3fn, 64)]
+    for found in (elementwise.rms_norm(x, x[0], 1e-5, None, reads)[0], elementwise.silu_mul(x, reads)):
+        assert found.quantized is None
+        assert found.values().dtype is torch.float32
 
 
 @pytest.mark.parametrize(("cache", "dtype"), [("bfloat16", torch.float32), ("auto", torch.bfloat16)])
@@ -431,10 +441,12 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
 def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
     """Whatever the head's size and the chip's memory; Hopper's, and half of that of a chip without its."""
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    monkeypatch.setattr("octavo.ops.triton.launch._stages", stages)
+    on = Platform(DEVICE, "sm_90" if stages == 8 else "gfx950", shared_memory=227 << 10)
+    monkeypatch.setattr(launch, "_platform", on)
+    assert on.pipeline_depth == stages
     assert prefill._tiles(128, fp8)["BN"] == (128 if stages == 8 else 32)
     for kib in (227, 99, 64):
-        monkeypatch.setattr("octavo.ops.triton.launch._shared", kib << 10)
+        monkeypatch.setattr(launch, "_platform", replace(on, shared_memory=kib << 10))
         for dp in (32, 64, 128, 256):
             for dtype in (fp8, bf16):
                 t = prefill._tiles(dp, dtype)

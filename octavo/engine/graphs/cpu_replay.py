@@ -53,7 +53,7 @@ class RecordedSteps:
         arrays = (a[:size] for a in (self.ids, self.positions, self.rotary_rows, self.slots, self.lengths, self.tables))
         ids, positions, rows, slots, lengths, tables = map(torch.from_numpy, arrays)
         starts, longest = torch.from_numpy(self.starts[: size + 1]), [self.max_model_len] * size
-        return ForwardBatch(ids, positions, rows, slots, starts, lengths, tables, [1] * size, longest, self.block_size, {})
+        return ForwardBatch(ids, positions, rows, slots, starts, lengths, tables, [1] * size, longest, self.block_size)
 
     def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Logits [len(spans), vocab] of one token a span and the tokens chosen from them, int64 [len(spans)].

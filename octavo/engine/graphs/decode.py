@@ -115,7 +115,7 @@ class DecodeGraphs:
         lengths = sent[5 * size :].view(torch.int32)
         return ForwardBatch(
             self.memory[place], positions, rotary_rows, slots, self.starts[: size + 1], lengths[:size], self.tables[:size],
-            [1] * size, [context] * size, self.block_size, {}, lengths[size : size + 1],
+            [1] * size, [context] * size, self.block_size, lengths[size : size + 1],
         )  # fmt: skip
 
     def _send(

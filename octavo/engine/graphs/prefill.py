@@ -60,7 +60,7 @@ class PromptGraphs:
         batch = ForwardBatch(
             ids, torch.arange(size, device=device), rotary_rows, slots,
             torch.tensor([0, size], dtype=torch.int32, device=device), torch.tensor([size], dtype=torch.int32, device=device),
-            self.table, [size], [size], self.block_size, {}, live,
+            self.table, [size], [size], self.block_size, live,
         )  # fmt: skip
         return batch, last
 

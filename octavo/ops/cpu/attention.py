@@ -7,11 +7,13 @@ its heads', into queries and the output.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.batch import ForwardBatch
+from octavo.batch import ForwardBatch, Key
 from octavo.kvcache import LayerCache, Views, gather
 from octavo.ops.cpu.widen import WIDEN_FACTOR, widen
 from octavo.ops.reference import write_kv
@@ -68,15 +70,17 @@ def _widened(blocks: Views, name: str, requests: int) -> Tensor:
 Group = tuple[slice, Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class _Groups(Key[list[Group]]):
+    window: int | None
+    values_per_token: int
+
+
 def _groups(batch: ForwardBatch, views: Views, window: int | None) -> list[Group]:
     """(rows of the batch, block table, additive mask, which requests are empty) for each product; the same for every layer of
     a step."""
-    key = f"groups {window}"
-    if key not in batch.cache:
-        _, _, heads, dim = views["k"].shape
-        batch.cache[key] = _make_groups(batch, window, heads * dim)
-    groups: list[Group] = batch.cache[key]  # type: ignore[assignment]
-    return groups
+    _, _, heads, dim = views["k"].shape
+    return batch.cache.get(_Groups(window, heads * dim), lambda: _make_groups(batch, window, heads * dim))
 
 
 def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int) -> list[Group]:

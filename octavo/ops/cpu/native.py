@@ -6,7 +6,7 @@ A weight is used where it lies, as it is stored. Whatever the kernels do not tak
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import byref
 from functools import lru_cache
 
@@ -16,7 +16,19 @@ from torch import Tensor, get_num_threads
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import reference
-from octavo.ops.contract import Activation, Cut, PackedWeight, Rope
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    PLAIN,
+    Activation,
+    Cut,
+    Operand,
+    PackedWeight,
+    Reader,
+    Rope,
+    not_taken,
+    values_of,
+)
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.op_recorder import launch
@@ -54,9 +66,11 @@ class Native:
             return reason
         if platform.widened_dtype is not None:
             return "weights are to be widened in memory"
-        if q.data.dtype not in KINDS or q.data.stride(1) != 1:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        if q.data.dtype not in KINDS or (q.data.dtype in FP8_MAX) != q.scheme.quantized or q.data.stride(1) != 1:
             return f"{q.data.dtype} is not theirs"
-        if q.scale is None:
+        if not q.scheme.quantized:
             tiles = q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
             return "torch multiplies BF16 by this CPU's matrix tiles" if tiles else None
         codes = q.data
@@ -94,8 +108,8 @@ class PackedNative(PackedWeight):
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
         if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
@@ -131,7 +145,7 @@ class PackedNative(PackedWeight):
 def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
     """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
     that the reference makes FP32 in it."""
-    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scale is not None for w in weights)
+    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def _taken(x: Tensor) -> bool:
@@ -140,9 +154,9 @@ def _taken(x: Tensor) -> bool:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `ops.rms_norm`; x [M, width], or a view [T, H, width]."""
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """As `ops.rms_norm`, dense; x [M, width], or a view [T, H, width]."""
     dims = x.dim()
     if not (2 <= dims <= 3 and _taken(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
@@ -156,10 +170,10 @@ def rms_norm(
         x.data_ptr(), given, weight.data_ptr(), y.data_ptr(), total, rows[0] * inner, width, inner, x.stride(0), inside, eps,
         KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
-    return y, carried
+    return Activation(y), carried
 
 
-def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
+def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
     if x.dim() != 2 or not _taken(x):
         return reference.silu_mul(x)
     rows, width = x.shape
@@ -167,7 +181,7 @@ def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
     launch(kernels().octavo_silu_mul,
         x.data_ptr(), y.data_ptr(), rows, width // 2, x.stride(0), KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
-    return y
+    return Activation(y)
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def prefill_refusal(q: Tensor, cache: LayerCache, window: int | None) -> str | N
     """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
     if q.shape[1] > MOST_GROUP * cache.views["k"].shape[2]:
         return f"more than {MOST_GROUP} query heads of a KV head"
-    return cache_blocks.refusal(PREFILL.arch, q.dtype, cache, window)
+    return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window)
 
 
 def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: int, new: New | None = None) -> str | None:
@@ -78,7 +78,7 @@ def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: i
     given = (q,) if new is None else (q, new.k, new.v)
     if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
-    return cache_blocks.refusal(DECODE.arch, q.dtype, cache, window)
+    return cache_blocks.refusal(DECODE.platform, q.dtype, cache, window)
 
 
 def _prefills(
@@ -88,7 +88,7 @@ def _prefills(
         PREFILL.refused(reason)
     if reason is not None or (kernel := _prefill(q.device)) is None:
         prefills(q, out, cache, batch, first, scale, window)
-    elif not launch.is_ahead():
+    else:
         kernel(q, out, cache, batch, first, len(batch.query_lens), scale)
 
 
@@ -103,8 +103,7 @@ def _decode_attention(
     kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2]))
     if kernel is None:
         return False
-    if not launch.is_ahead():
-        kernel(q, out, cache, batch, requests, scale, new)
+    kernel(q, out, cache, batch, requests, scale, new)
     return True
 
 

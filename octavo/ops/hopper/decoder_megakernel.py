@@ -44,7 +44,7 @@ class _Step(ctypes.Structure):
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or why this decoder's steps are not one launch."""
-    if not platform.arch.startswith("sm_") or int(platform.arch[3:]) < 90:
+    if not platform.has_bulk_copies:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
     if (reason := unfit(parts)) is not None:
         return reason
@@ -63,9 +63,9 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
         return "the cache's FP8 values do not have their tokens last"
-    if parts.kv_heads > launch.device_units():
+    if parts.kv_heads > platform.multiprocessors:
         return "more key heads than multiprocessors"
-    if max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
+    if max(parts.hidden, parts.inter, parts.heads * dim) > platform.shared_memory // 2:
         return "activations that leave no room for weights on a multiprocessor"
     return None
 
@@ -80,8 +80,8 @@ class DecoderMegakernel:
     attends = True
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.device = parts, platform.device
-        self.programs = launch.device_units()
+        self.parts, self.platform, self.device = parts, platform, platform.device
+        self.programs = platform.multiprocessors
         views = parts.layers[0].cache.views
         self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # not those of scales
         self.table = self._layers()
@@ -100,8 +100,6 @@ class DecoderMegakernel:
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
-        if launch.is_ahead():
-            return x
         residual, x = torch.empty_like(x), x.contiguous()
         p = self.parts
         step = _Step(
@@ -121,7 +119,7 @@ class DecoderMegakernel:
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
             "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
             "QKV_BIAS": int(first.qkv_bias is not None), "PROGRAMS": self.programs, "LONGEST": LONGEST,
-            "SHARED": launch.shared_memory(),
+            "SHARED": self.platform.shared_memory,
         }  # fmt: skip
 
     def _layers(self) -> Tensor:

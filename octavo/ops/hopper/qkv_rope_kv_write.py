@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, PackedWeight, Rope
+from octavo.ops.contract import Operand, PackedWeight, Rope
 from octavo.ops.hopper import cache_blocks, gemm
 from octavo.ops.hopper.cache_blocks import DIM
 from octavo.ops.hopper.compile import Kernels, tensor_map
@@ -36,10 +36,10 @@ class _Qkv(ctypes.Structure):
     ]  # fmt: skip
 
 
-def refusal(x: Activation, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
+def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
     """None, or why such a product, and what lies between it and attention, are not qkv_rope_kv_write_gemm.cu's."""
-    arch = KERNELS.arch
-    if (reason := gemm.refusal(arch, x, w) or cache_blocks.refusal(arch, torch.bfloat16, cache, window)) is not None:
+    on = KERNELS.platform
+    if (reason := gemm.refusal(on, x, w) or cache_blocks.refusal(on, torch.bfloat16, cache, window)) is not None:
         return reason
     if rope.cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
@@ -55,23 +55,22 @@ def write(
     """Rotated queries into q [T, H, 128], keys and values into the cache; whether the kernel is there."""
     if (kernel := KERNELS.kernel(variant, codes.device)) is None:
         return False
-    if not launch.is_ahead():
-        (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
-        given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
-        size = 2 * DIM * heads
-        to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
-        gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
-        arguments = _Qkv(
-            given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(),
-            batch.slot_mapping.data_ptr(), k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2],
-            norms.eps if norms else 0.0,
-        )  # fmt: skip
-        kernel.launch(programs(variant), arguments, early=True)
+    (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
+    given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
+    size = 2 * DIM * heads
+    to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
+    gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
+    arguments = _Qkv(
+        given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(),
+        batch.slot_mapping.data_ptr(), k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2],
+        norms.eps if norms else 0.0,
+    )  # fmt: skip
+    kernel.launch(programs(variant), arguments, early=True)
     return True
 
 
 def project(
-    x: Activation, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
+    x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     if max(batch.query_lens) == 1:
         return None  # attention rotates and writes itself, or values, which lie far apart, are written by all programs at once

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.batch import ForwardBatch, to_device
+from octavo.batch import ForwardBatch, Key, to_device
 from octavo.kvcache import LayerCache
 from octavo.ops.triton.decode import LOG2E
 from octavo.ops.triton.launch import (
@@ -183,11 +183,18 @@ class _Plan:
     length: int  # staged positions
 
 
+@dataclass(frozen=True)
+class _PlanKey(Key[_Plan]):
+    first: int
+    stop: int
+    bm: int
+
+
 def _plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
-    key = f"prefill {first} {bm}"
-    if (found := batch.cache.get(key)) is not None:
-        assert isinstance(found, _Plan)
-        return found
+    return batch.cache.get(_PlanKey(first, stop, bm), lambda: _make_plan(batch, first, stop, bm))
+
+
+def _make_plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     chunks, tiles, staged = [], [], 0
     row = sum(batch.query_lens[:first])
     for request in range(first, stop):
@@ -199,8 +206,7 @@ def _plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     tiles.sort(key=lambda t: -t[2])
 
     device = batch.input_ids.device
-    made = batch.cache[key] = _Plan(to_device(chunks, torch.int32, device), to_device(tiles, torch.int32, device), staged)
-    return made
+    return _Plan(to_device(chunks, torch.int32, device), to_device(tiles, torch.int32, device), staged)
 
 
 # Queries and keys of a tile, warps, stages of the pipeline, registers of a thread: the fastest first, as measured on an H200.

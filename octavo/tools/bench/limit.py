@@ -128,10 +128,10 @@ def _costs(config: EngineConfig, source: Source) -> Costs:
             continue
         moved, operations = count * weight.experts * weight.operand_bytes(form, 1), count * _operations(weight)
         if weight.component == "lm_head":
-            sums["head"], sums["head operations"], head_fp8 = moved, operations, form.quantized
+            sums["head"], sums["head operations"], head_fp8 = moved, operations, form.is_fp8
         else:
             sums["experts" if weight.experts > 1 else "weights"] += moved
-            sums["fp8" if form.quantized else "plain"] += operations
+            sums["fp8" if form.is_fp8 else "plain"] += operations
     attention, cache = source.model.attention, source.model.attention.stored_as(config.kv_cache_dtype)
     return Costs(
         sums["weights"],

@@ -73,7 +73,7 @@ def _linear_seconds(d: Deployment, tokens: int, sampled: float) -> float:
         operations = count * 2 * rows * weight.active * sum(n * k for n, k in weight.rank_shapes(d.tp))
         reached = weight.experts * (1 - (1 - weight.active / weight.experts) ** tokens)  # of the experts, by at least one token
         read += count * reached * weight.operand_bytes(form, d.tp)
-        seconds_busy += operations / d.rate(form.quantized)
+        seconds_busy += operations / d.rate(form.is_fp8)
     return max(read / d.bandwidth, seconds_busy)
 
 

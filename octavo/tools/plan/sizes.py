@@ -36,7 +36,13 @@ class Format:
 
     @property
     def quantized(self) -> bool:
+        """Whether it is stored as codes, of 8 bits or of 4."""
         return self.scale != "none"
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is multiplied by FP8 units. Packed INT4 is not."""
+        return self.quantized and self.bits == 8
 
     def nbytes(self, rows: Iterable[int], columns: int, align: int = 1) -> int:
         """Bytes of matrices with `rows` rows each, stacked over `columns` columns, the stack's sides rounded up to `align`."""

@@ -177,7 +177,7 @@ def _fit(q: Question, tally: Tally, cache: str, tp: int, itemsize: int) -> Fit |
 def _speed(q: Question, tally: Tally, cache: str, fitted: Fit | None) -> Speed | None:
     if fitted is None or not fitted.max_model_len or not q.on.bandwidth:
         return None
-    if not q.on.fp8 and ("fp8" in cache or any(form.quantized for _, form, _ in tally)):
+    if not q.on.fp8 and ("fp8" in cache or any(form.is_fp8 for _, form, _ in tally)):
         return None
     deployed = Deployment(q.model, tally, cache, q.tp, q.on)
     context = min(q.context, fitted.max_model_len)
