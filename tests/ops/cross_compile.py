@@ -86,16 +86,16 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
          "scale_token_stride", "table_width"), "i32"
     )  # fmt: skip
-    by_layer = {"K_STRIDE": 0, "V_STRIDE": 0}
+    by_layer, by_head = {"K_STRIDE": 0, "V_STRIDE": 0}, {"K_STRIDE": 1, "V_STRIDE": 1}
     _, tokens, heads, warps = rope.TILES[-1]
-    for per_head in (False, True):
+    for kind, per_head, strides in (("", False, by_layer), ("_by_head", False, by_head), ("_per_head", True, by_layer)):
         yield (
-            f"rope_write_kv{'_per_head' * per_head}", rope._rope_write_kv,
+            f"rope_write_kv{kind}", rope._rope_write_kv,
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
                  k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64, tokens="i32", eps="fp32", k_scale=fp32, v_scale=fp32,
                  q_stride="i32", k_stride="i32", v_stride="i32", **cache),
             dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, HALF=64, BLOCK_SIZE=64, TOKENS=tokens, HEADS=heads,
-                 NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **by_layer, **limit),
+                 NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **strides, **limit),
             {"num_warps": warps},
         )  # fmt: skip
     for bm in (16, 32):
@@ -118,6 +118,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     for kind, kv, per_head, given in (
         ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
         ("fp8_new", fp8, False, new), ("per_head_new", fp8, True, new), ("bf16_new", bf16, False, new),
+        ("fp8_new_by_head", fp8, False, new),
     ):  # fmt: skip
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
@@ -125,8 +126,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  counters=i32, qk_scale="fp32", k_scale=fp32, v_scale=fp32, eps="fp32",
                  q_stride="i32", kv_stride="i32", **given, **cache),
             dict(**({} if given else dict.fromkeys(new)), NEW=bool(given), R=128 if given else 0, NORM=bool(given),
-                 KV_LIMIT=limit["LIMIT"], **by_layer, FLOOR=1e-6, Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128,
-                 DP=128, BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
+                 KV_LIMIT=limit["LIMIT"], **(by_head if "by_head" in kind else by_layer), FLOOR=1e-6, Q_HEADS=32, GROUP=4,
+                 ROWS=8 if kv == fp8 else 16, D=128, DP=128, BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
                  CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
@@ -137,7 +138,9 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  length="i32"),
             dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=kind == "bf16", BY_DIM=True, PDL=pdl), {"num_warps": 8},
         )  # fmt: skip
-    for kind, kv, dim in (("fp8", fp8, 128), ("bf16", bf16, 128), ("fp8_256", fp8, 256), ("bf16_256", bf16, 256)):
+    for kind, kv, dim in (
+        ("fp8", fp8, 128), ("bf16", bf16, 128), ("fp8_256", fp8, 256), ("bf16_256", bf16, 256), ("fp8_by_head", fp8, 128),
+    ):  # fmt: skip
         c = prefill._tiles(dim, torch.bfloat16 if kv == bf16 else torch.float8_e4m3fn)
         bn = c["BN"]
         name = names[kv].replace("bfloat", "bf").replace("float8", "fp8")
@@ -146,7 +149,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(q=bf16, k=f"tensordesc<{name}[{bn}, {dim}]>", out=bf16, tiles=i32, qk_scale="fp32", k_scale=fp32, v_scale=fp32,
                  v=f"tensordesc<{name}[{bn}, {dim}]>" if kv == bf16 else f"tensordesc<{name}[{dim}, {bn}]>", length="i32"),
             dict(Q_HEADS=32, GROUP=4, D=dim, DP=dim, BM=c["BM"], BN=c["BN"], WINDOW=0,
-                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], **by_layer, STAGES=c["stages"], PDL=pdl),
+                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"],
+                 **(by_head if "by_head" in kind else by_layer), STAGES=c["stages"], PDL=pdl),
             {"num_warps": c["warps"]} | ({"maxnreg": c["registers"]} if pdl else {}),
         )  # fmt: skip
 
