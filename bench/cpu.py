@@ -26,7 +26,7 @@ import torch  # isort: skip
 
 from bench.serving import COMMON, SIZES
 from octavo import batch as batches
-from octavo.kvcache import KVCache, Layout, spec_for
+from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.cpu import attention as torch_attention  # the kernels' where they are there
 from octavo.ops.cpu import library, native
@@ -116,10 +116,11 @@ def attention() -> None:
             )
             slots = torch.arange(cache.num_blocks * size)
             kv_values = torch.randn(2, len(slots), kv_heads, dim).bfloat16()
-            reference.write_kv(cache.views[0], slots, kv_values[0], kv_values[1], 0.01, 0.01)
+            layer = LayerCache(cache.views[0], torch.tensor([0.01]), torch.tensor([0.01]))
+            reference.write_kv(layer, slots, kv_values[0], kv_values[1])
             q = torch.randn(requests * count, heads, dim).bfloat16()
             times = [
-                seconds([lambda way=way, q=q, v=cache.views[0], b=batch: way(q, v, b, 0.125, None, 0.01, 0.01)], 0.2)
+                seconds([lambda way=way, q=q, layer=layer, b=batch: way(q, layer, b, 0.125, None)], 0.2)
                 for way in (torch_attention, by_torch)
             ]
             print(

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["ForwardBatch", "Span", "build", "to_device"]
+__all__ = ["ForwardBatch", "Key", "Span", "StepCache", "build", "to_device"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context."""
+    """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context.
+
+    A token's rotary row is its position plus `rotary_delta`, which is not 0 after what takes other rows than places.
+    """
 
     token_ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
+    rotary_delta: int = 0
 
     def slots(self, block_size: int) -> list[int]:
         """Where each token's key and value go: block * block_size + offset."""
@@ -30,17 +37,42 @@ class Span:
         return [*self.block_ids[:width], *[scratch_block] * (width - len(self.block_ids))]
 
 
+@dataclass(frozen=True)
+class Key(Generic[T]):
+    """Names a T that an implementation works out once a step. Each kind is a frozen dataclass of its own, whose fields are all
+    that the value depends on besides the batch; keys of different classes differ."""
+
+
+class StepCache:
+    """What was worked out once a step for every layer to use."""
+
+    def __init__(self) -> None:
+        self._made: dict[Key[Any], Any] = {}
+
+    def get(self, key: Key[T], make: Callable[[], T]) -> T:
+        """The value of `key`; `make` gives it the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: T = self._made[key]
+        return found
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """B requests and T tokens, prefill and decode mixed; a request's tokens are adjacent.
 
-    input_ids, positions, slot_mapping: int64 [T]. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with this
-    step's tokens. block_tables: int32 [B, max blocks], rows padded with the scratch block.
-    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device.
+    input_ids, positions, rotary_rows, slot_mapping: int64 [T]. A token's position is its place in the context; its rotary
+    row is the row of cosines and sines that it is turned by. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with
+    this step's tokens; 0 for a row that pads a graph, for which attention gives zeros. block_tables: int32 [B, max blocks],
+    rows padded with the scratch block.
+    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph the latter
+    are bounds.
+    live: int32 [1], the tokens at the front that are real, those behind them pad a graph; None: all are.
     """
 
     input_ids: Tensor
     positions: Tensor
+    rotary_rows: Tensor
     slot_mapping: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
@@ -48,7 +80,8 @@ class ForwardBatch:
     query_lens: list[int]
     context_lens: list[int]
     block_size: int
-    cache: dict[str, object]  # what an implementation works out once a step and every layer uses
+    live: Tensor | None = None
+    cache: StepCache = field(default_factory=StepCache)
 
     @property
     def num_tokens(self) -> int:
@@ -64,12 +97,14 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
     """The batch of `spans`, built on the host and moved to the device."""
     ids: list[int] = []
     positions: list[int] = []
+    rows: list[int] = []
     slots: list[int] = []
     starts, contexts = [0], []
     for span in spans:
         stop = span.start + len(span.token_ids)
         ids.extend(span.token_ids)
         positions.extend(range(span.start, stop))
+        rows.extend(range(span.start + span.rotary_delta, stop + span.rotary_delta))
         slots.extend(span.slots(block_size))
         starts.append(len(ids))
         contexts.append(stop)
@@ -79,9 +114,11 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, device)
 
+    places = tensor(positions, torch.int64)
     return ForwardBatch(
         tensor(ids, torch.int64),
-        tensor(positions, torch.int64),
+        places,
+        places if rows == positions else tensor(rows, torch.int64),
         tensor(slots, torch.int64),
         tensor(starts, torch.int32),
         tensor(contexts, torch.int32),
@@ -89,5 +126,4 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
         [stop - start for start, stop in pairwise(starts)],
         contexts,
         block_size,
-        {},
     )

@@ -6,13 +6,27 @@ import mmap
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "KVCache", "KVCacheSpec", "Layout", "gather", "spec_for"]
+__all__ = ["Field", "KVCache", "KVCacheSpec", "LayerCache", "Layout", "gather", "spec_for"]
 
 Views = dict[str, Tensor]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values: typed views [num_blocks, block_size, heads, ...], and what an FP8 cache's codes are
+    multiplied by: FP32 on the cache's device, [1] for the layer or [kv_heads].
+
+    Kernels read the scales where they lie, so that a scale can change under a captured graph. A cache of another dtype, or
+    with a scale of its own for each token and head (in `views`), is read without them.
+    """
+
+    views: Views
+    k_scale: Tensor
+    v_scale: Tensor
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Platform:
     fp8_dtype: torch.dtype = torch.float8_e4m3fn
     fp8_alignment: int = 16  # FP8 matrix units take dimensions that are multiples of this
     widened_dtype: torch.dtype | None = None  # a device without FP8 arithmetic holds codes as exact values of this dtype
+    multiprocessors: int = 0  # of an accelerator
+    shared_memory: int = 0  # bytes of a multiprocessor's that a CTA may have
 
     @property
     def fp8_max(self) -> float:
@@ -47,6 +49,36 @@ class Platform:
     @property
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
+
+    @cached_property
+    def _capability(self) -> int:
+        """The compute capability's major number; 0 for what has none."""
+        return int(self.arch.removeprefix("sm_")[:-1]) if self.arch.startswith("sm_") else 0
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether a kernel may start while the one before it still runs (programmatic dependent launch)."""
+        return self._capability >= 9
+
+    @property
+    def has_bulk_copies(self) -> bool:
+        """Whether one instruction copies a block of memory that no thread waits for (TMA)."""
+        return self._capability >= 9
+
+    @property
+    def has_warpgroup_mma(self) -> bool:
+        """Whether a group of four warps multiplies as one (WGMMA), which only this architecture does."""
+        return self.arch == "sm_90"
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Stages that a loop's pipeline may have: many where copies are asynchronous, two where they go through registers."""
+        return 8 if self._capability >= 8 else 2
+
+    @property
+    def bounds_registers(self) -> bool:
+        """Whether the compiler can be told how many registers a thread may have."""
+        return self._capability > 0
 
     @cached_property
     def name(self) -> str:
@@ -79,7 +111,13 @@ def detect(device: str = "auto", rank: int = 0) -> Platform:
     if device == "cpu" or not torch.cuda.is_available():
         return _cpu()
     props = torch.cuda.get_device_properties(rank)
-    found = Platform(torch.device("cuda", rank), f"sm_{props.major}{props.minor}")
+    shared = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)  # one vendor's has to be asked for
+    found = Platform(
+        torch.device("cuda", rank),
+        f"sm_{props.major}{props.minor}",
+        multiprocessors=props.multi_processor_count,
+        shared_memory=shared,
+    )
     if torch.version.hip is None:
         check_fp8_units(props.name, found.arch)
         return found

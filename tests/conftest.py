@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ class Loaded:
         assert start == len(ids)
         with torch.inference_mode():
             return self.model.logits(torch.cat(parts)).float()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says above pytest's own closing line why tests were skipped: each reason once, with the number of tests that had it."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if reasons:
+        counted = "; ".join(f"{count} \N{MULTIPLICATION SIGN} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {counted}")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return " ".join(told.removeprefix("Skipped: ").split()) or "no reason was given"
 
 
 @pytest.fixture(scope="session")

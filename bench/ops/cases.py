@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo import batch, ops
 from octavo.config import EngineConfig
-from octavo.kvcache import Layout, Views, spec_for
+from octavo.kvcache import LayerCache, Layout, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
 
@@ -97,13 +97,13 @@ def packed(p: Platform, n: int, k: int) -> tuple[ops.PackedWeight, int]:
     return w, w.held_bytes
 
 
-def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Activation, ops.PackedWeight, Call, int]:
+def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Operand, ops.PackedWeight, Call, int]:
     """What an FP8 product is made of, its quantization of x only where the op before would not have done it; the library's
     product of the same shape; bytes of both."""
     (w, held), x = packed(p, n, k), random(p, m, k)
-    given: ops.Activation = x
+    given: ops.Operand = x
     if w.reads is not None:  # as in a layer, where the norm before quantizes
-        given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, w)[0]
+        given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, [w])[0]
     if p.is_cpu:
         dense = random(p, n, k).to(library_dtype(p))
         return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
@@ -124,7 +124,7 @@ def gated_linear(p: Platform, m: int) -> Set:
     given, w, product, nbytes = factors(p, m, n, HIDDEN)
 
     moved = n * HIDDEN + m * HIDDEN + m * INNER * (1 if feeds.reads is not None else 2)
-    return Set(lambda: ops.gated_linear(given, w, feeds), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
+    return Set(lambda: ops.gated_linear(given, w, [feeds]), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ def rms_norm(p: Platform, m: int) -> Set:
         return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
 
     moved = m * HIDDEN * (3 * 2 + (1 if feeds.reads is not None else 2))
-    return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, feeds), library, moved, nbytes=4 * x.nbytes)
+    return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, [feeds]), library, moved, nbytes=4 * x.nbytes)
 
 
 def silu_mul(p: Platform, m: int) -> Set:
     x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, INNER)
 
     moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
-    return Set(lambda: ops.silu_mul(x, feeds), partial(gated, x), moved, nbytes=2 * x.nbytes)
+    return Set(lambda: ops.silu_mul(x, [feeds]), partial(gated, x), moved, nbytes=2 * x.nbytes)
 
 
 def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:
@@ -173,27 +173,29 @@ def block_size(p: Platform) -> int:
     return EngineConfig().block_size_on(p.is_cpu)
 
 
-def cache(p: Platform, tokens: int) -> Views:
+def cache(p: Platform, tokens: int) -> LayerCache:
     """An FP8 cache of one layer as the engine lays it out there, with room for so many tokens."""
     spec, block = spec_for("fp8_e4m3", KV_HEADS, DIM, torch.bfloat16, p.fp8_dtype, Layout.on(p.is_cpu)), block_size(p)
     shape = -(-tokens // block), block * spec.bytes_per_token
-    return spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
+    views = spec.views(torch.randint(0, 120, shape, dtype=torch.uint8, device=p.device), block)  # finite codes
+    return LayerCache(views, torch.ones(1, device=p.device), torch.ones(1, device=p.device))
 
 
 def rope_write_kv(p: Platform, m: int) -> Set:
-    views = cache(p, m)
+    kv = cache(p, m)
     q, k, v = random(p, m, HEADS, DIM), random(p, m, KV_HEADS, DIM), random(p, m, KV_HEADS, DIM)
     at, table = torch.arange(m, device=p.device), torch.rand(max(TOKENS), DIM, device=p.device)
     moved = 2 * 2 * q.numel() + 3 * k.numel() * 2
     held = 2 * q.nbytes + 2 * k.nbytes + 2 * k.numel()
-    return Set(lambda: ops.rope_write_kv(q, k, v, None, table, at, views, at, 1.0, 1.0), None, moved, nbytes=held)
+    rope = ops.Rope(None, table, at)
+    return Set(lambda: ops.rope_write_kv(q, k, v, rope, kv, at), None, moved, nbytes=held)
 
 
 def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
     """The last `queries` tokens of each request over an FP8 cache; the library's reads dense BF16, so twice the bytes."""
     block = block_size(p)
     width = -(-context // block)
-    views, order = cache(p, requests * width * block), torch.randperm(requests * width).tolist()  # blocks lie anywhere
+    kv, order = cache(p, requests * width * block), torch.randperm(requests * width).tolist()  # blocks lie anywhere
     spans = [batch.Span([0] * queries, context - queries, order[i * width : (i + 1) * width]) for i in range(requests)]
     made, q = batch.build(spans, block, p.device), random(p, requests * queries, HEADS, DIM)
     dtype = library_dtype(p)
@@ -206,5 +208,5 @@ def attention(p: Platform, requests: int, context: int, queries: int) -> Set:
     pairs = requests * (queries * context - queries * (queries - 1) / 2)
     moved = 2.0 * requests * context * KV_HEADS * DIM + 2 * 2 * q.numel()
     held = int(2 * requests * context * KV_HEADS * DIM) + 2 * k.nbytes
-    call = partial(ops.attention, q, views, made, DIM**-0.5, None, 1.0, 1.0)
+    call = partial(ops.attention, q, kv, made, DIM**-0.5, None)
     return Set(call, library, moved, 4.0 * pairs * HEADS * DIM, True, held)

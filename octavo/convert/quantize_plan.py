@@ -17,7 +17,7 @@ from octavo.quant import QuantRules, Scheme
 from octavo.quant.checks import quantization_configs
 from octavo.quant.formats import COMPANIONS, stored_scheme, stored_shape
 from octavo.quant.qtensor import scale_shape
-from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity
+from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
 
 __all__ = ["Piece", "Plan"]
@@ -61,7 +61,7 @@ class Piece:
         if self.scheme is None:
             return [(self.tensor.name, self.tensor.dtype, self.tensor.shape)]
         weight = f"{self.module}.weight"
-        if not self.scheme.quantized:
+        if self.scheme.dtype is WeightDType.BF16:
             return [(weight, "BF16", self.shape)]
         return [(weight, "F8_E4M3", self.shape), (f"{weight}_scale", "F32", self.scale_shape())]
 
@@ -113,7 +113,7 @@ class Plan:
         shape = stored_shape(self.reader, module)
         stored = stored_scheme(self.reader, module, shape)
         asked = self.rules.scheme_for(self._stack(module), is_head=last == "lm_head" and not quantized)
-        if not quantized and not asked.quantized:
+        if not quantized and asked.dtype is WeightDType.BF16:
             return Piece(tensor)
         if not shape[0] * shape[1]:
             return Piece(tensor)
@@ -127,6 +127,10 @@ class Plan:
 
     def _check(self) -> None:
         self.rules.check_used()
+        if self.rules.scheme.dtype not in (WeightDType.BF16, WeightDType.FP8):
+            raise OctavoError(
+                f"Octavo writes checkpoints in FP8, not in {self.rules.scheme.name}; use ptpc_fp8, fp8 or fp8_block."
+            )
         if not self.quantized:
             raise OctavoError(
                 f"no linear layer was recognized among the {len(self.checkpoint.tensors)} tensors of this checkpoint "
@@ -143,7 +147,7 @@ class Plan:
     @property
     def quantized(self) -> list[Piece]:
         """Matrices that the output holds in FP8."""
-        return [piece for piece in self.pieces if piece.scheme is not None and piece.scheme.quantized]
+        return [piece for piece in self.pieces if piece.scheme is not None and piece.scheme.dtype is WeightDType.FP8]
 
     def ignored(self) -> list[str]:
         """Modules that may be of class Linear and stay as they are: what the config's `ignore` must name."""

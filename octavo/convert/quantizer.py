@@ -26,7 +26,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, dequantize
 from octavo.quant.formats import read_weight
 from octavo.quant.qtensor import scale_of
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 
 __all__ = ["Watcher", "job_of", "output_files", "remaining", "write_files"]
@@ -143,14 +143,14 @@ class Worker:
         reader = RowReader(self.checkpoint, self.platform, self.scratch)
         rows = piece.row_parts()
         shared = None
-        if piece.scheme is not None and piece.scheme.quantized and not piece.is_kept:
+        if piece.scheme is not None and piece.scheme.dtype is WeightDType.FP8 and not piece.is_kept:
             shared = self._shared_scale(piece, reader, rows)
         for part in rows:
             found = read_weight(reader, piece.module, piece.shape, part)
             if piece.is_kept:
                 assert isinstance(found, QTensor)
                 self._put_codes(piece, part, found.data, found.scale)
-            elif piece.scheme is not None and not piece.scheme.quantized:
+            elif piece.scheme is not None and piece.scheme.dtype is WeightDType.BF16:
                 dense = found if isinstance(found, Tensor) else dequantize(found)
                 self._put(f"{piece.module}.weight", part.start * piece.shape[1] * 2, dense.bfloat16())
             else:

@@ -9,7 +9,7 @@ from typing import cast
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
-from octavo.models.contract import CalibratedModel, Model
+from octavo.models.interface import CalibratedModel, Model
 from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["calibration_tokens", "settle_kv_scales"]

@@ -18,14 +18,14 @@ from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
 from octavo.models import read_config
-from octavo.models.contract import Model
+from octavo.models.interface import Model
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
-__all__ = ["check_ranks", "checkpoint_scheme", "drop", "load_model", "reload_model"]
+__all__ = ["check_ranks", "checkpoint_scheme", "describe_weights", "drop", "load_model", "reload_model"]
 
 
 Told = Callable[[str, float], None] | None
@@ -58,6 +58,25 @@ def drop(model: Model) -> None:
             delattr(module, name)
 
 
+def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
+    """One line a role and scheme, and what they take together."""
+    lines = [
+        f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        for (role, scheme), g in sorted(report.groups.items())
+        if g.stored  # a tied head stores nothing
+    ]
+    stored, dense = report.total("stored"), 2 * report.total("values")
+    lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+    if fp8 := report.total("dense", WeightDType.FP8):
+        part = report.total("stored", WeightDType.FP8)
+        lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
+    if platform.widened_dtype is not None and report.total("held") > stored:
+        kind = str(platform.widened_dtype).removeprefix("torch.")
+        why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
+        lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
+    return lines
+
+
 def _load(
     model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool
 ) -> tuple[LoadReport, bool]:
@@ -72,7 +91,7 @@ def _load(
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        check_weights(platform, source.matrix_values(), scheme.quantized or stored)
+        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:

@@ -31,13 +31,13 @@ class CacheBudget:
     notes: tuple[str, ...] = ()
 
 
-def check_weights(platform: Platform, matrix_values: int, quantized: bool) -> None:
+def check_weights(platform: Platform, matrix_values: int, *, fp8: bool) -> None:
     """Raises OctavoError, before anything is read, if matrices of so many values cannot fit even without a cache."""
     free, _ = platform.memory()
-    itemsize = platform.widened_dtype.itemsize if platform.widened_dtype else 1 if quantized else 2
+    itemsize = platform.widened_dtype.itemsize if platform.widened_dtype else 1 if fp8 else 2
     if (needed := matrix_values * itemsize) <= free:
         return
-    smaller = "" if quantized or platform.is_cpu else "use --quantization ptpc_fp8 (half of the bytes), "
+    smaller = "" if fp8 or platform.is_cpu else "use --quantization ptpc_fp8 (half of the bytes), "
     more = "a machine with more memory" if platform.is_cpu else "--tensor-parallel-size to split it over more accelerators"
     raise OctavoError(
         f"the weights alone would take {gib(needed)} of memory ({itemsize} byte(s) a value here), and {gib(free)} is free: "

@@ -21,7 +21,7 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
 from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
-from octavo.engine.loading import check_ranks, drop, load_model, reload_model
+from octavo.engine.loading import check_ranks, describe_weights, drop, load_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
 from octavo.engine.sequence import ScheduledRequest
@@ -32,7 +32,7 @@ from octavo.host import keep, release
 from octavo.kvcache import KVCache, Layout
 from octavo.messages import Logprobs
 from octavo.models import build_model, read_config
-from octavo.models.contract import FusedModel, Model
+from octavo.models.interface import FusedModel, Model
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -145,8 +145,8 @@ class ModelRunner:
     def sleep(self) -> None:
         """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
         self.graphs = self.prompts = None
-        drop(self.model)
         self.model.bind_cache([{} for _ in self.cache.views])
+        drop(self.model)
         del self.cache
         release()
 
@@ -282,22 +282,11 @@ class ModelRunner:
     def describe(self) -> list[str]:
         """What was loaded, for a person: one line a role and scheme, then memory, then what is worth knowing."""
         r, p = self.report, self.platform
-        lines = [f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}"]
-        for (role, scheme), g in sorted(r.groups.items()):
-            if g.stored:  # a tied head stores nothing
-                lines.append(f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}")
-        stored, dense = r.total("stored"), 2 * r.total("values")
-        lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-        if quantized := r.total("dense", quantized_only=True):
-            part = r.total("stored", quantized_only=True)
-            lines.append(f"FP8 linears: {gib(part)}, {100 * part / quantized:.1f}% of BF16's {gib(quantized)}")
-        if p.widened_dtype is not None and r.total("held") > stored:
-            kind = str(p.widened_dtype).removeprefix("torch.")
-            why = f"FP8 codes are kept as exact {kind} values here" if quantized else f"this CPU multiplies in {kind}"
-            lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
-        lines.append(
+        return [
+            f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}",
+            *describe_weights(r, p),
             f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "
             f"({100 * self.bytes_per_token / self.dense_bytes_per_token:.1f}% of BF16's), "
-            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}"
-        )
-        return lines + [f"note: {note}" for note in r.notes]
+            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}",
+            *(f"note: {note}" for note in r.notes),
+        ]

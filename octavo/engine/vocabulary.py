@@ -18,7 +18,7 @@ class Vocabulary:
 
     def whole(self, logits: Tensor) -> Tensor:
         """Logits [rows, size] of this rank's [rows, part]."""
-        return self.tp.all_gather(logits)[:, : self.size]
+        return ops.all_gather(logits, self.tp)[:, : self.size]
 
     def argmax(self, logits: Tensor) -> Tensor:
         """The token with the largest of all ranks' logits, the first of equal ones: int64 [rows], the same on every rank."""
@@ -26,6 +26,6 @@ class Vocabulary:
         if self.tp.size == 1:
             return own
         own = own.unsqueeze(1)
-        tokens = self.tp.all_gather(own + self.tp.rank * logits.shape[1])
-        values = self.tp.all_gather(logits.gather(1, own))
+        tokens = ops.all_gather(own + self.tp.rank * logits.shape[1], self.tp)
+        values = ops.all_gather(logits.gather(1, own), self.tp)
         return tokens.gather(1, ops.likeliest(values).unsqueeze(1)).squeeze(1)

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache, Views
 from octavo.layers.linear import QKVLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import reference
 from octavo.platform import FP8_MAX
+from octavo.quant.formats import Shard
 from octavo.weights import Loader
 
 __all__ = ["PagedAttention"]
@@ -30,6 +31,10 @@ class PagedAttention(nn.Module):
 
     reads_siblings = True
 
+    cache: LayerCache
+    k_scale: Tensor  # as LayerCache has them; they stay where they are, since graphs hold their addresses
+    v_scale: Tensor
+
     def __init__(
         self,
         heads: int,
@@ -44,8 +49,6 @@ class PagedAttention(nn.Module):
         self._shared = rotary, norms  # in a tuple: their weights are loaded at the paths that the model gives them
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = scale, window
-        self.views: Views = {}
-        self.k_scale = self.v_scale = 1.0
         self.scales_from_checkpoint = False
         self.observe = False  # while set, attend sets the scales from the largest key and value that it sees
 
@@ -59,35 +62,53 @@ class PagedAttention(nn.Module):
         return ops.HeadNorms(layers[0].weight, layers[1].weight, layers[0].eps) if layers else None
 
     def load(self, loader: Loader) -> None:
+        self.k_scale, self.v_scale = (torch.ones(1, dtype=torch.float32, device=loader.platform.device) for _ in range(2))
+        self.scales_from_checkpoint = False
         for spelling in _SPELLINGS:
             if loader.has(spelling[0]) and not self.scales_from_checkpoint:
-                # e4m3fnuz codes mean half as much, so the same value needs twice the scale
-                factor = 2.0 if loader.platform.fp8_dtype is torch.float8_e4m3fnuz else 1.0
-                self.k_scale, self.v_scale = (float(loader.read(name, None).max()) * factor for name in spelling)
+                self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in spelling)
                 self.scales_from_checkpoint = True
             for name in (*spelling, "q_scale", "q_proj.output_scale"):
                 loader.skip(name)
 
-    def bind_cache(self, views: Views) -> None:
-        self.views = views
+    def _stored_scale(self, loader: Loader, name: str) -> Tensor:
+        """One scale for each of this rank's KV heads, where the checkpoint has one for each of the model's, else the largest.
 
-    def forward(self, x: ops.Activation, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
+        No value is looked at on the host: a loader may have none.
+        """
+        stored, tp = loader.read(name, None).float().flatten(), loader.tp
+        count = stored.numel()
+        shard = Shard(0, tp.rank, tp.size, copies=max(1, tp.size // count))  # as QKVLinear splits KV heads
+        by_head = count > 1 and tp.part(count) == self.kv_heads and max(count, tp.size) % min(count, tp.size) == 0
+        scale = stored[shard.slice(count)] if by_head else stored.amax().view(1)
+        # e4m3fnuz codes mean half as much, so the same value needs twice the scale
+        return scale * (2.0 if loader.platform.fp8_dtype is torch.float8_e4m3fnuz else 1.0)
+
+    def bind_cache(self, views: Views) -> None:
+        self.cache = LayerCache(views, self.k_scale, self.v_scale)
+
+    def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] of hidden states x [T, K], which `qkv` projects."""
-        scales = self.k_scale, self.v_scale
         if qkv.bias is None and not self.observe:
-            cache = self.views, batch, self.window, *scales
-            turned = ops.project(x, qkv.weight, self.heads, self.norms, self.rotary.cos_sin, *cache)
+            turned = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
             if turned is not None:
-                return ops.attention(turned, self.views, batch, self.scale, self.window, *scales).flatten(1)
+                return ops.attention(turned, self.cache, batch, self.scale, self.window).flatten(1)
         q, k, v = qkv(x)
         return self.attend(q, k, v, batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] of queries, keys and values [T, heads, D] as they were projected."""
-        norms, cos_sin = self.norms, self.rotary.cos_sin
+        rope = self._rope(batch)
         if self.observe:
-            limit = FP8_MAX[self.views["k"].dtype]
-            _, turned = reference.normed_and_rotated(q, k, norms, cos_sin, batch.positions)
-            self.k_scale, self.v_scale = (max(float(x.nan_to_num(0).abs().max()) / limit, 1e-6) for x in (turned, v))
-        cache = self.views, batch, self.scale, self.window, self.k_scale, self.v_scale
-        return ops.attend(q, k, v, norms, cos_sin, *cache).flatten(1)
+            _, turned = reference.normed_and_rotated(q, k, rope)
+            self._fit(self.k_scale, turned)
+            self._fit(self.v_scale, v)
+        return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
+
+    def _rope(self, batch: ForwardBatch) -> ops.Rope:
+        return ops.Rope(self.norms, self.rotary.cos_sin, batch.rotary_rows)
+
+    def _fit(self, scale: Tensor, x: Tensor) -> None:
+        """Sets a scale, in place, so that the largest of x becomes the largest code."""
+        limit = FP8_MAX[self.cache.views["k"].dtype]
+        scale.copy_((x.nan_to_num(0).abs().amax().float() / limit).clamp(min=1e-6))

@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         own = self.shard.slice(self.shape[0])
         absent = (ids < own.start) | (ids >= own.stop)
         rows = self._rows((ids - own.start).masked_fill(absent, 0))
-        return self.tp.all_reduce(rows.masked_fill(absent.unsqueeze(1), 0))
+        return ops.all_reduce(rows.masked_fill(absent.unsqueeze(1), 0), self.tp)
 
     def _rows(self, ids: Tensor) -> Tensor:
         if isinstance(self.weight, ops.PackedWeight):

@@ -57,7 +57,7 @@ class ColumnParallelLinear(nn.Module):
             ]
             self.bias = torch.cat(parts)
 
-    def forward(self, x: ops.Activation) -> Tensor:
+    def forward(self, x: ops.Operand) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -76,7 +76,7 @@ class QKVLinear(ColumnParallelLinear):
         self.head_dim = head_dim
         self.parts = [tp.part(heads), tp.part(kv_heads), tp.part(kv_heads)]
 
-    def forward(self, x: ops.Activation) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: ops.Operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = ops.linear(x, self.weight, self.bias)
         q, k, v = y.unflatten(1, (-1, self.head_dim)).split(self.parts, dim=1)
         return q, k, v
@@ -98,23 +98,23 @@ class RowParallelLinear(nn.Module):
         self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
         self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
 
-    def forward(self, x: ops.Activation) -> ops.Product:
+    def forward(self, x: ops.Operand) -> ops.Product:
         if self.tp.size == 1 and self.bias is None:
             return ops.linear_unscaled(x, self.weight)
-        y = self.tp.all_reduce(ops.linear(x, self.weight))
+        y = ops.all_reduce(ops.linear(x, self.weight), self.tp)
         return y if self.bias is None else y.add_(self.bias)
 
 
 class GateUpLinear(ColumnParallelLinear):
-    """The gate and up projections as one product; forward gives silu(gate) * up as the layer after, `feeds`, reads it."""
+    """The gate and up projections as one product; forward gives silu(gate) * up for those that read it."""
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
         super().__init__(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
 
-    def forward(self, x: ops.Activation, feeds: ops.PackedWeight) -> ops.Activation:  # type: ignore[override]
+    def forward(self, x: ops.Operand, *readers: ops.Reader) -> ops.Activation:  # type: ignore[override]
         if self.bias is None:
-            return ops.gated_linear(x, self.weight, feeds)
-        return ops.silu_mul(super().forward(x), feeds)
+            return ops.gated_linear(x, self.weight, readers)
+        return ops.silu_mul(super().forward(x), readers)
 
 
 class GatedMLP(nn.Module):
@@ -125,7 +125,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = GateUpLinear(hidden, intermediate, bias=bias, tp=tp)
         self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
 
-    def forward(self, x: ops.Activation) -> ops.Product:
+    def forward(self, x: ops.Operand) -> ops.Product:
         y: ops.Product = self.down_proj(self.gate_up_proj(x, self.down_proj.weight))
         return y
 
@@ -159,6 +159,6 @@ class LMHead(nn.Module):
         else:
             self.weight = loader.weight(["lm_head"], [self.shape], [self.shard], is_head=True)
 
-    def forward(self, x: ops.Activation) -> Tensor:
+    def forward(self, x: ops.Operand) -> Tensor:
         logits = ops.linear(x, self.weight)
         return F.pad(logits, (0, self.missing), value=float("-inf")) if self.missing else logits

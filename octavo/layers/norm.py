@@ -13,7 +13,7 @@ __all__ = ["RMSNorm"]
 class RMSNorm(nn.Module):
     """(norm(x + residual), x + residual); without a residual, x is the residual from here on.
 
-    `feeds` is the weight that reads the first: it may then be quantized as that one reads it.
+    `readers` are all that read the first, weights or None for a reader of dense values (`ops.rms_norm`).
     """
 
     def __init__(self, size: int, eps: float):
@@ -23,7 +23,5 @@ class RMSNorm(nn.Module):
     def load(self, loader: Loader) -> None:
         self.weight = loader.vector("weight", (self.size,))
 
-    def forward(
-        self, x: ops.Product, residual: Tensor | None = None, feeds: ops.PackedWeight | None = None
-    ) -> tuple[ops.Activation, Tensor]:
-        return ops.rms_norm(x, self.weight, self.eps, residual, feeds)
+    def forward(self, x: ops.Product, residual: Tensor | None = None, *readers: ops.Reader) -> tuple[ops.Activation, Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, residual, readers)

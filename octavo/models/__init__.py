@@ -14,7 +14,7 @@ from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
-    from octavo.models.contract import Model
+    from octavo.models.interface import Model
 
 __all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config"]
 

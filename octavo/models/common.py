@@ -1,4 +1,4 @@
-"""What every decoder has around its layers, and how it answers the engine (octavo.models.contract)."""
+"""What every decoder has around its layers, and how it answers the engine (octavo.models.interface)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.models.config import ConfigBase
-from octavo.models.contract import Head, Limits, ModelInput, StageState
+from octavo.models.interface import Head, Limits, ModelInput, StageState
 from octavo.ops.reference import scaled
 
 __all__ = ["CausalLM", "Decoder", "LayerStack"]
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         if not self.last:
             assert residual is not None
             return StageState(scaled(x), residual, state.extras)
-        hidden: Tensor = self.norm(x, residual)[0]
+        hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head, as octavo.models.contract.Model.
+    """A decoder and its head, as octavo.models.interface.Model.
 
     `root` is the path of the decoder in the checkpoint; its name in this module is the same.
     """
@@ -132,7 +132,7 @@ class CausalLM(nn.Module):
 
     def kv_scales(self) -> tuple[list[Tensor], bool]:
         layers = self.attention_layers()
-        scales = [torch.as_tensor(scale) for layer in layers for scale in (layer.k_scale, layer.v_scale)]
+        scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
         return scales, all(layer.scales_from_checkpoint for layer in layers)
 
     def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:

@@ -11,7 +11,7 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.layers.attention import PagedAttention
 from octavo.models.common import CausalLM, Decoder, LayerStack
-from octavo.models.contract import ModelInput, StageState
+from octavo.models.interface import ModelInput, StageState
 from octavo.ops import DecoderParts, FusedDecoder, LayerParts
 from octavo.platform import Platform
 
@@ -35,7 +35,7 @@ class DenseDecoder(Decoder):
 
 
 class DenseLM(CausalLM):
-    """A dense decoder and its head, as octavo.models.contract.FusedModel too."""
+    """A dense decoder and its head, as octavo.models.interface.FusedModel too."""
 
     model: DenseDecoder
 
@@ -65,8 +65,7 @@ class DenseLM(CausalLM):
             part = LayerParts(
                 qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
                 input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, views=a.attn.views,
-                k_scale=a.attn.k_scale, v_scale=a.attn.v_scale, window=a.attn.window,
+                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, cache=a.attn.cache, window=a.attn.window,
             )  # fmt: skip
             found.append(part)
         attn: PagedAttention = layers[0].self_attn.attn

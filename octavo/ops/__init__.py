@@ -9,35 +9,42 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
-from octavo.ops import reference
+from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
+from octavo.kvcache import LayerCache
+from octavo.ops import ahead, reference
 from octavo.ops.contract import (
     Activation,
+    CodeFormat,
     Cut,
     DecoderParts,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    Operand,
     PackedWeight,
     Product,
     Quantized,
+    Reader,
+    Rope,
     Unscaled,
 )
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "PackedWeight", "Product", "Quantized",
-    "Unscaled", "attend", "attention", "bind", "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse",
-    "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate",
-    "silu_mul", "table", "write_kv",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
+    "Product", "Quantized", "Reader", "Rope", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind",
+    "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear",
+    "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -46,7 +53,7 @@ _OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_m
 
 
 _bound: dict[str, Callable[..., Any]] = {}
-_compile_ahead: Callable[[], AbstractContextManager[None]] = nullcontext
+_compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight]], bool]
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
@@ -66,7 +73,7 @@ def bind(platform: Platform) -> None:
     global _compile_ahead, _capture, _captures, _fuse
     with _lock:
         _table.clear()
-        _compile_ahead = getattr(preferred, "compile_ahead", nullcontext)
+        _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
         _capture = getattr(preferred, "capture", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
@@ -84,9 +91,9 @@ def bind(platform: Platform) -> None:
 
 
 def compile_ahead() -> AbstractContextManager[None]:
-    """Within it kernels are compiled, side by side, and none is launched: what ops give is worthless.
+    """Within it kernels are compiled, side by side, and none is launched, nor a collective: what ops give is worthless.
 
-    Where there is nothing to compile it does nothing.
+    It is this thread's. Where there is nothing to compile, only collectives are left out.
     """
     return _compile_ahead()
 
@@ -124,7 +131,10 @@ def table() -> dict[str, str]:
 
 
 def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too."""
+    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too.
+
+    Raises OctavoError, with every implementation's reason, where none does.
+    """
     refused: list[str] = []
     for implementation in _linear:
         if (reason := implementation.supports(q, platform)) is None:
@@ -134,122 +144,103 @@ def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWe
                 packed.keep(q)
             return packed
         refused.append(f"not {implementation.name}: {reason}")
-    raise AssertionError("the reference supports every weight")
+    raise OctavoError(f"no product here takes a weight of {q.scheme.name}: {'; '.join(refused)}.")
 
 
-def linear(x: Activation, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    With an FP8 weight, x is quantized as the weight's scheme says and the sum is taken in FP32 over the products of codes.
+    With an FP8 weight, x is quantized as the weight's scheme says, where it does not have such codes, and the sum is taken in
+    FP32 over the products of codes.
     """
     y = w(x)
     return y if bias is None else y.add_(bias)
 
 
-def linear_unscaled(x: Activation, w: PackedWeight) -> Product:
+def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
     """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
     return w.unscaled(x)
 
 
+def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The sum of x over ranks, which may be written into x. Within compile_ahead x, since ranks compile alone."""
+    return x if ahead.is_on() else tp.all_reduce(x)
+
+
+def all_gather(x: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
+    """Every rank's x, side by side along `dim`, in the order of ranks. Within compile_ahead this rank's alone, repeated."""
+    return torch.cat([x] * tp.size, dim) if ahead.is_on() else tp.all_gather(x, dim)
+
+
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
 
-    The first may be Quantized where `feeds`, the weight that it is multiplied by next, reads such.
+    `readers` are all that read the first, weights or None for a reader of dense values; without any there are dense values.
+    Where all read the same codes, and this platform's op makes such, there are codes alone; where some do, there are both;
+    where readers want different codes, there are dense values, of which each makes its own.
     """
-    return _bound["rms_norm"](x, weight, eps, residual, feeds)  # type: ignore[no-any-return]
+    return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Activation:
-    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], Quantized where `feeds` reads such."""
-    return _bound["silu_mul"](x, feeds)  # type: ignore[no-any-return]
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], for `readers` as `rms_norm` has them."""
+    return _bound["silu_mul"](x, readers)  # type: ignore[no-any-return]
 
 
-def gated_linear(x: Activation, w: PackedWeight, feeds: PackedWeight | None = None) -> Activation:
+def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
-    return _bound["gated_linear"](x, w, feeds)  # type: ignore[no-any-return]
+    return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding of x [T, H, D] in place of the first R dimensions; cos_sin is FP32 [positions, R], cosines first."""
-    return _bound["rotate"](x, cos_sin, positions)  # type: ignore[no-any-return]
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
+    """Rotary embedding of the first R dimensions of x [T, H, D] by rows [T] of cos_sin, FP32 [rows, R], cosines first."""
+    return _bound["rotate"](x, cos_sin, rows)  # type: ignore[no-any-return]
 
 
-def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) as the views' dtypes say.
 
-    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, or the token's and head's where the cache has a
-    place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
+    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, the head's, or the token's and head's where the
+    cache has a place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
     may be multiplied, by 0 too.
     """
-    _bound["write_kv"](views, slots, k, v, k_scale, v_scale)
+    _bound["write_kv"](cache, slots, k, v)
 
 
-def rope_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    views: Views,
-    slots: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
     """What lies between the QKV product and attention: norms of the query and key heads, `rotate`, `write_kv`.
 
     q [T, H, D], k and v [T, H', D]; returns the rotated queries.
     """
-    return _bound["rope_write_kv"](q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["rope_write_kv"](q, k, v, rope, cache, slots)  # type: ignore[no-any-return]
 
 
 def project(
-    x: Activation,
-    w: PackedWeight,
-    heads: int,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    views: Views,
-    batch: ForwardBatch,
-    window: int | None,
-    k_scale: float,
-    v_scale: float,
+    x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     """`linear` of x [T, K] by the weight of queries, keys and values, then `rope_write_kv`: the rotated queries [T, H, D].
 
     None, and nothing is written, where one launch does not compute both; `attend` takes what `linear` gives.
     """
-    return _bound["project"](x, w, heads, norms, cos_sin, views, batch, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["project"](x, w, heads, rope, cache, batch, window)  # type: ignore[no-any-return]
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
     """Causal attention of q [T, H, D] over the cache, which already holds this step's tokens: [T, H, D].
 
     Each request's query tokens are the last of its context. `window` limits a token to the last `window` positions, itself
-    included. Scores and sums are FP32.
+    included. Scores and sums are FP32. A request of one token whose context is empty pads a graph: zeros, and nothing is read.
     """
-    return _bound["attention"](q, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["attention"](q, cache, batch, scale, window)  # type: ignore[no-any-return]
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    views: Views,
-    batch: ForwardBatch,
-    scale: float,
-    window: int | None,
-    k_scale: float,
-    v_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
-    return _bound["attend"](q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)  # type: ignore[no-any-return]
+    return _bound["attend"](q, k, v, rope, cache, batch, scale, window)  # type: ignore[no-any-return]
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -277,16 +268,14 @@ def implementations() -> Sequence[LinearImplementation]:
 
 
 def _rope_then_attention(
-    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
-    window: int | None, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
-    q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-    return attention(q, views, batch, scale, window, k_scale, v_scale)
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
+) -> Tensor:
+    return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
 
 
 # What is made of other ops where a platform has nothing better, and how.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
-    "gated_linear": (lambda x, w, feeds: silu_mul(linear_unscaled(x, w), feeds), "linear_unscaled, then silu_mul"),
+    "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),
 }

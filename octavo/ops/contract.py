@@ -3,27 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.platform import Platform
 from octavo.quant import QTensor
+from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "Activation", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
-    "PackedWeight", "Product", "Quantized", "Unscaled",
+    "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
+    "Operand", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Unscaled", "codes_of", "not_taken", "values_of",
+    "wanted",
 ]  # fmt: skip
 
 
+class CodeFormat(NamedTuple):
+    """Which codes of activations [M, K] a product reads: their dtype, which of a token's values share a scale (ROW: all;
+    BLOCK: each 128), and their columns K'."""
+
+    dtype: torch.dtype
+    granularity: Granularity
+    width: int
+
+    @property
+    def groups(self) -> int:
+        """Scales of a token."""
+        return 1 if self.granularity is Granularity.ROW else -(-self.width // BLOCK)
+
+
 class Quantized(NamedTuple):
-    """What a linear layer with a scale a token reads: FP8 codes [M, K'] (columns past K are zero) and FP32 scales [M, 1]."""
+    """Activations as codes [M, K'] (columns past K are zero) with FP32 scales [M, groups]; one group where a token has one."""
 
     codes: Tensor
     scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What an op makes for those who read its result: dense values [M, K], codes of them, or both."""
+
+    dense: Tensor | None
+    quantized: Quantized | None = None
+
+    def values(self) -> Tensor:
+        """The dense values, which there are where some reader asked for them."""
+        assert self.dense is not None, "nobody was said to read the dense values"
+        return self.dense
+
+    @property
+    def tokens(self) -> int:
+        return len(self.values() if self.quantized is None else self.quantized.codes)
 
 
 class Unscaled(NamedTuple):
@@ -37,7 +72,7 @@ class Unscaled(NamedTuple):
     column: Tensor
 
 
-Activation = Tensor | Quantized
+Operand = Tensor | Activation  # of a product; a tensor is dense values
 Product = Tensor | Unscaled
 
 
@@ -60,19 +95,27 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class Rope(NamedTuple):
+    """What happens to query and key heads before attention: norms (None: none), then rotation of their first R dimensions by
+    the angles whose cosines, then sines, are in a token's row of cos_sin: FP32 [rows, R]. rows: int64 [T]."""
+
+    norms: HeadNorms | None
+    cos_sin: Tensor
+    rows: Tensor
+
+
 class PackedWeight:
     """A weight laid out for the implementation that multiplies by it."""
 
     held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
-    reads: torch.dtype | None = None  # set, it also takes Quantized activations of this dtype
-    width: int = 0  # columns that such codes must have
+    reads: CodeFormat | None = None  # set, it also takes such codes
     stored: QTensor | None = None  # what `keep` was given
 
-    def __call__(self, x: Activation) -> Tensor:
+    def __call__(self, x: Operand) -> Tensor:
         """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
         raise NotImplementedError
 
-    def unscaled(self, x: Activation) -> Product:
+    def unscaled(self, x: Operand) -> Product:
         """The same product, for a reader that applies scales itself."""
         return self(x)
 
@@ -92,6 +135,30 @@ class PackedWeight:
         return sum(t.nbytes for t in (q.data, q.scale) if t is not None and t.untyped_storage().data_ptr() in own)
 
 
+Reader = PackedWeight | None  # of an op's result: a weight, or whatever reads dense values
+
+
+def wanted(readers: Sequence[Reader]) -> tuple[bool, CodeFormat | None]:
+    """Whether dense values are to be made for these, and which codes. Readers of different codes all read dense values."""
+    formats = {reader.reads for reader in readers if reader is not None and reader.reads is not None}
+    if len(formats) != 1:
+        return True, None
+    return any(reader is None or reader.reads is None for reader in readers), formats.pop()
+
+
+def values_of(x: Operand) -> Tensor:
+    """The dense values [M, K]."""
+    return x if isinstance(x, Tensor) else x.values()
+
+
+def codes_of(x: Operand, form: CodeFormat) -> Quantized | None:
+    """The codes in this format, where x has them."""
+    if isinstance(x, Tensor) or (found := x.quantized) is None:
+        return None
+    given = found.codes.dtype, found.codes.shape[1], found.scale.shape[1]
+    return found if given == (form.dtype, form.width, form.groups) else None
+
+
 def has_storage(t: Tensor) -> bool:
     return t.layout is torch.strided  # oneDNN's layouts have none
 
@@ -107,9 +174,7 @@ class LayerParts(NamedTuple):
     post_norm: Tensor
     norms: HeadNorms | None
     qkv_bias: Tensor | None
-    views: Views
-    k_scale: float
-    v_scale: float
+    cache: LayerCache
     window: int | None
 
     @property
@@ -145,12 +210,25 @@ class FusedDecoder(Protocol):
         """What the last layer leaves, [requests, hidden], of the embeddings x; keys and values are written to the cache."""
 
 
+# What an implementation of `linear` may take: a weight's dtype, the granularity of its scales, and of its activations'.
+Kind = tuple[WeightDType, Granularity | None, Granularity | None]
+PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
+FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
+FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)}
+
+
+def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
+    """None for a scheme of one of these kinds; for others, what the weight is."""
+    taken = (scheme.dtype, scheme.weight, scheme.activation) in kinds
+    return None if taken else f"the weight is {scheme.kind}"
+
+
 class LinearImplementation(Protocol):
     """One way to multiply by a QTensor."""
 
     name: str
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        """None, or why not."""
+        """None, or why not. It takes what it names, by dtype and granularity, and nothing else."""
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...

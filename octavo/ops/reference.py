@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
-from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight, Product, Unscaled
+from octavo.kvcache import LayerCache
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    PLAIN,
+    Activation,
+    Cut,
+    Operand,
+    PackedWeight,
+    Product,
+    Reader,
+    Rope,
+    Unscaled,
+    not_taken,
+    values_of,
+)
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
@@ -51,10 +67,9 @@ class Dequantized(PackedWeight):
         self.q = q
         self.held_bytes = q.nbytes
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
-        q = self.q
-        if q.scale is None:
+    def __call__(self, x: Operand) -> Tensor:
+        x, q = values_of(x), self.q
+        if not q.scheme.quantized:
             return x @ q.data.to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
         if q.scheme.activation is Granularity.BLOCK:
@@ -71,7 +86,9 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return None
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in FP8_MAX else None
 
     def pack(self, q: QTensor, platform: Platform) -> Dequantized:
         return Dequantized(q)
@@ -87,25 +104,29 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
     x = scaled(x)
     if residual is not None:
         x = x + residual
+    return Activation(normed(x, weight, eps)), x
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = x.float()
     mean_square = torch.linalg.vecdot(values, values).div_(x.shape[-1]).unsqueeze(-1)
-    return (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight, x
+    y: Tensor = (values * mean_square.add_(eps).rsqrt_()).to(x.dtype) * weight
+    return y
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor:
-    x = scaled(x)
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+    gate, up = scaled(x).chunk(2, -1)
+    return Activation(F.silu(gate) * up)
 
 
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, -1)
+    cos, sin = cos_sin[rows].unsqueeze(1).chunk(2, -1)
     a, b = x[..., : 2 * half].float().chunk(2, -1)
     out = torch.empty_like(x)
     out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
@@ -114,10 +135,11 @@ def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    views = cache.views
     block_size = views["k"].shape[1]
     block, offset = slots // block_size, slots % block_size
-    for name, values, layer_scale in (("k", k, k_scale), ("v", v, v_scale)):
+    for name, values, layer_scale in (("k", k, cache.k_scale), ("v", v, cache.v_scale)):
         # One request's NaN or infinity must not outlive it in the block that another gets: scores of what is masked are
         # still computed, and have to be finite.
         view, values = views[name], values.nan_to_num(0.0, posinf=0.0, neginf=0.0)
@@ -125,7 +147,7 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
             view[block, offset] = values.to(view.dtype)
             continue
         limit = FP8_MAX[view.dtype]
-        scale: Tensor | float = layer_scale
+        scale = layer_scale.view(-1, 1)
         if (scales := views.get(f"{name}_scale")) is not None:
             scale = (values.float().abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
             scales[block, offset] = scale.squeeze(-1)
@@ -133,39 +155,26 @@ def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, 
         view.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
 
 
-def rope_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    views: Views,
-    slots: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
-    q, k = normed_and_rotated(q, k, norms, cos_sin, positions)
-    write_kv(views, slots, k, v, k_scale, v_scale)
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
+    q, k = normed_and_rotated(q, k, rope)
+    write_kv(cache, slots, k, v)
     return q
 
 
-def normed_and_rotated(
-    q: Tensor, k: Tensor, norms: HeadNorms | None, cos_sin: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    if norms is not None:
-        q, k = rms_norm(q, norms.q, norms.eps)[0], rms_norm(k, norms.k, norms.eps)[0]
-    return rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
+def normed_and_rotated(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    if (norms := rope.norms) is not None:
+        q, k = normed(q, norms.q, norms.eps), normed(k, norms.k, norms.eps)
+    return rotate(q, rope.cos_sin, rope.rows), rotate(k, rope.cos_sin, rope.rows)
 
 
-def read_kv(views: Views, name: str, block_ids: Tensor, length: int, layer_scale: float) -> Tensor:
+def read_kv(cache: LayerCache, name: str, block_ids: Tensor, length: int) -> Tensor:
     """The first `length` keys or values of the blocks, FP32 [length, H, D]."""
-    view = views[name]
+    view = cache.views[name]
     if view.dtype not in FP8_MAX:
         return view[block_ids].flatten(0, 1)[:length].float()
     codes = view.view(torch.uint8)[block_ids].flatten(0, 1)[:length]
-    scale: Tensor | float = layer_scale
-    if (scales := views.get(f"{name}_scale")) is not None:
+    scale = (cache.k_scale if name == "k" else cache.v_scale).view(-1, 1)
+    if (scales := cache.views.get(f"{name}_scale")) is not None:
         scale = scales[block_ids].flatten(0, 1)[:length].unsqueeze(-1)
     return codes.view(view.dtype).float() * scale
 
@@ -174,17 +183,18 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
     return longest
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
     out = torch.empty_like(q)
     heads = q.shape[1]
     start = 0
     for row, (query_len, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
         part = slice(start, start + query_len)
+        start += query_len
+        if context == 0:  # the row pads a graph
+            out[part] = 0
+            continue
         blocks = batch.block_tables[row, : -(-context // batch.block_size)].long()
-        k = read_kv(views, "k", blocks, context, k_scale)
-        v = read_kv(views, "v", blocks, context, v_scale)
+        k, v = (read_kv(cache, name, blocks, context) for name in ("k", "v"))
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[part].float(), k) * scale
         at = torch.arange(context - query_len, context, device=q.device)[:, None]
@@ -194,7 +204,6 @@ def attention(
             hidden |= key <= at - window
         scores = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[part] = torch.einsum("hqk,khd->qhd", scores, v).to(q.dtype)
-        start += query_len
     return out
 
 

@@ -14,5 +14,4 @@ __all__ = [
 
 
 def configure(platform: Platform) -> None:
-    """No dependent launch here, and copies go through registers."""
-    launch.configure(platform, dependent=False, stages=2)
+    launch.configure(platform)

@@ -1,19 +1,31 @@
-"""FP8: what a scheme is, how one weight is stored, and how checkpoints spell it."""
+"""What a scheme is, how one weight is stored, and how checkpoints spell it."""
 
 from octavo.quant.qtensor import QTensor, concat, dequantize, quantize
 from octavo.quant.rules import QuantRules
-from octavo.quant.scheme import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SCHEMES, Granularity, Scheme
+from octavo.quant.scheme import (
+    BF16,
+    FP8_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    INT4,
+    SCHEMES,
+    Granularity,
+    Scheme,
+    WeightDType,
+)
 
 __all__ = [
     "BF16",
     "FP8_BLOCK",
     "FP8_PER_CHANNEL",
     "FP8_PER_TENSOR",
+    "INT4",
     "SCHEMES",
     "Granularity",
     "QTensor",
     "QuantRules",
     "Scheme",
+    "WeightDType",
     "concat",
     "dequantize",
     "quantize",

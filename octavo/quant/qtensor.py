@@ -1,6 +1,6 @@
-"""One stored weight: FP8 codes, their scales, and the logical shape that padding hides.
+"""One stored weight: its codes, their scales, and the logical shape that padding hides.
 
-A code c stands for c * scale. Codes are round-to-nearest-even of w / scale, computed in FP32: dividing in BF16, as some
+An FP8 code c stands for c * scale. Codes are round-to-nearest-even of w / scale, computed in FP32: dividing in BF16, as some
 tools do, rounds twice and costs 0.6-0.8% of the error. The scale is amax / 448, amax over the values that share it.
 """
 
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.errors import OctavoError
 from octavo.platform import FP8_MAX
-from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme
+from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "scale_shape", "weight_amax"]
 
@@ -27,10 +28,12 @@ DEVICE_CHUNK = 1 << 26
 class QTensor:
     """A weight [N, K] as stored.
 
-    data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's
-        FP8 units take; the padding is zero and nobody above `ops` learns of it.
+    data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's FP8
+        units take; the padding is zero and nobody above `ops` learns of it. Of other dtypes, codes packed as their kernel
+        reads them.
     scale: FP32 [N, 1], or a grid [ceil(N/128), ceil(K/128)] of tiles, or [N, ceil(K/128)] where matrices whose heights are
-        not multiples of 128 are stacked. None for BF16. Never a scalar: a stack of matrices then needs no special case.
+        not multiples of 128 are stacked, or [N, K / group] of groups. None for BF16. Never a scalar: a stack of matrices then
+        needs no special case.
     """
 
     data: Tensor
@@ -44,9 +47,9 @@ class QTensor:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def padded(self, multiple: int) -> QTensor:
-        """The same weight with both dimensions of `data` rounded up to `multiple`, filled with zeros."""
+        """The same weight with both dimensions of FP8 `data` rounded up to `multiple`, filled with zeros."""
         n, k = self.data.shape
-        if self.scale is None or (n % multiple == 0 and k % multiple == 0):
+        if self.scheme.dtype is not WeightDType.FP8 or (n % multiple == 0 and k % multiple == 0):
             return self
         data = torch.zeros(n + -n % multiple, k + -k % multiple, dtype=torch.uint8, device=self.data.device)
         data[:n, :k] = self.data.view(torch.uint8)
@@ -54,11 +57,11 @@ class QTensor:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows `ids` [T] (int32 or int64) as `dequantize` has them, rounded to `dtype`: [T, K]. Never waits for the device."""
-        if self.scale is None:
+        if (scale := _fp8_scale(self)) is None:
             return F.embedding(ids, self.data).to(dtype)
         n, k = self.shape
         codes = F.embedding(ids, self.data.view(torch.uint8))[:, :k].view(self.data.dtype)  # torch gathers bytes, not FP8
-        scale = F.embedding(ids if self.scale.shape[0] == n else ids // BLOCK, self.scale)
+        scale = F.embedding(ids if scale.shape[0] == n else ids // BLOCK, scale)
         if scale.shape[1] > 1:
             scale = scale.unsqueeze(2).expand(-1, -1, BLOCK).flatten(1)[:, :k]
         return codes.to(dtype).mul_(scale)  # BF16 holds every code exactly, so the product in FP32 is rounded once
@@ -72,11 +75,14 @@ def quantize(
 ) -> QTensor:
     """Quantize a weight [N, K] of any float dtype.
 
-    `max_reduce` agrees on the amax with the ranks that hold the other parts of the values sharing a scale.
+    `max_reduce` agrees on the amax with the ranks that hold the other parts of the values sharing a scale. Raises OctavoError
+    for a scheme that is neither BF16 nor FP8.
     """
     n, k = w.shape
-    if not scheme.quantized:
+    if scheme.dtype is WeightDType.BF16:
         return QTensor(w, None, scheme, (n, k))
+    if scheme.dtype is not WeightDType.FP8:
+        raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8 or fp8_block.")
     if w.is_meta:  # no values, no codes; torch would import its compiler for arithmetic on them
         scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
         return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))
@@ -150,12 +156,21 @@ def _rows_of(scale: Tensor, rows: slice, shape: Sequence[int]) -> Tensor:
 
 
 def dequantize(q: QTensor) -> Tensor:
-    """The values [N, K] that the codes stand for, FP32 (a BF16 weight comes back as it is)."""
-    if q.scale is None:
+    """The values [N, K] that FP8 codes stand for, FP32 (a BF16 weight comes back as it is)."""
+    if (scale := _fp8_scale(q)) is None:
         return q.data
     n, k = q.shape
-    values: Tensor = q.data[:n, :k].float() * expand_scale(q.scale, q.shape)
+    values: Tensor = q.data[:n, :k].float() * expand_scale(scale, q.shape)
     return values
+
+
+def _fp8_scale(q: QTensor) -> Tensor | None:
+    """The scales of FP8 codes; None for values that have none. Raises OctavoError for codes of another dtype."""
+    if q.scheme.dtype is WeightDType.BF16:
+        return None
+    if q.scheme.dtype is not WeightDType.FP8 or q.scale is None:
+        raise OctavoError(f"a weight of {q.scheme.kind} is not made values of; store it in FP8 or BF16.")
+    return q.scale
 
 
 def concat(parts: Sequence[QTensor]) -> QTensor:

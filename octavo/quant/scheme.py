@@ -1,4 +1,4 @@
-"""A scheme says which values share a scale: of a weight, and of the activations it meets.
+"""A scheme says what a weight's values are stored as, and which share a scale: of the weight, and of the activations it meets.
 
 FP8 has 3 mantissa bits, so a value is stored to within 1/16 of itself, but only over a range of about 2^18 (e4m3).
 A scale moves a group of values into that range. The smaller the group, the less one outlier costs the others:
@@ -11,6 +11,8 @@ A scale moves a group of values into that range. The smaller the group, the less
 
 A channel's or a token's scale can be applied after the matrix product, so those two run at full speed on FP8 matrix
 units. A tile's scale must be applied to every partial sum of 128 products.
+
+INT4 is not among those that a user asks for: some checkpoints store experts so, with a scale for each 32 values of a row.
 """
 
 from __future__ import annotations
@@ -18,9 +20,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "SCHEMES", "Granularity", "Scheme"]
+__all__ = [
+    "BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "INT4", "SCHEMES",
+    "Granularity", "Scheme", "WeightDType",
+]  # fmt: skip
 
-BLOCK = 128  # side of a tile and length of a group
+BLOCK = 128  # side of a tile and length of a group of activations
+
+
+class WeightDType(Enum):
+    """What a weight's values are stored as."""
+
+    BF16 = "bf16"  # or whatever the model computes in: the values themselves
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 class Granularity(Enum):
@@ -28,24 +41,48 @@ class Granularity(Enum):
 
     TENSOR = "tensor"
     ROW = "row"  # an output channel of a weight, a token of activations
-    BLOCK = "block"
+    BLOCK = "block"  # a 128x128 tile of a weight, 128 values of a token
+    GROUP = "group"  # `Scheme.group` values of a weight's row
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Scale granularity of weights and of activations; None keeps the weight as it is."""
+    """A weight's dtype, and the granularity of its scales and of its activations'; None: there are no scales.
+
+    `group` is the length of a weight's groups, 0 without them. Raises ValueError for what contradicts itself.
+    """
 
     name: str
+    dtype: WeightDType = WeightDType.BF16
     weight: Granularity | None = None
     activation: Granularity | None = None
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.dtype is WeightDType.BF16) != (self.weight is None):
+            raise ValueError(f"{self.name}: values have no scale, codes need one")
+        if (self.weight is Granularity.GROUP) != (self.group > 0):
+            raise ValueError(f"{self.name}: a group's length belongs to scales a group, and to no others")
 
     @property
     def quantized(self) -> bool:
-        return self.weight is not None
+        """Whether the weight is stored as codes of whatever dtype, with scales."""
+        return self.dtype is not WeightDType.BF16
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words: "fp8 with a scale a row, activations with a scale a row"."""
+        if self.weight is None:
+            return self.dtype.value
+        length = f" of {self.group}" if self.weight is Granularity.GROUP else ""
+        activations = "as they are" if self.activation is None else f"with a scale a {self.activation.value}"
+        return f"{self.dtype.value} with a scale a {self.weight.value}{length}, activations {activations}"
 
 
+_FP8, _ROW, _BLOCK = WeightDType.FP8, Granularity.ROW, Granularity.BLOCK
 BF16 = Scheme("bf16")
-FP8_PER_TENSOR = Scheme("fp8", Granularity.TENSOR, Granularity.ROW)
-FP8_PER_CHANNEL = Scheme("ptpc_fp8", Granularity.ROW, Granularity.ROW)
-FP8_BLOCK = Scheme("fp8_block", Granularity.BLOCK, Granularity.BLOCK)
-SCHEMES = {scheme.name: scheme for scheme in (BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK)}
+FP8_PER_TENSOR = Scheme("fp8", _FP8, Granularity.TENSOR, _ROW)
+FP8_PER_CHANNEL = Scheme("ptpc_fp8", _FP8, _ROW, _ROW)
+FP8_BLOCK = Scheme("fp8_block", _FP8, _BLOCK, _BLOCK)
+INT4 = Scheme("int4", WeightDType.INT4, Granularity.GROUP, None, group=32)
+SCHEMES = {scheme.name: scheme for scheme in (BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK)}  # that a user may ask for

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError
 from octavo.ops import PackedWeight
 from octavo.ops.contract import has_storage
-from octavo.quant import QTensor
+from octavo.quant import QTensor, Scheme
 
 __all__ = ["held", "refill"]
 
@@ -57,8 +57,8 @@ def _move(new: Any, old: Any, where: str) -> bool:
             complete = False
         elif isinstance(value, (Tensor, *_HOLDERS)) and mine is not None:
             complete = _move(value, mine, where) and complete
-        elif isinstance(value, (int, float, tuple, str)) and value != mine:
-            raise _other(where, f"{name} {value} where {mine} was")
+        elif isinstance(value, Scheme) and value != mine:
+            raise _other(where, f"{value.name} where {mine.name} was")
     return complete
 
 

@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
-from octavo.quant.scheme import BF16, Granularity
+from octavo.quant.scheme import BF16, Granularity, WeightDType
 from octavo.weights.in_place import held, refill
 from octavo.weights.sources import Source
 
@@ -29,8 +29,9 @@ __all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "check_read", "is_tied", "l
 
 @dataclass
 class GroupReport:
-    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme."""
+    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme, whose dtype is `dtype`."""
 
+    dtype: WeightDType
     tensors: int = 0
     values: int = 0  # parameters; what a tied head has is the embedding's, here and below
     dense: int = 0  # what is stored here would take this many bytes in BF16
@@ -40,13 +41,13 @@ class GroupReport:
 
 @dataclass
 class LoadReport:
-    """What was loaded: (role, scheme) -> GroupReport."""
+    """What was loaded: (role, name of a scheme) -> GroupReport."""
 
     groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, path: str, scheme: str, values: int, stored: int, held: int) -> None:
-        group = self.groups.setdefault((role_of(path), scheme), GroupReport())
+    def add(self, path: str, scheme: Scheme, values: int, stored: int, held: int) -> None:
+        group = self.groups.setdefault((role_of(path), scheme.name), GroupReport(scheme.dtype))
         group.tensors += 1
         group.values += values
         group.dense += 2 * values
@@ -58,9 +59,9 @@ class LoadReport:
         if text not in self.notes:
             self.notes.append(text)
 
-    def total(self, what: str, *, quantized_only: bool = False) -> int:
-        """Sum of a GroupReport's field over all groups, or over those stored in FP8."""
-        return sum(getattr(g, what) for (_, scheme), g in self.groups.items() if not quantized_only or scheme != "bf16")
+    def total(self, what: str, dtype: WeightDType | None = None) -> int:
+        """Sum of a GroupReport's field over all groups, or over those stored in `dtype`."""
+        return sum(getattr(g, what) for g in self.groups.values() if dtype in (None, g.dtype))
 
 
 def role_of(path: str) -> str:
@@ -112,7 +113,7 @@ class Loader:
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
         """A norm, bias or embedding in the model's dtype, not quantized."""
         tensor = self.read(name, shape, shard).to(self.dtype)
-        self.report.add(self.prefix + name, "bf16", tensor.numel(), tensor.nbytes, tensor.nbytes)
+        self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 
     def weight(
@@ -131,7 +132,7 @@ class Loader:
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
         packed = self.pack(q.padded(self.platform.fp8_alignment), self.platform, looked_up=looked_up)
-        self.report.add(self.prefix + names[0], q.scheme.name, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
+        self.report.add(self.prefix + names[0], q.scheme, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
         return packed
 
     def stacked(
@@ -164,7 +165,7 @@ class Loader:
             return matrix
         q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
         packed = self.pack(q, self.platform)
-        self.report.add("lm_head", "bf16", 0, 0, packed.held_bytes - packed.shared_bytes(q))
+        self.report.add("lm_head", BF16, 0, 0, packed.held_bytes - packed.shared_bytes(q))
         return packed
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:

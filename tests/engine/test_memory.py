@@ -193,11 +193,11 @@ def test_a_note_reaches_the_report(shape):
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read():
-    check_weights(cuda(free=20), 19 << 30, quantized=True)
+    check_weights(cuda(free=20), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"would take 19\.00 GiB.*1 byte.*18\.00 GiB is free.*--tensor-parallel-size"):
-        check_weights(cuda(free=18), 19 << 30, quantized=True)
+        check_weights(cuda(free=18), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
-        check_weights(cuda(free=20), 19 << 30, quantized=False)
+        check_weights(cuda(free=20), 19 << 30, fp8=False)
 
 
 FREED = """
@@ -218,7 +218,7 @@ print(full - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives back by itself or not at all")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc: another C library keeps no memory")
 def test_freed_memory_goes_back_to_the_system():
     """Also where things that are kept lie between: 95 MiB of buffers under the size that has pages of its own."""
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)

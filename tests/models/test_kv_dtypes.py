@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import batch
+from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCache, spec_for
+from octavo.layers.attention import PagedAttention
+from octavo.layers.rope import RotaryEmbedding, rope_parameters
 from octavo.platform import Platform
+from octavo.quant import BF16, QuantRules
+from octavo.quant.formats import WHOLE, Shard
+from octavo.weights import Loader, SafetensorsSource
 
 CPU = Platform(torch.device("cpu"), "test", widened_dtype=torch.float32)
 FNUZ = dataclasses.replace(CPU, fp8_dtype=torch.float8_e4m3fnuz)
@@ -109,13 +116,13 @@ def test_scales_come_from_the_checkpoint(
         layers = load_model(checkpoint, kv="fp8_e4m3", on=on).model.attention_layers()
         for i, layer in enumerate(layers):
             assert layer.scales_from_checkpoint
-            assert layer.k_scale == pytest.approx((0.02 + i) * factor)
-            assert layer.v_scale == pytest.approx(((0.02 if k_name == v_name else 0.03) + i) * factor)
+            assert layer.k_scale.tolist() == pytest.approx([(0.02 + i) * factor])
+            assert layer.v_scale.tolist() == pytest.approx([((0.02 if k_name == v_name else 0.03) + i) * factor])
 
 
 def test_scales_are_one_without_any(checkpoint: Path, load_model: LoadModel) -> None:
     for layer in load_model(checkpoint, kv="fp8_e4m3", on=CPU).model.attention_layers():
-        assert (layer.k_scale, layer.v_scale, layer.scales_from_checkpoint) == (1.0, 1.0, False)
+        assert (layer.k_scale.tolist(), layer.v_scale.tolist(), layer.scales_from_checkpoint) == ([1.0], [1.0], False)
 
 
 def test_scales_are_used(checkpoint: Path, load_model: LoadModel) -> None:
@@ -143,7 +150,7 @@ def test_measured_scales_fit_what_was_seen(checkpoint: Path, load_model: LoadMod
     loaded.logits(IDS)
     used = 1 + len(IDS) // loaded.block_size
     for layer in layers:
-        codes = layer.views["k"][1 : 1 + used].float(), layer.views["v"][1 : 1 + used].float()
+        codes = [layer.cache.views[name][1 : 1 + used].float() for name in "kv"]
         assert [float(c.abs().max()) for c in codes] == [448.0, 448.0]
         assert layer.k_scale != layer.v_scale
 
@@ -152,3 +159,107 @@ def test_other_scales_in_the_checkpoint_are_no_strangers(checkpoint: Path, load_
     one = torch.tensor(1.0)
     add(checkpoint, **{"model.layers.0.self_attn.q_scale": one, "model.layers.1.self_attn.q_proj.output_scale": one.clone()})
     load_model(checkpoint, on=CPU)
+
+
+@pytest.mark.parametrize("on", [CPU, FNUZ], ids=["e4m3fn", "e4m3fnuz"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_scales_of_heads_come_from_the_checkpoint(count: int, on: Platform, checkpoint: Path, load_model: LoadModel) -> None:
+    """As many as the model has KV heads, which is 2, are kept; of another number the largest is the layer's."""
+    stored = torch.rand(count, 1).double() * 0.1 + 0.01
+    add(checkpoint, **{f"model.layers.1.self_attn.{x}_scale": stored * (1 + (x == "v")) for x in "kv"})
+    first, layer, _ = load_model(checkpoint, kv="fp8_e4m3", on=on).model.attention_layers()
+    wanted = stored.flatten() if count == COMMON["num_key_value_heads"] else stored.max().view(1)
+    wanted = wanted * (2 if on is FNUZ else 1)
+    for found, by in ((layer.k_scale, 1), (layer.v_scale, 2)):
+        assert (found.dtype, found.device) == (torch.float32, on.device)
+        torch.testing.assert_close(found, (wanted * by).float())
+    assert (first.k_scale.tolist(), first.scales_from_checkpoint) == ([1.0], False)
+
+
+def test_scales_of_heads_are_used(checkpoint: Path, load_model: LoadModel) -> None:
+    """Where one head's keys and values take other scales than the other's, one scale for both costs more."""
+    stored = load_file(checkpoint / "model.safetensors")
+    for name, w in stored.items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            w[:16] *= 1e-5  # the first head's: of one scale with the other they would all be 0
+    save_file(stored, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    full = load_model(checkpoint, on=CPU)
+    wide = full.logits(IDS)
+    errors = []
+    for scale in ([3e-7, 0.01], 0.01):
+        add(checkpoint, **{f"model.layers.{i}.self_attn.{x}_scale": torch.tensor(scale) for i in range(3) for x in "kv"})
+        loaded = load_model(checkpoint, kv="fp8_e4m3", on=CPU)
+        loaded.logits(IDS)
+        layer, value = loaded.model.attention_layers()[0], full.cache.views[0]["v"]
+        found = layer.cache.views["v"].float() * layer.v_scale.view(-1, 1)
+        errors.append(relative_error(found[..., 0, :], value[..., 0, :].float()))
+        assert relative_error(loaded.logits(IDS), wide) < COST["fp8_e4m3"][1]
+    assert errors[0] < 0.05
+    assert errors[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "parts"), [(2, 4, [[0, 1], [2, 3]]), (4, 2, [[0], [0], [1], [1]]), (2, 2, [[0], [1]])]
+)
+def test_a_rank_has_the_scales_of_its_heads(size: int, count: int, parts: list[list[int]], tmp_path: Path) -> None:
+    """As QKVLinear splits the heads; a part for each rank, of which several may have the same."""
+    save_file({"k_scale": torch.arange(count) + 1.0, "v_scale": torch.arange(count) + 5.0}, tmp_path / "model.safetensors")
+    for rank, part in enumerate(parts):
+        tp = TensorParallel(rank, size)
+        layer = PagedAttention(8, tp.part(count), 16, 0.25, RotaryEmbedding(16, rope_parameters({}), 64, 64))
+        layer.load(Loader(SafetensorsSource(tmp_path), CPU, QuantRules(BF16), torch.float32, tp))
+        assert layer.k_scale.tolist() == [i + 1.0 for i in part]
+        assert layer.v_scale.tolist() == [i + 5.0 for i in part]
+
+
+def test_scales_are_loaded_without_looking_at_them(tmp_path: Path) -> None:
+    """A loader that has no values, only shapes."""
+    save_file({"k_scale": torch.ones(2), "v_scale": torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    meta = dataclasses.replace(CPU, device=torch.device("meta"))
+
+    class Shapes(Loader):
+        def read(self, name: str, shape: Sequence[int] | None, shard: Shard = WHOLE, part: slice | None = None) -> torch.Tensor:
+            return torch.empty(self.stored_shape(name), device="meta")
+
+    layer = PagedAttention(8, 2, 16, 0.25, RotaryEmbedding(16, rope_parameters({}), 64, 64))
+    layer.load(Shapes(SafetensorsSource(tmp_path), meta, QuantRules(BF16), torch.float32))
+    assert [(s.device.type, s.shape) for s in (layer.k_scale, layer.v_scale)] == [("meta", (2,)), ("meta", (1,))]
+
+
+def test_measuring_leaves_the_scales_where_they_are(checkpoint: Path, load_model: LoadModel) -> None:
+    """Graphs, and the table of a kernel, hold their addresses."""
+    loaded = load_model(checkpoint, kv="fp8_e4m3", on=CPU)
+    layers = loaded.model.attention_layers()
+    before = [(layer.k_scale.data_ptr(), layer.v_scale.data_ptr()) for layer in layers]
+    for layer in layers:
+        layer.observe = True
+    loaded.logits(IDS)
+    for layer, places in zip(layers, before, strict=True):
+        assert (layer.k_scale.data_ptr(), layer.v_scale.data_ptr()) == places
+        assert layer.cache[1:] == (layer.k_scale, layer.v_scale)
+        assert 0 < float(layer.k_scale) != 1
+
+
+@pytest.mark.parametrize("chunks", [(33,), (5, 1, 20, 7)], ids=str)
+def test_a_span_s_rotary_rows_are_not_its_places(chunks: tuple[int, ...], checkpoint: Path, load_model: LoadModel) -> None:
+    """Shifted by 7, they give what a table shifted by 7 gives; a part of a request may have another shift than the rest."""
+    loaded = load_model(checkpoint, on=CPU)
+    blocks = list(range(1, 12))
+
+    rotary = loaded.model.attention_layers()[0].rotary
+    cos_sin = rotary.cos_sin
+
+    def hidden(delta: int, table_delta: int) -> torch.Tensor:
+        """Of all parts, the second and later ones shifted."""
+        start, found = 0, []
+        for length in chunks:
+            by, rolled = (0, 0) if start == 0 and len(chunks) > 1 else (delta, table_delta)
+            rotary.cos_sin = cos_sin.roll(-rolled, 0)
+            found.append(loaded.hidden([batch.Span(IDS[start : start + length], start, blocks, rotary_delta=by)]))
+            start += length
+        return torch.cat(found)
+
+    shifted = hidden(7, 0)
+    assert relative_error(shifted, hidden(0, 7)) < 1e-6
+    if len(chunks) > 1:  # attention sees no shift of all tokens
+        assert relative_error(shifted, hidden(0, 0)) > 1e-3

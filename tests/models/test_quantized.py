@@ -24,7 +24,7 @@ from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.models import llama
 from octavo.platform import Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, WeightDType, quantize
 from octavo.weights import Loader, SafetensorsSource, load
 
 # Sums and scales in FP32, so that what is compared is the scheme and not BF16's rounding.
@@ -293,11 +293,9 @@ def test_weight_bytes_do_not_depend_on_the_number_of_ranks(
     for rank in range(2):
         load_rank(tmp_path, scheme, Rank(rank, seen, agreed))
     halves = list(zip(watch.packed[: len(whole)], watch.packed[len(whole) :], strict=True))
-    for one, parts, matrices in zip(whole, halves, (3, 0, 2, 0, None), strict=True):  # qkv, o, gate-up, down, head
+    for one, parts, matrices in zip(whole, halves, (3, 0, 2, 0, 1), strict=True):  # qkv, o, gate-up, down, head
         data = [part.data.view(torch.uint8) for part in parts]
-        if matrices is None:  # every rank has all of the head
-            joined = data[0]
-        elif matrices == 0:
+        if matrices == 0:
             joined = torch.cat(data, 1)
         else:
             joined = torch.cat([half.chunk(matrices)[i] for i in range(matrices) for half in data])
@@ -308,10 +306,10 @@ def test_quantized_weights_take_half_of_bf16(tmp_path: Path, load_model: LoadMod
     """As stored, scales included; what a CPU holds is said beside it."""
     tiny(tmp_path, hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8, num_key_value_heads=4)
     report = load_model(tmp_path, FP8_PER_CHANNEL, dtype=torch.bfloat16, on=CPU).loader.report
-    values, stored = (report.total(what, quantized_only=True) for what in ("values", "stored"))
+    values, stored = (report.total(what, WeightDType.FP8) for what in ("values", "stored"))
     assert values == 3 * (512 * 512 * 2 + 512 * 256 * 2 + 3 * 512 * 1024)
     assert 0.5 < stored / (2 * values) < 0.51
-    assert report.total("held", quantized_only=True) >= 4 * values  # FP32 here
+    assert report.total("held", WeightDType.FP8) >= 4 * values  # FP32 here
 
 
 def test_quantize_is_what_the_loader_stores(tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:

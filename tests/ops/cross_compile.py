@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.ops.triton import argmax, block_linear, decode, elementwise, launch, linear, prefill, rope, sample
+from octavo.platform import Platform
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -44,17 +45,19 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     names = {"*bf16": "bfloat16", fp8: fp8.replace("*fp8", "float8")}
     fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
     limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
-    for scaled in (False, True):
-        product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32")
+    for scaled, both in ((False, False), (True, False), (True, True)):
+        kind = "_scaled" * scaled + "_both" * both
+        dense, unread = ({"dense": bf16}, {}) if both else ({}, {"dense": None})
+        product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32", **dense)
         yield (
-            f"norm_quant{'_scaled' * scaled}", elementwise._norm_quant,
+            f"norm_quant{kind}", elementwise._norm_quant,
             dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
                  **product),
-            dict(SCALED=scaled, ADD=True, QUANT=True, BLOCK=4096, **limit), {"num_warps": 8},
+            dict(SCALED=scaled, ADD=True, QUANT=True, BOTH=both, BLOCK=4096, **unread, **limit), {"num_warps": 8},
         )  # fmt: skip
         yield (
-            f"silu_mul_quant{'_scaled' * scaled}", elementwise._silu_mul_quant, product,
-            dict(SCALED=scaled, QUANT=True, BLOCK=16384, **limit), {"num_warps": 16},
+            f"silu_mul_quant{kind}", elementwise._silu_mul_quant, product,
+            dict(SCALED=scaled, QUANT=True, BOTH=both, BLOCK=16384, **unread, **limit), {"num_warps": 16},
         )  # fmt: skip
     yield (
         "quantize", elementwise._quantize,
@@ -83,15 +86,16 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
          "scale_token_stride", "table_width"), "i32"
     )  # fmt: skip
+    by_layer, by_head = {"K_STRIDE": 0, "V_STRIDE": 0}, {"K_STRIDE": 1, "V_STRIDE": 1}
     _, tokens, heads, warps = rope.TILES[-1]
-    for per_head in (False, True):
+    for kind, per_head, strides in (("", False, by_layer), ("_by_head", False, by_head), ("_per_head", True, by_layer)):
         yield (
-            f"rope_write_kv{'_per_head' * per_head}", rope._rope_write_kv,
+            f"rope_write_kv{kind}", rope._rope_write_kv,
             dict(q=bf16, k=bf16, v=bf16, q_out=bf16, k_cache=fp8, v_cache=fp8, k_scales=fp32, v_scales=fp32, q_norm=bf16,
-                 k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64, tokens="i32", eps="fp32", k_scale="fp32", v_scale="fp32",
+                 k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64, tokens="i32", eps="fp32", k_scale=fp32, v_scale=fp32,
                  q_stride="i32", k_stride="i32", v_stride="i32", **cache),
             dict(Q_HEADS=32, KV_HEADS=8, D=128, DP=128, R=128, HALF=64, BLOCK_SIZE=64, TOKENS=tokens, HEADS=heads,
-                 NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **limit),
+                 NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **strides, **limit),
             {"num_warps": warps},
         )  # fmt: skip
     for bm in (16, 32):
@@ -110,19 +114,20 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
             {"num_warps": 4 if bm == 16 else 8},
         )  # fmt: skip
-    new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, positions=i64, slots=i64)
+    new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64)
     for kind, kv, per_head, given in (
         ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
         ("fp8_new", fp8, False, new), ("per_head_new", fp8, True, new), ("bf16_new", bf16, False, new),
+        ("fp8_new_by_head", fp8, False, new),
     ):  # fmt: skip
         yield (
             f"decode_attention_{kind}", decode._decode_attention,
             dict(q=bf16, k=kv, v=kv, k_scales=fp32, v_scales=fp32, tables=i32, seq_lens=i32, out=bf16, parts=fp32, sums=fp32,
-                 counters=i32, qk_scale="fp32", v_scale="fp32", eps="fp32", k_by="fp32", v_by="fp32",
+                 counters=i32, qk_scale="fp32", k_scale=fp32, v_scale=fp32, eps="fp32",
                  q_stride="i32", kv_stride="i32", **given, **cache),
             dict(**({} if given else dict.fromkeys(new)), NEW=bool(given), R=128 if given else 0, NORM=bool(given),
-                 KV_LIMIT=limit["LIMIT"], FLOOR=1e-6, Q_HEADS=32, GROUP=4, ROWS=8 if kv == fp8 else 16, D=128, DP=128,
-                 BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
+                 KV_LIMIT=limit["LIMIT"], **(by_head if "by_head" in kind else by_layer), FLOOR=1e-6, Q_HEADS=32, GROUP=4,
+                 ROWS=8 if kv == fp8 else 16, D=128, DP=128, BLOCK_SIZE=64, TILE=64, SPLIT=True, WINDOW=0, PER_HEAD=per_head,
                  CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=2, PDL=pdl),
             {"num_warps": 4},
         )  # fmt: skip
@@ -133,23 +138,26 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  length="i32"),
             dict(D=128, DP=128, BLOCK_SIZE=64, TILE=128, PER_HEAD=kind == "bf16", BY_DIM=True, PDL=pdl), {"num_warps": 8},
         )  # fmt: skip
-    for kind, kv, dim in (("fp8", fp8, 128), ("bf16", bf16, 128), ("fp8_256", fp8, 256), ("bf16_256", bf16, 256)):
+    for kind, kv, dim in (
+        ("fp8", fp8, 128), ("bf16", bf16, 128), ("fp8_256", fp8, 256), ("bf16_256", bf16, 256), ("fp8_by_head", fp8, 128),
+    ):  # fmt: skip
         c = prefill._tiles(dim, torch.bfloat16 if kv == bf16 else torch.float8_e4m3fn)
         bn = c["BN"]
         name = names[kv].replace("bfloat", "bf").replace("float8", "fp8")
         yield (
             f"prefill_attention_{kind}", prefill._prefill_attention,
-            dict(q=bf16, k=f"tensordesc<{name}[{bn}, {dim}]>", out=bf16, tiles=i32, qk_scale="fp32", v_scale="fp32",
+            dict(q=bf16, k=f"tensordesc<{name}[{bn}, {dim}]>", out=bf16, tiles=i32, qk_scale="fp32", k_scale=fp32, v_scale=fp32,
                  v=f"tensordesc<{name}[{bn}, {dim}]>" if kv == bf16 else f"tensordesc<{name}[{dim}, {bn}]>", length="i32"),
             dict(Q_HEADS=32, GROUP=4, D=dim, DP=dim, BM=c["BM"], BN=c["BN"], WINDOW=0,
-                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"], STAGES=c["stages"], PDL=pdl),
+                 CODE=getattr(triton.language, names[kv]), LIMIT=limit["LIMIT"],
+                 **(by_head if "by_head" in kind else by_layer), STAGES=c["stages"], PDL=pdl),
             {"num_warps": c["warps"]} | ({"maxnreg": c["registers"]} if pdl else {}),
         )  # fmt: skip
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
-    launch._stages = 8 if target.startswith("sm") else 2  # as the platforms' modules say
-    launch._shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
+    launch.configure(Platform(torch.device("cpu"), target, multiprocessors=132, shared_memory=shared))
     for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
         if only and only not in name:
             continue

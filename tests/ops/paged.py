@@ -6,28 +6,29 @@ import pytest
 import torch
 
 from octavo import batch as batches
-from octavo.kvcache import KVCache, Layout, Views, spec_for
+from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import gpu
 from octavo.ops.hopper import attention
 from octavo.platform import detect
 from octavo.quant import SCHEMES, quantize
+from tests.ops.caches import layer_cache
 
 __all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "needs_hopper", "requests", "scene", "weight"]
 
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU (sm_90)"
 )
 
 K_SCALE, V_SCALE = 0.04, 0.02
 
 
-def cache_of(blocks: int, heads: int, kv: str = "fp8_e4m3", dim: int = 128, block: int = 64) -> Views:
+def cache_of(blocks: int, heads: int, kv: str = "fp8_e4m3", dim: int = 128, block: int = 64) -> LayerCache:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = spec_for(kv, heads, dim, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)
-    return KVCache([spec], blocks, block, device).views[0]
+    return layer_cache(KVCache([spec], blocks, block, device).views[0], K_SCALE, V_SCALE)
 
 
-def requests(rows: list[tuple[int, int]], kv_heads: int) -> tuple[Views, batches.ForwardBatch]:
+def requests(rows: list[tuple[int, int]], kv_heads: int) -> tuple[LayerCache, batches.ForwardBatch]:
     """A cache and the batch of requests of (tokens before this step, tokens in this step), whose blocks lie anywhere in it."""
     torch.manual_seed(0)
     needed = [-(-(before + n) // 64) for before, n in rows]
@@ -39,14 +40,15 @@ def requests(rows: list[tuple[int, int]], kv_heads: int) -> tuple[Views, batches
     return cache_of(sum(needed) + 3, kv_heads), batches.build(spans, 64, detect().device)
 
 
-def scene(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> tuple[Views, batches.ForwardBatch, torch.Tensor]:
+def scene(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> tuple[LayerCache, batches.ForwardBatch, torch.Tensor]:
     """A full cache, the batch of `requests`, their queries."""
     platform = detect()
     attention.configure(platform)
-    views, batch = requests(rows, kv_heads)
+    cache, batch = requests(rows, kv_heads)
     for name in "kv":
-        views[name].copy_((25 * torch.randn(views[name].shape, device=platform.device)).clamp(-448, 448))
-    return views, batch, torch.randn(batch.num_tokens, heads, 128, device=platform.device).bfloat16()
+        view = cache.views[name]
+        view.copy_((25 * torch.randn(view.shape, device=platform.device)).clamp(-448, 448))
+    return cache, batch, torch.randn(batch.num_tokens, heads, 128, device=platform.device).bfloat16()
 
 
 def weight(rows: int, columns: int) -> gpu.PackedScaledMM:
@@ -56,13 +58,14 @@ def weight(rows: int, columns: int) -> gpu.PackedScaledMM:
     return gpu.PackedScaledMM(quantize(w.bfloat16(), SCHEMES["ptpc_fp8"], torch.float8_e4m3fn).padded(16))
 
 
-def exact(q: torch.Tensor, views: Views, batch: batches.ForwardBatch) -> torch.Tensor:
+def exact(q: torch.Tensor, cache: LayerCache, batch: batches.ForwardBatch) -> torch.Tensor:
     """Of the cache's codes and unrounded queries."""
     out, row = torch.empty(q.shape, dtype=torch.float64, device=q.device), 0
     for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
         ids = batch.block_tables[request, : -(-context // 64)].long()
-        k, v = (views[name][ids].flatten(0, 1)[:context].double() for name in "kv")
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k * K_SCALE, v * V_SCALE))
+        k, v = (cache.views[name][ids].flatten(0, 1)[:context].double() for name in "kv")
+        k, v = k * cache.k_scale.view(-1, 1), v * cache.v_scale.view(-1, 1)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[row : row + count].double(), k) * q.shape[2] ** -0.5
         position = torch.arange(context - count, context, device=q.device)
         scores.masked_fill_(torch.arange(context, device=q.device) > position[:, None], float("-inf"))

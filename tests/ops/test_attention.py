@@ -12,12 +12,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import relative_error
+from ops.caches import Scale, layer_cache, with_padding
 from ops.shapes import BATCHES, HEADS
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, Array, Format, array, dequantize, quantize
 
 from octavo import batch as batches
 from octavo import ops
-from octavo.kvcache import KVCache, Layout, spec_for
+from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.platform import Platform, detect
 
@@ -39,19 +41,19 @@ class Scene:
     batch: batches.ForwardBatch
     cache: KVCache
     op: ModuleType
-    layer_scales: tuple[float, float]
+    layer: LayerCache
 
     @property
     def views(self) -> dict[str, torch.Tensor]:
-        return self.cache.views[0]
+        return self.layer.views
 
     def write(self, slots: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
         device = self.views["k"].device
-        self.op.write_kv(self.views, torch.tensor(slots, device=device), k.to(device), v.to(device), *self.layer_scales)
+        self.op.write_kv(self.layer, torch.tensor(slots, device=device), k.to(device), v.to(device))
 
     def attend(self, scale: float, window: int | None) -> torch.Tensor:
         q = torch.cat(self.queries).to(self.views["k"].device)
-        return self.op.attention(q, self.views, self.batch, scale, window, *self.layer_scales)
+        return self.op.attention(q, self.layer, self.batch, scale, window)
 
 
 def blocks_of(lengths: list[int]) -> list[list[int]]:
@@ -71,6 +73,7 @@ def scene(
     platform: Platform,
     op: ModuleType,
     dtype: torch.dtype = torch.float32,
+    scales: tuple[Scale, Scale] = (K_SCALE, V_SCALE),
 ) -> Scene:
     """Random requests whose caches hold what came before this step and this step's own tokens."""
     query_heads, kv_heads, dim = heads
@@ -86,7 +89,7 @@ def scene(
     batch = batches.build(spans, BLOCK_SIZE, platform.device)
     spec = spec_for(kv, kv_heads, dim, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
     cache = KVCache([spec], 2 * sum(lengths) + 9, BLOCK_SIZE, platform.device)
-    made = Scene(keys, values, queries, tables, batch, cache, op, (K_SCALE, V_SCALE))
+    made = Scene(keys, values, queries, tables, batch, cache, op, layer_cache(cache.views[0], *scales))
     spoil(made)
     for table, k, v in zip(tables, keys, values, strict=True):
         made.write([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(len(k))], k, v)
@@ -102,8 +105,8 @@ def spoil(made: Scene) -> None:
     made.write(list(range(slots)), k, v)
 
 
-def cached(x: torch.Tensor, kv: str, fp8: Format, scale: float) -> Array:
-    """What the cache gives back for x [tokens, heads, dim]."""
+def cached(x: torch.Tensor, kv: str, fp8: Format, scale: torch.Tensor) -> Array:
+    """What the cache gives back for x [tokens, heads, dim]; scale [1] or [heads]."""
     if kv == "auto":
         return array(x)
     if kv == "bfloat16":
@@ -112,8 +115,9 @@ def cached(x: torch.Tensor, kv: str, fp8: Format, scale: float) -> Array:
     if kv == "fp8_per_token_head":
         tile = (1, x.shape[-1])
         return dequantize(*quantize(flat, tile, fp8, floor=1 / (448 * 512)), tile, fp8).reshape(x.shape)
-    codes = fp8.nearest((flat.astype(np.float32) / np.float32(scale)).astype(np.float64))
-    return (fp8.values[codes] * scale).reshape(x.shape)
+    by = scale.cpu().numpy()[:, None]
+    codes = fp8.nearest((array(x).astype(np.float32) / by).astype(np.float64))
+    return fp8.values[codes] * by.astype(np.float64)
 
 
 def dense(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
@@ -133,7 +137,7 @@ def check(made: Scene, kv: str, fp8: Format, window: int | None, bound: float) -
     out = array(made.attend(0.3, window))
     expected = np.concatenate(
         [
-            dense(array(q), cached(k, kv, fp8, K_SCALE), cached(v, kv, fp8, V_SCALE), 0.3, window)
+            dense(array(q), cached(k, kv, fp8, made.layer.k_scale), cached(v, kv, fp8, made.layer.v_scale), 0.3, window)
             for q, k, v in zip(made.queries, made.keys, made.values, strict=True)
         ]
     )
@@ -158,6 +162,39 @@ implementations = pytest.mark.parametrize("op", [ops, reference], ids=["bound", 
 def test_batches(rows: str, window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
     fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
     check(scene(BATCHES[rows], (4, 2, 16), kv, platform, op), kv, fp8, window, within(2e-6, kv, op, platform))
+
+
+# Of keys and of values: one a layer, one a head, and one of each; values that are no powers of two.
+SCALES: dict[str, tuple[Scale, Scale]] = {
+    "layer": (0.0371, 1.913),
+    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
+    "keys by head": ([0.0131, 0.271], 0.0371),
+    "values by head": (0.271, [0.733, 0.0173]),
+}
+
+
+@implementations
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_scales_of_a_layer_and_of_heads(rows: str, scales: str, kv: str, op: ModuleType, platform: Platform) -> None:
+    fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
+    made = scene(BATCHES[rows], (4, 2, 16), kv, platform, op, scales=SCALES[scales])
+    check(made, kv, fp8, None, within(2e-6, kv, op, platform))
+
+
+@pytest.mark.parametrize("op", [ops, reference, CPU_ATTENTION], ids=["bound", "reference", "torch on a CPU"])
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_without_a_context_are_zeros(window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
+    """Rows that pad a graph, whose queries are anything, change nothing for the others."""
+    made = scene(BATCHES["decode"], (4, 2, 16), kv, detect("cpu") if op is CPU_ATTENTION else platform, op)
+    count, expected = len(made.queries), made.attend(0.3, window)
+    made.queries.append(torch.full((3, 4, 16), float("nan")))
+    made.batch = with_padding(made.batch, 3, scratch_block=0)
+    found = made.attend(0.3, window)
+    assert relative_error(found[:count], expected) < 1e-6  # torch adds up in another order
+    assert not found[count:].any()
 
 
 @implementations
@@ -193,9 +230,9 @@ def test_groups_cover_every_row_once_within_bounds(rows: str, monkeypatch: pytes
     monkeypatch.setattr(CPU_ATTENTION, "GROUP_VALUES", 1500)
     made = scene(BATCHES[rows], (4, 2, 16), "auto", detect("cpu"), ops)
     groups = CPU_ATTENTION._make_groups(made.batch, None, 32)
-    covered = [row for group_rows, _, _ in groups for row in range(group_rows.start, group_rows.stop)]
+    covered = [row for group_rows, *_ in groups for row in range(group_rows.start, group_rows.stop)]
     assert covered == list(range(made.batch.num_tokens))
-    shared = [table.shape for _, table, _ in groups if len(table) > 1]
+    shared = [table.shape for _, table, *_ in groups if len(table) > 1]
     assert all(count * (width - 1) * BLOCK_SIZE * 32 < 1500 for count, width in shared)
     if rows == "many":
         assert 1 < len(groups) < len(BATCHES[rows])

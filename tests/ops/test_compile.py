@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
 FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4"}
 MULTIPLIES_FP8 = {
     "small_linear_16", "small_linear_32", "block_linear_16", "block_linear_128", "decode_attention_fp8",
     "decode_attention_per_head", "decode_attention_fp8_new", "decode_attention_per_head_new", "prefill_attention_fp8",
-    "prefill_attention_fp8_256",
+    "prefill_attention_fp8_256", "decode_attention_fp8_new_by_head", "prefill_attention_fp8_by_head",
 }  # fmt: skip
 MULTIPLIES_BF16 = {"decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256"}
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
-SPILLS = {("sm_90", "prefill_attention_fp8"): 48}  # bytes
+SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes
 
 
 @cache

@@ -5,6 +5,7 @@ The ops are tested against references elsewhere. CUDA C++ cannot be interpreted:
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -14,18 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.batch import Span
+from octavo.batch import ForwardBatch, Span
 from octavo.config import EngineConfig
 from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import decoder_megakernel, megakernel_layers
+from tests.ops.caches import layer_cache
 
 CPU = torch.device("cpu")
 COMMON = dict(vocab_size=512, num_hidden_layers=1, max_position_embeddings=8192, rms_norm_eps=1e-5, torch_dtype="bfloat16")
@@ -66,7 +68,7 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
     return re.findall(r"STACK:(\d+)", found[0]), found[1]
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
@@ -83,9 +85,14 @@ def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytes
 
 def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.missing() is not None:
-        pytest.skip("needs NVRTC")
+        pytest.skip(f"needs NVRTC: {compiler.missing()}")
     with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
+
+
+def hopper(arch: str = "sm_90") -> Platform:
+    """As large as an H100."""
+    return Platform(CPU, arch, multiprocessors=132, shared_memory=227 << 10)
 
 
 def parts(**changes: Any) -> DecoderParts:
@@ -94,12 +101,13 @@ def parts(**changes: Any) -> DecoderParts:
     def weight(n: int, k: int) -> PackedScaledMM:
         return PackedScaledMM(quantize(torch.randn(n, k), FP8_PER_CHANNEL))
 
-    made = {"hidden": 512, "inter": 1408, "bias": None, "window": None, "dtype": torch.bfloat16, "kv": "auto"} | changes
+    made = {"hidden": 512, "inter": 1408, "bias": None, "window": None, "dtype": torch.bfloat16, "kv": "auto", "v_scale": 1.0}
+    made |= changes
     views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 2, 64, CPU).views[0]
     gain = torch.ones(512, dtype=made["dtype"])
     layers = [
         LayerParts(weight(1024, 512), weight(512, 512), weight(2 * made["inter"], 512), weight(512, made["inter"]),
-                   gain, gain, None, None, views, 1.0, 1.0, window)
+                   gain, gain, None, None, layer_cache(views, 1.0, made["v_scale"]), window)
         for window in (None, made["window"])
     ]  # fmt: skip
     return DecoderParts(layers, torch.zeros(64, 64), made["hidden"], made["inter"], 8, 4, 64, 0.125, 1e-5)
@@ -117,17 +125,18 @@ def parts(**changes: Any) -> DecoderParts:
         ("sm_90", {"dtype": torch.float32}, "float32"),
         ("sm_90", {"kv": "fp8_e5m2"}, "the cache"),
         ("sm_90", {"kv": "fp8_per_token_head"}, "the cache"),
+        ("sm_90", {"kv": "fp8_e4m3", "v_scale": [1.0] * 4}, "scales a head are Triton's"),
     ],
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
-    found = decoder_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    found = decoder_megakernel.refusal(parts(**changes), hopper(arch))
     assert found is None if reason is None else reason in (found or "")
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: "there is no libnvrtc.so.13")
-    assert decoder_megakernel.refusal(parts(), Platform(CPU, "sm_90")) == "there is no libnvrtc.so.13"
+    assert decoder_megakernel.refusal(parts(), hopper()) == "there is no libnvrtc.so.13"
 
 
 def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +148,7 @@ def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPa
     for module, name in ((cuda.decoder_megakernel, "DecoderMegakernel"), (cuda.layer_megakernel, "LayerMegakernels")):
         monkeypatch.setattr(module, "refusal", lambda *_: None)
         monkeypatch.setattr(module, name, refuse)
-    assert set(cuda.fuse(parts(), Platform(CPU, "sm_90")).values()) == {"cuModuleLoadData failed with CUDA error 218"}
+    assert set(cuda.fuse(parts(), hopper()).values()) == {"cuModuleLoadData failed with CUDA error 218"}
     assert "go op by op" in caplog.text
 
 
@@ -149,7 +158,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -199,9 +208,9 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
             want["attended"] = a.attn.attend(q, k, v, batch)
             want["between"] = ops.linear(attended, a.o_proj.weight) + x
             normed = layer.post_attention_layernorm(between, None, mlp.gate_up_proj.weight)[0]
-            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight))
+            want["act"] = ops.silu_mul(ops.linear(normed, mlp.gate_up_proj.weight)).values()
             want["after"] = ops.linear(act, mlp.down_proj.weight) + between
-            want["whole"] = runner.model.model.norm(after)[0]
+            want["whole"] = runner.model.model.norm(after)[0].values()
         got = {"qkv": qkv, "attended": attended, "between": between, "act": act, "after": after, "whole": whole}
         errors = {n: float((got[n].double() - w.double()).norm() / w.double().norm()) for n, w in want.items()}
         changed = float((cache != runner.cache.buffers[-1]).double().mean())
@@ -211,7 +220,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     """The same bits each time, launch after launch; and about what the ops give."""
     from octavo.engine.runner import ModelRunner
@@ -230,3 +239,50 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     runner.model.model.fused = ()
     want = runner.forward(batch)
     assert float((first - want).float().norm() / want.float().norm()) < 0.15
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("kv", ["fp8", "auto"])
+def test_rotary_rows_scales_and_lengths_are_read_at_the_launch(kv: str, tmp_path: Path) -> None:
+    """A row that is not the token's place and scales that changed in place, beside op by op; a token without a context."""
+    from octavo.engine.runner import ModelRunner
+
+    config = EngineConfig(
+        model=str(write(tmp_path, MODELS["llama"])), load_format="dummy", quantization="ptpc_fp8", kv_cache_dtype=kv,
+        device="cuda", enforce_eager=True, max_model_len=8192, gpu_memory_utilization=0.9, max_num_seqs=8,
+    )  # fmt: skip
+    runner = ModelRunner(config)
+    fused: Any = next(one for one in runner.model.model.fused if one.attends)
+    ids, attn = torch.randint(512, (300,)).tolist(), runner.model.attention_layers()[0]
+    runner.model.model.fused = []
+    keys = []
+
+    def written(batch: ForwardBatch) -> dict[str, torch.Tensor]:
+        """The new token's key and value as the cache has them."""
+        slot, block = int(batch.slot_mapping[0]), runner.block_size
+        return {name: attn.cache.views[name][slot // block, slot % block].float() for name in "kv"}
+
+    for delta, k_scale, v_scale in ((0, 1.0, 1.0), (37, 0.031, 0.017), (-100, 0.013, 0.029)):
+        with torch.inference_mode():
+            attn.k_scale.fill_(k_scale), attn.v_scale.fill_(v_scale)
+            runner.forward(runner._batch([Span(ids[:-1], 0, range(20))]))
+            batch = runner._batch([Span(ids[-1:], 299, range(20), delta)])
+            x = runner.model.model.embed_tokens(batch.input_ids)
+            assert fused(x, batch).isfinite().all()
+            got = written(batch)
+            q, k, v = sent(fused.sent[0], 1).unflatten(1, (-1, attn.head_dim)).split([8, 2, 2], dim=1)
+            attended = sent(fused.sent[1], 1)
+            want = attn.attend(q, k, v, batch)
+        assert float((attended - want).float().norm() / want.float().norm()) < 0.01
+        for name, value in written(batch).items():
+            assert float((got[name] - value).norm() / value.norm()) < 0.02
+        keys.append(got["k"] * (k_scale if kv == "fp8" else 1))
+    assert all(float((one - other).norm() / other.norm()) > 0.1 for one, other in itertools.pairwise(keys))
+    before = [buffer.clone() for buffer in runner.cache.buffers]
+    with torch.inference_mode():
+        batch.seq_lens.zero_()
+        for _ in range(2):
+            assert fused(x, batch).isfinite().all()
+            assert not sent(fused.sent[1], 1).any()
+    assert all(torch.equal(one, other) for one, other in zip(before, runner.cache.buffers, strict=True))

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo import ops
 from octavo.ops import gpu
-from octavo.ops.contract import Quantized
+from octavo.ops.contract import Activation, Quantized
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import gate_up_silu
 from octavo.ops.hopper.gemm import Variant, choose
-from octavo.platform import detect
+from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, quantize
 from tests.ops.paged import needs_hopper, weight
 from tests.ops.test_decoder_megakernel import dumped
@@ -28,10 +28,10 @@ SHAPES = [
     (1, 8, 16), (128, 112, 128), (33, 168, 144), (129, 264, 400), (257, 136, 4096), (1000, 1536, 512), (300, 14336, 4096),
     (2500, 2048, 1024),
 ]  # fmt: skip
-F8 = torch.float8_e4m3fn
+F8, CPU = torch.float8_e4m3fn, torch.device("cpu")
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("variant", gate_up_silu.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled; FP8 matrix instructions of a group of warps, four to a step, that are waited for a step later
@@ -85,22 +85,27 @@ def test_what_goes_in_and_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> Non
     codes, scale = given = w.codes(x)
     expected = exact(codes, scale, w.weight, w.scale)
     plain = gate_up_silu.gated_linear(x, w)
-    assert isinstance(plain, torch.Tensor)
-    assert relative_error(plain, expected) < 4e-3
-    again = gate_up_silu.gated_linear(given, w)
-    assert isinstance(again, torch.Tensor)
-    assert torch.equal(again, plain)
-    found = gate_up_silu.gated_linear(x, w, feeds)
+    assert plain.quantized is None
+    assert relative_error(plain.values(), expected) < 4e-3
+    again = gate_up_silu.gated_linear(Activation(None, given), w)
+    assert torch.equal(again.values(), plain.values())
+    made = gate_up_silu.gated_linear(x, w, [feeds])
+    found = made.quantized
+    assert made.dense is None
     assert isinstance(found, Quantized)
-    assert found.codes.shape == (40, feeds.width)
+    assert found.codes.shape == (40, feeds.reads.width)
     assert relative_error(found.codes[:, :24].double() * found.scale, expected) < 0.04
+    both = gate_up_silu.gated_linear(x, w, [None, feeds])
+    assert torch.equal(both.values(), plain.values())
+    assert both.quantized is not None
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(both.quantized, found, strict=True))
 
 
 def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, _ = factors(40, 24, 48)
-    monkeypatch.setattr(gate_up_silu.KERNELS, "arch", "gfx942")
+    monkeypatch.setattr(gate_up_silu.KERNELS, "platform", Platform(CPU, "gfx942"))
     assert "gfx942" in str(gate_up_silu.refusal(x, w))
-    monkeypatch.setattr(gate_up_silu.KERNELS, "arch", "sm_90")
+    monkeypatch.setattr(gate_up_silu.KERNELS, "platform", Platform(CPU, "sm_90"))
     monkeypatch.setattr(compiler, "missing", lambda: None)
     assert "fewer tiles" in str(gate_up_silu.refusal(x, w))
     monkeypatch.setattr(gate_up_silu, "FILLED", 0)
@@ -109,7 +114,7 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BF16" in str(gate_up_silu.refusal(x.float(), w))
     assert "multiple of 8" in str(gate_up_silu.refusal(x, factors(40, 4, 48)[1]))
     assert "scale a row" in str(gate_up_silu.refusal(x, gpu.PackedDense(quantize(torch.ones(16, 16), SCHEMES["bf16"], F8))))
-    w.reads = torch.float8_e4m3fnuz
+    w.reads = w.reads._replace(dtype=torch.float8_e4m3fnuz)
     assert "e4m3" in str(gate_up_silu.refusal(x, w))
 
 
@@ -135,7 +140,7 @@ def test_it_is_the_one_that_is_used() -> None:
     ops.bind(detect())
     assert ops.table()["gated_linear"] == "hopper.gate_up_silu"
     assert gate_up_silu.refusal(x, w) is None
-    found, before = ops.gated_linear(x, w, feeds), gpu.silu_mul(w.unscaled(x), feeds)
+    found, before = ops.gated_linear(x, w, [feeds]).quantized, gpu.silu_mul(w.unscaled(x), [feeds]).quantized
     assert isinstance(found, Quantized)
     assert isinstance(before, Quantized)
     values = [each.codes.double() * each.scale for each in (found, before)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.ops.triton import launch
+from octavo.platform import Platform
 
 
 class Kernel:
@@ -25,7 +26,25 @@ class Kernel:
 def test_a_kernel_is_launched_with_the_options_of_all() -> None:
     kernel, x = Kernel(), torch.ones(3)
     launch.launch(kernel, (2, 3), x, 5, BLOCK=16)
-    assert kernel.launched == [((2, 3), (x, 5), {"BLOCK": 16, **launch._overlap})]
+    overlap = {"PDL": True, "launch_pdl": True} if launch.platform().has_dependent_launch else {"PDL": False}
+    assert kernel.launched == [((2, 3), (x, 5), {"BLOCK": 16, **overlap})]
+
+
+def test_what_is_launched_depends_on_the_platform_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_platform", launch.platform())  # which is put back
+    made = {}
+    for arch in ("sm_89", "sm_90", "sm_100", "gfx942"):
+        fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
+        launch.configure(Platform(torch.device("cpu"), arch, fp8, multiprocessors=7, shared_memory=9 << 10))
+        launch.launch(kernel := Kernel(), (1,))
+        assert (launch.device_units(), launch.shared_memory()) == (7, 9 << 10)
+        made[arch] = (*kernel.launched[0][2].values(), launch.pipeline(4), launch.registers(64), launch.codes(fp8)["LIMIT"])
+    assert made == {
+        "sm_89": (False, 4, {"maxnreg": 64}, 448),
+        "sm_90": (True, True, 4, {"maxnreg": 64}, 448),
+        "sm_100": (True, True, 4, {"maxnreg": 64}, 448),
+        "gfx942": (False, 2, {}, 224),
+    }
 
 
 def test_what_differs_is_compiled_once_and_nothing_is_launched() -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.platform import Platform
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
 from octavo.ops.hopper.layer_megakernel import LayerMegakernels as Between
-from tests.ops.test_decoder_megakernel import MODELS, dumped, parts, write
+from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, write
 
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
@@ -36,7 +35,7 @@ SHAPES = MODELS | {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +78,7 @@ def test_units_cover_a_product(n: int, k: int, programs: int) -> None:
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megakernel_layers, "missing", lambda: None)
-    found = layer_megakernel.refusal(parts(**changes), Platform(CPU, arch))
+    found = layer_megakernel.refusal(parts(**changes), hopper(arch))
     assert found is None if reason is None else reason in (found or "")
 
 
@@ -151,7 +150,7 @@ def error(out: Tensor, ref: Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
@@ -211,7 +210,7 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @torch.inference_mode()
 def test_whole_steps(tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""

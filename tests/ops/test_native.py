@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from ops.caches import Scale, layer_cache, with_padding
 from ops.sampled import SPREADS, check_draw
 from ops.shapes import BATCHES, HEADS, LINEAR
-from ops.test_attention import FP8, KV_DTYPES, check, scene
+from ops.test_attention import FP8, KV_DTYPES, SCALES, check, scene
 from ops.test_linear import activations
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
 
 from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import Cut, HeadNorms
+from octavo.ops.contract import Cut, HeadNorms, Rope
 from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
@@ -36,7 +37,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.fixture(params=["portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"], autouse=True)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     if library.use(request.param) is None:
-        pytest.skip(f"this CPU has no {request.param}")
+        pytest.skip(f"needs a CPU with {request.param}")
     yield request.param
     assert library.used() == request.param
     library.use(None)
@@ -238,6 +239,28 @@ def test_heads(heads: tuple[int, int, int], kv: str) -> None:
     check(scene(BATCHES["mixed"], heads, kv, CPU, native, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 5e-3)
 
 
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rows", [BATCHES["mixed"], [(200, 1), (70, 40)]], ids=["mixed", "long"])
+def test_scales_of_a_layer_and_of_heads(rows: list[tuple[int, int]], scales: str, kv: str) -> None:
+    check(scene(rows, (4, 2, 16), kv, CPU, native, scales=SCALES[scales]), kv, FP8.get(kv, E4M3FN), None, 2e-6)
+    check(scene(rows, (10, 2, 20), kv, CPU, native, scales=SCALES[scales]), kv, FP8.get(kv, E4M3FN), None, 2e-6)
+
+
+@pytest.mark.parametrize("kv", KV_DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (12, 20)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_without_a_context_are_zeros(window: int | None, heads: int, dim: int, kv: str) -> None:
+    """As a graph has them, whose host knows no more of a context than a bound."""
+    made = scene(BATCHES["decode"], (heads, 2, dim), kv, CPU, native)
+    count, expected = len(made.queries), made.attend(0.3, window)
+    made.queries.append(torch.full((3, heads, dim), float("nan")))
+    made.batch = with_padding(made.batch, 3, scratch_block=0, bound=100)
+    found = made.attend(0.3, window)
+    assert torch.equal(found[:count], expected)
+    assert not found[count:].any()
+
+
 def test_heads_too_wide_go_to_torch() -> None:
     check(scene(BATCHES["mixed"], (2, 1, 300), "fp8_e4m3", CPU, native), "fp8_e4m3", E4M3FN, None, 2e-6)
 
@@ -245,7 +268,10 @@ def test_heads_too_wide_go_to_torch() -> None:
 @dtypes
 @pytest.mark.parametrize("kv", [*KV_DTYPES, "fnuz"])
 @pytest.mark.parametrize("layout", [Layout.PLAIN, Layout.BY_HEAD])
-def test_the_cache_holds_what_the_reference_writes(layout: Layout, kv: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scales", [(0.04, 0.02), ([0.04, 1.7, 0.013], [0.02, 0.31, 1.1])], ids=["layer", "heads"])
+def test_the_cache_holds_what_the_reference_writes(
+    scales: tuple[Scale, Scale], layout: Layout, kv: str, dtype: torch.dtype
+) -> None:
     fp8 = torch.float8_e4m3fnuz if kv == "fnuz" else torch.float8_e4m3fn
     spec = spec_for("fp8_per_token_head" if kv == "fnuz" else kv, 3, 20, dtype, fp8, layout)
     caches = [KVCache([spec], 6, 4, CPU.device) for _ in range(2)]
@@ -253,7 +279,7 @@ def test_the_cache_holds_what_the_reference_writes(layout: Layout, kv: str, dtyp
     qkv[2, 3, 4], qkv[3, 8, 1], qkv[4, 7, 19], qkv[5] = float("nan"), float("inf"), float("-inf"), 0
     slots = torch.tensor([7, 3, 22, 23, 0, 11, 12, 13, 5])
     for cache, op in zip(caches, (native, reference), strict=True):
-        op.write_kv(cache.views[0], slots, qkv[:, 4:7], qkv[:, 7:], 0.04, 0.02)
+        op.write_kv(layer_cache(cache.views[0], *scales), slots, qkv[:, 4:7], qkv[:, 7:])
     assert torch.equal(*(cache.buffers[0] for cache in caches))
 
 
@@ -266,9 +292,9 @@ def test_from_the_product_to_attention(dim: int, rotated: int, normed: bool, dty
     q, k, v = torch.randn(5, 8, dim).to(dtype).split([4, 2, 2], 1)
     before, angles = q.clone(), torch.rand(50, rotated // 2) * 7
     norms = HeadNorms(torch.randn(dim).to(dtype), torch.randn(dim).to(dtype), 1e-5) if normed else None
-    table = torch.cat([angles.cos(), angles.sin()], 1), torch.tensor([0, 49, 3, 3, 17])
+    rope = Rope(norms, torch.cat([angles.cos(), angles.sin()], 1), torch.tensor([0, 49, 3, 3, 17]))
     out = [
-        op.rope_write_kv(q, k, v, norms, *table, cache.views[0], torch.tensor([7, 3, 22, 23, 0]), 0.03, 0.02)
+        op.rope_write_kv(q, k, v, rope, layer_cache(cache.views[0], 0.03, 0.02), torch.tensor([7, 3, 22, 23, 0]))
         for op, cache in zip((native, reference), caches, strict=True)
     ]
     assert torch.equal(q, before)
@@ -288,14 +314,15 @@ def test_norms_and_activations(width: int, dtype: torch.dtype) -> None:
         y, carried = native.rms_norm(x, weight, 1e-5, more)
         expected, total = reference.rms_norm(x, weight, 1e-5, more)
         assert torch.equal(carried, total)
-        assert relative_error(y, expected) < bound(dtype)
+        assert relative_error(y.values(), expected.values()) < bound(dtype)
     heads = torch.randn(5, 4, width).to(dtype)[:, 1:3]
-    assert relative_error(native.rms_norm(heads, weight, 1e-5)[0], reference.rms_norm(heads, weight, 1e-5)[0]) < bound(dtype)
+    found, expected = (op.rms_norm(heads, weight, 1e-5)[0].values() for op in (native, reference))
+    assert relative_error(found, expected) < bound(dtype)
     both = torch.randn(9, 2 * width).to(dtype) * 20
     gate, up = both.double().chunk(2, 1)
-    assert relative_error(native.silu_mul(both), gate / (1 + (-gate).exp()) * up) < bound(dtype)
+    assert relative_error(native.silu_mul(both).values(), gate / (1 + (-gate).exp()) * up) < bound(dtype)
     spoiled = torch.tensor([[float("nan"), 0.0, 1.0, 1.0], [float("-inf"), float("inf"), 2.0, 3.0]]).to(dtype)
-    assert torch.equal(native.silu_mul(spoiled).isfinite(), reference.silu_mul(spoiled).isfinite())
+    assert torch.equal(*(op.silu_mul(spoiled).values().isfinite() for op in (native, reference)))
 
 
 @pytest.mark.parametrize("m", [1, 40])

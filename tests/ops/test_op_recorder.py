@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import struct
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from ops.caches import Scale, layer_cache
 from torch import Tensor
 
+from octavo import batch as batches
+from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import PackedWeight
-from octavo.ops.cpu import library, native
-from octavo.ops.cpu import op_recorder as recording
+from octavo.ops.contract import PackedWeight, Rope
+from octavo.ops.cpu import library, native, op_recorder
 from octavo.ops.cpu.op_recorder import Arena, capture, launch
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
@@ -26,7 +32,7 @@ def weight(n: int, k: int) -> PackedWeight:
     return native.Native().pack(quantize(torch.randn(n, k), FP8_PER_CHANNEL), Platform(torch.device("cpu"), "test"))
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_kernels_run_again_with_what_is_there_now() -> None:
     """A gated layer in BF16, with a copy of the input at its place in memory."""
     up, down, norm = weight(96, 40), weight(40, 48), torch.rand(40).bfloat16()
@@ -43,6 +49,52 @@ def test_kernels_run_again_with_what_is_there_now() -> None:
         x.normal_(), residual.normal_()
         replay()
         assert all(map(torch.equal, out, layer(x, residual)))
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.parametrize("scales", [(0.04, 0.02), ([0.04, 0.7], [0.02, 0.3])], ids=["layer", "heads"])
+def test_a_replay_reads_the_scales_of_the_cache_as_they_are_then(scales: tuple[Scale, Scale]) -> None:
+    """Of a decode step, which writes and attends; it is the recording that holds them."""
+    spec = spec_for("fp8_e4m3", 2, 16, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD)
+    views = [KVCache([spec], 4, 4, torch.device("cpu")).views[0] for _ in range(2)]
+    batch = batches.build([batches.Span([0], 0, [1]), batches.Span([0], 2, [2])], 4, torch.device("cpu"))
+    qkv, cos_sin = torch.randn(2, 8, 16), torch.randn(3, 16)
+
+    def step(cache: LayerCache) -> Tensor:
+        q = native.rope_write_kv(*qkv.split([4, 2, 2], 1), Rope(None, cos_sin, batch.rotary_rows), cache, batch.slot_mapping)
+        return native.attention(q, cache, batch, 0.25, None)
+
+    def record() -> tuple[Callable[[], None], Tensor, list[Tensor]]:
+        cache = layer_cache(views[0], *scales)
+        held = [cache.k_scale[:], cache.v_scale[:]]  # other tensors over the same memory
+        return *capture(lambda: step(cache))[:2], held
+
+    replay, out, held = record()
+    for _ in range(3):
+        for scale in held:
+            scale.mul_(torch.rand(scale.shape) + 0.5)
+        now = [scale.tolist() for scale in held]
+        qkv.normal_()
+        replay()
+        assert torch.equal(out, step(layer_cache(views[1], *now)))
+        assert all(torch.equal(views[0][name].view(torch.uint8), views[1][name].view(torch.uint8)) for name in "kv")
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+def test_a_recording_keeps_the_scales_of_its_cache() -> None:
+    spec = spec_for("fp8_e4m3", 2, 16, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD)
+    views = KVCache([spec], 4, 4, torch.device("cpu")).views[0]
+    batch = batches.build([batches.Span([0], 2, [2])], 4, torch.device("cpu"))
+    cache, q = layer_cache(views, 0.04, 0.02), torch.randn(1, 4, 16)
+    kept = [weakref.ref(scale) for scale in cache[1:]]
+    replay, _, _ = capture(partial(native.attention, q, cache, batch, 0.25, None))
+    del cache
+    native._made_struct.cache_clear()
+    gc.collect()
+    assert all(ref() is not None for ref in kept)
+    del replay
+    gc.collect()
+    assert all(ref() is None for ref in kept)
 
 
 def test_what_torch_computes_views_and_changes_is_run_again() -> None:
@@ -98,7 +150,7 @@ def test_larger_and_larger_steps_take_the_memory_of_the_largest() -> None:
         within = [(chunk.data_ptr(), chunk.data_ptr() + chunk.nbytes) for chunk in arena.chunks]
         assert all(any(low <= one.data_ptr() < high for low, high in within) for one in out)
     assert arena is not None
-    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + recording.CHUNK
+    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + op_recorder.CHUNK
 
 
 def test_a_step_that_looks_at_values_is_not_recorded() -> None:
@@ -109,7 +161,7 @@ def test_a_step_that_looks_at_values_is_not_recorded() -> None:
     capture(lambda: x + 1)  # and what was being recorded is not in the way
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_which_models_are_recorded() -> None:
     """Not those whose attention or products torch would do with more memory, or more of Python's numbers, than a step has."""
     q = quantize(torch.randn(8, 8), FP8_PER_CHANNEL)
@@ -158,7 +210,7 @@ def test_torchs_compiler_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch._dynamo' not in sys.modules"], check=True, timeout=60)
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_neighbouring_kernels_are_one_call_with_the_same_arguments() -> None:
     """Every kernel that has a place in a replay: whole numbers, floats, addresses, none, and what byref made."""
     calls: list[tuple[object, tuple[object, ...]]] = []

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.hopper import attention, prefill
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.prefill import prefill_attention as triton_prefill
-from tests.ops.paged import K_SCALE, V_SCALE, exact, needs_hopper, scene
+from tests.ops.paged import exact, needs_hopper, scene
 from tests.ops.test_decoder_megakernel import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (64, 1)]  # query heads, KV heads
@@ -28,7 +28,7 @@ STEPS = {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a product, that the compiler does not make wait for each
     other; boxes from the cache itself."""
@@ -67,16 +67,29 @@ def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> 
 @pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
 def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> None:
     """As exact as rounding queries and probabilities to FP8 lets it be, and the same bits each time."""
-    views, batch, q = scene(rows, heads, kv_heads)
-    assert attention.prefill_refusal(q, views, None) is None
+    cache, batch, q = scene(rows, heads, kv_heads)
+    assert attention.prefill_refusal(q, cache, None) is None
     kernel = attention._prefill(q.device)
     assert kernel is not None
     outs = [torch.full_like(q, float("nan")) for _ in range(3)]
     for out in outs[:2]:
-        kernel(q, out, views, batch, 0, len(rows), 128**-0.5, K_SCALE, V_SCALE)
-    triton_prefill(q, outs[2], views, batch, 0, len(rows), 128**-0.5, None, K_SCALE, V_SCALE)
+        kernel(q, out, cache, batch, 0, len(rows), 128**-0.5)
+    triton_prefill(q, outs[2], cache, batch, 0, len(rows), 128**-0.5, None)
     assert torch.equal(outs[0], outs[1])
-    expected = exact(q, views, batch)
+    expected = exact(q, cache, batch)
     assert relative_error(outs[0], expected) < 1.02 * relative_error(outs[2], expected)
     assert relative_error(outs[0], expected) < 0.04
     assert relative_error(outs[0], outs[2]) < 0.012  # sums in another order, and codes that a last bit moves
+
+
+@needs_hopper
+def test_it_reads_the_scales_that_are_there() -> None:
+    """Of many pieces, whichever program takes them; not those of the launch before."""
+    cache, batch, q = scene([(0, 700), (128, 300)], 32, 8)
+    kernel = attention._prefill(q.device)
+    assert kernel is not None
+    for k_scale, v_scale in ((0.013, 0.7), (0.031, 0.0191)):
+        cache.k_scale.fill_(k_scale), cache.v_scale.fill_(v_scale)
+        out = torch.full_like(q, float("nan"))
+        kernel(q, out, cache, batch, 0, 2, 128**-0.5)
+        assert relative_error(out, exact(q, cache, batch)) < 0.04

@@ -9,20 +9,20 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo import batch as batches
 from octavo import ops
-from octavo.kvcache import Views
-from octavo.ops.contract import HeadNorms
+from octavo.ops.contract import HeadNorms, Rope
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import qkv_rope_kv_write
 from octavo.ops.hopper.gemm import Variant
-from octavo.platform import detect
+from octavo.platform import Platform, detect
+from tests.ops.caches import layer_cache
 from tests.ops.paged import needs_hopper, requests, weight
 from tests.ops.test_decoder_megakernel import dumped
 
-K_SCALE, V_SCALE, F8 = 0.3, 0.2, torch.float8_e4m3fn
+K_SCALE, V_SCALE, F8, CPU = 0.3, 0.2, torch.float8_e4m3fn, torch.device("cpu")
 SPANS = {  # of each request: tokens before, tokens in this step
     "one prompt": [(0, 33)],
     "whole tiles": [(0, 128), (64, 128)],
@@ -33,7 +33,7 @@ SPANS = {  # of each request: tokens before, tokens in this step
 HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them."""
@@ -54,16 +54,21 @@ class Scene:
         ops.bind(platform)
         device = platform.device
         self.heads, self.kv_heads = heads, kv_heads
-        self.views, self.batch = requests(spans, kv_heads)
+        cache, self.batch = requests(spans, kv_heads)
+        self.cache = layer_cache(cache.views, K_SCALE, V_SCALE)
         self.w = weight((heads + 2 * kv_heads) * 128, depth)
         self.x = torch.randn(self.batch.num_tokens, depth, device=device).bfloat16()
         self.norms = HeadNorms(*(torch.rand(128, device=device).add(0.5).bfloat16() for _ in range(2)), 1e-5)
         angles = torch.rand(2048, 64, device=device) * 6
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+        self.rows = self.batch.positions + 7  # a token's row is not its place
         self.spoil()
 
+    def rope(self, norms: HeadNorms | None) -> Rope:
+        return Rope(norms, self.cos_sin, self.rows)
+
     def raw(self) -> torch.Tensor:
-        storage = self.views["k"].untyped_storage()
+        storage = self.cache.views["k"].untyped_storage()
         return torch.empty(0, dtype=torch.uint8, device=self.x.device).set_(storage)  # type: ignore[call-overload, no-any-return]
 
     def spoil(self) -> None:
@@ -72,13 +77,13 @@ class Scene:
     def written(self) -> list[torch.Tensor]:
         """Keys and values [T, H', 128] as the cache has them."""
         at = self.batch.slot_mapping
-        return [self.views[name][at // 64, at % 64].double() * by for name, by in (("k", K_SCALE), ("v", V_SCALE))]
+        return [self.cache.views[name][at // 64, at % 64].double() * by for name, by in (("k", K_SCALE), ("v", V_SCALE))]
 
     def exact(self, norms: HeadNorms | None) -> list[torch.Tensor]:
         codes, scale = self.w.codes(self.x)
         y = (codes.double() * scale) @ (self.w.weight.double() * self.w.scale.view(-1, 1)).T
         q, k, v = y.unflatten(1, (-1, 128)).split((self.heads, self.kv_heads, self.kv_heads), 1)
-        cos, sin = self.cos_sin[self.batch.positions].double().unsqueeze(1).chunk(2, 2)
+        cos, sin = self.cos_sin[self.rows].double().unsqueeze(1).chunk(2, 2)
         turned = []
         for x, gain in ((q, norms and norms.q), (k, norms and norms.k)):
             if norms is not None:
@@ -104,7 +109,7 @@ def test_it_computes_and_writes(
     for _ in range(2):
         s.spoil()
         q = torch.full((len(codes) + 1, heads, 128), float("nan"), dtype=torch.bfloat16, device=codes.device)
-        assert qkv_rope_kv_write.write(codes, scale, s.w, q[:-1], norms, s.cos_sin, s.views, s.batch, K_SCALE, V_SCALE, variant)
+        assert qkv_rope_kv_write.write(codes, scale, s.w, q[:-1], s.rope(norms), s.cache, s.batch, variant)
         found.append((q, s.raw().clone()))
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0][:-1], found[1][0][:-1])
@@ -120,21 +125,38 @@ def test_it_computes_and_writes(
 def test_what_is_not_finite_is_stored_as_zero() -> None:
     s = Scene([(0, 40)], 4, 4)
     s.w.scale[0, :] = float("inf")
-    assert ops.project(s.x, s.w, 4, None, s.cos_sin, s.views, s.batch, None, K_SCALE, V_SCALE) is not None
+    assert ops.project(s.x, s.w, 4, s.rope(None), s.cache, s.batch, None) is not None
     assert all(x.isfinite().all() for x in s.written())
+
+
+@needs_hopper
+@pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
+def test_it_reads_the_scales_that_are_there(variant: Variant) -> None:
+    """Codes are those of round(x / scale), as another launch writes them, whatever the scale."""
+    s = Scene(SPANS["places of all kinds"], 14, 2)
+    codes, scale = s.w.codes(s.x)
+    q = torch.empty(len(codes), 14, 128, dtype=torch.bfloat16, device=codes.device)
+    for k_scale, v_scale in ((0.4137, 0.0713), (0.0931, 1.913)):
+        s.cache.k_scale.fill_(k_scale), s.cache.v_scale.fill_(v_scale)
+        assert qkv_rope_kv_write.write(codes, scale, s.w, q, s.rope(None), s.cache, s.batch, variant)
+        expected = s.exact(None)[1:]
+        for found, name, by in zip(expected, "kv", (k_scale, v_scale), strict=True):
+            at = s.batch.slot_mapping
+            got = s.cache.views[name][at // 64, at % 64].double() * by
+            assert relative_error(got, found.clamp(-448 * by, 448 * by)) < 0.06
 
 
 @needs_hopper
 def test_it_is_the_one_that_is_used() -> None:
     """The queries are those of the product and the launch after it, and the cache, but for codes that a last bit moves."""
     s = Scene(SPANS["many"], 32, 8)
-    given = s.norms, s.cos_sin
-    assert qkv_rope_kv_write.refusal(s.x, s.w, *given, s.views, None) is None
-    q = ops.project(s.x, s.w, 32, *given, s.views, s.batch, None, K_SCALE, V_SCALE)
+    rope = s.rope(s.norms)
+    assert qkv_rope_kv_write.refusal(s.x, s.w, rope, s.cache, None) is None
+    q = ops.project(s.x, s.w, 32, rope, s.cache, s.batch, None)
     found = s.written()
     s.spoil()
     parts = ops.linear(s.x, s.w).unflatten(1, (-1, 128)).split((32, 8, 8), 1)
-    before = ops.rope_write_kv(*parts, *given, s.batch.positions, s.views, s.batch.slot_mapping, K_SCALE, V_SCALE)
+    before = ops.rope_write_kv(*parts, rope, s.cache, s.batch.slot_mapping)
     assert q is not None
     assert relative_error(q, before) < 6e-3
     for one, other in zip(found, s.written(), strict=True):
@@ -143,15 +165,19 @@ def test_it_is_the_one_that_is_used() -> None:
 
 def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     s = Scene([(0, 40)], 4, 2, depth=32)
-    given: tuple[HeadNorms, torch.Tensor, Views, None] = s.norms, s.cos_sin, s.views, None
-    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "gfx942")
+    rope = s.rope(s.norms)
+    given = rope, s.cache, None
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "platform", Platform(CPU, "gfx942"))
     assert "gfx942" in str(qkv_rope_kv_write.refusal(s.x, s.w, *given))
-    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "arch", "sm_90")
+    monkeypatch.setattr(qkv_rope_kv_write.KERNELS, "platform", Platform(CPU, "sm_90"))
     monkeypatch.setattr(compiler, "missing", lambda: None)
     assert qkv_rope_kv_write.refusal(s.x, s.w, *given) is None
     assert "32 tokens" in str(qkv_rope_kv_write.refusal(s.x[:32], s.w, *given))
-    assert "not rotated" in str(qkv_rope_kv_write.refusal(s.x, s.w, s.norms, s.cos_sin[:, :64], s.views, None))
-    assert "BF16" in str(qkv_rope_kv_write.refusal(s.x, s.w, HeadNorms(s.norms.q.float(), s.norms.k.float(), 1e-5), *given[1:]))
-    assert "whole context" in str(qkv_rope_kv_write.refusal(s.x, s.w, *given[:3], 512))
+    assert "not rotated" in str(qkv_rope_kv_write.refusal(s.x, s.w, rope._replace(cos_sin=s.cos_sin[:, :64]), *given[1:]))
+    wide = HeadNorms(s.norms.q.float(), s.norms.k.float(), 1e-5)
+    assert "BF16" in str(qkv_rope_kv_write.refusal(s.x, s.w, s.rope(wide), *given[1:]))
+    by_head = layer_cache(s.cache.views, [K_SCALE] * 2, V_SCALE)
+    assert "scales a head" in str(qkv_rope_kv_write.refusal(s.x, s.w, rope, by_head, None))
+    assert "whole context" in str(qkv_rope_kv_write.refusal(s.x, s.w, rope, s.cache, 512))
     singles = batches.build([batches.Span([0], 0, [0])] * 40, 64, s.x.device)
-    assert qkv_rope_kv_write.project(s.x, s.w, 4, s.norms, s.cos_sin, s.views, singles, None, K_SCALE, V_SCALE) is None
+    assert qkv_rope_kv_write.project(s.x, s.w, 4, rope, s.cache, singles, None) is None

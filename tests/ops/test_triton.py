@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_error
+from ops.caches import Scale, layer_cache, with_padding
 from ops.interpreter import HAS_GPU
 from ops.shapes import BATCHES, HEADS, LINEAR
 
 from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import HeadNorms, PackedWeight, Quantized, Unscaled
-from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, linear, prefill, rope
-from octavo.platform import FP8_MAX
+from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Rope, Unscaled
+from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, launch, linear, prefill, rope
+from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
+SCALES: dict[str, tuple[Scale, Scale]] = {
+    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
+    "keys by head": ([0.0131, 0.271], 0.0371),
+    "values by head": (0.271, [0.733, 0.0173]),
+}
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 FP8 = [torch.float8_e4m3fn]  # the interpreter has no e4m3fnuz; that one is compiled, in test_compile.py
 KV_DTYPES = ["auto", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"]
@@ -30,11 +38,16 @@ def spec(kv: str, heads: int, dim: int) -> KVCacheSpec:
 
 
 class Reads(PackedWeight):
-    def __init__(self, fp8: torch.dtype, width: int):
-        self.reads, self.width = fp8, width
+    def __init__(self, fp8: torch.dtype, width: int, granularity: Granularity = Granularity.ROW):
+        self.reads = CodeFormat(fp8, granularity, width)
 
 
-def values(given: Quantized) -> torch.Tensor:
+def values(given: Quantized | Activation) -> torch.Tensor:
+    """What the codes stand for, of an activation that has no dense values."""
+    if isinstance(given, Activation):
+        assert given.dense is None
+        assert given.quantized is not None
+        given = given.quantized
     return given.codes.float() * given.scale
 
 
@@ -57,8 +70,9 @@ def test_rms_norm(shape: tuple[int, ...], with_residual: bool, dtype: torch.dtyp
     x, residual = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(2))
     weight = torch.randn(shape[-1], dtype=dtype, device=DEVICE)
     args = x, weight, 1e-3, residual if with_residual else None
-    for found, expected in zip(elementwise.rms_norm(*args), reference.rms_norm(*args), strict=True):
-        assert isinstance(found, torch.Tensor)
+    (ours, total), (theirs, expected_total) = elementwise.rms_norm(*args), reference.rms_norm(*args)
+    assert ours.quantized is None
+    for found, expected in ((ours.values(), theirs.values()), (total, expected_total)):
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
@@ -69,8 +83,10 @@ def test_rms_norm_that_quantizes(size: int, fp8: torch.dtype) -> None:
     x, residual = (torch.randn(5, size, device=DEVICE).bfloat16() for _ in range(2))
     weight = torch.randn(size, device=DEVICE).bfloat16()
     width = size + -size % 16
-    found, carried = elementwise.rms_norm(x, weight, 1e-5, residual, Reads(fp8, width))
-    expected, total = reference.rms_norm(x, weight, 1e-5, residual)
+    made, carried = elementwise.rms_norm(x, weight, 1e-5, residual, [Reads(fp8, width)])
+    (dense, total), found = reference.rms_norm(x, weight, 1e-5, residual), made.quantized
+    expected = dense.values()
+    assert made.dense is None
     assert isinstance(found, Quantized)
     assert torch.equal(carried, total)
     assert found.codes.shape == (5, width)
@@ -84,7 +100,7 @@ def test_rms_norm_of_strided_heads() -> None:
     q = qkv.unflatten(1, (-1, 24))[:, 1:5]
     weight = torch.randn(24, device=DEVICE)
     found, _ = elementwise.rms_norm(q, weight, 1e-6)
-    torch.testing.assert_close(found, reference.rms_norm(q, weight, 1e-6)[0])
+    torch.testing.assert_close(found.values(), reference.rms_norm(q, weight, 1e-6)[0].values())
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -92,15 +108,15 @@ def test_scales_that_a_product_left_over(quantized: bool) -> None:
     x, residual = torch.randn(5, 96, device=DEVICE).bfloat16() * 1e5, torch.randn(5, 96, device=DEVICE).bfloat16()
     product = Unscaled(x, torch.rand(5, 1, device=DEVICE) * 1e-3, torch.rand(1, 96, device=DEVICE) * 1e-2)
     weight = torch.randn(96, device=DEVICE).bfloat16()
-    reads = Reads(torch.float8_e4m3fn, 96) if quantized else None
+    reads = [Reads(torch.float8_e4m3fn, 96)] if quantized else []
     found, carried = elementwise.rms_norm(product, weight, 1e-5, residual, reads)
     expected, total = reference.rms_norm(product, weight, 1e-5, residual)
     assert torch.equal(carried, total)
-    assert relative_error(values(found) if isinstance(found, Quantized) else found, expected) < (0.04 if quantized else 5e-3)
-    gated = elementwise.silu_mul(product, Reads(torch.float8_e4m3fn, 48) if quantized else None)
-    by_hand = (x.double() * product.row * product.column).chunk(2, 1)
-    expected = by_hand[0] * by_hand[0].sigmoid() * by_hand[1]
-    assert relative_error(values(gated) if isinstance(gated, Quantized) else gated, expected) < (0.04 if quantized else 2e-2)
+    assert relative_error(values(found) if quantized else found.values(), expected.values()) < (0.04 if quantized else 5e-3)
+    gated = elementwise.silu_mul(product, [Reads(torch.float8_e4m3fn, 48)] if quantized else [])
+    gate, up = (x.double() * product.row * product.column).chunk(2, 1)
+    by_hand = gate * gate.sigmoid() * up
+    assert relative_error(values(gated) if quantized else gated.values(), by_hand) < (0.04 if quantized else 2e-2)
 
 
 @fp8_dtypes
@@ -108,11 +124,10 @@ def test_scales_that_a_product_left_over(quantized: bool) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 6])
 def test_silu_mul(rows: int, size: int, fp8: torch.dtype) -> None:
     x = torch.randn(rows, 2 * size, device=DEVICE).bfloat16() * 4
-    expected = reference.silu_mul(x)
-    plain = elementwise.silu_mul(x)
-    assert isinstance(plain, torch.Tensor)
+    expected = reference.silu_mul(x).values()
+    plain = elementwise.silu_mul(x).values()
     torch.testing.assert_close(plain, expected, rtol=1e-2, atol=1e-6)
-    found = elementwise.silu_mul(x, Reads(fp8, size + -size % 16))
+    found = elementwise.silu_mul(x, [Reads(fp8, size + -size % 16)]).quantized
     assert isinstance(found, Quantized)
     if rows:
         assert relative_error(values(found)[:, :size], expected) < 0.04
@@ -167,6 +182,22 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("dim", "rotated", "tokens"), [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)])
 def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str) -> None:
+    rotated_and_written(dim, rotated, tokens, normed, kv, (0.3, 0.2))
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_per_token_head", "auto"])
+@pytest.mark.parametrize("scales", [([0.3, 0.71, 1.3, 0.09], [0.2, 0.037, 0.9, 2.1]), ([0.3, 0.71, 1.3, 0.09], 0.2)])
+@pytest.mark.parametrize("tokens", [5, 34])
+def test_rope_write_kv_by_scales_of_heads(
+    tokens: int, scales: tuple[Scale, Scale], kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By programs of one head and of several."""
+    rotated_and_written(24, 12, tokens, False, kv, scales)
+    monkeypatch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
+    rotated_and_written(32, 32, tokens, True, kv, scales)
+
+
+def rotated_and_written(dim: int, rotated: int, tokens: int, normed: bool, kv: str, scales: tuple[Scale, Scale]) -> None:
     heads, kv_heads, block_size = 8, 4, 4
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
     qkv[1, heads + 1, 3], qkv[2, -1, 2] = float("nan"), float("inf")
@@ -176,9 +207,9 @@ def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: st
     positions, slots = (torch.randperm(40, device=DEVICE)[:tokens] for _ in range(2))
     norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
     ours, theirs = (KVCache([spec(kv, kv_heads, dim)], 10, block_size, DEVICE) for _ in range(2))
-    args = q, k, v, norms, cos_sin, positions
-    found = rope.rope_write_kv(*args, ours.views[0], slots, 0.3, 0.2)
-    expected = reference.rope_write_kv(*args, theirs.views[0], slots, 0.3, 0.2)
+    args = q, k, v, Rope(norms, cos_sin, positions)
+    found = rope.rope_write_kv(*args, layer_cache(ours.views[0], *scales), slots)
+    expected = reference.rope_write_kv(*args, layer_cache(theirs.views[0], *scales), slots)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
     for name in ours.views[0]:
         a, b = ours.views[0][name].float(), theirs.views[0][name].float()
@@ -196,7 +227,7 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
     ours, theirs = (KVCache([spec(kv, 2, 32)], 3, 64, DEVICE).views[0] for _ in range(2))
     for views in (ours, theirs):
         op = (rope if views is ours else reference).rope_write_kv
-        op(q, k, v, None, cos_sin, slots - first, views, slots, 0.3, 0.2)
+        op(q, k, v, Rope(None, cos_sin, slots - first), layer_cache(views, 0.3, 0.2), slots)
     for name in ours:
         assert relative_error(ours[name].float(), theirs[name].float()) < 5e-3, name
         assert torch.equal(ours[name].float() != 0, theirs[name].float() != 0), name
@@ -207,6 +238,19 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str) -> None:
+    attended(rows, heads, window, kv, (0.04, 0.03))
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_attention_by_scales_of_heads(rows: str, scales: str, kv: str) -> None:
+    attended(BATCHES[rows], (4, 2, 16), None, kv, SCALES[scales])
+
+
+def attended(
+    rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str, scales: tuple[Scale, Scale]
+) -> None:
     query_heads, kv_heads, dim = heads
     block_size, lengths = 4, [sum(row) for row in rows]
     free = iter(torch.randperm(sum(lengths) + 8).add(1).tolist())
@@ -217,9 +261,10 @@ def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], win
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2))
     views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(views, *scales)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(sum(c for _, c in rows), query_heads, dim, device=DEVICE).bfloat16()
-    args = views, batch, dim**-0.5, window, 0.04, 0.03
+    args = layer, batch, dim**-0.5, window
     found, expected = attention.attention(q, *args), reference.attention(q, *args)
     prefills = any(count > 1 for _, count in rows)
     rounded = prefills and views["k"].dtype in FP8_MAX and "k_scale" not in views  # queries and probabilities are FP8 too
@@ -239,12 +284,12 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
     cache = KVCache([spec(kv, 2, dim)], len(lengths) * count + 1, block_size, DEVICE)
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), 2, dim, device=DEVICE).bfloat16() for _ in range(2))
-    views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(cache.views[0], 0.04, 0.03)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(len(lengths), 6, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    decode.decode_attention(q, out, views, batch, len(lengths), max(lengths), 0.2, window, 0.04, 0.03, {"splits": splits})
-    assert relative_error(out, reference.attention(q, views, batch, 0.2, window, 0.04, 0.03)) < 6e-3
+    decode.decode_attention(q, out, layer, batch, len(lengths), max(lengths), 0.2, window, {"splits": splits})
+    assert relative_error(out, reference.attention(q, layer, batch, 0.2, window)) < 6e-3
 
 
 @pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 80), (128, 64)])
@@ -253,33 +298,72 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rotated: int) -> None:
     """As `rope_write_kv` and attention one after the other; the new token is a block's first, its last, alone."""
-    lengths, heads, kv_heads, block_size = [1, 64, 65, 300], 6, 2, 16
+    news([1, 64, 65, 300], 0, kv, splits, normed, dim, rotated, (0.04, 0.03))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_of_new_tokens_by_scales_of_heads(splits: int, scales: str) -> None:
+    news([1, 65, 130], 0, "fp8_e4m3", splits, False, 64, 64, SCALES[scales])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kv", KV_DTYPES)
+def test_rows_without_a_context_are_zeros(kv: str, splits: int) -> None:
+    """As a graph has them; they bring tokens, which are not written, not even to the scratch block."""
+    news([1, 65, 130], 3, kv, splits, True, 64, 64, (0.04, 0.03))
+
+
+def news(
+    lengths: list[int], padding: int, kv: str, splits: int, normed: bool, dim: int, rotated: int, scales: tuple[Scale, Scale]
+) -> None:
+    """Requests of `lengths` with their new tokens, and rows that pad them, against the reference, which has those alone; a
+    token's rotary row is not its place."""
+    heads, kv_heads, block_size, total = 6, 2, 16, len(lengths) + padding
     count = -(-max(lengths) // block_size)
     tables = torch.randperm(len(lengths) * count).add(1).view(len(lengths), count).tolist()
     spans = [batches.Span([5], n - 1, t) for n, t in zip(lengths, tables, strict=True)]
     batch = batches.build(spans, block_size, DEVICE)
-    ours, theirs = (KVCache([spec(kv, kv_heads, dim)], len(lengths) * count + 1, block_size, DEVICE) for _ in range(2))
-    slots = torch.arange(ours.num_blocks * block_size, device=DEVICE)
+    ours, theirs = (
+        layer_cache(KVCache([spec(kv, kv_heads, dim)], len(lengths) * count + 1, block_size, DEVICE).views[0], *scales)
+        for _ in range(2)
+    )
+    slots = torch.arange((len(lengths) * count + 1) * block_size, device=DEVICE)
     old = [torch.randn(len(slots), kv_heads, dim, device=DEVICE).bfloat16() for _ in range(2)]
     for cache in (ours, theirs):
-        reference.write_kv(cache.views[0], slots, *old, 0.04, 0.03)
-    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
+        reference.write_kv(cache, slots, *old)
+    qkv = torch.randn(total, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
     qkv[1, heads, 3], qkv[2, -1, 2] = float("nan") if not normed else 1.0, float("inf")
+    qkv[len(lengths) :] = float("nan")
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-    angles = torch.rand(300, rotated // 2, device=DEVICE) * 7
+    angles = torch.rand(310, rotated // 2, device=DEVICE) * 7
     cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
     norms = HeadNorms(*(torch.randn(dim, device=DEVICE).bfloat16() for _ in range(2)), 1e-5) if normed else None
-    turned = reference.rope_write_kv(q, k, v, norms, cos_sin, batch.positions, theirs.views[0], batch.slot_mapping, 0.04, 0.03)
-    expected = reference.attention(turned, theirs.views[0], batch, 0.2, None, 0.04, 0.03)
+    real = slice(len(lengths))
+    rows = Rope(norms, cos_sin, batch.positions + 7)
+    turned = reference.rope_write_kv(q[real], k[real], v[real], rows, theirs, batch.slot_mapping)
+    expected = reference.attention(turned, theirs, batch, 0.2, None)
+    if padding:
+        batch = with_padding(batch, padding, 0, bound=1000)
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
-    new = decode.New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
-    decode.decode_attention(
-        q, out, ours.views[0], batch, len(lengths), max(lengths), 0.2, None, 0.04, 0.03, {"splits": splits}, new
-    )  # fmt: skip
-    assert relative_error(out, expected) < (2e-2 if normed else 6e-3)
-    for name in ours.views[0]:
-        a, b = ours.views[0][name].float(), theirs.views[0][name].float()
+    new = decode.New(k, v, Rope(norms, cos_sin, batch.positions + 7), batch.slot_mapping)
+    decode.decode_attention(q, out, ours, batch, total, max(lengths), 0.2, None, {"splits": splits}, new)
+    assert relative_error(out[real], expected) < (2e-2 if normed else 6e-3)
+    assert not out[len(lengths) :].any()
+    for name in ours.views:
+        a, b = ours.views[name].float(), theirs.views[name].float()
         assert relative_error(a, b) < 5e-3, name
+    again = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
+    decode.decode_attention(turned_rows(turned, total), again, ours, batch, total, max(lengths), 0.2, None, {"splits": splits})
+    assert relative_error(again[real], expected) < (2e-2 if normed else 6e-3)
+    assert not again[len(lengths) :].any()
+
+
+def turned_rows(turned: torch.Tensor, total: int) -> torch.Tensor:
+    """Queries of the real rows, then NaN."""
+    out = turned.new_full((total, *turned.shape[1:]), float("nan"))
+    out[: len(turned)] = turned
+    return out
 
 
 @pytest.mark.parametrize("lengths", [[5, 64, 33], [5, 1, 7, 64, 20, 3]])
@@ -294,8 +378,9 @@ def test_single_tokens_in_one_launch_or_two(lengths: list[int], monkeypatch: pyt
     for wave in (0, 3):
         monkeypatch.setattr(attention, "WAVE", wave)
         cache = KVCache([spec("fp8_e4m3", 2, 64)], count, 16, DEVICE)
-        reference.write_kv(cache.views[0], torch.arange(count * 16, device=DEVICE), *old, 0.04, 0.03)
-        out = attention.attend(*qkv.split([4, 2, 2], 1), None, cos_sin, cache.views[0], batch, 0.2, None, 0.04, 0.03)
+        layer = layer_cache(cache.views[0], 0.04, 0.03)
+        reference.write_kv(layer, torch.arange(count * 16, device=DEVICE), *old)
+        out = attention.attend(*qkv.split([4, 2, 2], 1), Rope(None, cos_sin, batch.rotary_rows), layer, batch, 0.2, None)
         found.append((out, *(view.float() for view in cache.views[0].values())))
     assert all(relative_error(a, b) < 3e-3 for a, b in zip(*found, strict=True))
 
@@ -312,15 +397,13 @@ def test_long_prefill(kv: str, window: int | None, dim: int) -> None:
     cache = KVCache([spec(kv, 1, dim)], 2 * count + 1, block_size, DEVICE)
     slots = torch.arange(cache.num_blocks * block_size, device=DEVICE)
     k, v = (torch.randn(len(slots), 1, dim, device=DEVICE).bfloat16() for _ in range(2))
-    views = cache.views[0]
-    reference.write_kv(views, slots, k, v, 0.04, 0.03)
+    layer = layer_cache(cache.views[0], 0.04, 0.03)
+    reference.write_kv(layer, slots, k, v)
     q = torch.randn(280, 2, dim, device=DEVICE).bfloat16()
     out = torch.full_like(q, float("nan"))
-    prefill.prefill_attention(q, out, views, batch, 0, 2, dim**-0.5, window, 0.04, 0.03)
+    prefill.prefill_attention(q, out, layer, batch, 0, 2, dim**-0.5, window)
     rounded = kv in ("fp8_e4m3", "fp8_e5m2")
-    assert relative_error(out, reference.attention(q, views, batch, dim**-0.5, window, 0.04, 0.03)) < (
-        0.04 if rounded else 6e-3
-    )
+    assert relative_error(out, reference.attention(q, layer, batch, dim**-0.5, window)) < (0.04 if rounded else 6e-3)
 
 
 def test_contexts_are_laid_out_in_groups() -> None:
@@ -333,9 +416,10 @@ def test_contexts_are_laid_out_in_groups() -> None:
 
 def test_a_model_of_fp32_is_not_quantized_on_the_way() -> None:
     x = torch.randn(3, 64, device=DEVICE)
-    for found in (elementwise.rms_norm(x, x[0], 1e-5, None, Reads(torch.float8_e4m3fn, 64))[0], elementwise.silu_mul(x, None)):
-        assert isinstance(found, torch.Tensor)
-        assert found.dtype is torch.float32
+    reads = [Reads(torch.float8_e4m3fn, 64)]
+    for found in (elementwise.rms_norm(x, x[0], 1e-5, None, reads)[0], elementwise.silu_mul(x, reads)):
+        assert found.quantized is None
+        assert found.values().dtype is torch.float32
 
 
 @pytest.mark.parametrize(("cache", "dtype"), [("bfloat16", torch.float32), ("auto", torch.bfloat16)])
@@ -346,9 +430,10 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
     stored = torch.float32 if cache == "auto" else dtype
     views = KVCache([spec_for(cache, 2, 32, stored, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 8, 4, DEVICE).views[0]
     k, v = (torch.randn(32, 2, 32, device=DEVICE) for _ in range(2))
-    reference.write_kv(views, torch.arange(32, device=DEVICE), k, v, 1.0, 1.0)
+    layer = layer_cache(views)
+    reference.write_kv(layer, torch.arange(32, device=DEVICE), k, v)
     q = torch.randn(8, 4, 32, device=DEVICE).to(dtype)
-    args = q, views, batch, 0.2, None, 1.0, 1.0
+    args = q, layer, batch, 0.2, None
     assert relative_error(attention.attention(*args), reference.attention(*args)) < 6e-3
 
 
@@ -356,10 +441,12 @@ def test_attention_over_a_cache_of_another_dtype(cache: str, dtype: torch.dtype)
 def test_prefill_s_tiles_fit(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
     """Whatever the head's size and the chip's memory; Hopper's, and half of that of a chip without its."""
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    monkeypatch.setattr("octavo.ops.triton.launch._stages", stages)
+    on = Platform(DEVICE, "sm_90" if stages == 8 else "gfx950", shared_memory=227 << 10)
+    monkeypatch.setattr(launch, "_platform", on)
+    assert on.pipeline_depth == stages
     assert prefill._tiles(128, fp8)["BN"] == (128 if stages == 8 else 32)
     for kib in (227, 99, 64):
-        monkeypatch.setattr("octavo.ops.triton.launch._shared", kib << 10)
+        monkeypatch.setattr(launch, "_platform", replace(on, shared_memory=kib << 10))
         for dp in (32, 64, 128, 256):
             for dtype in (fp8, bf16):
                 t = prefill._tiles(dp, dtype)

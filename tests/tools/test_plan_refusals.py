@@ -175,7 +175,7 @@ FORMATS = sorted(path.parent for path in (Path(__file__).parents[1] / "data/form
 
 @pytest.mark.parametrize("directory", FORMATS, ids=lambda path: path.name)
 def test_what_other_tools_wrote(directory: Path) -> None:
-    line = [str(directory), "--device", "cpu", "--kv-cache-dtype", "auto", "--cpu-kv-cache-gib", "0.01"]
+    line = [str(directory), "--device", "cpu", "--kv-cache-dtype", "auto", "--cpu-kv-cache-gib", "0.01", "-q", "bf16"]
     plan = plan_of(*line)
     runner = ModelRunner(engine_config(make_parser("plan", tool.add_arguments).parse_args(line)))
     packed = any("INT4" in text for text in refusals(plan))

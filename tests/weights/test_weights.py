@@ -23,7 +23,7 @@ from octavo.models import architecture, llama
 from octavo.ops.cpu.library import missing
 from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme, dequantize, qtensor, quantize
-from octavo.quant.scheme import BLOCK
+from octavo.quant.scheme import BLOCK, WeightDType
 from octavo.weights import DummySource, Loader, SafetensorsSource, load
 from octavo.weights import loader as loader_module
 
@@ -391,7 +391,7 @@ def test_dummy_weights_are_random_and_repeatable() -> None:
     assert embedding.float().std() == pytest.approx(0.02, rel=0.2)
     assert torch.equal(model.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
     assert not model.model.layers[0].self_attn.qkv_proj.bias.any()
-    assert loader.report.total("values", quantized_only=True) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+    assert loader.report.total("values", WeightDType.FP8) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
 
 
 def test_dummy_weights_of_a_tied_head() -> None:

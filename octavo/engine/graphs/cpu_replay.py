@@ -40,7 +40,7 @@ class RecordedSteps:
         rows, width = min(max_num_seqs, LARGEST), -(-max_model_len // block_size)
         self.forward, self.block_size, self.max_model_len = forward, block_size, max_model_len
         # What the recordings read where it lies; torch sees the same memory.
-        self.ids, self.positions, self.slots = np.zeros((3, rows), np.int64)
+        self.ids, self.positions, self.rotary_rows, self.slots = np.zeros((4, rows), np.int64)
         self.lengths, self.tables = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
         self.starts = np.arange(rows + 1, dtype=np.int32)
         self._recordings: dict[int, _Recording] = {}
@@ -50,10 +50,10 @@ class RecordedSteps:
         return len(self._recordings)
 
     def _batch(self, size: int) -> ForwardBatch:
-        arrays = (a[:size] for a in (self.ids, self.positions, self.slots, self.lengths, self.tables))
-        ids, positions, slots, lengths, tables = map(torch.from_numpy, arrays)
+        arrays = (a[:size] for a in (self.ids, self.positions, self.rotary_rows, self.slots, self.lengths, self.tables))
+        ids, positions, rows, slots, lengths, tables = map(torch.from_numpy, arrays)
         starts, longest = torch.from_numpy(self.starts[: size + 1]), [self.max_model_len] * size
-        return ForwardBatch(ids, positions, slots, starts, lengths, tables, [1] * size, longest, self.block_size, {})
+        return ForwardBatch(ids, positions, rows, slots, starts, lengths, tables, [1] * size, longest, self.block_size)
 
     def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Logits [len(spans), vocab] of one token a span and the tokens chosen from them, int64 [len(spans)].
@@ -68,6 +68,7 @@ class RecordedSteps:
         last = [span.start for span in spans]
         self.ids[:size] = [known[at] if at >= 0 else span.token_ids[0] for span, at in zip(spans, sources, strict=True)]
         self.positions[:size] = last
+        self.rotary_rows[:size] = [span.start + span.rotary_delta for span in spans]
         self.slots[:size] = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
         self.lengths[:size] = self.positions[:size] + 1
         width = self.tables.shape[1]

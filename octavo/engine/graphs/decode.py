@@ -2,7 +2,7 @@
 
 A graph is of one batch size and one bound on the contexts' length, which decides how many parts attention is split into;
 bounds that make no difference at a size share its graph. A step takes the next larger of both; the rows that are left over
-write to the scratch block and are dropped.
+have no context, write to the scratch block and are dropped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DecodeGraphs:
         rows, width = self.sizes[-1], -(-max_model_len // block_size)
         device = platform.device
         # The tokens that the last replay chose, and behind them what the host sends for the next one; see _sent.
-        self.memory = torch.zeros(6 * rows, dtype=torch.int64, device=device)
+        self.memory = torch.zeros(7 * rows, dtype=torch.int64, device=device)
         self.chosen = self.memory[:rows]
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.known_tables = np.zeros((rows, width), np.int32)  # what `tables` holds
@@ -86,12 +86,12 @@ class DecodeGraphs:
             rehearse()
             for size in self.sizes:
                 if size & (size - 1) == 0 or size == self.sizes[-1]:  # the others mostly launch what these do
-                    self._send(size, [], [], [], [])
+                    self._send(size, [], [], [], [], [])
                     for context in {variant(size, context): context for context in self.contexts}.values():
                         decode(size, context)
         pool = None
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
-            self._send(size, [], [], [], [])
+            self._send(size, [], [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
@@ -105,27 +105,31 @@ class DecodeGraphs:
         return len({id(graph) for graph in self._graphs.values()})
 
     def _sent(self, size: int) -> Tensor:
-        """int64 [5 * size]: token ids, positions, slots, where in `memory` each row's token is, and lengths (int32)."""
-        return self.memory[len(self.chosen) : len(self.chosen) + 5 * size]
+        """int64 [6 * size]: token ids, positions, rotary rows, slots, where in `memory` each row's token is; and as int32 the
+        lengths and how many rows are real."""
+        return self.memory[len(self.chosen) : len(self.chosen) + 6 * size]
 
     def _batch(self, size: int, context: int) -> ForwardBatch:
         sent = self._sent(size)
-        _, positions, slots, place = sent[: 4 * size].view(4, size)
-        lengths = sent[4 * size :].view(torch.int32)[:size]
+        _, positions, rotary_rows, slots, place = sent[: 5 * size].view(5, size)
+        lengths = sent[5 * size :].view(torch.int32)
         return ForwardBatch(
-            self.memory[place], positions, slots, self.starts[: size + 1], lengths, self.tables[:size],
-            [1] * size, [context] * size, self.block_size, {},
+            self.memory[place], positions, rotary_rows, slots, self.starts[: size + 1], lengths[:size], self.tables[:size],
+            [1] * size, [context] * size, self.block_size, lengths[size : size + 1],
         )  # fmt: skip
 
-    def _send(self, size: int, ids: Sequence[int], last: Sequence[int], slots: Sequence[int], sources: Sequence[int]) -> None:
-        """One copy to the device; rows past len(ids) are of one token that goes to the scratch block."""
+    def _send(
+        self, size: int, ids: Sequence[int], last: Sequence[int], rotary_rows: Sequence[int], slots: Sequence[int],
+        sources: Sequence[int],
+    ) -> None:  # fmt: skip
+        """One copy to the device; rows past len(ids) are of one token without a context, that goes to the scratch block."""
         count, own = len(ids), len(self.chosen)
-        host = torch.empty(5 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
-        numbers, lengths = host[: 4 * size].view(4, size).numpy(), host[4 * size :].view(torch.int32).numpy()
-        numbers[:, count:] = np.array([[0], [0], [self.scratch_slot], [own]])
-        numbers[:3, :count] = ids, last, slots
-        numbers[3, :count] = [own + row if source < 0 else source for row, source in enumerate(sources)]
-        lengths[:size] = numbers[1] + 1
+        host = torch.empty(6 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
+        numbers, lengths = host[: 5 * size].view(5, size).numpy(), host[5 * size :].view(torch.int32).numpy()
+        numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [own]])
+        numbers[:4, :count] = ids, last, rotary_rows, slots
+        numbers[4, :count] = [own + row if source < 0 else source for row, source in enumerate(sources)]
+        lengths[:count], lengths[count:size], lengths[size:] = numbers[1, :count] + 1, 0, count
         self._sent(size).copy_(host, non_blocking=True)
 
     def _send_tables(self, spans: Sequence[Span], width: int) -> None:
@@ -154,7 +158,8 @@ class DecodeGraphs:
         last, block = [span.start for span in spans], self.block_size
         context = self.contexts[bisect_left(self.contexts, max(last) + 1)]
         slots = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
-        self._send(size, [span.token_ids[0] for span in spans], last, slots, sources)
+        rotary_rows = [span.start + span.rotary_delta for span in spans]
+        self._send(size, [span.token_ids[0] for span in spans], last, rotary_rows, slots, sources)
         if tokens is not None and tokens.data_ptr() != self.chosen.data_ptr():
             self.chosen[: len(tokens)].copy_(tokens)
         self._send_tables(spans, max(last) // block + 1)

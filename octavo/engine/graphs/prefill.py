@@ -39,7 +39,8 @@ class PromptGraphs:
         if not self.sizes:
             return
         largest, device = self.sizes[-1], platform.device
-        self.sent = torch.zeros(2 * largest + 1, dtype=torch.int64, device=device)  # ids, slots, the last token's place
+        # Token ids, rotary rows, slots, the last token's place and, int32, how many tokens are real.
+        self.sent = torch.zeros(3 * largest + 2, dtype=torch.int64, device=device)
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
         self._batches: list[ForwardBatch] = []  # a replay reads their tensors, and what they keep
@@ -54,20 +55,23 @@ class PromptGraphs:
 
     def _batch(self, size: int) -> tuple[ForwardBatch, Tensor]:
         device = self.platform.device
+        ids, rotary_rows, slots = self.sent[: 3 * size].view(3, size)
+        last, live = self.sent[3 * size : 3 * size + 1], self.sent[3 * size + 1 : 3 * size + 2].view(torch.int32)[:1]
         batch = ForwardBatch(
-            self.sent[:size], torch.arange(size, device=device), self.sent[size : 2 * size],
+            ids, torch.arange(size, device=device), rotary_rows, slots,
             torch.tensor([0, size], dtype=torch.int32, device=device), torch.tensor([size], dtype=torch.int32, device=device),
-            self.table, [size], [size], self.block_size, {},
+            self.table, [size], [size], self.block_size, live,
         )  # fmt: skip
-        return batch, self.sent[2 * size : 2 * size + 1]
+        return batch, last
 
     def _send(self, span: Span) -> int:
         """The prompt to the device; the size of its graph."""
         count = len(span.token_ids)
         size = self.sizes[bisect_left(self.sizes, count)]
-        ids = [*span.token_ids, *[0] * (size - count)]
+        rest = [0] * (size - count)
+        rotary_rows = range(span.rotary_delta, span.rotary_delta + count)
         slots = [*span.slots(self.block_size), *[self.scratch_block * self.block_size] * (size - count)]
-        self._copy(self.sent[: 2 * size + 1], [*ids, *slots, count - 1])
+        self._copy(self.sent[: 3 * size + 2], [*span.token_ids, *rest, *rotary_rows, *rest, *slots, count - 1, count])
         self._copy(self.table[0], span.table(self.table.shape[1], self.scratch_block))
         return size
 

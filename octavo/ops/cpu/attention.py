@@ -1,17 +1,20 @@
 """Paged attention on a CPU: requests that decode are grouped into one product; each prefill is its own.
 
 Keys and values are gathered by block, widened to FP32, and multiplied in FP32. Widened codes are smaller than their values by
-a power of two, which is folded, with the layer's scale, into the softmax scale for keys and into the output for values.
+a power of two, which is folded into the softmax scale for keys and into the output for values; so are the layer's scales, or
+its heads', into queries and the output.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.batch import ForwardBatch
-from octavo.kvcache import Views, gather
+from octavo.batch import ForwardBatch, Key
+from octavo.kvcache import LayerCache, Views, gather
 from octavo.ops.cpu.widen import WIDEN_FACTOR, widen
 from octavo.ops.reference import write_kv
 from octavo.platform import FP8_MAX
@@ -21,21 +24,31 @@ __all__ = ["attention", "write_kv"]
 GROUP_VALUES = 1 << 23  # values of keys gathered at a time: bounds the memory that a long context takes
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
-    out = torch.empty_like(q)
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
+    out, views = torch.empty_like(q), cache.views
     fp8 = views["k"].dtype if views["k"].dtype in FP8_MAX else None
     factor = WIDEN_FACTOR[fp8] if fp8 else 1.0
-    per_tensor = fp8 is not None and "k_scale" not in views
-    k_factor, v_factor = (factor * s if per_tensor else factor for s in (k_scale, v_scale))
-    for rows, table, mask in _groups(batch, views, window):
+    by_layer = fp8 is not None and "k_scale" not in views
+    repeats = q.shape[1] // views["k"].shape[2]
+
+    def of_query_heads(scales: Tensor) -> Tensor:
+        """[1 or H, 1, 1]"""
+        return (scales if scales.numel() == 1 else scales.repeat_interleave(repeats)).view(-1, 1, 1)
+
+    k_scale, v_scale = (of_query_heads(s) for s in (cache.k_scale, cache.v_scale))
+    for rows, table, mask, empty in _groups(batch, views, window):
         blocks = gather(views, table.flatten())
         k, v = (_widened(blocks, name, table.shape[0]) for name in ("k", "v"))
         # [requests, tokens, heads, dim] -> heads before tokens
         group_q = q[rows].unflatten(0, (table.shape[0], -1)).transpose(1, 2).float()
-        o = F.scaled_dot_product_attention(group_q, k, v, mask, scale=scale * k_factor, enable_gqa=True)
-        out[rows] = (o * v_factor if v_factor != 1.0 else o).transpose(1, 2).flatten(0, 1).to(q.dtype)
+        if by_layer:
+            group_q = group_q * k_scale
+        o = F.scaled_dot_product_attention(group_q, k, v, mask, scale=scale * factor, enable_gqa=True)
+        if factor != 1.0:
+            o *= factor
+        if by_layer:
+            o *= v_scale
+        out[rows] = o.masked_fill_(empty, 0).transpose(1, 2).flatten(0, 1).to(q.dtype)
     return out
 
 
@@ -54,17 +67,20 @@ def _widened(blocks: Views, name: str, requests: int) -> Tensor:
     return values
 
 
-Group = tuple[slice, Tensor, Tensor]
+Group = tuple[slice, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Groups(Key[list[Group]]):
+    window: int | None
+    values_per_token: int
 
 
 def _groups(batch: ForwardBatch, views: Views, window: int | None) -> list[Group]:
-    """(rows of the batch, block table, additive mask) for each product; the same for every layer of a step."""
-    key = f"groups {window}"
-    if key not in batch.cache:
-        _, _, heads, dim = views["k"].shape
-        batch.cache[key] = _make_groups(batch, window, heads * dim)
-    groups: list[Group] = batch.cache[key]  # type: ignore[assignment]
-    return groups
+    """(rows of the batch, block table, additive mask, which requests are empty) for each product; the same for every layer of
+    a step."""
+    _, _, heads, dim = views["k"].shape
+    return batch.cache.get(_Groups(window, heads * dim), lambda: _make_groups(batch, window, heads * dim))
 
 
 def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int) -> list[Group]:
@@ -79,16 +95,17 @@ def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int)
             if padded * values_per_token * (last + 1 - request) > GROUP_VALUES:
                 break
             longest, last = padded, last + 1
-        width = -(-longest // batch.block_size)
+        width = max(1, -(-longest // batch.block_size))
         table = batch.block_tables[request:last, :width].long()
         context = batch.seq_lens[request:last].long().view(-1, 1, 1)
+        empty = (context == 0).unsqueeze(1)
         at = context - query_len + torch.arange(query_len).view(1, -1, 1)
         keys = torch.arange(width * batch.block_size).view(1, 1, -1)
         hidden = keys > at
         if window is not None:
             hidden |= keys <= at - window
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).unsqueeze(1)
-        groups.append((slice(row, row + query_len * (last - request)), table, mask))
+        groups.append((slice(row, row + query_len * (last - request)), table, mask, empty))
         row += query_len * (last - request)
         request = last
     return groups

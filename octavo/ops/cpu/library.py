@@ -30,8 +30,9 @@ class Linear(Structure):
 
 class Cache(Structure):
     _fields_ = [
-        ("k", P), ("v", P), ("k_scale", P), ("v_scale", P), ("block", I64), ("token", I64), ("head", I64),
-        ("scale_block", I64), ("scale_token", I64), ("kind", I32), ("block_size", I32), ("kv_heads", I32), ("dim", I32),
+        ("k", P), ("v", P), ("k_scale", P), ("v_scale", P), ("k_layer", P), ("v_layer", P), ("block", I64), ("token", I64),
+        ("head", I64), ("scale_block", I64), ("scale_token", I64), ("k_layer_head", I64), ("v_layer_head", I64), ("kind", I32),
+        ("block_size", I32), ("kv_heads", I32), ("dim", I32),
     ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_likeliest": (None, [P, P, I64, I64, I64, I32, I32]),
     "octavo_draw": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
-    "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, F, F, I32, I32]),
+    "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
 }
 
 

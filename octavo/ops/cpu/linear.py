@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.contract import Activation, PackedWeight
+from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, PLAIN, Operand, PackedWeight, not_taken, values_of
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.platform import FP8_MAX, Platform
@@ -31,7 +31,11 @@ class Widened:
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         if not torch.backends.mkldnn.is_available():
             return "this torch has no oneDNN"
-        return "nothing is widened in memory here" if platform.widened_dtype is None else None
+        if platform.widened_dtype is None:
+            return "nothing is widened in memory here"
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in WIDEN_FACTOR else None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWidened:
         assert platform.widened_dtype is not None
@@ -60,8 +64,8 @@ class PackedWidened(PackedWeight):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_BATCH) if self.laid_out else dense
         self.held_bytes = dense.nbytes + (0 if q.scale is None else q.scale.nbytes)
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
         if self.activation is None:
             return self._product(x.to(self.held)).to(x.dtype)
         if self.activation is Granularity.BLOCK:

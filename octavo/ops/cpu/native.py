@@ -6,7 +6,7 @@ A weight is used where it lies, as it is stored. Whatever the kernels do not tak
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import byref
 from functools import lru_cache
 
@@ -14,9 +14,21 @@ import torch
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops import reference
-from octavo.ops.contract import Activation, Cut, HeadNorms, PackedWeight
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    PLAIN,
+    Activation,
+    Cut,
+    Operand,
+    PackedWeight,
+    Reader,
+    Rope,
+    not_taken,
+    values_of,
+)
 from octavo.ops.cpu.attention import attention as attention_by_torch
 from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.op_recorder import launch
@@ -54,9 +66,11 @@ class Native:
             return reason
         if platform.widened_dtype is not None:
             return "weights are to be widened in memory"
-        if q.data.dtype not in KINDS or q.data.stride(1) != 1:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        if q.data.dtype not in KINDS or (q.data.dtype in FP8_MAX) != q.scheme.quantized or q.data.stride(1) != 1:
             return f"{q.data.dtype} is not theirs"
-        if q.scale is None:
+        if not q.scheme.quantized:
             tiles = q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
             return "torch multiplies BF16 by this CPU's matrix tiles" if tiles else None
         codes = q.data
@@ -94,8 +108,8 @@ class PackedNative(PackedWeight):
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 
-    def __call__(self, x: Activation) -> Tensor:
-        assert isinstance(x, Tensor)
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
         if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
@@ -131,7 +145,7 @@ class PackedNative(PackedWeight):
 def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
     """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
     that the reference makes FP32 in it."""
-    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scale is not None for w in weights)
+    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def _taken(x: Tensor) -> bool:
@@ -140,9 +154,9 @@ def _taken(x: Tensor) -> bool:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `ops.rms_norm`; x [M, width], or a view [T, H, width]."""
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """As `ops.rms_norm`, dense; x [M, width], or a view [T, H, width]."""
     dims = x.dim()
     if not (2 <= dims <= 3 and _taken(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
@@ -156,10 +170,10 @@ def rms_norm(
         x.data_ptr(), given, weight.data_ptr(), y.data_ptr(), total, rows[0] * inner, width, inner, x.stride(0), inside, eps,
         KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
-    return y, carried
+    return Activation(y), carried
 
 
-def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
+def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
     if x.dim() != 2 or not _taken(x):
         return reference.silu_mul(x)
     rows, width = x.shape
@@ -167,7 +181,7 @@ def silu_mul(x: Tensor, feeds: PackedWeight | None = None) -> Tensor:
     launch(kernels().octavo_silu_mul,
         x.data_ptr(), y.data_ptr(), rows, width // 2, x.stride(0), KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
-    return y
+    return Activation(y)
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -190,91 +204,89 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     return found
 
 
-def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
     if not _taken(x):
-        return reference.rotate(x, cos_sin, positions)
-    (tokens, heads, dim), cos_sin, positions = x.shape, cos_sin.contiguous(), positions.contiguous()
+        return reference.rotate(x, cos_sin, rows)
+    (tokens, heads, dim), cos_sin, rows = x.shape, cos_sin.contiguous(), rows.contiguous()
     y = x.new_empty(*x.shape)
     launch(kernels().octavo_rotate,
-        x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
+        x.data_ptr(), y.data_ptr(), cos_sin.data_ptr(), rows.data_ptr(), tokens, heads, dim, x.stride(0), x.stride(1),
         cos_sin.shape[1], KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def write_kv(views: Views, slots: Tensor, k: Tensor, v: Tensor, k_scale: float, v_scale: float) -> None:
+def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
     if not (_taken(k) and _taken(v) and k.dtype is v.dtype):
-        return reference.write_kv(views, slots, k, v, k_scale, v_scale)
+        return reference.write_kv(cache, slots, k, v)
     slots = slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
-        None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_cache(views)), len(k), 0, 0,
-        0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, k_scale, v_scale, KINDS[k.dtype], get_num_threads(),
+        None, k.data_ptr(), v.data_ptr(), None, None, None, None, None, slots.data_ptr(), byref(_struct(cache)), len(k), 0, 0,
+        0, *k.stride()[:2], *v.stride()[:2], 0, 0.0, KINDS[k.dtype], get_num_threads(),
     )  # fmt: skip
 
 
-def rope_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    norms: HeadNorms | None,
-    cos_sin: Tensor,
-    positions: Tensor,
-    views: Views,
-    slots: Tensor,
-    k_scale: float,
-    v_scale: float,
-) -> Tensor:
-    tokens, heads, dim = q.shape
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
+    (tokens, heads, dim), norms = q.shape, rope.norms
     if not (dim <= _MAX_DIM and _taken(q) and _taken(k) and _taken(v) and q.dtype is k.dtype is v.dtype):
-        return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+        return reference.rope_write_kv(q, k, v, rope, cache, slots)
     q_norm = k_norm = None
     eps = 0.0
     if norms is not None:
         if not (norms.q.dtype is norms.k.dtype is q.dtype):
-            return reference.rope_write_kv(q, k, v, norms, cos_sin, positions, views, slots, k_scale, v_scale)
+            return reference.rope_write_kv(q, k, v, rope, cache, slots)
         q_norm, k_norm, eps = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps
     out = q.new_empty(*q.shape)
-    cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
+    cos_sin, rows, slots = rope.cos_sin.contiguous(), rope.rows.contiguous(), slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
-        slots.data_ptr(), byref(_cache(views)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        cos_sin.shape[1], eps, k_scale, v_scale, KINDS[q.dtype], get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q_norm, k_norm, out.data_ptr(), cos_sin.data_ptr(), rows.data_ptr(),
+        slots.data_ptr(), byref(_struct(cache)), tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        cos_sin.shape[1], eps, KINDS[q.dtype], get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
     if q.shape[2] > _MAX_DIM or not _taken(q):
-        return attention_by_torch(q, views, batch, scale, window, k_scale, v_scale)
-    dtype = views["k"].dtype
-    factor = WIDEN_FACTOR.get(dtype, 1.0)
-    if dtype not in FP8_MAX or "k_scale" in views:
-        k_scale = v_scale = 1.0
+        return attention_by_torch(q, cache, batch, scale, window)
+    factor = WIDEN_FACTOR.get(cache.views["k"].dtype, 1.0)
     out, tables = q.new_empty(*q.shape), batch.block_tables
     launch(kernels().octavo_attention,
-        q.data_ptr(), out.data_ptr(), byref(_cache(views)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
+        q.data_ptr(), out.data_ptr(), byref(_struct(cache)), tables.data_ptr(), batch.query_start_loc.data_ptr(),
         batch.seq_lens.data_ptr(), tables.stride(0), tables.shape[0], q.shape[1], q.stride(0), q.stride(1), window or 0,
-        scale * factor * k_scale, factor * v_scale, KINDS[q.dtype], get_num_threads(),
+        scale * factor, factor, KINDS[q.dtype], get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _cache(views: Views) -> Cache:
-    k, v = views["k"], views["v"]
-    scales = tuple((views[name].data_ptr(), *views[name].stride()[:2]) for name in ("k_scale", "v_scale") if name in views)
-    return _cache_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, scales)
+class _HeldCache(Cache):
+    """A recording holds this, and this the tensors whose addresses are in it."""
+
+    scales: tuple[Tensor, ...]
+
+
+def _struct(cache: LayerCache) -> Cache:
+    (k, v), scales = (cache.views[name] for name in "kv"), (cache.k_scale, cache.v_scale)
+    own = tuple((t.data_ptr(), *t.stride()[:2]) for name in ("k_scale", "v_scale") if (t := cache.views.get(name)) is not None)
+    layer: tuple[tuple[int | None, int], ...] = ((None, 0),) * 2
+    if k.dtype in FP8_MAX and not own:
+        layer = tuple((s.data_ptr(), s.stride(0) if s.numel() > 1 else 0) for s in scales)
+    made = _made_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, own, layer)
+    made.scales = scales
+    return made
 
 
 @lru_cache(maxsize=1024)
-def _cache_struct(
-    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, scales: tuple[tuple[int, int, int], ...]
-) -> Cache:
-    """Says where a layer's keys and values lie; depends on nothing but its arguments, so it cannot be out of date."""
+def _made_struct(
+    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, own: tuple[tuple[int, int, int], ...],
+    layer: tuple[tuple[int | None, int], ...],
+) -> _HeldCache:  # fmt: skip
+    """Says where a layer's keys, values and scales lie; depends on nothing but its arguments, so it cannot be out of date."""
     size = dtype.itemsize
-    (k_scale, block, token), (v_scale, _, _) = scales or ((None, 0, 0),) * 2
-    return Cache(
-        k=k, v=v, k_scale=k_scale, v_scale=v_scale, block=stride[0] * size, token=stride[1] * size, head=stride[2] * size,
-        scale_block=block * 4, scale_token=token * 4, kind=KINDS[dtype], block_size=shape[0], kv_heads=shape[1], dim=shape[2],
+    (k_scale, block, token), (v_scale, _, _) = own or ((None, 0, 0),) * 2
+    (k_layer, k_layer_head), (v_layer, v_layer_head) = layer
+    return _HeldCache(
+        k=k, v=v, k_scale=k_scale, v_scale=v_scale, k_layer=k_layer, v_layer=v_layer, block=stride[0] * size,
+        token=stride[1] * size, head=stride[2] * size, scale_block=block * 4, scale_token=token * 4, k_layer_head=k_layer_head,
+        v_layer_head=v_layer_head, kind=KINDS[dtype], block_size=shape[0], kv_heads=shape[1], dim=shape[2],
     )  # fmt: skip

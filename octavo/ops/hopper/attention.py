@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops import gpu
-from octavo.ops.contract import HeadNorms
+from octavo.ops.contract import Rope
 from octavo.ops.hopper import cache_blocks
 from octavo.ops.hopper.compile import Kernels
 from octavo.ops.hopper.decode import HEADS, MOST_COUNTERS, DecodeAttention
@@ -57,64 +57,62 @@ def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
     return None if kernel is None else DecodeAttention(kernel, heads, device)
 
 
-def prefill_refusal(q: Tensor, views: Views, window: int | None) -> str | None:
+def prefill_refusal(q: Tensor, cache: LayerCache, window: int | None) -> str | None:
     """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
-    if q.shape[1] > MOST_GROUP * views["k"].shape[2]:
+    if q.shape[1] > MOST_GROUP * cache.views["k"].shape[2]:
         return f"more than {MOST_GROUP} query heads of a KV head"
-    return cache_blocks.refusal(PREFILL.arch, q.dtype, views, window)
+    return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window)
 
 
-def decode_refusal(q: Tensor, views: Views, window: int | None, requests: int, new: New | None = None) -> str | None:
+def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: int, new: New | None = None) -> str | None:
     """None, or why single tokens of these queries [T, H, D] over this cache are Triton's."""
-    kv_heads = views["k"].shape[2]
+    kv_heads = cache.views["k"].shape[2]
     if q.shape[1] > HEADS[-1] * kv_heads:
         return f"more than {HEADS[-1]} query heads of a KV head"
     if kv_heads > launch.device_units() or requests * kv_heads > MOST_COUNTERS:
         return "more KV heads, or requests, than there are programs, or counters, for"
     if new is not None and requests * kv_heads > MOST_ITEMS * launch.device_units():
         return "so many requests that writing and reading are better apart"
-    if new is not None and new.cos_sin.shape[1] % 8:
+    if new is not None and new.rope.cos_sin.shape[1] % 8:
         return "rotated dimensions that are not a multiple of 8"
     given = (q,) if new is None else (q, new.k, new.v)
     if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
-    return cache_blocks.refusal(DECODE.arch, q.dtype, views, window)
+    return cache_blocks.refusal(DECODE.platform, q.dtype, cache, window)
 
 
 def _prefills(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, scale: float, window: int | None, k_scale: float,
-    v_scale: float,
-) -> None:  # fmt: skip
-    if (reason := prefill_refusal(q, views, window)) is not None:
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, scale: float, window: int | None
+) -> None:
+    if (reason := prefill_refusal(q, cache, window)) is not None:
         PREFILL.refused(reason)
     if reason is not None or (kernel := _prefill(q.device)) is None:
-        prefills(q, out, views, batch, first, scale, window, k_scale, v_scale)
-    elif not launch.is_ahead():
-        kernel(q, out, views, batch, first, len(batch.query_lens), scale, k_scale, v_scale)
+        prefills(q, out, cache, batch, first, scale, window)
+    else:
+        kernel(q, out, cache, batch, first, len(batch.query_lens), scale)
 
 
 def _decode_attention(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, scale: float, window: int | None, k_scale: float,
-    v_scale: float, new: New | None = None,
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float, window: int | None,
+    new: New | None = None,
 ) -> bool:  # fmt: skip
     """Of single tokens, where the kernel takes them; whether it does."""
-    if (reason := decode_refusal(q, views, window, requests, new)) is not None:
+    if (reason := decode_refusal(q, cache, window, requests, new)) is not None:
         DECODE.refused(reason)
         return False
-    kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * views["k"].shape[2]))
+    kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2]))
     if kernel is None:
         return False
-    if not launch.is_ahead():
-        kernel(q, out, views, batch, requests, scale, k_scale, v_scale, new)
+    kernel(q, out, cache, batch, requests, scale, new)
     return True
 
 
 def _decode_or_triton(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, longest: int, scale: float, window: int | None,
-    k_scale: float, v_scale: float,
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, longest: int, scale: float,
+    window: int | None,
 ) -> None:  # fmt: skip
-    if not _decode_attention(q, out, views, batch, requests, scale, window, k_scale, v_scale):
-        decode.decode_attention(q, out, views, batch, requests, longest, scale, window, k_scale, v_scale)
+    if not _decode_attention(q, out, cache, batch, requests, scale, window):
+        decode.decode_attention(q, out, cache, batch, requests, longest, scale, window)
 
 
 def is_long(requests: int, longest: int) -> bool:
@@ -127,22 +125,18 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
     return 2 * gpu.decode_variant(requests, kv_heads, longest) + is_long(requests, longest)
 
 
-def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float
-) -> Tensor:
-    return gpu.attention(q, views, batch, scale, window, k_scale, v_scale, _decode_or_triton, _prefills)
+def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
+    return gpu.attention(q, cache, batch, scale, window, _decode_or_triton, _prefills)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
-    window: int | None, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
+) -> Tensor:
     """`rope_write_kv`, then attention; in one launch where every request brings one token."""
     if max(batch.query_lens) == 1:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        new, requests = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping), len(batch.query_lens)
-        if _decode_attention(q, out, views, batch, requests, scale, window, k_scale, v_scale, new):
+        new, requests = New(k, v, rope, batch.slot_mapping), len(batch.query_lens)
+        if _decode_attention(q, out, cache, batch, requests, scale, window, new):
             return out
-        return gpu.attend(q, k, v, norms, cos_sin, views, batch, scale, window, k_scale, v_scale)
-    q = gpu.rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-    return attention(q, views, batch, scale, window, k_scale, v_scale)
+        return gpu.attend(q, k, v, rope, cache, batch, scale, window)
+    return attention(gpu.rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)

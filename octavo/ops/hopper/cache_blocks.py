@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache, Views
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+from octavo.platform import Platform
 
 __all__ = ["BLOCK", "DIM", "cache_maps", "refusal"]
 
 DIM, BLOCK = 128, 64  # of a head; tokens of a block
 
 
-def refusal(arch: str, queries: torch.dtype, views: Views, window: int | None) -> str | None:
+def refusal(platform: Platform, queries: torch.dtype, cache: LayerCache, window: int | None) -> str | None:
     """None, or why such queries over this cache are not theirs."""
+    views = cache.views
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
-    if (reason := no_warpgroups(arch)) is not None:
+    if (reason := no_warpgroups(platform)) is not None:
         return reason
     if k.dtype is not torch.float8_e4m3fn or "k_scale" in views:
         return "not a cache of e4m3 with one scale"
+    if max(cache.k_scale.numel(), cache.v_scale.numel()) > 1:
+        return "scales a head are Triton's"
     if queries is not torch.bfloat16 or dim != DIM or window is not None:
         return f"not BF16 queries of {DIM} dimensions that see their whole context"
     size = heads * DIM

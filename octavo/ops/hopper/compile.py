@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.ops import ahead
 from octavo.platform import Platform
 
 __all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
@@ -70,9 +71,11 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def no_warpgroups(arch: str) -> str | None:
+def no_warpgroups(platform: Platform) -> str | None:
     """None, or why nothing with matrix instructions of a group of warps can be compiled, or runs, there."""
-    return missing() if arch == "sm_90" else f"{arch} has no matrix instructions of a group of warps as sm_90 has them"
+    if platform.has_warpgroup_mma:
+        return missing()
+    return f"{platform.arch} has no matrix instructions of a group of warps as sm_90 has them"
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
@@ -146,8 +149,10 @@ class Kernel:
         return value.value
 
     def launch(self, programs: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
-        """On torch's current stream. `arguments` are the function's one parameter; `early`: it waits by itself for the kernel
-        before it, and may start while that one still runs."""
+        """On torch's current stream; within compile_ahead it does nothing. `arguments` are the function's one parameter;
+        `early`: it waits by itself for the kernel before it, and may start while that one still runs."""
+        if ahead.is_on():
+            return
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
@@ -162,13 +167,13 @@ class Kernels:
 
     def __init__(self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]]):
         self.source, self.function, self.instead, self.options, self.variants = source, function, instead, options, variants
-        self.arch = ""
+        self.platform = Platform(torch.device("cpu"), "none")  # before one is configured
         self.kernel, self.refused, self._compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
     def configure(self, platform: Platform) -> None:
         """They are compiled while the model is loaded: nothing in them depends on it."""
-        self.arch = platform.arch
-        if no_warpgroups(self.arch) is None:
+        self.platform = platform
+        if no_warpgroups(platform) is None:
             self._compiling()
 
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:

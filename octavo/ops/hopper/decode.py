@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops.hopper.cache_blocks import DIM, cache_maps
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
@@ -24,11 +24,11 @@ MOST_COUNTERS = 1 << 14  # requests times KV heads
 class _Decode(ctypes.Structure):
     _fields_ = [
         ("maps", c_ubyte * 128 * 2),
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "positions", "slots", "cos_sin", "q_norm",
-                                        "k_norm", "k_cache", "parts", "counters")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "rotary_rows", "slots", "cos_sin", "q_norm",
+                                        "k_norm", "k_cache", "parts", "counters", "k_scale", "v_scale")),
         ("q_stride", c_int64), ("kv_stride", c_int64),
         *((name, c_int32) for name in ("requests", "table_width", "kv_heads", "group", "rotated")),
-        *((name, c_float) for name in ("eps", "qk_scale", "k_scale", "v_scale")), ("padding", c_ubyte * 28),  # to 64 bytes
+        *((name, c_float) for name in ("eps", "qk_scale")), ("padding", c_ubyte * 20),  # to a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -42,23 +42,25 @@ class DecodeAttention:
         self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
 
     def __call__(
-        self, q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, scale: float, k_scale: float,
-        v_scale: float, new: New | None = None,
+        self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float,
+        new: New | None = None,
     ) -> None:  # fmt: skip
-        """Rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not turned yet."""
-        kv_heads, tables = views["k"].shape[2], batch.block_tables
+        """Rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not turned yet. The row of a
+        request without a context becomes zeros."""
+        k, tables = cache.views["k"], batch.block_tables
+        kv_heads = k.shape[2]
         given: tuple[int | None, ...] = (None,) * 2
         token: tuple[int | None, ...] = (None,) * 5
         kv_stride, rotated, eps = 0, 0, 0.0
         if new is not None:
-            given = new.k.data_ptr(), new.v.data_ptr()
-            norms = (new.norms.q.data_ptr(), new.norms.k.data_ptr()) if new.norms else (None, None)
-            token = new.positions.data_ptr(), new.slots.data_ptr(), new.cos_sin.data_ptr(), *norms
-            kv_stride, rotated, eps = new.k.stride(0), new.cos_sin.shape[1], new.norms.eps if new.norms else 0.0
+            given, (norms, cos_sin, rows) = (new.k.data_ptr(), new.v.data_ptr()), new.rope
+            gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
+            token = rows.data_ptr(), new.slots.data_ptr(), cos_sin.data_ptr(), *gains
+            kv_stride, rotated, eps = new.k.stride(0), cos_sin.shape[1], norms.eps if norms else 0.0
         arguments = _Decode(
-            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views)), q.data_ptr(), *given, out.data_ptr(), tables.data_ptr(),
-            batch.seq_lens.data_ptr(), *token, views["k"].data_ptr(), self.parts.data_ptr(), self.counters.data_ptr(),
-            q.stride(0), kv_stride, requests, tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps,
-            scale * LOG2E * k_scale, k_scale, v_scale,
+            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), *given, out.data_ptr(),
+            tables.data_ptr(), batch.seq_lens.data_ptr(), *token, k.data_ptr(), self.parts.data_ptr(),
+            self.counters.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), kv_stride, requests,
+            tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units() // kv_heads * kv_heads, arguments, early=True)

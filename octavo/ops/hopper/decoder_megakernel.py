@@ -27,15 +27,15 @@ LONGEST = 4096  # tokens of context; over more, a kernel that is made for them r
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("qkv", "o", "gate_up", "down", "qkv_scale", "o_scale", "gate_up_scale", "down_scale",
-                                        "input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "k", "v")),
-        ("k_scale", c_float), ("v_scale", c_float),
+                                        "input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "k", "v", "k_scale",
+                                        "v_scale")),
     ]  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("layers", "x", "residual", "qkv", "attended", "between", "after", "act", "amax",
-                                        "parts", "counters", "positions", "slots", "tables", "cos_sin")),
+                                        "parts", "counters", "rotary_rows", "slots", "lengths", "tables", "cos_sin")),
         *((name, c_int64) for name in ("table_stride", "block_stride", "k_token_stride", "v_token_stride", "v_head_stride",
                                        "v_dim_stride")),
         ("num_layers", c_int32), ("eps", c_float), ("softmax_scale", c_float),
@@ -44,25 +44,28 @@ class _Step(ctypes.Structure):
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or why this decoder's steps are not one launch."""
-    if not platform.arch.startswith("sm_") or int(platform.arch[3:]) < 90:
+    if not platform.has_bulk_copies:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
     if (reason := unfit(parts)) is not None:
         return reason
     first = parts.layers[0]
-    k, v, dim, group = first.views["k"], first.views["v"], parts.head_dim, parts.heads // parts.kv_heads
+    views, dim, group = first.cache.views, parts.head_dim, parts.heads // parts.kv_heads
+    k, v = views["k"], views["v"]
     if any(size % 64 for size in (parts.hidden, parts.inter, parts.heads * dim)):
         return "a dimension is not a multiple of 64"
     if dim not in (32, 64, 128, 256) or parts.cos_sin.shape[1] != dim or group > 8:
         return f"heads of {dim} dimensions, {parts.cos_sin.shape[1]} of them rotated, {group} a key head"
-    if "k_scale" in first.views or k.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or k.shape[1] % 16:
+    if "k_scale" in views or k.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or k.shape[1] % 16:
         return "the cache is neither BF16 nor e4m3 with a scale a layer, in blocks of a multiple of 16 tokens"
+    if max(scale.numel() for layer in parts.layers for scale in layer.cache[1:]) > 1:
+        return "scales a head are Triton's"
     if len({layer.window for layer in parts.layers}) > 1:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
         return "the cache's FP8 values do not have their tokens last"
-    if parts.kv_heads > launch.device_units():
+    if parts.kv_heads > platform.multiprocessors:
         return "more key heads than multiprocessors"
-    if max(parts.hidden, parts.inter, parts.heads * dim) > launch.shared_memory() // 2:
+    if max(parts.hidden, parts.inter, parts.heads * dim) > platform.shared_memory // 2:
         return "activations that leave no room for weights on a multiprocessor"
     return None
 
@@ -70,17 +73,17 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
 class DecoderMegakernel:
     """All layers of a decoder, for a step of one request, one token with at most LONGEST tokens of context.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
+    `parts` must be one that `refusal` does not refuse, its caches bound. Raises NoKernel.
     """
 
     name = "one launch, csrc/decoder_megakernel.cu"
     attends = True
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.device = parts, platform.device
-        self.programs = launch.device_units()
-        first = parts.layers[0]
-        self.k, self.strides = first.views["k"], launch.cache_strides(first.views)[:5]  # not those of scales
+        self.parts, self.platform, self.device = parts, platform, platform.device
+        self.programs = platform.multiprocessors
+        views = parts.layers[0].cache.views
+        self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # not those of scales
         self.table = self._layers()
         self.kernel = Kernel(compile_cubin("decoder_megakernel.cu", platform.arch, self.options()), "decode_step")
         most, group, dim = MOST_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
@@ -97,14 +100,12 @@ class DecoderMegakernel:
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
-        if launch.is_ahead():
-            return x
         residual, x = torch.empty_like(x), x.contiguous()
         p = self.parts
         step = _Step(
             self.table.data_ptr(), x.data_ptr(), residual.data_ptr(), *(t.data_ptr() for t in self.sent), self.act.data_ptr(),
-            self.amax.data_ptr(), self.partial.data_ptr(), self.counters.data_ptr(),
-            batch.positions.data_ptr(), batch.slot_mapping.data_ptr(), batch.block_tables.data_ptr(), p.cos_sin.data_ptr(),
+            self.amax.data_ptr(), self.partial.data_ptr(), self.counters.data_ptr(), batch.rotary_rows.data_ptr(),
+            batch.slot_mapping.data_ptr(), batch.seq_lens.data_ptr(), batch.block_tables.data_ptr(), p.cos_sin.data_ptr(),
             batch.block_tables.stride(0), *self.strides, len(p.layers), p.eps, p.scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(self.programs, step)
@@ -118,18 +119,17 @@ class DecoderMegakernel:
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
             "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
             "QKV_BIAS": int(first.qkv_bias is not None), "PROGRAMS": self.programs, "LONGEST": LONGEST,
-            "SHARED": launch.shared_memory(),
+            "SHARED": self.platform.shared_memory,
         }  # fmt: skip
 
     def _layers(self) -> Tensor:
-        """The layers' pointers and scales as decoder_megakernel.cu reads them: bytes on the device."""
+        """The layers' pointers as decoder_megakernel.cu reads them: bytes on the device."""
         made = [
             _Layer(
                 *(w.weight.data_ptr() for w in packed_weights(layer)), *(w.scale.data_ptr() for w in packed_weights(layer)),
                 *(None if t is None else t.data_ptr() for t in (
                     layer.input_norm, layer.post_norm, *(layer.norms[:2] if layer.norms else (None, None)), layer.qkv_bias,
-                    layer.views["k"], layer.views["v"])),
-                layer.k_scale, layer.v_scale,
+                    layer.cache.views["k"], layer.cache.views["v"], *layer.cache[1:])),
             ) for layer in self.parts.layers
         ]  # fmt: skip
         data = b"".join(bytes(one) for one in made)

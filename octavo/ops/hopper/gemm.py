@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, PackedWeight, Quantized
+from octavo.ops.contract import Operand, PackedWeight
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MOST_TOKENS
+from octavo.platform import Platform
 
 __all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "programs", "refusal", "tokens_of"]
 
@@ -48,17 +49,18 @@ def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> V
     return min(variants, key=took)
 
 
-def tokens_of(x: Activation) -> int:
-    return len(x.codes if isinstance(x, Quantized) else x)
+def tokens_of(x: Operand) -> int:
+    return len(x) if isinstance(x, Tensor) else x.tokens
 
 
-def refusal(arch: str, x: Activation, w: PackedWeight) -> str | None:
+def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
     """None, or why such tokens are not multiplied by `w` here."""
-    if (reason := no_warpgroups(arch)) is not None:
+    if (reason := no_warpgroups(platform)) is not None:
         return reason
-    if not isinstance(w, gpu.PackedScaledMM) or w.reads is not torch.float8_e4m3fn:
+    if not isinstance(w, gpu.PackedScaledMM) or w.reads.dtype is not torch.float8_e4m3fn:
         return "not a weight of e4m3 with a scale a row"
-    if isinstance(x, Tensor) and x.dtype is not torch.bfloat16:
+    dense = x if isinstance(x, Tensor) else x.dense
+    if dense is not None and dense.dtype is not torch.bfloat16:
         return "not BF16 activations"
     if tokens_of(x) <= MOST_TOKENS:
         return f"not more than {MOST_TOKENS} tokens"

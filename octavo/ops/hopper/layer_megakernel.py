@@ -15,11 +15,10 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops import gpu
-from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.contract import DecoderParts, LayerParts, Rope
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
 from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
-from octavo.ops.triton import launch
 from octavo.platform import Platform
 
 __all__ = ["LayerMegakernels", "refusal", "units"]
@@ -42,14 +41,14 @@ class _Between(ctypes.Structure):
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or why this decoder's steps are not made of such launches."""
-    if (reason := no_warpgroups(platform.arch) or unfit(parts)) is not None:
+    if (reason := no_warpgroups(platform) or unfit(parts)) is not None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return "a dimension is not a multiple of 16"
-    if launch.device_units() < MOST_TOKENS:
+    if platform.multiprocessors < MOST_TOKENS:
         return "fewer multiprocessors than tokens"
-    rows, _ = units(parts.inter, parts.hidden, launch.device_units(), most_shares=1)
-    if parts.inter > MOST_TURNS * launch.device_units() * rows:
+    rows, _ = units(parts.inter, parts.hidden, platform.multiprocessors, most_shares=1)
+    if parts.inter > MOST_TURNS * platform.multiprocessors * rows:
         return "an MLP too wide for the multiprocessors"
     return None
 
@@ -78,14 +77,14 @@ def weight_map(weight: Tensor, rows: int) -> bytes:
 class LayerMegakernels:
     """A decoder's layers for steps of up to MOST_TOKENS requests of one token each.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound and their scales settled. Raises NoKernel.
+    `parts` must be one that `refusal` does not refuse, its caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/layer_megakernel.cu"
     attends = False
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.programs = parts, launch.device_units()
+        self.parts, self.platform, self.programs = parts, platform, platform.multiprocessors
         options, layers = self.options(), len(parts.layers)
         with ThreadPoolExecutor(len(COLUMNS)) as pool:
             compile_for = partial(compile_cubin, "layer_megakernel.cu", f"{platform.arch}a")
@@ -110,7 +109,7 @@ class LayerMegakernels:
         """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
         first = self.parts.layers[0]
         self.meetings.zero_()
-        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, first.qkv)
+        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
         qkv, residual = first.qkv(normed), x.clone()
         if first.qkv_bias is not None:
             qkv += first.qkv_bias
@@ -125,8 +124,6 @@ class LayerMegakernels:
         after = (at + 1) % len(self.weights)  # the last layer's launch does not use what is said of the first
         next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
         qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
-        if launch.is_ahead():
-            return qkv
         columns = next(n for n in COLUMNS if tokens <= n)
         maps = b"".join([*self.maps[at][1:], self.maps[after][0]])
         last, bias = after == 0, self.parts.layers[after].qkv_bias
@@ -148,7 +145,7 @@ class LayerMegakernels:
         gate_up, rows = (units(n, p.hidden, programs, most_shares=1)[0] for n in (p.inter, qkv))
         return {
             "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "PROGRAMS": programs,
-            "SHARED": launch.shared_memory(), "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
+            "SHARED": self.platform.shared_memory, "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
             "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows,
         }  # fmt: skip
 
@@ -156,6 +153,6 @@ class LayerMegakernels:
         """[requests, heads * dim] of the product qkv, whose keys and values are written to the cache."""
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        cache = layer.views, batch, p.scale, layer.window, layer.k_scale, layer.v_scale
+        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
         attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
-        return attend(q, k, v, layer.norms, p.cos_sin, *cache).flatten(1)
+        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from octavo.batch import ForwardBatch, to_device
-from octavo.kvcache import Views
+from octavo.batch import ForwardBatch, Key, to_device
+from octavo.kvcache import LayerCache
 from octavo.ops.hopper.cache_blocks import cache_maps
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
@@ -23,9 +24,10 @@ MOST_GROUP = 64  # query heads of a KV head: prefill_attention.cu divides small 
 
 class _Prefill(ctypes.Structure):
     _fields_ = [
-        ("maps", c_ubyte * 128 * 2), *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "taken")),
+        ("maps", c_ubyte * 128 * 2),
+        *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "taken", "k_scale", "v_scale")),
         *((name, c_int32) for name in ("table_width", "pieces", "kv_heads", "group")), ("qk_scale", c_float),
-        ("v_scale", c_float),
+        ("padding", c_ubyte * 52),  # to a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -41,6 +43,15 @@ def pieces(queries: list[int], contexts: list[int], first: int, stop: int, group
     return sorted(made, key=lambda piece: -piece[2])
 
 
+@dataclass(frozen=True)
+class _Pieces(Key[Tensor]):
+    """Of `pieces`, on the device."""
+
+    first: int
+    stop: int
+    group: int
+
+
 class PrefillAttention:
     """The kernel on a device, and two counters that it leaves at zero."""
 
@@ -49,21 +60,20 @@ class PrefillAttention:
         self.taken = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(
-        self, q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, k_scale: float,
-        v_scale: float,
-    ) -> None:  # fmt: skip
+        self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float
+    ) -> None:
         """The rows of q and out [T, H, 128] that belong to the requests [first, stop)."""
-        kv_heads = views["k"].shape[2]
+        kv_heads = cache.views["k"].shape[2]
         group = q.shape[1] // kv_heads
-        key = f"prefill pieces {first} {group}"
-        if key not in batch.cache:
-            found = pieces(batch.query_lens, batch.context_lens, first, stop, group)
-            batch.cache[key] = to_device(found, torch.int32, q.device)
-        tiles, tables = batch.cache[key], batch.block_tables
-        assert isinstance(tiles, Tensor)
+        tables = batch.block_tables
+
+        def made() -> Tensor:
+            return to_device(pieces(batch.query_lens, batch.context_lens, first, stop, group), torch.int32, q.device)
+
+        tiles = batch.cache.get(_Pieces(first, stop, group), made)
         arguments = _Prefill(
-            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
-            tiles.data_ptr(), self.taken.data_ptr(), tables.stride(0), len(tiles) * kv_heads, kv_heads, group,
-            scale * LOG2E * k_scale, v_scale,
+            (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
+            tiles.data_ptr(), self.taken.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), tables.stride(0),
+            len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units(), arguments, early=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, HeadNorms, PackedWeight
+from octavo.ops.contract import Operand, PackedWeight, Rope
 from octavo.ops.hopper import cache_blocks, gemm
 from octavo.ops.hopper.cache_blocks import DIM
 from octavo.ops.hopper.compile import Kernels, tensor_map
@@ -29,59 +29,56 @@ KERNELS = Kernels(
 class _Qkv(ctypes.Structure):
     _fields_ = [
         ("product", Product), ("queries", c_ubyte * 128),
-        *((name, c_void_p) for name in ("by_token", "by_row", "q_norm", "k_norm", "cos_sin", "positions", "slots", "cache")),
-        ("q_heads", c_int32), ("kv_heads", c_int32), *((name, c_float) for name in ("eps", "by_key", "by_value")),
-        ("padding", c_ubyte * 44),  # to 64 bytes
+        *((name, c_void_p) for name in ("by_token", "by_row", "q_norm", "k_norm", "cos_sin", "rotary_rows", "slots", "cache",
+                                        "k_scale", "v_scale")),
+        ("q_heads", c_int32), ("kv_heads", c_int32), ("eps", c_float),
+        ("padding", c_ubyte * 36),  # to a multiple of 64 bytes
     ]  # fmt: skip
 
 
-def refusal(
-    x: Activation, w: PackedWeight, norms: HeadNorms | None, cos_sin: Tensor, views: Views, window: int | None
-) -> str | None:
+def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
     """None, or why such a product, and what lies between it and attention, are not qkv_rope_kv_write_gemm.cu's."""
-    arch = KERNELS.arch
-    if (reason := gemm.refusal(arch, x, w) or cache_blocks.refusal(arch, torch.bfloat16, views, window)) is not None:
+    on = KERNELS.platform
+    if (reason := gemm.refusal(on, x, w) or cache_blocks.refusal(on, torch.bfloat16, cache, window)) is not None:
         return reason
-    if cos_sin.shape[1] != DIM:
+    if rope.cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
-    if norms is not None and norms.q.dtype is not torch.bfloat16:
+    if rope.norms is not None and rope.norms.q.dtype is not torch.bfloat16:
         return "norms that are not BF16"
     return None
 
 
 def write(
-    codes: Tensor, scale: Tensor, w: gpu.PackedScaledMM, q: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views,
-    batch: ForwardBatch, k_scale: float, v_scale: float, variant: Variant,
+    codes: Tensor, scale: Tensor, w: gpu.PackedScaledMM, q: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch,
+    variant: Variant,
 ) -> bool:  # fmt: skip
     """Rotated queries into q [T, H, 128], keys and values into the cache; whether the kernel is there."""
     if (kernel := KERNELS.kernel(variant, codes.device)) is None:
         return False
-    if not launch.is_ahead():
-        tokens, heads, _ = q.shape
-        given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
-        size = 2 * DIM * heads
-        to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
-        gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
-        arguments = _Qkv(
-            given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), batch.positions.data_ptr(),
-            batch.slot_mapping.data_ptr(), views["k"].data_ptr(), heads, views["k"].shape[2], norms.eps if norms else 0.0,
-            1 / k_scale, 1 / v_scale,
-        )  # fmt: skip
-        kernel.launch(programs(variant), arguments, early=True)
+    (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
+    given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
+    size = 2 * DIM * heads
+    to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
+    gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
+    arguments = _Qkv(
+        given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(),
+        batch.slot_mapping.data_ptr(), k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2],
+        norms.eps if norms else 0.0,
+    )  # fmt: skip
+    kernel.launch(programs(variant), arguments, early=True)
     return True
 
 
 def project(
-    x: Activation, w: PackedWeight, heads: int, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch,
-    window: int | None, k_scale: float, v_scale: float,
-) -> Tensor | None:  # fmt: skip
+    x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
+) -> Tensor | None:
     if max(batch.query_lens) == 1:
         return None  # attention rotates and writes itself, or values, which lie far apart, are written by all programs at once
-    if (reason := refusal(x, w, norms, cos_sin, views, window)) is not None:
+    if (reason := refusal(x, w, rope, cache, window)) is not None:
         KERNELS.refused(reason)
         return None
     assert isinstance(w, gpu.PackedScaledMM)
     codes, scale = w.codes(x)
     q = torch.empty(len(codes), heads, DIM, dtype=torch.bfloat16, device=codes.device)
     variant = choose(VARIANTS, len(codes), w.n, launch.device_units())
-    return q if write(codes, scale, w, q, norms, cos_sin, views, batch, k_scale, v_scale, variant) else None
+    return q if write(codes, scale, w, q, rope, cache, batch, variant) else None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
-from octavo.ops.contract import HeadNorms
+from octavo.kvcache import LayerCache
+from octavo.ops.contract import Rope
 from octavo.ops.triton.decode import SHARING, New, decode_attention
 from octavo.ops.triton.launch import device_units
 from octavo.ops.triton.prefill import prefill_attention
@@ -22,16 +22,15 @@ STAGED = 1 << 17  # positions; a longer context is laid out by itself
 
 
 def prefills(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, scale: float, window: int | None, k_scale: float,
-    v_scale: float,
-) -> None:  # fmt: skip
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, scale: float, window: int | None
+) -> None:
     """The rows of q and out [T, H, D] that belong to the requests from `first` on."""
     for start, stop in _groups(batch.context_lens, first):
-        prefill_attention(q, out, views, batch, start, stop, scale, window, k_scale, v_scale)
+        prefill_attention(q, out, cache, batch, start, stop, scale, window)
 
 
 def attention(
-    q: Tensor, views: Views, batch: ForwardBatch, scale: float, window: int | None, k_scale: float, v_scale: float,
+    q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None,
     decode: Callable[..., None] = decode_attention, prefill: Callable[..., None] = prefills,
 ) -> Tensor:  # fmt: skip
     q = q.contiguous()
@@ -39,27 +38,23 @@ def attention(
     requests = len(batch.query_lens)
     decodes = next((i for i, n in enumerate(batch.query_lens) if n != 1), requests)
     if decodes:
-        longest = max(batch.context_lens[:decodes])
-        decode(q, out, views, batch, decodes, longest, scale, window, k_scale, v_scale)
+        decode(q, out, cache, batch, decodes, max(batch.context_lens[:decodes]), scale, window)
     if decodes < requests:
-        prefill(q, out, views, batch, decodes, scale, window, k_scale, v_scale)
+        prefill(q, out, cache, batch, decodes, scale, window)
     return out
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, views: Views, batch: ForwardBatch, scale: float,
-    window: int | None, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
+) -> Tensor:
     """`rope_write_kv`, then attention; in one launch where every request brings one token and all programs are there at once:
     in waves of them, what each does before it reads the cache is paid for again and again (5% of A at 256 requests)."""
     requests = len(batch.query_lens)
     if max(batch.query_lens) > 1 or requests * k.shape[1] > WAVE * device_units():
-        q = rope_write_kv(q, k, v, norms, cos_sin, batch.positions, views, batch.slot_mapping, k_scale, v_scale)
-        return attention(q, views, batch, scale, window, k_scale, v_scale)
+        return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    new = New(k, v, norms, cos_sin, batch.positions, batch.slot_mapping)
-    longest = max(batch.context_lens)
-    decode_attention(q, out, views, batch, requests, longest, scale, window, k_scale, v_scale, new=new)
+    new = New(k, v, rope, batch.slot_mapping)
+    decode_attention(q, out, cache, batch, requests, max(batch.context_lens), scale, window, new=new)
     return out
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.ops.contract import Quantized
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
@@ -61,7 +62,7 @@ def _block_linear(
     tl.store(out + token[None, :].to(tl.int64) * n + rows[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
-def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
+def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
     """Codes [M, width] and FP32 scales [M, ceil(K / 128)] of x [M, K]."""
     rows, size = x.shape
     groups = triton.cdiv(size, BLOCK)
@@ -72,7 +73,7 @@ def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> tuple[Tensor, Te
             x, codes, scale, size, x.stride(0), width, groups, GROUP=BLOCK, GROUPS=power_of_2(groups), LIMIT=FP8_MAX[fp8],
             FLOOR=SCALE_FLOOR, num_warps=8 if size > 2048 else 4,
         )  # fmt: skip
-    return codes, scale
+    return Quantized(codes, scale)
 
 
 def block_linear(codes: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, n: int) -> Tensor:

@@ -20,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import Views
-from octavo.ops.contract import HeadNorms
+from octavo.kvcache import LayerCache
+from octavo.ops.contract import Rope
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import (
     cache_strides,
     codes,
     device_units,
+    head_strides,
     launch,
     pipeline,
     power_of_2,
@@ -59,13 +60,13 @@ def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.c
 @triton.jit
 def _decode_attention(
     q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums, counters,
-    new_k, new_v, q_norm, k_norm, cos_sin, positions, slots, eps, k_by, v_by, q_stride, kv_stride,
-    qk_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
+    new_k, new_v, q_norm, k_norm, cos_sin, rotary_rows, slots, eps, q_stride, kv_stride,
+    qk_scale, k_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
     scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
     CODE: tl.constexpr, LIMIT: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, KV_LIMIT: tl.constexpr,
-    FLOOR: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, FLOOR: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
@@ -75,7 +76,11 @@ def _decode_attention(
     head = kv_head * GROUP + row
     release(PDL)
     wait(PDL)
-    length = tl.load(seq_lens + request)
+    length = tl.load(seq_lens + request)  # 0: the row pads a graph; there is no tile to read then
+    k_by, v_by = 1.0, 1.0
+    if FP8:
+        if not PER_HEAD:
+            k_by, v_by = tl.load(k_scale + kv_head * K_STRIDE), tl.load(v_scale + kv_head * V_STRIDE)
     low = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     first = low // TILE
     per_split = tl.cdiv(tl.cdiv(length, TILE) - first, splits)
@@ -84,7 +89,7 @@ def _decode_attention(
     q_ok = (row < GROUP)[None, :] & (d < D)[:, None]
     if NEW:
         token = request.to(tl.int64)
-        angles = cos_sin + tl.load(positions + request) * R
+        angles = cos_sin + tl.load(rotary_rows + request) * R
         query = turned(q + token * q_stride + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
         if (end > begin) & (end == tl.cdiv(length, TILE)):
             ok = (d < D)[:, None] & (tl.arange(0, 1) == 0)[None, :]
@@ -102,7 +107,7 @@ def _decode_attention(
         tl.debug_barrier()  # what was written is read below, by other threads
     else:
         query = tl.load(q + q_at, mask=q_ok, other=0.0).to(tl.float32)
-    factor = tl.full((ROWS,), 1.0, tl.float32) * qk_scale
+    factor = tl.full((ROWS,), 1.0, tl.float32) * (qk_scale * k_by)
     if FP8:
         q_scale = tl.maximum(tl.max(tl.abs(query), 0) / (LIMIT * 0.5), 1e-12)  # room for 16 times what a code leaves
         factor *= q_scale
@@ -170,7 +175,8 @@ def _decode_attention(
             sum_of_p = sum_of_p * mine + weighed * its
             acc = acc * mine[None, :] + tl.load(parts + (one + part) * DP * ROWS + place, cache_modifier=".cg") * its[None, :]
             peak = higher
-    tl.store(out + q_at, (acc * (v_scale / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
+    sum_of_p = tl.where(length > 0, sum_of_p, 1.0)
+    tl.store(out + q_at, (acc * (v_by / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
 
 
 _counters: dict[torch.device, Tensor] = {}
@@ -212,20 +218,19 @@ class New(NamedTuple):
 
     k: Tensor
     v: Tensor
-    norms: HeadNorms | None
-    cos_sin: Tensor
-    positions: Tensor
+    rope: Rope
     slots: Tensor
 
 
 def decode_attention(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, requests: int, longest: int, scale: float, window: int | None,
-    k_scale: float, v_scale: float, config: dict[str, int] | None = None, new: New | None = None,
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, longest: int, scale: float,
+    window: int | None, config: dict[str, int] | None = None, new: New | None = None,
 ) -> None:  # fmt: skip
     """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each.
 
-    With `new`, q is not turned yet."""
+    With `new`, q is not turned yet. The row of a request without a context becomes zeros."""
     heads, dim = q.shape[1:]
+    views = cache.views
     k, v = views["k"], views["v"]
     kv_heads, group = k.shape[2], heads // k.shape[2]
     fp8 = k.dtype in FP8_MAX
@@ -236,24 +241,22 @@ def decode_attention(
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     rows = power_of_2(group, 8 if fp8 else 16)
     parts, sums, counters = _workspace(q.device, requests * kv_heads * splits, rows, dp) if splits > 1 else (out, out, out)
-    by_layer = fp8 and scales is None
     launch(_decode_attention, (kv_heads, splits, requests),
         q, k, v, views.get("k_scale", q), views.get("v_scale", q), batch.block_tables, batch.seq_lens, out,
-        parts, sums, counters, *_new_arguments(q, new, k_scale, v_scale),
-        scale * LOG2E * (k_scale if by_layer else 1.0), v_scale if by_layer else 1.0,
+        parts, sums, counters, *_new_arguments(q, new), scale * LOG2E, cache.k_scale, cache.v_scale,
         batch.block_tables.stride(0), *cache_strides(views),
         Q_HEADS=heads, GROUP=group, ROWS=rows, D=dim, DP=dp, BLOCK_SIZE=k.shape[1],
         TILE=c["TILE"], SPLIT=splits > 1, WINDOW=window or 0, PER_HEAD=scales is not None, **codes(k.dtype),
-        NEW=new is not None, R=new.cos_sin.shape[1] if new else 0, NORM=new is not None and new.norms is not None,
-        KV_LIMIT=FP8_MAX.get(k.dtype, 1.0), FLOOR=SCALE_FLOOR,
+        NEW=new is not None, R=new.rope.cos_sin.shape[1] if new else 0, NORM=new is not None and new.rope.norms is not None,
+        KV_LIMIT=FP8_MAX.get(k.dtype, 1.0), **head_strides(cache), FLOOR=SCALE_FLOOR,
         STAGES=pipeline(c["stages"]), num_warps=c["warps"],
     )  # fmt: skip
 
 
-def _new_arguments(q: Tensor, new: New | None, k_scale: float, v_scale: float) -> tuple[Tensor | float | None, ...]:
+def _new_arguments(q: Tensor, new: New | None) -> tuple[Tensor | float | None, ...]:
     if new is None:
-        return *(None,) * 7, 0.0, 1.0, 1.0, 0, 0
+        return *(None,) * 7, 0.0, 0, 0
     assert new.k.stride(0) == new.v.stride(0)
-    norms = (new.norms.q, new.norms.k) if new.norms else (None, None)
-    eps = new.norms.eps if new.norms else 0.0
-    return new.k, new.v, *norms, new.cos_sin, new.positions, new.slots, eps, k_scale, v_scale, q.stride(0), new.k.stride(0)
+    norms, cos_sin, rows = new.rope
+    gains, eps = ((norms.q, norms.k), norms.eps) if norms else ((None, None), 0.0)
+    return new.k, new.v, *gains, cos_sin, rows, new.slots, eps, q.stride(0), new.k.stride(0)

@@ -6,17 +6,20 @@ rounded to x's dtype where the reference rounds them, so that the codes are the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import PackedWeight, Product, Quantized, Unscaled
+from octavo.ops.contract import Activation, CodeFormat, Product, Quantized, Reader, Unscaled, wanted
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
+from octavo.quant.scheme import Granularity
 
-__all__ = ["quantize", "rms_norm", "silu_mul"]
+__all__ = ["made_for", "quantize", "rms_norm", "silu_mul"]
 
 
 @triton.jit
@@ -29,8 +32,8 @@ def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: 
 
 @triton.jit
 def _norm_quant(
-    x, x_row, x_column, residual, weight, out, scale, carried, eps, size, inner, outer_stride, inner_stride, width,
-    SCALED: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    x, x_row, x_column, residual, weight, out, scale, dense, carried, eps, size, inner, outer_stride, inner_stride, width,
+    SCALED: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -54,15 +57,17 @@ def _norm_quant(
     y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
     if QUANT:
         _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
+        if BOTH:
+            tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
     else:
         tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _silu_mul_quant(
-    x, x_row, x_column, out, scale, size, width,
-    SCALED: tl.constexpr, QUANT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_row, x_column, out, scale, dense, size, width,
+    SCALED: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -78,6 +83,8 @@ def _silu_mul_quant(
     y = round_to(gate / (1.0 + tl.exp(-gate)), x.dtype.element_ty) * up
     if QUANT:
         _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, LIMIT, FLOOR)
+        if BOTH:
+            tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
     else:
         tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
 
@@ -99,65 +106,77 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def _outputs(rows: int, size: int, like: Tensor, fp8: torch.dtype | None, width: int) -> tuple[Tensor, Tensor]:
-    if fp8 is None:
-        return torch.empty(rows, size, dtype=like.dtype, device=like.device), like  # the second is not used
-    codes = torch.empty(rows, width, dtype=fp8, device=like.device)
-    return codes, torch.empty(rows, 1, dtype=torch.float32, device=like.device)
+def made_for(readers: Sequence[Reader], dtype: torch.dtype) -> tuple[bool, CodeFormat | None]:
+    """Whether dense values are made for the readers of results in `dtype`, and which codes. Those with a scale a group are
+    made by who reads them. Of an FP32 model the products would come out in BF16: its values stay values."""
+    dense, form = wanted(readers)
+    if form is None or form.granularity is not Granularity.ROW or dtype is not torch.bfloat16:
+        return True, None
+    return dense, form
 
 
-def _wanted(feeds: PackedWeight | None, x: Tensor, size: int) -> tuple[torch.dtype | None, int]:
-    """The codes to write and their columns. Of an FP32 model the products would come out in BF16: its values stay values."""
-    if feeds is None or feeds.reads is None or x.dtype is not torch.bfloat16:
-        return None, size
-    return feeds.reads, feeds.width
+class _Outputs:
+    """What a kernel writes for the readers of results [rows, size] like `like`."""
+
+    def __init__(self, readers: Sequence[Reader], rows: int, size: int, like: Tensor):
+        dense, form = made_for(readers, like.dtype)
+        self.dense = torch.empty(rows, size, dtype=like.dtype, device=like.device) if dense else None
+        self.quantized = None if form is None else _codes(rows, form.dtype, form.width, like.device)
+        self.block = power_of_2(max(size, form.width if form is not None else size))
+        out, scale = (self.dense, like) if self.quantized is None else self.quantized  # `like`, since a pointer must be there
+        both = dense and form is not None
+        self.pointers = out, scale, self.dense if both else None
+        self.options = {
+            "QUANT": form is not None, "BOTH": both, "LIMIT": FP8_MAX[form.dtype] if form is not None else 1.0,
+            "FLOOR": SCALE_FLOOR, "BLOCK": self.block, "num_warps": _warps(self.block),
+        }  # fmt: skip
+        self.width = size if form is None else form.width
+
+
+def _codes(rows: int, fp8: torch.dtype, width: int, device: torch.device) -> Quantized:
+    codes = torch.empty(rows, width, dtype=fp8, device=device)
+    return Quantized(codes, torch.empty(rows, 1, dtype=torch.float32, device=device))
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: PackedWeight | None = None
-) -> tuple[Tensor | Quantized, Tensor]:
+    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x, None, None)
     size = x.shape[-1]
     if x.stride(-1) != 1 or x.dim() not in (2, 3):
         x = x.reshape(-1, size)
     inner = x.shape[1] if x.dim() == 3 else 1
     rows = x.numel() // size
-    fp8, width = _wanted(feeds, x, size)
-    out, scale = _outputs(rows, size, x, fp8, width)
+    to = _Outputs(readers, rows, size, x)
     carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
-        block = power_of_2(max(size, width))
         launch(_norm_quant, (rows,),
-            x, by_row, by_column, residual, weight, out, scale, carried, eps, size, inner,
-            x.stride(0), x.stride(1) if x.dim() == 3 else 0, width, SCALED=by_row is not None, ADD=residual is not None,
-            QUANT=fp8 is not None, LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR,
-            BLOCK=block, num_warps=_warps(block),
+            x, by_row, by_column, residual, weight, *to.pointers, carried, eps, size, inner,
+            x.stride(0), x.stride(1) if x.dim() == 3 else 0, to.width, SCALED=by_row is not None, ADD=residual is not None,
+            **to.options,
         )  # fmt: skip
-    return (out.view(x.shape) if fp8 is None else Quantized(out, scale)), carried
+    return Activation(None if to.dense is None else to.dense.view(x.shape), to.quantized), carried
 
 
-def silu_mul(x: Product, feeds: PackedWeight | None = None) -> Tensor | Quantized:
+def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x.contiguous(), None, None)
     rows, size = x.shape[0], x.shape[1] // 2
-    fp8, width = _wanted(feeds, x, size)
-    out, scale = _outputs(rows, size, x, fp8, width)
+    to = _Outputs(readers, rows, size, x)
     if rows:
-        block = power_of_2(max(size, width))
         launch(_silu_mul_quant, (rows,),
-            x, by_row, by_column, out, scale, size, width, SCALED=by_row is not None, QUANT=fp8 is not None,
-            LIMIT=FP8_MAX[fp8] if fp8 else 1.0, FLOOR=SCALE_FLOOR, BLOCK=block, num_warps=_warps(block),
+            x, by_row, by_column, *to.pointers, size, to.width, SCALED=by_row is not None, **to.options,
         )  # fmt: skip
-    return out if fp8 is None else Quantized(out, scale)
+    return Activation(to.dense, to.quantized)
 
 
 def quantize(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
     """Codes [M, width] and scales [M, 1] of x [M, K], a scale a token."""
     rows, size = x.shape
-    codes, scale = _outputs(rows, size, x, fp8, width)
+    codes, scale = made = _codes(rows, fp8, width, x.device)
     if rows:
         block = power_of_2(max(size, width))
         launch(_quantize, (rows,),
             x, codes, scale, size, x.stride(0), width, LIMIT=FP8_MAX[fp8], FLOOR=SCALE_FLOOR, BLOCK=block,
             num_warps=_warps(block),
         )  # fmt: skip
-    return Quantized(codes, scale)
+    return made

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kvcache import Views
+from octavo.kvcache import LayerCache, Views
+from octavo.ops import ahead
 from octavo.platform import FP8_MAX, Platform
 
 __all__ = [
@@ -30,9 +30,10 @@ __all__ = [
     "compile_ahead",
     "configure",
     "device_units",
-    "is_ahead",
+    "head_strides",
     "launch",
     "pipeline",
+    "platform",
     "power_of_2",
     "registers",
     "release",
@@ -44,57 +45,43 @@ __all__ = [
     "wait",
 ]
 
-_overlap: dict[str, Any] = {"PDL": False}
-_units = 132
-_stages = 8
-_shared = 227 << 10
-_fp8 = tl.float8e4nv, 448.0
-_bounded = False
-_ahead: set[Any] | None = None  # within compile_ahead: what was compiled there
+# Which device kernels are made for; until one is configured they are interpreted, as for a chip without dependent launches.
+_platform = Platform(torch.device("cpu"), "sm_89", multiprocessors=132, shared_memory=227 << 10)
+_compiled: set[Any] = set()  # within compile_ahead: what was compiled there
 
 
-def configure(platform: Platform, *, dependent: bool, stages: int) -> None:
-    """Settle, once, what this process's device can do: dependent launches, and how deep a pipeline may be."""
-    global _overlap, _units, _stages, _shared, _fp8, _bounded
-    _overlap = {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
-    _stages, _bounded = stages, platform.arch.startswith("sm")
-    if platform.fp8_dtype is torch.float8_e4m3fnuz:
-        _fp8 = tl.float8e4b8, 224.0
-    if platform.device.type != "cpu":
-        properties = driver.active.utils.get_device_properties(platform.device.index or 0)
-        _units, _shared = properties["multiprocessor_count"], properties["max_shared_mem"]
+def configure(platform: Platform) -> None:
+    """Settle which device this process's kernels are made for."""
+    global _platform
+    _platform = platform
+
+
+def platform() -> Platform:
+    """What kernels are made for."""
+    return _platform
 
 
 def pipeline(stages: int) -> int:
     """Stages of a loop's pipeline: as many as are best where asynchronous copies are deep, fewer elsewhere."""
-    return min(stages, _stages)
+    return min(stages, _platform.pipeline_depth)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Every launch of a kernel; within compile_ahead, its compilation instead."""
-    if _ahead is None:
-        kernel[grid](*args, **options, **_overlap)
-    elif (key := (kernel, *map(_specialized, args), *options.items())) not in _ahead:
-        _ahead.add(key)
-        kernel.warmup(*args, grid=grid, **options, **_overlap)
+    options |= {"PDL": True, "launch_pdl": True} if _platform.has_dependent_launch else {"PDL": False}
+    if not ahead.is_on():
+        kernel[grid](*args, **options)
+    elif (key := (kernel, *map(_specialized, args), *options.items())) not in _compiled:
+        _compiled.add(key)
+        kernel.warmup(*args, grid=grid, **options)
 
 
 @contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Within it kernels are compiled and not launched: what ops give is worthless. Leaving it waits for the compiler, which
-    works on all cores."""
-    global _ahead
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
-        _ahead = set()
-        try:
-            yield
-        finally:
-            _ahead = None
-
-
-def is_ahead() -> bool:
-    """Whether this is within compile_ahead."""
-    return _ahead is not None
+    """The mode of `octavo.ops.ahead`. Leaving it waits for the compiler, which works on all cores."""
+    _compiled.clear()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool), ahead.mode():
+        yield
 
 
 def _specialized(x: Any) -> Any:
@@ -108,12 +95,12 @@ def _specialized(x: Any) -> Any:
 
 def device_units() -> int:
     """Multiprocessors of the device."""
-    return _units
+    return _platform.multiprocessors
 
 
 def shared_memory() -> int:
     """Bytes of a multiprocessor's memory that one program may have."""
-    return _shared
+    return _platform.shared_memory
 
 
 def cache_strides(views: Views) -> tuple[int, ...]:
@@ -123,16 +110,22 @@ def cache_strides(views: Views) -> tuple[int, ...]:
     return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
 
 
+def head_strides(cache: LayerCache) -> dict[str, int]:
+    """Whether a head's own scales of keys and of values lie beside the next one's (1), or all heads have the layer's (0)."""
+    return {"K_STRIDE": int(cache.k_scale.numel() > 1), "V_STRIDE": int(cache.v_scale.numel() > 1)}
+
+
 def codes(cache: torch.dtype) -> dict[str, Any]:
     """What queries and probabilities become beside a cache of that dtype, and its limit: over FP8 the codes of more bits."""
     if cache not in FP8_MAX:
         return {"CODE": getattr(tl, str(cache).removeprefix("torch.")), "LIMIT": 1.0}
-    return {"CODE": _fp8[0], "LIMIT": _fp8[1]}
+    dtype = _platform.fp8_dtype
+    return {"CODE": tl.float8e4b8 if dtype is torch.float8_e4m3fnuz else tl.float8e4nv, "LIMIT": FP8_MAX[dtype]}
 
 
 def registers(most: int) -> dict[str, int]:
     """The launch option that bounds a thread's registers, so that more programs share a multiprocessor (NVIDIA's compiler)."""
-    return {"maxnreg": most} if _bounded and most < 255 else {}
+    return {"maxnreg": most} if _platform.bounds_registers and most < 255 else {}
 
 
 def tiled(x: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> TensorDescriptor:

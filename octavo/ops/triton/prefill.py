@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.batch import ForwardBatch, to_device
-from octavo.kvcache import Views
+from octavo.batch import ForwardBatch, Key, to_device
+from octavo.kvcache import LayerCache
 from octavo.ops.triton.decode import LOG2E
 from octavo.ops.triton.launch import (
     cache_strides,
     codes,
+    head_strides,
     launch,
     pipeline,
     power_of_2,
@@ -122,9 +123,10 @@ def _attend_tiles(
 
 @triton.jit
 def _prefill_attention(
-    q, k, v, out, tiles, qk_scale, v_scale, length,
+    q, k, v, out, tiles, qk_scale, k_scale, v_scale, length,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, CODE: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CODE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, LIMIT: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """k and v: descriptors of the layouts that `_stage_kv` writes, by tiles [BN, DP], of FP8 values [DP, BN]."""
     which, head = tl.program_id(0), tl.program_id(1)
@@ -142,7 +144,7 @@ def _prefill_attention(
         wide = query.to(tl.float32)
         q_scale = tl.maximum(tl.max(tl.abs(wide), 1) / LIMIT, 1e-12)
         query = to_fp8(wide / q_scale[:, None], LIMIT, CODE)
-        factor = q_scale * qk_scale
+        factor = q_scale * (qk_scale * tl.load(k_scale + head // GROUP * K_STRIDE))
     else:
         factor = tl.full((BM,), 1.0, tl.float32) * qk_scale
     acc = tl.zeros((BM, DP), tl.float32)
@@ -165,7 +167,10 @@ def _prefill_attention(
             BM, BN, True, False, STAGES,
         )  # fmt: skip
     release(PDL)
-    y = acc * (v_scale / total)[:, None]
+    if CODE.primitive_bitwidth == 8:
+        y = acc * (tl.load(v_scale + head // GROUP * V_STRIDE) / total)[:, None]
+    else:
+        y = acc * (1.0 / total)[:, None]
     tl.store(out + q_at, y.to(out.dtype.element_ty), mask=ok)
 
 
@@ -178,11 +183,18 @@ class _Plan:
     length: int  # staged positions
 
 
+@dataclass(frozen=True)
+class _PlanKey(Key[_Plan]):
+    first: int
+    stop: int
+    bm: int
+
+
 def _plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
-    key = f"prefill {first} {bm}"
-    if (found := batch.cache.get(key)) is not None:
-        assert isinstance(found, _Plan)
-        return found
+    return batch.cache.get(_PlanKey(first, stop, bm), lambda: _make_plan(batch, first, stop, bm))
+
+
+def _make_plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     chunks, tiles, staged = [], [], 0
     row = sum(batch.query_lens[:first])
     for request in range(first, stop):
@@ -194,8 +206,7 @@ def _plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     tiles.sort(key=lambda t: -t[2])
 
     device = batch.input_ids.device
-    made = batch.cache[key] = _Plan(to_device(chunks, torch.int32, device), to_device(tiles, torch.int32, device), staged)
-    return made
+    return _Plan(to_device(chunks, torch.int32, device), to_device(tiles, torch.int32, device), staged)
 
 
 # Queries and keys of a tile, warps, stages of the pipeline, registers of a thread: the fastest first, as measured on an H200.
@@ -222,11 +233,12 @@ def _tiles(dp: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def prefill_attention(
-    q: Tensor, out: Tensor, views: Views, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
-    k_scale: float, v_scale: float, config: dict[str, int] | None = None,
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
+    config: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """The rows of q and out [T, H, D] that belong to the requests [first, stop)."""
     heads, dim = q.shape[1:]
+    views = cache.views
     k, v = views["k"], views["v"]
     kv_heads, scales = k.shape[2], views.get("k_scale")
     by_dim = k.dtype in FP8_MAX
@@ -244,7 +256,7 @@ def prefill_attention(
     by_dim_of_v, turned = (kv_heads * dp, plan.length), (dp, c["BN"])
     launch(_prefill_attention, (len(plan.tiles), heads),
         q, tiled(k_staged, by_row, tile), tiled(v_staged, *((by_dim_of_v, turned) if fp8 else (by_row, tile))), out, plan.tiles,
-        scale * LOG2E * (k_scale if fp8 else 1.0), v_scale if fp8 else 1.0, plan.length,
+        scale * LOG2E, cache.k_scale, cache.v_scale, plan.length,
         Q_HEADS=heads, GROUP=heads // kv_heads, D=dim, DP=dp, BM=c["BM"], BN=c["BN"], WINDOW=window or 0, **codes(dtype),
-        STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]),
+        **head_strides(cache), STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]),
     )  # fmt: skip

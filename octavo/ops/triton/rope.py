@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kvcache import Views
-from octavo.ops.contract import HeadNorms
+from octavo.kvcache import LayerCache
+from octavo.ops.contract import Rope
 from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import cache_strides, launch, power_of_2, round_to, scale_of, to_fp8, wait
+from octavo.ops.triton.launch import cache_strides, head_strides, launch, power_of_2, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_kv", "turned", "write_new"]
@@ -40,6 +40,16 @@ def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.con
     s = scale_of(most, LIMIT, FLOOR)
     tl.store(scales + at[:, None] + head[None, :], s, mask=ok[:, None])
     return s
+
+
+@triton.jit
+def _head_scales(scale, head, STRIDE: tl.constexpr):
+    """The scale of all heads, or [1, heads, 1]."""
+    if STRIDE:
+        by = tl.load(scale + head)[None, :, None]
+    else:
+        by = tl.load(scale)
+    return by
 
 
 @triton.jit
@@ -104,12 +114,13 @@ def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_write_kv(
-    q, k, v, q_out, k_cache, v_cache, k_scales, v_scales, q_norm, k_norm, cos_sin, positions, slots,
+    q, k, v, q_out, k_cache, v_cache, k_scales, v_scales, q_norm, k_norm, cos_sin, rotary_rows, slots,
     tokens, eps, k_scale, v_scale, q_stride, k_stride, v_stride, block_stride, k_token_stride, v_token_stride, v_head_stride,
     v_dim_stride, scale_block_stride, scale_token_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
-    BY_DIM: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
+    BY_DIM: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A head is rotated as its two halves [tokens, heads, HALF]; what is behind R is a third part, if there is any."""
     first = tl.program_id(0) * HEADS  # of queries, then keys, then values: a program has one kind
@@ -120,16 +131,21 @@ def _rope_write_kv(
     slot = tl.load(slots + token, mask=ok, other=0).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     scale_at = block * scale_block_stride + offset * scale_token_stride
+    BY_LAYER: tl.constexpr = k_cache.dtype.element_ty.primitive_bitwidth == 8 and not PER_HEAD
     if first >= Q_HEADS + KV_HEADS:
         head = first - Q_HEADS - KV_HEADS + tl.arange(0, HEADS)
         d = tl.arange(0, DP)
         inside = ok[:, None, None] & (d < D)[None, None, :]
         x = tl.load(v + row * v_stride + (head * D)[None, :, None] + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
         x = _finite(x)
-        by = v_scale
         if PER_HEAD:
-            by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, LIMIT, FLOOR)
-            by = tl.trans(by[:, :, None], 1, 2, 0) if BY_DIM else by[:, :, None]
+            by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, LIMIT, FLOOR)[:, :, None]
+        elif BY_LAYER:
+            by = _head_scales(v_scale, head, V_STRIDE)
+        else:
+            by = 1.0
+        if BY_DIM and (PER_HEAD or (BY_LAYER and V_STRIDE)):
+            by = tl.trans(by, 1, 2, 0)
         place = block * block_stride + offset * v_token_stride
         _store_values(x, ok, v_cache, place, v_head_stride, v_dim_stride, head, d, by, D, TOKENS, BY_DIM, LIMIT)
         return
@@ -159,7 +175,7 @@ def _rope_write_kv(
         x, y = _normed(x, factor, norm, d, half, dtype), _normed(y, factor, norm + half, d, half, dtype)
         if rest:
             z = _normed(z, factor, norm + R, e, rest, dtype)
-    angle = tl.load(positions + token, mask=ok, other=0)[:, None] * R + d[None, :]
+    angle = tl.load(rotary_rows + token, mask=ok, other=0)[:, None] * R + d[None, :]
     turned = ok[:, None] & (d < half)[None, :]
     cos = tl.load(cos_sin + angle, mask=turned, other=1.0)[:, None, :]
     sin = tl.load(cos_sin + half + angle, mask=turned, other=0.0)[:, None, :]
@@ -171,13 +187,17 @@ def _rope_write_kv(
         if rest:
             tl.store(to + R + e[None, None, :], z.to(dtype), mask=behind)
     else:
-        x, y, by = _finite(x), _finite(y), k_scale
+        x, y = _finite(x), _finite(y)
         most = tl.maximum(tl.max(tl.abs(x), 2), tl.max(tl.abs(y), 2))
         if rest:
             z = _finite(z)
             most = tl.maximum(most, tl.max(tl.abs(z), 2))
         if PER_HEAD:
             by = _store_scales(most, ok, k_scales, scale_at, head, LIMIT, FLOOR)[:, :, None]
+        elif BY_LAYER:
+            by = _head_scales(k_scale, head, K_STRIDE)
+        else:
+            by = 1.0
         at = (block * block_stride + offset * k_token_stride)[:, None, None] + (head * D)[None, :, None]
         _store_codes(x, inside, k_cache, at + d[None, None, :], by, LIMIT)
         _store_codes(y, inside, k_cache, at + half + d[None, None, :], by, LIMIT)
@@ -185,12 +205,9 @@ def _rope_write_kv(
             _store_codes(z, behind, k_cache, at + R + e[None, None, :], by, LIMIT)
 
 
-def rope_write_kv(
-    q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, cos_sin: Tensor, positions: Tensor,
-    views: Views, slots: Tensor, k_scale: float, v_scale: float,
-) -> Tensor:  # fmt: skip
+def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
     tokens, q_heads, dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, (norms, cos_sin, rows), views = k.shape[1], rope, cache.views
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
@@ -200,10 +217,11 @@ def rope_write_kv(
     heads = math.gcd(heads, q_heads, kv_heads)
     launch(_rope_write_kv, ((q_heads + 2 * kv_heads) // heads, triton.cdiv(tokens, per_program)),
         q, k, v, out, k_cache, v_cache, views.get("k_scale"), views.get("v_scale"),
-        norms.q if norms else None, norms.k if norms else None, cos_sin, positions, slots,
-        tokens, norms.eps if norms else 0.0, k_scale, v_scale, q.stride(0), k.stride(0), v.stride(0), *cache_strides(views),
+        norms.q if norms else None, norms.k if norms else None, cos_sin, rows, slots, tokens, norms.eps if norms else 0.0,
+        cache.k_scale, cache.v_scale, q.stride(0), k.stride(0), v.stride(0), *cache_strides(views),
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=rotated, HALF=power_of_2(rotated // 2),
         BLOCK_SIZE=k_cache.shape[1], TOKENS=per_program, HEADS=heads, NORM=norms is not None, PER_HEAD=scales is not None,
-        BY_DIM=v_cache.stride(3) != 1, LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR, num_warps=warps,
+        BY_DIM=v_cache.stride(3) != 1, **head_strides(cache), LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR,
+        num_warps=warps,
     )  # fmt: skip
     return out

@@ -124,10 +124,10 @@ def _costs(config: EngineConfig, source: Source) -> Costs:
             continue
         moved, operations = o.experts * o.read, 2.0 * o.active * o.shape[0] * o.shape[1]
         if o.component == "lm_head":
-            sums["head"], sums["head operations"], head_fp8 = moved, operations, o.quantized
+            sums["head"], sums["head operations"], head_fp8 = moved, operations, o.is_fp8
         else:
             sums["experts" if o.experts > 1 else "weights"] += moved
-            sums["fp8" if o.quantized else "plain"] += operations
+            sums["fp8" if o.is_fp8 else "plain"] += operations
         share = o.active / o.experts if o.experts > 1 else share
     attention = subject.attention
     return Costs(

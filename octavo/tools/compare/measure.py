@@ -29,7 +29,8 @@ from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, SamplingParams
-from octavo.models.contract import Head
+from octavo.models.interface import Head
+from octavo.quant import WeightDType
 
 __all__ = [
     "REFERENCE",
@@ -185,7 +186,7 @@ def score(
         top1=float(same.mean()),
         greedy=sum(counts) / len(counts),
         weight_bytes=runner.report.total("stored"),
-        quantized_values=runner.report.total("values", quantized_only=True),
+        quantized_values=runner.report.total("values", WeightDType.FP8),
         kv_bytes_per_token=runner.bytes_per_token,
     )
 

@@ -13,6 +13,7 @@ from octavo.demo import MODEL_DIR
 from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError
 from octavo.models import architecture, check_length
+from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.subject import Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
@@ -67,8 +68,8 @@ def _remarks(part: Operand | None, tp: int) -> list[str]:
     if part is None or part.is_vector:
         return []
     out = []
-    if part.quantized or part.component == "vision":
-        condition = "" if part.quantized else "if it were FP8, "
+    if part.is_fp8 or part.component == "vision":
+        condition = "" if part.is_fp8 else "if it were FP8, "
         for whole, own in zip(part.whole, part.shape, strict=True):
             if padding := -own % ALIGNMENT:
                 split = f"{whole} / {tp} = " if tp > 1 else ""
@@ -113,7 +114,7 @@ def refusals(plan: Plan) -> list[str]:
     q, asked, subject = plan.question, plan.asked, plan.question.subject
     out = [_refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
     out += [q.on.refusal, subject.source.refused, _refusal(lambda: architecture(subject.source.config))]
-    if asked.variant.native and any(o.form.startswith("int4") for o in subject.base.operands):
+    if asked.variant.native and any(o.scheme.dtype is WeightDType.INT4 for o in subject.base.operands):
         grown = " and ".join(
             f"{gb(v.weights)} in {v.variant.label}" for v in plan.variants if v.variant.label in ("BF16", "PTPC")
         )

@@ -20,7 +20,7 @@ STEP_TOKENS = 8192  # of a prefill step
 
 ASSUMPTIONS = (
     f"{BANDWIDTH:.0%} of the data sheet's bandwidth and {PRODUCTS:.0%} of its peak, as measured on an H200, assumed everywhere",
-    "FP8 and INT4 weights multiply on FP8 units, attention too where the cache is FP8; BF16 the rest",
+    "FP8 weights multiply on FP8 units, attention too where the cache is FP8; the rest, INT4 too, in BF16",
     "two all-reduces a layer at the link's full rate, not overlapped; no launches, no host, no waiting",
     "experts are chosen evenly: a decode step reads those that its requests reach",
 )
@@ -96,7 +96,7 @@ def _linear_seconds(d: Deployment, tokens: int, sampled: float) -> float:
         rows = sampled if o.component == "lm_head" else tokens
         reached = o.experts * (1 - (1 - o.active / o.experts) ** tokens)  # of the experts, by at least one token
         read += reached * o.read
-        seconds_busy += 2 * rows * o.active * o.shape[0] * o.shape[1] / d.rate(o.quantized)
+        seconds_busy += 2 * rows * o.active * o.shape[0] * o.shape[1] / d.rate(o.is_fp8)
     return max(read / d.bandwidth, seconds_busy)
 
 

@@ -166,7 +166,7 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     try:
         if config.load_format != "dummy":
             matrices = sum(o.values for o in found.operands if not o.is_vector)
-            check_weights(machine, matrices, variant.scheme != "bf16" or variant.native)
+            check_weights(machine, matrices, fp8=variant.scheme != "bf16" or variant.native)
         budget = plan_blocks(config, loaded, token, length, weights, working)
     except OctavoError as error:
         return Fit(weights, room, 0, tokens, tokens / length, 0, (str(error),))
@@ -178,7 +178,7 @@ def _speed(q: Question, variant: Variant, cache: str, fitted: Fit | None) -> Spe
     if fitted is None or not fitted.max_model_len or not q.on.bandwidth:
         return None
     operands = q.subject.walk(variant, q.tp).operands
-    if not q.on.has_fp8 and ("fp8" in cache or any(o.quantized for o in operands)):
+    if not q.on.has_fp8 and ("fp8" in cache or any(o.is_fp8 for o in operands)):
         return None
     hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
     sizes = q.subject.token_bytes(variant, q.tp)

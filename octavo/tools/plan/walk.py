@@ -15,7 +15,7 @@ from octavo.ops import PackedWeight
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
 from octavo.quant.formats import COMPANIONS, int4_group
-from octavo.quant.scheme import Granularity
+from octavo.quant.scheme import Granularity, WeightDType
 from octavo.weights.loader import WHOLE, Loader, Shard, check_read, is_tied, places_of, role_of
 from octavo.weights.meta import MetaSource
 
@@ -48,7 +48,7 @@ class Operand:
     """One weight, or the equal ones of a layer's experts, as one rank holds it. Bytes.
 
     names: the checkpoint's modules that are stacked, or a vector's tensor. whole, shape: [N, K] of the stack, and of the
-    rank's part. form: how it is stored. bits: of a value of it. stored: bytes without padding, held: with it. read: what a
+    rank's part. form: how it is stored, in a word. stored: bytes without padding, held: with it. read: what a
     product reads of one copy. values: parameters of the rank's part. experts: how many there are; `active` multiply a token
     (0: rows are looked up). A tied head has no bytes and no parameters of its own.
     """
@@ -57,9 +57,9 @@ class Operand:
     names: tuple[str, ...]
     whole: tuple[int, int]
     shape: tuple[int, int]
+    scheme: Scheme
     form: str
     why: str
-    bits: int
     stored: int
     held: int
     read: int
@@ -71,7 +71,12 @@ class Operand:
 
     @property
     def quantized(self) -> bool:
-        return self.bits < 16
+        return self.scheme.quantized
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is multiplied by FP8 units. Packed INT4 is not."""
+        return self.scheme.dtype is WeightDType.FP8
 
 
 @dataclass(frozen=True)
@@ -181,15 +186,12 @@ class Walker(Loader):
         return self.kept or (LEFT_OUT if self.rules.scheme.quantized else "as stored")
 
     def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:
-        values, bits = q.shape[0] * q.shape[1], 8 * self.dtype.itemsize
-        form = "float32" if self.dtype is torch.float32 else "bf16"
-        if q.scheme.quantized:
-            form, bits = q.scheme.name, 4 if q.scheme.name.startswith("int4") else 8
-        stored = values * bits // 8 + (0 if q.scale is None else q.scale.nbytes)
-        n = self.experts
+        dense = "float32" if self.dtype is torch.float32 else "bf16"
+        form, values, n = q.scheme.name if q.scheme.quantized else dense, q.shape[0] * q.shape[1], self.experts
+        padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
         return Operand(
-            component_of(names[0]), names, whole, q.shape, form, why, bits, n * stored, n * q.nbytes, q.nbytes, n * values,
-            experts=n,
+            component_of(names[0]), names, whole, q.shape, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
+            q.nbytes, n * values, experts=n,
         )  # fmt: skip
 
     def tied(self, module: str) -> PackedWeight:
@@ -231,7 +233,9 @@ class Walker(Loader):
         n, k = (part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape))
         data = torch.empty(n, -(-k // 2), dtype=torch.uint8, device="meta")
         scale = torch.empty(n, -(-k // group), dtype=torch.bfloat16, device="meta")
-        return QTensor(data, scale, Scheme(f"int4 (groups of {group})", Granularity.ROW), (n, k))
+        return QTensor(
+            data, scale, Scheme(f"int4 (groups of {group})", WeightDType.INT4, Granularity.GROUP, None, group), (n, k)
+        )
 
     def expert_weights(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], count: int, active: int

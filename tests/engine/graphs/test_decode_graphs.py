@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import relative_error
 from torch import Tensor
 
 from octavo import ops
-from octavo.batch import ForwardBatch, Span
+from octavo.batch import ForwardBatch, Span, build
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.errors import OctavoError
-from octavo.ops.cpu import op_recorder as recording
+from octavo.kvcache import KVCache, LayerCache, Layout, Views, spec_for
+from octavo.ops import reference
+from octavo.ops.cpu import library, native, op_recorder
 from octavo.platform import Platform
 
 BLOCK, SCRATCH = 4, 99
@@ -80,6 +83,32 @@ def test_rows_of_a_step(count: int, graphs: DecodeGraphs, model: Model) -> None:
     written = (model.cache >= 0).nonzero().flatten().tolist()
     mine = {s.block_ids[s.start // BLOCK] * BLOCK + s.start % BLOCK for s in spans}
     assert set(written) - mine <= {SCRATCH * BLOCK}
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_rotary_rows_lengths_and_what_is_live(count: int) -> None:
+    """A request's rows are its own; rows that are left over have no context, whatever was there before, and are not live."""
+    seen: list[list[list[int]]] = []
+
+    def forward(batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        assert batch.live is not None
+        assert batch.live.dtype is torch.int32
+        seen.append([x.tolist() for x in (batch.positions, batch.rotary_rows, batch.seq_lens, batch.live)])
+        return batch.input_ids.unsqueeze(1), batch.input_ids
+
+    graphs = DecodeGraphs(forward, DEVICE, BLOCK, 9, 100, SCRATCH, lambda size, context: context)
+    assert all(not any(lengths) and live == [0] for _, _, lengths, live in seen)  # while it captures
+    for before in (9, count):
+        spans = [Span([5], 10 + i, [1, 2, 3, 4, 5], rotary_delta=7 - 3 * i) for i in range(before)]
+        graphs.run(spans, None, [-1] * before)
+    size = next(size for size in graphs.sizes if size >= count)
+    rest = [0] * (size - count)
+    assert seen[-1] == [
+        [*range(10, 10 + count), *rest],
+        [*(17 - 2 * i for i in range(count)), *rest],
+        [*range(11, 11 + count), *rest],
+        [count],
+    ]
 
 
 def test_what_a_longer_step_left_does_not_matter(graphs: DecodeGraphs) -> None:
@@ -168,7 +197,7 @@ def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pyte
 
 def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, without rows to spare, and the recording computes the step: it runs from what the step before chose."""
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 40, 10_000)
     assert steps.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
     assert (len(steps), len(model.bounds)) == (0, 0)
@@ -188,9 +217,37 @@ def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch:
 
 
 def test_a_request_with_fewer_blocks_than_the_one_before_it_in_the_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 4, 12)
     for span in (Span([5], 11, [1, 2, 3]), Span([6], 2, [9]), Span([7], 3, [8, 7, 6, 5])):
         logits, _ = steps.run([span], None, [-1]) or pytest.fail("not recorded")
         held = span.block_ids[:3]
         assert logits[0, 4 : 4 + len(held)].tolist() == held
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+def test_a_recorded_step_rotates_by_its_requests_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one in each replay; as the reference does with a table shifted by as much."""
+    cos_sin, spec = torch.randn(60, 16), spec_for("auto", 2, 16, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD)
+    weight = torch.randn(100, 8, 16)
+    ours, theirs = (KVCache([spec], 9, BLOCK, DEVICE.device).views[0] for _ in range(2))
+
+    def attended(batch: ForwardBatch, op: Any, views: Views, table: Tensor, rows: Tensor) -> Tensor:
+        q, k, v = weight[batch.input_ids].split([4, 2, 2], 1)
+        cache = LayerCache(views, torch.ones(1), torch.ones(1))
+        q = op.rope_write_kv(q, k, v, ops.Rope(None, table, rows), cache, batch.slot_mapping)
+        out: Tensor = op.attention(q, cache, batch, 0.25, None)
+        return out.flatten(1)
+
+    def forward(batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        return attended(batch, native, ours, cos_sin, batch.rotary_rows), batch.input_ids
+
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
+    steps = RecordedSteps(forward, BLOCK, 4, 32)
+    for place, delta in enumerate((7, 0, 11, -2)):
+        spans = [Span([3 + place], place, [1], rotary_delta=delta), Span([50 + place], place, [2], rotary_delta=delta)]
+        logits, _ = steps.run(spans, None, [-1, -1]) or pytest.fail("not recorded")
+        batch = build(spans, BLOCK, DEVICE.device)
+        expected = attended(batch, reference, theirs, cos_sin.roll(-delta, 0), batch.positions)
+        assert relative_error(logits, expected) < 1e-6
+    assert len(steps) == 1

@@ -31,6 +31,9 @@ class Model:
         self.sizes.append(batch.num_tokens)
         self.cache[batch.slot_mapping] = batch.input_ids
         self.table = batch.block_tables[0].tolist()
+        assert batch.live is not None
+        assert batch.live.dtype is torch.int32
+        self.live, self.rotary_rows = batch.live.tolist(), batch.rotary_rows.tolist()
         seen = (batch.input_ids * (batch.positions + 1)).cumsum(0)[last]
         return torch.stack([seen, last], 1), seen + 1
 
@@ -52,6 +55,17 @@ def test_a_prompt_is_what_it_is_alone(length: int) -> None:
         assert written - set(range(2 * BLOCK, 2 * BLOCK + length)) <= {SCRATCH * BLOCK}
         assert model.table[: len(blocks)] == blocks
         assert set(model.table[len(blocks) :]) <= {SCRATCH}
+
+
+@pytest.mark.parametrize("delta", [0, 7])
+def test_rotary_rows_and_what_is_live(delta: int) -> None:
+    model = Model()
+    graphs = PromptGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
+    for length in (100, 70, 128):
+        graphs.run(Span([3] * length, 0, list(range(9)), rotary_delta=delta))
+        assert model.live == [length]
+        assert model.rotary_rows[:length] == list(range(delta, delta + length))
+        assert not any(model.rotary_rows[length:])  # of what is not there: any row that there is
 
 
 def test_what_no_graph_takes() -> None:

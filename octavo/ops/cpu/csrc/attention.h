@@ -198,6 +198,7 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t before = a->lengths[request] - tokens; /* context that was there already */
     const int32_t *table = a->tables + request * a->table_stride;
     int few = rows <= FEW_ROWS, in_place = few && dim == padded;
+    float k_factor = a->k_factor * k_scale_of(c, head), v_factor = a->v_factor * v_scale_of(c, head);
     NAME(Flash) flash, *f = &flash;
     float line[MAX_DIM];
     memset(f->o, 0, (size_t)((few ? rows : LANES) * padded) * 4);
@@ -218,12 +219,13 @@ static void NAME(attend)(void *argument, int64_t task) {
         NAME(Found) *now = &f->found[turn], *soon = &f->found[!turn];
         NAME(find)(c, table, head, start + TOKENS, last, soon);
         if (!in_place) NAME(fetch)(c, now, soon, padded, f);
-        if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, a->k_factor);
-        else NAME(many)(f, rows, start, now->count, dim, padded, a->window, a->k_factor);
+        if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, k_factor);
+        else NAME(many)(f, rows, start, now->count, dim, padded, a->window, k_factor);
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
-        float factor = a->v_factor / f->total[r] * (in_place && c->kind >= E4M3 ? HALF_UNDO : 1);
+        float factor = v_factor / f->total[r] * (in_place && c->kind >= E4M3 ? HALF_UNDO : 1);
+        if (!a->lengths[request]) factor = 0; /* the row pads a batch: zeros */
         for (int64_t d = 0; d < dim; d++) line[d] = (few ? f->o[r * padded + d] : f->o[d * LANES + r]) * factor;
         NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
     }

@@ -122,7 +122,7 @@ static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64
 static void NAME(rotate)(void *argument, int64_t task) {
     const Rows *r = argument;
     EACH_ROW(r, task) {
-        const float *cosines = r->cos_sin + r->positions[row / r->inner] * r->rotated;
+        const float *cosines = r->cos_sin + r->rotary_rows[row / r->inner] * r->rotated;
         NAME(rotate_row)(NAME(row_of)(r, row), (char *)r->y + row * r->width * size_of(r->kind), cosines, r->rotated, r->width, r->kind);
     }
 }
@@ -181,7 +181,7 @@ static void NAME(rope)(void *argument, int64_t task) {
     for (int64_t t = task * r->per_task; t < least((task + 1) * r->per_task, r->tokens); t++) {
         int64_t block = r->slots[t] / c->block_size, offset = r->slots[t] % c->block_size;
         int64_t token = block * c->block + offset * c->token, scale = block * c->scale_block + offset * c->scale_token;
-        const float *cosines = r->q ? r->cos_sin + r->positions[t] * r->rotated : NULL;
+        const float *cosines = r->q ? r->cos_sin + r->rotary_rows[t] * r->rotated : NULL;
         for (int64_t h = 0; r->q && h < r->heads; h++)
             NAME(turn)(r, (const char *)r->q + (t * r->q_token + h * r->q_head) * size, r->q_norm, cosines,
                        (char *)r->out + (t * r->heads + h) * c->dim * size);
@@ -191,8 +191,8 @@ static void NAME(rope)(void *argument, int64_t task) {
             float *k_scale = c->k_scale ? (float *)((char *)c->k_scale + scale) + h : NULL;
             float *v_scale = c->v_scale ? (float *)((char *)c->v_scale + scale) + h : NULL;
             if (r->q) NAME(turn)(r, k, r->k_norm, cosines, turned), k = turned;
-            NAME(write_head)(k, r->kind, (char *)c->k + token + h * c->head, k_scale, r->k_scale, c->kind, c->dim);
-            NAME(write_head)(v, r->kind, (char *)c->v + token + h * c->head, v_scale, r->v_scale, c->kind, c->dim);
+            NAME(write_head)(k, r->kind, (char *)c->k + token + h * c->head, k_scale, k_scale_of(c, h), c->kind, c->dim);
+            NAME(write_head)(v, r->kind, (char *)c->v + token + h * c->head, v_scale, v_scale_of(c, h), c->kind, c->dim);
         }
     }
 }

@@ -280,20 +280,20 @@ void octavo_draw(float *logits, int64_t *out, const float *temperature, const do
 }
 
 /* y [tokens, heads, dim]: x with its first `rotated` dimensions turned. */
-void octavo_rotate(const void *x, void *y, const float *cos_sin, const int64_t *positions, int64_t tokens, int64_t heads, int64_t dim,
+void octavo_rotate(const void *x, void *y, const float *cos_sin, const int64_t *rotary_rows, int64_t tokens, int64_t heads, int64_t dim,
                    int64_t token, int64_t head, int64_t rotated, int32_t kind, int32_t threads) {
-    Rows r = {.x = x, .y = y, .cos_sin = cos_sin, .positions = positions, .rows = tokens * heads, .width = dim, .inner = heads,
+    Rows r = {.x = x, .y = y, .cos_sin = cos_sin, .rotary_rows = rotary_rows, .rows = tokens * heads, .width = dim, .inner = heads,
               .outer = token, .inside = head, .rotated = rotated, .kind = kind};
     each_row(chosen->rotate, &r, threads);
 }
 
 /* Norms and rotates queries into `out`, and keys, which it writes to the cache with the values; see Rope. */
 void octavo_rope_write_kv(const void *q, const void *k, const void *v, const void *q_norm, const void *k_norm, void *out,
-                          const float *cos_sin, const int64_t *positions, const int64_t *slots, const Cache *cache, int64_t tokens,
+                          const float *cos_sin, const int64_t *rotary_rows, const int64_t *slots, const Cache *cache, int64_t tokens,
                           int64_t heads, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,
-                          int64_t v_head, int64_t rotated, float eps, float k_scale, float v_scale, int32_t kind, int32_t threads) {
-    Rope r = {q, k, v, q_norm, k_norm, out, cos_sin, positions, slots, cache, tokens, heads, q_token, q_head, k_token, k_head,
-              v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, k_scale, v_scale, kind};
+                          int64_t v_head, int64_t rotated, float eps, int32_t kind, int32_t threads) {
+    Rope r = {q, k, v, q_norm, k_norm, out, cos_sin, rotary_rows, slots, cache, tokens, heads, q_token, q_head, k_token, k_head,
+              v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, kind};
     each_of(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
 }
 

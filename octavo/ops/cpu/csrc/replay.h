@@ -33,7 +33,7 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
         case 6: octavo_rotate(P(0), P(1), P(2), P(3), w[4], w[5], w[6], w[7], w[8], w[9], I(10), I(11)); break;
         case 7:
             octavo_rope_write_kv(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9), w[10], w[11], w[12], w[13], w[14], w[15],
-                                 w[16], w[17], w[18], F(19), F(20), F(21), I(22), I(23));
+                                 w[16], w[17], w[18], F(19), I(20), I(21));
             break;
         default: return -1;
         }

@@ -25,11 +25,13 @@ typedef struct {
 } Linear;
 
 /* Keys and values of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 a token and head,
-   or NULL; strides likewise. */
+   or NULL; strides likewise. k_layer and v_layer: what codes are multiplied by where those are NULL, one a layer (its stride in
+   values is 0) or a head; NULL for a cache that holds values. They are read at each call. */
 typedef struct {
     void *k, *v;
     float *k_scale, *v_scale;
-    int64_t block, token, head, scale_block, scale_token;
+    const float *k_layer, *v_layer;
+    int64_t block, token, head, scale_block, scale_token, k_layer_head, v_layer_head;
     int32_t kind, block_size, kv_heads, dim;
 } Cache;
 
@@ -39,7 +41,7 @@ typedef struct {
     int64_t q_token, q_head;
     const int32_t *tables, *starts, *lengths; /* block tables, first token of each request, context of each request */
     int64_t table_stride, requests, heads, window;
-    float k_factor, v_factor; /* softmax scale, layer scales and powers of two */
+    float k_factor, v_factor; /* softmax scale and powers of two, without the cache's scales */
     int32_t kind;
 } Attention;
 
@@ -73,7 +75,7 @@ typedef struct {
     const void *x, *residual, *weight;
     void *y, *sum;
     const float *cos_sin;
-    const int64_t *positions;
+    const int64_t *rotary_rows; /* of cos_sin */
     int64_t rows, width, inner, outer, inside, rotated, per_task;
     float eps;
     int32_t kind;
@@ -97,12 +99,16 @@ typedef struct {
     const void *q, *k, *v, *q_norm, *k_norm;
     void *out;
     const float *cos_sin;
-    const int64_t *positions, *slots;
+    const int64_t *rotary_rows, *slots;
     const Cache *cache;
     int64_t tokens, heads, q_token, q_head, k_token, k_head, v_token, v_head, rotated, per_task;
-    float eps, k_scale, v_scale;
+    float eps;
     int32_t kind;
 } Rope;
+
+/* What the codes of a head's keys, or values, are multiplied by, but for what each token has. */
+static inline float k_scale_of(const Cache *c, int64_t head) { return c->k_layer ? c->k_layer[head * c->k_layer_head] : 1; }
+static inline float v_scale_of(const Cache *c, int64_t head) { return c->v_layer ? c->v_layer[head * c->v_layer_head] : 1; }
 
 static inline float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;

@@ -29,6 +29,7 @@ struct Shared {
     Segment segments[SEGMENTS];
     OfWarps most[GROUPS], totals[GROUPS];
     u64 full[SLOTS], empty[SLOTS], told[SEGMENTS], prepared[SEGMENTS], done[SEGMENTS];
+    float v_scale; /* there once a segment is prepared */
     bool last;
 };
 static_assert(alignof(Shared) == 1024, "what the matrix unit reads swizzled");
@@ -38,14 +39,16 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 /* Segment after segment: its queries, and, if it ends with the new token, that one's key and value. */
 INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
     const int own = threadIdx.x / 32 - CONSUMERS / 32 - 1, lane = threadIdx.x % 32;
+    const float k_scale = __ldg(s.call.k_scale), v_scale = __ldg(s.call.v_scale);
+    if (threadIdx.x == THREADS - 32) m.v_scale = v_scale;
     for (Place<SEGMENTS> at;; at.next()) {
         Ready &to = m.ready[at.at];
         wait(m.told + at.at, at.parity);
         const Segment g = m.segments[at.at];
         if (g.tiles) {
-            for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h);
+            for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h, k_scale);
             const bool brings = ends_with_new_token(s.call, g) && own >= PREPARERS - 2, key = own == PREPARERS - 1;
-            const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key) : 0;
+            const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key, key ? k_scale : v_scale) : 0;
             show_matrix_unit();
             __syncwarp();
             if (lane == 0) arrive(m.prepared + at.at);
@@ -55,6 +58,7 @@ INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
             break;
         }
     }
+    if (own == 0) clear_empty(s.call, kv_head);
 }
 
 INLINE void consume(const Decode &s, Shared &m, int kv_head) {
@@ -84,7 +88,7 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
         __syncwarp();
         if (leads) arrive(m.done + at.at);
         state.keep(m.sums[even][group], m.totals[group], group);
-        finish(s.call, g, kv_head, m.sums[even], m.last);
+        finish(s.call, g, kv_head, m.sums[even], m.v_scale, m.last);
     }
     end_insertions();
 }

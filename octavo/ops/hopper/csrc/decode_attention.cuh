@@ -10,15 +10,16 @@ struct Call {
     const u16 *q, *k, *v; /* BF16 rows of heads of 128; k and v of the new tokens, not turned, nor q; none: the cache has them */
     u16 *out; /* [requests, kv_heads * group, 128] */
     const int *tables, *lengths; /* [requests, table_width] blocks; [requests] */
-    const i64 *positions, *slots; /* [requests], of the new tokens */
-    const float *cos_sin; /* [positions, rotated], cosines first */
+    const i64 *rotary_rows, *slots; /* [requests], of the new tokens */
+    const float *cos_sin; /* [rows, rotated], cosines first */
     const u16 *q_norm, *k_norm; /* [128], or none */
     u8 *k_cache;
     float *parts; /* [programs, 2, PART] */
     u32 *counters; /* [requests, kv_heads] zeros */
+    const float *k_scale, *v_scale; /* one each: what codes are multiplied by */
     i64 q_stride, kv_stride;
     int requests, table_width, kv_heads, group, rotated;
-    float eps, qk_scale, k_scale, v_scale; /* qk_scale with log2(e) and k_scale */
+    float eps, qk_scale; /* the last with log2(e) */
 };
 
 constexpr int DIM = 128, BLOCK = 64, TILE = BLOCK * DIM, COLUMNS = 2 * HEADS, SUMS = COLUMNS / 2, PART = HEADS * (DIM + 2);
@@ -71,7 +72,7 @@ struct Head {
     }
     INLINE void load(const u16 *from) { take(shared_load((const float2 *)(from + threadIdx.x % 32 * 4)), x); }
     /* Normed and turned as reference.rotate has it: rounded to BF16 where that stores. */
-    INLINE void load_turned(const u16 *from, const Call &c, const u16 *norm, i64 position) {
+    INLINE void load_turned(const u16 *from, const Call &c, const u16 *norm, i64 row) {
         const int d = threadIdx.x % 32 * 4, half = c.rotated / 2, other = d < half ? d + half : d < c.rotated ? d - half : d;
         float y[4];
         load(from);
@@ -84,7 +85,7 @@ struct Head {
             for (int i = 0; i < 4; i++) x[i] = rounded(rounded(x[i] * factor) * gain[i]), y[i] = rounded(rounded(y[i] * factor) * other_gain[i]);
         }
         if (d >= c.rotated) return;
-        const float *angles = c.cos_sin + position * c.rotated + (d < half ? d : d - half);
+        const float *angles = c.cos_sin + row * c.rotated + (d < half ? d : d - half);
 #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = rounded(x[i] * angles[i] + y[i] * (d < half ? -angles[half + i] : angles[half + i]));
     }
@@ -98,13 +99,13 @@ struct Head {
 };
 
 /* By a warp: one head of a request's queries, as codes and what they leave. */
-INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int h) {
+INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int h, float k_scale) {
     const int lane = threadIdx.x % 32;
     u32 code = 0, left = 0;
     if (h < c.group) {
         Head head;
         const u16 *from = c.q + request * c.q_stride + (kv_head * c.group + h) * DIM;
-        if (c.k) head.load_turned(from, c, c.q_norm, c.positions[request]);
+        if (c.k) head.load_turned(from, c, c.q_norm, c.rotary_rows[request]);
         else head.load(from);
         const float most = largest(fmaxf(fmaxf(fabsf(head.x[0]), fabsf(head.x[1])), fmaxf(fabsf(head.x[2]), fabsf(head.x[3]))), 1);
         const float scale = fmaxf(most / Q_LIMIT, 1e-12f);
@@ -116,21 +117,33 @@ INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int
 #pragma unroll
         for (int i = 0; i < 4; i++) head.x[i] = (head.x[i] - back[i]) * LEFT;
         left = codes_of(head.x[0], head.x[1], head.x[2], head.x[3]);
-        if (lane == 0) to.scale[h] = scale * c.qk_scale;
+        if (lane == 0) to.scale[h] = scale * (c.qk_scale * k_scale);
     }
     *(u32 *)(to.queries + 2 * h * DIM + ((lane / 4 ^ 2 * h) & 7) * 16 + lane % 4 * 4) = code;
     *(u32 *)(to.queries + (2 * h + 1) * DIM + ((lane / 4 ^ (2 * h + 1)) & 7) * 16 + lane % 4 * 4) = left;
 }
 INLINE bool ends_with_new_token(const Call &c, const Segment &g) { return c.k && (g.first + g.tiles) * BLOCK >= g.length; }
 /* By a warp: the new token's key, or its value, as codes; four of them in each lane. */
-INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key) {
+INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key, float by) {
     Head head;
     const i64 from = request * c.kv_stride + kv_head * DIM;
-    if (key) head.load_turned(c.k + from, c, c.k_norm, c.positions[request]);
+    if (key) head.load_turned(c.k + from, c, c.k_norm, c.rotary_rows[request]);
     else head.load(c.v + from);
-    const u32 codes = head.codes(key ? c.k_scale : c.v_scale);
+    const u32 codes = head.codes(by);
     *(u32 *)((key ? to.key : to.value) + threadIdx.x % 32 * 4) = codes;
     return codes;
+}
+/* By a warp: zeros for requests without a context, which pad a batch and have no tile; all programs of a KV head share them. */
+INLINE void clear_empty(const Call &c, int kv_head) {
+    const int lane = threadIdx.x % 32, programs = gridDim.x / c.kv_heads;
+    for (int from = blockIdx.x / c.kv_heads; from < c.requests; from += 32 * programs) {
+        const int own = from + lane * programs;
+        for (u32 empty = __ballot_sync(~0u, own < c.requests && c.lengths[own] == 0); empty; empty &= empty - 1) {
+            const int request = from + (__ffs(empty) - 1) * programs;
+            u32 *to = (u32 *)(c.out + ((i64)request * c.kv_heads + kv_head) * c.group * DIM);
+            for (int i = lane; i < c.group * (DIM / 2); i += 32) to[i] = 0;
+        }
+    }
 }
 INLINE void store_key(const Call &c, int request, int kv_head, u32 codes) {
     const i64 slot = c.slots[request], token = slot / BLOCK * 2 * BLOCK + slot % BLOCK; /* a block's values take as much */
@@ -244,7 +257,7 @@ struct Together {
     }
 };
 /* The groups' sums together; of a context that is shared, the last program's and the others'. */
-INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&sums)[GROUPS], bool &last) {
+INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&sums)[GROUPS], const float &v_scale, bool &last) {
     constexpr int EACH = (HEADS * DIM + CONSUMERS - 1) / CONSUMERS;
     meet();
     Together all[EACH];
@@ -280,7 +293,7 @@ INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&su
                 all[i].add(shared_load(theirs + HEADS * DIM + head), shared_load(theirs + HEADS * DIM + HEADS + head), shared_load(theirs + at));
             }
         }
-        c.out[((i64)g.request * c.kv_heads + kv_head) * c.group * DIM + at] = narrow(all[i].o * (c.v_scale / all[i].total));
+        c.out[((i64)g.request * c.kv_heads + kv_head) * c.group * DIM + at] = narrow(all[i].o * (v_scale / all[i].total));
     }
 }
 

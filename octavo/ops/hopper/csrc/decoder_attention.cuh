@@ -11,14 +11,14 @@ struct Part {
     int begin, end, low, length;    /* its tokens; `low` is the first that is seen */
 };
 
-/* This program's part; false if there are more programs than parts. */
+/* This program's part; false if there are more programs than parts. An empty context has one, which is empty. */
 INLINE bool part_of(const Step &s, Part &p) {
     const int number = blockIdx.x;
     p.head = number % KV_HEADS, p.token = number / KV_HEADS % TOKENS, p.split = number / (KV_HEADS * TOKENS);
-    p.length = (int)__ldg(s.positions + p.token) + 1;
+    p.length = __ldg(s.lengths + p.token);
     p.low = WINDOW && p.length > WINDOW ? p.length - WINDOW : 0;
-    const int from = p.low / 16 * 16, each = ((p.length - from + SPLITS - 1) / SPLITS + 31) / 32 * 32;
-    p.splits = (p.length - from + each - 1) / each;
+    const int from = p.low / 16 * 16, count = max(p.length - from, 1), each = ((count + SPLITS - 1) / SPLITS + 31) / 32 * 32;
+    p.splits = (count + each - 1) / each;
     p.begin = from + p.split * each, p.end = min(p.begin + each, p.length);
     return p.split < min(p.splits, SPLITS);
 }
@@ -50,6 +50,7 @@ INLINE void expect_context(const Step &s, const Layer &w) {
 /* What a thread reads first of keys and values, asked for before the queries are there. */
 struct Ahead {
     uint4 key, value;
+    float k_scale, v_scale;
 };
 INLINE Ahead look_ahead(const Step &s, const Layer &w, const Part &p) {
     const int lane = threadIdx.x % 32, at = p.begin + threadIdx.x / 32 * AT_ONCE + lane / PER_TOKEN, d = threadIdx.x % DIM;
@@ -57,6 +58,7 @@ INLINE Ahead look_ahead(const Step &s, const Layer &w, const Part &p) {
     Ahead first = {};
     if (at < p.end) first.key = shared_load((const void *)(key_of(s, p, w, at) + lane % PER_TOKEN * 16));
     if (KV_FP8 && share < p.end) first.value = shared_load((const void *)value_of(s, p, w, share, d));
+    first.k_scale = KV_FP8 ? shared_load(w.k_scale) : 1.0f, first.v_scale = KV_FP8 ? shared_load(w.v_scale) : 1.0f;
     return first;
 }
 
@@ -73,10 +75,10 @@ INLINE void store(u8 *to, u32 bits) {
 /* Rotates the part's queries into `query` [GROUP, DIM], times what scores are multiplied by, and stores the new key and value,
    in `fresh` [2, DIM] too. A warp a head; a thread has two dimensions of its first half and the two of its second that they are
    turned with. */
-INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, u32 number, float *query, u8 *fresh) {
+INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, u32 number, float *query, u8 *fresh) {
     const int lane = threadIdx.x % 32, heads = p.end == p.length ? GROUP + 2 : GROUP;
     const u64 *from = s.qkv + p.token * QKV / 2;
-    const float *cosines = s.cos_sin + (i64)(p.length - 1) * DIM;
+    const float *cosines = s.cos_sin + __ldg(s.rotary_rows + p.token) * DIM;
     for (int h = threadIdx.x / 32; h < heads; h += WARPS) {
         const bool is_query = h < GROUP, is_value = h == GROUP + 1;
         const u64 *head = from + (is_query ? p.head * GROUP + h : HEADS + p.head + (is_value ? KV_HEADS : 0)) * DIM / 2;
@@ -122,11 +124,11 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, u32 n
                     a = rounded(a * cosine - b * sine), b = rounded(b * cosine + old * sine);
                 }
                 if (is_query) {
-                    const float by = s.softmax_scale * (KV_FP8 ? w.k_scale : 1.0f);
+                    const float by = s.softmax_scale * ahead.k_scale;
                     query[h * DIM + i] = a * by, query[h * DIM + k] = b * by;
                     continue;
                 }
-                const float scale = is_value ? w.v_scale : w.k_scale;
+                const float scale = is_value ? ahead.v_scale : ahead.k_scale;
                 const u32 first = stored(a, scale), second = stored(b, scale);
                 store(to + i * apart, first), store(to + k * apart, second);
                 store(fresh + (is_value * DIM + i) * SIZE, first), store(fresh + (is_value * DIM + k) * SIZE, second);
@@ -217,12 +219,17 @@ INLINE void sum_values(const Step &s, const Layer &w, const Part &p, const Ahead
 INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Small &small) {
     Part p;
     if (!part_of(s, p)) return;
-    const Ahead ahead = look_ahead(s, w, p);
     constexpr int VALUES = GROUP * DIM, ALL = VALUES + 2 * GROUP;
+    u64 *out = s.attended + (p.token * WIDE + p.head * VALUES) / 2;
+    if (p.length == 0) {
+        for (int i = threadIdx.x; i < VALUES / 2; i += CONSUMERS) send(out + i, 0, number);
+        return;
+    }
+    const Ahead ahead = look_ahead(s, w, p);
     float *scores = scratch, *query = scores + GROUP * SPLIT_TOKENS, *sums = query + VALUES;
     u8 *fresh = (u8 *)(sums + PER_DIM * VALUES);
     float *stats = (float *)(fresh + 2 * DIM * SIZE);
-    rotate_and_store(s, w, p, number, query, fresh);
+    rotate_and_store(s, w, p, ahead, number, query, fresh);
     meet();
     score(s, w, p, ahead, query, fresh, scores);
     meet();
@@ -232,8 +239,7 @@ INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Sm
     meet();
     const int pair = p.token * KV_HEADS + p.head;
     float *parts = s.parts + (i64)pair * SPLITS * ALL, *own = parts + p.split * ALL;
-    u64 *out = s.attended + (p.token * WIDE + p.head * VALUES) / 2;
-    const float v_scale = KV_FP8 ? w.v_scale : 1.0f;
+    const float v_scale = ahead.v_scale;
     auto found = [&](int i) {
         float sum = 0;
 #pragma unroll

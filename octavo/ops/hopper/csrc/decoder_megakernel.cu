@@ -23,7 +23,7 @@ struct Layer {
     const float *qkv_scale, *o_scale, *gate_up_scale, *down_scale; /* one a row */
     const u16 *input_norm, *post_norm, *q_norm, *k_norm, *qkv_bias;
     u8 *k, *v; /* the layer's cache */
-    float k_scale, v_scale;
+    const float *k_scale, *v_scale; /* one each: what its codes are multiplied by */
 };
 
 struct Step {
@@ -35,9 +35,10 @@ struct Step {
     u32 *amax;         /* [4, MOST_TOKENS] bits of act's largest magnitude, for one layer after another */
     float *parts;      /* [TOKENS, KV_HEADS, SPLITS, GROUP * (DIM + 2)] */
     u32 *counters;     /* [2 + TOKENS * KV_HEADS] at first zeros: of launches, of the barrier, of parts that are done */
-    const i64 *positions, *slots;
+    const i64 *rotary_rows, *slots;
+    const int *lengths; /* of contexts with the new token; 0: the token pads a batch, and attention gives zeros */
     const int *tables;
-    const float *cos_sin; /* [positions, DIM], cosines first */
+    const float *cos_sin; /* [rows, DIM], cosines first */
     i64 table_stride, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride; /* in values */
     int num_layers;
     float eps, softmax_scale; /* the last times log2(e) */

@@ -21,8 +21,9 @@ struct Prefill {
     const int *tables; /* [requests, table_width] blocks */
     const Tile *tiles; /* the longest contexts first */
     u32 *taken; /* [2] zeros: pieces taken beyond the first of each program, programs that are done */
+    const float *k_scale, *v_scale; /* one each: what codes are multiplied by */
     int table_width, pieces, kv_heads, group; /* query heads of a KV head */
-    float qk_scale, v_scale; /* the first with log2(e) */
+    float qk_scale; /* with log2(e) */
 };
 
 constexpr int DIM = 128, KEYS = 128, BLOCK = 64, GROUPS = 3, ROWS = 64 * GROUPS, TILE = KEYS * DIM, STAGES = 4;
@@ -30,7 +31,7 @@ constexpr int PLACES = 2 * BLOCK / 16; /* a block in the map of keys: 16 tokens 
 constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
 constexpr float LIMIT = 448.0f, LIFT = 7.0f; /* probabilities up to 2**7: few below the least code, none over the largest */
 
-struct Piece { Tile tile; int kv_head, tiles; };
+struct Piece { Tile tile; int kv_head, tiles; float qk_scale, v_scale; };
 struct Shared {
     u8 keys[STAGES][TILE], values[STAGES][TILE], codes[ROWS * DIM];
     u16 queries[ROWS * DIM];
@@ -159,7 +160,7 @@ struct Consumer {
             float o[64];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                rows.peak[r] = -1e30f, rows.total[r] = 0, rows.factor[r] = m.scale[row + 8 * r] * s.qk_scale;
+                rows.peak[r] = -1e30f, rows.total[r] = 0, rows.factor[r] = m.scale[row + 8 * r] * own.qk_scale;
                 rows.position[r] = t.position + by_group.of(t.skip + row + 8 * r);
             }
 #pragma unroll
@@ -192,7 +193,7 @@ struct Consumer {
                 float total = rows.total[r];
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                const float by = s.v_scale / total;
+                const float by = own.v_scale / total;
                 const int head = t.skip + row + 8 * r, token = by_group.of(head);
                 if (row + 8 * r >= t.rows) continue;
                 u16 *to = s.out + (((i64)(t.token + token) * s.kv_heads + own.kv_head) * s.group + head - token * s.group) * DIM + threadIdx.x % 4 * 2;
@@ -227,7 +228,7 @@ INLINE void ask(const Prefill &s, Shared &m) {
         const Tile t = s.tiles[which / s.kv_heads];
         const int kv_head = which % s.kv_heads, tokens = by_group.of(t.skip + t.rows - 1) + 1, last = t.position + tokens - 1, tiles = last / KEYS + 1;
         if (lane == 0) {
-            m.pieces[piece.at] = {t, kv_head, tiles};
+            m.pieces[piece.at] = {t, kv_head, tiles, s.qk_scale * __ldg(s.k_scale), __ldg(s.v_scale)};
             expect(m.full + piece.at, t.rows * DIM * 2);
             which = gridDim.x + atomicAdd(s.taken, 1);
         }

@@ -1,5 +1,5 @@
 /* Queries, keys and values of many tokens: the product by the weight, then what lies between it and attention. Heads of queries
-   and keys may be normed, are rotated (dimension i with i + 64, by the position's cosine and sine) and, as values are,
+   and keys may be normed, are rotated (dimension i with i + 64, by the cosine and sine of the token's row) and, as values are,
    written: queries as BF16, keys and values as e4m3 into their tokens' slots of a cache in blocks.
 
    A tile is HALF / 64 heads of 128 rows of the weight. */
@@ -12,11 +12,12 @@ struct Qkv {
     Map queries; /* BF16 [tokens, q_heads * 128] in boxes of 16 tokens by 64 values */
     const float *by_token, *by_row;
     const u16 *q_norm, *k_norm; /* BF16 [128]; null: none */
-    const float *cos_sin; /* [positions, 128], cosines first */
-    const i64 *positions, *slots; /* a slot is 64 * block + offset */
+    const float *cos_sin; /* [rows, 128], cosines first */
+    const i64 *rotary_rows, *slots; /* a slot is 64 * block + offset */
     u8 *cache; /* [blocks, 2, kv_heads * 64 * 128]: keys [64, kv_heads, 128], values [kv_heads, 128, 64] */
+    const float *k_scale, *v_scale; /* one each: what the cache's codes are multiplied by */
     int q_heads, kv_heads;
-    float eps, by_key, by_value; /* the last two: one over the cache's scales */
+    float eps;
 };
 
 constexpr int DIM = 128, BLOCK = 64;
@@ -71,11 +72,12 @@ INLINE void write_queries(const Map &map, Out &out, const float *y, int token, i
 /* 16 bytes at a time, of a row of keys; 16-byte parts lie swizzled in between, that rows do not meet in a bank. */
 INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
     const int lane = threadIdx.x % 32;
+    const float by = __frcp_rn(__ldg(s.k_scale));
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            *(u16 *)(out + (lane / 4 + 8 * r) * DIM + (8 * i + lane % 4 * 2 ^ lane / 4 * 16)) = two_codes(y + 4 * i + 2 * r, s.by_key);
+            *(u16 *)(out + (lane / 4 + 8 * r) * DIM + (8 * i + lane % 4 * 2 ^ lane / 4 * 16)) = two_codes(y + 4 * i + 2 * r, by);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -90,11 +92,12 @@ INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int toke
 /* 16 tokens of a dimension at a time, which mostly lie side by side in the cache. */
 INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
     const int lane = threadIdx.x % 32;
+    const float by = __frcp_rn(__ldg(s.v_scale));
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const u32 two = two_codes(y + 4 * i + 2 * r, s.by_value);
+            const u32 two = two_codes(y + 4 * i + 2 * r, by);
             u8 *to = out + (8 * i + lane % 4 * 2) * 16 + lane / 4 + 8 * r;
             to[0] = two, to[16] = two >> 8;
         }
@@ -133,7 +136,7 @@ struct End {
         for (int r = 0; r < 2; r++) {
             const int own = min(token + lane / 4 + 8 * r, last);
             by[r] = s.by_token[own];
-            const float *of = s.cos_sin + s.positions[own] * DIM + lane % 4 * 2;
+            const float *of = s.cos_sin + s.rotary_rows[own] * DIM + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < 8; i++) cosines[r][i] = load_two(of + 8 * i), sines[r][i] = load_two(of + 64 + 8 * i);
         }

@@ -1,0 +1,57 @@
+"""What is told of a device: facts that are asked of it, and what follows from its architecture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from octavo.platform import Platform, detect
+
+CPU = torch.device("cpu")
+H200 = SimpleNamespace(
+    name="H200", major=9, minor=0, multi_processor_count=132, shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+)  # fmt: skip
+MI300X = SimpleNamespace(
+    name="MI300X", major=9, minor=4, multi_processor_count=304, shared_memory_per_block=64 << 10,
+    gcnArchName="gfx942:sramecc+:xnack-",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("properties", "hip", "expected"),
+    [
+        (H200, None, ("sm_90", 132, 227 << 10, torch.float8_e4m3fn)),
+        (MI300X, "7.0", ("gfx942", 304, 64 << 10, torch.float8_e4m3fnuz)),
+    ],
+    ids=["sm_90", "gfx942"],
+)
+def test_a_device_is_asked_once(
+    properties: SimpleNamespace, hip: str | None, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = detect("cuda", 1)
+    assert found.device == torch.device("cuda", 1)
+    assert (found.arch, found.multiprocessors, found.shared_memory, found.fp8_dtype) == expected
+
+
+def test_what_an_architecture_has() -> None:
+    """Dependent launches, bulk copies, matrix instructions of a group of warps, depth of a pipeline, bounded registers."""
+    made = {
+        arch: (p.has_dependent_launch, p.has_bulk_copies, p.has_warpgroup_mma, p.pipeline_depth, p.bounds_registers)
+        for arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "avx512")
+        for p in [Platform(CPU, arch)]
+    }
+    assert made == {
+        "sm_89": (False, False, False, 8, True),
+        "sm_90": (True, True, True, 8, True),
+        "sm_100": (True, True, False, 8, True),
+        "sm_120": (True, True, False, 8, True),
+        "gfx942": (False, False, False, 2, False),
+        "gfx950": (False, False, False, 2, False),
+        "avx512": (False, False, False, 2, False),
+    }
