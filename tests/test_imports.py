@@ -47,10 +47,7 @@ LAZY = {
     ("octavo.frontend.engine_start", "octavo.engine.worker"): "what starts an engine; its worker imports no torch",
 }
 # Circles that stand.
-CIRCLES = {
-    # To be removed with these files, when `octavo plan` walks the models instead.
-    frozenset({"octavo.tools.plan.shapes", "octavo.tools.plan.towers"}),
-}
+CIRCLES: set[frozenset[str]] = set()
 CONFIG_READERS = {"cli", "server", "frontend", "engine", "tools"}
 VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch", "octavo.ops.hopper.compile"}
 CATALOGUES = {"octavo.tools.plan.accelerators"}  # names of products are the data there

@@ -124,8 +124,8 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
     if len(stored) > 2:
         raise OctavoError(
-            f"{reader.prefix}{scale_name} has {len(stored)} dimensions, {stored}; scales of a matrix have at most 2, so the "
-            "checkpoint is of an unknown format."
+            f"{reader.prefix}{scale_name} has shape {stored}; scales of a matrix have at most 2 dimensions, "
+            "so the checkpoint is of an unknown format."
         )
     if stored == grid:
         return FP8_BLOCK

@@ -15,6 +15,7 @@ from tools.planner import TINY_LLAMA, Tensors, checkpoint, llama_tensors, plan_o
 
 from octavo.cli import engine_config, make_parser
 from octavo.config import EngineConfig
+from octavo.engine import loading
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.quant import SCHEMES, QuantRules
@@ -58,8 +59,8 @@ WRONG: dict[str, tuple[dict[str, Any], Tensors | None, list[str], str]] = {
     "4-D scales of INT4": ({}, put("int4", **{f"{Q}__weight_scale": ("BF16", (256, 8, 1, 1))}), [], "[256, 8, 1, 1]"),
     "INT4 without scales": ({}, put("int4", **{f"{Q}__weight_scale": None}), [], "without a scale"),
     "quant_algo null": (dict(quantization_config=dict(quant_method="modelopt", quant_algo=None)), None, [], "quant_algo null"),
-    "4-D scales": ({}, put("channel", **{f"{Q}__weight_scale": ("F32", (256, 1, 1, 1))}), [], "has 4 dimensions"),
-    "4-D scale for all": ({}, put("fp8", **{f"{Q}__weight_scale": ("F32", (1, 1, 1, 1))}), [], "has 4 dimensions"),
+    "4-D scales": ({}, put("channel", **{f"{Q}__weight_scale": ("F32", (256, 1, 1, 1))}), [], "at most 2 dimensions"),
+    "4-D scale for all": ({}, put("fp8", **{f"{Q}__weight_scale": ("F32", (1, 1, 1, 1))}), [], "at most 2 dimensions"),
     "odd scales": ({}, put("channel", **{f"{Q}__weight_scale": ("F32", (7, 1))}), [], "nor one for each of its channels"),
     "stray scale": ({}, put("fp8", **{f"{L0}__mlp__act__weight_scale": ("F32", ())}), [], "0.mlp.act.weight_scale"),
     "scale of a norm": ({}, put("fp8", **{f"{NORM}__weight_scale": ("F32", ())}), [], "model.norm.weight_scale"),
@@ -168,6 +169,15 @@ def test_a_rank_holds_the_bytes_that_were_planned(
     assert plan.asked.fit.max_model_len == runner.max_model_len
     assert plan.asked.token_bytes == runner.bytes_per_token
     assert refusals(plan) == []
+
+
+@pytest.mark.parametrize(("scheme", "fp8"), [("bf16", False), ("channel", True), ("block", True)])
+def test_stored_codes_are_weighed_as_codes(scheme: str, fp8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of codes that fits is not refused for what it would take in BF16, before it is read."""
+    seen: list[bool] = []
+    monkeypatch.setattr(loading, "check_weights", lambda *_, fp8: seen.append(fp8))
+    ModelRunner(EngineConfig(model=checkpoint(tmp_path, llama_tensors(scheme)), device="cpu", cpu_kv_cache_gib=0.05))
+    assert seen == [fp8]
 
 
 FORMATS = sorted(path.parent for path in (Path(__file__).parents[1] / "data/formats").glob("*/config.json"))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from octavo.distributed import TensorParallel
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.quant import QuantRules
+from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.walk import Walker
-
-if TYPE_CHECKING:
-    from octavo.tools.plan.unserved import Numbers
 
 __all__ = ["VISION", "Places", "Vectors", "kimi_tower", "qwen_tower"]
 

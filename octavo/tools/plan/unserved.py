@@ -22,6 +22,7 @@ from octavo.layers.norm import RMSNorm
 from octavo.quant import QuantRules
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
+from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.roofline import Attention
 from octavo.tools.plan.towers import Places, Vectors, kimi_tower, qwen_tower
 from octavo.tools.plan.walk import Walker
@@ -33,32 +34,6 @@ ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "64 weights a token that decide what attention sees"
 EXTRA = ("*.rotary_emb.inv_freq", "*.mlp.gate.e_score_correction_bias", "*.k_scale", "*.v_scale", "*.q_scale", "*.kv_scale",
          "*_proj.output_scale", "lm_head.weight")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A config.json's numbers. Raises OctavoError, naming the field, for one that is missing or wrong."""
-
-    values: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> int:
-        return self.get(name)
-
-    def get(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.values.get(name)
-        if value is None:
-            if default is None:
-                raise OctavoError(f"config.json has no {name}, which this architecture needs.")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OctavoError(f"config.json: {name} must be an integer of at least {least}, not {value!r}.")
-        return value
-
-    def part(self, name: str) -> Numbers:
-        value = self.values.get(name)
-        if not isinstance(value, Mapping):
-            raise OctavoError(f"config.json has no {name}, which this architecture needs.")
-        return Numbers(value)
 
 
 @dataclass

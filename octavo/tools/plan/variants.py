@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from octavo.config import EngineConfig
 from octavo.engine.memory import cache_room, check_weights, plan_blocks
@@ -97,7 +97,6 @@ class Plan:
     variants: list[VariantPlan]
     asked: VariantPlan
     max_model_len: int
-    notes: list[str] = field(default_factory=list)
 
 
 def build(question: Question, asked: Variant) -> Plan:
