@@ -58,12 +58,12 @@ def main() -> None:
             each = -(-context // block)
             spans = [Span([5], context - 1, range(i * each, (i + 1) * each)) for i in range(requests)]
             batch = runner._batch(spans)
-            model.fused = []
-            many = in_graph([partial(runner.model, batch)], 1, ROUNDS)
+            model.fused = ()
+            many = in_graph([partial(runner.forward, batch)], 1, ROUNDS)
             for decoder in decoders:
                 if decoder.takes(requests, context):
-                    model.fused = [decoder]
-                    one = in_graph([partial(runner.model, batch)], 1, ROUNDS)
+                    model.fused = (decoder,)
+                    one = in_graph([partial(runner.forward, batch)], 1, ROUNDS)
                     row = f"{requests:8} {context:8} {many:14,.0f} {one:11,.0f} {many / one:7.2f}"
                     print(f"{row} {100 * copied / one:16.0f}%   {decoder.name}", flush=True)
 

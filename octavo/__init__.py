@@ -14,13 +14,14 @@ __all__ = ["LLM", "CompletionOutput", "OctavoError", "RequestOutput", "SamplingP
 
 if TYPE_CHECKING:
     from octavo.errors import OctavoError
-    from octavo.frontend.llm import LLM, CompletionOutput, RequestOutput
+    from octavo.frontend.llm import LLM
+    from octavo.frontend.outputs import CompletionOutput, RequestOutput
     from octavo.messages import SamplingParams
 
 _HOMES = {
     "LLM": "octavo.frontend.llm",
-    "CompletionOutput": "octavo.frontend.llm",
-    "RequestOutput": "octavo.frontend.llm",
+    "CompletionOutput": "octavo.frontend.outputs",
+    "RequestOutput": "octavo.frontend.outputs",
     "SamplingParams": "octavo.messages",
     "OctavoError": "octavo.errors",
 }

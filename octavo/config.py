@@ -98,9 +98,9 @@ class EngineConfig:
         """Most tokens in one step."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
 
-    def working_bytes_on(self, cpu: bool, hidden: int, intermediate: int, vocab: int) -> int:
-        """A bound on what the largest step takes: the MLP's activations, and the logits with what sampling makes of them."""
-        return self.step_tokens_on(cpu) * (4 * intermediate + 8 * hidden) * 4 + self.max_num_seqs * vocab * 4 * 6
+    def sampling_bytes(self, vocab: int) -> int:
+        """A bound on what a step's logits and what sampling makes of them take."""
+        return self.max_num_seqs * vocab * 4 * 6
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

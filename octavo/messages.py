@@ -18,6 +18,7 @@ __all__ = [
     "EngineRequest",
     "EngineStats",
     "FinishReason",
+    "GrammarKind",
     "Logprob",
     "Logprobs",
     "Message",
@@ -30,6 +31,7 @@ __all__ = [
 Message = tuple[Any, ...]
 Progress = Callable[[str, float], None]
 FinishReason = Literal["stop", "length", "abort"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 
 
@@ -37,8 +39,9 @@ MAX_LOGPROBS = 20
 class StructuredOutput:
     """A grammar that the output must follow: `kind` says how to read `grammar`."""
 
-    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
+    param: str = field(default="structured", compare=False)  # the field of a request that asks for it: errors name it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +128,16 @@ Logprobs = tuple[Logprob, ...]  # the chosen token first, then the likeliest one
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation as the engine sees it: a single sequence of tokens (n > 1 is several of these)."""
+    """One generation as the engine sees it: a single sequence of tokens (n > 1 is several of these).
+
+    Whoever makes one has checked it. Its `grammar` is llguidance's own text, which `params.structured` was validated as.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: str | None = None
 
 
 @dataclass(slots=True)

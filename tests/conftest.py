@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import ops.interpreter
 
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
-from octavo.kvcache import KVCache, Layout, spec_for
-from octavo.models import architecture, read_config
+from octavo.kvcache import KVCache, Layout
+from octavo.models import build_model, read_config
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, QuantRules, Scheme
 from octavo.weights import Loader, SafetensorsSource, load
 
 VOCAB = 256
+ONE = TensorParallel()
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=136, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2,
@@ -42,7 +44,8 @@ class Loaded:
 
     def hidden(self, spans: list[batch.Span]) -> torch.Tensor:
         with torch.inference_mode():
-            return self.model(batch.build(spans, self.block_size, self.platform.device))
+            built = batch.build(spans, self.block_size, self.platform.device)
+            return self.model(built, self.model.embed(built.input_ids))
 
     def logits(self, ids: list[int], chunks: tuple[int, ...] = ()) -> torch.Tensor:
         """Logits of every position of one sequence, computed in parts of the given lengths (default: all at once)."""
@@ -53,7 +56,20 @@ class Loaded:
             start += length
         assert start == len(ids)
         with torch.inference_mode():
-            return self.model.logits(torch.cat(parts))
+            return self.model.logits(torch.cat(parts)).float()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says above pytest's own closing line why tests were skipped: each reason once, with the number of tests that had it."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if reasons:
+        counted = "; ".join(f"{count} \N{MULTIPLICATION SIGN} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {counted}")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return " ".join(told.removeprefix("Skipped: ").split()) or "no reason was given"
 
 
 @pytest.fixture(scope="session")
@@ -75,20 +91,16 @@ def load_model(platform: Platform) -> LoadModel:
         dtype: torch.dtype = torch.float32,
         rules: QuantRules | None = None,
         on: Platform = platform,
+        tp: TensorParallel = ONE,
+        layers: range | None = None,
     ) -> Loaded:
         ops.bind(on)
         config = read_config(directory)
-        arch = architecture(config)
-        c = arch.Config.from_json(config)
-        model = arch.Model(c, TensorParallel(), c.max_position_embeddings)
-        loader = Loader(SafetensorsSource(directory), on, rules or QuantRules(scheme), dtype)
+        model = build_model(config, tp, config["max_position_embeddings"], layers)
+        loader = Loader(SafetensorsSource(directory), on, rules or QuantRules(scheme), dtype, tp)
         load(model, loader, model.ignored)
-        layers = model.attention_layers()
-        layout = Layout.on(on.is_cpu)
-        specs = [spec_for(kv, a.kv_heads, a.head_dim, dtype, on.fp8_dtype, layout) for a in layers]
-        cache = KVCache(specs, 40, 4, on.device)
-        for layer, views in zip(layers, cache.views, strict=True):
-            layer.bind_cache(views)
+        cache = KVCache(model.kv_specs(kv, dtype, on.fp8_dtype, Layout.on(on.is_cpu)), 40, 4, on.device)
+        model.bind_cache(cache.views)
         return Loaded(model, cache, on, loader)
 
     return make

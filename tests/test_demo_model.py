@@ -2,6 +2,7 @@
 
 import json
 
+import jinja2
 import pytest
 import torch
 from safetensors import safe_open
@@ -91,7 +92,6 @@ def test_special_tokens_match_the_configuration(tokenizer):
 
 
 def test_chat_template_renders_chatml():
-    jinja2 = pytest.importorskip("jinja2")
     config = load_json("tokenizer_config.json")
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -107,6 +107,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def forget_prefixes(self) -> None:
+        """No block is found by its name any more: what the blocks hold is of other weights."""
+        self._names, self._named = [None] * self.num_blocks, {}
+
     def free_beside(self, block_ids: Iterable[int]) -> int:
         """How many blocks would be free if the distinct `block_ids` were held."""
         return len(self._free) - sum(not self._holders[block] for block in block_ids)

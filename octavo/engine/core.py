@@ -6,6 +6,7 @@ read, and takes them over on the device. What a token decides on the host (that 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,11 +14,11 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import SamplingRow
+from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
-from octavo.errors import InvalidRequest
+from octavo.errors import OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
 __all__ = ["EngineCore"]
@@ -48,14 +49,14 @@ class EngineCore:
         self.runner = runner = ModelRunner(config, progress)
         pool = BlockPool(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
-        self.grammars = GrammarCompiler(runner.directory, runner.model_config.vocab_size)
+        self.grammars = GrammarCompiler(runner.directory, runner.limits.vocab_size)
         self.generations: dict[str, _Generation] = {}
-        self.ahead = not runner.platform.is_cpu  # whether steps are launched one ahead; a CPU would only compute too much
-        self.in_flight: _Step | None = None  # launched by the last `step`, to be read by the next one
+        self.depth = 1 if runner.platform.is_cpu else 2  # steps in flight at most; a CPU would only compute too much
+        self.in_flight: deque[_Step] = deque()  # launched and not read yet, the oldest first
         self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
-            vocab_size=runner.model_config.vocab_size,
+            vocab_size=runner.limits.vocab_size,
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,
@@ -64,10 +65,7 @@ class EngineCore:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest if it cannot be run."""
-        wanted, bias, size = request.params.structured, request.params.logit_bias or {}, self.info.vocab_size
-        if (wrong := next((token for token in bias if not 0 <= token < size), None)) is not None:
-            raise InvalidRequest(f"logit_bias names token {wrong}; the vocabulary has {size}.", "logit_bias")
-        grammar = self.grammars.compile(wanted, request.eos_token_ids) if wanted else None
+        grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         if request.params.seed is not None:
             seed = request.params.seed
@@ -84,28 +82,53 @@ class EngineCore:
         self.runner.histories.forget(request_id)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self.in_flight is not None
+        return self.scheduler.has_work or bool(self.in_flight)
 
     def step(self) -> tuple[list[TokenOutput], EngineStats]:
         """One step of all the requests that fit in it: what it added to each, and how the engine stands."""
         outputs: list[TokenOutput] = []
-        step = self.in_flight or self._launch(None, outputs)
-        self.in_flight = None
-        if self.ahead and not step.synchronous:
-            following = self._launch(step.result, outputs)
-            self.in_flight = following if following.schedule.items else None  # it may have to wait for what `step` brings
+        step = self.in_flight[0] if self.in_flight else self._launch(outputs)
+        while len(self.in_flight) < self.depth and not step.synchronous:
+            if not self._launch(outputs).schedule.items:  # it may have to wait for what `step` brings
+                break
+        if self.in_flight and self.in_flight[0] is step:
+            self.in_flight.popleft()
         outputs += self._take(step)
         return outputs, self.scheduler.stats(step.schedule)
 
-    def _launch(self, previous: StepTokens | None, outputs: list[TokenOutput]) -> _Step:
-        """Starts the next step, after `previous` if that is still in flight. `outputs` gets the requests that failed."""
+    def _launch(self, outputs: list[TokenOutput]) -> _Step:
+        """Starts the next step, which joins those in flight unless it is empty. `outputs` gets the requests that failed."""
         schedule = self.scheduler.schedule()
         for request, reason in schedule.failed:
             self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
         rows = [self._row(item) for item in schedule.items]
-        result = self.runner.run(schedule.items, rows, previous)
-        return _Step(schedule, result, any(row.synchronous for row in rows))
+        previous = self.in_flight[-1].result if self.in_flight else None
+        step = _Step(schedule, self.runner.run(schedule.items, rows, previous), any(row.synchronous for row in rows))
+        if schedule.items:
+            self.in_flight.append(step)
+        return step
+
+    def reload(self, model: str) -> None:
+        """Takes the weights of another checkpoint directory, of the same shapes and schemes. Raises OctavoError if it is not.
+
+        Requests that run have keys and values of the old weights, so there must be none; the prefix cache is dropped.
+        """
+        if self.has_work():
+            raise OctavoError("weights are reloaded only while no request runs; wait for the running ones, or abort them.")
+        self.scheduler.pool.forget_prefixes()
+        self.runner.reload(model)
+
+    def sleep(self) -> None:
+        """Gives up weights, cache and graphs until `wake`. Raises OctavoError while requests run."""
+        if self.has_work():
+            raise OctavoError("the engine sleeps only while no request runs; wait for the running ones, or abort them.")
+        self.scheduler.pool.forget_prefixes()
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        """Reads and makes again what `sleep` gave up."""
+        self.runner.wake()
 
     def _row(self, item: ScheduledRequest) -> SamplingRow:
         request, generation = item.request, self.generations[item.request.request_id]

@@ -11,29 +11,8 @@ import torch
 from torch import Tensor
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.messages import StructuredOutput
 
-__all__ = ["Grammar", "GrammarCompiler", "to_llguidance"]
-
-# JSON may hold any amount of white space, and a weak model that begins to write it may never stop.
-SPACING: Any = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
-
-
-def to_llguidance(wanted: StructuredOutput) -> str:
-    """llguidance's own form of a grammar. Raises InvalidRequest for one that cannot be read."""
-    from llguidance import LLMatcher
-
-    try:
-        if wanted.kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema({"type": "object"}, SPACING))
-        if wanted.kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(wanted.grammar, SPACING))
-        make = LLMatcher.grammar_from_regex if wanted.kind == "regex" else LLMatcher.grammar_from_lark
-        return str(make(wanted.grammar))
-    except ValueError as error:
-        raise InvalidRequest(
-            f"the {wanted.kind} of the structured output cannot be read: {error}.", "response_format"
-        ) from None
+__all__ = ["Grammar", "GrammarCompiler"]
 
 
 class GrammarCompiler:
@@ -43,8 +22,8 @@ class GrammarCompiler:
         self.path, self.vocab_size = directory / "tokenizer.json", vocab_size
         self._tokenizers: dict[frozenset[int], Any] = {}
 
-    def compile(self, wanted: StructuredOutput, eos_token_ids: frozenset[int]) -> Grammar:
-        """Raises InvalidRequest for a grammar that does not compile."""
+    def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
+        """`grammar` is llguidance's own text. Raises InvalidRequest if it does not compile with this vocabulary."""
         from llguidance import LLMatcher, LLTokenizer
 
         if eos_token_ids not in self._tokenizers:
@@ -54,7 +33,7 @@ class GrammarCompiler:
             self._tokenizers[eos_token_ids] = LLTokenizer(
                 json.dumps(definition), n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
             )
-        matcher = LLMatcher(self._tokenizers[eos_token_ids], to_llguidance(wanted), log_level=0)
+        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0)
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"

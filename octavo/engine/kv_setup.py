@@ -1,14 +1,18 @@
-"""The fixed text whose keys and values set the FP8 cache's scales under --calculate-kv-scales."""
+"""The scales of an FP8 cache: the checkpoint's, or measured on a fixed text (--calculate-kv-scales), or 1.0."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
+from octavo.config import EngineConfig
 from octavo.errors import OctavoError
+from octavo.models.interface import CalibratedModel, Model
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["calibration_tokens"]
+__all__ = ["calibration_tokens", "settle_kv_scales"]
 
 TEXT = """\
 The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
@@ -37,3 +41,17 @@ def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
         return Tokenizer(directory).encode(TEXT)
     except OctavoError:
         return random.Random(0).choices(range(vocab_size), k=512)
+
+
+def settle_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
+    """Measures the scales if that is asked for, with `run`, which puts the text through the model. What to say of them."""
+    if config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2") or not hasattr(model, "kv_scales"):
+        return None
+    scaled = cast("CalibratedModel", model)
+    if config.calculate_kv_scales:
+        scaled.calibrate(run)
+        values = [float(value) for scale in scaled.kv_scales()[0] for value in scale.view(-1)]
+        return f"KV scales measured: {min(values):.3g} to {max(values):.3g}"
+    if scaled.kv_scales()[1]:
+        return "KV scales taken from the checkpoint"
+    return "KV scales are 1.0: the checkpoint has none (--calculate-kv-scales measures them)"

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
@@ -16,23 +18,68 @@ from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
 from octavo.models import read_config
-from octavo.models.common import CausalLM
+from octavo.models.interface import Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
+from octavo.weights.in_place import held
 
-__all__ = ["load_model"]
+__all__ = ["check_ranks", "describe_weights", "drop", "load_model", "reload_model"]
 
 
-def load_model(
-    model: CausalLM,
-    config: EngineConfig,
-    platform: Platform,
-    dtype: torch.dtype,
-    progress: Callable[[str, float], None] | None = None,
-) -> LoadReport:
+Told = Callable[[str, float], None] | None
+
+
+def check_ranks(config: EngineConfig) -> None:
+    """Raises OctavoError for a number of ranks that this version does not run on."""
+    if config.tensor_parallel_size > 1:
+        raise OctavoError(
+            f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
+        )
+
+
+def load_model(model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None) -> LoadReport:
     """Fills `model`. Raises OctavoError for whatever the user can mend."""
+    return _load(model, config, platform, dtype, progress, in_place=False)[0]
+
+
+def reload_model(
+    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
+) -> tuple[LoadReport, bool]:
+    """Fills `model`, which is loaded already, where its weights are; False where not all of them could be written in place."""
+    return _load(model, config, platform, dtype, progress, in_place=True)
+
+
+def drop(model: Model) -> None:
+    """Forgets the weights of a loaded model."""
+    for module in cast("nn.Module", model).modules():
+        for name in held(module):
+            delattr(module, name)
+
+
+def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
+    """One line a role and scheme, and what they take together."""
+    lines = [
+        f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        for (role, scheme), g in sorted(report.groups.items())
+        if g.stored  # a tied head stores nothing
+    ]
+    stored, dense = report.total("stored"), 2 * report.total("values")
+    lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+    if fp8 := report.total("dense", WeightDType.FP8):
+        part = report.total("stored", WeightDType.FP8)
+        lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
+    if platform.widened_dtype is not None and report.total("held") > stored:
+        kind = str(platform.widened_dtype).removeprefix("torch.")
+        why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
+        lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
+    return lines
+
+
+def _load(
+    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool
+) -> tuple[LoadReport, bool]:
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
@@ -42,7 +89,7 @@ def load_model(
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, told))
         directory = output
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
-    if isinstance(source, SafetensorsSource):
+    if isinstance(source, SafetensorsSource) and not in_place:
         check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
@@ -51,7 +98,8 @@ def load_model(
     verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
-    load(model, loader, model.ignored, partial(progress, verb) if progress else None)
+    module = cast("nn.Module", model)
+    complete = load(module, loader, model.ignored, partial(progress, verb) if progress else None, in_place=in_place)
     if peak is not None:
         loader.report.note(peak.describe())
     release()
@@ -61,7 +109,7 @@ def load_model(
         loader.report.note(f"loaded in {seconds:.1f} s: {read / 1e9:.2f} GB at {read / 1e9 / seconds:.2f} GB/s")
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
-    return loader.report
+    return loader.report, complete
 
 
 def _checkpoint_scheme(loader: Loader) -> Scheme:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,22 +20,21 @@ from octavo.distributed import TensorParallel
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
-from octavo.engine.kv_setup import calibration_tokens
-from octavo.engine.loading import load_model
+from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
+from octavo.engine.loading import check_ranks, describe_weights, drop, load_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_history import Histories
-from octavo.errors import OctavoError
-from octavo.host import keep
-from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
+from octavo.engine.vocabulary import Vocabulary
+from octavo.host import keep, release
+from octavo.kvcache import KVCache, Layout
 from octavo.messages import Logprobs
-from octavo.models import architecture, read_config
-from octavo.models.common import CausalLM
-from octavo.models.config import ConfigBase
+from octavo.models import build_model, read_config
+from octavo.models.interface import FusedModel, Model
 from octavo.platform import Platform, detect
-from octavo.quant import WeightDType, checks
+from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
 
@@ -61,120 +62,124 @@ class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for whatever the user can mend."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
-        if config.tensor_parallel_size > 1:
-            raise OctavoError(
-                f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
-            )
+        check_ranks(config)
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        self.config = config
+        self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device)
         self.block_size = config.block_size_on(self.platform.is_cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
-        checks.check_format(json_config, self.directory)
-        arch = architecture(json_config)
+        check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
-        self.model_config: ConfigBase = arch.Config.from_json(json_config)
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        model_len = self._model_len()
-        self.model: CausalLM = arch.Model(self.model_config, TensorParallel(), model_len)
-        self.report = load_model(self.model, config, self.platform, self.dtype, progress)
-        specs = self._cache_specs()
-        self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
-        c, cpu = self.model_config, self.platform.is_cpu
-        self.max_num_batched_tokens = config.step_tokens_on(cpu)
-        working = config.working_bytes_on(cpu, c.hidden_size, c.intermediate_size, c.vocab_size)
-        if cpu:
-            keep(working)
-        budget = plan_blocks(config, self.platform, self.bytes_per_token, model_len, self.report.total("held"), working)
-        self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
-        self.report.notes.extend(budget.notes)
-        graphs = ops.captures(c.head_dim, self.model.packed_weights()) and not config.enforce_eager
-        scratch = graphs and not cpu  # a block that nobody owns, which unused rows of graphs write to
-        self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
-        for layer, views in zip(self.model.attention_layers(), self.cache.views, strict=True):
-            layer.bind_cache(views)
-        self._settle_kv_scales()
-        if (parts := self.model.parts()) is not None:
-            self.model.model.fused = ops.fuse(parts, self.platform)
-        self.graphs = self._decode_graphs() if graphs else None
-        self.prompts = self._prompt_graphs() if scratch else None
+        tp = TensorParallel()
+        self.model: Model = build_model(json_config, tp, config.max_model_len)
+        self.limits = self.model.limits()
+        self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
+        self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
         self.histories = Histories(self.platform.device)
+        self._start()
+
+    def _start(self) -> None:
+        """Weights, cache, graphs: what `sleep` gives up."""
+        self.report = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self._make_cache()
+        self._settle_kv_scales()
+        if hasattr(self.model, "fuse"):
+            cast("FusedModel", self.model).fuse(self.platform)
+        self._make_graphs()
         log.info("ops: %s", ops.table())
 
-    @torch.inference_mode()
-    def _decode_graphs(self) -> DecodeGraphs | RecordedSteps:
-        sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
-        if self.platform.is_cpu:
-            return RecordedSteps(self._decode, *sizes)
-        return DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._decode_variant, self._rehearse)
+    def _make_cache(self) -> None:
+        config, cpu = self.config, self.platform.is_cpu
+        kinds = self.dtype, self.platform.fp8_dtype, Layout.on(cpu)
+        specs = self.model.kv_specs(config.kv_cache_dtype, *kinds)
+        self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
+        self.dense_bytes_per_token = sum(spec.bytes_per_token for spec in self.model.kv_specs("bfloat16", *kinds))
+        working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
+        if cpu:
+            keep(working)
+        positions, held = self.limits.positions, self.report.total("held")
+        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working)
+        self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
+        self.report.notes.extend(budget.notes)
+        self.captures = not config.enforce_eager and self.model.limits().eager is None
+        scratch = self.captures and not cpu  # a block that nobody owns, which unused rows of graphs write to
+        self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
+        self.model.bind_cache(self.cache.views)
+
+    def _settle_kv_scales(self) -> None:
+        def run() -> Tensor:
+            return self.forward(self._prompt_batch(calibration_tokens(self.directory, self.limits.vocab_size)))
+
+        if note := settle_kv_scales(self.model, self.config, run):
+            self.report.note(note)
 
     @torch.inference_mode()
-    def _prompt_graphs(self) -> PromptGraphs:
+    def _make_graphs(self) -> None:
+        self.graphs: DecodeGraphs | RecordedSteps | None = None
+        self.prompts: PromptGraphs | None = None
+        if not self.captures:
+            return
+        sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
+        if self.platform.is_cpu:
+            self.graphs = RecordedSteps(self._decode, *sizes)
+            return
+        self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._rehearse)
         room = min(self.max_model_len, self.max_num_batched_tokens)
-        return PromptGraphs(self._prompt, self.platform, self.block_size, room, self.num_blocks)
+        self.prompts = PromptGraphs(self._prompt, self.platform, self.block_size, room, self.num_blocks)
+
+    def reload(self, model: str) -> None:
+        """Takes the weights of another checkpoint directory, of the same shapes and schemes; graphs and compiled kernels stay.
+
+        Raises OctavoError where it is of other shapes or schemes: the runner's weights are then worth nothing.
+        """
+        config = replace(self.config, model=model, save_quantized=None)
+        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress)
+        self.config, self.directory = config, Path(model)
+        self._settle_kv_scales()
+        if not complete and self.graphs is not None:
+            self._make_graphs()
+
+    def sleep(self) -> None:
+        """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
+        self.graphs = self.prompts = None
+        self.model.bind_cache([{} for _ in self.cache.views])
+        drop(self.model)
+        del self.cache
+        release()
+
+    def wake(self) -> None:
+        """What `sleep` gave up, read and made again."""
+        self._start()
+
+    def _hidden_of(self, batch: batches.ForwardBatch) -> Tensor:
+        hidden = self.model(batch, self.model.embed(batch.input_ids))
+        assert isinstance(hidden, Tensor), "one stage computes all layers"
+        return hidden
 
     def _prompt(self, batch: batches.ForwardBatch, last: Tensor) -> tuple[Tensor, Tensor]:
         """As `_decode`, of a prompt's last token."""
-        return self._chosen(self.model(batch)[last])
+        return self._chosen(self._hidden_of(batch)[last])
 
     def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
-        """A graph's: logits of single tokens, and the likeliest tokens, which few steps do not want."""
-        return self._chosen(self.model(batch))
+        """A graph's: this rank's logits of single tokens, and the argmax over all ranks, which few steps do not want."""
+        return self._chosen(self._hidden_of(batch))
 
     def _chosen(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits: Tensor = self.model.lm_head(hidden)
-        return logits, ops.likeliest(logits)
+        logits = self.model.logits(hidden)
+        return logits, self.vocabulary.argmax(logits)
 
     def _rehearse(self) -> None:
         """Calls what prefills launch, of few tokens, of more, and of enough for other tiles; and what sampling does."""
         for length in (16, 40, 600):
-            hidden = self.model(self._prompt_batch([0] * length))
-        rehearse(self.model.lm_head(hidden[-1:]).float())
+            hidden = self._hidden_of(self._prompt_batch([0] * length))
+        rehearse(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
-    def _decode_variant(self, requests: int, longest: int) -> tuple[int, ...]:
-        if (fused := self.model.model.fused_for(requests, longest)) and fused.attends:
-            return ()
-        kinds = {a.kv_heads for a in self.model.attention_layers()}
-        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
-
-    def _model_len(self) -> int:
-        c, asked = self.model_config, self.config.max_model_len
-        limit = c.max_position_embeddings
-        if c.rope["rope_type"] == "yarn" and c.rope.get("factor"):
-            limit = max(limit, int((c.rope["original_max_position_embeddings"] or limit) * c.rope["factor"]))
-        if asked is not None and asked > limit:
-            raise OctavoError(
-                f"--max-model-len {asked} is over the {limit} positions that the model was made for; use at most {limit}."
-            )
-        return asked or limit
-
-    def _cache_specs(self) -> list[KVCacheSpec]:
-        kind, layout = (self.dtype, self.platform.fp8_dtype), Layout.on(self.platform.is_cpu)
-        name = self.config.kv_cache_dtype
-        return [spec_for(name, a.kv_heads, a.head_dim, *kind, layout) for a in self.model.attention_layers()]
-
-    def _settle_kv_scales(self) -> None:
-        layers = self.model.attention_layers()
-        if self.config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2"):
-            return
-        if self.config.calculate_kv_scales:
-            self._calculate_kv_scales()
-            scales = torch.cat([s for layer in layers for s in (layer.k_scale, layer.v_scale)])
-            self.report.note(f"KV scales measured: {float(scales.min()):.3g} to {float(scales.max()):.3g}")
-        elif all(layer.scales_from_checkpoint for layer in layers):
-            self.report.note("KV scales taken from the checkpoint")
-        else:
-            self.report.note("KV scales are 1.0: the checkpoint has none (--calculate-kv-scales measures them)")
-
-    def _calculate_kv_scales(self) -> None:
-        """Runs a fixed text through the model once; every layer keeps the scales of the largest key and value it saw."""
-        for layer in self.model.attention_layers():
-            layer.observe = True
-        self.forward(self._prompt_batch(calibration_tokens(self.directory, self.model_config.vocab_size)))
-        for layer in self.model.attention_layers():
-            layer.observe = False
+    def _graph_key(self, requests: int, longest: int) -> Hashable:
+        """Without a word of the model, every bound on the contexts gets a graph of its own."""
+        return cast("FusedModel", self.model).graph_key(requests, longest) if hasattr(self.model, "graph_key") else longest
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
         return batches.build(spans, self.block_size, self.platform.device)
@@ -187,8 +192,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: batches.ForwardBatch) -> Tensor:
         """Hidden states [T, hidden] of a batch, its keys and values written to the cache."""
-        hidden: Tensor = self.model(batch)
-        return hidden
+        return self._hidden_of(batch)
 
     @torch.inference_mode()
     def run(
@@ -216,7 +220,7 @@ class ModelRunner:
         if sampling := [n for n, item in enumerate(items) if item.samples]:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
-            self._choose(self.model.lm_head(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._choose(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
 
     def _replay(
@@ -253,9 +257,9 @@ class ModelRunner:
         """Puts the next tokens of `items` into `out`; `greedy`: the likeliest of `logits`, where they are known."""
         ids = [item.request.request_id for item in items]
         if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
-            out.put(ops.likeliest(logits) if greedy is None else greedy, ids)
+            out.put(self.vocabulary.argmax(logits) if greedy is None else greedy, ids)
             return
-        logits = logits.float()
+        logits = self.vocabulary.whole(logits).float()
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
         tokens = sample(logits, rows, self.histories, ids)
@@ -271,30 +275,18 @@ class ModelRunner:
         found: list[Logprobs] = []
         for at in range(0, len(targets), LOGIT_ROWS):
             part = targets[at : at + LOGIT_ROWS]
-            logits = self.model.logits(hidden[at : at + len(part)])
+            logits = self.vocabulary.whole(self.model.logits(hidden[at : at + len(part)])).float()
             found += logprobs_of(logits, part, [row.params.prompt_logprobs or 0] * len(part))
         return found
 
     def describe(self) -> list[str]:
         """What was loaded, for a person: one line a role and scheme, then memory, then what is worth knowing."""
         r, p = self.report, self.platform
-        lines = [f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}"]
-        for (role, scheme), g in sorted(r.groups.items()):
-            if g.stored:  # a tied head stores nothing
-                lines.append(f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}")
-        stored, dense = r.total("stored"), 2 * r.total("values")
-        lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-        if fp8 := r.total("dense", WeightDType.FP8):
-            part = r.total("stored", WeightDType.FP8)
-            lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
-        if p.widened_dtype is not None and r.total("held") > stored:
-            kind = str(p.widened_dtype).removeprefix("torch.")
-            why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
-            lines.append(f"held in memory: {gib(r.total('held'))}, because {why}")
-        kv_dense = sum(2 * 2 * a.kv_heads * a.head_dim for a in self.model.attention_layers())
-        lines.append(
+        return [
+            f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}",
+            *describe_weights(r, p),
             f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "
-            f"({100 * self.bytes_per_token / kv_dense:.1f}% of BF16's), "
-            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}"
-        )
-        return lines + [f"note: {note}" for note in r.notes]
+            f"({100 * self.bytes_per_token / self.dense_bytes_per_token:.1f}% of BF16's), "
+            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}",
+            *(f"note: {note}" for note in r.notes),
+        ]

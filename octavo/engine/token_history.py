@@ -1,19 +1,17 @@
-"""The tokens of requests with penalties, on the device: a step's penalties need no token whose value the host does not know."""
+"""Device copy of the token ids of requests with penalties: they are applied before the host has read the last token."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo.batch import to_device
-
-if TYPE_CHECKING:
-    from octavo.engine.sampler import SamplingRow
+from octavo.engine.sampling_row import SamplingRow
 
 __all__ = ["Histories", "History"]
 

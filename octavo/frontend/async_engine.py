@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.engine_start import worker
-from octavo.frontend.outputs import Delta, OutputProcessor, check_request, fan_out
+from octavo.frontend.outputs import Delta, OutputProcessor
+from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
 from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 
@@ -100,17 +101,6 @@ class AsyncEngine:
         """`listener` is called in the event loop with the statistics of each step."""
         self._listeners.append(listener)
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Raises InvalidRequest if `generate` would refuse this."""
-        check_request(self.info, self.tokenizer, prompt_token_ids, params)
-        longest, length, wanted = self.info.max_model_len, len(prompt_token_ids), params.max_tokens
-        if wanted is not None and length + wanted > longest:
-            raise InvalidRequest(
-                f"This model's maximum context length is {longest} tokens. However, you requested {length + wanted} tokens "
-                f"({length} in the prompt, {wanted} in the completion). Please reduce the prompt or max_tokens.",
-                "max_tokens",
-            )
-
     def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta]:
         """The deltas of one request, one for each sequence and step, never merged.
 
@@ -118,8 +108,8 @@ class AsyncEngine:
         EngineDead when the engine dies. Closing the generator early aborts the request.
         """
         self._raise_if_gone()
-        self.check(prompt_token_ids, params)
-        return self._generate(list(fan_out(request_id, prompt_token_ids, params, self.eos_token_ids)))
+        eos = self.eos_token_ids
+        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
         self._raise_if_gone()  # once more: the first delta may be asked for much later

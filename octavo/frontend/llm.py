@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, cast
 from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.engine_start import worker
-from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput, check_request, fan_out
-from octavo.messages import SamplingParams, TokenOutput
+from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
+from octavo.frontend.requests import engine_requests
+from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput"]
+__all__ = ["LLM", "Prompt"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}
 Messages = Sequence[Mapping[str, Any]]
@@ -66,10 +67,10 @@ class LLM:
         """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each."""
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
-        results = [self._accept(prompt, one) for prompt, one in zip(listed, params, strict=True)]
-        with _bar(len(results), use_tqdm) as advance:
-            self._run(results, params, advance)
-        return results
+        accepted = [self._accept(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        with _bar(len(accepted), use_tqdm) as advance:
+            self._run(accepted, advance)
+        return [result for result, _ in accepted]
 
     def chat(
         self,
@@ -102,7 +103,7 @@ class LLM:
             raise InvalidRequest(f"There are {number} prompts and {len(given)} sampling_params; give one, or one for each.")
         return list(given)
 
-    def _accept(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _accept(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[EngineRequest]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
@@ -117,15 +118,14 @@ class LLM:
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
         result = RequestOutput(str(next(self._numbers)), text, ids)
-        check_request(self.info, self.tokenizer, result.prompt_token_ids, params)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
-        return result
+        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos)
 
-    def _run(self, results: list[RequestOutput], params: list[SamplingParams], advance: Callable[[], None]) -> None:
+    def _run(self, accepted: list[tuple[RequestOutput, list[EngineRequest]]], advance: Callable[[], None]) -> None:
         running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}
         try:
-            for result, one in zip(results, params, strict=True):
-                for index, request in enumerate(fan_out(result.request_id, result.prompt_token_ids, one, self._eos)):
+            for result, requests in accepted:
+                for index, request in enumerate(requests):
                     self._core.add(request)
                     running[request.request_id] = result, OutputProcessor(request, self.tokenizer, index)
             while running:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from octavo.errors import InvalidRequest
-from octavo.messages import EngineInfo, EngineRequest, FinishReason, Logprob, Logprobs, SamplingParams, TokenOutput
+from octavo.messages import EngineRequest, FinishReason, Logprob, Logprobs, TokenOutput
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["CompletionOutput", "Delta", "OutputProcessor", "RequestOutput", "check_request", "fan_out"]
+__all__ = ["CompletionOutput", "Delta", "OutputProcessor", "RequestOutput"]
 
 
 @dataclass(slots=True)
@@ -110,34 +108,3 @@ class OutputProcessor:
             delta.text += detokenizer.finish()
         if detokenizer.stopped is not None:
             delta.finish_reason, delta.stop_reason = "stop", detokenizer.stopped
-
-
-def check_request(
-    info: EngineInfo, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], params: SamplingParams
-) -> None:
-    """Raises InvalidRequest for what the engine could never serve, before anything is sent to it."""
-    length, longest = len(prompt_token_ids), info.max_model_len - 1
-    if not length:
-        raise InvalidRequest("The prompt is empty; send at least one token.", "prompt")
-    if length > longest:
-        raise InvalidRequest(f"The prompt has {length} tokens; at most {longest} fit beside one to generate.", "prompt")
-    if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < info.vocab_size:
-        wrong = next(token for token in prompt_token_ids if not 0 <= token < info.vocab_size)
-        raise InvalidRequest(f"Token id {wrong} is out of the vocabulary of {info.vocab_size} tokens.", "prompt")
-    if params.stop and (tokenizer is None or not params.detokenize):
-        reason = "detokenize is off" if tokenizer is not None else "the checkpoint has no tokenizer.json"
-        raise InvalidRequest(f"Stop strings need text, and {reason}; use stop_token_ids.", "stop")
-
-
-def fan_out(
-    request_id: str, prompt_token_ids: list[int], params: SamplingParams, eos_token_ids: frozenset[int]
-) -> Iterator[EngineRequest]:
-    """The n sequences of one request as the engine takes them, each with a seed of its own."""
-    if params.n == 1:
-        yield EngineRequest(request_id, prompt_token_ids, params, eos_token_ids)
-        return
-    for i in range(params.n):
-        seed = None if params.seed is None else params.seed + i
-        prompt_logprobs = params.prompt_logprobs if i == 0 else None  # they are the same for all
-        one = replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-        yield EngineRequest(f"{request_id}-{i}", prompt_token_ids, one, eos_token_ids)

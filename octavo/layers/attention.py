@@ -63,6 +63,7 @@ class PagedAttention(nn.Module):
 
     def load(self, loader: Loader) -> None:
         self.k_scale, self.v_scale = (torch.ones(1, dtype=torch.float32, device=loader.platform.device) for _ in range(2))
+        self.scales_from_checkpoint = False
         for spelling in _SPELLINGS:
             if loader.has(spelling[0]) and not self.scales_from_checkpoint:
                 self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in spelling)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo import ops
 from octavo.distributed import TensorParallel
-from octavo.quant.formats import Shard
+from octavo.quant.formats import WHOLE, Shard
+from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader
 
-__all__ = ["ColumnParallelLinear", "GateUpLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear"]
+__all__ = ["ColumnParallelLinear", "GateUpLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear", "vocabulary_shard"]
 
 
 class ColumnParallelLinear(nn.Module):
@@ -120,21 +122,35 @@ class GatedMLP(nn.Module):
         return y
 
 
+def vocabulary_shard(vocab: int, tp: TensorParallel) -> Shard:
+    """This rank's part of the vocabulary: whole tiles, where that leaves no rank without, so that a quantized head splits."""
+    if tp.size == 1:
+        return WHOLE
+    whole = Shard(0, tp.rank, tp.size, unit=BLOCK)
+    return whole if whole.longest(vocab) * (tp.size - 1) < vocab else Shard(0, tp.rank, tp.size, unit=1)
+
+
 class LMHead(nn.Module):
-    """Logits, in x's dtype. With tied embeddings its matrix is the embedding's. Every rank computes all of the vocabulary."""
+    """This rank's logits [rows, ceil(vocab / ranks)], in x's dtype, -inf behind the vocabulary's end.
+
+    `tied`: the path of the embedding whose matrix this is, too.
+    """
 
     reads_siblings = True
 
-    def __init__(self, vocab: int, hidden: int, *, tied: bool):
+    def __init__(self, vocab: int, hidden: int, tp: TensorParallel, *, tied: str | None):
         super().__init__()
-        self.shape, self.tied = (vocab, hidden), tied
+        self.shape, self.tied, self.shard = (vocab, hidden), tied, vocabulary_shard(vocab, tp)
+        own = self.shard.slice(vocab)
+        self.missing = self.shard.longest(vocab) - (own.stop - own.start)
 
     def load(self, loader: Loader) -> None:
-        if self.tied:
+        if self.tied is not None:
             loader.skip("lm_head.weight")  # some checkpoints repeat it
-            self.weight = loader.tied("model.embed_tokens")
+            self.weight = loader.tied(self.tied)
         else:
-            self.weight = loader.weight(["lm_head"], [self.shape], [Shard()], is_head=True)
+            self.weight = loader.weight(["lm_head"], [self.shape], [self.shard], is_head=True)
 
     def forward(self, x: ops.Operand) -> Tensor:
-        return ops.linear(x, self.weight)
+        logits = ops.linear(x, self.weight)
+        return F.pad(logits, (0, self.missing), value=float("-inf")) if self.missing else logits

@@ -47,13 +47,15 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, max_model_len: int):
         super().__init__()
-        self.inv_freq, self.factor = _INV_FREQ[parameters["rope_type"]](head_dim, parameters, max_position_embeddings)
-        self.max_positions = max_model_len
+        self.head_dim, self.settings = head_dim, parameters
+        self.max_position_embeddings, self.max_positions = max_position_embeddings, max_model_len
 
     def load(self, loader: Loader) -> None:
         loader.skip("inv_freq")  # old checkpoints hold what config.json already says
-        angles = torch.outer(torch.arange(self.max_positions).float(), self.inv_freq)
-        self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * self.factor).to(loader.platform.device)
+        frequencies = _INV_FREQ[self.settings["rope_type"]]
+        inv_freq, factor = frequencies(self.head_dim, self.settings, self.max_position_embeddings)
+        angles = torch.outer(torch.arange(self.max_positions).float(), inv_freq)
+        self.cos_sin = (torch.cat([angles.cos(), angles.sin()], 1) * factor).to(loader.platform.device)
 
 
 def _default(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:

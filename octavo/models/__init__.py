@@ -7,11 +7,15 @@ import importlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["MODEL_TYPES", "architecture", "model_type_of", "read_config"]
+if TYPE_CHECKING:
+    from octavo.distributed import TensorParallel
+    from octavo.models.interface import Model
+
+__all__ = ["MODEL_TYPES", "architecture", "build_model", "model_type_of", "read_config"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -48,7 +52,23 @@ def model_type_of(config: Mapping[str, Any], known: Collection[str], refused: st
     return model_type
 
 
-def architecture(config: dict[str, Any]) -> Any:
+def architecture(config: Mapping[str, Any]) -> Any:
     """The module of octavo.models for a config.json: it has `Config.from_json` and `Model`."""
     model_type = model_type_of(config, MODEL_TYPES, "is not served by this version", "it serves")
     return importlib.import_module(f"octavo.models.{model_type}")
+
+
+def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: int | None, layers: range | None = None) -> Model:
+    """The model of a config.json, not loaded yet, for contexts of `max_model_len` tokens (None: the longest it was made for).
+
+    Raises OctavoError for an architecture or a value that is not served, and for a context that is too long.
+    """
+    arch = architecture(config)
+    c = arch.Config.from_json(config)
+    limit: int = c.longest_context
+    if max_model_len is not None and max_model_len > limit:
+        raise OctavoError(
+            f"--max-model-len {max_model_len} is over the {limit} positions that the model was made for; use at most {limit}."
+        )
+    model: Model = arch.Model(c, tp, max_model_len or limit, layers)
+    return model

@@ -1,94 +1,158 @@
-"""What every decoder has around its layers."""
+"""What every decoder has around its layers, and how it answers the engine (octavo.models.interface)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.kvcache import KVCacheSpec, Layout, Views, spec_for
 from octavo.layers.attention import PagedAttention
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
 from octavo.models.config import ConfigBase
-from octavo.ops import DecoderParts, FusedDecoder, LayerParts, PackedWeight
+from octavo.models.interface import Head, Limits, ModelInput, StageState
+from octavo.ops.reference import scaled
 
-__all__ = ["CausalLM", "Decoder"]
+__all__ = ["CausalLM", "Decoder", "LayerStack"]
+
+
+class LayerStack(nn.Module):
+    """The layers of a stage, under the numbers that they have in the whole model."""
+
+    def __init__(self, stage: range, make: Callable[[int], nn.Module]):
+        super().__init__()
+        self.stage = stage
+        for number in stage:
+            self.add_module(str(number), make(number))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.children())
+
+    def __len__(self) -> int:
+        return len(self.stage)
+
+    def __getitem__(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number if number >= 0 else self.stage.stop + number))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm: hidden states [T, hidden] of a batch."""
+    """Embedding, layers, norm; a stage of a pipeline has the first only at its start, the last only at its end."""
 
-    def __init__(self, config: ConfigBase, layers: list[nn.Module]):
+    def __init__(self, config: ConfigBase, tp: TensorParallel, layers: LayerStack):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fused: list[FusedDecoder] = []  # of those that take a step the first computes it
+        self.first, self.last = layers.stage.start == 0, layers.stage.stop == config.num_hidden_layers
+        if self.first:
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = layers
+        if self.last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def fused_for(self, requests: int, longest: int) -> FusedDecoder | None:
-        """What computes a step of so many single tokens, with contexts up to `longest`; None: the layers, one by one."""
-        return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        x, residual = self.embed_tokens(batch.input_ids), None
-        single = self.fused and max(batch.query_lens) == 1
-        if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
-            x = fused(x, batch)
-        else:
-            for layer in self.layers:
-                x, residual = layer(x, residual, batch)
+    def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
+        x, residual = self.run_layers(batch, state)
+        if not self.last:
+            assert residual is not None
+            return StageState(scaled(x), residual, state.extras)
         hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 
+    def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
+        """The last layer's output and the residual to be added to it; no residual where that is done."""
+        x: ops.Product = state.x
+        residual = state.residual if isinstance(state, StageState) else None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch)
+        return x, residual
+
 
 class CausalLM(nn.Module):
-    """A decoder and its head. `ignored` are globs of tensors that checkpoints hold and the model does not need."""
+    """A decoder and its head, as octavo.models.interface.Model.
 
-    ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    `root` is the path of the decoder in the checkpoint; its name in this module is the same.
+    """
 
-    def __init__(self, config: ConfigBase, layers: list[nn.Module]):
+    def __init__(
+        self, config: ConfigBase, tp: TensorParallel, max_len: int, layers: range | None, make: Callable[[int], nn.Module]
+    ):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, layers)
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size, tied=config.tie_word_embeddings)
+        stage = layers or range(config.num_hidden_layers)
+        self.config, self.tp, self.max_len = config, tp, max_len
+        self.model = self.make_decoder(LayerStack(stage, make))
+        tied = config.tie_word_embeddings
+        if self.model.last:
+            if tied and not self.model.first:  # the matrix is loaded on both ends
+                self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
+            self.lm_head = LMHead(config.vocab_size, config.hidden_size, tp, tied="model.embed_tokens" if tied else None)
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Hidden states [T, hidden] after the last norm."""
-        hidden: Tensor = self.model(batch)
-        return hidden
+    def make_decoder(self, layers: LayerStack) -> Decoder:
+        return Decoder(self.config, self.tp, layers)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Globs of tensors that checkpoints hold and this stage does not need."""
+        stage = self.model.layers.stage
+        others = [f"model.layers.{n}.*" for n in range(self.config.num_hidden_layers) if n not in stage]
+        if not self.model.first and not hasattr(self.model, "embed_tokens"):
+            others.append("model.embed_tokens.*")
+        if not self.model.last:
+            others += ["model.norm.*", "lm_head.*"]
+        return ("*.rotary_emb.inv_freq", *others)
+
+    def limits(self) -> Limits:
+        """The head's size and the weights decide about graphs, so ask once they are loaded."""
+        dims = {a.head_dim for a in self.attention_layers()}
+        captured = all(ops.captures(dim, self.packed_weights()) for dim in dims)
+        return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """The MLP's activations and the residual, in FP32."""
+        return tokens * (4 * self.config.intermediate_size + 8 * self.config.hidden_size) * 4
+
+    def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
+        return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
+
+    def bind_cache(self, views: Sequence[Views]) -> None:
+        for layer, own in zip(self.attention_layers(), views, strict=True):
+            layer.bind_cache(own)
+
+    def calibrate(self, run: Callable[[], object]) -> None:
+        layers = self.attention_layers()
+        for layer in layers:
+            layer.observe = True
+        try:
+            run()
+        finally:
+            for layer in layers:
+                layer.observe = False
+
+    def kv_scales(self) -> tuple[list[Tensor], bool]:
+        layers = self.attention_layers()
+        scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
+        return scales, all(layer.scales_from_checkpoint for layer in layers)
+
+    def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
+        assert features is None, "a model of text has no places for features"
+        return ModelInput(self.model.embed_tokens(ids))
+
+    def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
+        out: Tensor | StageState = self.model(batch, state)
+        return out
+
+    @property
+    def head(self) -> Head:
+        return self.lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """FP32 [rows, vocab]."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits.float()
+        return self.head(hidden)
 
-    def parts(self) -> DecoderParts | None:
-        """The layers for a kernel that computes all of them; None where they have what `LayerParts` does not."""
-        found: list[LayerParts] = []
-        layers: list[Any] = list(self.model.layers)  # of whatever architecture, with Hugging Face's names
-        for layer in layers:
-            a, mlp = layer.self_attn, layer.mlp
-            biases = [linear.bias for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)]
-            if a.o_proj.tp.size > 1 or any(bias is not None for bias in biases):
-                return None
-            part = LayerParts(
-                qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
-                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, cache=a.attn.cache, window=a.attn.window,
-            )  # fmt: skip
-            found.append(part)
-        attn: PagedAttention = layers[0].self_attn.attn
-        c = self.config
-        return DecoderParts(
-            found, attn.rotary.cos_sin, c.hidden_size, c.intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
-            attn.scale, c.rms_norm_eps,
-        )  # fmt: skip
-
-    def packed_weights(self) -> list[PackedWeight]:
+    def packed_weights(self) -> list[ops.PackedWeight]:
         weights = (getattr(module, "weight", None) for module in self.modules())
-        return [weight for weight in weights if isinstance(weight, PackedWeight)]
+        return [weight for weight in weights if isinstance(weight, ops.PackedWeight)]
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

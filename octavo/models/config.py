@@ -31,6 +31,15 @@ class ConfigBase:
     hidden_act: str = "silu"
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def longest_context(self) -> int:
+        """The positions that the model was made for, with what YaRN stretches them to."""
+        limit = self.max_position_embeddings
+        if self.rope["rope_type"] == "yarn" and self.rope.get("factor"):
+            original = self.rope["original_max_position_embeddings"] or limit
+            limit = max(limit, int(original * self.rope["factor"]))
+        return limit
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         """Raises OctavoError, naming the field, for one that is missing, of a wrong type or not supported."""

@@ -13,8 +13,8 @@ from octavo.layers.attention import PagedAttention
 from octavo.layers.linear import GatedMLP, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
-from octavo.models.common import CausalLM
 from octavo.models.config import ConfigBase
+from octavo.models.dense import DenseLM
 from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
-class Model(CausalLM):
-    def __init__(self, c: Config, tp: TensorParallel, max_model_len: int):
-        rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_model_len)
-        super().__init__(c, [DecoderLayer(c, i, rotary, tp) for i in range(c.num_hidden_layers)])
+class Model(DenseLM):
+    def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
+        rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_len)
+        super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))

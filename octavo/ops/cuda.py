@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
+from octavo.ops import hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import LINEAR, draw, likeliest, rms_norm, rope_write_kv, silu_mul
-from octavo.ops.hopper import attention as attentions
 from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
@@ -30,7 +30,7 @@ __all__ = [
 def configure(platform: Platform) -> None:
     """For launchers, and to compile what does not depend on a model."""
     launch.configure(platform)
-    attentions.configure(platform)
+    hopper.attention.configure(platform)
     gate_up_silu.KERNELS.configure(platform)
     qkv_rope_kv_write.KERNELS.configure(platform)
 

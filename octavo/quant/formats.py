@@ -36,22 +36,30 @@ INT4_IN_INT32 = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a dimension; `copies` ranks hold the same part (KV heads where there are more ranks than heads)."""
+    """One rank's part of a dimension; `copies` ranks hold the same part (KV heads where there are more ranks than heads).
+
+    `unit`: 0 where all parts must be equal; else parts are as many units long, and the last ones may be shorter.
+    """
 
     dim: int = 0
     rank: int = 0
     size: int = 1
     copies: int = 1
+    unit: int = 0
+
+    def longest(self, length: int) -> int:
+        """The longest part of a dimension of `length`."""
+        parts = self.size // self.copies
+        return -(-length // (parts * self.unit)) * self.unit if self.unit else length // parts
 
     def slice(self, length: int) -> slice:
-        """This rank's part of a dimension of `length`. Raises OctavoError if it does not split evenly."""
-        parts = self.size // self.copies
-        if length % parts:
+        """This rank's part of a dimension of `length`. Raises OctavoError if it does not split so."""
+        parts, step, at = self.size // self.copies, self.longest(length), self.rank // self.copies
+        if (step * (parts - 1) >= length) if self.unit else length % parts:
             raise OctavoError(
                 f"a dimension of {length} does not split over {parts} ranks; use a --tensor-parallel-size that divides it."
             )
-        step = length // parts
-        return slice(self.rank // self.copies * step, (self.rank // self.copies + 1) * step)
+        return slice(at * step, min((at + 1) * step, length))
 
 
 WHOLE = Shard()

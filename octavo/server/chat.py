@@ -30,8 +30,10 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     text = chat_prompt(served, request)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools)
-    served.engine.check(prompt, params)
-    job = _Job(served, request, f"chatcmpl-{request_id}", prompt, params, tools, text.rstrip().endswith(OPEN))
+    response_id = f"chatcmpl-{request_id}"
+    deltas = served.generate(prompt, params, response_id)
+    usage = Usage(len(prompt))
+    job = _Job(served, request, response_id, usage, deltas, params, tools, text.rstrip().endswith(OPEN))
     return job.stream() if request.stream else await job.whole()
 
 
@@ -101,15 +103,15 @@ class _Job:
         served: Served,
         request: ChatRequest,
         response_id: str,
-        prompt: list[int],
+        usage: Usage,
+        deltas: AsyncGenerator[Delta, None],
         params: SamplingParams,
         tools: _Tools,
         thinking: bool,
     ):
-        self.served, self.request, self.params, self.prompt, self.tools = served, request, params, prompt, tools
-        self.id = response_id
+        self.served, self.request, self.params, self.tools = served, request, params, tools
+        self.usage, self.generated = usage, deltas
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
-        self.usage = Usage(len(prompt))
         self.readers = [MessageReader(tools.reader(), self._splitter(thinking)) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
 
@@ -155,7 +157,7 @@ class _Job:
         return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self.served.generate(self.prompt, self.params, self.id)) as deltas:
+        async with aclosing(self.generated) as deltas:
             async for delta in deltas:
                 self.usage.add(0, delta)
                 if delta.prompt_logprobs is not None:

@@ -31,9 +31,9 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
         )
     prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
     params = _params(served, request, max(map(len, prompts)))
-    for prompt in prompts:
-        served.engine.check(prompt, params)
-    job = _Job(served, request, f"cmpl-{request_id}", prompts, params)
+    response_id = f"cmpl-{request_id}"
+    streams = [served.generate(prompt, params, response_id) for prompt in prompts]
+    job = _Job(served, request, response_id, prompts, streams, params)
     return job.stream() if request.stream else await job.whole()
 
 
@@ -106,10 +106,15 @@ class _Job:
     """One request on its way to its answer."""
 
     def __init__(
-        self, served: Served, request: CompletionRequest, response_id: str, prompts: list[list[int]], params: SamplingParams
+        self,
+        served: Served,
+        request: CompletionRequest,
+        response_id: str,
+        prompts: list[list[int]],
+        streams: list[AsyncGenerator[Delta, None]],
+        params: SamplingParams,
     ):
-        self.served, self.request, self.prompts, self.params = served, request, prompts, params
-        self.id = response_id
+        self.served, self.request, self.prompts, self.streams, self.params = served, request, prompts, streams, params
         self.head = {
             "id": response_id,
             "object": "text_completion",
@@ -139,8 +144,7 @@ class _Job:
         return {**self.head, "choices": [choices[i] for i in sorted(choices)], "usage": self.usage.dict()}
 
     async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
-        streams = [self.served.generate(prompt, self.params, self.id) for prompt in self.prompts]
-        async with aclosing(merge(streams)) as merged:
+        async with aclosing(merge(self.streams)) as merged:
             async for number, delta in merged:
                 if self.only_score:
                     delta = replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length", stop_reason=None)

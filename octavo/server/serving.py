@@ -114,18 +114,23 @@ class Served:
         tokenizer = self.engine.tokenizer
         recommended = tokenizer.default_sampling if tokenizer else {}
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
-        bias, size = request.logit_bias or {}, self.engine.info.vocab_size
-        if (wrong := next((token for token in bias if not 0 <= token < size), None)) is not None:
-            raise InvalidRequest(f"logit_bias names token {wrong}; the vocabulary has {size}.", "logit_bias")
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
-    async def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas, counted. Closing it aborts the request."""
+    def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
+        """The engine's deltas, counted. Closing it aborts the request.
+
+        Raises InvalidRequest here for what the engine would refuse, before anything of an answer is sent.
+        """
         request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
-        watch = self.metrics.watch(request_id, len(prompt), params.n)
+        return self._counted(self.engine.generate(prompt, params, request_id), request_id, len(prompt), params.n)
+
+    async def _counted(
+        self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int
+    ) -> AsyncGenerator[Delta, None]:
+        watch = self.metrics.watch(request_id, num_prompt_tokens, n)
         try:
-            async with aclosing(self.engine.generate(prompt, params, request_id)) as deltas:
+            async with aclosing(generated) as deltas:
                 async for delta in deltas:
                     watch.saw(delta)
                     yield delta

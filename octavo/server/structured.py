@@ -1,47 +1,41 @@
-"""Structured output: what a request asks for, as a grammar that the engine's mask can follow.
-
-The grammar is compiled once here, without a vocabulary, so that a wrong one is told to its sender and never reaches the
-engine.
-"""
+"""Structured output: what a request asks for, in OpenAI's or in vLLM's words, as one grammar."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from octavo.errors import InvalidRequest
-from octavo.messages import StructuredOutput
+from octavo.messages import GrammarKind, StructuredOutput
 from octavo.server.protocol import Function, GenerationRequest, Tool
 
 __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
 
-Kind = Literal["json_object", "json_schema", "regex", "lark"]
 _ANY_OBJECT = {"type": "object"}
 # Calls are written on one line, as in the families' training data; a weak model would fill pages with white space.
 _SPACING = {"x-guidance": {"whitespace_pattern": " ?"}}
 
 
 def structured_output(request: GenerationRequest) -> StructuredOutput | None:
-    """The grammar that `request` asks for, in OpenAI's or in vLLM's words. Raises InvalidRequest if it cannot be followed."""
+    """The grammar that `request` asks for. Raises InvalidRequest if it asks for several, or for none of some strings."""
     asked = [found for found in (_response_format(request), *_extras(request)) if found is not None]
     if len(asked) > 1:
         raise InvalidRequest(f"Only one structured output can be asked for; this request has {len(asked)}.", asked[1][0])
     if not asked:
         return None
     param, kind, grammar = asked[0]
-    return checked(kind, grammar, param)
+    return StructuredOutput(kind, grammar, param)
 
 
 def arguments_of(function: Function) -> StructuredOutput:
     """Output that is the arguments of a call of `function`."""
-    return checked("json_schema", json.dumps({**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
+    return StructuredOutput("json_schema", json.dumps({**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
 
 
 def calls_of(tools: Sequence[Tool], at_most_one: bool) -> StructuredOutput:
     """Output that is one or more calls of these tools."""
-    return checked("json_schema", json.dumps({**calls_schema(tools, at_most_one), **_SPACING}), "tools")
+    return StructuredOutput("json_schema", json.dumps({**calls_schema(tools, at_most_one), **_SPACING}), "tools")
 
 
 def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
@@ -61,34 +55,7 @@ def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": items}, **shared}
 
 
-def checked(kind: Kind, grammar: str, param: str) -> StructuredOutput:
-    """A StructuredOutput that is known to compile."""
-    if fault := _fault(kind, grammar):
-        raise InvalidRequest(f"{param} cannot be followed: {fault}", param)
-    return StructuredOutput(kind, grammar)
-
-
-@lru_cache(maxsize=64)  # clients send the same schema with every request
-def _fault(kind: Kind, grammar: str) -> str:
-    """What is wrong with a grammar, in one line; empty if nothing is."""
-    from llguidance import LLMatcher
-
-    try:
-        if kind == "regex":
-            compiled = LLMatcher.grammar_from_regex(grammar)
-        elif kind == "lark":
-            compiled = LLMatcher.grammar_from_lark(grammar)
-        else:
-            compiled = LLMatcher.grammar_from_json_schema(grammar or '{"type": "object"}')
-        told = LLMatcher.validate_grammar(compiled)
-    except (ValueError, RecursionError) as error:
-        told = str(error)
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
-    return reason[:300].rstrip(".:") + "." if reason else ""
-
-
-def _response_format(request: GenerationRequest) -> tuple[str, Kind, str] | None:
+def _response_format(request: GenerationRequest) -> tuple[str, GrammarKind, str] | None:
     wanted = request.response_format
     if wanted is None or wanted.type == "text":
         return None
@@ -99,7 +66,7 @@ def _response_format(request: GenerationRequest) -> tuple[str, Kind, str] | None
     return "response_format", "json_schema", json.dumps(wanted.json_schema.schema_)
 
 
-def _extras(request: GenerationRequest) -> list[tuple[str, Kind, str] | None]:
+def _extras(request: GenerationRequest) -> list[tuple[str, GrammarKind, str] | None]:
     new = request.structured_outputs
     return [
         _json("guided_json", request.guided_json),
@@ -114,17 +81,17 @@ def _extras(request: GenerationRequest) -> list[tuple[str, Kind, str] | None]:
     ]
 
 
-def _json(param: str, schema: dict[str, Any] | str | bool | None) -> tuple[str, Kind, str] | None:
+def _json(param: str, schema: dict[str, Any] | str | bool | None) -> tuple[str, GrammarKind, str] | None:
     if schema is None:
         return None
     return param, "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
 
 
-def _text(param: str, kind: Kind, grammar: str | None) -> tuple[str, Kind, str] | None:
+def _text(param: str, kind: GrammarKind, grammar: str | None) -> tuple[str, GrammarKind, str] | None:
     return None if grammar is None else (param, kind, grammar)
 
 
-def _choice(param: str, choices: list[str] | None) -> tuple[str, Kind, str] | None:
+def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, str] | None:
     if choices is None:
         return None
     if not choices or not all(choices):

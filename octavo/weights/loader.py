@@ -20,6 +20,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
 from octavo.quant.scheme import BF16, Granularity, WeightDType
+from octavo.weights.in_place import held, refill
 from octavo.weights.sources import Source
 
 __all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "load"]
@@ -131,8 +132,8 @@ class Loader:
         self.report.add(self.prefix + names[0], q.scheme, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
         return packed
 
-    def embedding(self, shape: tuple[int, int]) -> Tensor | ops.PackedWeight:
-        """The matrix [vocab, hidden] of the module that this loader is at, in the model's dtype.
+    def embedding(self, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor | ops.PackedWeight:
+        """This rank's part of the matrix [vocab, hidden] of the module that this loader is at, in the model's dtype.
 
         Where the head is tied to it and the rules quantize the head, packed for both instead: no other copy is held.
         """
@@ -140,9 +141,9 @@ class Loader:
         parent, _, name = module.rpartition(".")
         matrix: Tensor | ops.PackedWeight
         if self.tied_head and self.rules.scheme_for([module], is_head=True).quantized:
-            matrix = self.at(parent).weight([name], [shape], [WHOLE], is_head=True, looked_up=True)
+            matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, looked_up=True)
         else:
-            matrix = self.vector("weight", shape)
+            matrix = self.vector("weight", shape, shard)
         self.embeddings[module] = matrix
         return matrix
 
@@ -167,21 +168,32 @@ class Loader:
         return quantize(dense, scheme, self.platform.fp8_dtype, self.tp.max_reduce if spans_ranks else None)
 
 
-def load(model: nn.Module, loader: Loader, ignore: Sequence[str] = (), progress: Callable[[float], None] | None = None) -> None:
+def load(
+    model: nn.Module,
+    loader: Loader,
+    ignore: Sequence[str] = (),
+    progress: Callable[[float], None] | None = None,
+    *,
+    in_place: bool = False,
+) -> bool:
     """Fill every layer of `model`. Raises OctavoError for a tensor that is missing, and for one that nothing reads.
 
-    `ignore`: globs of tensors that may go unread. `progress` is called with the part that is done, 0 to 1.
+    `ignore`: globs of tensors that may go unread. `progress` is called with the part that is done, 0 to 1. `in_place`: the
+    model is loaded already, and keeps its memory; False where not all of that could be written in place.
     """
     places = [
         (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
         for path, module in model.named_modules()
         if hasattr(module, "load")
     ]
-    loader = replace(loader, tied_head=any(getattr(module, "tied", False) for _, module in places))
+    loader = replace(loader, tied_head=any(getattr(module, "tied", None) for _, module in places))
     loader.source.expect(_order([path for path, _ in places], loader.source.names))
+    complete = True
     try:
         for done, (path, module) in enumerate(places, 1):
+            before = held(module) if in_place else {}
             module.load(loader.at(path))
+            complete = refill(module, before) and complete
             if progress:
                 progress(done / len(places))
     finally:
@@ -195,6 +207,7 @@ def load(model: nn.Module, loader: Loader, ignore: Sequence[str] = (), progress:
             f"the first is {extra[0]}; they are of different models."
         )
     loader.rules.check_used()
+    return complete
 
 
 def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:

@@ -11,7 +11,10 @@ import torch
 from octavo import LLM, SamplingParams
 from octavo.demo import HELDOUT
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)"),
+]
 
 SCHEMES = ["bf16", "fp8", "ptpc_fp8", "fp8_block"]
 CACHES = ["auto", "fp8", "fp8_e5m2", "fp8_per_token_head"]

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import COMMON
+from llguidance import LLMatcher
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
@@ -16,6 +17,8 @@ from octavo.demo import MODEL_DIR
 from octavo.engine.grammar import GrammarCompiler
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest, SamplingParams, StructuredOutput
+from octavo.text import llguidance_grammar
+from octavo.text.llguidance_grammar import serialize
 
 EOS = frozenset({0})
 SCHEMA = {
@@ -121,24 +124,45 @@ def test_a_finished_grammar_ends_before_min_tokens(llm):
 )
 def test_a_grammar_that_cannot_be(llm, kind, grammar):
     core = llm._core
-    params = SamplingParams(structured=StructuredOutput(kind, grammar))
-    with pytest.raises(InvalidRequest, match=f"{kind} of the structured|grammar of the structured") as caught:
-        core.add(EngineRequest("bad", [5], params, EOS))
-    assert caught.value.param == "response_format"
+    with pytest.raises(InvalidRequest, match=r"^structured cannot be followed: [^\n]+\.$") as caught:
+        outputs(llm, kind, grammar)
+    assert caught.value.param == "structured"
     assert not core.has_work()
     assert not core.generations
     assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")
 
 
+def test_a_grammar_that_the_engine_refuses(llm):
+    """What only the vocabulary shows, or what another front end sent."""
+    core = llm._core
+    with pytest.raises(InvalidRequest, match="grammar of the structured output does not compile"):
+        core.add(EngineRequest("bad", [5], SamplingParams(), EOS, "start: /a"))
+    assert not core.has_work()
+    assert not core.generations
+
+
+def test_what_was_validated_is_what_is_compiled(llm, monkeypatch):
+    """One text, validated once however often it is asked for, crosses and meets the vocabulary."""
+    validated, compiled = [], []
+    validate, compile_ = LLMatcher.validate_grammar, GrammarCompiler.compile
+    monkeypatch.setattr(llguidance_grammar, "validate", lambda text: validated.append(text) or validate(text))
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda self, text, eos: compiled.append(text) or compile_(self, text, eos))
+    wanted = StructuredOutput("json_schema", '{"enum": ["validated", "once"]}')
+    for _ in range(3):
+        outputs(llm, wanted.kind, wanted.grammar, count=2)
+    assert validated == [serialize(wanted)]
+    assert compiled == [serialize(wanted)] * 6
+
+
 def test_without_a_tokenizer(tmp_path):
     compiler = GrammarCompiler(tmp_path, 4096)
     with pytest.raises(OctavoError, match=r"structured output needs .*tokenizer\.json"):
-        compiler.compile(StructuredOutput("json_object"), EOS)
+        compiler.compile(serialize(StructuredOutput("json_object")), EOS)
 
 
 def test_a_model_with_more_rows_than_tokens():
     """Vocabularies are padded; the rows past the tokenizer's are never allowed."""
-    grammar = GrammarCompiler(MODEL_DIR, 4200).compile(StructuredOutput("regex", "[a-z]+"), EOS)
+    grammar = GrammarCompiler(MODEL_DIR, 4200).compile(serialize(StructuredOutput("regex", "[a-z]+")), EOS)
     forbidden = grammar.forbidden()
     assert forbidden.shape == (4200,)
     assert forbidden[4096:].all()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.config import EngineConfig
-from octavo.convert import save_quantized as saving
+from octavo.convert import save_quantized
 from octavo.convert.output_file import OutputFile
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
@@ -25,7 +25,7 @@ from octavo.quant import SCHEMES, dequantize, quantize
 
 SCHEME_NAMES = ["fp8", "ptpc_fp8", "fp8_block"]
 PROMPTS = ["def read(self", "import os\n\n\ndef "]
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 
@@ -67,7 +67,7 @@ def no_writing(patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("nothing is to be written")
 
-    patch.setattr(saving, "write_files", fail)
+    patch.setattr(save_quantized, "write_files", fail)
 
 
 @devices
@@ -129,7 +129,6 @@ def test_a_quantized_head_needs_a_scheme(options: dict[str, Any], model: Path) -
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_transformers_reads_it(scheme: str, model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     start(model, scheme, tmp_path / "saved")
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", quantization_config=CompressedTensorsConfig(dequantize=True), output_loading_info=True,
@@ -156,7 +155,7 @@ def test_a_broken_off_save_is_not_taken_for_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputFile, "commit", stop)
-        patch.setattr(saving.OutputDirectory, "_sync", stop)  # all weights, and no config.json yet
+        patch.setattr(save_quantized.OutputDirectory, "_sync", stop)  # all weights, and no config.json yet
         with pytest.raises(KeyboardInterrupt):
             start(model, out=out)
     assert not (out / "config.json").exists()
@@ -258,7 +257,7 @@ def test_the_report_says_how_fast_loading_was(model: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("options", [dict(), dict(load_format="dummy")], ids=str)
 def test_the_peak_on_an_accelerator_is_the_model_and_little_more(options: dict[str, Any], model: Path) -> None:
     lines = start(model, device="cuda", **options).info.report

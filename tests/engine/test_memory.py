@@ -218,7 +218,7 @@ print(full - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives back by itself or not at all")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc: another C library keeps no memory")
 def test_freed_memory_goes_back_to_the_system():
     """Also where things that are kept lie between: 95 MiB of buffers under the size that has pages of its own."""
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ from ops.sampled import drawn
 
 from octavo import ops
 from octavo.engine import sampler
-from octavo.engine.sampler import SamplingRow, logprobs_of, uniform
+from octavo.engine.sampler import logprobs_of, uniform
+from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.ops import reference

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from octavo.config import EngineConfig
+from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
-from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, TokenOutput
+from octavo.frontend.llm import LLM
+from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, StructuredOutput, TokenOutput
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the engine's process finds FakeCore by its module's name
 CRASH, SLOW, REFUSED, SEED = 666, 667, 668, 669  # prompt tokens that ask the core for something
@@ -238,6 +240,42 @@ def test_what_cannot_be_served():
         with pytest.raises(InvalidRequest, match="already running"):
             await collect(engine, [1])
         assert len(await first) == 20, "a refused twin must leave the first one alone"
+
+    with_engine(test)
+
+
+def test_offline_and_online_refuse_the_same(monkeypatch):
+    """In the same words and before anything is asked of an engine."""
+    monkeypatch.setattr(worker, "engine_core", FakeCore)
+    offline = LLM()
+
+    def refusals(generate):
+        for prompt, params in [
+            ([], {}),
+            ([1] * 100, {"max_tokens": None}),
+            ([4096], {}),
+            ([-1], {}),
+            ([1] * 90, {"max_tokens": 11}),
+            ([1], {"stop": "x", "detokenize": False}),
+            ([1], {"logit_bias": {5: 1.0, 4096: 1.0}}),
+            ([1], {"logit_bias": {-1: 1.0}}),
+            ([1], {"structured": StructuredOutput("regex", "(ab")}),
+            ([1], {"structured": StructuredOutput("json_schema", '{"type": "nonsense"}')}),
+        ]:
+            with pytest.raises(InvalidRequest) as refused:
+                generate(prompt, SamplingParams(**params))
+            yield str(refused.value), refused.value.param
+
+    async def test(engine):
+        online = list(refusals(lambda prompt, params: engine.generate(prompt, params, "r")))
+        assert online == list(refusals(lambda prompt, params: offline.generate([prompt], params)))
+        assert [param for _, param in online] == ["prompt"] * 4 + ["max_tokens", "stop"] + ["logit_bias"] * 2 + [
+            "structured"
+        ] * 2
+        assert online[6][0] == "logit_bias names token 4096; the vocabulary has 4096."
+        assert online[8][0] == "structured cannot be followed: error: unclosed group."
+        assert not engine._streams
+        assert not offline._core.running
 
     with_engine(test)
 

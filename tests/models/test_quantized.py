@@ -293,11 +293,9 @@ def test_weight_bytes_do_not_depend_on_the_number_of_ranks(
     for rank in range(2):
         load_rank(tmp_path, scheme, Rank(rank, seen, agreed))
     halves = list(zip(watch.packed[: len(whole)], watch.packed[len(whole) :], strict=True))
-    for one, parts, matrices in zip(whole, halves, (3, 0, 2, 0, None), strict=True):  # qkv, o, gate-up, down, head
+    for one, parts, matrices in zip(whole, halves, (3, 0, 2, 0, 1), strict=True):  # qkv, o, gate-up, down, head
         data = [part.data.view(torch.uint8) for part in parts]
-        if matrices is None:  # every rank has all of the head
-            joined = data[0]
-        elif matrices == 0:
+        if matrices == 0:
             joined = torch.cat(data, 1)
         else:
             joined = torch.cat([half.chunk(matrices)[i] for i in range(matrices) for half in data])

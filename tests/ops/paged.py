@@ -16,7 +16,7 @@ from tests.ops.caches import layer_cache
 __all__ = ["K_SCALE", "V_SCALE", "cache_of", "exact", "needs_hopper", "requests", "scene", "weight"]
 
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU (sm_90)"
 )
 
 K_SCALE, V_SCALE = 0.04, 0.02

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
 FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.kvcache import LayerCache
 from octavo.ops.contract import HeadNorms, Rope
@@ -33,7 +33,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("heads", decode.HEADS)
 def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, boxes from the cache itself, nothing in local memory."""

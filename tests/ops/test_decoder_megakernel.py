@@ -21,7 +21,7 @@ from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.contract import DecoderParts, LayerParts
 from octavo.ops.gpu import PackedScaledMM
@@ -68,7 +68,7 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
     return re.findall(r"STACK:(\d+)", found[0]), found[1]
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
@@ -85,7 +85,7 @@ def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytes
 
 def test_a_refused_source_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.missing() is not None:
-        pytest.skip("needs NVRTC")
+        pytest.skip(f"needs NVRTC: {compiler.missing()}")
     with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
         compiler.compile_cubin("decoder_megakernel.cu", "sm_90", {"TOKENS": 1})
 
@@ -158,7 +158,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -220,7 +220,7 @@ def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     """The same bits each time, launch after launch; and about what the ops give."""
     from octavo.engine.runner import ModelRunner
@@ -236,7 +236,7 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
     batch = runner._batch([Span(ids[-1:], 699, range(20))])
     first = runner.forward(batch)
     assert all(torch.equal(runner.forward(batch), first) for _ in range(50))
-    runner.model.model.fused = []
+    runner.model.model.fused = ()
     want = runner.forward(batch)
     assert float((first - want).float().norm() / want.float().norm()) < 0.15
 

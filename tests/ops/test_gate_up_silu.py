@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo import ops
 from octavo.ops import gpu
@@ -31,7 +31,7 @@ SHAPES = [
 F8, CPU = torch.float8_e4m3fn, torch.device("cpu")
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("variant", gate_up_silu.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled; FP8 matrix instructions of a group of warps, four to a step, that are waited for a step later

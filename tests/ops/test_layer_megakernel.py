@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.config import EngineConfig
 from octavo.ops.reference import SCALE_FLOOR
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
@@ -35,7 +35,7 @@ SHAPES = MODELS | {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
 def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +84,17 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
 
 def test_the_first_that_takes_a_step_computes_it() -> None:
     """One request of a usual context: one launch; longer ones and more requests: two a layer; many: op by op."""
-    from octavo.models.common import Decoder
+    from octavo.distributed import TensorParallel
+    from octavo.models.common import LayerStack
     from octavo.models.config import ConfigBase
+    from octavo.models.dense import DenseDecoder
 
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    model = Decoder(ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes), [])
+    config = ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes)
+    model = DenseDecoder(config, TensorParallel(), LayerStack(range(0), lambda _: torch.nn.Identity()))
     assert model.fused_for(1, 1) is None
     one, few = decoder_megakernel.DecoderMegakernel.__new__(decoder_megakernel.DecoderMegakernel), Between.__new__(Between)
-    model.fused = [one, few]
+    model.fused = (one, few)
     steps = {
         (1, 700): one,
         (1, 5000): few,
@@ -147,7 +150,7 @@ def error(out: Tensor, ref: Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
@@ -207,7 +210,7 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @torch.inference_mode()
 def test_whole_steps(tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""
@@ -217,11 +220,11 @@ def test_whole_steps(tmp_path: Path) -> None:
     for requests in (3, 8, 20, 32):
         ids = torch.randint(512, (requests, 40)).tolist()
         blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
-        runner.model.model.fused = []
+        runner.model.model.fused = ()
         runner.forward(runner._batch([Span(one[:-1], 0, own) for one, own in zip(ids, blocks, strict=True)]))
         batch = runner._batch([Span(one[-1:], 39, own) for one, own in zip(ids, blocks, strict=True)])
         want = runner.forward(batch)
-        runner.model.model.fused = [fused]
+        runner.model.model.fused = (fused,)
         first = runner.forward(batch)
         assert all(torch.equal(runner.forward(batch), first) for _ in range(30))
         assert error(first, want) < 0.15

@@ -25,7 +25,7 @@ from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
@@ -37,7 +37,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.fixture(params=["portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"], autouse=True)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     if library.use(request.param) is None:
-        pytest.skip(f"this CPU has no {request.param}")
+        pytest.skip(f"needs a CPU with {request.param}")
     yield request.param
     assert library.used() == request.param
     library.use(None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from platform import machine
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from octavo.ops.cpu import library
 
 ROOT = Path(octavo.__file__).parents[1]
 BUILDER = runpy.run_path(str(Path(octavo.__file__).parent / "ops" / "cpu" / "build.py"))
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, BUILDER["COMPILERS"])), reason="no C compiler is here")
+COMPILER = next(filter(None, map(shutil.which, BUILDER["COMPILERS"])), "")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason=f"needs a C compiler ({', '.join(BUILDER['COMPILERS'])})")
 
 
 @pytest.fixture
@@ -102,12 +104,21 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 @pytest.mark.parametrize(("dtype", "size"), [("float8_e4m3fn", 96), ("bfloat16", 192)])
 def test_weights_take_what_is_stored(dtype: str, size: int) -> None:
     """Resident memory of a process, as the system counts it."""
     done = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=True, cwd=ROOT)
     assert size - 9 <= float(done.stdout) < size + 9
+
+
+def sanitizer_runtime() -> str | None:
+    """What a process that is not built for it loads first; gcc's and clang's have names of their own."""
+    for name in ("libasan.so", f"libclang_rt.asan-{machine()}.so", "libclang_rt.asan.so"):
+        asked = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        if Path(found := asked.stdout.strip()).is_absolute():
+            return found
+    return None
 
 
 @needs_compiler
@@ -117,8 +128,10 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     flags = [*BUILDER["FLAGS"], "-DTEST_PAIRS", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     reason = BUILDER["build"](tmp_path, flags)
     if reason:
-        pytest.skip(f"the compiler has no sanitizers: {reason}")
-    runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+        pytest.skip(f"needs a compiler with sanitizers: {reason}")
+    runtime = sanitizer_runtime()
+    if runtime is None:
+        pytest.skip(f"needs the sanitizers' shared library, which {COMPILER} does not name")
     script = (
         "import ctypes, sys, pytest, octavo.engine, octavo.platform as platform\n"
         f"library = ctypes.CDLL({str(tmp_path / BUILDER['library_name']())!r})\n"

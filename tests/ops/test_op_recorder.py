@@ -22,8 +22,7 @@ from octavo import batch as batches
 from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import PackedWeight, Rope
-from octavo.ops.cpu import library, native
-from octavo.ops.cpu import op_recorder as recording
+from octavo.ops.cpu import library, native, op_recorder
 from octavo.ops.cpu.op_recorder import Arena, capture, launch
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
@@ -33,7 +32,7 @@ def weight(n: int, k: int) -> PackedWeight:
     return native.Native().pack(quantize(torch.randn(n, k), FP8_PER_CHANNEL), Platform(torch.device("cpu"), "test"))
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_kernels_run_again_with_what_is_there_now() -> None:
     """A gated layer in BF16, with a copy of the input at its place in memory."""
     up, down, norm = weight(96, 40), weight(40, 48), torch.rand(40).bfloat16()
@@ -151,7 +150,7 @@ def test_larger_and_larger_steps_take_the_memory_of_the_largest() -> None:
         within = [(chunk.data_ptr(), chunk.data_ptr() + chunk.nbytes) for chunk in arena.chunks]
         assert all(any(low <= one.data_ptr() < high for low, high in within) for one in out)
     assert arena is not None
-    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + recording.CHUNK
+    assert sum(chunk.numel() for chunk in arena.chunks) <= 3 * rows.nbytes + op_recorder.CHUNK
 
 
 def test_a_step_that_looks_at_values_is_not_recorded() -> None:
@@ -162,7 +161,7 @@ def test_a_step_that_looks_at_values_is_not_recorded() -> None:
     capture(lambda: x + 1)  # and what was being recorded is not in the way
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_which_models_are_recorded() -> None:
     """Not those whose attention or products torch would do with more memory, or more of Python's numbers, than a step has."""
     q = quantize(torch.randn(8, 8), FP8_PER_CHANNEL)
@@ -211,7 +210,7 @@ def test_torchs_compiler_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch._dynamo' not in sys.modules"], check=True, timeout=60)
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_neighbouring_kernels_are_one_call_with_the_same_arguments() -> None:
     """Every kernel that has a place in a replay: whole numbers, floats, addresses, none, and what byref made."""
     calls: list[tuple[object, tuple[object, ...]]] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.hopper import attention, prefill
 from octavo.ops.hopper import compile as compiler
@@ -28,7 +28,7 @@ STEPS = {
 }
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a product, that the compiler does not make wait for each
     other; boxes from the cache itself."""

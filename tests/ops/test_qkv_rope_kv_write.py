@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo import batch as batches
 from octavo import ops
@@ -33,7 +33,7 @@ SPANS = {  # of each request: tokens before, tokens in this step
 HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 
 
-@pytest.mark.skipif(compiler.missing() is not None, reason="needs NVRTC")
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
 def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them."""

@@ -27,7 +27,7 @@ def rowwise() -> bool:
     return True
 
 
-@pytest.mark.skipif(not rowwise(), reason="this torch's CPU has one scale a matrix only")
+@pytest.mark.skipif(not rowwise(), reason="needs a torch with a scale a row on the CPU")
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
 @pytest.mark.parametrize("shape", [shape for shape in [*LINEAR, (65, 48, 64)] if shape[0]], ids=str)
 def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -> None:

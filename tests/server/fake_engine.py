@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from octavo.demo import MODEL_DIR
-from octavo.errors import InvalidRequest
 from octavo.frontend.async_engine import EngineDead
-from octavo.frontend.outputs import Delta, check_request
-from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams
+from octavo.frontend.outputs import Delta
+from octavo.frontend.requests import engine_requests
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprob, SamplingParams
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.tokenizer import Tokenizer
 
@@ -25,21 +25,17 @@ class FakeEngine:
         self.fail_after: int | None = None  # tokens, then the engine dies
         self.delay = 0.0
         self.calls: list[tuple[list[int], SamplingParams, str]] = []
+        self.requests: list[EngineRequest] = []  # what an engine would have been asked
         self.aborted: list[str] = []
         self.listeners: list[Callable[[EngineStats], None]] = []
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
 
-    def check(self, prompt: list[int], params: SamplingParams) -> None:
-        check_request(self.info, self.tokenizer, prompt, params)
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.info.max_model_len:
-            raise InvalidRequest(f"This model's maximum context length is {self.info.max_model_len} tokens.", "max_tokens")
-
     def generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
         if not self.healthy:
             raise EngineDead("The engine is dead.")
-        self.check(prompt, params)
+        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, self.tokenizer.eos_token_ids)
         self.calls.append((prompt, params, request_id))
         return self._generate(prompt, params, request_id)
 

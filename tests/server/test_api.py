@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from server.api_client import Client
 
+from octavo.frontend import requests
+from octavo.frontend.requests import check_request
 from octavo.server.app import make_app
 from octavo.server.http import MAX_BODY_BYTES
 
@@ -142,6 +144,25 @@ def test_what_vllm_bench_sends_is_taken(client: Client) -> None:
     client.complete(
         model="demo", temperature=0.0, repetition_penalty=1.0, max_tokens=128, logprobs=None, ignore_eos=True, best_of=None
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_checked_once_and_first(client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    checked: list[list[int]] = []
+
+    def check(info: Any, tokenizer: Any, prompt: list[int], params: Any) -> str | None:
+        checked.append(prompt)
+        return check_request(info, tokenizer, prompt, params)
+
+    monkeypatch.setattr(requests, "check_request", check)
+    for path, body in ((COMPLETIONS, {"prompt": [[5, 6], [7]]}), (CHAT, {"messages": [USER]})):
+        assert client.post(path, {**body, "n": 2, "stream": stream}).status_code == 200
+    assert checked == [prompt for prompt, _, _ in client.engine.calls]
+    assert len(checked) == 3
+    running = len(client.engine.calls)
+    assert client.post(COMPLETIONS, {"prompt": [[5, 6], [4096]], "stream": stream}).status_code == 400
+    assert [prompt for prompt, _, _ in client.engine.calls[running:]] == [[5, 6]]
+    assert not client.engine.aborted  # the first prompt never ran
 
 
 BAD = [

@@ -13,6 +13,7 @@ from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
 from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta
 from octavo.server.parsers.tools import Part, ToolCall, choose_parser, make_parser
+from octavo.text.llguidance_grammar import serialize
 
 A, B = '{"city": "Zürich", "n": [1, {"x": "}"}]}', '{"q": "a; b"}'
 
@@ -226,6 +227,8 @@ def test_structured_output(client: Client, body: dict[str, Any], expected: Struc
     client.complete(**body)
     client.chat(**body)
     assert [params.structured for _, params, _ in client.engine.calls] == [expected, expected]
+    crossed = None if expected is None else serialize(expected)
+    assert [(one.grammar, one.params.structured) for one in client.engine.requests] == [(crossed, None)] * 2
 
 
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/nowhere"}, "{", {"pattern": "(", "type": "string"}])

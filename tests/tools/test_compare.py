@@ -28,8 +28,9 @@ from octavo.engine import runner
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.server import serve
-from octavo.tools.compare import html_report as report
-from octavo.tools.compare.compare import Comparison, compare, write_atomically, write_config
+from octavo.tools.compare import html_report
+from octavo.tools.compare.compare import compare, write_atomically, write_config
+from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.layer_errors import Sensitivity
 from octavo.tools.compare.measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
 from octavo.tools.compare.search import Budget, search, verdict
@@ -475,7 +476,7 @@ def test_wrong_input_is_a_sentence(more: str, sentence: str, tmp_path: Path, cap
 def test_without_matplotlib_the_report_is_refused_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(html_report.importlib.util, "find_spec", lambda name: None)
     assert main(["compare", "--output", str(tmp_path / "r.html")]) == 1
     assert "--output needs matplotlib for its plots, which is not installed" in capsys.readouterr().err
 

@@ -60,8 +60,8 @@ def test_the_engine_allocates_what_was_planned(words: tuple[str, ...], options: 
     assert plan.asked.token_bytes == runner.bytes_per_token
     assert plan.asked.fit.cache == pytest.approx(runner.cache.nbytes, rel=0.02)
     assert plan.asked.fit.max_model_len == runner.max_model_len
-    c = runner.model_config
-    expected = runner.config.working_bytes_on(True, c.hidden_size, c.intermediate_size, c.vocab_size)
+    expected = runner.model.workspace_bytes(runner.max_num_batched_tokens)
+    expected += runner.config.sampling_bytes(runner.limits.vocab_size)
     assert working_bytes(plan.question.config, plan.question.model, plan.question.on) == expected
 
 

@@ -13,7 +13,10 @@ from tools.planner import answer
 from octavo.config import EngineConfig
 from octavo.engine.runner import ModelRunner
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)"),
+]
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -27,7 +30,7 @@ def test_an_accelerator_holds_what_was_planned(variant: str, scheme: str, kv: st
     name = torch.cuda.get_device_name()
     accelerator = next((word for word in ("h100", "h200", "b200") if word in name.lower()), None)
     if accelerator is None:
-        pytest.skip(f"no entry for {name}")
+        pytest.skip(f"needs an accelerator that `octavo plan` knows, which {name} is not")
     planned = answer(str(tmp_path), "--accelerator", accelerator, "-q", scheme, "--kv-cache-dtype", kv)["variants"][variant][
         "fit"
     ]

@@ -20,7 +20,7 @@ from octavo.weights.loader import _order
 from octavo.weights.transfer import ReadAhead, Transfer
 
 CPU = torch.device("cpu")
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
-from octavo.tools.bench import tables as bench_table
+from octavo.tools.bench import tables
 from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, model_directory, parse_sampling, parse_workloads
 from octavo.version import __version__
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         from octavo.convert.output_file import write_json
 
         write_json(Path(args.json), found)
-    {"serve": bench_table.show_serve, "profile": bench_table.show_profile}.get(args.mode, bench_table.show_offline)(found)
+    {"serve": tables.show_serve, "profile": tables.show_profile}.get(args.mode, tables.show_offline)(found)
     return 0
 
 
@@ -107,31 +107,31 @@ def _offline(
 ) -> dict[str, Any]:
     """throughput, latency and profile: one engine in this process."""
     if args.png is not None:
-        from octavo.tools.bench import profiling as bench_profile
+        from octavo.tools.bench import profiling
 
-        bench_profile.check()
+        profiling.check()
     with model_directory(config.model, args.shape, args.num_layers) as directory:
         config = replace(config, model=str(directory))
         if args.shape is not None:
             config = replace(config, load_format="dummy")
         from octavo.engine.core import EngineCore
         from octavo.server.console import LoadingBar
-        from octavo.tools.bench import offline as bench_offline
+        from octavo.tools.bench import offline
 
-        config = bench_offline.engine_options(config, workloads, given)
+        config = offline.engine_options(config, workloads, given)
         progress = LoadingBar()
         try:
             core = EngineCore(config, progress.update)
         finally:
             progress.close()
         found = _about(args, config, core, time.time() - started)
-        first = [bench_offline.warm_up(core, w, config.seed) for w in workloads]
+        first = [offline.warm_up(core, w, config.seed) for w in workloads]
         found["first_token_s"] = first[0] - started
         if args.mode == "profile":
-            from octavo.tools.bench import profiling as bench_profile
+            from octavo.tools.bench import profiling
 
-            return bench_profile.profile_into(found, core, workloads, config.seed, args.steps, args.png)
-        measured = bench_offline.measure(core, workloads, config.seed, args.repeats)
+            return profiling.profile_into(found, core, workloads, config.seed, args.steps, args.png)
+        measured = offline.measure(core, workloads, config.seed, args.repeats)
         return _with_limits(found, config, core, measured)
 
 
@@ -187,12 +187,12 @@ def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, 
 
 
 def _serve(args: argparse.Namespace, workloads: Sequence[Workload], given: dict[str, Any]) -> dict[str, Any]:
-    from octavo.tools.bench import online as bench_serve
+    from octavo.tools.bench import online
 
     return (
         _stamp(args)
         | {"base_url": args.base_url}
-        | bench_serve.bench(
+        | online.bench(
             args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
         )
     )

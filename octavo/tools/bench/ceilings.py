@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,8 +14,9 @@ from octavo.tools.bench.limit import Ceilings
 __all__ = ["measure_ceilings", "peak_memory", "synchronize"]
 
 COPY_BYTES = (1 << 30, 1 << 28)  # on an accelerator, on a CPU: far larger than any cache
-SIDE = (8192, 2048)
+SIDE, TRIAL = (8192, 2048), 256
 ROUNDS, CALLS = 7, (10, 1)
+Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def synchronize(platform: Platform) -> None:
@@ -43,13 +45,22 @@ def measure_ceilings(platform: Platform) -> Ceilings:
     side = SIDE[cpu]
     a, b = (torch.randn(side, side, device=on, dtype=torch.bfloat16) for _ in range(2))
     operations = 2 * side**3
-    took = {torch.bfloat16: _best(platform, lambda: a @ b)}
-    if platform.is_cpu:  # where there are no BF16 instructions FP32 is ten times as fast
-        wide, other = a.float(), b.float()
-        took[torch.float32] = _best(platform, lambda: wide @ other)
+    factors = {torch.bfloat16: (a, b)}
+    if platform.is_cpu:
+        factors = _worth_timing(platform, factors | {torch.float32: (a.float(), b.float())})
+    took = {dtype: _best(platform, partial(torch.matmul, *pair)) for dtype, pair in factors.items()}
     dtype = min(took, key=lambda one: took[one])
     fp8 = 0.0 if platform.is_cpu else operations / min(_best(platform, call) for call in _fp8_products(platform, a, b))
     return Ceilings(bandwidth, fp8, operations / took[dtype], str(dtype).removeprefix("torch."))
+
+
+def _worth_timing(platform: Platform, factors: dict[torch.dtype, Factors]) -> dict[torch.dtype, Factors]:
+    """Those whose small product is not far slower than another's: without BF16 instructions the large one takes minutes."""
+    took = {
+        dtype: _best(platform, partial(torch.matmul, *(x[:TRIAL, :TRIAL].clone() for x in pair)))
+        for dtype, pair in factors.items()
+    }
+    return {dtype: pair for dtype, pair in factors.items() if took[dtype] < 8 * min(took.values())}
 
 
 def _bandwidth(platform: Platform, source: torch.Tensor) -> float:

@@ -79,9 +79,9 @@ def _workload(core: EngineCore, w: Workload, seed: int, steps: int) -> list[dict
     try:
         out = []
         if w.part != "decode":
-            ahead, core.ahead = core.ahead, False  # or the step after it would be launched, and counted, with it
+            depth, core.depth = core.depth, 1  # or the step after it would be launched, and counted, with it
             prefill = _profiled(core, f"{w.name}: a prefill step", batch.step, 1)
-            core.ahead = ahead
+            core.depth = depth
             prefill["name"] += f" of {batch.stats.iteration_tokens:,} tokens"
             out.append(prefill)
         while batch.running and not batch.all_started:

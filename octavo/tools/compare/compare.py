@@ -6,19 +6,19 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, canonical
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.tools.compare.layer_errors import LayerError, Sensitivity
+    from octavo.tools.compare.comparison import Comparison
+    from octavo.tools.compare.layer_errors import Sensitivity
     from octavo.tools.compare.measure import Measurement, Variant
     from octavo.tools.compare.search import Budget
 
-__all__ = ["Comparison", "add_arguments", "compare", "run", "write_atomically", "write_config"]
+__all__ = ["add_arguments", "compare", "run", "write_atomically", "write_config"]
 
 TOKENS, WINDOW = 2048, 512
 DEFAULT_FILE = "quantization_config.json"
@@ -43,82 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
-@dataclass
-class Comparison:
-    """Everything that was measured, and what it comes to."""
-
-    model: str
-    predictions: int
-    window: int
-    context: int  # tokens of the longest request
-    greedy: int  # tokens of each greedy continuation
-    budget: Budget
-    reference: Measurement
-    measured: list[Measurement]
-    layers: list[LayerError]
-    text: str = "token ids"
-    scheme: str = ""  # the one that the layers were ranked for
-    ranked: list[Sensitivity] = field(default_factory=list)
-    kept: list[Sensitivity] = field(default_factory=list)  # of `ranked`, those that hold most of the loss
-    verdict: str = ""
-    chosen: Measurement | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, (str, int))}
-        for name in ("reference", "chosen"):
-            out[name] = m.as_json() if (m := getattr(self, name)) is not None else None
-        for name in ("measured", "layers", "ranked"):
-            out[name] = [entry.as_json() for entry in getattr(self, name)]
-        return {**out, "budget": str(self.budget), "quantization_ignore": self.ignore, "notes": self.notes}
-
-    @property
-    def ignore(self) -> list[str]:
-        """The `--quantization-ignore` list that takes most of the loss away."""
-        return [name for layer in self.kept for name in layer.names]
-
-    def memory(self, m: Measurement) -> float:
-        """Weights and the KV cache of one longest request, as a part of BF16's."""
-        return m.memory(self.context) / self.reference.memory(self.context)
-
-    def row_of(self, scheme: str) -> Measurement:
-        """The measurement of `scheme` with nothing kept in BF16, with the dearest of the KV dtypes measured."""
-        found = [m for m in self.measured if m.variant.scheme == scheme and not m.variant.ignore]
-        return max(found, key=lambda m: m.kv_bytes_per_token)
-
-
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Compares, prints, writes. Exit code 1 where --auto found nothing within the budget."""
-    from octavo.tools.compare import loss_table as compare_table
-    from octavo.tools.compare import search as compare_search
+    from octavo.tools.compare import loss_table
+    from octavo.tools.compare.search import KV_NAMES, SCHEME_NAMES, Budget
 
-    budget = compare_search.Budget.parse(args.auto) if args.auto else None
+    budget = Budget.parse(args.auto) if args.auto else None
     if args.save and not budget:
         raise OctavoError("--save names the file that --auto writes; give a budget too, such as --auto 0.3%.")
     save = (args.save or Path(DEFAULT_FILE)) if budget else None
     for path in filter(None, (args.output, save)):  # a wrong path must not cost the measurement
         _check_writable(path)
     if args.output:
-        from octavo.tools.compare import html_report as report
+        from octavo.tools.compare import html_report
 
-        report.check()
+        html_report.check()
     _check_sizes(args)
-    asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *compare_search.SCHEME_NAMES])
-    schemes = _canonical("--scheme", asked, QUANTIZATIONS, compare_search.SCHEME_NAMES)
-    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else compare_search.KV_NAMES)
-    kvs = _canonical("--kv", asked, KV_CACHE_DTYPES, compare_search.KV_NAMES)
+    asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *SCHEME_NAMES])
+    schemes = _canonical("--scheme", asked, QUANTIZATIONS, SCHEME_NAMES)
+    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else KV_NAMES)
+    kvs = _canonical("--kv", asked, KV_CACHE_DTYPES, KV_NAMES)
     name, ids = _read(config, args.text)
-    with compare_table.status(not args.json) as say:
+    with loss_table.status(not args.json) as say:
         found = compare(config, ids, schemes, kvs, budget, window=args.window, tokens=args.tokens or None, say=say)
     found.text = name
     if save and found.chosen:
         write_config(save, found, config)
     if args.output:
-        write_atomically(args.output, report.render(found))
+        write_atomically(args.output, html_report.render(found))
     if args.json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        compare_table.show(found, save, args.output)
+        loss_table.show(found, save, args.output)
     return 0 if found.chosen or not budget else 1
 
 
@@ -137,54 +93,55 @@ def compare(
 
     schemes, kvs: canonical names. Raises OctavoError for what the engine refuses.
     """
-    from octavo.tools.compare import layer_errors as layers
-    from octavo.tools.compare import measure as measuring
-    from octavo.tools.compare import search as searching
+    from octavo.tools.compare import search
+    from octavo.tools.compare.comparison import Comparison
+    from octavo.tools.compare.layer_errors import layer_errors, sensitivities, worth_keeping
+    from octavo.tools.compare.measure import REFERENCE, Reference, Variant, cut, measure, open_core, score
 
     if set(schemes) == {"bf16"} and set(kvs) == {"auto"}:
         raise OctavoError("bf16 with a BF16 KV cache is what everything is compared with; name another --scheme or --kv.")
     context = _context(config)
-    text = measuring.cut(ids, window, tokens, context)
+    text = cut(ids, window, tokens, context)
     quantized = [scheme for scheme in schemes if scheme != "bf16"]
     say("BF16")
-    core = measuring.open_core(config, measuring.REFERENCE, text)
-    reference = measuring.Reference.of(core, text)
-    first = measuring.score(measuring.REFERENCE, core.runner, reference.hidden, reference.greedy, text, reference)
+    core = open_core(config, REFERENCE, text)
+    reference = Reference.of(core, text)
+    first = score(REFERENCE, core.runner, reference.hidden, reference.greedy, text, reference)
     say("the error of each layer")
-    errors = layers.layer_errors(core, quantized, text.windows[0])
+    errors = layer_errors(core, quantized, text.windows[0])
     sizes = text.predictions, len(text.windows[0]), context, text.greedy
-    found = Comparison(config.model, *sizes, budget or searching.DEFAULT_BUDGET, first, [], errors)
+    found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors)
     if first.quantized_values:
         found.notes.append("the checkpoint holds FP8 already, and its codes are kept: BF16 here means the checkpoint as stored")
     del core  # one model in memory at a time
-    results = {measuring.REFERENCE: first}
+    results = {REFERENCE: first}
 
-    def measure(variant: Variant) -> Measurement:
+    def measured(variant: Variant) -> Measurement:
         if variant not in results:
-            say(searching.name_of(variant))
-            results[variant] = measuring.measure(config, variant, text, reference)
+            say(search.name_of(variant))
+            results[variant] = measure(config, variant, text, reference)
             found.measured.append(results[variant])
         return results[variant]
 
     def rank(scheme: str) -> list[Sensitivity]:
         say(f"which layers {scheme} costs most")
-        found.scheme, found.ranked = scheme, layers.sensitivities(config, scheme, text, reference)
-        found.kept = layers.worth_keeping(found.ranked)
+        found.scheme, found.ranked = scheme, sensitivities(config, scheme, text, reference)
+        found.kept = worth_keeping(found.ranked)
         return found.ranked
 
     if budget:
-        chosen = searching.search(budget, measure, rank, quantized, kvs)
+        chosen = search.search(budget, measured, rank, quantized, kvs)
         over = [m for m in found.measured if not budget.met(m)]
-        found.verdict, found.chosen = searching.verdict(budget, [*over, chosen] if chosen else over)
+        found.verdict, found.chosen = search.verdict(budget, [*over, chosen] if chosen else over)
         return found
     for scheme in schemes:
         for kv in kvs:
-            measure(measuring.Variant(scheme, kv))
-    found.verdict, found.chosen = searching.verdict(found.budget, searching.rungs(found.measured))
+            measured(Variant(scheme, kv))
+    found.verdict, found.chosen = search.verdict(found.budget, search.rungs(found.measured))
     if found.measured and quantized:
         best = found.chosen.variant.scheme if found.chosen else "bf16"
         rank(best if best != "bf16" else min(quantized, key=lambda scheme: found.row_of(scheme).kl))
-        measure(measuring.Variant(found.scheme, found.row_of(found.scheme).variant.kv, tuple(found.ignore)))
+        measured(Variant(found.scheme, found.row_of(found.scheme).variant.kv, tuple(found.ignore)))
     return found
 
 

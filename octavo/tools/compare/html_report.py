@@ -9,14 +9,13 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
-from octavo.tools.compare import loss_table as compare_table
-from octavo.tools.compare.compare import Comparison
+from octavo.tools.compare import loss_table
+from octavo.tools.compare.comparison import Comparison
+from octavo.tools.compare.measure import Measurement
 from octavo.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from octavo.tools.compare.measure import Measurement
 
 __all__ = ["check", "render"]
 
@@ -46,16 +45,16 @@ def render(found: Comparison) -> str:
     parts = [
         f"<h1>{escape(found.model)}: what FP8 costs</h1>",
         f'<p class="verdict">{escape(found.verdict)}</p>',
-        f"<pre>{escape(compare_table.command(found))}</pre>" if found.chosen else "",
-        f"<p>{escape(compare_table.basis(found))}, Octavo {__version__}.</p>",
+        f"<pre>{escape(loss_table.command(found))}</pre>" if found.chosen else "",
+        f"<p>{escape(loss_table.basis(found))}, Octavo {__version__}.</p>",
         "<h2>Schemes and KV caches</h2>",
         _table(
-            compare_table.COLUMNS,
-            [compare_table.cells(found, m) for m in rows],
+            loss_table.COLUMNS,
+            [loss_table.cells(found, m) for m in rows],
             [m is found.chosen for m in rows],
             "measurements",
         ),
-        f'<p class="small">{escape(compare_table.legend(found))} Hollow marks: layers kept in BF16.</p>',
+        f'<p class="small">{escape(loss_table.legend(found))} Hollow marks: layers kept in BF16.</p>',
         _figure(_bars(found), "bars"),
         _figure(_memory(found), "memory"),
         "<h2>Layers</h2>",
@@ -82,11 +81,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequen
 
 
 def _worst(found: Comparison) -> str:
-    rows = compare_table.worst(found)
+    rows = loss_table.worst(found)
     return (
         f"<p>The layers that {escape(found.scheme)} costs most:</p>"
-        + _table(compare_table.WORST_COLUMNS, rows, [False] * len(rows), "worst")
-        + f"<p>{escape(compare_table.kept_sentence(found))}</p>"
+        + _table(loss_table.WORST_COLUMNS, rows, [False] * len(rows), "worst")
+        + f"<p>{escape(loss_table.kept_sentence(found))}</p>"
         + f"<pre>--quantization-ignore {escape(' '.join(found.ignore))}</pre>"
     )
 

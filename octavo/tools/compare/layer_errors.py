@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo import ops
 from octavo.config import EngineConfig
@@ -70,7 +70,7 @@ class _Weights:
 
     def layers(self, rules: QuantRules) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
         """(path, module, checkpoint names) of each linear layer that `rules` quantize."""
-        for path, module in self.runner.model.named_modules():
+        for path, module in cast("nn.Module", self.runner.model).named_modules():
             if isinstance(module, Linear):
                 parent = path.rpartition(".")[0]
                 names = tuple(f"{parent}.{name}" for name in _own_names(module))

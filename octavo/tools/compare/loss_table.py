@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from octavo.engine.memory import gib
-
-if TYPE_CHECKING:
-    from octavo.tools.compare.compare import Comparison
-    from octavo.tools.compare.measure import Measurement
+from octavo.tools.compare.comparison import Comparison
+from octavo.tools.compare.measure import Measurement
 
 __all__ = ["COLUMNS", "WORST_COLUMNS", "basis", "cells", "command", "kept_sentence", "legend", "show", "status", "worst"]
 

@@ -28,9 +28,9 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
-from octavo.layers.linear import LMHead
 from octavo.messages import EngineRequest, SamplingParams
-from octavo.quant import WeightDType
+from octavo.models.interface import Head
+from octavo.quant import SCHEMES, WeightDType
 
 __all__ = [
     "REFERENCE",
@@ -60,13 +60,14 @@ class Variant:
 
     def config(self, base: EngineConfig) -> EngineConfig:
         """The user's configuration with this variant's scheme, cache and ignore list."""
-        ignore = (*base.quantization_ignore, *self.ignore) if self.scheme != "bf16" else ()
+        quantized = SCHEMES[self.scheme].quantized
+        ignore = (*base.quantization_ignore, *self.ignore) if quantized else ()
         return replace(
             base,
             quantization=self.scheme,
             kv_cache_dtype=self.kv,
             quantization_ignore=tuple(dict.fromkeys(ignore)),
-            quantize_lm_head=base.quantize_lm_head and self.scheme != "bf16",
+            quantize_lm_head=base.quantize_lm_head and quantized,
             quantization_config=None,
         )
 
@@ -121,7 +122,7 @@ class Measurement:
 class Reference:
     """The BF16 model as far as it is needed to compare with: hidden states on the host, head, greedy continuations."""
 
-    head: LMHead
+    head: Head
     hidden: list[Tensor] = field(default_factory=list)
     greedy: list[list[int]] = field(default_factory=list)
 
@@ -129,7 +130,7 @@ class Reference:
     def of(cls, core: EngineCore, text: Text) -> Reference:
         """Runs the reference model over the text."""
         hidden = [hidden_states(core.runner, window).cpu() for window in text.windows]
-        return cls(core.runner.model.lm_head, hidden, _continue(core, text))
+        return cls(core.runner.model.head, hidden, _continue(core, text))
 
 
 def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Text:
@@ -169,7 +170,7 @@ def score(
 ) -> Measurement:
     """What a variant costs, by its hidden states of each window and its continuation of each prompt."""
     parts = [
-        divergence(reference.head, expected, runner.model.lm_head, found, window, runner.platform.device)
+        divergence(reference.head, expected, runner.model.head, found, window, runner.platform.device)
         for window, expected, found in zip(text.windows, reference.hidden, hidden, strict=True)
     ]
     before, after, kl, same = torch.cat(parts, 1).double()
@@ -199,7 +200,7 @@ def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def divergence(
-    p_head: LMHead, p_hidden: Tensor, q_head: LMHead, q_hidden: Tensor, window: Sequence[int], device: torch.device
+    p_head: Head, p_hidden: Tensor, q_head: Head, q_hidden: Tensor, window: Sequence[int], device: torch.device
 ) -> Tensor:
     """[4, tokens - 1] on the host, FP32: -log p and -log q of the next token, KL(p || q), and 1 where the top tokens agree."""
     targets = torch.tensor(window[1:], device=device)

@@ -32,7 +32,8 @@ class Fit:
 
 
 def working_bytes(config: EngineConfig, model: Model, on: Accelerator) -> int:
-    return config.working_bytes_on(on.is_cpu, model.hidden_size, model.intermediate_size, model.vocab_size)
+    activations = config.step_tokens_on(on.is_cpu) * (4 * model.intermediate_size + 8 * model.hidden_size) * 4
+    return activations + config.sampling_bytes(model.vocab_size)
 
 
 def fit(config: EngineConfig, model: Model, on: Accelerator, weights: int, token_bytes: int) -> Fit:

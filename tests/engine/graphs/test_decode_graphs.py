@@ -18,8 +18,7 @@ from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, LayerCache, Layout, Views, spec_for
 from octavo.ops import reference
-from octavo.ops.cpu import library, native
-from octavo.ops.cpu import op_recorder as recording
+from octavo.ops.cpu import library, native, op_recorder
 from octavo.platform import Platform
 
 BLOCK, SCRATCH = 4, 99
@@ -198,7 +197,7 @@ def test_kernels_are_compiled_before_any_capture(model: Model, monkeypatch: pyte
 
 def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, without rows to spare, and the recording computes the step: it runs from what the step before chose."""
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 40, 10_000)
     assert steps.run([Span([1], 0, [1])] * 33, None, [-1] * 33) is None
     assert (len(steps), len(model.bounds)) == (0, 0)
@@ -218,7 +217,7 @@ def test_on_a_cpu_each_size_is_recorded_when_it_comes(model: Model, monkeypatch:
 
 
 def test_a_request_with_fewer_blocks_than_the_one_before_it_in_the_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(model, BLOCK, 4, 12)
     for span in (Span([5], 11, [1, 2, 3]), Span([6], 2, [9]), Span([7], 3, [8, 7, 6, 5])):
         logits, _ = steps.run([span], None, [-1]) or pytest.fail("not recorded")
@@ -243,7 +242,7 @@ def test_a_recorded_step_rotates_by_its_requests_own_rows(monkeypatch: pytest.Mo
     def forward(batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         return attended(batch, native, ours, cos_sin, batch.rotary_rows), batch.input_ids
 
-    monkeypatch.setattr(ops, "capture", recording.capture)
+    monkeypatch.setattr(ops, "capture", op_recorder.capture)
     steps = RecordedSteps(forward, BLOCK, 4, 32)
     for place, delta in enumerate((7, 0, 11, -2)):
         spans = [Span([3 + place], place, [1], rotary_delta=delta), Span([50 + place], place, [2], rotary_delta=delta)]

@@ -1,0 +1,76 @@
+"""Dense decoders: norm, attention, add, norm, gated MLP, add. What fused decoding needs of one, and the choice of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+
+from octavo import ops
+from octavo.batch import ForwardBatch
+from octavo.layers.attention import PagedAttention
+from octavo.models.common import CausalLM, Decoder, LayerStack
+from octavo.models.interface import ModelInput, StageState
+from octavo.ops import DecoderParts, FusedDecoder, LayerParts
+from octavo.platform import Platform
+
+__all__ = ["DenseDecoder", "DenseLM"]
+
+
+class DenseDecoder(Decoder):
+    """A decoder some of whose steps are computed in fewer launches than op by op."""
+
+    fused: tuple[FusedDecoder, ...] = ()  # of those that take a step the first computes it
+
+    def fused_for(self, requests: int, longest: int) -> FusedDecoder | None:
+        """What computes a step of so many single tokens, with contexts up to `longest`; None: the layers, one by one."""
+        return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
+
+    def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
+        single = self.fused and max(batch.query_lens) == 1
+        if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
+            return fused(state.x, batch), None
+        return super().run_layers(batch, state)
+
+
+class DenseLM(CausalLM):
+    """A dense decoder and its head, as octavo.models.interface.FusedModel too."""
+
+    model: DenseDecoder
+
+    def make_decoder(self, layers: LayerStack) -> Decoder:
+        return DenseDecoder(self.config, self.tp, layers)
+
+    def fuse(self, platform: Platform) -> None:
+        if (parts := self.parts()) is not None:
+            self.model.fused = tuple(ops.fuse(parts, platform))
+
+    def graph_key(self, requests: int, longest: int) -> Hashable:
+        if (fused := self.model.fused_for(requests, longest)) and fused.attends:
+            return ()
+        kinds = {a.kv_heads for a in self.attention_layers()}
+        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
+
+    def parts(self) -> DecoderParts | None:
+        """The layers for a kernel that computes all of them; None where they have what `LayerParts` does not."""
+        if not (self.model.first and self.model.last) or self.tp.size > 1:
+            return None
+        found: list[LayerParts] = []
+        layers: list[Any] = list(self.model.layers)  # of whatever architecture, with Hugging Face's names
+        for layer in layers:
+            a, mlp = layer.self_attn, layer.mlp
+            if any(linear.bias is not None for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)):
+                return None
+            part = LayerParts(
+                qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
+                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
+                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, cache=a.attn.cache, window=a.attn.window,
+            )  # fmt: skip
+            found.append(part)
+        attn: PagedAttention = layers[0].self_attn.attn
+        c = self.config
+        return DecoderParts(
+            found, attn.rotary.cos_sin, c.hidden_size, c.intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
+            attn.scale, c.rms_norm_eps,
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""A grammar as a person writes it, as llguidance's own text: what the engine compiles with its vocabulary.
+
+A grammar is validated here, without a vocabulary, so that a wrong one is told to its sender and never reaches the engine.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from octavo.errors import InvalidRequest
+from octavo.messages import StructuredOutput
+
+__all__ = ["serialize"]
+
+# JSON may hold any amount of white space, and a weak model that begins to write it may never stop.
+SPACING: Any = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
+
+
+def serialize(wanted: StructuredOutput) -> str:
+    """llguidance's text of a grammar that is known to compile. Raises InvalidRequest for one that cannot be followed."""
+    grammar, fault = _validated(wanted)
+    if fault:
+        raise InvalidRequest(f"{wanted.param} cannot be followed: {fault}", wanted.param)
+    return grammar
+
+
+@lru_cache(maxsize=64)  # clients send the same schema with every request
+def _validated(wanted: StructuredOutput) -> tuple[str, str]:
+    """The grammar's text, and in one line what is wrong with it; that is empty if nothing is."""
+    grammar = ""
+    try:
+        grammar = _read(wanted)
+        told = validate(grammar)
+    except (ValueError, RecursionError) as error:
+        told = str(error)
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
+    return grammar, reason[:300].rstrip(".:") + "." if reason else ""
+
+
+def validate(grammar: str) -> str:
+    """What llguidance has against a grammar; empty if nothing."""
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.validate_grammar(grammar))
+
+
+def _read(wanted: StructuredOutput) -> str:
+    from llguidance import LLMatcher
+
+    if wanted.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(wanted.grammar))
+    if wanted.kind == "lark":
+        return str(LLMatcher.grammar_from_lark(wanted.grammar))
+    schema = wanted.grammar if wanted.kind == "json_schema" else '{"type": "object"}'
+    return str(LLMatcher.grammar_from_json_schema(schema, SPACING))

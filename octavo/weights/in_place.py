@@ -1,0 +1,68 @@
+"""Weights of the same shapes and schemes written where a loaded model's are, so that graphs and tensor maps that hold their
+addresses stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from octavo.errors import OctavoError
+from octavo.ops import PackedWeight
+from octavo.ops.contract import has_storage
+from octavo.quant import QTensor, Scheme
+
+__all__ = ["held", "refill"]
+
+_HOLDERS = (PackedWeight, QTensor)  # they hold tensors as attributes
+
+
+def held(module: nn.Module) -> dict[str, Any]:
+    """What a module that was loaded holds of a checkpoint, by attribute."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, *_HOLDERS))}
+
+
+def refill(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Moves what `module` has loaded anew into what it held `before`, and makes it hold that again.
+
+    Whether all of it could be: a layout of a library's own takes no copies, so such a tensor is replaced. Raises OctavoError
+    where a shape, a dtype or a kind of weight is another.
+    """
+    complete = True
+    for name, new in held(module).items():
+        old = before.get(name)
+        if old is None or old is new:
+            continue
+        if isinstance(new, Tensor) and not has_storage(new):
+            complete = False
+            continue
+        complete = _move(new, old, type(module).__name__) and complete
+        setattr(module, name, old)
+    return complete
+
+
+def _move(new: Any, old: Any, where: str) -> bool:
+    if type(new) is not type(old):
+        raise _other(where, f"{type(new).__name__} where {type(old).__name__} was")
+    if isinstance(new, Tensor):
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise _other(where, f"{list(new.shape)} {new.dtype} where {list(old.shape)} {old.dtype} was")
+        old.copy_(new)
+        return True
+    complete = True
+    for name, value in vars(new).items():
+        mine = getattr(old, name)
+        if isinstance(value, Tensor) and not has_storage(value):
+            setattr(old, name, value)
+            complete = False
+        elif isinstance(value, (Tensor, *_HOLDERS)) and mine is not None:
+            complete = _move(value, mine, where) and complete
+        elif isinstance(value, Scheme) and value != mine:
+            raise _other(where, f"{value.name} where {mine.name} was")
+    return complete
+
+
+def _other(where: str, what: str) -> OctavoError:
+    return OctavoError(
+        f"weights can be reloaded only by weights of the same shapes and schemes ({where}: {what}); start the model anew."
+    )

@@ -1,0 +1,162 @@
+"""Weights of the same shapes written where the old ones are, and an engine that gives its memory up for a while."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import COMMON, tokens
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import LLM, SamplingParams
+from octavo.errors import OctavoError
+from octavo.messages import EngineRequest
+from octavo.ops import PackedWeight
+from octavo.weights.in_place import held
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+PROMPTS = [tokens(20, 1), tokens(20, 1)[:12] + tokens(9, 2), tokens(3, 3)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two of the same shapes, and one of another."""
+    paths = []
+    for seed, changes in ((0, {}), (1, {}), (0, {"intermediate_size": 128})):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(COMMON | changes)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(4 if p.ndim == 2 else 1)
+        paths.append(tmp_path_factory.mktemp("model"))
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+def load(model: Path, **options: Any) -> LLM:
+    sizes = dict(threads=1, block_size=4, max_model_len=100, cpu_kv_cache_gib=0.01)
+    return LLM(str(model), **({"device": "cpu"} | sizes | options))
+
+
+def generate(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def addresses(llm: LLM) -> list[int]:
+    """Of every strided tensor of the model's weights."""
+    found = []
+    for module in llm._core.runner.model.modules():  # type: ignore[attr-defined]
+        for value in held(module).values():
+            inside = vars(value).values() if isinstance(value, PackedWeight) else [value]
+            found += [t.data_ptr() for t in inside if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+    return found
+
+
+OPTIONS = [
+    {"dtype": "float32"},
+    {"quantization": "ptpc_fp8", "kv_cache_dtype": "fp8"},
+    {"quantization": "fp8_block", "quantize_lm_head": True},
+    {"quantization": "fp8", "kv_cache_dtype": "fp8", "calculate_kv_scales": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reloaded_weights_give_the_other_models_tokens(models: list[Path], options: dict[str, Any]) -> None:
+    first, second = generate(load(models[0], **options)), generate(load(models[1], **options))
+    assert first != second
+    llm = load(models[0], **options)
+    assert generate(llm) == first
+    core, before = llm._core, addresses(llm)
+    graphs, replays = core.runner.graphs, len(core.runner.graphs or ())
+    core.reload(str(models[1]))
+    assert generate(llm) == second, "prefixes that are cached are of the old weights"
+    assert addresses(llm) == before
+    if core.runner.platform.widened_dtype is None:  # weights in oneDNN's own layout are replaced, and their steps recorded anew
+        assert core.runner.graphs is graphs
+        assert len(graphs) == replays > 0
+    core.reload(str(models[0]))
+    assert generate(llm) == first
+
+
+def test_stored_kv_scales_are_reloaded_too(models: list[Path], tmp_path: Path) -> None:
+    """Each checkpoint's own, in the memory that recorded steps read."""
+    with_scales = []
+    for number, path in enumerate(models[:2]):
+        with_scales.append(shutil.copytree(path, tmp_path / str(number)))
+        weights = load_file(path / "model.safetensors")
+        for i in range(COMMON["num_hidden_layers"]):
+            for name in ("k_scale", "v_scale"):
+                weights[f"model.layers.{i}.self_attn.{name}"] = torch.tensor(0.01 + 0.02 * number)
+        save_file(weights, with_scales[-1] / "model.safetensors")
+    first, second = (generate(load(path, kv_cache_dtype="fp8")) for path in with_scales)
+    llm = load(with_scales[0], kv_cache_dtype="fp8")
+    assert generate(llm) == first != second
+    llm._core.reload(str(with_scales[1]))
+    assert generate(llm) == second
+    scales, stored = llm._core.runner.model.kv_scales()  # type: ignore[attr-defined]
+    assert stored
+    assert [float(scale) for scale in scales] == pytest.approx([0.03] * len(scales))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("scheme", ["bf16", "ptpc_fp8", "fp8_block"])
+def test_on_an_accelerator_graphs_and_addresses_stay(models: list[Path], scheme: str) -> None:
+    options = dict(device="cuda", quantization=scheme, kv_cache_dtype="fp8", block_size=None, gpu_memory_utilization=0.1)
+    first, second = generate(load(models[0], **options)), generate(load(models[1], **options))
+    llm = load(models[0], **options)
+    core, before = llm._core, addresses(llm)
+    graphs, prompts = core.runner.graphs, core.runner.prompts
+    assert generate(llm) == first != second
+    core.reload(str(models[1]))
+    assert generate(llm) == second
+    assert (core.runner.graphs, core.runner.prompts, addresses(llm)) == (graphs, prompts, before)
+    least = core.runner.cache.nbytes + core.runner.report.total("held")
+    del graphs, prompts
+    allocated = torch.cuda.memory_allocated()
+    core.sleep()
+    assert allocated - torch.cuda.memory_allocated() >= least
+    core.wake()
+    assert generate(llm) == second
+
+
+def test_other_shapes_are_refused_in_a_sentence(models: list[Path]) -> None:
+    llm = load(models[0])
+    with pytest.raises(OctavoError, match="different models"):
+        llm._core.reload(str(models[2]))
+
+
+def test_other_schemes_are_refused_in_a_sentence(models: list[Path], tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    load(models[0], quantization="ptpc_fp8", save_quantized=str(saved))
+    llm = load(models[0])
+    with pytest.raises(OctavoError, match="same shapes and schemes"):
+        llm._core.reload(str(saved))
+
+
+@pytest.mark.parametrize("what", ["reload", "sleep"])
+def test_not_while_a_request_runs(models: list[Path], what: str) -> None:
+    core = load(models[0])._core
+    core.add(EngineRequest("x", tokens(5), GREEDY))
+    core.step()
+    with pytest.raises(OctavoError, match="while no request runs"):
+        core.reload(str(models[1])) if what == "reload" else core.sleep()
+    core.abort("x")
+    assert not core.has_work()
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_sleep_gives_up_weights_cache_and_graphs_and_wake_brings_them_back(models: list[Path], options: dict[str, Any]) -> None:
+    llm = load(models[0], **options)
+    want, core = generate(llm), llm._core
+    core.sleep()
+    assert not addresses(llm)
+    assert core.runner.graphs is None
+    assert not hasattr(core.runner, "cache")
+    core.wake()
+    assert generate(llm) == want
+    assert len(core.runner.graphs or ()) > 0

@@ -1,0 +1,129 @@
+"""The engine serves whatever keeps its contract; models split over ranks or stages give the whole one's logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB, LoadModel, relative_error, tokens
+from models import toy
+from models.test_logits import CASES, randomize
+
+import octavo.models
+from octavo import LLM, SamplingParams, batch
+from octavo.distributed import TensorParallel, run_ranks
+from octavo.engine.vocabulary import Vocabulary
+from octavo.models.interface import ModelInput, StageState
+
+
+@pytest.fixture
+def toy_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(octavo.models, "MODEL_TYPES", (*octavo.models.MODEL_TYPES, "toy"))
+    monkeypatch.setitem(sys.modules, "octavo.models.toy", toy)
+
+
+PROMPTS = [tokens(9, 1), tokens(30, 2), [5]]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.usefixtures("toy_architecture")
+def test_an_architecture_of_another_kind_is_served(tmp_path: Path, eager: bool) -> None:
+    """Greedy tokens and their log-probabilities are the float64 model's, decoded through two caches a layer."""
+    weights = toy.write(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", device="cpu", block_size=4, enforce_eager=eager)
+    prompts = [[token % toy.VOCAB for token in prompt] for prompt in PROMPTS]
+    params = SamplingParams(max_tokens=20, temperature=0, logprobs=0, ignore_eos=True)
+    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        one = output.outputs[0]
+        expected = toy.logits_in_float64(weights, [*prompt, *one.token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
+        assert one.token_ids == expected.argmax(-1).tolist()
+        found = [next(iter(entry.values())).logprob for entry in one.logprobs or []]
+        assert found == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
+    core = llm._core
+    assert len(core.runner.cache.views) == 2 * toy.LAYERS
+    assert (core.runner.graphs is None) == (eager or core.runner.platform.widened_dtype is not None)
+
+
+@pytest.mark.parametrize("options", [{"quantization": "ptpc_fp8"}, {"quantization": "fp8", "quantize_lm_head": True}])
+@pytest.mark.usefixtures("toy_architecture")
+def test_it_is_quantized_like_any_other(tmp_path: Path, options: dict[str, object]) -> None:
+    weights = toy.write(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", device="cpu", kv_cache_dtype="fp8", block_size=4, **options)
+    views = llm._core.runner.cache.views
+    assert {v["k"].dtype for v in views[::2]} == {torch.float32}
+    assert {v["k"].dtype.itemsize for v in views[1::2]} == {1}
+    ids = [token % toy.VOCAB for token in tokens(60)]
+    (output,) = llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    found = torch.tensor([entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)])
+    exact = toy.logits_in_float64(weights, ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    error = relative_error(found, exact)
+    assert 1e-4 < error < 0.08, "rounding to FP8 is seen, and no more than that"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_give_the_whole_models_logits(case: str, ranks: int, tmp_path: Path, load_model: LoadModel) -> None:
+    torch.manual_seed(0)
+    randomize(CASES[case]()).save_pretrained(tmp_path)
+    ids = tokens(40)
+    whole = load_model(tmp_path).logits(ids, (30, 1, 9))
+
+    def run(tp: TensorParallel) -> torch.Tensor:
+        part = load_model(tmp_path, tp=tp).logits(ids, (30, 1, 9))
+        return Vocabulary(VOCAB, tp).whole(part)
+
+    for logits in run_ranks(ranks, run):
+        assert relative_error(logits, whole) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama, tied", "qwen3", "mistral, sliding window"])
+def test_stages_give_the_whole_models_logits(case: str, tmp_path: Path, load_model: LoadModel) -> None:
+    """Three layers as two stages, each of which reads its own weights only; the state between them is two plain tensors."""
+    torch.manual_seed(0)
+    randomize(CASES[case]()).save_pretrained(tmp_path)
+    ids = tokens(40)
+    whole = load_model(tmp_path)
+    stages = [load_model(tmp_path, layers=layers) for layers in (range(0, 1), range(1, 3))]
+    assert [len(stage.cache.views) for stage in stages] == [1, 2]
+    found, state = [], None
+    with torch.inference_mode():
+        for start, stop in ((0, 30), (30, 31), (31, 40)):
+            span = batch.Span(ids[start:stop], start, list(range(1, 12)))
+            built = batch.build([span], 4, whole.platform.device)
+            state = stages[0].model(built, stages[0].model.embed(built.input_ids))
+            assert isinstance(state, StageState)
+            assert not isinstance(state, ModelInput)
+            assert {type(part) for part in (state.x, state.residual)} == {torch.Tensor}
+            found.append(stages[1].model.logits(stages[1].model(built, state)))
+    assert relative_error(torch.cat(found), whole.logits(ids, (30, 1, 9))) < 1e-6
+
+
+def test_the_argmax_over_ranks() -> None:
+    """Of equal logits the first wins, and NaN counts as the largest: as on one rank. Rows past the vocabulary never win."""
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    logits[1, [2, 7]] = 9.0
+    logits[2, [4, 9]] = 9.0
+    logits[3, 8] = torch.nan
+    logits[4] = -torch.inf
+    padded = torch.nn.functional.pad(logits, (0, 2), value=-torch.inf)
+
+    def run(tp: TensorParallel) -> tuple[torch.Tensor, torch.Tensor]:
+        vocabulary, part = Vocabulary(10, tp), padded.chunk(tp.size, 1)[tp.rank].contiguous()
+        return vocabulary.argmax(part), vocabulary.whole(part)
+
+    for ranks in (1, 2, 3, 4):
+        for found, whole in run_ranks(ranks, run):
+            assert found.tolist() == logits.argmax(-1).tolist()
+            assert torch.equal(whole[:, :10].nan_to_num(), logits.nan_to_num())
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    def run(tp: TensorParallel) -> None:
+        if tp.rank == 1:
+            raise ValueError("no weights")
+        tp.all_reduce(torch.ones(3))
+
+    with pytest.raises(ValueError, match="no weights"):
+        run_ranks(2, run)
