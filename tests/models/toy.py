@@ -101,7 +101,7 @@ class Model(nn.Module):
         x = state.x
         for block in self.language_model.blocks:
             x = block(x, batch)
-        return self.language_model.end(x)[0]
+        return self.language_model.end(x)[0].values()
 
     @property
     def head(self) -> LMHead:
