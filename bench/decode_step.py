@@ -20,7 +20,7 @@ from octavo.config import EngineConfig
 from octavo.engine.runner import ModelRunner
 from octavo.platform import detect
 from octavo.tools.bench.ceilings import measure_ceilings
-from octavo.tools.bench.workloads import SHAPES, model_directory
+from octavo.tools.bench.workloads import model_directory
 
 ROUNDS = 20
 
@@ -28,7 +28,7 @@ ROUNDS = 20
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 2, 8, 32])
     parser.add_argument("--context", type=int, nargs="*", default=[256, 2000])
     parser.add_argument("-q", "--quantization", default="ptpc_fp8")

@@ -1,4 +1,4 @@
-"""What this machine has beside its accelerators. Nothing here imports torch: `octavo plan` asks too."""
+"""What this machine has beside its accelerators. Nothing here imports torch."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 from octavo.errors import OctavoError
 from octavo.host import memory as host_memory
 
-__all__ = ["FP8_MAX", "Platform", "capture", "cpu_kernels", "detect"]
+__all__ = ["FP8_MAX", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect"]
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 # The largest magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
+
+
+NO_FP8 = ("gfx906", "gfx908", "gfx90a")
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,18 @@ def detect(device: str = "auto", rank: int = 0) -> Platform:
         shared_memory=shared,
     )
     if torch.version.hip is None:
-        if (props.major, props.minor) < (8, 9):
-            raise OctavoError(f"{props.name} ({found.arch}) has no FP8 units; Octavo needs sm_89 or newer, or --device cpu.")
+        check_fp8_units(props.name, found.arch)
         return found
     arch = props.gcnArchName.split(":")[0]
+    check_fp8_units(props.name, arch)
     return replace(found, arch=arch, fp8_dtype=torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn)
+
+
+def check_fp8_units(name: str, arch: str) -> None:
+    """Raises OctavoError for an accelerator of an architecture that has none."""
+    kind, _, version = arch.partition("_")
+    if int(version) < 89 if kind == "sm" else arch in NO_FP8:
+        raise OctavoError(f"{name} ({arch}) has no FP8 units; Octavo needs gfx942, sm_89 or newer, or --device cpu.")
 
 
 def _cpu() -> Platform:

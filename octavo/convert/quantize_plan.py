@@ -16,6 +16,7 @@ from octavo.errors import OctavoError
 from octavo.quant import QuantRules, Scheme
 from octavo.quant.checks import quantization_configs
 from octavo.quant.formats import COMPANIONS, stored_scheme, stored_shape
+from octavo.quant.qtensor import scale_shape
 from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
 
@@ -65,9 +66,7 @@ class Piece:
         return [(weight, "F8_E4M3", self.shape), (f"{weight}_scale", "F32", self.scale_shape())]
 
     def scale_shape(self) -> tuple[int, ...]:
-        n, k = self.shape
-        tiles = (-(-n // BLOCK), -(-k // BLOCK))
-        return {Granularity.TENSOR: (1,), Granularity.ROW: (n, 1), Granularity.BLOCK: tiles}[self.granularity]
+        return (1,) if self.granularity is Granularity.TENSOR else scale_shape(self.shape, self.granularity)
 
     def row_parts(self) -> list[Rows]:
         """The matrix in parts of about CHUNK values, tiles whole where there are any."""

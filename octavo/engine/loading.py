@@ -25,7 +25,7 @@ from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
-__all__ = ["check_ranks", "describe_weights", "drop", "load_model", "reload_model"]
+__all__ = ["check_ranks", "checkpoint_scheme", "describe_weights", "drop", "load_model", "reload_model"]
 
 
 Told = Callable[[str, float], None] | None
@@ -90,11 +90,12 @@ def _load(
         directory = output
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource) and not in_place:
-        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8)
+        stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
+        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:
-        rules.head_scheme = _checkpoint_scheme(loader)
+        rules.head_scheme = checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
@@ -112,7 +113,7 @@ def _load(
     return loader.report, complete
 
 
-def _checkpoint_scheme(loader: Loader) -> Scheme:
+def checkpoint_scheme(loader: Loader) -> Scheme:
     """The scheme that all FP8 weights of a checkpoint have: what --quantize-lm-head means without --quantization."""
     scaled = {name.rpartition(".")[0] for name in loader.source.names if name.endswith((".weight_scale", ".weight_scale_inv"))}
     found = {stored_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}

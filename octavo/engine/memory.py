@@ -8,7 +8,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 
-__all__ = ["CacheBudget", "check_weights", "gib", "plan_blocks"]
+__all__ = ["CacheBudget", "cache_room", "check_weights", "gib", "plan_blocks"]
 
 GIB = 1 << 30
 CPU_DEFAULT_GIB = 4.0
@@ -45,6 +45,14 @@ def check_weights(platform: Platform, matrix_values: int, *, fp8: bool) -> None:
     )
 
 
+def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> float:
+    """Bytes that are left for the cache on `platform`, whose memory already holds the model; under 0 if it took too much."""
+    free, total = platform.memory()
+    if platform.is_cpu:
+        return config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
+    return total * config.gpu_memory_utilization - (total - free) - working_bytes
+
+
 def plan_blocks(
     config: EngineConfig, platform: Platform, bytes_per_token: int, model_len: int, model_bytes: int, working_bytes: int
 ) -> CacheBudget:
@@ -54,12 +62,10 @@ def plan_blocks(
     Raises OctavoError, with numbers and three ways out, where not even one request of `model_len` fits; if the length was
     the model's own and not the user's, it is lowered instead, and the notes say so.
     """
-    free, total = platform.memory()
+    have, total = cache_room(config, platform, working_bytes), platform.memory()[1]
     if platform.is_cpu:
-        share = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
-        have, larger = share, f"raise --cpu-kv-cache-gib (now {share / GIB:.2f})"
+        larger = f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
     else:
-        have = total * config.gpu_memory_utilization - (total - free) - working_bytes
         larger = f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
     block_size = config.block_size_on(platform.is_cpu)
     block_bytes = bytes_per_token * block_size

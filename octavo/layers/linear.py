@@ -8,11 +8,19 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader
 
 __all__ = ["ColumnParallelLinear", "GateUpLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear", "vocabulary_shard"]
+
+
+def _copies(heads: int, tp: TensorParallel) -> int:
+    """How many ranks share a head. Raises OctavoError where a rank would have part of one."""
+    if max(tp.size, heads) % min(tp.size, heads):
+        raise OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
+    return max(1, tp.size // heads)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -36,7 +44,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.names, self.has_bias = names, bias
         self.shapes = [(n, in_features) for n in out_features]
-        copies = [max(1, tp.size // h) for h in heads] if heads else [1] * len(names)
+        copies = [_copies(h, tp) for h in heads] if heads else [1] * len(names)
         self.shards = [Shard(0, tp.rank, tp.size, c) for c in copies]
 
     def load(self, loader: Loader) -> None:

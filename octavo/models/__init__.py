@@ -5,17 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
+from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
     from octavo.models.interface import Model
 
-__all__ = ["MODEL_TYPES", "architecture", "build_model", "model_type_of", "read_config"]
+__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -40,22 +41,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def model_type_of(config: Mapping[str, Any], known: Collection[str], refused: str, listed: str) -> str:
-    """The model_type of a config.json. Raises OctavoError if it is not `known`: that it is `refused`, and what is `listed`."""
+def architecture(config: Mapping[str, Any]) -> Any:
+    """The module of octavo.models for a config.json: it has `Config.from_json` and `Model`. Raises OctavoError without one."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise OctavoError("config.json has no model_type, so the architecture cannot be known.")
-    if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=1)
+    if model_type not in MODEL_TYPES:
+        near = difflib.get_close_matches(model_type, MODEL_TYPES, n=1, cutoff=0.8)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise OctavoError(f"model_type '{model_type}' {refused}; {hint}{listed} {', '.join(known)}.")
-    return model_type
-
-
-def architecture(config: Mapping[str, Any]) -> Any:
-    """The module of octavo.models for a config.json: it has `Config.from_json` and `Model`."""
-    model_type = model_type_of(config, MODEL_TYPES, "is not served by this version", "it serves")
+        served = ", ".join(MODEL_TYPES)
+        raise OctavoError(f"octavo {__version__} does not serve model_type '{model_type}' yet; {hint}it serves {served}.")
     return importlib.import_module(f"octavo.models.{model_type}")
+
+
+def check_length(max_model_len: int | None, limit: int) -> None:
+    """Raises OctavoError for contexts longer than the `limit` positions that a model was made for."""
+    if max_model_len is not None and max_model_len > limit:
+        raise OctavoError(
+            f"--max-model-len {max_model_len} is over the {limit} positions that the model was made for; use at most {limit}."
+        )
 
 
 def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: int | None, layers: range | None = None) -> Model:
@@ -66,9 +70,6 @@ def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: in
     arch = architecture(config)
     c = arch.Config.from_json(config)
     limit: int = c.longest_context
-    if max_model_len is not None and max_model_len > limit:
-        raise OctavoError(
-            f"--max-model-len {max_model_len} is over the {limit} positions that the model was made for; use at most {limit}."
-        )
+    check_length(max_model_len, limit)
     model: Model = arch.Model(c, tp, max_model_len or limit, layers)
     return model

@@ -1,4 +1,4 @@
-"""Models that can be planned by name alone: the numbers of their published config.json files, built in."""
+"""Models that can be planned and benched by name alone: the numbers of their published config.json files, built in."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ def _dense(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv
     return {
         "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": 128, "vocab_size": vocab,
-        "max_position_embeddings": length,
+        "max_position_embeddings": length, "hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
     }  # fmt: skip
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int) -> Config:
-    return _dense("llama", hidden, inner, layers, heads, 8, 128256, 131072)
+def _llama(hidden: int, inner: int, layers: int, heads: int, factor: float = 8.0, **more: Any) -> Config:
+    rope = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = _dense("llama", hidden, inner, layers, heads, 8, 128256, 131072)
+    return config | {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": rope, "eos_token_id": 128001} | more
 
 
 def _qwen(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, length: int, moe: int = 0) -> Config:
-    config = _dense(model_type, hidden, inner, layers, heads, kv, 151936, length)
+    config = _dense(model_type, hidden, inner, layers, heads, kv, 151936, length) | {"eos_token_id": 151645}
     experts = {"moe_intermediate_size": moe, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
     return config | experts if moe else config
 
@@ -71,6 +77,10 @@ KNOWN: dict[str, Config] = {
     "Llama-3.1-70B": _llama(8192, 28672, 80, 64),
     "Llama-3.3-70B": _llama(8192, 28672, 80, 64),
     "Llama-3.1-405B": _llama(16384, 53248, 126, 128),
+    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True),
+    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
+    "Mistral-7B-v0.3": _dense("mistral", 4096, 14336, 32, 32, 8, 32768, 32768) | {"rms_norm_eps": 1e-5},
+    "Qwen2.5-7B": _dense("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768),  # the length is -Instruct's; the base has more
     "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 40960) | {"tie_word_embeddings": True},
     "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 40960),
     "Qwen3-30B-A3B": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 40960, moe=768),

@@ -72,8 +72,10 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> None:
 
 
 def _modelopt(entry: Mapping[str, Any]) -> None:
-    algorithm = str(entry.get("quant_algo"))
-    if not algorithm.startswith("FP8"):
+    algorithm = entry.get("quant_algo")
+    if algorithm is None:
+        raise _unread("quantized by ModelOpt in a way that it does not name (quant_algo null)")
+    if not str(algorithm).startswith("FP8"):
         raise _unread(f"quantized by ModelOpt to '{algorithm}'")
 
 

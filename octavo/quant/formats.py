@@ -26,7 +26,17 @@ from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
 
-__all__ = ["COMPANIONS", "WHOLE", "Reader", "Shard", "read_weight", "stored_scheme", "stored_shape", "to_device_fp8"]
+__all__ = [
+    "COMPANIONS",
+    "WHOLE",
+    "Reader",
+    "Shard",
+    "int4_group",
+    "read_weight",
+    "stored_scheme",
+    "stored_shape",
+    "to_device_fp8",
+]
 
 # What may stand beside a quantized `weight` and belongs to it. The last four are of activations.
 COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "input_scale_ub",
@@ -112,6 +122,11 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     if (scale_name := _scale_name(reader, name)) is None or reader.has(f"{name}.weight_packed"):
         return None
     stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
+    if len(stored) > 2:
+        raise OctavoError(
+            f"{reader.prefix}{scale_name} has {len(stored)} dimensions, {stored}; scales of a matrix have at most 2, so the "
+            "checkpoint is of an unknown format."
+        )
     if stored == grid:
         return FP8_BLOCK
     if stored in ([shape[0]], [shape[0], 1]) and shape[0] > 1:
@@ -130,13 +145,13 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
     if scale_name is None or stored_scheme(reader, name, shape) is not FP8_BLOCK:
         return None
     part = shard.slice(shape[shard.dim])
-    if part.start % BLOCK:
+    if at := next((at for at in (part.start, part.stop) if at % BLOCK and at < shape[shard.dim]), 0):  # the same on every rank
         raise OctavoError(
-            f"{reader.prefix}{name}: a part that starts at {part.start} splits a 128x128 tile; "
-            "use a smaller --tensor-parallel-size."
+            f"{reader.prefix}{name}: a part that starts at {at} splits a 128x128 tile; "
+            f"tiles do not split into parts of {part.stop - part.start}, use a smaller --tensor-parallel-size."
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-    data = reader.read(f"{name}.weight", shape, shard)
+    data = _codes(reader, name, shape, shard)
     scale = _scale(reader.read(scale_name, None, shard, tiles))
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
@@ -149,9 +164,45 @@ def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) 
     assert scheme is not None
     of_rows = scheme is FP8_PER_CHANNEL and shard.dim == 0
     scale = _scale(reader.read(scale_name, None, shard if of_rows else WHOLE)).view(-1, 1)
-    data = reader.read(f"{name}.weight", shape, shard)
+    data = _codes(reader, name, shape, shard)
     n, k = data.shape
     return to_device_fp8(QTensor(data, scale.expand(n, 1).contiguous(), scheme, (n, k)), reader.platform.fp8_dtype)
+
+
+def _codes(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> Tensor:
+    data = reader.read(f"{name}.weight", shape, shard)
+    if data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise OctavoError(
+            f"{reader.prefix}{name}.weight is stored as {data.dtype} with a scale beside it, neither FP8 nor packed INT4; "
+            "the checkpoint is of an unknown format."
+        )
+    return data
+
+
+def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
+    """How many values of a row of the packed matrix share a scale. Raises OctavoError for INT4 of another kind."""
+    if reader.has(f"{name}.weight_zero_point") or reader.has(f"{name}.weight_g_idx"):
+        raise OctavoError(
+            f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
+            "Octavo reads symmetric INT4 in its own order only."
+        )
+    if not reader.has(f"{name}.weight_scale"):
+        raise OctavoError(
+            f"{reader.prefix}{name} is stored as packed INT4 without a scale beside it; is the checkpoint complete?"
+        )
+    reader.skip(f"{name}.weight_shape")
+    packed, scale = (reader.stored_shape(f"{name}.{end}") for end in ("weight_packed", "weight_scale"))
+    if len(packed) != 2 or len(scale) != 2:
+        raise OctavoError(
+            f"{reader.prefix}{name} is stored as packed INT4 of shape {packed} with scales of shape {scale}; "
+            "Octavo reads rows of words with rows of scales."
+        )
+    words, groups = packed[1], scale[1]
+    if words * INT4_IN_INT32 - shape[1] not in range(INT4_IN_INT32) or not groups or shape[1] % groups:
+        raise OctavoError(
+            f"{reader.prefix}{name}: {words} packed words and {groups} scales a row do not make INT4 rows of {shape[1]} values."
+        )
+    return shape[1] // groups
 
 
 def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> Tensor | None:
@@ -162,19 +213,7 @@ def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
     """
     if not reader.has(f"{name}.weight_packed"):
         return None
-    if reader.has(f"{name}.weight_zero_point") or reader.has(f"{name}.weight_g_idx"):
-        raise OctavoError(
-            f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
-            "Octavo reads symmetric INT4 in its own order only."
-        )
-    reader.skip(f"{name}.weight_shape")
-    groups = reader.stored_shape(f"{name}.weight_scale")[1]
-    words = reader.stored_shape(f"{name}.weight_packed")[1]
-    if words * INT4_IN_INT32 - shape[1] not in range(INT4_IN_INT32) or shape[1] % groups:
-        raise OctavoError(
-            f"{reader.prefix}{name}: {words} packed words and {groups} scales a row do not make INT4 rows of {shape[1]} values."
-        )
-    group = shape[1] // groups
+    group = int4_group(reader, name, shape)
     if shard.dim == 0:
         columns, packed = slice(0, shape[1]), reader.read(f"{name}.weight_packed", None, shard)
         scale = reader.read(f"{name}.weight_scale", None, shard)

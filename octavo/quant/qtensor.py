@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme, WeightDType
 
-__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "weight_amax"]
+__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "scale_shape", "weight_amax"]
 
 # Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
 CHUNK = 1 << 19
@@ -83,6 +83,9 @@ def quantize(
         return QTensor(w, None, scheme, (n, k))
     if scheme.dtype is not WeightDType.FP8:
         raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8 or fp8_block.")
+    if w.is_meta:  # no values, no codes; torch would import its compiler for arithmetic on them
+        scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
+        return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))
     peak = weight_amax(w, scheme.weight)
     if max_reduce is not None:
         peak = max_reduce(peak)
@@ -91,6 +94,12 @@ def quantize(
     for rows in _row_chunks(w):
         data[rows] = _codes(w[rows], _rows_of(scale, rows, (n, k)), fp8_dtype)
     return QTensor(data, scale, scheme, (n, k))
+
+
+def scale_shape(shape: tuple[int, int], granularity: Granularity | None) -> tuple[int, int]:
+    """The shape of a QTensor's scale: one a row, where a matrix has one for all too, or one a tile."""
+    n, k = shape
+    return (-(-n // BLOCK), -(-k // BLOCK)) if granularity is Granularity.BLOCK else (n, 1)
 
 
 def _codes(values: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> Tensor:
@@ -176,8 +185,14 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
         return QTensor(torch.cat([dequantize(p).bfloat16() for p in parts]), None, BF16, shape)
     scheme, scales = parts[0].scheme, [p.scale for p in parts if p.scale is not None]
     if not scales:
-        return QTensor(torch.cat([p.data for p in parts]), None, scheme, shape)
-    data = torch.cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
+        return QTensor(_cat([p.data for p in parts]), None, scheme, shape)
+    data = _cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
     if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would straddle two matrices
         scales = [s.repeat_interleave(BLOCK, 0)[: p.shape[0]] for s, p in zip(scales, parts, strict=True)]
-    return QTensor(data, torch.cat(scales), scheme, shape)
+    return QTensor(data, _cat(scales), scheme, shape)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].is_meta:
+        return parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    return torch.cat(list(parts))

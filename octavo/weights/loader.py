@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from octavo.quant.scheme import BF16, Granularity, WeightDType
 from octavo.weights.in_place import held, refill
 from octavo.weights.sources import Source
 
-__all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "load"]
+__all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "check_read", "is_tied", "load", "places_of", "role_of"]
 
 
 @dataclass
@@ -46,7 +47,7 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def add(self, path: str, scheme: Scheme, values: int, stored: int, held: int) -> None:
-        group = self.groups.setdefault((_role(path), scheme.name), GroupReport(scheme.dtype))
+        group = self.groups.setdefault((role_of(path), scheme.name), GroupReport(scheme.dtype))
         group.tensors += 1
         group.values += values
         group.dense += 2 * values
@@ -63,7 +64,8 @@ class LoadReport:
         return sum(getattr(g, what) for g in self.groups.values() if dtype in (None, g.dtype))
 
 
-def _role(path: str) -> str:
+def role_of(path: str) -> str:
+    """attention, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
     for role, words in {"attention": ("attn",), "mlp": ("mlp",), "embedding": ("embed",), "lm_head": ("lm_head",)}.items():
         if any(word in path for word in words) and "norm" not in path:
             return role
@@ -84,6 +86,7 @@ class Loader:
     seen: set[str] = field(default_factory=set)
     tied_head: bool = False  # whether the model's head multiplies by its embedding
     embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a head tied to one
+    pack: Callable[..., ops.PackedWeight] = ops.pack  # lays a finished weight out; a plan only notes it
 
     def at(self, path: str) -> Loader:
         return replace(self, prefix=f"{path}." if path else "")
@@ -127,10 +130,18 @@ class Loader:
         `looked_up`: single rows are read, too.
         """
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
-        q = concat([self._stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)])
-        packed = ops.pack(q.padded(self.platform.fp8_alignment), self.platform, looked_up=looked_up)
+        q = self.stacked(names, shapes, shards, scheme)
+        packed = self.pack(q.padded(self.platform.fp8_alignment), self.platform, looked_up=looked_up)
         self.report.add(self.prefix + names[0], q.scheme, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
         return packed
+
+    def stacked(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
+    ) -> QTensor:
+        """This rank's parts of the matrices, as one weight that is stored already in `scheme`, or that it is quantized to."""
+        return concat(
+            [self.stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)]
+        )
 
     def embedding(self, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor | ops.PackedWeight:
         """This rank's part of the matrix [vocab, hidden] of the module that this loader is at, in the model's dtype.
@@ -153,11 +164,12 @@ class Loader:
         if isinstance(matrix, ops.PackedWeight):
             return matrix
         q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
-        packed = ops.pack(q, self.platform)
+        packed = self.pack(q, self.platform)
         self.report.add("lm_head", BF16, 0, 0, packed.held_bytes - packed.shared_bytes(q))
         return packed
 
-    def _stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
+    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
+        """This rank's part of one matrix: its stored codes, or what it is quantized to."""
         found = read_weight(self, name, shape, shard)
         if isinstance(found, QTensor):  # already quantized: its codes are kept bit for bit
             if scheme.quantized and scheme is not found.scheme:
@@ -181,12 +193,8 @@ def load(
     `ignore`: globs of tensors that may go unread. `progress` is called with the part that is done, 0 to 1. `in_place`: the
     model is loaded already, and keeps its memory; False where not all of that could be written in place.
     """
-    places = [
-        (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
-        for path, module in model.named_modules()
-        if hasattr(module, "load")
-    ]
-    loader = replace(loader, tied_head=any(getattr(module, "tied", None) for _, module in places))
+    places = places_of(model)
+    loader = replace(loader, tied_head=is_tied(places))
     loader.source.expect(_order([path for path, _ in places], loader.source.names))
     complete = True
     try:
@@ -198,6 +206,27 @@ def load(
                 progress(done / len(places))
     finally:
         loader.source.close()
+    check_read(loader, ignore)
+    loader.rules.check_used()
+    return complete
+
+
+def places_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of a model that load themselves, each with the path in the checkpoint that it reads at."""
+    return [
+        (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
+        for path, module in model.named_modules()
+        if hasattr(module, "load")
+    ]
+
+
+def is_tied(places: Sequence[tuple[str, Any]]) -> bool:
+    """Whether the model's head multiplies by its embedding."""
+    return any(getattr(module, "tied", None) for _, module in places)
+
+
+def check_read(loader: Loader, ignore: Sequence[str]) -> None:
+    """Raises OctavoError for a tensor that nothing has read and that `ignore`, globs, does not excuse."""
     extra = sorted(
         n for n in loader.source.names - loader.seen if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)
     )
@@ -206,8 +235,6 @@ def load(
             f"the checkpoint holds {len(extra)} tensor(s) that a model of this config.json does not have, "
             f"the first is {extra[0]}; they are of different models."
         )
-    loader.rules.check_used()
-    return complete
 
 
 def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:

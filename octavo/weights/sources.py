@@ -1,4 +1,4 @@
-"""Where a Loader's tensors come from: the files of a checkpoint, or nowhere."""
+"""Where a Loader's tensors come from: the files of a checkpoint, or nowhere (octavo.weights.meta: headers)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.errors import OctavoError
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.transfer import ReadAhead, Transfer
 
-__all__ = ["DummySource", "SafetensorsSource", "Source"]
+__all__ = ["DummySource", "SafetensorsSource", "Source", "check_shape"]
 
 
 class Source(Protocol):
@@ -59,11 +59,7 @@ class SafetensorsSource:
 
     def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice, device: torch.device) -> Tensor:
         tensor = self.checkpoint.tensors[name]
-        stored = list(tensor.shape)
-        if shape is not None and stored != list(shape):
-            raise OctavoError(
-                f"tensor {name} has shape {stored}, but config.json makes it {list(shape)}: they are of different models."
-            )
+        check_shape(name, tensor.shape, shape)
         if device.type == "cpu":
             found = self.checkpoint.mapped(tensor, dim, part)
         else:
@@ -82,6 +78,14 @@ class SafetensorsSource:
             self._transfer.close()
         self._ahead = self._transfer = None
         self.checkpoint.close()
+
+
+def check_shape(name: str, stored: Sequence[int], shape: Sequence[int] | None) -> None:
+    """Raises OctavoError for a tensor that is not stored in the `shape` that the model makes it."""
+    if shape is not None and list(stored) != list(shape):
+        raise OctavoError(
+            f"tensor {name} has shape {list(stored)}, but config.json makes it {list(shape)}: they are of different models."
+        )
 
 
 class DummySource:

@@ -22,12 +22,15 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.messages import SamplingParams
 from octavo.models import MODEL_TYPES, architecture
+from octavo.models.published import KNOWN
 from octavo.platform import Platform, detect
 from octavo.tools.bench import ceilings, offline, online, workloads
 from octavo.tools.bench.limit import Ceilings, Costs, costs_of, costs_of_shape, limit
 from octavo.tools.bench.profiling import GAPS, _kernels, role_of
-from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, prompts, spread
-from octavo.tools.plan.shapes import model_of
+from octavo.tools.bench.workloads import WORKLOADS, Workload, prompts, shape_config, spread
+from octavo.tools.plan.accelerators import Accelerator
+from octavo.tools.plan.model_source import source_of_config
+from octavo.tools.plan.subject import Subject
 
 BY_HAND = Costs(
     weight_bytes=100, head_bytes=10, kv_bytes=2, fp8_operations=1000, plain_operations=0, head_operations=50, pair_operations=4,
@@ -67,7 +70,7 @@ def test_without_fp8_units_fp8_is_computed_in_the_other_dtype() -> None:
     [("A", 62_000 / 3, 0.03), ("B", 8_200, 0.03), ("C", 527, 0.01), ("F", 1_600, 0.01), ("D", 92_000 / 4096, 0.07)],
 )
 def test_the_limit_of_llama_8b_on_an_h200(name: str, output_rate: float, within: float) -> None:
-    costs = costs_of_shape(EngineConfig(quantization="fp8", kv_cache_dtype="fp8"), SHAPES["llama-3.1-8b"])
+    costs = costs_of_shape(EngineConfig(quantization="fp8", kv_cache_dtype="fp8"), shape_config("llama-3.1-8b"))
     w = WORKLOADS[name]
     seconds = limit(costs, Ceilings(4.24e12, 1.3e15, 0.65e15), w).of(w)
     assert w.num_requests * w.output_len / seconds == pytest.approx(output_rate, rel=within)
@@ -89,7 +92,7 @@ def test_costs_are_those_of_the_matrices() -> None:
 
 
 def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
-    costs = costs_of_shape(EngineConfig(quantization="ptpc_fp8"), SHAPES["qwen3-30b-a3b"])
+    costs = costs_of_shape(EngineConfig(quantization="ptpc_fp8"), shape_config("qwen3-30b-a3b"))
     assert costs.expert_share == 8 / 128
     assert costs.expert_bytes == pytest.approx(48 * 128 * 3 * 2048 * 768, rel=0.01)
     quick = Ceilings(1, 1e30, 1e30)
@@ -107,12 +110,16 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("QWEN2.5-7B", 7_615_616_512),
     ],
 )
 def test_shapes(shape: str, parameters: int) -> None:
-    assert model_of(SHAPES[shape]).parameters == parameters
-    if SHAPES[shape]["model_type"] in MODEL_TYPES:
-        architecture(SHAPES[shape]).Config.from_json(SHAPES[shape])
+    config = shape_config(shape)
+    subject = Subject.on(source_of_config(shape, "", config), EngineConfig(), Accelerator("any", "any", 0))
+    assert subject.base.total("values") == parameters
+    if config["model_type"] in MODEL_TYPES:
+        architecture(config).Config.from_json(config)
 
 
 def test_prompts_are_a_seed_s() -> None:
@@ -255,9 +262,9 @@ def test_tokens_are_chosen_as_asked(
 
 
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = SHAPES["llama-3.1-8b"] | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 8,
+    tiny = shape_config("llama-3.1-8b") | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 8,
                                      "vocab_size": 300}  # fmt: skip
-    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    monkeypatch.setitem(KNOWN, "tiny", tiny)
     words = "latency --shape tiny --num-layers 2 --num-requests 1 --input-len 12 --output-len 6 --max-model-len 64"
     found = bench(tmp_path, *words.split())
     w = found["workloads"]["custom"]

@@ -16,7 +16,6 @@ from octavo.demo import MODEL_DIR
 from octavo.platform import detect
 from octavo.tools.plan import accelerators
 from octavo.tools.plan.explain import groups, notes, refusals
-from octavo.tools.plan.fit import working_bytes
 
 DEMO_BYTES = 11_540_992
 
@@ -56,13 +55,10 @@ def test_the_engine_allocates_what_was_planned(words: tuple[str, ...], options: 
     runner = ModelRunner(EngineConfig(device="cpu", cpu_kv_cache_gib=0.25, **options))  # type: ignore[arg-type]
     assert plan.asked.fit is not None
     assert plan.asked.weights == runner.report.total("stored")
-    assert plan.question.model.parameters == runner.report.total("values")
+    assert plan.question.subject.base.total("values") == runner.report.total("values")
     assert plan.asked.token_bytes == runner.bytes_per_token
     assert plan.asked.fit.cache == pytest.approx(runner.cache.nbytes, rel=0.02)
     assert plan.asked.fit.max_model_len == runner.max_model_len
-    expected = runner.model.workspace_bytes(runner.max_num_batched_tokens)
-    expected += runner.config.sampling_bytes(runner.limits.vocab_size)
-    assert working_bytes(plan.question.config, plan.question.model, plan.question.on) == expected
 
 
 def test_the_demo_model_is_counted_by_its_headers() -> None:
@@ -126,9 +122,12 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
         (("Llama-3.1-8B", "--accelerator", "mi250x"), "(gfx90a) has no FP8 units"),
         (
             ("Llama-3.1-405B",),
-            "It does not fit: a rank needs 410.1 GB for weights and 12.6 GB to work in, and may use 135.1 GB",
+            "the weights alone would take 377.98 GiB of memory (1 byte(s) a value here), and 139.30 GiB is free",
         ),
-        (("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"), "or use --kv-cache-dtype fp8"),
+        (
+            ("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"),
+            ", use --kv-cache-dtype fp8 (half of it)",
+        ),
         (("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8"), "reads packed INT4 but does not keep it yet"),
         (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
         (("Llama-3.1-8B", "-q", "bf16", "--quantize-lm-head"), "--quantize-lm-head needs a scheme"),
@@ -243,10 +242,16 @@ def test_the_command_keeps_what_was_typed(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
-def test_a_plan_is_quick_and_brings_no_torch() -> None:
-    code = "import sys; from octavo.cli import main; main(['plan', 'DeepSeek-V3.2', '--accelerator', 'mi355x']); "
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stderr == ""
-    assert after.ru_utime - before.ru_utime < 1  # of the processor, since the machine may be busy; importing torch takes more
+def test_a_plan_is_quick() -> None:
+    """Whatever importing torch takes, the plan of a large model takes little more: no weight is made, no compiler imported."""
+
+    def seconds(code: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stderr == ""
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime  # of the processor, since the machine may be busy
+
+    words = "['plan', 'Llama-3.1-405B', '--accelerator', 'mi355x', '--num-accelerators', '8']"
+    code = f"import sys; from octavo.cli import main; main({words}); assert 'torch._dynamo' not in sys.modules"
+    assert seconds(code) < seconds("import torch") + 2

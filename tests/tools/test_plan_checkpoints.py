@@ -71,11 +71,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     checkpoint(tmp_path, llama_tensors())
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(OctavoError, match=r"model\.safetensors is truncated: it has .* bytes of .*; download it again\."):
+    with pytest.raises(OctavoError, match=r"model\.safetensors is truncated or corrupt \(.*\); download it again\."):
         plan_of(str(tmp_path), "--accelerator", "h200")
     for content in (b"", b"\x00" * 8, b"\xff" * 8, (5).to_bytes(8, "little") + b"[1,2]", (2).to_bytes(8, "little") + b"{"):
         path.write_bytes(content)
-        with pytest.raises(OctavoError, match="has no safetensors header that can be read"):
+        with pytest.raises(OctavoError, match=r"model\.safetensors is truncated or corrupt"):
             plan_of(str(tmp_path), "--accelerator", "h200")
 
 
@@ -101,8 +101,8 @@ def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
         ({"model_type": "lama"}, "did you mean 'llama'?"),
         ({"model_type": None}, "no model_type"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
-        ({"hidden_size": -1}, "hidden_size must be an integer of at least 1, not -1"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers must be an integer"),
+        ({"hidden_size": -1}, "config.json: hidden_size must be positive, not -1."),
+        ({"num_hidden_layers": "two"}, "config.json: num_hidden_layers must be of type int, not 'two'."),
         ({"model_type": "qwen3_vl"}, "config.json has no text_config"),
     ],
 )
@@ -114,4 +114,7 @@ def test_a_config_that_is_wrong_names_the_field(tmp_path: Path, config: dict[str
 
 def test_an_unknown_quantization_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"quantization_config": {"quant_method": "awq"}}))
-    assert "quant_method 'awq'" in answer(str(tmp_path), "--accelerator", "h200")["refused"][0]
+    assert (
+        "this checkpoint is quantized with 'awq', which Octavo does not read"
+        in answer(str(tmp_path), "--accelerator", "h200")["refused"][0]
+    )

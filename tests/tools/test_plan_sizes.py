@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from tools.planner import answer
 
+from octavo.config import EngineConfig
 from octavo.kvcache import spec_for
 from octavo.models.published import KNOWN, known_config
-from octavo.quant import SCHEMES, concat, quantize
-from octavo.quant.rules import QuantRules
-from octavo.tools.plan.shapes import model_of
-from octavo.tools.plan.sizes import Attention
-from octavo.tools.plan.stored_formats import FORMATS, matches
+from octavo.tools.plan.accelerators import Accelerator
+from octavo.tools.plan.model_source import source_of_config
+from octavo.tools.plan.subject import Subject, Variant
 
 # Of the models as published: parameters in 1e9, GB in BF16, GB with the text model's linears in FP8 of 128x128 tiles (or as
 # the hub has them), KiB of BF16 cache a token, of which the indexer's. As printed: half of the last digit is their precision.
@@ -30,6 +29,10 @@ PUBLISHED = [
     ("DeepSeek-V3.2", "671.9", "1343.8", "674.0", "68.6", "7.9"),
     ("Kimi-K2.5", "1026.9", "2053.8", "595.1", "68.6", "0"),
 ]
+
+
+def subject_of(config: Mapping[str, Any]) -> Subject:
+    return Subject.on(source_of_config("model", "its config.json", config), EngineConfig(), Accelerator("any", "any", 0))
 
 
 def assert_printed(value: float, printed: str) -> None:
@@ -47,9 +50,10 @@ def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: st
     assert_printed(found["parameters"] / 1e9, parameters)
     assert_printed(variants["BF16"]["weights"] / 1e9, bf16)
     assert_printed(stored["weights"] / 1e9, fp8)
-    attention = model_of(known_config(name)[1]).attention  # type: ignore[index]
-    assert_printed(variants["BF16"]["token_bytes"] / 1024 - attention.layers * attention.index_bytes() / 1024, kv)
-    assert_printed(attention.layers * attention.index_bytes() / 1024, index)
+    token, index_bytes = subject_of(known_config(name)[1]).token_bytes(Variant("bf16", False, "auto"), 1)  # type: ignore[index]
+    assert token + index_bytes == variants["BF16"]["token_bytes"]
+    assert_printed(token / 1024, kv)
+    assert_printed(index_bytes / 1024, index)
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-405B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-VL-235B-A22B"])
@@ -125,7 +129,7 @@ def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, A
 def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) -> None:
     parameters, config = count_parameters(*CONFIGS[name])
     assert config["model_type"] == name.split(",")[0]
-    assert model_of(config).parameters == parameters
+    assert subject_of(config).base.total("values") == parameters
 
 
 def test_the_known_names_are_known_by_their_aliases() -> None:
@@ -143,53 +147,31 @@ def test_the_known_names_are_known_by_their_aliases() -> None:
     assert all(known_config(name) == (name, config) for name, config in KNOWN.items())
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp8", "ptpc_fp8", "fp8_block"])
-@pytest.mark.parametrize(
-    ("rows", "columns"), [([24], 40), ([128, 64, 64], 256), ([130, 136], 264), ([256, 128, 128], 200), ([538], 1152)]
-)
-def test_bytes_of_a_weight_are_the_qtensors(scheme: str, rows: list[int], columns: int) -> None:
-    parts = [quantize(torch.ones(n, columns, dtype=torch.bfloat16), SCHEMES[scheme]) for n in rows]
-    stacked = concat(parts)
-    assert FORMATS[scheme].nbytes(rows, columns) == stacked.nbytes
-    assert FORMATS[scheme].nbytes(rows, columns, 16) == stacked.padded(16).nbytes
-
-
 @pytest.mark.parametrize("kv", ["auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes_of_a_token_are_the_caches(kv: str, dtype: torch.dtype) -> None:
-    attention = Attention(layers=3, heads=8, kv_heads=4, qk_dim=64, v_dim=64)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_bytes_of_a_token_are_the_caches(kv: str, dtype: torch.dtype, family: str) -> None:
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=64, hidden_size=512)
+    subject = subject_of(COMMON | EXPERTS | heads | {"model_type": family})
+    variant = Variant("bf16", False, kv, dtype.itemsize)
     for tp in (1, 2, 4, 8):
         spec = spec_for(kv, max(1, 4 // tp), 64, dtype, torch.float8_e4m3fn)
-        assert attention.token_bytes(attention.stored_as(kv), tp, dtype.itemsize) == spec.bytes_per_token
-    assert attention.cache_bytes("auto") == 3 * 2 * 4 * 64 * 2
+        assert subject.token_bytes(variant, tp) == (3 * spec.bytes_per_token, 0)
+    assert subject.token_bytes(Variant("bf16", False, "auto"), 1) == (3 * 2 * 4 * 64 * 2, 0)
 
 
 def test_bytes_of_a_token_of_mla() -> None:
-    attention = Attention(61, 128, 128, 192, 128, latent=512, rope=64, index_heads=64, index_dim=128, index_topk=2048)
-    assert attention.token_bytes("auto") == attention.token_bytes("auto", tp=8) == 1152
-    assert attention.token_bytes(attention.stored_as("fp8_e4m3")) == 656
-    assert attention.index_bytes() == 132
-    assert attention.cache_bytes("fp8_ds_mla") == 61 * (656 + 132)
-
-
-def test_patterns_mean_what_they_mean_to_the_loader() -> None:
-    names = ["model.layers.0.mlp.down_proj", "model.layers.10.mlp.down_proj", "lm_head", "model.layers.0.self_attn.q_proj"]
-    for pattern in [
-        "down_proj",
-        "model.layers.0.*",
-        "re:.*mlp",
-        r"re:model\.layers\.1",
-        "lm_head",
-        "mlp.down_proj",
-        "*_proj",
-        "x",
-    ]:
-        assert [matches(pattern, name) for name in names] == [QuantRules(ignore=[pattern]).ignored(name) for name in names]
+    subject = subject_of(known_config("DeepSeek-V3.2")[1])  # type: ignore[index]
+    for tp in (1, 8):
+        assert subject.token_bytes(Variant("bf16", True, "auto"), tp) == (61 * 1152, 61 * 132)
+        assert subject.token_bytes(Variant("bf16", True, "fp8_e4m3"), tp) == (61 * 656, 61 * 132)
+    assert subject.cache_format("fp8_e4m3") == "fp8_ds_mla"
 
 
 def test_a_rank_holds_its_part_and_what_is_whole_everywhere() -> None:
     rank = answer("Llama-3.1-405B", "--accelerator", "mi300x")["variants"]["BF16"]["rank_weights"]
-    whole = 2 * (2 * 128256 * 16384 + 253 * 16384)  # embeddings, lm_head, norms
-    assert rank["8"] == (rank["1"] - whole) // 8 + whole
+    whole = 2 * 253 * 16384  # norms
+    ends, part = (2 * 2 * rows * 16384 for rows in (128256, 126 * 128))  # embeddings and lm_head, split by tiles of rows
+    assert rank["8"] == (rank["1"] - ends - whole) // 8 + part + whole
     shared = answer("Qwen3-30B-A3B", "--accelerator", "mi300x")["variants"]["BF16"]["rank_weights"]
     assert shared["8"] > (shared["4"] - 0) / 2  # 4 KV heads: at 8 ranks two share one

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
+from octavo.models.published import KNOWN
 from octavo.tools.bench import tables
-from octavo.tools.bench.workloads import SHAPES, WORKLOADS, Workload, model_directory, parse_sampling, parse_workloads
+from octavo.tools.bench.workloads import WORKLOADS, Workload, model_directory, parse_sampling, parse_workloads
 from octavo.version import __version__
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, value in FREE.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"instead of a named workload ({value})")
-    group.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
+    group.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(KNOWN)}")
     group.add_argument("--num-layers", type=int, metavar="N", help="with random weights: only this many layers")
     group.add_argument(
         "--sampling", metavar="NAME=NUMBER,...", help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (greedy)"

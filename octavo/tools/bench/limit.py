@@ -15,11 +15,8 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.tools.bench.workloads import Workload
 from octavo.tools.plan.accelerators import Accelerator
-from octavo.tools.plan.model_source import Source, find_source
-from octavo.tools.plan.shapes import Model, model_of
-from octavo.tools.plan.sizes import Weight, distinct
-from octavo.tools.plan.stored_formats import from_config
-from octavo.tools.plan.variants import Question, Variant, formats
+from octavo.tools.plan.model_source import Source, find_source, source_of_config
+from octavo.tools.plan.subject import Subject, Variant
 
 __all__ = ["Ceilings", "Costs", "Limit", "costs_of", "costs_of_shape", "limit"]
 
@@ -108,49 +105,41 @@ def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = Non
 
 def costs_of(config: EngineConfig) -> Costs:
     """What the engine of `config` has to move and compute, by its config.json and, where there are any, its headers."""
-    return _costs(config, find_source(config.model))
+    return _costs(config, find_source(config.model, dummy=config.load_format == "dummy"))
 
 
 def costs_of_shape(config: EngineConfig, shape: Mapping[str, Any]) -> Costs:
     """The same of a config.json that is not on disk."""
-    model = model_of(shape)
-    return _costs(config, Source("shape", "its config.json", shape, model, from_config(model, shape)))
+    return _costs(config, source_of_config("shape", "its config.json", shape))
 
 
 def _costs(config: EngineConfig, source: Source) -> Costs:
+    subject = Subject.on(source, config, Accelerator("any", "any", 0))
     itemsize = 4 if config.dtype == "float32" else 2
-    question = Question(config, source, Accelerator("any", "any", 0), 1, 1, 1, 1)
-    variant = Variant(config.quantization or "bf16", source.stored.quantized, config.kv_cache_dtype, itemsize)
+    variant = Variant(config.quantization or "bf16", subject.quantized, config.kv_cache_dtype, itemsize)
     sums = dict.fromkeys(("weights", "experts", "head", "fp8", "plain", "head operations"), 0.0)
-    head_fp8 = False
-    for weight, form, count in distinct(source.model.weights, formats(question, variant)):
-        if weight.is_vector or weight.component == "vision" or not weight.active:
+    head_fp8, share = False, 0.0
+    for o in subject.walk(variant, 1).operands:
+        if o.is_vector or o.component == "vision" or not o.active:
             continue
-        moved, operations = count * weight.experts * weight.operand_bytes(form, 1), count * _operations(weight)
-        if weight.component == "lm_head":
-            sums["head"], sums["head operations"], head_fp8 = moved, operations, form.is_fp8
+        moved, operations = o.experts * o.read, 2.0 * o.active * o.shape[0] * o.shape[1]
+        if o.component == "lm_head":
+            sums["head"], sums["head operations"], head_fp8 = moved, operations, o.is_fp8
         else:
-            sums["experts" if weight.experts > 1 else "weights"] += moved
-            sums["fp8" if form.is_fp8 else "plain"] += operations
-    attention, cache = source.model.attention, source.model.attention.stored_as(config.kv_cache_dtype)
+            sums["experts" if o.experts > 1 else "weights"] += moved
+            sums["fp8" if o.is_fp8 else "plain"] += operations
+        share = o.active / o.experts if o.experts > 1 else share
+    attention = subject.attention
     return Costs(
         sums["weights"],
         sums["head"],
-        attention.cache_bytes(cache, 1, itemsize),
+        sum(subject.token_bytes(variant, 1)),
         sums["fp8"],
         sums["plain"],
         sums["head operations"],
         attention.layers * 2.0 * attention.heads * (attention.qk_dim + attention.v_dim),
         head_fp8,
-        "fp8" in cache,
+        "fp8" in subject.cache_format(variant.kv),
         sums["experts"],
-        _share(source.model),
+        share,
     )
-
-
-def _operations(weight: Weight) -> float:
-    return 2.0 * weight.active * sum(n * k for n, k in weight.rank_shapes(1))
-
-
-def _share(model: Model) -> float:
-    return next((w.active / w.experts for w in model.weights if w.experts > 1), 0.0)

@@ -15,9 +15,10 @@ from octavo.config import canonical
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import SamplingParams
 from octavo.models import read_config
+from octavo.models.published import KNOWN, known_config
 
 __all__ = [
-    "GREEDY", "SHAPES", "WORKLOADS", "Workload", "model_directory", "parse_sampling", "parse_workloads", "prompts",
+    "GREEDY", "WORKLOADS", "Workload", "model_directory", "parse_sampling", "parse_workloads", "prompts",
     "shape_config", "spread",
 ]  # fmt: skip
 
@@ -120,49 +121,11 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": sum(values) / len(values), "p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)]}
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, factor: float = 8.0, **more: Any) -> dict[str, Any]:
-    rope = {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }  # fmt: skip
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "rope_scaling": rope, "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 128001, **more,
-    }  # fmt: skip
-
-
-def _qwen3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int = 8, **more: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
-        "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "tie_word_embeddings": False, "hidden_act": "silu", "eos_token_id": 151645, **more,
-    }  # fmt: skip
-
-
-_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts": 128,
-    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-}  # fmt: skip
-
-# The numbers of the models' public config.json files.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _llama(4096, 14336, 32, 32),
-    "llama-3.1-70b": _llama(8192, 28672, 80, 64),
-    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True),
-    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tie_word_embeddings=True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
-    "qwen3-30b-a3b": _qwen3(2048, 6144, 48, 32, 4, **_MOE),
-}
-
-
 def shape_config(name: str) -> dict[str, Any]:
     """The config.json of a --shape. Raises OctavoError with a suggestion."""
-    plain = name.lower()
-    return SHAPES[canonical("--shape", plain if plain in SHAPES else name, {known: known for known in SHAPES})]
+    if (found := known_config(name)) is not None:
+        return found[1]
+    return KNOWN[canonical("--shape", name, {known.lower(): known for known in KNOWN})]
 
 
 @contextmanager

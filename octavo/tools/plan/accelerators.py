@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 from octavo.errors import OctavoError
 from octavo.host import memory
+from octavo.platform import check_fp8_units
 
 __all__ = ["ACCELERATORS", "Accelerator", "find", "in_this_machine"]
 
 GIB = 1 << 30
-NO_FP8 = ("gfx906", "gfx908", "gfx90a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,16 @@ class Accelerator:
     @property
     def has_fp8(self) -> bool:
         """A CPU has no FP8 units either, but Octavo serves FP8 on it."""
-        kind, _, version = self.arch.partition("_")
-        return int(version) >= 89 if kind == "sm" else self.arch not in NO_FP8
+        return self.refusal is None
+
+    @property
+    def refusal(self) -> str | None:
+        """What the engine says of an accelerator without FP8 units."""
+        try:
+            check_fp8_units(self.name, self.arch)
+        except OctavoError as error:
+            return str(error)
+        return None
 
 
 def _row(name: str, arch: str, gib: float, tb_s: float, bf16: float, fp8: float, link_gb_s: float) -> Accelerator:

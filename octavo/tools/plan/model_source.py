@@ -1,53 +1,70 @@
-"""What MODEL means: a checkpoint directory, a config.json, or a known name."""
+"""What MODEL means: a checkpoint directory, a config.json, or a known name; and its tensors, without values."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
-from octavo.tools.plan.headers import read_headers
-from octavo.tools.plan.shapes import Model, model_of
-from octavo.tools.plan.stored_formats import Stored, from_config, from_headers
+from octavo.quant.checks import check_format
+from octavo.quant.promise import Promise, promise_of
+from octavo.weights.checkpoint import Checkpoint, StoredTensor
 
-__all__ = ["Source", "find_source"]
+__all__ = ["Source", "find_source", "source_of_config"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model and how it is stored. by: what it was measured by, for a person."""
+    """A model and how it is stored. by: what it was measured by, for a person. refused: why its format is not read."""
 
     name: str
     by: str
     config: Mapping[str, Any]
-    model: Model
-    stored: Stored
-    on_disk: bool = False
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    promised: Promise | None = None
+    refused: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def find_source(target: str) -> Source:
-    """Raises OctavoError for a path without a config.json, or a name that is not known."""
+def find_source(target: str, *, dummy: bool = False) -> Source:
+    """`dummy`: weights are made up. Raises OctavoError for a path without config.json, and for a name that is not known."""
     path = Path(target)
     if path.is_dir():
         config = read_config(path)
-        model, tensors = model_of(config), read_headers(path)
-        if tensors:
-            return Source(target, "its safetensors headers", config, model, from_headers(model, tensors), on_disk=True)
-        return Source(target, "config.json alone", config, model, from_config(model, config))
+        refused = _refusal(config, path)
+        if not dummy and any(path.glob("*.safetensors*")):
+            return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
+        return source_of_config(target, "config.json alone", config, refused, dummy=dummy)
     if path.is_file():
         config = _read(path)
-        model = model_of(config)
-        return Source(str(path.parent), "config.json alone", config, model, from_config(model, config))
+        return source_of_config(str(path.parent), "config.json alone", config, _refusal(config, path.parent), dummy=dummy)
     if (found := known_config(target)) is None:
         raise unknown_model(target)
-    model = model_of(found[1])
-    name = target.rpartition("/")[2]
-    return Source(name, f"the built-in numbers of {found[0]}", found[1], model, from_config(model, found[1]))
+    return source_of_config(target.rpartition("/")[2], f"the built-in numbers of {found[0]}", found[1], dummy=dummy)
+
+
+def source_of_config(
+    name: str, by: str, config: Mapping[str, Any], refused: str | None = None, *, dummy: bool = False
+) -> Source:
+    """The source of a model of which there is a config.json alone."""
+    return Source(name, by, config, {}, None if refused or dummy else promise_of(config), refused)
+
+
+def _refusal(config: Mapping[str, Any], directory: Path) -> str | None:
+    try:
+        check_format(config, directory)
+    except OctavoError as error:
+        return str(error)
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,18 +6,18 @@ import argparse
 import json
 import textwrap
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
-from octavo.tools.plan.explain import asked_variant, check_ignore, command, gb, groups, notes, refusals
+from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
-from octavo.tools.plan.shapes import Model
-from octavo.tools.plan.sizes import COMPONENTS
-from octavo.tools.plan.variants import RANKS, Plan, Question, VariantPlan, build
+from octavo.tools.plan.subject import Subject, Variant
+from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
@@ -56,40 +56,38 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     for name in ("num_accelerators", "context", "requests"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
-    source = find_source(config.model)
+    source = find_source(config.model, dummy=config.load_format == "dummy")
     named = args.accelerator or ("cpu" if config.device == "cpu" else None)
     on, there = (find(named), 1) if named else in_this_machine()
     number = args.num_accelerators or there
-    tp = args.tensor_parallel_size or _ranks(source.model, number)
-    question = Question(config, source, on, number, tp, args.context, args.requests)
-    check_ignore(question)
-    return build(question, asked_variant(config, given, source.stored.quantized))
+    subject = Subject.on(source, config, on, CONTEXT_BYTES)
+    variant = asked_variant(config, given, subject.quantized)
+    tp = args.tensor_parallel_size or _ranks(subject, variant, number)
+    return build(Question(config, subject, on, number, tp, args.context, args.requests), variant)
 
 
-def _ranks(model: Model, number: int) -> int:
+def _ranks(subject: Subject, variant: Variant, number: int) -> int:
     """The most ranks up to `number` that the model splits over."""
     for tp in range(number, 1, -1):
-        try:
-            for weight in model.weights:
-                weight.rank_shapes(tp)
-        except OctavoError:
-            continue
-        return tp
+        with suppress(OctavoError):
+            subject.walk(variant, tp)
+            return tp
     return 1
 
 
 def as_json(plan: Plan, line: str) -> dict[str, Any]:
     """Every number of a plan, in bytes, tokens and tokens a second."""
     q = plan.question
+    subject, source = q.subject, q.subject.source
     return {
-        "model": q.source.name,
-        "model_type": q.model.model_type,
-        "measured_by": q.source.by,
-        "parameters": q.model.parameters,
-        "active_parameters": q.model.active_parameters,
-        "parameters_by_component": _parameters(q.model),
-        "parameters_in_headers": dict(q.source.stored.counts) or None,
-        "bytes_on_disk": q.source.stored.nbytes or None,
+        "model": source.name,
+        "model_type": subject.model_type,
+        "measured_by": source.by,
+        "parameters": subject.base.total("values"),
+        "active_parameters": subject.base.active,
+        "parameters_by_component": subject.base.parameters(),
+        "parameters_in_headers": subject.base.parameters(subject.stored.names) if source.tensors else None,
+        "bytes_on_disk": source.nbytes or None,
         "accelerator": asdict(q.on),
         "num_accelerators": q.number,
         "tensor_parallel_size": q.tp,
@@ -107,13 +105,9 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
 def _variant_json(v: VariantPlan) -> dict[str, Any]:
     numbers = asdict(v)
     numbers.update(numbers.pop("variant"))
+    if v.fit:
+        del numbers["fit"]["said"]  # where refusals and notes are
     return numbers
-
-
-def _parameters(model: Model) -> dict[str, int]:
-    return {
-        name: sum(w.values for w in model.weights if w.component == name) for name in COMPONENTS if name in model.components
-    }
 
 
 def show(plan: Plan, line: str) -> None:
@@ -123,9 +117,11 @@ def show(plan: Plan, line: str) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=max(console.width, WIDTH))
-    q, m = plan.question, plan.question.model
-    active = f", {m.active_parameters / 1e9:,.1f} B active" if m.active_parameters < 0.7 * m.parameters else ""
-    console.print(f"[bold]{q.source.name}[/]: {m.model_type}, {_count(m.parameters)} parameters{active}, from {q.source.by}")
+    q, subject, stored = plan.question, plan.question.subject, plan.question.subject.base
+    parameters = stored.total("values")
+    active = f", {stored.active / 1e9:,.1f} B active" if stored.active < 0.7 * parameters else ""
+    name, by = subject.source.name, subject.source.by
+    console.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"
     console.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory} each, as {q.tp} rank{'s' if q.tp > 1 else ''}")
     timed = [_speeds(plan)] if any(v.speed for v in plan.variants) else []
@@ -170,10 +166,11 @@ def _weights(plan: Plan) -> Any:
     """Weights by component, and what one rank holds of them; the cache's dtype changes none of them."""
     kinds = {v.variant.weights_label: v for v in plan.variants}
     table = _table("Weights as stored, and what one rank of several holds", "", "parameters", *kinds)
-    for component, count in _parameters(plan.question.model).items():
+    stored = plan.question.subject.base
+    for component, count in stored.parameters().items():
         values = [gb(v.components[component]) for v in kinds.values()]
         table.add_row(component, _count(count), *("" if not count and text == "0 B" else text for text in values))
-    table.add_row("all", _count(plan.question.model.parameters), *(gb(v.weights) for v in kinds.values()), style="bold")
+    table.add_row("all", _count(stored.total("values")), *(gb(v.weights) for v in kinds.values()), style="bold")
     table.add_row("of BF16", "", *(f"{v.weights_percent:.1f}%" for v in kinds.values()))
     for tp in RANKS[1:]:
         cells = (gb(n) if (n := v.rank_weights[tp]) is not None else "no split" for v in kinds.values())

@@ -1,74 +1,103 @@
-"""The weights of the two vision towers, from their part of config.json."""
+"""The two vision towers, from their part of config.json: BF16, and split over ranks like text layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from octavo.tools.plan.sizes import VECTOR, Weight
+from octavo.distributed import TensorParallel
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.quant import QuantRules
+from octavo.tools.plan.walk import Walker
 
 if TYPE_CHECKING:
-    from octavo.tools.plan.shapes import Numbers
+    from octavo.tools.plan.unserved import Numbers
 
-__all__ = ["KEPT", "kimi_vision", "qwen_vision"]
+__all__ = ["VISION", "Places", "Vectors", "kimi_tower", "qwen_tower"]
 
-KEPT = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
-
-
-def _linear(name: str, rows: int, columns: int, split: str) -> list[Weight]:
-    bias = Weight("vision", (f"{name}.bias",), ((rows,),), "rows" if split == "rows" else "whole", kept=VECTOR)
-    return [Weight("vision", (name,), ((rows, columns),), split, kept=KEPT), bias]
+VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
+Places = list[tuple[str, Any]]  # (path, layer): where in the checkpoint it reads
 
 
-def _norm(name: str, size: int) -> list[Weight]:
-    return [Weight("vision", (f"{name}.{part}",), ((size,),), kept=VECTOR) for part in ("weight", "bias")]
+@dataclass
+class Vectors:
+    """Parameters of any shape that are never quantized, whole on every rank: name -> shape."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def load(self, loader: Walker) -> None:
+        for name, shape in self.shapes.items():
+            loader.vector(name, shape)
 
 
-def _table(name: str, *shape: int) -> Weight:
-    """A convolution or an embedding of positions: whole on every rank."""
-    return Weight("vision", (name,), (shape,), active=0, kept=KEPT)
+@dataclass
+class Vision:
+    """A linear layer of a vision tower: BF16, with a bias."""
+
+    layer: Any
+
+    def load(self, loader: Walker) -> None:
+        self.layer.load(replace(loader, rules=QuantRules(), kept=VISION))
 
 
-def qwen_vision(c: Numbers) -> list[Weight]:
+def _column(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
+    return Vision(ColumnParallelLinear([name], columns, [rows], bias=True, tp=tp))
+
+
+def _row(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
+    return Vision(RowParallelLinear(name, columns, rows, bias=True, tp=tp))
+
+
+def _norm(size: int) -> Vectors:
+    return Vectors({"weight": (size,), "bias": (size,)})
+
+
+def qwen_tower(v: Numbers, tp: TensorParallel) -> Places:
     """Qwen3-VL's: blocks, a merger after the last, and one after each layer whose features go into the text model."""
-    hidden, inner, out, at = c["hidden_size"], c["intermediate_size"], c["out_hidden_size"], "model.visual"
-    patch = (c.get("in_channels", 3), c["temporal_patch_size"], c["patch_size"], c["patch_size"])
-    merged = hidden * c["spatial_merge_size"] ** 2
-    weights = [_table(f"{at}.patch_embed.proj", hidden, *patch), *_norm(f"{at}.patch_embed.proj", hidden)[1:]]
-    weights.append(_table(f"{at}.pos_embed", c["num_position_embeddings"], hidden))
-    for i in range(c["depth"]):
+    at = "model.visual"
+    hidden, inner, out = v["hidden_size"], v["intermediate_size"], v["out_hidden_size"]
+    patch = (hidden, v.get("in_channels", 3), v["temporal_patch_size"], v["patch_size"], v["patch_size"])
+    merged = hidden * v["spatial_merge_size"] ** 2
+    places: Places = [(f"{at}.patch_embed.proj", Vectors({"weight": patch, "bias": (hidden,)})),
+                     (f"{at}.pos_embed", Vectors({"weight": (v["num_position_embeddings"], hidden)}))]  # fmt: skip
+    for i in range(v["depth"]):
         block = f"{at}.blocks.{i}"
-        weights += _norm(f"{block}.norm1", hidden) + _norm(f"{block}.norm2", hidden)
-        weights += _linear(f"{block}.attn.qkv", 3 * hidden, hidden, "rows")
-        weights += _linear(f"{block}.attn.proj", hidden, hidden, "columns")
-        weights += _linear(f"{block}.mlp.linear_fc1", inner, hidden, "rows")
-        weights += _linear(f"{block}.mlp.linear_fc2", hidden, inner, "columns")
-    deep = [f"{at}.deepstack_merger_list.{i}" for i in range(len(c.values.get("deepstack_visual_indexes") or ()))]
+        places += [(f"{block}.norm1", _norm(hidden)), (f"{block}.norm2", _norm(hidden)),
+                         (f"{block}.attn", _column("qkv", hidden, 3 * hidden, tp)),
+                         (f"{block}.attn", _row("proj", hidden, hidden, tp)),
+                         (f"{block}.mlp", _column("linear_fc1", hidden, inner, tp)),
+                         (f"{block}.mlp", _row("linear_fc2", inner, hidden, tp))]  # fmt: skip
+    deep = [f"{at}.deepstack_merger_list.{i}" for i in range(len(v.values.get("deepstack_visual_indexes") or ()))]
     for merger in (f"{at}.merger", *deep):
-        weights += _norm(f"{merger}.norm", hidden if merger.endswith(".merger") else merged)
-        weights += _linear(f"{merger}.linear_fc1", merged, merged, "rows")
-        weights += _linear(f"{merger}.linear_fc2", out, merged, "columns")
-    return weights
+        places += [(f"{merger}.norm", _norm(hidden if merger.endswith(".merger") else merged)),
+                         (merger, _column("linear_fc1", merged, merged, tp)),
+                         (merger, _row("linear_fc2", merged, out, tp))]  # fmt: skip
+    return places
 
 
-def kimi_vision(c: Numbers, text_hidden: int) -> list[Weight]:
-    """MoonViT and its projector. The hub's config prefixes its fields with vt_, transformers' does not."""
+def kimi_tower(v: Numbers, text: int, tp: TensorParallel) -> Places:
+    """MoonViT and its projector, for a text model `text` wide. The hub's config prefixes its fields with vt_, others do not."""
+    at = "vision_tower"
 
     def either(name: str, hub: str) -> int:
-        return c.get(hub, c.get(name, 0, least=0), least=1) or c[name]
+        return v[hub if hub in v.values else name]
 
     hidden, inner = either("hidden_size", "vt_hidden_size"), either("intermediate_size", "vt_intermediate_size")
-    layers, patch = either("num_hidden_layers", "vt_num_hidden_layers"), c["patch_size"]
+    layers, patch = either("num_hidden_layers", "vt_num_hidden_layers"), v["patch_size"]
     height, width = either("pos_emb_height", "init_pos_emb_height"), either("pos_emb_width", "init_pos_emb_width")
-    kernel = c.values.get("merge_kernel_size") or (2, 2)
-    merged, at = hidden * prod(kernel), "vision_tower"
-    weights = [_table(f"{at}.patch_embed.proj", hidden, 3, patch, patch), *_norm(f"{at}.patch_embed.proj", hidden)[1:]]
-    weights.append(_table(f"{at}.patch_embed.pos_emb", height, width, hidden))
+    merged = hidden * prod(v.values.get("merge_kernel_size") or (2, 2))
+    patches = Vectors({"weight": (hidden, 3, patch, patch), "bias": (hidden,)})
+    places: Places = [(f"{at}.patch_embed.proj", patches),
+                     (f"{at}.patch_embed.pos_emb", Vectors({"weight": (height, width, hidden)}))]  # fmt: skip
     for i in range(layers):
         block = f"{at}.encoder.blocks.{i}"
-        weights += _norm(f"{block}.norm0", hidden) + _norm(f"{block}.norm1", hidden)
-        weights += _linear(f"{block}.wqkv", 3 * hidden, hidden, "rows") + _linear(f"{block}.wo", hidden, hidden, "columns")
-        weights += _linear(f"{block}.mlp.fc0", inner, hidden, "rows") + _linear(f"{block}.mlp.fc1", hidden, inner, "columns")
-    weights += _norm(f"{at}.encoder.final_layernorm", hidden) + _norm("mm_projector.pre_norm", hidden)
-    weights += _linear("mm_projector.proj.0", merged, merged, "rows")
-    return weights + _linear("mm_projector.proj.2", text_hidden, merged, "columns")
+        places += [(f"{block}.norm0", _norm(hidden)), (f"{block}.norm1", _norm(hidden)),
+                         (block, _column("wqkv", hidden, 3 * hidden, tp)), (block, _row("wo", hidden, hidden, tp)),
+                         (f"{block}.mlp", _column("fc0", hidden, inner, tp)),
+                         (f"{block}.mlp", _row("fc1", inner, hidden, tp))]  # fmt: skip
+    places += [(f"{at}.encoder.final_layernorm", _norm(hidden)), ("mm_projector.pre_norm", _norm(hidden)),
+                     ("mm_projector", _column("proj.0", merged, merged, tp)),
+                     ("mm_projector", _row("proj.2", merged, text, tp))]  # fmt: skip
+    return places

@@ -1,34 +1,22 @@
-"""A plan: every variant of a model weighed, fitted and timed; what happens to each layer; what would be refused."""
+"""A plan: every variant of a model weighed, fitted and timed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from octavo.config import EngineConfig
+from octavo.engine.memory import cache_room, check_weights, plan_blocks
 from octavo.errors import OctavoError
-from octavo.tools.plan.accelerators import Accelerator
-from octavo.tools.plan.fit import Fit, fit
-from octavo.tools.plan.model_source import Source
+from octavo.tools.plan.accelerators import GIB, Accelerator
 from octavo.tools.plan.roofline import Deployment, decode_rate, prefill_rate
-from octavo.tools.plan.shapes import HEAD, TIED, Model
-from octavo.tools.plan.sizes import Format, Weight, dense, distinct
-from octavo.tools.plan.stored_formats import FORMATS, expert_names, matches
+from octavo.tools.plan.subject import Subject, Variant
+from octavo.tools.plan.walk import Walk
 
-__all__ = ["RANKS", "Plan", "Question", "Speed", "Variant", "VariantPlan", "build", "treatment"]
+__all__ = ["CONTEXT_BYTES", "RANKS", "Fit", "Plan", "Question", "Speed", "VariantPlan", "build"]
 
-Tally = Sequence[tuple[Weight, Format, int]]
 RANKS = (1, 2, 4, 8)
-KV_NAMES = {
-    "auto": "",
-    "bfloat16": "",
-    "fp8_e4m3": " + FP8 KV",
-    "fp8_e5m2": " + e5m2 KV",
-    "fp8_per_token_head": " + per-head FP8 KV",
-}
-NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block"}
+CONTEXT_BYTES = GIB // 2  # a driver's context and its libraries on each accelerator; an assumption
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class Question:
     """What is asked: the engine's options, and where they are to run. tp: ranks. context, requests: of the roofline."""
 
     config: EngineConfig
-    source: Source
+    subject: Subject
     on: Accelerator
     number: int
     tp: int
@@ -44,43 +32,30 @@ class Question:
     requests: int
 
     @property
-    def model(self) -> Model:
-        return self.source.model
-
-    @property
     def itemsize(self) -> int:
         return 4 if self.config.dtype == "float32" else 2
 
-    @cached_property
-    def left_out(self) -> list[bool]:
-        """Of each weight, whether --quantization-ignore leaves it out; leaving out one matrix leaves out its stack."""
-        patterns = self.config.quantization_ignore
-        if not patterns:
-            return [False] * len(self.model.weights)
-        return [any(matches(p, name) for name in expert_names(w) for p in patterns) for w in self.model.weights]
+    @property
+    def model_len(self) -> int:
+        """The longest request: what is asked for, or what the model was made for."""
+        return self.config.max_model_len or self.subject.longest
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A way to serve: the scheme of what is BF16 on disk, whether codes on disk are kept, the cache's dtype.
+class Fit:
+    """One rank's memory. weights, room, cache: bytes; room is what is left for the cache, cache what the engine takes of it.
 
-    itemsize: bytes of a value that is not quantized.
+    tokens: that the room holds; requests: of the length wanted, at a time. max_model_len: the longest request that the
+    engine would take: the length wanted, a lowered one, or 0 where it would refuse. said: its refusal, or its notes.
     """
 
-    scheme: str
-    native: bool
-    kv: str
-    itemsize: int = 2
-
-    @property
-    def weights_label(self) -> str:
-        if not self.native:
-            return "FP32" if self.scheme == "bf16" and self.itemsize == 4 else NAMES[self.scheme]
-        return "native" if self.scheme == "bf16" else f"native, rest {NAMES[self.scheme]}"
-
-    @property
-    def label(self) -> str:
-        return self.weights_label + KV_NAMES[self.kv]
+    weights: int
+    room: int
+    cache: int
+    tokens: int
+    requests: float
+    max_model_len: int
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,29 +102,27 @@ class Plan:
 
 def build(question: Question, asked: Variant) -> Plan:
     """Plans the usual variants and the one that is asked for."""
-    native = question.source.stored.quantized
+    native = question.subject.quantized
     size, fp8 = question.itemsize, "fp8_e4m3"
     usual = [Variant("bf16", False, "auto"), *(Variant("fp8", False, kv, size) for kv in ("auto", fp8))]
     usual += [Variant("ptpc_fp8", False, kv, size) for kv in ("auto", fp8)[: 1 if native else 2]]
     usual += [Variant("bf16", True, kv, size) for kv in ("auto", fp8)] if native else []
     chosen = usual if asked in usual else [*usual, asked]
-    length = question.config.max_model_len or question.model.max_model_len
-    base = _weigh(question, chosen[0], None, length)
-    plans = [base, *(_weigh(question, variant, base, length) for variant in chosen[1:])]
-    return Plan(question, plans, plans[chosen.index(asked)], length)
+    question.subject.check_ignore(asked)
+    base = _weigh(question, chosen[0], None)
+    plans = [base, *(_weigh(question, variant, base) for variant in chosen[1:])]
+    return Plan(question, plans, plans[chosen.index(asked)], question.model_len)
 
 
-def _weigh(q: Question, variant: Variant, base: VariantPlan | None, length: int) -> VariantPlan:
-    model, forms = q.model, formats(q, variant)
+def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPlan:
+    cache = q.subject.cache_format(variant.kv)
     components: Counter[str] = Counter()
-    tally = distinct(model.weights, forms)
-    for weight, form, count in tally:
-        components[weight.component] += count * weight.nbytes(form)
-    cache = model.attention.stored_as(variant.kv)
-    weights, token = components.total(), model.attention.cache_bytes(cache, 1, variant.itemsize)
+    for operand in q.subject.walk(variant, 1).operands:
+        components[operand.component] += operand.stored
+    weights, token, length = components.total(), sum(q.subject.token_bytes(variant, 1)), q.model_len
     base_weights, base_token = (base.weights, base.token_bytes) if base else (weights, token)
-    fits = {tp: _fit(q, tally, cache, tp, variant.itemsize) for tp in sorted({*RANKS, 16, 32, q.tp})}
-    fitted = fits[q.tp]
+    ranks = {tp: _walk(q, variant, tp) for tp in RANKS}
+    fitted = _fit(q, variant, q.tp)
     return VariantPlan(
         variant,
         cache,
@@ -159,49 +132,57 @@ def _weigh(q: Question, variant: Variant, base: VariantPlan | None, length: int)
         100 * weights / base_weights,
         100 * token / base_token,
         100 * (weights + length * token) / (base_weights + length * base_token),
-        {tp: (f.weights if (f := fits[tp]) else None) for tp in RANKS},
-        next((tp for tp, f in fits.items() if f and f.requests >= 1 and (tp == 1 or not q.on.is_cpu)), None),
+        {tp: found.total("held") if found else None for tp, found in ranks.items()},
+        next((tp for tp in sorted({*RANKS, 16, 32, q.tp}) if _one_fits(q, variant, tp)), None),
         fitted,
-        _speed(q, tally, cache, fitted),
+        _speed(q, variant, cache, fitted),
     )
 
 
-def _fit(q: Question, tally: Tally, cache: str, tp: int, itemsize: int) -> Fit | None:
+def _walk(q: Question, variant: Variant, tp: int) -> Walk | None:
     try:
-        weights = sum(count * w.rank_bytes(form, tp) for w, form, count in tally)
+        return q.subject.walk(variant, tp)
     except OctavoError:  # a dimension does not split; asked for, it is said where refusals are
         return None
-    return fit(q.config, q.model, q.on, weights, q.model.attention.cache_bytes(cache, tp, itemsize))
 
 
-def _speed(q: Question, tally: Tally, cache: str, fitted: Fit | None) -> Speed | None:
+def _one_fits(q: Question, variant: Variant, tp: int) -> bool:
+    found = _fit(q, variant, tp) if tp == 1 or not q.on.is_cpu else None
+    return found is not None and found.requests >= 1
+
+
+def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
+    """What one of `tp` ranks holds, by the engine's own budget."""
+    if (found := _walk(q, variant, tp)) is None:
+        return None
+    config, machine, model, length = q.config, q.subject.machine, q.subject.model(tp), q.model_len
+    weights, token = found.total("held"), sum(q.subject.token_bytes(variant, tp))
+    vocab = next(o.whole[0] for o in found.operands if o.component == "embeddings")
+    working = model.workspace_bytes(config.step_tokens_on(machine.is_cpu)) + config.sampling_bytes(vocab)
+    loaded = replace(machine, free=machine.free - weights)
+    room, block = max(0, int(cache_room(config, loaded, working))), config.block_size_on(machine.is_cpu)
+    tokens = room // (token * block) * block
+    config = replace(config, kv_cache_dtype=variant.kv)
+    try:
+        if config.load_format != "dummy":
+            matrices = sum(o.values for o in found.operands if not o.is_vector)
+            check_weights(machine, matrices, fp8=variant.scheme != "bf16" or variant.native)
+        budget = plan_blocks(config, loaded, token, length, weights, working)
+    except OctavoError as error:
+        return Fit(weights, room, 0, tokens, tokens / length, 0, (str(error),))
+    cache = budget.num_blocks * token * block
+    return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, budget.notes)
+
+
+def _speed(q: Question, variant: Variant, cache: str, fitted: Fit | None) -> Speed | None:
     if fitted is None or not fitted.max_model_len or not q.on.bandwidth:
         return None
-    if not q.on.fp8 and ("fp8" in cache or any(form.is_fp8 for _, form, _ in tally)):
+    operands = q.subject.walk(variant, q.tp).operands
+    if not q.on.has_fp8 and ("fp8" in cache or any(o.is_fp8 for o in operands)):
         return None
-    deployed = Deployment(q.model, tally, cache, q.tp, q.on)
+    hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
+    sizes = q.subject.token_bytes(variant, q.tp)
+    deployed = Deployment(q.subject.attention, hidden, operands, cache, sizes, q.tp, q.on)
     context = min(q.context, fitted.max_model_len)
     many = max(1, min(q.requests, fitted.tokens // context))
     return Speed(prefill_rate(deployed, context), decode_rate(deployed, 1, context), decode_rate(deployed, many, context), many)
-
-
-def formats(q: Question, variant: Variant) -> list[Format]:
-    """The format of each weight of the model."""
-    return [treatment(q, variant, i)[0] for i in range(len(q.model.weights))]
-
-
-def treatment(q: Question, variant: Variant, index: int) -> tuple[Format, str]:
-    """The format of the model's weight at `index`, and why."""
-    weight, stored = q.model.weights[index], q.source.stored.formats[index]
-    plain, scheme = dense(variant.itemsize), FORMATS[variant.scheme]
-    if variant.native and stored.quantized:
-        return stored, "stored so: its codes are kept bit for bit"
-    if weight.kept and not (weight.kept in (HEAD, TIED) and q.config.quantize_lm_head):
-        return plain, weight.kept
-    if weight.kept and variant.native and not scheme.quantized:
-        scheme = FORMATS[q.source.stored.scheme or "bf16"]
-    if not scheme.quantized:
-        return plain, "as stored"
-    if q.left_out[index]:
-        return plain, "left out by --quantization-ignore"
-    return scheme, "quantized while it is loaded"

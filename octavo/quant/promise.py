@@ -1,0 +1,70 @@
+"""What a config.json promises of a checkpoint's weights, whose files are not there: the counterpart of octavo.quant.formats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.quant.checks import quantization_configs
+from octavo.quant.qtensor import scale_shape
+from octavo.quant.rules import QuantRules
+from octavo.quant.scheme import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
+
+__all__ = ["Promise", "promise_of"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out."""
+
+    scheme: Scheme | None
+    group: int
+    ignore: tuple[str, ...]
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether the checkpoint's own list leaves the module out: whole names, parents of them, or re:."""
+        return any(module.startswith(f"{pattern}.") for pattern in self.ignore) or QuantRules(ignore=self.ignore).ignored(
+            module
+        )
+
+    def tensors(self, n: int, k: int) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What the checkpoint would hold of a matrix [n, k]: the last part of a tensor's name, its dtype and its shape."""
+        if self.scheme is None:
+            return [("weight_packed", "I32", (n, -(-k // 8))), ("weight_scale", "BF16", (n, -(-k // self.group)))]
+        shape = () if self.scheme is FP8_PER_TENSOR else scale_shape((n, k), self.scheme.weight)
+        return [("weight", "F8_E4M3", (n, k)), ("weight_scale", "F32", shape)]
+
+
+def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Promise | None:
+    """What `quantization_config` promises, of a kind that is read; None for a BF16 checkpoint."""
+    found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
+    keys = ("modules_to_not_convert", "ignore", "exclude")
+    ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))
+    method = found.get("quant_method")
+    if method == "compressed-tensors" or "config_groups" in found:
+        weights = next((g.get("weights") or {} for g in (found.get("config_groups") or {}).values()), {})
+        if weights.get("type") == "int":
+            return Promise(None, int(weights.get("group_size") or 32), ignore)
+        return Promise(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
+    if method == "quark":
+        weight = (found.get("global_quant_config") or {}).get("weight") or {}
+        weight = weight[0] if isinstance(weight, list) else weight
+        return Promise(_by_strategy(str(weight.get("qscheme", "per_tensor"))), 0, ignore)
+    if method == "fp8" and found.get("weight_block_size"):
+        return Promise(FP8_BLOCK, 0, ignore)
+    return Promise(FP8_PER_CHANNEL if method == "fbgemm_fp8" else FP8_PER_TENSOR, 0, ignore) if found else None
+
+
+def _by_strategy(strategy: str) -> Scheme:
+    return FP8_BLOCK if "block" in strategy else FP8_PER_CHANNEL if "channel" in strategy else FP8_PER_TENSOR
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error:
+        return False
+    return True

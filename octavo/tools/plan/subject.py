@@ -1,0 +1,170 @@
+"""What is planned: a model on one kind of accelerator, built and walked once for each way to serve it and number of ranks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from octavo.config import EngineConfig
+from octavo.distributed import TensorParallel
+from octavo.engine.loading import checkpoint_scheme
+from octavo.errors import OctavoError
+from octavo.kvcache import Layout
+from octavo.models import build_model
+from octavo.platform import Platform
+from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.tools.plan.accelerators import Accelerator
+from octavo.tools.plan.model_source import Source
+from octavo.tools.plan.roofline import Attention
+from octavo.tools.plan.unserved import UNSERVED, UnservedModel, build_unserved, stored_as, unstacked
+from octavo.tools.plan.walk import Known, Walk, walk
+from octavo.weights import Loader
+from octavo.weights.meta import MetaSource
+
+__all__ = ["Machine", "Subject", "Variant"]
+
+KV_NAMES = {
+    "auto": "",
+    "bfloat16": "",
+    "fp8_e4m3": " + FP8 KV",
+    "fp8_e5m2": " + e5m2 KV",
+    "fp8_per_token_head": " + per-head FP8 KV",
+}
+NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block"}
+
+
+@dataclass(frozen=True)
+class Machine(Platform):
+    """An accelerator as the engine would find it, with tensors on the meta device. free, total: bytes."""
+
+    cpu: bool = False
+    free: int = 0
+    total: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.cpu
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.total
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to serve: the scheme of what is BF16 on disk, whether codes on disk are kept, the cache's dtype.
+
+    itemsize: bytes of a value that is not quantized.
+    """
+
+    scheme: str
+    native: bool
+    kv: str
+    itemsize: int = 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.itemsize == 4 else torch.bfloat16
+
+    @property
+    def weights_label(self) -> str:
+        if not self.native:
+            return "FP32" if self.scheme == "bf16" and self.itemsize == 4 else NAMES[self.scheme]
+        return "native" if self.scheme == "bf16" else f"native, rest {NAMES[self.scheme]}"
+
+    @property
+    def label(self) -> str:
+        return self.weights_label + KV_NAMES[self.kv]
+
+
+class Subject:
+    """Raises OctavoError, in the engine's words, for a config.json of which no model can be made."""
+
+    def __init__(self, source: Source, config: EngineConfig, machine: Machine):
+        self.source, self.config, self.machine = source, config, machine
+        self.model = cache(self._build)
+        self._walked = cache(self._walk)
+        self._known: Known = {}
+        one, tensors = self.model(1), source.tensors
+        if isinstance(one, UnservedModel):
+            tensors = unstacked(tensors, one.numbers["hidden_size"])
+        self.stored = MetaSource(tensors, source.promised, has_any=not tensors)
+        self.plain = MetaSource({}, has_any=True)
+
+    @classmethod
+    def on(cls, source: Source, config: EngineConfig, on: Accelerator, context: int = 0) -> Subject:
+        """On an accelerator of whose memory a driver's context takes `context` bytes. Both kinds of e4m3 are as large."""
+        free = on.free if on.is_cpu else on.memory - context
+        return cls(source, config, Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory))
+
+    def _build(self, tp: int) -> Any:
+        """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
+        if self.model_type in UNSERVED:
+            return build_unserved(self.source.config, TensorParallel(0, tp))
+        return build_model(self.source.config, TensorParallel(0, tp), 1)  # a rotary table of one position
+
+    @property
+    def model_type(self) -> str:
+        return str(self.source.config.get("model_type"))
+
+    @property
+    def longest(self) -> int:
+        """The longest context that the model was made for."""
+        model = self.model(1)
+        return int(model.max_len if isinstance(model, UnservedModel) else model.config.longest_context)
+
+    @property
+    def attention(self) -> Attention:
+        model = self.model(1)
+        if isinstance(model, UnservedModel):
+            return model.attention
+        c = model.config
+        return Attention(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim)
+
+    @cached_property
+    def base(self) -> Walk:
+        """What is stored, on one rank, and what is wrong with it: every tensor is looked at."""
+        return walk(self.model(1), self.stored, QuantRules(), self.machine, torch.bfloat16, self._known, every=True)
+
+    @cached_property
+    def quantized(self) -> bool:
+        """Whether the checkpoint is."""
+        return any(o.quantized for o in self.base.operands)
+
+    def check_ignore(self, variant: Variant) -> None:
+        """Raises OctavoError for a --quantization-ignore pattern that matches no layer."""
+        self.walk(variant, 1).rules.check_used()
+
+    def head_scheme(self) -> Scheme:
+        """What --quantize-lm-head means without --quantization. Raises OctavoError where the checkpoint has no one scheme."""
+        assert self.base  # what is promised is there once it was asked for
+        return checkpoint_scheme(Loader(self.stored, self.machine, QuantRules(), torch.bfloat16))
+
+    def walk(self, variant: Variant, tp: int) -> Walk:
+        """One rank's weights. Raises OctavoError where they do not split over `tp` ranks."""
+        found = self._walked(replace(variant, kv="auto"), tp)
+        if tp > 1 and (new := [text for text in found.problems if text not in self.base.problems]):
+            raise OctavoError(new[0])
+        return found
+
+    def _walk(self, variant: Variant, tp: int) -> Walk:
+        config, scheme, head = self.config, SCHEMES[variant.scheme], None
+        if config.quantize_lm_head and variant.native and not scheme.quantized:
+            with suppress(OctavoError):  # said where refusals are
+                head = self.head_scheme()
+        rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head, head)
+        source = self.stored if variant.native else self.plain
+        return walk(self.model(tp), source, rules, self.machine, variant.dtype, self._known)
+
+    def token_bytes(self, variant: Variant, tp: int) -> tuple[int, int]:
+        """Bytes of a token in all caches of one rank: of what attention reads, and of the indexer's keys."""
+        specs = self.model(tp).kv_specs(variant.kv, variant.dtype, self.machine.fp8_dtype, Layout.on(self.machine.is_cpu))
+        index = sum(spec.bytes_per_token for spec in specs if spec.fields[0].name.startswith("index"))
+        return sum(spec.bytes_per_token for spec in specs) - index, index
+
+    def cache_format(self, kv_cache_dtype: str) -> str:
+        """How the cache is stored. Raises OctavoError for a format that MLA has not."""
+        return stored_as(self.attention, kv_cache_dtype)

@@ -1,0 +1,285 @@
+"""What a rank would hold of a model, by loading it: the engine's layers, Loader and formats, over tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.errors import OctavoError
+from octavo.ops import PackedWeight
+from octavo.platform import Platform
+from octavo.quant import BF16, QTensor, QuantRules, Scheme
+from octavo.quant.formats import COMPANIONS, int4_group
+from octavo.quant.scheme import Granularity, WeightDType
+from octavo.weights.loader import WHOLE, Loader, Shard, check_read, is_tied, places_of, role_of
+from octavo.weights.meta import MetaSource
+
+__all__ = ["COMPONENTS", "LEFT_OUT", "Operand", "Walk", "Walker", "walk"]
+
+COMPONENTS = (
+    "attention", "indexer", "mlp", "experts", "shared experts", "router", "norms", "embeddings", "lm_head", "vision",
+)  # fmt: skip
+EMBEDDINGS = "a look-up gains nothing from FP8"
+HEAD = "lm_head is BF16 by default; --quantize-lm-head stores it in FP8"
+TIED = "lm_head's matrix, too: BF16 by default; --quantize-lm-head stores it in FP8"
+VECTOR = "vectors: no matrix product to speed up"
+LEFT_OUT = "left out by --quantization-ignore"
+
+
+def component_of(name: str) -> str:
+    """One of COMPONENTS, by a tensor's name in the checkpoint."""
+    if any(word in name for word in ("model.visual.", "vision_tower.", "mm_projector.")):
+        return "vision"
+    for component, word in {"norms": "norm", "indexer": ".indexer.", "shared experts": ".shared_experts."}.items():
+        if word in name:
+            return component
+    if ".experts." in name or name.endswith(".mlp.gate"):
+        return "experts" if ".experts." in name else "router"
+    return {"embedding": "embeddings"}.get(role := role_of(name), role)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One weight, or the equal ones of a layer's experts, as one rank holds it. Bytes.
+
+    names: the checkpoint's modules that are stacked, or a vector's tensor. whole, shape: [N, K] of the stack, and of the
+    rank's part. form: how it is stored, in a word. stored: bytes without padding, held: with it. read: what a
+    product reads of one copy. values: parameters of the rank's part. experts: how many there are; `active` multiply a token
+    (0: rows are looked up). A tied head has no bytes and no parameters of its own.
+    """
+
+    component: str
+    names: tuple[str, ...]
+    whole: tuple[int, int]
+    shape: tuple[int, int]
+    scheme: Scheme
+    form: str
+    why: str
+    stored: int
+    held: int
+    read: int
+    values: int
+    is_vector: bool = False
+    experts: int = 1
+    active: int = 1
+    sharing: int = 1  # ranks that hold the same KV heads
+
+    @property
+    def quantized(self) -> bool:
+        return self.scheme.quantized
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is multiplied by FP8 units. Packed INT4 is not."""
+        return self.scheme.dtype is WeightDType.FP8
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The operands of one rank, and why the checkpoint would not load, a sentence each, as loading says it."""
+
+    operands: list[Operand]
+    problems: list[str]
+    rules: QuantRules
+
+    def total(self, what: str, component: str | None = None) -> int:
+        """The sum of a field of the operands."""
+        return sum(getattr(o, what) for o in self.operands if component in (None, o.component))
+
+    @property
+    def active(self) -> int:
+        """Parameters that multiply one token of text: no embeddings, no vision, of the experts those it is sent to."""
+        weights = [o for o in self.operands if not o.is_vector and o.component != "vision"]
+        return sum(o.active * o.shape[0] * o.shape[1] for o in weights)
+
+    def parameters(self, stored: Collection[str] | None = None) -> dict[str, int]:
+        """Of each component, or those of them that are among the tensors `stored`."""
+        found = dict.fromkeys((c for c in COMPONENTS if any(o.component == c for o in self.operands)), 0)
+        for o in self.operands:
+            there = stored is None or any(f"{n}{end}" in stored for n in o.names for end in ("", ".weight", ".weight_packed"))
+            found[o.component] += o.values if there else 0
+        return found
+
+
+class Planned(PackedWeight):
+    """A weight that was only noted: padded, and on the meta device."""
+
+    def __init__(self, q: QTensor):
+        self.q, self.held_bytes = q, q.nbytes
+
+
+def _noted(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
+    return Planned(q)
+
+
+Known = dict[Any, tuple[QTensor, list[set[str]]]]
+
+
+@dataclass
+class Walker(Loader):
+    """The Loader that a plan hands to a model's layers: it notes what they ask for.
+
+    known: what equal weights came to, since layers repeat. every: whether each expert is looked at, or one for all. kept: why
+    the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it.
+    """
+
+    operands: list[Operand] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    known: Known = field(default_factory=dict)
+    every: bool = False
+    kept: str = ""
+    keeps_int4: bool = False
+    experts: int = 1
+    active: int = 1
+
+    def refuse(self, error: OctavoError) -> None:
+        if str(error) not in self.problems:
+            self.problems.append(str(error))
+
+    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
+        full = self.prefix + name
+        try:
+            found = super().vector(name, shape, shard)
+        except OctavoError as error:
+            self.refuse(error)
+            found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
+        looked_up = component_of(full) == "embeddings"
+        why = VECTOR if not looked_up else TIED if self.tied_head else EMBEDDINGS
+        whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
+        name = full.removesuffix(".weight") if looked_up else full
+        operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
+        self.operands.append(replace(operand, is_vector=not looked_up, active=int(not looked_up)))
+        # Biases are put one behind the other, for which torch would import its compiler if they were on the meta device.
+        return found if found.dim() > 1 else torch.empty(found.shape, dtype=self.dtype)
+
+    def weight(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, int]],
+        shards: Sequence[Shard],
+        *,
+        is_head: bool = False,
+        looked_up: bool = False,
+    ) -> PackedWeight:
+        full = tuple(self.prefix + name for name in names)
+        if not is_head and self.kept in ("", LEFT_OUT):
+            self._promise(full, shapes)
+        packed = super().weight(names, shapes, shards, is_head=is_head, looked_up=looked_up)
+        assert isinstance(packed, Planned)
+        whole = sum(n for n, _ in shapes), shapes[0][1]
+        operand = self._operand(full, whole, packed.q, self._why(full[0], packed.q, is_head, looked_up))
+        sharing = max(shard.copies for shard in shards)
+        self.operands.append(replace(operand, active=0 if looked_up else self.active, sharing=sharing))
+        return packed
+
+    def _why(self, name: str, q: QTensor, is_head: bool, looked_up: bool) -> str:
+        if q.scheme.quantized:
+            kept = any(f"{name}.{end}" in self.source.names for end in ("weight_scale", "weight_scale_inv", "weight_packed"))
+            return "stored so: its codes are kept bit for bit" if kept else "quantized while it is loaded"
+        if is_head and not self.rules.quantize_lm_head:
+            return TIED if looked_up else HEAD
+        return self.kept or (LEFT_OUT if self.rules.scheme.quantized else "as stored")
+
+    def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:
+        dense = "float32" if self.dtype is torch.float32 else "bf16"
+        form, values, n = q.scheme.name if q.scheme.quantized else dense, q.shape[0] * q.shape[1], self.experts
+        padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
+        return Operand(
+            component_of(names[0]), names, whole, q.shape, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
+            q.nbytes, n * values, experts=n,
+        )  # fmt: skip
+
+    def tied(self, module: str) -> PackedWeight:
+        table = next(o for o in self.operands if o.component == "embeddings")
+        why = "tied: the embedding's matrix"
+        self.operands.append(replace(table, component="lm_head", why=why, stored=0, held=0, values=0, active=1))
+        return Planned(QTensor(torch.empty(table.shape, device="meta"), None, BF16, table.shape))
+
+    def stacked(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
+    ) -> QTensor:
+        full = [self.prefix + name for name in names]
+        assert isinstance(self.source, MetaSource)
+        beside = [self.source.beside(name) for name in full]
+        key = tuple(shapes), tuple(shards), scheme, self.dtype, self.source.has_any, tuple(map(tuple, beside))
+        if key not in self.known:
+            ends = [{end: shape[-1:] for end, _, shape in found} for found in beside]
+            alike = len({found.get("weight_scale") for found in ends}) == 1  # else they are decoded, to be stacked
+            own = replace(self, seen=set(), keeps_int4=alike and all("weight_packed" in found for found in ends))
+            try:
+                q = Loader.stacked(own, names, shapes, shards, scheme)
+            except OctavoError as error:
+                self.refuse(error)
+                self.seen.update(f"{name}.{end}" for name, ends in zip(full, beside, strict=True) for end, *_ in ends)
+                shape = sum(n for n, _ in shapes), shapes[0][1]
+                return QTensor(torch.empty(shape, dtype=self.dtype, device="meta"), None, BF16, shape)
+            self.known[key] = q, [{s.removeprefix(n) for s in own.seen if s.startswith(f"{n}.")} for n in full]
+        q, seen = self.known[key]
+        self.seen.update(name + end for name, ends in zip(full, seen, strict=True) for end in ends)
+        return q
+
+    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
+        if not self.keeps_int4:
+            return super().stored(name, shape, shard, scheme)
+        # Packed INT4 as it is stored, which the engine decodes and does not keep yet: two codes a byte, and the scales.
+        group, part = int4_group(self, name, shape), shard.slice(shape[shard.dim])
+        for end in ("weight_packed", "weight_scale", *COMPANIONS):
+            self.skip(f"{name}.{end}")
+        n, k = (part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape))
+        data = torch.empty(n, -(-k // 2), dtype=torch.uint8, device="meta")
+        scale = torch.empty(n, -(-k // group), dtype=torch.bfloat16, device="meta")
+        return QTensor(
+            data, scale, Scheme(f"int4 (groups of {group})", WeightDType.INT4, Granularity.GROUP, None, group), (n, k)
+        )
+
+    def expert_weights(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], count: int, active: int
+    ) -> None:
+        """The matrices `names` of each of `count` experts at this path, `active` of which multiply a token."""
+        names_of_all = [f"{self.prefix}{e}.{name}" for e in range(count) for name in names] if self.rules.ignore else []
+        out = [name for name in names_of_all if self.rules.ignored(name)]  # one left out leaves out all; all are asked
+        rules, kept = (QuantRules(), LEFT_OUT) if out else (self.rules, self.kept)
+        for e in range(count if self.every and not self.source.has_any else 1):
+            prefix = f"{self.prefix}{e}."
+            one = replace(self, prefix=prefix, rules=rules, kept=kept, experts=count, active=active)
+            if e == 0:
+                one.weight(names, shapes, shards)
+            else:
+                one._promise([one.prefix + name for name in names], shapes)
+                one.stacked(names, shapes, shards, rules.scheme)
+
+    def _promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+        assert isinstance(self.source, MetaSource)
+        for name, shape in zip(names, shapes, strict=True):
+            self.source.promise(name, shape)
+
+
+def walk(
+    model: Any,
+    source: MetaSource,
+    rules: QuantRules,
+    platform: Platform,
+    dtype: torch.dtype,
+    known: Known,
+    *,
+    every: bool = False,
+) -> Walk:
+    """Loads `model` as the engine would. `known` is shared by the walks over a model's sources."""
+    places = places_of(model)
+    loader = Walker(source, platform, rules, dtype, tied_head=is_tied(places), pack=_noted, known=known, every=every)
+    for path, module in places:
+        try:
+            module.load(loader.at(path))
+        except OctavoError as error:
+            loader.refuse(error)
+    try:
+        if every:
+            check_read(loader, model.ignored)
+    except OctavoError as error:
+        loader.problems.append(str(error))
+    return Walk(loader.operands, loader.problems, rules)
