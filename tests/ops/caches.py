@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from octavo.batch import ForwardBatch, StepCache
 from octavo.kvcache import LayerCache, Views
 
-__all__ = ["layer_cache", "with_padding"]
+__all__ = ["SCALES", "Scale", "layer_cache", "with_padding"]
 
 Scale = float | Sequence[float]
+# Of keys and of values: one a layer, one a head, and one of each; values that are no powers of two.
+SCALES: dict[str, tuple[Scale, Scale]] = {
+    "layer": (0.0371, 1.913),
+    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
+    "keys by head": ([0.0131, 0.271], 0.0371),
+    "values by head": (0.271, [0.733, 0.0173]),
+}
 
 
 def layer_cache(views: Views, k_scale: Scale = 1.0, v_scale: Scale = 1.0) -> LayerCache:

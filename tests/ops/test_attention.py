@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from ops.caches import Scale, layer_cache, with_padding
+from ops.caches import SCALES, Scale, layer_cache, with_padding
 from ops.shapes import BATCHES, HEADS
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, Array, Format, array, dequantize, quantize
 
@@ -162,15 +162,6 @@ implementations = pytest.mark.parametrize("op", [ops, reference], ids=["bound", 
 def test_batches(rows: str, window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
     fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
     check(scene(BATCHES[rows], (4, 2, 16), kv, platform, op), kv, fp8, window, within(2e-6, kv, op, platform))
-
-
-# Of keys and of values: one a layer, one a head, and one of each; values that are no powers of two.
-SCALES: dict[str, tuple[Scale, Scale]] = {
-    "layer": (0.0371, 1.913),
-    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
-    "keys by head": ([0.0131, 0.271], 0.0371),
-    "values by head": (0.271, [0.733, 0.0173]),
-}
 
 
 @implementations

@@ -26,12 +26,12 @@ class Kernel:
 def test_a_kernel_is_launched_with_the_options_of_all() -> None:
     kernel, x = Kernel(), torch.ones(3)
     launch.launch(kernel, (2, 3), x, 5, BLOCK=16)
-    overlap = {"PDL": True, "launch_pdl": True} if launch.platform().has_dependent_launch else {"PDL": False}
+    overlap = {"PDL": True, "launch_pdl": True} if launch._platform.has_dependent_launch else {"PDL": False}
     assert kernel.launched == [((2, 3), (x, 5), {"BLOCK": 16, **overlap})]
 
 
 def test_what_is_launched_depends_on_the_platform_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_platform", launch.platform())  # which is put back
+    monkeypatch.setattr(launch, "_platform", launch._platform)  # which is put back
     made = {}
     for arch in ("sm_89", "sm_90", "sm_100", "gfx942"):
         fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn

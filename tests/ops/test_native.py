@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from ops.caches import Scale, layer_cache, with_padding
+from ops.caches import SCALES, Scale, layer_cache, with_padding
 from ops.sampled import SPREADS, check_draw
 from ops.shapes import BATCHES, HEADS, LINEAR
-from ops.test_attention import FP8, KV_DTYPES, SCALES, check, scene
+from ops.test_attention import FP8, KV_DTYPES, check, scene
 from ops.test_linear import activations
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array

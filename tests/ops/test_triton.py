@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative_error
-from ops.caches import Scale, layer_cache, with_padding
+from ops.caches import SCALES, Scale, layer_cache, with_padding
 from ops.interpreter import HAS_GPU
 from ops.shapes import BATCHES, HEADS, LINEAR
 
@@ -20,11 +20,6 @@ from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
-SCALES: dict[str, tuple[Scale, Scale]] = {
-    "heads": ([0.0131, 0.271], [0.733, 0.0173]),
-    "keys by head": ([0.0131, 0.271], 0.0371),
-    "values by head": (0.271, [0.733, 0.0173]),
-}
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 FP8 = [torch.float8_e4m3fn]  # the interpreter has no e4m3fnuz; that one is compiled, in test_compile.py
 KV_DTYPES = ["auto", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"]
@@ -182,7 +177,7 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("dim", "rotated", "tokens"), [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)])
 def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str) -> None:
-    rotated_and_written(dim, rotated, tokens, normed, kv, (0.3, 0.2))
+    check_rope_write_kv(dim, rotated, tokens, normed, kv, (0.3, 0.2))
 
 
 @pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_per_token_head", "auto"])
@@ -192,12 +187,12 @@ def test_rope_write_kv_by_scales_of_heads(
     tokens: int, scales: tuple[Scale, Scale], kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By programs of one head and of several."""
-    rotated_and_written(24, 12, tokens, False, kv, scales)
+    check_rope_write_kv(24, 12, tokens, False, kv, scales)
     monkeypatch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
-    rotated_and_written(32, 32, tokens, True, kv, scales)
+    check_rope_write_kv(32, 32, tokens, True, kv, scales)
 
 
-def rotated_and_written(dim: int, rotated: int, tokens: int, normed: bool, kv: str, scales: tuple[Scale, Scale]) -> None:
+def check_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str, scales: tuple[Scale, Scale]) -> None:
     heads, kv_heads, block_size = 8, 4, 4
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE).bfloat16()
     qkv[1, heads + 1, 3], qkv[2, -1, 2] = float("nan"), float("inf")
@@ -238,17 +233,17 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str) -> None:
-    attended(rows, heads, window, kv, (0.04, 0.03))
+    check_attention(rows, heads, window, kv, (0.04, 0.03))
 
 
 @pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("rows", ["decode", "mixed"])
 def test_attention_by_scales_of_heads(rows: str, scales: str, kv: str) -> None:
-    attended(BATCHES[rows], (4, 2, 16), None, kv, SCALES[scales])
+    check_attention(BATCHES[rows], (4, 2, 16), None, kv, SCALES[scales])
 
 
-def attended(
+def check_attention(
     rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str, scales: tuple[Scale, Scale]
 ) -> None:
     query_heads, kv_heads, dim = heads
@@ -298,23 +293,23 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rotated: int) -> None:
     """As `rope_write_kv` and attention one after the other; the new token is a block's first, its last, alone."""
-    news([1, 64, 65, 300], 0, kv, splits, normed, dim, rotated, (0.04, 0.03))
+    check_new_tokens([1, 64, 65, 300], 0, kv, splits, normed, dim, rotated, (0.04, 0.03))
 
 
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decode_of_new_tokens_by_scales_of_heads(splits: int, scales: str) -> None:
-    news([1, 65, 130], 0, "fp8_e4m3", splits, False, 64, 64, SCALES[scales])
+    check_new_tokens([1, 65, 130], 0, "fp8_e4m3", splits, False, 64, 64, SCALES[scales])
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_rows_without_a_context_are_zeros(kv: str, splits: int) -> None:
     """As a graph has them; they bring tokens, which are not written, not even to the scratch block."""
-    news([1, 65, 130], 3, kv, splits, True, 64, 64, (0.04, 0.03))
+    check_new_tokens([1, 65, 130], 3, kv, splits, True, 64, 64, (0.04, 0.03))
 
 
-def news(
+def check_new_tokens(
     lengths: list[int], padding: int, kv: str, splits: int, normed: bool, dim: int, rotated: int, scales: tuple[Scale, Scale]
 ) -> None:
     """Requests of `lengths` with their new tokens, and rows that pad them, against the reference, which has those alone; a

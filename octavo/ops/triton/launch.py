@@ -33,7 +33,6 @@ __all__ = [
     "head_strides",
     "launch",
     "pipeline",
-    "platform",
     "power_of_2",
     "registers",
     "release",
@@ -54,11 +53,6 @@ def configure(platform: Platform) -> None:
     """Settle which device this process's kernels are made for."""
     global _platform
     _platform = platform
-
-
-def platform() -> Platform:
-    """What kernels are made for."""
-    return _platform
 
 
 def pipeline(stages: int) -> int:

@@ -30,7 +30,7 @@ from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, SamplingParams
 from octavo.models.interface import Head
-from octavo.quant import WeightDType
+from octavo.quant import SCHEMES, WeightDType
 
 __all__ = [
     "REFERENCE",
@@ -60,13 +60,14 @@ class Variant:
 
     def config(self, base: EngineConfig) -> EngineConfig:
         """The user's configuration with this variant's scheme, cache and ignore list."""
-        ignore = (*base.quantization_ignore, *self.ignore) if self.scheme != "bf16" else ()
+        quantized = SCHEMES[self.scheme].quantized
+        ignore = (*base.quantization_ignore, *self.ignore) if quantized else ()
         return replace(
             base,
             quantization=self.scheme,
             kv_cache_dtype=self.kv,
             quantization_ignore=tuple(dict.fromkeys(ignore)),
-            quantize_lm_head=base.quantize_lm_head and self.scheme != "bf16",
+            quantize_lm_head=base.quantize_lm_head and quantized,
             quantization_config=None,
         )
 

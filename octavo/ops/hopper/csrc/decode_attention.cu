@@ -40,7 +40,6 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
     const int own = threadIdx.x / 32 - CONSUMERS / 32 - 1, lane = threadIdx.x % 32;
     const float k_scale = __ldg(s.call.k_scale), v_scale = __ldg(s.call.v_scale);
-    if (threadIdx.x == THREADS - 32) m.v_scale = v_scale;
     for (Place<SEGMENTS> at;; at.next()) {
         Ready &to = m.ready[at.at];
         wait(m.told + at.at, at.parity);
@@ -49,6 +48,7 @@ INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
             for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h, k_scale);
             const bool brings = ends_with_new_token(s.call, g) && own >= PREPARERS - 2, key = own == PREPARERS - 1;
             const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key, key ? k_scale : v_scale) : 0;
+            if (own == PREPARERS - 3 && lane == 0) m.v_scale = v_scale; /* the same each time; here it has come, and nobody waits for it */
             show_matrix_unit();
             __syncwarp();
             if (lane == 0) arrive(m.prepared + at.at);
