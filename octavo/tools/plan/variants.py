@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from octavo.config import EngineConfig
 from octavo.engine.memory import cache_room, check_weights, plan_blocks
 from octavo.errors import OctavoError
+from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.accelerators import GIB, Accelerator
 from octavo.tools.plan.roofline import Deployment, decode_rate, prefill_rate
 from octavo.tools.plan.subject import Subject, Variant
@@ -164,7 +165,8 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     config = replace(config, kv_cache_dtype=variant.kv)
     try:
         if config.load_format != "dummy":
-            matrices = sum(o.values for o in found.operands if not o.is_vector)
+            int4 = WeightDType.INT4  # eight values are one of its headers' words
+            matrices = sum(o.values // (8 if o.scheme.dtype is int4 else 1) for o in found.operands if not o.is_vector)
             check_weights(machine, matrices, fp8=variant.scheme != "bf16" or variant.native)
         budget = plan_blocks(config, loaded, token, length, weights, working)
     except OctavoError as error:
