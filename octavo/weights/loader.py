@@ -86,7 +86,6 @@ class Loader:
     seen: set[str] = field(default_factory=set)
     tied_head: bool = False  # whether the model's head multiplies by its embedding
     embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a head tied to one
-    pack: Callable[..., ops.PackedWeight] = ops.pack  # lays a finished weight out; a plan only notes it
 
     def at(self, path: str) -> Loader:
         return replace(self, prefix=f"{path}." if path else "")
@@ -131,9 +130,13 @@ class Loader:
         """
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
-        packed = self.pack(q.padded(self.platform.fp8_alignment), self.platform, looked_up=looked_up)
+        packed = self.pack(q.padded(self.platform.fp8_alignment), looked_up=looked_up)
         self.report.add(self.prefix + names[0], q.scheme, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
         return packed
+
+    def pack(self, q: QTensor, *, looked_up: bool = False) -> ops.PackedWeight:
+        """A finished weight, laid out for this platform."""
+        return ops.pack(q, self.platform, looked_up=looked_up)
 
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
@@ -164,7 +167,7 @@ class Loader:
         if isinstance(matrix, ops.PackedWeight):
             return matrix
         q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
-        packed = self.pack(q, self.platform)
+        packed = self.pack(q)
         self.report.add("lm_head", BF16, 0, 0, packed.held_bytes - packed.shared_bytes(q))
         return packed
 

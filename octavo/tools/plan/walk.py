@@ -113,10 +113,6 @@ class Planned(PackedWeight):
         self.q, self.held_bytes = q, q.nbytes
 
 
-def _noted(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    return Planned(q)
-
-
 Known = dict[Any, tuple[QTensor, list[set[str]]]]
 
 
@@ -176,6 +172,9 @@ class Walker(Loader):
         sharing = max(shard.copies for shard in shards)
         self.operands.append(replace(operand, active=0 if looked_up else self.active, sharing=sharing))
         return packed
+
+    def pack(self, q: QTensor, *, looked_up: bool = False) -> PackedWeight:
+        return Planned(q)
 
     def _why(self, name: str, q: QTensor, is_head: bool, looked_up: bool) -> str:
         if q.scheme.quantized:
@@ -271,7 +270,7 @@ def walk(
 ) -> Walk:
     """Loads `model` as the engine would. `known` is shared by the walks over a model's sources."""
     places = places_of(model)
-    loader = Walker(source, platform, rules, dtype, tied_head=is_tied(places), pack=_noted, known=known, every=every)
+    loader = Walker(source, platform, rules, dtype, tied_head=is_tied(places), known=known, every=every)
     for path, module in places:
         try:
             module.load(loader.at(path))
