@@ -30,7 +30,7 @@ def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
     """x / by at the addresses `at`, as codes or as the values that they are."""
     dtype: tl.constexpr = cache.dtype.element_ty
     if dtype.primitive_bitwidth == 8:
-        x = to_fp8(x / by, LIMIT, dtype)
+        x = to_fp8(tl.div_rn(x, by), LIMIT, dtype)
     tl.store(cache + at, x.to(dtype), mask=ok)
 
 
