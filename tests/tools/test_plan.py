@@ -128,7 +128,6 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
             ("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"),
             ", use --kv-cache-dtype fp8 (half of it)",
         ),
-        (("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8"), "reads packed INT4 but does not keep it yet"),
         (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
         (("Llama-3.1-8B", "-q", "bf16", "--quantize-lm-head"), "--quantize-lm-head needs a scheme"),
     ],
@@ -138,6 +137,15 @@ def test_refusals_are_one_sentence_each(words: tuple[str, ...], sentence: str) -
     found = refusals(plan_of(*chosen))
     assert any(sentence in text for text in found), found
     assert all(text.endswith(".") and "\n" not in text for text in found)
+
+
+def test_packed_int4_is_decoded_and_said_so() -> None:
+    """The engine serves it, so a plan refuses it for nothing; what it grows to is a note."""
+    directory = Path(__file__).parents[1] / "data/formats/llm_compressor_w4a16"
+    plan = plan_of(str(directory), "--accelerator", "cpu")
+    assert not refusals(plan)
+    for one in (plan, plan_of("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8")):
+        assert "reads packed INT4 but does not keep it yet" in " ".join(notes(one))
 
 
 @pytest.mark.parametrize(

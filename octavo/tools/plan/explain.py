@@ -114,11 +114,6 @@ def refusals(plan: Plan) -> list[str]:
     q, asked, subject = plan.question, plan.asked, plan.question.subject
     out = [_refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
     out += [q.on.refusal, subject.source.refused, _refusal(lambda: architecture(subject.source.config))]
-    if asked.variant.native and any(o.scheme.dtype is WeightDType.INT4 for o in subject.base.operands):
-        grown = " and ".join(
-            f"{gb(v.weights)} in {v.variant.label}" for v in plan.variants if v.variant.label in ("BF16", "PTPC")
-        )
-        out.append(f"octavo {__version__} reads packed INT4 but does not keep it yet; decoded, the weights take {grown}.")
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
         out.append(_refusal(subject.head_scheme))
     problems = subject.base.problems
@@ -136,6 +131,11 @@ def notes(plan: Plan) -> list[str]:
     """What is worth knowing and stops nothing."""
     q, asked = plan.question, plan.asked
     out = []
+    if asked.variant.native and any(o.scheme.dtype is WeightDType.INT4 for o in q.subject.base.operands):
+        grown = " and ".join(
+            f"{gb(v.weights)} in {v.variant.label}" for v in plan.variants if v.variant.label in ("BF16", "PTPC")
+        )
+        out.append(f"octavo {__version__} reads packed INT4 but does not keep it yet; decoded, the weights take {grown}.")
     if q.subject.quantized:
         out.append(
             f"native is what the checkpoint stores ({_label(q.subject.base)}); the other columns need a BF16 checkpoint, "
