@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import multiprocessing
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from octavo.engine.worker import MakeCore
 
 __all__ = ["AsyncEngine", "EngineDead"]
+
+logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 5.0  # how long a process that was told to end may take before it is killed
 
@@ -60,6 +63,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._listeners: list[Callable[[EngineStats], None]] = []
         self._dead: str | None = None
+        self._death: asyncio.Future[str] = self._loop.create_future()
         self._closing = False
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
@@ -91,6 +95,10 @@ class AsyncEngine:
     def healthy(self) -> bool:
         """False once the engine died or was shut down."""
         return self._dead is None
+
+    async def death(self) -> str:
+        """Returns when the engine died, not when it was shut down: why, in a sentence."""
+        return await asyncio.shield(self._death)
 
     @property
     def default_sampling(self) -> dict[str, Any]:
@@ -138,7 +146,7 @@ class AsyncEngine:
         deadline = self._loop.time() + drain_seconds
         while self._streams and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
-        self._die("The engine was shut down.")
+        self._bury("The engine was shut down.")
         self._outbox.put(("shutdown",))
         await asyncio.to_thread(self._exit_code)
         self._kill()
@@ -174,6 +182,8 @@ class AsyncEngine:
                 self._connection.send(message)
         except OSError:
             pass  # the process is gone, as the reader will find
+        except Exception as error:
+            self._tell_of_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
     def _read(self) -> None:
         try:
@@ -183,10 +193,15 @@ class AsyncEngine:
             sentence = _how_it_ended(self._exit_code())
         except RuntimeError:
             return  # the loop is closed; nobody listens any more
+        except Exception as error:
+            sentence = f"What the engine sent cannot be read ({type(error).__name__})."
+        self._tell_of_death(sentence)
+
+    def _tell_of_death(self, sentence: str) -> None:
         try:
             self._loop.call_soon_threadsafe(self._receive, ("dead", sentence))
         except RuntimeError:
-            return
+            return  # the loop is closed
 
     def _receive(self, message: Message) -> None:
         kind = message[0]
@@ -210,7 +225,14 @@ class AsyncEngine:
                 del self._streams[output.request_id]
                 stream.queue.put_nowait(InvalidRequest(output.error))
                 continue
-            delta = stream.processor.process(output)
+            try:
+                delta = stream.processor.process(output)
+            except Exception as error:  # a fault of one stream must not cost the others their tokens
+                logger.error("the tokens of a request cannot be turned into text", exc_info=error)
+                del self._streams[output.request_id]
+                stream.queue.put_nowait(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))
+                self._outbox.put(("abort", [output.request_id]))
+                continue
             stream.queue.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._streams[output.request_id]
@@ -220,6 +242,12 @@ class AsyncEngine:
             listener(stats)
 
     def _die(self, sentence: str) -> None:
+        if self._dead is None:
+            self._death.set_result(sentence)
+            self._bury(sentence)
+
+    def _bury(self, sentence: str) -> None:
+        """Fails whatever still waits for the engine, and tells the listeners that nothing runs any more."""
         if self._dead is not None:
             return
         self._dead = sentence
@@ -228,6 +256,8 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.queue.put_nowait(EngineDead(sentence))
         self._streams.clear()
+        for listener in self._listeners:
+            listener(EngineStats())
 
 
 def _how_it_ended(code: int | None) -> str:

@@ -148,8 +148,9 @@ async def serve(
         progress.close()
     try:
         await _serve(args, engine, listener, template, ending, started)
-        return 0
+        return ending.exit_code
     finally:
+        ending.close()
         await engine.shutdown(0)
 
 

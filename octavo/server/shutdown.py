@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do to a server."""
+"""What ends a server: SIGTERM, SIGINT, and the death of its engine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ if TYPE_CHECKING:
 
 __all__ = ["Ending"]
 
+LAST_WORDS = 1.0  # seconds that answers which were ended get to tell their clients so
+
 
 class Ending:
-    """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once."""
+    """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once.
+
+    `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew.
+    """
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
+        self.exit_code = 0
         self._loading, self._timeout = loading, timeout
         self._server: uvicorn.Server | None = None
         self._served: Served | None = None
         self._signals = 0
-        self._draining: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._signal)
 
     def begin_with(self, server: uvicorn.Server, served: Served) -> None:
         """From now on there is a server to stop."""
         self._server, self._served = server, served
+        self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
         if self._signals:  # it came between the two
             self._drain_soon()
+
+    def close(self) -> None:
+        """Watches no more."""
+        for task in self._tasks:
+            task.cancel()
 
     def _signal(self) -> None:
         self._signals += 1
@@ -46,7 +58,7 @@ class Ending:
 
     def _drain_soon(self) -> None:
         if self._server is not None and self._served is not None:
-            self._draining = asyncio.ensure_future(self._drain(self._server, self._served))
+            self._tasks.append(asyncio.ensure_future(self._drain(self._server, self._served)))
 
     async def _drain(self, server: uvicorn.Server, served: Served) -> None:
         gate = served.gate
@@ -55,5 +67,14 @@ class Ending:
             say(f"octavo: finishing {gate.running} running request{'s' * (gate.running > 1)}; Ctrl-C again stops at once.")
         deadline = time.monotonic() + self._timeout
         while gate.running and time.monotonic() < deadline and not server.should_exit:
+            await asyncio.sleep(0.02)
+        server.should_exit = True
+
+    async def _end_with_the_engine(self, server: uvicorn.Server, served: Served) -> None:
+        sentence = await served.engine.death()
+        self.exit_code = 1
+        say(f"octavo: {sentence} The server ends with exit code 1; start it again.")
+        deadline = time.monotonic() + LAST_WORDS
+        while served.gate.running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         server.should_exit = True

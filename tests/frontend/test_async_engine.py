@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
 from octavo.frontend.llm import LLM
+from octavo.frontend.outputs import OutputProcessor
 from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, StructuredOutput, TokenOutput
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the engine's process finds FakeCore by its module's name
@@ -209,15 +211,88 @@ def test_one_thread_at_a_time_asks_how_the_process_ended():
 def test_a_killed_process_is_noticed():
     async def main():
         engine = await start()
-        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        stats = []
+        engine.add_stats_listener(stats.append)
+        tasks = [asyncio.create_task(collect(engine, [SLOW], f"r{i}", max_tokens=90)) for i in range(2)]
+        death = asyncio.create_task(engine.death())
         await asyncio.sleep(0.1)
+        assert stats[-1].num_running == 2
+        assert not death.done()
         os.kill(engine._process.pid, signal.SIGKILL)
-        with pytest.raises(EngineDead, match="killed"):
-            await task
+        for task in tasks:
+            with pytest.raises(EngineDead, match="killed"):
+                await task
         assert not engine.healthy
+        assert "killed" in await asyncio.wait_for(death, 1)
+        assert stats[-1] == EngineStats(), "gauges must not stay at their last busy values"
         await engine.shutdown()
 
     asyncio.run(main())
+
+
+def test_a_shutdown_is_no_death():
+    async def main():
+        engine = await start()
+        await engine.shutdown()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.death(), 0.2)
+
+    asyncio.run(main())
+
+
+class Unreadable:
+    """Crosses the pipe, and fails on the other side."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize("message", [("dead", Unreadable()), ("add", lambda: 0)], ids=["received", "sent"])
+def test_a_message_that_cannot_cross_ends_the_engine(message):
+    """In place of a thread that is gone, and requests that wait for ever."""
+
+    async def main():
+        engine = await start()
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.1)
+        if message[0] == "add":
+            engine._outbox.put(message)
+        else:
+            engine._connection.recv = lambda: pickle.loads(pickle.dumps(message))
+        with pytest.raises(EngineDead, match="cannot be"):
+            await asyncio.wait_for(task, 5)
+        await engine.shutdown()
+
+    asyncio.run(main())
+
+
+def test_a_stream_whose_text_fails_costs_the_others_nothing(monkeypatch, caplog):
+    async def test(engine):
+        process = OutputProcessor.process
+
+        def fail(self, output):
+            if output.request_id == "bad" and output.token_ids[0] % 100 == 15:
+                raise ValueError("no such text")
+            return process(self, output)
+
+        monkeypatch.setattr(OutputProcessor, "process", fail)
+        bad = asyncio.create_task(collect(engine, [10, SLOW, 10], "bad", max_tokens=90))
+        good = asyncio.create_task(collect(engine, [10, SLOW, 10], "good", max_tokens=20))
+        with pytest.raises(OctavoError, match="cannot be turned into text"):
+            await bad
+        assert [d.token_ids[0] for d in await good] == list(range(11, 31))
+        await idle_now(engine)
+
+    with_engine(test)
+    assert "no such text" in caplog.text
+
+
+async def idle_now(engine):
+    """Returns once a request of one token brought the word that nothing else runs."""
+    stats = []
+    engine.add_stats_listener(stats.append)
+    await collect(engine, [1], "last", max_tokens=1)
+    assert stats[-1].num_running == 0
 
 
 def test_what_cannot_be_served():

@@ -28,6 +28,7 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []  # what an engine would have been asked
         self.aborted: list[str] = []
         self.listeners: list[Callable[[EngineStats], None]] = []
+        self._death: asyncio.Queue[str] = asyncio.Queue()
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
@@ -77,6 +78,14 @@ class FakeEngine:
         if params.prompt_logprobs is None:
             return None
         return [None, *(self._logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
+
+    async def death(self) -> str:
+        """Returns when a test killed this engine: the sentence that it gave to `die`."""
+        return await self._death.get()
+
+    def die(self, sentence: str) -> None:
+        self.healthy = False
+        self._death.put_nowait(sentence)
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         self.healthy = False

@@ -1,12 +1,14 @@
 """The `octavo` command over the fake engine: quick to start, and as slow at answering as a test needs.
 
-The environment variable FAKE_LOAD says how many seconds loading takes, FAKE_DELAY how many a token does.
+The environment variable FAKE_LOAD says how many seconds loading takes, FAKE_DELAY how many a token does. SIGUSR1 kills the
+engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ async def start(config: Any, on_progress: Any = None) -> FakeEngine:
     await asyncio.sleep(float(os.environ.get("FAKE_LOAD", "0")))
     engine = FakeEngine(" word" * 60)
     engine.delay = float(os.environ.get("FAKE_DELAY", "0"))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, engine.die, "The fake engine died.")
     return engine
 
 

@@ -95,6 +95,15 @@ def test_a_signal_while_loading(serve: MakeServer) -> None:
     assert server.log[-1] == "octavo: stopped while loading.\n"
 
 
+def test_a_dead_engine_ends_the_server_with_an_exit_code_to_act_on(serve: MakeServer) -> None:
+    server = serve(delay=0.02)
+    with post(server, stream=True) as stream:
+        assert stream.readline().startswith(b"data: ")
+        server.signal(signal.SIGUSR1)  # this kills the fake engine
+        assert server.end(5) == 1
+    assert server.log[-1] == "octavo: The fake engine died. The server ends with exit code 1; start it again.\n"
+
+
 def test_unknown_variables_are_named_once(serve: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V1", "1")
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "X")
