@@ -65,6 +65,7 @@ class AsyncEngine:
         self._dead: str | None = None
         self._death: asyncio.Future[str] = self._loop.create_future()
         self._closing = False
+        self._owes_since: float | None = None  # by the loop's clock; None while the engine has nothing to do
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
@@ -101,6 +102,11 @@ class AsyncEngine:
         return await asyncio.shield(self._death)
 
     @property
+    def silent_seconds(self) -> float:
+        """For how long the engine has had work and sent nothing; 0 while it has none, and once it is dead."""
+        return 0.0 if self._owes_since is None or self._dead is not None else self._loop.time() - self._owes_since
+
+    @property
     def default_sampling(self) -> dict[str, Any]:
         """The sampling values that the checkpoint recommends, by SamplingParams' names."""
         return self.tokenizer.default_sampling if self.tokenizer else {}
@@ -126,7 +132,7 @@ class AsyncEngine:
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-            self._outbox.put(("add", request))
+            self._ask(("add", request))
         running = len(requests)
         try:
             while running:
@@ -138,7 +144,7 @@ class AsyncEngine:
         finally:
             left = [request.request_id for request in requests if self._streams.pop(request.request_id, None)]
             if left:
-                self._outbox.put(("abort", left))
+                self._ask(("abort", left))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         """Takes no new requests, lets the running ones end for `drain_seconds`, then ends the process. Never hangs."""
@@ -150,6 +156,20 @@ class AsyncEngine:
         self._outbox.put(("shutdown",))
         await asyncio.to_thread(self._exit_code)
         self._kill()
+
+    def fail_running(self, error: OctavoError) -> None:
+        """Ends every running request with `error`."""
+        if self._streams:
+            self._ask(("abort", list(self._streams)))
+        for stream in self._streams.values():
+            stream.queue.put_nowait(error)
+        self._streams.clear()
+
+    def _ask(self, message: Message) -> None:
+        """Sends what the engine answers with a step."""
+        if self._owes_since is None:
+            self._owes_since = self._loop.time()
+        self._outbox.put(message)
 
     def _raise_if_gone(self) -> None:
         if self._dead is not None:
@@ -231,13 +251,15 @@ class AsyncEngine:
                 logger.error("the tokens of a request cannot be turned into text", exc_info=error)
                 del self._streams[output.request_id]
                 stream.queue.put_nowait(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))
-                self._outbox.put(("abort", [output.request_id]))
+                self._ask(("abort", [output.request_id]))
                 continue
             stream.queue.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._streams[output.request_id]
                 if output.finish_reason is None:  # a stop string: the engine sees only tokens
-                    self._outbox.put(("abort", [output.request_id]))
+                    self._ask(("abort", [output.request_id]))
+        busy = self._streams or stats.num_running or stats.num_waiting
+        self._owes_since = self._loop.time() if busy else None
         for listener in self._listeners:
             listener(stats)
 
@@ -253,9 +275,7 @@ class AsyncEngine:
         self._dead = sentence
         if not self._ready.done():
             self._ready.set_exception(OctavoError(sentence))
-        for stream in self._streams.values():
-            stream.queue.put_nowait(EngineDead(sentence))
-        self._streams.clear()
+        self.fail_running(EngineDead(sentence))
         for listener in self._listeners:
             listener(EngineStats())
 

@@ -83,6 +83,9 @@ def _model(served: Served, request: Request) -> Response:
 def _health(served: Served, _: Request) -> Response:
     if not served.engine.healthy:
         raise ApiError(503, "The engine is dead; the server needs a new start.", code="engine_unavailable")
+    if served.stalled:
+        silent = served.engine.silent_seconds
+        raise ApiError(503, f"The engine has had work for {silent:.0f} s and made no step.", code="engine_stalled")
     if served.gate.closing:
         raise ApiError(503, "The server is shutting down.", code="shutting_down")
     return Response()

@@ -62,7 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"
     )
     group.add_argument(
-        "--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="for running answers (%(default)s)"
+        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running answers (%(default)s)"
+    )
+    group.add_argument(
+        "--engine-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="/health says 503 when a busy engine makes no step for so long (%(default)s); 0 never does",
     )
     group.add_argument("--uvicorn-log-level", default="warning", metavar="LEVEL", help="%(default)s; info or debug show more")
     for flag, takes_value in IGNORED.items():
@@ -76,6 +83,15 @@ def _port(text: str) -> int:
 
 
 _port.__name__ = "port"  # argparse says "invalid port value"
+
+
+def _seconds(text: str) -> float:
+    if not 0 <= (seconds := float(text)) < float("inf"):
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "number of seconds"
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
@@ -169,6 +185,7 @@ async def _serve(
     served = make_served(
         engine, args.served_model_name or [args.model or DEMO_NAME], template, args.tool_call_parser, args.reasoning_parser
     )
+    served.engine_timeout = args.engine_timeout
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(

@@ -59,9 +59,15 @@ class Served:
     chat_template: str | None = None  # instead of the checkpoint's
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    engine_timeout: float = 0.0  # seconds without a step after which a busy engine counts as stalled; 0: never
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has had work for too long without a step."""
+        return 0 < self.engine_timeout < self.engine.silent_seconds
 
     @property
     def tokenizer(self) -> Tokenizer:

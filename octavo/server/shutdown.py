@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from octavo.server.console import say
+from octavo.server.error_responses import ApiError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -27,6 +28,7 @@ class Ending:
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
         self.exit_code = 0
+        self._hurried = False
         self._loading, self._timeout = loading, timeout
         self._server: uvicorn.Server | None = None
         self._served: Served | None = None
@@ -39,6 +41,7 @@ class Ending:
         """From now on there is a server to stop."""
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
+        self._tasks.append(asyncio.ensure_future(_tell_of_stalls(served)))
         if self._signals:  # it came between the two
             self._drain_soon()
 
@@ -54,7 +57,7 @@ class Ending:
         elif self._signals == 1:
             self._drain_soon()
         else:
-            self._server.force_exit = self._server.should_exit = True
+            self._hurried = True
 
     def _drain_soon(self) -> None:
         if self._server is not None and self._served is not None:
@@ -66,9 +69,15 @@ class Ending:
         if gate.running:
             say(f"octavo: finishing {gate.running} running request{'s' * (gate.running > 1)}; Ctrl-C again stops at once.")
         deadline = time.monotonic() + self._timeout
-        while gate.running and time.monotonic() < deadline and not server.should_exit:
+        while gate.running and time.monotonic() < deadline and not self._hurried:
+            await asyncio.sleep(0.02)
+        cut = ApiError(503, "The server is shutting down and could not wait for the end of this answer.", code="shutting_down")
+        deadline = time.monotonic() + LAST_WORDS
+        while gate.running and time.monotonic() < deadline:
+            served.engine.fail_running(cut)
             await asyncio.sleep(0.02)
         server.should_exit = True
+        server.force_exit = self._hurried
 
     async def _end_with_the_engine(self, server: uvicorn.Server, served: Served) -> None:
         sentence = await served.engine.death()
@@ -78,3 +87,15 @@ class Ending:
         while served.gate.running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         server.should_exit = True
+
+
+async def _tell_of_stalls(served: Served) -> None:
+    """Says when the engine is found to stand still, and when it goes on."""
+    told = False
+    while True:
+        await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)
+        if served.stalled and not told:
+            say(f"octavo: the engine has had work for {served.engine.silent_seconds:.0f} s and made no step; /health says 503.")
+        elif told and not served.stalled:
+            say("octavo: the engine goes on.")
+        told = served.stalled

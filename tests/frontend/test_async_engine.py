@@ -230,6 +230,35 @@ def test_a_killed_process_is_noticed():
     asyncio.run(main())
 
 
+def test_an_engine_that_owes_a_step_is_counted_silent():
+    async def test(engine):
+        assert engine.silent_seconds == 0
+        os.kill(engine._process.pid, signal.SIGSTOP)
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=5))
+        await asyncio.sleep(0.3)
+        assert engine.silent_seconds > 0.25
+        task.cancel()
+        await asyncio.sleep(0.1)
+        assert engine.silent_seconds > 0.35, "a client that gave up is no sign of life"
+        os.kill(engine._process.pid, signal.SIGCONT)
+        assert len(await collect(engine, [SLOW], "again", max_tokens=10)) == 10
+        assert engine.silent_seconds == 0
+
+    with_engine(test)
+
+
+def test_running_requests_can_be_failed():
+    async def test(engine):
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.1)
+        engine.fail_running(OctavoError("enough"))
+        with pytest.raises(OctavoError, match="enough"):
+            await task
+        await idle_now(engine)
+
+    with_engine(test)
+
+
 def test_a_shutdown_is_no_death():
     async def main():
         engine = await start()

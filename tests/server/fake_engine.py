@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from octavo.demo import MODEL_DIR
+from octavo.errors import OctavoError
 from octavo.frontend.async_engine import EngineDead
 from octavo.frontend.outputs import Delta
 from octavo.frontend.requests import engine_requests
@@ -28,6 +29,8 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []  # what an engine would have been asked
         self.aborted: list[str] = []
         self.listeners: list[Callable[[EngineStats], None]] = []
+        self.silent_seconds = 0.0
+        self._failure: OctavoError | None = None
         self._death: asyncio.Queue[str] = asyncio.Queue()
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
@@ -51,6 +54,8 @@ class FakeEngine:
         try:
             for position, token in enumerate(ids):
                 await asyncio.sleep(self.delay)
+                if self._failure is not None:
+                    raise self._failure
                 if position == self.fail_after:
                     raise EngineDead("The engine died.")
                 last = position == len(ids) - 1
@@ -86,6 +91,9 @@ class FakeEngine:
     def die(self, sentence: str) -> None:
         self.healthy = False
         self._death.put_nowait(sentence)
+
+    def fail_running(self, error: OctavoError) -> None:
+        self._failure = error
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         self.healthy = False

@@ -284,6 +284,23 @@ def test_health_follows_the_engine(client: Client) -> None:
     assert response.json()["error"]["type"] == "server_error"
 
 
+def test_health_sees_an_engine_that_stands_still(client: Client) -> None:
+    client.served.engine_timeout = 30.0
+    client.engine.silent_seconds = 29.0
+    assert client.get("/health").status_code == 200
+    client.engine.silent_seconds = 31.0
+    response = client.get("/health")
+    assert response.status_code == client.get("/ping").status_code == 503
+    assert response.json()["error"] == {
+        "message": "The engine has had work for 31 s and made no step.",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_stalled",
+    }
+    client.served.engine_timeout = 0.0
+    assert client.get("/health").status_code == 200
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_an_engine_that_dies_ends_the_stream_with_an_error(client: Client, path: str) -> None:
     client.engine.fail_after = 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,16 +195,43 @@ def test_sigterm_while_streaming() -> None:
             server.stop()
 
 
+def test_a_stopped_engine_turns_health_503() -> None:
+    server = Server(*FLAGS, "--engine-timeout", "1")
+    try:
+        engine = _engine_of(server)
+        os.kill(engine, signal.SIGSTOP)
+        time.sleep(1.5)
+        assert server.get("/health")[0] == 200, "an engine that has nothing to do owes no step"
+        url = f"{server.url}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client, ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.completions.create, model=MODEL, prompt=[5], max_tokens=5)
+            server.wait_for("and made no step; /health says 503", 10)
+            status, body = server.get("/health")
+            assert (status, json.loads(body)["error"]["code"]) == (503, "engine_stalled")
+            os.kill(engine, signal.SIGCONT)
+            assert answer.result(20).choices
+        server.wait_for("the engine goes on", 5)
+        assert server.get("/health")[0] == 200
+    finally:
+        server.stop()
+
+
+def _engine_of(server: Server) -> int:
+    """The id of the engine's process."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    engines = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(engines) == 1
+    return int(engines[0])
+
+
 def test_a_killed_engine_ends_the_server() -> None:
     server = Server(*FLAGS)
     try:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        engines = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len(engines) == 1
+        engine = _engine_of(server)
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, **LONG)
             next(iter(stream))
-            os.kill(int(engines[0]), signal.SIGKILL)
+            os.kill(engine, signal.SIGKILL)
             with pytest.raises(openai.APIError, match="The engine process was killed"):
                 list(stream)
         assert server.end(10) == 1, "a restart policy looks at the exit code"
