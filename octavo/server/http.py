@@ -67,7 +67,9 @@ class ClientLeft(Exception):
 
 
 async def read_json(scope: Scope, receive: Receive) -> Any:
-    """The body as JSON. Raises ApiError for one that is too large or nonsense, ClientLeft if it never comes whole."""
+    """The body as JSON. Raises ApiError for one that is too large, nonsense or not said to be JSON, ClientLeft if it never
+    comes whole."""
+    _check_content_type(Headers(scope=scope))
     too_large = ApiError(413, f"The body is over {MAX_BODY_BYTES >> 20} MiB, the most that this server reads.")
     length = Headers(scope=scope).get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
@@ -85,6 +87,17 @@ async def read_json(scope: Scope, receive: Receive) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.") from error
+
+
+def _check_content_type(headers: Headers) -> None:
+    """Raises ApiError 415 for a body that is not said to be JSON: a browser sends such without asking this server first, so
+    that any page could use it. Programs that say nothing, or what curl and urllib say on their own, are no browsers."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    browser = "origin" in headers or "sec-fetch-site" in headers
+    if browser or kind not in ("", "application/x-www-form-urlencoded"):
+        raise ApiError(415, f"The body should be JSON, not {kind or 'of no type'}; send Content-Type: application/json.")
 
 
 def parse(model: type[R], data: Any) -> R:
@@ -147,7 +160,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = ()):
         self.app, self.state = app, state
-        self._keys = [key.encode() for key in api_keys if key]
+        self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -177,7 +190,8 @@ class Gate:
             return None
         scheme, _, key = authorization.partition(" ")
         # every key is compared, in constant time, so that the answer's delay tells nothing
-        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        sent = key.strip().encode("latin-1")  # the header's own bytes, which are UTF-8 from most clients
+        matches = [hmac.compare_digest(sent, known) for known in self._keys]
         if self._keys and not (scheme.lower() == "bearer" and any(matches)):
             return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.", code="invalid_api_key")
         if self.state.closing and scope["method"] == "POST":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Callable, Generator, Sequence
@@ -101,9 +102,15 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     template = read_template(args.chat_template)
+    keys = api_keys(args.api_key)
     listener = bind(args.host, args.port)
+    if not keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        say(
+            f"octavo: no API key is asked for, and {args.host} can be reached from other machines; "
+            "give --api-key KEY, or --host 127.0.0.1 to serve this machine alone."
+        )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(serve(args, config, listener, template, started))
+        return runner.run(serve(args, config, listener, keys, template, started))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -116,13 +123,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, taken before the model is loaded: whoever must wait should not wait in vain."""
+    """The listening socket, taken before the model is loaded: whoever must wait should not wait in vain.
+
+    Clients that connect while the model is loading wait for it.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # bound alone, the port would still be free for a second server that is starting too
         except OSError:
             listener.close()
             raise
@@ -131,6 +142,16 @@ def bind(host: str, port: int) -> socket.socket:
             raise OctavoError(f"Port {port} is in use; stop what uses it, or choose another with --port.") from error
         raise OctavoError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
     return listener
+
+
+def api_keys(given: Sequence[str] | None) -> list[str]:
+    """The keys of --api-key, or else of VLLM_API_KEY. Raises OctavoError for one that is empty: it would lock nothing."""
+    variable = os.environ.get("VLLM_API_KEY")
+    keys = list(given if given is not None else [] if variable is None else [variable])
+    if any(not key.strip() for key in keys):
+        name = "VLLM_API_KEY" if given is None else "--api-key"
+        raise OctavoError(f"{name} is empty, which would leave the server open; give a key, or leave {name} out.")
+    return [key.strip() for key in keys]
 
 
 def read_template(given: str | None) -> str | None:
@@ -144,7 +165,12 @@ def read_template(given: str | None) -> str | None:
 
 
 async def serve(
-    args: argparse.Namespace, config: EngineConfig, listener: socket.socket, template: str | None, started: float
+    args: argparse.Namespace,
+    config: EngineConfig,
+    listener: socket.socket,
+    keys: Sequence[str],
+    template: str | None,
+    started: float,
 ) -> int:
     """Loads, serves and ends. The exit code."""
     from octavo.frontend.async_engine import AsyncEngine
@@ -163,7 +189,7 @@ async def serve(
     finally:
         progress.close()
     try:
-        await _serve(args, engine, listener, template, ending, started)
+        await _serve(args, engine, listener, keys, template, ending, started)
         return ending.exit_code
     finally:
         ending.close()
@@ -174,6 +200,7 @@ async def _serve(
     args: argparse.Namespace,
     engine: AsyncEngine,
     listener: socket.socket,
+    keys: Sequence[str],
     template: str | None,
     ending: Ending,
     started: float,
@@ -186,7 +213,6 @@ async def _serve(
         engine, args.served_model_name or [args.model or DEMO_NAME], template, args.tool_call_parser, args.reasoning_parser
     )
     served.engine_timeout = args.engine_timeout
-    keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
         app, log_level=args.uvicorn_log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=1, ws="none"
@@ -199,8 +225,6 @@ async def _serve(
     greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started))
     try:
         await server.serve(sockets=[listener])
-    except OSError as error:  # another process began to listen while the model was loading
-        raise OctavoError(f"Cannot listen on port {args.port}: {error.strerror or error}.") from error
     finally:
         greeting.cancel()
         await asyncio.gather(greeting, return_exceptions=True)

@@ -324,6 +324,40 @@ def test_api_key(client: Client) -> None:
         assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
 
 
+def test_a_key_beyond_ascii(client: Client) -> None:
+    client.api_keys = ["clé"]
+    for sent, status in (("clé".encode(), 200), (b"cle", 401), (b"cl\xe9", 401)):
+        assert client.get("/v1/models", headers={"Authorization": b"Bearer " + sent}).status_code == status
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+def test_bodies_that_a_page_may_send_unasked_are_refused(client: Client, path: str) -> None:
+    body = json.dumps({"prompt": "a", "messages": [USER], "tokens": [5]} if path != "/tokenize" else {"prompt": "a"})
+    form = "application/x-www-form-urlencoded"
+    for kind, more, status in [
+        ("application/json", {}, 200),
+        ("Application/JSON; charset=utf-8", {"Origin": "http://page"}, 200),
+        ("application/problem+json", {}, 200),
+        (None, {}, 200),
+        (form, {}, 200),  # what curl -d and urllib say when they are told nothing
+        ("text/plain", {}, 415),
+        ("text/plain;charset=UTF-8", {"Origin": "null"}, 415),
+        ("multipart/form-data; boundary=x", {}, 415),
+        ("application/octet-stream", {}, 415),
+        (form, {"Origin": "http://page"}, 415),
+        (form, {"Sec-Fetch-Site": "cross-site"}, 415),
+        (None, {"Origin": "http://page"}, 415),
+    ]:
+        headers = {**more, **({"Content-Type": kind} if kind else {})}
+        response = client.request("POST", path, content=body, headers=headers)
+        assert response.status_code == status, (kind, more, response.text)
+        if status == 415:
+            said = (kind or "of no type").partition(";")[0]
+            assert response.json()["error"]["message"] == (
+                f"The body should be JSON, not {said}; send Content-Type: application/json."
+            )
+
+
 def test_request_ids(client: Client) -> None:
     response = client.post(COMPLETIONS, {"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"

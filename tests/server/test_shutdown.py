@@ -120,6 +120,51 @@ def test_a_dead_engine_ends_the_server_with_an_exit_code_to_act_on(serve: MakeSe
     assert server.log[-1] == "octavo: The fake engine died. The server ends with exit code 1; start it again.\n"
 
 
+def test_a_second_server_on_a_port_is_refused_while_the_first_is_loading(serve: MakeServer) -> None:
+    first = serve(load=60, ready=False)
+    first.wait_for("octavo: loading")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        second = serve("--host", host, "--port", str(first.port), ready=False)
+        assert second.end() == 1
+        assert second.log == [f"octavo: Port {first.port} is in use; stop what uses it, or choose another with --port.\n"]
+    assert first.process.poll() is None
+
+
+def test_two_servers_that_start_together_are_one(serve: MakeServer) -> None:
+    first = serve(load=1, ready=False)
+    second = serve("--port", str(first.port), load=1, ready=False)
+    deadline = time.monotonic() + 20
+    while (ended := [s for s in (first, second) if s.process.poll() is not None]) == [] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(ended) == 1
+    assert ended[0].end() == 1
+    (other,) = {first, second} - {*ended}
+    other.wait_for("Octavo is ready")
+
+
+def test_an_open_server_says_so(serve: MakeServer) -> None:
+    sentence = "octavo: no API key is asked for, and 0.0.0.0 can be reached from other machines; "
+    for flags, said in (
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "secret"], False),
+        (["--host", "127.0.0.1"], False),
+    ):
+        server = serve(*flags, load=60, ready=False)
+        server.wait_for("octavo: loading")
+        assert any(line.startswith(sentence) for line in server.log) == said
+        server.stop()
+
+
+@pytest.mark.parametrize("flags", [[""], [" "], ["good", ""], None], ids=str)
+def test_an_empty_key_is_refused(serve: MakeServer, monkeypatch: pytest.MonkeyPatch, flags: list[str] | None) -> None:
+    if flags is None:
+        monkeypatch.setenv("VLLM_API_KEY", "")
+    server = serve(*(["--api-key", *flags] if flags else []), ready=False)
+    name = "--api-key" if flags else "VLLM_API_KEY"
+    assert server.end() == 1
+    assert server.log == [f"octavo: {name} is empty, which would leave the server open; give a key, or leave {name} out.\n"]
+
+
 def test_unknown_variables_are_named_once(serve: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V1", "1")
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "X")
