@@ -56,6 +56,8 @@ def error_response(error: BaseException) -> JSONResponse:
     headers = dict(getattr(error, "headers", None) or {})
     if answer.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if answer.status == 408:
+        headers["Connection"] = "close"  # the rest of the body would be taken for the next request
     return JSONResponse(answer.body(), answer.status, headers)
 
 

@@ -45,7 +45,13 @@ class JsonEndpoint(Generic[R]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            request = parse(self.model, await read_json(scope, receive))
+            async with asyncio.timeout(scope["state"].get("body_seconds")):
+                body = await read_json(scope, receive)
+            request = parse(self.model, body)
+        except TimeoutError:
+            late = ApiError(408, "The request's body did not come whole in time; send it faster, or again.", code="timeout")
+            await error_response(late)(scope, receive, send)
+            return
         except ClientLeft:
             return
         await while_connected(receive, self._serve(request, scope, receive, send))
@@ -153,6 +159,7 @@ class GateState:
 
     closing: bool = False
     running: int = 0
+    body_seconds: float | None = None  # for a body to come whole
 
 
 class Gate:
@@ -168,7 +175,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, body_seconds=self.state.body_seconds)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -72,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="/health says 503 when a busy engine makes no step for so long (%(default)s); 0 never does",
     )
+    group.add_argument(
+        "--client-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="for a request to come whole, and for a client to read on (%(default)s); 0 waits for ever",
+    )
     group.add_argument("--uvicorn-log-level", default="warning", metavar="LEVEL", help="%(default)s; info or debug show more")
     for flag, takes_value in IGNORED.items():
         group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
@@ -208,14 +215,22 @@ async def _serve(
     import uvicorn
 
     from octavo.server.app import make_app
+    from octavo.server.connections import protocol_class
 
     served = make_served(
         engine, args.served_model_name or [args.model or DEMO_NAME], template, args.tool_call_parser, args.reasoning_parser
     )
     served.engine_timeout = args.engine_timeout
+    served.gate.body_seconds = args.client_timeout or None
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
-        app, log_level=args.uvicorn_log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=1, ws="none"
+        app,
+        http=protocol_class(args.client_timeout),
+        log_level=args.uvicorn_log_level,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        ws="none",
     )
     server = uvicorn.Server(settings)
     server.capture_signals = _no_signals  # type: ignore[method-assign]

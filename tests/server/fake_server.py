@@ -24,7 +24,7 @@ from octavo.frontend.async_engine import AsyncEngine
 async def start(config: Any, on_progress: Any = None) -> FakeEngine:
     on_progress("loading", 0.5)
     await asyncio.sleep(float(os.environ.get("FAKE_LOAD", "0")))
-    engine = FakeEngine(" word" * 60)
+    engine = FakeEngine(" word" * int(os.environ.get("FAKE_WORDS", "60")))
     engine.delay = float(os.environ.get("FAKE_DELAY", "0"))
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, engine.die, "The fake engine died.")
     return engine
