@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import traceback
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,8 +42,24 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, _HTTP_SENTENCES.get(error.status_code, str(error.detail)))
     if isinstance(error, OctavoError):  # the engine died, or could not go on with the request
         return ApiError(503, str(error), code="engine_unavailable")
-    logger.error("a request failed", exc_info=error)
+    logger.error("a request failed\n%s", _traceback(error))
     return ApiError(500, "The server failed on this request; its log says why.")
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback, with the message on one line and of printable ASCII: it may hold what a client sent."""
+    message = str(error)[:200].encode("unicode_escape").decode()
+    lines = [*traceback.StackSummary.from_list(traceback.extract_tb(error.__traceback__)).format()]
+    cause = error.__cause__ or error.__context__
+    before = "" if cause is None else _traceback(cause) + "\nwhich led to\n"
+    return f"{before}{''.join(lines)}{type(error).__name__}: {message}"
+
+
+class _Response(JSONResponse):
+    """A sentence may hold what a client sent, and must reach it all the same."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 _HTTP_SENTENCES = {
@@ -58,7 +76,7 @@ def error_response(error: BaseException) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if answer.status == 408:
         headers["Connection"] = "close"  # the rest of the body would be taken for the next request
-    return JSONResponse(answer.body(), answer.status, headers)
+    return _Response(answer.body(), answer.status, headers)
 
 
 def from_validation(error: ValidationError) -> ApiError:

@@ -34,6 +34,7 @@ EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
 ]
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, which is a character, or alone
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -90,9 +91,23 @@ async def read_json(scope: Scope, receive: Receive) -> Any:
         if len(body) > MAX_BODY_BYTES:
             raise too_large
     try:
-        return json.loads(body)
+        text = body.decode(json.detect_encoding(body))  # json itself would let encoded surrogates pass
+        data = json.loads(text)
+        broken = _ESCAPED_SURROGATE.search(text) and not _is_text(data)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.") from error
+    if broken:
+        field = next((name for name, value in data.items() if not _is_text(value)), None) if isinstance(data, dict) else None
+        raise ApiError(400, "The body holds half of a surrogate pair, which is no Unicode text.", field and field[:80])
+    return data
+
+
+def _is_text(data: Any) -> bool:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_content_type(headers: Headers) -> None:

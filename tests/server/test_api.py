@@ -12,6 +12,7 @@ from server.api_client import Client
 from octavo.frontend import requests
 from octavo.frontend.requests import check_request
 from octavo.server.app import make_app
+from octavo.server.error_responses import ApiError, error_response
 from octavo.server.http import MAX_BODY_BYTES
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -242,6 +243,68 @@ def test_nonsense_json(client: Client, body: bytes) -> None:
     response = client.request("POST", COMPLETIONS, content=body)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("The body ")
+
+
+HALF = "\ud800\n\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *((path, {"model": HALF, "prompt": "a", "messages": [USER]}) for path in (COMPLETIONS, CHAT, "/tokenize")),
+        ("/detokenize", {"model": HALF, "tokens": [5]}),
+        (COMPLETIONS, {"prompt": "a", "stop": [HALF]}),
+        (COMPLETIONS, {"prompt": "a", HALF: 1}),
+        (COMPLETIONS, {"prompt": "a", "guided_regex": HALF}),
+        (CHAT, {"messages": [{"role": HALF, "content": "a"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": f"image_{HALF}"}]}]}),
+        (
+            CHAT,
+            {
+                "messages": [USER],
+                "tools": [{"function": {"name": "f"}}],
+                "tool_choice": {"type": "function", "function": {"name": HALF}},
+            },
+        ),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": {"x": [HALF]}}),
+    ],
+    ids=str,
+)
+def test_half_a_surrogate_pair_is_refused(
+    client: Client, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    for content in (json.dumps(body).encode(), json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")):
+        response = client.request("POST", path, content=content)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"].startswith("The body ")
+    assert not caplog.records
+    pair = client.request("POST", COMPLETIONS, content=b'{"prompt": "\\ud83d\\ude00", "echo": true, "max_tokens": 1}')
+    assert pair.json()["choices"][0]["text"].startswith("\N{GRINNING FACE}")
+
+
+def test_the_log_holds_no_raw_text_of_a_client(
+    client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        try:
+            raise KeyError("first\n\x1b[31m")
+        except KeyError as error:
+            raise ValueError(f"cannot read {HALF} caf\xe9") from error
+
+    monkeypatch.setattr(client.engine, "generate", fail)
+    response = client.post(COMPLETIONS, {"prompt": "a"})
+    assert response.status_code == 500
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert record.exc_info is None
+    assert "in fail\n" in told
+    assert told.splitlines()[-1] == r"ValueError: cannot read \ud800\n\x1b[31m caf\xe9"
+    assert "\x1b" not in told
+
+
+def test_an_error_that_repeats_what_cannot_be_encoded_is_still_told() -> None:
+    response = error_response(ApiError(404, "The model '\ud800' is not served."))
+    assert json.loads(response.body)["error"]["message"] == "The model '?' is not served."
 
 
 def test_unknown_fields_and_nulls_are_ignored(client: Client) -> None:
