@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from octavo.config import EngineConfig, config_fields, flag_of
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, shortage
 from octavo.version import __version__
 
 __all__ = ["COMMANDS", "Command", "engine_config", "main", "make_parser"]
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"octavo: '{name}' is not a command{_nearest(name, COMMANDS)} (see octavo --help)", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[name].module)
-    # Intermixed, or flags between a mode and MODEL would hide the latter.
-    given = _mode_first(_with_dashes(arguments[1:]), COMMANDS[name].modes)
-    args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
     try:
+        module = importlib.import_module(COMMANDS[name].module)
+        # Intermixed, or flags between a mode and MODEL would hide the latter.
+        given = _mode_first(_with_dashes(arguments[1:]), COMMANDS[name].modes)
+        args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
         return int(module.run(args, engine_config(args), _started()))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `octavo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if (told := shortage(error)) is None:
+            raise
+        print(f"octavo: {told}", file=sys.stderr)
         return 1
 
 

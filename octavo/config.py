@@ -166,7 +166,7 @@ def read_quantization_config(path: str) -> dict[str, Any]:
             found = json.load(file)
     except OSError as error:
         raise OctavoError(f"--quantization-config {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OctavoError(f"--quantization-config {path} is not valid JSON ({error}).") from None
     if not isinstance(found, dict):
         raise OctavoError(f"--quantization-config {path} must hold a JSON object, as `octavo compare --auto` writes one.")

@@ -1,6 +1,8 @@
 """Errors that a person can act on."""
 
-__all__ = ["InvalidRequest", "OctavoError"]
+import errno
+
+__all__ = ["InvalidRequest", "OctavoError", "shortage"]
 
 
 class OctavoError(Exception):
@@ -22,3 +24,33 @@ class InvalidRequest(OctavoError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None]]:  # crosses the engine's process border
         return type(self), (str(self), self.param)
+
+
+def shortage(error: BaseException) -> str | None:
+    """A sentence for an error by which the system, or a library, says that memory, threads or open files ran out."""
+    told = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"Too many files are open ({told}); raise the limit (ulimit -n)."
+    lacking = any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
+    if (
+        isinstance(error, MemoryError)
+        or number == errno.ENOMEM
+        or (lacking and isinstance(error, (RuntimeError, ImportError, OSError)))
+    ):
+        return (
+            f"There is too little memory ({told}); raise the limit (ulimit -v), free some, or use less of it: "
+            "a smaller --max-model-len, --cpu-kv-cache-gib or --max-num-batched-tokens."
+        )
+    return None
+
+
+# How torch, glibc's loader and Python word it.
+_SHORT_OF_MEMORY = (
+    "not enough memory",
+    "allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "can't start new thread",
+    "std::bad_alloc",
+)

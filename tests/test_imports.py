@@ -35,11 +35,12 @@ BELOW = {
     "ops": {"kvcache"},
     "kvcache": {"quant"},
     "quant": {"platform", "distributed"},
-    "platform": {"host"},
-    "text": {"messages"},
+    "platform": {"host", "files"},
+    "text": {"messages", "files"},
     "messages": set(),
     "distributed": set(),
     "host": set(),
+    "files": set(),
 }
 FOR_ALL = {"errors", "batch", "demo", "version"}  # leaves
 # Lazy imports that go up, or close a circle of folders -> why each must be.
@@ -60,7 +61,7 @@ RECURRING = {
     "engine/graphs/decode.py": "the steps whose graphs it keeps are named so, as their kernels are",
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
-API_SIDE = re.compile(r"octavo(\.cli|\.config|\.messages|\.(text|frontend|server)(\..*)?)?")
+API_SIDE = re.compile(r"octavo(\.cli|\.config|\.files|\.messages|\.(text|frontend|server)(\..*)?)?")
 
 
 class Import(NamedTuple):

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from octavo.config import EngineConfig
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, shortage
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
 
 __all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
@@ -60,8 +60,7 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
     except BrokenPipeError:
         return  # the parent is gone; nobody is left to tell
     except Exception as error:
-        if not isinstance(error, OctavoError):
-            traceback.print_exc()
+        _trace(error)
         connection.send(("dead", f"The engine stopped: {_sentence(error)}"))
         sys.exit(1)
 
@@ -83,8 +82,7 @@ def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> 
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not isinstance(error, OctavoError):
-            traceback.print_exc()
+        _trace(error)
         connection.send(("failed", _sentence(error)))
         return None
     connection.send(("ready", core.info))
@@ -127,8 +125,16 @@ def _obey(core: Core, message: Message) -> list[TokenOutput]:
     return []
 
 
+def _trace(error: Exception) -> None:
+    """Prints where it happened, unless the user can mend it."""
+    if not isinstance(error, OctavoError) and shortage(error) is None:
+        traceback.print_exc()
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OctavoError):
         return str(error)
+    if (told := shortage(error)) is not None:
+        return told
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"

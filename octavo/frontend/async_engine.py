@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import logging
 import multiprocessing
+import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import wait
@@ -281,6 +282,9 @@ class AsyncEngine:
 
 
 def _how_it_ended(code: int | None) -> str:
-    if code == -9:
+    if code == -signal.SIGKILL:
         return "The engine process was killed; the machine may have run out of memory."
+    if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+        name = signal.Signals(-code).name
+        return f"The engine process crashed ({name}); if memory is limited (ulimit -v), it may have been too little."
     return f"The engine process ended unexpectedly (exit code {code})."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
+from octavo.files import read_json
 from octavo.version import __version__
 
 if TYPE_CHECKING:
@@ -29,15 +29,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     if not directory.is_dir():
         raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
-    path = directory / "config.json"
-    if not path.exists():
+    config = read_json(directory / "config.json")
+    if config is None:
         raise OctavoError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint directory.")
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise OctavoError(f"{path} is not valid JSON ({error}); download it again.") from None
     return config
 
 

@@ -14,6 +14,9 @@ from octavo.layers.rope import rope_parameters
 __all__ = ["ConfigBase"]
 
 
+_MOST = {"num_hidden_layers": 4096}  # far over any model's: more would take minutes before the checkpoint can contradict
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfigBase:
     """The fields that every dense decoder's config.json has, under Hugging Face's names."""
@@ -63,6 +66,8 @@ class ConfigBase:
                 values[field.name] = float(value)
             elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
                 raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
+            elif kind is int and value > (most := _MOST.get(field.name, 2**31 - 1)):
+                raise OctavoError(f"config.json: {field.name} must be at most {most}, not {value}.")
             elif kind is int and value < (0 if field.name == "max_window_layers" else 1):  # every layer may slide
                 raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
         made = cls(**values, rope=rope_parameters(config))

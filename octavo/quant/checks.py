@@ -6,12 +6,12 @@ Tools write `quantization_config` (older ones `compression_config`) at the top o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.files import read_json
 from octavo.quant.scheme import BLOCK
 
 __all__ = ["check_format", "quantization_configs"]
@@ -24,10 +24,10 @@ def quantization_configs(config: Mapping[str, Any], directory: Path | None = Non
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
     found = [place[key] for place in places for key in ("quantization_config", "compression_config") if place.get(key)]
     own_file = directory / "hf_quant_config.json" if directory else None
-    if own_file and own_file.exists():
+    if own_file and (content := read_json(own_file)) is not None:
         try:
-            found.append({"quant_method": "modelopt", **json.loads(own_file.read_text())["quantization"]})
-        except (ValueError, KeyError, TypeError):
+            found.append({"quant_method": "modelopt", **content["quantization"]})
+        except (KeyError, TypeError):
             raise OctavoError(f"{own_file} is not a quantization config of ModelOpt's; download it again.") from None
     return [entry for entry in found if isinstance(entry, dict)]
 

@@ -86,6 +86,10 @@ def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
         return env.from_string(template).render
     except jinja2.TemplateSyntaxError as error:
         raise OctavoError(f"The chat template is not valid jinja (line {error.lineno}: {error.message}).") from error
+    except RecursionError as error:
+        raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
+    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # of the Python that jinja makes of it
+        raise OctavoError(f"The chat template cannot be compiled ({error}).") from error
 
 
 def _tojson(

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.files import check_regular, read_json, read_text
 
 __all__ = ["Tokenizer", "default_sampling", "eos_token_ids", "load_tokenizer"]
 
@@ -120,7 +121,12 @@ def eos_token_ids(directory: str | Path) -> frozenset[int]:
         if ids is None and isinstance(text_config, dict):
             ids = text_config.get("eos_token_id")
         if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+                raise OctavoError(
+                    f"{directory}/{name}: eos_token_id must be a token id or a list of them, not {str(ids)[:80]}."
+                )
+            return frozenset(listed)
     return frozenset()
 
 
@@ -134,9 +140,12 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
         raise OctavoError(f"{path.parent} has no tokenizer.json; add one, or send prompts as token ids.")
+    check_regular(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and where it panics a BaseException of its own
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise OctavoError(f"{path} cannot be read as a tokenizer: {error}.") from error
     tokenizer.no_truncation()  # some files keep the settings of their training run
     tokenizer.no_padding()
@@ -144,15 +153,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise OctavoError(f"{path} should hold a JSON object.")
-    return content
+    return read_json(path) or {}
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -172,13 +173,22 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     templates: dict[str, str] = {}
     if isinstance(inline, str):
         templates["default"] = inline
-    elif isinstance(inline, list):
+    elif isinstance(inline, list) and all(map(_is_named_template, inline)):
         templates.update((entry["name"], entry["template"]) for entry in inline)
+    elif inline is not None:
+        raise OctavoError(
+            f"{directory}: chat_template must be a text or a list of objects with a name and a template, "
+            f"not {str(inline)[:80]}; mend tokenizer_config.json or chat_template.json."
+        )
     more = directory / "additional_chat_templates"
     for path in [*sorted(more.glob("*.jinja")), directory / "chat_template.jinja"]:
-        if path.exists():
-            templates["default" if path.parent == directory else path.stem] = path.read_text(encoding="utf-8")
+        if (text := read_text(path)) is not None:
+            templates["default" if path.parent == directory else path.stem] = text
     return templates
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _decoder_types(decoder: Any) -> set[str]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import OctavoError
+from octavo.files import check_regular, read_json
 from octavo.platform import Platform
 from octavo.quant.formats import WHOLE, Shard
 
@@ -61,11 +62,11 @@ class Checkpoint:
         one = directory / "model.safetensors"  # some directories hold the same weights again, in another layout
         paths = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
         weight_map: dict[str, str] = {}
-        if index.exists():
+        if (content := read_json(index)) is not None:
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                paths = [directory / name for name in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError):
+                weight_map = content["weight_map"]
+                paths = [_inside(directory, name, index) for name in sorted(set(weight_map.values()))]
+            except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
             raise OctavoError(
@@ -130,15 +131,23 @@ def bytes_of(data: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def _inside(directory: Path, name: str, index: Path) -> Path:
+    """The file that an index names. Raises OctavoError for one that is not in the checkpoint's directory."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or not Path(name).parts:
+        raise OctavoError(f"{index} names the file {name!r}, which is not in the checkpoint's directory; download it again.")
+    return directory / name
+
+
 def _read_header(path: Path, file: str) -> list[StoredTensor]:
     """The entries of a file, in the order of their data."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt"), open(path, "rb") as opened:  # safetensors knows what makes a header sound
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
     except FileNotFoundError:
         raise OctavoError(f"{path} is missing, but the checkpoint's index names it; download it.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise OctavoError(f"{path} is truncated or corrupt ({error}); download it again.") from None
     header.pop("__metadata__", None)
     places = [

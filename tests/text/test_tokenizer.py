@@ -101,7 +101,7 @@ def test_clear_errors(tmp_path, demo):
         Tokenizer(tmp_path)
     sentencepiece(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(OctavoError, match=r"tokenizer_config\.json cannot be read"):
+    with pytest.raises(OctavoError, match=r"tokenizer_config\.json is not valid JSON"):
         Tokenizer(tmp_path)
     with pytest.raises(InvalidRequest, match="not valid Unicode"):
         demo.encode("half \ud800")

@@ -84,7 +84,7 @@ def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
     write_headers(tmp_path / "one.safetensors", llama_tensors())
     index = tmp_path / "model.safetensors.index.json"
     for content, message in {
-        "{": "is not a safetensors index",
+        "{": "is not valid JSON",
         json.dumps(
             {"weight_map": {"a": "two.safetensors"}}
         ): r"two\.safetensors is missing, but the checkpoint's index names it",

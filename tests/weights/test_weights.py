@@ -268,7 +268,7 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     "an empty file": (lambda path: (path / "model.safetensors").write_bytes(b""), ["model.safetensors", "corrupt"]),
     "an absent shard": (lose_a_shard, ["model-00002-of-00003.safetensors", "is missing"]),
     "an index with a tensor too many": (misplace, ["model.layers.7.mlp.up_proj.weight", "index.json"]),
-    "an index that is not JSON": (index_of("{"), ["index.json", "not a safetensors index"]),
+    "an index that is not JSON": (index_of("{"), ["index.json", "not valid JSON"]),
     "an index without a map": (index_of("{}"), ["index.json", "not a safetensors index"]),
     "an index of a list": (index_of('{"weight_map": ["a"]}'), ["index.json", "not a safetensors index"]),
     "an index of numbers": (index_of('{"weight_map": {"a": 1}}'), ["index.json", "not a safetensors index"]),
