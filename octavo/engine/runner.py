@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 def _span(item: ScheduledRequest) -> batches.Span:
     """An item for the batch; a pending token is 0 until the device puts in its value."""
     token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
-    return batches.Span(token_ids, item.start, item.request.block_ids)
+    return batches.Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
 
 
 def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:

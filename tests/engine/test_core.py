@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -508,3 +509,28 @@ def test_recorded_steps_give_what_the_model_gives(scheme: str | None, kv: str, m
         if not eager:
             assert len(core.runner.graphs) >= 5
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_rotary_rows_may_be_ahead_of_positions(make, monkeypatch, eager):
+    """Attention sees only how far apart rows are, so a request whose rows are all 7 ahead, in prefill and decode, gets the same
+    tokens; one whose rows are ahead in prefill alone does not."""
+    prompt = list(range(20, 50))
+    want = token_ids(run(make(enforce_eager=eager), [request("x", prompt)])[0])["x"]
+    asked = replace(request("x", prompt), rotary_delta=7)
+    core = make(enforce_eager=eager)
+    rows = []
+    turned, layer = core.runner.model.attention_layers()[0]._rope, core.runner.model.attention_layers()[0]
+    monkeypatch.setattr(
+        layer, "_rope", lambda batch: (rows.append((batch.rotary_rows - batch.positions).tolist()), turned(batch))[1]
+    )
+    assert token_ids(run(core, [asked])[0])["x"] == want
+    assert {delta for step in rows for delta in step} == {7}
+    core, found = make(enforce_eager=eager), []
+    core.add(asked)
+    while core.has_work():
+        found += [token for output in core.step()[0] for token in output.token_ids]
+        for sequence in core.scheduler.running:
+            sequence.rotary_delta = 0
+    assert len(found) == len(want)
+    assert found != want
