@@ -8,13 +8,12 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
 from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError
 from octavo.models import architecture, check_length
 from octavo.quant.scheme import WeightDType
-from octavo.tools.plan.subject import Variant
+from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
 from octavo.tools.plan.walk import COMPONENTS, Operand, Walk
@@ -185,9 +184,9 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
     return shlex.join(words)
 
 
-def asked_variant(config: EngineConfig, given: Container[str], native: bool) -> Variant:
+def asked_variant(subject: Subject, given: Container[str]) -> Variant:
     """What the options mean. Without --quantization, what is recommended: PTPC, or the checkpoint's codes, and an FP8 cache."""
-    scheme = config.quantization or ("bf16" if native else "ptpc_fp8")
+    config, native = subject.config, subject.quantized
     recommended = config.quantization is None and "kv_cache_dtype" not in given
-    itemsize = 4 if config.dtype == "float32" else 2
-    return Variant(scheme, native, "fp8_e4m3" if recommended else config.kv_cache_dtype, itemsize)
+    kv = "fp8_e4m3" if recommended else config.kv_cache_dtype
+    return Variant(config.quantization or ("bf16" if native else "ptpc_fp8"), native, kv, subject.itemsize)
