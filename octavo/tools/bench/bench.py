@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,8 @@ def _offline(
         from octavo.tools.bench import offline
 
         config = offline.engine_options(config, workloads, given)
-        progress = LoadingBar()
-        try:
+        with closing(LoadingBar()) as progress:
             core = EngineCore(config, progress.update)
-        finally:
-            progress.close()
         found = _about(args, config, core, time.time() - started)
         first = [offline.warm_up(core, w, config.seed) for w in workloads]
         found["first_token_s"] = first[0] - started
