@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from octavo.demo import MODEL_DIR
 from octavo.engine.loading import check_ranks
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
 from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.subject import Subject, Variant
@@ -99,28 +99,19 @@ def _caches(plan: Plan) -> list[Group]:
     return out
 
 
-def _refusal(check: Callable[[], object]) -> str | None:
-    """What `check` raises, as a sentence."""
-    try:
-        check()
-    except OctavoError as error:
-        return str(error)
-    return None
-
-
 def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
-    out = [_refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
-    out += [q.on.refusal, subject.source.refused, _refusal(lambda: architecture(subject.source.config))]
+    out = [refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
+    out += [q.on.refusal, subject.source.refused, refusal(lambda: architecture(subject.source.config))]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
-        out.append(_refusal(subject.head_scheme))
+        out.append(refusal(subject.head_scheme))
     problems = subject.base.problems
     out += problems[:3] + problems[3:][-1:]  # the first few say enough; the last is of tensors that nothing reads
-    out.append(_refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
+    out.append(refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
     if q.tp > q.number:
         out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and there are {q.number}.")
-    out.append(_refusal(lambda: subject.walk(asked.variant, q.tp)))
+    out.append(refusal(lambda: subject.walk(asked.variant, q.tp)))
     if asked.fit is not None and not asked.fit.max_model_len:
         out += asked.fit.said
     return [sentence for sentence in out if sentence]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -76,13 +77,9 @@ class Progress:
 
 def layer_errors(plan: Plan, output: Path, platform: Platform, threads: int) -> dict[str, float]:
     """||stored - w|| / ||w|| of each quantized matrix, both read from their files."""
-    written = Checkpoint(output)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(lambda piece: _error(piece, plan.checkpoint, written, platform), plan.quantized)
-            return {piece.module: error for piece, error in zip(plan.quantized, errors, strict=True)}
-    finally:
-        written.close()
+    with closing(Checkpoint(output)) as written, ThreadPoolExecutor(threads) as pool:
+        errors = pool.map(lambda piece: _error(piece, plan.checkpoint, written, platform), plan.quantized)
+        return {piece.module: error for piece, error in zip(plan.quantized, errors, strict=True)}
 
 
 def _error(piece: Piece, source: Checkpoint, written: Checkpoint, platform: Platform) -> float:
