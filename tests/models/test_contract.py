@@ -10,10 +10,11 @@ import torch
 from conftest import VOCAB, LoadModel, relative_error, tokens
 from models import toy
 from models.test_logits import CASES, randomize
+from ranks import run_ranks
 
 import octavo.models
 from octavo import LLM, SamplingParams, batch
-from octavo.distributed import TensorParallel, run_ranks
+from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
 from octavo.models.interface import ModelInput, StageState
 
