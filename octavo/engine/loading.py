@@ -17,10 +17,11 @@ from octavo.convert.save_quantized import save_quantized
 from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
-from octavo.models import read_config
+from octavo.models import read_config, same_architecture
 from octavo.models.interface import Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
+from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
@@ -45,10 +46,23 @@ def load_model(model: Model, config: EngineConfig, platform: Platform, dtype: to
 
 
 def reload_model(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
+    model: Model, config: EngineConfig, loaded: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
 ) -> tuple[LoadReport, bool]:
-    """Fills `model`, which is loaded already, where its weights are; False where not all of them could be written in place."""
-    return _load(model, config, platform, dtype, progress, in_place=True)
+    """Fills `model`, which holds the weights of `loaded`, in place; False where not all of them could be written so.
+
+    Raises OctavoError where the checkpoint is of another config.json, of other shapes or of other schemes; the old weights, of
+    which some are gone by then, are then read again.
+    """
+    directory = Path(config.model)
+    described = read_config(directory)
+    check_format(described, directory)
+    if not same_architecture(described, read_config(Path(loaded.model))):
+        raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
+    try:
+        return _load(model, config, platform, dtype, progress, in_place=True)
+    except OctavoError:
+        _load(model, loaded, platform, dtype, None, in_place=True)
+        raise
 
 
 def drop(model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from octavo.errors import OctavoError
 from octavo.layers.rope import rope_parameters
 
 __all__ = ["ConfigBase"]
+
+LARGEST = 1 << 31  # of any size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,12 @@ class ConfigBase:
                 values[field.name] = float(value)
             elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
                 raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
+            elif kind is int and value > LARGEST:
+                raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
             elif kind is int and value < (0 if field.name == "max_window_layers" else 1):  # every layer may slide
                 raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
+            if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
+                raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
         made = cls(**values, rope=rope_parameters(config))
         if made.hidden_act != "silu":
             raise OctavoError(f"config.json asks for hidden_act '{made.hidden_act}'; this architecture is served with 'silu'.")
