@@ -25,7 +25,7 @@ from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
-__all__ = ["check_ranks", "checkpoint_scheme", "describe_weights", "drop", "load_model", "reload_model"]
+__all__ = ["check_ranks", "checkpoint_scheme", "describe_weights", "drop", "load_model"]
 
 
 Told = Callable[[str, float], None] | None
@@ -37,18 +37,6 @@ def check_ranks(config: EngineConfig) -> None:
         raise OctavoError(
             f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
         )
-
-
-def load_model(model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None) -> LoadReport:
-    """Fills `model`. Raises OctavoError for whatever the user can mend."""
-    return _load(model, config, platform, dtype, progress, in_place=False)[0]
-
-
-def reload_model(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
-) -> tuple[LoadReport, bool]:
-    """Fills `model`, which is loaded already, where its weights are; False where not all of them could be written in place."""
-    return _load(model, config, platform, dtype, progress, in_place=True)
 
 
 def drop(model: Model) -> None:
@@ -77,9 +65,13 @@ def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
     return lines
 
 
-def _load(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool
+def load_model(
+    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool = False
 ) -> tuple[LoadReport, bool]:
+    """Fills `model`. Raises OctavoError for whatever the user can mend.
+
+    `in_place`: it is loaded already, and its weights are written where they are; False where not all of them could be.
+    """
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
@@ -91,7 +83,7 @@ def _load(
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
+        check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:

@@ -21,7 +21,7 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
 from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
-from octavo.engine.loading import check_ranks, describe_weights, drop, load_model, reload_model
+from octavo.engine.loading import check_ranks, describe_weights, drop, load_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
 from octavo.engine.sequence import ScheduledRequest
@@ -83,7 +83,7 @@ class ModelRunner:
 
     def _start(self) -> None:
         """Weights, cache, graphs: what `sleep` gives up."""
-        self.report = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
         self._settle_kv_scales()
         if hasattr(self.model, "fuse"):
@@ -136,7 +136,7 @@ class ModelRunner:
         Raises OctavoError where it is of other shapes or schemes: the runner's weights are then worth nothing.
         """
         config = replace(self.config, model=model, save_quantized=None)
-        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress)
+        self.report, complete = load_model(self.model, config, self.platform, self.dtype, self.progress, in_place=True)
         self.config, self.directory = config, Path(model)
         self._settle_kv_scales()
         if not complete and self.graphs is not None:

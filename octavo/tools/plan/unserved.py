@@ -7,7 +7,7 @@ multi-token prediction layers after the last, which are not loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from octavo.kvcache import Field, KVCacheSpec, Layout, spec_for
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import ColumnParallelLinear, GateUpLinear, LMHead, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import longest_context
 from octavo.quant import QuantRules
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
@@ -45,15 +46,11 @@ class UnservedModel:
     places: Places
     attention: Attention
     ignored: Sequence[str] = EXTRA
-    max_len: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        """The longest context is YaRN's stretched one where the config gives the original's."""
-        self.max_len = self.numbers["max_position_embeddings"]
+    @property
+    def max_len(self) -> int:
         rope = self.numbers.values.get("rope_parameters") or self.numbers.values.get("rope_scaling") or {}
-        if (rope.get("rope_type") or rope.get("type")) == "yarn" and rope.get("factor"):
-            original = rope.get("original_max_position_embeddings") or self.max_len
-            self.max_len = max(self.max_len, int(original * rope["factor"]))
+        return longest_context(self.numbers["max_position_embeddings"], rope)
 
     def named_modules(self) -> Iterator[tuple[str, Any]]:
         return iter((f"{path}.-" if getattr(layer, "reads_siblings", False) else path, layer) for path, layer in self.places)
