@@ -83,7 +83,7 @@ class ModelRunner:
 
     def _start(self) -> None:
         """Weights, cache, graphs: what `sleep` gives up."""
-        self.report = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
         self._settle_kv_scales()
         if hasattr(self.model, "fuse"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError
 from octavo.weights import Loader
 
-__all__ = ["RotaryEmbedding", "rope_parameters"]
+__all__ = ["RotaryEmbedding", "longest_context", "rope_parameters"]
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +44,13 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "yarn" and found["rope_theta"] <= 1:
         raise OctavoError(f"config.json: rope_type 'yarn' needs a rope_theta over 1, not {found['rope_theta']!r}.")
     return found
+
+
+def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
+    """What a model of so many positions was made for: YaRN stretches those of the original context."""
+    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not rope.get("factor"):
+        return positions
+    return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
 
 class RotaryEmbedding(nn.Module):

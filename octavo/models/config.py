@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from octavo.errors import OctavoError
-from octavo.layers.rope import rope_parameters
+from octavo.layers.rope import longest_context, rope_parameters
 
 __all__ = ["ConfigBase"]
 
@@ -37,11 +37,7 @@ class ConfigBase:
     @property
     def longest_context(self) -> int:
         """The positions that the model was made for, with what YaRN stretches them to."""
-        limit = self.max_position_embeddings
-        if self.rope["rope_type"] == "yarn" and self.rope.get("factor"):
-            original = self.rope["original_max_position_embeddings"] or limit
-            limit = max(limit, int(original * self.rope["factor"]))
-        return limit
+        return longest_context(self.max_position_embeddings, self.rope)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
