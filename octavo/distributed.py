@@ -1,6 +1,6 @@
 """Tensor parallelism: which rank this is, and the group through which ranks exchange.
 
-Collectives go through a group object, which in tests is one of threads.
+Collectives go through a group object: one over torch.distributed, or in tests a group of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Collectives", "TensorParallel"]
+__all__ = ["Collectives", "ProcessGroup", "TensorParallel"]
 
 
 class Collectives(Protocol):
@@ -25,6 +25,23 @@ class Collectives(Protocol):
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in the order of ranks."""
+
+
+class ProcessGroup:
+    """The processes of torch.distributed's default group."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x)
+        return x
+
+    def max_reduce(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(found, x.contiguous())
+        return found
 
 
 @dataclass(frozen=True)
