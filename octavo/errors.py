@@ -1,8 +1,9 @@
 """Errors that a person can act on."""
 
 import errno
+from collections.abc import Callable
 
-__all__ = ["InvalidRequest", "OctavoError", "shortage"]
+__all__ = ["InvalidRequest", "OctavoError", "refusal", "shortage"]
 
 
 class OctavoError(Exception):
@@ -24,6 +25,15 @@ class InvalidRequest(OctavoError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None]]:  # crosses the engine's process border
         return type(self), (str(self), self.param)
+
+
+def refusal(check: Callable[[], object]) -> str | None:
+    """The sentence that `check` raises; None where it passes."""
+    try:
+        check()
+    except OctavoError as error:
+        return str(error)
+    return None
 
 
 def shortage(error: BaseException) -> str | None:

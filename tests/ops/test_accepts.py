@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from octavo import ops
 from octavo.errors import OctavoError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from octavo import batch as batches
 from octavo import ops
@@ -29,7 +29,7 @@ from tests.ops.paged import requests, weight
 from tests.ops.test_decoder_megakernel import hopper, parts
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is replaced, and with it what is launched")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no accelerator: the driver is replaced")
 
 
 class Driver:

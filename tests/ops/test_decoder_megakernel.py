@@ -242,7 +242,7 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
 def test_rotary_rows_scales_and_lengths_are_read_at_the_launch(kv: str, tmp_path: Path) -> None:
     """A row that is not the token's place and scales that changed in place, beside op by op; a token without a context."""

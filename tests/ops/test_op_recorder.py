@@ -51,7 +51,7 @@ def test_kernels_run_again_with_what_is_there_now() -> None:
         assert all(map(torch.equal, out, layer(x, residual)))
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 @pytest.mark.parametrize("scales", [(0.04, 0.02), ([0.04, 0.7], [0.02, 0.3])], ids=["layer", "heads"])
 def test_a_replay_reads_the_scales_of_the_cache_as_they_are_then(scales: tuple[Scale, Scale]) -> None:
     """Of a decode step, which writes and attends; it is the recording that holds them."""
@@ -80,7 +80,7 @@ def test_a_replay_reads_the_scales_of_the_cache_as_they_are_then(scales: tuple[S
         assert all(torch.equal(views[0][name].view(torch.uint8), views[1][name].view(torch.uint8)) for name in "kv")
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_a_recording_keeps_the_scales_of_its_cache() -> None:
     spec = spec_for("fp8_e4m3", 2, 16, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD)
     views = KVCache([spec], 4, 4, torch.device("cpu")).views[0]

@@ -196,7 +196,7 @@ def test_on_a_cpu_everyone_reads_dense_values(op: str) -> None:
             assert relative_error(made.values(), one.exact) < 6e-3
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the GPU's is in test_gate_up_silu.py")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="needs a CPU (test_gate_up_silu.py has the GPU's)")
 def test_gated_linear_on_a_cpu() -> None:
     ops.bind(detect("cpu"))
     w = ops.pack(quantize(torch.randn(200, 64), FP8_PER_CHANNEL), detect("cpu"))

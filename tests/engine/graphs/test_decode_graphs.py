@@ -225,7 +225,7 @@ def test_a_request_with_fewer_blocks_than_the_one_before_it_in_the_row(model: Mo
         assert logits[0, 4 : 4 + len(held)].tolist() == held
 
 
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 def test_a_recorded_step_rotates_by_its_requests_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one in each replay; as the reference does with a table shifted by as much."""
     cos_sin, spec = torch.randn(60, 16), spec_for("auto", 2, 16, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD)
