@@ -34,7 +34,7 @@ EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
 ]
-_dump = json.JSONEncoder(separators=(",", ":")).encode
+_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class JsonEndpoint(Generic[R]):
