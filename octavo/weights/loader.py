@@ -207,6 +207,7 @@ def load(
             complete = refill(module, before) and complete
             if progress:
                 progress(done / len(places))
+        loader.source.finish()
     finally:
         loader.source.close()
     check_read(loader, ignore)
