@@ -138,6 +138,7 @@ class EngineRequest:
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     grammar: str | None = None
+    rotary_delta: int = 0  # what its tokens' rows of the rotary table are ahead of their positions
 
 
 @dataclass(slots=True)

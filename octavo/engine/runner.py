@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 def _span(item: ScheduledRequest) -> batches.Span:
     """An item for the batch; a pending token is 0 until the device puts in its value."""
     token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
-    return batches.Span(token_ids, item.start, item.request.block_ids)
+    return batches.Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
 
 
 def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
@@ -84,7 +84,7 @@ class ModelRunner:
 
     def _start(self) -> None:
         """Weights, cache, graphs: what `sleep` gives up."""
-        self.report = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
         self._settle_kv_scales()
         if hasattr(self.model, "fuse"):
@@ -139,10 +139,10 @@ class ModelRunner:
     def reload(self, model: str) -> None:
         """Takes the weights of another checkpoint directory, of the same shapes and schemes; graphs and compiled kernels stay.
 
-        Raises OctavoError where it is of other shapes or schemes: the runner's weights are then worth nothing.
+        Raises OctavoError where its config.json, shapes or schemes are others; the old weights are then read again.
         """
         config = replace(self.config, model=model, save_quantized=None)
-        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress)
+        self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress)
         self.config, self.directory = config, Path(model)
         self._settle_kv_scales()
         if not complete and self.graphs is not None:
@@ -152,6 +152,8 @@ class ModelRunner:
     def sleep(self) -> None:
         """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
         self.graphs = self.prompts = None
+        if hasattr(self.model, "unfuse"):
+            cast("FusedModel", self.model).unfuse()
         self.model.bind_cache([{} for _ in self.cache.views])
         drop(self.model)
         del self.cache

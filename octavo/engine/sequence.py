@@ -25,6 +25,7 @@ class Request:
         self.params = request.params
         self.eos_token_ids = request.eos_token_ids
         self.prompt_token_ids = request.prompt_token_ids
+        self.rotary_delta = request.rotary_delta
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.token_ids = list(request.prompt_token_ids)  # prompt and output
         self.num_pending = 0  # tokens that scheduled steps choose and `update` has not brought yet

@@ -10,7 +10,7 @@ from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
-from octavo.messages import SamplingParams
+from octavo.messages import Logprobs, SamplingParams
 from octavo.server.http import Answer, merge
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
@@ -153,12 +153,11 @@ class _Job:
 
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
         index = number * self.params.n + delta.index
-        before = self._echo(number, delta) if index not in self.offsets else _Echo()
+        text, entries = self._echo(number, delta) if self.request.echo and index not in self.offsets else ("", [])
         offset = self.offsets.get(index, 0)
-        entries = before.entries
         if delta.logprobs is not None:
-            entries = entries + list(zip(delta.token_ids, delta.logprobs, strict=False))
-        text = before.text + delta.text
+            entries += zip(delta.token_ids, delta.logprobs, strict=False)
+        text += delta.text
         self.offsets[index] = offset + len(text)
         logprobs = None
         if self.params.logprobs is not None:
@@ -174,22 +173,13 @@ class _Job:
             piece["prompt_logprobs"] = prompt_logprobs(self.served.engine.tokenizer, delta.prompt_logprobs)
         return piece
 
-    def _echo(self, number: int, delta: Delta) -> _Echo:
-        if not self.request.echo:
-            return _Echo()
+    def _echo(self, number: int, delta: Delta) -> tuple[str, list[tuple[int, Logprobs | None]]]:
+        """The prompt as the start of an answer: its text, and its tokens with their log-probabilities if they are asked for."""
         prompt = self.prompts[number]
         given = _prompts(self.request.prompt)[number]
         text = given if isinstance(given, str) else self.served.tokenizer.decode(given)
         known = delta.prompt_logprobs if self.params.logprobs is not None else None
-        return _Echo(text, list(zip(prompt, known, strict=False)) if known else [])
-
-
-@dataclass(slots=True)
-class _Echo:
-    """The prompt as the start of an answer."""
-
-    text: str = ""
-    entries: list[tuple[int, Any]] = field(default_factory=list)
+        return text, list(zip(prompt, known, strict=False)) if known else []
 
 
 def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import COMMON, tokens
+from engine.books import check_books
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
@@ -69,7 +71,7 @@ def run(core: EngineCore, requests: list[EngineRequest], apart: int = 0) -> tupl
         step += 1
         assert step < 3000
     assert not core.generations
-    core.scheduler.pool.check([])
+    check_books(core.scheduler.pool, [])
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
     return outputs, sums
 
@@ -169,7 +171,7 @@ def test_abort(make):
             before = core.scheduler.pool.num_free
             core.abort("long")
             assert core.scheduler.pool.num_free - before == 24  # 90 prompt and 5 more tokens, 4 a block
-            core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+            check_books(core.scheduler.pool, [r.block_ids for r in core.scheduler.running])
         for output in core.step()[0]:
             if output.request_id in got:
                 got[output.request_id] += output.token_ids
@@ -343,12 +345,12 @@ def test_ahead_aborts(make, seed):
         for output in core.step()[0]:
             assert output.request_id not in gone
             got[output.request_id] += output.token_ids
-        core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+        check_books(core.scheduler.pool, [r.block_ids for r in core.scheduler.running])
         if rng.random() < 0.15 and len(gone) < 5:
             name = rng.choice(PLAIN).request_id
             core.abort(name)
             gone.add(name)
-    core.scheduler.pool.check([])
+    check_books(core.scheduler.pool, [])
     assert not core.generations
     assert not core.runner.histories._places
     assert all(tokens == alone[name][: len(tokens)] for name, tokens in got.items())
@@ -508,3 +510,28 @@ def test_recorded_steps_give_what_the_model_gives(scheme: str | None, kv: str, m
         if not eager:
             assert len(core.runner.graphs) >= 5
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_rotary_rows_may_be_ahead_of_positions(make, monkeypatch, eager):
+    """Attention sees only how far apart rows are, so a request whose rows are all 7 ahead, in prefill and decode, gets the same
+    tokens; one whose rows are ahead in prefill alone does not."""
+    prompt = list(range(20, 50))
+    want = token_ids(run(make(enforce_eager=eager), [request("x", prompt)])[0])["x"]
+    asked = replace(request("x", prompt), rotary_delta=7)
+    core = make(enforce_eager=eager)
+    rows = []
+    turned, layer = core.runner.model.attention_layers()[0]._rope, core.runner.model.attention_layers()[0]
+    monkeypatch.setattr(
+        layer, "_rope", lambda batch: (rows.append((batch.rotary_rows - batch.positions).tolist()), turned(batch))[1]
+    )
+    assert token_ids(run(core, [asked])[0])["x"] == want
+    assert {delta for step in rows for delta in step} == {7}
+    core, found = make(enforce_eager=eager), []
+    core.add(asked)
+    while core.has_work():
+        found += [token for output in core.step()[0] for token in output.token_ids]
+        for sequence in core.scheduler.running:
+            sequence.rotary_delta = 0
+    assert len(found) == len(want)
+    assert found != want

@@ -139,7 +139,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "
 def test_chat_templates_read_as_in_transformers(demo, name, tools):
     from transformers import PreTrainedTokenizerFast
 
-    theirs = PreTrainedTokenizerFast(tokenizer_object=demo.backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=demo._tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     switches = {"add_generation_prompt": True, "enable_thinking": False}
     expected = theirs.apply_chat_template(MESSAGES, chat_template=TEMPLATES[name], tools=tools, tokenize=False, **switches)
