@@ -26,5 +26,5 @@ def check_first_logits(model: Model, vocabulary: Vocabulary, hidden_of: Callable
     if not bool(torch.isfinite(vocabulary.whole(model.logits(hidden))).all()):
         raise OctavoError(
             "the model's first logits are NaN or infinite, though its weights are numbers: config.json is another's "
-            "(see rope_theta, rope_scaling, rms_norm_eps), or weights or scales are far too large; download the model again."
+            "(see rope_theta and rope_scaling), or weights or scales are far too large; download the model again."
         )

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
@@ -112,10 +113,8 @@ class ModelRunner:
         self.model.bind_cache(self.cache.views)
 
     def _settle_kv_scales(self) -> None:
-        def run() -> Tensor:
-            return self.forward(self._prompt_batch(calibration_tokens(self.directory, self.limits.vocab_size)))
-
-        if note := settle_kv_scales(self.model, self.config, run):
+        text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
+        if note := settle_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
 
     def _check_first_logits(self) -> None:
