@@ -21,7 +21,6 @@ from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.output_file import OutputFile
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.convert.row_quantize import encode, peaks, search_errors, searched_scale
-from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, dequantize
 from octavo.quant.formats import read_weight
@@ -131,6 +130,8 @@ class Worker:
         for at in range(start, stop, COPY_CHUNK):
             buffer = self.scratch.take("copy", (min(COPY_CHUNK, stop - at),), torch.uint8)
             self.checkpoint.read_into(piece.tensor, at, buffer)
+            values = buffer.view(piece.tensor.torch_dtype)
+            self.checkpoint.finite.look(piece.tensor.name, piece.tensor.file, values)
             self.file.write(piece.tensor.name, at, buffer)
             self._done(buffer.nbytes)
 
@@ -172,25 +173,19 @@ class Worker:
         if piece.granularity is not Granularity.TENSOR:
             return None
         read = partial(read_weight, reader, piece.module, piece.shape)
-        peak = torch.stack([self._peaks(piece, self._values(read(part))) for part in rows]).amax(0)
+        peak = torch.stack([peaks(self._values(read(part)), piece.granularity) for part in rows]).amax(0)
         if not self.search:
             return scale_of(peak, torch.float8_e4m3fn)
         values = (self._values(read(part)) for part in rows)
         errors = torch.stack([self._errors(piece, value, peak) for value in values])
         return searched_scale(peak, errors.sum(0))
 
-    def _peaks(self, piece: Piece, values: Tensor) -> Tensor:
-        found = peaks(values, piece.granularity)
-        if not bool(torch.isfinite(found).all()):
-            raise OctavoError(f"{piece.tensor.name} in {piece.tensor.file} holds NaN or infinity; download it again.")
-        return found
-
     def _errors(self, piece: Piece, values: Tensor, peak: Tensor) -> Tensor:
         return search_errors(values, peak, piece.granularity, (self._take("rounded", values), self._take("offset", values)))
 
     def _quantize(self, piece: Piece, part: Rows, values: Tensor, scale: Tensor | None) -> None:
         if scale is None:
-            peak = self._peaks(piece, values)
+            peak = peaks(values, piece.granularity)
             if self.search:
                 scale = searched_scale(peak, self._errors(piece, values, peak))
             else:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
+from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
@@ -89,6 +91,7 @@ class ModelRunner:
         if hasattr(self.model, "fuse"):
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
+        self._check_first_logits()
         log.info("ops: %s", ops.table())
 
     def _make_cache(self) -> None:
@@ -110,11 +113,13 @@ class ModelRunner:
         self.model.bind_cache(self.cache.views)
 
     def _settle_kv_scales(self) -> None:
-        def run() -> Tensor:
-            return self.forward(self._prompt_batch(calibration_tokens(self.directory, self.limits.vocab_size)))
-
-        if note := settle_kv_scales(self.model, self.config, run):
+        text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
+        if note := settle_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
+
+    def _check_first_logits(self) -> None:
+        if self.config.load_format != "dummy":  # random weights answer nobody
+            check_first_logits(self.model, self.vocabulary, lambda ids: self.forward(self._prompt_batch(ids)))
 
     @torch.inference_mode()
     def _make_graphs(self) -> None:
@@ -141,6 +146,7 @@ class ModelRunner:
         self._settle_kv_scales()
         if not complete and self.graphs is not None:
             self._make_graphs()
+        self._check_first_logits()
 
     def sleep(self) -> None:
         """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""

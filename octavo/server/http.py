@@ -35,7 +35,7 @@ EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
 ]
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, which is a character, or alone
-_dump = json.JSONEncoder(separators=(",", ":")).encode
+_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class JsonEndpoint(Generic[R]):

@@ -10,7 +10,7 @@ from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 
-LOWEST = -9999.0  # stands for -inf, which JSON cannot spell
+LOWEST = -9999.0  # as vLLM has it: stands for -inf, and for NaN, which JSON cannot spell
 
 
 def completion_logprobs(
@@ -54,4 +54,4 @@ def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
 
 
 def _value(e: Logprob) -> float:
-    return max(e.logprob, LOWEST)
+    return e.logprob if e.logprob > LOWEST else LOWEST  # no comparison with NaN holds, which `max` may let through

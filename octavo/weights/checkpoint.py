@@ -23,6 +23,7 @@ from octavo.errors import OctavoError
 from octavo.files import check_regular, read_json
 from octavo.platform import Platform
 from octavo.quant.formats import WHOLE, Shard
+from octavo.weights.finite import FiniteCheck
 
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
 
@@ -75,6 +76,7 @@ class Checkpoint:
         files = {str(path.relative_to(directory)): path for path in paths}
         self.files = {file: _read_header(path, file) for file, path in files.items()}
         self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+        self.finite = FiniteCheck(self.tensors)  # whoever reads values has it look at them
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -214,4 +216,5 @@ class RowReader:
         kind = "matrix" if name.endswith((".weight", ".weight_packed")) else name.rpartition(".")[2]
         found = self.scratch.take(kind, rest, dtype)
         self.checkpoint.read_into(tensor, part.start * row, found.view(-1).view(torch.uint8))
+        self.checkpoint.finite.look(name, tensor.file, found)
         return found.to(self.platform.device)

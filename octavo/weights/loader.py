@@ -211,6 +211,7 @@ def load(
                 raise
             if progress:
                 progress(done / len(places))
+        loader.source.finish()
     finally:
         loader.source.close()
     check_read(loader, ignore)

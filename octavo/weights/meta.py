@@ -9,11 +9,11 @@ from torch import Tensor
 
 from octavo.quant.promise import Promise
 from octavo.weights.checkpoint import StoredTensor
+from octavo.weights.finite import SCALES_OF_CACHES
 from octavo.weights.sources import check_shape
 
 __all__ = ["MetaSource"]
 
-SCALES_OF_CACHES = ("k_scale", "v_scale", "kv_scale", "output_scale")
 Beside = Sequence[tuple[str, str, tuple[int, ...]]]
 
 
@@ -48,6 +48,8 @@ class MetaSource:
         return list(self.tensors[name].shape)
 
     def expect(self, names: Sequence[str]) -> None: ...
+
+    def finish(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -31,6 +31,9 @@ class Source(Protocol):
     def expect(self, names: Sequence[str]) -> None:
         """These will be read, in about this order."""
 
+    def finish(self) -> None:
+        """All was read. Raises OctavoError for a tensor that was not finite, if no read has."""
+
     def close(self) -> None:
         """Give back files, threads and buffers; a later read takes them again."""
 
@@ -64,8 +67,12 @@ class SafetensorsSource:
             found = self._transfer.read(tensor, dim, part)
         if self._ahead is not None:
             self._ahead.consumed(tensor)
+        self.checkpoint.finite.look(name, tensor.file, found)
         self.bytes_read += found.nbytes
         return found
+
+    def finish(self) -> None:
+        self.checkpoint.finite.finish()
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -99,6 +106,8 @@ class DummySource:
         raise KeyError(name)
 
     def expect(self, names: Sequence[str]) -> None: ...
+
+    def finish(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -1,0 +1,30 @@
+"""Whether a model that was loaded answers: the logits of one short prompt, before the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from octavo.engine.vocabulary import Vocabulary
+from octavo.errors import OctavoError
+from octavo.models.interface import Model
+
+__all__ = ["check_first_logits"]
+
+LENGTH = 16  # tokens
+
+
+@torch.inference_mode()
+def check_first_logits(model: Model, vocabulary: Vocabulary, hidden_of: Callable[[list[int]], Tensor]) -> None:
+    """Raises OctavoError where a prompt of tokens from all over the vocabulary has logits that are no numbers.
+
+    `hidden_of` puts token ids through the layers. Waits for the device.
+    """
+    hidden = hidden_of([n * vocabulary.size // LENGTH for n in range(LENGTH)])
+    if not bool(torch.isfinite(vocabulary.whole(model.logits(hidden))).all()):
+        raise OctavoError(
+            "the model's first logits are NaN or infinite, though its weights are numbers: config.json is another's "
+            "(see rope_theta and rope_scaling), or weights or scales are far too large; download the model again."
+        )

@@ -1,0 +1,94 @@
+"""Whether what a checkpoint holds are numbers: one look at every tensor where it is read, whoever reads it.
+
+NaN and infinity reach every logit, where they end as an empty answer that looks like one. The look is one pass at the speed of
+memory, whose result, the two extremes of a tensor, says all: they are NaN if any value is. On a CPU it is asked for at once; a
+device is asked once, at the end, so that no read waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from octavo.errors import OctavoError
+
+__all__ = ["SCALES_OF_CACHES", "FiniteCheck"]
+
+AT_ONCE = frozenset({"cpu"})  # devices that can be asked without waiting
+SCALES_OF_CACHES = ("k_scale", "v_scale", "kv_scale", "output_scale")
+SCALES_OF_WEIGHTS = ("weight_scale", "weight_scale_inv")
+# From here on codes are not numbers: the magnitude is the lower seven bits.
+FIRST_NON_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+# Norms and attention square values in FP32, and a code is up to 448: 4e16, where scales of real models are below 1. 0 is let
+# through: some tools have it for zeros.
+LARGEST_OF_WEIGHT = math.sqrt(torch.finfo(torch.float32).max) / 448
+# Keys and values are cut at 448 times the scale. For a layer of zeros, tools write 1e-12 at the least.
+SMALLEST_OF_CACHE, LARGEST_OF_CACHE = 1e-13, 1e6
+
+
+class FiniteCheck:
+    """Looks at the tensors of one checkpoint, in which there are those of `names`."""
+
+    def __init__(self, names: Collection[str] = ()) -> None:
+        self.names = names
+        self._pending: list[tuple[str, str, torch.dtype, Tensor]] = []
+
+    def look(self, name: str, file: str, values: Tensor) -> None:
+        """`values`: a part of the tensor `name`, as `file` has it, on any device. Raises OctavoError if it is on a CPU and
+        damaged; any number of threads may ask that."""
+        if (found := _extremes(name, values)) is None:
+            return
+        if values.device.type in AT_ONCE:
+            self._judge(name, file, values.dtype, *found.tolist())
+        else:
+            self._pending.append((name, file, values.dtype, found))
+
+    def finish(self) -> None:
+        """Waits for the device. Raises OctavoError for the first tensor on it that was damaged."""
+        pending, self._pending = self._pending, []
+        if pending:
+            extremes = torch.stack([found for *_, found in pending]).tolist()
+            for (name, file, dtype, _), (low, high) in zip(pending, extremes, strict=True):
+                self._judge(name, file, dtype, low, high)
+
+    def _judge(self, name: str, file: str, dtype: torch.dtype, low: float, high: float) -> None:
+        wrong = ""
+        if dtype in FIRST_NON_FINITE and not _is_scale(name):
+            if low >= FIRST_NON_FINITE[dtype] or high >= FIRST_NON_FINITE[dtype] + 0x80:
+                wrong = "FP8 codes that are NaN or infinity"
+        elif not (math.isfinite(low) and math.isfinite(high)):
+            wrong = "NaN or infinity"
+        elif name.endswith(SCALES_OF_CACHES):
+            if out := [scale for scale in (low, high) if not SMALLEST_OF_CACHE <= scale <= LARGEST_OF_CACHE]:
+                wrong = f"the scale {out[0]:.3g}, with which no keys and values can be stored"
+        elif name.endswith(SCALES_OF_WEIGHTS):
+            if low < 0 and f"{name.rpartition('.')[0]}.weight_packed" not in self.names:  # INT4 of some tools has both signs
+                wrong = f"the scale {low:.3g}, but scales of FP8 are positive"
+            elif max(-low, high) > LARGEST_OF_WEIGHT:
+                wrong = f"the scale {low if -low > high else high:.3g}, which no weight has"
+        if wrong:
+            raise OctavoError(
+                f"{name} in {file} holds {wrong}; download it again, or convert it anew from the original weights."
+            )
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(SCALES_OF_WEIGHTS + SCALES_OF_CACHES)
+
+
+def _extremes(name: str, values: Tensor) -> Tensor | None:
+    """FP32 [2] on the device of `values`: the smallest and the largest, NaN if one is; None for what are numbers anyhow.
+
+    Of FP8 codes, the largest byte of those whose sign is + and the largest of all.
+    """
+    if _is_scale(name) and values.dtype is torch.uint8:
+        values = values.view(torch.float8_e8m0fnu)
+    if not values.numel() or not values.is_floating_point():
+        return None
+    if values.dtype in FIRST_NON_FINITE and not _is_scale(name):  # torch has no extremes of FP8, and bytes have faster ones
+        codes = values.view(torch.uint8)
+        return torch.stack([codes.view(torch.int8).amax().float(), codes.amax().float()])
+    return torch.stack(torch.aminmax(values if values.dtype.itemsize > 1 else values.float())).float()
