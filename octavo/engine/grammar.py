@@ -54,12 +54,23 @@ class Grammar:
         """Whether nothing but an end-of-sequence token may follow."""
         return bool(self._matcher.is_stopped())
 
+    @property
+    def error(self) -> str | None:
+        """In one line why nothing can follow any more: the engine of grammars gave up, and says so only when it is asked."""
+        if not self._matcher.is_error():
+            return None
+        lines = str(self._matcher.get_error()).strip().splitlines() or ["it is too complex"]
+        return lines[0][:200].rstrip(".") + "."
+
     def forbidden(self) -> Tensor:
-        """bool [vocab]: the tokens that may not come next."""
+        """bool [vocab]: the tokens that may not come next; all of them after an error."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if self._matcher.is_error():
+            return torch.ones(self.vocab_size, dtype=torch.bool)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self.vocab_size]
         return torch.from_numpy(allowed == 0)
 
     def accept(self, token: int) -> None:
-        """The token was chosen."""
-        self._matcher.consume_token(token)
+        """The token was chosen. What follows the end (ignore_eos) is not looked at."""
+        if not self.finished:
+            self._matcher.consume_token(token)

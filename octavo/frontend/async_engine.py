@@ -101,7 +101,9 @@ class AsyncEngine:
         """`listener` is called in the event loop with the statistics of each step."""
         self._listeners.append(listener)
 
-    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta]:
+    def generate(
+        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta]:
         """The deltas of one request, one for each sequence and step, never merged.
 
         Raises InvalidRequest here and not at the first delta, so that a server can still answer with an error; raises
@@ -109,7 +111,7 @@ class AsyncEngine:
         """
         self._raise_if_gone()
         eos = self.eos_token_ids
-        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos))
+        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos, cache_salt))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
         self._raise_if_gone()  # once more: the first delta may be asked for much later

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Prompt"]
 
-Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
+PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -108,18 +109,24 @@ class LLM:
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise InvalidRequest("cache_salt must be a string that is not empty.", "cache_salt")
         if ids is None:
             if not isinstance(text, str):
                 raise InvalidRequest("A prompt is text, token ids, or a dict with prompt or prompt_token_ids.", "prompt")
             ids = self.encode(text)
+        if unknown := sorted(set(prompt) - PROMPT_KEYS):
+            raise InvalidRequest(
+                f"A prompt's '{unknown[0]}' is not served; known are {', '.join(sorted(PROMPT_KEYS))}.", "prompt"
+            )
         try:
             ids = list(map(operator.index, ids))  # numpy's integers too
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
         result = RequestOutput(str(next(self._numbers)), text, ids)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
-        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos)
+        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos, salt)
 
     def _run(self, accepted: list[tuple[RequestOutput, list[EngineRequest]]], advance: Callable[[], None]) -> None:
         running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}

@@ -25,14 +25,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
     """Answers a completion request: an object, or the chunks of a stream."""
     served.check_model(request.model)
-    if request.suffix:
-        raise InvalidRequest(
-            "suffix is not served; put both sides of the gap into the prompt as the model expects them.", "suffix"
-        )
     prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
     params = _params(served, request, max(map(len, prompts)))
-    response_id = f"cmpl-{request_id}"
-    streams = [served.generate(prompt, params, response_id) for prompt in prompts]
+    response_id = f"cmpl-{request.request_id or request_id}"
+    streams = [served.generate(prompt, params, response_id, request.cache_salt) for prompt in prompts]
     job = _Job(served, request, response_id, prompts, streams, params)
     return job.stream() if request.stream else await job.whole()
 
@@ -153,7 +149,8 @@ class _Job:
 
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
         index = number * self.params.n + delta.index
-        before = self._echo(number, delta) if index not in self.offsets else _Echo()
+        begun = index in self.offsets
+        before = _Echo() if begun else self._echo(number, delta)
         offset = self.offsets.get(index, 0)
         entries = before.entries
         if delta.logprobs is not None:
@@ -162,7 +159,8 @@ class _Job:
         self.offsets[index] = offset + len(text)
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = completion_logprobs(self.served.engine.tokenizer, entries, offset)
+            spelled = None if self.request.return_tokens_as_token_ids else self.served.engine.tokenizer
+            logprobs = completion_logprobs(spelled, entries, offset)
         piece: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -170,6 +168,9 @@ class _Job:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if self.request.return_token_ids:
+            piece |= {} if begun else {"prompt_token_ids": self.prompts[number]}
+            piece["token_ids"] = list(delta.token_ids)
         if self.request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
             piece["prompt_logprobs"] = prompt_logprobs(self.served.engine.tokenizer, delta.prompt_logprobs)
         return piece
@@ -199,6 +200,8 @@ def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:
         return
     choice["text"].append(piece["text"])
     choice["finish_reason"], choice["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
+    if "token_ids" in piece:
+        choice["token_ids"] += piece["token_ids"]
     if "prompt_logprobs" in piece:
         choice["prompt_logprobs"] = piece["prompt_logprobs"]
     for key, values in (piece["logprobs"] or {}).items():

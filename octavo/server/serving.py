@@ -43,6 +43,8 @@ _SAMPLING_FIELDS = (
     "ignore_eos",
     "prompt_logprobs",
     "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
     "skip_special_tokens",
 )
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
@@ -117,13 +119,15 @@ class Served:
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
-    def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, response_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """The engine's deltas, counted. Closing it aborts the request.
 
         Raises InvalidRequest here for what the engine would refuse, before anything of an answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
-        return self._counted(self.engine.generate(prompt, params, request_id), request_id, len(prompt), params.n)
+        return self._counted(self.engine.generate(prompt, params, request_id, cache_salt), request_id, len(prompt), params.n)
 
     async def _counted(
         self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int

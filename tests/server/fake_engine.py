@@ -32,10 +32,13 @@ class FakeEngine:
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
 
-    def generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         if not self.healthy:
             raise EngineDead("The engine is dead.")
-        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, self.tokenizer.eos_token_ids)
+        eos = self.tokenizer.eos_token_ids
+        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, eos, cache_salt)
         self.calls.append((prompt, params, request_id))
         return self._generate(prompt, params, request_id)
 
