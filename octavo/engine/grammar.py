@@ -15,6 +15,10 @@ from octavo.errors import InvalidRequest, OctavoError
 __all__ = ["Grammar", "GrammarCompiler"]
 
 
+# Items are what alternatives become: 2,000 tools need more than the library's 2,000, and take milliseconds a step.
+LIMITS = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
+
+
 class GrammarCompiler:
     """Makes a Grammar a request; reads the tokenizer when the first one asks."""
 
@@ -24,7 +28,7 @@ class GrammarCompiler:
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
         """`grammar` is llguidance's own text. Raises InvalidRequest if it does not compile with this vocabulary."""
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if eos_token_ids not in self._tokenizers:
             if not self.path.exists():
@@ -33,7 +37,7 @@ class GrammarCompiler:
             self._tokenizers[eos_token_ids] = LLTokenizer(
                 json.dumps(definition), n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
             )
-        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"

@@ -219,7 +219,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"guided_json": json.dumps(SCHEMA)}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
         ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
         ({"guided_regex": r"\d+"}, StructuredOutput("regex", r"\d+")),
-        ({"guided_choice": ["yes", 'n"o']}, StructuredOutput("lark", r'start: "yes" | "n\"o"')),
+        ({"guided_choice": ["yes", 'n"o']}, StructuredOutput("lark", 'start: CHOICE\nCHOICE: "yes" | "n\\"o"')),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput("lark", 'start: "a"')),
     ],
 )
