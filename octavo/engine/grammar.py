@@ -16,7 +16,7 @@ __all__ = ["Grammar", "GrammarCompiler"]
 
 
 # Items are what alternatives become: 2,000 tools need more than the library's 2,000, and take milliseconds a step.
-LIMITS = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
 
 
 class GrammarCompiler:

@@ -16,6 +16,7 @@ from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
 from octavo.server.serving import Served
 from octavo.server.structured import structured_output
+from octavo.text.detokenizer import read_prompt
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
 
@@ -118,7 +119,7 @@ class _Job:
             "model": request.model or served.names[0],
         }
         self.usage = Usage(sum(map(len, prompts)))
-        self.offsets: dict[int, int] = {}  # choice -> length of its text so far
+        self.starts: dict[int, int] = {}  # choice -> where its own text starts, after what is echoed
         self.only_score = request.echo and request.max_tokens == 0
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -149,18 +150,19 @@ class _Job:
 
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
         index = number * self.params.n + delta.index
-        begun = index in self.offsets
+        begun = index in self.starts
         before = _Echo() if begun else self._echo(number, delta)
-        offset = self.offsets.get(index, 0)
-        entries = before.entries
+        start = self.starts.setdefault(index, len(before.text))
+        entries, offsets = before.entries, before.offsets
         if delta.logprobs is not None:
             entries = entries + list(zip(delta.token_ids, delta.logprobs, strict=False))
+            own = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # there may be no text
+            offsets = offsets + [start + offset for offset in own[: len(entries) - len(before.entries)]]
         text = before.text + delta.text
-        self.offsets[index] = offset + len(text)
         logprobs = None
         if self.params.logprobs is not None:
             spelled = None if self.request.return_tokens_as_token_ids else self.served.engine.tokenizer
-            logprobs = completion_logprobs(spelled, entries, offset)
+            logprobs = completion_logprobs(spelled, entries, offsets)
         piece: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -180,9 +182,10 @@ class _Job:
             return _Echo()
         prompt = self.prompts[number]
         given = _prompts(self.request.prompt)[number]
-        text = given if isinstance(given, str) else self.served.tokenizer.decode(given)
+        tokenizer = self.served.tokenizer
+        text, offsets = read_prompt(tokenizer, prompt, given if isinstance(given, str) else None)
         known = delta.prompt_logprobs if self.params.logprobs is not None else None
-        return _Echo(text, list(zip(prompt, known, strict=False)) if known else [])
+        return _Echo(text, list(zip(prompt, known, strict=False)), offsets) if known else _Echo(text)
 
 
 @dataclass(slots=True)
@@ -191,6 +194,7 @@ class _Echo:
 
     text: str = ""
     entries: list[tuple[int, Any]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
 
 
 def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:

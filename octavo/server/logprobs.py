@@ -14,17 +14,15 @@ LOWEST = -9999.0  # stands for -inf, which JSON cannot spell
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offset: int
+    tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offsets: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """The legacy shape, of tokens whose text starts at `offset`. A prompt's first token has no logprobs."""
-    tokens, chosen, top, offsets = [], [], [], []
+    """The legacy shape, of tokens whose texts start at `offsets`. A prompt's first token has no logprobs."""
+    tokens, chosen, top = [], [], []
     for token_id, entry in entries:
         tokens.append(_text(tokenizer, token_id))
         chosen.append(None if entry is None else _value(entry[0]))
         top.append(None if entry is None else {_text(tokenizer, e.token_id): _value(e) for e in entry})
-        offsets.append(offset)
-        offset += len(tokens[-1])
-    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": list(offsets)}
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: bool = False) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids(self.directory) | ({eos} if eos is not None else set())
         self.default_sampling = default_sampling(self.directory)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
         self._adds_bos = config.get("add_bos_token")
@@ -70,6 +71,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
+        if self._decoders == {"ByteLevel"}:  # the library would take the letters of an added token for bytes
+            skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+            return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", "replace")
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -94,10 +98,12 @@ class Tokenizer:
         return known
 
     def _bytes_of(self, token_id: int, piece: str) -> bytes:
+        if token_id in self._added and "ByteLevel" in self._decoders:
+            return self._added[token_id].encode()  # spelled as it reads, though its letters may be those of the byte alphabet
         if "ByteLevel" in self._decoders:
             try:
                 return bytes(_BYTE_OF[character] for character in piece)
-            except KeyError:  # an added token, spelled as it reads
+            except KeyError:  # no byte-level piece: the library, too, reads it as it is spelled
                 return piece.encode()
         if "ByteFallback" in self._decoders and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])

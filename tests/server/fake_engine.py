@@ -58,15 +58,17 @@ class FakeEngine:
                 last = position == len(ids) - 1
                 reason = ("stop" if whole else "length") if last else None
                 for index in range(params.n):
+                    offset = texts[index].length
                     yield Delta(
                         index,
-                        texts[index].step(token),
+                        texts[index].step(token) + (texts[index].finish() if last else ""),
                         [token],
                         [self._logprobs(token, params.logprobs)] if params.logprobs is not None else None,
                         reason,
                         None,
                         self._prompt_logprobs(prompt, params) if not position and not index else None,
                         num_cached_tokens=0 if position else 3,
+                        offsets=[offset],
                     )
             done = True
         finally:

@@ -72,6 +72,26 @@ def test_completion_logprobs_and_echo(client: Client) -> None:
     assert -9999.0 in logprobs["top_logprobs"][1].values()  # -inf, which JSON cannot spell
 
 
+WRITTEN = " size=-1 é 🌶 naïve"
+
+
+@pytest.mark.parametrize("asked", [{}, {"stop": ["size=-2", " naïvety"]}, {"echo": True}, {"echo": True, "stop": ["=-1 é 🌶🌶"]}])
+def test_text_offsets_are_places_in_the_text(make_client: Any, asked: dict[str, Any]) -> None:
+    """Whatever keeps text and tokens apart: a stop string that holds text back, characters of several tokens, an echo."""
+    client = make_client(WRITTEN)
+    tokenizer = client.engine.tokenizer
+    prompt = "def 🌶(" if "echo" in asked else "def f"
+    ids, start = (tokenizer.encode(prompt), len(prompt)) if "echo" in asked else ([], 0)
+    written = tokenizer.encode(WRITTEN)
+    whole = [len(tokenizer.backend.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
+    whole += [start + len(tokenizer.backend.decode(written[:i]).rstrip("\ufffd")) for i in range(len(written))]
+    choice = client.complete(prompt=prompt, logprobs=0, max_tokens=100, **asked)["choices"][0]
+    assert choice["text"] == (prompt if ids else "") + WRITTEN
+    assert choice["logprobs"]["text_offset"] == whole
+    events = client.events(COMPLETIONS, prompt=prompt, logprobs=0, max_tokens=100, **asked)
+    assert [offset for event in events for offset in event["choices"][0]["logprobs"]["text_offset"]] == whole
+
+
 def test_echo_without_tokens_scores_the_prompt(client: Client) -> None:
     answer = client.complete(logprobs=0, echo=True, max_tokens=0)
     choice = answer["choices"][0]

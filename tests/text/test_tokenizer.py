@@ -42,8 +42,20 @@ def test_round_trip(demo):
 
 def test_every_token_has_the_bytes_that_decoding_shows(demo):
     for token_id in range(demo.vocab_size):
+        assert demo.token_text(token_id) == demo.backend.decode([token_id], skip_special_tokens=False)
         assert demo.token_text(token_id) == demo.decode([token_id], skip_special_tokens=False)
     assert demo.token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("word", ["đem", "čaj", "ilÖveyou", "naïve", "<ñ>", "日本"])
+def test_an_added_token_reads_as_it_is_spelled(tmp_path, word):
+    """Its letters may be those that byte-level BPE spells bytes with."""
+    backend = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    backend.add_tokens([word])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.token_text(tokenizer.token_id(word)) == word
+    assert tokenizer.decode(tokenizer.encode(f"a {word} é")) == f"a {word} é"
 
 
 def test_sentencepiece_bytes(tmp_path):
