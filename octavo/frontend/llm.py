@@ -16,7 +16,8 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
-from octavo.text.chat_template import render_chat
+from octavo.text.chat_messages import check_content_format
+from octavo.text.chat_prompt import render_conversation
 from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ class LLM:
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -91,8 +94,13 @@ class LLM:
             raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if one else messages)
-        special, switches = tokenizer.special_tokens, dict(chat_template_kwargs or {})
-        texts = [render_chat(template, chat, special, tools, add_generation_prompt, **switches) for chat in conversations]
+        how: dict[str, Any] = {
+            "continue_final_message": continue_final_message,
+            "content": check_content_format(chat_template_content_format),
+            "switches": chat_template_kwargs,
+        }
+        special = tokenizer.special_tokens
+        texts = [render_conversation(template, chat, special, tools, add_generation_prompt, **how) for chat in conversations]
         # the template wrote the special tokens out
         ids = [{"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
         return self.generate(ids, sampling_params, use_tqdm)

@@ -11,7 +11,6 @@ from typing import Any
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
 from octavo.messages import SamplingParams, StructuredOutput
-from octavo.server.chat_messages import plain_messages
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
@@ -42,15 +41,12 @@ def chat_prompt(served: Served, request: ChatInput) -> str:
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
-    messages = plain_messages(request.messages)
     effort = getattr(request, "reasoning_effort", None)
     asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
-    if not request.continue_final_message:
-        return served.render(messages, tools, request.add_generation_prompt, switches)
-    text = served.render(messages, tools, False, switches)
-    last = str(messages[-1]["content"]).strip()
-    return text[: text.rindex(last) + len(last)] if last in text else text  # without what the template puts after it
+    return served.render(
+        request.messages, tools, request.add_generation_prompt, switches, continues=request.continue_final_message
+    )
 
 
 def _params(served: Served, request: ChatRequest, tools: _Tools) -> SamplingParams:

@@ -18,6 +18,7 @@ from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.protocol import GenerationRequest
+from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
 
@@ -59,6 +60,7 @@ class Served:
     names: Sequence[str]
     metrics: Metrics
     chat_template: str | None = None  # instead of the checkpoint's
+    content_format: str = "auto"  # in which the template reads content
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     gate: GateState = field(default_factory=GateState)
@@ -89,15 +91,25 @@ class Served:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
         switches: Mapping[str, Any],
+        continues: bool = False,
     ) -> str:
-        """The text of a chat's prompt. `switches` are the template's own."""
+        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over."""
         chosen = self.template_for(bool(tools))
         if chosen is None:
             raise InvalidRequest(
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
         own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
-        return render_chat(chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt, **own)
+        return render_conversation(
+            chosen,
+            messages,
+            self.tokenizer.special_tokens,
+            tools,
+            add_generation_prompt,
+            continue_final_message=continues,
+            content=self.content_format,
+            switches=own,
+        )
 
     def template_for(self, tools: bool) -> str | None:
         """The chat template in use, if there is one."""
