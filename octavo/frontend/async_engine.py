@@ -21,7 +21,8 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
-from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from octavo.text.generation_config import eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from octavo.engine.worker import MakeCore

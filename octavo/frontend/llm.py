@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -18,7 +19,8 @@ from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
-from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from octavo.text.generation_config import eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +71,8 @@ class LLM:
         """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each."""
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
-        accepted = [self._accept(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        recommended = sampling_params is None
+        accepted = [self._accept(prompt, one, recommended) for prompt, one in zip(listed, params, strict=True)]
         with _bar(len(accepted), use_tqdm) as advance:
             self._run(accepted, advance)
         return [result for result, _ in accepted]
@@ -112,7 +115,9 @@ class LLM:
             raise InvalidRequest(f"There are {number} prompts and {len(given)} sampling_params; give one, or one for each.")
         return list(given)
 
-    def _accept(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[EngineRequest]]:
+    def _accept(
+        self, prompt: Prompt, params: SamplingParams, recommended: bool = False
+    ) -> tuple[RequestOutput, list[EngineRequest]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
@@ -132,6 +137,8 @@ class LLM:
             ids = list(map(operator.index, ids))  # numpy's integers too
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
+        if recommended and params.max_tokens is not None:  # nobody asked for more than fits
+            params = replace(params, max_tokens=max(1, min(params.max_tokens, self.info.max_model_len - len(ids))))
         result = RequestOutput(str(next(self._numbers)), text, ids)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
         return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos, salt)

@@ -29,7 +29,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     tools = _Tools(served, request)
     text = chat_prompt(served, request)
     prompt = await served.encode(text, bool(request.add_special_tokens))
-    params = _params(served, request, tools)
+    params = _params(served, request, tools, len(prompt))
     response_id = f"chatcmpl-{request.request_id or request_id}"
     deltas = served.generate(prompt, params, response_id, request.cache_salt)
     job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
@@ -49,10 +49,12 @@ def chat_prompt(served: Served, request: ChatInput) -> str:
     )
 
 
-def _params(served: Served, request: ChatRequest, tools: _Tools) -> SamplingParams:
+def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_tokens: int) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    if limit is None:
+        limit = served.max_tokens_for(num_prompt_tokens)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     structured = structured_output(request)
     if tools.structured is not None:

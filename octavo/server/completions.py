@@ -57,7 +57,7 @@ def _params(served: Served, request: CompletionRequest, longest: int) -> Samplin
         raise InvalidRequest("echo with logprobs is served for n = 1 only.", "n")
     max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, served.engine.info.max_model_len - longest))
+        max_tokens = served.max_tokens_for(longest, DEFAULT_MAX_TOKENS)
     fixed: dict[str, Any] = {}
     if request.echo:
         max_tokens = max_tokens or 1  # 0 with echo: the prompt is only to be scored; the one token is dropped

@@ -115,6 +115,12 @@ class Served:
         """The chat template in use, if there is one."""
         return self.chat_template or self.tokenizer.template_for(tools)
 
+    def max_tokens_for(self, num_prompt_tokens: int, most: int | None = None) -> int | None:
+        """How many tokens a request gets that does not say: what the model recommends, at most `most`, as far as they fit."""
+        recommended = self.tokenizer.default_sampling.get("max_tokens") if self.engine.tokenizer else None
+        known = [limit for limit in (recommended, most) if limit is not None]
+        return max(1, min(*known, self.engine.info.max_model_len - num_prompt_tokens)) if known else None
+
     def sampling(
         self,
         request: GenerationRequest,

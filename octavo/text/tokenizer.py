@@ -11,8 +11,9 @@ from typing import Any
 import tokenizers
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.text.generation_config import default_sampling, eos_token_ids, read_json
 
-__all__ = ["Tokenizer", "default_sampling", "eos_token_ids", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -26,8 +27,8 @@ class Tokenizer:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._tokenizer = _read_tokenizer(self.directory / "tokenizer.json")
-        config = _read_json(self.directory / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(_read_json(self.directory / "special_tokens_map.json") | config)
+        config = read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(read_json(self.directory / "special_tokens_map.json") | config)
         self.chat_templates = _chat_templates(self.directory, config)
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
         eos = self.token_id(self.special_tokens.get("eos_token"))
@@ -117,26 +118,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     return Tokenizer(directory) if (Path(directory) / "tokenizer.json").exists() else None
 
 
-def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """The ids that end a generation, as generation_config.json or else config.json lists them."""
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(Path(directory) / name)
-        text_config = config.get("text_config")
-        ids = config.get("eos_token_id")
-        if ids is None and isinstance(text_config, dict):
-            ids = text_config.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
-
-
-def default_sampling(directory: str | Path) -> dict[str, Any]:
-    """The sampling values that the checkpoint recommends, by SamplingParams' names."""
-    config = _read_json(Path(directory) / "generation_config.json")
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: config[name] for name in names if config.get(name) is not None}
-
-
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
         raise OctavoError(f"{path.parent} has no tokenizer.json; add one, or send prompts as token ids.")
@@ -147,18 +128,6 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()  # some files keep the settings of their training run
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise OctavoError(f"{path} should hold a JSON object.")
-    return content
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -174,7 +143,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
-    inline = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    inline = read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
     templates: dict[str, str] = {}
     if isinstance(inline, str):
         templates["default"] = inline

@@ -160,6 +160,16 @@ def test_sampling_values_come_from_the_request_then_the_model(client: Client) ->
     assert params.max_tokens == 16
 
 
+def test_the_model_s_max_new_tokens_is_the_default(client: Client) -> None:
+    recommended = client.engine.tokenizer.default_sampling
+    for limit, chat, completion in ((7, 7, 7), (100_000, 1014, 16)):
+        recommended["max_tokens"] = limit
+        client.chat()
+        client.complete()
+        client.chat(max_tokens=3)
+        assert [params.max_tokens for _, params, _ in client.engine.calls[-3:]] == [chat, completion, 3]
+
+
 def test_what_vllm_bench_sends_is_taken(client: Client) -> None:
     client.complete(
         model="demo", temperature=0.0, repetition_penalty=1.0, max_tokens=128, logprobs=None, ignore_eos=True, best_of=None

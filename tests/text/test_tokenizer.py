@@ -9,7 +9,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.text.chat_template import render_chat
-from octavo.text.tokenizer import Tokenizer, default_sampling, eos_token_ids, load_tokenizer
+from octavo.text.generation_config import default_sampling, eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "Hello, wörld! 👩‍👩‍👧 naïve 日本語 \n\t x"
 
