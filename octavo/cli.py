@@ -28,7 +28,6 @@ class Command:
 
     module: str
     help: str
-    epilog: str = ""
     modes: tuple[str, ...] = ()  # what the word after the command may be, where it takes one
 
 

@@ -144,7 +144,7 @@ class EngineConfig:
             "threads",
             "cpu_kv_cache_gib",
         ):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
 
 

@@ -1,6 +1,8 @@
 """Errors that a person can act on."""
 
-__all__ = ["InvalidRequest", "OctavoError"]
+from collections.abc import Callable
+
+__all__ = ["InvalidRequest", "OctavoError", "refusal"]
 
 
 class OctavoError(Exception):
@@ -22,3 +24,12 @@ class InvalidRequest(OctavoError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None]]:  # crosses the engine's process border
         return type(self), (str(self), self.param)
+
+
+def refusal(check: Callable[[], object]) -> str | None:
+    """The sentence that `check` raises; None where it passes."""
+    try:
+        check()
+    except OctavoError as error:
+        return str(error)
+    return None

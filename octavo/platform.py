@@ -43,10 +43,6 @@ class Platform:
     shared_memory: int = 0  # bytes of a multiprocessor's that a CTA may have
 
     @property
-    def fp8_max(self) -> float:
-        return FP8_MAX[self.fp8_dtype]
-
-    @property
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
 

@@ -7,6 +7,7 @@ same codes, no more memory is needed than for either, and a start that is broken
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ def save_quantized(
     checkpoint whose stored FP8 codes are of another scheme than is asked for.
     """
     platform = replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
-    checkpoint = Checkpoint(model)
-    try:
+    with closing(Checkpoint(model)) as checkpoint:
         tied = rules.quantize_lm_head and config.get("tie_word_embeddings") is True
         own = replace(rules, used=set(), quantize_lm_head=rules.quantize_lm_head and not tied)
         plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), dict(config), own)
@@ -61,8 +61,6 @@ def save_quantized(
             directory.finish(config, plan.quantization_config())
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
         return f"quantized weights saved in {output}, from where the next start takes them{kept}"
-    finally:
-        checkpoint.close()
 
 
 class _Told:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 __all__ = ["ROOT", "BlockPool", "block_hash", "root_of"]
@@ -130,16 +130,6 @@ class BlockPool:
             if not self._holders[block]:
                 del self._free[block]
             self._holders[block] += 1
-
-    def check(self, held: Iterable[Sequence[int]]) -> None:
-        """For tests: AssertionError unless `held`, the blocks of each holder, agrees with the pool's books."""
-        lists = [list(block_ids) for block_ids in held]
-        assert all(len(set(block_ids)) == len(block_ids) for block_ids in lists), "a holder has one block twice"
-        counts = Counter(block for block_ids in lists for block in block_ids)
-        assert self._holders == [counts[block] for block in range(self.num_blocks)], "a block's count is not its holders'"
-        assert set(self._free) == {b for b in range(self.num_blocks) if not counts[b]}, "a block is lost, or both free and held"
-        assert self._named == {name: b for b, name in enumerate(self._names) if name is not None}, "names and blocks disagree"
-        assert all(self._names[b] is not None for b, count in counts.items() if count > 1), "a block without a name is shared"
 
     def _forget(self, block: int) -> None:
         if (name := self._names[block]) is not None:

@@ -20,7 +20,7 @@ from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_bans import TokenBans
-from octavo.errors import OctavoError
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
 __all__ = ["EngineCore"]
@@ -50,13 +50,19 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
         self.runner = runner = ModelRunner(config, progress)
-        pool = BlockPool(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(pool, config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
+        self.config, self.asleep = config, False
+        self._make_scheduler()
         self.grammars = GrammarCompiler(runner.directory, runner.limits.vocab_size)
         self.generations: dict[str, _Generation] = {}
         self.depth = 1 if runner.platform.is_cpu else 2  # steps in flight at most; a CPU would only compute too much
         self.in_flight: deque[_Step] = deque()  # launched and not read yet, the oldest first
         self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
+
+    def _make_scheduler(self) -> None:
+        """For the blocks that the runner has, none of which holds anything yet."""
+        runner = self.runner
+        pool = BlockPool(runner.num_blocks, runner.block_size, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(pool, self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.limits.vocab_size,
@@ -68,6 +74,8 @@ class EngineCore:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest if it cannot be run."""
+        if self.asleep:
+            raise InvalidRequest("The engine sleeps; wake it first.")
         grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
         seed, self.next_seed = self.next_seed, self.next_seed + 1
         if request.params.seed is not None:
@@ -115,25 +123,32 @@ class EngineCore:
         return step
 
     def reload(self, model: str) -> None:
-        """Takes the weights of another checkpoint directory, of the same shapes and schemes. Raises OctavoError if it is not.
+        """Takes the weights of another checkpoint directory, of the same config.json and schemes; OctavoError for others.
 
         Requests that run have keys and values of the old weights, so there must be none; the prefix cache is dropped.
         """
-        if self.has_work():
-            raise OctavoError("weights are reloaded only while no request runs; wait for the running ones, or abort them.")
+        self._check_idle("weights are reloaded")
         self.scheduler.pool.forget_prefixes()
         self.runner.reload(model)
 
     def sleep(self) -> None:
         """Gives up weights, cache and graphs until `wake`. Raises OctavoError while requests run."""
-        if self.has_work():
-            raise OctavoError("the engine sleeps only while no request runs; wait for the running ones, or abort them.")
-        self.scheduler.pool.forget_prefixes()
+        self._check_idle("the engine sleeps")
+        self.asleep = True
         self.runner.sleep()
 
     def wake(self) -> None:
-        """Reads and makes again what `sleep` gave up."""
-        self.runner.wake()
+        """Reads and makes again what `sleep` gave up; an engine that is awake stays as it is."""
+        if self.asleep:
+            self.runner.wake()
+            self._make_scheduler()  # there may be another number of blocks now
+            self.asleep = False
+
+    def _check_idle(self, what: str) -> None:
+        if self.asleep:
+            raise OctavoError(f"{what} only while it is awake; wake the engine first.")
+        if self.has_work():
+            raise OctavoError(f"{what} only while no request runs; wait for the running ones, or abort them.")
 
     def _row(self, item: ScheduledRequest) -> SamplingRow:
         request, generation = item.request, self.generations[item.request.request_id]

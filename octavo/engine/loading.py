@@ -17,10 +17,11 @@ from octavo.convert.save_quantized import save_quantized
 from octavo.engine.memory import check_weights, gib
 from octavo.errors import OctavoError
 from octavo.host import release
-from octavo.models import read_config
+from octavo.models import read_config, same_architecture
 from octavo.models.interface import Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
+from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
@@ -39,16 +40,24 @@ def check_ranks(config: EngineConfig) -> None:
         )
 
 
-def load_model(model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None) -> LoadReport:
-    """Fills `model`. Raises OctavoError for whatever the user can mend."""
-    return _load(model, config, platform, dtype, progress, in_place=False)[0]
-
-
 def reload_model(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
+    model: Model, config: EngineConfig, loaded: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
 ) -> tuple[LoadReport, bool]:
-    """Fills `model`, which is loaded already, where its weights are; False where not all of them could be written in place."""
-    return _load(model, config, platform, dtype, progress, in_place=True)
+    """Fills `model`, which holds the weights of `loaded`, in place; False where not all of them could be written so.
+
+    Raises OctavoError where the checkpoint is of another config.json, of other shapes or of other schemes; the old weights, of
+    which some are gone by then, are then read again.
+    """
+    directory = Path(config.model)
+    described = read_config(directory)
+    check_format(described, directory)
+    if not same_architecture(described, read_config(Path(loaded.model))):
+        raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
+    try:
+        return load_model(model, config, platform, dtype, progress, in_place=True)
+    except OctavoError:
+        load_model(model, loaded, platform, dtype, None, in_place=True)
+        raise
 
 
 def drop(model: Model) -> None:
@@ -77,9 +86,13 @@ def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
     return lines
 
 
-def _load(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool
+def load_model(
+    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool = False
 ) -> tuple[LoadReport, bool]:
+    """Fills `model`. Raises OctavoError for whatever the user can mend.
+
+    `in_place`: it is loaded already, and its weights are written where they are; False where not all of them could be.
+    """
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
@@ -91,7 +104,7 @@ def _load(
     source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        check_weights(platform, source.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
+        check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if config.quantize_lm_head and not scheme.quantized:

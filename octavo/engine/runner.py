@@ -83,7 +83,7 @@ class ModelRunner:
 
     def _start(self) -> None:
         """Weights, cache, graphs: what `sleep` gives up."""
-        self.report = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
         self._settle_kv_scales()
         if hasattr(self.model, "fuse"):
@@ -133,10 +133,10 @@ class ModelRunner:
     def reload(self, model: str) -> None:
         """Takes the weights of another checkpoint directory, of the same shapes and schemes; graphs and compiled kernels stay.
 
-        Raises OctavoError where it is of other shapes or schemes: the runner's weights are then worth nothing.
+        Raises OctavoError where its config.json, shapes or schemes are others; the old weights are then read again.
         """
         config = replace(self.config, model=model, save_quantized=None)
-        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress)
+        self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress)
         self.config, self.directory = config, Path(model)
         self._settle_kv_scales()
         if not complete and self.graphs is not None:
@@ -145,6 +145,8 @@ class ModelRunner:
     def sleep(self) -> None:
         """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
         self.graphs = self.prompts = None
+        if hasattr(self.model, "unfuse"):
+            cast("FusedModel", self.model).unfuse()
         self.model.bind_cache([{} for _ in self.cache.views])
         drop(self.model)
         del self.cache

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.batch import ForwardBatch
+from octavo.errors import OctavoError
 from octavo.kvcache import LayerCache, Views
 from octavo.layers.linear import QKVLinear
 from octavo.layers.norm import RMSNorm
@@ -78,6 +79,8 @@ class PagedAttention(nn.Module):
         """
         stored, tp = loader.read(name, None).float().flatten(), loader.tp
         count = stored.numel()
+        if not count:
+            raise OctavoError(f"tensor {loader.prefix}{name} is empty; download the checkpoint again.")
         shard = Shard(0, tp.rank, tp.size, copies=max(1, tp.size // count))  # as QKVLinear splits KV heads
         by_head = count > 1 and tp.part(count) == self.kv_heads and max(count, tp.size) % min(count, tp.size) == 0
         scale = stored[shard.slice(count)] if by_head else stored.amax().view(1)

@@ -65,6 +65,8 @@ class QKVLinear(ColumnParallelLinear):
     """The query, key and value projections as one product; forward gives the three, [T, heads, head_dim] each."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
+        if heads % tp.size:  # keys and values may be shared by ranks, queries are split as the output projection is
+            raise OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
         super().__init__(
             ["q_proj", "k_proj", "v_proj"],
             hidden,

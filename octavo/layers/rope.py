@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError
 from octavo.weights import Loader
 
-__all__ = ["RotaryEmbedding", "rope_parameters"]
+__all__ = ["RotaryEmbedding", "longest_context", "rope_parameters"]
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,9 +37,20 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         needed, value = name in _NEEDED[kind], found.get(name)
         if value is None and needed:
             raise OctavoError(f"config.json: rope_type '{kind}' needs {name}, which is not there.")
-        if value is not None and (not isinstance(value, (int, float)) or value < 0 or (needed and value == 0)):
+        if value is not None and not (
+            isinstance(value, (int, float)) and (value > 0 or (value == 0 and not needed)) and value < 1e12
+        ):
             raise OctavoError(f"config.json: {name} of the rotary embedding must be a positive number, not {value!r}.")
+    if kind == "yarn" and found["rope_theta"] <= 1:
+        raise OctavoError(f"config.json: rope_type 'yarn' needs a rope_theta over 1, not {found['rope_theta']!r}.")
     return found
+
+
+def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
+    """What a model of so many positions was made for: YaRN stretches those of the original context."""
+    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not rope.get("factor"):
+        return positions
+    return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
 
 class RotaryEmbedding(nn.Module):
@@ -80,7 +91,7 @@ def _yarn(dim: int, p: Mapping[str, Any], max_positions: int) -> tuple[Tensor, f
     factor = p.get("factor") or max_positions / original
 
     def dimension_of(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(p["rope_theta"]))
+        return dim * math.log(original / (max(turns, 1e-6) * 2 * math.pi)) / (2 * math.log(p["rope_theta"]))
 
     low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
     if p.get("truncate", True):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
     from octavo.models.interface import Model
 
-__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config"]
+__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config", "same_architecture"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -30,7 +30,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
     path = directory / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise OctavoError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint directory.")
     try:
         config = json.loads(path.read_text())
@@ -73,3 +73,9 @@ def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: in
     check_length(max_model_len, limit)
     model: Model = arch.Model(c, tp, max_model_len or limit, layers)
     return model
+
+
+def same_architecture(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two config.json make the same model, apart from its weights."""
+    one, other = architecture(a), architecture(b)
+    return one is other and bool(one.Config.from_json(a) == other.Config.from_json(b))

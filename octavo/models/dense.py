@@ -46,6 +46,9 @@ class DenseLM(CausalLM):
         if (parts := self.parts()) is not None:
             self.model.fused = tuple(ops.fuse(parts, platform))
 
+    def unfuse(self) -> None:
+        self.model.fused = ()
+
     def graph_key(self, requests: int, longest: int) -> Hashable:
         if (fused := self.model.fused_for(requests, longest)) and fused.attends:
             return ()

@@ -103,5 +103,8 @@ class FusedModel(Protocol):
     def fuse(self, platform: Platform) -> None:
         """Makes what does. Called once, when the caches are bound and their scales settled."""
 
+    def unfuse(self) -> None:
+        """Forgets what `fuse` made, which holds weights and caches."""
+
     def graph_key(self, requests: int, longest: int) -> Hashable:
         """Of steps of single tokens with contexts up to `longest`: where it is equal, they launch the same."""

@@ -55,9 +55,14 @@ def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: t
     groups = x.float().unsqueeze(1)
     if granularity is Granularity.BLOCK:
         groups = F.pad(x.float(), (0, -k % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = (groups.abs().amax(-1) / limit).clamp_(min=SCALE_FLOOR)
+    scale = token_scale(groups.abs().amax(-1), limit)
     codes = (groups / scale.unsqueeze(-1)).clamp_(-limit, limit).to(fp8_dtype)
     return codes.flatten(1)[:, :k], scale
+
+
+def token_scale(peak: Tensor, limit: float) -> Tensor:
+    """The scale of activations up to `peak`, rounded once: a GPU would multiply by the reciprocal of a number."""
+    return (peak / torch.full_like(peak, limit)).clamp_(min=SCALE_FLOOR)
 
 
 class Dequantized(PackedWeight):
@@ -149,7 +154,7 @@ def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
         limit = FP8_MAX[view.dtype]
         scale = layer_scale.view(-1, 1)
         if (scales := views.get(f"{name}_scale")) is not None:
-            scale = (values.float().abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
+            scale = token_scale(values.float().abs().amax(-1, keepdim=True), limit)
             scales[block, offset] = scale.squeeze(-1)
         codes = (values.float() / scale).clamp_(-limit, limit).to(view.dtype)
         view.view(torch.uint8)[block, offset] = codes.view(torch.uint8)

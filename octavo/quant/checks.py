@@ -60,7 +60,10 @@ def _hf_fp8(entry: Mapping[str, Any]) -> None:
 def _compressed_tensors(entry: Mapping[str, Any]) -> None:
     if (entry.get("sparsity_config") or {}).get("format") not in (None, "dense"):
         raise _unread(f"compressed as '{entry['sparsity_config']['format']}'")
-    for group in (entry.get("config_groups") or {}).values():
+    groups = entry.get("config_groups") or {}
+    if not isinstance(groups, dict):
+        raise OctavoError("config.json: config_groups of its quantization_config must be an object; download it again.")
+    for group in groups.values():
         weights = (group.get("weights") if isinstance(group, dict) else None) or {}
         kind = (weights.get("type"), weights.get("num_bits"))
         if weights and kind not in (("float", 8), ("int", 4)):

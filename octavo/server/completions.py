@@ -10,7 +10,7 @@ from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
-from octavo.messages import SamplingParams
+from octavo.messages import Logprobs, SamplingParams
 from octavo.server.http import Answer, merge
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
@@ -151,14 +151,13 @@ class _Job:
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
         index = number * self.params.n + delta.index
         begun = index in self.starts
-        before = _Echo() if begun else self._echo(number, delta)
-        start = self.starts.setdefault(index, len(before.text))
-        entries, offsets = before.entries, before.offsets
+        text, entries, offsets = self._echo(number, delta) if self.request.echo and not begun else ("", [], [])
+        start = self.starts.setdefault(index, len(text))
         if delta.logprobs is not None:
-            entries = entries + list(zip(delta.token_ids, delta.logprobs, strict=False))
             own = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # there may be no text
-            offsets = offsets + [start + offset for offset in own[: len(entries) - len(before.entries)]]
-        text = before.text + delta.text
+            offsets += [start + offset for offset in own[: len(delta.logprobs)]]
+            entries += zip(delta.token_ids, delta.logprobs, strict=False)
+        text += delta.text
         logprobs = None
         if self.params.logprobs is not None:
             spelled = None if self.request.return_tokens_as_token_ids else self.served.engine.tokenizer
@@ -177,24 +176,15 @@ class _Job:
             piece["prompt_logprobs"] = prompt_logprobs(self.served.engine.tokenizer, delta.prompt_logprobs)
         return piece
 
-    def _echo(self, number: int, delta: Delta) -> _Echo:
-        if not self.request.echo:
-            return _Echo()
+    def _echo(self, number: int, delta: Delta) -> tuple[str, list[tuple[int, Logprobs | None]], list[int]]:
+        """The prompt as the start of an answer: its text, and if they are asked for its tokens with their log-probabilities,
+        and where in the text they begin."""
         prompt = self.prompts[number]
         given = _prompts(self.request.prompt)[number]
         tokenizer = self.served.tokenizer
         text, offsets = read_prompt(tokenizer, prompt, given if isinstance(given, str) else None)
         known = delta.prompt_logprobs if self.params.logprobs is not None else None
-        return _Echo(text, list(zip(prompt, known, strict=False)), offsets) if known else _Echo(text)
-
-
-@dataclass(slots=True)
-class _Echo:
-    """The prompt as the start of an answer."""
-
-    text: str = ""
-    entries: list[tuple[int, Any]] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+        return (text, list(zip(prompt, known, strict=False)), offsets) if known else (text, [], [])
 
 
 def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from octavo.frontend.async_engine import AsyncEngine
     from octavo.server.serving import Served
 
-__all__ = ["DEMO_NAME", "add_arguments", "run"]
+__all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
 
 DEMO_NAME = "octavo-demo"
 KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server that its owner believes closed
@@ -94,11 +94,11 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     template = read_template(args.chat_template)
     listener = bind(args.host, args.port)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(serve(args, config, listener, template, started))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's loop where it is installed: it takes half the time a token."""
     try:
         import uvloop

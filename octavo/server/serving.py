@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidRequest
@@ -27,27 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Served"]
 
-_SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "prompt_logprobs",
-    "logit_bias",
-    "bad_words",
-    "allowed_token_ids",
-    "skip_special_tokens",
-)
+_SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
 _LONG_TEXT = 20_000  # characters; encoding more would hold up the other streams, so a thread does it
 

@@ -45,11 +45,6 @@ class Tokenizer:
         self._anchor_text = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
 
     @property
-    def backend(self) -> tokenizers.Tokenizer:
-        """The library's own object, for those who build on it (grammars do)."""
-        return self._tokenizer
-
-    @property
     def chat_template(self) -> str | None:
         """The default chat template, or None if the checkpoint has none."""
         return self.template_for(tools=False)

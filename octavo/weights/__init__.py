@@ -1,7 +1,6 @@
-"""Checkpoints: read one named, sharded tensor at a time into a model, or quantized into another checkpoint.
+"""Checkpoints, read one named, sharded tensor at a time into a model.
 
-sources: tensors by name, from files or made up. loader: what fills a model with them. checkpoint, output, output_directory:
-safetensors files in parts. quantize_plan, quantizer, saving: one checkpoint made of another.
+sources: tensors by name, from files or made up. loader: what fills a model with them. checkpoint: safetensors files in parts.
 """
 
 from __future__ import annotations

@@ -203,8 +203,12 @@ def load(
     try:
         for done, (path, module) in enumerate(places, 1):
             before = held(module) if in_place else {}
-            module.load(loader.at(path))
-            complete = refill(module, before) and complete
+            try:
+                module.load(loader.at(path))
+                complete = refill(module, before) and complete
+            except OctavoError:
+                vars(module).update(before)  # whose memory graphs know
+                raise
             if progress:
                 progress(done / len(places))
     finally:

@@ -50,10 +50,6 @@ class SafetensorsSource:
     def shape(self, name: str) -> list[int]:
         return list(self.checkpoint.tensors[name].shape)
 
-    def matrix_values(self) -> int:
-        """Values of all matrices, from the headers alone."""
-        return self.checkpoint.matrix_values()
-
     def expect(self, names: Sequence[str]) -> None:
         self._ahead = ReadAhead(self.checkpoint, [self.checkpoint.tensors[name] for name in names])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMON, tokens
+from engine.books import check_books
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
@@ -70,7 +71,7 @@ def run(core: EngineCore, requests: list[EngineRequest], apart: int = 0) -> tupl
         step += 1
         assert step < 3000
     assert not core.generations
-    core.scheduler.pool.check([])
+    check_books(core.scheduler.pool, [])
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0)
     return outputs, sums
 
@@ -170,7 +171,7 @@ def test_abort(make):
             before = core.scheduler.pool.num_free
             core.abort("long")
             assert core.scheduler.pool.num_free - before == 24  # 90 prompt and 5 more tokens, 4 a block
-            core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+            check_books(core.scheduler.pool, [r.block_ids for r in core.scheduler.running])
         for output in core.step()[0]:
             if output.request_id in got:
                 got[output.request_id] += output.token_ids
@@ -285,6 +286,7 @@ class Chain:
     """Stands in for a grammar: a token's remainder by 5 is one more than that of the token before."""
 
     finished = False
+    error = None
 
     def __init__(self, *_):
         self.last = 0
@@ -344,12 +346,12 @@ def test_ahead_aborts(make, seed):
         for output in core.step()[0]:
             assert output.request_id not in gone
             got[output.request_id] += output.token_ids
-        core.scheduler.pool.check([r.block_ids for r in core.scheduler.running])
+        check_books(core.scheduler.pool, [r.block_ids for r in core.scheduler.running])
         if rng.random() < 0.15 and len(gone) < 5:
             name = rng.choice(PLAIN).request_id
             core.abort(name)
             gone.add(name)
-    core.scheduler.pool.check([])
+    check_books(core.scheduler.pool, [])
     assert not core.generations
     assert not core.runner.histories._places
     assert all(tokens == alone[name][: len(tokens)] for name, tokens in got.items())

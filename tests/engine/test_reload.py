@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from conftest import COMMON, tokens
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, ops
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest
 from octavo.ops import PackedWeight
@@ -124,18 +126,30 @@ def test_on_an_accelerator_graphs_and_addresses_stay(models: list[Path], scheme:
     assert generate(llm) == second
 
 
-def test_other_shapes_are_refused_in_a_sentence(models: list[Path]) -> None:
+def test_another_config_is_refused_in_a_sentence(models: list[Path]) -> None:
     llm = load(models[0])
-    with pytest.raises(OctavoError, match="different models"):
+    with pytest.raises(OctavoError, match=r"another config\.json"):
         llm._core.reload(str(models[2]))
+    with pytest.raises(OctavoError, match="there is no model at"):
+        llm._core.reload("/nowhere")
 
 
-def test_other_schemes_are_refused_in_a_sentence(models: list[Path], tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    load(models[0], quantization="ptpc_fp8", save_quantized=str(saved))
+@pytest.mark.parametrize("fault", ["shape", "scheme"])
+def test_after_a_reload_that_failed_the_old_weights_are_there(models: list[Path], fault: str, tmp_path: Path) -> None:
+    """The fault is in the last layer, when the others have been written over."""
+    if fault == "scheme":
+        load(models[1], quantization="ptpc_fp8", save_quantized=str(tmp_path / "other"))
+    else:
+        shutil.copytree(models[1], tmp_path / "other")
+        weights = load_file(tmp_path / "other/model.safetensors")
+        last = f"model.layers.{COMMON['num_hidden_layers'] - 1}.mlp.down_proj.weight"
+        weights[last] = weights[last][:, :-8].contiguous()
+        save_file(weights, tmp_path / "other/model.safetensors")
     llm = load(models[0])
-    with pytest.raises(OctavoError, match="same shapes and schemes"):
-        llm._core.reload(str(saved))
+    want = generate(llm)
+    with pytest.raises(OctavoError, match=r"same shapes and schemes|different models"):
+        llm._core.reload(str(tmp_path / "other"))
+    assert generate(llm) == want
 
 
 @pytest.mark.parametrize("what", ["reload", "sleep"])
@@ -157,6 +171,33 @@ def test_sleep_gives_up_weights_cache_and_graphs_and_wake_brings_them_back(model
     assert not addresses(llm)
     assert core.runner.graphs is None
     assert not hasattr(core.runner, "cache")
+    with pytest.raises(OctavoError, match="wake"):
+        generate(llm)
+    for again in (core.sleep, lambda: core.reload(str(models[1]))):
+        with pytest.raises(OctavoError, match="wake the engine first"):
+            again()
     core.wake()
     assert generate(llm) == want
     assert len(core.runner.graphs or ()) > 0
+    core.wake()
+    assert generate(llm) == want
+
+
+def test_a_woken_engine_has_the_blocks_that_fit_then(models: list[Path]) -> None:
+    llm = load(models[0])
+    want, core = generate(llm), llm._core
+    core.sleep()
+    core.runner.config = replace(core.runner.config, cpu_kv_cache_gib=0.002)
+    before = core.info.num_blocks
+    core.wake()
+    assert core.info.num_blocks == core.runner.num_blocks == core.scheduler.pool.num_blocks < before
+    assert generate(llm) == want
+
+
+def test_sleep_forgets_what_fused_decoding_holds(models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(takes=lambda requests, longest: False, attends=True)
+    monkeypatch.setattr(ops, "fuse", lambda parts, platform: [made])
+    core = load(models[0])._core
+    assert core.runner.model.model.fused == (made,)  # type: ignore[attr-defined]
+    core.sleep()
+    assert core.runner.model.model.fused == ()  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
+from engine.books import check_books
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -223,7 +224,7 @@ class Engine:
     def check(self):
         """The books agree, and the order of arrival is kept."""
         s = self.scheduler
-        self.pool.check(r.block_ids for r in s.running)
+        check_books(self.pool, (r.block_ids for r in s.running))
         assert len(s.running) <= s.max_num_seqs
         assert all(r.status is Status.RUNNING for r in s.running)
         assert all(r.status is Status.WAITING and not r.block_ids and not r.num_pending for r in s.waiting)

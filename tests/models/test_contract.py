@@ -10,11 +10,13 @@ import torch
 from conftest import VOCAB, LoadModel, relative_error, tokens
 from models import toy
 from models.test_logits import CASES, randomize
+from ranks import run_ranks
 
 import octavo.models
 from octavo import LLM, SamplingParams, batch
-from octavo.distributed import TensorParallel, run_ranks
+from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
+from octavo.errors import OctavoError
 from octavo.models.interface import ModelInput, StageState
 
 
@@ -76,6 +78,14 @@ def test_ranks_give_the_whole_models_logits(case: str, ranks: int, tmp_path: Pat
 
     for logits in run_ranks(ranks, run):
         assert relative_error(logits, whole) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_ranks_that_query_heads_do_not_split_over_are_refused(ranks: int, tmp_path: Path, load_model: LoadModel) -> None:
+    """Four query heads: more ranks than that would each have a part of the output projection that is not their heads'."""
+    randomize(CASES["llama"]()).save_pretrained(tmp_path)
+    with pytest.raises(OctavoError, match=f"4 heads do not split over {ranks} ranks"):
+        load_model(tmp_path, tp=TensorParallel(0, ranks))
 
 
 @pytest.mark.parametrize("case", ["llama, tied", "qwen3", "mistral, sliding window"])

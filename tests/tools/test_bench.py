@@ -25,11 +25,12 @@ from octavo.models import MODEL_TYPES, architecture
 from octavo.models.published import KNOWN
 from octavo.platform import Platform, detect
 from octavo.tools.bench import ceilings, offline, online, workloads
-from octavo.tools.bench.limit import Ceilings, Costs, costs_of, costs_of_shape, limit
+from octavo.tools.bench.limit import Ceilings, costs_of, limit, step_seconds
 from octavo.tools.bench.profiling import GAPS, _kernels, role_of
 from octavo.tools.bench.workloads import WORKLOADS, Workload, prompts, shape_config, spread
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import source_of_config
+from octavo.tools.plan.roofline import Costs
 from octavo.tools.plan.subject import Subject
 
 BY_HAND = Costs(
@@ -70,7 +71,8 @@ def test_without_fp8_units_fp8_is_computed_in_the_other_dtype() -> None:
     [("A", 62_000 / 3, 0.03), ("B", 8_200, 0.03), ("C", 527, 0.01), ("F", 1_600, 0.01), ("D", 92_000 / 4096, 0.07)],
 )
 def test_the_limit_of_llama_8b_on_an_h200(name: str, output_rate: float, within: float) -> None:
-    costs = costs_of_shape(EngineConfig(quantization="fp8", kv_cache_dtype="fp8"), shape_config("llama-3.1-8b"))
+    config, shape = EngineConfig(quantization="fp8", kv_cache_dtype="fp8"), shape_config("llama-3.1-8b")
+    costs = costs_of(config, source_of_config("shape", "its config.json", shape))
     w = WORKLOADS[name]
     seconds = limit(costs, Ceilings(4.24e12, 1.3e15, 0.65e15), w).of(w)
     assert w.num_requests * w.output_len / seconds == pytest.approx(output_rate, rel=within)
@@ -92,11 +94,12 @@ def test_costs_are_those_of_the_matrices() -> None:
 
 
 def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
-    costs = costs_of_shape(EngineConfig(quantization="ptpc_fp8"), shape_config("qwen3-30b-a3b"))
+    source = source_of_config("shape", "its config.json", shape_config("qwen3-30b-a3b"))
+    costs = costs_of(EngineConfig(quantization="ptpc_fp8"), source)
     assert costs.expert_share == 8 / 128
     assert costs.expert_bytes == pytest.approx(48 * 128 * 3 * 2048 * 768, rel=0.01)
     quick = Ceilings(1, 1e30, 1e30)
-    one, all_of_them = (costs.step_seconds(quick, n, 0, 0, 0) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
+    one, all_of_them = (step_seconds(costs, quick, n, 0, 0, 0) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
     assert (one, all_of_them) == (pytest.approx(costs.expert_bytes / 16), pytest.approx(costs.expert_bytes))
 
 
@@ -116,7 +119,7 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
 )
 def test_shapes(shape: str, parameters: int) -> None:
     config = shape_config(shape)
-    subject = Subject.on(source_of_config(shape, "", config), EngineConfig(), Accelerator("any", "any", 0))
+    subject = Subject(source_of_config(shape, "", config), EngineConfig(), Accelerator("any", "any", 0))
     assert subject.base.total("values") == parameters
     if config["model_type"] in MODEL_TYPES:
         architecture(config).Config.from_json(config)

@@ -20,7 +20,7 @@ from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.quant import SCHEMES, QuantRules
 from octavo.tools.plan import plan as tool
-from octavo.tools.plan.explain import refusals
+from octavo.tools.plan.explain import notes, refusals
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 INT4 = dict(num_bits=4, type="int", strategy="group", group_size=32)
@@ -188,8 +188,9 @@ def test_what_other_tools_wrote(directory: Path) -> None:
     line = [str(directory), "--device", "cpu", "--kv-cache-dtype", "auto", "--cpu-kv-cache-gib", "0.01", "-q", "bf16"]
     plan = plan_of(*line)
     runner = ModelRunner(engine_config(make_parser("plan", tool.add_arguments).parse_args(line)))
-    packed = any("INT4" in text for text in refusals(plan))
-    assert (refusals(plan) == []) != packed
+    assert refusals(plan) == []
+    packed = any("packed INT4" in text for text in notes(plan))
+    assert packed == directory.name.endswith("w4a16")
     assert plan.question.subject.base.total("values") == runner.report.total("values")
     if not packed:  # which the engine decodes
         assert plan.asked.weights == runner.report.total("stored")

@@ -32,7 +32,7 @@ PUBLISHED = [
 
 
 def subject_of(config: Mapping[str, Any]) -> Subject:
-    return Subject.on(source_of_config("model", "its config.json", config), EngineConfig(), Accelerator("any", "any", 0))
+    return Subject(source_of_config("model", "its config.json", config), EngineConfig(), Accelerator("any", "any", 0))
 
 
 def assert_printed(value: float, printed: str) -> None:

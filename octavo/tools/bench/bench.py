@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,12 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     workloads = _workloads(args)
     _check(args, given)
     if args.mode == "serve":
-        found = _serve(args, workloads, given)
+        from octavo.tools.bench import online
+
+        figures = online.bench(
+            args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
+        )
+        found = _stamp(args) | {"base_url": args.base_url} | figures
     else:
         found = _offline(args, config, given, workloads, started)
     if args.json:
@@ -120,11 +126,8 @@ def _offline(
         from octavo.tools.bench import offline
 
         config = offline.engine_options(config, workloads, given)
-        progress = LoadingBar()
-        try:
+        with closing(LoadingBar()) as progress:
             core = EngineCore(config, progress.update)
-        finally:
-            progress.close()
         found = _about(args, config, core, time.time() - started)
         first = [offline.warm_up(core, w, config.seed) for w in workloads]
         found["first_token_s"] = first[0] - started
@@ -147,29 +150,21 @@ def _stamp(args: argparse.Namespace) -> dict[str, Any]:
 
 def _about(args: argparse.Namespace, config: EngineConfig, core: EngineCore, start_s: float) -> dict[str, Any]:
     """What a figure is of."""
+    import torch
+
+    from octavo import ops
+
     layers = f", {args.num_layers} layers" if args.num_layers is not None else ""
     return _stamp(args) | {
         "machine": core.runner.platform.name,
-        "torch": _torch(),
+        "torch": str(torch.__version__),
         "model": (args.shape or args.model or "the embedded demo model") + layers,
         "quantization": config.quantization or "as stored",
         "kv_cache_dtype": config.kv_cache_dtype,
         "engine": core.info.report,
-        "ops": _ops(),
+        "ops": ops.table(),
         "start_s": start_s,
     }
-
-
-def _torch() -> str:
-    import torch
-
-    return str(torch.__version__)
-
-
-def _ops() -> dict[str, str]:
-    from octavo import ops
-
-    return ops.table()
 
 
 def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, measured: Sequence[Any]) -> dict[str, Any]:
@@ -185,15 +180,3 @@ def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, 
         figures = {"limit_s": seconds, "percent_of_limit": 100 * seconds / m.wall}
         found["workloads"][m.workload.name] = m.as_json() | figures
     return found
-
-
-def _serve(args: argparse.Namespace, workloads: Sequence[Workload], given: dict[str, Any]) -> dict[str, Any]:
-    from octavo.tools.bench import online
-
-    return (
-        _stamp(args)
-        | {"base_url": args.base_url}
-        | online.bench(
-            args.base_url, args.api_key, workloads, args.max_concurrency, args.repeats, args.offline_json, given.get("seed")
-        )
-    )

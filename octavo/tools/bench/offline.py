@@ -12,7 +12,7 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, EngineStats, SamplingParams
-from octavo.tools.bench.workloads import Workload, prompts, spread
+from octavo.tools.bench.workloads import Workload, prompts
 
 __all__ = ["Batch", "Measured", "engine_options", "measure", "warm_up"]
 
@@ -35,17 +35,9 @@ class Measured:
 
     def as_json(self) -> dict[str, Any]:
         w = self.workload
-        total = self.input_tokens + self.output_tokens
-        return w.as_json | {
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "wall_s": self.wall,
+        return w.figures(self.wall, self.input_tokens, self.output_tokens, self.ttft, self.tpot) | {
             "walls_s": self.walls or [self.wall],
-            "total_tok_s": total / self.wall,
-            "out_tok_s": self.output_tokens / self.wall,
             "prefill_tok_s": self.input_tokens / self.wall if w.prefill_only else None,
-            "ttft_s": spread(self.ttft),
-            "tpot_s": spread(self.tpot),
             "preemptions": self.preemptions,
         }
 

@@ -12,14 +12,15 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from octavo.errors import OctavoError
-from octavo.tools.bench.workloads import GREEDY, Workload, prompts, spread
+from octavo.server.serve import loop_factory
+from octavo.tools.bench.workloads import GREEDY, Workload, prompts
 
 __all__ = ["Server", "bench"]
 
@@ -185,33 +186,16 @@ def bench(
 def _run(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any]:
     requests = [server.request(ids, w) for ids in prompts(w, VOCABULARY, seed)]
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             wall, streams = runner.run(_drive(server, requests, together))
     except* OctavoError as group:
         raise OctavoError(str(group.exceptions[0])) from None
     counts = [stream.tokens() for stream in streams]
     if wrong := [count for count in counts if count != w.output_len]:
         raise OctavoError(f"workload {w.name}: a request brought {wrong[0]} tokens instead of {w.output_len}.")
-    several = streams if w.output_len > 1 else []
-    return w.as_json | {
-        "max_concurrency": together,
-        "input_tokens": w.num_requests * w.input_len,
-        "output_tokens": sum(counts),
-        "wall_s": wall,
-        "total_tok_s": (w.num_requests * w.input_len + sum(counts)) / wall,
-        "out_tok_s": sum(counts) / wall,
-        "ttft_s": spread([s.first - s.start for s in streams]),
-        "tpot_s": spread([(s.last - s.first) / (w.output_len - 1) for s in several]),
-    }
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    ttft = [s.first - s.start for s in streams]
+    tpot = [(s.last - s.first) / (w.output_len - 1) for s in streams] if w.output_len > 1 else []
+    return w.figures(wall, w.num_requests * w.input_len, sum(counts), ttft, tpot) | {"max_concurrency": together}
 
 
 def _offline(path: str | None, workloads: Sequence[Workload]) -> dict[str, Any]:

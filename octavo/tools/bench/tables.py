@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["console", "show_offline", "show_profile", "show_serve", "table"]
+from octavo.tools.rich_tables import console, table
+
+__all__ = ["show_offline", "show_profile", "show_serve"]
 
 WIDTH = 120  # columns that the tables are made for
 
 
-def console() -> Any:
-    """Where tables go; plain, and as wide as they are, where that is no terminal."""
-    from rich.console import Console
-
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(found.width, WIDTH))
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str | None = None) -> Any:
-    """A table whose first column names the row; the others are numbers."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
-    for row in rows:
-        made.add_row(*row)
-    # Beside the table, not of it: a title would be wrapped at the width of a narrow one.
-    return Group(Text(title, style="bold"), made, *([Text(note, style="dim")] if note else []), "")
-
-
 def show_offline(found: Mapping[str, Any]) -> None:
     """The figures of throughput and latency mode."""
-    out = console()
+    out = console(WIDTH)
     _heading(out, found)
     ceilings = found["ceilings"]
     rates = [f"{ceilings['bandwidth_bytes_s'] / 1e12:.3g} TB/s copied"]
@@ -73,7 +51,7 @@ def show_offline(found: Mapping[str, Any]) -> None:
 
 def show_serve(found: Mapping[str, Any]) -> None:
     """The figures of serve mode."""
-    out = console()
+    out = console(WIDTH)
     out.print(f"[bold]{found['base_url']}[/]: {found['model']}, driven from {found['machine']}")
     columns = ["workload", "wall s", "out tok/s", "of offline", "TTFT mean", "p50", "p99", "TPOT mean", "p50", "p99"]
     rows = []
@@ -86,7 +64,7 @@ def show_serve(found: Mapping[str, Any]) -> None:
 
 def show_profile(found: Mapping[str, Any]) -> None:
     """Where the time of steps goes, by role and by kernel."""
-    out = console()
+    out = console(WIDTH)
     _heading(out, found)
     for step in found["steps"]:
         rows = [

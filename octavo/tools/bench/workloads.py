@@ -56,6 +56,16 @@ class Workload:
             "part": "prefill" if self.prefill_only else self.part, "sampling": dict(self.sampling),
         }  # fmt: skip
 
+    def figures(
+        self, wall: float, input_tokens: int, output_tokens: int, ttft: Sequence[float], tpot: Sequence[float]
+    ) -> dict[str, Any]:
+        """What a run of it is written down as. Seconds: in all; of each request to its first token, and a token after it."""
+        return self.as_json | {
+            "input_tokens": input_tokens, "output_tokens": output_tokens, "wall_s": wall,
+            "total_tok_s": (input_tokens + output_tokens) / wall, "out_tok_s": output_tokens / wall,
+            "ttft_s": spread(ttft), "tpot_s": spread(tpot),
+        }  # fmt: skip
+
     def room(self, step_tokens: int) -> int:
         """Tokens that a request may come to hold, where a step computes at least `step_tokens`.
 

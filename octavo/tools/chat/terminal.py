@@ -165,11 +165,8 @@ class Local:
         from octavo.server.serve import make_served
 
         self._runner = asyncio.Runner()
-        progress = LoadingBar()
-        try:
+        with closing(LoadingBar()) as progress:
             self._engine = self._run(AsyncEngine.start(config, progress.update))
-        finally:
-            progress.close()
         self._served = make_served(self._engine, [args.model])
 
     def events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]:

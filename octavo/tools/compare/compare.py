@@ -58,7 +58,9 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         from octavo.tools.compare import html_report
 
         html_report.check()
-    _check_sizes(args)
+    for flag, value, least in (("--tokens", args.tokens, 0), ("--window", args.window, 2)):
+        if value < least:
+            raise OctavoError(f"{flag} must be at least {least}, not {value}.")
     asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *SCHEME_NAMES])
     schemes = _canonical("--scheme", asked, QUANTIZATIONS, SCHEME_NAMES)
     asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else KV_NAMES)
@@ -178,12 +180,6 @@ def _check_writable(path: Path) -> None:
         raise OctavoError(f"{path} is a directory; name a file in it.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OctavoError(f"{path} cannot be written: there is no writable directory {path.parent}.")
-
-
-def _check_sizes(args: argparse.Namespace) -> None:
-    for flag, value, least in (("--tokens", args.tokens, 0), ("--window", args.window, 2)):
-        if value < least:
-            raise OctavoError(f"{flag} must be at least {least}, not {value}.")
 
 
 def _canonical(option: str, given: Sequence[str], known: dict[str, str], ladder: Sequence[str]) -> list[str]:

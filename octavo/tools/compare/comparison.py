@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from octavo.tools.compare.layer_errors import LayerError, Sensitivity
@@ -37,8 +37,9 @@ class Comparison:
         out: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, (str, int))}
         for name in ("reference", "chosen"):
             out[name] = m.as_json() if (m := getattr(self, name)) is not None else None
-        for name in ("measured", "layers", "ranked"):
-            out[name] = [entry.as_json() for entry in getattr(self, name)]
+        out["measured"] = [m.as_json() for m in self.measured]
+        for name in ("layers", "ranked"):
+            out[name] = [asdict(entry) for entry in getattr(self, name)]
         return {**out, "budget": str(self.budget), "quantization_ignore": self.ignore, "notes": self.notes}
 
     @property

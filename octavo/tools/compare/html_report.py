@@ -42,18 +42,14 @@ def check() -> None:
 def render(found: Comparison) -> str:
     """The report as one HTML document."""
     rows = [found.reference, *found.measured]
+    chosen = rows.index(found.chosen) if found.chosen else None
     parts = [
         f"<h1>{escape(found.model)}: what FP8 costs</h1>",
         f'<p class="verdict">{escape(found.verdict)}</p>',
         f"<pre>{escape(loss_table.command(found))}</pre>" if found.chosen else "",
         f"<p>{escape(loss_table.basis(found))}, Octavo {__version__}.</p>",
         "<h2>Schemes and KV caches</h2>",
-        _table(
-            loss_table.COLUMNS,
-            [loss_table.cells(found, m) for m in rows],
-            [m is found.chosen for m in rows],
-            "measurements",
-        ),
+        _table(loss_table.COLUMNS, [loss_table.cells(found, m) for m in rows], "measurements", chosen),
         f'<p class="small">{escape(loss_table.legend(found))} Hollow marks: layers kept in BF16.</p>',
         _figure(_bars(found), "bars"),
         _figure(_memory(found), "memory"),
@@ -70,21 +66,20 @@ def render(found: Comparison) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool], name: str) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], name: str, chosen: int | None = None) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     lines = []
-    for row, mark in zip(rows, marked, strict=True):
+    for i, row in enumerate(rows):
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="{"chosen" if mark else "other"}">{cells}</tr>')
+        lines.append(f'<tr class="{"chosen" if i == chosen else "other"}">{cells}</tr>')
     body = "\n".join(lines)
     return f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _worst(found: Comparison) -> str:
-    rows = loss_table.worst(found)
     return (
         f"<p>The layers that {escape(found.scheme)} costs most:</p>"
-        + _table(loss_table.WORST_COLUMNS, rows, [False] * len(rows), "worst")
+        + _table(loss_table.WORST_COLUMNS, loss_table.worst(found), "worst")
         + f"<p>{escape(loss_table.kept_sentence(found))}</p>"
         + f"<pre>--quantization-ignore {escape(' '.join(found.ignore))}</pre>"
     )
@@ -96,7 +91,7 @@ def _errors(found: Comparison) -> str:
         return ""
     columns = ["layer", *(f"{scheme}: {what}" for scheme in schemes for what in ("weight", "output"))]
     rows = [[e.path, *(f"{100 * by[scheme]:.2f}%" for scheme in schemes for by in (e.weight, e.output))] for e in found.layers]
-    table = _table(columns, rows, [False] * len(rows), "errors")
+    table = _table(columns, rows, "errors")
     return f"<details><summary>Every layer's errors</summary>{table}</details>"
 
 

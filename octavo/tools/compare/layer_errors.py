@@ -13,7 +13,7 @@ about that of all. That makes "KL per byte" the measure of which layer to keep i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -43,9 +43,6 @@ class LayerError:
     weight: dict[str, float] = field(default_factory=dict)
     output: dict[str, float] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -55,9 +52,6 @@ class Sensitivity:
     names: tuple[str, ...]
     kl: float  # nats a token, with only this layer quantized
     extra_bytes: int  # its bytes in BF16 over those in FP8
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Weights:
@@ -73,7 +67,8 @@ class _Weights:
         for path, module in cast("nn.Module", self.runner.model).named_modules():
             if isinstance(module, Linear):
                 parent = path.rpartition(".")[0]
-                names = tuple(f"{parent}.{name}" for name in _own_names(module))
+                own = module.names if isinstance(module, ColumnParallelLinear) else [module.name]
+                names = tuple(f"{parent}.{name}" for name in own)
                 if rules.scheme_for(names).quantized:
                     yield path, module, names
 
@@ -89,14 +84,6 @@ class _Weights:
         """The layer's operand, and its bytes as stored."""
         q = concat(parts).padded(self.platform.fp8_alignment)
         return ops.pack(q, self.platform), q.nbytes
-
-
-def _own_names(module: Linear) -> list[str]:
-    return module.names if isinstance(module, ColumnParallelLinear) else [module.name]
-
-
-def _rules(base: EngineConfig, scheme: str) -> QuantRules:
-    return QuantRules(SCHEMES[scheme], base.quantization_ignore)
 
 
 def layer_errors(core: EngineCore, schemes: Sequence[str], window: Sequence[int]) -> list[LayerError]:
@@ -140,7 +127,7 @@ def sensitivities(base: EngineConfig, scheme: str, text: Text, reference: Refere
     """KL of every layer that `scheme` quantizes, on the text's first window, the most KL per extra byte first."""
     core = open_core(base, REFERENCE, text)
     weights, found = _Weights(core.runner), []
-    for path, module, names in list(weights.layers(_rules(base, scheme))):
+    for path, module, names in list(weights.layers(QuantRules(SCHEMES[scheme], base.quantization_ignore))):
         stored = weights.stored(module, names)
         if any(isinstance(w, QTensor) for w in stored):
             continue  # there is no BF16 to go back to

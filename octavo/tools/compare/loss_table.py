@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from octavo.engine.memory import gib
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.measure import Measurement
+from octavo.tools.rich_tables import console, table
 
 __all__ = ["COLUMNS", "WORST_COLUMNS", "basis", "cells", "command", "kept_sentence", "legend", "show", "status", "worst"]
 
@@ -27,11 +26,11 @@ WORST_COLUMNS = ("layer", "weight error", "output error", "KL alone", "more in B
 @contextmanager
 def status(wanted: bool) -> Iterator[Callable[[str], None]]:
     """A function that shows on a terminal what is being measured."""
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
+    err = Console(stderr=True)
+    if not (wanted and err.is_terminal):
         yield lambda text: None
         return
-    with console.status("starting") as shown:
+    with err.status("starting") as shown:
         yield lambda text: shown.update(f"measuring {text}")
 
 
@@ -94,26 +93,23 @@ def kept_sentence(found: Comparison) -> str:
 
 def show(found: Comparison, saved: Path | None, report: Path | None) -> None:
     """Prints the comparison."""
-    console = Console(width=min(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(f"[bold]{found.model}[/bold]\n{basis(found)}", soft_wrap=True)
-    main = _table(COLUMNS, [cells(found, m) for m in (found.reference, *found.measured)], texts=2)
-    console.print(main)
-    console.print(legend(found), style="dim")
+    out = console(WIDTH)
+    rows = [cells(found, m) for m in (found.reference, *found.measured)]
+    out.print(table(f"{found.model}\n{basis(found)}", COLUMNS, rows, legend(found), words=(0, 1)))
     if found.ranked:
-        console.print(f"\nThe layers that {found.scheme} costs most:")
-        console.print(_table(WORST_COLUMNS, worst(found), texts=1))
-        console.print(kept_sentence(found))
+        out.print(table(f"The layers that {found.scheme} costs most:", WORST_COLUMNS, worst(found)))
+        out.print(kept_sentence(found))
         if not saved:
-            console.print("--quantization-ignore " + shlex.join(found.ignore), soft_wrap=True)
+            out.print("--quantization-ignore " + shlex.join(found.ignore), soft_wrap=True)
     for note in found.notes:
-        console.print(f"note: {note}")
-    console.print(f"\n[bold]{found.verdict}[/bold]")
+        out.print(f"note: {note}")
+    out.print(f"\n[bold]{found.verdict}[/bold]")
     if saved and found.chosen:
-        console.print(f"Written to {saved}: octavo serve {found.model} --quantization-config {saved}", soft_wrap=True)
+        out.print(f"Written to {saved}: octavo serve {found.model} --quantization-config {saved}", soft_wrap=True)
     elif found.chosen:
-        console.print("  " + command(found), soft_wrap=True)
+        out.print("  " + command(found), soft_wrap=True)
     if report:
-        console.print(f"Report: {report}", soft_wrap=True)
+        out.print(f"Report: {report}", soft_wrap=True)
 
 
 def command(found: Comparison) -> str:
@@ -122,12 +118,3 @@ def command(found: Comparison) -> str:
     v = found.chosen.variant
     ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
     return shlex.join(["octavo", "serve", found.model, "--quantization", v.scheme, "--kv-cache-dtype", v.kv, *ignore])
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], texts: int) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -13,7 +13,7 @@ import os
 import subprocess
 from dataclasses import dataclass, replace
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, refusal
 from octavo.host import memory
 from octavo.platform import check_fp8_units
 
@@ -47,11 +47,7 @@ class Accelerator:
     @property
     def refusal(self) -> str | None:
         """What the engine says of an accelerator without FP8 units."""
-        try:
-            check_fp8_units(self.name, self.arch)
-        except OctavoError as error:
-            return str(error)
-        return None
+        return refusal(lambda: check_fp8_units(self.name, self.arch))
 
 
 def _row(name: str, arch: str, gib: float, tb_s: float, bf16: float, fp8: float, link_gb_s: float) -> Accelerator:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
 from octavo.engine.loading import check_ranks
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
 from octavo.quant.scheme import WeightDType
-from octavo.tools.plan.subject import Variant
+from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
 from octavo.tools.plan.walk import COMPONENTS, Operand, Walk
@@ -100,28 +99,19 @@ def _caches(plan: Plan) -> list[Group]:
     return out
 
 
-def _refusal(check: Callable[[], object]) -> str | None:
-    """What `check` raises, as a sentence."""
-    try:
-        check()
-    except OctavoError as error:
-        return str(error)
-    return None
-
-
 def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
-    out = [_refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
-    out += [q.on.refusal, subject.source.refused, _refusal(lambda: architecture(subject.source.config))]
+    out = [refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
+    out += [q.on.refusal, subject.source.refused, refusal(lambda: architecture(subject.source.config))]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
-        out.append(_refusal(subject.head_scheme))
+        out.append(refusal(subject.head_scheme))
     problems = subject.base.problems
     out += problems[:3] + problems[3:][-1:]  # the first few say enough; the last is of tensors that nothing reads
-    out.append(_refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
+    out.append(refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
     if q.tp > q.number:
         out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and there are {q.number}.")
-    out.append(_refusal(lambda: subject.walk(asked.variant, q.tp)))
+    out.append(refusal(lambda: subject.walk(asked.variant, q.tp)))
     if asked.fit is not None and not asked.fit.max_model_len:
         out += asked.fit.said
     return [sentence for sentence in out if sentence]
@@ -185,9 +175,9 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
     return shlex.join(words)
 
 
-def asked_variant(config: EngineConfig, given: Container[str], native: bool) -> Variant:
+def asked_variant(subject: Subject, given: Container[str]) -> Variant:
     """What the options mean. Without --quantization, what is recommended: PTPC, or the checkpoint's codes, and an FP8 cache."""
-    scheme = config.quantization or ("bf16" if native else "ptpc_fp8")
+    config, native = subject.config, subject.quantized
     recommended = config.quantization is None and "kv_cache_dtype" not in given
-    itemsize = 4 if config.dtype == "float32" else 2
-    return Variant(scheme, native, "fp8_e4m3" if recommended else config.kv_cache_dtype, itemsize)
+    kv = "fp8_e4m3" if recommended else config.kv_cache_dtype
+    return Variant(config.quantization or ("bf16" if native else "ptpc_fp8"), native, kv, subject.itemsize)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, refusal
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
 from octavo.quant.checks import check_format
@@ -66,13 +66,15 @@ def find_source(target: str, *, dummy: bool = False) -> Source:
     path = Path(target)
     if path.is_dir():
         config = read_config(path)
-        refused = _refusal(config, path)
+        refused = refusal(lambda: check_format(config, path))
         if not dummy and any(path.glob("*.safetensors*")):
             return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
         return source_of_config(target, "config.json alone", config, refused, dummy=dummy)
     if path.is_file():
         config = _read(path)
-        return source_of_config(str(path.parent), "config.json alone", config, _refusal(config, path.parent), dummy=dummy)
+        return source_of_config(
+            str(path.parent), "config.json alone", config, refusal(lambda: check_format(config, path.parent)), dummy=dummy
+        )
     if (found := known_config(target)) is None:
         raise unknown_model(target)
     return source_of_config(target.rpartition("/")[2], f"the built-in numbers of {found[0]}", found[1], dummy=dummy)
@@ -83,14 +85,6 @@ def source_of_config(
 ) -> Source:
     """The source of a model of which there is a config.json alone."""
     return Source(name, by, config, {}, None if refused or dummy else promise_of(config), refused)
-
-
-def _refusal(config: Mapping[str, Any], directory: Path) -> str | None:
-    try:
-        check_format(config, directory)
-    except OctavoError as error:
-        return str(error)
-    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

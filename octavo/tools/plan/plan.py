@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +18,7 @@ from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
+from octavo.tools.rich_tables import console, table
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
@@ -60,10 +61,10 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     named = args.accelerator or ("cpu" if config.device == "cpu" else None)
     on, there = (find(named), 1) if named else in_this_machine()
     number = args.num_accelerators or there
-    subject = Subject.on(source, config, on, CONTEXT_BYTES)
-    variant = asked_variant(config, given, subject.quantized)
+    subject = Subject(source, config, on, CONTEXT_BYTES)
+    variant = asked_variant(subject, given)
     tp = args.tensor_parallel_size or _ranks(subject, variant, number)
-    return build(Question(config, subject, on, number, tp, args.context, args.requests), variant)
+    return build(Question(subject, number, tp, args.context, args.requests), variant)
 
 
 def _ranks(subject: Subject, variant: Variant, number: int) -> int:
@@ -91,7 +92,7 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
         "accelerator": asdict(q.on),
         "num_accelerators": q.number,
         "tensor_parallel_size": q.tp,
-        "max_model_len": plan.max_model_len,
+        "max_model_len": q.model_len,
         "variants": {v.variant.label: _variant_json(v) for v in plan.variants},
         "asked": plan.asked.variant.label,
         "groups": [asdict(group) for group in groups(plan)],
@@ -112,34 +113,29 @@ def _variant_json(v: VariantPlan) -> dict[str, Any]:
 
 def show(plan: Plan, line: str) -> None:
     """The plan as tables, for a terminal."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, WIDTH))
+    out = console(WIDTH)
     q, subject, stored = plan.question, plan.question.subject, plan.question.subject.base
     parameters = stored.total("values")
     active = f", {stored.active / 1e9:,.1f} B active" if stored.active < 0.7 * parameters else ""
     name, by = subject.source.name, subject.source.by
-    console.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
+    out.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"
-    console.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory} each, as {q.tp} rank{'s' if q.tp > 1 else ''}")
+    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory} each, as {q.tp} rank{'s' if q.tp > 1 else ''}")
     timed = [_speeds(plan)] if any(v.speed for v in plan.variants) else []
-    for table in (_weights(plan), _memory(plan), *timed, _groups(plan)):
-        console.print()
-        console.print(table)
-    console.print("\n[bold]Command[/]")
-    console.print(f"  {line}", soft_wrap=True, markup=False)
-    for title, lines in (("Refused", refusals(plan)), ("Notes", notes(plan)), ("Estimates assume", _assumptions(plan))):
+    out.print()
+    for made in (_weights(plan), _memory(plan), *timed, _groups(plan)):
+        out.print(made)
+    out.print("[bold]Command[/]")
+    out.print(f"  {line}", soft_wrap=True, markup=False)
+    for title, lines in (
+        ("Refused", refusals(plan)),
+        ("Notes", notes(plan)),
+        ("Estimates assume", ASSUMPTIONS if timed else ()),
+    ):
         if lines:
-            console.print(f"\n[bold]{title}[/]")
+            out.print(f"\n[bold]{title}[/]")
         for text in lines:
-            wrapped = textwrap.fill(text, console.width, initial_indent="  - ", subsequent_indent="    ")
-            console.print(wrapped, markup=False)
-
-
-def _assumptions(plan: Plan) -> Sequence[str]:
-    return ASSUMPTIONS if any(v.speed for v in plan.variants) else ()
+            out.print(textwrap.fill(text, out.width, initial_indent="  - ", subsequent_indent="    "), markup=False)
 
 
 def _count(n: int) -> str:
@@ -149,83 +145,62 @@ def _count(n: int) -> str:
     return str(n or "tied")
 
 
-def _table(title: str, *columns: str, note: str | None = None) -> Any:
-    """A table whose first column names the row; the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.title_justify = table.caption_justify = "left"
-    table.title_style, table.caption_style = "bold", "dim"
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
-    return table
-
-
 def _weights(plan: Plan) -> Any:
     """Weights by component, and what one rank holds of them; the cache's dtype changes none of them."""
     kinds = {v.variant.weights_label: v for v in plan.variants}
-    table = _table("Weights as stored, and what one rank of several holds", "", "parameters", *kinds)
     stored = plan.question.subject.base
+    rows = []
     for component, count in stored.parameters().items():
         values = [gb(v.components[component]) for v in kinds.values()]
-        table.add_row(component, _count(count), *("" if not count and text == "0 B" else text for text in values))
-    table.add_row("all", _count(stored.total("values")), *(gb(v.weights) for v in kinds.values()), style="bold")
-    table.add_row("of BF16", "", *(f"{v.weights_percent:.1f}%" for v in kinds.values()))
+        rows.append([component, _count(count), *("" if not count and text == "0 B" else text for text in values)])
+    total = len(rows)
+    rows.append(["all", _count(stored.total("values")), *(gb(v.weights) for v in kinds.values())])
+    rows.append(["of BF16", "", *(f"{v.weights_percent:.1f}%" for v in kinds.values())])
     for tp in RANKS[1:]:
         cells = (gb(n) if (n := v.rank_weights[tp]) is not None else "no split" for v in kinds.values())
-        table.add_row(f"a rank of {tp}", "", *cells)
-    return table
+        rows.append([f"a rank of {tp}", "", *cells])
+    return table("Weights as stored, and what one rank of several holds", ["", "parameters", *kinds], rows, bold=total)
+
+
+def _of_variants(
+    plan: Plan, title: str, columns: Sequence[str], cells: Callable[[VariantPlan], list[str]], note: str = ""
+) -> Any:
+    """A table of a row for each variant, of which the asked one stands out."""
+    rows = [[f"{'>' if v is plan.asked else ' '} {v.variant.label}", *cells(v)] for v in plan.variants]
+    return table(title, ["", *columns], rows, note, bold=plan.variants.index(plan.asked))
 
 
 def _memory(plan: Plan) -> Any:
     """The percentages, and what fits."""
     q = plan.question
-    where = f"on each of {q.tp} ranks" if q.tp > 1 else "on one"
-    title = f"Memory in percent of BF16, and what fits {where}"
-    note = f"* the weights and one request of {plan.max_model_len:,} tokens   ** requests of that length at a time"
+    title = f"Memory in percent of BF16, and what fits {f'on each of {q.tp} ranks' if q.tp > 1 else 'on one'}"
+    note = f"* the weights and one request of {q.model_len:,} tokens   ** requests of that length at a time"
     columns = ("weights", "KV/token", "KV", "both*", "KV room", "tokens", "requests**", "from TP")
-    table = _table(title, "", *columns, note=note)
-    for v in plan.variants:
-        cells = [f"{v.weights_percent:.1f}%", f"{v.token_bytes / 1024:,.1f} KiB", f"{v.token_percent:.1f}%"]
-        table.add_row(_label(plan, v), *cells, f"{v.request_percent:.1f}%", *_fit_cells(v), style=_style(plan, v))
-    return table
 
+    def cells(v: VariantPlan) -> list[str]:
+        percents = [f"{v.weights_percent:.1f}%", f"{v.token_bytes / 1024:,.1f} KiB", f"{v.token_percent:.1f}%"]
+        fit = ["", "", "no split"]
+        if v.fit is not None:
+            fit = [gb(v.fit.room), f"{v.fit.tokens:,}", f"{v.fit.requests:,.1f}" if v.fit.max_model_len else "none"]
+        return [*percents, f"{v.request_percent:.1f}%", *fit, str(v.smallest or "none")]
 
-def _fit_cells(v: VariantPlan) -> list[str]:
-    smallest = str(v.smallest) if v.smallest else "none"
-    if v.fit is None:
-        return ["", "", "no split", smallest]
-    requests = f"{v.fit.requests:,.1f}" if v.fit.max_model_len else "none"
-    return [gb(v.fit.room), f"{v.fit.tokens:,}", requests, smallest]
+    return _of_variants(plan, title, columns, cells, note)
 
 
 def _speeds(plan: Plan) -> Any:
     q = plan.question
-    columns = ("prefill", "decode, 1 request", f"decode, {q.requests} requests")
-    table = _table(f"At most, in tokens/s of one server, with {q.context:,} tokens a request", "", *columns)
-    for v in plan.variants:
-        if v.speed is None:
-            table.add_row(_label(plan, v), "", "", "", style=_style(plan, v))
-            continue
-        many = f"{v.speed.decode_many:,.0f}" + ("" if v.speed.requests == q.requests else f" (only {v.speed.requests})")
-        cells = (f"{v.speed.prefill:,.0f}", f"{v.speed.decode_one:,.0f}", many)
-        table.add_row(_label(plan, v), *cells, style=_style(plan, v))
-    return table
+    title = f"At most, in tokens/s of one server, with {q.context:,} tokens a request"
+
+    def cells(v: VariantPlan) -> list[str]:
+        if (s := v.speed) is None:
+            return ["", "", ""]
+        only = "" if s.requests == q.requests else f" (only {s.requests})"
+        return [f"{s.prefill:,.0f}", f"{s.decode_one:,.0f}", f"{s.decode_many:,.0f}{only}"]
+
+    return _of_variants(plan, title, ("prefill", "decode, 1 request", f"decode, {q.requests} requests"), cells)
 
 
 def _groups(plan: Plan) -> Any:
-    table = _table(f"What happens to each group of layers ({plan.asked.variant.label})", "", "stored as", "size", "why")
-    table.columns[1].justify, table.columns[3].justify, table.columns[3].no_wrap = "left", "left", False
-    for group in groups(plan):
-        why = "; ".join([group.why, *group.remarks])
-        table.add_row(group.component, group.format, gb(group.nbytes) if group.nbytes else "", why)
-    return table
-
-
-def _label(plan: Plan, v: VariantPlan) -> str:
-    return f"> {v.variant.label}" if v is plan.asked else f"  {v.variant.label}"
-
-
-def _style(plan: Plan, v: VariantPlan) -> str:
-    return "bold" if v is plan.asked else ""
+    rows = [(g.component, g.format, gb(g.nbytes) if g.nbytes else "", "; ".join([g.why, *g.remarks])) for g in groups(plan)]
+    title = f"What happens to each group of layers ({plan.asked.variant.label})"
+    return table(title, ["", "stored as", "size", "why"], rows, words=(0, 1, 3))

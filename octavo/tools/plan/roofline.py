@@ -6,13 +6,13 @@ follow one another; all-reduces follow both. Nothing else takes time: no launche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.walk import Operand
 
-__all__ = ["ASSUMPTIONS", "Attention", "Deployment", "decode_rate", "prefill_rate"]
+__all__ = ["ASSUMPTIONS", "STEP_TOKENS", "Attention", "Costs", "Deployment", "decode_rate", "prefill_rate"]
 
 BANDWIDTH = 0.88  # of the data sheet's, measured by copies on an H200: 4.24 of 4.8 TB/s
 PRODUCTS = 0.66  # of the data sheet's peak, measured by FP8 products on an H200: 1.25-1.38 of 1.98 PFLOP/s
@@ -47,17 +47,65 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """A model on `tp` ranks of an accelerator: one rank's weights and its cache.
+class Costs:
+    """What a model's steps need. Bytes: of weights, of the head, of all experts, of one token's keys and values in all layers.
 
-    token_bytes: of a token in all layers, of what attention reads and of the indexer's keys.
+    Operations: one token's in FP8 and in the other dtype, one sampled token's in the head, and attention's for one pair of a
+    query and a key in all layers.
     """
 
+    weight_bytes: float
+    head_bytes: float
+    kv_bytes: float
+    fp8_operations: float
+    plain_operations: float
+    head_operations: float
+    pair_operations: float
+    head_fp8: bool = False
+    kv_fp8: bool = False
+    expert_bytes: float = 0.0
+    expert_share: float = 0.0  # of the experts that one token is sent to
+
+    @classmethod
+    def of(cls, operands: Iterable[Operand], attention: Attention, kv_bytes: int, cache: str) -> Costs:
+        """Those of the weights of one rank, and of a cache of the format `cache`."""
+        sums = dict.fromkeys(("weight_bytes", "expert_bytes", "fp8_operations", "plain_operations"), 0.0)
+        head, share = (0.0, 0.0, False), 0.0
+        for o in operands:
+            if o.is_vector or o.component == "vision" or not o.active:
+                continue
+            moved, operations = o.experts * o.read, 2.0 * o.active * o.shape[0] * o.shape[1]
+            if o.component == "lm_head":
+                head = moved, operations, o.is_fp8
+                continue
+            sums["expert_bytes" if o.experts > 1 else "weight_bytes"] += moved
+            sums["fp8_operations" if o.is_fp8 else "plain_operations"] += operations
+            share = o.active / o.experts if o.experts > 1 else share
+        pair = attention.layers * 2.0 * attention.heads * (attention.qk_dim + attention.v_dim)
+        return cls(
+            head_bytes=head[0], kv_bytes=kv_bytes, head_operations=head[1], pair_operations=pair, head_fp8=head[2],
+            kv_fp8="fp8" in cache, expert_share=share, **sums,
+        )  # fmt: skip
+
+    def moved(self, tokens: float, sampled: float) -> float:
+        """Bytes of the weights that a step reads; of the experts, chosen evenly, those that at least one token reaches."""
+        reached: float = self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
+        return self.weight_bytes + (self.head_bytes if sampled else 0) + reached
+
+    def operations(self, tokens: float, sampled: float) -> tuple[float, float]:
+        """In FP8 and in the other dtype, of the products with weights: `tokens` in the layers, `sampled` in the head."""
+        fp8, plain, head = tokens * self.fp8_operations, tokens * self.plain_operations, sampled * self.head_operations
+        return (fp8 + head, plain) if self.head_fp8 else (fp8, plain + head)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on `tp` ranks of an accelerator: one rank's costs. index_bytes: a token's, of the indexer's keys, all layers."""
+
+    costs: Costs
     attention: Attention
     hidden_size: int
-    weights: Sequence[Operand]
-    cache: str
-    token_bytes: tuple[int, int]
+    index_bytes: int
     tp: int
     on: Accelerator
 
@@ -73,31 +121,24 @@ def prefill_rate(d: Deployment, prompt: int) -> float:
     """Prompt tokens a second of one server, for prompts of `prompt` tokens in steps of STEP_TOKENS."""
     seen = _mean_seen(d.attention, prompt)
     seconds = _linear_seconds(d, STEP_TOKENS, STEP_TOKENS / prompt)
-    seconds += STEP_TOKENS * _attention_operations(d, seen, prompt / 2, absorbed=False) / d.rate("fp8" in d.cache)
+    seconds += STEP_TOKENS * _attention_operations(d, seen, prompt / 2, absorbed=False) / d.rate(d.costs.kv_fp8)
     return STEP_TOKENS / (seconds + _reduce_seconds(d, STEP_TOKENS))
 
 
 def decode_rate(d: Deployment, requests: int, context: int) -> float:
     """Output tokens a second of one server with `requests` running, `context` tokens in the cache of each."""
-    a, (token, index) = d.attention, d.token_bytes
-    seen = min(context, a.index_topk or context)
-    read = requests * (seen * token + context * index)
+    seen = min(context, d.attention.index_topk or context)
+    read = requests * (seen * d.costs.kv_bytes + context * d.index_bytes)
     operations = requests * _attention_operations(d, seen, context, absorbed=True)
-    seconds = max(read / d.bandwidth, operations / d.rate("fp8" in d.cache))
+    seconds = max(read / d.bandwidth, operations / d.rate(d.costs.kv_fp8))
     return requests / (seconds + _linear_seconds(d, requests, requests) + _reduce_seconds(d, requests))
 
 
 def _linear_seconds(d: Deployment, tokens: int, sampled: float) -> float:
     """The products with weights: `tokens` through the layers, `sampled` of them through the head."""
-    read, seconds_busy = 0.0, 0.0
-    for o in d.weights:
-        if o.is_vector or o.component == "vision" or not o.active:
-            continue
-        rows = sampled if o.component == "lm_head" else tokens
-        reached = o.experts * (1 - (1 - o.active / o.experts) ** tokens)  # of the experts, by at least one token
-        read += reached * o.read
-        seconds_busy += 2 * rows * o.active * o.shape[0] * o.shape[1] / d.rate(o.is_fp8)
-    return max(read / d.bandwidth, seconds_busy)
+    fp8, plain = d.costs.operations(tokens, sampled)
+    busy = plain / d.rate(False) + (fp8 / d.rate(True) if fp8 else 0)
+    return max(d.costs.moved(tokens, sampled) / d.bandwidth, busy)
 
 
 def _mean_seen(a: Attention, prompt: int) -> float:

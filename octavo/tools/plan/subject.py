@@ -81,10 +81,15 @@ class Variant:
 
 
 class Subject:
-    """Raises OctavoError, in the engine's words, for a config.json of which no model can be made."""
+    """A model on an accelerator of whose memory a driver's context takes `context` bytes.
 
-    def __init__(self, source: Source, config: EngineConfig, machine: Machine):
-        self.source, self.config, self.machine = source, config, machine
+    Raises OctavoError, in the engine's words, for a config.json of which no model can be made.
+    """
+
+    def __init__(self, source: Source, config: EngineConfig, on: Accelerator, context: int = 0):
+        self.source, self.config, self.on = source, config, on
+        free = on.free if on.is_cpu else on.memory - context
+        self.machine = Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory)
         self.model = cache(self._build)
         self._walked = cache(self._walk)
         self._known: Known = {}
@@ -93,12 +98,6 @@ class Subject:
             tensors = unstacked(tensors, one.numbers["hidden_size"])
         self.stored = MetaSource(tensors, source.promised, has_any=not tensors)
         self.plain = MetaSource({}, has_any=True)
-
-    @classmethod
-    def on(cls, source: Source, config: EngineConfig, on: Accelerator, context: int = 0) -> Subject:
-        """On an accelerator of whose memory a driver's context takes `context` bytes. Both kinds of e4m3 are as large."""
-        free = on.free if on.is_cpu else on.memory - context
-        return cls(source, config, Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory))
 
     def _build(self, tp: int) -> Any:
         """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
@@ -124,6 +123,11 @@ class Subject:
         c = model.config
         return Attention(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value that is not quantized."""
+        return 4 if self.config.dtype == "float32" else 2
+
     @cached_property
     def base(self) -> Walk:
         """What is stored, on one rank, and what is wrong with it: every tensor is looked at."""
@@ -133,10 +137,6 @@ class Subject:
     def quantized(self) -> bool:
         """Whether the checkpoint is."""
         return any(o.quantized for o in self.base.operands)
-
-    def check_ignore(self, variant: Variant) -> None:
-        """Raises OctavoError for a --quantization-ignore pattern that matches no layer."""
-        self.walk(variant, 1).rules.check_used()
 
     def head_scheme(self) -> Scheme:
         """What --quantize-lm-head means without --quantization. Raises OctavoError where the checkpoint has no one scheme."""

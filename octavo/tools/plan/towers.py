@@ -13,7 +13,7 @@ from octavo.quant import QuantRules
 from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.walk import Walker
 
-__all__ = ["VISION", "Places", "Vectors", "kimi_tower", "qwen_tower"]
+__all__ = ["VISION", "Kept", "Places", "Vectors", "kimi_tower", "qwen_tower"]
 
 VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 Places = list[tuple[str, Any]]  # (path, layer): where in the checkpoint it reads
@@ -31,21 +31,22 @@ class Vectors:
 
 
 @dataclass
-class Vision:
-    """A linear layer of a vision tower: BF16, with a bias."""
+class Kept:
+    """A layer that is never quantized, and why."""
 
     layer: Any
+    why: str
 
     def load(self, loader: Walker) -> None:
-        self.layer.load(replace(loader, rules=QuantRules(), kept=VISION))
+        self.layer.load(replace(loader, rules=QuantRules(), kept=self.why))
 
 
-def _column(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
-    return Vision(ColumnParallelLinear([name], columns, [rows], bias=True, tp=tp))
+def _column(name: str, columns: int, rows: int, tp: TensorParallel) -> Kept:
+    return Kept(ColumnParallelLinear([name], columns, [rows], bias=True, tp=tp), VISION)
 
 
-def _row(name: str, columns: int, rows: int, tp: TensorParallel) -> Vision:
-    return Vision(RowParallelLinear(name, columns, rows, bias=True, tp=tp))
+def _row(name: str, columns: int, rows: int, tp: TensorParallel) -> Kept:
+    return Kept(RowParallelLinear(name, columns, rows, bias=True, tp=tp), VISION)
 
 
 def _norm(size: int) -> Vectors:

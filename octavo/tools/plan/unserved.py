@@ -7,7 +7,7 @@ multi-token prediction layers after the last, which are not loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -19,12 +19,12 @@ from octavo.kvcache import Field, KVCacheSpec, Layout, spec_for
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import ColumnParallelLinear, GateUpLinear, LMHead, QKVLinear, RowParallelLinear
 from octavo.layers.norm import RMSNorm
-from octavo.quant import QuantRules
+from octavo.layers.rope import longest_context
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
 from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.roofline import Attention
-from octavo.tools.plan.towers import Places, Vectors, kimi_tower, qwen_tower
+from octavo.tools.plan.towers import Kept, Places, Vectors, kimi_tower, qwen_tower
 from octavo.tools.plan.walk import Walker
 from octavo.weights.checkpoint import StoredTensor
 
@@ -45,15 +45,11 @@ class UnservedModel:
     places: Places
     attention: Attention
     ignored: Sequence[str] = EXTRA
-    max_len: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        """The longest context is YaRN's stretched one where the config gives the original's."""
-        self.max_len = self.numbers["max_position_embeddings"]
+    @property
+    def max_len(self) -> int:
         rope = self.numbers.values.get("rope_parameters") or self.numbers.values.get("rope_scaling") or {}
-        if (rope.get("rope_type") or rope.get("type")) == "yarn" and rope.get("factor"):
-            original = rope.get("original_max_position_embeddings") or self.max_len
-            self.max_len = max(self.max_len, int(original * rope["factor"]))
+        return longest_context(self.numbers["max_position_embeddings"], rope)
 
     def named_modules(self) -> Iterator[tuple[str, Any]]:
         return iter((f"{path}.-" if getattr(layer, "reads_siblings", False) else path, layer) for path, layer in self.places)
@@ -99,10 +95,8 @@ class Whole:
     rows: int
     columns: int
     bias: bool = False
-    kept: str = ""
 
     def load(self, loader: Walker) -> None:
-        loader = replace(loader, rules=QuantRules(), kept=self.kept) if self.kept else loader
         loader.weight([self.name], [(self.rows, self.columns)], [WHOLE])
         if self.bias:
             loader.vector(f"{self.name}.bias", (self.rows,))
@@ -178,7 +172,7 @@ def _grouped(c: Numbers, tp: TensorParallel, root: str = "model", tied: bool | N
             places += _mlp(f"{at}.mlp", hidden, c["intermediate_size"], tp)
             continue
         chosen = Experts(hidden, c["moe_intermediate_size"], experts, c["num_experts_per_tok"], tp)
-        places += [(f"{at}.mlp", Whole("gate", experts, hidden, kept=ROUTER)), (f"{at}.mlp.experts", chosen)]
+        places += [(f"{at}.mlp", Kept(Whole("gate", experts, hidden), ROUTER)), (f"{at}.mlp.experts", chosen)]
     return UnservedModel(c, tp, places, Attention(layers, heads, kv_heads, dim, dim))
 
 
@@ -207,7 +201,7 @@ def _latent(c: Numbers, tp: TensorParallel, root: str = "model", head: str = "lm
         if i < c.get("first_k_dense_replace", 0, least=0):
             places += _mlp(f"{at}.mlp", hidden, c["intermediate_size"], tp)
             continue
-        places.append((f"{at}.mlp", Whole("gate", experts, hidden, kept=ROUTER)))
+        places.append((f"{at}.mlp", Kept(Whole("gate", experts, hidden), ROUTER)))
         places.append((f"{at}.mlp.experts", Experts(hidden, inner, experts, chosen, tp)))
         places += _mlp(f"{at}.mlp.shared_experts", hidden, shared * inner, tp) if shared else []
     unread = [f"{root}.layers.{layers + i}.*" for i in range(c.get("num_nextn_predict_layers", 0, least=0))]
@@ -216,7 +210,7 @@ def _latent(c: Numbers, tp: TensorParallel, root: str = "model", head: str = "lm
 
 
 def _indexer(at: str, hidden: int, q_lora: int, heads: int, dim: int) -> Places:
-    weights = Whole("weights_proj", heads, hidden, kept=INDEX_WEIGHTS)
+    weights = Kept(Whole("weights_proj", heads, hidden), INDEX_WEIGHTS)
     norm = Vectors({"weight": (dim,), "bias": (dim,)})
     return [(at, Whole("wq_b", heads * dim, q_lora)), (at, Whole("wk", dim, hidden)), (at, weights), (f"{at}.k_norm", norm)]
 

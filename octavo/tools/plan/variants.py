@@ -10,7 +10,7 @@ from octavo.engine.memory import cache_room, check_weights, plan_blocks
 from octavo.errors import OctavoError
 from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.accelerators import GIB, Accelerator
-from octavo.tools.plan.roofline import Deployment, decode_rate, prefill_rate
+from octavo.tools.plan.roofline import Costs, Deployment, decode_rate, prefill_rate
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.walk import Walk
 
@@ -22,19 +22,21 @@ CONTEXT_BYTES = GIB // 2  # a driver's context and its libraries on each acceler
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the engine's options, and where they are to run. tp: ranks. context, requests: of the roofline."""
+    """What is asked, of how many accelerators. tp: ranks. context, requests: of the roofline."""
 
-    config: EngineConfig
     subject: Subject
-    on: Accelerator
     number: int
     tp: int
     context: int
     requests: int
 
     @property
-    def itemsize(self) -> int:
-        return 4 if self.config.dtype == "float32" else 2
+    def config(self) -> EngineConfig:
+        return self.subject.config
+
+    @property
+    def on(self) -> Accelerator:
+        return self.subject.on
 
     @property
     def model_len(self) -> int:
@@ -97,21 +99,20 @@ class Plan:
     question: Question
     variants: list[VariantPlan]
     asked: VariantPlan
-    max_model_len: int
 
 
 def build(question: Question, asked: Variant) -> Plan:
     """Plans the usual variants and the one that is asked for."""
     native = question.subject.quantized
-    size, fp8 = question.itemsize, "fp8_e4m3"
+    size, fp8 = question.subject.itemsize, "fp8_e4m3"
     usual = [Variant("bf16", False, "auto"), *(Variant("fp8", False, kv, size) for kv in ("auto", fp8))]
     usual += [Variant("ptpc_fp8", False, kv, size) for kv in ("auto", fp8)[: 1 if native else 2]]
     usual += [Variant("bf16", True, kv, size) for kv in ("auto", fp8)] if native else []
     chosen = usual if asked in usual else [*usual, asked]
-    question.subject.check_ignore(asked)
+    question.subject.walk(asked, 1).rules.check_used()
     base = _weigh(question, chosen[0], None)
     plans = [base, *(_weigh(question, variant, base) for variant in chosen[1:])]
-    return Plan(question, plans, plans[chosen.index(asked)], question.model_len)
+    return Plan(question, plans, plans[chosen.index(asked)])
 
 
 def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPlan:
@@ -182,8 +183,9 @@ def _speed(q: Question, variant: Variant, cache: str, fitted: Fit | None) -> Spe
     if not q.on.has_fp8 and ("fp8" in cache or any(o.is_fp8 for o in operands)):
         return None
     hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
-    sizes = q.subject.token_bytes(variant, q.tp)
-    deployed = Deployment(q.subject.attention, hidden, operands, cache, sizes, q.tp, q.on)
+    token, index = q.subject.token_bytes(variant, q.tp)
+    costs = Costs.of(operands, q.subject.attention, token, cache)
+    deployed = Deployment(costs, q.subject.attention, hidden, index, q.tp, q.on)
     context = min(q.context, fitted.max_model_len)
     many = max(1, min(q.requests, fitted.tokens // context))
     return Speed(prefill_rate(deployed, context), decode_rate(deployed, 1, context), decode_rate(deployed, many, context), many)

@@ -87,9 +87,9 @@ class Walk:
     problems: list[str]
     rules: QuantRules
 
-    def total(self, what: str, component: str | None = None) -> int:
+    def total(self, what: str) -> int:
         """The sum of a field of the operands."""
-        return sum(getattr(o, what) for o in self.operands if component in (None, o.component))
+        return sum(getattr(o, what) for o in self.operands)
 
     @property
     def active(self) -> int:
@@ -124,6 +124,7 @@ class Walker(Loader):
     the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it.
     """
 
+    source: MetaSource
     operands: list[Operand] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     known: Known = field(default_factory=dict)
@@ -203,7 +204,6 @@ class Walker(Loader):
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
     ) -> QTensor:
         full = [self.prefix + name for name in names]
-        assert isinstance(self.source, MetaSource)
         beside = [self.source.beside(name) for name in full]
         key = tuple(shapes), tuple(shards), scheme, self.dtype, self.source.has_any, tuple(map(tuple, beside))
         if key not in self.known:
@@ -253,7 +253,6 @@ class Walker(Loader):
                 one.stacked(names, shapes, shards, rules.scheme)
 
     def _promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-        assert isinstance(self.source, MetaSource)
         for name, shape in zip(names, shapes, strict=True):
             self.source.promise(name, shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,8 +72,7 @@ def quantize_checkpoint(
     config = read_config(model)
     check_format(config, model)
     platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
-    checkpoint = Checkpoint(model)
-    try:
+    with closing(Checkpoint(model)) as checkpoint:
         plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), config, rules)
         if config.get("model_type") not in MODEL_TYPES:
             say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
@@ -88,5 +88,3 @@ def quantize_checkpoint(
         say(f"{output}: {after / 1e9:.2f} GB, {100 * after / before:.1f}% of {before / 1e9:.2f} GB")
         if check:
             verify(plan, output, platform, threads, say)
-    finally:
-        checkpoint.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,18 +15,19 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from torch import Tensor
 
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.platform import Platform
 from octavo.quant import QTensor, dequantize
 from octavo.quant.formats import read_weight
+from octavo.tools.rich_tables import console, table
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 
 __all__ = ["Progress", "layer_errors", "verify"]
 
 WORST = 10  # layers shown
+WIDTH = 100  # columns that they may take
 
 
 class Progress:
@@ -75,13 +77,9 @@ class Progress:
 
 def layer_errors(plan: Plan, output: Path, platform: Platform, threads: int) -> dict[str, float]:
     """||stored - w|| / ||w|| of each quantized matrix, both read from their files."""
-    written = Checkpoint(output)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            errors = pool.map(lambda piece: _error(piece, plan.checkpoint, written, platform), plan.quantized)
-            return {piece.module: error for piece, error in zip(plan.quantized, errors, strict=True)}
-    finally:
-        written.close()
+    with closing(Checkpoint(output)) as written, ThreadPoolExecutor(threads) as pool:
+        errors = pool.map(lambda piece: _error(piece, plan.checkpoint, written, platform), plan.quantized)
+        return {piece.module: error for piece, error in zip(plan.quantized, errors, strict=True)}
 
 
 def _error(piece: Piece, source: Checkpoint, written: Checkpoint, platform: Platform) -> float:
@@ -102,10 +100,7 @@ def _dense(reader: RowReader, piece: Piece, part: Rows) -> Tensor:
 def verify(plan: Plan, output: Path, platform: Platform, threads: int, say: Callable[[str], None]) -> None:
     """Prints the layers that lost most, and the mean."""
     errors = layer_errors(plan, output, platform, threads)
-    table = Table(title="relative error of the weights, worst layers first")
-    table.add_column("layer")
-    table.add_column("||FP8 - w|| / ||w||", justify="right")
-    for module, error in sorted(errors.items(), key=lambda item: -item[1])[:WORST]:
-        table.add_row(module, f"{error:.5f}")
-    Console().print(table)
+    rows = [(module, f"{error:.5f}") for module, error in sorted(errors.items(), key=lambda item: -item[1])[:WORST]]
+    title = "relative error of the weights, worst layers first"
+    console(WIDTH).print(table(title, ["layer", "||FP8 - w|| / ||w||"], rows))
     say(f"mean of {len(errors)} layers {sum(errors.values()) / len(errors):.5f}, worst {max(errors.values()):.5f}")

@@ -1,0 +1,19 @@
+"""Whether a BlockPool's books agree with those who hold its blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from octavo.engine.block_pool import BlockPool
+
+
+def check_books(pool: BlockPool, held: Iterable[Sequence[int]]) -> None:
+    """AssertionError unless `held`, the blocks of each holder, agrees with the pool's books."""
+    lists = [list(block_ids) for block_ids in held]
+    assert all(len(set(block_ids)) == len(block_ids) for block_ids in lists), "a holder has one block twice"
+    counts, blocks = Counter(block for block_ids in lists for block in block_ids), range(pool.num_blocks)
+    assert pool._holders == [counts[block] for block in blocks], "a block's count is not its holders'"
+    assert set(pool._free) == {b for b in blocks if not counts[b]}, "a block is lost, or both free and held"
+    assert pool._named == {name: b for b, name in enumerate(pool._names) if name is not None}, "names and blocks disagree"
+    assert all(pool._names[b] is not None for b, count in counts.items() if count > 1), "a block without a name is shared"
