@@ -33,6 +33,7 @@ Progress = Callable[[str, float], None]
 FinishReason = Literal["stop", "length", "abort"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,29 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured: StructuredOutput | None = None
+    bad_words: Sequence[str] = ()  # as the tokenizer spells them, with and without a space before
+    allowed_token_ids: Sequence[int] | None = None  # no other tokens are chosen
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.bad_words, str):
+            raise InvalidRequest("bad_words must be a list of strings, not one string.", "bad_words")
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequest(
+                f"bad_words has {len(self.bad_words)} entries; at most {MAX_BAD_WORDS} are served.", "bad_words"
+            )
+        if not all(isinstance(word, str) and word.strip() for word in self.bad_words):
+            raise InvalidRequest("bad_words must hold strings that are more than blanks.", "bad_words")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(self.allowed_token_ids)))
+            if not self.allowed_token_ids:
+                raise InvalidRequest(
+                    "allowed_token_ids is empty, which forbids every token; leave it out.", "allowed_token_ids"
+                )
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN fails too
@@ -139,6 +157,8 @@ class EngineRequest:
     eos_token_ids: frozenset[int] = frozenset()
     grammar: str | None = None
     rotary_delta: int = 0  # what its tokens' rows of the rotary table are ahead of their positions
+    bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words in token ids
+    cache_salt: str | None = None  # prefixes are shared among requests of one salt
 
 
 @dataclass(slots=True)

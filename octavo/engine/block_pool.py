@@ -12,7 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ROOT", "BlockPool", "block_hash"]
+__all__ = ["ROOT", "BlockPool", "block_hash", "root_of"]
 
 ROOT = b""  # the parent of a first block; another root would be another, separate cache
 
@@ -24,6 +24,14 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     and would give one user another's cache. Unlike Python's it is also the same on every rank.
     """
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+def root_of(salt: str | None) -> bytes:
+    """The parent of a first block among requests of one cache salt.
+
+    No tokens hash to it: the bytes that it begins with would be a token id past any vocabulary.
+    """
+    return ROOT if salt is None else hashlib.sha256(b"cache_salt:" + salt.encode()).digest()
 
 
 class BlockPool:
@@ -79,15 +87,16 @@ class BlockPool:
                 if self._names[block] is None:  # nothing to lose: take this one before any cached one
                     self._free.move_to_end(block, last=False)
 
-    def name_blocks(self, names: list[bytes], token_ids: Sequence[int], count: int) -> None:
+    def name_blocks(self, names: list[bytes], token_ids: Sequence[int], count: int, root: bytes = ROOT) -> None:
         """Extends `names`, those of a request's first blocks, to its first `count` blocks. Each must be full of `token_ids`.
+        Requests of different `root` share no names.
 
         Does nothing without prefix caching.
         """
         if self.prefix_caching:
             for i in range(len(names), count):
                 tokens = token_ids[i * self.block_size : (i + 1) * self.block_size]
-                names.append(block_hash(names[-1] if names else ROOT, tokens))
+                names.append(block_hash(names[-1] if names else root, tokens))
 
     def commit(self, block_ids: Sequence[int], names: Sequence[bytes]) -> None:
         """Makes held blocks, full and computed, known by `names`. Of two equal blocks the first one keeps the name."""

@@ -14,10 +14,12 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.runner import ModelRunner
+from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
+from octavo.engine.token_bans import TokenBans
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
@@ -30,6 +32,7 @@ class _Generation:
 
     seed: int
     grammar: Grammar | None
+    bans: TokenBans | None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
 
 
@@ -78,7 +81,9 @@ class EngineCore:
         if request.params.seed is not None:
             seed = request.params.seed
         self.scheduler.add(request)
-        self.generations[request.request_id] = _Generation(seed, grammar)
+        allowed = request.params.allowed_token_ids
+        bans = TokenBans(allowed, request.bad_words) if allowed is not None or request.bad_words else None
+        self.generations[request.request_id] = _Generation(seed, grammar, bans)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; one that is not known, or finished already, is no error."""
@@ -155,6 +160,7 @@ class EngineCore:
             request.eos_token_ids,
             generation.grammar,
             int(item.pending),
+            generation.bans,
         )
 
     def _take(self, step: _Step) -> list[TokenOutput]:
@@ -169,8 +175,10 @@ class EngineCore:
         for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, result.to_host()):
             request_id = request.request_id
             generation = self.generations[request_id]
-            if generation.grammar is not None:
-                generation.grammar.accept(token)
+            if (fault := _fault(generation.grammar, token)) is not None:
+                self.abort(request_id)
+                outputs.append(TokenOutput(request_id, [], "abort", error=fault))
+                continue
             output = TokenOutput(request_id, [token], finish_reason, stop_reason, num_cached_tokens=request.num_cached_tokens)
             if request_id in result.logprobs:
                 output.logprobs = [result.logprobs[request_id]]
@@ -180,3 +188,16 @@ class EngineCore:
             if finish_reason is not None:
                 self._forget(request_id)
         return outputs
+
+
+def _fault(grammar: Grammar | None, token: int) -> str | None:
+    """Why a request whose step gave `token` cannot go on, if it cannot; else the grammar knows the token."""
+    if grammar is not None and token != NO_TOKEN:
+        grammar.accept(token)
+    if grammar is not None and (error := grammar.error):
+        return f"The structured output cannot be followed any further: {error}"
+    if token == NO_TOKEN:
+        return (
+            "No token is left to choose: allowed_token_ids, bad_words, min_tokens and the structured output exclude them all."
+        )
+    return None

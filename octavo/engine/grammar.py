@@ -15,6 +15,10 @@ from octavo.errors import InvalidRequest, OctavoError
 __all__ = ["Grammar", "GrammarCompiler"]
 
 
+# Items are what alternatives become: 2,000 tools need more than the library's 2,000, and take milliseconds a step.
+LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
+
+
 class GrammarCompiler:
     """Makes a Grammar a request; reads the tokenizer when the first one asks."""
 
@@ -24,7 +28,7 @@ class GrammarCompiler:
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
         """`grammar` is llguidance's own text. Raises InvalidRequest if it does not compile with this vocabulary."""
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if eos_token_ids not in self._tokenizers:
             if not self.path.exists():
@@ -33,7 +37,7 @@ class GrammarCompiler:
             self._tokenizers[eos_token_ids] = LLTokenizer(
                 json.dumps(definition), n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
             )
-        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"
@@ -54,12 +58,23 @@ class Grammar:
         """Whether nothing but an end-of-sequence token may follow."""
         return bool(self._matcher.is_stopped())
 
+    @property
+    def error(self) -> str | None:
+        """In one line why nothing can follow any more: the engine of grammars gave up, and says so only when it is asked."""
+        if not self._matcher.is_error():
+            return None
+        lines = str(self._matcher.get_error()).strip().splitlines() or ["it is too complex"]
+        return lines[0][:200].rstrip(".") + "."
+
     def forbidden(self) -> Tensor:
-        """bool [vocab]: the tokens that may not come next."""
+        """bool [vocab]: the tokens that may not come next; all of them after an error."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if self._matcher.is_error():
+            return torch.ones(self.vocab_size, dtype=torch.bool)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self.vocab_size]
         return torch.from_numpy(allowed == 0)
 
     def accept(self, token: int) -> None:
-        """The token was chosen."""
-        self._matcher.consume_token(token)
+        """The token was chosen. What follows the end (ignore_eos) is not looked at."""
+        if not self.finished:
+            self._matcher.consume_token(token)

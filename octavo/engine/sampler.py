@@ -18,9 +18,10 @@ from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories, History
 from octavo.messages import Logprob, Logprobs, SamplingParams
 
-__all__ = ["SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
+__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
 
 _MASK = (1 << 64) - 1
+NO_TOKEN = -1  # chosen where every token is forbidden
 
 
 def uniform(seed: int, place: int) -> float:
@@ -34,7 +35,8 @@ def uniform(seed: int, place: int) -> float:
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], histories: Histories | None = None, requests: Sequence[str] = ()
 ) -> Tensor:
-    """One token a row of FP32 `logits` [rows, vocab], which may be overwritten: int64 [rows], on the logits' device.
+    """One token a row of FP32 `logits` [rows, vocab], which may be overwritten: int64 [rows], on the logits' device; NO_TOKEN
+    for a row whose request forbids every token.
 
     `histories` has the tokens of the rows' `requests` where the host does not know them all, and is given the new ones.
     """
@@ -50,7 +52,13 @@ def sample(
     for i, row in enumerate(rows):
         if row.grammar is not None:
             logits[i].masked_fill_(row.grammar.forbidden().to(logits.device), float("-inf"))
+        if row.bans is not None:
+            row.bans.apply(logits[i], row.token_ids, row.num_prompt_tokens)
+    restricted = [i for i, row in enumerate(rows) if row.restricted]
+    none_left = logits[restricted].amax(1) == float("-inf") if restricted else None  # before drawing writes over the logits
     tokens = _chosen(logits, rows)
+    if none_left is not None:
+        tokens[restricted] = torch.where(none_left, NO_TOKEN, tokens[restricted])
     if penalized:
         histories.add(names, tokens[to_device(penalized, torch.int64, logits.device)])
     return tokens
@@ -123,7 +131,7 @@ def rehearse(logits: Tensor) -> None:
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:
     """For each row the chosen token and its `counts[row]` likeliest alternatives, of the raw logits [rows, vocab]."""
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1))
+    chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))  # NO_TOKEN's are never told
     ranks = (logprobs > chosen).sum(-1).add(1).tolist()
     top, ids = logprobs.topk(min(max(counts), logits.shape[1]), -1)
     out = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.engine.grammar import Grammar
+from octavo.engine.token_bans import TokenBans
 from octavo.messages import SamplingParams
 
 __all__ = ["SamplingRow"]
@@ -22,6 +23,7 @@ class SamplingRow:
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     num_pending: int = 0  # tokens chosen before this one whose values only the device knows yet
+    bans: TokenBans | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -41,15 +43,20 @@ class SamplingRow:
     @property
     def adjusted(self) -> bool:
         """Whether logits of other tokens are."""
-        return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens or self.grammar is not None
+        return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens or self.restricted
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some tokens are forbidden, so that none may be left."""
+        return self.grammar is not None or self.bans is not None
 
     @property
     def synchronous(self) -> bool:
         """Whether the step that computes this row must be over before the next one is launched.
 
-        The grammar must know its token's value, or its log-probabilities are read at once and there is nothing to gain.
+        What forbids tokens must know its token's value, or its log-probabilities are read at once and there is nothing to gain.
         """
-        return self.grammar is not None or self.params.logprobs is not None or self.params.prompt_logprobs is not None
+        return self.restricted or self.params.logprobs is not None or self.params.prompt_logprobs is not None
 
     @property
     def filtered(self) -> bool:

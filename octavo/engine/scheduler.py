@@ -169,7 +169,7 @@ class Scheduler:
         if not self._may_share(request):
             return []
         count = (len(request.token_ids) - 1) // self.pool.block_size  # leaves at least one token to compute
-        self.pool.name_blocks(request.names, request.token_ids, count)
+        self.pool.name_blocks(request.names, request.token_ids, count, request.cache_root)
         return self.pool.match(request.names[:count])
 
     def _compute(self, request: Request, schedule: Schedule) -> None:
@@ -191,7 +191,7 @@ class Scheduler:
         size, request = self.pool.block_size, item.request
         first, stop = item.start // size, (item.start + item.num_tokens) // size
         if first < stop:
-            self.pool.name_blocks(request.names, request.token_ids, stop)
+            self.pool.name_blocks(request.names, request.token_ids, stop, request.cache_root)
             self.pool.commit(request.block_ids[first:stop], request.names[first:stop])
 
     def _append(self, request: Request, token: int) -> NewToken:

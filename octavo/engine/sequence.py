@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from octavo.engine.block_pool import root_of
 from octavo.messages import EngineRequest, FinishReason
 
 __all__ = ["NewToken", "Request", "Schedule", "ScheduledRequest", "Status"]
@@ -33,6 +34,7 @@ class Request:
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache had when the request was first started
         self.num_preemptions = 0
         self.block_ids: list[int] = []  # block i holds the tokens [i * block_size, (i + 1) * block_size)
+        self.cache_root = root_of(request.cache_salt)
         self.names: list[bytes] = []  # of its first full blocks, as far as anyone has asked; they outlive the blocks
         self.status = Status.WAITING
         limit = max_model_len if self.params.max_tokens is None else self.num_prompt_tokens + self.params.max_tokens

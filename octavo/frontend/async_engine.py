@@ -23,7 +23,8 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
-from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from octavo.text.generation_config import eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from octavo.engine.worker import MakeCore
@@ -116,7 +117,9 @@ class AsyncEngine:
         """`listener` is called in the event loop with the statistics of each step."""
         self._listeners.append(listener)
 
-    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta]:
+    def generate(
+        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta]:
         """The deltas of one request, one for each sequence and step, never merged.
 
         Raises InvalidRequest here and not at the first delta, so that a server can still answer with an error; raises
@@ -124,7 +127,7 @@ class AsyncEngine:
         """
         self._raise_if_gone()
         eos = self.eos_token_ids
-        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos))
+        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos, cache_salt))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
         self._raise_if_gone()  # once more: the first delta may be asked for much later

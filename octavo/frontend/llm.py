@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -16,15 +17,18 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
-from octavo.text.chat_template import render_chat
-from octavo.text.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from octavo.text.chat_messages import check_content_format
+from octavo.text.chat_prompt import render_conversation
+from octavo.text.generation_config import eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["LLM", "Prompt"]
 
-Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
+PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -67,7 +71,8 @@ class LLM:
         """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each."""
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
-        accepted = [self._accept(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        recommended = sampling_params is None
+        accepted = [self._accept(prompt, one, recommended) for prompt, one in zip(listed, params, strict=True)]
         with _bar(len(accepted), use_tqdm) as advance:
             self._run(accepted, advance)
         return [result for result, _ in accepted]
@@ -79,7 +84,9 @@ class LLM:
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -90,8 +97,13 @@ class LLM:
             raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if one else messages)
-        special, switches = tokenizer.special_tokens, dict(chat_template_kwargs or {})
-        texts = [render_chat(template, chat, special, tools, add_generation_prompt, **switches) for chat in conversations]
+        how: dict[str, Any] = {
+            "continue_final_message": continue_final_message,
+            "content": check_content_format(chat_template_content_format),
+            "switches": chat_template_kwargs,
+        }
+        special = tokenizer.special_tokens
+        texts = [render_conversation(template, chat, special, tools, add_generation_prompt, **how) for chat in conversations]
         # the template wrote the special tokens out
         ids = [{"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
         return self.generate(ids, sampling_params, use_tqdm)
@@ -103,23 +115,33 @@ class LLM:
             raise InvalidRequest(f"There are {number} prompts and {len(given)} sampling_params; give one, or one for each.")
         return list(given)
 
-    def _accept(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[EngineRequest]]:
+    def _accept(
+        self, prompt: Prompt, params: SamplingParams, recommended: bool = False
+    ) -> tuple[RequestOutput, list[EngineRequest]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        text, ids, salt = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise InvalidRequest("cache_salt must be a string that is not empty.", "cache_salt")
         if ids is None:
             if not isinstance(text, str):
                 raise InvalidRequest("A prompt is text, token ids, or a dict with prompt or prompt_token_ids.", "prompt")
             ids = self.encode(text)
+        if unknown := sorted(set(prompt) - PROMPT_KEYS):
+            raise InvalidRequest(
+                f"A prompt's '{unknown[0]}' is not served; known are {', '.join(sorted(PROMPT_KEYS))}.", "prompt"
+            )
         try:
             ids = list(map(operator.index, ids))  # numpy's integers too
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
+        if recommended and params.max_tokens is not None:  # nobody asked for more than fits
+            params = replace(params, max_tokens=max(1, min(params.max_tokens, self.info.max_model_len - len(ids))))
         result = RequestOutput(str(next(self._numbers)), text, ids)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
-        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos)
+        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos, salt)
 
     def _run(self, accepted: list[tuple[RequestOutput, list[EngineRequest]]], advance: Callable[[], None]) -> None:
         running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}

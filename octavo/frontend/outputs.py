@@ -23,6 +23,7 @@ class Delta:
     stop_reason: int | str | None = None  # the stop string or stop token
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
+    offsets: list[int] | None = None  # where the text of each of token_ids begins in all the text, shown or held back
 
 
 @dataclass
@@ -98,12 +99,16 @@ class OutputProcessor:
         # The token that ended a generation is not part of its text, unless asked for.
         hidden = delta.finish_reason == "stop" and not self._params.include_stop_str_in_output
         shown = delta.token_ids[:-1] if hidden else delta.token_ids
+        delta.offsets = []
         for count, token_id in enumerate(shown, 1):
+            delta.offsets.append(detokenizer.length)
             delta.text += detokenizer.step(token_id)
             if detokenizer.stopped is not None:
                 delta.token_ids = delta.token_ids[:count]
                 delta.logprobs = delta.logprobs and delta.logprobs[:count]
                 break
+        if hidden and detokenizer.stopped is None:
+            delta.offsets.append(detokenizer.length)
         if delta.finish_reason is not None and detokenizer.stopped is None:
             delta.text += detokenizer.finish()
         if detokenizer.stopped is not None:

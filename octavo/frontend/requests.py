@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.messages import EngineInfo, EngineRequest, SamplingParams
@@ -20,6 +21,7 @@ def engine_requests(
     prompt_token_ids: list[int],
     params: SamplingParams,
     eos_token_ids: frozenset[int],
+    cache_salt: str | None = None,
 ) -> list[EngineRequest]:
     """The n sequences of one request as the engine takes them, each with a seed of its own.
 
@@ -28,15 +30,36 @@ def engine_requests(
     grammar = check_request(info, tokenizer, prompt_token_ids, params)
     if grammar is not None:
         params = replace(params, structured=None)  # the grammar crosses once, in the form that was validated
+    more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
     if params.n == 1:
-        return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar)]
+        return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
     sequences = []
     for i in range(params.n):
         seed = None if params.seed is None else params.seed + i
         prompt_logprobs = params.prompt_logprobs if i == 0 else None  # they are the same for all
         one = replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-        sequences.append(EngineRequest(f"{request_id}-{i}", prompt_token_ids, one, eos_token_ids, grammar))
+        own = f"{request_id}-{i}"
+        sequences.append(EngineRequest(own, prompt_token_ids, one, eos_token_ids, grammar, **more))
     return sequences
+
+
+def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as the tokenizer writes it at the start of a text and after a space: the sequences that vLLM forbids."""
+    if not words:
+        return ()
+    if tokenizer is None:
+        raise InvalidRequest(
+            "bad_words need a tokenizer, and the checkpoint has no tokenizer.json; use logit_bias.", "bad_words"
+        )
+    spelled: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        spelled[bare] = None
+        # a space of its own before the same tokens would forbid what the first spelling does
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            spelled[spaced] = None
+    return tuple(spelled)
 
 
 def check_request(
@@ -62,6 +85,10 @@ def check_request(
         )
     if (unknown := next((i for i in params.logit_bias or () if not 0 <= i < info.vocab_size), None)) is not None:
         raise InvalidRequest(f"logit_bias names token {unknown}; the vocabulary has {info.vocab_size}.", "logit_bias")
+    if (unknown := next((i for i in params.allowed_token_ids or () if not 0 <= i < info.vocab_size), None)) is not None:
+        raise InvalidRequest(
+            f"allowed_token_ids names token {unknown}; the vocabulary has {info.vocab_size}.", "allowed_token_ids"
+        )
     if params.stop and (tokenizer is None or not params.detokenize):
         reason = "detokenize is off" if tokenizer is not None else "the checkpoint has no tokenizer.json"
         raise InvalidRequest(f"Stop strings need text, and {reason}; use stop_token_ids.", "stop")

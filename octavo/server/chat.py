@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
 from octavo.messages import SamplingParams, StructuredOutput
-from octavo.server.chat_messages import plain_messages
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
@@ -29,11 +29,10 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     tools = _Tools(served, request)
     text = chat_prompt(served, request)
     prompt = await served.encode(text, bool(request.add_special_tokens))
-    params = _params(served, request, tools)
-    response_id = f"chatcmpl-{request_id}"
-    deltas = served.generate(prompt, params, response_id)
-    usage = Usage(len(prompt))
-    job = _Job(served, request, response_id, usage, deltas, params, tools, text.rstrip().endswith(OPEN))
+    params = _params(served, request, tools, len(prompt))
+    response_id = f"chatcmpl-{request.request_id or request_id}"
+    deltas = served.generate(prompt, params, response_id, request.cache_salt)
+    job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
     return job.stream() if request.stream else await job.whole()
 
 
@@ -42,19 +41,20 @@ def chat_prompt(served: Served, request: ChatInput) -> str:
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
-    messages = plain_messages(request.messages)
-    switches = {**request.chat_template_kwargs, "documents": request.documents}
-    if not request.continue_final_message:
-        return served.render(messages, tools, request.add_generation_prompt, switches)
-    text = served.render(messages, tools, False, switches)
-    last = str(messages[-1]["content"]).strip()
-    return text[: text.rindex(last) + len(last)] if last in text else text  # without what the template puts after it
+    effort = getattr(request, "reasoning_effort", None)
+    asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
+    return served.render(
+        request.messages, tools, request.add_generation_prompt, switches, continues=request.continue_final_message
+    )
 
 
-def _params(served: Served, request: ChatRequest, tools: _Tools) -> SamplingParams:
+def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_tokens: int) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    if limit is None:
+        limit = served.max_tokens_for(num_prompt_tokens)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     structured = structured_output(request)
     if tools.structured is not None:
@@ -95,6 +95,14 @@ class _Tools:
         return make_parser(self.parser) if self.parser else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What the model reads."""
+
+    text: str
+    token_ids: list[int]
+
+
 class _Job:
     """One chat request on its way to its answer."""
 
@@ -103,14 +111,16 @@ class _Job:
         served: Served,
         request: ChatRequest,
         response_id: str,
-        usage: Usage,
+        prompt: _Prompt,
         deltas: AsyncGenerator[Delta, None],
         params: SamplingParams,
         tools: _Tools,
-        thinking: bool,
     ):
         self.served, self.request, self.params, self.tools = served, request, params, tools
-        self.usage, self.generated = usage, deltas
+        self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
+        self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
+        self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
+        thinking = prompt.text.rstrip().endswith(OPEN)
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
         self.readers = [MessageReader(tools.reader(), self._splitter(thinking)) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
@@ -125,15 +135,17 @@ class _Job:
         """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""
         head = {**self.head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
+        told_once = self.told_of_prompt
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 extras = stream_extras(self.request, self.usage)
                 if delta.index not in begun:
                     begun.add(delta.index)
                     first = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras}
+                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **told_once}
+                    told_once = {}
                 message, logprobs, reason = self._read(delta)
-                told = {"delta": message}
+                told = {"delta": message, **self._ids(delta.token_ids)}
                 yield {**head, "choices": [_choice(delta.index, told, logprobs, reason, delta.stop_reason)], **extras}
         if self.request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": self.usage.dict()}
@@ -142,19 +154,25 @@ class _Job:
         """All choices, complete."""
         messages: list[dict[str, Any]] = [{} for _ in self.readers]
         logprobs: list[list[Any]] = [[] for _ in self.readers]
+        token_ids: list[list[int]] = [[] for _ in self.readers]
         ends: list[tuple[str | None, int | str | None]] = [(None, None)] * len(self.readers)
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 message, known, reason = self._read(delta)
                 join_delta(messages[delta.index], message)
+                token_ids[delta.index] += delta.token_ids
                 logprobs[delta.index] += known["content"] if known else []
                 ends[delta.index] = (reason, delta.stop_reason)
-        choices = [
-            _choice(i, {"message": _message(message)}, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i])
-            for i, message in enumerate(messages)
-        ]
+        choices = []
+        for i, message in enumerate(messages):
+            told = {"message": _message(message), **self._ids(token_ids[i])}
+            choices.append(_choice(i, told, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
         answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
+        answer |= self.told_of_prompt
         return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
+
+    def _ids(self, token_ids: list[int]) -> dict[str, Any]:
+        return {"token_ids": token_ids} if self.request.return_token_ids else {}
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
         async with aclosing(self.generated) as deltas:
@@ -168,11 +186,13 @@ class _Job:
         reader = self.readers[delta.index]
         reason: str | None = delta.finish_reason
         message = reader.feed(delta.text, final=reason is not None)
+        if not self.request.include_reasoning:
+            message.pop("reasoning_content", None)
         if reason == "stop" and reader.calls and self.tools.named is None:  # OpenAI says "stop" of a call it was told to make
             reason = "tool_calls"
         logprobs = None
         if self.request.logprobs and delta.logprobs is not None:
-            logprobs = chat_logprobs(self.served.tokenizer, delta.logprobs)
+            logprobs = chat_logprobs(self.served.tokenizer, delta.logprobs, self.request.return_tokens_as_token_ids)
         return message, logprobs, reason
 
 

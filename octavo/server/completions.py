@@ -16,6 +16,7 @@ from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
 from octavo.server.serving import Served
 from octavo.server.structured import structured_output
+from octavo.text.detokenizer import read_prompt
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
 
@@ -25,14 +26,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
     """Answers a completion request: an object, or the chunks of a stream."""
     served.check_model(request.model)
-    if request.suffix:
-        raise InvalidRequest(
-            "suffix is not served; put both sides of the gap into the prompt as the model expects them.", "suffix"
-        )
     prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
     params = _params(served, request, max(map(len, prompts)))
-    response_id = f"cmpl-{request_id}"
-    streams = [served.generate(prompt, params, response_id) for prompt in prompts]
+    response_id = f"cmpl-{request.request_id or request_id}"
+    streams = [served.generate(prompt, params, response_id, request.cache_salt) for prompt in prompts]
     job = _Job(served, request, response_id, prompts, streams, params)
     return job.stream() if request.stream else await job.whole()
 
@@ -60,7 +57,7 @@ def _params(served: Served, request: CompletionRequest, longest: int) -> Samplin
         raise InvalidRequest("echo with logprobs is served for n = 1 only.", "n")
     max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, served.engine.info.max_model_len - longest))
+        max_tokens = served.max_tokens_for(longest, DEFAULT_MAX_TOKENS)
     fixed: dict[str, Any] = {}
     if request.echo:
         max_tokens = max_tokens or 1  # 0 with echo: the prompt is only to be scored; the one token is dropped
@@ -122,7 +119,7 @@ class _Job:
             "model": request.model or served.names[0],
         }
         self.usage = Usage(sum(map(len, prompts)))
-        self.offsets: dict[int, int] = {}  # choice -> length of its text so far
+        self.starts: dict[int, int] = {}  # choice -> where its own text starts, after what is echoed
         self.only_score = request.echo and request.max_tokens == 0
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -153,15 +150,18 @@ class _Job:
 
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
         index = number * self.params.n + delta.index
-        text, entries = self._echo(number, delta) if self.request.echo and index not in self.offsets else ("", [])
-        offset = self.offsets.get(index, 0)
+        begun = index in self.starts
+        text, entries, offsets = self._echo(number, delta) if self.request.echo and not begun else ("", [], [])
+        start = self.starts.setdefault(index, len(text))
         if delta.logprobs is not None:
+            own = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # there may be no text
+            offsets += [start + offset for offset in own[: len(delta.logprobs)]]
             entries += zip(delta.token_ids, delta.logprobs, strict=False)
         text += delta.text
-        self.offsets[index] = offset + len(text)
         logprobs = None
         if self.params.logprobs is not None:
-            logprobs = completion_logprobs(self.served.engine.tokenizer, entries, offset)
+            spelled = None if self.request.return_tokens_as_token_ids else self.served.engine.tokenizer
+            logprobs = completion_logprobs(spelled, entries, offsets)
         piece: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -169,17 +169,22 @@ class _Job:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if self.request.return_token_ids:
+            piece |= {} if begun else {"prompt_token_ids": self.prompts[number]}
+            piece["token_ids"] = list(delta.token_ids)
         if self.request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
             piece["prompt_logprobs"] = prompt_logprobs(self.served.engine.tokenizer, delta.prompt_logprobs)
         return piece
 
-    def _echo(self, number: int, delta: Delta) -> tuple[str, list[tuple[int, Logprobs | None]]]:
-        """The prompt as the start of an answer: its text, and its tokens with their log-probabilities if they are asked for."""
+    def _echo(self, number: int, delta: Delta) -> tuple[str, list[tuple[int, Logprobs | None]], list[int]]:
+        """The prompt as the start of an answer: its text, and if they are asked for its tokens with their log-probabilities,
+        and where in the text they begin."""
         prompt = self.prompts[number]
         given = _prompts(self.request.prompt)[number]
-        text = given if isinstance(given, str) else self.served.tokenizer.decode(given)
+        tokenizer = self.served.tokenizer
+        text, offsets = read_prompt(tokenizer, prompt, given if isinstance(given, str) else None)
         known = delta.prompt_logprobs if self.params.logprobs is not None else None
-        return text, list(zip(prompt, known, strict=False)) if known else []
+        return (text, list(zip(prompt, known, strict=False)), offsets) if known else (text, [], [])
 
 
 def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:
@@ -189,6 +194,8 @@ def _join(choice: dict[str, Any], piece: dict[str, Any]) -> None:
         return
     choice["text"].append(piece["text"])
     choice["finish_reason"], choice["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
+    if "token_ids" in piece:
+        choice["token_ids"] += piece["token_ids"]
     if "prompt_logprobs" in piece:
         choice["prompt_logprobs"] = piece["prompt_logprobs"]
     for key, values in (piece["logprobs"] or {}).items():

@@ -48,7 +48,7 @@ async def _show(served: Served) -> None:
     from octavo.messages import SamplingParams
 
     print(f"\nA first completion:\n\n{DEMO_PROMPT}", end="", flush=True)
-    params = SamplingParams(max_tokens=64, seed=DEMO_SEED, **served.engine.default_sampling)
+    params = SamplingParams(**{**served.engine.default_sampling, "max_tokens": 64, "seed": DEMO_SEED})
     began, tokens = time.monotonic(), 0
     async with aclosing(served.engine.generate(await served.encode(DEMO_PROMPT), params, "demo")) as deltas:
         async for delta in deltas:

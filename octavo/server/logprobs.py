@@ -14,24 +14,24 @@ LOWEST = -9999.0  # as vLLM has it: stands for -inf, and for NaN, which JSON can
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offset: int
+    tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offsets: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """The legacy shape, of tokens whose text starts at `offset`. A prompt's first token has no logprobs."""
-    tokens, chosen, top, offsets = [], [], [], []
+    """The legacy shape, of tokens whose texts start at `offsets`. A prompt's first token has no logprobs."""
+    tokens, chosen, top = [], [], []
     for token_id, entry in entries:
         tokens.append(_text(tokenizer, token_id))
         chosen.append(None if entry is None else _value(entry[0]))
         top.append(None if entry is None else {_text(tokenizer, e.token_id): _value(e) for e in entry})
-        offsets.append(offset)
-        offset += len(tokens[-1])
-    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": list(offsets)}
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str, Any]:
-    """The shape of chat: each token with its bytes and its alternatives."""
-    content = [
-        {**_chat_token(tokenizer, e[0]), "top_logprobs": [_chat_token(tokenizer, one) for one in e[1:]]} for e in entries
-    ]
+def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: bool = False) -> dict[str, Any]:
+    """The shape of chat: each token, its text or `as_ids` its id, with its bytes and its alternatives."""
+
+    def told(e: Logprob) -> dict[str, Any]:
+        return _chat_token(tokenizer, e, as_ids)
+
+    content = [{**told(e[0]), "top_logprobs": [told(one) for one in e[1:]]} for e in entries]
     return {"content": content}
 
 
@@ -44,9 +44,10 @@ def _candidate(tokenizer: Tokenizer | None, e: Logprob) -> dict[str, Any]:
     return {"logprob": _value(e), "rank": e.rank, "decoded_token": _text(tokenizer, e.token_id)}
 
 
-def _chat_token(tokenizer: Tokenizer, e: Logprob) -> dict[str, Any]:
+def _chat_token(tokenizer: Tokenizer, e: Logprob, as_ids: bool) -> dict[str, Any]:
     spelled = tokenizer.token_bytes(e.token_id)
-    return {"token": spelled.decode("utf-8", "replace"), "logprob": _value(e), "bytes": list(spelled)}
+    token = _text(None, e.token_id) if as_ids else spelled.decode("utf-8", "replace")
+    return {"token": token, "logprob": _value(e), "bytes": list(spelled)}
 
 
 def _text(tokenizer: Tokenizer | None, token_id: int) -> str:

@@ -1,13 +1,16 @@
-"""The requests of the OpenAI API, with the extras that vLLM's clients send. Fields that nobody knows are ignored."""
+"""The requests of the OpenAI API, with the extras that vLLM's clients send: the fields that are served.
+
+`request_fields.py` says what becomes of the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from octavo.errors import InvalidRequest
+from octavo.server.request_fields import CHAT, CHAT_TEMPLATE, COMPLETION, STRUCTURED_OUTPUTS, Fate, refuse_fields
 
 __all__ = [
     "ApiModel",
@@ -64,9 +67,18 @@ class StructuredOutputs(ApiModel):
     choice: list[str] | None = None
     grammar: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            refuse_fields(STRUCTURED_OUTPUTS, data, "structured_outputs.")
+        return data
+
 
 class GenerationRequest(ApiModel):
     """What completions and chat have in common. None: the request does not say, so the model's own default holds."""
+
+    fates: ClassVar[Mapping[str, Fate]] = {}  # of every field that is known
 
     model: str | None = None
     n: int | None = None
@@ -86,15 +98,17 @@ class GenerationRequest(ApiModel):
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
 
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
-    best_of: int | None = None
-    use_beam_search: bool = False
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     add_special_tokens: bool | None = None
-    echo: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs = StructuredOutputs()
     guided_json: dict[str, Any] | str | bool | None = None
@@ -105,20 +119,18 @@ class GenerationRequest(ApiModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unserved(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        if data.get("use_beam_search"):
-            raise InvalidRequest("Beam search is not served; leave use_beam_search out.", "use_beam_search")
-        if data.get("best_of") is not None and data["best_of"] != (data.get("n") or 1):
-            raise InvalidRequest("best_of is not served; ask for n choices and keep the best yourself.", "best_of")
+        if isinstance(data, Mapping):
+            refuse_fields(cls.fates, data)
         return data
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
+    fates = COMPLETION
+
     prompt: Any = None  # checked by hand: a union would try every branch on every one of 100,000 token ids
-    suffix: str | None = None
+    echo: bool = False
     logprobs: int | None = None
 
 
@@ -163,21 +175,24 @@ class ChatInput(ApiModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_template(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("chat_template"):  # a program, and a loop in it would stop the server
-            raise InvalidRequest(
-                "A request cannot bring a chat_template; start the server with --chat-template.", "chat_template"
-            )
+        if isinstance(data, Mapping):
+            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
         return data
 
 
 class ChatRequest(ChatInput, GenerationRequest):
     """POST /v1/chat/completions."""
 
+    fates = CHAT
+
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool = True
+    return_prompt_text: bool = False
 
 
 class TokenizeRequest(ApiModel):
@@ -188,6 +203,8 @@ class TokenizeRequest(ApiModel):
     messages: list[dict[str, Any]] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None  # refused with the messages
     chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None
     return_token_strs: bool = False

@@ -19,6 +19,7 @@ from octavo.server.console import LoadingBar, greet, say
 from octavo.server.parsers.reasoning import check_reasoning_parser
 from octavo.server.parsers.tools import choose_parser
 from octavo.server.shutdown import Ending
+from octavo.text.chat_messages import check_content_format
 
 if TYPE_CHECKING:
     from octavo.frontend.async_engine import AsyncEngine
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="keys that /v1 asks for")
     group.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME", help="names of the model in the API")
     group.add_argument("--chat-template", metavar="FILE", help="a jinja file, or the template itself, for the checkpoint's own")
+    group.add_argument(
+        "--chat-template-content-format",
+        default="auto",
+        metavar="FORM",
+        help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
+    )
     group.add_argument("--tool-call-parser", metavar="NAME", help="hermes, llama3_json or mistral; default: by the model")
     group.add_argument("--reasoning-parser", metavar="NAME", help="qwen3 or deepseek_r1: split thinking from content")
     group.add_argument(
@@ -106,6 +113,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     check_reasoning_parser(args.reasoning_parser)
+    check_content_format(args.chat_template_content_format)
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     template = read_template(args.chat_template)
@@ -222,6 +230,7 @@ async def _serve(
     )
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
+    served.content_format = args.chat_template_content_format
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
         app,

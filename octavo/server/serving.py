@@ -18,6 +18,7 @@ from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.protocol import GenerationRequest
+from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ class Served:
     names: Sequence[str]
     metrics: Metrics
     chat_template: str | None = None  # instead of the checkpoint's
+    content_format: str = "auto"  # in which the template reads content
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     engine_timeout: float = 0.0  # seconds without a step after which a busy engine counts as stalled; 0: never
@@ -75,19 +77,35 @@ class Served:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
         switches: Mapping[str, Any],
+        continues: bool = False,
     ) -> str:
-        """The text of a chat's prompt. `switches` are the template's own."""
+        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over."""
         chosen = self.template_for(bool(tools))
         if chosen is None:
             raise InvalidRequest(
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
         own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
-        return render_chat(chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt, **own)
+        return render_conversation(
+            chosen,
+            messages,
+            self.tokenizer.special_tokens,
+            tools,
+            add_generation_prompt,
+            continue_final_message=continues,
+            content=self.content_format,
+            switches=own,
+        )
 
     def template_for(self, tools: bool) -> str | None:
         """The chat template in use, if there is one."""
         return self.chat_template or self.tokenizer.template_for(tools)
+
+    def max_tokens_for(self, num_prompt_tokens: int, most: int | None = None) -> int | None:
+        """How many tokens a request gets that does not say: what the model recommends, at most `most`, as far as they fit."""
+        recommended = self.tokenizer.default_sampling.get("max_tokens") if self.engine.tokenizer else None
+        known = [limit for limit in (recommended, most) if limit is not None]
+        return max(1, min(*known, self.engine.info.max_model_len - num_prompt_tokens)) if known else None
 
     def sampling(
         self,
@@ -105,13 +123,15 @@ class Served:
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
-    def generate(self, prompt: list[int], params: SamplingParams, response_id: str) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, response_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """The engine's deltas, counted. Closing it aborts the request.
 
         Raises InvalidRequest here for what the engine would refuse, before anything of an answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
-        return self._counted(self.engine.generate(prompt, params, request_id), request_id, len(prompt), params.n)
+        return self._counted(self.engine.generate(prompt, params, request_id, cache_salt), request_id, len(prompt), params.n)
 
     async def _counted(
         self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int

@@ -96,4 +96,6 @@ def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, st
         return None
     if not choices or not all(choices):
         raise InvalidRequest(f"{param} needs one or more strings that are not empty.", param)
-    return param, "lark", "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    # one terminal, which is an automaton: as alternatives of a rule each choice would be an item of the parser's row
+    listed = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+    return param, "lark", f"start: CHOICE\nCHOICE: {listed}"

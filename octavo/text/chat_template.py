@@ -10,11 +10,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidRequest, OctavoError
 
-__all__ = ["render_chat"]
+if TYPE_CHECKING:
+    from jinja2 import Environment, nodes
+
+__all__ = ["parse_template", "render_chat"]
 
 
 def render_chat(
@@ -42,6 +45,36 @@ def render_chat(
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
+    import jinja2
+
+    try:
+        return _environment().from_string(template).render
+    except jinja2.TemplateSyntaxError as error:
+        raise _no_template(error.lineno, error.message) from error
+    except RecursionError as error:
+        raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
+    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # of the Python that jinja makes of it
+        raise OctavoError(f"The chat template cannot be compiled ({error}).") from error
+
+
+def parse_template(template: str) -> nodes.Template:
+    """The syntax tree. Raises OctavoError as render_chat does."""
+    import jinja2
+
+    try:
+        return _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise _no_template(error.lineno, error.message) from error
+    except RecursionError as error:
+        raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
+
+
+def _no_template(line: int, message: str | None) -> OctavoError:
+    return OctavoError(f"The chat template is not valid jinja (line {line}: {message}).")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
     import jinja2
     import jinja2.exceptions
     import jinja2.ext
@@ -82,14 +115,7 @@ def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
     # The sandbox guards reads of underscored attributes; these two could still write them or hand out a class.
     env.globals["namespace"] = Namespace
     env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
-    try:
-        return env.from_string(template).render
-    except jinja2.TemplateSyntaxError as error:
-        raise OctavoError(f"The chat template is not valid jinja (line {error.lineno}: {error.message}).") from error
-    except RecursionError as error:
-        raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
-    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # of the Python that jinja makes of it
-        raise OctavoError(f"The chat template cannot be compiled ({error}).") from error
+    return env
 
 
 def _tojson(

@@ -5,16 +5,19 @@ A grammar is validated here, without a vocabulary, so that a wrong one is told t
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.messages import StructuredOutput
+from octavo.text.closed_schema import closed
 
 __all__ = ["serialize"]
 
-# JSON may hold any amount of white space, and a weak model that begins to write it may never stop.
-SPACING: Any = {"whitespace_pattern": r"[ \t\n\r]{0,64}"}
+# JSON may hold any amount of white space, and a weak model that begins to write it may never stop: between two tokens of JSON
+# there is room for one line break and an indentation.
+SPACING: Any = {"whitespace_pattern": r"[ \t]{0,4}(\r?\n[ \t]{0,32})?"}
 
 
 def serialize(wanted: StructuredOutput) -> str:
@@ -53,5 +56,5 @@ def _read(wanted: StructuredOutput) -> str:
         return str(LLMatcher.grammar_from_regex(wanted.grammar))
     if wanted.kind == "lark":
         return str(LLMatcher.grammar_from_lark(wanted.grammar))
-    schema = wanted.grammar if wanted.kind == "json_schema" else '{"type": "object"}'
+    schema = json.dumps(closed(json.loads(wanted.grammar))) if wanted.kind == "json_schema" else '{"type": "object"}'
     return str(LLMatcher.grammar_from_json_schema(schema, SPACING))

@@ -11,9 +11,10 @@ from typing import Any
 import tokenizers
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.files import check_regular, read_json, read_text
+from octavo.files import check_regular, read_text
+from octavo.text.generation_config import default_sampling, eos_token_ids, read_json
 
-__all__ = ["Tokenizer", "default_sampling", "eos_token_ids", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -27,14 +28,15 @@ class Tokenizer:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._tokenizer = _read_tokenizer(self.directory / "tokenizer.json")
-        config = _read_json(self.directory / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(_read_json(self.directory / "special_tokens_map.json") | config)
+        config = read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(read_json(self.directory / "special_tokens_map.json") | config)
         self.chat_templates = _chat_templates(self.directory, config)
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
         eos = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_token_ids = eos_token_ids(self.directory) | ({eos} if eos is not None else set())
         self.default_sampling = default_sampling(self.directory)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
         self._adds_bos = config.get("add_bos_token")
@@ -66,6 +68,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
+        if self._decoders == {"ByteLevel"}:  # the library would take the letters of an added token for bytes
+            skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+            return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", "replace")
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -90,10 +95,12 @@ class Tokenizer:
         return known
 
     def _bytes_of(self, token_id: int, piece: str) -> bytes:
+        if token_id in self._added and "ByteLevel" in self._decoders:
+            return self._added[token_id].encode()  # spelled as it reads, though its letters may be those of the byte alphabet
         if "ByteLevel" in self._decoders:
             try:
                 return bytes(_BYTE_OF[character] for character in piece)
-            except KeyError:  # an added token, spelled as it reads
+            except KeyError:  # no byte-level piece: the library, too, reads it as it is spelled
                 return piece.encode()
         if "ByteFallback" in self._decoders and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])
@@ -105,31 +112,6 @@ class Tokenizer:
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer, or None where there is no tokenizer.json: the engine serves token ids without one."""
     return Tokenizer(directory) if (Path(directory) / "tokenizer.json").exists() else None
-
-
-def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """The ids that end a generation, as generation_config.json or else config.json lists them."""
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(Path(directory) / name)
-        text_config = config.get("text_config")
-        ids = config.get("eos_token_id")
-        if ids is None and isinstance(text_config, dict):
-            ids = text_config.get("eos_token_id")
-        if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
-                raise OctavoError(
-                    f"{directory}/{name}: eos_token_id must be a token id or a list of them, not {str(ids)[:80]}."
-                )
-            return frozenset(listed)
-    return frozenset()
-
-
-def default_sampling(directory: str | Path) -> dict[str, Any]:
-    """The sampling values that the checkpoint recommends, by SamplingParams' names."""
-    config = _read_json(Path(directory) / "generation_config.json")
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -147,10 +129,6 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) or {}
-
-
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token, ... -> text; the files hold them as strings or as objects with a `content`."""
     extra = config.get("extra_special_tokens")  # the newer place of a model's own names, such as image_token
@@ -164,7 +142,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
-    inline = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    inline = read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
     templates: dict[str, str] = {}
     if isinstance(inline, str):
         templates["default"] = inline

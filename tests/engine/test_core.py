@@ -286,6 +286,7 @@ class Chain:
     """Stands in for a grammar: a token's remainder by 5 is one more than that of the token before."""
 
     finished = False
+    error = None
 
     def __init__(self, *_):
         self.last = 0

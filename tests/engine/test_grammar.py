@@ -17,6 +17,8 @@ from octavo.demo import MODEL_DIR
 from octavo.engine.grammar import GrammarCompiler
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest, SamplingParams, StructuredOutput
+from octavo.server.protocol import Function, Tool
+from octavo.server.structured import _choice, calls_of
 from octavo.text import llguidance_grammar
 from octavo.text.llguidance_grammar import serialize
 
@@ -168,3 +170,34 @@ def test_a_model_with_more_rows_than_tokens():
     assert forbidden[4096:].all()
     assert forbidden[0]
     assert not forbidden.all()
+
+
+def test_many_choices_are_an_automaton(llm):
+    """As alternatives of a rule, 2,000 were too many items and the engine of grammars gave up after the first token."""
+    choices = [f"item {i} é{i * 7}" for i in range(5_000)]
+    param, kind, grammar = _choice("guided_choice", choices)
+    for out in outputs(llm, kind, grammar):
+        assert out.text in choices, (param, out.text)
+        assert out.finish_reason == "stop"
+
+
+def test_many_tools(llm):
+    parameters = {"type": "object", "properties": {"p": {"type": "boolean"}}}
+    tools = [Tool(function=Function(name=f"tool_{i}", parameters=parameters)) for i in range(2_000)]
+    for out in outputs(llm, "json_schema", calls_of(tools, True).grammar, count=2):
+        (call,) = json.loads(out.text)
+        assert call["name"] in {tool.function.name for tool in tools}
+        assert out.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [("regex", "a{300000}"), ("lark", "start: " + " | ".join(f'"item {i}"' for i in range(20_000)))],
+    ids=["regex", "alternatives"],
+)
+def test_a_grammar_that_breaks_ends_the_request_with_an_error(llm, kind, grammar):
+    with pytest.raises(InvalidRequest, match=r"^The structured output cannot be followed any further: [^\n]+\.$"):
+        outputs(llm, kind, grammar, count=1)
+    assert not llm._core.has_work()
+    assert not llm._core.generations
+    assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")

@@ -108,6 +108,26 @@ def test_chat(llm):
     assert result.prompt == "so!"
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+SAID = [
+    {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    {"role": "assistant", "content": None},
+    {"role": "developer", "content": "x"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "y", "tool_calls": []},
+]
+
+
+def test_messages_are_read_as_the_server_reads_them(llm):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"  # fmt: skip  # noqa: E501
+    (result,) = llm.chat(SAID, params(), chat_template=template)
+    assert result.prompt == '<user>Hello<assistant><system>x<assistant>{"a": 1}<assistant>y'
+    (result,) = llm.chat(SAID, params(), chat_template=template, continue_final_message=True, add_generation_prompt=False)
+    assert result.prompt.endswith("<assistant>y")
+    with pytest.raises(InvalidRequest, match=r"messages\.0 needs a role"):
+        llm.chat([{"content": "x"}], params())
+
+
 def test_the_checkpoint_s_sampling_is_the_default(llm):
     assert llm.get_default_sampling_params() == SamplingParams(**llm.get_tokenizer().default_sampling)
     assert len(llm.generate([[1]])[0].outputs[0].token_ids) == 16

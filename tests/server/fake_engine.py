@@ -36,10 +36,13 @@ class FakeEngine:
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
 
-    def generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         if not self.healthy:
             raise EngineDead("The engine is dead.")
-        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, self.tokenizer.eos_token_ids)
+        eos = self.tokenizer.eos_token_ids
+        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, eos, cache_salt)
         self.calls.append((prompt, params, request_id))
         return self._generate(prompt, params, request_id)
 
@@ -61,15 +64,17 @@ class FakeEngine:
                 last = position == len(ids) - 1
                 reason = ("stop" if whole else "length") if last else None
                 for index in range(params.n):
+                    offset = texts[index].length
                     yield Delta(
                         index,
-                        texts[index].step(token),
+                        texts[index].step(token) + (texts[index].finish() if last else ""),
                         [token],
                         [self._logprobs(token, params.logprobs)] if params.logprobs is not None else None,
                         reason,
                         None,
                         self._prompt_logprobs(prompt, params) if not position and not index else None,
                         num_cached_tokens=0 if position else 3,
+                        offsets=[offset],
                     )
             done = True
         finally:

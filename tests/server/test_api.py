@@ -7,8 +7,10 @@ import json
 from typing import Any
 
 import pytest
+import tokenizers
 from server.api_client import Client
 
+from octavo.demo import MODEL_DIR
 from octavo.frontend import requests
 from octavo.frontend.requests import check_request
 from octavo.server.app import make_app
@@ -71,6 +73,27 @@ def test_completion_logprobs_and_echo(client: Client) -> None:
     assert logprobs["text_offset"] == [0, 3, 5]
     assert logprobs["top_logprobs"][0] is None
     assert -9999.0 in logprobs["top_logprobs"][1].values()  # -inf, which JSON cannot spell
+
+
+LIBRARY = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))  # the text of tokens, by who wrote them
+WRITTEN = " size=-1 é 🌶 naïve"
+
+
+@pytest.mark.parametrize("asked", [{}, {"stop": ["size=-2", " naïvety"]}, {"echo": True}, {"echo": True, "stop": ["=-1 é 🌶🌶"]}])
+def test_text_offsets_are_places_in_the_text(make_client: Any, asked: dict[str, Any]) -> None:
+    """Whatever keeps text and tokens apart: a stop string that holds text back, characters of several tokens, an echo."""
+    client = make_client(WRITTEN)
+    tokenizer = client.engine.tokenizer
+    prompt = "def 🌶(" if "echo" in asked else "def f"
+    ids, start = (tokenizer.encode(prompt), len(prompt)) if "echo" in asked else ([], 0)
+    written = tokenizer.encode(WRITTEN)
+    whole = [len(LIBRARY.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
+    whole += [start + len(LIBRARY.decode(written[:i]).rstrip("\ufffd")) for i in range(len(written))]
+    choice = client.complete(prompt=prompt, logprobs=0, max_tokens=100, **asked)["choices"][0]
+    assert choice["text"] == (prompt if ids else "") + WRITTEN
+    assert choice["logprobs"]["text_offset"] == whole
+    events = client.events(COMPLETIONS, prompt=prompt, logprobs=0, max_tokens=100, **asked)
+    assert [offset for event in events for offset in event["choices"][0]["logprobs"]["text_offset"]] == whole
 
 
 def test_echo_without_tokens_scores_the_prompt(client: Client) -> None:
@@ -139,6 +162,16 @@ def test_sampling_values_come_from_the_request_then_the_model(client: Client) ->
     assert params.logit_bias == {7: 2.0}
     assert params.stop == ("x",)
     assert params.max_tokens == 16
+
+
+def test_the_model_s_max_new_tokens_is_the_default(client: Client) -> None:
+    recommended = client.engine.tokenizer.default_sampling
+    for limit, chat, completion in ((7, 7, 7), (100_000, 1014, 16)):
+        recommended["max_tokens"] = limit
+        client.chat()
+        client.complete()
+        client.chat(max_tokens=3)
+        assert [params.max_tokens for _, params, _ in client.engine.calls[-3:]] == [chat, completion, 3]
 
 
 def test_what_vllm_bench_sends_is_taken(client: Client) -> None:

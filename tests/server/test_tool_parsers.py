@@ -12,7 +12,7 @@ from server.api_client import Client
 from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
 from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta
-from octavo.server.parsers.tools import Part, ToolCall, choose_parser, make_parser
+from octavo.server.parsers.tools import PARSERS, Part, ToolCall, choose_parser, make_parser
 from octavo.text.llguidance_grammar import serialize
 
 A, B = '{"city": "Zürich", "n": [1, {"x": "}"}]}', '{"q": "a; b"}'
@@ -70,6 +70,37 @@ def test_formats(name: str, text: str, parts: list[Any], size: int) -> None:
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
     assert _joined(found + parser.finish()) == parts
     assert parser.finish() == []
+
+
+MARKERS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>", "];}"]
+WRITTEN = {
+    "hermes": "<tool_call>{0}</tool_call>",
+    "llama3_json": "{0}",
+    "mistral": "[TOOL_CALLS][{0}]",
+    "json": "[{0}]",
+}
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize("name", PARSERS)
+def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
+    """Of this parser and of all others, with quotes and backslashes around them."""
+    assert set(WRITTEN) == set(PARSERS)
+    for marker in MARKERS:
+        for said in (marker, f'\\"{marker}', f"\\\\{marker}\\", f'say "{marker}" {{"a": [', f"\n{marker}"):
+            arguments = json.dumps({"x": said, "y": [said]}, ensure_ascii=False)
+            text = WRITTEN[name].format(call("f", arguments))
+            parser = make_parser(name)
+            found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
+            assert _joined(found + parser.finish()) == [("f", arguments)], text
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_a_string_that_never_ends_does_not_swallow_the_next_call(size: int) -> None:
+    text = f'<tool_call>{{"name": "f}}</tool_call><tool_call>{call("g", B)}</tool_call> bye'
+    parser = make_parser("hermes")
+    found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
+    assert _joined(found + parser.finish()) == ['<tool_call>{"name": "f}</tool_call>', ("g", B), "bye"]
 
 
 def _joined(parts: list[Part]) -> list[Any]:
@@ -219,7 +250,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"guided_json": json.dumps(SCHEMA)}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
         ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput("json_schema", json.dumps(SCHEMA))),
         ({"guided_regex": r"\d+"}, StructuredOutput("regex", r"\d+")),
-        ({"guided_choice": ["yes", 'n"o']}, StructuredOutput("lark", r'start: "yes" | "n\"o"')),
+        ({"guided_choice": ["yes", 'n"o']}, StructuredOutput("lark", 'start: CHOICE\nCHOICE: "yes" | "n\\"o"')),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput("lark", 'start: "a"')),
     ],
 )

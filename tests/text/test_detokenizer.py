@@ -4,13 +4,15 @@ import random
 import time
 
 import pytest
+import tokenizers
 
 from octavo.demo import MODEL_DIR
 from octavo.frontend.outputs import OutputProcessor
 from octavo.messages import EngineRequest, Logprob, SamplingParams, TokenOutput
-from octavo.text.detokenizer import Detokenizer
+from octavo.text.detokenizer import Detokenizer, read_prompt
 from octavo.text.tokenizer import Tokenizer
 
+LIBRARY = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))  # the text of tokens, by who wrote them
 TEXT = "Grüße an 世界 👩‍👩‍👧! def f(self): return 'né' 🇩🇪 \U0001d518"
 
 
@@ -43,7 +45,8 @@ def test_random_tokens_read_as_the_whole(tokenizer, skip):
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size + 50) for _ in range(rng.randrange(1, 40))]
         text = "".join(run(tokenizer, ids, skip_special_tokens=skip)[0])
-        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+        assert text == LIBRARY.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == text
 
 
 def test_random_bytes_read_as_the_whole(tokenizer):
@@ -53,7 +56,7 @@ def test_random_bytes_read_as_the_whole(tokenizer):
     ]
     for _ in range(300):
         ids = [rng.choice(byte_tokens) for _ in range(rng.randrange(1, 60))]
-        assert "".join(run(tokenizer, ids)[0]) == tokenizer.decode(ids)
+        assert "".join(run(tokenizer, ids)[0]) == LIBRARY.decode(ids)
 
 
 def test_a_prompt_may_end_inside_a_character(tokenizer):
@@ -61,6 +64,30 @@ def test_a_prompt_may_end_inside_a_character(tokenizer):
     assert len(ids) > 1
     assert "".join(run(tokenizer, ids[1:], prompt=ids[:1])[0]) == "👍"
     assert "".join(run(tokenizer, tokenizer.encode("x"), prompt=tokenizer.encode("abc"))[0]) == "x"
+
+
+def test_the_prompt_s_half_of_a_character_is_not_shown(tokenizer):
+    """What the model makes of it is: the whole character, or nothing but its own text."""
+    ids = tokenizer.encode("Hello 🌶")
+    for cut in range(1, 4):
+        half = ids[:-cut]
+        assert "".join(run(tokenizer, tokenizer.encode(" a"), prompt=half)[0]) == " a"
+        assert "".join(run(tokenizer, [0], prompt=half)[0]) == ""
+        assert "".join(run(tokenizer, [], prompt=half)[0]) == ""
+        assert "".join(run(tokenizer, ids[-cut:], prompt=half)[0]).endswith("🌶")
+    replacement = tokenizer.encode("\ufffd")
+    assert len(replacement) > 1
+    assert "".join(run(tokenizer, replacement[1:], prompt=replacement[:1])[0]) == "\ufffd"
+
+
+def test_where_a_prompt_s_tokens_begin(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    text, offsets = read_prompt(tokenizer, ids, TEXT)
+    assert text == TEXT
+    assert offsets == [len(LIBRARY.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
+    assert read_prompt(tokenizer, [0, *ids], TEXT) == (TEXT, [0, *offsets])  # a BOS is not in what was given
+    assert read_prompt(tokenizer, [0, *ids]) == (TEXT, [0, *offsets])
+    assert read_prompt(tokenizer, tokenizer.encode("Hello 🌶")[:-1])[0] == "Hello "
 
 
 def letters(tokenizer, text):

@@ -9,8 +9,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.text.chat_template import render_chat
-from octavo.text.tokenizer import Tokenizer, default_sampling, eos_token_ids, load_tokenizer
+from octavo.text.generation_config import default_sampling, eos_token_ids
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
+LIBRARY = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))  # the text of tokens, by who wrote them
 TEXT = "Hello, wörld! 👩‍👩‍👧 naïve 日本語 \n\t x"
 
 
@@ -42,8 +44,20 @@ def test_round_trip(demo):
 
 def test_every_token_has_the_bytes_that_decoding_shows(demo):
     for token_id in range(demo.vocab_size):
+        assert demo.token_text(token_id) == LIBRARY.decode([token_id], skip_special_tokens=False)
         assert demo.token_text(token_id) == demo.decode([token_id], skip_special_tokens=False)
     assert demo.token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("word", ["đem", "čaj", "ilÖveyou", "naïve", "<ñ>", "日本"])
+def test_an_added_token_reads_as_it_is_spelled(tmp_path, word):
+    """Its letters may be those that byte-level BPE spells bytes with."""
+    backend = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    backend.add_tokens([word])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.token_text(tokenizer.token_id(word)) == word
+    assert tokenizer.decode(tokenizer.encode(f"a {word} é")) == f"a {word} é"
 
 
 def test_sentencepiece_bytes(tmp_path):

@@ -83,6 +83,8 @@ class _Parser:
         self._calls = 0  # calls in this run
         self._begun = False  # something was given out
         self._tried = 0  # characters of `_held` in which no call was found
+        self._in_string = False  # of JSON, at that place: a marker there is an argument's text
+        self._marks = re.compile(rf'\\.|["\n]|{re.escape(form.closer)}', re.DOTALL) if form.closer else None
 
     def feed(self, text: str) -> list[Part]:
         """The parts that are sure now."""
@@ -103,6 +105,10 @@ class _Parser:
         parts: list[Part] = []
         while self._in_calls and (taken := self._take()):
             parts.append(taken)
+        while self._in_calls and (closer := self._form.closer) and closer in self._held:  # inside a string that never ended
+            body, _, self._held = self._held.partition(closer)
+            self._in_calls = False
+            parts += [self._opening + body + closer, *self.feed("")]
         rest, self._held = self._held, ""
         if self._calls:
             rest = rest.strip(_BETWEEN)
@@ -130,6 +136,7 @@ class _Parser:
     def _enter(self, opening: str, rest: str) -> None:
         self._in_calls, self._opening, self._held = True, opening, rest
         self._calls = self._tried = 0
+        self._in_string = False
 
     def _call(self) -> Part | None:
         """The next part of a run of calls, or None when more text is needed."""
@@ -138,13 +145,26 @@ class _Parser:
             closes = "}" in self._held[self._tried :]  # until a brace closes, parsing again is of no use
             self._tried = len(self._held)
             return self._take() if closes else None
-        body, found, after = self._held.partition(closer)
-        if not found:
+        if (at := self._closer_at(closer)) is None:
             return None
+        body, after = self._held[:at], self._held[at + len(closer) :]
         self._held = body
         call = self._take()
         self._in_calls, self._held = False, after
         return call or self._opening + body + closer
+
+    def _closer_at(self, closer: str) -> int | None:
+        """Where the closer stands outside of JSON's strings. Each character is looked at once, however the text comes."""
+        assert self._marks is not None
+        end = self._tried
+        for mark in self._marks.finditer(self._held, self._tried):
+            end = mark.end()
+            if mark[0] == closer and not self._in_string:
+                return mark.start()
+            if mark[0] in ('"', "\n"):  # a string of JSON ends at its line's end at the latest
+                self._in_string = mark[0] == '"' and not self._in_string
+        self._tried = max(end, len(self._held) - len(closer) + 1)
+        return None
 
     def _take(self) -> ToolCall | None:
         text = self._held.lstrip(_BETWEEN.replace("[", ""))

@@ -1,0 +1,54 @@
+"""From a conversation to the text that the model reads: the one way of the server and of LLM.chat."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.errors import InvalidRequest
+from octavo.text.chat_messages import ContentFormat, plain_messages
+from octavo.text.chat_template import render_chat
+from octavo.text.content_format import content_format
+
+__all__ = ["render_conversation"]
+
+
+def render_conversation(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    *,
+    continue_final_message: bool = False,
+    content: str = "auto",
+    switches: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt's text. `content`: the form of content that the template reads, `auto` to find it out; `switches`: the
+    template's own. With `continue_final_message` the text ends where the last message does, to the last blank.
+
+    Raises InvalidRequest for messages that cannot be rendered.
+    """
+    form: ContentFormat = content_format(template) if content == "auto" else "openai" if content == "openai" else "string"
+    plain = plain_messages(messages, form)
+    more = dict(switches or {})
+    if not continue_final_message:
+        return render_chat(template, plain, special_tokens, tools, add_generation_prompt, **more)
+    if not plain:
+        raise InvalidRequest("continue_final_message needs a message to continue.", "messages")
+    mark = secrets.token_hex(16)  # stands behind the content, where no template trims it
+    plain[-1]["content"] = _marked(plain[-1]["content"], mark)
+    text, found, _ = render_chat(template, plain, special_tokens, tools, False, **more).rpartition(mark)
+    if not found:
+        raise InvalidRequest(
+            "continue_final_message needs a last message that the chat template prints, and this one is not.", "messages"
+        )
+    return text
+
+
+def _marked(content: str | list[dict[str, str]], mark: str) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content + mark
+    last = content[-1]["text"] if content else ""
+    return [*content[:-1], {"type": "text", "text": last + mark}]

@@ -1,0 +1,134 @@
+"""Which form of a message's content a chat template reads, found in its syntax tree: one string, or a list of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from jinja2 import nodes
+
+from octavo.text.chat_messages import ContentFormat
+from octavo.text.chat_template import parse_template
+
+__all__ = ["content_format"]
+
+
+@lru_cache(maxsize=16)
+def content_format(template: str) -> ContentFormat:
+    """`openai` for a template that loops over the parts of content, `string` for one that does not, `either` for one that
+    loops but asks first whether it is a string.
+    """
+    tree = parse_template(template)
+    reader = _Reader(tree)
+    loops = any(reader.is_content(loop.iter) for loop in tree.find_all(nodes.For))
+    asks = any(test.name == "string" and reader.is_content(test.node) for test in tree.find_all(nodes.Test))
+    return "string" if not loops else "either" if asks else "openai"
+
+
+class _Reader:
+    """What a template's names stand for: the list of messages, one message, or a message's content."""
+
+    def __init__(self, tree: nodes.Template):
+        self._messages: set[str] = {"messages"}
+        self._message: set[str] = set()
+        self._content: set[str] = set()
+        self._namespaces = {
+            name
+            for assigned in tree.find_all(nodes.Assign)
+            if _called(assigned.node) == "namespace"
+            for name in _targets(assigned.target)
+        }
+        self._macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+        while self._learn(tree):
+            pass
+
+    def is_content(self, node: nodes.Node) -> bool:
+        """Whether the expression is a message's content, or a part or filtered form of it."""
+        node = _inner(node)
+        if (name := self._name(node)) is not None:
+            return name in self._content
+        return _key(node) == "content" and self._is_message(node.node)  # type: ignore[attr-defined]
+
+    def _is_message(self, node: nodes.Node) -> bool:
+        if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice) and self._is_messages(node.node):
+            return True
+        return self._name(_inner(node)) in self._message
+
+    def _is_messages(self, node: nodes.Node) -> bool:
+        return self._name(_inner(node)) in self._messages
+
+    def _name(self, node: nodes.Node) -> str | None:
+        """What a value is called: a name, or an attribute of a namespace."""
+        if isinstance(node, nodes.Name):
+            return node.name
+        if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name) and node.node.name in self._namespaces:
+            return node.attr
+        return None
+
+    def _learn(self, tree: nodes.Template) -> bool:
+        """Follows the names once through the template; whether anything was new."""
+        known = len(self._messages) + len(self._message) + len(self._content)
+        for loop in tree.find_all(nodes.For):
+            if self._is_messages(loop.iter):
+                self._message |= _targets(loop.target)
+        for assigned in tree.find_all(nodes.Assign):
+            self._bind(_targets(assigned.target), assigned.node)
+        for call in tree.find_all(nodes.Call):
+            macro = self._macros.get(_called(call) or "")
+            if macro is not None:
+                for parameter, given in zip(macro.args, call.args, strict=False):
+                    self._bind({parameter.name}, given)
+            if macro is not None or _called(call) == "namespace":
+                for named in call.kwargs:
+                    self._bind({named.key}, named.value)
+        return len(self._messages) + len(self._message) + len(self._content) > known
+
+    def _bind(self, names: set[str], value: nodes.Node) -> None:
+        for one in _alternatives(value):
+            if self.is_content(one):
+                self._content |= names
+            elif self._is_message(one):
+                self._message |= names
+            elif self._is_messages(one):
+                self._messages |= names
+
+
+def _alternatives(node: nodes.Node) -> Iterator[nodes.Node]:
+    if isinstance(node, nodes.CondExpr):
+        yield from _alternatives(node.expr1)
+        if node.expr2 is not None:
+            yield from _alternatives(node.expr2)
+    elif isinstance(node, (nodes.Or, nodes.And)):
+        yield from _alternatives(node.left)
+        yield from _alternatives(node.right)
+    else:
+        yield node
+
+
+def _called(node: nodes.Node) -> str | None:
+    """The name of what is called, if this is a call."""
+    return node.node.name if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) else None
+
+
+def _inner(node: nodes.Node) -> nodes.Node:
+    """Without filters and slices around it."""
+    while isinstance(node, nodes.Filter) or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)):
+        if node.node is None:  # a block's filter
+            break
+        node = node.node
+    return node
+
+
+def _key(node: nodes.Node) -> str | None:
+    """The attribute or key that the expression reads, by a dot, brackets or get()."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+        return node.arg.value
+    return None
+
+
+def _targets(node: nodes.Node) -> set[str]:
+    if isinstance(node, nodes.NSRef):
+        return {node.attr}
+    return {name.name for name in ([node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name))}

@@ -1,0 +1,73 @@
+"""What a checkpoint says of generating with it: the tokens that end it, and the sampling values that it recommends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from octavo import files
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.messages import SamplingParams
+
+__all__ = ["default_sampling", "eos_token_ids", "read_json"]
+
+# Of generation_config.json -> of SamplingParams, and of what type.
+_RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
+    "temperature": ("temperature", (int, float), "a number"),
+    "top_p": ("top_p", (int, float), "a number"),
+    "top_k": ("top_k", (int,), "an integer"),
+    "min_p": ("min_p", (int, float), "a number"),
+    "repetition_penalty": ("repetition_penalty", (int, float), "a number"),
+    "max_new_tokens": ("max_tokens", (int,), "an integer"),
+}
+
+
+def eos_token_ids(directory: str | Path) -> frozenset[int]:
+    """The ids that end a generation, as generation_config.json or else config.json lists them. Raises OctavoError for what
+    are no ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        config = read_json(path)
+        text_config = config.get("text_config")
+        ids = config.get("eos_token_id")
+        if ids is None and isinstance(text_config, dict):
+            ids = text_config.get("eos_token_id")
+        if ids is not None:
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(type(one) is int and one >= 0 for one in listed):
+                raise OctavoError(f"{path}: eos_token_id must be a token id or a list of them, not {_short(ids)}.")
+            return frozenset(listed)
+    return frozenset()
+
+
+def default_sampling(directory: str | Path) -> dict[str, Any]:
+    """The sampling values that the checkpoint recommends, by SamplingParams' names. Raises OctavoError for wrong ones: each
+    request that does not say otherwise would fail on them.
+    """
+    path = Path(directory) / "generation_config.json"
+    config = read_json(path)
+    found: dict[str, Any] = {}
+    for name, (ours, kinds, told) in _RECOMMENDED.items():
+        value = config.get(name)
+        if value is None:
+            continue
+        if type(value) not in kinds:
+            raise OctavoError(f"{path}: {name} must be {told}, not {_short(value)}.")
+        try:
+            SamplingParams(**{ours: value})
+        except InvalidRequest as error:
+            raise OctavoError(f"{path}: {str(error).replace(ours, name, 1)}") from error
+        found[ours] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    told = json.dumps(value)
+    return told if len(told) <= 80 else told[:77] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; nothing where there is no file. Raises OctavoError for what is no such file."""
+    return files.read_json(path) or {}

@@ -1,0 +1,95 @@
+"""Conversations as templates get them: content in the form that they read, and a last message that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from octavo.demo import MODEL_DIR
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.text.chat_messages import check_content_format
+from octavo.text.chat_prompt import render_conversation
+from octavo.text.content_format import content_format
+from octavo.text.tokenizer import Tokenizer
+
+LOOP = "{% for p in CONTENT %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+MESSAGES = "{% for m in messages %}<{{ m.role }}>BODY{% endfor %}"
+TEMPLATES = {
+    MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m.content")): "openai",
+    MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m['content']")): "openai",
+    MESSAGES.replace("BODY", "{% set c = m['content'] %}" + LOOP.replace("CONTENT", "c")): "openai",
+    MESSAGES.replace("BODY", "{% set c = m.content if m.content else [] %}" + LOOP.replace("CONTENT", "c")): "openai",
+    "{% set rest = messages[1:] if false else messages %}"
+    + MESSAGES.replace("messages", "rest").replace("BODY", LOOP.replace("CONTENT", "m.content")): "openai",
+    "{% macro show(c) %}" + LOOP.replace("CONTENT", "c") + "{% endmacro %}"
+    + MESSAGES.replace("BODY", "{{ show(m.content) }}"): "openai",
+    MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m.content | reverse | list")): "openai",
+    "{% set ns = namespace(all=messages) %}"
+    + MESSAGES.replace("in messages", "in ns.all").replace("BODY", LOOP.replace("CONTENT", "m.content")): "openai",
+    MESSAGES.replace(
+        "BODY", "{% if m.content is string %}{{ m.content }}{% else %}" + LOOP.replace("CONTENT", "m.content") + "{% endif %}"
+    ): "either",
+    MESSAGES.replace("BODY", "{{ m.content | trim }}"): "string",
+    MESSAGES.replace("BODY", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"): "string",
+    "{% for t in tools or [] %}{% for x in t.content %}{% endfor %}{% endfor %}"
+    + MESSAGES.replace("BODY", "{{ m.content }}"): "string",
+}  # fmt: skip
+
+
+def render(template: str, *messages: dict[str, Any], **how: Any) -> str:
+    return render_conversation(template, messages, {}, **how)
+
+
+@pytest.mark.parametrize(("template", "form"), TEMPLATES.items())
+def test_the_form_of_content_is_found_in_the_template(template: str, form: str) -> None:
+    assert content_format(template) == form
+    for content in ("Hello", [{"type": "text", "text": "Hello"}], ["Hello"], [{"type": "input_text", "text": "Hello"}]):
+        assert render(template, {"role": "user", "content": content}) == "<user>Hello"
+    assert render(template, {"role": "user", "content": None}) == "<user>"
+
+
+def test_the_demo_s_template_reads_a_string() -> None:
+    template = Tokenizer(MODEL_DIR).chat_template
+    assert template is not None
+    assert content_format(template) == "string"
+
+
+def test_a_form_that_is_asked_for() -> None:
+    parts = MESSAGES.replace("BODY", "{{ m.content }}")
+    assert render(parts, {"role": "user", "content": "x"}, content="openai") == "<user>[{'type': 'text', 'text': 'x'}]"
+    assert render(next(iter(TEMPLATES)), {"role": "user", "content": "x"}, content="string") == "<user>"
+    with pytest.raises(OctavoError, match="known are: auto, string, openai"):
+        check_content_format("list")
+
+
+def test_no_tool_calls_are_none() -> None:
+    """A template may take the key for a call, and then leaves the content out."""
+    template = "{% for m in messages %}{% if m.tool_calls is defined and m.tool_calls is not none %}[CALL]{% else %}{{ m.content }}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+    assert render(template, {"role": "assistant", "content": "kept", "tool_calls": []}) == "kept"
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert render(template, {"role": "assistant", "content": "", "tool_calls": [call]}) == "[CALL]"
+
+
+@pytest.mark.parametrize("content", ["```json\n", "The answer: ", "", "I say", " \n "])
+def test_a_continued_message_ends_where_it_ends(content: str) -> None:
+    template = Tokenizer(MODEL_DIR).chat_template
+    assert template is not None
+    last = {"role": "assistant", "content": content}
+    text = render(template, {"role": "user", "content": content or "x"}, last, continue_final_message=True)
+    assert text.endswith("<|im_start|>assistant\n" + content)
+    parts = next(iter(TEMPLATES))
+    assert render(parts, {"role": "user", "content": "x"}, last, continue_final_message=True) == "<user>x<assistant>" + content
+    trimming = MESSAGES.replace("BODY", "{{ m.content | trim }}!")
+    shown = content.lstrip()
+    if shown:
+        assert render(trimming, last, continue_final_message=True) == "<assistant>" + shown
+
+
+def test_a_message_that_is_not_printed_cannot_go_on() -> None:
+    with pytest.raises(InvalidRequest, match="continue_final_message needs"):
+        render(
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            {"role": "assistant", "content": "x"},
+            continue_final_message=True,
+        )
