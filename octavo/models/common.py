@@ -71,10 +71,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head, as octavo.models.interface.Model.
-
-    `root` is the path of the decoder in the checkpoint; its name in this module is the same.
-    """
+    """A decoder, at `model` in the checkpoint, and its head, at `lm_head`: an octavo.models.interface.Model."""
 
     def __init__(
         self, config: ConfigBase, tp: TensorParallel, max_len: int, layers: range | None, make: Callable[[int], nn.Module]

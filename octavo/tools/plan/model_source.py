@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError, refusal
+from octavo.files import read_json
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
 from octavo.quant.checks import check_format
@@ -71,7 +71,7 @@ def find_source(target: str, *, dummy: bool = False) -> Source:
             return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
         return source_of_config(target, "config.json alone", config, refused, dummy=dummy)
     if path.is_file():
-        config = _read(path)
+        config = read_json(path) or {}
         return source_of_config(
             str(path.parent), "config.json alone", config, refusal(lambda: check_format(config, path.parent)), dummy=dummy
         )
@@ -85,13 +85,3 @@ def source_of_config(
 ) -> Source:
     """The source of a model of which there is a config.json alone."""
     return Source(name, by, config, {}, None if refused or dummy else promise_of(config), refused)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (ValueError, OSError) as error:
-        raise OctavoError(f"{path} is not a config.json ({error}); give one, or the directory that holds it.") from None
-    return config
