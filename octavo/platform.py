@@ -16,6 +16,7 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.host import memory as host_memory
+from octavo.host import release
 
 __all__ = ["FP8_MAX", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect"]
 
@@ -88,6 +89,12 @@ class Platform:
             free, total = torch.cuda.mem_get_info(self.device)
             return int(free), int(total)
         return host_memory()
+
+    def release(self) -> None:
+        """Gives memory that was freed, and that torch or the C library keeps to use again, back to the device and the host."""
+        if not self.is_cpu:
+            torch.cuda.empty_cache()
+        release()
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:

@@ -25,12 +25,13 @@ from octavo.engine.graphs.prefill import PromptGraphs
 from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
 from octavo.engine.loading import check_ranks, describe_weights, drop, load_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.model_step import ModelStep
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_history import Histories
 from octavo.engine.vocabulary import Vocabulary
-from octavo.host import keep, release
+from octavo.host import keep
 from octavo.kvcache import KVCache, Layout
 from octavo.messages import Logprobs
 from octavo.models import build_model, read_config
@@ -79,12 +80,14 @@ class ModelRunner:
         self.model: Model = build_model(json_config, tp, config.max_model_len)
         self.limits = self.model.limits()
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
+        self.step = ModelStep(self.model, self.vocabulary)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
         self.histories = Histories(self.platform.device)
         self._start()
 
     def _start(self) -> None:
         """Weights, cache, graphs: what `sleep` gives up."""
+        self.platform.release()  # what an engine before this one left must not look taken
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
         self._settle_kv_scales()
@@ -129,11 +132,11 @@ class ModelRunner:
             return
         sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
         if self.platform.is_cpu:
-            self.graphs = RecordedSteps(self._decode, *sizes)
+            self.graphs = RecordedSteps(self.step.decode, *sizes)
             return
-        self.graphs = DecodeGraphs(self._decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._rehearse)
+        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._rehearse)
         room = min(self.max_model_len, self.max_num_batched_tokens)
-        self.prompts = PromptGraphs(self._prompt, self.platform, self.block_size, room, self.num_blocks)
+        self.prompts = PromptGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
 
     def reload(self, model: str) -> None:
         """Takes the weights of another checkpoint directory, of the same shapes and schemes; graphs and compiled kernels stay.
@@ -156,33 +159,16 @@ class ModelRunner:
         self.model.bind_cache([{} for _ in self.cache.views])
         drop(self.model)
         del self.cache
-        release()
+        self.platform.release()
 
     def wake(self) -> None:
         """What `sleep` gave up, read and made again."""
         self._start()
 
-    def _hidden_of(self, batch: batches.ForwardBatch) -> Tensor:
-        hidden = self.model(batch, self.model.embed(batch.input_ids))
-        assert isinstance(hidden, Tensor), "one stage computes all layers"
-        return hidden
-
-    def _prompt(self, batch: batches.ForwardBatch, last: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_decode`, of a prompt's last token."""
-        return self._chosen(self._hidden_of(batch)[last])
-
-    def _decode(self, batch: batches.ForwardBatch) -> tuple[Tensor, Tensor]:
-        """A graph's: this rank's logits of single tokens, and the argmax over all ranks, which few steps do not want."""
-        return self._chosen(self._hidden_of(batch))
-
-    def _chosen(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model.logits(hidden)
-        return logits, self.vocabulary.argmax(logits)
-
     def _rehearse(self) -> None:
         """Calls what prefills launch, of few tokens, of more, and of enough for other tiles; and what sampling does."""
         for length in (16, 40, 600):
-            hidden = self._hidden_of(self._prompt_batch([0] * length))
+            hidden = self.step.hidden(self._prompt_batch([0] * length))
         rehearse(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
     def _graph_key(self, requests: int, longest: int) -> Hashable:
@@ -200,7 +186,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: batches.ForwardBatch) -> Tensor:
         """Hidden states [T, hidden] of a batch, its keys and values written to the cache."""
-        return self._hidden_of(batch)
+        return self.step.hidden(batch)
 
     @torch.inference_mode()
     def run(

@@ -39,8 +39,11 @@ MakeCore = Callable[[EngineConfig, Progress], Core]
 
 def engine_core(config: EngineConfig, progress: Progress) -> Core:
     """The real core. Imported here, for it brings torch."""
+    imported = "octavo.engine.core" in sys.modules
     from octavo.engine.core import EngineCore
 
+    if not imported:  # torch.fx leaves a frame that holds itself and all that called for it: what they made would stay
+        gc.collect()
     return EngineCore(config, progress)
 
 
