@@ -74,8 +74,9 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         found = _offline(args, config, given, workloads, started)
     if args.json:
         from octavo.convert.output_file import write_json
+        from octavo.tools.json_numbers import finite
 
-        write_json(Path(args.json), found)
+        write_json(Path(args.json), finite(found))
     {"serve": tables.show_serve, "profile": tables.show_profile}.get(args.mode, tables.show_offline)(found)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
+from octavo.tools.json_numbers import json_text
 from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
 from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals
 from octavo.tools.plan.model_source import find_source
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     plan = make_plan(args, config, given)
     line = command(plan, {name: value for name, value in given.items() if name not in SAID_ELSEWHERE})
     if args.json:
-        print(json.dumps(as_json(plan, line), indent=2))
+        print(json_text(as_json(plan, line)))
     else:
         show(plan, line)
     return 0
