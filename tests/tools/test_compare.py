@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +25,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo import LLM, SamplingParams
 from octavo.cli import _with_dashes, engine_config, main, make_parser
 from octavo.config import EngineConfig
+from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine import runner
 from octavo.errors import OctavoError
 from octavo.platform import Platform
+from octavo.quant import QuantRules
 from octavo.server import serve
+from octavo.text.tokenizer import Tokenizer
 from octavo.tools.compare import html_report
-from octavo.tools.compare.compare import compare, write_atomically, write_config
+from octavo.tools.compare.compare import add_arguments, compare, write_atomically, write_config
 from octavo.tools.compare.comparison import Comparison
-from octavo.tools.compare.layer_errors import Sensitivity
+from octavo.tools.compare.layer_errors import Sensitivity, ignore_list, worth_keeping
 from octavo.tools.compare.measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
-from octavo.tools.compare.search import Budget, search, verdict
+from octavo.tools.compare.search import DEFAULT_BUDGET, Budget, search, verdict
 
 IDS = tokens(192, seed=5)
 WINDOW = 64
@@ -302,7 +306,7 @@ def test_the_search_climbs_scheme_then_cache_then_layers_then_bf16(limit: float,
 
 def test_a_model_that_broke_meets_no_budget() -> None:
     broken = made(Variant("fp8", "fp8_e4m3"), math.nan, math.nan)
-    assert not any(Budget.parse(text).met(broken) for text in ("50%", "10"))
+    assert not any(Budget.parse(text).met(broken) for text in ("50%", "10 nats"))
     good = made(Variant("ptpc_fp8", "fp8_e4m3"), 0.1)
     found = search(
         Budget(0.2, False), {m.variant: m for m in (broken, good)}.__getitem__, lambda s: [], ["fp8", "ptpc_fp8"], ["fp8_e4m3"]
@@ -329,6 +333,15 @@ def test_budgets(text: str, limit: float, relative: bool) -> None:
     assert Budget.parse(text) == Budget(pytest.approx(limit), relative)
 
 
+@pytest.mark.parametrize("text", ["0.3", "1", "0.05", "5"])
+def test_a_budget_that_lost_its_percent_sign_asks(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--auto", text]) == 1
+    err = capsys.readouterr().err
+    assert f"did you mean {text}%, a rise in perplexity? As a KL, where 0.002 is usual, it is written '{text} nats'" in err
+    assert err.count("\n") == 1
+    assert Budget.parse(f"{text} nats") == Budget(float(text), relative=False)
+
+
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf", "%"])
 def test_a_wrong_budget_is_a_sentence(text: str) -> None:
     with pytest.raises(OctavoError, match=r"is no budget; give a rise in perplexity such as 0.3%"):
@@ -343,6 +356,114 @@ def test_the_verdict_follows_the_ladder() -> None:
     assert said.startswith("Over the budget of 0.5% of perplexity: fp8 with KV cache fp8_e4m3 (+2.00%). Use ptpc_fp8")
     assert verdict(budget, steps[1:])[0].startswith("Accuracy held: use ptpc_fp8 with KV cache fp8_e4m3 (+0.40% of perplexity")
     assert verdict(budget, steps[:1])[1] is None
+
+
+PTPC = Variant("ptpc_fp8", "fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "doubt"),
+    [
+        (-0.0002, 0.0052, "(±0.52%) is wider than the budget"),  # what 1,022 predictions came to
+        (0.002, 0.0030, "(±0.30%) is wider than the budget"),  # the bar is as wide to the left
+        (0.004, 0.0011, "(±0.11%) reaches across the budget"),
+        (0.006, 0.0011, "(±0.11%) reaches across the budget"),  # over it, and may be within
+        (0.004, 0.0009, None),
+        (0.02, 0.0060, None),  # over it, however wide
+    ],
+)
+def test_a_verdict_says_when_the_text_is_too_short(change: float, error: float, doubt: str | None) -> None:
+    budget, m = Budget.parse("0.5%"), replace(made(PTPC, 0.01, change), change_error=error)
+    said, chosen = verdict(budget, [m], 1022)
+    assert (chosen is m) == (change <= 0.005)
+    assert budget.decided(m) == (doubt is None)
+    assert (doubt or "too short") in said if doubt else "too short" not in said
+    if doubt:  # so many tokens that the error, which falls with their root, is half of what it was or of the budget
+        more = int(said.split("--tokens ")[1].split()[0])
+        assert error * math.sqrt(1022 / more) == pytest.approx(min(0.005, error) / 2, rel=0.05)
+
+
+def test_a_verdict_on_kl_goes_by_its_own_error() -> None:
+    m = replace(made(PTPC, 0.001, 0.1), kl_error=0.0012)
+    assert "(±0.0012) is wider than the budget" in verdict(Budget(0.002, relative=False), [m], 100)[0]
+    assert "too short" not in verdict(Budget(0.002, relative=False), [replace(m, kl_error=0.0009)], 100)[0]
+
+
+def test_the_default_number_of_tokens_tells_half_a_percent() -> None:
+    args = make_parser("compare", add_arguments).parse_args([])
+    ids = Tokenizer(str(MODEL_DIR)).encode(HELDOUT.read_text("utf-8"))
+    found = compare(
+        EngineConfig(cpu_kv_cache_gib=0.05), ids, ["ptpc_fp8"], ["fp8_e4m3"], window=args.window, tokens=args.tokens
+    )
+    assert 2 * row(found, "ptpc_fp8", "fp8_e4m3").change_error < DEFAULT_BUDGET.limit
+
+
+def test_few_layers_are_named_and_many_said_as_patterns() -> None:
+    def layer(i: int, part: str, kl: float) -> Sensitivity:
+        names = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}.get(part, (part,))
+        return Sensitivity(
+            f"model.layers.{i}.self_attn.{part}", tuple(f"model.layers.{i}.self_attn.{n}" for n in names), kl, 10
+        )
+
+    ranked = sorted(
+        (layer(i, part, kl + i / 1000) for part, kl in (("qkv_proj", 0.1), ("o_proj", 0.3)) for i in range(30)),
+        key=lambda one: -one.kl,
+    )
+    kept = worth_keeping(ranked)
+    assert ignore_list(kept) == ("self_attn.o_proj",)
+    assert (kept[0].layers, kept[0].extra_bytes, kept[0].kl) == (30, 300, pytest.approx(30 * 0.3 + 0.435))
+    assert all(QuantRules(ignore=ignore_list(kept)).ignored(name) == ("o_proj" in name) for one in ranked for name in one.names)
+    assert ignore_list(worth_keeping(ranked[:4])) == tuple(f"model.layers.{i}.self_attn.o_proj" for i in (29, 28))
+    both_kinds = [layer(i, part, 0.1) for part in ("qkv_proj", "o_proj", "x") for i in range(30)]
+    assert ignore_list(worth_keeping(both_kinds)) == tuple(f"self_attn.{n}_proj" for n in ("q", "k", "v", "o"))
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_it_ranks_the_layers_of_what_it_recommends(tiny: Path, monkeypatch: pytest.MonkeyPatch, within: bool) -> None:
+    """Nothing is within the budget: of what lost least in the budget's unit, which is not what has the least KL."""
+    changes = {"fp8": (0.02, 0.03), "ptpc_fp8": (0.03, 0.017), "fp8_block": (0.01, 0.04)}  # KL, perplexity
+    asked: list[str] = []
+
+    def measured(base: EngineConfig, variant: Variant, *_: object) -> Measurement:
+        kl, change = changes[variant.scheme]
+        m = made(variant, kl, change / (4 if variant.ignore and within else 1))
+        return replace(m, kv_bytes_per_token=2 if variant.kv == "auto" else 1)
+
+    def ranked(base: EngineConfig, scheme: str, *_: object) -> list[Sensitivity]:
+        asked.append(scheme)
+        return [Sensitivity("model.layers.1.mlp.down_proj", ("model.layers.1.mlp.down_proj",), 0.1, 10)]
+
+    monkeypatch.setattr("octavo.tools.compare.measure.measure", measured)
+    monkeypatch.setattr("octavo.tools.compare.layer_errors.sensitivities", ranked)
+    found = compared(tiny, list(changes), ["fp8_e5m2", "auto"])
+    assert asked == ["ptpc_fp8"]
+    kept = Variant("ptpc_fp8", "auto", ("model.layers.1.mlp.down_proj",))
+    assert found.measured[-1].variant == kept
+    assert (found.chosen and found.chosen.variant) == (kept if within else None)
+
+
+def strict(text: str) -> dict[str, Any]:
+    """JSON as others read it: Python's reader alone takes NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_holds_neither_nan_nor_infinity(
+    value: float, demo_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = replace(made(Variant("fp8", "fp8_e4m3"), value, value), perplexity=value, change_error=value, kl_error=value)
+    monkeypatch.setattr("octavo.tools.compare.measure.measure", lambda *_: broken)
+    monkeypatch.setattr("octavo.tools.compare.layer_errors.sensitivities", lambda *_: [Sensitivity("a", ("a",), value, 1)])
+    assert main([*demo_line, "--scheme", "fp8", "--kv", "fp8", "--json"]) == 0
+    out = capsys.readouterr().out
+    found = strict(out)
+    assert found["measured"][0]["kl"] is None
+    assert found["measured"][0]["perplexity"] is None
+    assert found["reference"]["perplexity"] > 1
 
 
 @pytest.mark.parametrize(
@@ -425,11 +546,17 @@ def demo_line() -> list[str]:
 def test_the_report_and_the_terminal(demo_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.html"
     assert main([*demo_line, "--scheme", "fp8", "ptpc_fp8", "--kv", "fp8", "--output", str(path)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith(("--quant", "  octavo", "Report", "/")))
     assert "perplexity" in out
     assert "The layers that" in out
     assert "octavo serve" in out
+    lines = [line for line in err.splitlines() if line.startswith("octavo: ") and "measuring" not in line]
+    told = [line.split(":")[1:3] for line in lines]
+    assert [where.strip() for where, _ in told] == ["BF16", "1 of 3", "2 of 3", "3 of 3"]
+    assert [name.strip() for _, name in told[1:3]] == [f"{scheme} with KV cache fp8_e4m3" for scheme in ("fp8", "ptpc_fp8")]
+    assert all("of perplexity, KL 0.0" in line for line in lines[1:])
+    assert err.index("measuring BF16") < err.index("measuring 1 of 3")
     page = Parsed(path.read_text("utf-8"))
     assert page.plots == ["bars", "memory", "layers"]
     assert page.tables["measurements"] == 1 + 1 + 2 + 1  # head, BF16, two schemes, and the proposed list

@@ -32,6 +32,10 @@ class Comparison:
     verdict: str = ""
     chosen: Measurement | None = None
     notes: list[str] = field(default_factory=list)
+    machine: str = ""
+    command: str = ""  # that this is the result of
+    date: str = ""
+    saved: str = ""  # the file for --quantization-config, where one was written
 
     def as_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, (str, int))}
@@ -40,7 +44,8 @@ class Comparison:
         out["measured"] = [m.as_json() for m in self.measured]
         for name in ("layers", "ranked"):
             out[name] = [asdict(entry) for entry in getattr(self, name)]
-        return {**out, "budget": str(self.budget), "quantization_ignore": self.ignore, "notes": self.notes}
+        decided = self.chosen is not None and self.budget.decided(self.chosen)
+        return {**out, "budget": str(self.budget), "decided": decided, "quantization_ignore": self.ignore, "notes": self.notes}
 
     @property
     def ignore(self) -> list[str]:

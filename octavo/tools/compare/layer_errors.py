@@ -12,6 +12,7 @@ about that of all. That makes "KL per byte" the measure of which layer to keep i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,6 +31,7 @@ from octavo.weights import DummySource, Loader, SafetensorsSource
 
 __all__ = ["LayerError", "Sensitivity", "ignore_list", "layer_errors", "sensitivities", "worth_keeping"]
 
+MOST_NAMES = 8  # of a proposed list; nobody types more
 MOST = 0.5  # the part of the loss that a proposed ignore list should take away
 Linear = ColumnParallelLinear | RowParallelLinear
 
@@ -52,6 +54,7 @@ class Sensitivity:
     names: tuple[str, ...]
     kl: float  # nats a token, with only this layer quantized
     extra_bytes: int  # its bytes in BF16 over those in FP8
+    layers: int = 1  # more: all of a kind, whose path and names are the ends that theirs have in common
 
 
 class _Weights:
@@ -123,11 +126,18 @@ def _weight_error(parts: Sequence[QTensor], stored: Sequence[QTensor | Tensor]) 
     return float((wrong / total) ** 0.5) if total else 0.0
 
 
-def sensitivities(base: EngineConfig, scheme: str, text: Text, reference: Reference) -> list[Sensitivity]:
-    """KL of every layer that `scheme` quantizes, on the text's first window, the most KL per extra byte first."""
+def sensitivities(
+    base: EngineConfig, scheme: str, text: Text, reference: Reference, tell: Callable[[float], None] = lambda done: None
+) -> list[Sensitivity]:
+    """KL of every layer that `scheme` quantizes, on the text's first window, the most KL per extra byte first.
+
+    tell: learns which part of the layers is done.
+    """
     core = open_core(base, REFERENCE, text)
     weights, found = _Weights(core.runner), []
-    for path, module, names in list(weights.layers(QuantRules(SCHEMES[scheme], base.quantization_ignore))):
+    layers = list(weights.layers(QuantRules(SCHEMES[scheme], base.quantization_ignore)))
+    for number, (path, module, names) in enumerate(layers):
+        tell(number / len(layers))
         stored = weights.stored(module, names)
         if any(isinstance(w, QTensor) for w in stored):
             continue  # there is no BF16 to go back to
@@ -146,6 +156,32 @@ def _kl_of(core: EngineCore, window: Sequence[int], reference: Reference) -> flo
 
 
 def worth_keeping(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Those that together hold MOST of the loss, in the fewest bytes: single layers, or all of a kind where these are many."""
+    kept = _most(ranked)
+    return kept if len(ignore_list(kept)) <= MOST_NAMES else _most(_kinds(ranked))
+
+
+def _kinds(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Layers that differ in their number alone as one, the most KL per extra byte first."""
+    found: dict[str, list[Sensitivity]] = {}
+    for layer in ranked:
+        found.setdefault(_kind(layer.path), []).append(layer)
+    kinds = [
+        Sensitivity(
+            kind, tuple(map(_kind, layers[0].names)), sum(one.kl for one in layers), sum(one.extra_bytes for one in layers),
+            len(layers),
+        )
+        for kind, layers in found.items()
+    ]  # fmt: skip
+    return sorted(kinds, key=lambda kind: kind.kl / kind.extra_bytes, reverse=True)
+
+
+def _kind(name: str) -> str:
+    """ "self_attn.o_proj" of "model.layers.3.self_attn.o_proj", which --quantization-ignore takes for every layer's."""
+    return re.sub(r"^.*\.\d+\.", "", name)
+
+
+def _most(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
     """The first of `ranked` that together hold MOST of the loss."""
     total, kept, fixed = sum(layer.kl for layer in ranked), [], 0.0
     for layer in ranked:

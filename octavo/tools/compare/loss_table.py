@@ -1,21 +1,17 @@
-"""What `octavo compare` prints: readable at 100 columns, plain where the output is not a terminal."""
+"""What `octavo compare` prints, and what it says in words."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
 
 from octavo.engine.memory import gib
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.measure import Measurement
 from octavo.tools.rich_tables import console, table
 
-__all__ = ["COLUMNS", "WORST_COLUMNS", "basis", "cells", "command", "kept_sentence", "legend", "show", "status", "worst"]
+__all__ = ["COLUMNS", "WORST_COLUMNS", "basis", "cells", "command", "kept_sentence", "legend", "show", "worst"]
 
 WIDTH = 100
 WORST = 6
@@ -23,21 +19,11 @@ COLUMNS = ("weights", "KV cache", "perplexity", "vs BF16", "KL", "KL p99", "top-
 WORST_COLUMNS = ("layer", "weight error", "output error", "KL alone", "more in BF16")
 
 
-@contextmanager
-def status(wanted: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows on a terminal what is being measured."""
-    err = Console(stderr=True)
-    if not (wanted and err.is_terminal):
-        yield lambda text: None
-        return
-    with err.status("starting") as shown:
-        yield lambda text: shown.update(f"measuring {text}")
-
-
 def cells(found: Comparison, m: Measurement) -> tuple[str, ...]:
     """One row of the main table, under COLUMNS."""
     v = m.variant
-    weights = v.scheme + (f", {len(v.ignore)} kept" if v.ignore else "")
+    modules = sum(len(layer.names) * layer.layers for layer in found.kept) if v.ignore == tuple(found.ignore) else len(v.ignore)
+    weights = v.scheme + (f", {modules} kept" if v.ignore else "")
     change = "" if m is found.reference else f"{100 * m.change:+.2f}% ±{100 * m.change_error:.2f}"
     kv, greedy = "BF16" if v.kv in ("auto", "bfloat16") else v.kv, f"{m.greedy:.1f}"
     top1, memory = f"{100 * m.top1:.1f}%", f"{100 * found.memory(m):.1f}%"
@@ -79,8 +65,9 @@ def kept_sentence(found: Comparison) -> str:
         return ""
     extra = sum(layer.extra_bytes for layer in found.kept)
     share = sum(layer.kl for layer in found.kept) / sum(layer.kl for layer in found.ranked)
+    layers = sum(layer.layers for layer in found.kept)
     said = (
-        f"{len(found.kept)} of {len(found.ranked)} layers hold {100 * share:.0f}% of what {found.scheme} loses (KLs added); "
+        f"{layers} of {len(found.ranked)} layers hold {100 * share:.0f}% of what {found.scheme} loses (KLs added); "
         f"in BF16 they take {gib(extra)} more, {100 * extra / found.reference.weight_bytes:.1f}% of the BF16 model"
     )
     ignore = tuple(found.ignore)
@@ -91,7 +78,7 @@ def kept_sentence(found: Comparison) -> str:
     return f"{said}. Measured without them: KL {_short(before.kl)} -> {_short(after.kl)}."
 
 
-def show(found: Comparison, saved: Path | None, report: Path | None) -> None:
+def show(found: Comparison, report: Path | None) -> None:
     """Prints the comparison."""
     out = console(WIDTH)
     rows = [cells(found, m) for m in (found.reference, *found.measured)]
@@ -99,15 +86,13 @@ def show(found: Comparison, saved: Path | None, report: Path | None) -> None:
     if found.ranked:
         out.print(table(f"The layers that {found.scheme} costs most:", WORST_COLUMNS, worst(found)))
         out.print(kept_sentence(found))
-        if not saved:
-            out.print("--quantization-ignore " + shlex.join(found.ignore), soft_wrap=True)
+        if not found.saved:
+            out.print("To keep them in BF16:\n--quantization-ignore " + shlex.join(found.ignore), soft_wrap=True)
     for note in found.notes:
         out.print(f"note: {note}")
     out.print(f"\n[bold]{found.verdict}[/bold]")
-    if saved and found.chosen:
-        out.print(f"Written to {saved}: octavo serve {found.model} --quantization-config {saved}", soft_wrap=True)
-    elif found.chosen:
-        out.print("  " + command(found), soft_wrap=True)
+    if found.chosen:
+        out.print((f"Written to {found.saved}: " if found.saved else "  ") + command(found), soft_wrap=True)
     if report:
         out.print(f"Report: {report}", soft_wrap=True)
 
@@ -115,6 +100,8 @@ def show(found: Comparison, saved: Path | None, report: Path | None) -> None:
 def command(found: Comparison) -> str:
     """The command line that serves what was chosen."""
     assert found.chosen is not None
+    if found.saved:
+        return shlex.join(["octavo", "serve", found.model, "--quantization-config", found.saved])
     v = found.chosen.variant
     ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
     return shlex.join(["octavo", "serve", found.model, "--quantization", v.scheme, "--kv-cache-dtype", v.kv, *ignore])

@@ -108,6 +108,7 @@ class Measurement:
     weight_bytes: int  # as stored
     quantized_values: int  # weights held in FP8
     kv_bytes_per_token: int
+    kl_error: float = 0.0  # standard error over positions
 
     def memory(self, context: int) -> int:
         """Bytes of the weights and of one request of `context` tokens."""
@@ -189,6 +190,7 @@ def score(
         weight_bytes=runner.report.total("stored"),
         quantized_values=runner.report.total("values", WeightDType.FP8),
         kv_bytes_per_token=runner.bytes_per_token,
+        kl_error=float(kl.std(correction=0)) / math.sqrt(len(kl)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ __all__ = ["DEFAULT_BUDGET", "KV_NAMES", "SCHEME_NAMES", "Budget", "name_of", "r
 SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block")
 KV_NAMES = ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "auto")
 MENTIONED = 4  # steps that the verdict speaks of
+LARGE_KL = 0.05  # nats a token; about one token in ten is then another
 FIRST_KV, DENSE_KV = "fp8_e4m3", ("auto", "bfloat16")
 
 
@@ -28,27 +30,50 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`0.3%` is of perplexity, `0.002` is KL. Raises OctavoError for anything else."""
+        """`0.3%` is of perplexity, `0.002` or `0.002 nats` is KL. Raises OctavoError for anything else.
+
+        A number by itself that is large for a KL was more likely meant as a percentage: that asks.
+        """
+        number, unit = re.fullmatch(r"\s*(.*?)\s*(%|nats|)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
         try:
-            limit = float(text.strip().removesuffix("%"))
+            limit = float(number)
         except ValueError:
             limit = -1.0
         if not 0 <= limit < float("inf"):
             raise OctavoError(f"--auto '{text}' is no budget; give a rise in perplexity such as 0.3%, or a KL such as 0.002.")
-        relative = text.strip().endswith("%")
-        return cls(limit / 100 if relative else limit, relative)
+        if not unit and limit >= LARGE_KL:
+            raise OctavoError(
+                f"--auto {number}: did you mean {number}%, a rise in perplexity? "
+                f"As a KL, where 0.002 is usual, it is written '{number} nats'."
+            )
+        return cls(limit / 100 if unit == "%" else limit, unit == "%")
 
     def loss(self, m: Measurement) -> float:
         """What `m` loses, in the budget's unit; a perplexity under BF16's counts as no loss, one that is no number as all."""
         loss = m.change if self.relative else m.kl
-        return math.inf if math.isnan(loss) else max(0.0, loss)
+        return max(0.0, loss) if math.isfinite(loss) else math.inf
 
     def met(self, m: Measurement) -> bool:
         return self.loss(m) <= self.limit
 
+    def error(self, m: Measurement) -> float:
+        """Half of the error bar of what `m` loses: one standard error, in the budget's unit."""
+        return m.change_error if self.relative else m.kl_error
+
+    def decided(self, m: Measurement) -> bool:
+        """Whether the budget lies outside of the error bar, and the bar is not wider than the budget where `m` is within it."""
+        error, loss = self.error(m), m.change if self.relative else m.kl
+        if not math.isfinite(error):  # of a model that broke
+            return True
+        return error <= abs(loss - self.limit) and (not self.met(m) or 2 * error <= self.limit)
+
     def amount(self, m: Measurement) -> str:
         """What `m` loses, for a person."""
-        return f"{100 * m.change:+.2f}%" if self.relative else f"{m.kl:.3g}"
+        return self.said(m.change, "+") if self.relative else self.said(m.kl)
+
+    def said(self, value: float, sign: str = "") -> str:
+        """An amount in the budget's unit."""
+        return f"{100 * value:{sign}.2f}%" if self.relative else f"{value:.2g}"
 
     def __str__(self) -> str:
         return f"{100 * self.limit:g}% of perplexity" if self.relative else f"KL {self.limit:g}"
@@ -123,14 +148,18 @@ def _shortest(
 
 
 def name_of(variant: Variant) -> str:
-    """A variant in words: "ptpc_fp8 with KV cache fp8_e4m3, 3 modules in BF16"."""
+    """A variant in words: "ptpc_fp8 with KV cache fp8_e4m3, 9 modules in BF16", or their names where these are few."""
     kv = "a BF16 KV cache" if variant.kv in DENSE_KV else f"KV cache {variant.kv}"
-    kept = f", {len(variant.ignore)} modules in BF16" if variant.ignore else ""
+    names = variant.ignore if len(variant.ignore) <= MENTIONED else [f"{len(variant.ignore)} modules"]
+    kept = f", {' '.join(names)} in BF16" if names else ""
     return f"{variant.scheme} with {kv}{kept}"
 
 
-def verdict(budget: Budget, climbed: Sequence[Measurement]) -> tuple[str, Measurement | None]:
-    """What to do, in words, and the measurement that it stands on: the first of `climbed` within the budget."""
+def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0) -> tuple[str, Measurement | None]:
+    """What to do, in words, and the measurement that it stands on: the first of `climbed` within the budget.
+
+    Where error bars leave that open it says so, and how many tokens would tell after the `predictions` that did not.
+    """
     chosen = next((m for m in climbed if budget.met(m)), None)
     over = climbed[: climbed.index(chosen)] if chosen else climbed
     said = []
@@ -140,8 +169,29 @@ def verdict(budget: Budget, climbed: Sequence[Measurement]) -> tuple[str, Measur
         said.append(f"Over the budget of {budget}: {'; '.join(names[:MENTIONED] + more)}.")
     if chosen is None:
         said.append("Nothing measured is within it: serve BF16, or let --auto look for layers to keep in BF16.")
-        return " ".join(said), None
+        return " ".join(said + _doubt(budget, over, predictions)), None
     noise = ", within this text's noise" if 0 < abs(chosen.change) < 2 * chosen.change_error else ""
     loss = f"{100 * chosen.change:+.2f}% of perplexity{noise}; KL {chosen.kl:.3g}; top-1 agreement {100 * chosen.top1:.1f}%"
     said.append(f"{'Use' if over else 'Accuracy held: use'} {name_of(chosen.variant)} ({loss}).")
-    return " ".join(said), chosen
+    return " ".join(said + _doubt(budget, [*over, chosen], predictions)), chosen
+
+
+def _doubt(budget: Budget, decisive: Sequence[Measurement], predictions: int) -> list[str]:
+    """A sentence where what `decisive` come to may be chance."""
+    if not (open_ := [m for m in decisive if not budget.decided(m)]):
+        return []
+    widest = max(open_, key=budget.error)
+    error = budget.error(widest)
+    how = "is wider than the budget" if 2 * error > budget.limit else "reaches across the budget"
+    said = f"But this text is too short to tell: the error bar of {name_of(widest.variant)} (±{budget.said(error)}) {how}"
+    if not budget.limit or not predictions:
+        return [f"{said}."]
+    target = min(budget.limit, error) / 2  # neither is then true, unless the loss is the budget
+    tokens = _rounded(predictions * (error / target) ** 2)
+    return [f"{said}; measure on more of it, or of a longer --text: --tokens {tokens} would make that ±{budget.said(target)}."]
+
+
+def _rounded(count: float) -> int:
+    """Up, to two digits."""
+    unit = int(10 ** max(0, math.floor(math.log10(count)) - 1))
+    return math.ceil(count / unit) * unit
