@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -453,12 +454,14 @@ def strict(text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_holds_neither_nan_nor_infinity(
-    value: float, demo_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: float, demo_line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    down = "model.layers.0.mlp.down_proj"
     broken = replace(made(Variant("fp8", "fp8_e4m3"), value, value), perplexity=value, change_error=value, kl_error=value)
     monkeypatch.setattr("octavo.tools.compare.measure.measure", lambda *_: broken)
-    monkeypatch.setattr("octavo.tools.compare.layer_errors.sensitivities", lambda *_: [Sensitivity("a", ("a",), value, 1)])
-    assert main([*demo_line, "--scheme", "fp8", "--kv", "fp8", "--json"]) == 0
+    monkeypatch.setattr("octavo.tools.compare.layer_errors.sensitivities", lambda *_: [Sensitivity(down, (down,), value, 1)])
+    assert main([*demo_line, "--scheme", "fp8", "--kv", "fp8", "--json", "--output", str(tmp_path / "r.html")]) == 0
+    assert Parsed((tmp_path / "r.html").read_text("utf-8")).plots == ["bars", "memory", "layers", "kl"]
     out = capsys.readouterr().out
     found = strict(out)
     assert found["measured"][0]["kl"] is None
@@ -557,8 +560,17 @@ def test_the_report_and_the_terminal(demo_line: list[str], tmp_path: Path, capsy
     assert [name.strip() for _, name in told[1:3]] == [f"{scheme} with KV cache fp8_e4m3" for scheme in ("fp8", "ptpc_fp8")]
     assert all("of perplexity, KL 0.0" in line for line in lines[1:])
     assert err.index("measuring BF16") < err.index("measuring 1 of 3")
-    page = Parsed(path.read_text("utf-8"))
-    assert page.plots == ["bars", "memory", "layers"]
+    text = path.read_text("utf-8")
+    page = Parsed(text)
+    assert page.plots == ["bars", "memory", "layers", "kl"]
+    figures = dict(zip(page.plots, text.split("<figure ")[1:], strict=True))
+    for name in ("bars", "memory"):
+        assert ">chosen" in figures[name]
+        assert "budget: 0.5% of perplexity" in figures[name]
+        assert figures[name].count('id="LineCollection_') >= 2  # error bars
+    assert all(f">{layer}.mlp.down_proj</text>" in figures["kl"] for layer in range(6))
+    assert f"on {EXACT.name}, {time.strftime('%Y-%m-%d')}" in text
+    assert "<pre>octavo " in text
     assert page.tables["measurements"] == 1 + 1 + 2 + 1  # head, BF16, two schemes, and the proposed list
     assert page.tables["errors"] == 1 + 24
     assert page.tables["worst"] == 1 + 6
