@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ __all__ = ["LLM", "Prompt"]
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
 PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
+
+log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -68,14 +71,24 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each."""
+        """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each.
+
+        A sequence that the engine cannot go on with (a grammar that became too complex, say) has its `error`, and the others
+        are whole; InvalidRequest is raised where no other is left.
+        """
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
         recommended = sampling_params is None
         accepted = [self._accept(prompt, one, recommended) for prompt, one in zip(listed, params, strict=True)]
         with _bar(len(accepted), use_tqdm) as advance:
             self._run(accepted, advance)
-        return [result for result, _ in accepted]
+        results = [result for result, _ in accepted]
+        errors = [output.error for result in results for output in result.outputs]
+        if failed := [error for error in errors if error is not None]:
+            if len(failed) == len(errors):
+                raise InvalidRequest(failed[0])
+            log.warning("%d of %d sequences ended with an error: %s", len(failed), len(errors), failed[0])
+        return results
 
     def chat(
         self,
@@ -160,9 +173,12 @@ class LLM:
 
     def _take(self, output: TokenOutput, running: dict[str, tuple[RequestOutput, OutputProcessor]]) -> bool:
         """Adds what a step brought; True if it completed a prompt."""
-        if output.error is not None:
-            raise InvalidRequest(output.error)
         result, processor = running[output.request_id]
+        if output.error is not None:
+            result.fail(processor.index, output.error)
+            del running[output.request_id]
+            self._core.abort(output.request_id)
+            return result.finished
         delta = processor.process(output)
         result.add(delta)
         if delta.finish_reason is not None:

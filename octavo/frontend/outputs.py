@@ -37,6 +37,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # beyond vLLM's: why it ended with finish_reason "abort" before it was whole
 
 
 @dataclass
@@ -63,6 +64,12 @@ class RequestOutput:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = [None if entry is None else _by_token(entry) for entry in delta.prompt_logprobs]
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.finished = all(output.finish_reason for output in self.outputs)
+
+    def fail(self, index: int, error: str) -> None:
+        """Ends one of the sequences with what went wrong; what it had so far stays."""
+        output = self.outputs[index]
+        output.finish_reason, output.error = "abort", error
         self.finished = all(output.finish_reason for output in self.outputs)
 
 

@@ -196,8 +196,15 @@ def test_many_tools(llm):
     ids=["regex", "alternatives"],
 )
 def test_a_grammar_that_breaks_ends_the_request_with_an_error(llm, kind, grammar):
-    with pytest.raises(InvalidRequest, match=r"^The structured output cannot be followed any further: [^\n]+\.$"):
+    sentence = r"^The structured output cannot be followed any further: [^\n]+\.$"
+    with pytest.raises(InvalidRequest, match=sentence):
         outputs(llm, kind, grammar, count=1)
+    good = SamplingParams(max_tokens=8, structured=StructuredOutput("regex", "(ab|cd)"))
+    wrong = SamplingParams(max_tokens=8, structured=StructuredOutput(kind, grammar))
+    for result, given in zip(llm.generate(["a"] * 3, [good, wrong, good], use_tqdm=False), (good, wrong, good), strict=True):
+        (out,) = result.outputs
+        assert out.finish_reason == "abort" if given is wrong else out.text in ("ab", "cd")
+        assert re.match(sentence, out.error) if given is wrong else out.error is None
     assert not llm._core.has_work()
     assert not llm._core.generations
     assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")

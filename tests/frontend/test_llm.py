@@ -142,7 +142,7 @@ def test_the_checkpoint_s_sampling_is_the_default(llm):
         ({"text": "x"}, {}, "A prompt is"),
         ({"prompt_token_ids": "x"}, {}, "list of integers"),
         ([[1], [REFUSED]], {}, "does not like"),
-        ([[1], [FAILS]], {}, "too small"),
+        ([[FAILS], [FAILS, 1]], {}, "too small"),
         (["half \ud800"], {}, "Unicode"),
     ],
 )
@@ -151,6 +151,23 @@ def test_what_cannot_be_served_leaves_an_idle_engine(llm, prompts, given, senten
         llm.generate(prompts, params(**given))
     assert not llm._core.running
     assert llm.generate([[1]], params())[0].finished
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_that_fails_has_its_error_and_the_others_their_answers(llm, n, caplog):
+    outputs = llm.generate([[1], [FAILS], [5]], params(n=n))
+    alone = llm.generate([[1], [5]], params(n=n))
+    assert [[one.token_ids for one in out.outputs] for out in (outputs[0], outputs[2])] == [
+        [one.token_ids for one in out.outputs] for out in alone
+    ]
+    for out in outputs:
+        failed = out is outputs[1]
+        assert out.finished
+        assert {(one.finish_reason, one.error) for one in out.outputs} == {
+            ("abort", "The cache is too small for this.") if failed else ("length", None)
+        }
+    assert f"{n} of {3 * n} sequences ended with an error: The cache is too small" in caplog.text
+    assert not llm._core.running
 
 
 def test_other_errors(llm, tmp_path):
