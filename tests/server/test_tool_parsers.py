@@ -15,6 +15,7 @@ from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_d
 from octavo.server.parsers.tools import PARSERS, Part, ToolCall, choose_parser, make_parser
 from octavo.text.llguidance_grammar import serialize
 
+MakeClient = Callable[..., Client]
 A, B = '{"city": "Zürich", "n": [1, {"x": "}"}]}', '{"q": "a; b"}'
 
 
@@ -95,6 +96,43 @@ def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
             assert _joined(found + parser.finish()) == [("f", arguments)], text
 
 
+NO_JSON = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", '[1, {"deep": NaN}]', '"NaN"']
+
+
+def strict(text: str) -> Any:
+    """JSON as a client in any language reads it: Python's reader alone takes NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON: {text}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", NO_JSON)
+@pytest.mark.parametrize("name", PARSERS)
+def test_arguments_are_json_or_the_call_is_content(make_client: MakeClient, name: str, value: str) -> None:
+    """In each way to write a call, at once and streamed; a string that says NaN is one like any other."""
+    form, arguments = PARSERS[name], f'{{"x": {value}, "y": 1.5}}'
+    written = [call("f", arguments), call("f", json.dumps(arguments)), f'{{"name": "f", "parameters": {arguments}}}']
+    written += [f"f{arguments}"] if name == "mistral" else []
+    for one in written:
+        text = form.opener + (f"[{one}]" if name == "json" else one) + form.closer
+        parser = make_parser(name)
+        parts = [*parser.feed(text), *parser.finish()]
+        if value == '"NaN"':
+            assert parts == [ToolCall("f", arguments)]
+        else:
+            assert "".join(map(str, parts)) == text
+        how = {"tools": TOOLS, "tool_choice": "required" if name == "json" else "auto"}
+        client = make_client(text, tool_parser=None if name == "json" else name)
+        (choice,) = strict(json.dumps(client.chat(**how)))["choices"]
+        calls = choice["message"].get("tool_calls") or []
+        assert [strict(c["function"]["arguments"])["y"] for c in calls] == ([1.5] if value == '"NaN"' else [])
+        deltas = [event["choices"][0]["delta"] for event in client.events("/v1/chat/completions", **how)]
+        assert [c["function"]["name"] for d in deltas for c in d.get("tool_calls", [])] == ["f"] * len(calls)
+        assert "".join(d.get("content") or "" for d in deltas) == ("" if calls else text)
+
+
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_a_string_that_never_ends_does_not_swallow_the_next_call(size: int) -> None:
     text = f'<tool_call>{{"name": "f}}</tool_call><tool_call>{call("g", B)}</tool_call> bye'
@@ -151,7 +189,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
     {"type": "function", "function": {"name": "g"}},
 ]
-MakeClient = Callable[..., Client]
 
 
 def test_a_chat_with_calls(make_client: MakeClient) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Protocol
 
 from octavo.errors import OctavoError
@@ -53,7 +54,21 @@ PARSERS = {
 _ALIASES = {"llama": "llama3_json", "llama3": "llama3_json", "qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes"}
 _BETWEEN = " \n\r\t;,[]"
 _NAME = re.compile(r"\s*([\w.\-/]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
-_decode = json.JSONDecoder().raw_decode
+
+
+class _NoNumber(ValueError):
+    """NaN, or what is infinite: Python's reader takes it, and JSON has no word for it."""
+
+
+def _refuse(word: str) -> float:
+    raise _NoNumber(word)
+
+
+def _finite(digits: str) -> float:
+    return value if isfinite(value := float(digits)) else _refuse(digits)
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite).raw_decode
 
 
 def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
@@ -194,7 +209,15 @@ def _as_call(value: Any) -> ToolCall | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
-    return ToolCall(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    if not isinstance(arguments, str):
+        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        _decode(arguments.strip())
+    except _NoNumber:
+        return None
+    except (ValueError, RecursionError):
+        pass  # text is what the model wrote, and a client may make something of it
+    return ToolCall(value["name"], arguments)
 
 
 class NamedCall:
