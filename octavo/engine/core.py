@@ -6,6 +6,7 @@ read, and takes them over on the device. What a token decides on the host (that 
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,6 +58,14 @@ class EngineCore:
         self.depth = 1 if runner.platform.is_cpu else 2  # steps in flight at most; a CPU would only compute too much
         self.in_flight: deque[_Step] = deque()  # launched and not read yet, the oldest first
         self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
+
+    def __del__(self) -> None:
+        """Torch's allocator and the C library keep what is freed; a dropped engine's memory is for whoever asks for it next."""
+        runner = vars(self).pop("runner", None)
+        if runner is not None and not sys.is_finalizing():
+            platform = runner.platform
+            del runner
+            platform.release()
 
     def _make_scheduler(self) -> None:
         """For the blocks that the runner has, none of which holds anything yet."""

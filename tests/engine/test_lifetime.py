@@ -16,7 +16,7 @@ from octavo import LLM, SamplingParams
 from octavo.messages import StructuredOutput
 
 def owner(device, options):
-    llm = LLM(device=device, max_model_len=128, cpu_kv_cache_gib=0.05, **options)
+    llm = LLM(device=device, max_model_len=1024, cpu_kv_cache_gib=0.05, **options)
     params = [SamplingParams(max_tokens=4), SamplingParams(max_tokens=9, temperature=0, presence_penalty=1, logprobs=2)]
     llm.generate(["Once upon a time", "def f"], params, use_tqdm=False)
     llm.generate("Once", SamplingParams(max_tokens=4, structured=StructuredOutput("regex", "[a-z]+")), use_tqdm=False)
@@ -38,7 +38,7 @@ for _ in range(2):
         if first is None:
             first = torch.cuda.memory_allocated()  # tables that kernels share
         assert torch.cuda.memory_allocated() <= first, (torch.cuda.memory_allocated(), first)
-        print(torch.cuda.memory_allocated())
+        assert torch.cuda.max_memory_reserved() > 400 << 20 > 3 * torch.cuda.memory_reserved(), torch.cuda.memory_reserved()
 """
 OPTIONS = [
     {"enforce_eager": True},
