@@ -379,9 +379,9 @@ def test_a_verdict_says_when_the_text_is_too_short(change: float, error: float, 
     assert (chosen is m) == (change <= 0.005)
     assert budget.decided(m) == (doubt is None)
     assert (doubt or "too short") in said if doubt else "too short" not in said
-    if doubt:  # so many tokens that the error, which falls with their root, is half of what it was or of the budget
+    if doubt:  # so many tokens that the error, which falls with their root, is half of the budget, or of what it was
         more = int(said.split("--tokens ")[1].split()[0])
-        assert error * math.sqrt(1022 / more) == pytest.approx(min(0.005, error) / 2, rel=0.05)
+        assert error * math.sqrt(1022 / more) == pytest.approx((0.005 if "wider" in said else error) / 2, rel=0.05)
 
 
 def test_a_verdict_on_kl_goes_by_its_own_error() -> None:

@@ -150,8 +150,9 @@ def _shortest(
 def name_of(variant: Variant) -> str:
     """A variant in words: "ptpc_fp8 with KV cache fp8_e4m3, 9 modules in BF16", or their names where these are few."""
     kv = "a BF16 KV cache" if variant.kv in DENSE_KV else f"KV cache {variant.kv}"
-    names = variant.ignore if len(variant.ignore) <= MENTIONED else [f"{len(variant.ignore)} modules"]
-    kept = f", {' '.join(names)} in BF16" if names else ""
+    names, patterns = variant.ignore, all(re.search(r"\.\d+\.", name) is None for name in variant.ignore)
+    count = f"{len(names)} {'kinds of ' if patterns else ''}modules"
+    kept = f", {' '.join(names) if len(names) < 3 else count} in BF16" if names else ""
     return f"{variant.scheme} with {kv}{kept}"
 
 
@@ -181,12 +182,12 @@ def _doubt(budget: Budget, decisive: Sequence[Measurement], predictions: int) ->
     if not (open_ := [m for m in decisive if not budget.decided(m)]):
         return []
     widest = max(open_, key=budget.error)
-    error = budget.error(widest)
-    how = "is wider than the budget" if 2 * error > budget.limit else "reaches across the budget"
+    error, wide = budget.error(widest), 2 * budget.error(widest) > budget.limit
+    how = "is wider than the budget" if wide else "reaches across the budget"
     said = f"But this text is too short to tell: the error bar of {name_of(widest.variant)} (±{budget.said(error)}) {how}"
     if not budget.limit or not predictions:
         return [f"{said}."]
-    target = min(budget.limit, error) / 2  # neither is then true, unless the loss is the budget
+    target = (budget.limit if wide else error) / 2  # that is then no longer so, unless the loss is the budget
     tokens = _rounded(predictions * (error / target) ** 2)
     return [f"{said}; measure on more of it, or of a longer --text: --tokens {tokens} would make that ±{budget.said(target)}."]
 
