@@ -17,7 +17,7 @@ from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.parsers.reasoning import check_reasoning_parser
-from octavo.server.parsers.tools import choose_parser
+from octavo.server.parsers.registry import choose_parser
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
     )
-    group.add_argument("--tool-call-parser", metavar="NAME", help="hermes, llama3_json or mistral; default: by the model")
+    group.add_argument(
+        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral or qwen3_coder; default: by the model"
+    )
     group.add_argument("--reasoning-parser", metavar="NAME", help="qwen3 or deepseek_r1: split thinking from content")
     group.add_argument(
         "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"

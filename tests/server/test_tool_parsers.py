@@ -12,7 +12,8 @@ from server.api_client import Client
 from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
 from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta
-from octavo.server.parsers.tools import PARSERS, Part, ToolCall, choose_parser, make_parser
+from octavo.server.parsers.registry import choose_parser
+from octavo.server.parsers.tools import PARSERS, Part, ToolCall, json_parser
 from octavo.text.llguidance_grammar import serialize
 
 A, B = '{"city": "Zürich", "n": [1, {"x": "}"}]}', '{"q": "a; b"}'
@@ -66,7 +67,7 @@ FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 @pytest.mark.parametrize(("name", "text", "parts"), FLAT)
 def test_formats(name: str, text: str, parts: list[Any], size: int) -> None:
-    parser = make_parser(name)
+    parser = json_parser(name)
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
     assert _joined(found + parser.finish()) == parts
     assert parser.finish() == []
@@ -90,7 +91,7 @@ def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
         for said in (marker, f'\\"{marker}', f"\\\\{marker}\\", f'say "{marker}" {{"a": [', f"\n{marker}"):
             arguments = json.dumps({"x": said, "y": [said]}, ensure_ascii=False)
             text = WRITTEN[name].format(call("f", arguments))
-            parser = make_parser(name)
+            parser = json_parser(name)
             found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
             assert _joined(found + parser.finish()) == [("f", arguments)], text
 
@@ -98,7 +99,7 @@ def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_a_string_that_never_ends_does_not_swallow_the_next_call(size: int) -> None:
     text = f'<tool_call>{{"name": "f}}</tool_call><tool_call>{call("g", B)}</tool_call> bye'
-    parser = make_parser("hermes")
+    parser = json_parser("hermes")
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
     assert _joined(found + parser.finish()) == ['<tool_call>{"name": "f}</tool_call>', ("g", B), "bye"]
 

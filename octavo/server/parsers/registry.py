@@ -1,0 +1,46 @@
+"""Which parser reads a model's tool calls: the one asked for, or the one that its chat template or its family shows."""
+
+from __future__ import annotations
+
+from octavo.errors import OctavoError
+from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.tools import PARSERS, CallParser, json_parser
+from octavo.server.parsers.xml_calls import XmlCalls
+from octavo.server.parsers.xml_forms import FORMS
+
+__all__ = ["choose_parser", "keeps_special", "make_parser"]
+
+# Other names of the same formats, most of them vLLM's.
+_ALIASES = {
+    **{"llama": "llama3_json", "llama3": "llama3_json"},
+    **{"qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes", "qwen3_xml": "qwen3_coder"},
+}
+_FAMILIES = {
+    **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
+}
+
+
+def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
+    """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
+    if asked:
+        name = _ALIASES.get(asked, asked)
+        if name not in PARSERS and name not in FORMS:
+            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join((*PARSERS, *FORMS))}.")
+        return name
+    for name, form in FORMS.items():  # first: they share tags with those of JSON
+        if all(tag in (template or "") for tag in (form.block, form.call, form.key)):
+            return name
+    for name, json_form in PARSERS.items():
+        if json_form.opener and json_form.opener in (template or ""):
+            return name
+    return _FAMILIES.get(model_type)
+
+
+def make_parser(name: str, types: ArgumentTypes) -> CallParser:
+    """A parser for one answer. `types`: of the parameters of the request's tools, where the format writes values untyped."""
+    return XmlCalls(FORMS[name], types) if name in FORMS else json_parser(name)
+
+
+def keeps_special(name: str) -> bool:
+    """Whether the format's tags are special tokens, which text must keep."""
+    return name in PARSERS and PARSERS[name].special
