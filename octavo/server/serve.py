@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
     )
     group.add_argument(
-        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral or qwen3_coder; default: by the model"
+        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral, qwen3_coder or glm45; default: by the model"
     )
     group.add_argument("--reasoning-parser", metavar="NAME", help="qwen3 or deepseek_r1: split thinking from content")
     group.add_argument(

@@ -27,6 +27,13 @@ TEMPLATES = {
         "{{- value if value is string else value | tojson if value is mapping or value is sequence else value | string }}"
         "{{- '\n</parameter>\n' }}{%- endfor -%}{{ '</function>\n</tool_call>' }}{%- endfor -%}{%- endfor -%}"
     ),
+    "glm45": (
+        "{%- for m in messages if m.role == 'assistant' -%}{{ m.content }}"
+        "{%- for call in m.tool_calls -%}{{ '\n<tool_call>' + call.function.name + '\n' }}"
+        "{%- for key, value in call.function.arguments.items() -%}{{ '<arg_key>' + key + '</arg_key>\n<arg_value>' }}"
+        "{{- value if value is string else value | tojson }}{{- '</arg_value>\n' }}{%- endfor -%}"
+        "{{ '</tool_call>' }}{%- endfor -%}{%- endfor -%}"
+    ),
 }
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -191,6 +198,38 @@ CASES: dict[str, list[tuple[str, list[Any]]]] = {
             [("f", '{"yes": true}'), "<parameter=count: [\n7\n</parameter>\n"],
         ),
     ],
+    "glm45": [
+        ("<tool_call>f\n</tool_call>", [("f", "{}")]),
+        ("<tool_call>f</tool_call> <tool_call>\n g \n</tool_call>.", [("f", "{}"), ("g", "{}"), "."]),
+        # GLM-4.7 leaves the line breaks out
+        (
+            "a<tool_call>f<arg_key>count</arg_key><arg_value>5</arg_value><arg_key>text</arg_key>"
+            "<arg_value> x\n</arg_value></tool_call>",
+            ["a", ("f", '{"count": 5, "text": " x\\n"}')],
+        ),
+        # no call
+        ("<tool_call> is a tag", ["<tool_call> is a tag"]),
+        ("<tool_call></tool_call>", ["<tool_call></tool_call>"]),
+        ('<tool_call>{"name": "f"}</tool_call>', ['<tool_call>{"name": "f"}</tool_call>']),
+        ("<tool_call>f", ["<tool_call>f"]),
+        ("<tool_call>f\n<arg_", ["<tool_call>f\n<arg_"]),
+        ("<tool_call>f<tool_call>g</tool_call>", ["<tool_call>f", ("g", "{}")]),
+        # ends that are missing
+        (
+            "<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>Dallas\n<arg_key>count</arg_key>\n<arg_value>5</arg_value>\n</tool_call>",
+            [("f", '{"text": "Dallas", "count": 5}')],
+        ),
+        # cut off
+        ("<tool_call>f\n<arg_key>text</arg_key>\n<arg_value>half </arg", [("f", '{"text": "half </arg')]),
+        ("<tool_call>f\n<arg_key>count</arg_key>\n<arg_value>1</arg_value>\n", [("f", '{"count": 1')]),
+        ("<tool_call>f\n<arg_key>coun</arg", [("f", "{"), "<arg_key>coun</arg"]),
+        # text between the tags is content
+        (
+            "<tool_call>f\n<arg_key>count</arg_key>5\n<arg_key>yes</arg_key><arg_value>true</arg_value>\n</tool_call>",
+            [("f", '{"yes": true}'), "<arg_key>count</arg_key>5\n"],
+        ),
+        ("<tool_call>f<arg_key>a<b</arg_key></tool_call>", [("f", "{}"), "<arg_key>a<b</arg_key>"]),
+    ],
 }
 FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in cases]
 
@@ -283,6 +322,13 @@ def test_schemas_that_say_nothing(schema: dict[str, Any]) -> None:
 def test_choosing_the_parser_of_a_template() -> None:
     template = "<tool_call>\n<function=name>\n<parameter=key>"
     assert choose_parser(None, template, "qwen3_moe") == choose_parser("qwen3_xml", None, "") == "qwen3_coder"
+    template = "<tool_call>{function-name}\n<arg_key>{key}</arg_key>"
+    assert (
+        choose_parser(None, template, "x")
+        == choose_parser("glm47", None, "")
+        == choose_parser(None, None, "glm4_moe")
+        == "glm45"
+    )
     assert choose_parser(None, "<tool_call>", "qwen3_moe") == choose_parser(None, None, "qwen3_moe") == "hermes"
 
 

@@ -58,4 +58,8 @@ FORMS = {
         lines=True,
         bare=True,
     ),
+    "glm45": XmlForm(
+        *("<tool_call>", "</tool_call>", "", "</tool_call>"),
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
 }
