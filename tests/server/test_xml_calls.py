@@ -34,6 +34,14 @@ TEMPLATES = {
         "{{- value if value is string else value | tojson }}{{- '</arg_value>\n' }}{%- endfor -%}"
         "{{ '</tool_call>' }}{%- endfor -%}{%- endfor -%}"
     ),
+    "minimax_m2": (
+        "{%- for m in messages if m.role == 'assistant' -%}{{ m.content }}"
+        "{%- if m.tool_calls -%}{{ '\n<minimax:tool_call>\n' }}"
+        "{%- for call in m.tool_calls -%}{{ '<invoke name=\"' + call.function.name + '\">' }}"
+        "{%- for key, value in call.function.arguments.items() -%}{{ '<parameter name=\"' + key + '\">' }}"
+        "{{- value if value is string else value | tojson }}{{- '</parameter>\n' }}{%- endfor -%}"
+        "{{ '</invoke>\n' }}{%- endfor -%}{{ '</minimax:tool_call>' }}{%- endif -%}{%- endfor -%}"
+    ),
 }
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -230,6 +238,39 @@ CASES: dict[str, list[tuple[str, list[Any]]]] = {
         ),
         ("<tool_call>f<arg_key>a<b</arg_key></tool_call>", [("f", "{}"), "<arg_key>a<b</arg_key>"]),
     ],
+    "minimax_m2": [
+        (
+            'Hm.\n<minimax:tool_call>\n<invoke name="f">\n<parameter name="text">a\nb\n</parameter>\n</invoke>\n'
+            '<invoke name="g"></invoke>\n</minimax:tool_call> bye',
+            ["Hm.\n", ("f", '{"text": "a\\nb\\n"}'), ("g", "{}"), "bye"],
+        ),
+        (
+            "<minimax:tool_call><invoke name=f><parameter name='yes'>true</parameter></invoke></minimax:tool_call>",
+            [("f", '{"yes": true}')],
+        ),
+        # no call
+        ("<minimax:tool_call> is a tag", ["<minimax:tool_call> is a tag"]),
+        ('<minimax:tool_call><invoke name="f">x', ['<minimax:tool_call><invoke name="f">x']),
+        ('<invoke name="f"></invoke>', ['<invoke name="f"></invoke>']),
+        ("<minimax:tool", ["<minimax:tool"]),
+        # ends that are missing
+        ('<minimax:tool_call><invoke name="f"></invoke>', [("f", "{}")]),
+        (
+            '<minimax:tool_call><invoke name="f"><parameter name="count">5</invoke><invoke name="g"></invoke>',
+            [("f", '{"count": 5}'), ("g", "{}")],
+        ),
+        (
+            '<minimax:tool_call><invoke name="f"><parameter name="count">5</parameter><invoke name="g"></invoke>',
+            [("f", '{"count": 5}'), ("g", "{}")],
+        ),
+        # cut off
+        ('<minimax:tool_call><invoke name="f"><parameter name="text">half </inv', [("f", '{"text": "half </inv')]),
+        # text between the tags is content
+        (
+            '<minimax:tool_call><invoke name="f"> <parameter name="yes\n>true</parameter></invoke> so </minimax:tool_call>',
+            [("f", "{}"), '<parameter name="yes\n>true</parameter>so </minimax:tool_call>'],
+        ),
+    ],
 }
 FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in cases]
 
@@ -329,6 +370,12 @@ def test_choosing_the_parser_of_a_template() -> None:
         == choose_parser(None, None, "glm4_moe")
         == "glm45"
     )
+    template = '<minimax:tool_call>\n<invoke name="tool">\n<parameter name="key">'
+    assert {
+        choose_parser(None, template, "x"),
+        choose_parser("minimax", None, ""),
+        choose_parser(None, None, "minimax_m2"),
+    } == {"minimax_m2"}
     assert choose_parser(None, "<tool_call>", "qwen3_moe") == choose_parser(None, None, "qwen3_moe") == "hermes"
 
 

@@ -14,11 +14,11 @@ __all__ = ["choose_parser", "keeps_special", "make_parser"]
 _ALIASES = {
     **{"llama": "llama3_json", "llama3": "llama3_json"},
     **{"qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes", "qwen3_xml": "qwen3_coder"},
-    **{"glm47": "glm45"},
+    **{"glm47": "glm45", "minimax": "minimax_m2"},
 }
 _FAMILIES = {
     **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
-    **{"glm4_moe": "glm45"},
+    **{"glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
 }
 
 

@@ -62,4 +62,8 @@ FORMS = {
         *("<tool_call>", "</tool_call>", "", "</tool_call>"),
         *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     ),
+    "minimax_m2": XmlForm(
+        *("<minimax:tool_call>", "</minimax:tool_call>", "<invoke name=", "</invoke>"),
+        *("<parameter name=", ">", "", "</parameter>"),
+    ),
 }
