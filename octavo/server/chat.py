@@ -15,7 +15,7 @@ from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
-from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
+from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, make_splitter
 from octavo.server.parsers.registry import keeps_special, make_parser
 from octavo.server.parsers.tools import CallParser, NamedCall
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
@@ -123,16 +123,15 @@ class _Job:
         self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
         self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
         self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
-        thinking = prompt.text.rstrip().endswith(OPEN)
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
-        self.readers = [MessageReader(tools.reader(), self._splitter(thinking)) for _ in range(params.n)]
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text)) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
 
-    def _splitter(self, thinking: bool) -> ThinkSplitter | None:
+    def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
         if name is None or self.params.structured is not None:  # a grammar leaves no room for thinking
             return None
-        return ThinkSplitter(thinking or REASONING_PARSERS[name])
+        return make_splitter(name, prompt)
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""

@@ -6,16 +6,19 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from server.api_client import Client
+from server.fake_engine import FakeEngine
 
 from octavo.server.parsers.argument_types import ArgumentTypes, as_json
 from octavo.server.parsers.registry import choose_parser, make_parser
 from octavo.server.parsers.tools import Part, ToolCall
 from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS
+from octavo.server.serve import make_served
 from octavo.text.chat_prompt import render_conversation
 
 # The assistant's turn as the template of each family prints it; of the rest of the templates nothing matters here.
@@ -411,3 +414,21 @@ def test_forced_calls_are_json_in_every_family(make_client: MakeClient, name: st
     client = make_client(written, tool_parser=name)
     message = client.chat(tools=OFFERED, tool_choice={"type": "function", "function": {"name": "f"}})["choices"][0]["message"]
     assert [one["function"] for one in message["tool_calls"]] == [{"name": "f", "arguments": written}]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "template", "written"),
+    [
+        ("glm4_moe", "glm45", "<|assistant|>", "\n<think>why</think>\n"),
+        ("minimax_m2", "minimax_m2", "]~b]ai\n<think>\n", "why</think>\n\n"),
+        ("qwen3_moe", "qwen3_coder", "{#<tool_call><function=a><parameter=b>#}<|im_start|>assistant\n", "<think>why</think>"),
+    ],
+)
+def test_the_model_type_chooses(model_type: str, name: str, template: str, written: str) -> None:
+    engine = FakeEngine(written + "So." + render(name, "", [("f", {"text": "x"})]))
+    engine.info = replace(engine.info, model_type=model_type)
+    client = Client(engine, make_served(engine, ["m"], template))  # type: ignore[arg-type]
+    message = client.chat(tools=OFFERED)["choices"][0]["message"]
+    assert message["reasoning_content"] == "why"
+    assert message["content"].strip() == "So."
+    assert [one["function"] for one in message["tool_calls"]] == [{"name": "f", "arguments": '{"text": "x"}'}]

@@ -1,14 +1,15 @@
-"""Which parser reads a model's tool calls: the one asked for, or the one that its chat template or its family shows."""
+"""Which parsers read a model's tool calls and thinking: those asked for, or those that its chat template or family shows."""
 
 from __future__ import annotations
 
 from octavo.errors import OctavoError
 from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.reasoning import REASONING_PARSERS
 from octavo.server.parsers.tools import PARSERS, CallParser, json_parser
 from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS
 
-__all__ = ["choose_parser", "keeps_special", "make_parser"]
+__all__ = ["choose_parser", "choose_reasoning_parser", "keeps_special", "make_parser"]
 
 # Other names of the same formats, most of them vLLM's.
 _ALIASES = {
@@ -20,6 +21,9 @@ _FAMILIES = {
     **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
     **{"glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
 }
+
+_REASONING_ALIASES = {"glm47": "glm45", "minimax": "minimax_m2"}
+_REASONING_FAMILIES = {"qwen3_moe": "qwen3", "glm4_moe": "glm45", "minimax_m2": "minimax_m2"}
 
 
 def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
@@ -36,6 +40,17 @@ def choose_parser(asked: str | None, template: str | None, model_type: str) -> s
         if json_form.opener and json_form.opener in (template or ""):
             return name
     return _FAMILIES.get(model_type)
+
+
+def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
+    """The name of what splits thinking from content: the one asked for, or the family's; None if none does."""
+    if not asked:
+        return _REASONING_FAMILIES.get(model_type)
+    name = _REASONING_ALIASES.get(asked, asked)
+    if name != "none" and name not in REASONING_PARSERS:
+        known = ", ".join((*REASONING_PARSERS, "none"))
+        raise OctavoError(f"--reasoning-parser '{asked}' is not known; known are: {known}.")
+    return None if name == "none" else name
 
 
 def make_parser(name: str, types: ArgumentTypes) -> CallParser:
