@@ -14,8 +14,10 @@ from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
-from octavo.server.parsers.tools import PARSERS, CallParser, NamedCall, make_parser
+from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, make_splitter
+from octavo.server.parsers.registry import keeps_special, make_parser
+from octavo.server.parsers.tools import CallParser, NamedCall
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
@@ -70,6 +72,7 @@ class _Tools:
 
     def __init__(self, served: Served, request: ChatRequest):
         names = [tool.function.name for tool in request.tools or ()]
+        self.types = ArgumentTypes({tool.function.name: tool.function.parameters for tool in request.tools or ()})
         choice = request.tool_choice if request.tool_choice is not None else ("auto" if names else "none")
         if not names and choice not in ("none", "auto"):
             raise InvalidRequest("tool_choice needs tools to choose from.", "tool_choice")
@@ -86,13 +89,13 @@ class _Tools:
             self.structured = calls_of(request.tools or (), not request.parallel_tool_calls)
         elif choice == "auto" and names:
             self.parser = served.tool_parser
-        self.keep_special = self.parser is not None and PARSERS[self.parser].special
+        self.keep_special = self.parser is not None and keeps_special(self.parser)
 
     def reader(self) -> CallParser | None:
         """What finds the calls in one choice's text, if there may be any."""
         if self.named is not None:
             return NamedCall(self.named)
-        return make_parser(self.parser) if self.parser else None
+        return make_parser(self.parser, self.types) if self.parser else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +123,15 @@ class _Job:
         self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
         self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
         self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
-        thinking = prompt.text.rstrip().endswith(OPEN)
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
-        self.readers = [MessageReader(tools.reader(), self._splitter(thinking)) for _ in range(params.n)]
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text)) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
 
-    def _splitter(self, thinking: bool) -> ThinkSplitter | None:
+    def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
         if name is None or self.params.structured is not None:  # a grammar leaves no room for thinking
             return None
-        return ThinkSplitter(thinking or REASONING_PARSERS[name])
+        return make_splitter(name, prompt)
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.server.console import LoadingBar, greet, say
-from octavo.server.parsers.reasoning import check_reasoning_parser
-from octavo.server.parsers.tools import choose_parser
+from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 
@@ -64,8 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
     )
-    group.add_argument("--tool-call-parser", metavar="NAME", help="hermes, llama3_json or mistral; default: by the model")
-    group.add_argument("--reasoning-parser", metavar="NAME", help="qwen3 or deepseek_r1: split thinking from content")
+    group.add_argument(
+        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral, qwen3_coder or glm45; default: by the model"
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="qwen3, deepseek_r1, glm45 or minimax_m2 split thinking from content, minimax_m2_append_think marks it there, "
+        "none leaves it; default: by the model",
+    )
     group.add_argument(
         "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"
     )
@@ -112,7 +118,7 @@ _seconds.__name__ = "number of seconds"
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
-    check_reasoning_parser(args.reasoning_parser)
+    choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
@@ -270,7 +276,7 @@ def make_served(
     served = Served(engine, names, metrics, template)
     known = served.template_for(tools=True) if engine.tokenizer else template
     served.tool_parser = choose_parser(tool_parser, known, engine.info.model_type)
-    served.reasoning_parser = check_reasoning_parser(reasoning_parser)
+    served.reasoning_parser = choose_reasoning_parser(reasoning_parser, engine.info.model_type)
     return served
 
 

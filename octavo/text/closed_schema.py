@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["closed"]
+__all__ = ["closed", "referred"]
 
 _ONE = ("items", "contains", "additionalProperties", "propertyNames")  # keywords whose value is a schema
 _LISTED = ("prefixItems", "items")
@@ -21,6 +21,17 @@ _SAID = ("additionalProperties", "unevaluatedProperties")
 def closed(schema: Any) -> Any:
     """`schema` with its objects closed, wherever in it they are; it is not changed itself."""
     return _Closer(schema).close(schema)
+
+
+def referred(node: Mapping[str, Any], root: Any) -> Mapping[str, Any] | None:
+    """What a reference within the schema `root` names, if `node` is one."""
+    where = node.get("$ref")
+    if not isinstance(where, str) or not where.startswith("#"):
+        return None
+    found = root
+    for step in where[1:].split("/")[1:]:
+        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
 
 
 class _Closer:
@@ -73,14 +84,7 @@ class _Closer:
         return out
 
     def _target(self, node: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What a reference within the schema names, if `node` is one."""
-        where = node.get("$ref")
-        if not isinstance(where, str) or not where.startswith("#"):
-            return None
-        found = self._root
-        for step in where[1:].split("/")[1:]:
-            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else None
+        return referred(node, self._root)
 
 
 def _list(node: Mapping[str, Any], key: str) -> list[Any]:

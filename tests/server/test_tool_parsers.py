@@ -11,8 +11,9 @@ from server.api_client import Client
 
 from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
-from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta
-from octavo.server.parsers.tools import PARSERS, Part, ToolCall, choose_parser, make_parser
+from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta, make_splitter
+from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
+from octavo.server.parsers.tools import PARSERS, Part, ToolCall, json_parser
 from octavo.text.llguidance_grammar import serialize
 
 MakeClient = Callable[..., Client]
@@ -67,7 +68,7 @@ FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 @pytest.mark.parametrize(("name", "text", "parts"), FLAT)
 def test_formats(name: str, text: str, parts: list[Any], size: int) -> None:
-    parser = make_parser(name)
+    parser = json_parser(name)
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
     assert _joined(found + parser.finish()) == parts
     assert parser.finish() == []
@@ -91,7 +92,7 @@ def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
         for said in (marker, f'\\"{marker}', f"\\\\{marker}\\", f'say "{marker}" {{"a": [', f"\n{marker}"):
             arguments = json.dumps({"x": said, "y": [said]}, ensure_ascii=False)
             text = WRITTEN[name].format(call("f", arguments))
-            parser = make_parser(name)
+            parser = json_parser(name)
             found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
             assert _joined(found + parser.finish()) == [("f", arguments)], text
 
@@ -136,7 +137,7 @@ def test_arguments_are_json_or_the_call_is_content(make_client: MakeClient, name
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_a_string_that_never_ends_does_not_swallow_the_next_call(size: int) -> None:
     text = f'<tool_call>{{"name": "f}}</tool_call><tool_call>{call("g", B)}</tool_call> bye'
-    parser = make_parser("hermes")
+    parser = json_parser("hermes")
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
     assert _joined(found + parser.finish()) == ['<tool_call>{"name": "f}</tool_call>', ("g", B), "bye"]
 
@@ -183,6 +184,57 @@ def test_thinking(text: str, inside: bool, reasoning: str, content: str, size: i
         join_delta(message, reader.feed(text[i : i + size], final=i + size >= len(text)))
     assert "".join(message.get("reasoning_content", [])) == reasoning
     assert "".join(message.get("content", [])) == content
+
+
+GLM, MINIMAX = "<|assistant|>", "]~b]ai\n<think>\n"  # how the prompts of these families end
+PROMPTED = [
+    ("qwen3", "<|im_start|>assistant\n", "<think>\nwhy\n</think>\n\nbecause", "\nwhy\n", "because"),
+    ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "because", "", "because"),
+    ("glm45", GLM, "\n<think>why</think>\nbecause", "why", "because"),
+    ("glm45", GLM + "\n<think></think>", "\nbecause", "", "\nbecause"),
+    ("glm45", GLM, "\n<think></think>\nbecause", "", "because"),
+    ("glm45", GLM + "<think>", "why</think>because", "why", "because"),  # GLM-4.7
+    ("glm45", GLM + "</think>", "because", "", "because"),
+    ("minimax_m2", MINIMAX, "why\n</think>\n\nbecause", "why\n", "because"),
+    ("minimax_m2", "]~b]ai\n", "why</think>because", "why", "because"),
+    ("minimax_m2", MINIMAX, "cut sho", "cut sho", ""),
+    ("minimax_m2", MINIMAX + "</think>\n\n", "because", "", "because"),
+    ("minimax_m2_append_think", MINIMAX, "why\n</think>\n\nbecause", "", "<think>why\n</think>\n\nbecause"),
+    ("minimax_m2_append_think", MINIMAX, "cut </thi", "", "<think>cut </thi"),
+    ("minimax_m2_append_think", MINIMAX + "</think>\n\n", "because", "", "because"),
+]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize(("name", "prompt", "text", "reasoning", "content"), PROMPTED)
+def test_thinking_that_the_prompt_begins(name: str, prompt: str, text: str, reasoning: str, content: str, size: int) -> None:
+    reader = MessageReader(json_parser("hermes"), make_splitter(name, prompt))
+    message: dict[str, Any] = {}
+    for i in range(0, len(text), size):
+        join_delta(message, reader.feed(text[i : i + size], final=i + size >= len(text)))
+    assert "".join(message.get("reasoning_content", [])) == reasoning
+    assert "".join(message.get("content", [])) == content
+
+
+@pytest.mark.parametrize("name", ["glm45", "minimax_m2", "minimax_m2_append_think"])
+def test_calls_that_are_thought_of_are_not_made(name: str) -> None:
+    called = f"<tool_call>{call('f', A)}</tool_call>"
+    reader = MessageReader(json_parser("hermes"), make_splitter(name, MINIMAX))
+    message: dict[str, Any] = {}
+    for char in f"maybe {called}</think>{called}":
+        join_delta(message, reader.feed(char, final=False))
+    join_delta(message, reader.feed("", final=True))
+    assert [one["function"]["name"] for one in message["tool_calls"]] == ["f"]
+    assert called in "".join(message.get("reasoning_content", message.get("content")))
+
+
+def test_choosing_a_reasoning_parser() -> None:
+    assert choose_reasoning_parser(None, "qwen3_moe") == choose_reasoning_parser("qwen3", "llama") == "qwen3"
+    assert choose_reasoning_parser(None, "glm4_moe") == choose_reasoning_parser("glm47", "") == "glm45"
+    assert choose_reasoning_parser(None, "minimax_m2") == choose_reasoning_parser("minimax", "") == "minimax_m2"
+    assert choose_reasoning_parser(None, "llama") is choose_reasoning_parser("none", "glm4_moe") is None
+    with pytest.raises(OctavoError, match="glm45"):
+        choose_reasoning_parser("glm", "")
 
 
 TOOLS = [

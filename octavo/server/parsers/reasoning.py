@@ -6,21 +6,24 @@ import secrets
 import string
 from typing import Any
 
-from octavo.errors import OctavoError
 from octavo.server.parsers.tools import CallParser, ToolCall, undecided
 
-__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkSplitter", "check_reasoning_parser", "join_delta"]
+__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkKeeper", "ThinkSplitter", "join_delta", "make_splitter"]
 
 OPEN, CLOSE = "<think>", "</think>"
-REASONING_PARSERS = {"qwen3": False, "deepseek_r1": True}  # whether the model thinks without an opening tag
+REASONING_PARSERS = {  # whether the model thinks without an opening tag
+    **{"qwen3": False, "deepseek_r1": True, "glm45": False},
+    **{"minimax_m2": True, "minimax_m2_append_think": True},
+}
+KEEPERS = frozenset({"minimax_m2_append_think"})
 _ALPHABET = string.ascii_letters + string.digits
 
 
-def check_reasoning_parser(name: str | None) -> str | None:
-    """`name`, or OctavoError if it is not known."""
-    if name and name not in REASONING_PARSERS:
-        raise OctavoError(f"--reasoning-parser '{name}' is not known; known are: {', '.join(REASONING_PARSERS)}.")
-    return name
+def make_splitter(name: str, prompt: str) -> ThinkSplitter | ThinkKeeper:
+    """What takes an answer to `prompt` apart. The end of the prompt shows whether thinking is open, or over already."""
+    end = prompt.rstrip()
+    inside = end.endswith(OPEN) or (REASONING_PARSERS[name] and not end.endswith(CLOSE))
+    return ThinkKeeper(inside) if name in KEEPERS else ThinkSplitter(inside)
 
 
 class ThinkSplitter:
@@ -77,10 +80,33 @@ class ThinkSplitter:
         return rest
 
 
+class ThinkKeeper:
+    """Leaves thinking in the content, between its tags, as MiniMax-M2 wants it back. Only what follows may hold calls."""
+
+    def __init__(self, inside: bool):
+        self._held = OPEN if inside else ""
+        self._over = not inside
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """The thinking with its tags and the content that are sure now."""
+        if self._over:
+            return "", text
+        thinking, closed, content = (self._held + text).partition(CLOSE)
+        self._over = bool(closed)
+        keep = 0 if closed else undecided(thinking, CLOSE)
+        self._held = thinking[len(thinking) - keep :]
+        return thinking[: len(thinking) - keep] + closed, content
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back."""
+        rest, self._held = self._held, ""
+        return rest, ""
+
+
 class MessageReader:
     """The deltas of one choice of a chat, as OpenAI's streams have them."""
 
-    def __init__(self, calls: CallParser | None, thinking: ThinkSplitter | None):
+    def __init__(self, calls: CallParser | None, thinking: ThinkSplitter | ThinkKeeper | None):
         self._parser, self._thinking = calls, thinking
         self.calls = 0
 
@@ -95,6 +121,8 @@ class MessageReader:
                 more = self._thinking.finish()
                 reasoning, text = reasoning + more[0], text + more[1]
         delta = self._split(text, final)
+        if reasoning and isinstance(self._thinking, ThinkKeeper):
+            return {**delta, "content": reasoning + delta.get("content", "")}
         return {"reasoning_content": reasoning, **delta} if reasoning else delta
 
     def _split(self, text: str, final: bool) -> dict[str, Any]:

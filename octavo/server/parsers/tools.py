@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol
 
-from octavo.errors import OctavoError
-
-__all__ = ["PARSERS", "CallParser", "Format", "NamedCall", "Part", "ToolCall", "choose_parser", "make_parser", "undecided"]
+__all__ = ["PARSERS", "CallParser", "Format", "NamedCall", "Part", "ToolCall", "json_parser", "undecided"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,6 @@ PARSERS = {
     "mistral": Format("[TOOL_CALLS]", special=True),  # a JSON array, or since v11 name{...}
     "json": Format(""),  # what tool_choice "required" makes the model write, whatever its family
 }
-_ALIASES = {"llama": "llama3_json", "llama3": "llama3_json", "qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes"}
 _BETWEEN = " \n\r\t;,[]"
 _NAME = re.compile(r"\s*([\w.\-/]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 
@@ -71,21 +68,8 @@ def _finite(digits: str) -> float:
 _decode = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite).raw_decode
 
 
-def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
-    """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
-    if asked:
-        name = _ALIASES.get(asked, asked)
-        if name not in PARSERS:
-            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join(PARSERS)}.")
-        return name
-    for name, form in PARSERS.items():
-        if form.opener and form.opener in (template or ""):
-            return name
-    return {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral", "llama": "llama3_json"}.get(model_type)
-
-
-def make_parser(name: str) -> CallParser:
-    """A parser for one answer."""
+def json_parser(name: str) -> CallParser:
+    """A parser for one answer, in one of PARSERS."""
     return _Parser(PARSERS[name])
 
 

@@ -1,0 +1,63 @@
+"""Which parsers read a model's tool calls and thinking: those asked for, or those that its chat template or family shows."""
+
+from __future__ import annotations
+
+from octavo.errors import OctavoError
+from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.reasoning import REASONING_PARSERS
+from octavo.server.parsers.tools import PARSERS, CallParser, json_parser
+from octavo.server.parsers.xml_calls import XmlCalls
+from octavo.server.parsers.xml_forms import FORMS
+
+__all__ = ["choose_parser", "choose_reasoning_parser", "keeps_special", "make_parser"]
+
+# Other names of the same formats, most of them vLLM's.
+_ALIASES = {
+    **{"llama": "llama3_json", "llama3": "llama3_json"},
+    **{"qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes", "qwen3_xml": "qwen3_coder"},
+    **{"glm47": "glm45", "minimax": "minimax_m2"},
+}
+_FAMILIES = {
+    **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
+    **{"glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
+}
+
+_REASONING_ALIASES = {"glm47": "glm45", "minimax": "minimax_m2"}
+_REASONING_FAMILIES = {"qwen3_moe": "qwen3", "glm4_moe": "glm45", "minimax_m2": "minimax_m2"}
+
+
+def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
+    """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
+    if asked:
+        name = _ALIASES.get(asked, asked)
+        if name not in PARSERS and name not in FORMS:
+            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join((*PARSERS, *FORMS))}.")
+        return name
+    for name, form in FORMS.items():  # first: they share tags with those of JSON
+        if all(tag in (template or "") for tag in (form.block, form.call, form.key)):
+            return name
+    for name, json_form in PARSERS.items():
+        if json_form.opener and json_form.opener in (template or ""):
+            return name
+    return _FAMILIES.get(model_type)
+
+
+def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
+    """The name of what splits thinking from content: the one asked for, or the family's; None if none does."""
+    if not asked:
+        return _REASONING_FAMILIES.get(model_type)
+    name = _REASONING_ALIASES.get(asked, asked)
+    if name != "none" and name not in REASONING_PARSERS:
+        known = ", ".join((*REASONING_PARSERS, "none"))
+        raise OctavoError(f"--reasoning-parser '{asked}' is not known; known are: {known}.")
+    return None if name == "none" else name
+
+
+def make_parser(name: str, types: ArgumentTypes) -> CallParser:
+    """A parser for one answer. `types`: of the parameters of the request's tools, where the format writes values untyped."""
+    return XmlCalls(FORMS[name], types) if name in FORMS else json_parser(name)
+
+
+def keeps_special(name: str) -> bool:
+    """Whether the format's tags are special tokens, which text must keep."""
+    return name in PARSERS and PARSERS[name].special

@@ -1,0 +1,262 @@
+"""Tool calls whose arguments stand between tags, each as plain text: Qwen3-Coder's, GLM's and MiniMax's.
+
+The formats are those of the models' chat templates. A call is given out when its first parameter, or its end, shows that it
+is one; then every string comes as the model writes it, and every other value once it is whole. What turns out to be no call is
+content; what stands between a call's parameters, and cannot, is content too. A call that is cut off stays open, as its JSON
+does at OpenAI's: one with invented ends could be mistaken for what the model meant. Each character is looked at a few times
+at most, however the text comes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from octavo.server.parsers.argument_types import STRING, ArgumentTypes, as_json
+from octavo.server.parsers.tag_scanner import TagScanner
+from octavo.server.parsers.tools import Part, ToolCall
+from octavo.server.parsers.xml_forms import XmlForm
+
+__all__ = ["XmlCalls"]
+
+
+class XmlCalls:
+    """The parser of one answer. `types`: of the parameters of the request's tools."""
+
+    def __init__(self, form: XmlForm, types: ArgumentTypes):
+        self._form, self._types = form, types
+        self._state: Callable[[], bool] = self._content
+        self._scan = TagScanner()
+        self._bare = False  # this call has no block
+        self._trim = False  # blanks after a call belong to nobody
+        self._parts: list[Part] = []
+        self._name = self._key = self._ender = ""
+        self._keys: set[str] = set()  # parameters of this call so far
+        self._whole: list[str] | None = None  # a value that is no string, as far as it is written
+        self._fresh = False  # no character of the value came yet
+        self._break = ""  # a line break that may be the one before the value's end
+
+    def feed(self, text: str) -> list[Part]:
+        """The parts that are sure now."""
+        self._scan.add(text)
+        while self._state():
+            pass
+        return self._taken()
+
+    def finish(self) -> list[Part]:
+        """What was held back."""
+        rest = self._scan.rest()
+        state, self._state = self._state, self._content
+        if state == self._closing and self._ender.startswith("</"):
+            self._end_value()
+            self._say(rest)
+            self._tell("}" if self._ender == self._form.call_end else "")
+        elif state in (self._value, self._closing):
+            self._write(self._scan.taken() + rest)
+            left = "".join(self._whole or ()) + self._break
+            self._tell(left if self._whole is not None else json.dumps(left)[1:-1])
+        else:
+            self._say((self._scan.taken() + rest).lstrip())
+        self._trim = False
+        return self._taken()
+
+    # The states. Each takes what it can of the text, and says whether the next one may go on with it.
+
+    def _content(self) -> bool:
+        if self._trim:
+            self._scan.drop_blanks()
+        found = self._scan.search(self._form.openers, self._say)
+        if not found:
+            return False
+        self._open(found)
+        return True
+
+    def _open(self, tag: str) -> None:
+        self._scan.raw = [tag]
+        self._bare = self._form.bare and tag == self._form.call
+        self._begin_word(self._function if tag == self._form.call else self._head)
+
+    def _head(self) -> bool:
+        """Between a block's tag and its call's."""
+        if not self._form.call:
+            return self._scan.skip() and self._begin_word(self._function)
+        found = self._scan.expect((self._form.call,))
+        if found is None:
+            return False
+        return self._begin_word(self._function) if found else self._no_call()
+
+    def _function(self) -> bool:
+        found = self._scan.take_word(*self._form.names_end)
+        if not found:
+            return found is not None and self._no_call()
+        self._name = found
+        if self._bare and not self._types.knows(found):
+            return self._no_call()  # prose about the format is more likely
+        return self._go(self._first)
+
+    def _first(self) -> bool:
+        """Behind a function's name: what stands here shows whether this is a call."""
+        found = self._scan.expect((self._form.key, self._form.call_end))
+        if not found:
+            return found is not None and self._no_call()
+        self._parts.append(ToolCall(self._name, "{"))
+        self._keys = set()
+        return self._follow(found)
+
+    def _no_call(self) -> bool:
+        self._say_raw()
+        return self._go(self._content)
+
+    def _between(self) -> bool:
+        """After a parameter."""
+        found = self._scan.expect(self._form.within)
+        if found is None:
+            return False
+        return self._follow(found) if found else self._go(self._garbage)
+
+    def _follow(self, tag: str) -> bool:
+        form = self._form
+        if tag == form.key:
+            self._scan.raw = [tag]
+            return self._begin_word(self._parameter)
+        self._tell("}")
+        self._scan.raw, self._trim = [], True
+        if tag == form.block_end:
+            return self._go(self._content)
+        if tag == form.call_end:
+            return self._go(self._after)
+        self._open(tag)
+        return True
+
+    def _garbage(self) -> bool:
+        """Text where only tags may stand."""
+        self._say_raw()
+        found = self._scan.search(self._form.within, self._say)
+        self._scan.at -= len(found)
+        return bool(found) and self._go(self._between)
+
+    def _parameter(self) -> bool:
+        found = self._scan.take_word(*self._form.keys_end)
+        if not found:
+            return found is not None and self._go(self._garbage)
+        self._key = found
+        return self._go(self._gap) if self._form.value else self._begin_value()
+
+    def _gap(self) -> bool:
+        """Between a parameter's name and its value."""
+        found = self._scan.expect((self._form.value,))
+        if found is None:
+            return False
+        return self._begin_value() if found else self._go(self._garbage)
+
+    def _begin_value(self) -> bool:
+        self._tell((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
+        self._keys.add(self._key)
+        self._whole = [] if self._types.of(self._name, self._key) != STRING else None
+        if self._whole is None:
+            self._tell('"')
+        self._scan.raw, self._break, self._fresh = [], "", True
+        return self._go(self._value)
+
+    def _value(self) -> bool:
+        self._ender = self._scan.search(self._form.value_enders, self._write)
+        if not self._ender:
+            return False
+        self._scan.raw = [self._ender]
+        return self._begin_word(self._closing)
+
+    def _closing(self) -> bool:
+        """Behind what may have been the value's end: it was, if what follows is what must."""
+        form = self._form
+        if not self._ender.startswith("</"):
+            return self._closing_by_key()
+        after = form.within if self._ender == form.value_end else (form.block_end, form.call)
+        found = self._scan.expect(after)
+        if found is None:
+            return False
+        if not found:
+            return self._text_after_all()
+        self._end_value()
+        return self._follow(found)
+
+    def _closing_by_key(self) -> bool:
+        """Behind a line that begins as a parameter does: it is one if the function has it, and the call not yet."""
+        found = self._scan.take_word(*self._form.keys_end)
+        if found is None:
+            return False
+        if found in self._keys or not self._types.declares(self._name, found):
+            return self._text_after_all()
+        self._end_value()
+        self._key = found
+        return self._go(self._gap) if self._form.value else self._begin_value()
+
+    def _text_after_all(self) -> bool:
+        self._write(self._scan.taken())
+        return self._go(self._value)
+
+    def _after(self) -> bool:
+        """Behind a call, in its block."""
+        found = self._scan.expect(tuple(tag for tag in (self._form.call, self._form.block_end, self._form.block) if tag))
+        if found is None:
+            return False
+        self._scan.raw = []
+        if found in ("", self._form.block_end):
+            return self._go(self._content)
+        self._open(found)
+        self._bare = False
+        return True
+
+    # What the states share.
+
+    def _go(self, state: Callable[[], bool]) -> bool:
+        self._state = state
+        return True
+
+    def _begin_word(self, state: Callable[[], bool]) -> bool:
+        self._scan.word = len(self._scan.raw)
+        return self._go(state)
+
+    def _say(self, text: str) -> None:
+        self._trim = self._trim and not text
+        self._parts.append(text)
+
+    def _say_raw(self) -> None:
+        self._say(self._scan.taken())
+
+    def _tell(self, arguments: str) -> None:
+        self._parts.append(ToolCall(None, arguments))
+
+    def _write(self, text: str) -> None:
+        """More of the value."""
+        if self._form.lines and text:
+            if self._fresh:
+                text = text.removeprefix("\n")
+            text = self._break + text
+            self._break = "\n" if text.endswith("\n") else ""
+            text = text[: len(text) - len(self._break)]
+            self._fresh = False
+        if self._whole is not None:
+            self._whole.append(text)
+        else:
+            self._tell(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def _end_value(self) -> None:
+        if self._whole is None:
+            self._tell('"')
+        else:
+            self._tell(as_json("".join(self._whole), self._types.of(self._name, self._key)))
+        self._scan.raw = []
+
+    def _taken(self) -> list[Part]:
+        """The parts so far, joined where they belong together."""
+        parts, self._parts = self._parts, []
+        runs: list[tuple[bool, str | None, list[str]]] = []
+        for part in parts:
+            called = isinstance(part, ToolCall)
+            name, text = (part.name, part.arguments) if isinstance(part, ToolCall) else (None, part)
+            if name is None and not text:
+                continue
+            if name is not None or not runs or runs[-1][0] != called:
+                runs.append((called, name, []))
+            runs[-1][2].append(text)
+        return [ToolCall(name, "".join(texts)) if called else "".join(texts) for called, name, texts in runs]

@@ -1,0 +1,69 @@
+"""The tags between which model families write tool calls, as their chat templates have them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["FORMS", "XmlForm"]
+
+
+@dataclass(frozen=True)
+class XmlForm:
+    """The tags of a family. Tags that end with `=` have a name behind them."""
+
+    block: str  # where calls begin
+    block_end: str
+    call: str  # in front of a function's name; empty: the block's own tag is
+    call_end: str
+    key: str  # in front of a parameter's name
+    key_end: str
+    value: str  # in front of its value; empty: the name's end is
+    value_end: str
+    lines: bool = False  # a value stands on lines of its own
+    bare: bool = False  # the model is known to leave out the block's tag
+
+    @cached_property
+    def openers(self) -> tuple[str, ...]:
+        """Where a call may begin outside of a block."""
+        return (self.block, self.call) if self.bare else (self.block,)
+
+    @cached_property
+    def within(self) -> tuple[str, ...]:
+        """What may stand after a value: the next parameter, or an end; and what can only begin another call."""
+        return tuple(dict.fromkeys(tag for tag in (self.key, self.call_end, self.block_end, self.block, self.call) if tag))
+
+    @cached_property
+    def value_enders(self) -> tuple[str, ...]:
+        """Where a value may end: at its tag, and where models forget that, at the call's or where a line begins the next."""
+        forgotten = () if self.call_end == self.block_end else (self.call_end,)
+        return (self.value_end, *forgotten, "\n" + self.key)
+
+    @cached_property
+    def names_end(self) -> tuple[str, re.Pattern[str]]:
+        """The end of a function's name, and the characters that no name holds. GLM's ends at a blank or a tag."""
+        return (">", re.compile(r"[<>\n]")) if self.call else ("", re.compile(r"[<\s]"))
+
+    @cached_property
+    def keys_end(self) -> tuple[str, re.Pattern[str]]:
+        """The same of a parameter's name."""
+        return self.key_end, re.compile(r"[<>\n]" if self.key_end == ">" else r"[<\n]")
+
+
+FORMS = {
+    "qwen3_coder": XmlForm(
+        *("<tool_call>", "</tool_call>", "<function=", "</function>"),
+        *("<parameter=", ">", "", "</parameter>"),
+        lines=True,
+        bare=True,
+    ),
+    "glm45": XmlForm(
+        *("<tool_call>", "</tool_call>", "", "</tool_call>"),
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
+    "minimax_m2": XmlForm(
+        *("<minimax:tool_call>", "</minimax:tool_call>", "<invoke name=", "</invoke>"),
+        *("<parameter name=", ">", "", "</parameter>"),
+    ),
+}
