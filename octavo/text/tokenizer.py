@@ -39,7 +39,6 @@ class Tokenizer:
         self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
-        self._adds_bos = config.get("add_bos_token")
         self._bytes: dict[int, bytes] = {}
         self._decoders = _decoder_types(self._tokenizer.decoder)
         self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -56,14 +55,15 @@ class Tokenizer:
         return next((self.chat_templates[name] for name in names if name in self.chat_templates), None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. A rendered chat template already holds its special tokens: pass False."""
-        add = add_special_tokens and self._adds_bos is not False
+        """The ids of `text`. A rendered chat template already holds its special tokens: pass False.
+
+        tokenizer.json alone says which special tokens are added, as in transformers 5: add_bos_token of tokenizer_config.json
+        is of the time before, and contradicts it in files that were saved anew.
+        """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
             raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
-        if add and self._adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
