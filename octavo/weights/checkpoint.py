@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.files import check_regular, read_json
+from octavo.files import check_regular, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import WHOLE, Shard
 from octavo.weights.finite import FiniteCheck
@@ -70,9 +70,8 @@ class Checkpoint:
             except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
-            raise OctavoError(
-                f"{directory} has no .safetensors files; Octavo reads no other weight format (convert .bin files first)."
-            )
+            found = f"and holds {told}" if (told := unread_weights(directory)) else "and Octavo reads no other weight format"
+            raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
         self.files = {file: _read_header(path, file) for file, path in files.items()}
         self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
