@@ -24,6 +24,7 @@ from octavo.text.chat_prompt import render_conversation
 from octavo.text.checkpoint_text import no_tokenizer
 from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
+from octavo.text.tool_prompt import shows_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,6 +104,8 @@ class LLM:
         template = chat_template or tokenizer.template_for(tools is not None)
         if template is None:
             raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
+        if tools and not shows_tools(template):
+            logger.warning("The chat template does not print tools; they are put into the system message.")
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if one else messages)
         how: dict[str, Any] = {

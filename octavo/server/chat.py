@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.errors import InvalidRequest
@@ -19,6 +19,7 @@ from octavo.server.parsers.tools import PARSERS, CallParser, NamedCall, make_par
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
+from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
 __all__ = ["chat", "chat_prompt"]
 
@@ -27,7 +28,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
     tools = _Tools(served, request)
-    text = chat_prompt(served, request)
+    text = chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
     response_id = f"chatcmpl-{request.request_id or request_id}"
@@ -36,8 +37,8 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     return job.stream() if request.stream else await job.whole()
 
 
-def chat_prompt(served: Served, request: ChatInput) -> str:
-    """The messages as the text that the model reads."""
+def chat_prompt(served: Served, request: ChatInput, calls: CallForm | None = None) -> str:
+    """The messages as the text that the model reads. `calls`: how it is to write calls, if its template does not say it."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
@@ -45,7 +46,12 @@ def chat_prompt(served: Served, request: ChatInput) -> str:
     asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
     return served.render(
-        request.messages, tools, request.add_generation_prompt, switches, continues=request.continue_final_message
+        request.messages,
+        tools,
+        request.add_generation_prompt,
+        switches,
+        continues=request.continue_final_message,
+        calls=calls or _form_of(served.tool_parser),
     )
 
 
@@ -63,6 +69,11 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
         structured = tools.structured
     fixed = {"skip_special_tokens": False} if tools.keep_special else {}
     return served.sampling(request, max_tokens=limit, logprobs=logprobs, structured=structured, **fixed)
+
+
+def _form_of(parser: str | None) -> CallForm:
+    """How a model is to write calls that the parser reads."""
+    return PARSERS[parser].told if parser else PLAIN_CALLS
 
 
 class _Tools:
@@ -86,6 +97,7 @@ class _Tools:
             self.structured = calls_of(request.tools or (), not request.parallel_tool_calls)
         elif choice == "auto" and names:
             self.parser = served.tool_parser
+        self.form = replace(_form_of(self.parser or served.tool_parser), named=self.named)
         self.keep_special = self.parser is not None and PARSERS[self.parser].special
 
     def reader(self) -> CallParser | None:

@@ -243,6 +243,8 @@ async def _serve(
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
     served.content_format = args.chat_template_content_format
+    if (note := served.tools_note) is not None:
+        say(f"octavo: {note}")
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
         app,
