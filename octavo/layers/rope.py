@@ -47,8 +47,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
-    """What a model of so many positions was made for: YaRN stretches those of the original context."""
-    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not rope.get("factor"):
+    """What a model of so many positions was made for: YaRN and linear scaling stretch those of the original context."""
+    if (rope.get("rope_type") or rope.get("type")) not in ("yarn", "linear") or not rope.get("factor"):
         return positions
     return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
