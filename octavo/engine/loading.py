@@ -137,6 +137,8 @@ def load_model(
         check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
+    if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
+        loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
     if config.quantize_lm_head and not scheme.quantized:
         rules.head_scheme = checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"

@@ -62,7 +62,6 @@ class RotaryEmbedding(nn.Module):
         self.max_position_embeddings, self.max_positions = max_position_embeddings, max_model_len
 
     def load(self, loader: Loader) -> None:
-        loader.skip("inv_freq")  # old checkpoints hold what config.json already says
         frequencies = _INV_FREQ[self.settings["rope_type"]]
         inv_freq, factor = frequencies(self.head_dim, self.settings, self.max_position_embeddings)
         angles = torch.outer(torch.arange(self.max_positions).float(), inv_freq)

@@ -38,9 +38,9 @@ __all__ = [
     "to_device_fp8",
 ]
 
-# What may stand beside a quantized `weight` and belongs to it. The last four are of activations.
-COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "input_scale_ub",
-              "input_zero_point")  # fmt: skip
+# What may stand beside a quantized `weight` and belongs to it. The last five are of activations (act_scale: AutoFP8's first).
+COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "act_scale",
+              "input_scale_ub", "input_zero_point")  # fmt: skip
 INT4_IN_INT32 = 8
 
 
@@ -89,7 +89,7 @@ class Reader(Protocol):
 
 def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor:
     """This rank's part of the matrix `name` [N, K], whatever the checkpoint stored."""
-    for calibrated in COMPANIONS[3:]:
+    for calibrated in (*COMPANIONS[3:], "output_scale"):  # the latter is also, of keys and values, the cache's
         reader.skip(f"{name}.{calibrated}")
     if (packed := int4_packed(reader, name, shape, shard)) is not None:
         return packed
