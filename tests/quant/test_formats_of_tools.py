@@ -150,6 +150,7 @@ def group(**args: Any) -> dict[str, Any]:
         (group(type="float", num_bits=4), "float of 4 bits"),
         (group(type="int", num_bits=4, symmetric=False), "zero points"),
         (group(type="float", num_bits=8, strategy="block", block_structure=[64, 64]), "[64, 64]"),
+        (group(type="float", num_bits=8, strategy="block", block_structure="64x64"), "64x64"),
         (CT | dict(sparsity_config=dict(format="sparse-24-bitmask")), "sparse-24-bitmask"),
         (dict(quant_method="modelopt", quant_algo="NVFP4"), "'NVFP4'"),
         (dict(quant_method="modelopt", quantization=dict(quant_algo="nvfp4")), "'nvfp4'"),
@@ -191,6 +192,7 @@ def test_a_config_file_of_modelopts_own(tmp_path: Path) -> None:
         dict(quant_method="fbgemm_fp8", activation_scale_ub=1200.0, modules_to_not_convert=["lm_head"]),
         group(type="int", num_bits=4, symmetric=True, strategy="group", group_size=32),
         group(type="float", num_bits=8, strategy="block", block_structure=[128, 128]),
+        group(type="float", num_bits=8, strategy="block", block_structure="128x128"),
     ],
     ids=str,
 )
