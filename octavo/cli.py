@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError, shortage
+from octavo.files import snapshot_of
 from octavo.version import __version__
 
 __all__ = ["COMMANDS", "Command", "engine_config", "main", "make_parser"]
@@ -145,6 +146,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     elif args.target not in (None, args.model):
         raise OctavoError(f"Two models were given, {args.target} and --model {args.model}; give one.")
     given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
+    if "model" in given:
+        given["model"] = snapshot_of(given["model"], args.revision)
     return EngineConfig(**given)
 
 

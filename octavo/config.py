@@ -86,7 +86,9 @@ class EngineConfig:
     enforce_eager: bool = option(False, "never capture graphs")
     seed: int = option(0, "seed of the requests that bring none")
     threads: int | None = option(None, "CPU threads; default: all cores this process may use")
-    revision: str | None = option(None, "accepted for compatibility; a checkpoint directory has no revision")
+    revision: str | None = option(
+        None, "which snapshot of a model's folder in the hub's cache (main); no other directory has any"
+    )
     trust_remote_code: bool = option(False, "accepted for compatibility; Octavo never runs a model's code")
     limit_mm_per_prompt: str | None = option(None, "accepted for compatibility; text models have no images to limit")
 

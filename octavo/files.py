@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["check_regular", "read_json", "read_text"]
+__all__ = ["check_directory", "check_regular", "read_json", "read_text", "snapshot_of", "unread_weights"]
+
+_POINTER = b"version https://git-lfs.github.com/"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_regular(path: Path) -> None:
-    """Raises OctavoError for a path that is there and no file: opening a pipe would wait for ever."""
+    """Raises OctavoError for a path that is there and no file, or stands for one that git has not brought: opening a pipe
+    would wait for ever.
+    """
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise OctavoError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    mode = found.st_mode
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise OctavoError(f"{path} is {kind}, not a file; download the checkpoint again.")
+    with suppress(OSError):  # said by whoever reads it
+        if found.st_size < 1024 and path.read_bytes().startswith(_POINTER):
+            raise OctavoError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its directory.")
 
 
 def read_text(path: Path) -> str | None:
@@ -52,3 +63,77 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise OctavoError(f"{path} is not valid JSON (not an object); download it again.")
     return found
+
+
+def check_directory(directory: Path) -> None:
+    """Raises OctavoError for what is no checkpoint directory, and says what it is: people give other things in its place."""
+    if not os.path.exists(directory):  # also of a name that is too long
+        raise OctavoError(
+            f"there is no model at '{directory}'; give the path of a checkpoint directory (Octavo downloads nothing)."
+        )
+    if not directory.is_dir():
+        if (what := _format_of(directory.suffix)) is not None:
+            raise OctavoError(f"'{directory}' is a file of {what}; give the directory of the model's safetensors checkpoint.")
+        raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
+    if (base := _base_of_adapter(directory)) is not None:
+        raise OctavoError(
+            f"{directory} is a LoRA adapter{base}, which Octavo does not serve; merge it into its model "
+            "(merge_and_unload of the library peft), save that and give its directory."
+        )
+    config = directory / "config.json"
+    check_regular(config)
+    if config.exists():
+        return
+    if (what := unread_weights(directory)) is not None:
+        raise OctavoError(f"{directory} holds {what}; give the directory of the model's safetensors checkpoint.")
+    if cached := sorted(str(path) for path in directory.glob("models--*") if path.is_dir()):
+        raise OctavoError(f"{directory} is the hub's cache, of several models; give one of them, such as {cached[0]}.")
+    raise OctavoError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint directory.")
+
+
+def unread_weights(directory: Path) -> str | None:
+    """What a directory holds in place of safetensors files, for a sentence; None where that is nothing that is known."""
+    suffixes = sorted({path.suffix for path in directory.iterdir() if path.name != "training_args.bin"})
+    return next((told for suffix in suffixes if (told := _format_of(suffix)) is not None), None)
+
+
+def snapshot_of(model: str, revision: str | None = None) -> str:
+    """The snapshot to read where `model` is a model's folder in the hub's cache (models--org--name); else `model` as it is.
+
+    Raises OctavoError where it cannot be told which.
+    """
+    folder = Path(model)
+    snapshots = folder / "snapshots"
+    if not os.path.isdir(snapshots) or (folder / "config.json").exists():
+        return model
+    there = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    wanted = revision or "main"
+    if wanted in there:
+        return str(snapshots / wanted)
+    named = (read_text(folder / "refs" / wanted) or "").strip()
+    if named and named in there:
+        return str(snapshots / named)
+    if revision is None and len(there) == 1:
+        return str(snapshots / there[0])
+    listed = f"it has {', '.join(there)}" if there else "it has none; was the download interrupted?"
+    raise OctavoError(f"{model} is a model in the hub's cache, and which of its snapshots is '{wanted}' is not said: {listed}.")
+
+
+def _format_of(suffix: str) -> str | None:
+    """What weights a file has by its name, for a sentence; None for a name that says nothing."""
+    suffix = suffix.lower()
+    if suffix == ".gguf":
+        return "weights in llama.cpp's format (.gguf), which Octavo does not read"
+    if suffix in _PICKLES:
+        return f"pickled weights ({suffix}), which can run code when they are opened, so Octavo reads none"
+    return None
+
+
+def _base_of_adapter(directory: Path) -> str | None:
+    """Of which model the directory is a LoRA adapter, for a sentence; None where it is none, or the merged model too."""
+    own = [path for path in directory.glob("*.safetensors*") if not path.name.startswith("adapter_")]
+    adapter = None if own else read_json(directory / "adapter_config.json")
+    if adapter is None:
+        return None
+    base = adapter.get("base_model_name_or_path")
+    return f" of {base}" if isinstance(base, str) and base else ""

@@ -96,7 +96,8 @@ class SamplingParams:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN fails too
-                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {value}.", name)
+                allowed = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+                raise InvalidRequest(f"{name} must be {allowed}, not {value}.", name)
         if self.top_p <= 0:
             raise InvalidRequest(f"top_p must be over 0 and at most 1, not {self.top_p}.", "top_p")
         if self.repetition_penalty <= 0:

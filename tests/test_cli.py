@@ -6,6 +6,7 @@ import argparse
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,12 +81,13 @@ def test_what_is_wrong_is_one_sentence(line: str, code: int, sentence: str, caps
     assert told.count("\n") == 1
 
 
-def test_an_occupied_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_occupied_port_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")  # of no model
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["serve", "/nowhere", "--port", str(port)]) == 1
+        assert main(["serve", str(tmp_path), "--port", str(port)]) == 1
     assert capsys.readouterr().err == f"octavo: Port {port} is in use; stop what uses it, or choose another with --port.\n"
 
 

@@ -45,9 +45,12 @@ def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
 
 def settle_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
     """Measures the scales if that is asked for, with `run`, which puts the text through the model. What to say of them."""
-    if config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2") or not hasattr(model, "kv_scales"):
+    if not hasattr(model, "kv_scales"):
         return None
     scaled = cast("CalibratedModel", model)
+    if config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2"):
+        unused = f"the checkpoint has KV scales, which --kv-cache-dtype {config.kv_cache_dtype} does not use; fp8 does"
+        return unused if scaled.kv_scales()[1] else None
     if config.calculate_kv_scales:
         scaled.calibrate(run)
         values = [float(value) for scale in scaled.kv_scales()[0] for value in scale.view(-1)]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
-from octavo.engine.memory import check_weights, gib
+from octavo.distributed import TensorParallel
+from octavo.engine.memory import check_weights, gib, length_held
 from octavo.errors import OctavoError
 from octavo.host import release
-from octavo.models import read_config, same_architecture
-from octavo.models.interface import Model
+from octavo.kvcache import KVCacheSpec, Layout
+from octavo.models import build_model, read_config, same_architecture
+from octavo.models.interface import Limits, Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
@@ -26,7 +28,16 @@ from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
-__all__ = ["check_ranks", "checkpoint_scheme", "describe_weights", "drop", "load_model", "reload_model"]
+__all__ = [
+    "cache_specs",
+    "check_ranks",
+    "checkpoint_scheme",
+    "describe_weights",
+    "drop",
+    "load_model",
+    "make_model",
+    "reload_model",
+]
 
 
 Told = Callable[[str, float], None] | None
@@ -38,6 +49,25 @@ def check_ranks(config: EngineConfig) -> None:
         raise OctavoError(
             f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
         )
+
+
+def make_model(
+    described: Mapping[str, Any], tp: TensorParallel, config: EngineConfig, platform: Platform, dtype: torch.dtype
+) -> tuple[Model, Limits]:
+    """The model of a config.json, not loaded yet, and its limits for the length that is asked for or that it was made for.
+
+    The model itself is for no more than a cache can hold: a table of rotations for the rest may take all memory.
+    """
+    model = build_model(described, tp, config.max_model_len)
+    limits = model.limits()
+    token = sum(spec.bytes_per_token for spec in cache_specs(model, config.kv_cache_dtype, dtype, platform))
+    length = length_held(config, platform, token, limits.positions)
+    return model if length == limits.positions else build_model(described, tp, length), limits
+
+
+def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform) -> list[KVCacheSpec]:
+    """The caches that the model wants on this platform; `dtype` is the model's."""
+    return model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
 
 
 def reload_model(
@@ -107,6 +137,8 @@ def load_model(
         check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
+    if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
+        loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
     if config.quantize_lm_head and not scheme.quantized:
         rules.head_scheme = checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"

@@ -8,7 +8,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 
-__all__ = ["CacheBudget", "cache_room", "check_weights", "gib", "plan_blocks"]
+__all__ = ["CacheBudget", "cache_room", "check_weights", "gib", "length_held", "plan_blocks"]
 
 GIB = 1 << 30
 CPU_DEFAULT_GIB = 4.0
@@ -53,12 +53,31 @@ def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> 
     return total * config.gpu_memory_utilization - (total - free) - working_bytes
 
 
+def length_held(config: EngineConfig, platform: Platform, bytes_per_token: int, wanted: int) -> int:
+    """Of the length `wanted` what a cache could hold if the model took no memory: no model need be made for more.
+
+    Raises OctavoError for a length of the user's that is longer.
+    """
+    block_size = config.block_size_on(platform.is_cpu)
+    most = int(cache_room(config, platform, 0) // (bytes_per_token * block_size)) * block_size
+    if 0 < most < wanted and config.max_model_len is not None:
+        plan_blocks(config, platform, bytes_per_token, wanted, 0, 0)
+    return min(wanted, max(most, 1))
+
+
 def plan_blocks(
-    config: EngineConfig, platform: Platform, bytes_per_token: int, model_len: int, model_bytes: int, working_bytes: int
+    config: EngineConfig,
+    platform: Platform,
+    bytes_per_token: int,
+    model_len: int,
+    model_bytes: int,
+    working_bytes: int,
+    most: int | None = None,
 ) -> CacheBudget:
     """Blocks for `config` on `platform`, whose memory already holds the model.
 
     bytes_per_token: of all layers. model_len: the length wanted. working_bytes: what a step takes beside weights and cache.
+    most: what the model was made for where `length_held` was less than that length.
     Raises OctavoError, with numbers and three ways out, where not even one request of `model_len` fits; if the length was
     the model's own and not the user's, it is lowered instead, and the notes say so.
     """
@@ -72,9 +91,10 @@ def plan_blocks(
     blocks = int(have // block_bytes)
     needed = -(-model_len // block_size)
     useful = needed * config.max_num_seqs  # more could never be in use at once
-    if blocks >= needed:
+    most = model_len if most is None else most
+    if blocks >= needed and model_len <= most:
         return CacheBudget(min(blocks, useful), model_len)
-    fits = max(blocks, 0) * block_size
+    fits = min(max(blocks, 0) * block_size, most)
     if config.max_model_len is None and fits >= min(2048, model_len):
         note = f"max_model_len lowered from {model_len} to {fits}: that is what {gib(have)} of KV cache holds"
         return CacheBudget(blocks, fits, (note,))

@@ -23,7 +23,7 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
 from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
-from octavo.engine.loading import check_ranks, describe_weights, drop, load_model, reload_model
+from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
@@ -32,10 +32,10 @@ from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_history import Histories
 from octavo.engine.vocabulary import Vocabulary
 from octavo.host import keep
-from octavo.kvcache import KVCache, Layout
+from octavo.kvcache import KVCache
 from octavo.messages import Logprobs
-from octavo.models import build_model, read_config
-from octavo.models.interface import FusedModel, Model
+from octavo.models import read_config
+from octavo.models.interface import FusedModel
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -77,8 +77,7 @@ class ModelRunner:
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         tp = TensorParallel()
-        self.model: Model = build_model(json_config, tp, config.max_model_len)
-        self.limits = self.model.limits()
+        self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
@@ -99,15 +98,15 @@ class ModelRunner:
 
     def _make_cache(self) -> None:
         config, cpu = self.config, self.platform.is_cpu
-        kinds = self.dtype, self.platform.fp8_dtype, Layout.on(cpu)
-        specs = self.model.kv_specs(config.kv_cache_dtype, *kinds)
-        self.bytes_per_token = sum(spec.bytes_per_token for spec in specs)
-        self.dense_bytes_per_token = sum(spec.bytes_per_token for spec in self.model.kv_specs("bfloat16", *kinds))
+        specs, dense = (
+            cache_specs(self.model, kind, self.dtype, self.platform) for kind in (config.kv_cache_dtype, "bfloat16")
+        )
+        self.bytes_per_token, self.dense_bytes_per_token = (sum(one.bytes_per_token for one in each) for each in (specs, dense))
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
         if cpu:
             keep(working)
-        positions, held = self.limits.positions, self.report.total("held")
-        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working)
+        positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
+        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most)
         self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
         self.report.notes.extend(budget.notes)
         self.captures = not config.enforce_eager and self.model.limits().eager is None

@@ -14,11 +14,13 @@ import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.files import check_directory
 from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
@@ -84,6 +86,7 @@ class AsyncEngine:
         cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
     ) -> AsyncEngine:
         """An engine that is ready. `on_progress(stage, fraction)` hears of the loading; raises OctavoError if it fails."""
+        check_directory(Path(config.model))  # in a moment, where the process would take seconds to say it
         engine = cls(config, make_core, on_progress)
         try:
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)

@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.files import check_directory, snapshot_of
 from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
+from octavo.text.checkpoint_text import no_tokenizer
 from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
+from octavo.text.tool_prompt import shows_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["LLM", "Prompt"]
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
 PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
@@ -46,8 +51,11 @@ class LLM:
         known = [field.name for field in config_fields()]
         for name in options:
             canonical("LLM's option", name, dict.fromkeys(known, name))
-        self.config = EngineConfig(model=str(model), **options)
+        self.config = EngineConfig(model=snapshot_of(str(model), options.get("revision")), **options)
+        check_directory(Path(self.config.model))
         self.tokenizer = load_tokenizer(self.config.model)
+        if (lacking := no_tokenizer(self.config.model)) is not None:
+            logger.warning("%s", lacking)
         self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
@@ -108,6 +116,8 @@ class LLM:
         template = chat_template or tokenizer.template_for(tools is not None)
         if template is None:
             raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
+        if tools and not shows_tools(template):
+            logger.warning("The chat template does not print tools; they are put into the system message.")
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if one else messages)
         how: dict[str, Any] = {

@@ -21,7 +21,8 @@ __all__ = ["PagedAttention"]
 
 # Where checkpoints keep the scales of an FP8 cache, relative to the attention module; the newest spelling first.
 _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"),
-              ("k_proj.output_scale", "v_proj.output_scale"), ("kv_scale", "kv_scale"))  # fmt: skip
+              ("qkv_proj.k_scale", "qkv_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"),
+              ("kv_scale", "kv_scale"))  # fmt: skip
 
 
 class PagedAttention(nn.Module):
@@ -66,8 +67,10 @@ class PagedAttention(nn.Module):
         self.k_scale, self.v_scale = (torch.ones(1, dtype=torch.float32, device=loader.platform.device) for _ in range(2))
         self.scales_from_checkpoint = False
         for spelling in _SPELLINGS:
-            if loader.has(spelling[0]) and not self.scales_from_checkpoint:
-                self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in spelling)
+            k, v = spelling
+            if (loader.has(k) or loader.has(v)) and not self.scales_from_checkpoint:
+                # one scale of keys alone is for values too, as vLLM has it; one of values alone is half of something
+                self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in (k, v if loader.has(v) else k))
                 self.scales_from_checkpoint = True
             for name in (*spelling, "q_scale", "q_proj.output_scale"):
                 loader.skip(name)

@@ -47,8 +47,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
-    """What a model of so many positions was made for: YaRN stretches those of the original context."""
-    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not rope.get("factor"):
+    """What a model of so many positions was made for: YaRN and linear scaling stretch those of the original context."""
+    if (rope.get("rope_type") or rope.get("type")) not in ("yarn", "linear") or not rope.get("factor"):
         return positions
     return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
@@ -62,7 +62,6 @@ class RotaryEmbedding(nn.Module):
         self.max_position_embeddings, self.max_positions = max_position_embeddings, max_model_len
 
     def load(self, loader: Loader) -> None:
-        loader.skip("inv_freq")  # old checkpoints hold what config.json already says
         frequencies = _INV_FREQ[self.settings["rope_type"]]
         inv_freq, factor = frequencies(self.head_dim, self.settings, self.max_position_embeddings)
         angles = torch.outer(torch.arange(self.max_positions).float(), inv_freq)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
-from octavo.files import read_json
+from octavo.files import check_directory, read_json
 from octavo.version import __version__
 
 if TYPE_CHECKING:
@@ -23,15 +23,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory. Raises OctavoError where it is not one."""
-    if not directory.exists():
-        raise OctavoError(
-            f"there is no model at '{directory}'; give the path of a checkpoint directory (Octavo downloads nothing)."
-        )
-    if not directory.is_dir():
-        raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
+    check_directory(directory)
     config = read_json(directory / "config.json")
-    if config is None:
-        raise OctavoError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint directory.")
+    assert config is not None, "check_directory has seen it"
     return config
 
 

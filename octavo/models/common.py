@@ -98,7 +98,7 @@ class CausalLM(nn.Module):
             others.append("model.embed_tokens.*")
         if not self.model.last:
             others += ["model.norm.*", "lm_head.*"]
-        return ("*.rotary_emb.inv_freq", *others)
+        return ("*.rotary_emb.*", *others)  # tables that config.json says already
 
     def limits(self) -> Limits:
         """The head's size and the weights decide about graphs, so ask once they are loaded."""

@@ -37,7 +37,7 @@ class ConfigBase:
 
     @property
     def longest_context(self) -> int:
-        """The positions that the model was made for, with what YaRN stretches them to."""
+        """The positions that the model was made for, with what the rotary embedding stretches them to."""
         return longest_context(self.max_position_embeddings, self.rope)
 
     @classmethod

@@ -29,7 +29,17 @@ def quantization_configs(config: Mapping[str, Any], directory: Path | None = Non
             found.append({"quant_method": "modelopt", **content["quantization"]})
         except (KeyError, TypeError):
             raise OctavoError(f"{own_file} is not a quantization config of ModelOpt's; download it again.") from None
-    return [entry for entry in found if isinstance(entry, dict)]
+    return [_flat(entry) for entry in found if isinstance(entry, dict)]
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """Some of ModelOpt's have within `quantization` what others have at the top, and some no quant_method."""
+    within, producer = entry.get("quantization"), entry.get("producer")
+    flat = {**entry, **within} if isinstance(within, dict) else entry
+    made_by = producer.get("name") if isinstance(producer, dict) else None
+    if not flat.get("quant_method") and ("quant_algo" in flat or made_by == "modelopt"):
+        return {**flat, "quant_method": "modelopt"}
+    return flat
 
 
 def check_format(config: Mapping[str, Any], directory: Path | None = None) -> None:
@@ -70,15 +80,14 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> None:
             raise _unread(f"stored as {kind[0]} of {kind[1]} bits")
         if weights and not weights.get("symmetric", True):
             raise _unread("stored with zero points")
-        if weights.get("strategy") == "block" and weights.get("block_structure") != [BLOCK, BLOCK]:
+        if weights.get("strategy") == "block" and weights.get("block_structure") not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
             raise _unread(f"FP8 in blocks of {weights.get('block_structure')}")
 
 
 def _modelopt(entry: Mapping[str, Any]) -> None:
+    """Without a quant_algo, the weights are as they were, and only the KV cache may have scales."""
     algorithm = entry.get("quant_algo")
-    if algorithm is None:
-        raise _unread("quantized by ModelOpt in a way that it does not name (quant_algo null)")
-    if not str(algorithm).startswith("FP8"):
+    if algorithm is not None and not str(algorithm).upper().startswith("FP8"):
         raise _unread(f"quantized by ModelOpt to '{algorithm}'")
 
 

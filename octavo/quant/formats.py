@@ -6,7 +6,7 @@ anything else as the dense matrix. The formats, and who writes them:
     fp8                Hugging Face, DeepSeek      weight, weight_scale_inv: tiles, FP32 or E8M0; or one for the matrix
     fbgemm_fp8         Hugging Face                weight, weight_scale [N, 1]
     compressed-tensors llm-compressor, octavo      weight, weight_scale [1], [N, 1] or tiles; or INT4: weight_packed, ...
-    modelopt           NVIDIA's ModelOpt           weight, weight_scale []
+    modelopt           NVIDIA's ModelOpt           weight, weight_scale [], [N], or of tiles [n, 1, k, 1]
     quark              AMD's Quark                 weight, weight_scale [] or [N]
 
 Scales of activations may stand beside them and are not read: Octavo scales every token by what it is.
@@ -15,7 +15,7 @@ Scales of activations may stand beside them and are not read: Octavo scales ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,9 +38,9 @@ __all__ = [
     "to_device_fp8",
 ]
 
-# What may stand beside a quantized `weight` and belongs to it. The last four are of activations.
-COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "input_scale_ub",
-              "input_zero_point")  # fmt: skip
+# What may stand beside a quantized `weight` and belongs to it. The last five are of activations (act_scale: AutoFP8's first).
+COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "act_scale",
+              "input_scale_ub", "input_zero_point")  # fmt: skip
 INT4_IN_INT32 = 8
 
 
@@ -89,7 +89,7 @@ class Reader(Protocol):
 
 def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor:
     """This rank's part of the matrix `name` [N, K], whatever the checkpoint stored."""
-    for calibrated in COMPANIONS[3:]:
+    for calibrated in (*COMPANIONS[3:], "output_scale"):  # the latter is also, of keys and values, the cache's
         reader.skip(f"{name}.{calibrated}")
     if (packed := int4_packed(reader, name, shape, shard)) is not None:
         return packed
@@ -122,6 +122,8 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     if (scale_name := _scale_name(reader, name)) is None or reader.has(f"{name}.weight_packed"):
         return None
     stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
+    if len(stored) == 4 and stored == [grid[0], 1, grid[1], 1]:
+        return FP8_BLOCK
     if len(stored) > 2:
         raise OctavoError(
             f"{reader.prefix}{scale_name} has shape {stored}; scales of a matrix have at most 2 dimensions, "
@@ -152,7 +154,9 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
         )
     tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     data = _codes(reader, name, shape, shard)
-    scale = _scale(reader.read(scale_name, None, shard, tiles))
+    along = shard if len(reader.stored_shape(scale_name)) == 2 else replace(shard, dim=2 * shard.dim)  # [n, 1, k, 1]
+    scale = _scale(reader.read(scale_name, None, along, tiles))
+    scale = scale.view(scale.shape[0], -1)
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
 

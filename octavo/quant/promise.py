@@ -41,7 +41,7 @@ class Promise:
 def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Promise | None:
     """What `quantization_config` promises, of a kind that is read; None for a BF16 checkpoint."""
     found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
-    keys = ("modules_to_not_convert", "ignore", "exclude")
+    keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
     ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))
     method = found.get("quant_method")
     if method == "compressed-tensors" or "config_groups" in found:
@@ -55,6 +55,9 @@ def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Prom
         return Promise(_by_strategy(str(weight.get("qscheme", "per_tensor"))), 0, ignore)
     if method == "fp8" and found.get("weight_block_size"):
         return Promise(FP8_BLOCK, 0, ignore)
+    if method == "modelopt":
+        algorithm = str(found.get("quant_algo") or "").upper()
+        return Promise(FP8_BLOCK if "_PB_" in algorithm else _by_strategy(algorithm.lower()), 0, ignore) if algorithm else None
     return Promise(FP8_PER_CHANNEL if method == "fbgemm_fp8" else FP8_PER_TENSOR, 0, ignore) if found else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.errors import InvalidRequest
@@ -16,11 +16,12 @@ from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, make_splitter
-from octavo.server.parsers.registry import keeps_special, make_parser
+from octavo.server.parsers.registry import call_form, keeps_special, make_parser
 from octavo.server.parsers.tools import CallParser, NamedCall
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
+from octavo.text.tool_prompt import CallForm
 
 __all__ = ["chat", "chat_prompt"]
 
@@ -29,7 +30,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
     tools = _Tools(served, request)
-    text = chat_prompt(served, request)
+    text = chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
     response_id = f"chatcmpl-{request.request_id or request_id}"
@@ -38,8 +39,8 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     return job.stream() if request.stream else await job.whole()
 
 
-def chat_prompt(served: Served, request: ChatInput) -> str:
-    """The messages as the text that the model reads."""
+def chat_prompt(served: Served, request: ChatInput, calls: CallForm | None = None) -> str:
+    """The messages as the text that the model reads. `calls`: how it is to write calls, if its template does not say it."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
@@ -47,7 +48,12 @@ def chat_prompt(served: Served, request: ChatInput) -> str:
     asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
     return served.render(
-        request.messages, tools, request.add_generation_prompt, switches, continues=request.continue_final_message
+        request.messages,
+        tools,
+        request.add_generation_prompt,
+        switches,
+        continues=request.continue_final_message,
+        calls=calls or call_form(served.tool_parser),
     )
 
 
@@ -89,6 +95,7 @@ class _Tools:
             self.structured = calls_of(request.tools or (), not request.parallel_tool_calls)
         elif choice == "auto" and names:
             self.parser = served.tool_parser
+        self.form = replace(call_form(self.parser or served.tool_parser), named=self.named)
         self.keep_special = self.parser is not None and keeps_special(self.parser)
 
     def reader(self) -> CallParser | None:

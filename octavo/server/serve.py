@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
+from octavo.files import check_directory, read_text
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
+from octavo.text.checkpoint_text import check_templates, no_tokenizer
 
 if TYPE_CHECKING:
     from octavo.frontend.async_engine import AsyncEngine
@@ -92,7 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for a request to come whole, and for a client to read on (%(default)s); 0 waits for ever",
     )
-    group.add_argument("--uvicorn-log-level", default="warning", metavar="LEVEL", help="%(default)s; info or debug show more")
+    group.add_argument(
+        "--uvicorn-log-level",
+        type=str.lower,
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        default="warning",
+        metavar="LEVEL",
+        help="%(default)s; info or debug show more",
+    )
     for flag, takes_value in IGNORED.items():
         group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
 
@@ -120,11 +129,15 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
+    check_directory(Path(config.model))
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     template = read_template(args.chat_template)
+    check_templates(config.model, template)
     keys = api_keys(args.api_key)
     listener = bind(args.host, args.port)
+    if (lacking := no_tokenizer(config.model)) is not None:
+        say(f"octavo: {lacking}")
     if not keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         say(
             f"octavo: no API key is asked for, and {args.host} can be reached from other machines; "
@@ -179,10 +192,9 @@ def read_template(given: str | None) -> str | None:
     """The text of --chat-template, which names a file or is the template."""
     if given is None or "{" in given:
         return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise OctavoError(f"--chat-template {given} cannot be read: {error}.") from error
+    if (text := read_text(Path(given))) is None:
+        raise OctavoError(f"--chat-template {given} cannot be read: there is no such file; or give the template itself.")
+    return text
 
 
 async def serve(
@@ -237,6 +249,8 @@ async def _serve(
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
     served.content_format = args.chat_template_content_format
+    if (note := served.tools_note) is not None:
+        say(f"octavo: {note}")
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
         app,

@@ -21,6 +21,7 @@ from octavo.server.protocol import GenerationRequest
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
+from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, shows_tools
 
 if TYPE_CHECKING:
     from octavo.frontend.async_engine import AsyncEngine
@@ -78,8 +79,11 @@ class Served:
         add_generation_prompt: bool,
         switches: Mapping[str, Any],
         continues: bool = False,
+        calls: CallForm = PLAIN_CALLS,
     ) -> str:
-        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over."""
+        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over; `calls`:
+        how calls are written, for a template that does not say it.
+        """
         chosen = self.template_for(bool(tools))
         if chosen is None:
             raise InvalidRequest(
@@ -95,11 +99,21 @@ class Served:
             continue_final_message=continues,
             content=self.content_format,
             switches=own,
+            calls=calls,
         )
 
     def template_for(self, tools: bool) -> str | None:
         """The chat template in use, if there is one."""
         return self.chat_template or self.tokenizer.template_for(tools)
+
+    @property
+    def tools_note(self) -> str | None:
+        """What to say of a chat template that does not show the model the tools of a request."""
+        template = self.template_for(tools=True) if self.engine.tokenizer else None
+        if template is None or shows_tools(template):
+            return None
+        form = f"in the form of --tool-call-parser {self.tool_parser}" if self.tool_parser else "as JSON"
+        return f"the chat template does not print tools: a request's are put into its system message, to be called {form}."
 
     def max_tokens_for(self, num_prompt_tokens: int, most: int | None = None) -> int | None:
         """How many tokens a request gets that does not say: what the model recommends, at most `most`, as far as they fit."""

@@ -13,6 +13,7 @@ from octavo.server.protocol import Function, GenerationRequest, Tool
 __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
 
 _ANY_OBJECT = {"type": "object"}
+_VALUES = ("const", "enum", "default", "examples")  # keywords of a schema that hold values and no schemas
 # Calls are written on one line, as in the families' training data; a weak model would fill pages with white space.
 _SPACING = {"x-guidance": {"whitespace_pattern": " ?"}}
 
@@ -42,17 +43,32 @@ def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
     """The schema of `[{"name": ..., "parameters": {...}}, ...]`: one or more calls of these tools."""
     definitions: dict[str, Any] = {}
     items = []
-    for tool in tools:
-        parameters = dict(tool.function.parameters or _ANY_OBJECT)
-        for key in ("$defs", "definitions"):  # references count from the root, so what they name must move there
-            definitions.setdefault(key, {}).update(parameters.pop(key, None) or {})
+    for number, tool in enumerate(tools):
+        parameters = tool.function.parameters or _ANY_OBJECT
+        place = f"#/$defs/{number}"
+        moved = _moved(parameters, place)
+        if moved != parameters:  # references count from the root, so what they name has a place of its own there
+            definitions[str(number)], parameters = moved, {"$ref": place}
         properties = {"name": {"const": tool.function.name}, "parameters": parameters}
         items.append(
             {"type": "object", "properties": properties, "required": ["name", "parameters"], "additionalProperties": False}
         )
-    shared = {key: value for key, value in definitions.items() if value}
     limit = {"maxItems": 1} if at_most_one else {}
+    shared = {"$defs": definitions} if definitions else {}
     return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": items}, **shared}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """`schema` with the references that count from its root counting from `place`."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: value if key in _VALUES else _moved(value, place) for key, value in schema.items()}
+    where = schema.get("$ref")
+    if isinstance(where, str) and (where == "#" or where.startswith("#/")):
+        moved["$ref"] = place + where[1:]
+    return moved
 
 
 def _response_format(request: GenerationRequest) -> tuple[str, GrammarKind, str] | None:
@@ -97,5 +113,6 @@ def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, st
     if not choices or not all(choices):
         raise InvalidRequest(f"{param} needs one or more strings that are not empty.", param)
     # one terminal, which is an automaton: as alternatives of a rule each choice would be an item of the parser's row
-    listed = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+    spelled = (json.dumps(choice, ensure_ascii=False).replace("\x7f", r"\u007f") for choice in dict.fromkeys(choices))
+    listed = " | ".join(spelled)
     return param, "lark", f"start: CHOICE\nCHOICE: {listed}"

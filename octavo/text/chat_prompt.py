@@ -10,6 +10,7 @@ from octavo.errors import InvalidRequest
 from octavo.text.chat_messages import ContentFormat, plain_messages
 from octavo.text.chat_template import render_chat
 from octavo.text.content_format import content_format
+from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, render_tools, shows_tools, spell_calls
 
 __all__ = ["render_conversation"]
 
@@ -24,22 +25,29 @@ def render_conversation(
     continue_final_message: bool = False,
     content: str = "auto",
     switches: Mapping[str, Any] | None = None,
+    calls: CallForm = PLAIN_CALLS,
 ) -> str:
     """The prompt's text. `content`: the form of content that the template reads, `auto` to find it out; `switches`: the
-    template's own. With `continue_final_message` the text ends where the last message does, to the last blank.
+    template's own; `calls`: how the model is to write calls, where the template does not say it. With
+    `continue_final_message` the text ends where the last message does, to the last blank.
 
     Raises InvalidRequest for messages that cannot be rendered.
     """
     form: ContentFormat = content_format(template) if content == "auto" else "openai" if content == "openai" else "string"
-    plain = plain_messages(messages, form)
-    more = dict(switches or {})
+    plain = spell_calls(template, plain_messages(messages, form), calls)
+
+    def render(add: bool) -> str:
+        if tools and not shows_tools(template):
+            return render_tools(template, plain, special_tokens, tools, add, calls, **dict(switches or {}))
+        return render_chat(template, plain, special_tokens, tools, add, **dict(switches or {}))
+
     if not continue_final_message:
-        return render_chat(template, plain, special_tokens, tools, add_generation_prompt, **more)
+        return render(add_generation_prompt)
     if not plain:
         raise InvalidRequest("continue_final_message needs a message to continue.", "messages")
     mark = secrets.token_hex(16)  # stands behind the content, where no template trims it
     plain[-1]["content"] = _marked(plain[-1]["content"], mark)
-    text, found, _ = render_chat(template, plain, special_tokens, tools, False, **more).rpartition(mark)
+    text, found, _ = render(False).rpartition(mark)
     if not found:
         raise InvalidRequest(
             "continue_final_message needs a last message that the chat template prints, and this one is not.", "messages"

@@ -17,7 +17,7 @@ from octavo.errors import InvalidRequest, OctavoError
 if TYPE_CHECKING:
     from jinja2 import Environment, nodes
 
-__all__ = ["parse_template", "render_chat"]
+__all__ = ["check_template", "parse_template", "render_chat"]
 
 
 def render_chat(
@@ -41,6 +41,11 @@ def render_chat(
         raise
     except Exception as error:  # anything a template may do to messages it did not expect: TypeError, KeyError, ...
         raise InvalidRequest(f"The chat template cannot render these messages: {error}", "messages") from error
+
+
+def check_template(template: str) -> None:
+    """Raises OctavoError for what is no template."""
+    _compile(template)
 
 
 @lru_cache(maxsize=16)

@@ -11,7 +11,8 @@ from typing import Any
 import tokenizers
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.files import check_regular, read_text
+from octavo.files import check_directory, check_regular
+from octavo.text.checkpoint_text import chat_templates
 from octavo.text.generation_config import default_sampling, eos_token_ids, read_json
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -30,7 +31,7 @@ class Tokenizer:
         self._tokenizer = _read_tokenizer(self.directory / "tokenizer.json")
         config = read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(read_json(self.directory / "special_tokens_map.json") | config)
-        self.chat_templates = _chat_templates(self.directory, config)
+        self.chat_templates = chat_templates(self.directory, config)
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
         eos = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_token_ids = eos_token_ids(self.directory) | ({eos} if eos is not None else set())
@@ -39,7 +40,6 @@ class Tokenizer:
         self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
-        self._adds_bos = config.get("add_bos_token")
         self._bytes: dict[int, bytes] = {}
         self._decoders = _decoder_types(self._tokenizer.decoder)
         self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -56,14 +56,15 @@ class Tokenizer:
         return next((self.chat_templates[name] for name in names if name in self.chat_templates), None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. A rendered chat template already holds its special tokens: pass False."""
-        add = add_special_tokens and self._adds_bos is not False
+        """The ids of `text`. A rendered chat template already holds its special tokens: pass False.
+
+        tokenizer.json alone says which special tokens are added, as in transformers 5: add_bos_token of tokenizer_config.json
+        is of the time before, and contradicts it in files that were saved anew.
+        """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
             raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
-        if add and self._adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -116,6 +117,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
+        if not path.parent.is_dir():
+            check_directory(path.parent)  # says what it is
         raise OctavoError(f"{path.parent} has no tokenizer.json; add one, or send prompts as token ids.")
     check_regular(path)
     try:
@@ -138,30 +141,6 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
-
-
-def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
-    inline = read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
-    templates: dict[str, str] = {}
-    if isinstance(inline, str):
-        templates["default"] = inline
-    elif isinstance(inline, list) and all(map(_is_named_template, inline)):
-        templates.update((entry["name"], entry["template"]) for entry in inline)
-    elif inline is not None:
-        raise OctavoError(
-            f"{directory}: chat_template must be a text or a list of objects with a name and a template, "
-            f"not {str(inline)[:80]}; mend tokenizer_config.json or chat_template.json."
-        )
-    more = directory / "additional_chat_templates"
-    for path in [*sorted(more.glob("*.jinja")), directory / "chat_template.jinja"]:
-        if (text := read_text(path)) is not None:
-            templates["default" if path.parent == directory else path.stem] = text
-    return templates
-
-
-def _is_named_template(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _decoder_types(decoder: Any) -> set[str]:

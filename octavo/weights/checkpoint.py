@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.files import check_regular, read_json
+from octavo.files import check_regular, read_json, unread_weights
 from octavo.platform import Platform
-from octavo.quant.formats import WHOLE, Shard
+from octavo.quant.formats import COMPANIONS, WHOLE, Shard
 from octavo.weights.finite import FiniteCheck
 
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
@@ -70,17 +70,20 @@ class Checkpoint:
             except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
-            raise OctavoError(
-                f"{directory} has no .safetensors files; Octavo reads no other weight format (convert .bin files first)."
-            )
+            found = f"and holds {told}" if (told := unread_weights(directory)) else "and Octavo reads no other weight format"
+            raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
         self.files = {file: _read_header(path, file) for file, path in files.items()}
         self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+        absent = sorted(set(weight_map) - set(self.tensors))
+        self.unused = _scales_of_nothing(self.tensors)
+        for name in self.unused:
+            self.files[self.tensors[name].file].remove(self.tensors.pop(name))
         self.finite = FiniteCheck(self.tensors)  # whoever reads values has it look at them
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if absent := sorted(set(weight_map) - set(self.tensors)):
+        if absent:
             raise OctavoError(
                 f"{index} names the tensor {absent[0]}, which {weight_map[absent[0]]} does not hold; download it again."
             )
@@ -131,6 +134,18 @@ def bytes_of(data: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     array: Any = data.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _scales_of_nothing(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Scales that tools leave beside an embedding or a head that is not quantized, or is the embedding's matrix."""
+    found = []
+    for name in tensors:
+        module, _, end = name.rpartition(".")
+        weight = tensors.get(f"{module}.weight")
+        stored = weight is not None and not weight.dtype.startswith(("BF", "F16", "F32", "F64"))
+        if end in COMPANIONS and not stored and module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            found.append(name)
+    return [name for name in found if f"{name.rpartition('.')[0]}.weight_packed" not in tensors]
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:

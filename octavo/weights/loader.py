@@ -111,7 +111,13 @@ class Loader:
 
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
         """A norm, bias or embedding in the model's dtype, not quantized."""
-        tensor = self.read(name, shape, shard).to(self.dtype)
+        stored = self.read(name, shape, shard)
+        if not stored.is_floating_point() or stored.dtype.itemsize == 1:
+            raise OctavoError(
+                f"{self.prefix}{name} is stored as {stored.dtype}, which Octavo reads of linear layers only; "
+                "take a checkpoint in which embeddings, norms and biases are not quantized."
+            )
+        tensor = stored.to(self.dtype)
         self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 

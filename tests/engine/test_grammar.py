@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import COMMON
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
@@ -188,6 +188,60 @@ def test_many_tools(llm):
         (call,) = json.loads(out.text)
         assert call["name"] in {tool.function.name for tool in tools}
         assert out.finish_reason == "stop"
+
+
+def item(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def tool(name, **schema):
+    return Tool(function=Function(name=name, parameters=schema))
+
+
+TEXT, NUMBER = {"type": "string", "maxLength": 3}, {"type": "integer", "minimum": 0, "maximum": 99}
+REFERRING = [
+    tool("a", **item(x={"$ref": "#/$defs/Item"}), **{"$defs": {"Item": item(text=TEXT)}}),
+    tool("b", **item(x={"$ref": "#/$defs/Item"}), **{"$defs": {"Item": item(number=NUMBER)}}),  # another class of that name
+    tool("c", **item(x={"$ref": "#/definitions/Item"}), definitions={"Item": item(both=NUMBER)}),
+    tool("d", **item(x=TEXT, y={"$ref": "#/properties/x"})),
+    tool("e", **item(x={"anyOf": [{"$ref": "#"}, {"type": "null"}]})),  # of itself
+    tool("f", **item(x={"const": {"$ref": "#/no/schema"}})),
+]
+
+
+CALLS = {
+    "a": ('{"x": {"text": "ab"}}', '{"x": {"number": 7}}'),
+    "b": ('{"x": {"number": 7}}', '{"x": {"text": "ab"}}'),
+    "c": ('{"x": {"both": 7}}', '{"x": {"text": "ab"}}'),
+    "d": ('{"x": "ab", "y": "c"}', '{"x": "ab", "y": 7}'),
+    "e": ('{"x": {"x": {"x": null}}}', '{"x": [{"name": "e", "parameters": {"x": null}}]}'),
+    "f": ('{"x": {"$ref": "#/no/schema"}}', '{"x": {"$ref": "#/$defs/5/no/schema"}}'),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_references_within_a_tool_are_its_own(name):
+    """They count from the root of the tool's parameters, as JSON Schema has it, whatever other tools call alike."""
+    tokenizer = LLTokenizer((MODEL_DIR / "tokenizer.json").read_text())
+    grammar = serialize(calls_of(REFERRING, True))
+    right, wrong = CALLS[name]
+    for parameters, allowed in ((right, True), (wrong, False)):
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        tokens = tokenizer.tokenize_str(f'[{{"name": "{name}", "parameters": {parameters}}}]')
+        assert (matcher.validate_tokens(tokens) == len(tokens)) is allowed, parameters
+
+
+@pytest.mark.parametrize("odd", [{"$defs": "x"}, {"$defs": [1]}, {"definitions": 5}, {"$defs": {"a": 5}}], ids=str)
+def test_odd_definitions_are_no_fault_of_the_server(odd):
+    assert serialize(calls_of([tool("a", **item(x=TEXT), **odd)], False))  # nothing refers to them
+
+
+@pytest.mark.parametrize("character", ["\x7f", "\x01", "\n", '"', "\\", "\x9f", "\u2028", "\ufeff", "🌶", "/"], ids=ascii)
+def test_a_choice_may_hold_any_character(llm, character):
+    _, kind, grammar = _choice("guided_choice", [f"a{character}b"])
+    (out,) = outputs(llm, kind, grammar, count=1)
+    assert out.text == f"a{character}b"
 
 
 @pytest.mark.parametrize(

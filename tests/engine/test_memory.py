@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from conftest import COMMON
 from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.memory import GIB, check_weights, gib, plan_blocks
+from octavo.engine.memory import GIB, check_weights, gib, length_held, plan_blocks
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 
@@ -190,6 +191,36 @@ def test_a_note_reaches_the_report(shape):
     llm = LLM(long, **DUMMY | dict(max_model_len=None, cpu_kv_cache_gib=4096 * 1024 / GIB))
     assert llm.info.max_model_len == 4096
     assert any("note: max_model_len lowered from 100000 to 4096" in line for line in llm.info.report)
+
+
+def test_no_table_is_made_for_positions_that_no_cache_holds(shape, tmp_path):
+    """10**9 positions of a head of 64 take 256 GB of cosines and sines, and the cache here holds 4096 tokens."""
+    config = json.loads((shape / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=10**9)))
+    small = DUMMY | dict(cpu_kv_cache_gib=4096 * 1024 / GIB)
+    llm = LLM(tmp_path, **small | dict(max_model_len=None))
+    assert llm.info.max_model_len == 4096
+    assert any("note: max_model_len lowered from 1000000000 to 4096" in line for line in llm.info.report)
+    assert llm._core.runner.model.model.layers[0].self_attn.rotary_emb.cos_sin.shape[0] == 4096
+    with pytest.raises(OctavoError, match=r"one request of 1000000000 tokens needs .* lower --max-model-len to 4096"):
+        LLM(tmp_path, **small | dict(max_model_len=10**9))
+    assert LLM(tmp_path, **small | dict(max_model_len=100)).info.max_model_len == 100
+
+
+def test_the_length_of_a_model_is_what_its_cache_could_hold():
+    held = partial(length_held, EngineConfig(), bytes_per_token=GIB // 8192)
+    assert held(cuda(free=80), wanted=10**9) == int(80 * 0.9 * 128) * 64
+    assert held(cuda(free=40), wanted=10**9) == ((40 - 8) * 128) * 64  # of a device that others use too
+    assert held(cuda(free=80), wanted=5000) == 5000
+    assert held(cuda(free=1), wanted=5000) == 1  # plan_blocks says it, with what the weights take
+    with pytest.raises(OctavoError, match="lower --max-model-len to 589824"):
+        length_held(EngineConfig(max_model_len=10**9), cuda(free=80), GIB // 8192, 10**9)
+
+
+def test_a_cache_is_for_no_more_than_the_model():
+    """Memory may have been given back while the weights were read."""
+    budget = plan_blocks(EngineConfig(), cuda(free=80), GIB // 8192, 10**6, 0, 0, 4096)
+    assert (budget.max_model_len, budget.notes[0].split(":")[0]) == (4096, "max_model_len lowered from 1000000 to 4096")
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read():

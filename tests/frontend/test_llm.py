@@ -175,6 +175,7 @@ def test_other_errors(llm, tmp_path):
         LLM(MODEL_DIR, quantisation="fp8")
     with pytest.raises(InvalidRequest, match="2 prompts and 1 sampling_params"):
         llm.generate([[1], [2]], [params()])
+    (tmp_path / "config.json").write_text("{}")
     bare = LLM(tmp_path)
     assert bare.generate([[1]], params())[0].outputs[0].text == ""
     with pytest.raises(OctavoError, match=r"no tokenizer\.json"):

@@ -19,6 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from octavo import LLM, SamplingParams
+from octavo.errors import OctavoError
+
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -92,3 +95,37 @@ def test_a_wrong_rope_would_be_seen(tmp_path: Path, load_model: LoadModel) -> No
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"llama3"', '"default"'))
     assert relative_error(load_model(tmp_path).logits(ids), expected) > 1e-2
+
+
+LENGTHS = {
+    "linear": (dict(rope_type="linear", rope_theta=10000.0, factor=4.0), 256),
+    "linear, of an original length": (
+        dict(rope_type="linear", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=50), 200,
+    ),
+    "yarn": (dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64), 256),
+    "yarn, written out": (dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32), 64),
+    "llama3": (LLAMA3 | dict(original_max_position_embeddings=8), 64),
+    "default": (dict(rope_type="default", rope_theta=10000.0), 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_the_longest_context_and_what_is_beyond_the_positions(kind: str, tmp_path: Path) -> None:
+    """Of 64 positions; prompts as long as the context is have transformers' log-probabilities."""
+    rope, longest = LENGTHS[kind]
+    torch.manual_seed(0)
+    reference = randomize(llama(max_position_embeddings=64, rope_parameters=rope))
+    reference.save_pretrained(tmp_path)
+    how = dict(dtype="float32", threads=1, cpu_kv_cache_gib=0.05)
+    llm = LLM(tmp_path, **how)
+    assert llm.info.max_model_len == longest
+    assert LLM(tmp_path, max_model_len=longest, **how).info.max_model_len == longest
+    with pytest.raises(OctavoError, match=f"{longest + 1} is over the {longest} positions"):
+        LLM(tmp_path, max_model_len=longest + 1, **how)
+    ids = tokens(longest - 1)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
+    entries = llm.generate([ids], params, use_tqdm=False)[0].prompt_logprobs
+    found = torch.tensor([entry[token].logprob for entry, token in zip(entries[1:], ids[1:], strict=True)])
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    assert relative_error(found, expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]) < 1e-4

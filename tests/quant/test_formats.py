@@ -87,6 +87,17 @@ def test_block_weights_are_kept(spelling: str, shape: tuple[int, int], seed: int
     assert torch.equal(dequantize(q), dequantize(original))
 
 
+@pytest.mark.parametrize(("dim", "ranks"), [(0, 1), (0, 3), (1, 2)])
+def test_tiles_of_modelopt_s(dim: int, ranks: int, seed: int) -> None:
+    """FP8_PB_WO: a scale for each tile, with dimensions of 1 between (NVIDIA's ModelOpt, export of block quantizers)."""
+    original = quantize(torch.randn(384, 256), FP8_BLOCK)
+    assert original.scale is not None
+    stored = Stored(weight=original.data, weight_scale=original.scale.view(3, 1, 2, 1))
+    parts = [read(stored, (384, 256), Shard(dim, rank, ranks)) for rank in range(ranks)]
+    assert all(part.scheme is FP8_BLOCK for part in parts)
+    assert torch.equal(torch.cat([dequantize(part) for part in parts], dim), dequantize(original))
+
+
 def test_hugging_face_per_tensor_weights_are_kept() -> None:
     """`fp8` without a block size calls the matrix's scale `weight_scale_inv` too, and a static input's `activation_scale`."""
     stored = Stored(weight=all_codes(), weight_scale_inv=torch.tensor(0.7), activation_scale=torch.tensor(0.3))

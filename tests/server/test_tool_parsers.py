@@ -118,7 +118,7 @@ def test_arguments_are_json_or_the_call_is_content(make_client: MakeClient, name
     written += [f"f{arguments}"] if name == "mistral" else []
     for one in written:
         text = form.opener + (f"[{one}]" if name == "json" else one) + form.closer
-        parser = make_parser(name)
+        parser = json_parser(name)
         parts = [*parser.feed(text), *parser.finish()]
         if value == '"NaN"':
             assert parts == [ToolCall("f", arguments)]

@@ -419,9 +419,14 @@ def test_forced_calls_are_json_in_every_family(make_client: MakeClient, name: st
 @pytest.mark.parametrize(
     ("model_type", "name", "template", "written"),
     [
-        ("glm4_moe", "glm45", "<|assistant|>", "\n<think>why</think>\n"),
-        ("minimax_m2", "minimax_m2", "]~b]ai\n<think>\n", "why</think>\n\n"),
-        ("qwen3_moe", "qwen3_coder", "{#<tool_call><function=a><parameter=b>#}<|im_start|>assistant\n", "<think>why</think>"),
+        ("glm4_moe", "glm45", "{{ tools }}<|assistant|>", "\n<think>why</think>\n"),
+        ("minimax_m2", "minimax_m2", "{{ tools }}]~b]ai\n<think>\n", "why</think>\n\n"),
+        (
+            "qwen3_moe",
+            "qwen3_coder",
+            "{#<tool_call><function=a><parameter=b>#}{{ tools }}<|im_start|>assistant\n",
+            "<think>why</think>",
+        ),
     ],
 )
 def test_the_model_type_chooses(model_type: str, name: str, template: str, written: str) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
@@ -93,11 +93,32 @@ def test_what_the_files_say(tmp_path):
     assert tokenizer.eos_token_ids == {2, 7, 8}
     assert tokenizer.special_ids == {1, 2}
     assert tokenizer.default_sampling == {"temperature": 0.6, "top_k": 20}
-    assert tokenizer.encode("ab")[0] == tokenizer.bos_token_id == 1
-    assert 1 not in tokenizer.encode("ab", add_special_tokens=False)
+    assert tokenizer.bos_token_id == 1
     assert (tokenizer.template_for(tools=False), tokenizer.template_for(tools=True)) == ("D", "T")
     (tmp_path / "chat_template.jinja").write_text("F")
     assert Tokenizer(tmp_path).chat_template == "F"
+
+
+@pytest.mark.parametrize("added", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", None])
+def test_special_tokens_are_added_as_transformers_adds_them(tmp_path, added, says, kind):
+    sentencepiece(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(added, special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", **says}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("ab", "", "<s>ab"):
+        assert Tokenizer(tmp_path).encode(text) == theirs(text).input_ids
+        assert Tokenizer(tmp_path).encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+    assert (1 in Tokenizer(tmp_path).encode("ab")) == ("<s>" in added)
 
 
 def test_eos_of_the_text_model(tmp_path):

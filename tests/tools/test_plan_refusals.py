@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[dict[str, Any], Tensors | None, list[str], str]] = {
     "zero points of INT4": ({}, put("int4", **{f"{Q}__weight_zero_point": ("I32", (8, 32))}), [], "with zero points"),
     "4-D scales of INT4": ({}, put("int4", **{f"{Q}__weight_scale": ("BF16", (256, 8, 1, 1))}), [], "[256, 8, 1, 1]"),
     "INT4 without scales": ({}, put("int4", **{f"{Q}__weight_scale": None}), [], "without a scale"),
-    "quant_algo null": (dict(quantization_config=dict(quant_method="modelopt", quant_algo=None)), None, [], "quant_algo null"),
+    "NVFP4": (dict(quantization_config=dict(quant_method="modelopt", quant_algo="NVFP4")), None, [], "ModelOpt to 'NVFP4'"),
     "4-D scales": ({}, put("channel", **{f"{Q}__weight_scale": ("F32", (256, 1, 1, 1))}), [], "at most 2 dimensions"),
     "4-D scale for all": ({}, put("fp8", **{f"{Q}__weight_scale": ("F32", (1, 1, 1, 1))}), [], "at most 2 dimensions"),
     "odd scales": ({}, put("channel", **{f"{Q}__weight_scale": ("F32", (7, 1))}), [], "nor one for each of its channels"),
@@ -106,8 +106,8 @@ def test_what_the_engine_refuses(what: str, tmp_path: Path) -> None:
 
 def test_a_quantization_config_of_its_own_file(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, llama_tensors())
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
-    with pytest.raises(OctavoError, match="quant_algo null") as raised:
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(OctavoError, match="ModelOpt to 'NVFP4'") as raised:
         ModelRunner(EngineConfig(model=directory, device="cpu"))
     assert str(raised.value) in planned(directory, "--accelerator", "cpu")
 

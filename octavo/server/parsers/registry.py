@@ -7,9 +7,10 @@ from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.reasoning import REASONING_PARSERS
 from octavo.server.parsers.tools import PARSERS, CallParser, json_parser
 from octavo.server.parsers.xml_calls import XmlCalls
-from octavo.server.parsers.xml_forms import FORMS
+from octavo.server.parsers.xml_forms import FORMS, Spelling
+from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
-__all__ = ["choose_parser", "choose_reasoning_parser", "keeps_special", "make_parser"]
+__all__ = ["call_form", "choose_parser", "choose_reasoning_parser", "keeps_special", "make_parser"]
 
 # Other names of the same formats, most of them vLLM's.
 _ALIASES = {
@@ -56,6 +57,13 @@ def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
 def make_parser(name: str, types: ArgumentTypes) -> CallParser:
     """A parser for one answer. `types`: of the parameters of the request's tools, where the format writes values untyped."""
     return XmlCalls(FORMS[name], types) if name in FORMS else json_parser(name)
+
+
+def call_form(name: str | None) -> CallForm:
+    """How a model is told to write calls that the parser reads, where its chat template does not say."""
+    if name in FORMS:
+        return Spelling(form=FORMS[name])
+    return PARSERS[name].told if name else PLAIN_CALLS
 
 
 def keeps_special(name: str) -> bool:

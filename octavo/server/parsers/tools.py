@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol
 
+from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
+
 __all__ = ["PARSERS", "CallParser", "Format", "NamedCall", "Part", "ToolCall", "json_parser", "undecided"]
 
 
@@ -41,13 +43,18 @@ class Format:
     closer: str = ""  # where one call ends; empty: where its JSON ends
     bare: bool = False  # the opener may be left out if the answer begins with a JSON object
     special: bool = False  # the opener is a special token: text must keep those
+    told: CallForm = PLAIN_CALLS  # how a model is told to write calls whose chat template says nothing of them
 
 
+_IN_LIST = {"between": ", ", "closer": "]"}
 PARSERS = {
-    "hermes": Format("<tool_call>", "</tool_call>"),  # qwen2, qwen3 and NousResearch's models
-    "llama3_json": Format("<|python_tag|>", bare=True, special=True),
-    "mistral": Format("[TOOL_CALLS]", special=True),  # a JSON array, or since v11 name{...}
-    "json": Format(""),  # what tool_choice "required" makes the model write, whatever its family
+    # qwen2, qwen3 and NousResearch's models
+    "hermes": Format("<tool_call>", "</tool_call>", told=CallForm(before="<tool_call>\n", after="\n</tool_call>")),
+    "llama3_json": Format("<|python_tag|>", bare=True, special=True, told=CallForm(between="; ", key="parameters")),
+    # a JSON array, or since v11 name{...}
+    "mistral": Format("[TOOL_CALLS]", special=True, told=CallForm("[TOOL_CALLS][", **_IN_LIST)),
+    # what tool_choice "required" makes the model write, whatever its family
+    "json": Format("", told=CallForm("[", **_IN_LIST, key="parameters")),
 }
 _BETWEEN = " \n\r\t;,[]"
 _NAME = re.compile(r"\s*([\w.\-/]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-__all__ = ["FORMS", "XmlForm"]
+from octavo.text.tool_prompt import CallForm
+
+__all__ = ["FORMS", "Spelling", "XmlForm"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,29 @@ FORMS = {
         *("<parameter name=", ">", "", "</parameter>"),
     ),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spelling(CallForm):
+    """The family's calls as a CallForm."""
+
+    form: XmlForm
+
+    def spell(self, calls: Sequence[tuple[str, Any]]) -> str:
+        return "\n".join(_spelled(self.form, name, arguments) for name, arguments in calls)
+
+
+def _spelled(form: XmlForm, name: str, arguments: Any) -> str:
+    """One call. Arguments of an earlier turn that are no object, since the answer was cut off, are written as they are."""
+    quote = '"' if form.key.endswith(" name=") else ""
+    lines = [form.block, f"{form.call}{quote}{name}{quote}>"] if form.call else [f"{form.block}{name}"]
+    if not isinstance(arguments, Mapping):
+        lines.append(str(arguments))
+        arguments = {}
+    for key, value in arguments.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = f"\n{text}\n" if form.lines else text
+        between = f"\n{form.value}" if form.value else ""
+        lines.append(f"{form.key}{quote}{key}{quote}{form.key_end}{between}{text}{form.value_end}")
+    lines += [form.call_end, form.block_end] if form.call else [form.block_end]
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError, refusal
-from octavo.files import read_json
+from octavo.files import check_directory, read_json
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
 from octavo.quant.checks import check_format
@@ -71,6 +71,8 @@ def find_source(target: str, *, dummy: bool = False) -> Source:
             return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
         return source_of_config(target, "config.json alone", config, refused, dummy=dummy)
     if path.is_file():
+        if path.suffix in (".gguf", ".safetensors"):
+            check_directory(path)  # says what it is
         config = read_json(path) or {}
         return source_of_config(
             str(path.parent), "config.json alone", config, refusal(lambda: check_format(config, path.parent)), dummy=dummy

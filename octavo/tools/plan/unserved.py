@@ -32,7 +32,7 @@ __all__ = ["UNSERVED", "UnservedModel", "build_unserved", "stored_as", "unstacke
 
 ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "64 weights a token that decide what attention sees"
-EXTRA = ("*.rotary_emb.inv_freq", "*.mlp.gate.e_score_correction_bias", "*.k_scale", "*.v_scale", "*.q_scale", "*.kv_scale",
+EXTRA = ("*.rotary_emb.*", "*.mlp.gate.e_score_correction_bias", "*.k_scale", "*.v_scale", "*.q_scale", "*.kv_scale",
          "*_proj.output_scale", "lm_head.weight")  # fmt: skip
 
 

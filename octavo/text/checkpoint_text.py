@@ -1,0 +1,69 @@
+"""What a checkpoint brings for text, looked at before anything is loaded: chat templates, and whether it has a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.files import read_text
+from octavo.text.chat_template import check_template
+from octavo.text.generation_config import read_json
+
+__all__ = ["chat_templates", "check_templates", "no_tokenizer"]
+
+
+def check_templates(directory: str | Path, given: str | None = None) -> None:
+    """Raises OctavoError for a chat template that is not valid jinja: the one `given` in place of the checkpoint's, or each of
+    the checkpoint's.
+    """
+    if given is not None:
+        _check("--chat-template", given)
+        return
+    folder = Path(directory)
+    for name, template in chat_templates(folder, read_json(folder / "tokenizer_config.json")).items():
+        _check(f"{directory}, chat template '{name}'", template)
+
+
+def _check(where: str, template: str) -> None:
+    try:
+        check_template(template)
+    except OctavoError as error:
+        raise OctavoError(f"{where}: {str(error).removesuffix('.')}; mend it, or give another with --chat-template.") from error
+
+
+def no_tokenizer(directory: str | Path) -> str | None:
+    """What a checkpoint without tokenizer.json can do, in a sentence; None for one that has it."""
+    folder = Path(directory)
+    if (folder / "tokenizer.json").exists():
+        return None
+    old = next((name for name in ("tokenizer.model", "vocab.json", "tiktoken.model") if (folder / name).exists()), None)
+    mend = f"make one of its {old} with transformers (AutoTokenizer, save_pretrained)" if old else "add the model's"
+    return (
+        f"{directory} has no tokenizer.json, so only prompts of token ids are served (to /v1/completions, where "
+        f"return_token_ids asks for ids in the answer), no text and no chat; {mend} for those."
+    )
+
+
+def chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
+    inline = read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    templates: dict[str, str] = {}
+    if isinstance(inline, str):
+        templates["default"] = inline
+    elif isinstance(inline, list) and all(map(_is_named_template, inline)):
+        templates.update((entry["name"], entry["template"]) for entry in inline)
+    elif inline is not None:
+        raise OctavoError(
+            f"{directory}: chat_template must be a text or a list of objects with a name and a template, "
+            f"not {str(inline)[:80]}; mend tokenizer_config.json or chat_template.json."
+        )
+    more = directory / "additional_chat_templates"
+    for path in [*sorted(more.glob("*.jinja")), directory / "chat_template.jinja"]:
+        if (text := read_text(path)) is not None:
+            templates["default" if path.parent == directory else path.stem] = text
+    return templates
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))

@@ -1,0 +1,155 @@
+"""Tools for chat templates that do not show them: they, and the calls of earlier turns, are then written into the messages.
+
+A template shows tools if it prints them for a plain conversation; nothing else could make a model call what it never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import nodes
+
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.text.chat_template import parse_template, render_chat
+
+__all__ = ["PLAIN_CALLS", "CallForm", "render_tools", "shows_tools", "spell_calls"]
+
+Content = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a model should write its calls: each a JSON object of its name and, under `key`, its arguments."""
+
+    opener: str = ""  # of all calls
+    before: str = ""  # each
+    after: str = ""
+    between: str = "\n"
+    closer: str = ""
+    key: str = "arguments"
+    named: str | None = None  # the function of the only call, of which the arguments alone are written
+
+    def spell(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """The calls, each a name and its arguments."""
+        spelled = (f"{self.before}{_json({'name': name, self.key: arguments})}{self.after}" for name, arguments in calls)
+        return f"{self.opener}{self.between.join(spelled)}{self.closer}"
+
+
+PLAIN_CALLS = CallForm(key="parameters")
+
+
+@lru_cache(maxsize=16)
+def shows_tools(template: str) -> bool:
+    """Whether the template prints the tools that it is given."""
+    if not any(name.name == "tools" for name in parse_template(template).find_all(nodes.Name)):
+        return False
+    mark = f"f{secrets.token_hex(8)}"
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": mark, "description": "x", "parameters": parameters}}
+    system, user = ({"role": role, "content": "x"} for role in ("system", "user"))
+    refused = False
+    for messages in ([user], [system, user]):
+        try:
+            if mark in render_chat(template, messages, {"bos_token": "", "eos_token": ""}, [tool]):
+                return True
+        except OctavoError:  # it wants other messages, of which nothing is known
+            refused = True
+    return refused
+
+
+@lru_cache(maxsize=16)
+def _shows_calls(template: str) -> bool:
+    """Whether the template reads the calls of a message."""
+    tree = parse_template(template)
+    return any(one.attr == "tool_calls" for one in tree.find_all(nodes.Getattr)) or any(
+        one.value == "tool_calls" for one in tree.find_all(nodes.Const)
+    )
+
+
+def spell_calls(template: str, messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[str, Any]]:
+    """Plain messages; calls that the template would leave out are at the end of their message's content."""
+    if _shows_calls(template):
+        return [dict(message) for message in messages]
+    spelled = []
+    for message in messages:
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        if calls := message.get("tool_calls"):
+            text = form.spell([(call["function"]["name"], call["function"]["arguments"]) for call in calls])
+            rest["content"] = _joined(rest["content"], text, "\n")
+        spelled.append(rest)
+    return spelled
+
+
+def render_tools(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    form: CallForm,
+    **switches: Any,
+) -> str:
+    """As render_chat, of a template that does not show the tools: they are at the end of the system message or, where the
+    template does not print that, at the beginning of the user's first.
+    """
+    text = _told(tools, form)
+    refusal: InvalidRequest | None = None
+    for placed in (_in_system(messages, text), _in_first_of_user(messages, text)):
+        try:
+            rendered = render_chat(template, placed, special_tokens, tools, add_generation_prompt, **switches)
+        except InvalidRequest as error:
+            refusal = error
+            continue
+        if text in rendered:
+            return rendered
+    raise refusal or InvalidRequest(
+        "The chat template prints no tools, and no message that they could stand in; leave tools out, "
+        "or start the server with a --chat-template that prints them.",
+        "tools",
+    )
+
+
+def _told(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
+    listed = "\n".join(_json(tool) for tool in tools)
+    if form.named is not None:
+        how = f"Call {form.named} now: answer with its arguments alone, as a JSON object."
+    else:
+        example = form.spell([("<name of the function>", {"<name of an argument>": "<value>"})])
+        how = f"To call functions, answer with nothing but the calls, written so:\n{example}"
+    return f"You can call these functions:\n{listed}\n\n{how}"
+
+
+def _in_system(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    if not messages or messages[0]["role"] != "system":
+        parts = any(isinstance(message["content"], list) for message in messages)
+        return [{"role": "system", "content": _parts(text) if parts else text}, *messages]
+    return [{**messages[0], "content": _joined(messages[0]["content"], text, "\n\n")}, *messages[1:]]
+
+
+def _in_first_of_user(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    at = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
+    if at is None:
+        return list(messages)
+    content: Content = messages[at]["content"]
+    first = text + "\n\n"
+    told = {**messages[at], "content": first + content if isinstance(content, str) else [*_parts(first), *content]}
+    return [*messages[:at], told, *messages[at + 1 :]]
+
+
+def _joined(content: Content, text: str, between: str) -> Content:
+    if isinstance(content, str):
+        return f"{content}{between}{text}" if content else text
+    return [*content, *_parts(between + text if content else text)]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,131 @@
+"""Tensors that tools leave in checkpoints and that no model needs: skipped, and said where somebody might miss them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import COMMON, tokens
+from safetensors.torch import load_file, save_file
+from tools.planner import plan_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import LLM, SamplingParams
+from octavo.cli import main
+from octavo.errors import OctavoError
+from octavo.tools.plan.explain import refusals
+
+ATTENTION = "model.layers.0.self_attn"
+ONE = torch.ones(())
+TABLES = {
+    "inv_freq of a layer": {f"{ATTENTION}.rotary_emb.inv_freq": torch.ones(8)},
+    "inv_freq of the model": {"model.rotary_emb.inv_freq": torch.ones(8)},
+    "original_inv_freq": {"model.rotary_emb.original_inv_freq": torch.ones(8)},
+    "cosines and sines": {f"{ATTENTION}.rotary_emb.{name}_cached": torch.ones(1, 1, 8, 16) for name in ("cos", "sin")},
+    "both in one": {f"{ATTENTION}.rotary_emb.cos_sin_cache": torch.ones(8, 16)},
+}
+SCALES = {
+    "of a head in BF16": {"lm_head.weight_scale": torch.ones(256, 1)},
+    "of the head's activations": {"lm_head.input_scale": ONE},
+    "of an embedding in BF16": {"model.embed_tokens.weight_scale": ONE},
+}
+ACTIVATIONS = {
+    "outputs": {"model.layers.0.mlp.down_proj.output_scale": ONE, f"{ATTENTION}.o_proj.output_scale": ONE},
+    "inputs": {"model.layers.0.mlp.down_proj.input_scale": ONE},
+    "AutoFP8's first name": {f"{ATTENTION}.q_proj.act_scale": ONE},
+    "queries": {f"{ATTENTION}.q_scale": ONE},
+}
+EXTRA: dict[str, dict[str, torch.Tensor]] = {**TABLES, **SCALES, **ACTIVATIONS}
+HOW: dict[str, Any] = dict(dtype="float32", threads=1, cpu_kv_cache_gib=0.01)
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON | changes)).bfloat16()
+    model.save_pretrained(directory)
+    return directory
+
+
+def add(directory: Path, extra: dict[str, torch.Tensor]) -> None:
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | {name: tensor.clone() for name, tensor in extra.items()}, file, metadata={"format": "pt"})
+
+
+def logprobs(llm: LLM) -> list[float]:
+    params = SamplingParams(max_tokens=6, temperature=0, logprobs=0, ignore_eos=True)
+    found = llm.generate([tokens(20)], params, use_tqdm=False)[0].outputs[0]
+    assert found.logprobs is not None
+    return [entry[token].logprob for entry, token in zip(found.logprobs, found.token_ids, strict=True)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", EXTRA)
+def test_what_no_model_needs_is_skipped(name: str, tied: bool, tmp_path: Path) -> None:
+    expected = logprobs(LLM(write(tmp_path, tie_word_embeddings=tied), **HOW))
+    add(tmp_path, EXTRA[name])
+    llm = LLM(tmp_path, **HOW)
+    assert logprobs(llm) == expected
+    told = [line for line in llm.info.report if "not used: what they would scale is not quantized" in line]
+    assert [extra in "".join(told) for extra in EXTRA[name]] == [name in SCALES] * len(EXTRA[name])
+    assert refusals(plan_of(str(tmp_path), "--accelerator", "cpu")) == []
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_quantize_takes_it_too(name: str, tmp_path: Path) -> None:
+    source, plain, out = (tmp_path / part for part in ("source", "plain", "out"))
+    write(source)
+    assert main(["quantize", str(source), "--output", str(plain), "--scheme", "ptpc_fp8"]) == 0
+    add(source, EXTRA[name])
+    assert main(["quantize", str(source), "--output", str(out), "--scheme", "ptpc_fp8"]) == 0
+    assert logprobs(LLM(out, **HOW)) == logprobs(LLM(plain, **HOW))
+
+
+def test_a_scale_beside_a_layer_that_is_not_quantized_is_no_stray(tmp_path: Path) -> None:
+    """Its BF16 values may be codes that somebody cast, with which the scale belongs."""
+    add(write(tmp_path), {"model.layers.0.mlp.down_proj.weight_scale": ONE})
+    with pytest.raises(OctavoError, match=r"down_proj\.weight is stored as torch\.bfloat16 with a scale beside it"):
+        LLM(tmp_path, **HOW)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_are_no_values(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Read as numbers they would be wrong by their scale, without a word."""
+    stored = load_file(write(tmp_path) / "model.safetensors")
+    add(tmp_path, {name: stored[name].to(dtype)})
+    with pytest.raises(OctavoError, match=f"{name} is stored as {dtype}, which Octavo reads of linear layers only"):
+        LLM(tmp_path, **HOW)
+
+
+KEYS_AND_VALUES = {
+    "llm-compressor's, of a fused layer": {"qkv_proj.k_scale": 0.5, "qkv_proj.v_scale": 0.25},
+    "beside the attention": {"k_scale": 0.5, "v_scale": 0.25},
+    "keys alone": {"k_scale": 0.5},
+    "keys alone, of a fused layer": {"qkv_proj.k_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", KEYS_AND_VALUES)
+def test_scales_of_a_cache(name: str, tmp_path: Path) -> None:
+    scales = KEYS_AND_VALUES[name]
+    write(tmp_path)
+    add(tmp_path, {f"model.layers.{n}.self_attn.{end}": torch.tensor(value) for n in range(3) for end, value in scales.items()})
+    llm = LLM(tmp_path, kv_cache_dtype="fp8", **HOW)
+    found, from_checkpoint = llm._core.runner.model.kv_scales()
+    assert from_checkpoint
+    assert [float(scale) for scale in found] == [0.5, 0.25 if len(scales) == 2 else 0.5] * 3
+    assert "note: KV scales taken from the checkpoint" in llm.info.report
+    for dtype in ("auto", "fp8_per_token_head"):
+        report = LLM(tmp_path, kv_cache_dtype=dtype, **HOW).info.report
+        assert f"note: the checkpoint has KV scales, which --kv-cache-dtype {dtype} does not use; fp8 does" in report
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["num_hidden_layers"] == 3
+
+
+def test_scales_of_values_alone_are_half_of_something(tmp_path: Path) -> None:
+    add(write(tmp_path), {f"{ATTENTION}.v_scale": ONE})
+    with pytest.raises(OctavoError, match=r"no tensor .*self_attn\.k_scale"):
+        LLM(tmp_path, kv_cache_dtype="fp8", **HOW)
