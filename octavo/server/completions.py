@@ -26,7 +26,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
     """Answers a completion request: an object, or the chunks of a stream."""
     served.check_model(request.model)
-    prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
+    prompts = await _ids(served, _prompts(request.prompt), request)
     params = _params(served, request, max(map(len, prompts)))
     response_id = f"cmpl-{request.request_id or request_id}"
     streams = [served.generate(prompt, params, response_id, request.cache_salt) for prompt in prompts]
@@ -46,10 +46,10 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and set(map(type, prompt)) == {int}
 
 
-async def _ids(served: Served, prompt: str | list[int], request: CompletionRequest) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return await served.encode(prompt, request.add_special_tokens is not False)
+async def _ids(served: Served, prompts: list[str | list[int]], request: CompletionRequest) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await served.encode_all(texts, request.add_special_tokens is not False)) if texts else iter(())
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _params(served: Served, request: CompletionRequest, longest: int) -> SamplingParams:

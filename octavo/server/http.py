@@ -27,6 +27,7 @@ from octavo.server.protocol import ApiModel
 __all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "GateState", "JsonEndpoint", "merge", "parse", "read_json"]
 
 MAX_BODY_BYTES = 32 * 2**20
+OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # without a key, and while the server stops
 R = TypeVar("R", bound=ApiModel)
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
 EVENT_STREAM = [
@@ -208,7 +209,7 @@ class Gate:
             self.state.running -= 1
 
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
-        if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS":
+        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         scheme, _, key = authorization.partition(" ")
         # every key is compared, in constant time, so that the answer's delay tells nothing

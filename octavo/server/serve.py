@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")
     group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
-    group.add_argument("--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="keys that /v1 asks for")
+    group.add_argument(
+        "--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="one of these keys is asked for"
+    )
     group.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME", help="names of the model in the API")
     group.add_argument("--chat-template", metavar="FILE", help="a jinja file, or the template itself, for the checkpoint's own")
     group.add_argument(

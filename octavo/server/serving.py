@@ -29,7 +29,7 @@ __all__ = ["Served"]
 
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
-_LONG_TEXT = 20_000  # characters; encoding more would hold up the other streams, so a thread does it
+_LONG_TEXT = 2_000  # characters, a millisecond or two; encoding more would hold up the other streams, so a thread does it
 
 
 @dataclass
@@ -65,11 +65,25 @@ class Served:
         if name is not None and name not in self.names:
             raise ApiError(404, f"The model '{name}' is not served here; {self.names[0]} is.", "model", "model_not_found")
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt."""
-        if len(text) < _LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+    async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
+        """The ids of a prompt. Raises InvalidRequest for text far longer than `limit` tokens, by default the context."""
+        return (await self.encode_all([text], add_special_tokens, limit))[0]
+
+    async def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, limit: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text, as `encode` has them; in a thread if there is much of it."""
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return self._encode(texts, add_special_tokens, limit)
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens, limit)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool, limit: int | None) -> list[list[int]]:
+        tokenizer, most = self.tokenizer, self.engine.info.max_model_len
+        for text in texts:
+            if tokenizer.exceeds(text, limit or most):
+                fit = f"{limit} are read" if limit else f"{most - 1} fit beside one to generate"
+                raise InvalidRequest(f"The prompt has more than {limit or most} tokens; at most {fit}.", "prompt")
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
 
     def render(
         self,

@@ -16,6 +16,8 @@ from octavo.text.generation_config import default_sampling, eos_token_ids, read_
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
+CHARACTERS_PER_TOKEN = 8  # more than text in any language has
+PIECE = 2**16  # characters
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -58,12 +60,33 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. A rendered chat template already holds its special tokens: pass False."""
         add = add_special_tokens and self._adds_bos is not False
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
-        except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
-            raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
+        ids = self._encode(text, add)
         if add and self._adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
+        return ids
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` is far longer than `limit` tokens, found out without encoding more than about twice as many.
+
+        False for all that is at most CHARACTERS_PER_TOKEN a token: of that the ids themselves tell. Longer text is encoded in
+        pieces until they have twice the tokens; what a cut changes is a few tokens a piece, so less than a piece has.
+        """
+        if len(text) <= CHARACTERS_PER_TOKEN * limit:
+            return False
+        found = 0
+        for start in range(0, len(text), PIECE):
+            found += len(self._encode(text[start : start + PIECE], False))
+            if found > 2 * limit:
+                return True
+        return False
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """encode_batch lets other threads run meanwhile, where the library's encode holds the interpreter's lock; the fast one
+        keeps no offsets, which nobody reads."""
+        try:
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
+            raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
