@@ -18,8 +18,8 @@ from octavo.errors import InvalidRequest
 from octavo.server.chat import chat, chat_prompt
 from octavo.server.completions import complete
 from octavo.server.error_responses import HANDLERS, ApiError
-from octavo.server.http import Answer, Gate, JsonEndpoint, parse
-from octavo.server.protocol import ApiModel, ChatInput, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.http import Answer, Gate, JsonEndpoint
+from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.version import __version__
 
@@ -99,7 +99,7 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
     if request.prompt is not None:
         text, special = request.prompt, request.add_special_tokens is not False
     else:
-        text = chat_prompt(served, parse(ChatInput, request.model_dump()))
+        text = await chat_prompt(served, request)
         special = bool(request.add_special_tokens)
     most = _most_tokens(served)
     ids = await served.encode(text, special, most)

@@ -16,7 +16,7 @@ from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
 from octavo.server.parsers.tools import PARSERS, CallParser, NamedCall, make_parser
-from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
+from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
 
@@ -27,7 +27,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
     tools = _Tools(served, request)
-    text = chat_prompt(served, request)
+    text = await chat_prompt(served, request)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
     response_id = f"chatcmpl-{request.request_id or request_id}"
@@ -36,16 +36,16 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     return job.stream() if request.stream else await job.whole()
 
 
-def chat_prompt(served: Served, request: ChatInput) -> str:
+async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest) -> str:
     """The messages as the text that the model reads."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
     effort = getattr(request, "reasoning_effort", None)
     asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
-    return served.render(
-        request.messages, tools, request.add_generation_prompt, switches, continues=request.continue_final_message
+    switches = {**asked, **request.chat_template_kwargs, "documents": getattr(request, "documents", None)}
+    return await served.render(
+        request.messages or [], tools, request.add_generation_prompt, switches, continues=request.continue_final_message
     )
 
 

@@ -200,14 +200,20 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template: str | None = None  # refused with the messages
     chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_template(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
+        return data
 
 
 class DetokenizeRequest(ApiModel):

@@ -244,6 +244,8 @@ async def _serve(
         ws="none",
     )
     server = uvicorn.Server(settings)
+    if served.engine.tokenizer and served.template_for(tools=False):
+        served.side.start()  # the first chat should not wait for it
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -253,6 +255,7 @@ async def _serve(
         await server.serve(sockets=[listener])
     finally:
         greeting.cancel()
+        served.side.close()
         await asyncio.gather(greeting, return_exceptions=True)
 
 

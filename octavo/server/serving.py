@@ -11,13 +11,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import InvalidRequest
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.outputs import Delta
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.protocol import GenerationRequest
+from octavo.server.side_processes import SideProcesses, side_processes
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
@@ -30,6 +31,17 @@ __all__ = ["Served"]
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
 _LONG_TEXT = 2_000  # characters, a millisecond or two; encoding more would hold up the other streams, so a thread does it
+_MOST_RENDERED = 2**24  # characters
+
+
+def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
+    try:
+        text = render_conversation(*conversation, **how)
+    except OctavoError as error:  # of a template that is none, too
+        raise InvalidRequest(str(error), getattr(error, "param", "messages")) from error
+    if len(text) > _MOST_RENDERED:
+        raise InvalidRequest(f"The chat template makes {len(text)} characters of these messages; send less.", "messages")
+    return text
 
 
 @dataclass
@@ -44,6 +56,7 @@ class Served:
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     engine_timeout: float = 0.0  # seconds without a step after which a busy engine counts as stalled; 0: never
+    side: SideProcesses = field(default_factory=side_processes)
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -85,7 +98,7 @@ class Served:
                 raise InvalidRequest(f"The prompt has more than {limit or most} tokens; at most {fit}.", "prompt")
         return [tokenizer.encode(text, add_special_tokens) for text in texts]
 
-    def render(
+    async def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
@@ -93,23 +106,19 @@ class Served:
         switches: Mapping[str, Any],
         continues: bool = False,
     ) -> str:
-        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over."""
+        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over.
+
+        A template is a program, so it runs in a process of its own, which may end without harm.
+        """
         chosen = self.template_for(bool(tools))
         if chosen is None:
             raise InvalidRequest(
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
         own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
-        return render_conversation(
-            chosen,
-            messages,
-            self.tokenizer.special_tokens,
-            tools,
-            add_generation_prompt,
-            continue_final_message=continues,
-            content=self.content_format,
-            switches=own,
-        )
+        conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
+        how = {"continue_final_message": continues, "content": self.content_format, "switches": own}
+        return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:
         """The chat template in use, if there is one."""
