@@ -32,7 +32,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequ
     """The whole HTTP surface over one engine."""
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
-        return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id)), methods=["POST"])
+        return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
 
     def get(path: str, handle: Callable[[Served, Request], Response], methods: Sequence[str] = ("GET",)) -> Route:
         async def endpoint(request: Request) -> Response:

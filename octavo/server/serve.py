@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for a request to come whole, and for a client to read on (%(default)s); 0 waits for ever",
     )
+    group.add_argument(
+        "--max-request-bytes", type=_bytes, default=32 * 2**20, metavar="N", help="longest body that is read (%(default)s)"
+    )
     group.add_argument("--uvicorn-log-level", default="warning", metavar="LEVEL", help="%(default)s; info or debug show more")
     for flag, takes_value in IGNORED.items():
         group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
@@ -109,6 +112,15 @@ def _seconds(text: str) -> float:
 
 
 _seconds.__name__ = "number of seconds"
+
+
+def _bytes(text: str) -> int:
+    if (count := int(text)) <= 0:
+        raise ValueError
+    return count
+
+
+_bytes.__name__ = "number of bytes"
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
@@ -232,6 +244,7 @@ async def _serve(
     )
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
+    served.gate.body_bytes = args.max_request_bytes
     served.content_format = args.chat_template_content_format
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(

@@ -113,6 +113,8 @@ class SideProcesses:
             if late := not process.connection.poll(WALL_SECONDS):
                 raise EOFError
             answer, last = process.connection.recv()
+        except RecursionError as error:  # of pickle, before anything was sent
+            raise _refusal(error) from error
         except (EOFError, OSError):
             if (code := self._end(process, 0.0 if late else 1.0)) == -signal.SIGPROF or late:
                 raise InvalidRequest(f"{told} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
@@ -153,8 +155,8 @@ def work(handle: int) -> None:
         large = _peak() > LARGE
         try:
             sent = pickle.dumps((answer, large), pickle.HIGHEST_PROTOCOL)
-        except MemoryError:
-            return
+        except (MemoryError, RecursionError) as error:
+            sent = pickle.dumps((_refusal(error), large))
         del answer
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(sent)
@@ -165,13 +167,18 @@ def _answer(payload: bytes) -> Any:
     try:
         function, args = pickle.loads(payload)
         return function(*args)
-    except MemoryError:
-        return InvalidRequest("This request takes too much memory; send less.")
+    except (MemoryError, RecursionError) as error:
+        return _refusal(error)
     except OctavoError as error:
         return error
     except Exception as error:
         traceback.print_exc()
         return OctavoError(f"A process beside the server failed ({type(error).__name__}); its log says why.")
+
+
+def _refusal(error: BaseException) -> InvalidRequest:
+    deep = isinstance(error, RecursionError)
+    return InvalidRequest("This request is nested too deeply." if deep else "This request takes too much memory; send less.")
 
 
 def _peak() -> int:
