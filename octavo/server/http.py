@@ -189,8 +189,11 @@ async def merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[
         except Exception as error:
             queue.put_nowait((number, None, error))
 
-    tasks = [asyncio.create_task(pump(number, items)) for number, items in enumerate(streams)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for number, items in enumerate(streams):
+            tasks.append(asyncio.create_task(pump(number, items)))
+            await asyncio.sleep(0)  # starting hundreds takes time that other streams need
         running = len(tasks)
         while running:
             number, item, error = await queue.get()
