@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.error_responses import ApiError, as_api_error, error_response
+from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
 from octavo.server.request_body import SMALL_BODY, ClientLeft, as_request, read_body
 from octavo.server.side_processes import SideProcesses
@@ -69,7 +70,7 @@ class JsonEndpoint(Generic[R]):
             if not isinstance(answer, dict):
                 await stream(answer, send)
                 return
-            response = JSONResponse(answer)
+            response = Response(await json_body(answer), media_type="application/json")
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)

@@ -25,6 +25,8 @@ __all__ = [
     "Tool",
 ]
 
+MOST_TOOLS = 4096  # their schemas are the server's work at every request
+
 # Of a list the first fault is told, and looking for the others could take long.
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Integers = Annotated[list[int], Field(fail_fast=True)]
@@ -160,6 +162,9 @@ class FunctionName(ApiModel):
     name: str
 
 
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
+
+
 class NamedToolChoice(ApiModel):
     """`tool_choice` that asks for one function."""
 
@@ -171,7 +176,7 @@ class ChatInput(ApiModel):
     """Messages and how to render them."""
 
     messages: Annotated[Objects, Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
@@ -206,7 +211,7 @@ class TokenizeRequest(ApiModel):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[Objects, Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}

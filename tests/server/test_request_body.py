@@ -50,6 +50,11 @@ def test_a_large_body_is_read_beside_the_server(client: Client, path: str, more:
         (CHAT, {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 100_000}, MANY),
         (CHAT, {"messages": [USER], "chat_template_kwargs": {"a": [0] * MOST_VALUES}}, MANY),
         ("/detokenize", {"tokens": [1] * MOST_VALUES}, MANY),
+        (
+            CHAT,
+            {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 4097},
+            "tools: list should have at most 4096 items",
+        ),
         (COMPLETIONS, {"prompt": 5, "user": "a" * SMALL_BODY}, "prompt should be a string, a list of strings, "),
         (COMPLETIONS, {"prompt": "a", "n": "a" * SMALL_BODY}, "n: should be a valid integer, "),
         (COMPLETIONS, ["a" * SMALL_BODY], "The body should be a JSON object, not list."),
