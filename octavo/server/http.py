@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.error_responses import ApiError, as_api_error, error_response
+from octavo.server.freed_memory import release_soon
 from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
 from octavo.server.request_body import SMALL_BODY, ClientLeft, as_request, read_body
@@ -29,6 +30,7 @@ from octavo.server.side_processes import SideProcesses
 __all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge"]
 
 OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # without a key, and while the server stops
+HUGE = 2**20  # bytes of a body, or of an answer, after which memory is given back
 R = TypeVar("R", bound=ApiModel)
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
 EVENT_STREAM = [
@@ -46,17 +48,23 @@ class JsonEndpoint(Generic[R]):
         self.model, self.handle, self.side = model, handle, side
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        huge = False
         try:
             gate: GateState = scope["state"]["gate"]
             async with asyncio.timeout(gate.body_seconds):
                 body = await read_body(scope, receive, gate.body_bytes)
+            huge = len(body) > HUGE
             request = await self._request(body)
+            del body  # or it would stay for as long as the answer is written
         except TimeoutError:
             late = ApiError(408, "The request's body did not come whole in time; send it faster, or again.", code="timeout")
             await error_response(late)(scope, receive, send)
             return
         except ClientLeft:
             return
+        finally:
+            if huge:
+                release_soon()
         await while_connected(receive, self._serve(request, scope, receive, send))
 
     async def _request(self, body: bytearray) -> R:
@@ -70,7 +78,10 @@ class JsonEndpoint(Generic[R]):
             if not isinstance(answer, dict):
                 await stream(answer, send)
                 return
-            response = Response(await json_body(answer), media_type="application/json")
+            told = await json_body(answer)
+            if len(told) > HUGE:
+                release_soon()
+            response = Response(told, media_type="application/json")
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.server.console import LoadingBar, greet, say
-from octavo.server.file_limit import raise_file_limit
 from octavo.server.parsers.reasoning import check_reasoning_parser
 from octavo.server.parsers.tools import choose_parser
+from octavo.server.process_limits import set_limits
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 
@@ -126,7 +126,7 @@ _bytes.__name__ = "number of bytes"
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
-    raise_file_limit()
+    set_limits()
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     check_reasoning_parser(args.reasoning_parser)
     check_content_format(args.chat_template_content_format)

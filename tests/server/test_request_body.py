@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -125,5 +126,34 @@ def test_max_request_bytes() -> None:
             response = httpx.post(f"{server.url}/v1/completions", json=body)
             assert response.status_code == status
             assert status == 200 or "over 2000 bytes, the most that this server reads (--max-req" in response.text
+    finally:
+        server.stop()
+
+
+def resident(server: Server) -> int:
+    """MiB of the API process."""
+    with open(f"/proc/{server.process.pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) >> 10
+
+
+def test_memory_returns_after_huge_requests() -> None:
+    server = Server("model", fake=True)
+    try:
+        words = " ".join(f"w{i}x" for i in range(600_000))
+        bodies: list[dict[str, Any]] = [
+            {"prompt": "a", "user": [[]] * 5_000_000},
+            {"prompt": "a", "user": "b" * 30 * 2**20},
+            {"prompt": words},
+            {"prompt": [5] * 1_000_000},
+        ]
+        for _ in range(2):
+            assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+        before = resident(server)
+        for body in bodies:
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code in (200, 400)
+        deadline = time.monotonic() + 15
+        while (after := resident(server)) > before + 24:
+            assert time.monotonic() < deadline, f"{before} MiB before, {after} MiB after"
+            time.sleep(0.2)
     finally:
         server.stop()

@@ -30,7 +30,7 @@ def test_too_few_files_are_told_in_a_sentence(limit: int) -> None:
 
 def test_the_limit_is_raised_as_far_as_it_may() -> None:
     code = (
-        "import resource; from octavo.server.file_limit import raise_file_limit; raise_file_limit(); "
+        "import resource; from octavo.server.process_limits import set_limits; set_limits(); "
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     assert limited("-c", code, soft=16, hard=512).stdout == "512 512\n"
