@@ -1,6 +1,6 @@
 """What crosses between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
-Messages are tuples whose first item is their name. To the engine: ("add", EngineRequest), ("abort", request ids),
+Messages are tuples whose first item is their name. To the engine: ("add", EngineRequests), ("abort", request ids),
 ("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed", sentence), then
 ("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
 """

@@ -25,7 +25,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 BELOW = {
     "cli": {"tools", "server"},
     "tools": {"server", "frontend", "engine", "convert"},
-    "server": {"frontend"},
+    "server": {"frontend", "host"},
     "frontend": {"text", "messages"},
     "engine": {"convert", "models", "text", "messages"},
     "convert": {"models"},
@@ -61,7 +61,7 @@ RECURRING = {
     "engine/graphs/decode.py": "the steps whose graphs it keeps are named so, as their kernels are",
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
-API_SIDE = re.compile(r"octavo(\.cli|\.config|\.files|\.messages|\.(text|frontend|server)(\..*)?)?")
+API_SIDE = re.compile(r"octavo(\.cli|\.config|\.files|\.host|\.messages|\.(text|frontend|server)(\..*)?)?")
 
 
 class Import(NamedTuple):

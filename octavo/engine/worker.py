@@ -117,15 +117,16 @@ def _drain(inbox: SimpleQueue[Message], wait: bool) -> list[Message]:
 
 def _obey(core: Core, message: Message) -> list[TokenOutput]:
     """Does what a message asks. A request that the core refuses is answered; it harms no other."""
-    if message[0] == "add":
+    refused = []
+    for asked in message[1]:
+        if message[0] == "abort":
+            core.abort(asked)
+            continue
         try:
-            core.add(message[1])
+            core.add(asked)
         except OctavoError as error:
-            return [TokenOutput(message[1].request_id, [], "abort", error=str(error))]
-    else:
-        for request_id in message[1]:
-            core.abort(request_id)
-    return []
+            refused.append(TokenOutput(asked.request_id, [], "abort", error=str(error)))
+    return refused
 
 
 def _trace(error: Exception) -> None:

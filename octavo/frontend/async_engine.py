@@ -139,7 +139,7 @@ class AsyncEngine:
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-            self._ask(("add", request))
+        self._ask(("add", requests))  # in one piece, in which the prompt is once
         running = len(requests)
         try:
             while running:

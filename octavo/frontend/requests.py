@@ -34,12 +34,13 @@ def engine_requests(
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
     sequences = []
+    one = replace(params, n=1)
     for i in range(params.n):
-        seed = None if params.seed is None else params.seed + i
-        prompt_logprobs = params.prompt_logprobs if i == 0 else None  # they are the same for all
-        one = replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-        own = f"{request_id}-{i}"
-        sequences.append(EngineRequest(own, prompt_token_ids, one, eos_token_ids, grammar, **more))
+        if i == 1 and params.prompt_logprobs is not None:
+            one = replace(one, prompt_logprobs=None)  # they are the same for all
+        if params.seed is not None:
+            one = replace(one, seed=params.seed + i)
+        sequences.append(EngineRequest(f"{request_id}-{i}", prompt_token_ids, one, eos_token_ids, grammar, **more))
     return sequences
 
 

@@ -3,6 +3,7 @@ the time of what is built on it."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ from octavo.errors import InvalidRequest
 from octavo.server.chat import chat, chat_prompt
 from octavo.server.completions import complete
 from octavo.server.error_responses import HANDLERS, ApiError
-from octavo.server.http import Answer, Gate, JsonEndpoint, parse
-from octavo.server.protocol import ApiModel, ChatInput, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.http import Answer, Gate, JsonEndpoint
+from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.version import __version__
 
@@ -31,7 +32,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequ
     """The whole HTTP surface over one engine."""
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
-        return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id)), methods=["POST"])
+        return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
 
     def get(path: str, handle: Callable[[Served, Request], Response], methods: Sequence[str] = ("GET",)) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -96,19 +97,28 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Send either a prompt or messages.", "prompt")
     if request.prompt is not None:
-        ids = await served.encode(request.prompt, request.add_special_tokens is not False)
+        text, special = request.prompt, request.add_special_tokens is not False
     else:
-        ids = await served.encode(
-            chat_prompt(served, parse(ChatInput, request.model_dump())),
-            bool(request.add_special_tokens),
-        )
+        text = await chat_prompt(served, request)
+        special = bool(request.add_special_tokens)
+    most = _most_tokens(served)
+    ids = await served.encode(text, special, most)
+    if len(ids) > most:
+        raise InvalidRequest(f"The text has {len(ids)} tokens; at most {most} are listed.", "prompt")
     strings = [served.tokenizer.piece(i) for i in ids] if request.return_token_strs else None
     return {"count": len(ids), "max_model_len": served.engine.info.max_model_len, "tokens": ids, "token_strs": strings}
 
 
 async def _detokenize(served: Served, request: DetokenizeRequest, _: str) -> Answer:
     served.check_model(request.model)
-    size = served.engine.info.vocab_size
+    size, most = served.engine.info.vocab_size, _most_tokens(served)
+    if len(request.tokens) > most:
+        raise InvalidRequest(f"tokens has {len(request.tokens)} ids; at most {most} are read.", "tokens")
     if (wrong := next((token for token in request.tokens if not 0 <= token < size), None)) is not None:
         raise InvalidRequest(f"Token id {wrong} is out of the vocabulary of {size} tokens.", "tokens")
-    return {"prompt": served.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+    return {"prompt": await asyncio.to_thread(served.tokenizer.decode, request.tokens, skip_special_tokens=False)}
+
+
+def _most_tokens(served: Served) -> int:
+    """How many tokens /tokenize and /detokenize read: a context, and more where that is short, to count what does not fit."""
+    return max(served.engine.info.max_model_len, 2**17)

@@ -18,7 +18,7 @@ from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, make_splitter
 from octavo.server.parsers.registry import call_form, keeps_special, make_parser
 from octavo.server.parsers.tools import CallParser, NamedCall
-from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
+from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
 from octavo.text.tool_prompt import CallForm
@@ -30,7 +30,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
     tools = _Tools(served, request)
-    text = chat_prompt(served, request, tools.form)
+    text = await chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
     response_id = f"chatcmpl-{request.request_id or request_id}"
@@ -39,16 +39,16 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     return job.stream() if request.stream else await job.whole()
 
 
-def chat_prompt(served: Served, request: ChatInput, calls: CallForm | None = None) -> str:
+async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:
     """The messages as the text that the model reads. `calls`: how it is to write calls, if its template does not say it."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
     effort = getattr(request, "reasoning_effort", None)
     asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    switches = {**asked, **request.chat_template_kwargs, "documents": request.documents}
-    return served.render(
-        request.messages,
+    switches = {**asked, **request.chat_template_kwargs, "documents": getattr(request, "documents", None)}
+    return await served.render(
+        request.messages or [],
         tools,
         request.add_generation_prompt,
         switches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -21,15 +22,26 @@ from octavo.text.detokenizer import read_prompt
 __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_SEQUENCES = 4096  # of one request: prompts times n
 
 
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
     """Answers a completion request: an object, or the chunks of a stream."""
     served.check_model(request.model)
-    prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
+    given = _prompts(request.prompt)
+    if len(given) > 1 and (sequences := len(given) * max(1, request.n or 1)) > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"The request asks for {sequences} answers ({len(given)} prompts, n = {request.n or 1}); at most {MAX_SEQUENCES} "
+            "are given, so send several requests.",
+            "prompt",
+        )
+    prompts = await _ids(served, given, request)
     params = _params(served, request, max(map(len, prompts)))
     response_id = f"cmpl-{request.request_id or request_id}"
-    streams = [served.generate(prompt, params, response_id, request.cache_salt) for prompt in prompts]
+    streams = []
+    for prompt in prompts:
+        streams.append(served.generate(prompt, params, response_id, request.cache_salt))
+        await asyncio.sleep(0)  # other streams go on between two of them
     job = _Job(served, request, response_id, prompts, streams, params)
     return job.stream() if request.stream else await job.whole()
 
@@ -46,10 +58,10 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and set(map(type, prompt)) == {int}
 
 
-async def _ids(served: Served, prompt: str | list[int], request: CompletionRequest) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return await served.encode(prompt, request.add_special_tokens is not False)
+async def _ids(served: Served, prompts: list[str | list[int]], request: CompletionRequest) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await served.encode_all(texts, request.add_special_tokens is not False)) if texts else iter(())
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _params(served: Served, request: CompletionRequest, longest: int) -> SamplingParams:

@@ -26,6 +26,9 @@ class ApiError(OctavoError):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
+    def __reduce__(self) -> tuple[type, tuple[int, str, str | None, str | None]]:  # crosses a process's border
+        return type(self), (self.status, str(self), self.param, self.code)
+
     def body(self) -> dict[str, Any]:
         """The JSON that a client sees, alone or as an event of a stream."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"

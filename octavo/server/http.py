@@ -16,17 +16,21 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.error_responses import ApiError, as_api_error, error_response, from_validation
+from octavo.server.error_responses import ApiError, as_api_error, error_response
+from octavo.server.freed_memory import release_soon
+from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
+from octavo.server.request_body import SMALL_BODY, ClientLeft, as_request, read_body
+from octavo.server.side_processes import SideProcesses
 
-__all__ = ["MAX_BODY_BYTES", "Answer", "Gate", "GateState", "JsonEndpoint", "merge", "parse", "read_json"]
+__all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge"]
 
-MAX_BODY_BYTES = 32 * 2**20
+OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # without a key, and while the server stops
+HUGE = 2**20  # bytes of a body, or of an answer, after which memory is given back
 R = TypeVar("R", bound=ApiModel)
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
 EVENT_STREAM = [
@@ -34,28 +38,39 @@ EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
 ]
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, which is a character, or alone
 _dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class JsonEndpoint(Generic[R]):
     """An ASGI endpoint: validates the body as `model`, calls `handle(request, request_id)` and sends what it answers."""
 
-    def __init__(self, model: type[R], handle: Callable[[R, str], Awaitable[Answer]]):
-        self.model, self.handle = model, handle
+    def __init__(self, model: type[R], handle: Callable[[R, str], Awaitable[Answer]], side: SideProcesses):
+        self.model, self.handle, self.side = model, handle, side
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        huge = False
         try:
-            async with asyncio.timeout(scope["state"].get("body_seconds")):
-                body = await read_json(scope, receive)
-            request = parse(self.model, body)
+            gate: GateState = scope["state"]["gate"]
+            async with asyncio.timeout(gate.body_seconds):
+                body = await read_body(scope, receive, gate.body_bytes)
+            huge = len(body) > HUGE
+            request = await self._request(body)
+            del body  # or it would stay for as long as the answer is written
         except TimeoutError:
             late = ApiError(408, "The request's body did not come whole in time; send it faster, or again.", code="timeout")
             await error_response(late)(scope, receive, send)
             return
         except ClientLeft:
             return
+        finally:
+            if huge:
+                release_soon()
         await while_connected(receive, self._serve(request, scope, receive, send))
+
+    async def _request(self, body: bytearray) -> R:
+        if len(body) <= SMALL_BODY:
+            return as_request(self.model, body)
+        return await self.side.run("Reading the body", as_request, self.model, body)
 
     async def _serve(self, request: R, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -63,72 +78,13 @@ class JsonEndpoint(Generic[R]):
             if not isinstance(answer, dict):
                 await stream(answer, send)
                 return
-            response = JSONResponse(answer)
+            told = await json_body(answer)
+            if len(told) > HUGE:
+                release_soon()
+            response = Response(told, media_type="application/json")
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
-
-
-class ClientLeft(Exception):
-    """The connection was closed before the request was whole."""
-
-
-async def read_json(scope: Scope, receive: Receive) -> Any:
-    """The body as JSON. Raises ApiError for one that is too large, nonsense or not said to be JSON, ClientLeft if it never
-    comes whole."""
-    _check_content_type(Headers(scope=scope))
-    too_large = ApiError(413, f"The body is over {MAX_BODY_BYTES >> 20} MiB, the most that this server reads.")
-    length = Headers(scope=scope).get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_large
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    try:
-        text = body.decode(json.detect_encoding(body))  # json itself would let encoded surrogates pass
-        data = json.loads(text)
-        broken = _ESCAPED_SURROGATE.search(text) and not _is_text(data)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.") from error
-    if broken:
-        field = next((name for name, value in data.items() if not _is_text(value)), None) if isinstance(data, dict) else None
-        raise ApiError(400, "The body holds half of a surrogate pair, which is no Unicode text.", field and field[:80])
-    return data
-
-
-def _is_text(data: Any) -> bool:
-    try:
-        json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_content_type(headers: Headers) -> None:
-    """Raises ApiError 415 for a body that is not said to be JSON: a browser sends such without asking this server first, so
-    that any page could use it. Programs that say nothing, or what curl and urllib say on their own, are no browsers."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
-        return
-    browser = "origin" in headers or "sec-fetch-site" in headers
-    if browser or kind not in ("", "application/x-www-form-urlencoded"):
-        raise ApiError(415, f"The body should be JSON, not {kind or 'of no type'}; send Content-Type: application/json.")
-
-
-def parse(model: type[R], data: Any) -> R:
-    """`data` as a request of this kind, or ApiError 400 with the first thing wrong with it."""
-    if not isinstance(data, dict):
-        raise ApiError(400, f"The body should be a JSON object, not {type(data).__name__}.")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise from_validation(error) from error
 
 
 async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
@@ -175,6 +131,7 @@ class GateState:
     closing: bool = False
     running: int = 0
     body_seconds: float | None = None  # for a body to come whole
+    body_bytes: int = 32 * 2**20  # of the largest body that is read
 
 
 class Gate:
@@ -190,7 +147,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
-        scope.setdefault("state", {}).update(request_id=request_id, body_seconds=self.state.body_seconds)
+        scope.setdefault("state", {}).update(request_id=request_id, gate=self.state)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -208,7 +165,7 @@ class Gate:
             self.state.running -= 1
 
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
-        if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS":
+        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         scheme, _, key = authorization.partition(" ")
         # every key is compared, in constant time, so that the answer's delay tells nothing
@@ -244,8 +201,11 @@ async def merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[
         except Exception as error:
             queue.put_nowait((number, None, error))
 
-    tasks = [asyncio.create_task(pump(number, items)) for number, items in enumerate(streams)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for number, items in enumerate(streams):
+            tasks.append(asyncio.create_task(pump(number, items)))
+            await asyncio.sleep(0)  # starting hundreds takes time that other streams need
         running = len(tasks)
         while running:
             number, item, error = await queue.get()

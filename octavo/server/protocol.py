@@ -25,6 +25,13 @@ __all__ = [
     "Tool",
 ]
 
+MOST_TOOLS = 4096  # their schemas are the server's work at every request
+
+# Of a list the first fault is told, and looking for the others could take long.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Integers = Annotated[list[int], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
 
 class ApiModel(BaseModel):
     """A JSON object in which null means the same as leaving the field out."""
@@ -64,7 +71,7 @@ class StructuredOutputs(ApiModel):
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Strings | None = None
     grammar: str | None = None
 
     @model_validator(mode="before")
@@ -92,14 +99,14 @@ class GenerationRequest(ApiModel):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Integers | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Strings | None = None
+    allowed_token_ids: Integers | None = None
     skip_special_tokens: bool | None = None
 
     stream: bool = False
@@ -113,7 +120,7 @@ class GenerationRequest(ApiModel):
     structured_outputs: StructuredOutputs = StructuredOutputs()
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Strings | None = None
     guided_grammar: str | None = None
 
     @model_validator(mode="before")
@@ -155,6 +162,9 @@ class FunctionName(ApiModel):
     name: str
 
 
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
+
+
 class NamedToolChoice(ApiModel):
     """`tool_choice` that asks for one function."""
 
@@ -165,12 +175,12 @@ class NamedToolChoice(ApiModel):
 class ChatInput(ApiModel):
     """Messages and how to render them."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tools: list[Tool] | None = None
+    messages: Annotated[Objects, Field(min_length=1)]
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
-    documents: list[dict[str, Any]] | None = None
+    documents: Objects | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -200,18 +210,24 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Objects, Field(min_length=1)] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template: str | None = None  # refused with the messages
     chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_template(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
+        return data
 
 
 class DetokenizeRequest(ApiModel):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Integers

@@ -18,6 +18,8 @@ from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
+from octavo.server.process_limits import set_limits
+from octavo.server.serve_arguments import add_arguments
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 from octavo.text.checkpoint_text import check_templates, no_tokenizer
@@ -30,102 +32,11 @@ __all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
 
 DEMO_NAME = "octavo-demo"
 KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server that its owner believes closed
-# What the peer takes and Octavo decides by itself, does always or never needs: flag -> whether a value follows.
-IGNORED = {
-    "--disable-log-requests": False,
-    "--no-enable-log-requests": False,
-    "--enable-log-requests": False,
-    "--disable-log-stats": False,
-    "--disable-uvicorn-access-log": False,
-    "--enable-auto-tool-choice": False,
-    "--enable-chunked-prefill": False,
-    "--no-enable-chunked-prefill": False,
-    "--async-scheduling": False,
-    "--disable-custom-all-reduce": False,
-    "--swap-space": True,
-    "--tokenizer-mode": True,
-    "--config-format": True,
-    "--distributed-executor-backend": True,
-    "--guided-decoding-backend": True,
-    "--compilation-config": True,
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The server's own flags; the engine's are added by the command line."""
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")
-    group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
-    group.add_argument("--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="keys that /v1 asks for")
-    group.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME", help="names of the model in the API")
-    group.add_argument("--chat-template", metavar="FILE", help="a jinja file, or the template itself, for the checkpoint's own")
-    group.add_argument(
-        "--chat-template-content-format",
-        default="auto",
-        metavar="FORM",
-        help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
-    )
-    group.add_argument(
-        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral, qwen3_coder or glm45; default: by the model"
-    )
-    group.add_argument(
-        "--reasoning-parser",
-        metavar="NAME",
-        help="qwen3, deepseek_r1, glm45 or minimax_m2 split thinking from content, minimax_m2_append_think marks it there, "
-        "none leaves it; default: by the model",
-    )
-    group.add_argument(
-        "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"
-    )
-    group.add_argument(
-        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running answers (%(default)s)"
-    )
-    group.add_argument(
-        "--engine-timeout",
-        type=_seconds,
-        default=300.0,
-        metavar="SECONDS",
-        help="/health says 503 when a busy engine makes no step for so long (%(default)s); 0 never does",
-    )
-    group.add_argument(
-        "--client-timeout",
-        type=_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="for a request to come whole, and for a client to read on (%(default)s); 0 waits for ever",
-    )
-    group.add_argument(
-        "--uvicorn-log-level",
-        type=str.lower,
-        choices=("critical", "error", "warning", "info", "debug", "trace"),
-        default="warning",
-        metavar="LEVEL",
-        help="%(default)s; info or debug show more",
-    )
-    for flag, takes_value in IGNORED.items():
-        group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
-
-
-def _port(text: str) -> int:
-    if not 0 <= (port := int(text)) <= 65535:  # the system would take 99999 for 34463
-        raise ValueError
-    return port
-
-
-_port.__name__ = "port"  # argparse says "invalid port value"
-
-
-def _seconds(text: str) -> float:
-    if not 0 <= (seconds := float(text)) < float("inf"):
-        raise ValueError
-    return seconds
-
-
-_seconds.__name__ = "number of seconds"
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
+    set_limits()
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
@@ -248,8 +159,9 @@ async def _serve(
     )
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
+    served.gate.body_bytes = args.max_request_bytes
     served.content_format = args.chat_template_content_format
-    if (note := served.tools_note) is not None:
+    if (note := await served.tools_note()) is not None:
         say(f"octavo: {note}")
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
@@ -262,6 +174,8 @@ async def _serve(
         ws="none",
     )
     server = uvicorn.Server(settings)
+    if served.engine.tokenizer and served.template_for(tools=False):
+        served.side.start()  # the first chat should not wait for it
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -271,6 +185,7 @@ async def _serve(
         await server.serve(sockets=[listener])
     finally:
         greeting.cancel()
+        served.side.close()
         await asyncio.gather(greeting, return_exceptions=True)
 
 

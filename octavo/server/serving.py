@@ -11,13 +11,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import InvalidRequest
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.outputs import Delta
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.protocol import GenerationRequest
+from octavo.server.side_processes import SideProcesses, side_processes
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
@@ -30,7 +31,18 @@ __all__ = ["Served"]
 
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
-_LONG_TEXT = 20_000  # characters; encoding more would hold up the other streams, so a thread does it
+_LONG_TEXT = 2_000  # characters, a millisecond or two; encoding more would hold up the other streams, so a thread does it
+_MOST_RENDERED = 2**24  # characters
+
+
+def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
+    try:
+        text = render_conversation(*conversation, **how)
+    except OctavoError as error:  # of a template that is none, too
+        raise InvalidRequest(str(error), getattr(error, "param", "messages")) from error
+    if len(text) > _MOST_RENDERED:
+        raise InvalidRequest(f"The chat template makes {len(text)} characters of these messages; send less.", "messages")
+    return text
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Served:
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     engine_timeout: float = 0.0  # seconds without a step after which a busy engine counts as stalled; 0: never
+    side: SideProcesses = field(default_factory=side_processes)
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -66,13 +79,27 @@ class Served:
         if name is not None and name not in self.names:
             raise ApiError(404, f"The model '{name}' is not served here; {self.names[0]} is.", "model", "model_not_found")
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt."""
-        if len(text) < _LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+    async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
+        """The ids of a prompt. Raises InvalidRequest for text far longer than `limit` tokens, by default the context."""
+        return (await self.encode_all([text], add_special_tokens, limit))[0]
 
-    def render(
+    async def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, limit: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text, as `encode` has them; in a thread if there is much of it."""
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return self._encode(texts, add_special_tokens, limit)
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens, limit)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool, limit: int | None) -> list[list[int]]:
+        tokenizer, most = self.tokenizer, self.engine.info.max_model_len
+        for text in texts:
+            if tokenizer.exceeds(text, limit or most):
+                fit = f"{limit} are read" if limit else f"{most - 1} fit beside one to generate"
+                raise InvalidRequest(f"The prompt has more than {limit or most} tokens; at most {fit}.", "prompt")
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+    async def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
@@ -83,6 +110,8 @@ class Served:
     ) -> str:
         """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over; `calls`:
         how calls are written, for a template that does not say it.
+
+        A template is a program, so it runs in a process of its own, which may end without harm.
         """
         chosen = self.template_for(bool(tools))
         if chosen is None:
@@ -90,28 +119,24 @@ class Served:
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
         own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
-        return render_conversation(
-            chosen,
-            messages,
-            self.tokenizer.special_tokens,
-            tools,
-            add_generation_prompt,
-            continue_final_message=continues,
-            content=self.content_format,
-            switches=own,
-            calls=calls,
-        )
+        conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
+        how = {"continue_final_message": continues, "content": self.content_format, "switches": own, "calls": calls}
+        return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:
         """The chat template in use, if there is one."""
         return self.chat_template or self.tokenizer.template_for(tools)
 
-    @property
-    def tools_note(self) -> str | None:
+    async def tools_note(self) -> str | None:
         """What to say of a chat template that does not show the model the tools of a request."""
         template = self.template_for(tools=True) if self.engine.tokenizer else None
-        if template is None or shows_tools(template):
+        if template is None:
             return None
+        try:
+            if await self.side.run("Rendering the chat template", shows_tools, template):
+                return None
+        except InvalidRequest as error:
+            return f"the chat template cannot be tried: {error}"
         form = f"in the form of --tool-call-parser {self.tool_parser}" if self.tool_parser else "as JSON"
         return f"the chat template does not print tools: a request's are put into its system message, to be called {form}."
 

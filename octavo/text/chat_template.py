@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_template", "parse_template", "render_chat"]
 
+_LONGEST_TOLD = 1000  # characters of an error that are repeated: a template may put a whole message into it
+
 
 def render_chat(
     template: str,
@@ -40,7 +42,8 @@ def render_chat(
     except InvalidRequest:
         raise
     except Exception as error:  # anything a template may do to messages it did not expect: TypeError, KeyError, ...
-        raise InvalidRequest(f"The chat template cannot render these messages: {error}", "messages") from error
+        told = str(error)[:_LONGEST_TOLD] or type(error).__name__
+        raise InvalidRequest(f"The chat template cannot render these messages: {told}", "messages") from error
 
 
 def check_template(template: str) -> None:
@@ -59,7 +62,7 @@ def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
     except RecursionError as error:
         raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
     except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # of the Python that jinja makes of it
-        raise OctavoError(f"The chat template cannot be compiled ({error}).") from error
+        raise OctavoError(f"The chat template cannot be compiled ({str(error) or type(error).__name__}).") from error
 
 
 def parse_template(template: str) -> nodes.Template:
@@ -135,4 +138,4 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> None:
-    raise InvalidRequest(str(message), "messages")
+    raise InvalidRequest(str(message)[:_LONGEST_TOLD], "messages")

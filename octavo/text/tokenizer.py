@@ -17,6 +17,8 @@ from octavo.text.generation_config import default_sampling, eos_token_ids, read_
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
+CHARACTERS_PER_TOKEN = 8  # more than text in any language has
+PIECE = 2**16  # characters
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -61,8 +63,28 @@ class Tokenizer:
         tokenizer.json alone says which special tokens are added, as in transformers 5: add_bos_token of tokenizer_config.json
         is of the time before, and contradicts it in files that were saved anew.
         """
+        return self._encode(text, add_special_tokens)
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` is far longer than `limit` tokens, found out without encoding more than about twice as many.
+
+        False for all that is at most CHARACTERS_PER_TOKEN a token: of that the ids themselves tell. Longer text is encoded in
+        pieces until they have twice the tokens; what a cut changes is a few tokens a piece, so less than a piece has.
+        """
+        if len(text) <= CHARACTERS_PER_TOKEN * limit:
+            return False
+        found = 0
+        for start in range(0, len(text), PIECE):
+            found += len(self._encode(text[start : start + PIECE], False))
+            if found > 2 * limit:
+                return True
+        return False
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """encode_batch lets other threads run meanwhile, where the library's encode holds the interpreter's lock; the fast one
+        keeps no offsets, which nobody reads."""
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
             raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
         return ids

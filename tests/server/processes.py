@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from octavo.demo import MODEL_DIR
+
 FAKE = Path(__file__).with_name("fake_server.py")  # the same command line over the fake engine
 
 
@@ -29,6 +31,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [str(FAKE)] if fake else ["-m", "octavo.cli"]
+        flags = (str(MODEL_DIR), "--served-model-name", "model", *flags) if fake else flags
         self.process = subprocess.Popen(
             [sys.executable, *command, "serve", "--host", "127.0.0.1", "--port", str(self.port), *flags],
             stdout=subprocess.PIPE,

@@ -15,7 +15,6 @@ from octavo.frontend import requests
 from octavo.frontend.requests import check_request
 from octavo.server.app import make_app
 from octavo.server.error_responses import ApiError, error_response
-from octavo.server.http import MAX_BODY_BYTES
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -346,7 +345,7 @@ def test_unknown_fields_and_nulls_are_ignored(client: Client) -> None:
 
 
 def test_a_large_body_is_413(client: Client) -> None:
-    assert client.request("POST", COMPLETIONS, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert client.request("POST", COMPLETIONS, content=b" " * (client.served.gate.body_bytes + 1)).status_code == 413
     assert client.request("POST", COMPLETIONS, content=b"{}", headers={"content-length": "9" * 30}).status_code == 413
 
 

@@ -26,7 +26,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServer]:
     def make(*flags: str, delay: float = 0.0, load: float = 0.0, ready: bool = True) -> Server:
         monkeypatch.setenv("FAKE_DELAY", str(delay))
         monkeypatch.setenv("FAKE_LOAD", str(load))
-        servers.append(Server("model", *flags, fake=True, ready=ready))
+        servers.append(Server(*flags, fake=True, ready=ready))
         return servers[-1]
 
     yield make

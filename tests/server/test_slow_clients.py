@@ -17,7 +17,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 def server() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAKE_WORDS", "3000")
-        server = Server("model", "--client-timeout", "1", fake=True)
+        server = Server("--client-timeout", "1", fake=True)
     yield server
     server.stop()
 
@@ -102,7 +102,7 @@ def test_slow_steps_and_pauses_between_requests_are_no_fault(server: Server) -> 
 
 def test_a_stream_may_take_longer_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_DELAY", "0.05")
-    server = Server("model", "--client-timeout", "0.5", fake=True)
+    server = Server("--client-timeout", "0.5", fake=True)
     try:
         body = json.dumps({"prompt": "a", "max_tokens": 60, "stream": True}).encode()
         with connect(server) as connection:

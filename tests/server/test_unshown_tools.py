@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -159,8 +160,8 @@ def test_tokenize_counts_them(make_client: Callable[..., Client]) -> None:
 
 
 def test_a_template_that_prints_tools_says_nothing_at_start(make_client: Callable[..., Client]) -> None:
-    assert make_client(template=SHOWN["a loop"]).served.tools_note is None
-    note = make_client().served.tools_note
+    assert asyncio.run(make_client(template=SHOWN["a loop"]).served.tools_note()) is None
+    note = asyncio.run(make_client().served.tools_note())
     assert note is not None
     assert "the chat template does not print tools" in note
 

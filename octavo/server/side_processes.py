@@ -1,0 +1,190 @@
+"""Work whose length a client's body or a checkpoint's template decides, in processes of its own.
+
+Neither jinja nor json can be interrupted, and both hold the interpreter's lock: here they hold that of nobody who streams. The
+kernel ends a process that computes for too long; one that has grown large ends by itself, and its memory with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from octavo.errors import InvalidRequest, OctavoError, shortage
+
+__all__ = ["SideProcesses", "side_processes", "work"]
+
+CPU_SECONDS = 3.0  # for one piece of work
+WALL_SECONDS = 60.0  # on a machine that is very busy
+MEMORY = 2**30  # bytes of address space
+LARGE = 256 * 2**20  # bytes at its peak, after which a process ends
+
+T = TypeVar("T")
+
+
+class _Process:
+    """One process and the pipe to it."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from octavo.server.side_processes import work; work({theirs.fileno()})"
+        try:
+            self.popen = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            theirs.close()  # or the end of the process would never be seen
+
+    def end(self, seconds: float = 0.0) -> int:
+        """Ends it, if it does not end by itself so soon; the exit code."""
+        self.connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.popen.wait(seconds)
+        self.popen.kill()
+        return self.popen.wait()
+
+
+class SideProcesses:
+    """At most `most` processes, started when they are first needed; what comes meanwhile waits for its turn."""
+
+    def __init__(self, most: int = 2):
+        self._threads = ThreadPoolExecutor(most, "octavo-side")  # each tends a process
+        self._own = threading.local()
+        self._all: set[_Process] = set()
+        atexit.register(self.close)
+
+    async def run(self, told: str, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)`, which must be what pickle knows by name. What it raises is raised here.
+
+        Raises InvalidRequest, which begins with `told`, where it takes too long or too much memory.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, told, function, args)
+
+    def start(self) -> None:
+        """Starts the first process, without waiting for it."""
+        self._threads.submit(self._process)
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do. The next work starts others."""
+        for process in tuple(self._all):
+            self._all.discard(process)
+            process.popen.kill()
+            process.popen.wait()
+
+    def _process(self) -> _Process:
+        """This thread's process."""
+        known: _Process | None = getattr(self._own, "process", None)
+        if known is not None and known.popen.poll() is None:
+            return known
+        if known is not None:
+            self._end(known)
+        self._own.process = known = _Process()
+        self._all.add(known)
+        return known
+
+    def _end(self, process: _Process, seconds: float = 0.0) -> int:
+        self._own.process = None
+        self._all.discard(process)
+        return process.end(seconds)
+
+    def _run(self, told: str, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        try:
+            process = self._process()
+        except OSError as error:
+            raise OctavoError(shortage(error) or f"No process can be started ({error}).") from error
+        late = False
+        try:
+            process.connection.send((function, args))
+            if late := not process.connection.poll(WALL_SECONDS):
+                raise EOFError
+            answer, last = process.connection.recv()
+        except RecursionError as error:  # of pickle, before anything was sent
+            raise _refusal(error) from error
+        except (EOFError, OSError):
+            if (code := self._end(process, 0.0 if late else 1.0)) == -signal.SIGPROF or late:
+                raise InvalidRequest(f"{told} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
+            raise InvalidRequest(f"{told} failed (exit code {code}); it may need too much memory.") from None
+        if last:
+            self._end(process, 1.0)
+        if isinstance(answer, Exception):
+            raise answer
+        result: T = answer
+        return result
+
+
+@lru_cache(maxsize=1)
+def side_processes() -> SideProcesses:
+    """Those of this process."""
+    return SideProcesses()
+
+
+def work(handle: int) -> None:
+    """The main function of a process: does what the pipe brings, until that is closed or the process has grown large."""
+    connection = Connection(handle)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    with suppress(OSError, ValueError):  # not on every system
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most), most))
+    with suppress(OSError):
+        os.nice(5)  # streams go first
+    large = False
+    while not large:
+        try:
+            payload = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        answer = _answer(payload)
+        del payload
+        large = _peak() > LARGE
+        try:
+            sent = pickle.dumps((answer, large), pickle.HIGHEST_PROTOCOL)
+        except (MemoryError, RecursionError) as error:
+            sent = pickle.dumps((_refusal(error), large))
+        del answer
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(sent)
+        del sent
+
+
+def _answer(payload: bytes) -> Any:
+    try:
+        function, args = pickle.loads(payload)
+        return function(*args)
+    except (MemoryError, RecursionError) as error:
+        return _refusal(error)
+    except OctavoError as error:
+        return error
+    except Exception as error:
+        traceback.print_exc()
+        return OctavoError(f"A process beside the server failed ({type(error).__name__}); its log says why.")
+
+
+def _refusal(error: BaseException) -> InvalidRequest:
+    deep = isinstance(error, RecursionError)
+    return InvalidRequest("This request is nested too deeply." if deep else "This request takes too much memory; send less.")
+
+
+def _peak() -> int:
+    """The most memory that this process had, in bytes; getrusage would begin with what the parent had when it forked."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # no /proc on this system
+        return 0
