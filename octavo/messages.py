@@ -34,6 +34,8 @@ FinishReason = Literal["stop", "length", "abort"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
+MAX_STOP = 256
+MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words: each becomes a step of an automaton
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,12 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
+        _check_strings("stop", self.stop, MAX_STOP)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if isinstance(self.bad_words, str):
             raise InvalidRequest("bad_words must be a list of strings, not one string.", "bad_words")
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        if len(self.bad_words) > MAX_BAD_WORDS:
-            raise InvalidRequest(
-                f"bad_words has {len(self.bad_words)} entries; at most {MAX_BAD_WORDS} are served.", "bad_words"
-            )
+        _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         if not all(isinstance(word, str) and word.strip() for word in self.bad_words):
             raise InvalidRequest("bad_words must hold strings that are more than blanks.", "bad_words")
         if self.allowed_token_ids is not None:
@@ -112,6 +112,16 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+
+def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
+    """Raises InvalidRequest for more strings, or longer ones, than a server can look for in every token of every sequence."""
+    if len(strings) > most:
+        raise InvalidRequest(f"{name} has {len(strings)} entries; at most {most} are served.", name)
+    if not all(isinstance(one, str) for one in strings):
+        raise InvalidRequest(f"{name} must hold strings.", name)
+    if (characters := sum(map(len, strings))) > MAX_CHARACTERS:
+        raise InvalidRequest(f"{name} has {characters} characters in all; at most {MAX_CHARACTERS} are served.", name)
 
 
 _INF = float("inf")
