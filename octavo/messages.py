@@ -1,13 +1,14 @@
 """What crosses between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
-Messages are tuples whose first item is their name. To the engine: ("add", EngineRequest), ("abort", request ids),
-("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed", sentence), then
-("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
+Messages are tuples whose first item is their name. To the engine: ("add", the EngineRequests of one request's sequences),
+("abort", request ids), ("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or
+("failed", sentence), then ("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
 MAX_STOP = 256
+MAX_STOP_TOKEN_IDS = 4096
 MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words: each becomes a step of an automaton
 
 
@@ -80,7 +82,12 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         _check_strings("stop", self.stop, MAX_STOP)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids or ())))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {MAX_STOP_TOKEN_IDS} are served.",
+                "stop_token_ids",
+            )
         if isinstance(self.bad_words, str):
             raise InvalidRequest("bad_words must be a list of strings, not one string.", "bad_words")
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
@@ -112,6 +119,17 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+    def sequence(self, number: int) -> SamplingParams:
+        """Those of one of the n sequences, of which the first tells of the prompt. Not checked again: they are right if these
+        are, and a client's long lists would be walked over n times."""
+        one = copy(self)
+        object.__setattr__(one, "n", 1)
+        if self.seed is not None:
+            object.__setattr__(one, "seed", self.seed + number)
+        if number:
+            object.__setattr__(one, "prompt_logprobs", None)
+        return one
 
 
 def _check_strings(name: str, strings: Sequence[str], most: int) -> None:

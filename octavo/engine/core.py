@@ -19,7 +19,7 @@ from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
-from octavo.engine.token_bans import TokenBans
+from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
@@ -32,7 +32,8 @@ class _Generation:
 
     seed: int
     grammar: Grammar | None
-    bans: TokenBans | None
+    rules: TokenRules
+    bad_words: BadWords | None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
 
 
@@ -72,18 +73,20 @@ class EngineCore:
             report=runner.describe(),
         )
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises InvalidRequest if it cannot be run."""
+    def add(self, *requests: EngineRequest) -> None:
+        """Queue the sequences of a request, which differ in their id and seed. Raises InvalidRequest if it cannot be run."""
         if self.asleep:
             raise InvalidRequest("The engine sleeps; wake it first.")
-        grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
-        seed, self.next_seed = self.next_seed, self.next_seed + 1
-        if request.params.seed is not None:
-            seed = request.params.seed
-        self.scheduler.add(request)
-        allowed = request.params.allowed_token_ids
-        bans = TokenBans(allowed, request.bad_words) if allowed is not None or request.bad_words else None
-        self.generations[request.request_id] = _Generation(seed, grammar, bans)
+        first = requests[0]
+        rules = TokenRules(first.params, first.eos_token_ids, first.bad_words)
+        for request in requests:
+            grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
+            seed, self.next_seed = self.next_seed, self.next_seed + 1
+            if request.params.seed is not None:
+                seed = request.params.seed
+            self.scheduler.add(request)
+            words = BadWords(rules) if rules.restricted else None
+            self.generations[request.request_id] = _Generation(seed, grammar, rules, words)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; one that is not known, or finished already, is no error."""
@@ -160,7 +163,8 @@ class EngineCore:
             request.eos_token_ids,
             generation.grammar,
             int(item.pending),
-            generation.bans,
+            generation.rules,
+            generation.bad_words,
         )
 
     def _take(self, step: _Step) -> list[TokenOutput]:

@@ -28,7 +28,7 @@ class Core(Protocol):
 
     info: EngineInfo
 
-    def add(self, request: EngineRequest) -> None: ...
+    def add(self, *requests: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def has_work(self) -> bool: ...
     def step(self) -> tuple[list[TokenOutput], EngineStats]: ...
@@ -116,9 +116,9 @@ def _obey(core: Core, message: Message) -> list[TokenOutput]:
     """Does what a message asks. A request that the core refuses is answered; it harms no other."""
     if message[0] == "add":
         try:
-            core.add(message[1])
+            core.add(*message[1])
         except OctavoError as error:
-            return [TokenOutput(message[1].request_id, [], "abort", error=str(error))]
+            return [TokenOutput(request.request_id, [], "abort", error=str(error)) for request in message[1]]
     else:
         for request_id in message[1]:
             core.abort(request_id)

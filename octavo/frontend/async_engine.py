@@ -136,7 +136,7 @@ class AsyncEngine:
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-            self._ask(("add", request))
+        self._ask(("add", requests))  # at once: what they have in common is sent once
         running = len(requests)
         try:
             while running:

@@ -33,14 +33,10 @@ def engine_requests(
     more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
-    sequences = []
-    for i in range(params.n):
-        seed = None if params.seed is None else params.seed + i
-        prompt_logprobs = params.prompt_logprobs if i == 0 else None  # they are the same for all
-        one = replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
-        own = f"{request_id}-{i}"
-        sequences.append(EngineRequest(own, prompt_token_ids, one, eos_token_ids, grammar, **more))
-    return sequences
+    return [
+        EngineRequest(f"{request_id}-{i}", prompt_token_ids, params.sequence(i), eos_token_ids, grammar, **more)
+        for i in range(params.n)
+    ]
 
 
 def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
