@@ -36,6 +36,7 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
 MAX_STOP = 256
+MAX_GRAMMAR = 1 << 19  # characters; reading, sending and compiling so much takes some tenths of a second
 MAX_STOP_TOKEN_IDS = 4096
 MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words: each becomes a step of an automaton
 
@@ -47,6 +48,13 @@ class StructuredOutput:
     kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
     param: str = field(default="structured", compare=False)  # the field of a request that asks for it: errors name it
+
+    def __post_init__(self) -> None:
+        if len(self.grammar) > MAX_GRAMMAR:
+            raise InvalidRequest(
+                f"{self.param} has over {MAX_GRAMMAR} characters as a grammar, the most that is served; make it smaller.",
+                self.param,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

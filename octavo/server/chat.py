@@ -30,6 +30,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     text = chat_prompt(served, request)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
+    await served.validate(params.structured)
     response_id = f"chatcmpl-{request.request_id or request_id}"
     deltas = served.generate(prompt, params, response_id, request.cache_salt)
     job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)

@@ -28,6 +28,7 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
     served.check_model(request.model)
     prompts = [await _ids(served, prompt, request) for prompt in _prompts(request.prompt)]
     params = _params(served, request, max(map(len, prompts)))
+    await served.validate(params.structured)
     response_id = f"cmpl-{request.request_id or request_id}"
     streams = [served.generate(prompt, params, response_id, request.cache_salt) for prompt in prompts]
     job = _Job(served, request, response_id, prompts, streams, params)
