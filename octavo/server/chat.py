@@ -14,7 +14,7 @@ from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta
+from octavo.server.parsers.reasoning import OPEN, REASONING_PARSERS, MessageReader, ThinkSplitter, join_delta, joined
 from octavo.server.parsers.tools import PARSERS, CallParser, NamedCall, make_parser
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice
 from octavo.server.serving import Served
@@ -203,10 +203,7 @@ def _choice(
     return {"index": index, **told, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
 
 
-def _message(parts: dict[str, Any]) -> dict[str, Any]:
-    calls = parts.get("tool_calls", [])
-    content = "".join(parts.get("content", ()))
-    message: dict[str, Any] = {"role": "assistant", "content": content if content.strip() or not calls else None}
-    if "reasoning_content" in parts:
-        message["reasoning_content"] = "".join(parts["reasoning_content"])
-    return {**message, "tool_calls": calls} if calls else message
+def _message(deltas: dict[str, Any]) -> dict[str, Any]:
+    parts = joined(deltas)
+    content = parts.get("content", "")
+    return {"role": "assistant", **parts, "content": content if content.strip() or not parts.get("tool_calls") else None}
