@@ -16,10 +16,12 @@ from typing import Protocol
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, shortage
+from octavo.host import release
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
 
 __all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
 
+IDLE_SECONDS = 2.0  # without work, after which freed memory goes back to the system
 ORPHAN_GRACE = 5.0  # seconds that a step or a load may take to end after the parent died
 
 
@@ -92,7 +94,7 @@ def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> 
 def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> None:
     while True:
         outputs: list[TokenOutput] = []
-        for message in _drain(inbox, wait=not core.has_work()):
+        for message in _drain(inbox) if core.has_work() else _wait(inbox):
             if message[0] == "shutdown":
                 return
             outputs += _obey(core, message)
@@ -103,8 +105,19 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
         connection.send(("step", outputs, stats))
 
 
-def _drain(inbox: SimpleQueue[Message], wait: bool) -> list[Message]:
-    messages = [inbox.get()] if wait else []
+def _wait(inbox: SimpleQueue[Message]) -> list[Message]:
+    """What has come, at least one message. An engine that is idle for a while gives memory back that its steps have freed:
+    prompts of many lengths leave holes of many sizes, in all as much as the rest of a small model."""
+    try:
+        first = inbox.get(timeout=IDLE_SECONDS)
+    except Empty:
+        release()
+        first = inbox.get()
+    return [first, *_drain(inbox)]
+
+
+def _drain(inbox: SimpleQueue[Message]) -> list[Message]:
+    messages: list[Message] = []
     try:
         while True:
             messages.append(inbox.get_nowait())
