@@ -324,6 +324,26 @@ async def idle_now(engine):
     assert stats[-1].num_running == 0
 
 
+def test_many_sequences_of_a_step_give_others_their_turn():
+    async def test(engine):
+        pauses = []
+
+        async def others():
+            while True:
+                start = time.perf_counter()
+                await asyncio.sleep(0)
+                pauses.append(time.perf_counter() - start)
+
+        ticking = asyncio.create_task(others())
+        async with aclosing(engine.generate([10], SamplingParams(n=100, max_tokens=2), "many")) as deltas:
+            async for _ in deltas:
+                time.sleep(0.003)  # what a server does with each
+        ticking.cancel()
+        assert max(pauses) < 0.15, "all 100 of a step would be 0.3 s"
+
+    with_engine(test)
+
+
 def test_what_cannot_be_served():
     async def test(engine):
         for prompt, params, sentence in [
