@@ -95,3 +95,12 @@ def test_a_large_grammar_under_the_bound(client: Client) -> None:
     pause, response = longest_pause(client, {"prompt": "a", "guided_choice": [f"choice {i}" for i in range(25_000)]})
     assert response.status_code == 200
     assert pause < 1
+
+
+def test_an_error_is_one_short_line(client: Client) -> None:
+    for model in ("x" * 20_000, "a\nb\u2028c\r\n" * 3000):
+        message = client.post("/v1/completions", {"prompt": "a", "model": model}).json()["error"]["message"]
+        assert len(message) <= 900
+        assert message.startswith("The model '" + model[:1])
+        assert message.endswith("' is not served here; demo is.")
+        assert len(message.splitlines()) == 1
