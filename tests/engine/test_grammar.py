@@ -233,7 +233,7 @@ class Slow:
         assert token == 70
 
 
-def bystander_waits(core, bystander: int = 40) -> tuple[list[float], dict[str, list[int]]]:
+def bystander_waits(core, bystander: int = 300) -> tuple[list[float], dict[str, list[int]]]:
     """How long each step of a free request took beside what was added before, and all tokens by request."""
     core.add(EngineRequest("free", [5, 6], SamplingParams(max_tokens=bystander, temperature=0, ignore_eos=True), EOS))
     waits, got = [], defaultdict(list)
@@ -248,7 +248,7 @@ def bystander_waits(core, bystander: int = 40) -> tuple[list[float], dict[str, l
     return waits, got
 
 
-@pytest.mark.parametrize(("compiling", "finding", "count"), [(0.4, 0.0, 1), (0.0, 0.2, 1), (0.1, 0.05, 6)])
+@pytest.mark.parametrize(("compiling", "finding", "count"), [(0.6, 0.0, 1), (0.0, 0.6, 1), (0.1, 0.1, 6)])
 def test_nobody_waits_for_a_grammar(llm, monkeypatch, compiling, finding, count):
     def compile_(self, text, eos):
         time.sleep(compiling)
@@ -258,11 +258,13 @@ def test_nobody_waits_for_a_grammar(llm, monkeypatch, compiling, finding, count)
     monkeypatch.setattr(GrammarCompiler, "compile", compile_)
     monkeypatch.setattr(Slow, "copy", lambda self: found(Slow(self.seconds)))
     asked = SamplingParams(max_tokens=3)
+    start = time.perf_counter()
     core.add(*(EngineRequest(f"bound{i}", [7], asked, EOS, "slow") for i in range(count)))
+    begun = time.perf_counter() - start
     waits, got = bystander_waits(core)
-    assert len(got["free"]) == len(waits) == 40
+    assert len(got["free"]) == len(waits) == 300
     assert all(got[f"bound{i}"] == [70] * 3 for i in range(count))
-    assert sorted(waits)[-4] < 0.1, waits  # a wait of 5 ms, and what the machine does beside this
+    assert max(*waits, begun) < 0.4, waits  # 5 ms, and what the machine does beside this; who waited would wait 0.6 s
     assert not core.scheduler.request_ids
     assert not core.grammars.busy
     assert core.scheduler.pool.usage == 0
@@ -341,7 +343,7 @@ def test_a_grammar_that_turns_slow_costs_one_wait_for_all_its_sequences(llm, mon
     monkeypatch.setattr(Grammar, "accept", accept)
     text = serialize(StructuredOutput("regex", "[a-z ]+"))
     core.add(*(EngineRequest(str(i), [7], SamplingParams(max_tokens=4), EOS, text) for i in range(8)))
-    waits, _ = bystander_waits(core, 80)
+    waits, _ = bystander_waits(core)
     assert slow.count(True) == 1
     assert slow.count(False) == 7
-    assert sorted(waits)[-4] < 0.1, waits
+    assert max(waits) < 0.6, "one of 0.15 s, not eight"

@@ -337,9 +337,9 @@ def test_many_sequences_of_a_step_give_others_their_turn():
         ticking = asyncio.create_task(others())
         async with aclosing(engine.generate([10], SamplingParams(n=100, max_tokens=2), "many")) as deltas:
             async for _ in deltas:
-                time.sleep(0.003)  # what a server does with each
+                time.sleep(0.005)  # what a server does with each
         ticking.cancel()
-        assert max(pauses) < 0.15, "all 100 of a step would be 0.3 s"
+        assert max(pauses) < 0.35, "all 100 of a step would be 0.5 s"
 
     with_engine(test)
 
