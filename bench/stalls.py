@@ -4,7 +4,8 @@
     python -m bench.stalls "stop strings" "a long prompt"
 
 One server of the demo model on this machine's cores. A client in a process of its own reads a stream; first alone, then beside
-one request of each kind, sent again as soon as it is answered. The goal: at the 99th percentile 100 ms later than alone.
+one request of each kind, sent again as soon as it is answered. The goal: at the 99th percentile 100 ms later than alone,
+and never 2 s.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from bench.bystander import Bystander
 
-GOAL = 0.1  # seconds
+GOAL, CEILING = 0.1, 2.0  # seconds: at the 99th percentile, and ever
 FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--cpu-kv-cache-gib", "0.3")
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
 MANY: dict[str, Any] = {"prompt": "def read(self", "max_tokens": 16, "n": 128, "ignore_eos": True}
@@ -151,7 +152,8 @@ def main() -> None:
                 continue
             gaps, answers = waits(port, args.tokens, kind, args.longest)
             late = gaps[int(0.99 * len(gaps))] - idle
-            verdict, few = "ok  " if late <= GOAL else "MISS", "" if len(gaps) >= args.tokens else f", {len(gaps)} tokens only"
+            verdict = "ok  " if late <= GOAL and gaps[-1] <= CEILING else "MISS"
+            few = "" if len(gaps) >= args.tokens else f", {len(gaps)} tokens only"
             found = f"p99 {1e3 * late:+8.1f} ms, longest {1e3 * gaps[-1]:8.1f} ms{few}"
             print(f"{verdict} {name:<42} {found}; {len(answers)} requests, the last {(answers or ['none'])[-1]}", flush=True)
     finally:
