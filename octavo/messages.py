@@ -1,13 +1,14 @@
 """What crosses between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
-Messages are tuples whose first item is their name. To the engine: ("add", EngineRequests), ("abort", request ids),
-("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed", sentence), then
-("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
+Messages are tuples whose first item is their name. To the engine: ("add", the EngineRequests of one request's sequences),
+("abort", request ids), ("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or
+("failed", sentence), then ("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +35,10 @@ FinishReason = Literal["stop", "length", "abort"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
+MAX_STOP = 256
+MAX_GRAMMAR = 1 << 19  # characters; reading, sending and compiling so much takes some tenths of a second
+MAX_STOP_TOKEN_IDS = 4096
+MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words: each becomes a step of an automaton
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,13 @@ class StructuredOutput:
     kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
     param: str = field(default="structured", compare=False)  # the field of a request that asks for it: errors name it
+
+    def __post_init__(self) -> None:
+        if len(self.grammar) > MAX_GRAMMAR:
+            raise InvalidRequest(
+                f"{self.param} has over {MAX_GRAMMAR} characters as a grammar, the most that is served; make it smaller.",
+                self.param,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +89,17 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _check_strings("stop", self.stop, MAX_STOP)
+        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids or ())))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {MAX_STOP_TOKEN_IDS} are served.",
+                "stop_token_ids",
+            )
         if isinstance(self.bad_words, str):
             raise InvalidRequest("bad_words must be a list of strings, not one string.", "bad_words")
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        if len(self.bad_words) > MAX_BAD_WORDS:
-            raise InvalidRequest(
-                f"bad_words has {len(self.bad_words)} entries; at most {MAX_BAD_WORDS} are served.", "bad_words"
-            )
+        _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         if not all(isinstance(word, str) and word.strip() for word in self.bad_words):
             raise InvalidRequest("bad_words must hold strings that are more than blanks.", "bad_words")
         if self.allowed_token_ids is not None:
@@ -113,6 +128,27 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+    def sequence(self, number: int) -> SamplingParams:
+        """Those of one of the n sequences, of which the first tells of the prompt. Not checked again: they are right if these
+        are, and a client's long lists would be walked over n times."""
+        one = copy(self)
+        object.__setattr__(one, "n", 1)
+        if self.seed is not None:
+            object.__setattr__(one, "seed", self.seed + number)
+        if number:
+            object.__setattr__(one, "prompt_logprobs", None)
+        return one
+
+
+def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
+    """Raises InvalidRequest for more strings, or longer ones, than a server can look for in every token of every sequence."""
+    if len(strings) > most:
+        raise InvalidRequest(f"{name} has {len(strings)} entries; at most {most} are served.", name)
+    if not all(isinstance(one, str) for one in strings):
+        raise InvalidRequest(f"{name} must hold strings.", name)
+    if (characters := sum(map(len, strings))) > MAX_CHARACTERS:
+        raise InvalidRequest(f"{name} has {characters} characters in all; at most {MAX_CHARACTERS} are served.", name)
 
 
 _INF = float("inf")

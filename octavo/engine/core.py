@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.grammar import Grammar, GrammarCompiler
+from octavo.engine.grammar_work import GrammarWork
 from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Schedule, ScheduledRequest, Status
 from octavo.engine.step_tokens import StepTokens
-from octavo.engine.token_bans import TokenBans
+from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
@@ -33,7 +34,8 @@ class _Generation:
 
     seed: int
     grammar: Grammar | None
-    bans: TokenBans | None
+    rules: TokenRules
+    bad_words: BadWords | None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
 
 
@@ -53,7 +55,7 @@ class EngineCore:
         self.runner = runner = ModelRunner(config, progress)
         self.config, self.asleep = config, False
         self._make_scheduler()
-        self.grammars = GrammarCompiler(runner.directory, runner.limits.vocab_size)
+        self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size))
         self.generations: dict[str, _Generation] = {}
         self.depth = 1 if runner.platform.is_cpu else 2  # steps in flight at most; a CPU would only compute too much
         self.in_flight: deque[_Step] = deque()  # launched and not read yet, the oldest first
@@ -81,18 +83,38 @@ class EngineCore:
             report=runner.describe(),
         )
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises InvalidRequest if it cannot be run."""
+    def add(self, *requests: EngineRequest) -> None:
+        """Queue the sequences of a request, which differ in their id and seed. Raises InvalidRequest if it cannot be run."""
         if self.asleep:
             raise InvalidRequest("The engine sleeps; wake it first.")
-        grammar = None if request.grammar is None else self.grammars.compile(request.grammar, request.eos_token_ids)
-        seed, self.next_seed = self.next_seed, self.next_seed + 1
-        if request.params.seed is not None:
-            seed = request.params.seed
-        self.scheduler.add(request)
-        allowed = request.params.allowed_token_ids
-        bans = TokenBans(allowed, request.bad_words) if allowed is not None or request.bad_words else None
-        self.generations[request.request_id] = _Generation(seed, grammar, bans)
+        first = requests[0]
+        rules = TokenRules(first.params, first.eos_token_ids, first.bad_words)
+        for request in requests:
+            seed, self.next_seed = self.next_seed, self.next_seed + 1
+            if request.params.seed is not None:
+                seed = request.params.seed
+            words = BadWords(rules) if rules.restricted else None
+            self.generations[request.request_id] = _Generation(seed, None, rules, words)
+        if first.grammar is not None:
+            self.grammars.compile(requests)
+            return
+        for request in requests:
+            self.scheduler.add(request)
+
+    def _queue_compiled(self, outputs: list[TokenOutput]) -> None:
+        """Queues the requests whose grammars are compiled by now. `outputs` gets those whose grammar cannot be."""
+        for requests, grammars in self.grammars.compiled():
+            if isinstance(grammars, OctavoError):
+                outputs += self._failed([request.request_id for request in requests], str(grammars))
+                continue
+            for request, grammar in zip(requests, grammars, strict=False):  # some may have been aborted
+                self.generations[request.request_id].grammar = grammar
+                self.scheduler.add(request)
+
+    def _failed(self, request_ids: Iterable[str], reason: str) -> list[TokenOutput]:
+        for request_id in request_ids:
+            self.abort(request_id)
+        return [TokenOutput(request_id, [], "abort", error=reason) for request_id in request_ids]
 
     def abort(self, request_id: str) -> None:
         """Forget a request; one that is not known, or finished already, is no error."""
@@ -101,10 +123,11 @@ class EngineCore:
 
     def _forget(self, request_id: str) -> None:
         self.generations.pop(request_id, None)
+        self.grammars.forget(request_id)
         self.runner.histories.forget(request_id)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self.in_flight)
+        return self.scheduler.has_work or bool(self.in_flight) or self.grammars.compiling
 
     def step(self) -> tuple[list[TokenOutput], EngineStats]:
         """One step of all the requests that fit in it: what it added to each, and how the engine stands."""
@@ -120,7 +143,7 @@ class EngineCore:
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
         """Starts the next step, which joins those in flight unless it is empty. `outputs` gets the requests that failed."""
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(self._sitting_out(outputs))
         for request, reason in schedule.failed:
             self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
@@ -130,6 +153,16 @@ class EngineCore:
         if schedule.items:
             self.in_flight.append(step)
         return step
+
+    def _sitting_out(self, outputs: list[TokenOutput]) -> Collection[str]:
+        """The requests whose next token nobody can choose yet. `outputs` gets those that took too long."""
+        if not self.grammars.busy:
+            return ()
+        unready, late = self.grammars.unready(self.scheduler.request_ids)
+        if late:
+            outputs += self._failed(late, _ENDED.format("finding its next tokens takes too long."))
+        self._queue_compiled(outputs)
+        return unready
 
     def reload(self, model: str) -> None:
         """Takes the weights of another checkpoint directory, of the same config.json and schemes; OctavoError for others.
@@ -169,12 +202,14 @@ class EngineCore:
             request.eos_token_ids,
             generation.grammar,
             int(item.pending),
-            generation.bans,
+            generation.rules,
+            generation.bad_words,
         )
 
     def _take(self, step: _Step) -> list[TokenOutput]:
         """Waits for a step's tokens and hands them out."""
         outputs, schedule, result = [], step.schedule, step.result
+        self.grammars.new_step()
         for item in schedule.items:
             entries = result.prompt_logprobs.get(item.request.request_id)
             if entries is not None and item.request.status is not Status.FINISHED:  # it may have been aborted meanwhile
@@ -185,9 +220,10 @@ class EngineCore:
             request_id = request.request_id
             generation = self.generations[request_id]
             if (fault := _fault(generation.grammar, token)) is not None:
-                self.abort(request_id)
-                outputs.append(TokenOutput(request_id, [], "abort", error=fault))
+                outputs += self._failed([request_id], fault)
                 continue
+            if generation.grammar is not None and finish_reason is None:
+                self.grammars.find(request_id, generation.grammar)
             output = TokenOutput(request_id, [token], finish_reason, stop_reason, num_cached_tokens=request.num_cached_tokens)
             if request_id in result.logprobs:
                 output.logprobs = [result.logprobs[request_id]]
@@ -199,12 +235,15 @@ class EngineCore:
         return outputs
 
 
+_ENDED = "The structured output cannot be followed any further: {}"
+
+
 def _fault(grammar: Grammar | None, token: int) -> str | None:
     """Why a request whose step gave `token` cannot go on, if it cannot; else the grammar knows the token."""
     if grammar is not None and token != NO_TOKEN:
         grammar.accept(token)
     if grammar is not None and (error := grammar.error):
-        return f"The structured output cannot be followed any further: {error}"
+        return _ENDED.format(error)
     if token == NO_TOKEN:
         return (
             "No token is left to choose: allowed_token_ids, bad_words, min_tokens and the structured output exclude them all."

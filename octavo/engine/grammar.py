@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from torch import Tensor
 
 from octavo.errors import InvalidRequest, OctavoError
 
-__all__ = ["Grammar", "GrammarCompiler"]
+__all__ = ["Grammar", "GrammarCompiler", "Pace"]
 
 
 # Items are what alternatives become: 2,000 tools need more than the library's 2,000, and take milliseconds a step.
 LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
+SLOW = 0.02  # seconds to find the next tokens in; most grammars take a thousandth of it
 
 
 class GrammarCompiler:
@@ -45,13 +48,27 @@ class GrammarCompiler:
         return Grammar(matcher, self.vocab_size)
 
 
-class Grammar:
-    """Where one request stands in its grammar."""
+@dataclass(slots=True)
+class Pace:
+    """How the n sequences of a request got on with their grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher = matcher
+    slow: bool = False  # finding the next tokens once took over SLOW seconds
+
+
+class Grammar:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int, pace: Pace | None = None):
+        self._matcher, self.pace = matcher, pace or Pace()
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+        self._forbidden: Tensor | None = None  # found, and still true
         self.vocab_size = vocab_size
+
+    def copy(self) -> Grammar:
+        """Another one that stands where this one does."""
+        other = Grammar(self._matcher.deep_copy(), self.vocab_size, self.pace)
+        other._forbidden = self._forbidden
+        return other
 
     @property
     def finished(self) -> bool:
@@ -67,7 +84,19 @@ class Grammar:
         return lines[0][:200].rstrip(".") + "."
 
     def forbidden(self) -> Tensor:
-        """bool [vocab]: the tokens that may not come next; all of them after an error."""
+        """bool [vocab]: the tokens that may not come next; all of them after an error. They are found now if they were not."""
+        if self._forbidden is None:
+            self.find()
+        assert self._forbidden is not None
+        return self._forbidden
+
+    def find(self) -> None:
+        """Finds what `forbidden` tells, which may take a second; other threads can go on meanwhile."""
+        start = time.monotonic()
+        self._forbidden = self._find()
+        self.pace.slow |= time.monotonic() - start > SLOW
+
+    def _find(self) -> Tensor:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
             return torch.ones(self.vocab_size, dtype=torch.bool)
@@ -78,3 +107,4 @@ class Grammar:
         """The token was chosen. What follows the end (ignore_eos) is not looked at."""
         if not self.finished:
             self._matcher.consume_token(token)
+            self._forbidden = None

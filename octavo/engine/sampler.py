@@ -52,8 +52,8 @@ def sample(
     for i, row in enumerate(rows):
         if row.grammar is not None:
             logits[i].masked_fill_(row.grammar.forbidden().to(logits.device), float("-inf"))
-        if row.bans is not None:
-            row.bans.apply(logits[i], row.token_ids, row.num_prompt_tokens)
+        if row.bad_words is not None:
+            row.bad_words.forbid(logits[i], row.token_ids, row.num_prompt_tokens)
     restricted = [i for i, row in enumerate(rows) if row.restricted]
     none_left = logits[restricted].amax(1) == float("-inf") if restricted else None  # before drawing writes over the logits
     tokens = _chosen(logits, rows)
@@ -66,12 +66,11 @@ def sample(
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
     """Biases and bans, in place on one row."""
-    p, device = row.params, logits.device
-    for token, bias in (p.logit_bias or {}).items():
-        logits[token] += bias
-    if row.num_output_tokens < p.min_tokens and not (row.grammar and row.grammar.finished):
-        enders = [token for token in {*row.eos_token_ids, *p.stop_token_ids} if 0 <= token < len(logits)]
-        logits.index_fill_(0, to_device(enders, torch.int64, device), float("-inf"))
+    assert row.rules is not None
+    if row.rules.biased:
+        row.rules.bias(logits)
+    if row.num_output_tokens < row.params.min_tokens and not (row.grammar and row.grammar.finished):
+        row.rules.forbid_end(logits)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

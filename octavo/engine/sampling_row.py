@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.engine.grammar import Grammar
-from octavo.engine.token_bans import TokenBans
+from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.messages import SamplingParams
 
 __all__ = ["SamplingRow"]
@@ -23,7 +23,14 @@ class SamplingRow:
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     num_pending: int = 0  # tokens chosen before this one whose values only the device knows yet
-    bans: TokenBans | None = None
+    rules: TokenRules | None = None  # those of `params`, if nobody has made them
+    bad_words: BadWords | None = None
+
+    def __post_init__(self) -> None:
+        if self.rules is None:
+            self.rules = TokenRules(self.params, self.eos_token_ids)
+        if self.bad_words is None and self.rules.restricted:
+            self.bad_words = BadWords(self.rules)
 
     @property
     def num_output_tokens(self) -> int:
@@ -48,7 +55,7 @@ class SamplingRow:
     @property
     def restricted(self) -> bool:
         """Whether some tokens are forbidden, so that none may be left."""
-        return self.grammar is not None or self.bans is not None
+        return self.grammar is not None or self.bad_words is not None
 
     @property
     def synchronous(self) -> bool:

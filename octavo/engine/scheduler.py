@@ -15,7 +15,7 @@ Nothing here reads a clock or depends on chance: every rank decides alike.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.sequence import NewToken, Request, Schedule, ScheduledRequest, Status
@@ -60,8 +60,14 @@ class Scheduler:
         self._release(request)
         return request
 
-    def schedule(self) -> Schedule:
-        """Decides the next step. The requests that `failed` in it are finished; only a step with items need be run.
+    @property
+    def request_ids(self) -> Collection[str]:
+        """Those that wait or run."""
+        return self._requests.keys()
+
+    def schedule(self, sitting_out: Collection[str] = ()) -> Schedule:
+        """Decides the next step. The requests that `failed` in it are finished; only a step with items need be run. Requests
+        `sitting_out` have all that they know computed and get no token in it.
 
         A request with a pending token cannot give up its memory: what it would have to compute anew is not known. Where that
         would be needed there are no items, and the step can be scheduled when the `update` of the one before is done.
@@ -69,9 +75,9 @@ class Scheduler:
         schedule = Schedule(self.max_num_batched_tokens)
         if any(request.num_pending for request in self.running) and self._missing() > self.pool.num_free:
             return schedule
-        self._continue_running(schedule)
+        self._continue_running(schedule, sitting_out)
         if not schedule.preempted:  # whoever was just put out of memory would come straight back in
-            self._admit_waiting(schedule)
+            self._admit_waiting(schedule, sitting_out)
         return schedule
 
     def update(self, schedule: Schedule, sampled: Sequence[int]) -> list[NewToken]:
@@ -99,10 +105,10 @@ class Scheduler:
             scheduled_first=schedule.started,
         )
 
-    def _continue_running(self, schedule: Schedule) -> None:
+    def _continue_running(self, schedule: Schedule, sitting_out: Collection[str]) -> None:
         served = 0
         while served < len(self.running) and schedule.budget:  # the list may lose its tail on the way
-            if self.running[served].complete:
+            if self.running[served].complete or self.running[served].request_id in sitting_out:
                 served += 1
             elif self._grow(self.running[served], schedule):
                 self._compute(self.running[served], schedule)
@@ -127,10 +133,12 @@ class Scheduler:
         request.block_ids += self.pool.allocate(missing)
         return True
 
-    def _admit_waiting(self, schedule: Schedule) -> None:
+    def _admit_waiting(self, schedule: Schedule, sitting_out: Collection[str]) -> None:
         """Starts waiting requests in order; the first one that does not fit holds up the rest, so that none starves."""
         while self.waiting and schedule.budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
+            if request.request_id in sitting_out:  # preempted meanwhile; it keeps its place
+                break
             if reason := self._hopeless(request):
                 self._fail(self.waiting.popleft(), reason, schedule)
             elif self._start(request, schedule):

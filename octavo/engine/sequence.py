@@ -25,6 +25,7 @@ class Request:
         self.request_id = request.request_id
         self.params = request.params
         self.eos_token_ids = request.eos_token_ids
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.prompt_token_ids = request.prompt_token_ids
         self.rotary_delta = request.rotary_delta
         self.num_prompt_tokens = len(request.prompt_token_ids)
@@ -60,7 +61,7 @@ class Request:
         if self.num_output_tokens >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return "stop", None
-            if token in params.stop_token_ids:
+            if token in self.stop_token_ids:
                 return "stop", token
         return ("length" if len(self.token_ids) >= self.max_total_tokens else None), None
 

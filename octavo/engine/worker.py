@@ -16,10 +16,12 @@ from typing import Protocol
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, shortage
+from octavo.host import release
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
 
 __all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
 
+IDLE_SECONDS = 2.0  # without work, after which freed memory goes back to the system
 ORPHAN_GRACE = 5.0  # seconds that a step or a load may take to end after the parent died
 
 
@@ -28,7 +30,7 @@ class Core(Protocol):
 
     info: EngineInfo
 
-    def add(self, request: EngineRequest) -> None: ...
+    def add(self, *requests: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def has_work(self) -> bool: ...
     def step(self) -> tuple[list[TokenOutput], EngineStats]: ...
@@ -95,7 +97,7 @@ def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> 
 def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> None:
     while True:
         outputs: list[TokenOutput] = []
-        for message in _drain(inbox, wait=not core.has_work()):
+        for message in _drain(inbox) if core.has_work() else _wait(inbox):
             if message[0] == "shutdown":
                 return
             outputs += _obey(core, message)
@@ -106,8 +108,19 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
         connection.send(("step", outputs, stats))
 
 
-def _drain(inbox: SimpleQueue[Message], wait: bool) -> list[Message]:
-    messages = [inbox.get()] if wait else []
+def _wait(inbox: SimpleQueue[Message]) -> list[Message]:
+    """What has come, at least one message. An engine that is idle for a while gives memory back that its steps have freed:
+    prompts of many lengths leave holes of many sizes, in all as much as the rest of a small model."""
+    try:
+        first = inbox.get(timeout=IDLE_SECONDS)
+    except Empty:
+        release()
+        first = inbox.get()
+    return [first, *_drain(inbox)]
+
+
+def _drain(inbox: SimpleQueue[Message]) -> list[Message]:
+    messages: list[Message] = []
     try:
         while True:
             messages.append(inbox.get_nowait())
@@ -117,16 +130,15 @@ def _drain(inbox: SimpleQueue[Message], wait: bool) -> list[Message]:
 
 def _obey(core: Core, message: Message) -> list[TokenOutput]:
     """Does what a message asks. A request that the core refuses is answered; it harms no other."""
-    refused = []
-    for asked in message[1]:
-        if message[0] == "abort":
-            core.abort(asked)
-            continue
+    if message[0] == "add":
         try:
-            core.add(asked)
+            core.add(*message[1])
         except OctavoError as error:
-            refused.append(TokenOutput(asked.request_id, [], "abort", error=str(error)))
-    return refused
+            return [TokenOutput(request.request_id, [], "abort", error=str(error)) for request in message[1]]
+    else:
+        for request_id in message[1]:
+            core.abort(request_id)
+    return []
 
 
 def _trace(error: Exception) -> None:

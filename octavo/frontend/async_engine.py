@@ -35,6 +35,7 @@ __all__ = ["AsyncEngine", "EngineDead"]
 
 logger = logging.getLogger(__name__)
 
+TURN_SECONDS = 0.005  # that a request may take of the event loop before others have their turn
 EXIT_SECONDS = 5.0  # how long a process that was told to end may take before it is killed
 
 
@@ -139,10 +140,13 @@ class AsyncEngine:
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-        self._ask(("add", requests))  # in one piece, in which the prompt is once
-        running = len(requests)
+        self._ask(("add", requests))  # at once: what they have in common is sent once
+        running, turn = len(requests), self._loop.time()
         try:
-            while running:
+            while running:  # a step's many sequences come at once, and getting them never waits
+                if self._loop.time() - turn > TURN_SECONDS:
+                    await asyncio.sleep(0)
+                    turn = self._loop.time()
                 delta = await queue.get()
                 if isinstance(delta, OctavoError):
                     raise delta

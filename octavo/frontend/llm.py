@@ -170,8 +170,8 @@ class LLM:
         running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}
         try:
             for result, requests in accepted:
+                self._core.add(*requests)
                 for index, request in enumerate(requests):
-                    self._core.add(request)
                     running[request.request_id] = result, OutputProcessor(request, self.tokenizer, index)
             while running:
                 for output in self._core.step()[0]:

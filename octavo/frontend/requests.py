@@ -33,15 +33,10 @@ def engine_requests(
     more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
-    sequences = []
-    one = replace(params, n=1)
-    for i in range(params.n):
-        if i == 1 and params.prompt_logprobs is not None:
-            one = replace(one, prompt_logprobs=None)  # they are the same for all
-        if params.seed is not None:
-            one = replace(one, seed=params.seed + i)
-        sequences.append(EngineRequest(f"{request_id}-{i}", prompt_token_ids, one, eos_token_ids, grammar, **more))
-    return sequences
+    return [
+        EngineRequest(f"{request_id}-{i}", prompt_token_ids, params.sequence(i), eos_token_ids, grammar, **more)
+        for i in range(params.n)
+    ]
 
 
 def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

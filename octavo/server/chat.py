@@ -15,9 +15,9 @@ from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
-from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, make_splitter
+from octavo.server.parsers.call import CallParser, NamedCall
+from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, joined, make_splitter
 from octavo.server.parsers.registry import call_form, keeps_special, make_parser
-from octavo.server.parsers.tools import CallParser, NamedCall
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
@@ -33,6 +33,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     text = await chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
     params = _params(served, request, tools, len(prompt))
+    await served.validate(params.structured)
     response_id = f"chatcmpl-{request.request_id or request_id}"
     deltas = served.generate(prompt, params, response_id, request.cache_salt)
     job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
@@ -211,10 +212,7 @@ def _choice(
     return {"index": index, **told, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
 
 
-def _message(parts: dict[str, Any]) -> dict[str, Any]:
-    calls = parts.get("tool_calls", [])
-    content = "".join(parts.get("content", ()))
-    message: dict[str, Any] = {"role": "assistant", "content": content if content.strip() or not calls else None}
-    if "reasoning_content" in parts:
-        message["reasoning_content"] = "".join(parts["reasoning_content"])
-    return {**message, "tool_calls": calls} if calls else message
+def _message(deltas: dict[str, Any]) -> dict[str, Any]:
+    parts = joined(deltas)
+    content = parts.get("content", "")
+    return {"role": "assistant", **parts, "content": content if content.strip() or not parts.get("tool_calls") else None}

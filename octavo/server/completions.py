@@ -37,6 +37,7 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
         )
     prompts = await _ids(served, given, request)
     params = _params(served, request, max(map(len, prompts)))
+    await served.validate(params.structured)
     response_id = f"cmpl-{request.request_id or request_id}"
     streams = []
     for prompt in prompts:

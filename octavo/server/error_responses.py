@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import traceback
 from typing import Any
 
@@ -15,6 +16,9 @@ from starlette.responses import JSONResponse
 from octavo.errors import InvalidRequest, OctavoError
 
 __all__ = ["HANDLERS", "ApiError", "as_api_error", "error_response", "from_validation"]
+
+MAX_MESSAGE = 900  # characters of an error
+_LINE_ENDS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,13 @@ class ApiError(OctavoError):
     def body(self) -> dict[str, Any]:
         """The JSON that a client sees, alone or as an event of a stream."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": _one_line(str(self)), "type": kind, "param": self.param, "code": self.code}}
+
+
+def _one_line(message: str) -> str:
+    """A message that repeats what a client sent, as a sentence to read: no line ends, and the middle of a long one left out."""
+    message = _LINE_ENDS.sub(" ", message)
+    return message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 303]}...{message[-300:]}"
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from octavo.server.protocol import GenerationRequest
 from octavo.server.side_processes import SideProcesses, side_processes
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
+from octavo.text.llguidance_grammar import serialize
 from octavo.text.tokenizer import Tokenizer
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, shows_tools
 
@@ -31,6 +33,7 @@ __all__ = ["Served"]
 
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
+_GRAMMAR_SECONDS = 10.0
 _LONG_TEXT = 2_000  # characters, a millisecond or two; encoding more would hold up the other streams, so a thread does it
 _MOST_RENDERED = 2**24  # characters
 
@@ -61,6 +64,7 @@ class Served:
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    _grammars: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="octavo-grammar"))
 
     @property
     def stalled(self) -> bool:
@@ -161,6 +165,20 @@ class Served:
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
+
+    async def validate(self, structured: StructuredOutput | None) -> None:
+        """Raises InvalidRequest for a structured output that cannot be followed. In a thread: llguidance may take a second, in
+        which it needs no interpreter, and what it finds is known when `generate` asks."""
+        if structured is None:
+            return
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(self._grammars, serialize, structured)
+            await asyncio.wait_for(reading, _GRAMMAR_SECONDS)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"{structured.param} was not read within {_GRAMMAR_SECONDS:g} s; make it simpler, or send it later.",
+                structured.param,
+            ) from None
 
     def generate(
         self, prompt: list[int], params: SamplingParams, response_id: str, cache_salt: str | None = None

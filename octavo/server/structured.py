@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.errors import InvalidRequest
-from octavo.messages import GrammarKind, StructuredOutput
+from octavo.messages import MAX_GRAMMAR, GrammarKind, StructuredOutput
 from octavo.server.protocol import Function, GenerationRequest, Tool
 
 __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
@@ -31,12 +31,12 @@ def structured_output(request: GenerationRequest) -> StructuredOutput | None:
 
 def arguments_of(function: Function) -> StructuredOutput:
     """Output that is the arguments of a call of `function`."""
-    return StructuredOutput("json_schema", json.dumps({**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
+    return StructuredOutput("json_schema", _dumped("tools", {**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
 
 
 def calls_of(tools: Sequence[Tool], at_most_one: bool) -> StructuredOutput:
     """Output that is one or more calls of these tools."""
-    return StructuredOutput("json_schema", json.dumps({**calls_schema(tools, at_most_one), **_SPACING}), "tools")
+    return StructuredOutput("json_schema", _dumped("tools", {**calls_schema(tools, at_most_one), **_SPACING}), "tools")
 
 
 def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _response_format(request: GenerationRequest) -> tuple[str, GrammarKind, str]
         return "response_format", "json_object", ""
     if wanted.json_schema is None:
         raise InvalidRequest("response_format of type json_schema needs its json_schema.", "response_format")
-    return "response_format", "json_schema", json.dumps(wanted.json_schema.schema_)
+    return "response_format", "json_schema", _dumped("response_format", wanted.json_schema.schema_)
 
 
 def _extras(request: GenerationRequest) -> list[tuple[str, GrammarKind, str] | None]:
@@ -100,7 +100,7 @@ def _extras(request: GenerationRequest) -> list[tuple[str, GrammarKind, str] | N
 def _json(param: str, schema: dict[str, Any] | str | bool | None) -> tuple[str, GrammarKind, str] | None:
     if schema is None:
         return None
-    return param, "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
+    return param, "json_schema", schema if isinstance(schema, str) else _dumped(param, schema)
 
 
 def _text(param: str, kind: GrammarKind, grammar: str | None) -> tuple[str, GrammarKind, str] | None:
@@ -112,7 +112,33 @@ def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, st
         return None
     if not choices or not all(choices):
         raise InvalidRequest(f"{param} needs one or more strings that are not empty.", param)
+    if sum(map(len, choices)) + 5 * len(choices) > MAX_GRAMMAR:  # the quotes and bars of the terminal below
+        raise _too_large(param)
     # one terminal, which is an automaton: as alternatives of a rule each choice would be an item of the parser's row
-    spelled = (json.dumps(choice, ensure_ascii=False).replace("\x7f", r"\u007f") for choice in dict.fromkeys(choices))
-    listed = " | ".join(spelled)
+    listed = json.dumps(list(dict.fromkeys(choices)), ensure_ascii=False, separators=(" | ", ":"))[1:-1]
+    listed = listed.replace("\x7f", r"\u007f")  # the grammar's reader takes no such character
     return param, "lark", f"start: CHOICE\nCHOICE: {listed}"
+
+
+def _dumped(param: str, schema: dict[str, Any] | bool) -> str:
+    """The schema's text. Raises InvalidRequest for a large one before all of it is walked over."""
+    left, parts = MAX_GRAMMAR, [schema]
+    while parts:
+        part: Any = parts.pop()
+        if isinstance(part, dict):
+            left -= 7 * len(part)  # a pair is `"": 1, ` at least
+            parts += part.values() if left >= 0 else ()
+        elif isinstance(part, list):
+            left -= 3 * len(part)
+            parts += part if left >= 0 else ()
+        elif isinstance(part, str):
+            left -= len(part)
+        if left < 0:
+            raise _too_large(param)
+    return json.dumps(schema)
+
+
+def _too_large(param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{param} has over {MAX_GRAMMAR} characters as a grammar, the most that is served; make it smaller.", param
+    )

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 
 from octavo.messages import SamplingParams
+from octavo.text.patterns import START, Patterns
 from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["Detokenizer", "read_prompt"]
@@ -27,7 +29,8 @@ class Detokenizer:
         self.stopped: str | None = None
         self._token_bytes = tokenizer.token_bytes
         self._skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset[int]()
-        self._stops = params.stop
+        self._stops = _patterns(params.stop) if params.stop else None
+        self._state = START
         self._include_stop = params.include_stop_str_in_output
         self._unchecked = params.min_tokens  # tokens still to come before a stop string counts
         self._held = ""
@@ -41,7 +44,7 @@ class Detokenizer:
         """The text that can be shown now that `token_id` has come."""
         text = self._decode(b"" if token_id in self._skipped else self._token_bytes(token_id))
         self.length += len(text)
-        if not self._stops:
+        if self._stops is None:
             return text
         self._unchecked -= 1
         return self._release(text)
@@ -60,33 +63,26 @@ class Detokenizer:
         return text
 
     def _release(self, text: str, final: bool = False) -> str:
-        text, old = self._held + text, len(self._held)
-        if self._unchecked < 0 and (match := self._first_match(text, old)):
-            start, end, self.stopped = match
-            self._held = ""
-            return text[: end if self._include_stop else start]
-        keep = 0 if final else self._undecided(text)
+        """The text that is sure now. Of matches the one that is complete first counts, so that the cut does not depend on the
+        tokens, and of those that end there the longest. Each character is looked at once, however many stop strings there are.
+        """
+        if self._stops is None:
+            return text
+        held, state = self._held, self._state
+        for count, character in enumerate(text, len(held) + 1):
+            state = self._stops.after(state, character)
+            if self._unchecked < 0 and (found := self._stops.ended(state)) is not None:
+                self.stopped, self._held = str(found), ""
+                return (held + text)[: count if self._include_stop else count - len(found)]
+        text, self._state = held + text, state
+        keep = 0 if final else self._stops.begun(state)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def _first_match(self, text: str, old: int) -> tuple[int, int, str] | None:
-        """Start, end and stop string of the match that is complete first, so that the cut does not depend on the tokens.
 
-        A match ends after `old`: what lies before was looked at already, or came too early to count.
-        """
-        found = []
-        for stop in self._stops:
-            if (start := text.find(stop, max(0, old - len(stop) + 1))) >= 0:
-                found.append((start + len(stop), start, stop))
-        if not found:
-            return None
-        end, start, stop = min(found)
-        return start, end, stop
-
-    def _undecided(self, text: str) -> int:
-        """The length of the longest end of `text` that a stop string begins with."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+@lru_cache(maxsize=16)  # the n sequences of a request share one
+def _patterns(stops: tuple[str, ...]) -> Patterns[str]:
+    return Patterns(stops)
 
 
 def read_prompt(tokenizer: Tokenizer, token_ids: Sequence[int], given: str | None = None) -> tuple[str, list[int]]:

@@ -28,7 +28,7 @@ def serialize(wanted: StructuredOutput) -> str:
     return grammar
 
 
-@lru_cache(maxsize=64)  # clients send the same schema with every request
+@lru_cache(maxsize=16)  # clients send the same schema with every request
 def _validated(wanted: StructuredOutput) -> tuple[str, str]:
     """The grammar's text, and in one line what is wrong with it; that is empty if nothing is."""
     grammar = ""

@@ -17,6 +17,7 @@ from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
+from octavo.engine.grammar import Pace
 from octavo.engine.runner import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import OctavoError
@@ -287,12 +288,16 @@ class Chain:
 
     finished = False
     error = None
+    pace = Pace()
 
     def __init__(self, *_):
         self.last = 0
 
     def forbidden(self) -> torch.Tensor:
         return torch.arange(256) % 5 != (self.last + 1) % 5
+
+    def find(self) -> None:
+        pass
 
     def accept(self, token: int) -> None:
         self.last = token
@@ -310,7 +315,7 @@ def test_ahead_beside_rows_that_cannot(make, monkeypatch):
     for options, apart in (({}, 2), (dict(max_num_batched_tokens=13), 3), (dict(blocks=30), 1)):
         for ahead in (False, True) if want is None else (True,):
             core = make(**options, enable_prefix_caching=False)
-            monkeypatch.setattr(core.grammars, "compile", Chain)
+            monkeypatch.setattr(core.grammars.compiler, "compile", Chain)
             outputs, sums, part = run_ahead(core, requests, apart) if ahead else (*run(core, requests, apart), 0)
             found = ends(outputs)
             beside = {name: [(o.logprobs, o.prompt_logprobs) for o in each] for name, each in outputs.items()}

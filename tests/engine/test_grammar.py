@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
+from collections import defaultdict
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
 from octavo.demo import MODEL_DIR
-from octavo.engine.grammar import GrammarCompiler
+from octavo.engine import grammar_work
+from octavo.engine.grammar import Grammar, GrammarCompiler, Pace
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest, SamplingParams, StructuredOutput
 from octavo.server.protocol import Function, Tool
@@ -137,9 +141,12 @@ def test_a_grammar_that_cannot_be(llm, kind, grammar):
 def test_a_grammar_that_the_engine_refuses(llm):
     """What only the vocabulary shows, or what another front end sent."""
     core = llm._core
-    with pytest.raises(InvalidRequest, match="grammar of the structured output does not compile"):
-        core.add(EngineRequest("bad", [5], SamplingParams(), EOS, "start: /a"))
-    assert not core.has_work()
+    core.add(*(EngineRequest(name, [5], SamplingParams(), EOS, "start: /a") for name in ("bad", "too")))
+    ended = []
+    while core.has_work():
+        ended += core.step()[0]
+    assert [(output.request_id, output.finish_reason) for output in ended] == [("bad", "abort"), ("too", "abort")]
+    assert all("grammar of the structured output does not compile" in str(output.error) for output in ended)
     assert not core.generations
 
 
@@ -153,7 +160,7 @@ def test_what_was_validated_is_what_is_compiled(llm, monkeypatch):
     for _ in range(3):
         outputs(llm, wanted.kind, wanted.grammar, count=2)
     assert validated == [serialize(wanted)]
-    assert compiled == [serialize(wanted)] * 6
+    assert compiled == [serialize(wanted)] * 3, "once for both sequences"
 
 
 def test_without_a_tokenizer(tmp_path):
@@ -262,3 +269,142 @@ def test_a_grammar_that_breaks_ends_the_request_with_an_error(llm, kind, grammar
     assert not llm._core.has_work()
     assert not llm._core.generations
     assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")
+
+
+class Slow:
+    """A grammar that takes its time, in which 70 and nothing else is allowed."""
+
+    finished, error = False, None
+
+    def __init__(self, seconds: float):
+        self.seconds, self.found, self.pace = seconds, 0, Pace(slow=seconds > grammar_work.PATIENCE)
+
+    def find(self) -> None:
+        time.sleep(self.seconds)
+        self.found += 1
+
+    def copy(self) -> Slow:
+        return Slow(self.seconds)
+
+    def forbidden(self) -> torch.Tensor:
+        assert self.found, "a step does not find tokens itself"
+        return torch.arange(4096) != 70
+
+    def accept(self, token: int) -> None:
+        assert token == 70
+
+
+def bystander_waits(core, bystander: int = 300) -> tuple[list[float], dict[str, list[int]]]:
+    """How long each step of a free request took beside what was added before, and all tokens by request."""
+    core.add(EngineRequest("free", [5, 6], SamplingParams(max_tokens=bystander, temperature=0, ignore_eos=True), EOS))
+    waits, got = [], defaultdict(list)
+    while core.has_work():
+        start = time.perf_counter()
+        outputs = core.step()[0]
+        assert not any(output.error for output in outputs)
+        for output in outputs:
+            got[output.request_id] += output.token_ids
+        if any(output.request_id == "free" for output in outputs):
+            waits.append(time.perf_counter() - start)
+    return waits, got
+
+
+@pytest.mark.parametrize(("compiling", "finding", "count"), [(0.6, 0.0, 1), (0.0, 0.6, 1), (0.1, 0.1, 6)])
+def test_nobody_waits_for_a_grammar(llm, monkeypatch, compiling, finding, count):
+    def compile_(self, text, eos):
+        time.sleep(compiling)
+        return Slow(finding)
+
+    core = llm._core
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_)
+    monkeypatch.setattr(Slow, "copy", lambda self: found(Slow(self.seconds)))
+    asked = SamplingParams(max_tokens=3)
+    start = time.perf_counter()
+    core.add(*(EngineRequest(f"bound{i}", [7], asked, EOS, "slow") for i in range(count)))
+    begun = time.perf_counter() - start
+    waits, got = bystander_waits(core)
+    assert len(got["free"]) == len(waits) == 300
+    assert all(got[f"bound{i}"] == [70] * 3 for i in range(count))
+    assert max(*waits, begun) < 0.4, waits  # 5 ms, and what the machine does beside this; who waited would wait 0.6 s
+    assert not core.scheduler.request_ids
+    assert not core.grammars.busy
+    assert core.scheduler.pool.usage == 0
+
+
+def found(grammar: Slow) -> Slow:
+    grammar.found = 1
+    return grammar
+
+
+@pytest.mark.parametrize("where", ["compile", "find"])
+def test_a_grammar_that_takes_too_long(llm, monkeypatch, where):
+    core, release = llm._core, threading.Event()
+    monkeypatch.setattr(grammar_work, "LIMIT", 0.1)
+    grammar = found(Slow(0))
+
+    def hang(*_):
+        assert release.wait(20)
+        return grammar
+
+    calls: list[int] = []
+
+    def find(_: Slow) -> None:
+        calls.append(1)
+        if len(calls) > 1:  # the first is part of compiling
+            hang()
+
+    grammar.pace.slow = True
+    monkeypatch.setattr(GrammarCompiler, "compile", hang if where == "compile" else lambda *_: grammar)
+    monkeypatch.setattr(Slow, "find", find)
+    core.add(EngineRequest("slow", [7], SamplingParams(max_tokens=3), EOS, "slow"))
+    ended, deadline = [], time.monotonic() + 10
+    while core.has_work() and time.monotonic() < deadline:
+        ended += core.step()[0]
+    release.set()
+    assert (ended[-1].finish_reason, ended[-1].request_id) == ("abort", "slow")
+    assert ("was not compiled within 0.1 s" if where == "compile" else "takes too long") in str(ended[-1].error)
+    assert not core.generations
+    assert core.scheduler.pool.usage == 0
+
+
+def test_aborting_while_a_grammar_compiles(llm, monkeypatch):
+    core, release = llm._core, threading.Event()
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda *_: release.wait(20) and found(Slow(0)))
+    core.add(*(EngineRequest(name, [7], SamplingParams(max_tokens=2), EOS, "slow") for name in ("gone", "kept")))
+    assert core.step()[0] == []
+    core.abort("gone")
+    release.set()
+    got = []
+    while core.has_work():
+        got += [output.request_id for output in core.step()[0]]
+    assert got == ["kept", "kept"]
+    core.add(EngineRequest("all", [7], SamplingParams(max_tokens=2), EOS, "slow"))
+    core.abort("all")
+    assert not core.has_work()
+    assert not core.generations
+
+
+def test_a_grammar_that_turns_slow_costs_one_wait_for_all_its_sequences(llm, monkeypatch):
+    core, slow = llm._core, []
+    find = Grammar.find
+
+    def turns_slow(self):
+        if self.tokens == 2:
+            time.sleep(0.15)
+            slow.append(threading.current_thread() is threading.main_thread())
+        find(self)
+        self.pace.slow |= bool(slow)
+
+    def accept(self, token):
+        self.tokens += 1
+        self._forbidden = None
+
+    monkeypatch.setattr(Grammar, "tokens", 0, raising=False)
+    monkeypatch.setattr(Grammar, "find", turns_slow)
+    monkeypatch.setattr(Grammar, "accept", accept)
+    text = serialize(StructuredOutput("regex", "[a-z ]+"))
+    core.add(*(EngineRequest(str(i), [7], SamplingParams(max_tokens=4), EOS, text) for i in range(8)))
+    waits, _ = bystander_waits(core)
+    assert slow.count(True) == 1
+    assert slow.count(False) == 7
+    assert max(waits) < 0.6, "one of 0.15 s, not eight"

@@ -43,10 +43,10 @@ class FakeCore:
         self.info = EngineInfo(100, 4096, 10, 16, "fake", ["a line"])
         self.running = {}
 
-    def add(self, request):
-        if REFUSED in request.prompt_token_ids:
+    def add(self, *requests):
+        if REFUSED in requests[0].prompt_token_ids:
             raise InvalidRequest("This core does not like that prompt.")
-        self.running[request.request_id] = [request, 0]
+        self.running.update({request.request_id: [request, 0] for request in requests})
 
     def abort(self, request_id):
         self.running.pop(request_id, None)
@@ -323,6 +323,26 @@ async def idle_now(engine):
     engine.add_stats_listener(stats.append)
     await collect(engine, [1], "last", max_tokens=1)
     assert stats[-1].num_running == 0
+
+
+def test_many_sequences_of_a_step_give_others_their_turn():
+    async def test(engine):
+        pauses = []
+
+        async def others():
+            while True:
+                start = time.perf_counter()
+                await asyncio.sleep(0)
+                pauses.append(time.perf_counter() - start)
+
+        ticking = asyncio.create_task(others())
+        async with aclosing(engine.generate([10], SamplingParams(n=100, max_tokens=2), "many")) as deltas:
+            async for _ in deltas:
+                time.sleep(0.005)  # what a server does with each
+        ticking.cancel()
+        assert max(pauses) < 0.35, "all 100 of a step would be 0.5 s"
+
+    with_engine(test)
 
 
 def test_what_cannot_be_served():

@@ -19,10 +19,10 @@ class FakeCore:
         self.info = EngineInfo(200, 4096, 10, 16, "fake")
         self.running = {}
 
-    def add(self, request):
-        if REFUSED in request.prompt_token_ids:
+    def add(self, *requests):
+        if REFUSED in requests[0].prompt_token_ids:
             raise InvalidRequest("This core does not like that prompt.")
-        self.running[request.request_id] = [request, 0]
+        self.running.update({request.request_id: [request, 0] for request in requests})
 
     def abort(self, request_id):
         self.running.pop(request_id, None)

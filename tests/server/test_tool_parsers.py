@@ -11,9 +11,10 @@ from server.api_client import Client
 
 from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
+from octavo.server.parsers.call import Part, ToolCall
 from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta, make_splitter
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
-from octavo.server.parsers.tools import PARSERS, Part, ToolCall, json_parser
+from octavo.server.parsers.tools import PARSERS, json_parser
 from octavo.text.llguidance_grammar import serialize
 
 MakeClient = Callable[..., Client]

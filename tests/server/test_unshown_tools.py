@@ -19,8 +19,9 @@ from octavo.errors import InvalidRequest
 from octavo.frontend.llm import LLM
 from octavo.messages import SamplingParams
 from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.call import ToolCall
 from octavo.server.parsers.registry import call_form, make_parser
-from octavo.server.parsers.tools import PARSERS, ToolCall
+from octavo.server.parsers.tools import PARSERS
 from octavo.server.parsers.xml_forms import FORMS
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from server.api_client import Client
 from server.fake_engine import FakeEngine
 
 from octavo.server.parsers.argument_types import ArgumentTypes, as_json
+from octavo.server.parsers.call import Part, ToolCall
 from octavo.server.parsers.registry import choose_parser, make_parser
-from octavo.server.parsers.tools import Part, ToolCall
 from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS
 from octavo.server.serve import make_served

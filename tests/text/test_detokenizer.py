@@ -5,6 +5,8 @@ import time
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from octavo.demo import MODEL_DIR
 from octavo.frontend.outputs import OutputProcessor
@@ -171,3 +173,22 @@ def test_without_text(tokenizer):
     ids = letters(tokenizer, "ab")
     assert process(None, [TokenOutput("r", ids)])[0].text == ""
     assert process(tokenizer, [TokenOutput("r", ids)], detokenize=False)[0].token_ids == ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.text("abc", max_size=24),
+    st.booleans(),
+    st.integers(0, 6),
+)
+def test_stop_strings_against_a_search_of_the_whole_text(tokenizer, stops, text, include, least):
+    """The match that is complete first, of those the longest; one that is complete within min_tokens is none."""
+    pieces, stopped = run(tokenizer, letters(tokenizer, text), stop=stops, include_stop_str_in_output=include, min_tokens=least)
+    ends = ((end, len(stop)) for end in range(least + 1, len(text) + 1) for stop in stops if text[:end].endswith(stop))
+    found = min(ends, key=lambda match: (match[0], -match[1]), default=None)
+    if found is None:
+        assert ("".join(pieces), stopped) == (text, None)
+    else:
+        end, length = found
+        assert ("".join(pieces), stopped) == (text[: end if include else end - length], text[end - length : end])

@@ -6,9 +6,9 @@ import secrets
 import string
 from typing import Any
 
-from octavo.server.parsers.tools import CallParser, ToolCall, undecided
+from octavo.server.parsers.call import CallParser, ToolCall, undecided
 
-__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkKeeper", "ThinkSplitter", "join_delta", "make_splitter"]
+__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkKeeper", "ThinkSplitter", "join_delta", "joined", "make_splitter"]
 
 OPEN, CLOSE = "<think>", "</think>"
 REASONING_PARSERS = {  # whether the model thinks without an opening tag
@@ -32,6 +32,7 @@ class ThinkSplitter:
     def __init__(self, inside: bool):
         self._inside = inside
         self._held = ""
+        self._blanks: list[str] = []  # before what is held, while there is no telling whether they count
         self._state = "start"
 
     def feed(self, text: str) -> tuple[str, str]:
@@ -55,15 +56,18 @@ class ThinkSplitter:
     def _begin(self) -> None:
         """Leaves the start as soon as the text has an opening tag, or cannot get one any more."""
         text = self._held.lstrip()
+        self._blanks.append(self._held[: len(self._held) - len(text)])
+        self._held = text
         if text.startswith(OPEN):
             self._state, self._held = "thinking", text[len(OPEN) :]
+            self._blanks.clear()
         elif not OPEN.startswith(text):
             self._state = "thinking" if self._inside else "content"
 
     def _think(self) -> tuple[str, str]:
-        reasoning, closed, content = self._held.partition(CLOSE)
+        reasoning, closed, content = self._release().partition(CLOSE)
         if closed:
-            self._state, self._held, self._inside = "between", "", False
+            self._state, self._inside = "between", False
             return reasoning, self._first_content(content)
         keep = undecided(reasoning, CLOSE)
         self._held = reasoning[len(reasoning) - keep :]
@@ -76,7 +80,8 @@ class ThinkSplitter:
         return text
 
     def _release(self) -> str:
-        rest, self._held = self._held, ""
+        rest, self._held = "".join((*self._blanks, self._held)), ""
+        self._blanks.clear()
         return rest
 
 
@@ -147,13 +152,24 @@ def _call_id() -> str:
 
 
 def join_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Adds one delta to the message of an answer that is not streamed. Texts stay lists until `content` is joined."""
+    """Adds one delta to the message of an answer that is not streamed. Texts stay lists until they are `joined`."""
     for key in ("content", "reasoning_content"):
         if delta.get(key):
             message.setdefault(key, []).append(delta[key])
     for call in delta.get("tool_calls", ()):
         calls = message.setdefault("tool_calls", [])
         if "id" in call:
-            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+            function = {"name": call["function"]["name"], "arguments": [call["function"]["arguments"]]}
+            calls.append({"id": call["id"], "type": "function", "function": function})
         else:
-            calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+            calls[-1]["function"]["arguments"].append(call["function"]["arguments"])
+
+
+def joined(message: dict[str, Any]) -> dict[str, Any]:
+    """The message that deltas were added to: content, reasoning_content and tool_calls, as far as there are any."""
+    out: dict[str, Any] = {key: "".join(message[key]) for key in ("content", "reasoning_content") if key in message}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": "".join(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**out, "tool_calls": calls} if calls else out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from octavo.errors import OctavoError
 from octavo.server.parsers.argument_types import ArgumentTypes
+from octavo.server.parsers.call import CallParser
 from octavo.server.parsers.reasoning import REASONING_PARSERS
-from octavo.server.parsers.tools import PARSERS, CallParser, json_parser
+from octavo.server.parsers.tools import PARSERS, json_parser
 from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS, Spelling
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm

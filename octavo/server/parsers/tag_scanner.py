@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from octavo.server.parsers.tools import undecided
+from octavo.server.parsers.call import undecided
 
 __all__ = ["TagScanner"]
 

@@ -10,29 +10,12 @@ import json
 import re
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any
 
+from octavo.server.parsers.call import CallParser, Part, ToolCall, undecided
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
-__all__ = ["PARSERS", "CallParser", "Format", "NamedCall", "Part", "ToolCall", "json_parser", "undecided"]
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call, or with `name` None more of the last call's arguments. `arguments` is JSON text."""
-
-    name: str | None
-    arguments: str
-
-
-Part = str | ToolCall
-
-
-class CallParser(Protocol):
-    """Text in, parts out; `finish` gives what was held back."""
-
-    def feed(self, text: str) -> list[Part]: ...
-    def finish(self) -> list[Part]: ...
+__all__ = ["PARSERS", "Format", "json_parser"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +40,8 @@ PARSERS = {
     "json": Format("", told=CallForm("[", **_IN_LIST, key="parameters")),
 }
 _BETWEEN = " \n\r\t;,[]"
-_NAME = re.compile(r"\s*([\w.\-/]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
+_BLANKS: Any = re.compile(r"\s*+").match
+_OBJECT = re.compile(r'\\.|["{}]', re.DOTALL)  # what tells where a JSON object ends
 
 
 class _NoNumber(ValueError):
@@ -81,27 +65,46 @@ def json_parser(name: str) -> CallParser:
 
 
 class _Parser:
+    """Each character is looked at once, or twice where a string of JSON turns out to have no end, however the text comes.
+
+    The markers of a format are looked for outside of JSON's strings only: inside, they are an argument's text.
+    """
+
     def __init__(self, form: Format):
         self._form = form
-        self._held = ""  # text that is not given out yet
+        self._tail = ""  # text that was not looked at: what comes may make it a marker
+        self._held: list[str] = []  # text that was, and is not given out yet
+        self._length = 0  # of what is held
         self._in_calls = not form.opener
         self._opening = ""  # the text that began this run of calls
         self._calls = 0  # calls in this run
-        self._begun = False  # something was given out
-        self._tried = 0  # characters of `_held` in which no call was found
-        self._in_string = False  # of JSON, at that place: a marker there is an argument's text
-        self._marks = re.compile(rf'\\.|["\n]|{re.escape(form.closer)}', re.DOTALL) if form.closer else None
+        self._begun = False  # something was given out, or is sure to be content
+        self._in_string = False
+        self._cut: int | None = None  # where in what is held the line's first closer in a string stands
+        self._unguarded = 0  # where in what is read strings begin to be trusted
+        self._depth = 0  # of the JSON object that is being written
+        self._hopeless = False  # no call can come of this run any more
+        self._head = re.compile(  # of a call; possessive: what one part has taken, no other part tries
+            rf"[ \n\r\t;,\]]*+(?:{re.escape(form.opener)})?[ \n\r\t;,\[\]]*+"  # mistral repeats the opener before every call
+            r"(?:([\w.\-/]++)\s*+(?:\[CALL_ID\]\w++)?(?:\[ARGS\])?\s*+)?(?=\{)"
+        )
+        self._marks = re.compile(rf'\\.|["\n]|{re.escape(form.closer)}', re.DOTALL)
 
     def feed(self, text: str) -> list[Part]:
         """The parts that are sure now."""
-        self._held += text
-        parts: list[Part] = []
-        while True:
+        data, self._tail = self._tail + text, ""
+        return self._read(data, 0)
+
+    def _read(self, data: str, unguarded: int) -> list[Part]:
+        """Up to `unguarded` a closer is one in a string too."""
+        at, parts, self._unguarded = 0, list[Part](), unguarded
+        while at < len(data):
             if not self._in_calls:
-                parts.append(self._content())
-            if not self._in_calls or (part := self._call()) is None:
-                break
-            parts.append(part)
+                at = self._content(data, at, parts)
+            elif self._form.closer:
+                data, at = self._to_closer(data, at, parts)
+            else:
+                at = self._to_end_of_object(data, at, parts)
         parts = [part for part in parts if part]
         self._begun |= bool(parts)
         return parts
@@ -109,91 +112,148 @@ class _Parser:
     def finish(self) -> list[Part]:
         """What is left: a call without its closer, or text that turned out to be content."""
         parts: list[Part] = []
-        while self._in_calls and (taken := self._take()):
-            parts.append(taken)
-        while self._in_calls and (closer := self._form.closer) and closer in self._held:  # inside a string that never ended
-            body, _, self._held = self._held.partition(closer)
-            self._in_calls = False
-            parts += [self._opening + body + closer, *self.feed("")]
-        rest, self._held = self._held, ""
+        rest, at, self._tail = self._take_held() + self._tail, 0, ""
+        if self._in_calls and (cut := self._cut) is not None and self._call(rest, 0) is None:
+            after = rest[cut + len(self._form.closer) :]
+            parts += [self._close(rest[:cut]), *self._read(after, len(after))]
+            rest, self._tail = self._take_held() + self._tail, ""
+        self._cut = None
+        while self._in_calls and self._form.closer and (taken := self._call(rest, at)) is not None:
+            part, at = taken
+            parts.append(part)
+            self._calls += 1
+        rest = rest[at:]
         if self._calls:
             rest = rest.strip(_BETWEEN)
         elif self._in_calls:
             rest, self._opening = self._opening + rest, ""
-        return [*parts, rest] if rest else parts
+        return [part for part in (*parts, rest) if part]
 
-    def _content(self) -> str:
-        """Content up to where calls begin, or as far as they cannot have begun."""
-        if self._calls:
-            self._held = self._held.lstrip()  # blanks after a call belong to nobody
-        if self._form.bare and not self._begun and (first := self._held.lstrip()[:1]) in ("", "{"):
-            if first:
-                self._enter("", self._held)
-            return ""
-        content, opener, rest = self._held.partition(self._form.opener)
-        if opener:
-            self._enter(opener, rest)
-        else:
-            keep = undecided(content, self._form.opener)
-            content, self._held = content[: len(content) - keep], content[len(content) - keep :]
-            self._calls = 0 if content else self._calls
-        return content
+    def _content(self, data: str, at: int, parts: list[Part]) -> int:
+        """Gives out content up to where calls begin, or as far as they cannot have begun; where to go on."""
+        if self._calls:  # blanks after a call belong to nobody
+            at = _BLANKS(data, at).end()
+        if self._form.bare and not self._begun:
+            first: int = _BLANKS(data, at).end()
+            if first == len(data):
+                self._hold(data[at:])
+                return first
+            if data[first] == "{":
+                self._enter("")
+                return at
+            self._begun = True
+            parts.append(self._take_held())
+        opener = self._form.opener
+        where = data.find(opener, at)
+        if where >= 0:
+            parts.append(data[at:where])
+            self._enter(opener)
+            return where + len(opener)
+        where = len(data) - undecided(data[max(at, len(data) - len(opener)) :], opener)
+        self._tail = data[where:]
+        self._calls = 0 if where > at else self._calls
+        parts.append(data[at:where])
+        return len(data)
 
-    def _enter(self, opening: str, rest: str) -> None:
-        self._in_calls, self._opening, self._held = True, opening, rest
-        self._calls = self._tried = 0
-        self._in_string = False
+    def _enter(self, opening: str) -> None:
+        self._in_calls, self._opening, self._calls = True, opening, 0
+        self._in_string, self._cut = False, None
 
-    def _call(self) -> Part | None:
-        """The next part of a run of calls, or None when more text is needed."""
-        closer = self._form.closer
-        if not closer:
-            closes = "}" in self._held[self._tried :]  # until a brace closes, parsing again is of no use
-            self._tried = len(self._held)
-            return self._take() if closes else None
-        if (at := self._closer_at(closer)) is None:
-            return None
-        body, after = self._held[:at], self._held[at + len(closer) :]
-        self._held = body
-        call = self._take()
-        self._in_calls, self._held = False, after
-        return call or self._opening + body + closer
-
-    def _closer_at(self, closer: str) -> int | None:
-        """Where the closer stands outside of JSON's strings. Each character is looked at once, however the text comes."""
-        assert self._marks is not None
-        end = self._tried
-        for mark in self._marks.finditer(self._held, self._tried):
+    def _to_closer(self, data: str, at: int, parts: list[Part]) -> tuple[str, int]:
+        """Looks for the closer of a call, and gives it out if it is there; where to go on, and in what."""
+        closer, end = self._form.closer, at
+        for mark in self._marks.finditer(data, at):
             end = mark.end()
-            if mark[0] == closer and not self._in_string:
-                return mark.start()
-            if mark[0] in ('"', "\n"):  # a string of JSON ends at its line's end at the latest
-                self._in_string = mark[0] == '"' and not self._in_string
-        self._tried = max(end, len(self._held) - len(closer) + 1)
-        return None
+            if mark[0] == closer and not (self._in_string and mark.start() >= self._unguarded):
+                self._hold(data[at : mark.start()])
+                parts.append(self._close(self._take_held()))
+                return data, end
+            if mark[0] == closer:
+                self._cut = self._length + mark.start() - at if self._cut is None else self._cut
+            elif mark[0] == '"':
+                self._in_string = not self._in_string
+            elif mark[0] == "\n":  # a string of JSON ends at its line's end at the latest
+                if self._in_string and self._cut is not None:
+                    return self._end_at_cut(data, at, mark.start(), parts)
+                self._in_string, self._cut = False, None
+        end = max(end, len(data) - len(closer) + 1)
+        self._hold(data[at:end])
+        self._tail = data[end:]
+        return data, len(data)
 
-    def _take(self) -> ToolCall | None:
-        text = self._held.lstrip(_BETWEEN.replace("[", ""))
-        if self._form.opener and text.startswith(self._form.opener):  # mistral repeats it before every call
-            text = text[len(self._form.opener) :]
-        if (taken := _take(text)) is None:
-            return None
-        call, self._held = taken
+    def _end_at_cut(self, data: str, at: int, line: int, parts: list[Part]) -> tuple[str, int]:
+        """Ends the call at the first closer that stood in a string of a line with a string that has no end: the line ends at
+        `line` of the data, and no string in it is trusted any more."""
+        assert self._cut is not None
+        before = self._length
+        if before:  # else the data is long, and is not copied
+            held = self._take_held()
+            data, at, line = held + data[at:], 0, before + line - at
+        cut = at + self._cut
+        parts.append(self._close(data[at:cut]))
+        self._unguarded = line
+        return data, cut + len(self._form.closer)
+
+    def _close(self, body: str) -> Part:
+        """What stood before a closer: a call, or content after all."""
+        self._in_calls, self._cut = False, None
+        if (taken := self._call(body, 0)) is None:
+            return self._opening + body + self._form.closer
         self._calls += 1
-        self._tried = 0
-        return call
+        return taken[0]
 
+    def _to_end_of_object(self, data: str, at: int, parts: list[Part]) -> int:
+        """Looks for the end of a call's JSON object, and gives the call out if it is there; where to go on."""
+        end = at
+        if not self._depth:
+            begin = -1 if self._hopeless else data.find("{", at)
+            if begin < 0:
+                self._hold(data[at:])
+                return len(data)
+            end, self._depth = begin + 1, 1
+        for mark in _OBJECT.finditer(data, end):
+            end = mark.end()
+            if mark[0] == '"':
+                self._in_string = not self._in_string
+            elif mark[0] in ("{", "}") and not self._in_string:
+                self._depth += 1 if mark[0] == "{" else -1
+                if not self._depth:
+                    self._hold(data[at:end])
+                    self._end_object(parts)
+                    return end
+        end = len(data) - (end < len(data) and data.endswith("\\"))  # what it escapes is still to come
+        self._hold(data[at:end])
+        self._tail = data[end:]
+        return len(data)
 
-def _take(text: str) -> tuple[ToolCall, str] | None:
-    """The first whole call in `text` and what follows it, or None if there is none (yet)."""
-    text = text.lstrip(_BETWEEN)
-    named = _NAME.match(text)
-    try:
-        value, end = _decode(text, named.end() if named else 0)
-    except (ValueError, RecursionError):
-        return None
-    call = ToolCall(named[1], json.dumps(value, ensure_ascii=False)) if named else _as_call(value)
-    return None if call is None else (call, text[end:])
+    def _end_object(self, parts: list[Part]) -> None:
+        text = self._take_held()
+        if (taken := self._call(text, 0)) is None:  # no call, and nothing that follows makes it one
+            self._hold(text)
+            self._hopeless = True
+            return
+        parts.append(taken[0])
+        self._calls += 1
+
+    def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
+        """The first call in `text` from `at` on and where it ends, or None if there is none."""
+        if (head := self._head.match(text, at)) is None:
+            return None
+        try:
+            value, end = _decode(text, head.end())
+            call = ToolCall(head[1], json.dumps(value, ensure_ascii=False)) if head[1] else _as_call(value)
+        except (ValueError, RecursionError):
+            return None
+        return None if call is None else (call, end)
+
+    def _hold(self, text: str) -> None:
+        self._held.append(text)
+        self._length += len(text)
+
+    def _take_held(self) -> str:
+        text = "".join(self._held)
+        self._held, self._length = [], 0
+        return text
 
 
 def _as_call(value: Any) -> ToolCall | None:
@@ -209,27 +269,3 @@ def _as_call(value: Any) -> ToolCall | None:
     except (ValueError, RecursionError):
         pass  # text is what the model wrote, and a client may make something of it
     return ToolCall(value["name"], arguments)
-
-
-class NamedCall:
-    """The parser of a call whose function the request has named: all the text is its arguments, given out as it comes."""
-
-    def __init__(self, name: str):
-        self._name: str | None = name
-
-    def feed(self, text: str) -> list[Part]:
-        """More arguments."""
-        if not text:
-            return []
-        name, self._name = self._name, None
-        return [ToolCall(name, text)]
-
-    def finish(self) -> list[Part]:
-        """Nothing is ever held back."""
-        return []
-
-
-def undecided(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
-    longest = min(len(text), len(marker) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

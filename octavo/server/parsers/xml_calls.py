@@ -13,8 +13,8 @@ import json
 from collections.abc import Callable
 
 from octavo.server.parsers.argument_types import STRING, ArgumentTypes, as_json
+from octavo.server.parsers.call import Part, ToolCall
 from octavo.server.parsers.tag_scanner import TagScanner
-from octavo.server.parsers.tools import Part, ToolCall
 from octavo.server.parsers.xml_forms import XmlForm
 
 __all__ = ["XmlCalls"]

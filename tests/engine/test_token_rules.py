@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from octavo import LLM, SamplingParams
+from octavo.demo import MODEL_DIR
 from octavo.engine.block_pool import ROOT, BlockPool, block_hash, root_of
+from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest
-from octavo.messages import StructuredOutput
+from octavo.frontend.requests import engine_requests
+from octavo.messages import EngineInfo, StructuredOutput
+from octavo.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +104,63 @@ def test_no_block_is_named_as_a_salt_is():
 def test_prompts_that_cannot_be(llm, prompt, sentence):
     with pytest.raises(InvalidRequest, match=sentence):
         llm.generate(prompt, use_tqdm=False)
+
+
+WORDS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(WORDS, st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=3))
+def test_bad_words_against_a_search(words, output, prompt):
+    rules = TokenRules(SamplingParams(), bad_words=words)
+    bad = BadWords(rules)
+    for end in range(len(output) + 1):
+        logits = torch.zeros(6)
+        bad.forbid(logits, [*prompt, *output[:end]], len(prompt))
+        completes = {word[-1] for word in words if tuple(output[max(0, end - len(word) + 1) : end]) == word[:-1]}
+        assert {token for token, value in enumerate(logits.tolist()) if value == float("-inf")} == completes
+
+
+class Watched(dict):
+    """Says how often somebody has gone through it."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+    def items(self):
+        self.walks += 1
+        return super().items()
+
+    def values(self):
+        self.walks += 1
+        return super().values()
+
+
+def test_what_a_request_lists_is_walked_over_once_for_all_its_sequences_and_steps(llm):
+    """14 s a step once, with a bias of every token and n = 128."""
+    bias = Watched(dict.fromkeys(range(4096), -1.0) | {70: 9.0})
+    found = generated(llm, logit_bias=bias, n=1, ignore_eos=True)
+    alone = bias.walks
+    params = SamplingParams(temperature=0, max_tokens=20, logit_bias=bias, n=64, ignore_eos=True)
+    bias.walks = 0
+    outputs = llm.generate("def read(self", params, use_tqdm=False)[0].outputs
+    assert bias.walks <= alone
+    assert all(output.token_ids[:8] == found.token_ids for output in outputs)
+
+
+def test_the_sequences_of_a_request_share_what_it_lists():
+    lists = dict(logit_bias={5: 1.0}, allowed_token_ids=[5, 6], stop_token_ids=[7, 7, 8], stop=["x"], bad_words=["y"])
+    params = SamplingParams(n=3, seed=5, prompt_logprobs=2, **lists)
+    info = EngineInfo(100, 4096, 10, 16, "fake")
+    requests = engine_requests(info, Tokenizer(MODEL_DIR), "r", [5], params, frozenset())
+    assert [request.params for request in requests] == [
+        SamplingParams(n=1, seed=5 + i, prompt_logprobs=None if i else 2, **lists) for i in range(3)
+    ]
+    crossed = pickle.loads(pickle.dumps(("add", requests)))[1]
+    assert all(getattr(one.params, name) is getattr(crossed[0].params, name) for one in crossed for name in lists), "sent once"
+    assert all(one.prompt_token_ids is crossed[0].prompt_token_ids for one in crossed)
+    with pytest.raises(InvalidRequest, match="stop_token_ids has 5000 entries"):
+        SamplingParams(stop_token_ids=range(5000))

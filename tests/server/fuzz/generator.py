@@ -1,0 +1,157 @@
+"""Requests that nobody should send: right ones with something wrong, huge, deep or odd in them, for each endpoint and field."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.server.request_fields import CHAT, COMPLETION, STRUCTURED_OUTPUTS
+
+__all__ = ["Generator", "Sent"]
+
+LONG = 20_000  # characters of a long text
+MANY = 3_000  # items of a long list
+DEEP = 3_000  # levels of a nested value
+BODY = 400_000  # bytes, at most
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
+}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "integer"}}, "required": ["a"]}
+ENDPOINTS = {
+    "/v1/completions": {"prompt": "def read(self", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/tokenize": {"prompt": "def read(self"},
+    "/detokenize": {"tokens": [70, 71, 72]},
+}
+FIELDS = {
+    "/v1/completions": [*COMPLETION, "best_of"],
+    "/v1/chat/completions": [*CHAT, "structured_outputs"],
+    "/tokenize": ["model", "prompt", "messages", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens",
+                  "return_token_strs", "add_generation_prompt", "continue_final_message"],
+    "/detokenize": ["model", "tokens"],
+}  # fmt: skip
+# Values that a field may have; the others get whatever comes.
+LIKELY: dict[str, list[Any]] = {
+    "n": [1, 2, 16, 128, 129, 0],
+    "temperature": [0, 1, 1.5, -1, 1e9],
+    "top_k": [0, 1, 50, 10**6, -1],
+    "top_p": [0.1, 1, 0, 2],
+    "min_p": [0, 0.5],
+    "max_tokens": [0, 1, 5, 40, 10**9, None],
+    "min_tokens": [0, 3, 10**6],
+    "logprobs": [0, 5, 20, 21, True],
+    "top_logprobs": [0, 20],
+    "prompt_logprobs": [0, 20],
+    "seed": [0, -1, 2**63, 2**70],
+    "stop": ["\n", [" ", "e"], [f"never {i}" for i in range(200)], ["a" * 5000 + "b", "a"], [f"{i}" for i in range(MANY)]],
+    "stop_token_ids": [[5], list(range(4000)), list(range(MANY * 2))],
+    "logit_bias": [{"70": 5}, {str(i): -1 for i in range(4096)}, {"99999": 1}],
+    "bad_words": [["read"], [f"w{i}" for i in range(1000)], ["a" * 10_000]],
+    "allowed_token_ids": [[70, 71], list(range(4096)), [0]],
+    "guided_choice": [["yes", "no"], [f"choice {i}" for i in range(MANY)]],
+    "guided_regex": ["[ab]+", "a{3000}", "(a|b)*a(a|b){12}", "((a{50}){50}){50}", "a{300000}", "(", ".*.*.*x"],
+    "guided_json": [SCHEMA, {"enum": list(range(MANY))}, {"$ref": "#"}, {"const": "a" * LONG}, "{}", True],
+    "guided_grammar": ['start: "a"+', "start: /a", 'start: a\na: a a | "x"', "start: " + '"a" ' * MANY],
+    "structured_outputs": [{"regex": "[0-9]{2}"}, {"choice": ["a", "b"]}, {"json": SCHEMA, "regex": "a"}]
+    + [{name: "x"} for name in STRUCTURED_OUTPUTS],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, {}],
+    "tools": [[TOOL], [TOOL] * 200, [{"type": "function", "function": {"name": ""}}]],
+    "tool_choice": ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}],
+    "prompt": ["x", ["a", "b"] * 20, [5, 6, 7], [[5], [6]], "x " * 400, [5] * 1000, [[5]] * 300],
+    "messages": [
+        [],
+        [{"role": "user", "content": "x " * 400}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 50,
+        [{"role": "assistant", "content": "a", "tool_calls": []}, {"role": "tool", "content": "b"}],
+    ],
+    "stream_options": [{"include_usage": True}, {"continuous_usage_stats": True}, {}],
+    "request_id": ["x", "a b", "x" * 1000],
+    "cache_salt": ["s", "", "x" * 2000],
+    "tokens": [[70] * 5000, [-1], [10**9]],
+}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request: a body, which may be no JSON, for a path."""
+
+    path: str
+    body: bytes
+    what: str  # for whoever reads of its failure
+
+
+class Generator:
+    """The same requests for the same seed."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+
+    def request(self) -> Sent:
+        """The next one."""
+        pick = self.random
+        path = pick.choice([*ENDPOINTS, "/v1/completions", "/v1/chat/completions"])
+        body: dict[str, Any] = dict(ENDPOINTS[path])
+        body["stream"] = pick.random() < 0.4
+        names = []
+        for _ in range(pick.choice((1, 1, 1, 2, 3, 6))):
+            name = pick.choice(FIELDS[path])
+            names.append(name)
+            likely = LIKELY.get(name)
+            body[name] = pick.choice(likely) if likely and pick.random() < 0.7 else self.value()
+        for name in pick.sample(sorted(body), k=pick.random() < 0.03):
+            del body[name]
+        data = self._encoded(body)
+        return Sent(path, data, f"{path} {names} {data[:200]!r} ({len(data)} bytes)")
+
+    def value(self, depth: int = 0) -> Any:
+        """Anything that JSON can hold, and NaN and Infinity, which Python's can."""
+        pick = self.random
+        kind = pick.randrange(12 if depth < 3 else 8)
+        if kind < 2:
+            return pick.choice((None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**30, -(10**400)))
+        if kind < 4:
+            return pick.choice((0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")))
+        if kind < 7:
+            return self.text()
+        if kind == 7:
+            return pick.choice(([], {}, [[]], "", [None], {"": None}))
+        if kind < 10:
+            if depth == 0 and pick.random() < 0.2:
+                return [pick.choice((0, -1, "x", None, 0.5, [], {}, [5], {"a": 1}))] * MANY
+            return [self.value(depth + 1) for _ in range(pick.choice((1, 2, 5)))]
+        if kind == 10:
+            return {self.text()[:50]: self.value(depth + 1) for _ in range(pick.choice((1, 2, 5)))}
+        value: Any = pick.choice(("x", 1, None))
+        for _ in range(pick.choice((3, 30, 300, DEEP))):
+            value = [value] if pick.random() < 0.5 else {"a": value}
+        return value
+
+    def text(self) -> str:
+        """Short, long, or of what is not written every day."""
+        pick = self.random
+        letters = pick.choice(
+            ("abc ", "\u0000\u0001\x7f", "é世界👩‍👩‍👧", "\u202e\ufeff\u2028", "\ud800\udc00\udfff", '"\\\n', "{%}[]<|>")
+        )
+        unit = "".join(pick.choice(letters) for _ in range(pick.randrange(1, 12)))
+        return unit * pick.choice((1, 1, 1, 10, LONG // len(unit)))
+
+    def _encoded(self, body: dict[str, Any]) -> bytes:
+        pick = self.random
+        data = _dumped(body)[:BODY]
+        if pick.random() > 0.04:
+            return data
+        at = pick.randrange(len(data))
+        return pick.choice(
+            (data[:at], data[:at] + bytes([pick.randrange(256)]) + data[at + 1 :], b"", b"[]", b"null", data * 2)
+        )
+
+
+def _dumped(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=len(body) % 2 == 0).encode("utf-8", "surrogatepass")
+    except RecursionError:  # deeper than Python itself would write
+        return b'{"prompt":' + b"[" * DEEP + b"]" * DEEP + b"}"

@@ -1,0 +1,106 @@
+"""What a small body may ask of the sampling side: bounds, each told in a sentence, and slow work that holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+from server.api_client import Client
+
+from octavo.messages import MAX_GRAMMAR
+from octavo.server import serving
+from octavo.server.app import make_app
+
+TOO_MUCH: list[tuple[dict[str, Any], str]] = [
+    ({"stop": [f"never {i}" for i in range(10_000)], "n": 128}, "stop has 10000 entries; at most 256 are served."),
+    ({"stop": "x" * 20_000}, "stop has 20000 characters in all; at most 16384 are served."),
+    ({"bad_words": ["x" * 20_000]}, "bad_words has 20000 characters in all; at most 16384 are served."),
+    ({"bad_words": ["x"] * 2_000}, "bad_words has 2000 entries; at most 1024 are served."),
+    ({"stop_token_ids": list(range(5_000))}, "stop_token_ids has 5000 entries; at most 4096 are served."),
+    ({"guided_choice": [f"choice {i}" for i in range(50_000)]}, "guided_choice has over 524288 characters"),
+    ({"structured_outputs": {"choice": ["x" * 10] * 100_000}}, "structured_outputs.choice has over 524288 characters"),
+    ({"guided_json": {"enum": list(range(1_000_000))}}, "guided_json has over 524288 characters"),
+    ({"guided_json": {"const": "x" * 1_000_000}}, "guided_json has over 524288 characters"),
+    ({"guided_json": '{"const": "' + "x" * 1_000_000 + '"}'}, "guided_json has over 524288 characters"),
+    ({"guided_json": {"properties": {f"{i:06}": True for i in range(100_000)}}}, "guided_json has over 524288 characters"),
+    ({"guided_regex": "(a|b)" * 110_000}, "guided_regex has over 524288 characters"),
+    ({"guided_grammar": "start: " + '"a" ' * 140_000}, "guided_grammar has over 524288 characters"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x"] * 600_000}}}},
+        "response_format has over 524288 characters",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence"), TOO_MUCH, ids=[sentence[:40] for _, sentence in TOO_MUCH])
+def test_too_much_is_refused(client: Client, body: dict[str, Any], sentence: str) -> None:
+    response = client.post("/v1/completions", {"prompt": "a", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(sentence)
+    assert not client.engine.calls
+
+
+def test_a_named_and_a_required_tool_too_large(client: Client) -> None:
+    function = {"name": "f", "parameters": {"enum": ["x"] * 600_000}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": function}]}
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        response = client.post("/v1/chat/completions", {**body, "tool_choice": choice})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(f"tools has over {MAX_GRAMMAR} characters")
+
+
+def longest_pause(client: Client, body: dict[str, Any]) -> tuple[float, httpx.Response]:
+    """For how long the event loop stood still while it answered `body`, and the answer."""
+
+    async def main() -> tuple[float, httpx.Response]:
+        transport = httpx.ASGITransport(make_app(client.served), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            task = asyncio.create_task(http.post("/v1/completions", json=body))
+            pause = 0.0
+            while not task.done():
+                start = time.perf_counter()
+                await asyncio.sleep(0.002)
+                pause = max(pause, time.perf_counter() - start)
+            return pause, await task
+
+    return asyncio.run(main())
+
+
+def test_the_loop_goes_on_while_a_grammar_is_read(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = serving.serialize
+
+    def slow(*wanted: Any) -> str:
+        time.sleep(1)
+        return read(*wanted)
+
+    monkeypatch.setattr(serving, "serialize", slow)
+    pause, response = longest_pause(client, {"prompt": "a", "guided_regex": "[ab]+"})
+    assert response.status_code == 200
+    assert pause < 0.8
+
+
+def test_a_grammar_that_is_read_for_too_long(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_GRAMMAR_SECONDS", 0.05)
+    monkeypatch.setattr(serving, "serialize", lambda wanted: time.sleep(0.3))
+    _, response = longest_pause(client, {"prompt": "a", "guided_regex": "[ab]+"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("guided_regex was not read within 0.05 s")
+
+
+def test_a_large_grammar_under_the_bound(client: Client) -> None:
+    """Real work of the size that is served: choices that were 6 s of silence."""
+    pause, response = longest_pause(client, {"prompt": "a", "guided_choice": [f"choice {i}" for i in range(25_000)]})
+    assert response.status_code == 200
+    assert pause < 1
+
+
+def test_an_error_is_one_short_line(client: Client) -> None:
+    for model in ("x" * 20_000, "a\nb\u2028c\r\n" * 3000):
+        message = client.post("/v1/completions", {"prompt": "a", "model": model}).json()["error"]["message"]
+        assert len(message) <= 900
+        assert message.startswith("The model '" + model[:1])
+        assert message.endswith("' is not served here; demo is.")
+        assert len(message.splitlines()) == 1

@@ -1,0 +1,103 @@
+"""Whatever a model writes, reading it is work in proportion to its length, streamed or whole, and the same in any pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.server.parsers.call import NamedCall
+from octavo.server.parsers.reasoning import MessageReader, ThinkSplitter, join_delta, joined
+from octavo.server.parsers.tools import PARSERS, json_parser
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]abc", "</tool", "<think>", "</think>",
+    '{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {"q": "</tool_call>"}}', '{"name": "f}', 'f{"x": "}"}',
+    '"', "\\", "\n", " ", "{", "}", "f", "[", "]", ",", "x",
+]  # fmt: skip
+ADVERSARIAL: dict[str, Callable[[int], str]] = {
+    "blanks after a name": lambda n: "[TOOL_CALLS]a" + " " * n,
+    "blanks": lambda n: " " * n,
+    "blanks and a brace": lambda n: " " * n + "{",
+    "line ends": lambda n: "\n" * n,
+    "blanks in a call": lambda n: "<tool_call>" + " " * n + "</tool_call>",
+    "a name": lambda n: "[TOOL_CALLS]" + "a" * n,
+    "names": lambda n: "[TOOL_CALLS]" + "a " * (n // 2),
+    "an id": lambda n: "[TOOL_CALLS]a[CALL_ID]" + "a" * n,
+    "separators": lambda n: "[TOOL_CALLS]" + "[;,]" * (n // 4),
+    "openers": lambda n: "<tool_call>" * (n // 11),
+    "mistral's openers": lambda n: "[TOOL_CALLS]" * (n // 12),
+    "halves of openers": lambda n: "<tool_cal" * (n // 9),
+    "closers": lambda n: "<tool_call>" + "</tool_call>" * (n // 12),
+    "halves of closers": lambda n: "<tool_call>" + "</tool_cal" * (n // 10),
+    "strings without end": lambda n: '<tool_call>\n"</tool_call>' * (n // 25),
+    "strings without end in a line": lambda n: '<tool_call>"</tool_call>"' * (n // 25),
+    "one string without end": lambda n: '<tool_call>"' + "</tool_call><tool_call>" * (n // 23),
+    "lines in a string": lambda n: '<tool_call>"' + "</tool_call>\n" * (n // 13),
+    "quotes": lambda n: "<tool_call>" + '"' * n,
+    "backslashes": lambda n: '<tool_call>{"a": "' + "\\" * n,
+    "backslashes, no closer": lambda n: '[TOOL_CALLS]a{"a": "' + "\\" * n,
+    "braces in a string": lambda n: '[TOOL_CALLS]a{"a": "' + "}" * n,
+    "braces": lambda n: "[TOOL_CALLS]a" + "{" * n,
+    "closing braces": lambda n: "[TOOL_CALLS]a{" + "}" * n,
+    "deep objects": lambda n: "[TOOL_CALLS]a" + '{"a":' * (n // 5) + "}" * (n // 5),
+    "deep lists": lambda n: '[TOOL_CALLS]a{"a":' + "[" * n,
+    "numbers": lambda n: '[TOOL_CALLS]a{"a":' + "9" * n + "}",
+    "small calls": lambda n: "[TOOL_CALLS]" + "a{}" * (n // 3),
+    "small calls by name": lambda n: '[{"name":"f"}' + ',{"name":"f"}' * (n // 13),
+    "calls with closers": lambda n: '<tool_call>{"name":"f"}</tool_call>' * (n // 35),
+    "calls without closers": lambda n: "<tool_call>" + '{"name":"f"}' * (n // 12),
+    "broken objects": lambda n: "[TOOL_CALLS]a{x}" + "a{x}" * (n // 4),
+    "a long argument": lambda n: '<tool_call>{"name":"f","arguments":{"q":"' + "x" * n + '"}}</tool_call>',
+    "think tags": lambda n: "<think>" * (n // 7),
+    "halves of think tags": lambda n: "<think>" + "</thin" * (n // 6),
+    "closed think tags": lambda n: "<think></think>" * (n // 15),
+}
+READERS: dict[str, Callable[[], MessageReader]] = {
+    **{name: lambda name=name: MessageReader(json_parser(name), None) for name in PARSERS},  # type: ignore[misc]
+    "named": lambda: MessageReader(NamedCall("f"), None),
+    "thinking": lambda: MessageReader(None, ThinkSplitter(False)),
+    "thinking already": lambda: MessageReader(None, ThinkSplitter(True)),
+    "both": lambda: MessageReader(json_parser("hermes"), ThinkSplitter(False)),
+}
+
+
+def read(make: Callable[[], MessageReader], text: str, size: int) -> dict[str, Any]:
+    reader, message = make(), dict[str, Any]()
+    for at in range(0, len(text), size):
+        join_delta(message, reader.feed(text[at : at + size], final=at + size >= len(text)))
+    return joined(message)
+
+
+def seconds(make: Callable[[], MessageReader], text: str, size: int) -> float:
+    """This thread's own, the best of two."""
+    times = []
+    for _ in range(2):
+        start = time.thread_time()
+        read(make, text, size)
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("size", [4, 10**9], ids=["streamed", "whole"])
+@pytest.mark.parametrize("reader", READERS)
+def test_work_in_proportion_to_the_length(reader: str, size: int) -> None:
+    """Four times the text is four times the work; where it was its square, 16,000 blanks took 4.4 s."""
+    length = 2_000 if size < 10**9 else 8_000
+    for name, text in ADVERSARIAL.items():
+        once, more = seconds(READERS[reader], text(length), size), seconds(READERS[reader], text(4 * length), size)
+        assert more < max(10 * once, 0.02), (name, once, more)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=10).map("".join), st.sampled_from(sorted(READERS)))
+def test_the_same_in_pieces_of_every_size(text: str, reader: str) -> None:
+    found = [read(READERS[reader], text, size) for size in (1, 3, 10**9)]
+    for message in found:
+        for call in message.get("tool_calls", ()):
+            del call["id"]
+    assert found[0] == found[1] == found[2]
