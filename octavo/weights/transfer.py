@@ -115,10 +115,10 @@ class ReadAhead:
         self._thread = threading.Thread(target=self._run, name="octavo-read-ahead", daemon=True)
         self._thread.start()
 
-    def consumed(self, tensor: StoredTensor) -> None:
-        """The tensor was read, so that much more may be asked for."""
+    def consumed(self, nbytes: int) -> None:
+        """So much was read, so that much more may be asked for."""
         with self._condition:
-            self._open += tensor.nbytes
+            self._open += nbytes
             self._condition.notify()
 
     def _run(self) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 LLAMA3 = dict(
@@ -32,6 +34,11 @@ YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_posit
 
 def llama(**changes: object) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**(COMMON | changes)))
+
+
+def qwen3_moe(**changes: object) -> PreTrainedModel:
+    experts = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(COMMON | experts | changes)))
 
 
 CASES = {
@@ -51,6 +58,10 @@ CASES = {
         Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32)),
+    "qwen3_moe": lambda: qwen3_moe(),
+    "qwen3_moe, weights as they are": lambda: qwen3_moe(norm_topk_prob=False),
+    "qwen3_moe, some layers dense": lambda: qwen3_moe(mlp_only_layers=[0]),
+    "qwen3_moe, every second layer": lambda: qwen3_moe(decoder_sparse_step=2),
     "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
 }
 

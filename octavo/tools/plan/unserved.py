@@ -18,9 +18,10 @@ from octavo.errors import OctavoError
 from octavo.kvcache import Field, KVCacheSpec, Layout, spec_for
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import ColumnParallelLinear, GateUpLinear, LMHead, QKVLinear, RowParallelLinear
+from octavo.layers.moe import Experts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import longest_context
-from octavo.quant.formats import WHOLE, Shard
+from octavo.quant.formats import WHOLE
 from octavo.quant.scheme import BLOCK
 from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.roofline import Attention
@@ -100,23 +101,6 @@ class Whole:
         loader.weight([self.name], [(self.rows, self.columns)], [WHOLE])
         if self.bias:
             loader.vector(f"{self.name}.bias", (self.rows,))
-
-
-@dataclass
-class Experts:
-    """The routed experts of one layer, split like an MLP: every rank holds a part of each."""
-
-    hidden: int
-    inner: int
-    count: int
-    active: int
-    tp: TensorParallel
-
-    def load(self, loader: Walker) -> None:
-        rows, columns = (Shard(dim, self.tp.rank, self.tp.size) for dim in (0, 1))
-        up = ["gate_proj", "up_proj"], [(self.inner, self.hidden)] * 2, [rows] * 2
-        loader.expert_weights(*up, self.count, self.active)
-        loader.expert_weights(["down_proj"], [(self.hidden, self.inner)], [columns], self.count, self.active)
 
 
 def unstacked(tensors: Mapping[str, StoredTensor], hidden: int) -> dict[str, StoredTensor]:
