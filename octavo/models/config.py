@@ -38,11 +38,19 @@ class ConfigBase:
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     also_called: ClassVar[Mapping[str, str]] = {}  # a field -> the name that other tools write it under
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # numbers of which there may be none
+    default_theta: ClassVar[float] = 10000.0  # of a config.json without rope_theta
+    partial_rotary: ClassVar[float] = 1.0  # of a config.json without partial_rotary_factor
 
     @property
     def longest_context(self) -> int:
         """The positions that the model was made for, with what YaRN stretches them to."""
         return longest_context(self.max_position_embeddings, self.rope)
+
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head are rotated, the first ones. For architectures that may leave some as they are."""
+        return int(self.head_dim * (self.rope.get("partial_rotary_factor") or self.partial_rotary))
 
     @property
     def mlp_activations(self) -> int:
@@ -75,11 +83,11 @@ class ConfigBase:
                 raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
             elif kind is int and value > _MOST.get(field.name, LARGEST):
                 raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
-            elif kind is int and value < (0 if field.name == "max_window_layers" else 1):  # every layer may slide
+            elif kind is int and value < (0 if field.name in cls.may_be_zero else 1):
                 raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
             if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
                 raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
-        made = cls(**values, rope=rope_parameters(config))
+        made = cls(**values, rope=rope_parameters({"rope_theta": cls.default_theta, **config}))
         made.check()
         return made
 
@@ -90,6 +98,11 @@ class ConfigBase:
         if self.head_dim % 2:
             raise OctavoError(
                 f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {self.head_dim}."
+            )
+        if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:
+            raise OctavoError(
+                f"config.json: {self.rotated} of a head's {self.head_dim} dimensions cannot be rotated; "
+                "it must be an even number of them."
             )
         kinds = getattr(self, "layer_types", ())
         if kinds and not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers):

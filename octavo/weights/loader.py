@@ -72,6 +72,8 @@ def role_of(path: str) -> str:
         "attention": "attn", "experts": ".experts.", "router": ".gate.", "mlp": "mlp", "embedding": "embed",
         "lm_head": "lm_head",
     }  # fmt: skip
+    if path.endswith("e_score_correction_bias"):
+        return "router"
     return next((role for role, word in roles.items() if word in path and "norm" not in path), "norms")
 
 

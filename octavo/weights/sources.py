@@ -65,8 +65,8 @@ class SafetensorsSource:
             if self._transfer is None or self._transfer.device != device:
                 self._transfer = Transfer(self.checkpoint, device)
             found = self._transfer.read(tensor, dim, part)
-        if self._ahead is not None:  # of experts that are stored as one tensor, one is read at a time
-            self._ahead.consumed(tensor.nbytes // tensor.shape[0] if len(tensor.shape) == 3 else tensor.nbytes)
+        if self._ahead is not None:
+            self._ahead.consumed(tensor.nbytes)
         self.checkpoint.finite.look(name, tensor.file, found)
         self.bytes_read += found.nbytes
         return found

@@ -19,7 +19,7 @@ from octavo.quant.scheme import Granularity, WeightDType
 from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, check_read, is_tied, places_of, role_of
 from octavo.weights.meta import MetaSource
 
-__all__ = ["COMPONENTS", "LEFT_OUT", "Operand", "Walk", "Walker", "walk"]
+__all__ = ["COMPONENTS", "LEFT_OUT", "ROUTER", "Operand", "Walk", "Walker", "walk"]
 
 COMPONENTS = (
     "attention", "indexer", "mlp", "experts", "shared experts", "router", "norms", "embeddings", "lm_head", "vision",
@@ -28,6 +28,7 @@ EMBEDDINGS = "a look-up gains nothing from FP8"
 HEAD = "lm_head is BF16 by default; --quantize-lm-head stores it in FP8"
 TIED = "lm_head's matrix, too: BF16 by default; --quantize-lm-head stores it in FP8"
 VECTOR = "vectors: no matrix product to speed up"
+ROUTER = "small, and it decides which experts run"
 LEFT_OUT = "left out by --quantization-ignore"
 
 
@@ -146,12 +147,13 @@ class Walker(Loader):
         except OctavoError as error:
             self.refuse(error)
             found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
-        looked_up = component_of(full) == "embeddings"
-        why = VECTOR if not looked_up else TIED if self.tied_head else EMBEDDINGS
+        is_vector, component = len(shape) < 2, component_of(full)
+        whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER}
+        why = VECTOR if is_vector else whys.get(component, "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
-        name = full.removesuffix(".weight") if looked_up else full
+        name = full if is_vector else full.removesuffix(".weight")
         operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
-        self.operands.append(replace(operand, is_vector=not looked_up, active=int(not looked_up)))
+        self.operands.append(replace(operand, is_vector=is_vector, active=int(component != "embeddings")))
         # Biases are put one behind the other, for which torch would import its compiler if they were on the meta device.
         return found if found.dim() > 1 else torch.empty(found.shape, dtype=self.dtype)
 
