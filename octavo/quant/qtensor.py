@@ -198,10 +198,13 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
 
 
 class Stacker:
-    """Fills the stack of `count` weights one after another, so that no more than it and one of them are in memory."""
+    """Fills the stack of `count` weights one after another, so that no more than it and one of them are in memory.
 
-    def __init__(self, count: int):
-        self.count = count
+    `where`: the experts' path, for messages.
+    """
+
+    def __init__(self, count: int, where: str = ""):
+        self.count, self.where = count, f"{where}: " if where else ""
         self._stack: QTensor | None = None
 
     def put(self, number: int, q: QTensor) -> None:
@@ -212,7 +215,7 @@ class Stacker:
         stack = self._stack
         if (q.scheme, q.data.dtype, q.shape) != (stack.scheme, stack.data.dtype, stack.shape[1:]):
             raise OctavoError(
-                f"expert {number} is stored in {q.scheme.name} and those before it in {stack.scheme.name}; "
+                f"{self.where}expert {number} is stored in {q.scheme.name} and those before it in {stack.scheme.name}; "
                 "the experts of a layer must be stored alike."
             )
         if q.data.is_meta:

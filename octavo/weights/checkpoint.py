@@ -105,16 +105,20 @@ class Checkpoint:
         return self._slabs.bytes, tensor.start - whole.start
 
     def mapped(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim` on the CPU: the file's own pages, read when they are touched, or, of what is turned, a
-        copy. One thread's."""
-        tensor.torch_dtype  # noqa: B018 (says so if it is not known)
+        """The `part` of dimension `dim` on the CPU. One thread's.
+
+        It is the file's own pages, read when they are touched; of one expert of a stack, whose pages are all experts', a copy.
+        """
+        dtype = tensor.torch_dtype  # says so if it is not known
+        if tensor.slab is not None:
+            rows = part if dim == 0 else slice(0, tensor.shape[0])
+            found = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
+            self.read_into(tensor, rows.start * (tensor.nbytes // tensor.shape[0]), found.view(-1).view(torch.uint8))
+            return found if dim == 0 else found[:, part].contiguous()
         if tensor.file not in self._maps:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
-        view, own = self._maps[tensor.file].get_slice(tensor.key or tensor.name), (slice(None),) * dim + (part,)
-        if (slab := tensor.slab) is not None:
-            one = view[slab.expert : slab.expert + 1]
-            matrix = one.view(slab.columns, slab.rows).T if slab.turned else one.view(slab.rows, slab.columns)
-            return matrix[slab.first : slab.first + tensor.shape[0]].reshape(tensor.shape)[own].contiguous()  # type: ignore[no-any-return]
+        view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
+        own = (slice(None),) * dim + (part,)
         return view[own] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
 
     def descriptor(self, file: str) -> int:
@@ -130,6 +134,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         self._maps.clear()
+        self._slabs = threading.local()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

@@ -152,7 +152,7 @@ class Loader:
 
         They are quantized one by one as they are read; a module that is left out leaves out the same of every expert.
         """
-        made = [Stacker(count) for _ in stacks]
+        made = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks]
         schemes = [
             self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])
             for stack in stacks
