@@ -39,7 +39,7 @@ def component_of(name: str) -> str:
     for component, word in {"norms": "norm", "indexer": ".indexer.", "shared experts": ".shared_experts."}.items():
         if word in name:
             return component
-    if ".experts." in name or name.endswith(".mlp.gate"):
+    if ".experts." in name or name.endswith(".gate"):
         return "experts" if ".experts." in name else "router"
     return {"embedding": "embeddings"}.get(role := role_of(name), role)
 
