@@ -30,7 +30,6 @@ from octavo.weights.stored_tensor import DTYPES, StoredTensor
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
 
 INDEX = "model.safetensors.index.json"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a value
 
 
 class Checkpoint:
@@ -100,7 +99,7 @@ class Checkpoint:
             self._slabs.of = None
             read = torch.empty(whole.nbytes, dtype=torch.uint8)
             self.read_into(whole, 0, read)
-            values = read.view(_INTEGERS[tensor.torch_dtype.itemsize]).view(slab.columns, slab.rows)
+            values = read.view(tensor.integers).view(slab.columns, slab.rows)
             self._slabs.bytes, self._slabs.of = values.T.contiguous().view(-1).view(torch.uint8), (tensor.key, slab.expert)
         return self._slabs.bytes, tensor.start - whole.start
 

@@ -66,7 +66,7 @@ class SafetensorsSource:
                 self._transfer = Transfer(self.checkpoint, device)
             found = self._transfer.read(tensor, dim, part)
         if self._ahead is not None:
-            self._ahead.consumed(tensor.nbytes)
+            self._ahead.consumed(tensor)
         self.checkpoint.finite.look(name, tensor.file, found)
         self.bytes_read += found.nbytes
         return found

@@ -51,6 +51,11 @@ class StoredTensor:
         return DTYPES[self.dtype]
 
     @property
+    def integers(self) -> torch.dtype:
+        """Integers of as many bytes as its values, which every device can copy one by one."""
+        return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.torch_dtype.itemsize]
+
+    @property
     def is_turned(self) -> bool:
         """Whether its bytes do not lie in the file one behind the other."""
         return self.slab is not None and self.slab.turned

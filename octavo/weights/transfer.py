@@ -53,7 +53,7 @@ class Transfer:
     def read(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
         """The `part` of dimension `dim`, in the stored dtype."""
         if tensor.is_turned:
-            return self._turned(tensor)[(slice(None),) * dim + (part,)].contiguous()
+            return self._turned(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
         if not tensor.shape:
             return self._bytes(tensor, 0, tensor.nbytes).view(tensor.torch_dtype).view(tensor.shape)
         row = tensor.nbytes // max(tensor.shape[0], 1)
@@ -67,12 +67,12 @@ class Transfer:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _turned(self, tensor: StoredTensor) -> Tensor:
-        """A view of its slab, which is read as it lies in the file: the device turns it."""
+        """A view, in integers, of its slab, which is read as it lies in the file: the device turns it."""
         slab = tensor.slab
         assert slab is not None
         if self._slab is None or self._slab[0] != (tensor.key, slab.expert):
             whole, self._slab = tensor.whole_slab(), None
-            found = self._bytes(whole, 0, whole.nbytes).view(whole.torch_dtype).view(whole.shape)
+            found = self._bytes(whole, 0, whole.nbytes).view(whole.integers).view(whole.shape)
             self._slab = (tensor.key, slab.expert), found
         return self._slab[1].T[slab.first : slab.first + tensor.shape[0]]
 
@@ -129,10 +129,10 @@ class ReadAhead:
         self._thread = threading.Thread(target=self._run, name="octavo-read-ahead", daemon=True)
         self._thread.start()
 
-    def consumed(self, nbytes: int) -> None:
-        """So much was read, so that much more may be asked for."""
+    def consumed(self, tensor: StoredTensor) -> None:
+        """The tensor was read, so that much more may be asked for."""
         with self._condition:
-            self._open += nbytes
+            self._open += tensor.nbytes
             self._condition.notify()
 
     def _run(self) -> None:
