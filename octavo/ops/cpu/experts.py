@@ -1,4 +1,4 @@
-"""Mixtures of experts on a CPU: by the C kernels, which read FP8 as it is, and only of experts in use; without them, widened."""
+"""Mixtures of experts on a CPU: by the C kernels, which read what is stored, of experts in use; without them, widened."""
 
 from __future__ import annotations
 
