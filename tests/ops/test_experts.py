@@ -17,6 +17,8 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.ops import Routed, Router, reference
+from octavo.ops.cpu import STACKS
+from octavo.ops.cpu.linear import Widened
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, SCHEMES, QTensor, Scheme, quantize
 from octavo.quant.qtensor import Stacker
@@ -236,6 +238,15 @@ def test_a_stack_holds_what_was_put() -> None:
         for e in range(3):
             assert torch.equal(q.expert(e).data.view(torch.uint8), one[e].data.view(torch.uint8))
             assert q.scale is None or torch.equal(q.expert(e).scale, one[e].scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+def test_widened_experts_take_what_each_takes_alone(scheme: Scheme, held: torch.dtype) -> None:
+    on = Platform(torch.device("cpu"), "test", widened_dtype=held)
+    q = stack(torch.randn(3, 40, 200).bfloat16(), scheme, on)
+    taken = {i.name: i.pack(q, on).held_bytes for i in STACKS if i.supports(q, on) is None}
+    assert taken == {"widened codes, torch": sum(Widened().pack(q.expert(e), on).held_bytes for e in range(3))}
 
 
 def test_experts_that_are_stored_otherwise_are_refused() -> None:
