@@ -10,7 +10,7 @@ from ops.shapes import EXPERTS, ROUTINGS
 from ops.test_experts import Shape, chosen, stack
 
 from octavo import batch as batches
-from octavo.ops import gpu, reference
+from octavo.ops import ahead, gpu, reference
 from octavo.ops.contract import Activation, Dispatch, Routed, Router
 from octavo.ops.triton import elementwise, experts, routing
 from octavo.platform import Platform
@@ -217,6 +217,16 @@ def test_what_the_library_takes(scheme: Scheme, monkeypatch: pytest.MonkeyPatch)
                                                        None if scale is None else scale.repeat(2, 1))):  # fmt: skip
         y = weights._by_library(rows, scales, at, of_tokens)
         assert (y.shape, y.dtype) == ((140, 144), torch.bfloat16)
+
+
+def test_the_library_is_not_called_while_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing dispatches then: where an expert's rows are is whatever was in memory."""
+    monkeypatch.setattr(torch, "_grouped_mm", lambda *args, **options: pytest.fail("called"))
+    weights = gpu.Grouped().pack(stack(torch.randn(3, 32, 48, device=DEVICE).bfloat16(), BF16, ON), Platform(DEVICE, "sm_90"))
+    at = Dispatch(*(torch.full((n,), 1 << 30, dtype=torch.int32, device=DEVICE) for n in (8, 8, 4)), 2)
+    monkeypatch.setattr(gpu, "LIBRARY_ROWS_BF16", 0)
+    with ahead.mode():
+        assert weights(torch.randn(4, 48, device=DEVICE).bfloat16(), at, of_tokens=True).shape == (8, 32)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU, whose graphs hold launches")
