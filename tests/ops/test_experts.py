@@ -91,7 +91,10 @@ def test_products(shape: Shape, platform: str, scheme: Scheme, dtype: torch.dtyp
                 if len(expected):
                     error = relative_error(y[: len(expected)], expected)
                     dtypes = [q.data.dtype] if q.scale is None else []
-                    assert error < bound(on, name, dtype, *dtypes), (name, routing, error)
+                    most = bound(on, name, dtype, *dtypes)
+                    if scheme.quantized and not on.is_cpu:  # a last bit of a division there may change an activation's code
+                        most = 2e-2
+                    assert error < most, (name, routing, error)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
@@ -121,7 +124,8 @@ def test_the_whole_is_one_mlp_an_expert(shape: Shape, scheme: Scheme) -> None:
             assert torch.equal(y.float(), expected)
         else:
             # a last bit of an activation may change its code, which is a sixteenth of it
-            assert relative_error(y, expected) < (1e-6 if on.is_cpu and not scheme.quantized else 1e-2), routing
+            most = 1e-6 if on.is_cpu and not scheme.quantized else 1e-2 if on.is_cpu else 2e-2
+            assert relative_error(y, expected) < most, routing
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
