@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops import ahead
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
@@ -58,8 +57,6 @@ __all__ = [
 # The library's product is faster with one scale a matrix than with one a row and column: up to so many tokens, and where K is
 # longer than this for any number (5% at 8192 tokens of K = 14,336, the card at its power limit).
 UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
-# Rows of an expert, on average, from which on the library's grouped product is taken: of FP8 with a scale a row, of BF16.
-LIBRARY_ROWS_FP8, LIBRARY_ROWS_BF16 = float("inf"), float("inf")
 
 
 def _foreign(q: QTensor, platform: Platform) -> str | None:
@@ -193,57 +190,27 @@ class Grouped:
         return _foreign(q, platform) if q.scheme.quantized else None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedGrouped:
-        return PackedGrouped(q, platform)
+        return PackedGrouped(q)
 
 
 class PackedGrouped(PackedStack):
     """Codes or values [E, N', K'] and the codes' scales, as they are stored."""
 
-    def __init__(self, q: QTensor, platform: Platform):
+    def __init__(self, q: QTensor):
         self.experts, self.n, self.k = q.shape
         self.weight, self.scale, self.held_bytes = q.data, q.scale, q.nbytes
         if q.scheme.activation is not None:
             self.reads = CodeFormat(q.data.dtype, q.scheme.activation, q.data.shape[2])
         self.by_tile = q.scheme.activation is Granularity.BLOCK
-        # Elsewhere the library's product may wait for the device.
-        self.library = platform.has_warpgroup_mma and not self.by_tile and not any(d % 16 for d in q.data.shape[1:])
-        self.padded_scale: Tensor | None = None
-        if self.library and q.scale is not None:
-            self.padded_scale = F.pad(q.scale.view(self.experts, -1), (0, q.data.shape[1] - self.n), value=1.0)
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
-        dtype, rows = _dtype(x), len(dispatch.order) / self.experts
         if self.reads is None:
-            x = values_of(x)
-            if self.library and rows >= LIBRARY_ROWS_BF16 and x.dtype is self.weight.dtype is torch.bfloat16:
-                return self._by_library(x, None, dispatch, of_tokens)
-            return grouped_linear(x, None, self.weight, None, self.n, dispatch, of_tokens=of_tokens)
-        codes, scale = self._codes(x, self.reads)
-        if self.library and rows >= LIBRARY_ROWS_FP8:
-            return self._by_library(codes, scale, dispatch, of_tokens).to(dtype)
+            return grouped_linear(values_of(x), None, self.weight, None, self.n, dispatch, of_tokens=of_tokens)
+        make = quantize_groups if self.by_tile else quantize
+        codes, scale = codes_of(x, self.reads) or make(values_of(x), self.reads.dtype, self.reads.width)
         return grouped_linear(
             codes, scale, self.weight, self.scale, self.n, dispatch, of_tokens=of_tokens, by_tile=self.by_tile
-        ).to(dtype)
-
-    def _codes(self, x: Operand, reads: CodeFormat) -> Quantized:
-        make = quantize_groups if self.by_tile else quantize
-        return codes_of(x, reads) or make(values_of(x), reads.dtype, reads.width)
-
-    def _by_library(self, x: Tensor, scale: Tensor | None, at: Dispatch, of_tokens: bool) -> Tensor:
-        """x [T or P, K'] as the weight's dtype; its rows are brought into the order of experts first."""
-        if ahead.is_on():  # nothing has dispatched, and the library would go where the memory says
-            return torch.empty(len(at.order), self.n, dtype=torch.bfloat16, device=x.device)
-        if of_tokens:
-            token = at.order // at.top_k
-            x = x.view(torch.int64).index_select(0, token).view(x.dtype)  # torch gathers no FP8
-            scale = None if scale is None else scale.index_select(0, token)
-        if scale is None:
-            return torch._grouped_mm(x, self.weight.mT, offs=at.starts[1:])[:, : self.n]
-        assert self.padded_scale is not None
-        return torch._scaled_grouped_mm(
-            x, self.weight.mT, scale.flatten(), self.padded_scale, offs=at.starts[1:], out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )[:, : self.n]  # fmt: skip
+        ).to(_dtype(x))
 
 
 LINEAR = [ScaledMM(), Blocks(), Dense()]

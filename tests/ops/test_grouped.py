@@ -10,11 +10,11 @@ from ops.shapes import EXPERTS, ROUTINGS
 from ops.test_experts import Shape, chosen, stack
 
 from octavo import batch as batches
-from octavo.ops import ahead, gpu, reference
+from octavo.ops import gpu, reference
 from octavo.ops.contract import Activation, Dispatch, Routed, Router
 from octavo.ops.triton import elementwise, experts, routing
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, SCHEMES, QTensor, Scheme, concat, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, SCHEMES, QTensor, Scheme, concat, quantize
 from octavo.quant.qtensor import Stacker
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -195,53 +195,16 @@ def test_codes_are_made_once() -> None:
     assert relative_error(y, again) < 1e-2
 
 
-@pytest.mark.parametrize("scheme", [BF16, FP8_PER_CHANNEL], ids=lambda s: s.name)
-def test_what_the_library_takes(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device has the GPU's checks of shapes, strides and dtypes; where there is a GPU, the product is right, too."""
-    monkeypatch.setattr(gpu, "LIBRARY_ROWS_FP8", 0)
-    monkeypatch.setattr(gpu, "LIBRARY_ROWS_BF16", 0)
-    q = stack(torch.randn(5, 144, 96, device=DEVICE).bfloat16(), scheme, ON)
-    if HAS_GPU:
-        for routing_of in ROUTINGS:
-            check_product(q, 70, 2, routing_of)
-        return
-    weights = gpu.Grouped().pack(q, Platform(DEVICE, "sm_90"))
-    assert weights.library
-    for name, value in vars(weights).items():
-        if isinstance(value, torch.Tensor):
-            setattr(weights, name, value.to("meta"))
-    at = Dispatch(*(torch.empty(size, dtype=torch.int32, device="meta") for size in (140, 140, 6)), 2)
-    x = torch.empty(70, 96, device="meta", dtype=q.data.dtype)
-    scale = torch.empty(70, 1, device="meta") if scheme.quantized else None
-    for of_tokens, rows, scales in ((True, x, scale), (False, x.repeat(2, 1) if scale is None else x.new_empty(140, 96),
-                                                       None if scale is None else scale.repeat(2, 1))):  # fmt: skip
-        y = weights._by_library(rows, scales, at, of_tokens)
-        assert (y.shape, y.dtype) == ((140, 144), torch.bfloat16)
-
-
-def test_the_library_is_not_called_while_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing dispatches then: where an expert's rows are is whatever was in memory."""
-    monkeypatch.setattr(torch, "_grouped_mm", lambda *args, **options: pytest.fail("called"))
-    weights = gpu.Grouped().pack(stack(torch.randn(3, 32, 48, device=DEVICE).bfloat16(), BF16, ON), Platform(DEVICE, "sm_90"))
-    at = Dispatch(*(torch.full((n,), 1 << 30, dtype=torch.int32, device=DEVICE) for n in (8, 8, 4)), 2)
-    monkeypatch.setattr(gpu, "LIBRARY_ROWS_BF16", 0)
-    with ahead.mode():
-        assert weights(torch.randn(4, 48, device=DEVICE).bfloat16(), at, of_tokens=True).shape == (8, 32)
-
-
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU, whose graphs hold launches")
 @schemes
 @pytest.mark.parametrize("tokens", [3, 300])
-def test_in_a_graph(tokens: int, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_graph(tokens: int, scheme: Scheme) -> None:
     """Captured with one routing, replayed with others."""
     from octavo import ops
     from octavo.platform import detect
 
     on = detect()
     ops.bind(on)
-    if tokens > 100:
-        monkeypatch.setattr(gpu, "LIBRARY_ROWS_FP8", 0)
-        monkeypatch.setattr(gpu, "LIBRARY_ROWS_BF16", 0)
     gate_up, down = (
         ops.pack_experts(stack(torch.randn(12, *shape, device=DEVICE).bfloat16() / 10, scheme, on), on)
         for shape in ((96, 112), (112, 48))

@@ -18,10 +18,10 @@ __all__ = ["combine", "dispatch", "route"]
 
 LOWEST = -(1 << 31)
 MOST_TILES = 1 << 14  # of tokens, whose sums are split over programs
-MOST_SPLITS = 16
+MOST_SPLITS = 8
 STAGE_BYTES = 1 << 15  # of the router's weight in a stage of the product's pipeline
 FEW, MANY = 16, 64  # tokens of a program
-CHUNK = 2048  # pairs of a program that sorts
+CHUNK = 512  # pairs of a program that sorts
 NO_PADDING, LIVE, LENGTHS = 0, 1, 2  # what says which tokens only pad a graph
 
 
