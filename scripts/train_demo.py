@@ -7,7 +7,7 @@ Everything comes from the interpreter that runs the script: the library's source
 the text behind ``help()``.  The result is a Hugging Face style Llama checkpoint in
 BF16 with its tokenizer and a model card; ``heldout.txt`` goes beside the directory.
 With ``--experts`` it is a Qwen3-MoE, which is not shipped: it measures what FP8 costs
-a mixture of experts (``python -m bench.accuracy --model DIRECTORY``).
+a mixture of experts (``python -m bench.accuracy DIRECTORY``).
 """
 
 import argparse
