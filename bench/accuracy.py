@@ -1,7 +1,7 @@
 """Perplexity of the demo model on its held-out text, for every scheme and KV cache, and with its tied head quantized too.
 
     python -m bench.accuracy            # the whole held-out text, windows of 512 tokens
-    python -m bench.accuracy --model DIR --text FILE
+    python -m bench.accuracy DIRECTORY --text FILE   # another model; a mixture of experts: scripts/train_demo.py --experts
 
 Each window is a prompt of its own whose tokens' log-probabilities are summed from the second on, so every prediction is made
 from at least one token and at most 511. The cache is read through attention, so its quantization counts as in serving.
@@ -35,7 +35,7 @@ def perplexity(llm: LLM, windows: list[list[int]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL_DIR))
+    parser.add_argument("model", nargs="?", default=str(MODEL_DIR), metavar="DIRECTORY")
     parser.add_argument("--text", type=Path, default=HELDOUT)
     parser.add_argument("--window", type=int, default=512)
     args = parser.parse_args()

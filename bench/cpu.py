@@ -1,6 +1,7 @@
 """The C kernels beside torch and beside what this machine can do, all in one run.
 
-    python -m bench.cpu                     # products, attention, and a model's resident memory
+    python -m bench.cpu                     # products, experts, attention, and a model's resident memory
+    python -m bench.cpu --only experts --tokens 1 4 16 64
     python -m bench.cpu --shape 1536x4096 --tokens 1 16
 
 Weights are read from memory, not from a cache: each timed turn goes over matrices that are 160 MB together in FP8. GB/s are of
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch is loaded)
@@ -28,11 +30,14 @@ from bench.serving import COMMON, SIZES
 from octavo import batch as batches
 from octavo.kvcache import KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
+from octavo.ops.contract import PackedStack
 from octavo.ops.cpu import attention as torch_attention  # the kernels' where they are there
 from octavo.ops.cpu import library, native
+from octavo.ops.cpu.experts import NativeStack, dispatch
 from octavo.ops.cpu.linear import Widened
 from octavo.platform import Platform, detect
-from octavo.quant import BF16, FP8_PER_CHANNEL, QTensor, quantize
+from octavo.quant import BF16, FP8_PER_CHANNEL, QTensor, concat, quantize
+from octavo.quant.qtensor import Stacker
 
 CPU = torch.device("cpu")
 COLD = 160 << 20
@@ -129,6 +134,41 @@ def attention() -> None:
             )
 
 
+def experts(shape: str, tokens: list[int], read: float) -> None:
+    """Products of stacks by tokens sent anywhere, GB/s of the experts that they wake; and products of one token's bytes."""
+    count, active, hidden, inner = map(int, shape.split("x"))
+    print(f"\n[{count} experts of {hidden} x {inner}, {active} a token] FP8, us of a product; GB/s of {read / 1e9:.1f}")
+
+    def random(n: int, k: int) -> list[QTensor]:
+        return [quantize(torch.randn(n, k).mul_(0.02), FP8_PER_CHANNEL) for _ in range(active)]
+
+    def stacked(few: list[QTensor]) -> PackedStack:  # of a few again and again, each at a place of its own
+        made = Stacker(count)
+        for e in range(count):
+            made.put(e, few[e % active])
+        return NativeStack().pack(made.finished(), HERE)
+
+    for name, n, k, of_tokens in (("gate and up", 2 * inner, hidden, True), ("down", hidden, inner, False)):
+        few = random(n, k)
+        stack, alike = stacked(few), concat(few)
+        dense = [
+            native.Native().pack(QTensor(alike.data.clone(), alike.scale, alike.scheme, alike.shape), HERE)
+            for _ in range(max(1, COLD // alike.data.numel()))
+        ]
+        for m in tokens:
+            x, rows = torch.randn(m, k).bfloat16(), torch.randn(m * active, k).bfloat16()
+            sent = [dispatch(torch.rand(m, count).argsort(1)[:, :active].int().contiguous(), count) for _ in range(16)]
+            used = sum(int((at.starts[1:] > at.starts[:-1]).sum()) for at in sent) / len(sent)
+            taken = seconds([partial(stack, x if of_tokens else rows, at, of_tokens=of_tokens) for at in sent])
+            one = seconds([partial(turn, x) for turn in dense])
+            print(
+                f"  m={m:<4} {name:<12} {used:5.1f} experts {taken * 1e6:9.1f}  {used * n * k / taken / 1e9:6.1f} GB/s"
+                f"  {2 * m * active * n * k / taken / 1e9:6.1f} GFLOP/s   one weight of {active} experts' bytes"
+                f" {one * 1e6:9.1f}  {active * n * k / one / 1e9:6.1f} GB/s",
+                flush=True,
+            )
+
+
 RESIDENT = """
 import sys, octavo.engine, torch
 from octavo.config import EngineConfig
@@ -159,6 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=["2816x512", "1536x4096"], help="n x k of weights")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 128, 512])
+    parser.add_argument("--experts", default="128x8x2048x768", help="count x chosen x hidden x intermediate of experts")
+    parser.add_argument("--only", choices=["products", "experts", "attention", "memory"], help="leave out the others")
     parser.add_argument("--model", choices=SIZES, default="0.6b", help="whose resident memory is measured")
     args = parser.parse_args()
     with open("/proc/cpuinfo") as file:
@@ -167,11 +209,15 @@ def main() -> None:
     print(f"{cores} cores, {model}, {detect('cpu').arch}; kernels: {library.used()}; torch {torch.__version__}")
     read, flops = limits()
     print(f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e9:.0f} GFLOP/s in FP32")
-    for shape in args.shape:
+    for shape in args.shape if args.only in (None, "products") else []:
         n, k = map(int, shape.split("x"))
         products((n, k), args.tokens, read, flops)
-    attention()
-    memory(args.model)
+    if args.only in (None, "experts"):
+        experts(args.experts, args.tokens, read)
+    if args.only in (None, "attention"):
+        attention()
+    if args.only in (None, "memory"):
+        memory(args.model)
 
 
 if __name__ == "__main__":

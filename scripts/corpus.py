@@ -36,7 +36,7 @@ tags: [llama, code, python]
 
 # Octavo's demo model
 
-A Llama of {params:.2f} M parameters (6 layers, width 256, 4 query and 2 key/value heads,
+A {kind} of {params:.2f} M parameters (6 layers, width 256, 4 query and 2 key/value heads,
 vocabulary 4096, context 1024, tied embeddings) that continues Python as the standard library
 writes it.  It exists so that a server can be tried, tested and measured with a real model and
 no download.  Its code looks right more often than it is right: do not use it for anything else.

@@ -1,6 +1,7 @@
 """One function an op: makes a set of inputs and says what calling the op on it costs, and what the library's call would be.
 
-Shapes are Llama-3.1-8B's. Ops come through octavo.ops, so what is timed is what the platform at hand was bound to.
+Shapes are Llama-3.1-8B's, and of experts Qwen3-30B-A3B's. Ops come through octavo.ops, so what is timed is what the platform
+at hand was bound to.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from octavo.config import EngineConfig
 from octavo.kvcache import LayerCache, Layout, spec_for
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, quantize
+from octavo.quant.qtensor import Stacker
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
 TOKENS = (1, 16, 64, 256, 2048)
+MIXTURE = (2048, 768, 128, 8)  # hidden, intermediate, experts, chosen
 DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
 PREFILLS = ((8, 1024), (2, 4096), (1, 8192))
 Call = Callable[[], Any]
@@ -70,6 +73,8 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
         yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, m))
         yield Case("gated_linear", f"M={m}", "_scaled_mm, F.silu * up", lambda m=m: gated_linear(p, m))
         yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
+    for m in tokens:
+        yield Case("experts", f"M={m}", "", lambda m=m: experts(p, m))
     for n in (1, 16, 256):
         if n <= tokens[-1]:
             for name, top_k, top_p in (("temperature", VOCAB, 1.0), ("top_p", VOCAB, 0.9), ("top_k, top_p", 40, 0.9)):
@@ -130,6 +135,31 @@ def gated_linear(p: Platform, m: int) -> Set:
 def gated(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def experts(p: Platform, m: int) -> Set:
+    """A router, its experts' products and their sum, with codes beside dense values where the norm before would make them."""
+    hidden, inner, count, chosen = MIXTURE
+    count = count // 8 if p.is_cpu else count  # whose caches hold none of that, either
+    stacks = []
+    for n, k in ((2 * inner, hidden), (hidden, inner)):
+        made = Stacker(count)
+        for e in range(count):
+            made.put(e, quantize(random(p, n, k) * k**-0.5, SCHEMES["ptpc_fp8"], p.fp8_dtype))
+        stacks.append(ops.pack_experts(made.finished(), p))
+    up, down = stacks
+    x, ones, gate = random(p, m, hidden), random(p, hidden), random(p, count, hidden) * hidden**-0.5
+    given, _ = ops.rms_norm(x, ones, 1e-5, None, [None, up])
+    spans = [batch.Span([0], 4, [0, 1]) for _ in range(m)]
+    made_of, router = batch.build(spans, block_size(p), p.device), ops.Router(chosen)
+    routed = ops.route(given.values(), gate, None, router, made_of)
+    used = int(routed.experts.unique().numel())
+
+    def call() -> Tensor:
+        return ops.experts(given, ops.route(given.values(), gate, None, router, made_of), up, down)
+
+    per_expert = 3 * hidden * inner
+    return Set(call, None, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
 
 
 def rms_norm(p: Platform, m: int) -> Set:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo import ops
+from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.quant.formats import WHOLE, Shard
@@ -87,20 +88,25 @@ class QKVLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y = x W^T + b, W's columns split over ranks; the partial products are summed over them and b is added once.
 
-    What comes out goes into an RMSNorm, so its scales may be left to that one.
+    What comes out goes into an RMSNorm, so its scales may be left to that one. `partial`: the caller sums over ranks.
     """
 
     reads_siblings = True
 
-    def __init__(self, name: str, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel):
+    def __init__(
+        self, name: str, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel, partial: bool = False
+    ):
         super().__init__()
-        self.name, self.shape, self.has_bias, self.tp = name, (out_features, in_features), bias, tp
+        assert not (bias and partial), "each rank would add the bias"
+        self.name, self.shape, self.has_bias, self.tp, self.partial = name, (out_features, in_features), bias, tp, partial
 
     def load(self, loader: Loader) -> None:
         self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
         self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
 
     def forward(self, x: ops.Operand) -> ops.Product:
+        if self.partial:
+            return ops.linear(x, self.weight)
         if self.tp.size == 1 and self.bias is None:
             return ops.linear_unscaled(x, self.weight)
         y = ops.all_reduce(ops.linear(x, self.weight), self.tp)
@@ -120,14 +126,20 @@ class GateUpLinear(ColumnParallelLinear):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)); `partial` as RowParallelLinear has it."""
 
-    def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel, partial: bool = False):
         super().__init__()
         self.gate_up_proj = GateUpLinear(hidden, intermediate, bias=bias, tp=tp)
-        self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp)
+        self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp, partial=partial)
 
-    def forward(self, x: ops.Operand) -> ops.Product:
+    @property
+    def readers(self) -> tuple[ops.Reader, ...]:
+        """All that read this layer's input."""
+        return (self.gate_up_proj.weight,)
+
+    def forward(self, x: ops.Operand, batch: ForwardBatch | None = None) -> ops.Product:
+        """`batch` is for layers.moe, which is called alike."""
         y: ops.Product = self.down_proj(self.gate_up_proj(x, self.down_proj.weight))
         return y
 

@@ -30,7 +30,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(given)
     kind = found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    for name in ("original_max_position_embeddings", "partial_rotary_factor"):
+        found.setdefault(name, config.get(name))
     if not isinstance(kind, str) or kind not in _INV_FREQ:
         raise OctavoError(f"config.json asks for rope_type '{kind}'; Octavo knows {', '.join(_INV_FREQ)}.")
     for name in _NUMBERS:
@@ -117,5 +118,7 @@ _NEEDED = {
     "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("rope_theta",),
 }
-_NUMBERS = (*_NEEDED["llama3"], "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_NUMBERS = (
+    *_NEEDED["llama3"], "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+)  # fmt: skip
 _INV_FREQ = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config", "same_architecture"]
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "minimax_m2")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class CausalLM(nn.Module):
 
     def workspace_bytes(self, tokens: int) -> int:
         """The MLP's activations and the residual, in FP32."""
-        return tokens * (4 * self.config.intermediate_size + 8 * self.config.hidden_size) * 4
+        return tokens * (self.config.mlp_activations + 8 * self.config.hidden_size) * 4
 
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
         return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
@@ -147,9 +147,13 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
 
-    def packed_weights(self) -> list[ops.PackedWeight]:
-        weights = (getattr(module, "weight", None) for module in self.modules())
-        return [weight for weight in weights if isinstance(weight, ops.PackedWeight)]
+    def graph_key(self, requests: int, longest: int) -> Hashable:
+        kinds = {a.kv_heads for a in self.attention_layers()}
+        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
+
+    def packed_weights(self) -> list[ops.PackedWeight | ops.PackedStack]:
+        held = (value for module in self.modules() for value in vars(module).values())
+        return [value for value in held if isinstance(value, (ops.PackedWeight, ops.PackedStack))]
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

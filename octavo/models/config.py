@@ -7,15 +7,17 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase"]
+__all__ = ["ConfigBase", "check_experts"]
 
 LARGEST = 1 << 31  # of any size
-_MOST = {"num_hidden_layers": 4096}  # far over any model's: more would take minutes before the checkpoint can contradict
+_MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
+    "num_hidden_layers": 4096
+}  # far over any model's: more would take minutes before the checkpoint can contradict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,30 @@ class ConfigBase:
     hidden_act: str = "silu"
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    also_called: ClassVar[Mapping[str, str]] = {}  # a field -> the name that other tools write it under
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # numbers of which there may be none
+    default_theta: ClassVar[float] = 10000.0  # of a config.json without rope_theta
+    partial_rotary: ClassVar[float] = 1.0  # of a config.json without partial_rotary_factor
+
     @property
     def longest_context(self) -> int:
         """The positions that the model was made for, with what the rotary embedding stretches them to."""
         return longest_context(self.max_position_embeddings, self.rope)
 
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head are rotated, the first ones. For architectures that may leave some as they are."""
+        return int(self.head_dim * (self.rope.get("partial_rotary_factor") or self.partial_rotary))
+
+    @property
+    def mlp_activations(self) -> int:
+        """Values of a token that an MLP makes: gate, up and their product, and one more such for what is made of them."""
+        return 4 * self.intermediate_size
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         """Raises OctavoError, naming the field, for one that is missing, of a wrong type or not supported."""
+        config = {**{name: config.get(other) for name, other in cls.also_called.items()}, **config}
         values = {
             f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None and f.name != "rope"
         }
@@ -65,23 +83,39 @@ class ConfigBase:
                 raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
             elif kind is int and value > _MOST.get(field.name, LARGEST):
                 raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
-            elif kind is int and value < (0 if field.name == "max_window_layers" else 1):  # every layer may slide
+            elif kind is int and value < (0 if field.name in cls.may_be_zero else 1):
                 raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
             if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
                 raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
-        made = cls(**values, rope=rope_parameters(config))
-        if made.hidden_act != "silu":
-            raise OctavoError(f"config.json asks for hidden_act '{made.hidden_act}'; this architecture is served with 'silu'.")
-        if made.head_dim % 2:
-            raise OctavoError(
-                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {made.head_dim}."
-            )
-        kinds = values.get("layer_types")
-        if kinds and not (isinstance(kinds, list) and len(kinds) == made.num_hidden_layers):
-            raise OctavoError(f"config.json: layer_types must list one type for each of the {made.num_hidden_layers} layers.")
-        if made.num_attention_heads % made.num_key_value_heads:
-            raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
+        made = cls(**values, rope=rope_parameters({"rope_theta": cls.default_theta, **config}))
+        made.check()
         return made
+
+    def check(self) -> None:
+        """Raises OctavoError for values that contradict each other or are not supported."""
+        if self.hidden_act != "silu":
+            raise OctavoError(f"config.json asks for hidden_act '{self.hidden_act}'; this architecture is served with 'silu'.")
+        if self.head_dim % 2:
+            raise OctavoError(
+                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {self.head_dim}."
+            )
+        if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:
+            raise OctavoError(
+                f"config.json: {self.rotated} of a head's {self.head_dim} dimensions cannot be rotated; "
+                "it must be an even number of them."
+            )
+        kinds = getattr(self, "layer_types", ())
+        if kinds and not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers):
+            raise OctavoError(f"config.json: layer_types must list one type for each of the {self.num_hidden_layers} layers.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
+
+
+def check_experts(experts: int, chosen: int, groups: int = 1, chosen_groups: int = 1) -> None:
+    """Raises OctavoError where a token cannot be sent to so many experts."""
+    if experts % groups or chosen_groups > groups or chosen > experts // groups * chosen_groups:
+        of_groups = f" of {chosen_groups} of {groups} groups" if groups > 1 else ""
+        raise OctavoError(f"config.json: a token cannot be sent to {chosen} of {experts} experts{of_groups}.")
 
 
 def _plain(hint: Any) -> type | None:

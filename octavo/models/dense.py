@@ -52,8 +52,7 @@ class DenseLM(CausalLM):
     def graph_key(self, requests: int, longest: int) -> Hashable:
         if (fused := self.model.fused_for(requests, longest)) and fused.attends:
             return ()
-        kinds = {a.kv_heads for a in self.attention_layers()}
-        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
+        return super().graph_key(requests, longest)
 
     def parts(self) -> DecoderParts | None:
         """The layers for a kernel that computes all of them; None where they have what `LayerParts` does not."""

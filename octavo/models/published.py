@@ -42,7 +42,10 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, factor: float = 8.0
 
 def _qwen(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, length: int, moe: int = 0) -> Config:
     config = _dense(model_type, hidden, inner, layers, heads, kv, 151936, length) | {"eos_token_id": 151645}
-    experts = {"moe_intermediate_size": moe, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+    experts = {
+        "moe_intermediate_size": moe, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    }  # fmt: skip
     return config | experts if moe else config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ class Config(ConfigBase):
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: Sequence[str] = ()
+
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})  # every layer may slide
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer: as `layer_types` says, else of those from `max_window_layers` on."""

@@ -25,39 +25,49 @@ from octavo.ops.contract import (
     CodeFormat,
     Cut,
     DecoderParts,
+    Dispatch,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
     Operand,
+    PackedStack,
     PackedWeight,
     Product,
     Quantized,
     Reader,
     Rope,
+    Routed,
+    Router,
+    StackImplementation,
     Unscaled,
 )
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "Operand", "PackedWeight",
-    "Product", "Quantized", "Reader", "Rope", "Unscaled", "all_gather", "all_reduce", "attend", "attention", "bind",
-    "capture", "captures", "compile_ahead", "decode_variant", "draw", "fuse", "gated_linear", "likeliest", "linear",
-    "linear_unscaled", "pack", "project", "rms_norm", "rope_write_kv", "rotate", "silu_mul", "table", "write_kv",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Operand",
+    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Routed", "Router", "Unscaled", "all_gather",
+    "all_reduce", "attend", "attention", "bind", "capture", "captures", "combine", "compile_ahead", "decode_variant",
+    "dispatch", "draw", "experts", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "pack_experts",
+    "project", "rms_norm", "rope_write_kv", "rotate", "route", "silu_mul", "table", "write_kv",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
-_OPS = ("attention", "decode_variant", "write_kv", "rms_norm", "rotate", "silu_mul", "likeliest", "draw", "rope_write_kv")
+_OPS = (
+    "attention", "combine", "decode_variant", "dispatch", "draw", "likeliest", "rms_norm", "rope_write_kv", "rotate", "route",
+    "silu_mul", "write_kv",
+)  # fmt: skip
 
 
 _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
-_captures: Callable[[int, Iterable[PackedWeight]], bool]
+_captures: Callable[[int, Iterable[PackedWeight | PackedStack]], bool]
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
+_stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
 
@@ -78,6 +88,7 @@ def bind(platform: Platform) -> None:
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
+        _stacks[:] = [*getattr(preferred, "STACKS", ()), reference.ReferenceStack()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
         for name in _OPS:
@@ -98,9 +109,11 @@ def compile_ahead() -> AbstractContextManager[None]:
     return _compile_ahead()
 
 
-def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
+def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack]) -> bool:
     """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it."""
-    return _capture is not None and _captures(head_dim, weights)
+    if _capture is None or any(isinstance(w, PackedStack) and w.looks_at_host for w in weights):
+        return False
+    return _captures(head_dim, weights)
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
@@ -135,14 +148,26 @@ def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWe
 
     Raises OctavoError, with every implementation's reason, where none does.
     """
+    packed = _first_to_support("linear", _linear, q, platform).pack(q, platform)
+    if looked_up:
+        packed.keep(q)
+    return packed
+
+
+def pack_experts(q: QTensor, platform: Platform) -> PackedStack:
+    """Lay out a stack of experts' weights [E, N, K], as `pack` does one weight."""
+    return _first_to_support("experts", _stacks, q, platform).pack(q, platform)
+
+
+Impl = TypeVar("Impl", LinearImplementation, StackImplementation)
+
+
+def _first_to_support(op: str, implementations: Sequence[Impl], q: QTensor, platform: Platform) -> Impl:
     refused: list[str] = []
-    for implementation in _linear:
+    for implementation in implementations:
         if (reason := implementation.supports(q, platform)) is None:
-            _table[f"linear[{q.scheme.name}]"] = "; ".join([implementation.name, *refused])
-            packed = implementation.pack(q, platform)
-            if looked_up:
-                packed.keep(q)
-            return packed
+            _table[f"{op}[{q.scheme.name}]"] = "; ".join([implementation.name, *refused])
+            return implementation
         refused.append(f"not {implementation.name}: {reason}")
     raise OctavoError(f"no product here takes a weight of {q.scheme.name}: {'; '.join(refused)}.")
 
@@ -192,6 +217,33 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
 def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
     return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed:
+    """Each token's experts, of x [T, H] by a router's weight [E, H] and bias FP32 [E], as `router` says; scores are FP32.
+
+    Rows that pad a graph wake none. A row whose scores are NaN wakes experts that exist, with weights that are NaN.
+    """
+    return _bound["route"](x, weight, bias, router, batch)  # type: ignore[no-any-return]
+
+
+def dispatch(experts: Tensor, count: int) -> Dispatch:
+    """Pairs of tokens and experts, INT32 [T, top_k], sorted by expert, of which there are `count`; -1 is none of them."""
+    return _bound["dispatch"](experts, count)  # type: ignore[no-any-return]
+
+
+def combine(y: Tensor, routed: Routed, at: Dispatch) -> Tensor:
+    """The FP32 sum of each token's pairs, y [P, N] in sorted order, times their weights: [T, N], zeros where none is woken."""
+    return _bound["combine"](y, routed, at)  # type: ignore[no-any-return]
+
+
+def experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack) -> Tensor:
+    """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)), for x [T, H]: [T, H] in x's dtype.
+
+    gate_up: [E, 2I, H] = [gate, up]; down: [E, H, I]. Never waits for the device.
+    """
+    at = dispatch(routed.experts, gate_up.experts)
+    return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
@@ -265,6 +317,11 @@ def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
 def implementations() -> Sequence[LinearImplementation]:
     """The linear implementations bound here, the preferred first; tests run each against the reference."""
     return tuple(_linear)
+
+
+def stack_implementations() -> Sequence[StackImplementation]:
+    """As `implementations`, of stacks of experts."""
+    return tuple(_stacks)
 
 
 def _rope_then_attention(

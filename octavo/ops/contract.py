@@ -17,9 +17,9 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation",
-    "Operand", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Unscaled", "codes_of", "not_taken", "values_of",
-    "wanted",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
+    "LinearImplementation", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Routed",
+    "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 
@@ -135,7 +135,61 @@ class PackedWeight:
         return sum(t.nbytes for t in (q.data, q.scale) if t is not None and t.untyped_storage().data_ptr() in own)
 
 
-Reader = PackedWeight | None  # of an op's result: a weight, or whatever reads dense values
+class Router(NamedTuple):
+    """How a family chooses each token's experts from their scores, which are logits through softmax or, if `sigmoid`, sigmoid.
+
+    `top_k` of them, by score plus bias where there is one, are chosen; only from the `top_groups` of `groups` equal groups
+    whose two best add up to most. Their weights are the scores without the bias, made to add up to 1 if `normalize`, times
+    `scale`. Of equal ones those with smaller ids come first (DeepSeek-V3, section 2.1.2, has the general form).
+    """
+
+    top_k: int
+    sigmoid: bool = False
+    normalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
+class Routed(NamedTuple):
+    """Each token's experts, INT32 [T, top_k], -1 where none is woken, and the weights of what they give, FP32 [T, top_k]."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+class Dispatch(NamedTuple):
+    """Pairs of a token and an expert, P = T * top_k in the order of tokens, sorted by expert. All INT32.
+
+    order [P]: the pair at each place; place [P]: the place of each pair; starts [E + 1]: where an expert's begin. Pairs that
+    wake no expert are behind the last. Products of pairs are [P, N], in sorted order; behind starts[E] they are anything.
+    """
+
+    order: Tensor
+    place: Tensor
+    starts: Tensor
+    top_k: int
+
+
+class PackedStack:
+    """Experts' weights [E, N, K] laid out for the implementation that multiplies by them."""
+
+    experts: int
+    n: int
+    k: int
+    held_bytes: int
+    reads: CodeFormat | None = None  # set, it also takes such codes
+    looks_at_host: bool = False  # whether a product waits for the device, and so cannot be captured
+
+    def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
+        """Each pair's row times its expert's transposed weight: [P, N] in x's dtype, BF16 for codes, in sorted order.
+
+        `of_tokens`: x is [T, K], and a pair's row is its token's; else x is [P, K], in sorted order.
+        """
+        raise NotImplementedError
+
+
+Reader = PackedWeight | PackedStack | None  # of an op's result: a weight, or whatever reads dense values
 
 
 def wanted(readers: Sequence[Reader]) -> tuple[bool, CodeFormat | None]:
@@ -221,6 +275,17 @@ def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
     """None for a scheme of one of these kinds; for others, what the weight is."""
     taken = (scheme.dtype, scheme.weight, scheme.activation) in kinds
     return None if taken else f"the weight is {scheme.kind}"
+
+
+class StackImplementation(Protocol):
+    """One way to multiply by a stack of experts."""
+
+    name: str
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        """As LinearImplementation has it."""
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedStack: ...
 
 
 class LinearImplementation(Protocol):

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from octavo.ops import hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, draw, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import LINEAR, STACKS, combine, dispatch, draw, likeliest, rms_norm, rope_write_kv, route, silu_mul
 from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
@@ -22,8 +22,8 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "draw", "fuse", "gated_linear",
-    "likeliest", "project", "rms_norm", "rope_write_kv", "silu_mul",
+    "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
+    "draw", "fuse", "gated_linear", "likeliest", "project", "rms_norm", "rope_write_kv", "route", "silu_mul",
 ]  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from octavo.ops.contract import (
     FP8_ROWS,
     PLAIN,
     CodeFormat,
+    Dispatch,
     Operand,
+    PackedStack,
     PackedWeight,
     Product,
     Quantized,
@@ -25,8 +27,10 @@ from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
+from octavo.ops.triton.experts import grouped_linear
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
+from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import draw
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -34,14 +38,19 @@ from octavo.quant.scheme import Granularity
 
 __all__ = [
     "LINEAR",
+    "STACKS",
+    "Grouped",
     "ScaledMM",
     "attend",
     "attention",
+    "combine",
     "decode_variant",
+    "dispatch",
     "draw",
     "likeliest",
     "rms_norm",
     "rope_write_kv",
+    "route",
     "silu_mul",
 ]
 
@@ -170,4 +179,39 @@ class PackedDense(PackedWeight):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Grouped:
+    """Stacks of experts in BF16, in FP8 with a scale a token and a channel, and in FP8 with 128x128 tiles."""
+
+    name = "Triton, grouped"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+            return reason
+        return _foreign(q, platform) if q.scheme.quantized else None
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedGrouped:
+        return PackedGrouped(q)
+
+
+class PackedGrouped(PackedStack):
+    """Codes or values [E, N', K'] and the codes' scales, as they are stored."""
+
+    def __init__(self, q: QTensor):
+        self.experts, self.n, self.k = q.shape
+        self.weight, self.scale, self.held_bytes = q.data, q.scale, q.nbytes
+        if q.scheme.activation is not None:
+            self.reads = CodeFormat(q.data.dtype, q.scheme.activation, q.data.shape[2])
+        self.by_tile = q.scheme.activation is Granularity.BLOCK
+
+    def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
+        if self.reads is None:
+            return grouped_linear(values_of(x), None, self.weight, None, self.n, dispatch, of_tokens=of_tokens)
+        make = quantize_groups if self.by_tile else quantize
+        codes, scale = codes_of(x, self.reads) or make(values_of(x), self.reads.dtype, self.reads.width)
+        return grouped_linear(
+            codes, scale, self.weight, self.scale, self.n, dispatch, of_tokens=of_tokens, by_tile=self.by_tile
+        ).to(_dtype(x))
+
+
 LINEAR = [ScaledMM(), Blocks(), Dense()]
+STACKS = [Grouped()]

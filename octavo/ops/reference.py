@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,15 @@ from octavo.ops.contract import (
     PLAIN,
     Activation,
     Cut,
+    Dispatch,
     Operand,
+    PackedStack,
     PackedWeight,
     Product,
     Reader,
     Rope,
+    Routed,
+    Router,
     Unscaled,
     not_taken,
     values_of,
@@ -32,7 +37,10 @@ from octavo.quant.scheme import BLOCK, Granularity
 __all__ = [
     "Dequantized",
     "ReferenceLinear",
+    "ReferenceStack",
     "attention",
+    "combine",
+    "dispatch",
     "draw",
     "likeliest",
     "normed_and_rotated",
@@ -40,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "route",
     "silu_mul",
     "write_kv",
 ]
@@ -85,6 +94,37 @@ class Dequantized(PackedWeight):
         return q.nbytes if q is self.q else 0
 
 
+class StackOfDequantized(PackedStack):
+    """What ReferenceStack makes of a stack: nothing."""
+
+    looks_at_host = True
+
+    def __init__(self, q: QTensor):
+        self.experts, self.n, self.k = q.shape
+        self.q, self.held_bytes = q, q.nbytes
+
+    def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
+        x, starts = values_of(x), dispatch.starts.tolist()
+        rows = x[dispatch.order // dispatch.top_k] if of_tokens else x
+        y = rows.new_zeros(len(rows), self.n)
+        for expert, (start, stop) in enumerate(pairwise(starts)):
+            if start < stop:
+                y[start:stop] = Dequantized(self.q.expert(expert))(rows[start:stop])
+        return y
+
+
+class ReferenceStack:
+    """One product of ReferenceLinear an expert."""
+
+    name = "reference"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return ReferenceLinear().supports(q, platform)
+
+    def pack(self, q: QTensor, platform: Platform) -> StackOfDequantized:
+        return StackOfDequantized(q)
+
+
 class ReferenceLinear:
     """Dequantizes both sides and multiplies in FP32."""
 
@@ -97,6 +137,52 @@ class ReferenceLinear:
 
     def pack(self, q: QTensor, platform: Platform) -> Dequantized:
         return Dequantized(q)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed:
+    logits = x.float() @ weight.float().mT
+    scores = logits.sigmoid() if router.sigmoid else logits.softmax(-1)
+    order = scores if bias is None else scores + bias
+    order = order.masked_fill(order.isnan(), float("-inf"))
+    if router.groups > 1:
+        by_group = order.unflatten(1, (router.groups, -1))
+        best = by_group.topk(min(2, by_group.shape[2]), -1).values.sum(-1)
+        outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, _largest(best, router.top_groups), False)
+        order = by_group.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
+    experts = _largest(order, router.top_k)
+    weights = scores.gather(1, experts)
+    if router.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    asleep = padding(batch)
+    if asleep is not None:
+        experts, weights = experts.masked_fill(asleep, -1), weights.masked_fill(asleep, 0)
+    return Routed(experts.int(), weights * router.scale)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row are; of equal ones the first."""
+    return x.argsort(stable=True, dim=-1, descending=True)[:, :count]
+
+
+def padding(batch: ForwardBatch) -> Tensor | None:
+    """Which tokens [T, 1] only pad a graph; None: there is no graph."""
+    if batch.live is not None:
+        return (torch.arange(batch.num_tokens, device=batch.live.device) >= batch.live).unsqueeze(1)
+    return (batch.seq_lens == 0).unsqueeze(1) if len(batch.seq_lens) == batch.num_tokens else None
+
+
+def dispatch(experts: Tensor, count: int) -> Dispatch:
+    pairs = experts.flatten()
+    last = torch.where(pairs < 0, count, pairs)
+    ordered, order = last.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(count + 1, dtype=last.dtype, device=last.device))
+    return Dispatch(order.int(), order.argsort().int(), starts.int(), experts.shape[1])
+
+
+def combine(y: Tensor, routed: Routed, at: Dispatch) -> Tensor:
+    place = at.place.view(-1, at.top_k)
+    rows = y[place.long()].float() * routed.weights.unsqueeze(-1)
+    return rows.masked_fill((routed.experts < 0).unsqueeze(-1), 0).sum(1).to(y.dtype)
 
 
 def scaled(x: Product) -> Tensor:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from octavo.ops.gpu import LINEAR, attend, attention, decode_variant, draw, likeliest, rms_norm, rope_write_kv, silu_mul
+from octavo.ops.gpu import (
+    LINEAR,
+    STACKS,
+    attend,
+    attention,
+    combine,
+    decode_variant,
+    dispatch,
+    draw,
+    likeliest,
+    rms_norm,
+    rope_write_kv,
+    route,
+    silu_mul,
+)
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "attend", "attention", "capture", "compile_ahead", "configure", "decode_variant", "draw", "likeliest", "rms_norm",
-    "rope_write_kv", "silu_mul",
+    "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
+    "draw", "likeliest", "rms_norm", "rope_write_kv", "route", "silu_mul",
 ]  # fmt: skip
 
 

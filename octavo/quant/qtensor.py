@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme, WeightDType
 
-__all__ = ["QTensor", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "scale_shape", "weight_amax"]
+__all__ = ["QTensor", "Stacker", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "scale_shape", "weight_amax"]
 
 # Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
 CHUNK = 1 << 19
@@ -26,7 +26,7 @@ DEVICE_CHUNK = 1 << 26
 
 @dataclass
 class QTensor:
-    """A weight [N, K] as stored.
+    """A weight [N, K] as stored, or a stack of experts' [E, N, K], whose data and scales have a first dimension more.
 
     data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's FP8
         units take; the padding is zero and nobody above `ops` learns of it. Of other dtypes, codes packed as their kernel
@@ -39,12 +39,17 @@ class QTensor:
     data: Tensor
     scale: Tensor | None
     scheme: Scheme
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes as stored: codes and scales."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def expert(self, number: int) -> QTensor:
+        """One weight of a stack, which shares its memory."""
+        scale = None if self.scale is None else self.scale[number]
+        return QTensor(self.data[number], scale, self.scheme, self.shape[1:])
 
     def padded(self, multiple: int) -> QTensor:
         """The same weight with both dimensions of FP8 `data` rounded up to `multiple`, filled with zeros."""
@@ -190,6 +195,38 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
     if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would straddle two matrices
         scales = [s.repeat_interleave(BLOCK, 0)[: p.shape[0]] for s, p in zip(scales, parts, strict=True)]
     return QTensor(data, _cat(scales), scheme, shape)
+
+
+class Stacker:
+    """Fills the stack of `count` weights one after another, so that no more than it and one of them are in memory.
+
+    `where`: the experts' path, for messages.
+    """
+
+    def __init__(self, count: int, where: str = ""):
+        self.count, self.where = count, f"{where}: " if where else ""
+        self._stack: QTensor | None = None
+
+    def put(self, number: int, q: QTensor) -> None:
+        """Raises OctavoError for a weight that is stored otherwise than the first one."""
+        if self._stack is None:
+            scale = None if q.scale is None else q.scale.new_empty(self.count, *q.scale.shape)
+            self._stack = QTensor(q.data.new_empty(self.count, *q.data.shape), scale, q.scheme, (self.count, *q.shape))
+        stack = self._stack
+        if (q.scheme, q.data.dtype, q.shape) != (stack.scheme, stack.data.dtype, stack.shape[1:]):
+            raise OctavoError(
+                f"{self.where}expert {number} is stored in {q.scheme.name} and those before it in {stack.scheme.name}; "
+                "the experts of a layer must be stored alike."
+            )
+        if q.data.is_meta:
+            return
+        stack.data[number].view(torch.uint8).copy_(q.data.view(torch.uint8))  # torch copies bytes where it copies no codes
+        if q.scale is not None and stack.scale is not None:
+            stack.scale[number] = q.scale
+
+    def finished(self) -> QTensor:
+        assert self._stack is not None
+        return self._stack
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,8 @@ sources: tensors by name, from files or made up. loader: what fills a model with
 
 from __future__ import annotations
 
-from octavo.weights.loader import WHOLE, Loader, LoadReport, Shard, load
+from octavo.weights.load_report import LoadReport
+from octavo.weights.loader import WHOLE, Loader, Shard, load
 from octavo.weights.sources import DummySource, SafetensorsSource
 
 __all__ = ["WHOLE", "DummySource", "LoadReport", "Loader", "SafetensorsSource", "Shard", "load"]

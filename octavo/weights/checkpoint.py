@@ -24,38 +24,19 @@ from octavo.files import check_regular, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import COMPANIONS, WHOLE, Shard
 from octavo.weights.finite import FiniteCheck
+from octavo.weights.stacked_experts import one_by_one
+from octavo.weights.stored_tensor import DTYPES, StoredTensor
 
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
 
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's entry in a header. `start` counts from the beginning of the file."""
-
-    name: str
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    nbytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        if self.dtype not in DTYPES:
-            raise OctavoError(f"tensor {self.name} has dtype {self.dtype}, which Octavo does not read.")
-        return DTYPES[self.dtype]
-
 
 class Checkpoint:
-    """Where the tensors of a checkpoint directory are. Raises OctavoError for a file that is missing or damaged."""
+    """Where the tensors of a checkpoint directory are. Raises OctavoError for a file that is missing or damaged.
+
+    Experts that are stacked in one tensor are presented one by one (octavo.weights.stacked_experts).
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -73,13 +54,17 @@ class Checkpoint:
             found = f"and holds {told}" if (told := unread_weights(directory)) else "and Octavo reads no other weight format"
             raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
-        self.files = {file: _read_header(path, file) for file, path in files.items()}
-        self.tensors = {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
-        absent = sorted(set(weight_map) - set(self.tensors))
-        self.unused = _scales_of_nothing(self.tensors)
+        stored = {tensor.name: tensor for file, path in files.items() for tensor in _read_header(path, file)}
+        absent = sorted(set(weight_map) - set(stored))
+        self.unused = _scales_of_nothing(stored)
         for name in self.unused:
-            self.files[self.tensors[name].file].remove(self.tensors.pop(name))
+            del stored[name]
+        self.tensors = one_by_one(stored, read_json(directory / "config.json") or {})
+        self.files: dict[str, list[StoredTensor]] = {file: [] for file in files}  # in the order of their data
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.start):
+            self.files[tensor.file].append(tensor)
         self.finite = FiniteCheck(self.tensors)  # whoever reads values has it look at them
+        self._slabs = threading.local()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -94,6 +79,10 @@ class Checkpoint:
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
         """Fill the bytes of `buffer` (uint8) from the tensor's byte `start` on. Any thread; the interpreter is left free."""
+        if tensor.is_turned:
+            slab, at = self._slab_of(tensor)
+            buffer.view(-1).copy_(slab[at + start :][: buffer.numel()])
+            return
         view = bytes_of(buffer)
         descriptor, at = self.descriptor(tensor.file), tensor.start + start
         while view:
@@ -105,13 +94,34 @@ class Checkpoint:
                 raise OctavoError(f"{self.directory / tensor.file} became shorter while it was read; download it again.")
             view, at = view[count:], at + count
 
+    def _slab_of(self, tensor: StoredTensor) -> tuple[Tensor, int]:
+        """The bytes of a turned tensor's slab, no longer turned, and where in them it begins. A thread keeps its last slab."""
+        slab, whole = tensor.slab, tensor.whole_slab()
+        assert slab is not None
+        if getattr(self._slabs, "of", None) != (tensor.key, slab.expert):
+            self._slabs.of = None
+            read = torch.empty(whole.nbytes, dtype=torch.uint8)
+            self.read_into(whole, 0, read)
+            values = read.view(tensor.integers).view(slab.columns, slab.rows)
+            self._slabs.bytes, self._slabs.of = values.T.contiguous().view(-1).view(torch.uint8), (tensor.key, slab.expert)
+        return self._slabs.bytes, tensor.start - whole.start
+
     def mapped(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim` on the CPU: the file's own pages, read when they are touched. One thread's."""
-        tensor.torch_dtype  # noqa: B018 (says so if it is not known)
+        """The `part` of dimension `dim` on the CPU. One thread's.
+
+        It is the file's own pages, read when they are touched; of one expert of a stack, whose pages are all experts', a copy.
+        """
+        dtype = tensor.torch_dtype  # says so if it is not known
+        if tensor.slab is not None:
+            rows = part if dim == 0 else slice(0, tensor.shape[0])
+            found = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
+            self.read_into(tensor, rows.start * (tensor.nbytes // tensor.shape[0]), found.view(-1).view(torch.uint8))
+            return found if dim == 0 else found[:, part].contiguous()
         if tensor.file not in self._maps:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
-        view = self._maps[tensor.file].get_slice(tensor.name)
-        return view[(slice(None),) * dim + (part,)] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.name)  # type: ignore[no-any-return]
+        view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
+        own = (slice(None),) * dim + (part,)
+        return view[own] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
 
     def descriptor(self, file: str) -> int:
         """The file, open for reading."""
@@ -126,6 +136,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         self._maps.clear()
+        self._slabs = threading.local()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

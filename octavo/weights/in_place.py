@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.errors import OctavoError
-from octavo.ops import PackedWeight
+from octavo.ops import PackedStack, PackedWeight
 from octavo.ops.contract import has_storage
 from octavo.quant import QTensor, Scheme
 
 __all__ = ["held", "refill"]
 
-_HOLDERS = (PackedWeight, QTensor)  # they hold tensors as attributes
+_HOLDERS = (PackedStack, PackedWeight, QTensor)  # they hold tensors as attributes
 
 
 def held(module: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,56 +21,21 @@ from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
-from octavo.quant.scheme import BF16, Granularity, WeightDType
+from octavo.quant.qtensor import Stacker
+from octavo.quant.scheme import BF16, Granularity
 from octavo.weights.in_place import held, refill
+from octavo.weights.load_report import LoadReport
 from octavo.weights.sources import Source
 
-__all__ = ["WHOLE", "LoadReport", "Loader", "Shard", "check_read", "is_tied", "load", "places_of", "role_of"]
+__all__ = ["WHOLE", "Loader", "Matrices", "Shard", "check_read", "is_tied", "load", "places_of"]
 
 
-@dataclass
-class GroupReport:
-    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme, whose dtype is `dtype`."""
+class Matrices(NamedTuple):
+    """Matrices of the checkpoint that are stacked into one weight: their names, whole shapes [N, K] and a rank's parts."""
 
-    dtype: WeightDType
-    tensors: int = 0
-    values: int = 0  # parameters; what a tied head has is the embedding's, here and below
-    dense: int = 0  # what is stored here would take this many bytes in BF16
-    stored: int = 0
-    held: int = 0
-
-
-@dataclass
-class LoadReport:
-    """What was loaded: (role, name of a scheme) -> GroupReport."""
-
-    groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, path: str, scheme: Scheme, values: int, stored: int, held: int) -> None:
-        group = self.groups.setdefault((role_of(path), scheme.name), GroupReport(scheme.dtype))
-        group.tensors += 1
-        group.values += values
-        group.dense += 2 * values
-        group.stored += stored
-        group.held += held
-
-    def note(self, text: str) -> None:
-        """Say `text` once, however many layers it holds for."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def total(self, what: str, dtype: WeightDType | None = None) -> int:
-        """Sum of a GroupReport's field over all groups, or over those stored in `dtype`."""
-        return sum(getattr(g, what) for g in self.groups.values() if dtype in (None, g.dtype))
-
-
-def role_of(path: str) -> str:
-    """attention, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
-    for role, words in {"attention": ("attn",), "mlp": ("mlp",), "embedding": ("embed",), "lm_head": ("lm_head",)}.items():
-        if any(word in path for word in words) and "norm" not in path:
-            return role
-    return "norms"
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, int]]
+    shards: Sequence[Shard]
 
 
 @dataclass
@@ -109,15 +75,15 @@ class Loader:
         length = (shape or self.source.shape(full) or [1])[shard.dim]
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
-    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
-        """A norm, bias or embedding in the model's dtype, not quantized."""
+    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
+        """A norm, bias, router or embedding in the model's dtype, or `dtype`, not quantized."""
         stored = self.read(name, shape, shard)
         if not stored.is_floating_point() or stored.dtype.itemsize == 1:
             raise OctavoError(
                 f"{self.prefix}{name} is stored as {stored.dtype}, which Octavo reads of linear layers only; "
-                "take a checkpoint in which embeddings, norms and biases are not quantized."
+                "take a checkpoint in which embeddings, norms, routers and biases are not quantized."
             )
-        tensor = stored.to(self.dtype)
+        tensor = stored.to(dtype or self.dtype)
         self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 
@@ -137,8 +103,33 @@ class Loader:
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
         packed = self.pack(q.padded(self.platform.fp8_alignment), looked_up=looked_up)
-        self.report.add(self.prefix + names[0], q.scheme, q.shape[0] * q.shape[1], q.nbytes, packed.held_bytes)
+        self.report.add(self.prefix + names[0], q.scheme, prod(q.shape), q.nbytes, packed.held_bytes)
         return packed
+
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[ops.PackedStack]:
+        """For each of `stacks` the weights [count, N, K] of the experts at this path, of which `active` compute a token.
+
+        They are quantized one by one as they are read; a module that is left out leaves out the same of every expert.
+        """
+        made = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks]
+        schemes = [
+            self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])
+            for stack in stacks
+        ]
+        for e in range(count):
+            one = self.at(f"{self.prefix}{e}")
+            for stacker, stack, scheme in zip(made, stacks, schemes, strict=True):
+                stacker.put(e, one.stacked(*stack, scheme).padded(self.platform.fp8_alignment))
+        packed = []
+        for stacker, stack in zip(made, stacks, strict=True):
+            q = stacker.finished()
+            packed.append(self.pack_experts(q))
+            self.report.add(f"{self.prefix}0.{stack.names[0]}", q.scheme, prod(q.shape), q.nbytes, packed[-1].held_bytes)
+        return packed
+
+    def pack_experts(self, q: QTensor) -> ops.PackedStack:
+        """A finished stack of experts, laid out for this platform."""
+        return ops.pack_experts(q, self.platform)
 
     def pack(self, q: QTensor, *, looked_up: bool = False) -> ops.PackedWeight:
         """A finished weight, laid out for this platform."""
@@ -254,10 +245,14 @@ def check_read(loader: Loader, ignore: Sequence[str]) -> None:
 def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:
     """The tensors in about the order in which the modules at `paths` ask for them."""
     below: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in sorted(names, key=_in_numbers):  # experts are read in the order of their numbers
         owner = name.rpartition(".")[0]
         while owner:
             below.setdefault(owner, []).append(name)
             owner = owner.rpartition(".")[0]
     # A tied or fused layer at the top has the path "", below which everything is: what no other module names comes last.
     return list(dict.fromkeys([name for path in paths for name in below.get(path, ())] + sorted(names)))
+
+
+def _in_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -48,9 +48,12 @@ class Transfer:
         self.checkpoint, self.device = checkpoint, device
         self._pool = ThreadPoolExecutor(THREADS, "octavo-read")
         self._buffers: deque[_Buffer] = deque()  # the one that was used longest ago first
+        self._slab: tuple[tuple[str, int], Tensor] | None = None  # the last that was turned: gate and up are both in it
 
     def read(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
         """The `part` of dimension `dim`, in the stored dtype."""
+        if tensor.is_turned:
+            return self._turned(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
         if not tensor.shape:
             return self._bytes(tensor, 0, tensor.nbytes).view(tensor.torch_dtype).view(tensor.shape)
         row = tensor.nbytes // max(tensor.shape[0], 1)
@@ -62,6 +65,16 @@ class Transfer:
         columns = (slice(None),) * dim + (part,)
         pieces = [self._rows(tensor, slice(at, min(at + step, tensor.shape[0])), row)[columns].contiguous() for at in starts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _turned(self, tensor: StoredTensor) -> Tensor:
+        """A view, in integers, of its slab, which is read as it lies in the file: the device turns it."""
+        slab = tensor.slab
+        assert slab is not None
+        if self._slab is None or self._slab[0] != (tensor.key, slab.expert):
+            whole, self._slab = tensor.whole_slab(), None
+            found = self._bytes(whole, 0, whole.nbytes).view(whole.integers).view(whole.shape)
+            self._slab = (tensor.key, slab.expert), found
+        return self._slab[1].T[slab.first : slab.first + tensor.shape[0]]
 
     def _rows(self, tensor: StoredTensor, part: slice, row: int) -> Tensor:
         count = part.stop - part.start
@@ -99,6 +112,7 @@ class Transfer:
 
     def close(self) -> None:
         self._pool.shutdown()
+        self._slab = None
         for buffer in self._buffers:
             buffer.wait()
         self._buffers.clear()

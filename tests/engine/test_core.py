@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import COMMON, tokens
 from engine.books import check_books
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import LLM
 from octavo.config import EngineConfig
@@ -31,21 +32,34 @@ ENGINE = dict(dtype="float32", device="cpu", threads=1, block_size=4, max_model_
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[LlamaForCausalLM, Path]:
     """transformers' model and where it is saved."""
+    path = tmp_path_factory.mktemp("tiny")
+    return saved(lambda: LlamaForCausalLM(LlamaConfig(**COMMON)), path), path
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """Where a model with experts in all layers but one is saved."""
+    path = tmp_path_factory.mktemp("mixture")
+    experts = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16, mlp_only_layers=[1])
+    saved(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON | experts)), path)
+    return path
+
+
+def saved(make: Callable[[], PreTrainedModel], path: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
+    model = make().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(4 if p.ndim == 2 else 1)  # at the default 0.02 every output is one token over and over
-    path = tmp_path_factory.mktemp("tiny")
+            p.mul_(4 if p.ndim > 1 else 1)  # at the default 0.02 every output is one token over and over
     model.save_pretrained(path)
-    return model, path
+    return model
 
 
 @pytest.fixture
 def make(reference):
     def core(blocks: int | None = None, **options) -> EngineCore:
-        made = EngineCore(EngineConfig(model=str(reference[1]), **ENGINE | options))
+        made = EngineCore(EngineConfig(**dict(model=str(reference[1])) | ENGINE | options))
         if blocks is not None:
             pool = BlockPool(blocks, 4, made.scheduler.pool.prefix_caching)
             made.scheduler = Scheduler(pool, 256, made.runner.max_num_batched_tokens, LENGTH)
@@ -501,11 +515,16 @@ def test_options_that_cannot_be(make, options, sentence):
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
-@pytest.mark.parametrize("kv", ["auto", "fp8_per_token_head"])
+@pytest.mark.parametrize(
+    ("kv", "experts"), [("auto", False), ("fp8_per_token_head", False), ("auto", True)], ids=["auto", "fp8", "experts"]
+)
 @pytest.mark.parametrize("scheme", [None, "ptpc_fp8", "fp8_block"])
-def test_recorded_steps_give_what_the_model_gives(scheme: str | None, kv: str, make) -> None:
+def test_recorded_steps_give_what_the_model_gives(
+    scheme: str | None, kv: str, experts: bool, make, mixture: Path, reference
+) -> None:
     """Bit for bit: logprobs are compared too. Requests come and go, so that every size of 1 to 6 comes again."""
-    options = dict(quantization=scheme, kv_cache_dtype=kv, dtype="bfloat16", max_num_seqs=6)
+    model = str(mixture if experts else reference[1])
+    options = dict(model=model, quantization=scheme, kv_cache_dtype=kv, dtype="bfloat16", max_num_seqs=6)
     found = []
     for eager in (False, True):
         core = make(enforce_eager=eager, **options)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import COMMON, tokens
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import LLM, SamplingParams, ops
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest
-from octavo.ops import PackedWeight
+from octavo.ops import PackedStack, PackedWeight
 from octavo.weights.in_place import held
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -39,6 +39,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two with experts, whose other weights are the same."""
+    config = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16)
+    torch.manual_seed(0)
+    model, paths = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON | config)), []
+    for _ in range(2):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(torch.randn(p.shape) / 8 if "experts" in name else p)
+        paths.append(tmp_path_factory.mktemp("mixture"))
+        model.save_pretrained(paths[-1])
+    return paths
+
+
 def load(model: Path, **options: Any) -> LLM:
     sizes = dict(threads=1, block_size=4, max_model_len=100, cpu_kv_cache_gib=0.01)
     return LLM(str(model), **({"device": "cpu"} | sizes | options))
@@ -53,7 +68,7 @@ def addresses(llm: LLM) -> list[int]:
     found = []
     for module in llm._core.runner.model.modules():  # type: ignore[attr-defined]
         for value in held(module).values():
-            inside = vars(value).values() if isinstance(value, PackedWeight) else [value]
+            inside = vars(value).values() if isinstance(value, (PackedStack, PackedWeight)) else [value]
             found += [t.data_ptr() for t in inside if isinstance(t, torch.Tensor) and t.layout is torch.strided]
     return found
 
@@ -68,6 +83,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_reloaded_weights_give_the_other_models_tokens(models: list[Path], options: dict[str, Any]) -> None:
+    check_reload(models, options)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reloaded_experts_give_the_other_models_tokens(mixtures: list[Path], options: dict[str, Any]) -> None:
+    check_reload(mixtures, options)
+
+
+def check_reload(models: list[Path], options: dict[str, Any]) -> None:
     first, second = generate(load(models[0], **options)), generate(load(models[1], **options))
     assert first != second
     llm = load(models[0], **options)

@@ -88,7 +88,7 @@ def test_ranks_that_query_heads_do_not_split_over_are_refused(ranks: int, tmp_pa
         load_model(tmp_path, tp=TensorParallel(0, ranks))
 
 
-@pytest.mark.parametrize("case", ["llama, tied", "qwen3", "mistral, sliding window"])
+@pytest.mark.parametrize("case", ["llama, tied", "qwen3", "mistral, sliding window", "glm4_moe", "minimax_m2"])
 def test_stages_give_the_whole_models_logits(case: str, tmp_path: Path, load_model: LoadModel) -> None:
     """Three layers as two stages, each of which reads its own weights only; the state between them is two plain tensors."""
     torch.manual_seed(0)

@@ -8,15 +8,23 @@ import pytest
 import torch
 from conftest import COMMON, LoadModel, relative_error, tokens
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from octavo import LLM, SamplingParams
@@ -37,6 +45,29 @@ def llama(**changes: object) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**(COMMON | changes)))
 
 
+def qwen3_moe(**changes: object) -> PreTrainedModel:
+    experts = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True, head_dim=16)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(COMMON | experts | changes)))
+
+
+def mixtral(**changes: object) -> PreTrainedModel:
+    experts = dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=72, sliding_window=None)
+    return MixtralForCausalLM(MixtralConfig(**(COMMON | experts | changes)))
+
+
+def glm4_moe(**changes: object) -> PreTrainedModel:
+    experts = dict(
+        n_routed_experts=9, num_experts_per_tok=3, moe_intermediate_size=40, n_shared_experts=1, first_k_dense_replace=1,
+        routed_scaling_factor=2.5, head_dim=16, attention_bias=True, use_qk_norm=True,
+    )  # fmt: skip
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**(COMMON | experts | changes)))
+
+
+def minimax_m2(**changes: object) -> PreTrainedModel:
+    experts = dict(num_local_experts=7, num_experts_per_tok=3, intermediate_size=40, head_dim=24, rotary_dim=16)
+    return MiniMaxM2ForCausalLM(MiniMaxM2Config(**(COMMON | experts | changes)))
+
+
 CASES = {
     "llama": lambda: llama(),
     "llama, tied": lambda: llama(tie_word_embeddings=True),
@@ -54,6 +85,21 @@ CASES = {
         Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32)),
+    "qwen3_moe": lambda: qwen3_moe(),
+    "qwen3_moe, weights as they are": lambda: qwen3_moe(norm_topk_prob=False),
+    "qwen3_moe, some layers dense": lambda: qwen3_moe(mlp_only_layers=[0]),
+    "qwen3_moe, every second layer": lambda: qwen3_moe(decoder_sparse_step=2),
+    "mixtral": lambda: mixtral(),
+    "mixtral, sliding window, one expert": lambda: mixtral(sliding_window=7, num_local_experts=1, num_experts_per_tok=1),
+    "glm4_moe": lambda: glm4_moe(),
+    "glm4_moe, groups, two shared experts, no dense layer": lambda: glm4_moe(
+        n_group=3, topk_group=2, n_shared_experts=2, first_k_dense_replace=0, norm_topk_prob=False
+    ),
+    "glm4_moe, plain attention": lambda: glm4_moe(attention_bias=False, use_qk_norm=False, first_k_dense_replace=2),
+    "glm4_moe, all of a head rotated": lambda: glm4_moe(partial_rotary_factor=1.0),
+    "glm4_moe, rope yarn": lambda: glm4_moe(rope_parameters=YARN | dict(partial_rotary_factor=0.5)),
+    "minimax_m2": lambda: minimax_m2(),
+    "minimax_m2, one key head": lambda: minimax_m2(num_key_value_heads=1),
     "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
 }
 
@@ -67,6 +113,9 @@ def randomize(model: PreTrainedModel) -> PreTrainedModel:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (1.0 if "norm" in name else 0.0))
             else:
                 p.mul_(4)  # the default 0.02 makes attention nearly uniform, and a wrong mask hard to see
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of scores between 0 and 1
+                buffer.copy_(torch.randn(buffer.shape, generator=g) * 0.3)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import argmax, block_linear, decode, elementwise, launch, linear, prefill, rope, sample
+from octavo.ops.triton import argmax, block_linear, decode, elementwise, experts, launch, linear, prefill, rope, routing, sample
 from octavo.platform import Platform
 
 TARGETS = {
@@ -114,6 +114,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
             {"num_warps": 4 if bm == 16 else 8},
         )  # fmt: skip
+    yield from of_experts(fp8, names[fp8].replace("float8", "fp8"), pdl)
     new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64)
     for kind, kv, per_head, given in (
         ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
@@ -155,11 +156,69 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         )  # fmt: skip
 
 
+def of_experts(fp8: str, fp8_name: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """As `kernels`, for Qwen3-30B-A3B and, with groups, DeepSeek-V3."""
+    fp32, bf16, i32 = "*fp32", "*bf16", "*i32"
+    numbers = dict.fromkeys(("tokens", "count", "width", "stride", "per_split"), "i32")
+    for name, tokens, count, router in (
+        ("few", 8, 128, dict(TOP_K=8, SIGMOID=False, GROUPS=1, TOP_GROUPS=1, PADDING=routing.LENGTHS)),
+        ("many", 8192, 128, dict(TOP_K=8, SIGMOID=False, GROUPS=1, TOP_GROUPS=1, PADDING=routing.NO_PADDING)),
+        ("groups", 8, 256, dict(TOP_K=8, SIGMOID=True, GROUPS=8, TOP_GROUPS=4, PADDING=routing.LIVE)),
+    ):  # fmt: skip
+        c, sigmoid = routing._route_shape(tokens, count, 2048, 2), router["SIGMOID"]
+        yield (
+            f"route_{name}", routing._route,
+            dict(x=bf16, w=bf16, experts=i32, weights=fp32, parts=fp32, counters=i32, scale="fp32", **numbers)
+            | ({"bias": fp32} if sigmoid else {}) | ({"padding": i32} if router["PADDING"] else {}),
+            dict(NORMALIZE=True, PARTS=router["GROUPS"], MEMBERS=count // router["GROUPS"], KP=8, BE=c["BE"], BM=c["BM"],
+                 BK=c["BK"], SPLIT=c["split"], ROWS=min(c["BM"], 2048 // count), LOWEST=routing.LOWEST,
+                 STAGES=launch.pipeline(c["stages"]), PDL=pdl, **router)
+            | ({} if sigmoid else {"bias": None}) | ({} if router["PADDING"] else {"padding": None}),
+            {"num_warps": c["warps"]},
+        )  # fmt: skip
+    pairs = dict(experts=i32, counts=i32, pairs="i32", count="i32")
+    yield "count_pairs", routing._count_pairs, pairs, dict(CHUNK=2048, BINS=256, PDL=pdl), {"num_warps": 8}
+    for one in (True, False):
+        yield (
+            f"place_pairs_{'one' if one else 'many'}", routing._place_pairs,
+            dict(cursors=i32, order=i32, place=i32, starts=i32, chunks="i32", **pairs),
+            dict(CHUNK=2048, BINS=256, ROWS=32, ONE=one, PDL=pdl), {"num_warps": 8},
+        )  # fmt: skip
+    yield (
+        "combine", routing._combine,
+        dict(y=bf16, experts=i32, weights=fp32, place=i32, out=bf16, size="i32", stride="i32"),
+        dict(TOP_K=8, BLOCK=1024, PDL=pdl), {"num_warps": 4},
+    )  # fmt: skip
+    yield (
+        "find_tiles", experts._find_tiles, dict(starts=i32, table=i32, slots="i32", experts="i32"),
+        dict(SLOTS=experts.TABLE_SLOTS, BM=128, EXPERTS=128, PDL=pdl), {"num_warps": 4},
+    )  # fmt: skip
+    for kind, dtype, name, size, scales, scale_rows in (
+        ("fp8", fp8, fp8_name, 1, experts.ROWS, 128), ("bf16", bf16, "bf16", 2, experts.NO_SCALES, 128),
+        ("tiles", fp8, fp8_name, 1, experts.TILES, 128), ("channels", fp8, fp8_name, 1, experts.TILES, 1),
+    ):  # fmt: skip
+        for rows in (1, 16, 40, 512)[: 3 if scales == experts.TILES else 4]:
+            c = experts._shape(rows, size, scales == experts.TILES)
+            given = {"x_scale": scales, "w_scale": scales, "table": c["table"], "w_tiles": c["tma"]}
+            unread = dict.fromkeys(p for p, there in given.items() if not there)
+            types = dict(x=dtype, x_scale=fp32, w=dtype, w_tiles=f"tensordesc<{name}[{c['BN']}, {c['BK']}]>", w_scale=fp32,
+                         out=bf16, order=i32, starts=i32, table=i32, slots="i32", experts="i32", n="i32", height="i32",
+                         width="i32", groups="i32")  # fmt: skip
+            yield (
+                f"grouped_linear_{kind}_{c['BM']}", experts._grouped_linear,
+                {p: one for p, one in types.items() if p not in unread},
+                dict(OF_TOKENS=True, TOP_K=8, EXPERTS=128, BN=c["BN"], BM=c["BM"], BK=c["BK"], SCALES=scales,
+                     SCALE_ROWS=scale_rows, PROMOTE=experts.PROMOTE if c["promote"] else None, EVEN=True,
+                     STAGES=launch.pipeline(c["stages"]), PDL=pdl, **unread),
+                {"num_warps": c["warps"]},
+            )  # fmt: skip
+
+
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:
     shared = {"gfx942": 64, "gfx950": 160}.get(target, 227) << 10
     launch.configure(Platform(torch.device("cpu"), target, multiprocessors=132, shared_memory=shared))
     for name, kernel, types, constants, options in kernels(FP8[target], target.startswith("sm")):
-        if only and only not in name:
+        if only and not re.search(only, name):
             continue
         signature = {p: types.get(p, "constexpr") for p in kernel.arg_names}
         # what the launcher finds out by itself: pointers and sizes are multiples of 16

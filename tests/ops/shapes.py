@@ -28,3 +28,17 @@ BATCHES = {
 
 # (query heads, key heads, head dimension)
 HEADS = [(2, 2, 16), (4, 2, 24), (8, 1, 32)]
+
+# (tokens, hidden, intermediate, experts, chosen) of a mixture: odd sizes, one expert, all chosen, more experts than pairs.
+EXPERTS = [
+    (0, 32, 48, 4, 2),
+    (1, 64, 40, 7, 3),
+    (5, 33, 17, 3, 3),
+    (9, 130, 72, 12, 2),
+    (40, 96, 269, 5, 1),
+    (70, 144, 48, 130, 8),
+    (150, 64, 96, 1, 1),
+]
+
+# How tokens are sent to experts: name -> experts [T, chosen] of (tokens, experts, chosen), -1 for none.
+ROUTINGS = ("random", "one expert has all", "skewed", "none", "some rows pad")

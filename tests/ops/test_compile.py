@@ -20,8 +20,13 @@ MULTIPLIES_FP8 = {
     "small_linear_16", "small_linear_32", "block_linear_16", "block_linear_128", "decode_attention_fp8",
     "decode_attention_per_head", "decode_attention_fp8_new", "decode_attention_per_head_new", "prefill_attention_fp8",
     "prefill_attention_fp8_256", "decode_attention_fp8_new_by_head", "prefill_attention_fp8_by_head",
+    *(f"grouped_linear_fp8_{bm}" for bm in (16, 32, 64, 128)),
+    *(f"grouped_linear_{scales}_{bm}" for scales in ("tiles", "channels") for bm in (16, 32, 64)),
 }  # fmt: skip
-MULTIPLIES_BF16 = {"decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256"}
+MULTIPLIES_BF16 = {
+    "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
+    "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
+}  # fmt: skip
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
 SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes
 

@@ -136,10 +136,11 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         "import ctypes, sys, pytest, octavo.engine, octavo.platform as platform\n"
         f"library = ctypes.CDLL({str(tmp_path / BUILDER['library_name']())!r})\n"
         "platform.cpu_kernels = lambda: library\n"
-        "sys.exit(pytest.main(['-x', '-s', '-p', 'no:cacheprovider', 'tests/ops/test_native.py', '-k', sys.argv[1]]))\n"
+        "sys.exit(pytest.main(['-x', '-s', '-p', 'no:cacheprovider', *sys.argv[2:], '-k', sys.argv[1]]))\n"
     )
-    chosen = "not several_threads and not this_machine and (not test_linear or 67-538-96 or 1100 or 16-1-300)"
+    chosen = "not several_threads and not this_machine and not in_use and (not test_linear or 67-538-96 or 1100 or 16-1-300)"
     env = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script, chosen], capture_output=True, text=True, cwd=ROOT, env=env)
+    tests = ["tests/ops/test_native.py", "tests/ops/test_native_experts.py"]
+    done = subprocess.run([sys.executable, "-c", script, chosen, *tests], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200

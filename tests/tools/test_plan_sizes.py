@@ -12,6 +12,7 @@ from tools.planner import answer
 
 from octavo.config import EngineConfig
 from octavo.kvcache import spec_for
+from octavo.models import MODEL_TYPES
 from octavo.models.published import KNOWN, known_config
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import source_of_config
@@ -83,6 +84,7 @@ KIMI_VISION = dict(
     patch_size=14, pos_emb_height=8, pos_emb_width=6, pos_emb_time=4, num_attention_heads=4, num_hidden_layers=2,
     hidden_size=32, intermediate_size=68, merge_kernel_size=[2, 2],
 )  # fmt: skip
+GLM_ATTENTION = dict(attention_bias=True, use_qk_norm=True)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", COMMON),
     "llama, tied, biases": ("Llama", COMMON | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=24)),
@@ -92,6 +94,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", COMMON | EXPERTS | dict(head_dim=32)),
     "qwen3_moe, some layers dense": ("Qwen3Moe", COMMON | EXPERTS | dict(decoder_sparse_step=2, num_hidden_layers=5)),
     "qwen3_moe, one layer dense": ("Qwen3Moe", COMMON | EXPERTS | dict(mlp_only_layers=[1])),
+    "mixtral": ("Mixtral", COMMON | dict(num_local_experts=8, num_experts_per_tok=2)),
+    "glm4_moe": (
+        "Glm4Moe",
+        COMMON | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=2, head_dim=32),
+    ),
+    "glm4_moe, with all": (
+        "Glm4Moe",
+        COMMON | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48) | GLM_ATTENTION,
+    ),
+    "minimax_m2": ("MiniMaxM2", COMMON | dict(num_local_experts=8, num_experts_per_tok=2, head_dim=32)),
     "deepseek_v3": ("DeepseekV3", MLA),
     "deepseek_v3, biases": ("DeepseekV3", MLA | dict(attention_bias=True)),
     "deepseek_v32": ("DeepseekV32", MLA | dict(index_n_heads=16, index_head_dim=16, index_topk=6)),
@@ -112,7 +124,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, Any]]]:
-    """(transformers' own count, its config.json) of a model that is never given memory."""
+    """(transformers' own count, its config.json) of a model that is never given memory; with a router's corrections."""
     import transformers
 
     def count(family: str, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -120,7 +132,9 @@ def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, A
         kind = "ForConditionalGeneration" if "vision_config" in values else "ForCausalLM"
         with torch.device("meta"):
             model = getattr(transformers, family + kind)(config)
-        return model.num_parameters(), json.loads(config.to_json_string(use_diff=False))
+        corrections = [b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        served = config.model_type in MODEL_TYPES  # whose buffers are loaded, too
+        return model.num_parameters() + served * sum(corrections), json.loads(config.to_json_string(use_diff=False))
 
     return count
 

@@ -43,7 +43,7 @@ class Call(Structure):
 # Where csrc/replay.h has each.
 REPLAYED = (
     "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_likeliest",
-    "octavo_rotate", "octavo_rope_write_kv",
+    "octavo_rotate", "octavo_rope_write_kv", "octavo_experts", "octavo_route", "octavo_dispatch", "octavo_combine",
 )  # fmt: skip
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -63,6 +63,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_draw": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
+    "octavo_experts": (I32, [P, I64, I64, P, I64, P, P, I64, I64, P, I32, I32]),
+    "octavo_route": (I32, [P] * 8 + [I64] * 8 + [F] + [I32] * 5),
+    "octavo_dispatch": (None, [P] * 4 + [I64] * 2),
+    "octavo_combine": (None, [P] * 5 + [I64] * 3 + [I32] * 2),
 }
 
 

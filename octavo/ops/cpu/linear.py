@@ -18,7 +18,7 @@ from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["Widened"]
+__all__ = ["Widened", "rounded", "widened"]
 
 TYPICAL_BATCH = 16  # the row count that oneDNN lays a weight out for; other counts use the same layout
 
@@ -42,40 +42,50 @@ class Widened:
         return PackedWidened(q, platform.widened_dtype)
 
 
+def widened(q: QTensor, held: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(a weight [N', K'] in `held`, its channel scales [1, N]); FP32 with no scales left where tiles have their own."""
+    if q.scheme.weight is Granularity.BLOCK:
+        return dequantize(q), None
+    if q.scale is not None:
+        # Activations come out of round_to_fp8 without their power of two; the weight's scale makes up for it.
+        return q.data.to(held), (q.scale * WIDEN_FACTOR[q.data.dtype]).view(1, -1)
+    return q.data.to(torch.float32 if q.data.dtype is torch.float32 else held), None
+
+
+def rounded(x: Tensor, activation: Granularity | None, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(what the codes of x [M, K] stand for, but for the scales [M, 1] of tokens, these); x itself where it has no codes."""
+    if activation is None:
+        return x, None
+    limit = FP8_MAX[fp8_dtype]
+    if activation is Granularity.BLOCK:
+        groups = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        scale = (groups.abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
+        codes = round_to_fp8((groups / scale).clamp_(-limit, limit), fp8_dtype)
+        return codes.mul_(scale * WIDEN_FACTOR[fp8_dtype]).flatten(1)[:, : x.shape[1]], None
+    values = x.to(torch.float32, copy=True)
+    scale = values.abs().amax(1, keepdim=True).div_(limit).clamp_(min=SCALE_FLOOR)
+    return round_to_fp8(values.div_(scale), fp8_dtype), scale  # at most the limit, but for a rounding that the cast undoes
+
+
 class PackedWidened(PackedWeight):
     """A weight [N, K] in oneDNN's layout, its channel scales [1, N] beside it."""
 
     def __init__(self, q: QTensor, held: torch.dtype):
         (self.n, self.k), self.activation = q.shape, q.scheme.activation
-        self.scale: Tensor | None = None
-        if q.scheme.weight is Granularity.BLOCK:
-            dense, held = dequantize(q), torch.float32
-        elif q.scale is not None:
-            dense = q.data.to(held)
-            # Activations come out of round_to_fp8 without their power of two; the weight's scale makes up for it.
-            self.scale = (q.scale * WIDEN_FACTOR[q.data.dtype]).view(1, -1)
-        else:
-            held = torch.float32 if q.data.dtype is torch.float32 else held
-            dense = q.data.to(held)
-        self.held, self.fp8_dtype = held, q.data.dtype
+        dense, self.scale = widened(q, held)
+        self.held, self.fp8_dtype = dense.dtype, q.data.dtype
         self.padding = dense.shape[1] - self.k
-        self.laid_out = held is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.laid_out = self.held is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dense = dense.contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_BATCH) if self.laid_out else dense
         self.held_bytes = dense.nbytes + (0 if q.scale is None else q.scale.nbytes)
 
     def __call__(self, x: Operand) -> Tensor:
         x = values_of(x)
-        if self.activation is None:
-            return self._product(x.to(self.held)).to(x.dtype)
-        if self.activation is Granularity.BLOCK:
-            return self._product(self._grouped(x)).to(x.dtype)
-        values = x.to(torch.float32, copy=True)
-        limit = FP8_MAX[self.fp8_dtype]
-        scale = values.abs().amax(1, keepdim=True).div_(limit).clamp_(min=SCALE_FLOOR)
-        codes = round_to_fp8(values.div_(scale), self.fp8_dtype)  # at most the limit, but for a rounding that the cast undoes
-        y = self._product(codes.to(self.held))
-        assert self.scale is not None
+        values, scale = rounded(x, self.activation, self.fp8_dtype)
+        y = self._product(values.to(self.held))
+        if scale is None or self.scale is None:
+            return y.to(x.dtype)
         return (y if y.dtype is torch.float32 else y.float()).mul_(scale).mul_(self.scale).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -86,11 +96,3 @@ class PackedWidened(PackedWeight):
         else:
             y = F.linear(x, self.weight)
         return y[:, : self.n] if y.shape[1] > self.n else y
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """The values that x's codes stand for, one scale a group of 128."""
-        limit = FP8_MAX[self.fp8_dtype]
-        groups = F.pad(x.float(), (0, -self.k % BLOCK)).unflatten(1, (-1, BLOCK))
-        scale = (groups.abs().amax(-1, keepdim=True) / limit).clamp_(min=SCALE_FLOOR)
-        codes = round_to_fp8((groups / scale).clamp_(-limit, limit), self.fp8_dtype)
-        return codes.mul_(scale * WIDEN_FACTOR[self.fp8_dtype]).flatten(1)[:, : self.k]

@@ -43,10 +43,14 @@ __all__ = [
     "captures",
     "draw",
     "likeliest",
+    "not_theirs",
     "rms_norm",
     "rope_write_kv",
     "rotate",
     "silu_mul",
+    "struct_of",
+    "taken",
+    "widened_scale",
     "write_kv",
 ]
 
@@ -62,48 +66,65 @@ class Native:
         self.name = "C kernels" if missing() else f"C kernels, {used()}"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := missing()) is not None:
+        if (reason := not_theirs(q, platform)) is not None:
             return reason
-        if platform.widened_dtype is not None:
-            return "weights are to be widened in memory"
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
-            return reason
-        if q.data.dtype not in KINDS or (q.data.dtype in FP8_MAX) != q.scheme.quantized or q.data.stride(1) != 1:
-            return f"{q.data.dtype} is not theirs"
-        if not q.scheme.quantized:
-            tiles = q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-            return "torch multiplies BF16 by this CPU's matrix tiles" if tiles else None
-        codes = q.data
-        if codes.is_contiguous() and kernels().octavo_not_finite(codes.data_ptr(), codes.numel(), KINDS[codes.dtype]):
-            return "codes that are not numbers"
+        if q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            return "torch multiplies BF16 by this CPU's matrix tiles"
         return None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedNative:
         return PackedNative(q)
 
 
+def not_theirs(q: QTensor, platform: Platform) -> str | None:
+    """Why the kernels do not multiply by `q`, a weight or a stack of them, as it is stored; None: they do."""
+    if (reason := missing()) is not None:
+        return reason
+    if platform.widened_dtype is not None:
+        return "weights are to be widened in memory"
+    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+        return reason
+    codes = q.data
+    if codes.dtype not in KINDS or (codes.dtype in FP8_MAX) != q.scheme.quantized or codes.stride(-1) != 1:
+        return f"{codes.dtype} is not theirs"
+    if not (q.scheme.quantized and codes.is_contiguous()):
+        return None
+    found = kernels().octavo_not_finite(codes.data_ptr(), codes.numel(), KINDS[codes.dtype])
+    return "codes that are not numbers" if found else None
+
+
+def widened_scale(q: QTensor) -> Tensor | None:
+    """`q`'s scales, FP32, times the power of two that the kernels leave out; a `struct_of` it lives as long as this."""
+    return None if q.scale is None else (q.scale.float() * WIDEN_FACTOR.get(q.data.dtype, 1.0)).contiguous()
+
+
+def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
+    """Where a weight [N, K] lies, and its `widened_scale`."""
+    n, k = q.shape
+    by_group = scale is not None and q.scheme.weight is Granularity.BLOCK
+    by_row = scale is not None and scale.shape[0] == n and (n > 1 or scale.shape[1] == 1)
+    return Linear(
+        weight=q.data.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        n=n,
+        k=k,
+        stride=q.data.stride(0),
+        scale_rows=1 if by_row else BLOCK,
+        scale_columns=scale.shape[1] if by_group and scale is not None else 0,
+        kind=KINDS[q.data.dtype],
+        activation=_QUANTIZED[q.scheme.activation],
+    )
+
+
 class PackedNative(PackedWeight):
     """A weight [N, K] as stored, its scales beside it."""
 
     def __init__(self, q: QTensor):
-        (self.n, self.k), self.data, scale = q.shape, q.data, q.scale
+        (self.n, self.k), self.data = q.shape, q.data
         self.held_bytes = q.nbytes
-        factor = WIDEN_FACTOR.get(q.data.dtype, 1.0)
-        self.scale = None if scale is None else (scale.float() * factor).contiguous()  # held as long as the pointer to it is
-        by_group = scale is not None and q.scheme.weight is Granularity.BLOCK
-        by_row = scale is not None and scale.shape[0] == self.n and (self.n > 1 or scale.shape[1] == 1)
-        self.struct = Linear(
-            weight=q.data.data_ptr(),
-            scale=None if self.scale is None else self.scale.data_ptr(),
-            n=self.n,
-            k=self.k,
-            stride=q.data.stride(0),
-            scale_rows=1 if by_row else BLOCK,
-            scale_columns=scale.shape[1] if by_group and scale is not None else 0,
-            kind=KINDS[q.data.dtype],
-            activation=_QUANTIZED[q.scheme.activation],
-        )
-        by_token = scale is not None and q.scheme.activation is Granularity.ROW
+        self.scale = widened_scale(q)
+        self.struct = struct_of(q, self.scale)
+        by_token = q.scale is not None and q.scheme.activation is Granularity.ROW
         self.tiles = by_token and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
@@ -148,7 +169,7 @@ def captures(head_dim: int, weights: Iterable[PackedWeight]) -> bool:
     return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
-def _taken(x: Tensor) -> bool:
+def taken(x: Tensor) -> bool:
     """Whether the kernels read x as it lies."""
     return (x.dtype is torch.bfloat16 or x.dtype is torch.float32) and (x.is_contiguous() or x.stride(-1) == 1)
 
@@ -158,7 +179,7 @@ def rms_norm(
 ) -> tuple[Activation, Tensor]:
     """As `ops.rms_norm`, dense; x [M, width], or a view [T, H, width]."""
     dims = x.dim()
-    if not (2 <= dims <= 3 and _taken(x) and weight.dtype is x.dtype):
+    if not (2 <= dims <= 3 and taken(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
     *rows, width = x.shape
     inner, inside = (1, 0) if dims == 2 else (rows[1], x.stride(1))
@@ -174,7 +195,7 @@ def rms_norm(
 
 
 def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
-    if x.dim() != 2 or not _taken(x):
+    if x.dim() != 2 or not taken(x):
         return reference.silu_mul(x)
     rows, width = x.shape
     y = x.new_empty(rows, width // 2)
@@ -185,7 +206,7 @@ def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    if logits.dim() != 2 or not _taken(logits):
+    if logits.dim() != 2 or not taken(logits):
         return reference.likeliest(logits)
     (rows, vocab), found = logits.shape, logits.new_empty(logits.shape[0], dtype=torch.int64)
     launch(kernels().octavo_likeliest,
@@ -205,7 +226,7 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
-    if not _taken(x):
+    if not taken(x):
         return reference.rotate(x, cos_sin, rows)
     (tokens, heads, dim), cos_sin, rows = x.shape, cos_sin.contiguous(), rows.contiguous()
     y = x.new_empty(*x.shape)
@@ -217,7 +238,7 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    if not (_taken(k) and _taken(v) and k.dtype is v.dtype):
+    if not (taken(k) and taken(v) and k.dtype is v.dtype):
         return reference.write_kv(cache, slots, k, v)
     slots = slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
@@ -228,7 +249,7 @@ def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
 
 def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
     (tokens, heads, dim), norms = q.shape, rope.norms
-    if not (dim <= _MAX_DIM and _taken(q) and _taken(k) and _taken(v) and q.dtype is k.dtype is v.dtype):
+    if not (dim <= _MAX_DIM and taken(q) and taken(k) and taken(v) and q.dtype is k.dtype is v.dtype):
         return reference.rope_write_kv(q, k, v, rope, cache, slots)
     q_norm = k_norm = None
     eps = 0.0
@@ -247,7 +268,7 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
-    if q.shape[2] > _MAX_DIM or not _taken(q):
+    if q.shape[2] > _MAX_DIM or not taken(q):
         return attention_by_torch(q, cache, batch, scale, window)
     factor = WIDEN_FACTOR.get(cache.views["k"].dtype, 1.0)
     out, tables = q.new_empty(*q.shape), batch.block_tables

@@ -20,7 +20,7 @@ from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import Source
 from octavo.tools.plan.roofline import Attention
-from octavo.tools.plan.unserved import UNSERVED, UnservedModel, build_unserved, stored_as, unstacked
+from octavo.tools.plan.unserved import UNSERVED, UnservedModel, build_unserved, stored_as
 from octavo.tools.plan.walk import Known, Walk, walk
 from octavo.weights import Loader
 from octavo.weights.meta import MetaSource
@@ -93,10 +93,8 @@ class Subject:
         self.model = cache(self._build)
         self._walked = cache(self._walk)
         self._known: Known = {}
-        one, tensors = self.model(1), source.tensors
-        if isinstance(one, UnservedModel):
-            tensors = unstacked(tensors, one.numbers["hidden_size"])
-        self.stored = MetaSource(tensors, source.promised, has_any=not tensors)
+        self.model(1)  # says what cannot be made
+        self.stored = MetaSource(source.tensors, source.promised, has_any=not source.tensors)
         self.plain = MetaSource({}, has_any=True)
 
     def _build(self, tp: int) -> Any:

@@ -7,8 +7,8 @@ multi-token prediction layers after the last, which are not loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, prod
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,19 +18,18 @@ from octavo.errors import OctavoError
 from octavo.kvcache import Field, KVCacheSpec, Layout, spec_for
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import ColumnParallelLinear, GateUpLinear, LMHead, QKVLinear, RowParallelLinear
+from octavo.layers.moe import Experts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import longest_context
-from octavo.quant.formats import WHOLE, Shard
+from octavo.quant.formats import WHOLE
 from octavo.quant.scheme import BLOCK
 from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.roofline import Attention
 from octavo.tools.plan.towers import Kept, Places, Vectors, kimi_tower, qwen_tower
-from octavo.tools.plan.walk import Walker
-from octavo.weights.checkpoint import StoredTensor
+from octavo.tools.plan.walk import ROUTER, Walker
 
-__all__ = ["UNSERVED", "UnservedModel", "build_unserved", "stored_as", "unstacked"]
+__all__ = ["UNSERVED", "UnservedModel", "build_unserved", "stored_as"]
 
-ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "64 weights a token that decide what attention sees"
 EXTRA = ("*.rotary_emb.*", "*.mlp.gate.e_score_correction_bias", "*.k_scale", "*.v_scale", "*.q_scale", "*.kv_scale",
          "*_proj.output_scale", "lm_head.weight")  # fmt: skip
@@ -102,39 +101,6 @@ class Whole:
             loader.vector(f"{self.name}.bias", (self.rows,))
 
 
-@dataclass
-class Experts:
-    """The routed experts of one layer, split like an MLP: every rank holds a part of each."""
-
-    hidden: int
-    inner: int
-    count: int
-    active: int
-    tp: TensorParallel
-
-    def load(self, loader: Walker) -> None:
-        rows, columns = (Shard(dim, self.tp.rank, self.tp.size) for dim in (0, 1))
-        up = ["gate_proj", "up_proj"], [(self.inner, self.hidden)] * 2, [rows] * 2
-        loader.expert_weights(*up, self.count, self.active)
-        loader.expert_weights(["down_proj"], [(self.hidden, self.inner)], [columns], self.count, self.active)
-
-
-def unstacked(tensors: Mapping[str, StoredTensor], hidden: int) -> dict[str, StoredTensor]:
-    """The tensors with experts that are stored as one of three dimensions, either way round, as one matrix each."""
-    out: dict[str, StoredTensor] = {}
-    for name, t in tensors.items():
-        at, _, end = name.removesuffix(".weight").rpartition(".")
-        if len(t.shape) != 3 or end not in ("gate_up_proj", "down_proj"):
-            out[name] = t
-            continue
-        count, wide = t.shape[0], prod(t.shape[1:]) // hidden
-        parts = ("gate_proj", "up_proj") if end == "gate_up_proj" else ("down_proj",)
-        shape = (wide // 2, hidden) if len(parts) == 2 else (hidden, wide)
-        for full in (f"{at}.{e}.{part}.weight" for e in range(count) for part in parts):
-            out[full] = replace(t, name=full, shape=shape, nbytes=t.nbytes // count // len(parts))
-    return out
-
-
 # --- architectures --------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +121,7 @@ def _block_norms(at: str, hidden: int) -> Places:
 
 
 def _grouped(c: Numbers, tp: TensorParallel, root: str = "model", tied: bool | None = None) -> UnservedModel:
-    """Qwen3: grouped-query attention with normed heads, and a mixture of experts where the config has one."""
+    """Qwen3-VL's text: grouped-query attention with normed heads, and a mixture of experts where the config has one."""
     hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
     kv_heads, dim = c.get("num_key_value_heads", heads), c.get("head_dim", hidden // heads)
     bias = bool(c.values.get("attention_bias"))
@@ -228,7 +194,6 @@ def _kimi(c: Numbers, tp: TensorParallel) -> UnservedModel:
 
 
 UNSERVED: dict[str, Callable[[Numbers, TensorParallel], UnservedModel]] = {
-    "qwen3_moe": _grouped,
     "qwen3_vl": _qwen_vl,
     "qwen3_vl_moe": _qwen_vl,
     "deepseek_v3": _latent,

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.ops import PackedWeight
+from octavo.ops import PackedStack, PackedWeight
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
 from octavo.quant.formats import COMPANIONS, int4_group
 from octavo.quant.scheme import Granularity, WeightDType
-from octavo.weights.loader import WHOLE, Loader, Shard, check_read, is_tied, places_of, role_of
+from octavo.weights.load_report import role_of
+from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, check_read, is_tied, places_of
 from octavo.weights.meta import MetaSource
 
-__all__ = ["COMPONENTS", "LEFT_OUT", "Operand", "Walk", "Walker", "walk"]
+__all__ = ["COMPONENTS", "LEFT_OUT", "ROUTER", "Operand", "Walk", "Walker", "walk"]
 
 COMPONENTS = (
     "attention", "indexer", "mlp", "experts", "shared experts", "router", "norms", "embeddings", "lm_head", "vision",
@@ -28,6 +29,7 @@ EMBEDDINGS = "a look-up gains nothing from FP8"
 HEAD = "lm_head is BF16 by default; --quantize-lm-head stores it in FP8"
 TIED = "lm_head's matrix, too: BF16 by default; --quantize-lm-head stores it in FP8"
 VECTOR = "vectors: no matrix product to speed up"
+ROUTER = "small, and it decides which experts run"
 LEFT_OUT = "left out by --quantization-ignore"
 
 
@@ -38,7 +40,7 @@ def component_of(name: str) -> str:
     for component, word in {"norms": "norm", "indexer": ".indexer.", "shared experts": ".shared_experts."}.items():
         if word in name:
             return component
-    if ".experts." in name or name.endswith(".mlp.gate"):
+    if ".experts." in name or name.endswith(".gate"):
         return "experts" if ".experts." in name else "router"
     return {"embedding": "embeddings"}.get(role := role_of(name), role)
 
@@ -121,7 +123,8 @@ class Walker(Loader):
     """The Loader that a plan hands to a model's layers: it notes what they ask for.
 
     known: what equal weights came to, since layers repeat. every: whether each expert is looked at, or one for all. kept: why
-    the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it.
+    the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it. copies: experts
+    of which a weight is one; `active` of them multiply a token.
     """
 
     source: MetaSource
@@ -131,26 +134,27 @@ class Walker(Loader):
     every: bool = False
     kept: str = ""
     keeps_int4: bool = False
-    experts: int = 1
+    copies: int = 1
     active: int = 1
 
     def refuse(self, error: OctavoError) -> None:
         if str(error) not in self.problems:
             self.problems.append(str(error))
 
-    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE) -> Tensor:
+    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
         full = self.prefix + name
         try:
-            found = super().vector(name, shape, shard)
+            found = super().vector(name, shape, shard, dtype=dtype)
         except OctavoError as error:
             self.refuse(error)
             found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
-        looked_up = component_of(full) == "embeddings"
-        why = VECTOR if not looked_up else TIED if self.tied_head else EMBEDDINGS
+        is_vector, component = len(shape) < 2, component_of(full)
+        whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER}
+        why = VECTOR if is_vector else whys.get(component, "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
-        name = full.removesuffix(".weight") if looked_up else full
+        name = full if is_vector else full.removesuffix(".weight")
         operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
-        self.operands.append(replace(operand, is_vector=not looked_up, active=int(not looked_up)))
+        self.operands.append(replace(operand, is_vector=is_vector, active=int(component != "embeddings")))
         # Biases are put one behind the other, for which torch would import its compiler if they were on the meta device.
         return found if found.dim() > 1 else torch.empty(found.shape, dtype=self.dtype)
 
@@ -187,10 +191,11 @@ class Walker(Loader):
 
     def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:
         dense = "float32" if self.dtype is torch.float32 else "bf16"
-        form, values, n = q.scheme.name if q.scheme.quantized else dense, q.shape[0] * q.shape[1], self.experts
+        form, values, n = q.scheme.name if q.scheme.quantized else dense, prod(q.shape), self.copies
+        own = q.shape[0], prod(q.shape[1:])
         padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
         return Operand(
-            component_of(names[0]), names, whole, q.shape, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
+            component_of(names[0]), names, whole, own, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
             q.nbytes, n * values, experts=n,
         )  # fmt: skip
 
@@ -236,21 +241,22 @@ class Walker(Loader):
             data, scale, Scheme(f"int4 (groups of {group})", WeightDType.INT4, Granularity.GROUP, None, group), (n, k)
         )
 
-    def expert_weights(
-        self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], count: int, active: int
-    ) -> None:
-        """The matrices `names` of each of `count` experts at this path, `active` of which multiply a token."""
-        names_of_all = [f"{self.prefix}{e}.{name}" for e in range(count) for name in names] if self.rules.ignore else []
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[PackedStack]:
+        """Notes one of `count` equal experts for all; `every` one is looked at where they are stored."""
+        return [self._experts(stack, count, active) for stack in stacks]
+
+    def _experts(self, stack: Matrices, count: int, active: int) -> PackedStack:
+        names_of_all = [f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names] if self.rules.ignore else []
         out = [name for name in names_of_all if self.rules.ignored(name)]  # one left out leaves out all; all are asked
         rules, kept = (QuantRules(), LEFT_OUT) if out else (self.rules, self.kept)
         for e in range(count if self.every and not self.source.has_any else 1):
-            prefix = f"{self.prefix}{e}."
-            one = replace(self, prefix=prefix, rules=rules, kept=kept, experts=count, active=active)
+            one = replace(self, prefix=f"{self.prefix}{e}.", rules=rules, kept=kept, copies=count, active=active)
             if e == 0:
-                one.weight(names, shapes, shards)
+                one.weight(*stack)
             else:
-                one._promise([one.prefix + name for name in names], shapes)
-                one.stacked(names, shapes, shards, rules.scheme)
+                one._promise([one.prefix + name for name in stack.names], stack.shapes)
+                one.stacked(*stack, rules.scheme)
+        return PackedStack()
 
     def _promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
         for name, shape in zip(names, shapes, strict=True):

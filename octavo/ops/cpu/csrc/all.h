@@ -12,7 +12,7 @@
 #endif
 static const Functions NAME(functions) = {
     STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
-    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), PAIRS_PAY};
+    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), NAME(combine), PAIRS_PAY};
 
 #undef PAIRS_PAY
 #undef vf

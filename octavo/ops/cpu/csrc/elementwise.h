@@ -232,3 +232,23 @@ static void NAME(rescale)(void *argument, int64_t row) {
         NAME(narrow_row)(job->to + row * job->to_stride, BF16, at, values, count);
     }
 }
+
+/* Task: some tokens' sums of what their experts gave, times their weights. */
+static void NAME(combine)(void *argument, int64_t task) {
+    const Combine *c = argument;
+    const int64_t first = task * c->per_task, last = least(first + c->per_task, c->tokens);
+    float sum[GROUP], values[GROUP];
+    for (int64_t t = first; t < last; t++) {
+        for (int64_t at = 0; at < c->width; at += GROUP) {
+            const int64_t count = least(GROUP, c->width - at);
+            memset(sum, 0, sizeof sum);
+            for (int64_t pair = t * c->top_k; pair < (t + 1) * c->top_k; pair++) {
+                if (c->experts[pair] < 0) continue;
+                NAME(widen_row)(values, (const char *)c->y + (c->place[pair] * c->width + at) * size_of(c->kind), c->kind, count);
+                for (int64_t i = 0; i < count; i += VL)
+                    NAME(store)(sum + i, NAME(load)(sum + i) + NAME(load)(values + i) * c->weights[pair]);
+            }
+            NAME(narrow_row)(c->out, c->kind, t * c->width + at, sum, count);
+        }
+    }
+}

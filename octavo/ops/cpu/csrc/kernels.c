@@ -20,7 +20,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale;
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale, combine;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -157,75 +157,16 @@ int32_t octavo_not_finite(const uint8_t *codes, int64_t count, int32_t kind) {
     return (found & 0x80 * each) != 0;
 }
 
-/* y [m, n] = x [m, k] times the transposed weight, both of `kind`; x's rows are x_stride values apart. 0, or -1 without memory. */
-int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t threads) {
-    int64_t most = least(m, CHUNK_TOKENS);
-    int status = 0;
-    pthread_mutex_lock(&pool.call);
-    for (int64_t done = 0; done < m && !status; done += most) {
-        int64_t count = least(most, m - done), panels = (count + LANES - 1) / LANES;
-        int is_panel = count > ROWS_MODE;
-        int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x, in BF16 */
-        int pairs = (is_panel ? panels_of_pairs : chosen->pairs_pay != NULL) && exact && w->kind != F32 && !w->scale_columns;
-        int64_t chunk = is_panel || !pairs ? CHUNK : ROW_CHUNK, k_padded = (w->k + chunk - 1) / chunk * chunk;
-        size_t values = (size_t)(is_panel ? panels * LANES : count) * (size_t)k_padded, scales = (size_t)(count + 15) / 16 * 16;
-        float *memory = scratch((values + scales) * 4);
-        if (!memory) {
-            status = -1;
-            break;
-        }
-        LinearJob job = {
-            .w = w, .x = (const char *)x + done * x_stride * size_of(kind), .y = (char *)y + done * w->n * size_of(kind),
-            .panel = memory + scales, .scale = memory, .m = count, .x_stride = x_stride, .k_padded = k_padded, .token_tasks = 1,
-            .kind = kind, .is_panel = is_panel, .pairs = pairs};
-        job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
-        parallel(chosen->prepare, &job, is_panel ? panels * job.parts : 1, threads);
-        if (is_panel) {
-            job.task_rows = job.pairs ? (panels > 1 ? TASK_OF_PAIRS : LANES) : TASK_ROWS;
-            job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
-            while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
-        } else {
-            job.row_tasks = least((w->n + 15) / 16, 8 * threads);
-        }
-        parallel(chosen->multiply, &job, job.row_tasks * job.token_tasks, threads);
-    }
-    pthread_mutex_unlock(&pool.call);
-    return status;
-}
-
 static void each_of(task_fn run, void *job, int64_t tasks, int32_t threads) {
     pthread_mutex_lock(&pool.call);
     parallel(run, job, tasks, threads);
     pthread_mutex_unlock(&pool.call);
 }
 
-/* y [m, k] of `kind`: the rows `ids` [m] of w, each at least 0 and less than n. */
-void octavo_look_up(const Linear *w, const int64_t *ids, void *y, int64_t m, int32_t kind, int32_t threads) {
-    LinearJob job = {.w = w, .x = ids, .y = y, .m = m, .kind = kind};
-    each_of(chosen->look_up, &job, m, threads);
-}
+#define TASK_VALUES 4096 /* less is not worth a second thread */
 
-/* BF16 [rows, k] of FP8 codes whose rows are `stride` apart, smaller by the power of two that widening leaves out, in the order
-   in which octavo_round has a token's; k is a multiple of CHUNK. */
-void octavo_widen(const void *codes, uint16_t *to, int64_t rows, int64_t k, int64_t stride, int32_t kind, int32_t threads) {
-    TilesJob job = {.from = codes, .to = to, .width = k, .from_stride = stride, .to_stride = k, .kind = kind};
-    each_of(chosen->widen, &job, rows, threads);
-}
-
-/* The codes, as BF16 [m, k], that x [m, k] in BF16 is multiplied by w as, and each token's scale. */
-void octavo_round(const Linear *w, const void *x, int64_t m, int64_t x_stride, uint16_t *codes, float *scale, int32_t threads) {
-    LinearJob job = {.w = w, .x = x, .panel = (float *)codes, .scale = scale, .m = m, .x_stride = x_stride, .k_padded = w->k,
-                     .kind = BF16, .pairs = 1};
-    each_of(chosen->round, &job, m, threads);
-}
-
-/* to [m, width], its rows `stride` values apart, = from [m, width] times by_row [m] times by_column [width]; both BF16. */
-void octavo_rescale(const uint16_t *from, uint16_t *to, int64_t m, int64_t width, int64_t stride, const float *by_row,
-                    const float *by_column, int32_t threads) {
-    TilesJob job = {.from = from, .to = to, .by_row = by_row, .by_column = by_column, .width = width, .from_stride = width,
-                    .to_stride = stride};
-    each_of(chosen->rescale, &job, m, threads);
-}
+#include "products.h"
+#include "experts.h"
 
 /* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. 0, or -1 without memory. */
 int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int32_t *tables, const int32_t *starts,
@@ -244,8 +185,6 @@ int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int
     pthread_mutex_unlock(&pool.call);
     return first ? 0 : -1;
 }
-
-#define TASK_VALUES 4096 /* less is not worth a second thread */
 
 static void each_row(task_fn run, Rows *r, int32_t threads) {
     r->per_task = 1 + TASK_VALUES / (r->width + 1);

@@ -20,6 +20,12 @@ INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
 /* Whether pairs of values are of every other one, since that is how the codes they meet are widened: pairs.h. */
 #define APART(kind) (DOT && (kind) >= E4M3)
 
+/* Where the values of a token begin. */
+INLINE const char *NAME(token_at)(const LinearJob *job, int64_t token) {
+    const int64_t row = job->order ? job->order[token] / job->each : token;
+    return (const char *)job->x + row * job->x_stride * size_of(job->kind);
+}
+
 /* A token's scale where all its values share one, else 1. */
 static float NAME(token_scale)(const LinearJob *job, const char *x) {
     const Linear *w = job->w;
@@ -74,7 +80,7 @@ INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *pa
 
 /* One token's values, one after another, in the order in which dot() reads them. */
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
-    const char *x = (const char *)job->x + token * job->x_stride * size_of(job->kind);
+    const char *x = NAME(token_at)(job, token);
     const float scale = NAME(token_scale)(job, x);
     float values[GROUP], *dst = job->panel + token * job->k_padded;
     job->scale[token] = scale;
@@ -94,18 +100,19 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
 static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t part) {
     const int64_t k = job->w->k, size = size_of(job->kind), groups = (k + GROUP - 1) / GROUP;
     const int64_t lanes = least(LANES, job->m - panel * LANES);
-    const char *x = (const char *)job->x + panel * LANES * job->x_stride * size;
+    const char *x[LANES];
     float rows[LANES][GROUP] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64))), scale[LANES];
     memset(rows, 0, sizeof rows);
     for (int64_t i = 0; i < lanes; i++) {
-        scale[i] = NAME(token_scale)(job, x + i * job->x_stride * size);
+        x[i] = NAME(token_at)(job, panel * LANES + i);
+        scale[i] = NAME(token_scale)(job, x[i]);
         if (!part) job->scale[panel * LANES + i] = scale[i];
     }
     for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, k); at += GROUP) {
         const int64_t count = least(GROUP, k - at);
         float *dst = NAME(panel_at)(job, panel, at);
         if (count < GROUP) memset(rows, 0, sizeof rows);
-        for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x + (i * job->x_stride + at) * size, count, scale[i]);
+        for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x[i] + at * size, count, scale[i]);
         for (int64_t j = 0; j < (job->pairs ? least(GROUP, job->k_padded - at) : count); j += LANES) {
             NAME(transpose)(rows[0] + j, GROUP, columns);
             if (job->pairs) NAME(pair_up)(columns, j, APART(job->w->kind), dst);
@@ -137,7 +144,7 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
     const Linear *w = job->w;
     if (w->activation == PER_TOKEN) sum *= job->scale[token];
     if (!w->scale_columns && w->scale) sum *= w->scale[row];
-    put(job->y, job->kind, token * w->n + row, sum);
+    put(job->y, job->y_kind, token * w->n + row, sum);
 }
 
 /* finish() for sums [rows][LANES] of a panel of tokens. */
@@ -154,7 +161,7 @@ static void NAME(finish_panel)(const LinearJob *job, int64_t panel, int64_t from
             NAME(store)(values + i, v);
         }
         NAME(transpose)(values, LANES, columns);
-        for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(job->y, job->kind, (first + i) * w->n + from, columns + i * LANES, rows);
+        for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(job->y, job->y_kind, (first + i) * w->n + from, columns + i * LANES, rows);
     }
 }
 
@@ -337,7 +344,7 @@ static int NAME(pairs_pay)(void) {
     for (int i = 0; i < 2 * TRIED * LANES; i++) x[i] = 1.0f;
     const Linear w = {.weight = weight, .n = TASK_ROWS, .k = TRIED, .stride = TRIED, .kind = BF16};
     for (int i = 0; i < 10; i++) {
-        const LinearJob job = {.w = &w, .y = y, .panel = x, .m = 2 * LANES, .k_padded = TRIED, .kind = BF16, .pairs = i % 2};
+        const LinearJob job = {.w = &w, .y = y, .panel = x, .m = 2 * LANES, .k_padded = TRIED, .kind = BF16, .y_kind = BF16, .pairs = i % 2};
         const int64_t before = now();
         if (job.pairs) NAME(panels_of_pairs)(&job, 0, TASK_ROWS, 0, 2);
         else NAME(panels)(&job, 0, TASK_ROWS, 0, 2);

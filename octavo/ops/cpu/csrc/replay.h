@@ -35,6 +35,15 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
             octavo_rope_write_kv(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9), w[10], w[11], w[12], w[13], w[14], w[15],
                                  w[16], w[17], w[18], F(19), I(20), I(21));
             break;
+        case 8:
+            status = octavo_experts(P(0), w[1], w[2], P(3), w[4], P(5), P(6), w[7], w[8], P(9), I(10), I(11));
+            break;
+        case 9:
+            status = octavo_route(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15],
+                                  F(16), I(17), I(18), I(19), I(20), I(21));
+            break;
+        case 10: octavo_dispatch(P(0), P(1), P(2), P(3), w[4], w[5]); break;
+        case 11: octavo_combine(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], I(8), I(9)); break;
         default: return -1;
         }
     }

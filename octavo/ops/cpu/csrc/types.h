@@ -45,14 +45,16 @@ typedef struct {
     int32_t kind;
 } Attention;
 
-/* A job as the pool runs it: what is wanted, and what was worked out for all of its tasks. */
+/* A job as the pool runs it: what is wanted, and what was worked out for all of its tasks. The i-th of m tokens is x's
+   row i or, where there is an order of pairs of which every row has `each`, that of pair order[i]. */
 typedef struct {
     const Linear *w;
     const void *x;
     void *y;
+    const int32_t *order;
     float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens (for `pairs` BF16); a token's scale */
-    int64_t m, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
-    int32_t kind, is_panel, pairs;
+    int64_t m, each, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
+    int32_t kind, y_kind, is_panel, pairs;
 } LinearJob;
 
 /* What comes before and after a product that a library does by the CPU's matrix tiles: rows `from` one type `to` BF16. */
@@ -92,6 +94,29 @@ typedef struct {
     const float *top_p, *min_p;
     int64_t width;
 } Draw;
+
+/* What routes a token: logits [tokens, count], which become scores; order [tokens, count], what is chosen by; best [tokens, groups].
+   live: how many tokens there are, or lengths: 0 for a token that only pads a graph; NULL where none does. */
+typedef struct {
+    float *scores, *order, *best;
+    const float *bias;
+    int32_t *experts;
+    float *weights;
+    const int32_t *live, *lengths;
+    int64_t tokens, count, top_k, groups, top_groups, per_task;
+    float scale;
+    int32_t is_sigmoid, normalize;
+} Route;
+
+/* out [tokens, width]: sums of y's rows `place` times their weights, [tokens, top_k]; of those whose expert is not negative. */
+typedef struct {
+    const void *y;
+    void *out;
+    const int32_t *experts, *place;
+    const float *weights;
+    int64_t tokens, top_k, width, per_task;
+    int32_t kind;
+} Combine;
 
 /* Queries, keys and values [tokens, heads, dim] on their way to attention; strides in values. q_norm: NULL without norms;
    q: NULL to write only, cos_sin then too. */

@@ -1,0 +1,92 @@
+"""Mixtures of experts: a router sends each token to a few of many gated MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.layers.linear import GatedMLP
+from octavo.quant.formats import Shard
+from octavo.weights import Loader
+from octavo.weights.loader import Matrices
+
+__all__ = ["Experts", "Gate", "MixtureOfExperts"]
+
+
+class Gate(nn.Module):
+    """The router: which experts a token goes to. Kept in the model's dtype; scores are FP32.
+
+    `bias`: the path, from this module's parent, of the correction that is added to scores to choose by; None: there is none.
+    """
+
+    reads_siblings = True
+
+    def __init__(self, hidden: int, experts: int, router: ops.Router, *, bias: str | None = None):
+        super().__init__()
+        self.shape, self.router, self.bias_name = (experts, hidden), router, bias
+
+    def load(self, loader: Loader) -> None:
+        self.weight = loader.vector("gate.weight", self.shape)
+        self.bias: Tensor | None = None
+        if self.bias_name is not None:
+            self.bias = loader.vector(self.bias_name, self.shape[:1], dtype=torch.float32)
+
+    def forward(self, x: ops.Activation, batch: ForwardBatch) -> ops.Routed:
+        return ops.route(x.values(), self.weight, self.bias, self.router, batch)
+
+
+class Experts(nn.Module):
+    """`count` gated MLPs, of which `active` compute a token. Each is split over ranks as an MLP is; the sum is partial.
+
+    `names`: what the checkpoint calls an expert's gate, up and down projections.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        count: int,
+        active: int,
+        tp: TensorParallel,
+        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    ):
+        super().__init__()
+        rows, columns = (Shard(dim, tp.rank, tp.size) for dim in (0, 1))
+        gate, up, down = names
+        self.matrices = (
+            Matrices((gate, up), ((intermediate, hidden),) * 2, (rows, rows)),
+            Matrices((down,), ((hidden, intermediate),), (columns,)),
+        )
+        self.count, self.active = count, active
+
+    def load(self, loader: Loader) -> None:
+        self.gate_up, self.down = loader.experts(self.matrices, self.count, self.active)
+
+    def forward(self, x: ops.Operand, routed: ops.Routed) -> Tensor:
+        return ops.experts(x, routed, self.gate_up, self.down)
+
+
+class MixtureOfExperts(nn.Module):
+    """The routed experts' weighted sum and, where there are such, what the shared ones give: [T, hidden]."""
+
+    def __init__(self, gate: Gate, experts: Experts, tp: TensorParallel, shared: GatedMLP | None = None):
+        super().__init__()
+        self.gate, self.experts, self.tp = gate, experts, tp
+        self.shared_experts = shared
+
+    @property
+    def readers(self) -> tuple[ops.Reader, ...]:
+        """All that read this layer's input: the router does so in dense values."""
+        shared = self.shared_experts
+        return None, self.experts.gate_up, *(() if shared is None else (shared.gate_up_proj.weight,))
+
+    def forward(self, x: ops.Activation, batch: ForwardBatch) -> Tensor:
+        y: Tensor = self.experts(x, self.gate(x, batch))
+        if self.shared_experts is not None:
+            y = y.add_(self.shared_experts(x))
+        return ops.all_reduce(y, self.tp)

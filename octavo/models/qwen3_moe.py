@@ -1,0 +1,76 @@
+"""Qwen3 with a mixture of experts in most layers: softmax over all, the best few, no shared ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
+from octavo.layers.linear import GatedMLP
+from octavo.layers.moe import Experts, Gate, MixtureOfExperts
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import RotaryEmbedding
+from octavo.models import qwen3
+from octavo.models.common import CausalLM
+from octavo.models.config import check_experts
+from octavo.ops import Product, Router
+
+__all__ = ["Config", "Model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(qwen3.Config):
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: Sequence[int] = ()
+
+    also_called: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
+
+    def check(self) -> None:
+        super().check()
+        check_experts(self.num_experts, self.num_experts_per_tok)
+        if not (isinstance(self.mlp_only_layers, list | tuple) and all(type(n) is int for n in self.mlp_only_layers)):
+            raise OctavoError(f"config.json: mlp_only_layers must list numbers of layers, not {self.mlp_only_layers!r}.")
+
+    def has_experts(self, layer: int) -> bool:
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def mlp_activations(self) -> int:
+        experts = self.num_experts_per_tok * (4 * self.moe_intermediate_size + self.hidden_size)
+        return max(super().mlp_activations, experts)
+
+
+def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:
+    router = Router(c.num_experts_per_tok, normalize=c.norm_topk_prob)
+    experts = Experts(c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_tok, tp)
+    return MixtureOfExperts(Gate(c.hidden_size, c.num_experts, router), experts, tp)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config, layer: int, rotary: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = qwen3.Attention(c, layer, rotary, tp)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = mixture(c, tp) if c.has_experts(layer) else GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
+
+    def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
+        x, residual = self.input_layernorm(x, residual, self.self_attn.qkv_proj.weight)
+        x = self.self_attn(x, batch)
+        x, residual = self.post_attention_layernorm(x, residual, *self.mlp.readers)
+        return self.mlp(x, batch), residual
+
+
+class Model(CausalLM):
+    def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
+        rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_len)
+        super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))

@@ -1,0 +1,283 @@
+"""Which experts compute which token: scores and the best of them, pairs sorted by expert, the weighted sum of what they give.
+
+Nothing here waits for the host, and a decode step takes one launch each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.ops.contract import Dispatch, Routed, Router
+from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
+
+__all__ = ["combine", "dispatch", "route"]
+
+LOWEST = -(1 << 31)
+MOST_TILES = 1 << 14  # of tokens, whose sums are split over programs
+MOST_SPLITS = 8
+STAGE_BYTES = 1 << 15  # of the router's weight in a stage of the product's pipeline
+FEW, MANY = 16, 64  # tokens of a program
+CHUNK = 512  # pairs of a program that sorts
+NO_PADDING, LIVE, LENGTHS = 0, 1, 2  # what says which tokens only pad a graph
+
+
+@triton.jit
+def _ordered(x):
+    """An integer that is larger where FP32 x, which is no NaN, is; the two zeros are equal."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _outside(order, top, ROWS: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, groups, members, LOWEST: tl.constexpr):
+    """Whether each of order [ROWS, PARTS * MEMBERS] is in none of the `top` groups whose two best add up to most."""
+    by_group = tl.reshape(order, (ROWS, PARTS, MEMBERS))
+    best = tl.max(by_group, 2)
+    if members > 1:
+        first = tl.argmax(by_group, 2)
+        member = tl.arange(0, MEMBERS)[None, None, :]
+        best += tl.max(tl.where(member == first[:, :, None], -float("inf"), by_group), 2)
+    group = tl.arange(0, PARTS)[None, :]
+    keys = tl.where(group < groups, _ordered(best), LOWEST)
+    inside = tl.zeros((ROWS, PARTS), tl.int32)
+    for _ in range(top):
+        taken = group == tl.argmax(keys, 1)[:, None]
+        inside = tl.where(taken, 1, inside)
+        keys = tl.where(taken, LOWEST, keys)
+    return tl.reshape(tl.broadcast_to(inside[:, :, None], (ROWS, PARTS, MEMBERS)), (ROWS, PARTS * MEMBERS)) == 0
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _route(
+    x, w, bias, padding, experts, weights, parts, counters, tokens, count, width, stride, per_split, scale,
+    TOP_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    PARTS: tl.constexpr, MEMBERS: tl.constexpr, KP: tl.constexpr, PADDING: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, LOWEST: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits of BM tokens, whose K is split over programs; the last of these to finish adds up the parts, in their order, and
+    chooses."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    e, depth = tl.arange(0, BE), tl.arange(0, BK)
+    token = tile * BM + tl.arange(0, BM)
+    acc = tl.zeros((BE, BM), tl.float32)
+    release(PDL)
+    wait(PDL)
+    for step in tl.range(split * per_split, min((split + 1) * per_split, tl.cdiv(width, BK)), num_stages=STAGES):
+        at = step * BK + depth
+        a = tl.load(w + e[:, None] * width + at[None, :], mask=(e < count)[:, None] & (at < width)[None, :], other=0.0)
+        b = tl.load(
+            x + token.to(tl.int64)[:, None] * stride + at[None, :],
+            mask=(token < tokens)[:, None] & (at < width)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    own = parts + tile.to(tl.int64) * SPLIT * BM * BE
+    tl.store(own + split * BM * BE + tl.arange(0, BM)[None, :] * BE + e[:, None], acc)
+    tl.debug_barrier()  # all of the program's sums are written before it counts itself, or reads them
+    if SPLIT > 1:
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") != SPLIT - 1:
+            return
+        tl.store(counters + tile, 0)  # for the next launch
+    members = count // GROUPS
+    column = tl.arange(0, PARTS * MEMBERS)  # groups side by side, each padded to a power of 2
+    group, member = column // MEMBERS, column % MEMBERS
+    valid = ((group < GROUPS) & (member < members))[None, :]
+    number = group * members + member
+    correction = (
+        tl.load(bias + number, mask=(group < GROUPS) & (member < members), other=0.0)[None, :] if bias is not None else 0.0
+    )
+    rank = tl.arange(0, KP)[None, :]
+    for start in range(0, BM, ROWS):
+        row = start + tl.arange(0, ROWS)
+        logits = tl.zeros((ROWS, PARTS * MEMBERS), tl.float32)
+        for part in tl.static_range(SPLIT):
+            logits += tl.load(
+                own + part * BM * BE + row[:, None] * BE + number[None, :], mask=valid, other=0.0, cache_modifier=".cg"
+            )
+        if SIGMOID:
+            scores = 1.0 / (1.0 + tl.exp(-logits))
+        else:
+            logits = tl.where(valid, logits, -float("inf"))
+            scores = tl.exp(logits - tl.max(logits, 1)[:, None])
+            scores = scores / tl.sum(scores, 1)[:, None]
+        order = scores + correction
+        order = tl.where(valid & (order == order), order, -float("inf"))
+        if GROUPS > 1:
+            outside = _outside(order, TOP_GROUPS, ROWS, PARTS, MEMBERS, GROUPS, members, LOWEST)
+            order = tl.where(outside, -float("inf"), order)
+        keys = tl.where(valid, _ordered(order), LOWEST)
+        chosen, given = tl.zeros((ROWS, KP), tl.int32), tl.zeros((ROWS, KP), tl.float32)
+        for i in range(TOP_K):
+            taken = column[None, :] == tl.argmax(keys, 1)[:, None]
+            keys = tl.where(taken, LOWEST, keys)
+            chosen = tl.where(rank == i, tl.sum(tl.where(taken, number[None, :], 0), 1)[:, None], chosen)
+            given = tl.where(rank == i, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], given)
+        if NORMALIZE:
+            given = given / (tl.sum(given, 1)[:, None] + 1e-20)
+        at = tile * BM + row
+        inside = at < tokens
+        if PADDING != 0:
+            awake = at < tl.load(padding) if PADDING == 1 else tl.load(padding + at, mask=inside, other=0) > 0
+            chosen = tl.where(awake[:, None], chosen, -1)
+            given = tl.where(awake[:, None], given, 0.0)
+        to = at.to(tl.int64)[:, None] * TOP_K + rank
+        tl.store(experts + to, chosen, mask=inside[:, None] & (rank < TOP_K))
+        tl.store(weights + to, given * scale, mask=inside[:, None] & (rank < TOP_K))
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _counts(device: torch.device) -> Tensor:
+    """Zeroed counters, which a launch leaves as it found them."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+def _padding(batch: ForwardBatch) -> tuple[int, Tensor | None]:
+    """As `reference.padding` has it: what says so, and the numbers."""
+    if batch.live is not None:
+        return LIVE, batch.live
+    return (LENGTHS, batch.seq_lens) if len(batch.seq_lens) == batch.num_tokens else (NO_PADDING, None)
+
+
+def _route_shape(tokens: int, experts: int, width: int, itemsize: int) -> dict[str, int]:
+    """Tile and split: about one program a multiprocessor, since each reads its part of the weight from the L2 cache."""
+    be = power_of_2(experts, 64)
+    bm = MANY if tokens >= MANY * device_units() // 4 and be <= 128 else FEW
+    bk = max(16, min(128, STAGE_BYTES // (be * itemsize)))
+    tiles, steps = triton.cdiv(tokens, bm), triton.cdiv(width, bk)
+    split = 1
+    while 2 * split <= min(MOST_SPLITS, steps) and 2 * split * tiles <= device_units():
+        split *= 2
+    return {"BE": be, "BM": bm, "BK": bk, "split": split, "warps": 4 if be <= 128 else 8, "stages": 3}
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch, config: dict[str, int] | None = None
+) -> Routed:
+    if x.dtype != weight.dtype:
+        x, weight = x.float(), weight.float()
+    x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
+    (tokens, width), count = x.shape, len(weight)
+    experts = torch.empty(tokens, router.top_k, dtype=torch.int32, device=x.device)
+    weights = torch.empty(tokens, router.top_k, dtype=torch.float32, device=x.device)
+    if not tokens:
+        return Routed(experts, weights)
+    c = _route_shape(tokens, count, width, x.dtype.itemsize) | (config or {})
+    tiles = triton.cdiv(tokens, c["BM"])
+    assert c["split"] == 1 or tiles <= MOST_TILES
+    members, padding = power_of_2(count // router.groups), _padding(batch)
+    columns = power_of_2(router.groups) * members
+    parts = torch.empty(tiles * c["split"] * c["BM"] * c["BE"], dtype=torch.float32, device=x.device)
+    launch(_route, (tiles, c["split"]),
+        x, weight, bias, padding[1], experts, weights, parts, _counts(x.device), tokens, count, width, x.stride(0),
+        triton.cdiv(triton.cdiv(width, c["BK"]), c["split"]), router.scale,
+        TOP_K=router.top_k, SIGMOID=router.sigmoid, NORMALIZE=router.normalize, GROUPS=router.groups,
+        TOP_GROUPS=router.top_groups, PARTS=columns // members, MEMBERS=members, KP=power_of_2(router.top_k),
+        PADDING=padding[0], BE=c["BE"], BM=c["BM"], BK=c["BK"], SPLIT=c["split"], ROWS=max(1, min(c["BM"], 2048 // columns)),
+        LOWEST=LOWEST, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
+    )  # fmt: skip
+    return Routed(experts, weights)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _count_pairs(experts, counts, pairs, count, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
+    """How many of a chunk's pairs go to each expert; those that go to none are counted behind the last."""
+    chunk = tl.program_id(0)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    release(PDL)
+    wait(PDL)
+    to = tl.load(experts + at, mask=at < pairs, other=0)
+    found = tl.histogram(tl.where(to < 0, count, to), BINS, mask=at < pairs)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), found)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks"])
+def _place_pairs(
+    experts, counts, cursors, order, place, starts, pairs, count, chunks,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Where each pair of a chunk goes: behind those of the experts before its own, and of its own expert in earlier chunks.
+
+    Pairs of a chunk and an expert take places as they come, which is another order each time.
+    """
+    chunk = tl.program_id(0)
+    at, bins = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BINS)
+    release(PDL)
+    wait(PDL)
+    to = tl.load(experts + at, mask=at < pairs, other=0)
+    to = tl.where(to < 0, count, to)
+    if ONE:
+        total = tl.histogram(to, BINS, mask=at < pairs)
+        before = tl.zeros_like(total)
+    else:
+        total, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+        for first in range(0, chunks, ROWS):
+            row = first + tl.arange(0, ROWS)
+            found = tl.load(counts + row[:, None] * BINS + bins[None, :], mask=(row < chunks)[:, None], other=0)
+            total += tl.sum(found, 0)
+            before += tl.sum(tl.where((row < chunk)[:, None], found, 0), 0)
+    begin = tl.cumsum(total, 0) - total
+    if chunk == 0:
+        tl.store(starts + bins, begin, mask=bins <= count)
+    tl.store(cursors + chunk * BINS + bins, begin + before)
+    tl.debug_barrier()  # every cursor is there before a pair takes a place from it
+    found = tl.atomic_add(cursors + chunk * BINS + to, 1, mask=at < pairs, sem="relaxed")
+    tl.store(place + at, found, mask=at < pairs)
+    tl.store(order + found, at, mask=at < pairs)
+
+
+def dispatch(experts: Tensor, count: int, chunk: int = CHUNK) -> Dispatch:
+    pairs, device = experts.numel(), experts.device
+    if not pairs:
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        return Dispatch(none, none, torch.zeros(count + 1, dtype=torch.int32, device=device), experts.shape[1])
+    order, place = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
+    starts = torch.empty(count + 1, dtype=torch.int32, device=device)
+    chunk, bins = min(chunk, power_of_2(pairs, 128)), power_of_2(count + 1)
+    chunks = triton.cdiv(pairs, chunk)
+    counts, cursors = (torch.empty(chunks, bins, dtype=torch.int32, device=device) for _ in range(2))
+    experts, warps = experts.contiguous(), 4 if chunk < 1024 else 8
+    if chunks > 1:
+        launch(_count_pairs, (chunks,), experts, counts, pairs, count, CHUNK=chunk, BINS=bins, num_warps=warps)
+    launch(_place_pairs, (chunks,),
+        experts, counts, cursors, order, place, starts, pairs, count, chunks, CHUNK=chunk, BINS=bins,
+        ROWS=max(1, min(32, 8192 // bins)), ONE=chunks == 1, num_warps=warps,
+    )  # fmt: skip
+    return Dispatch(order, place, starts, experts.shape[1])
+
+
+@triton.jit
+def _combine(
+    y, experts, weights, place, out, size, stride,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    release(PDL)
+    wait(PDL)
+    for i in range(TOP_K):
+        woken = tl.load(experts + token * TOP_K + i) >= 0
+        row = tl.load(place + token * TOP_K + i).to(tl.int64)
+        value = tl.load(y + row * stride + cols, mask=inside & woken, other=0.0).to(tl.float32)
+        total += tl.where(woken, value * tl.load(weights + token * TOP_K + i), 0.0)
+    tl.store(out + token * size + cols, total.to(out.dtype.element_ty), mask=inside)
+
+
+def combine(y: Tensor, routed: Routed, at: Dispatch) -> Tensor:
+    tokens, size = len(routed.experts), y.shape[1]
+    out = torch.empty(tokens, size, dtype=y.dtype, device=y.device)
+    if tokens:
+        block = min(1024, power_of_2(size, 128))
+        launch(_combine, (tokens, triton.cdiv(size, block)),
+            y, routed.experts, routed.weights, at.place, out, size, y.stride(0), TOP_K=at.top_k, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,58 @@
+"""What loading made of a checkpoint: bytes, by what weights are for and how they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.quant import Scheme
+from octavo.quant.scheme import WeightDType
+
+__all__ = ["GroupReport", "LoadReport", "role_of"]
+
+
+@dataclass
+class GroupReport:
+    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme, whose dtype is `dtype`."""
+
+    dtype: WeightDType
+    tensors: int = 0
+    values: int = 0  # parameters; what a tied head has is the embedding's, here and below
+    dense: int = 0  # what is stored here would take this many bytes in BF16
+    stored: int = 0
+    held: int = 0
+
+
+@dataclass
+class LoadReport:
+    """What was loaded: (role, name of a scheme) -> GroupReport."""
+
+    groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, path: str, scheme: Scheme, values: int, stored: int, held: int) -> None:
+        group = self.groups.setdefault((role_of(path), scheme.name), GroupReport(scheme.dtype))
+        group.tensors += 1
+        group.values += values
+        group.dense += 2 * values
+        group.stored += stored
+        group.held += held
+
+    def note(self, text: str) -> None:
+        """Say `text` once, however many layers it holds for."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def total(self, what: str, dtype: WeightDType | None = None) -> int:
+        """Sum of a GroupReport's field over all groups, or over those stored in `dtype`."""
+        return sum(getattr(g, what) for g in self.groups.values() if dtype in (None, g.dtype))
+
+
+def role_of(path: str) -> str:
+    """attention, experts, router, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
+    roles = {
+        "attention": "attn", "experts": ".experts.", "router": ".gate.", "mlp": "mlp", "embedding": "embed",
+        "lm_head": "lm_head",
+    }  # fmt: skip
+    if path.endswith("e_score_correction_bias"):
+        return "router"
+    return next((role for role, word in roles.items() if word in path and "norm" not in path), "norms")

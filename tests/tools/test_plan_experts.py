@@ -1,0 +1,128 @@
+"""Plans of mixtures of experts, at their published sizes: parameters, bytes, and what a step reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tools.planner import plan_of
+from tools.test_plan_sizes import subject_of
+
+from octavo.models import MODEL_TYPES
+from octavo.models.published import known_config
+from octavo.tools.plan.roofline import Costs
+from octavo.tools.plan.subject import Variant
+from octavo.tools.plan.unserved import UNSERVED
+
+QWEN3_30B: dict[str, Any] = dict(
+    model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, attention_bias=False,
+    decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True, num_experts=128,
+    num_experts_per_tok=8, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, sliding_window=None, use_sliding_window=False,
+    max_window_layers=48, hidden_act="silu", tie_word_embeddings=False,
+)  # fmt: skip
+MIXTRAL_8X7B: dict[str, Any] = dict(
+    model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, num_local_experts=8, num_experts_per_tok=2,
+    rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, hidden_act="silu", tie_word_embeddings=False,
+    router_aux_loss_coef=0.02,
+)  # fmt: skip
+GLM_4_5: dict[str, Any] = dict(
+    model_type="glm4_moe", vocab_size=151552, hidden_size=5120, intermediate_size=12288, num_hidden_layers=92,
+    num_attention_heads=96, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, attention_bias=True,
+    use_qk_norm=True, partial_rotary_factor=0.5, moe_intermediate_size=1536, n_routed_experts=160, n_shared_experts=1,
+    num_experts_per_tok=8, n_group=1, topk_group=1, routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=3,
+    num_nextn_predict_layers=1, rms_norm_eps=1e-5, rope_theta=1000000, rope_scaling=None, hidden_act="silu",
+    tie_word_embeddings=False,
+)  # fmt: skip
+MINIMAX_M2: dict[str, Any] = dict(
+    model_type="minimax_m2", vocab_size=200064, hidden_size=3072, intermediate_size=1536, num_hidden_layers=62,
+    num_attention_heads=48, num_key_value_heads=8, head_dim=128, max_position_embeddings=196608, num_local_experts=256,
+    num_experts_per_tok=8, rotary_dim=64, use_qk_norm=True, qk_norm_type="per_layer", scoring_func="sigmoid",
+    use_routing_bias=True, shared_intermediate_size=0, attn_type_list=[1] * 62, num_mtp_modules=3, rms_norm_eps=1e-6,
+    rope_theta=5000000, hidden_act="silu", tie_word_embeddings=False,
+)  # fmt: skip
+
+# config, transformers' family, its exact count, the routers' corrections (buffers there), 1e9 that multiply a token
+PUBLISHED = {
+    "Qwen3-30B-A3B": (QWEN3_30B, "Qwen3Moe", 30_532_122_624, 0, 3.04),
+    "Mixtral-8x7B": (MIXTRAL_8X7B, "Mixtral", 46_702_792_704, 0, 12.75),
+    "GLM-4.5": (GLM_4_5, "Glm4Moe", 352_797_814_784, 89 * 160, 32.85),
+    "MiniMax-M2": (MINIMAX_M2, "MiniMaxM2", 228_689_748_992, 62 * 256, 10.42),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_the_published_models(name: str) -> None:
+    import transformers
+
+    config, family, exact, corrections, active = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config").from_dict(config))
+    walked = subject_of(config).base
+    assert theirs.num_parameters() == exact
+    assert walked.total("values") == exact + corrections
+    assert walked.active / 1e9 == pytest.approx(active, abs=0.005)
+    found = walked.parameters()
+    parts = {n.rpartition(".experts.")[2]: p for n, p in theirs.named_parameters() if ".experts." in n and ".shared" not in n}
+    layers = sum(n.endswith("experts.down_proj") for n, _ in theirs.named_parameters())
+    assert found["experts"] == layers * sum(p.numel() for p in parts.values())
+    routers = sum(p.numel() for n, p in theirs.named_parameters() if n.endswith(".gate.weight"))
+    assert found["router"] == routers + corrections
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bytes_of_the_published_models(name: str) -> None:
+    """Linear layers take half of BF16's bytes and their scales; routers, embeddings and the head stay as they are."""
+    config, _, exact, corrections, _ = PUBLISHED[name]
+    subject = subject_of(config)
+    operands = subject.walk(Variant("ptpc_fp8", False, "auto"), 1).operands
+    fp8 = [o for o in operands if o.is_fp8]
+    values, stored = (sum(getattr(o, what) for o in fp8) for what in ("values", "stored"))
+    assert 0.5 < stored / (2 * values) < 0.51
+    assert stored == values + 4 * sum(o.experts * o.shape[0] for o in fp8)
+    assert {o.component for o in operands if not o.is_fp8} == {"router", "norms", "embeddings", "lm_head"} | (
+        {"attention"} if config.get("attention_bias") else set()
+    )
+    assert sum(o.stored for o in operands) == stored + 2 * (exact + corrections - values) + 2 * corrections
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
+    config, *_ = PUBLISHED[name]
+    subject = subject_of(config)
+    operands = subject.walk(Variant("ptpc_fp8", False, "auto"), 1).operands
+    costs = Costs.of(operands, subject.attention, 0, "auto")
+    experts = sum(o.stored for o in operands if o.component == "experts")
+    count = next(o.experts for o in operands if o.component == "experts")
+    chosen = config["num_experts_per_tok"]
+    others = costs.moved(1, 1) - experts * chosen / count
+    assert others < 0.12 * experts
+    for tokens in (1, 4, 64, 4096):
+        reached = 1 - (1 - chosen / count) ** tokens
+        assert costs.moved(tokens, 1) == pytest.approx(others + experts * reached)
+
+
+def test_the_published_names_are_of_these_numbers() -> None:
+    known = known_config("Qwen3-30B-A3B")
+    assert known is not None
+    assert subject_of(known[1]).base.operands == subject_of(QWEN3_30B).base.operands
+
+
+def test_what_is_served_is_not_described_twice() -> None:
+    assert not set(MODEL_TYPES) & set(UNSERVED)
+
+
+def test_a_plan_of_a_config_alone(tmp_path: Path) -> None:
+    """By the model's own modules, with a rank's part of each expert."""
+    (tmp_path / "config.json").write_text(json.dumps(MINIMAX_M2))
+    plan = plan_of(str(tmp_path), "--accelerator", "h200", "-q", "ptpc_fp8", "-tp", "4", "--num-accelerators", "4")
+    assert plan.asked.fit is not None
+    assert plan.asked.fit.requests > 1
+    whole, part = (plan.question.subject.walk(plan.asked.variant, tp) for tp in (1, 4))
+    assert whole.problems == part.problems == []
+    experts = [sum(o.values for o in walk.operands if o.component == "experts") for walk in (whole, part)]
+    assert experts[0] == 4 * experts[1]
