@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights import loader as loader_module
 
+AS_STORED = replace(CPU, widened_dtype=None)  # a machine that multiplies weights as they are stored
 SIZES = dict(hidden_size=256, moe_intermediate_size=192, num_experts=32, num_experts_per_tok=2, num_hidden_layers=2)
 
 
@@ -45,12 +47,12 @@ def test_loading_takes_the_model_and_one_expert(
     if hoard:  # what the bound is there to find
         read = loader_module.read_weight
         monkeypatch.setattr(loader_module, "read_weight", lambda *args: kept.append(found := read(*args)) or found)
-    ops.bind(CPU)
+    ops.bind(AS_STORED)
     model = architecture.Model(
         architecture.Config.from_json(json.loads((path / "config.json").read_text())), TensorParallel(), 64
     )
     with Accounting() as accounting:
-        loader = Loader(SafetensorsSource(path), CPU, QuantRules(scheme), torch.bfloat16)
+        loader = Loader(SafetensorsSource(path), AS_STORED, QuantRules(scheme), torch.bfloat16)
         load(model, loader)
     kept.clear()
     finished, report = accounting.live, loader.report
