@@ -87,7 +87,8 @@ def _environment() -> Environment:
     import jinja2.exceptions
     import jinja2.ext
     import jinja2.utils
-    from jinja2.nodes import CallBlock, Node
+    from jinja2.compiler import CodeGenerator
+    from jinja2.nodes import CallBlock, Expr, Impossible, Node, TemplateData
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -116,7 +117,19 @@ def _environment() -> Environment:
                 raise jinja2.exceptions.SecurityError(f"a template may not set {name}")
             super().__setitem__(name, value)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    class WithoutFolding(CodeGenerator):
+        """Compiling computes nothing: constants such as 9**9**9 would be folded for ever where nobody can stop it."""
+
+        def _output_child_to_const(self, node: Expr, *_: Any) -> str:
+            if not isinstance(node, TemplateData):
+                raise Impossible
+            return node.data
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        code_generator_class = WithoutFolding
+        intercepted_binops = frozenset(("**", "*", "%"))  # or Python would fold them, and what wants a constant compute them
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

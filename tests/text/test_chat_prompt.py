@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
+from octavo.text.chat_template import render_chat
 from octavo.text.content_format import content_format
 from octavo.text.tokenizer import Tokenizer
 
@@ -93,3 +96,23 @@ def test_a_message_that_is_not_printed_cannot_go_on() -> None:
             {"role": "assistant", "content": "x"},
             continue_final_message=True,
         )
+
+
+def test_compiling_a_template_computes_nothing() -> None:
+    """Constants would be folded where nothing can stop it: at the start of a server."""
+    endless = ("9**9**9", "[9**9**9]", "9**9**9 if 9**9**9 else 2", "'a'|center(10**9)", "'a'|center(1000000000)")
+    large = ("'a' * 1000000000", "'%1000000000d' % 1", "'%1000000000d'|format(1)", "[0] * 1000000000")
+    templates = [f"{{{{ {one} }}}}" for one in (*endless, *large)]
+    templates += ["{% if 9**9**9 %}{% endif %}", "{% set x = 9**9**9 %}", "{% autoescape 9**9**9 %}{% endautoescape %}"]
+    code = f"""if True:
+        import resource
+        from octavo.text.chat_template import check_template
+        check_template("{{{{ 1 }}}}")
+        resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+        for template in {templates!r}:
+            check_template(template)
+    """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    folded = "{{ 2 * 3 }}{{ 'a' * 3 }}{{ 2**3 }}{{ '%d' % 5 }}{{ 7 % 4 }}<{{ 'x'|upper }}"
+    assert render_chat(folded, [], {}) == "6aaa853<X"
