@@ -45,11 +45,23 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     is_url = args.model is None or args.model.startswith(("http://", "https://"))
     backend: Backend = Remote(args.model or DEFAULT_URL, args.api_key) if is_url else Local(args, config)
     with closing(backend):
-        if sys.stdin.isatty():
+        if sys.stdin is not None and sys.stdin.isatty():
             _converse(backend, args)
-        elif text := sys.stdin.read().removesuffix("\n"):  # a pipe holds one prompt
+        elif text := _piped():
             _answer(backend, args, _first(args), text)
     return 0
+
+
+def _piped() -> str:
+    """The one prompt that a pipe or a file holds; none where there is no standard input at all."""
+    if sys.stdin is None:
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode().replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise OctavoError(f"The input is no UTF-8 (byte {error.start}); convert it first, with iconv for example.") from error
+    except OSError as error:
+        raise OctavoError(f"The input cannot be read: {error.strerror or error}.") from error
 
 
 def _first(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -115,21 +127,32 @@ class Remote:
     """A server at a URL. Only the standard library: a terminal needs no more."""
 
     def __init__(self, url: str, api_key: str | None = None):
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise OctavoError(f"{url} is no URL ({error}).") from error
         self._url = f"{parts.scheme}://{parts.netloc}"
         self._secure, self._host = parts.scheme == "https", parts.netloc
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        models = self._request("GET", "/v1/models").read()
-        self._model = json.loads(models)["data"][0]["id"]
+        try:
+            self._model = json.loads(self._request("GET", "/v1/models").read())["data"][0]["id"]
+        except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException) as error:
+            raise OctavoError(f"{url} is no server of OpenAI's API: it does not list its models.") from error
 
     def events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]:
         """The events of one request; closing the generator closes the connection, and the server aborts the request."""
         with closing(self._request("POST", path, {"model": self._model, **body})) as response:
-            for line in response:
-                data = line.removeprefix(b"data: ").strip()
-                if data and data != b"[DONE]":
-                    yield json.loads(data)
+            try:
+                for line in response:
+                    data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                    if data == b"[DONE]":
+                        return
+                    if data:
+                        yield json.loads(data)
+            except (ValueError, OSError, http.client.HTTPException):
+                pass  # as if it had ended
+        raise OctavoError(f"The answer of {self._url} broke off; the server may have ended.")
 
     def close(self) -> None:
         """Nothing is kept open between requests."""

@@ -1,0 +1,102 @@
+"""`octavo chat` fed by a pipe, at servers that are none, or that end in the middle."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from octavo.cli import main
+
+TOLD = b'data: {"choices":[{"index":0,"delta":{"content":"h\xc3\xa9"}}]}\n\n'
+
+
+class Handler(BaseHTTPRequestHandler):
+    models: ClassVar[bytes] = b'{"data": [{"id": "m"}]}'
+    answer: ClassVar[bytes] = TOLD + b": a comment\n\ndata: [DONE]\n\n"
+    asked: ClassVar[list[dict[str, object]]] = []
+
+    def do_GET(self) -> None:
+        self.send(self.models)
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send(self.answer)
+
+    def send(self, body: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Handler, "asked", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_pipe_holds_one_prompt(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(monkeypatch, "Grüße\nan alle\n".encode())
+    assert main(["chat", url]) == 0
+    assert Handler.asked[0]["messages"] == [{"role": "user", "content": "Grüße\nan alle"}]
+    assert capsys.readouterr().out == "hé\n"
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", "Grüße".encode("latin-1")])
+def test_bytes_that_are_no_text(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: bytes
+) -> None:
+    pipe(monkeypatch, data)
+    assert main(["chat", url]) == 1
+    assert "no UTF-8" in capsys.readouterr().err
+
+
+def test_no_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", url]) == 0
+    assert not Handler.asked
+
+
+@pytest.mark.parametrize("models", [b"<html>", b"", b"[]", b'{"data": []}', b'{"data": 5}', b"\xff"])
+def test_no_server_of_this_api(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], models: bytes
+) -> None:
+    monkeypatch.setattr(Handler, "models", models)
+    pipe(monkeypatch, b"hi")
+    assert main(["chat", url]) == 1
+    assert "is no server of OpenAI's API" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["http://[::1", "http://127.0.0.1:port", "http://"])
+def test_no_url(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    pipe(monkeypatch, b"hi")
+    assert main(["chat", wrong]) == 1
+    assert capsys.readouterr().err.startswith("octavo: ")
+
+
+@pytest.mark.parametrize("answer", [TOLD, TOLD + b'data: {"choi', TOLD + b"data: <html>\n"])
+def test_an_answer_that_breaks_off(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: bytes
+) -> None:
+    monkeypatch.setattr(Handler, "answer", answer)
+    pipe(monkeypatch, b"hi")
+    assert main(["chat", url]) == 1
+    told = capsys.readouterr()
+    assert told.out.startswith("hé")
+    assert "broke off" in told.err
