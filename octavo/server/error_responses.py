@@ -53,6 +53,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), error.param)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, _HTTP_SENTENCES.get(error.status_code, str(error.detail)))
+    if isinstance(error, RecursionError):  # JSON was read to a depth that a walk over it does not reach
+        return ApiError(400, "The request is nested too deeply.")
     if isinstance(error, OctavoError):  # the engine died, or could not go on with the request
         return ApiError(503, str(error), code="engine_unavailable")
     logger.error("a request failed\n%s", _traceback(error))

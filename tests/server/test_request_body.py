@@ -157,3 +157,17 @@ def test_memory_returns_after_huge_requests() -> None:
             time.sleep(0.2)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("depth", [200, 250, 300, 350, 400, 450])
+def test_what_is_nested_too_deeply_to_be_walked_over(client: Client, depth: int) -> None:
+    """JSON is read to a depth that what walks over a schema does not reach."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    for body in ({"tools": [tool], "tool_choice": "required"}, {"tools": [tool]}, {"guided_json": schema}):
+        response = client.post("/v1/chat/completions", {**asked, **body})
+        assert response.status_code in (200, 400), response.text
+        assert response.status_code == 200 or response.json()["error"]["message"].endswith(".")
