@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,30 @@ __all__ = ["Generator", "Sent"]
 LONG = 20_000  # characters of a long text
 MANY = 3_000  # items of a long list
 DEEP = 3_000  # levels of a nested value
-BODY = 400_000  # bytes, at most
+# The same of the few huge requests: what the server bounds, and more.
+HUGE_LONG = 5_000_000
+HUGE_MANY = 1_000_000
+HUGE_DEEP = 100_000
+HUGE = 1 / 50  # of the requests
+BODY = 33 * 2**20  # bytes, at most: the server reads 32 MiB
 
 TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
 }
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "integer"}}, "required": ["a"]}
+
+
+def _nested(depth: int, opening: str, closing: str) -> Any:
+    return json.loads(opening * depth + '{"type":"string"}' + closing * depth)
+
+
+SCHEMAS = [
+    _nested(depth, opening, closing)
+    for depth in (50, 250, 400, 800)
+    for opening, closing in (('{"type":"object","properties":{"a":', "}}"), ('{"anyOf":[', "]}"), ('{"a":', "}"))
+    if depth * len([one for one in opening if one in "{["]) <= 800  # Python's own reader goes little deeper
+]
 ENDPOINTS = {
     "/v1/completions": {"prompt": "def read(self", "max_tokens": 3},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
@@ -54,12 +72,14 @@ LIKELY: dict[str, list[Any]] = {
     "allowed_token_ids": [[70, 71], list(range(4096)), [0]],
     "guided_choice": [["yes", "no"], [f"choice {i}" for i in range(MANY)]],
     "guided_regex": ["[ab]+", "a{3000}", "(a|b)*a(a|b){12}", "((a{50}){50}){50}", "a{300000}", "(", ".*.*.*x"],
-    "guided_json": [SCHEMA, {"enum": list(range(MANY))}, {"$ref": "#"}, {"const": "a" * LONG}, "{}", True],
+    "guided_json": [*SCHEMAS, SCHEMA, {"enum": list(range(MANY))}, {"$ref": "#"}, {"const": "a" * LONG}, "{}", True],
     "guided_grammar": ['start: "a"+', "start: /a", 'start: a\na: a a | "x"', "start: " + '"a" ' * MANY],
     "structured_outputs": [{"regex": "[0-9]{2}"}, {"choice": ["a", "b"]}, {"json": SCHEMA, "regex": "a"}]
     + [{name: "x"} for name in STRUCTURED_OUTPUTS],
     "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, {}],
-    "tools": [[TOOL], [TOOL] * 200, [{"type": "function", "function": {"name": ""}}]],
+    "tools": [[TOOL], [TOOL] * 200]
+    + [[{"type": "function", "function": {"name": "f", "parameters": schema}}] for schema in SCHEMAS]
+    + [[{"type": "function", "function": {"name": ""}}]],
     "tool_choice": ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}],
     "prompt": ["x", ["a", "b"] * 20, [5, 6, 7], [[5], [6]], "x " * 400, [5] * 1000, [[5]] * 300],
     "messages": [
@@ -72,6 +92,51 @@ LIKELY: dict[str, list[Any]] = {
     "request_id": ["x", "a b", "x" * 1000],
     "cache_salt": ["s", "", "x" * 2000],
     "tokens": [[70] * 5000, [-1], [10**9]],
+}
+
+
+# What they have in a field: at a bound and over it. Made when asked for: each takes megabytes.
+HUGE_VALUES: dict[str, list[Callable[[], Any]]] = {
+    "n": [lambda: 128],
+    "logprobs": [lambda: 20],
+    "prompt_logprobs": [lambda: 20],
+    "stop": [lambda: [f"{i:064}" for i in range(256)], lambda: [f"never {i}" for i in range(10_000)], lambda: "a" * 16_384],
+    "stop_token_ids": [lambda: list(range(4096)), lambda: list(range(HUGE_MANY))],
+    "logit_bias": [lambda: {str(i): 1e-9 * i for i in range(4096)}, lambda: {str(i): 0 for i in range(200_000)}],
+    "bad_words": [lambda: [f"w{i}" for i in range(1024)], lambda: ["a " * 8000], lambda: ["x"] * HUGE_MANY],
+    "allowed_token_ids": [lambda: list(range(4096)), lambda: [5] * HUGE_MANY],
+    "guided_choice": [lambda: [f"choice {i}" for i in range(25_000)], lambda: ["ab" * 10**5] * 2, lambda: ["x"] * HUGE_MANY],
+    "guided_regex": [lambda: "(" + "|".join(f"w{i}" for i in range(50_000)) + ")", lambda: "a?" * 5000 + "a" * 5000],
+    "guided_json": [
+        lambda: {"enum": list(range(60_000))},
+        lambda: {"enum": list(range(HUGE_MANY))},
+        lambda: {"const": "a" * 500_000},
+        lambda: {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(10_000)}},
+        lambda: {"anyOf": [{"type": "object", "properties": {f"p{i}": {"const": i}}} for i in range(8000)]},
+    ],
+    "guided_grammar": [lambda: "start: " + " | ".join(f'"w{i}"' for i in range(40_000))],
+    "tools": [
+        lambda: [{"type": "function", "function": {"name": f"f{i}", "parameters": SCHEMA}} for i in range(4096)],
+        lambda: [TOOL] * 50_000,
+    ],
+    "prompt": [
+        lambda: "word " * 1_000_000,
+        lambda: " ".join(f"w{i}x" for i in range(600_000)),
+        lambda: "a" * HUGE_LONG,
+        lambda: [[5]] * 4096,
+        lambda: [[5]] * 32,
+        lambda: [[7] * 1000] * 50,
+        lambda: [[7] * 100_000] * 10,
+        lambda: ["x"] * 100_000,
+    ],
+    "messages": [
+        lambda: [{"role": "user", "content": "x " * 1_000_000}],
+        lambda: [{"role": "user", "content": "x"}] * 100_000,
+        lambda: [{"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}],
+    ],
+    "chat_template_kwargs": [lambda: {f"k{i}": i for i in range(200_000)}],
+    "tokens": [lambda: [70] * 2**17, lambda: [70] * HUGE_MANY],
+    "user": [lambda: [[]] * 10_000_000],
 }
 
 
@@ -89,18 +154,21 @@ class Generator:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
+        self.long, self.many, self.deep = LONG, MANY, DEEP  # of the request that is made
 
     def request(self) -> Sent:
         """The next one."""
         pick = self.random
         path = pick.choice([*ENDPOINTS, "/v1/completions", "/v1/chat/completions"])
+        huge = pick.random() < HUGE
+        self.long, self.many, self.deep = (HUGE_LONG, HUGE_MANY, HUGE_DEEP) if huge else (LONG, MANY, DEEP)
         body: dict[str, Any] = dict(ENDPOINTS[path])
         body["stream"] = pick.random() < 0.4
         names = []
         for _ in range(pick.choice((1, 1, 1, 2, 3, 6))):
-            name = pick.choice(FIELDS[path])
+            name = pick.choice([one for one in FIELDS[path] if one in HUGE_VALUES] if huge else FIELDS[path])
             names.append(name)
-            likely = LIKELY.get(name)
+            likely = [pick.choice(HUGE_VALUES[name])()] if huge else LIKELY.get(name)
             body[name] = pick.choice(likely) if likely and pick.random() < 0.7 else self.value()
         for name in pick.sample(sorted(body), k=pick.random() < 0.03):
             del body[name]
@@ -121,12 +189,12 @@ class Generator:
             return pick.choice(([], {}, [[]], "", [None], {"": None}))
         if kind < 10:
             if depth == 0 and pick.random() < 0.2:
-                return [pick.choice((0, -1, "x", None, 0.5, [], {}, [5], {"a": 1}))] * MANY
+                return [pick.choice((0, -1, "x", None, 0.5, [], {}, [5], {"a": 1}))] * self.many
             return [self.value(depth + 1) for _ in range(pick.choice((1, 2, 5)))]
         if kind == 10:
             return {self.text()[:50]: self.value(depth + 1) for _ in range(pick.choice((1, 2, 5)))}
         value: Any = pick.choice(("x", 1, None))
-        for _ in range(pick.choice((3, 30, 300, DEEP))):
+        for _ in range(pick.choice((3, 30, 300, self.deep))):
             value = [value] if pick.random() < 0.5 else {"a": value}
         return value
 
@@ -137,7 +205,7 @@ class Generator:
             ("abc ", "\u0000\u0001\x7f", "é世界👩‍👩‍👧", "\u202e\ufeff\u2028", "\ud800\udc00\udfff", '"\\\n', "{%}[]<|>")
         )
         unit = "".join(pick.choice(letters) for _ in range(pick.randrange(1, 12)))
-        return unit * pick.choice((1, 1, 1, 10, LONG // len(unit)))
+        return unit * pick.choice((1, 1, 1, 10, self.long // len(unit)))
 
     def _encoded(self, body: dict[str, Any]) -> bytes:
         pick = self.random
@@ -154,4 +222,4 @@ def _dumped(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=len(body) % 2 == 0).encode("utf-8", "surrogatepass")
     except RecursionError:  # deeper than Python itself would write
-        return b'{"prompt":' + b"[" * DEEP + b"]" * DEEP + b"}"
+        return b'{"prompt":' + b"[" * HUGE_DEEP + b"]" * HUGE_DEEP + b"}"

@@ -20,7 +20,7 @@ from server.processes import Server
 from bench.bystander import Bystander
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "3000"))
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "45"))  # after which no further request is sent: a machine may be busy
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "35"))  # after which no further request is sent: a machine may be busy
 CEILING = 2.0  # seconds that the bystander ever waits for a token
 CLIENTS = 2
 FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--threads", "1", "--cpu-kv-cache-gib", "0.1")
