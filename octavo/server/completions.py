@@ -23,6 +23,8 @@ __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_SEQUENCES = 4096  # of one request: prompts times n
+WAITING = 2**14  # tokens of one request's prompts that wait in the engine's queue at a time, and hold up other requests
+_SEQUENCE = 16  # what each of a prompt's n sequences adds to its tokens: the first step of one
 
 
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
@@ -154,7 +156,8 @@ class _Job:
         return {**self.head, "choices": [choices[i] for i in sorted(choices)], "usage": self.usage.dict()}
 
     async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(merge(self.streams)) as merged:
+        costs = [len(prompt) + _SEQUENCE * self.params.n for prompt in self.prompts]
+        async with aclosing(merge(self.streams, costs, WAITING)) as merged:
             async for number, delta in merged:
                 if self.only_score:
                     delta = replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length", stop_reason=None)

@@ -183,30 +183,51 @@ def _clean(request_id: str) -> str:
     return re.sub(r"[^\x21-\x7e]", "", request_id)[:128]
 
 
-async def merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[tuple[int, Any], None]:
-    """The items of several generators as they come, each with its generator's number. Closing it closes them all."""
+async def merge(
+    streams: Sequence[AsyncGenerator[Any, None]], costs: Sequence[int], most: int
+) -> AsyncGenerator[tuple[int, Any], None]:
+    """The items of several generators as they come, each with its generator's number. Closing it closes them all.
+
+    One is begun only when those begun before it that have brought nothing yet cost at most `most` together with it: all at once
+    would stand in the engine's queue before whatever other clients send meanwhile.
+    """
     if len(streams) == 1:  # the usual case needs no queue
         async with aclosing(streams[0]) as only:
             async for item in only:
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue()
+    tasks: list[asyncio.Task[None]] = []
+    silent: dict[int, int] = {}  # number -> cost of those that have brought nothing yet
+    room = asyncio.Event()
+
+    def heard(number: int) -> None:
+        if silent.pop(number, None) is not None:
+            room.set()
 
     async def pump(number: int, items: AsyncGenerator[Any, None]) -> None:
         try:
             async with aclosing(items):
                 async for item in items:
+                    heard(number)
                     queue.put_nowait((number, item, None))
             queue.put_nowait((number, None, None))
         except Exception as error:
             queue.put_nowait((number, None, error))
+        heard(number)
 
-    tasks: list[asyncio.Task[None]] = []
-    try:
+    async def begin() -> None:
         for number, items in enumerate(streams):
+            while silent and sum(silent.values()) + costs[number] > most:
+                room.clear()
+                await room.wait()
+            silent[number] = costs[number]
             tasks.append(asyncio.create_task(pump(number, items)))
-            await asyncio.sleep(0)  # starting hundreds takes time that other streams need
-        running = len(tasks)
+            await asyncio.sleep(0)  # beginning hundreds takes time that other streams need
+
+    tasks.append(asyncio.create_task(begin()))
+    running = len(streams)
+    try:
         while running:
             number, item, error = await queue.get()
             if error is not None:
@@ -216,6 +237,7 @@ async def merge(streams: Sequence[AsyncGenerator[Any, None]]) -> AsyncGenerator[
             else:
                 yield number, item
     finally:
+        tasks[0].cancel()  # it adds others
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
