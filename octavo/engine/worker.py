@@ -51,14 +51,14 @@ def engine_core(config: EngineConfig, progress: Progress) -> Core:
 
 def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None) -> None:
     """The main function of the engine process. Ends when told to, when a step fails, or when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd reach the whole group; the parent decides what it means
+        signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Message] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     try:
         core = _load(config, connection, make_core or engine_core)
         if core is None:
             sys.exit(1)
-        signal.signal(signal.SIGTERM, lambda *_: inbox.put(("shutdown",)))
         gc.collect()
         gc.freeze()  # the model lives as long as the process; the collector need not walk it in the middle of a step
         _serve(core, inbox, connection)

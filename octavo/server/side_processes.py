@@ -136,7 +136,8 @@ def side_processes() -> SideProcesses:
 def work(handle: int) -> None:
     """The main function of a process: does what the pipe brings, until that is closed or the process has grown large."""
     connection = Connection(handle)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd reach the whole group; the parent decides what it means
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # not on every system
         _, most = resource.getrlimit(resource.RLIMIT_AS)

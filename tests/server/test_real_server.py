@@ -181,12 +181,17 @@ def test_an_occupied_port_and_a_wrong_path(server: Server, tmp_path: Path) -> No
     assert server.get("/health")[0] == 200
 
 
-def test_sigterm_while_streaming() -> None:
+@pytest.mark.parametrize("everybody", [False, True])
+def test_sigterm_while_streaming(everybody: bool) -> None:
+    """systemd sends it to every process of a unit, and that of the server decides what it means."""
     server = Server(*FLAGS)
     try:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, **{**LONG, "max_tokens": 300})
             next(iter(stream))
+            if everybody:
+                os.kill(_engine_of(server), signal.SIGTERM)
+                next(iter(stream))
             server.signal(signal.SIGTERM)
             assert list(stream)[-1].choices[0].finish_reason == "length"
             assert server.end() == 0
