@@ -145,6 +145,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         args.model = args.target
     elif args.target not in (None, args.model):
         raise OctavoError(f"Two models were given, {args.target} and --model {args.model}; give one.")
+    if args.model is not None and not args.model.strip():  # such as an unset variable of a shell
+        raise OctavoError("The model's name is empty; give a checkpoint directory, or nothing at all for the demo model.")
     given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
     if "model" in given:
         given["model"] = snapshot_of(given["model"], args.revision)

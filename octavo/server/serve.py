@@ -103,6 +103,8 @@ def read_template(given: str | None) -> str | None:
     """The text of --chat-template, which names a file or is the template."""
     if given is None or "{" in given:
         return given
+    if Path(given).exists() and not Path(given).is_file():
+        raise OctavoError(f"--chat-template {given} is no file; give a file, or the template itself.")
     if (text := read_text(Path(given))) is None:
         raise OctavoError(f"--chat-template {given} cannot be read: there is no such file; or give the template itself.")
     return text

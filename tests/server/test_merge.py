@@ -58,10 +58,14 @@ def test_one_that_fails_ends_all() -> None:
         of = Streams(6, wrong=1)
         for _ in range(2):
             of.go.release()
-        with pytest.raises(InvalidRequest):
+
+        async def read() -> None:
             async with aclosing(merge(of.streams, [1] * 6, 4)) as merged:
                 async for _ in merged:
                     pass
+
+        with pytest.raises(InvalidRequest):
+            await read()
         begun = list(of.begun)
         await asyncio.sleep(0.01)
         assert of.begun == begun  # nothing begins any more
