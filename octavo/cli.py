@@ -71,10 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (told := shortage(error)) is None:
+        told = shortage(error) or (_of_system(error) if isinstance(error, OSError) else None)
+        if told is None:
             raise
         print(f"octavo: {told}", file=sys.stderr)
         return 1
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused: a name that is too long, a full disk behind standard output."""
+    name = f": {error.filename}" if error.filename is not None else ""
+    return f"{error.strerror or error}{name[:200]}."
 
 
 def _mode_first(arguments: list[str], modes: Sequence[str]) -> list[str]:

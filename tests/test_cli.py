@@ -69,6 +69,7 @@ def test_flags(line: str, name: str, value: object) -> None:
         ("serve --chat-template /nowhere --port 0", 1, "octavo: --chat-template /nowhere cannot be read"),
         ("serve --chat-template /dev/zero --port 0", 1, "octavo: --chat-template /dev/zero is no file"),
         ("serve --chat-template / --port 0", 1, "octavo: --chat-template / is no file"),
+        (f"quantize -o /tmp/{'a' * 300}", 1, "octavo: File name too long: /tmp/aaa"),
         ("serve --model= --port 0", 1, "octavo: The model's name is empty"),
         ("serve --port 99999", 2, "argument --port: invalid port value: '99999'"),
         ("serve --host 203.0.113.1", 1, "octavo: Cannot listen on 203.0.113.1 port 8000"),
