@@ -116,10 +116,48 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
         assert costs.moved(tokens, 1) == pytest.approx(others + experts * reached)
 
 
-def test_the_published_names_are_of_these_numbers() -> None:
-    known = known_config("Qwen3-30B-A3B")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"),
+        ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        ("GLM-4.5", "zai-org/GLM-4.5"),
+        ("MiniMax-M2", "MiniMaxAI/MiniMax-M2"),
+    ],
+)
+def test_the_published_names_are_of_these_numbers(name: str, said: str) -> None:
+    known = known_config(said)
     assert known is not None
-    assert subject_of(known[1]).base.operands == subject_of(QWEN3_30B).base.operands
+    promised = known[1].get("quantization_config")
+    assert bool(promised) == (name == "MiniMax-M2")
+    plain = {key: value for key, value in known[1].items() if key != "quantization_config"}
+    theirs = subject_of(PUBLISHED[name][0])
+    assert subject_of(plain).base.operands == theirs.base.operands
+    assert subject_of(plain).longest == theirs.longest
+    by_name = subject_of(known[1]).base
+    assert by_name.parameters() == theirs.base.parameters()
+    assert {o.form for o in by_name.operands if o.component == "experts"} == {"fp8_block" if promised else "bf16"}
+    assert {o.form for o in by_name.operands if o.component == "router"} <= {"bf16", "float32"}
+
+
+# GB in BF16, which is the baseline: 2 bytes a parameter (4 of a router's correction); GB and percent in ptpc_fp8 and fp8_block.
+SIZES = {
+    "Qwen3-30B-A3B": "61.1 | 31.3 (51.2%) | 31.2 (51.1%)",
+    "Mixtral-8x7B": "93.4 | 47.0 (50.3%) | 47.0 (50.3%)",
+    "GLM-4.5": "705.6 | 354.9 (50.3%) | 354.5 (50.2%)",
+    "MiniMax-M2": "457.4 | 230.4 (50.4%) | 230.0 (50.3%)",
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_sizes_that_the_readme_gives(name: str) -> None:
+    subject = subject_of(PUBLISHED[name][0])
+    stored = [subject.walk(Variant(s, False, "auto"), 1).total("stored") for s in ("bf16", "ptpc_fp8", "fp8_block")]
+    quantized = (f"{n / 1e9:.1f} ({100 * n / stored[0]:.1f}%)" for n in stored[1:])
+    assert " | ".join([f"{stored[0] / 1e9:.1f}", *quantized]) == SIZES[name]
+    counts = f"{subject.base.total('values') / 1e9:.1f} B | {subject.base.active / 1e9:.1f} B"
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"| {name} | {counts} | {SIZES[name]} |" in readme
 
 
 def test_what_is_served_is_not_described_twice() -> None:

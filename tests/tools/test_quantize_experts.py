@@ -150,11 +150,16 @@ def test_tokens_are_the_same_online_and_offline(tmp_path: Path) -> None:
     run(tmp_path / "model", tmp_path / "out")
     how: dict[str, Any] = dict(device="cpu", threads=1, cpu_kv_cache_gib=0.05)
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    online = {"quantization": "ptpc_fp8"}
+    saved = online | {"save_quantized": str(tmp_path / "saved")}
     made = [
         LLM(path, **how, **more).generate([tokens(30)], params, use_tqdm=False)[0].outputs[0].token_ids
-        for path, more in ((tmp_path / "model", {"quantization": "ptpc_fp8"}), (tmp_path / "out", {}))
+        for path, more in ((tmp_path / "model", online), (tmp_path / "out", {}), (tmp_path / "model", saved))
     ]
-    assert made[0] == made[1]
+    assert made[0] == made[1] == made[2]
+    written = [tensors_of(tmp_path / name) for name in ("out", "saved")]
+    assert written[0].keys() == written[1].keys()
+    assert all(in_bytes(w) == in_bytes(written[1][name]) for name, w in written[0].items())
     assert len(set(made[0])) > 3
 
 
