@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from octavo import LLM
 from octavo.quant import SCHEMES, QuantRules, dequantize, quantize
-from octavo.tools.compare import layer_errors, loss_table
+from octavo.tools.compare import html_report, layer_errors, loss_table
 from octavo.tools.compare.compare import compare
 from octavo.tools.compare.layer_errors import LayerError, Sensitivity, ignore_list, worth_keeping
 
@@ -131,6 +132,9 @@ def test_the_stack_that_is_bad_to_quantize_is_first(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert out[out.index("costs most") :].splitlines()[3].split()[0] == pattern, out
     assert f"--quantization-ignore '{pattern}'" in out
+    page = html_report.render(found)
+    assert f"<td>{pattern}</td>" in page
+    assert f"--quantization-ignore {html.escape(repr(pattern))}<" in page  # which a shell hands on as it is
     llm = LLM(hurt, quantization="ptpc_fp8", quantization_ignore=found.ignore, device="cpu", threads=1, cpu_kv_cache_gib=0.01)
     del llm  # the pattern is one of this model's
 
