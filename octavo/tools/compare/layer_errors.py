@@ -258,5 +258,5 @@ def _most(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
 
 
 def ignore_list(layers: Sequence[Sensitivity]) -> tuple[str, ...]:
-    """The names for `--quantization-ignore`: every module of every stack, so that peers read it too."""
+    """The names for `--quantization-ignore`: every module of every stack, so that peers read it too; of experts a glob."""
     return tuple(name for layer in layers for name in layer.names)
