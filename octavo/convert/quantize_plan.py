@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from octavo.errors import OctavoError
@@ -84,6 +85,10 @@ class Plan:
         self.checkpoint, self.reader, self.config, self.rules = checkpoint, reader, config, rules
         self.modules = {name for tensor in checkpoint.tensors.values() if (name := _module(tensor))}
         self.scaled = {name for name in self.modules if self._is_stored_quantized(name)}
+        self.operands: dict[str, list[str]] = {}
+        for name in sorted(self.modules):
+            self.operands.setdefault(_operand(name), []).append(name)
+        self.scheme_of = cache(self._scheme_of)
         self.files = {file: list(self._pieces(tensors)) for file, tensors in checkpoint.files.items()}
         self.pieces = [piece for pieces in self.files.values() for piece in pieces]
         self._check()
@@ -112,18 +117,15 @@ class Plan:
             return Piece(tensor)
         shape = stored_shape(self.reader, module)
         stored = stored_scheme(self.reader, module, shape)
-        asked = self.rules.scheme_for(self._stack(module), is_head=last == "lm_head" and not quantized)
+        asked = self.scheme_of(_operand(module), is_head=last == "lm_head" and not quantized)
         if not quantized and asked.dtype is WeightDType.BF16:
             return Piece(tensor)
         if not shape[0] * shape[1]:
             return Piece(tensor)
         return Piece(tensor, module, shape, asked, stored, tensor.name.endswith("_packed"))
 
-    def _stack(self, module: str) -> list[str]:
-        """The modules that engines stack with this one."""
-        parent, dot, last = module.rpartition(".")
-        names = next((stack for stack in STACKS if last in stack), (last,))
-        return [name for part in names if (name := parent + dot + part) in self.modules]
+    def _scheme_of(self, operand: str, is_head: bool) -> Scheme:
+        return self.rules.scheme_for(self.operands[operand], is_head=is_head)
 
     def _check(self) -> None:
         self.rules.check_used()
@@ -215,6 +217,13 @@ def _module(tensor: StoredTensor) -> str:
     """The module whose matrix this tensor is, "" for other tensors."""
     name, _, end = tensor.name.rpartition(".")
     return name if end in ("weight", "weight_packed") and len(tensor.shape) == 2 else ""
+
+
+def _operand(module: str) -> str:
+    """A name for the operand that engines make of this module and others: of its stack, and of all experts of a layer."""
+    parent, dot, last = module.rpartition(".")
+    stack = next((stack for stack in STACKS if last in stack), (last,))
+    return re.sub(r"\.experts\.\d+$", ".experts.*", parent) + dot + "/".join(stack)
 
 
 def _names(modules: list[str]) -> str:

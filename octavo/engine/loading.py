@@ -99,8 +99,9 @@ def drop(model: Model) -> None:
 
 def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
     """One line a role and scheme, and what they take together."""
+    width = max(10, *(len(role) for role, _ in report.groups))
     lines = [
-        f"  {role:<10} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
         for (role, scheme), g in sorted(report.groups.items())
         if g.stored  # a tied head stores nothing
     ]

@@ -68,6 +68,17 @@ def _mla(model_type: str, heads: int, experts: int, dense_layers: int, vocab: in
     }  # fmt: skip
 
 
+_MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+_GLM = {
+    "moe_intermediate_size": 1536, "n_routed_experts": 160, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "first_k_dense_replace": 3, "use_qk_norm": True,
+    "attention_bias": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+_MINIMAX = {
+    "num_local_experts": 256, "num_experts_per_tok": 8, "rotary_dim": 64, "use_qk_norm": True, "qk_norm_type": "per_layer",
+    "scoring_func": "sigmoid", "use_routing_bias": True, "rope_theta": 5e6, "num_mtp_modules": 3,
+    "quantization_config": FP8_BLOCKS,
+}  # fmt: skip
 _DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 163840, 1) | {"quantization_config": FP8_BLOCKS}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _KIMI_VISION = {
@@ -83,6 +94,7 @@ KNOWN: dict[str, Config] = {
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True),
     "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
     "Mistral-7B-v0.3": _dense("mistral", 4096, 14336, 32, 32, 8, 32768, 32768) | {"rms_norm_eps": 1e-5},
+    "Mixtral-8x7B-v0.1": _dense("mixtral", 4096, 14336, 32, 32, 8, 32000, 32768) | _MIXTRAL,
     "Qwen2.5-7B": _dense("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768),  # the length is -Instruct's; the base has more
     "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 40960) | {"tie_word_embeddings": True},
     "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 40960),
@@ -91,6 +103,8 @@ KNOWN: dict[str, Config] = {
     "Qwen3-VL-8B": _qwen_vl(_qwen("qwen3_vl", 4096, 12288, 36, 32, 8, 262144)),
     "Qwen3-VL-30B-A3B": _qwen_vl(_qwen("qwen3_vl_moe", 2048, 6144, 48, 32, 4, 262144, moe=768)),
     "Qwen3-VL-235B-A22B": _qwen_vl(_qwen("qwen3_vl_moe", 4096, 12288, 94, 64, 4, 262144, moe=1536)),
+    "GLM-4.5": _dense("glm4_moe", 5120, 12288, 92, 96, 8, 151552, 131072) | _GLM,
+    "MiniMax-M2": _dense("minimax_m2", 3072, 1536, 62, 48, 8, 200064, 196608) | _MINIMAX,
     "DeepSeek-V3": _DEEPSEEK,
     "DeepSeek-R1": _DEEPSEEK,
     "DeepSeek-V3.2": _DEEPSEEK | _INDEXER,
@@ -121,4 +135,4 @@ def unknown_model(name: str) -> OctavoError:
 def _plain(name: str) -> str:
     """meta-llama/Meta-Llama-3.1-405B-Instruct -> llama-3.1-405b"""
     last = name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
-    return re.sub(r"-(instruct|chat|exp)$", "", last)
+    return re.sub(r"-(instruct|chat|exp)(?=$|-v[\d.]+$)", "", last)

@@ -18,8 +18,8 @@ class QuantRules:
     """The scheme asked for and the modules that it leaves out.
 
     A pattern is a module's checkpoint name ("model.layers.0.mlp.down_proj"), a trailing part of one ("down_proj"), a glob
-    ("model.layers.0.*") or "re:" and a regular expression that must match from the name's start, as compressed-tensors
-    has it. Raises OctavoError for a regular expression that does not compile.
+    of either ("model.layers.0.*", "experts.*.down_proj") or "re:" and a regular expression that must match from the name's
+    start, as compressed-tensors has it. Raises OctavoError for a regular expression that does not compile.
     """
 
     scheme: Scheme = BF16
@@ -61,4 +61,6 @@ class QuantRules:
 def _matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)

@@ -48,10 +48,10 @@ class LoadReport:
 
 
 def role_of(path: str) -> str:
-    """attention, experts, router, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
+    """attention, experts, shared experts, router, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
     roles = {
-        "attention": "attn", "experts": ".experts.", "router": ".gate.", "mlp": "mlp", "embedding": "embed",
-        "lm_head": "lm_head",
+        "attention": "attn", "experts": ".experts.", "shared experts": ".shared_experts.", "router": ".gate.", "mlp": "mlp",
+        "embedding": "embed", "lm_head": "lm_head",
     }  # fmt: skip
     if path.endswith("e_score_correction_bias"):
         return "router"

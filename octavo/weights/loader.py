@@ -10,7 +10,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Loader:
     tied_head: bool = False  # whether the model's head multiplies by its embedding
     embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a head tied to one
 
-    def at(self, path: str) -> Loader:
+    def at(self, path: str) -> Self:
         return replace(self, prefix=f"{path}." if path else "")
 
     def has(self, name: str) -> bool:

@@ -36,7 +36,7 @@ print((run(range(101, 1001)) - first) >> 20)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_kernels_for_every_length_of_a_prompt_are_not_kept() -> None:
     """Without a bound these grew by 369 MiB."""
     env = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}

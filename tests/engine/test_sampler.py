@@ -18,9 +18,14 @@ from octavo.platform import detect
 
 PLATFORM = detect()
 VOCAB, DRAWS, DEVICE = 40, 10_000, PLATFORM.device
-ops.bind(PLATFORM)
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def bound() -> None:
+    """Another module's tests may have bound a CPU's ops, which GPU memory would crash."""
+    ops.bind(PLATFORM)
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow], *histories) -> torch.Tensor:

@@ -13,11 +13,12 @@ from models.test_logits import CASES, randomize
 from ranks import run_ranks
 
 import octavo.models
-from octavo import LLM, SamplingParams, batch
+from octavo import LLM, SamplingParams, batch, ops
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
 from octavo.errors import OctavoError
 from octavo.models.interface import ModelInput, StageState
+from octavo.platform import Platform
 
 
 @pytest.fixture
@@ -112,6 +113,7 @@ def test_stages_give_the_whole_models_logits(case: str, tmp_path: Path, load_mod
 
 def test_the_argmax_over_ranks() -> None:
     """Of equal logits the first wins, and NaN counts as the largest: as on one rank. Rows past the vocabulary never win."""
+    ops.bind(Platform(torch.device("cpu"), "test"))
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     logits[1, [2, 7]] = 9.0
     logits[2, [4, 9]] = 9.0

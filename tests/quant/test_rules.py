@@ -22,6 +22,9 @@ DOWN = "model.layers.0.mlp.down_proj"
         ("re:model.layers.0", DOWN, "language.model.layers.0"),  # from the start, as compressed-tensors has it
         (r"re:.*\.(0|3)\.mlp", "model.layers.3.mlp.up_proj", "model.layers.30.mlp.up_proj"),
         ("lm_head", "lm_head", "lm_head_2"),
+        ("mlp.experts.*.down_proj", "model.layers.0.mlp.experts.11.down_proj", "model.layers.0.mlp.experts.11.up_proj"),
+        ("experts.*", "model.layers.0.mlp.experts.1.up_proj", "model.layers.0.mlp.shared_experts.up_proj"),
+        ("*.down_proj", DOWN, "model.layers.0.mlp.quick_down_proj"),
     ],
 )
 def test_patterns(pattern: str, hit: str, miss: str) -> None:

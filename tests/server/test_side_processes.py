@@ -17,10 +17,16 @@ from octavo.server.side_processes import SideProcesses
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
-LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
 DOUBLING = "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
 TEMPLATES = {
-    "loops": (LOOPS, "Rendering the chat template takes more than 3 s of computing, which is not allowed."),
+    "loops": (  # what comes first, the end of its time or of its memory, depends on the machine
+        LOOPS,
+        (
+            "Rendering the chat template takes more than 3 s of computing, which is not allowed.",
+            "The chat template cannot render these messages: MemoryError",
+        ),
+    ),
     "a constant": ('{{ "a" * 10**10 }}', "The chat template cannot render these messages: MemoryError"),
     "a product": ("{{ messages[0].content * 10**9 }}", "The chat template cannot render these messages: MemoryError"),
     "doubling": (DOUBLING + "{{ ns.s }}", "The chat template cannot render these messages: MemoryError"),

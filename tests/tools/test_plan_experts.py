@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import LoadModel
+from models.test_moe_quantized import FAMILIES, tiny
+from safetensors.torch import load_file, save_file
 from tools.planner import plan_of
 from tools.test_plan_sizes import subject_of
+from torch import Tensor
 
+from octavo.errors import OctavoError
 from octavo.models import MODEL_TYPES
 from octavo.models.published import known_config
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QuantRules
+from octavo.tools.plan.explain import groups, refusals
+from octavo.tools.plan.plan import show
 from octavo.tools.plan.roofline import Costs
 from octavo.tools.plan.subject import Variant
 from octavo.tools.plan.unserved import UNSERVED
+from octavo.tools.quantize.quantize import quantize_checkpoint
 
 QWEN3_30B: dict[str, Any] = dict(
     model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
@@ -106,10 +116,48 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
         assert costs.moved(tokens, 1) == pytest.approx(others + experts * reached)
 
 
-def test_the_published_names_are_of_these_numbers() -> None:
-    known = known_config("Qwen3-30B-A3B")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"),
+        ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        ("GLM-4.5", "zai-org/GLM-4.5"),
+        ("MiniMax-M2", "MiniMaxAI/MiniMax-M2"),
+    ],
+)
+def test_the_published_names_are_of_these_numbers(name: str, said: str) -> None:
+    known = known_config(said)
     assert known is not None
-    assert subject_of(known[1]).base.operands == subject_of(QWEN3_30B).base.operands
+    promised = known[1].get("quantization_config")
+    assert bool(promised) == (name == "MiniMax-M2")
+    plain = {key: value for key, value in known[1].items() if key != "quantization_config"}
+    theirs = subject_of(PUBLISHED[name][0])
+    assert subject_of(plain).base.operands == theirs.base.operands
+    assert subject_of(plain).longest == theirs.longest
+    by_name = subject_of(known[1]).base
+    assert by_name.parameters() == theirs.base.parameters()
+    assert {o.form for o in by_name.operands if o.component == "experts"} == {"fp8_block" if promised else "bf16"}
+    assert {o.form for o in by_name.operands if o.component == "router"} <= {"bf16", "float32"}
+
+
+# GB in BF16, which is the baseline: 2 bytes a parameter (4 of a router's correction); GB and percent in ptpc_fp8 and fp8_block.
+SIZES = {
+    "Qwen3-30B-A3B": "61.1 | 31.3 (51.2%) | 31.2 (51.1%)",
+    "Mixtral-8x7B": "93.4 | 47.0 (50.3%) | 47.0 (50.3%)",
+    "GLM-4.5": "705.6 | 354.9 (50.3%) | 354.5 (50.2%)",
+    "MiniMax-M2": "457.4 | 230.4 (50.4%) | 230.0 (50.3%)",
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_sizes_that_the_readme_gives(name: str) -> None:
+    subject = subject_of(PUBLISHED[name][0])
+    stored = [subject.walk(Variant(s, False, "auto"), 1).total("stored") for s in ("bf16", "ptpc_fp8", "fp8_block")]
+    quantized = (f"{n / 1e9:.1f} ({100 * n / stored[0]:.1f}%)" for n in stored[1:])
+    assert " | ".join([f"{stored[0] / 1e9:.1f}", *quantized]) == SIZES[name]
+    counts = f"{subject.base.total('values') / 1e9:.1f} B | {subject.base.active / 1e9:.1f} B"
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"| {name} | {counts} | {SIZES[name]} |" in readme
 
 
 def test_what_is_served_is_not_described_twice() -> None:
@@ -126,3 +174,103 @@ def test_a_plan_of_a_config_alone(tmp_path: Path) -> None:
     assert whole.problems == part.problems == []
     experts = [sum(o.values for o in walk.operands if o.component == "experts") for walk in (whole, part)]
     assert experts[0] == 4 * experts[1]
+
+
+# --- checkpoints on disk ------------------------------------------------------------------
+
+
+def without(*ends: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(ends)]
+
+
+def dense_again(tensors: dict[str, Tensor]) -> None:
+    for i in (0, 1):
+        name = f"model.layers.{i}.mlp.experts.3.down_proj.weight"
+        tensors[name] = torch.randn(tensors[name].shape).bfloat16()
+        del tensors[f"{name}_scale"]
+
+
+def moved(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.7.down_proj.weight"] = tensors.pop("model.layers.1.mlp.experts.6.down_proj.weight")
+
+
+def narrow(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    tensors[name] = tensors[name][:, :-8].contiguous()
+
+
+WRONG: dict[str, tuple[bool, Callable[[dict[str, Tensor]], object], str]] = {
+    "an expert is missing": (False, without(*(f".1.mlp.experts.6.{n}_proj.weight" for n in ("gate", "up", "down"))),
+                             "no tensor model.layers.1.mlp.experts.6.gate_proj.weight"),
+    "a matrix is missing": (False, without(".2.mlp.experts.3.up_proj.weight"), "experts.3.up_proj.weight"),
+    "a router is missing": (False, without(".1.mlp.gate.weight"), "no tensor model.layers.1.mlp.gate.weight"),
+    "another number": (False, moved, "experts.6.down_proj.weight"),
+    "another shape": (False, narrow, "experts.5.up_proj.weight has shape [40, 56]"),
+    "a scale is missing": (True, without(".1.mlp.experts.3.up_proj.weight_scale"), "experts.3.up_proj.weight is stored"),
+    "one is not quantized": (True, dense_again, "model.layers.0.mlp.experts: expert 3 is stored in bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_loading_refuses_is_refused_in_its_words(wrong: str, tmp_path: Path, load_model: LoadModel) -> None:
+    is_quantized, change, part = WRONG[wrong]
+    tiny(tmp_path / "model", "qwen3_moe")
+    model = tmp_path / "model"
+    if is_quantized:
+        model = tmp_path / "out"
+        quantize_checkpoint(tmp_path / "model", model, QuantRules(FP8_PER_CHANNEL), say=lambda line: None)
+    assert not refusals(plan_of(str(model), "--accelerator", "h200"))
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OctavoError) as raised:
+        load_model(model)
+    found = refusals(plan_of(str(model), "--accelerator", "h200"))
+    assert part in str(raised.value)
+    assert str(raised.value) in found
+    assert len(found) < 5
+
+
+def test_experts_that_loading_makes_alike_are_not_refused(tmp_path: Path, load_model: LoadModel) -> None:
+    """One in BF16 beside codes is quantized to the scheme of the others, where that is the one asked for."""
+    tiny(tmp_path / "model", "qwen3_moe")
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", QuantRules(FP8_PER_CHANNEL), say=lambda line: None)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    dense_again(tensors)
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    for scheme, refused in ((FP8_PER_CHANNEL, False), (FP8_BLOCK, True)):
+        found = refusals(plan_of(str(tmp_path / "out"), "--accelerator", "h200", "-q", scheme.name))
+        assert bool(found) == refused, found
+        if refused:
+            with pytest.raises(OctavoError, match="expert 3 is stored in fp8_block and those before it in ptpc_fp8"):
+                load_model(tmp_path / "out", scheme)
+            assert "expert 3 is stored in fp8_block and those before it in ptpc_fp8" in found[0]
+        else:
+            load_model(tmp_path / "out", scheme)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_what_loading_reports(
+    family: str, tmp_path: Path, load_model: LoadModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what weights are for, of the model as stored by transformers and as quantized."""
+    tiny(tmp_path / "model", family).bfloat16().save_pretrained(tmp_path / "model")
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", QuantRules(FP8_PER_CHANNEL), say=lambda line: None)
+    for path, scheme in ((tmp_path / "model", FP8_PER_CHANNEL), (tmp_path / "out", BF16)):
+        report = load_model(path, scheme, dtype=torch.bfloat16).loader.report
+        plan = plan_of(str(path), "--accelerator", "h200", "-q", scheme.name)
+        roles: dict[str, int] = {}
+        for (role, _), group in report.groups.items():
+            name = {"embedding": "embeddings"}.get(role, role)
+            roles[name] = roles.get(name, 0) + group.values
+        assert plan.question.subject.base.parameters() == roles
+        shown = [(group.component, group.format, group.why) for group in groups(plan)]
+        assert ("router", "bf16", "small, and it decides which experts run") in shown
+        assert [form for component, form, _ in shown if component == "experts"] == ["ptpc_fp8"]
+        assert ("shared experts" in roles) == (family == "glm4_moe")
+    show(plan, "")
+    active = plan.question.subject.base.active
+    assert (
+        f"{plan.question.subject.base.total('values') / 1e3:.2f} k parameters, {active / 1e3:.2f} k active, from"
+        in " ".join(capsys.readouterr().out.split())
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def _worst(found: Comparison) -> str:
         f"<p>The layers that {escape(found.scheme)} costs most:</p>"
         + _table(loss_table.WORST_COLUMNS, loss_table.worst(found), "worst")
         + f"<p>{escape(loss_table.kept_sentence(found))}</p>"
-        + f"<pre>--quantization-ignore {escape(' '.join(found.ignore))}</pre>"
+        + f"<pre>--quantization-ignore {escape(shlex.join(found.ignore))}</pre>"
     )
 
 

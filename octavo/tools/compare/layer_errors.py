@@ -6,6 +6,9 @@ For one layer with weight W, quantized weight W' and product y' = quantized(x) W
     output error   ||y' - y|| / ||y||,  y = x W^T
     KL             of the BF16 model with only this layer quantized, in nats a token
 
+A layer's experts are two such weights, the stack of their gate and up projections and that of their down projections. The y of
+either is what the experts give together, each token's weighted sum, so that an expert counts as much as tokens reach it.
+
 Errors of different layers are nearly independent, and KL is quadratic in a small error, so the KLs of single layers add up to
 about that of all. That makes "KL per byte" the measure of which layer to keep in BF16 first.
 """
@@ -24,8 +27,10 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.layers.moe import Experts
 from octavo.quant import SCHEMES, QTensor, QuantRules, Scheme, concat, dequantize, quantize
 from octavo.quant.formats import WHOLE, read_weight
+from octavo.quant.qtensor import Stacker
 from octavo.tools.compare.measure import REFERENCE, Reference, Text, divergence, hidden_states, open_core
 from octavo.weights import DummySource, Loader, SafetensorsSource
 
@@ -34,11 +39,13 @@ __all__ = ["LayerError", "Sensitivity", "ignore_list", "layer_errors", "sensitiv
 MOST_NAMES = 8  # of a proposed list; nobody types more
 MOST = 0.5  # the part of the loss that a proposed ignore list should take away
 Linear = ColumnParallelLinear | RowParallelLinear
+Operand = ops.PackedWeight | ops.PackedStack
+STACKS = ("gate_up", "down")  # of the experts, in the order in which they are given to ops.experts
 
 
 @dataclass
 class LayerError:
-    """Relative errors of one layer, by scheme. `names` are the checkpoint's modules that it stacks."""
+    """Relative errors of one layer, by scheme. `names` are the checkpoint's modules that it stacks, of experts with a `*`."""
 
     path: str
     names: tuple[str, ...]
@@ -57,45 +64,113 @@ class Sensitivity:
     layers: int = 1  # more: all of a kind, whose path and names are the ends that theirs have in common
 
 
+@dataclass
+class _Weight:
+    """One operand of the model: a linear layer's, or a stack of one layer's experts."""
+
+    path: str
+    names: tuple[str, ...]  # of experts with a `*` where their number stands, as --quantization-ignore takes it
+    shapes: Sequence[tuple[int, int]]
+    module: Linear | Experts
+    attribute: str = "weight"
+    experts: int = 0
+
+    @property
+    def members(self) -> list[list[str]]:
+        """The checkpoint's modules, by expert where there are such."""
+        numbers = map(str, range(self.experts or 1))
+        return [
+            [f"{number}.".join(name.rsplit("*.", 1)) if self.experts else name for name in self.names] for number in numbers
+        ]
+
+    @property
+    def operand(self) -> Operand:
+        found: Operand = getattr(self.module, self.attribute)
+        return found
+
+    @operand.setter
+    def operand(self, operand: Operand) -> None:
+        setattr(self.module, self.attribute, operand)
+
+    def output(self, args: tuple[Any, ...], operand: Operand) -> Tensor:
+        """What the layer makes of a call's arguments with `operand`, in FP32."""
+        if isinstance(operand, ops.PackedWeight):
+            return ops.linear(args[0], operand).float()
+        stacks = {name: getattr(self.module, name) for name in STACKS} | {self.attribute: operand}
+        return ops.experts(*args, *stacks.values()).float()
+
+
+@dataclass
+class _Quantized:
+    """A layer's operand under a scheme, its bytes as stored, and ||W' - W|| / ||W||.
+
+    `keeps_codes`: the checkpoint holds some of it quantized already, which stays as it is.
+    """
+
+    operand: Operand
+    nbytes: int
+    error: float
+    keeps_codes: bool
+
+
 class _Weights:
-    """The checkpoint's matrices of a layer, under any scheme, one layer in memory at a time."""
+    """The checkpoint's matrices of a layer, under any scheme: one operand in memory at a time, experts read one by one."""
 
     def __init__(self, runner: ModelRunner):
         self.runner, self.platform = runner, runner.platform
         source = DummySource() if runner.config.load_format == "dummy" else SafetensorsSource(runner.directory)
         self.loader = Loader(source, self.platform, QuantRules(), runner.dtype)
 
-    def layers(self, rules: QuantRules) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
-        """(path, module, checkpoint names) of each linear layer that `rules` quantize."""
+    def layers(self, rules: QuantRules) -> Iterator[_Weight]:
+        """Each operand that `rules` quantize."""
         for path, module in cast("nn.Module", self.runner.model).named_modules():
-            if isinstance(module, Linear):
-                parent = path.rpartition(".")[0]
-                own = module.names if isinstance(module, ColumnParallelLinear) else [module.name]
-                names = tuple(f"{parent}.{name}" for name in own)
-                if rules.scheme_for(names).quantized:
-                    yield path, module, names
+            for weight in _weights_of(path, module):
+                if rules.scheme_for([name for member in weight.members for name in member]).quantized:
+                    yield weight
 
-    def stored(self, module: Linear, names: Sequence[str]) -> list[QTensor | Tensor]:
-        shapes = module.shapes if isinstance(module, ColumnParallelLinear) else [module.shape]
-        return [read_weight(self.loader, name, shape, WHOLE) for name, shape in zip(names, shapes, strict=True)]
-
-    def quantized(self, stored: Sequence[QTensor | Tensor], scheme: Scheme) -> list[QTensor]:
+    def quantized(self, weight: _Weight, scheme: Scheme) -> _Quantized:
         """Under `scheme`, except what the checkpoint holds quantized already: its codes stay."""
-        return [w if isinstance(w, QTensor) else quantize(w, scheme, self.platform.fp8_dtype) for w in stored]
+        stacker, wrong, total, keeps_codes = Stacker(len(weight.members), weight.path), 0.0, 0.0, False
+        for number, names in enumerate(weight.members):
+            parts = []
+            for name, shape in zip(names, weight.shapes, strict=True):
+                w = read_weight(self.loader, name, shape, WHOLE)
+                if isinstance(w, QTensor):
+                    keeps_codes = True
+                    parts.append(w)
+                    continue
+                parts.append(q := quantize(w, scheme, self.platform.fp8_dtype))
+                wrong += float((dequantize(q) - w.float()).square().sum())
+                total += float(w.float().square().sum())
+            one = concat(parts).padded(self.platform.fp8_alignment)
+            if weight.experts:
+                stacker.put(number, one)
+        q = stacker.finished() if weight.experts else one
+        operand: Operand = (ops.pack_experts if weight.experts else ops.pack)(q, self.platform)
+        return _Quantized(operand, q.nbytes, (wrong / total) ** 0.5 if total else 0.0, keeps_codes)
 
-    def pack(self, parts: Sequence[QTensor]) -> tuple[ops.PackedWeight, int]:
-        """The layer's operand, and its bytes as stored."""
-        q = concat(parts).padded(self.platform.fp8_alignment)
-        return ops.pack(q, self.platform), q.nbytes
+
+def _weights_of(path: str, module: nn.Module) -> Iterator[_Weight]:
+    """The operands of the module at `path` that a scheme may quantize."""
+    parent = path.rpartition(".")[0]
+    if isinstance(module, ColumnParallelLinear):
+        yield _Weight(path, tuple(f"{parent}.{name}" for name in module.names), module.shapes, module)
+    elif isinstance(module, RowParallelLinear):
+        yield _Weight(path, (f"{parent}.{module.name}",), [module.shape], module)
+    elif isinstance(module, Experts):
+        for attribute, matrices in zip(STACKS, module.matrices, strict=True):
+            names = tuple(f"{path}.*.{name}" for name in matrices.names)
+            title = names[0] if len(names) == 1 else f"{path}.*.{attribute}_proj"
+            yield _Weight(title, names, matrices.shapes, module, attribute, module.count)
 
 
 def layer_errors(core: EngineCore, schemes: Sequence[str], window: Sequence[int]) -> list[LayerError]:
     """Errors of every layer under each scheme, in one pass of the BF16 model over `window`."""
     weights, found = _Weights(core.runner), []
     handles = []
-    for path, module, names in weights.layers(QuantRules(SCHEMES["fp8"])):
-        found.append(layer := LayerError(path, names))
-        handles.append(module.register_forward_pre_hook(_observer(weights, layer, schemes)))
+    for weight in weights.layers(QuantRules(SCHEMES["fp8"])):
+        found.append(layer := LayerError(weight.path, weight.names))
+        handles.append(weight.module.register_forward_pre_hook(_observer(weights, weight, layer, schemes)))
     try:
         hidden_states(core.runner, window)
     finally:
@@ -104,26 +179,16 @@ def layer_errors(core: EngineCore, schemes: Sequence[str], window: Sequence[int]
     return found
 
 
-def _observer(weights: _Weights, layer: LayerError, schemes: Sequence[str]) -> Callable[[Any, Any], None]:
-    def observe(module: Linear, args: tuple[Tensor, ...]) -> None:
-        x, stored = args[0], weights.stored(module, layer.names)
-        y = ops.linear(x, module.weight).float()
+def _observer(weights: _Weights, weight: _Weight, layer: LayerError, schemes: Sequence[str]) -> Callable[[Any, Any], None]:
+    def observe(module: Linear | Experts, args: tuple[Any, ...]) -> None:
+        y = weight.output(args, weight.operand)
         for scheme in schemes:
-            parts = weights.quantized(stored, SCHEMES[scheme])
-            layer.weight[scheme] = _weight_error(parts, stored)
-            wrong = ops.linear(x, weights.pack(parts)[0]).float()
-            layer.output[scheme] = float((wrong - y).norm() / y.norm())
+            made = weights.quantized(weight, SCHEMES[scheme])
+            layer.weight[scheme] = made.error
+            layer.output[scheme] = float((weight.output(args, made.operand) - y).norm() / y.norm())
+            del made  # before the next is made
 
     return observe
-
-
-def _weight_error(parts: Sequence[QTensor], stored: Sequence[QTensor | Tensor]) -> float:
-    wrong = total = 0.0
-    for part, w in zip(parts, stored, strict=True):
-        if isinstance(w, Tensor):
-            wrong += float((dequantize(part) - w.float()).square().sum())
-            total += float(w.float().square().sum())
-    return float((wrong / total) ** 0.5) if total else 0.0
 
 
 def sensitivities(
@@ -136,17 +201,17 @@ def sensitivities(
     core = open_core(base, REFERENCE, text)
     weights, found = _Weights(core.runner), []
     layers = list(weights.layers(QuantRules(SCHEMES[scheme], base.quantization_ignore)))
-    for number, (path, module, names) in enumerate(layers):
+    for number, weight in enumerate(layers):
         tell(number / len(layers))
-        stored = weights.stored(module, names)
-        if any(isinstance(w, QTensor) for w in stored):
+        made = weights.quantized(weight, SCHEMES[scheme])
+        if made.keeps_codes:
             continue  # there is no BF16 to go back to
-        values = sum(w.shape[0] * w.shape[1] for w in stored)
-        dense = module.weight
-        module.weight, small = weights.pack(weights.quantized(stored, SCHEMES[scheme]))
-        extra = max(1, values * core.runner.dtype.itemsize - small)  # padding may outweigh the gain in a tiny matrix
-        found.append(Sensitivity(path, names, _kl_of(core, text.windows[0], reference), extra))
-        module.weight = dense
+        values = len(weight.members) * sum(n * k for n, k in weight.shapes)
+        extra = max(1, values * core.runner.dtype.itemsize - made.nbytes)  # padding may outweigh the gain in a tiny matrix
+        dense, weight.operand = weight.operand, made.operand
+        found.append(Sensitivity(weight.path, weight.names, _kl_of(core, text.windows[0], reference), extra))
+        weight.operand = dense
+        del made
     return sorted(found, key=lambda layer: layer.kl / layer.extra_bytes, reverse=True)
 
 
@@ -193,5 +258,5 @@ def _most(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
 
 
 def ignore_list(layers: Sequence[Sensitivity]) -> tuple[str, ...]:
-    """The names for `--quantization-ignore`: every module of every stack, so that peers read it too."""
+    """The names for `--quantization-ignore`: every module of every stack, so that peers read it too; of experts a glob."""
     return tuple(name for layer in layers for name in layer.names)

@@ -108,6 +108,7 @@ def refusals(plan: Plan) -> list[str]:
         out.append(refusal(subject.head_scheme))
     problems = subject.base.problems
     out += problems[:3] + problems[3:][-1:]  # the first few say enough; the last is of tensors that nothing reads
+    out += [text for text in subject.walk(asked.variant, 1).problems if text not in problems][:1]
     out.append(refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
     if q.tp > q.number:
         out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and there are {q.number}.")

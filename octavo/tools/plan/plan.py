@@ -116,7 +116,7 @@ def show(plan: Plan, line: str) -> None:
     out = console(WIDTH)
     q, subject, stored = plan.question, plan.question.subject, plan.question.subject.base
     parameters = stored.total("values")
-    active = f", {stored.active / 1e9:,.1f} B active" if stored.active < 0.7 * parameters else ""
+    active = f", {_count(stored.active)} active" if stored.active < 0.7 * parameters else ""
     name, by = subject.source.name, subject.source.by
     out.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from octavo.ops import PackedStack, PackedWeight
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
 from octavo.quant.formats import COMPANIONS, int4_group
+from octavo.quant.qtensor import Stacker
 from octavo.quant.scheme import Granularity, WeightDType
 from octavo.weights.load_report import role_of
 from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, check_read, is_tied, places_of
@@ -37,11 +38,10 @@ def component_of(name: str) -> str:
     """One of COMPONENTS, by a tensor's name in the checkpoint."""
     if any(word in name for word in ("model.visual.", "vision_tower.", "mm_projector.")):
         return "vision"
-    for component, word in {"norms": "norm", "indexer": ".indexer.", "shared experts": ".shared_experts."}.items():
-        if word in name:
-            return component
-    if ".experts." in name or name.endswith(".gate"):
-        return "experts" if ".experts." in name else "router"
+    if ".indexer." in name and "norm" not in name:
+        return "indexer"
+    if name.endswith(".gate"):
+        return "router"
     return {"embedding": "embeddings"}.get(role := role_of(name), role)
 
 
@@ -115,14 +115,15 @@ class Planned(PackedWeight):
         self.q, self.held_bytes = q, q.nbytes
 
 
-Known = dict[Any, tuple[QTensor, list[set[str]]]]
+Known = dict[Any, Any]
 
 
 @dataclass
 class Walker(Loader):
     """The Loader that a plan hands to a model's layers: it notes what they ask for.
 
-    known: what equal weights came to, since layers repeat. every: whether each expert is looked at, or one for all. kept: why
+    known: what equal weights came to, since layers repeat; and by the path of a stack, which experts are stored otherwise than
+    the first. every: whether each expert is looked at, or the first for all that are stored as it is. kept: why
     the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it. copies: experts
     of which a weight is one; `active` of them multiply a token.
     """
@@ -150,7 +151,7 @@ class Walker(Loader):
             found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
         is_vector, component = len(shape) < 2, component_of(full)
         whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER}
-        why = VECTOR if is_vector else whys.get(component, "as stored")
+        why = whys.get(component, VECTOR if is_vector else "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
         name = full if is_vector else full.removesuffix(".weight")
         operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
@@ -190,7 +191,7 @@ class Walker(Loader):
         return self.kept or (LEFT_OUT if self.rules.scheme.quantized else "as stored")
 
     def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:
-        dense = "float32" if self.dtype is torch.float32 else "bf16"
+        dense = "float32" if q.data.dtype is torch.float32 else "bf16"
         form, values, n = q.scheme.name if q.scheme.quantized else dense, prod(q.shape), self.copies
         own = q.shape[0], prod(q.shape[1:])
         padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
@@ -223,7 +224,8 @@ class Walker(Loader):
                 shape = sum(n for n, _ in shapes), shapes[0][1]
                 return QTensor(torch.empty(shape, dtype=self.dtype, device="meta"), None, BF16, shape)
             self.known[key] = q, [{s.removeprefix(n) for s in own.seen if s.startswith(f"{n}.")} for n in full]
-        q, seen = self.known[key]
+        known: tuple[QTensor, list[set[str]]] = self.known[key]
+        q, seen = known
         self.seen.update(name + end for name, ends in zip(full, seen, strict=True) for end in ends)
         return q
 
@@ -249,13 +251,22 @@ class Walker(Loader):
         names_of_all = [f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names] if self.rules.ignore else []
         out = [name for name in names_of_all if self.rules.ignored(name)]  # one left out leaves out all; all are asked
         rules, kept = (QuantRules(), LEFT_OUT) if out else (self.rules, self.kept)
-        for e in range(count if self.every and not self.source.has_any else 1):
-            one = replace(self, prefix=f"{self.prefix}{e}.", rules=rules, kept=kept, copies=count, active=active)
-            if e == 0:
-                one.weight(*stack)
-            else:
-                one._promise([one.prefix + name for name in stack.names], stack.shapes)
-                one.stacked(*stack, rules.scheme)
+        path = self.prefix, *stack.names
+        every = self.every and not self.source.has_any
+        unlike = self.known.setdefault(path, []) if not self.source.has_any else []
+        stacker = Stacker(count, self.prefix.removesuffix("."))
+        one = replace(self, rules=rules, kept=kept, copies=count, active=active)
+        stacker.put(0, cast("Planned", one.at(f"{self.prefix}0").weight(*stack)).q)
+        for e in range(1, count) if every else unlike:
+            here = one.at(f"{self.prefix}{e}")
+            here._promise([here.prefix + name for name in stack.names], stack.shapes)
+            try:
+                stacker.put(e, here.stacked(*stack, rules.scheme).padded(self.platform.fp8_alignment))
+            except OctavoError as error:
+                if every:
+                    unlike.append(e)  # which is wrong where a walk's scheme does not make them alike
+                else:
+                    self.refuse(error)
         return PackedStack()
 
     def _promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
