@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Prompt"]
 
-logger = logging.getLogger(__name__)
-
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
 PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
@@ -55,7 +53,7 @@ class LLM:
         check_directory(Path(self.config.model))
         self.tokenizer = load_tokenizer(self.config.model)
         if (lacking := no_tokenizer(self.config.model)) is not None:
-            logger.warning("%s", lacking)
+            log.warning("%s", lacking)
         self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
@@ -117,7 +115,7 @@ class LLM:
         if template is None:
             raise OctavoError(f"{self.config.model} has no chat template; pass chat_template.")
         if tools and not shows_tools(template):
-            logger.warning("The chat template does not print tools; they are put into the system message.")
+            log.warning("The chat template does not print tools; they are put into the system message.")
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if one else messages)
         how: dict[str, Any] = {
