@@ -159,7 +159,7 @@ def test_flags_are_checked_before_loading(tmp_path: Path, capsys: pytest.Capture
         (SYNTAX, "--chat-template: The chat template is not valid jinja (line 1: "),
         (str(tmp_path / "template"), "--chat-template: The chat template is not valid jinja (line 1: "),
         (str(tmp_path / "latin"), "latin is not UTF-8 text"),
-        (str(tmp_path), "is a directory, not a file"),
+        (str(tmp_path), "is no file; give a file, or the template itself"),
         (str(tmp_path / "nowhere"), "there is no such file"),
     ):
         assert main(["serve", "--chat-template", given]) == 1
