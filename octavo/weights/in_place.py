@@ -3,8 +3,10 @@ addresses stay as they are."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octavo.errors import OctavoError
@@ -15,6 +17,7 @@ from octavo.quant import QTensor, Scheme
 __all__ = ["held", "refill"]
 
 _HOLDERS = (PackedStack, PackedWeight, QTensor)  # they hold tensors as attributes
+_KINDS = (Scheme, Enum, torch.dtype)  # what says how values are stored
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -50,6 +53,10 @@ def _move(new: Any, old: Any, where: str) -> bool:
         old.copy_(new)
         return True
     complete = True
+    for name, value in vars(new).items():  # before anything is moved: the old one must be whole if the new one is refused
+        mine = getattr(old, name)
+        if (isinstance(value, _KINDS) or isinstance(mine, _KINDS)) and value != mine:
+            raise _other(where, f"{_told(value)} where {_told(mine)} was")
     for name, value in vars(new).items():
         mine = getattr(old, name)
         if isinstance(value, Tensor) and not has_storage(value):
@@ -57,9 +64,11 @@ def _move(new: Any, old: Any, where: str) -> bool:
             complete = False
         elif isinstance(value, (Tensor, *_HOLDERS)) and mine is not None:
             complete = _move(value, mine, where) and complete
-        elif isinstance(value, Scheme) and value != mine:
-            raise _other(where, f"{value.name} where {mine.name} was")
     return complete
+
+
+def _told(kind: Any) -> str:
+    return str(getattr(kind, "name", kind))
 
 
 def _other(where: str, what: str) -> OctavoError:

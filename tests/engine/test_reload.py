@@ -202,7 +202,8 @@ def test_sleep_gives_up_weights_cache_and_graphs_and_wake_brings_them_back(model
             again()
     core.wake()
     assert generate(llm) == want
-    assert len(core.runner.graphs or ()) > 0
+    if core.runner.platform.widened_dtype is None:  # without the C kernels nothing is recorded
+        assert len(core.runner.graphs or ()) > 0
     core.wake()
     assert generate(llm) == want
 
