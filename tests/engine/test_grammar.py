@@ -348,7 +348,9 @@ def test_a_grammar_that_takes_too_long(llm, monkeypatch, where):
 
     calls: list[int] = []
 
-    def find(_: Slow) -> None:
+    def find(one: Slow) -> None:
+        if one is not grammar:  # what a test before this one left in a thread
+            return
         calls.append(1)
         if len(calls) > 1:  # the first is part of compiling
             hang()
