@@ -83,7 +83,7 @@ class MixtureOfExperts(nn.Module):
     def readers(self) -> tuple[ops.Reader, ...]:
         """All that read this layer's input: the router does so in dense values."""
         shared = self.shared_experts
-        return None, self.experts.gate_up, *(() if shared is None else (shared.gate_up_proj.weight,))
+        return None, self.experts.gate_up, *(() if shared is None else shared.readers)
 
     def forward(self, x: ops.Activation, batch: ForwardBatch) -> Tensor:
         y: Tensor = self.experts(x, self.gate(x, batch))

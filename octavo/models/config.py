@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase", "check_experts"]
+__all__ = ["ConfigBase", "check_experts", "expert_activations"]
 
 LARGEST = 1 << 31  # of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
@@ -109,6 +109,11 @@ class ConfigBase:
             raise OctavoError(f"config.json: layer_types must list one type for each of the {self.num_hidden_layers} layers.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
+
+
+def expert_activations(chosen: int, inner: int, hidden: int) -> int:
+    """As ConfigBase.mlp_activations, of the `chosen` experts of a token, and what each of them gives."""
+    return chosen * (4 * inner + hidden)
 
 
 def check_experts(experts: int, chosen: int, groups: int = 1, chosen_groups: int = 1) -> None:

@@ -19,7 +19,7 @@ from octavo.layers.moe import Experts, Gate, MixtureOfExperts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import CausalLM
-from octavo.models.config import ConfigBase, check_experts
+from octavo.models.config import ConfigBase, check_experts, expert_activations
 from octavo.ops import Activation, Product, Router
 
 __all__ = ["Config", "Model"]
@@ -54,7 +54,7 @@ class Config(ConfigBase):
 
     @property
     def mlp_activations(self) -> int:
-        experts = self.num_experts_per_tok * (4 * self.moe_intermediate_size + self.hidden_size)
+        experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
         shared = 4 * self.n_shared_experts * self.moe_intermediate_size + self.hidden_size
         return max(super().mlp_activations, experts + shared)
 

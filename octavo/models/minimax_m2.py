@@ -20,7 +20,7 @@ from octavo.layers.moe import Experts, Gate, MixtureOfExperts
 from octavo.layers.norm import AllHeadsNorm, RMSNorm, norm_all_heads
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import CausalLM
-from octavo.models.config import ConfigBase, check_experts
+from octavo.models.config import ConfigBase, check_experts, expert_activations
 from octavo.ops import Activation, Product, Router
 
 __all__ = ["Config", "Model"]
@@ -62,7 +62,7 @@ class Config(ConfigBase):
 
     @property
     def mlp_activations(self) -> int:
-        return self.num_experts_per_tok * (4 * self.intermediate_size + self.hidden_size)
+        return expert_activations(self.num_experts_per_tok, self.intermediate_size, self.hidden_size)
 
 
 class Attention(nn.Module):

@@ -15,7 +15,7 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import mistral
 from octavo.models.common import CausalLM
-from octavo.models.config import check_experts
+from octavo.models.config import check_experts, expert_activations
 from octavo.ops import Product, Router
 
 __all__ = ["Config", "Model"]
@@ -36,7 +36,7 @@ class Config(mistral.Config):
 
     @property
     def mlp_activations(self) -> int:
-        return self.num_experts_per_tok * (4 * self.intermediate_size + self.hidden_size)
+        return expert_activations(self.num_experts_per_tok, self.intermediate_size, self.hidden_size)
 
 
 def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:

@@ -17,7 +17,7 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import qwen3
 from octavo.models.common import CausalLM
-from octavo.models.config import check_experts
+from octavo.models.config import check_experts, expert_activations
 from octavo.ops import Product, Router
 
 __all__ = ["Config", "Model"]
@@ -45,7 +45,7 @@ class Config(qwen3.Config):
 
     @property
     def mlp_activations(self) -> int:
-        experts = self.num_experts_per_tok * (4 * self.moe_intermediate_size + self.hidden_size)
+        experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
         return max(super().mlp_activations, experts)
 
 

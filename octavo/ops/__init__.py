@@ -88,7 +88,7 @@ def bind(platform: Platform) -> None:
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
-        _stacks[:] = [*getattr(preferred, "STACKS", ()), reference.ReferenceStack()]
+        _stacks[:] = [*preferred.STACKS, reference.ReferenceStack()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
         for name in _OPS:
