@@ -172,7 +172,18 @@ class NamedToolChoice(ApiModel):
     function: FunctionName
 
 
-class ChatInput(ApiModel):
+class _WithoutTemplate(ApiModel):
+    """Messages that are rendered by the server's chat template, and by no other."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_template(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
+        return data
+
+
+class ChatInput(_WithoutTemplate):
     """Messages and how to render them."""
 
     messages: Annotated[Objects, Field(min_length=1)]
@@ -181,13 +192,6 @@ class ChatInput(ApiModel):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     documents: Objects | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_template(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
-        return data
 
 
 class ChatRequest(ChatInput, GenerationRequest):
@@ -205,7 +209,7 @@ class ChatRequest(ChatInput, GenerationRequest):
     return_prompt_text: bool = False
 
 
-class TokenizeRequest(ApiModel):
+class TokenizeRequest(_WithoutTemplate):
     """POST /tokenize: a prompt, or messages as in a chat."""
 
     model: str | None = None
@@ -217,13 +221,6 @@ class TokenizeRequest(ApiModel):
     chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_template(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            refuse_fields({"chat_template": CHAT_TEMPLATE}, data)
-        return data
 
 
 class DetokenizeRequest(ApiModel):
