@@ -126,6 +126,9 @@ async def serve(
     ending = Ending(loading, args.shutdown_timeout)
     await asyncio.sleep(0)  # the engine process starts here, and loads while this one imports the server
     import octavo.server.app  # noqa: F401
+    from octavo.server.side_processes import side_processes
+
+    side_processes().start()  # neither being ready, which tries the chat template, nor the first chat should wait for it
 
     try:
         engine = await loading
@@ -176,8 +179,6 @@ async def _serve(
         ws="none",
     )
     server = uvicorn.Server(settings)
-    if served.engine.tokenizer and served.template_for(tools=False):
-        served.side.start()  # the first chat should not wait for it
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
     host = f"[{args.host}]" if ":" in args.host else args.host
