@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from octavo.ops.cpu import library
+
 
 @pytest.fixture(autouse=True)
 def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -17,3 +19,13 @@ def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test of the C kernels, with each instruction set."""
+    if library.use(request.param) is None:
+        pytest.skip(f"needs a CPU with {request.param}")
+    yield request.param
+    assert library.used() == request.param
+    library.use(None)

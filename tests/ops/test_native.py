@@ -25,22 +25,16 @@ from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
+pytestmark = [
+    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
+    pytest.mark.usefixtures("instructions"),
+]
 
 CPU = Platform(torch.device("cpu"), "test")
 QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
 # More tokens than a row at a time takes, than a panel holds, than one pass takes.
 SHAPES = [*LINEAR, (2, 40, 64), (4, 7, 65), (5, 25, 31), (8, 24, 512), (9, 50, 513), (17, 100, 1100), (530, 30, 70)]
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"], autouse=True)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    if library.use(request.param) is None:
-        pytest.skip(f"needs a CPU with {request.param}")
-    yield request.param
-    assert library.used() == request.param
-    library.use(None)
 
 
 @pytest.fixture

@@ -22,19 +22,14 @@ from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QTensor, Scheme, concat, quantize
 from octavo.quant.qtensor import Stacker
 
-pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
+pytestmark = [
+    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
+    pytest.mark.usefixtures("instructions"),
+]
 
 CPU = Platform(torch.device("cpu"), "test")
 FORMATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"], autouse=True)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    if library.use(request.param) is None:
-        pytest.skip(f"needs a CPU with {request.param}")
-    yield request.param
-    library.use(None)
 
 
 def stacks(n: int, k: int, count: int) -> Iterator[QTensor]:
