@@ -87,6 +87,19 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
+    def part(self, first: int, stop: int) -> ForwardBatch:
+        """The requests [first, stop) as a batch of their own, whose tensors are views where they can be. Not of a graph's."""
+        if (first, stop) == (0, len(self.query_lens)):
+            return self
+        assert self.live is None, "a graph's batch is one"
+        start = sum(self.query_lens[:first])
+        tokens, requests = slice(start, start + sum(self.query_lens[first:stop])), slice(first, stop)
+        return ForwardBatch(
+            self.input_ids[tokens], self.positions[tokens], self.rotary_rows[tokens], self.slot_mapping[tokens],
+            self.query_start_loc[first : stop + 1] - start, self.seq_lens[requests], self.block_tables[requests],
+            self.query_lens[requests], self.context_lens[requests], self.block_size,
+        )  # fmt: skip
+
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host, sent without waiting for the device: it reads them from pinned memory when it comes to them."""

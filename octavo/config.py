@@ -33,6 +33,7 @@ KV_CACHE_DTYPES = {
     "fp8_e4m3": "fp8_e4m3",
     "fp8_e5m2": "fp8_e5m2",
     "fp8_per_token_head": "fp8_per_token_head",
+    "fp8_ds_mla": "fp8_ds_mla",
 }
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 
@@ -68,7 +69,9 @@ class EngineConfig:
     save_quantized: str | None = option(
         None, "directory for a checkpoint of the quantized weights: written once, and read by the starts that follow"
     )
-    kv_cache_dtype: str = option("auto", "auto, bfloat16, fp8 (= fp8_e4m3), fp8_e5m2 or fp8_per_token_head")
+    kv_cache_dtype: str = option(
+        "auto", "auto, bfloat16, fp8 (= fp8_e4m3; MLA's is fp8_ds_mla), fp8_e5m2 or fp8_per_token_head"
+    )
     calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0")
     dtype: str = option("auto", "activations and unquantized weights: auto, bfloat16 or float32")
     device: str = option("auto", "auto, cuda or cpu")
@@ -117,10 +120,6 @@ class EngineConfig:
                 put(name, value)
         if self.quantization is not None:
             put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
-        if self.kv_cache_dtype == "fp8_ds_mla":
-            raise OctavoError(
-                "--kv-cache-dtype fp8_ds_mla is the cache of DeepSeek's MLA models and is chosen for them; use fp8 or auto."
-            )
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))

@@ -6,12 +6,19 @@ import mmap
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "KVCache", "KVCacheSpec", "LayerCache", "Layout", "gather", "spec_for"]
+from octavo.errors import OctavoError
+
+__all__ = [
+    "Field", "IndexCache", "KVCache", "KVCacheSpec", "LatentCache", "LayerCache", "Layout", "gather", "index_spec",
+    "latent_spec", "spec_for",
+]  # fmt: skip
+
+LATENT_GROUP = 128  # values of a latent that share a scale
 
 Views = dict[str, Tensor]
 
@@ -27,6 +34,39 @@ class LayerCache(NamedTuple):
     views: Views
     k_scale: Tensor
     v_scale: Tensor
+
+
+class LatentCache(NamedTuple):
+    """One MLA layer's cache, which all heads share: views [num_blocks, block_size, ...].
+
+    latent: [.., R], the normed latent that keys and values are made of, in the model's dtype or in FP8 codes.
+    rope: [.., D], the rotated part of the key. scale: FP32 [.., ceil(R / 128)], what codes are multiplied by, powers of two;
+    None: the latent is not in codes.
+    """
+
+    latent: Tensor
+    rope: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def of(cls, views: Views) -> Self:
+        """The views of a `latent_spec`."""
+        return cls(views["latent"], views["rope"], views.get("scale"))
+
+
+class IndexCache(NamedTuple):
+    """One sparse-attention indexer's keys: views [num_blocks, block_size, D], and the scale of each, FP32 [.., 1].
+
+    FP8 codes are of keys that went through a Hadamard transform; keys without a scale are as they are, FP32.
+    """
+
+    k: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def of(cls, views: Views) -> Self:
+        """The views of an `index_spec`."""
+        return cls(views["index_k"], views.get("index_scale"))
 
 
 @dataclass(frozen=True)
@@ -49,10 +89,14 @@ class Field:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """What one token of one layer takes. In a block each field is one array; interleaved, a token's fields are adjacent."""
+    """What one token of one layer takes. In a block each field is one array; interleaved, a token's fields are adjacent.
+
+    name: what users call the format, as `--kv-cache-dtype` does; "" where it goes without saying.
+    """
 
     fields: tuple[Field, ...]
     interleaved: bool = False
+    name: str = ""
 
     @property
     def bytes_per_token(self) -> int:
@@ -104,12 +148,47 @@ def spec_for(
     `fp8_per_token_head` keeps an FP32 scale for each token and head beside the codes; other FP8 has one for the keys and one
     for the values of a layer, kept outside the cache.
     """
+    if kv_cache_dtype == "fp8_ds_mla":
+        raise OctavoError(
+            "--kv-cache-dtype fp8_ds_mla is for MLA models, whose cache holds latents; this model's holds keys and values, "
+            "so use fp8 or auto."
+        )
     wide = {"auto": dtype, "bfloat16": torch.bfloat16}.get(kv_cache_dtype)
     stored = wide or (torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype)
     fields = [Field(name, (heads, dim), stored, at) for name, at in zip("kv", layout.tokens_at(wide is None), strict=True)]
     if kv_cache_dtype == "fp8_per_token_head":
         fields += [Field(name, (heads,), torch.float32) for name in ("k_scale", "v_scale")]
-    return KVCacheSpec(tuple(fields))
+    return KVCacheSpec(tuple(fields), name=str(dtype).removeprefix("torch.") if kv_cache_dtype == "auto" else kv_cache_dtype)
+
+
+def latent_spec(kv_cache_dtype: str, rank: int, rope: int, dtype: torch.dtype, fp8_dtype: torch.dtype) -> KVCacheSpec:
+    """MLA's cache: a latent of `rank` values and `rope` of the key's, for all heads together.
+
+    In FP8, which `fp8_e4m3` means too, it is `fp8_ds_mla`, as DeepSeek's FlashMLA has it: codes, FP32 scales of 128 values
+    each, and the rope part in BF16, adjacent for each token (656 bytes for 512 and 64). Raises OctavoError for other FP8.
+    """
+    if kv_cache_dtype in ("fp8_e4m3", "fp8_ds_mla"):
+        codes = (
+            Field("latent", (rank,), fp8_dtype),
+            Field("scale", (-(-rank // LATENT_GROUP),), torch.float32),
+            Field("rope", (rope,), torch.bfloat16),
+        )
+        return KVCacheSpec(codes, interleaved=True, name="fp8_ds_mla")
+    wide = {"auto": dtype, "bfloat16": torch.bfloat16}.get(kv_cache_dtype)
+    if wide is None:
+        raise OctavoError(
+            f"--kv-cache-dtype {kv_cache_dtype} is not for MLA models, whose FP8 cache is fp8_ds_mla; use fp8, which means it."
+        )
+    fields = Field("latent", (rank,), wide), Field("rope", (rope,), wide)
+    return KVCacheSpec(fields, interleaved=True, name=str(wide).removeprefix("torch."))
+
+
+def index_spec(dim: int, fp8_dtype: torch.dtype, *, wide: bool) -> KVCacheSpec:
+    """The indexer's keys: FP8 codes and a scale, 132 bytes for 128 values, in a block all codes first; `wide`: FP32."""
+    if wide:
+        return KVCacheSpec((Field("index_k", (dim,), torch.float32),), name="float32 index keys")
+    fields = Field("index_k", (dim,), fp8_dtype), Field("index_scale", (1,), torch.float32)
+    return KVCacheSpec(fields, name="FP8 index keys")
 
 
 def gather(views: Views, block_ids: Tensor) -> Views:

@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm, and the weights of a LayerNorm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octavo.distributed import TensorParallel
 from octavo.quant.formats import Shard
 from octavo.weights import Loader
 
-__all__ = ["AllHeadsNorm", "RMSNorm", "norm_all_heads"]
+__all__ = ["AllHeadsNorm", "LayerNorm", "RMSNorm", "norm_all_heads"]
 
 
 class RMSNorm(nn.Module):
@@ -30,6 +30,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: ops.Product, residual: Tensor | None = None, *readers: ops.Reader) -> tuple[ops.Activation, Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual, readers)
+
+
+class LayerNorm(nn.Module):
+    """A LayerNorm's weight and bias, for the op that norms by them."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def load(self, loader: Loader) -> None:
+        self.weight, self.bias = loader.vector("weight", (self.size,)), loader.vector("bias", (self.size,))
+
+    @property
+    def norm(self) -> ops.Norm:
+        return ops.Norm(self.weight, self.eps, self.bias)
 
 
 class AllHeadsNorm(nn.Module):

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config", "same_architecture"]
 
-MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "minimax_m2")
+MODEL_TYPES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3",
+    "deepseek_v32", "kimi_k2",
+)  # fmt: skip
 
 
 def read_config(directory: Path) -> dict[str, Any]:

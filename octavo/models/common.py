@@ -19,7 +19,7 @@ from octavo.models.config import ConfigBase
 from octavo.models.interface import Head, Limits, ModelInput, StageState
 from octavo.ops.reference import scaled
 
-__all__ = ["CausalLM", "Decoder", "LayerStack"]
+__all__ = ["CausalLM", "Decoder", "DecoderLM", "LayerStack"]
 
 
 class LayerStack(nn.Module):
@@ -70,8 +70,9 @@ class Decoder(nn.Module):
         return x, residual
 
 
-class CausalLM(nn.Module):
-    """A decoder, at `model` in the checkpoint, and its head, at `lm_head`: an octavo.models.interface.Model."""
+class DecoderLM(nn.Module):
+    """A decoder, at `model` in the checkpoint, and its head, at `lm_head`: an octavo.models.interface.Model but for what its
+    kind of attention says of limits and caches."""
 
     def __init__(
         self, config: ConfigBase, tp: TensorParallel, max_len: int, layers: range | None, make: Callable[[int], nn.Module]
@@ -100,15 +101,38 @@ class CausalLM(nn.Module):
             others += ["model.norm.*", "lm_head.*"]
         return ("*.rotary_emb.*", *others)  # tables that config.json says already
 
+    def workspace_bytes(self, tokens: int) -> int:
+        """The MLP's activations and the residual, in FP32."""
+        return tokens * (self.config.mlp_activations + 8 * self.config.hidden_size) * 4
+
+    def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
+        assert features is None, "a model of text has no places for features"
+        return ModelInput(self.model.embed_tokens(ids))
+
+    def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
+        out: Tensor | StageState = self.model(batch, state)
+        return out
+
+    @property
+    def head(self) -> Head:
+        return self.lm_head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    def packed_weights(self) -> list[ops.PackedWeight | ops.PackedStack]:
+        held = (value for module in self.modules() for value in vars(module).values())
+        return [value for value in held if isinstance(value, (ops.PackedWeight, ops.PackedStack))]
+
+
+class CausalLM(DecoderLM):
+    """One whose layers attend to keys and values: PagedAttention."""
+
     def limits(self) -> Limits:
         """The head's size and the weights decide about graphs, so ask once they are loaded."""
         dims = {a.head_dim for a in self.attention_layers()}
         captured = all(ops.captures(dim, self.packed_weights()) for dim in dims)
         return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
-
-    def workspace_bytes(self, tokens: int) -> int:
-        """The MLP's activations and the residual, in FP32."""
-        return tokens * (self.config.mlp_activations + 8 * self.config.hidden_size) * 4
 
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
         return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
@@ -132,28 +156,9 @@ class CausalLM(nn.Module):
         scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
         return scales, all(layer.scales_from_checkpoint for layer in layers)
 
-    def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
-        assert features is None, "a model of text has no places for features"
-        return ModelInput(self.model.embed_tokens(ids))
-
-    def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
-        out: Tensor | StageState = self.model(batch, state)
-        return out
-
-    @property
-    def head(self) -> Head:
-        return self.lm_head
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
-
     def graph_key(self, requests: int, longest: int) -> Hashable:
         kinds = {a.kv_heads for a in self.attention_layers()}
         return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
-
-    def packed_weights(self) -> list[ops.PackedWeight | ops.PackedStack]:
-        held = (value for module in self.modules() for value in vars(module).values())
-        return [value for value in held if isinstance(value, (ops.PackedWeight, ops.PackedStack))]
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

@@ -53,6 +53,11 @@ class ConfigBase:
         return int(self.head_dim * (self.rope.get("partial_rotary_factor") or self.partial_rotary))
 
     @property
+    def rotated_of(self) -> int:
+        """Of how many dimensions."""
+        return self.head_dim
+
+    @property
     def mlp_activations(self) -> int:
         """Values of a token that an MLP makes: gate, up and their product, and one more such for what is made of them."""
         return 4 * self.intermediate_size
@@ -95,13 +100,13 @@ class ConfigBase:
         """Raises OctavoError for values that contradict each other or are not supported."""
         if self.hidden_act != "silu":
             raise OctavoError(f"config.json asks for hidden_act '{self.hidden_act}'; this architecture is served with 'silu'.")
-        if self.head_dim % 2:
+        if self.rotated_of % 2:
             raise OctavoError(
-                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {self.head_dim}."
+                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {self.rotated_of}."
             )
-        if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:
+        if self.rotated % 2 or not 0 < self.rotated <= self.rotated_of:
             raise OctavoError(
-                f"config.json: {self.rotated} of a head's {self.head_dim} dimensions cannot be rotated; "
+                f"config.json: {self.rotated} of a head's {self.rotated_of} dimensions cannot be rotated; "
                 "it must be an even number of them."
             )
         kinds = getattr(self, "layer_types", ())

@@ -18,8 +18,8 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.kvcache import LayerCache
-from octavo.ops import ahead, reference
+from octavo.kvcache import IndexCache, LatentCache, LayerCache
+from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.contract import (
     Activation,
     CodeFormat,
@@ -30,6 +30,7 @@ from octavo.ops.contract import (
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    Norm,
     Operand,
     PackedStack,
     PackedWeight,
@@ -37,6 +38,7 @@ from octavo.ops.contract import (
     Quantized,
     Reader,
     Rope,
+    Rotation,
     Routed,
     Router,
     StackImplementation,
@@ -46,25 +48,28 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Operand",
-    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Routed", "Router", "Unscaled", "all_gather",
+    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Norm", "Operand",
+    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Unscaled",
+    "absorbed_queries", "all_gather",
     "all_reduce", "attend", "attention", "bind", "capture", "captures", "combine", "compile_ahead", "decode_variant",
-    "dispatch", "draw", "experts", "fuse", "gated_linear", "likeliest", "linear", "linear_unscaled", "pack", "pack_experts",
-    "project", "rms_norm", "rope_write_kv", "rotate", "route", "silu_mul", "table", "write_kv",
+    "dispatch", "draw", "expanded_attention", "experts", "fuse", "gated_linear", "head_linear", "latent_attention", "likeliest",
+    "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route",
+    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "attention", "combine", "decode_variant", "dispatch", "draw", "likeliest", "rms_norm", "rope_write_kv", "rotate", "route",
-    "silu_mul", "write_kv",
+    "absorbed_queries", "attention", "combine", "decode_variant", "dispatch", "draw", "expanded_attention", "head_linear",
+    "latent_attention", "likeliest", "rms_norm", "rope_write_kv", "rotate", "route", "select_keys", "silu_mul",
+    "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
 
 _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
-_captures: Callable[[int, Iterable[PackedWeight | PackedStack]], bool]
+_captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
 _fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
@@ -86,13 +91,13 @@ def bind(platform: Platform) -> None:
         _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
         _capture = getattr(preferred, "capture", None)
         _fuse = getattr(preferred, "fuse", None)
-        _captures = getattr(preferred, "captures", lambda head_dim, weights: True)
+        _captures = getattr(preferred, "captures", lambda head_dim, weights, latent: True)
         _linear[:] = [*preferred.LINEAR, reference.ReferenceLinear()]
         _stacks[:] = [*preferred.STACKS, reference.ReferenceStack()]
         if configure := getattr(preferred, "configure", None):
             configure(platform)
         for name in _OPS:
-            chosen = getattr(preferred, name, None) or getattr(reference, name)
+            chosen = getattr(preferred, name, None) or getattr(reference, name, None) or getattr(reference_latent, name)
             _bound[name] = chosen
             _table[name] = chosen.__module__.removeprefix("octavo.ops.")
         for name, (composed, how) in _COMPOSED.items():
@@ -109,11 +114,14 @@ def compile_ahead() -> AbstractContextManager[None]:
     return _compile_ahead()
 
 
-def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack]) -> bool:
-    """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it."""
+def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, latent: bool = False) -> bool:
+    """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it.
+
+    `latent`: they attend to latents, and the size is a latent's with its rope part.
+    """
     if _capture is None or any(isinstance(w, PackedStack) and w.looks_at_host for w in weights):
         return False
-    return _captures(head_dim, weights)
+    return _captures(head_dim, weights, latent)
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
@@ -293,6 +301,67 @@ def attend(
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
     return _bound["attend"](q, k, v, rope, cache, batch, scale, window)  # type: ignore[no-any-return]
+
+
+def head_linear(x: Tensor, w: Tensor) -> Tensor:
+    """Each head's product x [T, H, K] by w [H, K, N], sums in FP32: [T, H, N] in x's dtype."""
+    return _bound["head_linear"](x, w)  # type: ignore[no-any-return]
+
+
+def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
+    """Store a token's latent, normed, and its key's rope part, rotated, at `slots` [T], of kv [T, R + D] as projected.
+
+    In codes (`fp8_ds_mla`) each 128 values of a latent share a scale: amax, at least 1e-4, over the largest code, rounded up to
+    a power of two. NaN and infinity are stored as 0, as `write_kv` has it.
+    """
+    _bound["write_latent"](kv, norm, rotation, cache, slots)
+
+
+def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
+    """Queries that meet latents, [T, H, R + D]: q [T, H, N + D] as projected, its first N by up_k [H, N, R], its last D rotated.
+
+    A score q·(up_k c) is (q up_k)·c, so keys need not be made of latents c (arXiv:2405.04434, section 2.1.2).
+    """
+    return _bound["absorbed_queries"](q, up_k, rotation)  # type: ignore[no-any-return]
+
+
+def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
+    """Causal attention of absorbed queries q [T, H, R + D] over latents, which are the values too: [T, H, R].
+
+    The cache holds this step's tokens already. `chosen`: INT32 [T, top_k], the places in its request's context that a token
+    attends to, in ascending order, -1 behind them; None: all up to its own. Scores and sums are FP32. A row that pads a graph
+    gives zeros.
+    """
+    return _bound["latent_attention"](q, cache, batch, scale, chosen)  # type: ignore[no-any-return]
+
+
+def expanded_attention(
+    q: Tensor, up_k: Tensor, up_v: Tensor, rotation: Rotation, cache: LatentCache, batch: ForwardBatch, scale: float
+) -> Tensor:
+    """Causal attention of q [T, H, N + D] as projected, over keys and values made of the latents of each request's context.
+
+    up_k [H, N, R], up_v [H, R, V]; a key is its head's up_k c, then the rope part that heads share, a value c up_v: [T, H, V].
+    For long prompts: a pair of a query and a key costs N + D + V products and not 2R + D, but latents are multiplied anew.
+    """
+    return _bound["expanded_attention"](q, up_k, up_v, rotation, cache, batch, scale)  # type: ignore[no-any-return]
+
+
+def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:
+    """Store the indexer's keys at `slots` [T]: k [T, D] as projected, normed (LayerNorm), its first dimensions rotated.
+
+    In codes, after a Hadamard transform times D^-1/2, each with a scale as `write_latent` has it.
+    """
+    _bound["write_index_keys"](k, norm, rotation, cache, slots)
+
+
+def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache, batch: ForwardBatch, top_k: int) -> Tensor:
+    """The `top_k` places of each token's context that the indexer scores highest: INT32 [T, top_k], ascending, -1 behind them.
+
+    The score of place s is the sum over heads h of weights[t, h] * max(0, q[t, h]·k[s]), in FP32. q [T, Hi, D], as projected,
+    is rotated as keys are and, where those are in codes, transformed and rounded as they are; weights [T, Hi]. Of equal ones
+    the first; a token sees places up to its own; NaN is as good as -infinity. A row that pads a graph has none.
+    """
+    return _bound["select_keys"](q, weights, rotation, cache, batch, top_k)  # type: ignore[no-any-return]
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
-    "LinearImplementation", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Routed",
-    "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "LinearImplementation", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope",
+    "Rotation", "Routed", "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 
@@ -102,6 +102,25 @@ class Rope(NamedTuple):
     norms: HeadNorms | None
     cos_sin: Tensor
     rows: Tensor
+
+
+class Rotation(NamedTuple):
+    """Rotation of R dimensions of MLA's or an indexer's queries and keys; cos_sin and rows as Rope has them.
+
+    interleaved: dimension 2i is rotated with 2i + 1, by angle i; else i with i + R/2.
+    """
+
+    cos_sin: Tensor
+    rows: Tensor
+    interleaved: bool
+
+
+class Norm(NamedTuple):
+    """RMSNorm by a weight, or, where there is a bias, LayerNorm."""
+
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
 
 
 class PackedWeight:

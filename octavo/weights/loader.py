@@ -21,7 +21,7 @@ from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
-from octavo.quant.qtensor import Stacker
+from octavo.quant.qtensor import Stacker, dequantize
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights.in_place import held, refill
 from octavo.weights.load_report import LoadReport
@@ -84,6 +84,14 @@ class Loader:
                 "take a checkpoint in which embeddings, norms, routers and biases are not quantized."
             )
         tensor = stored.to(dtype or self.dtype)
+        self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
+        return tensor
+
+    def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
+        """This rank's part of the matrix `name` [N, K] in the model's dtype, decoded if it is in codes; never quantized."""
+        self.rules.ignored(self.prefix + name)  # a pattern that names it is not a typing error
+        found = read_weight(self, name, shape, shard)
+        tensor = (dequantize(found) if isinstance(found, QTensor) else found).to(self.dtype)
         self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 

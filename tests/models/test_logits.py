@@ -8,6 +8,10 @@ import pytest
 import torch
 from conftest import COMMON, LoadModel, relative_error, tokens
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
@@ -68,6 +72,24 @@ def minimax_m2(**changes: object) -> PreTrainedModel:
     return MiniMaxM2ForCausalLM(MiniMaxM2Config(**(COMMON | experts | changes)))
 
 
+MLA = COMMON | dict(
+    num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=40, n_group=4,
+    topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, first_k_dense_replace=1, q_lora_rank=48, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+)  # fmt: skip
+MLA_YARN = dict(YARN, factor=40.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=64)
+
+
+def deepseek_v3(**changes: object) -> PreTrainedModel:
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**(MLA | dict(rope_parameters=MLA_YARN) | changes)))
+
+
+def deepseek_v32(**changes: object) -> PreTrainedModel:
+    """At least 16 index heads: with few, many scores are exactly zero, and what is first of them decides."""
+    index = dict(index_n_heads=16, index_head_dim=16, index_topk=6, rope_parameters=MLA_YARN)
+    return DeepseekV32ForCausalLM(DeepseekV32Config(**(MLA | index | changes)))
+
+
 CASES = {
     "llama": lambda: llama(),
     "llama, tied": lambda: llama(tie_word_embeddings=True),
@@ -100,6 +122,13 @@ CASES = {
     "glm4_moe, rope yarn": lambda: glm4_moe(rope_parameters=YARN | dict(partial_rotary_factor=0.5)),
     "minimax_m2": lambda: minimax_m2(),
     "minimax_m2, one key head": lambda: minimax_m2(num_key_value_heads=1),
+    "deepseek_v3": lambda: deepseek_v3(),
+    "deepseek_v3, no latent of queries": lambda: deepseek_v3(q_lora_rank=None, attention_bias=True),
+    "deepseek_v3, half-split rotation, one group": lambda: deepseek_v3(
+        rope_interleave=False, n_group=1, topk_group=1, n_shared_experts=2, rope_parameters=dict(rope_type="default")
+    ),
+    "deepseek_v32": lambda: deepseek_v32(),
+    "deepseek_v32, all chosen": lambda: deepseek_v32(index_topk=512, attention_bias=True),
     "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
 }
 

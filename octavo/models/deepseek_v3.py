@@ -1,0 +1,214 @@
+"""DeepSeek-V3 and R1, and what has its architecture: MLA; after the first dense layers, experts chosen from groups.
+
+The layers after the last, which predict further tokens, are not loaded. Sources: arXiv:2412.19437; arXiv:2405.04434 for MLA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
+from octavo.kvcache import KVCacheSpec, Layout, Views, index_spec, latent_spec
+from octavo.layers.indexer import Indexer
+from octavo.layers.linear import ColumnParallelLinear, GatedMLP, RowParallelLinear
+from octavo.layers.mla import LatentAttention, LatentShape
+from octavo.layers.moe import Experts, Gate, MixtureOfExperts
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rope import RotaryEmbedding
+from octavo.models.common import DecoderLM
+from octavo.models.config import ConfigBase, check_experts, expert_activations
+from octavo.models.interface import Limits
+from octavo.ops import Activation, Product, Router
+
+__all__ = ["Config", "Model"]
+
+LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ConfigBase):
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    q_lora_rank: int | None = None
+    n_shared_experts: int = 1
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    attention_bias: bool = False
+    rope_interleave: bool = True
+    num_nextn_predict_layers: int = 1
+
+    also_called: ClassVar[Mapping[str, str]] = {"n_routed_experts": "num_local_experts"}
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"})
+
+    def check(self) -> None:
+        super().check()
+        check_experts(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group)
+        for name, served in (("moe_layer_freq", 1), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+            if (found := getattr(self, name)) != served:
+                raise OctavoError(f"config.json: {name} is {found!r}; this architecture is served with {served!r}.")
+        if self.kv_lora_rank % 4:
+            raise OctavoError(f"config.json: kv_lora_rank must be a multiple of 4, not {self.kv_lora_rank}.")
+
+    @property
+    def rotated(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def rotated_of(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def mlp_activations(self) -> int:
+        experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
+        shared = 4 * self.n_shared_experts * self.moe_intermediate_size + self.hidden_size
+        return max(super().mlp_activations, experts + shared)
+
+    @property
+    def latent(self) -> LatentShape:
+        return LatentShape(
+            self.num_attention_heads, self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        )
+
+    @property
+    def softmax_scale(self) -> float:
+        """Of a head's width; YaRN's magnitude, which cosines and sines do not have here, is squared in it."""
+        p, scale = self.rope, float((self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5)
+        if p["rope_type"] == "default" or not p.get("mscale_all_dim") or p.get("factor", 1.0) <= 1:
+            return scale
+        return scale * float(0.1 * p["mscale_all_dim"] * math.log(p["factor"]) + 1.0) ** 2
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | None = None):
+        super().__init__()
+        s, whole = c.latent, TensorParallel()
+        self.sizes, width = [s.rank + s.rope], s.heads * (s.nope + s.rope)
+        names, rows = ["kv_a_proj_with_mqa"], c.hidden_size
+        if c.q_lora_rank is not None:
+            self.sizes, names, rows = [c.q_lora_rank, *self.sizes], ["q_a_proj", *names], c.q_lora_rank
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+        self.has_q_latent = c.q_lora_rank is not None
+        self.a_proj = ColumnParallelLinear(names, c.hidden_size, self.sizes, bias=c.attention_bias, tp=whole)
+        query = "q_b_proj" if self.has_q_latent else "q_proj"
+        self.q_proj = ColumnParallelLinear([query], rows, [width], bias=False, tp=tp, heads=[s.heads])
+        self.kv_a_layernorm = RMSNorm(s.rank, LATENT_EPS)
+        self.indexer = indexer
+        self.rotary_emb = rotary
+        self.attn = LatentAttention(s, c.softmax_scale, rotary, self.kv_a_layernorm, tp, interleaved=c.rope_interleave)
+        self.o_proj = RowParallelLinear("o_proj", s.heads * s.v, c.hidden_size, bias=c.attention_bias, tp=tp)
+
+    @property
+    def readers(self) -> tuple[ops.Reader, ...]:
+        """All that read this layer's input."""
+        own = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
+        return own if self.indexer is None else (None, *own, self.indexer.wk.weight)
+
+    def forward(self, x: Activation, batch: ForwardBatch) -> Product:
+        *latents, kv = self.a_proj(x).split(self.sizes, 1)
+        q: Activation = x
+        chosen = None
+        if self.has_q_latent:
+            readers = (self.q_proj.weight, *(() if self.indexer is None else (self.indexer.wq_b.weight,)))
+            q, _ = self.q_a_layernorm(latents[0].contiguous(), None, *readers)
+        if self.indexer is not None:
+            chosen = self.indexer(x, q, batch)
+        heads = self.q_proj(q).unflatten(1, (self.attn.heads, -1))
+        y: Product = self.o_proj(self.attn(heads, kv, batch, chosen))
+        return y
+
+
+def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:
+    router = Router(
+        c.num_experts_per_tok, sigmoid=True, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
+        groups=c.n_group, top_groups=c.topk_group,
+    )  # fmt: skip
+    gate = Gate(c.hidden_size, c.n_routed_experts, router, bias="gate.e_score_correction_bias")
+    experts = Experts(c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, tp)
+    shared = None
+    if c.n_shared_experts:
+        inner = c.n_shared_experts * c.moe_intermediate_size
+        shared = GatedMLP(c.hidden_size, inner, bias=False, tp=tp, partial=True)
+    return MixtureOfExperts(gate, experts, tp, shared)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: Config, layer: int, attention: Attention, tp: TensorParallel):
+        super().__init__()
+        dense = layer < c.first_k_dense_replace
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp) if dense else mixture(c, tp)
+
+    def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
+        x, residual = self.input_layernorm(x, residual, *self.self_attn.readers)
+        x = self.self_attn(x, batch)
+        x, residual = self.post_attention_layernorm(x, residual, *self.mlp.readers)
+        return self.mlp(x, batch), residual
+
+
+class Model(DecoderLM):
+    """MLA's caches: each layer's latents and, where it has an indexer, behind them the indexer's keys."""
+
+    config: Config
+
+    def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
+        rotary = RotaryEmbedding(c.qk_rope_head_dim, c.rope, c.max_position_embeddings, max_len)
+
+        def make(layer: int) -> DecoderLayer:
+            return DecoderLayer(c, layer, Attention(c, rotary, tp, self.make_indexer(c, rotary, layer)), tp)
+
+        super().__init__(c, tp, max_len, layers, make)
+
+    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
+        """The indexer of a layer, where the architecture has such."""
+        return None
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        last = self.config.num_hidden_layers
+        return *super().ignored, *(f"model.layers.{last + i}.*" for i in range(self.config.num_nextn_predict_layers))
+
+    def _caches(self) -> list[LatentAttention | Indexer]:
+        return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]
+
+    def limits(self) -> Limits:
+        captured = ops.captures(self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.packed_weights(), latent=True)
+        return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
+
+    def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
+        """`auto` is fp8_ds_mla where attention is sparse and the model BF16; index keys are FP8 unless latents are FP32."""
+        c, caches = self.config, self._caches()
+        if kv_cache_dtype == "auto" and dtype is torch.bfloat16 and any(isinstance(one, Indexer) for one in caches):
+            kv_cache_dtype = "fp8_ds_mla"
+        wide = kv_cache_dtype == "auto" and dtype is torch.float32
+        latent = latent_spec(kv_cache_dtype, c.kv_lora_rank, c.qk_rope_head_dim, dtype, fp8_dtype)
+        return [index_spec(one.shape.dim, fp8_dtype, wide=wide) if isinstance(one, Indexer) else latent for one in caches]
+
+    def bind_cache(self, views: Sequence[Views]) -> None:
+        for one, own in zip(self._caches(), views, strict=True):
+            one.bind_cache(own)
+
+    def graph_key(self, requests: int, longest: int) -> Hashable:
+        """Steps launch alike where their contexts' bounds do, and sparse ones whatever these are."""
+        return longest

@@ -1,0 +1,5 @@
+"""Kimi-K2: DeepSeek-V3's architecture, under a name of its own."""
+
+from octavo.models.deepseek_v3 import Config, Model
+
+__all__ = ["Config", "Model"]
