@@ -318,7 +318,7 @@ def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache,
 
 
 def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
-    """Queries that meet latents, [T, H, R + D]: q [T, H, N + D] as projected, its first N by up_k [H, N, R], its last D rotated.
+    """Queries that meet latents, [T, H, R + D]: q [T, H, N + D] as projected, its N by up_k [H, N, R], its last D rotated.
 
     A score q·(up_k c) is (q up_k)·c, so keys need not be made of latents c (arXiv:2405.04434, section 2.1.2).
     """

@@ -42,3 +42,10 @@ EXPERTS = [
 
 # How tokens are sent to experts: name -> experts [T, chosen] of (tokens, experts, chosen), -1 for none.
 ROUTINGS = ("random", "one expert has all", "skewed", "none", "some rows pad")
+
+# (heads, latent, not rotated, rotated, value) of MLA: one head, odd numbers of them, latents that 128 does not divide, and
+# DeepSeek's own with a rank's heads.
+LATENTS = [(1, 32, 16, 8, 12), (5, 144, 24, 16, 20), (4, 512, 128, 64, 128)]
+
+# (heads, dimension, chosen) of an indexer.
+INDEXERS = [(16, 16, 6), (3, 32, 4), (8, 128, 16)]
