@@ -17,7 +17,7 @@ from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.call import CallParser, NamedCall
 from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, joined, make_splitter
-from octavo.server.parsers.registry import call_form, keeps_special, make_parser
+from octavo.server.parsers.registry import call_form, id_maker, keeps_special, make_parser
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
@@ -132,7 +132,8 @@ class _Job:
         self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
         self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
-        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text)) for _ in range(params.n)]
+        ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
