@@ -25,6 +25,8 @@ from octavo.text.tool_prompt import CallForm
 
 __all__ = ["chat", "chat_prompt"]
 
+_THINKING = frozenset({"enable_thinking", "thinking"})  # the switch in most templates, and in DeepSeek's and Kimi's
+
 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
@@ -46,7 +48,9 @@ async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, call
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
     effort = getattr(request, "reasoning_effort", None)
-    asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    asked: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if asked and not request.chat_template_kwargs.keys() & _THINKING:
+        asked |= dict.fromkeys(_THINKING, effort != "none")
     switches = {**asked, **request.chat_template_kwargs, "documents": getattr(request, "documents", None)}
     return await served.render(
         request.messages or [],
@@ -70,7 +74,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
         if structured is not None:
             raise InvalidRequest("A forced tool_choice and a structured output exclude each other.", "tool_choice")
         structured = tools.structured
-    fixed = {"skip_special_tokens": False} if tools.keep_special else {}
+    fixed = {"skip_special_tokens": False} if tools.keep_special or served.thinks_in_special_tokens else {}
     return served.sampling(request, max_tokens=limit, logprobs=logprobs, structured=structured, **fixed)
 
 

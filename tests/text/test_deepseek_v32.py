@@ -5,12 +5,12 @@ script (https://huggingface.co/deepseek-ai/DeepSeek-V3.2, encoding/test_output.t
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from server.api_client import Client
 from server.fake_engine import FakeEngine
 
@@ -157,7 +157,9 @@ def test_what_the_script_does_not_have() -> None:
 
 def test_a_checkpoint_without_a_chat_template(tmp_path: Path) -> None:
     """Of this family it gets the published form, which a template of its own replaces; the answer is read, and shown again."""
-    shutil.copy(MODEL_DIR / "tokenizer.json", tmp_path)
+    tokens = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    tokens.add_special_tokens(["<think>", "</think>", "｜DSML｜", EOS])  # kept in the text where they mean something
+    tokens.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).chat_template is None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v32"}))
     tokenizer = Tokenizer(tmp_path)
@@ -165,7 +167,10 @@ def test_a_checkpoint_without_a_chat_template(tmp_path: Path) -> None:
     assert "no chat template" in str(stand_in_note(tokenizer.chat_template))
 
     engine = FakeEngine(f"When is it?</think>{WRITTEN}")
-    engine.tokenizer, engine.info = tokenizer, replace(engine.info, model_type="deepseek_v32", max_model_len=2048)
+    engine.tokenizer, engine.info = (
+        tokenizer,
+        replace(engine.info, model_type="deepseek_v32", max_model_len=2048, vocab_size=5000),
+    )
     client = Client(engine, make_served(engine, ["m"]))  # type: ignore[arg-type]
     how = {"messages": [USER], "tools": TOOLS, "chat_template_kwargs": THINKS}
     message = client.chat(**how)["choices"][0]["message"]
@@ -177,6 +182,9 @@ def test_a_checkpoint_without_a_chat_template(tmp_path: Path) -> None:
     client.chat(**{**how, "messages": [USER, message, *RESULTS]})
     again = tokenizer.decode(engine.calls[-1][0], skip_special_tokens=False)
     assert again == f"{prompt}{engine.text}{EOS}{SHOWN}<think>"
+
+    engine.text = "Why?</think>Sunny."  # without tools, too
+    assert client.chat(messages=[USER], reasoning_effort="high")["choices"][0]["message"]["reasoning_content"] == "Why?"
 
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert Tokenizer(tmp_path).chat_template == "{{ messages }}"

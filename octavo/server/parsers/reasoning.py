@@ -10,7 +10,17 @@ from typing import Any
 from octavo.server.parsers.call import CallParser, ToolCall, undecided
 from octavo.server.parsers.token_calls import TOKEN_FORMS
 
-__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkKeeper", "ThinkSplitter", "join_delta", "joined", "make_splitter"]
+__all__ = [
+    "CLOSE",
+    "OPEN",
+    "REASONING_PARSERS",
+    "MessageReader",
+    "ThinkKeeper",
+    "ThinkSplitter",
+    "join_delta",
+    "joined",
+    "make_splitter",
+]
 
 OPEN, CLOSE = "<think>", "</think>"
 REASONING_PARSERS = {  # whether the model thinks without an opening tag
