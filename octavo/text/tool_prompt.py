@@ -40,6 +40,10 @@ class CallForm:
         spelled = (f"{self.before}{_json({'name': name, self.key: arguments})}{self.after}" for name, arguments in calls)
         return f"{self.opener}{self.between.join(spelled)}{self.closer}"
 
+    def words(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
+        """What the family was trained to read of tools, if that is known; None for Octavo's own words."""
+        return None
+
 
 PLAIN_CALLS = CallForm(key="parameters")
 
@@ -107,6 +111,8 @@ def render_tools(
 
 
 def _told(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
+    if form.named is None and (words := form.words(tools)) is not None:
+        return words
     listed = "\n".join(_json(tool) for tool in tools)
     if form.named is not None:
         how = f"Call {form.named} now: answer with its arguments alone, as a JSON object."

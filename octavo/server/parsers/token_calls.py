@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,7 @@ class TokenForm:
     separator: str  # between a call's head and its arguments
     fenced: bool = False  # the arguments are told in a fence, behind the name
     kimi: bool = False  # the head is an id, which says the name: functions.NAME:NUMBER
+    words: str = ""  # about tools, which its template does not print
 
     @cached_property
     def openers(self) -> tuple[str, ...]:
@@ -72,10 +73,23 @@ class TokenForm:
 
 
 _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>")
+# As https://huggingface.co/deepseek-ai/DeepSeek-V3.1 has them, under ToolCall.
+_V31_WORDS = """## Tools
+You have access to the following tools:
+
+TOOLS
+IMPORTANT: ALWAYS adhere to this exact format for tool use:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>{{additional_tool_calls}}<｜tool▁calls▁end｜>
+
+Where:
+
+- `tool_call_name` must be an exact match to one of the available tools
+- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema
+- For multiple tool calls, chain them directly without separators or spaces"""
 _DEEPSEEK_BLOCK = (("<｜tool▁calls▁begin｜>",), ("<｜tool▁calls▁end｜>",))
 TOKEN_FORMS = {  # each DeepSeek form reads the other's calls as well
     "deepseek_v3": TokenForm(*_DEEPSEEK_BLOCK, *_DEEPSEEK, fenced=True),
-    "deepseek_v31": TokenForm(*_DEEPSEEK_BLOCK, *_DEEPSEEK),
+    "deepseek_v31": TokenForm(*_DEEPSEEK_BLOCK, *_DEEPSEEK, words=_V31_WORDS),
     "kimi_k2": TokenForm(
         ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),
         ("<|tool_calls_section_end|>", "<|tool_call_section_end|>"),
@@ -96,6 +110,15 @@ class TokenSpelling(CallForm):
         between = "\n" if self.form.fenced else ""
         written = between.join(self.form.write(calls[at][0], text, at) for at, text in enumerate(texts))
         return f"{self.form.blocks[0]}{written}{self.form.block_ends[0]}"
+
+    def words(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
+        listed = "".join(_listed(tool["function"]) for tool in tools)
+        return self.form.words.replace("TOOLS\n", listed) or None
+
+
+def _listed(function: Mapping[str, Any]) -> str:
+    parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
+    return f"### {function['name']}\nDescription: {function.get('description') or ''}\n\nParameters: {parameters}\n\n"
 
 
 class TokenCalls:
