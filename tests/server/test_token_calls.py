@@ -134,6 +134,7 @@ def test_names_and_ids() -> None:
         (" functions.ns.f:12\n", "ns.f", "functions.ns.f:12"),
         ("f:0", "f", "f:0"),
         ("f", "f", None),
+        ("functions.f", "f", None),
     ):
         parser = make_parser("kimi_k2", ArgumentTypes({}))
         text = section.format(f"{KB}{head}{KA} {A}\n{KC}")

@@ -60,7 +60,7 @@ class TokenForm:
         elif not self.kimi and (match := _FENCED.match(text)):
             name, text = match[1], text[match.end() :].removesuffix("```")
         elif match := _NAMED.fullmatch(head):
-            name = match[1]
+            name = match[1].removeprefix("functions.") if self.kimi else match[1]
         arguments = as_object(text) if name else None
         return None if arguments is None else ToolCall(name, arguments, written)
 
