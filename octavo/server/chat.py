@@ -17,13 +17,15 @@ from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.call import CallParser, NamedCall
 from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, joined, make_splitter
-from octavo.server.parsers.registry import call_form, keeps_special, make_parser
+from octavo.server.parsers.registry import call_form, id_maker, keeps_special, make_parser
 from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
 from octavo.text.tool_prompt import CallForm
 
 __all__ = ["chat", "chat_prompt"]
+
+_THINKING = frozenset({"enable_thinking", "thinking"})  # the switch in most templates, and in DeepSeek's and Kimi's
 
 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
@@ -46,7 +48,9 @@ async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, call
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
     effort = getattr(request, "reasoning_effort", None)
-    asked = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    asked: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if asked and not request.chat_template_kwargs.keys() & _THINKING:
+        asked |= dict.fromkeys(_THINKING, effort != "none")
     switches = {**asked, **request.chat_template_kwargs, "documents": getattr(request, "documents", None)}
     return await served.render(
         request.messages or [],
@@ -70,7 +74,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
         if structured is not None:
             raise InvalidRequest("A forced tool_choice and a structured output exclude each other.", "tool_choice")
         structured = tools.structured
-    fixed = {"skip_special_tokens": False} if tools.keep_special else {}
+    fixed = {"skip_special_tokens": False} if tools.keep_special or served.thinks_in_special_tokens else {}
     return served.sampling(request, max_tokens=limit, logprobs=logprobs, structured=structured, **fixed)
 
 
@@ -132,7 +136,8 @@ class _Job:
         self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
         self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
-        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text)) for _ in range(params.n)]
+        ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:

@@ -22,7 +22,7 @@ from octavo.server.process_limits import set_limits
 from octavo.server.serve_arguments import add_arguments
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
-from octavo.text.checkpoint_text import check_templates, no_tokenizer
+from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_note
 
 if TYPE_CHECKING:
     from octavo.frontend.async_engine import AsyncEngine
@@ -166,8 +166,9 @@ async def _serve(
     served.gate.body_seconds = args.client_timeout or None
     served.gate.body_bytes = args.max_request_bytes
     served.content_format = args.chat_template_content_format
-    if (note := await served.tools_note()) is not None:
-        say(f"octavo: {note}")
+    for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
+        if note is not None:
+            say(f"octavo: {note}")
     app = make_app(served, keys, args.allowed_origins)
     settings = uvicorn.Config(
         app,

@@ -44,13 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
     )
     group.add_argument(
-        "--tool-call-parser", metavar="NAME", help="hermes, llama3_json, mistral, qwen3_coder or glm45; default: by the model"
+        "--tool-call-parser",
+        metavar="NAME",
+        help="hermes, llama3_json, mistral, qwen3_coder, glm45, minimax_m2, deepseek_v3, deepseek_v31, deepseek_v32 or "
+        "kimi_k2; default: by the model",
     )
     group.add_argument(
         "--reasoning-parser",
         metavar="NAME",
-        help="qwen3, deepseek_r1, glm45 or minimax_m2 split thinking from content, minimax_m2_append_think marks it there, "
-        "none leaves it; default: by the model",
+        help="qwen3, deepseek_r1, deepseek_v3, kimi_k2, glm45 or minimax_m2 split thinking from content, "
+        "minimax_m2_append_think marks it there, none leaves it; default: by the model",
     )
     group.add_argument(
         "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"

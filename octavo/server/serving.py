@@ -18,6 +18,7 @@ from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
+from octavo.server.parsers.reasoning import CLOSE, OPEN
 from octavo.server.protocol import GenerationRequest
 from octavo.server.side_processes import SideProcesses, side_processes
 from octavo.text.chat_prompt import render_conversation
@@ -77,6 +78,13 @@ class Served:
         if self.engine.tokenizer is None:
             raise InvalidRequest("This checkpoint has no tokenizer.json; send the prompt as token ids.", "prompt")
         return self.engine.tokenizer
+
+    @property
+    def thinks_in_special_tokens(self) -> bool:
+        """Whether thinking is looked for and its tags are special tokens, which text then must keep."""
+        if self.reasoning_parser is None or self.engine.tokenizer is None:
+            return False
+        return any(self.engine.tokenizer.token_id(tag) in self.engine.tokenizer.special_ids for tag in (OPEN, CLOSE))
 
     def check_model(self, name: str | None) -> None:
         """Raises a 404 for a model that is not this one. A request without a name means this one."""

@@ -55,8 +55,8 @@ def render_conversation(
     return text
 
 
-def _marked(content: str | list[dict[str, str]], mark: str) -> str | list[dict[str, str]]:
-    if isinstance(content, str):
-        return content + mark
+def _marked(content: str | list[dict[str, str]] | None, mark: str) -> str | list[dict[str, str]]:
+    if content is None or isinstance(content, str):
+        return (content or "") + mark
     last = content[-1]["text"] if content else ""
     return [*content[:-1], {"type": "text", "text": last + mark}]

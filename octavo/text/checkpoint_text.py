@@ -8,9 +8,12 @@ from typing import Any
 from octavo.errors import OctavoError
 from octavo.files import read_text
 from octavo.text.chat_template import check_template
+from octavo.text.deepseek_v32 import DEEPSEEK_V32
 from octavo.text.generation_config import read_json
 
-__all__ = ["chat_templates", "check_templates", "no_tokenizer"]
+__all__ = ["chat_templates", "check_templates", "no_tokenizer", "stand_in_note"]
+
+_STAND_INS = {"deepseek_v32": DEEPSEEK_V32}  # of families whose checkpoints have no chat template
 
 
 def check_templates(directory: str | Path, given: str | None = None) -> None:
@@ -46,7 +49,9 @@ def no_tokenizer(directory: str | Path) -> str | None:
 
 
 def chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers."""
+    """Templates by name. A file of its own wins over the text inside tokenizer_config.json, as in transformers. Where there is
+    none, Octavo has its own for some families.
+    """
     inline = read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
     templates: dict[str, str] = {}
     if isinstance(inline, str):
@@ -62,7 +67,15 @@ def chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     for path in [*sorted(more.glob("*.jinja")), directory / "chat_template.jinja"]:
         if (text := read_text(path)) is not None:
             templates["default" if path.parent == directory else path.stem] = text
+    if not templates and (own := _STAND_INS.get(str(read_json(directory / "config.json").get("model_type")))):
+        templates["default"] = own
     return templates
+
+
+def stand_in_note(template: str | None) -> str | None:
+    """What to say of a template that is Octavo's own."""
+    family = next((family for family, own in _STAND_INS.items() if own == template), None)
+    return family and f"the checkpoint has no chat template: messages are written in the form that was published for {family}."
 
 
 def _is_named_template(entry: Any) -> bool:

@@ -10,7 +10,7 @@ from jinja2 import nodes
 from octavo.text.chat_messages import ContentFormat
 from octavo.text.chat_template import parse_template
 
-__all__ = ["content_format"]
+__all__ = ["content_format", "key_read"]
 
 
 @lru_cache(maxsize=16)
@@ -23,6 +23,15 @@ def content_format(template: str) -> ContentFormat:
     loops = any(reader.is_content(loop.iter) for loop in tree.find_all(nodes.For))
     asks = any(test.name == "string" and reader.is_content(test.node) for test in tree.find_all(nodes.Test))
     return "string" if not loops else "either" if asks else "openai"
+
+
+def key_read(node: nodes.Node) -> str | None:
+    """The attribute or key that the expression reads, by a dot, brackets or get()."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+        return node.arg.value
+    return None
 
 
 class _Reader:
@@ -47,7 +56,7 @@ class _Reader:
         node = _inner(node)
         if (name := self._name(node)) is not None:
             return name in self._content
-        return _key(node) == "content" and self._is_message(node.node)  # type: ignore[attr-defined]
+        return key_read(node) == "content" and self._is_message(node.node)  # type: ignore[attr-defined]
 
     def _is_message(self, node: nodes.Node) -> bool:
         if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice) and self._is_messages(node.node):
@@ -117,15 +126,6 @@ def _inner(node: nodes.Node) -> nodes.Node:
             break
         node = node.node
     return node
-
-
-def _key(node: nodes.Node) -> str | None:
-    """The attribute or key that the expression reads, by a dot, brackets or get()."""
-    if isinstance(node, nodes.Getattr):
-        return node.attr
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
-        return node.arg.value
-    return None
 
 
 def _targets(node: nodes.Node) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import nodes
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.text.call_history import as_read, reads_calls
 from octavo.text.chat_template import parse_template, render_chat
 
 __all__ = ["PLAIN_CALLS", "CallForm", "render_tools", "shows_tools", "spell_calls"]
@@ -39,6 +40,10 @@ class CallForm:
         spelled = (f"{self.before}{_json({'name': name, self.key: arguments})}{self.after}" for name, arguments in calls)
         return f"{self.opener}{self.between.join(spelled)}{self.closer}"
 
+    def words(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
+        """What the family was trained to read of tools, if that is known; None for Octavo's own words."""
+        return None
+
 
 PLAIN_CALLS = CallForm(key="parameters")
 
@@ -62,19 +67,10 @@ def shows_tools(template: str) -> bool:
     return refused
 
 
-@lru_cache(maxsize=16)
-def _shows_calls(template: str) -> bool:
-    """Whether the template reads the calls of a message."""
-    tree = parse_template(template)
-    return any(one.attr == "tool_calls" for one in tree.find_all(nodes.Getattr)) or any(
-        one.value == "tool_calls" for one in tree.find_all(nodes.Const)
-    )
-
-
 def spell_calls(template: str, messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[str, Any]]:
-    """Plain messages; calls that the template would leave out are at the end of their message's content."""
-    if _shows_calls(template):
-        return [dict(message) for message in messages]
+    """Plain messages, with calls as the template reads them; those it would leave out are at the end of the content."""
+    if reads_calls(template):
+        return as_read(template, messages)
     spelled = []
     for message in messages:
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
@@ -115,6 +111,8 @@ def render_tools(
 
 
 def _told(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
+    if form.named is None and (words := form.words(tools)) is not None:
+        return words
     listed = "\n".join(_json(tool) for tool in tools)
     if form.named is not None:
         how = f"Call {form.named} now: answer with its arguments alone, as a JSON object."

@@ -171,7 +171,7 @@ def test_reasoning_fields(make_client: Any) -> None:
     client = make_client("<think>why</think>because", reasoning_parser="qwen3")
     assert "reasoning_content" not in client.chat(include_reasoning=False)["choices"][0]["message"]
     assert client.chat()["choices"][0]["message"]["reasoning_content"] == "why"
-    client.served.chat_template = "{{ reasoning_effort }} {{ enable_thinking }}"
-    assert client.chat(reasoning_effort="high", return_prompt_text=True)["prompt_text"] == "high True"
+    client.served.chat_template = "{{ reasoning_effort }} {{ enable_thinking }} {{ thinking }}"
+    assert client.chat(reasoning_effort="high", return_prompt_text=True)["prompt_text"] == "high True True"
     answer = client.chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": 3}, return_prompt_text=True)
-    assert answer["prompt_text"] == "none 3"
+    assert answer["prompt_text"] == "none 3 "

@@ -188,6 +188,7 @@ def test_thinking(text: str, inside: bool, reasoning: str, content: str, size: i
 
 
 GLM, MINIMAX = "<|assistant|>", "]~b]ai\n<think>\n"  # how the prompts of these families end
+KIMI = "<|tool_calls_section_begin|>"
 PROMPTED = [
     ("qwen3", "<|im_start|>assistant\n", "<think>\nwhy\n</think>\n\nbecause", "\nwhy\n", "because"),
     ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "because", "", "because"),
@@ -203,6 +204,14 @@ PROMPTED = [
     ("minimax_m2_append_think", MINIMAX, "why\n</think>\n\nbecause", "", "<think>why\n</think>\n\nbecause"),
     ("minimax_m2_append_think", MINIMAX, "cut </thi", "", "<think>cut </thi"),
     ("minimax_m2_append_think", MINIMAX + "</think>\n\n", "because", "", "because"),
+    ("deepseek_r1", "<｜Assistant｜><think>\n", "why</think>\nbecause", "why", "because"),
+    ("deepseek_v3", "<｜Assistant｜>", "because</think>", "", "because</think>"),
+    ("deepseek_v3", "<｜Assistant｜></think>", "because", "", "because"),
+    ("kimi_k2", "<|im_middle|>", "because", "", "because"),
+    ("kimi_k2", "<|im_middle|><think></think>", "because", "", "because"),
+    ("kimi_k2", "<|im_middle|>", f"<think>why{KIMI}x</think>y", "why", f"{KIMI}x</think>y"),  # calls end its thinking
+    ("kimi_k2", "<|im_middle|><think>", f"why</think>\n{KIMI}x", "why", f"{KIMI}x"),
+    ("kimi_k2", "<|im_middle|><think>", f"why{KIMI[:-2]}", f"why{KIMI[:-2]}", ""),
 ]
 
 
@@ -233,6 +242,10 @@ def test_choosing_a_reasoning_parser() -> None:
     assert choose_reasoning_parser(None, "qwen3_moe") == choose_reasoning_parser("qwen3", "llama") == "qwen3"
     assert choose_reasoning_parser(None, "glm4_moe") == choose_reasoning_parser("glm47", "") == "glm45"
     assert choose_reasoning_parser(None, "minimax_m2") == choose_reasoning_parser("minimax", "") == "minimax_m2"
+    for name in ("deepseek_v3", "deepseek_v32"):
+        assert choose_reasoning_parser(None, name) == choose_reasoning_parser("deepseek_v31", "") == "deepseek_v3"
+    for name in ("kimi_k2", "kimi_k25"):
+        assert choose_reasoning_parser(None, name) == choose_reasoning_parser(name, "") == "kimi_k2"
     assert choose_reasoning_parser(None, "llama") is choose_reasoning_parser("none", "glm4_moe") is None
     with pytest.raises(OctavoError, match="glm45"):
         choose_reasoning_parser("glm", "")

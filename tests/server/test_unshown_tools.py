@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from octavo.messages import SamplingParams
 from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.call import ToolCall
 from octavo.server.parsers.registry import call_form, make_parser
+from octavo.server.parsers.token_calls import TOKEN_FORMS
 from octavo.server.parsers.tools import PARSERS
 from octavo.server.parsers.xml_forms import FORMS
 from octavo.text.chat_prompt import render_conversation
@@ -109,7 +111,27 @@ def test_a_message_goes_on_after_tools() -> None:
 CALLS = [("temperature", {"city": "Zürich"}), ("wind", {"city": 'a "b"'})]
 
 
-@pytest.mark.parametrize("name", [*PARSERS, *FORMS])
+def test_deepseek_v31_is_told_in_the_words_of_its_card() -> None:
+    """https://huggingface.co/deepseek-ai/DeepSeek-V3.1, ToolCall: behind the system message and a blank line."""
+    parameters = json.dumps(PARAMETERS)
+    told = (
+        "## Tools\nYou have access to the following tools:\n\n"
+        f"### temperature\nDescription: temperature of a city\n\nParameters: {parameters}\n\n"
+        f"### wind\nDescription: wind of a city\n\nParameters: {parameters}\n\n"
+        "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name"
+        "<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>{{additional_tool_calls}}<｜tool▁calls▁end｜>\n\nWhere:\n\n"
+        "- `tool_call_name` must be an exact match to one of the available tools\n"
+        "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+        "- For multiple tool calls, chain them directly without separators or spaces"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    form = call_form("deepseek_v31")
+    assert render(LOOP.replace("BODY", BODY), system, USER, calls=form) == f"<system>Be brief.\n\n{told}<user>{USER['content']}"
+    named = render(LOOP.replace("BODY", BODY), USER, calls=replace(form, named="wind"))
+    assert "Call wind now" in named
+
+
+@pytest.mark.parametrize("name", [*PARSERS, *FORMS, *TOKEN_FORMS])
 def test_calls_are_told_as_they_are_read(name: str) -> None:
     parser = make_parser(name, ArgumentTypes({}))
     parts = parser.feed(call_form(name).spell(CALLS)) + parser.finish()

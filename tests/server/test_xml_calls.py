@@ -45,6 +45,15 @@ TEMPLATES = {
         "{{- value if value is string else value | tojson }}{{- '</parameter>\n' }}{%- endfor -%}"
         "{{ '</invoke>\n' }}{%- endfor -%}{{ '</minimax:tool_call>' }}{%- endif -%}{%- endfor -%}"
     ),
+    "deepseek_v32": (
+        "{%- for m in messages if m.role == 'assistant' -%}{{ m.content }}"
+        "{%- if m.tool_calls -%}{{ '\n\n<｜DSML｜function_calls>\n' }}"
+        "{%- for call in m.tool_calls -%}{{ '<｜DSML｜invoke name=\"' + call.function.name + '\">\n' }}"
+        "{%- for key, value in call.function.arguments.items() -%}{{ '<｜DSML｜parameter name=\"' + key + '\" string=\"' }}"
+        "{{- 'true' if value is string else 'false' }}{{- '\">' }}"
+        "{{- value if value is string else value | tojson }}{{- '</｜DSML｜parameter>\n' }}{%- endfor -%}"
+        "{{ '</｜DSML｜invoke>\n' }}{%- endfor -%}{{ '</｜DSML｜function_calls>' }}{%- endif -%}{%- endfor -%}"
+    ),
 }
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -108,7 +117,15 @@ def values(rng: random.Random) -> dict[str, Any]:
     def text() -> str:
         bits = ["a", "Zürich 🎈", "\n", " ", '"', "\\", "<", ">", "</", "{", "5", "null", "\t", "</b>", "True", *TAGS]
         made = "".join(rng.choice(bits) for _ in range(rng.randrange(8)))
-        for end in ("</parameter>", "</arg_value>", "\n<", "</function>", "</invoke>"):  # what ends a value in some places
+        for end in (
+            "</parameter>",
+            "</arg_value>",
+            "\n<",
+            "</function>",
+            "</invoke>",
+            "</｜DSML｜parameter>",
+            "</｜DSML｜invoke>",
+        ):  # what ends a value in some places
             made = made.replace(end, "")
         return made
 
@@ -163,6 +180,8 @@ def q(*parameters: tuple[str, str], name: str = "f") -> str:
     return f"<tool_call>\n<function={name}>\n{written}</function>\n</tool_call>"
 
 
+D = '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n{}\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+P = '<｜DSML｜parameter name="{}" string="{}">{}</｜DSML｜parameter>'
 CASES: dict[str, list[tuple[str, list[Any]]]] = {
     "qwen3_coder": [
         ("plain text", ["plain text"]),
@@ -274,15 +293,41 @@ CASES: dict[str, list[tuple[str, list[Any]]]] = {
             [("f", "{}"), '<parameter name="yes\n>true</parameter>so </minimax:tool_call>'],
         ),
     ],
+    "deepseek_v32": [
+        # the blank lines in front of a block are the block's
+        (f"Hm.\n\n{D.format(P.format('text', 'true', 'a'))} bye", ["Hm.", ("f", '{"text": "a"}'), "bye"]),
+        ("Hm.\n\n<｜DSML｜", ["Hm.\n\n<｜DSML｜"]),
+        ("Hm.\n\n", ["Hm.\n\n"]),
+        ("Hm.\n\n<｜DSML｜function_calls> is a tag", ["Hm.\n\n<｜DSML｜function_calls> is a tag"]),
+        # what the model says of a value's type, and of what the schema leaves open, or does not have
+        (D.format(P.format("any", "true", "5")), [("f", '{"any": "5"}')]),
+        (D.format(P.format("any", "false", "5")), [("f", '{"any": 5}')]),
+        (D.format(P.format("unlisted", "true", "null")), [("f", '{"unlisted": "null"}')]),
+        (D.format(P.format("unlisted", "false", '{"a": [1.50]}')), [("f", '{"unlisted": {"a": [1.50]}}')]),
+        (D.format(P.format("unlisted", "false", "no JSON")), [("f", '{"unlisted": "no JSON"}')]),
+        (D.format(P.format("count", "true", "5")), [("f", '{"count": "5"}')]),
+        (D.format(P.format("text", "false", "5")), [("f", '{"text": "5"}')]),
+        (D.format(P.format("count", "false", "5").replace(' string="false"', "")), [("f", '{"count": 5}')]),
+        (D.format(P.format("a'b", "false", "5")), [("f", '{"a\'b\\" string=\\"false": 5}')]),
+        # ends that are missing
+        (
+            '<｜DSML｜function_calls><｜DSML｜invoke name="f">\n'
+            + P.format("text", "true", "Dallas").removesuffix("</｜DSML｜parameter>")
+            + f'\n{P.format("count", "false", "5")}</｜DSML｜invoke><｜DSML｜invoke name="g"></｜DSML｜invoke>',
+            [("f", '{"text": "Dallas", "count": 5}'), ("g", "{}")],
+        ),
+        # cut off
+        (D.format(P.format("text", "true", "half")).partition("lf")[0], [("f", '{"text": "ha')]),
+    ],
 }
-FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in cases]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 1000])
-@pytest.mark.parametrize(("name", "text", "parts"), FLAT)
-def test_written_in_every_way(name: str, text: str, parts: list[Any], size: int) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_written_in_every_way(name: str) -> None:
     assert set(CASES) == set(TEMPLATES) == set(FORMS)
-    assert read(name, text, size) == parts
+    for text, parts in CASES[name]:
+        for size in (1, 3, 7, 1000):
+            assert read(name, text, size) == parts, (size, text)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -407,7 +452,7 @@ def test_a_chat_with_calls(make_client: MakeClient, name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_forced_calls_are_json_in_every_family(make_client: MakeClient, name: str) -> None:
     """A grammar makes the model write JSON, so its family's tags are text there."""
-    written = json.dumps({"text": TAGS[0], "count": 5})
+    written = json.dumps({"text": "<tool_call>", "count": 5})
     client = make_client(f'[{{"name": "f", "parameters": {written}}}]', tool_parser=name)
     message = client.chat(tools=OFFERED, tool_choice="required")["choices"][0]["message"]
     assert [one["function"] for one in message["tool_calls"]] == [{"name": "f", "arguments": written}]

@@ -116,3 +116,25 @@ def test_compiling_a_template_computes_nothing() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     folded = "{{ 2 * 3 }}{{ 'a' * 3 }}{{ 2**3 }}{{ '%d' % 5 }}{{ 7 % 4 }}<{{ 'x'|upper }}"
     assert render_chat(folded, [], {}) == "6aaa853<X"
+
+
+JOINED = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{{ 'f:' + c['function']['arguments'] + '!' }}{% endfor %}{% endfor %}"
+)
+CALLS_OF_NO_CONTENT = (
+    "{% for m in messages %}{% if m['content'] is none %}{% for c in m['tool_calls'] %}{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% else %}{{ m['content'] + '.' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Zürich"}', {"city": "Zürich"}])
+@pytest.mark.parametrize("content", ["", None, []])
+def test_calls_of_earlier_turns_as_the_template_reads_them(arguments: Any, content: Any) -> None:
+    """DeepSeek's templates join arguments with text; V3's prints calls only of a message whose content is none."""
+    made = {"role": "assistant", "content": content, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert render(JOINED, made) == 'f:{"city": "Zürich"}!'
+    assert render(JOINED.replace(" + ", " ~ "), made) == 'f:{"city": "Zürich"}!'
+    assert render(JOINED.replace("'arguments']", "'arguments']|tojson"), made) == 'f:{"city": "Zürich"}!'
+    assert render(CALLS_OF_NO_CONTENT, {"role": "user", "content": content}, made) == '.{"city": "Zürich"}'
+    assert render(CALLS_OF_NO_CONTENT, {**made, "content": "Well"}) == "Well."
+    assert render(CALLS_OF_NO_CONTENT, made, continue_final_message=True) == ""

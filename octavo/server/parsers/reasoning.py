@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import secrets
 import string
+from collections.abc import Callable
 from typing import Any
 
 from octavo.server.parsers.call import CallParser, ToolCall, undecided
+from octavo.server.parsers.token_calls import TOKEN_FORMS
 
-__all__ = ["REASONING_PARSERS", "MessageReader", "ThinkKeeper", "ThinkSplitter", "join_delta", "joined", "make_splitter"]
+__all__ = [
+    "CLOSE",
+    "OPEN",
+    "REASONING_PARSERS",
+    "MessageReader",
+    "ThinkKeeper",
+    "ThinkSplitter",
+    "join_delta",
+    "joined",
+    "make_splitter",
+]
 
 OPEN, CLOSE = "<think>", "</think>"
 REASONING_PARSERS = {  # whether the model thinks without an opening tag
-    **{"qwen3": False, "deepseek_r1": True, "glm45": False},
+    **{"qwen3": False, "deepseek_r1": True, "deepseek_v3": False, "glm45": False, "kimi_k2": False},
     **{"minimax_m2": True, "minimax_m2_append_think": True},
 }
 KEEPERS = frozenset({"minimax_m2_append_think"})
+CALLS_END_THINKING = {"kimi_k2": TOKEN_FORMS["kimi_k2"].blocks[0]}  # it calls from within its thinking, and does not close that
 _ALPHABET = string.ascii_letters + string.digits
 
 
@@ -23,14 +36,16 @@ def make_splitter(name: str, prompt: str) -> ThinkSplitter | ThinkKeeper:
     """What takes an answer to `prompt` apart. The end of the prompt shows whether thinking is open, or over already."""
     end = prompt.rstrip()
     inside = end.endswith(OPEN) or (REASONING_PARSERS[name] and not end.endswith(CLOSE))
-    return ThinkKeeper(inside) if name in KEEPERS else ThinkSplitter(inside)
+    return ThinkKeeper(inside) if name in KEEPERS else ThinkSplitter(inside, CALLS_END_THINKING.get(name))
 
 
 class ThinkSplitter:
-    """Parts text at the think tags. `inside`: the prompt has opened the thinking already."""
+    """Parts text at the think tags. `inside`: the prompt has opened the thinking already; `calls`: what ends it, too, and is
+    content.
+    """
 
-    def __init__(self, inside: bool):
-        self._inside = inside
+    def __init__(self, inside: bool, calls: str | None = None):
+        self._inside, self._calls = inside, calls
         self._held = ""
         self._blanks: list[str] = []  # before what is held, while there is no telling whether they count
         self._state = "start"
@@ -65,11 +80,15 @@ class ThinkSplitter:
             self._state = "thinking" if self._inside else "content"
 
     def _think(self) -> tuple[str, str]:
-        reasoning, closed, content = self._release().partition(CLOSE)
+        text = self._release()
+        reasoning, closed, content = text.partition(CLOSE)
+        if self._calls and self._calls in reasoning:
+            reasoning, closed, content = text.partition(self._calls)
+            content = closed + content
         if closed:
             self._state, self._inside = "between", False
             return reasoning, self._first_content(content)
-        keep = undecided(reasoning, CLOSE)
+        keep = max(undecided(reasoning, CLOSE), undecided(reasoning, self._calls or CLOSE))
         self._held = reasoning[len(reasoning) - keep :]
         return reasoning[: len(reasoning) - keep], ""
 
@@ -111,8 +130,14 @@ class ThinkKeeper:
 class MessageReader:
     """The deltas of one choice of a chat, as OpenAI's streams have them."""
 
-    def __init__(self, calls: CallParser | None, thinking: ThinkSplitter | ThinkKeeper | None):
-        self._parser, self._thinking = calls, thinking
+    def __init__(
+        self,
+        calls: CallParser | None,
+        thinking: ThinkSplitter | ThinkKeeper | None,
+        make_id: Callable[[str, int], str] | None = None,
+    ):
+        """`make_id`: of a function's name and its call's place among the message's, where the model has written none."""
+        self._parser, self._thinking, self._make_id = calls, thinking, make_id or _call_id
         self.calls = 0
 
     def feed(self, text: str, final: bool) -> dict[str, Any]:
@@ -143,10 +168,11 @@ class MessageReader:
             return {"index": self.calls - 1, "function": {"arguments": call.arguments}}
         self.calls += 1
         function = {"name": call.name, "arguments": call.arguments}
-        return {"index": self.calls - 1, "id": _call_id(), "type": "function", "function": function}
+        call_id = call.id or self._make_id(call.name, self.calls - 1)
+        return {"index": self.calls - 1, "id": call_id, "type": "function", "function": function}
 
 
-def _call_id() -> str:
+def _call_id(name: str, place: int) -> str:
     # Mistral's templates refuse any id that is not nine letters and digits; no other family minds
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
 

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from octavo.errors import OctavoError
 from octavo.server.parsers.argument_types import ArgumentTypes
 from octavo.server.parsers.call import CallParser
 from octavo.server.parsers.reasoning import REASONING_PARSERS
+from octavo.server.parsers.token_calls import TOKEN_FORMS, TokenCalls, TokenSpelling
 from octavo.server.parsers.tools import PARSERS, json_parser
 from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS, Spelling
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
-__all__ = ["call_form", "choose_parser", "choose_reasoning_parser", "keeps_special", "make_parser"]
+__all__ = ["call_form", "choose_parser", "choose_reasoning_parser", "id_maker", "keeps_special", "make_parser"]
 
 # Other names of the same formats, most of them vLLM's.
 _ALIASES = {
     **{"llama": "llama3_json", "llama3": "llama3_json"},
     **{"qwen": "hermes", "qwen2": "hermes", "qwen3": "hermes", "qwen3_xml": "qwen3_coder"},
-    **{"glm47": "glm45", "minimax": "minimax_m2"},
+    **{"glm47": "glm45", "minimax": "minimax_m2", "kimi_k25": "kimi_k2"},
 }
 _FAMILIES = {
     **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
     **{"glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
+    **{"deepseek_v3": "deepseek_v3", "deepseek_v32": "deepseek_v32", "kimi_k2": "kimi_k2", "kimi_k25": "kimi_k2"},
 }
 
-_REASONING_ALIASES = {"glm47": "glm45", "minimax": "minimax_m2"}
-_REASONING_FAMILIES = {"qwen3_moe": "qwen3", "glm4_moe": "glm45", "minimax_m2": "minimax_m2"}
+_REASONING_ALIASES = {
+    **{"glm47": "glm45", "minimax": "minimax_m2", "kimi_k25": "kimi_k2"},
+    **{"deepseek_v31": "deepseek_v3", "deepseek_v32": "deepseek_v3"},
+}
+_REASONING_FAMILIES = {
+    **{"qwen3_moe": "qwen3", "glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
+    **{"deepseek_v3": "deepseek_v3", "deepseek_v32": "deepseek_v3", "kimi_k2": "kimi_k2", "kimi_k25": "kimi_k2"},
+}
 
 
 def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
     """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
     if asked:
         name = _ALIASES.get(asked, asked)
-        if name not in PARSERS and name not in FORMS:
-            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join((*PARSERS, *FORMS))}.")
+        known = (*PARSERS, *FORMS, *TOKEN_FORMS)
+        if name not in known:
+            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join(known)}.")
         return name
+    template = template or ""
+    for name, token_form in TOKEN_FORMS.items():
+        if token_form.separator in template and ("```json" in template or not token_form.fenced):
+            return name
     for name, form in FORMS.items():  # first: they share tags with those of JSON
-        if all(tag in (template or "") for tag in (form.block, form.call, form.key)):
+        if all(tag in template for tag in (form.block, form.call, form.key)):
             return name
     for name, json_form in PARSERS.items():
-        if json_form.opener and json_form.opener in (template or ""):
+        if json_form.opener and json_form.opener in template:
             return name
     return _FAMILIES.get(model_type)
 
@@ -57,6 +72,8 @@ def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
 
 def make_parser(name: str, types: ArgumentTypes) -> CallParser:
     """A parser for one answer. `types`: of the parameters of the request's tools, where the format writes values untyped."""
+    if name in TOKEN_FORMS:
+        return TokenCalls(TOKEN_FORMS[name])
     return XmlCalls(FORMS[name], types) if name in FORMS else json_parser(name)
 
 
@@ -64,9 +81,16 @@ def call_form(name: str | None) -> CallForm:
     """How a model is told to write calls that the parser reads, where its chat template does not say."""
     if name in FORMS:
         return Spelling(form=FORMS[name])
+    if name in TOKEN_FORMS:
+        return TokenSpelling(form=TOKEN_FORMS[name])
     return PARSERS[name].told if name else PLAIN_CALLS
+
+
+def id_maker(name: str | None, earlier: int) -> Callable[[str, int], str] | None:
+    """How calls without an id of the model's own are numbered, where its template prints ids. `earlier`: calls before."""
+    return (lambda function, place: f"functions.{function}:{earlier + place}") if name == "kimi_k2" else None
 
 
 def keeps_special(name: str) -> bool:
     """Whether the format's tags are special tokens, which text must keep."""
-    return name in PARSERS and PARSERS[name].special
+    return name in TOKEN_FORMS or (FORMS[name].special if name in FORMS else name in PARSERS and PARSERS[name].special)

@@ -41,6 +41,12 @@ class TagScanner:
         """Takes blanks and forgets them."""
         self.at = _end_of_blanks(self.text, self.at)
 
+    def one(self) -> str:
+        """Takes one character; "" if there is none."""
+        taken = self.text[self.at : self.at + 1]
+        self.at += len(taken)
+        return taken
+
     def skip(self) -> bool:
         """Takes blanks; whether something follows them already."""
         end = _end_of_blanks(self.text, self.at)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
-from octavo.server.parsers.call import CallParser, Part, ToolCall, undecided
+from octavo.server.parsers.call import CallParser, NoNumber, Part, ToolCall, decode, undecided
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
 __all__ = ["PARSERS", "Format", "json_parser"]
@@ -42,21 +41,6 @@ PARSERS = {
 _BETWEEN = " \n\r\t;,[]"
 _BLANKS: Any = re.compile(r"\s*+").match
 _OBJECT = re.compile(r'\\.|["{}]', re.DOTALL)  # what tells where a JSON object ends
-
-
-class _NoNumber(ValueError):
-    """NaN, or what is infinite: Python's reader takes it, and JSON has no word for it."""
-
-
-def _refuse(word: str) -> float:
-    raise _NoNumber(word)
-
-
-def _finite(digits: str) -> float:
-    return value if isfinite(value := float(digits)) else _refuse(digits)
-
-
-_decode = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite).raw_decode
 
 
 def json_parser(name: str) -> CallParser:
@@ -240,7 +224,7 @@ class _Parser:
         if (head := self._head.match(text, at)) is None:
             return None
         try:
-            value, end = _decode(text, head.end())
+            value, end = decode(text, head.end())
             call = ToolCall(head[1], json.dumps(value, ensure_ascii=False)) if head[1] else _as_call(value)
         except (ValueError, RecursionError):
             return None
@@ -263,8 +247,8 @@ def _as_call(value: Any) -> ToolCall | None:
     if not isinstance(arguments, str):
         return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
     try:
-        _decode(arguments.strip())
-    except _NoNumber:
+        decode(arguments.strip())
+    except NoNumber:
         return None
     except (ValueError, RecursionError):
         pass  # text is what the model wrote, and a client may make something of it

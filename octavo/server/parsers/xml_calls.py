@@ -1,4 +1,4 @@
-"""Tool calls whose arguments stand between tags, each as plain text: Qwen3-Coder's, GLM's and MiniMax's.
+"""Tool calls whose arguments stand between tags, each as plain text: Qwen3-Coder's, GLM's, MiniMax's and DeepSeek-V3.2's.
 
 The formats are those of the models' chat templates. A call is given out when its first parameter, or its end, shows that it
 is one; then every string comes as the model writes it, and every other value once it is whole. What turns out to be no call is
@@ -32,6 +32,7 @@ class XmlCalls:
         self._parts: list[Part] = []
         self._name = self._key = self._ender = ""
         self._keys: set[str] = set()  # parameters of this call so far
+        self._kinds = STRING  # the types that this parameter may have
         self._whole: list[str] | None = None  # a value that is no string, as far as it is written
         self._fresh = False  # no character of the value came yet
         self._break = ""  # a line break that may be the one before the value's end
@@ -56,7 +57,8 @@ class XmlCalls:
             left = "".join(self._whole or ()) + self._break
             self._tell(left if self._whole is not None else json.dumps(left)[1:-1])
         else:
-            self._say((self._scan.taken() + rest).lstrip())
+            rest = self._scan.taken() + rest
+            self._say(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
         self._trim = False
         return self._taken()
 
@@ -139,8 +141,7 @@ class XmlCalls:
         found = self._scan.take_word(*self._form.keys_end)
         if not found:
             return found is not None and self._go(self._garbage)
-        self._key = found
-        return self._go(self._gap) if self._form.value else self._begin_value()
+        return self._begin_key(found)
 
     def _gap(self) -> bool:
         """Between a parameter's name and its value."""
@@ -149,10 +150,16 @@ class XmlCalls:
             return False
         return self._begin_value() if found else self._go(self._garbage)
 
+    def _begin_key(self, word: str) -> bool:
+        self._key, said = self._form.key_of(word)
+        listed = self._types.of(self._name, self._key)
+        self._kinds = STRING if said == STRING else (listed or said or frozenset())
+        return self._go(self._gap) if self._form.value else self._begin_value()
+
     def _begin_value(self) -> bool:
         self._tell((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
         self._keys.add(self._key)
-        self._whole = [] if self._types.of(self._name, self._key) != STRING else None
+        self._whole = [] if self._kinds != STRING else None
         if self._whole is None:
             self._tell('"')
         self._scan.raw, self._break, self._fresh = [], "", True
@@ -184,11 +191,11 @@ class XmlCalls:
         found = self._scan.take_word(*self._form.keys_end)
         if found is None:
             return False
-        if found in self._keys or not self._types.declares(self._name, found):
+        key, _ = self._form.key_of(found)
+        if key in self._keys or not self._types.declares(self._name, key):
             return self._text_after_all()
         self._end_value()
-        self._key = found
-        return self._go(self._gap) if self._form.value else self._begin_value()
+        return self._begin_key(found)
 
     def _text_after_all(self) -> bool:
         self._write(self._scan.taken())
@@ -244,7 +251,7 @@ class XmlCalls:
         if self._whole is None:
             self._tell('"')
         else:
-            self._tell(as_json("".join(self._whole), self._types.of(self._name, self._key)))
+            self._tell(as_json("".join(self._whole), self._kinds))
         self._scan.raw = []
 
     def _taken(self) -> list[Part]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from octavo.server.parsers.argument_types import STRING
 from octavo.text.tool_prompt import CallForm
 
 __all__ = ["FORMS", "Spelling", "XmlForm"]
@@ -28,11 +29,15 @@ class XmlForm:
     value_end: str
     lines: bool = False  # a value stands on lines of its own
     bare: bool = False  # the model is known to leave out the block's tag
+    typed: bool = False  # behind a parameter's name stands whether its value is a string: string="true"
+    gap: str = ""  # between the content and the block, of which it is the beginning
+    special: bool = False  # the tags hold a token that text must keep
 
     @cached_property
     def openers(self) -> tuple[str, ...]:
         """Where a call may begin outside of a block."""
-        return (self.block, self.call) if self.bare else (self.block,)
+        gapped = (self.gap + self.block,) if self.gap else ()  # first: of two that begin at one place, the first is found
+        return (*gapped, self.block, self.call) if self.bare else (*gapped, self.block)
 
     @cached_property
     def within(self) -> tuple[str, ...]:
@@ -55,7 +60,14 @@ class XmlForm:
         """The same of a parameter's name."""
         return self.key_end, re.compile(r"[<>\n]" if self.key_end == ">" else r"[<\n]")
 
+    def key_of(self, word: str) -> tuple[str, frozenset[str] | None]:
+        """A parameter's name, and the types that `word` gives it: a string's, any JSON's (empty) or None, nothing."""
+        if self.typed and (match := _TYPED.fullmatch(word)):
+            return match[1], STRING if match[2] == "true" else frozenset()
+        return word, None
 
+
+_TYPED = re.compile(r"([^\"']*+)[\"']\s++string\s*+=\s*+[\"']?(true|false)")
 FORMS = {
     "qwen3_coder": XmlForm(
         *("<tool_call>", "</tool_call>", "<function=", "</function>"),
@@ -70,6 +82,13 @@ FORMS = {
     "minimax_m2": XmlForm(
         *("<minimax:tool_call>", "</minimax:tool_call>", "<invoke name=", "</invoke>"),
         *("<parameter name=", ">", "", "</parameter>"),
+    ),
+    "deepseek_v32": XmlForm(
+        *("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", "<｜DSML｜invoke name=", "</｜DSML｜invoke>"),
+        *("<｜DSML｜parameter name=", ">", "", "</｜DSML｜parameter>"),
+        typed=True,
+        gap="\n\n",
+        special=True,
     ),
 }
 
@@ -95,6 +114,7 @@ def _spelled(form: XmlForm, name: str, arguments: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text = f"\n{text}\n" if form.lines else text
         between = f"\n{form.value}" if form.value else ""
-        lines.append(f"{form.key}{quote}{key}{quote}{form.key_end}{between}{text}{form.value_end}")
+        kind = f' string="{"true" if isinstance(value, str) else "false"}"' if form.typed else ""
+        lines.append(f"{form.key}{quote}{key}{quote}{kind}{form.key_end}{between}{text}{form.value_end}")
     lines += [form.call_end, form.block_end] if form.call else [form.block_end]
     return "\n".join(lines)

@@ -18,6 +18,10 @@ from server.fuzz.generator import Generator, Sent
 from server.processes import Server
 
 from bench.bystander import Bystander
+from octavo.server.parsers.reasoning import REASONING_PARSERS
+from octavo.server.parsers.token_calls import TOKEN_FORMS
+from octavo.server.parsers.tools import PARSERS
+from octavo.server.parsers.xml_forms import FORMS
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "3000"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "35"))  # after which no further request is sent: a machine may be busy
@@ -66,7 +70,8 @@ def fault(status: int, body: bytes) -> str | None:
 def test_fuzz() -> None:
     seed = int(os.environ.get("FUZZ_SEED", random.randrange(2**32)))
     print(f"FUZZ_SEED={seed}")
-    server = Server(*FLAGS)
+    calls, thinking = (random.Random(seed).choice(names) for names in ([*PARSERS, *FORMS, *TOKEN_FORMS], [*REASONING_PARSERS]))
+    server = Server(*FLAGS, "--tool-call-parser", calls, "--reasoning-parser", thinking)
     try:
         faults: list[str] = []
         statuses: Counter[int] = Counter()
