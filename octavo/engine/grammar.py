@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.text.checkpoint_text import no_tokenizer
+from octavo.text.tokenizer import read_tokenizer
 
 __all__ = ["Grammar", "GrammarCompiler", "Pace"]
 
@@ -26,7 +27,7 @@ class GrammarCompiler:
     """Makes a Grammar a request; reads the tokenizer when the first one asks."""
 
     def __init__(self, directory: Path, vocab_size: int):
-        self.path, self.vocab_size = directory / "tokenizer.json", vocab_size
+        self.directory, self.vocab_size = directory, vocab_size
         self._tokenizers: dict[frozenset[int], Any] = {}
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
@@ -34,11 +35,11 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if eos_token_ids not in self._tokenizers:
-            if not self.path.exists():
-                raise OctavoError(f"structured output needs {self.path}, which is not there.")
-            definition = json.loads(self.path.read_text())
+            if no_tokenizer(self.directory):
+                raise OctavoError(f"structured output needs a tokenizer, and {self.directory} has no tokenizer.json.")
+            definition = read_tokenizer(self.directory).to_str()
             self._tokenizers[eos_token_ids] = LLTokenizer(
-                json.dumps(definition), n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
+                definition, n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
             )
         matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():

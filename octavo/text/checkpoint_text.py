@@ -10,6 +10,7 @@ from octavo.files import read_text
 from octavo.text.chat_template import check_template
 from octavo.text.deepseek_v32 import DEEPSEEK_V32
 from octavo.text.generation_config import read_json
+from octavo.text.tiktoken_model import is_kimis
 
 __all__ = ["chat_templates", "check_templates", "no_tokenizer", "stand_in_note"]
 
@@ -36,9 +37,9 @@ def _check(where: str, template: str) -> None:
 
 
 def no_tokenizer(directory: str | Path) -> str | None:
-    """What a checkpoint without tokenizer.json can do, in a sentence; None for one that has it."""
+    """What a checkpoint without a tokenizer can do, in a sentence; None for one that has it."""
     folder = Path(directory)
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").exists() or is_kimis(folder):
         return None
     old = next((name for name in ("tokenizer.model", "vocab.json", "tiktoken.model") if (folder / name).exists()), None)
     mend = f"make one of its {old} with transformers (AutoTokenizer, save_pretrained)" if old else "add the model's"

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, read with the `tokenizers` library alone: transformers would cost two seconds of every start."""
+"""The checkpoint's tokenizer, by the `tokenizers` library alone: transformers would cost two seconds of every start."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import tokenizers
 
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, check_regular
-from octavo.text.checkpoint_text import chat_templates
+from octavo.text.byte_alphabet import BYTE_OF
+from octavo.text.checkpoint_text import chat_templates, no_tokenizer
 from octavo.text.generation_config import default_sampling, eos_token_ids, read_json
+from octavo.text.tiktoken_model import is_kimis, read_kimis
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "read_tokenizer"]
 
 CHARACTERS_PER_TOKEN = 8  # more than text in any language has
 PIECE = 2**16  # characters
@@ -25,12 +27,12 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """Text to token ids and back, with what the checkpoint says of special tokens and of chat.
 
-    Raises OctavoError if the directory holds no readable tokenizer.json.
+    Raises OctavoError if the directory holds no readable tokenizer.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._tokenizer = _read_tokenizer(self.directory / "tokenizer.json")
+        self._tokenizer = read_tokenizer(self.directory)
         config = read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(read_json(self.directory / "special_tokens_map.json") | config)
         self.chat_templates = chat_templates(self.directory, config)
@@ -122,7 +124,7 @@ class Tokenizer:
             return self._added[token_id].encode()  # spelled as it reads, though its letters may be those of the byte alphabet
         if "ByteLevel" in self._decoders:
             try:
-                return bytes(_BYTE_OF[character] for character in piece)
+                return bytes(BYTE_OF[character] for character in piece)
             except KeyError:  # no byte-level piece: the library, too, reads it as it is spelled
                 return piece.encode()
         if "ByteFallback" in self._decoders and (match := _BYTE_PIECE.fullmatch(piece)):
@@ -133,15 +135,19 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer, or None where there is no tokenizer.json: the engine serves token ids without one."""
-    return Tokenizer(directory) if (Path(directory) / "tokenizer.json").exists() else None
+    """The tokenizer, or None where there is none: the engine serves token ids without one."""
+    return None if no_tokenizer(directory) else Tokenizer(directory)
 
 
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer, of tokenizer.json or of Kimi's file. Raises OctavoError where neither is there and readable."""
+    path = directory / "tokenizer.json"
     if not path.exists():
-        if not path.parent.is_dir():
-            check_directory(path.parent)  # says what it is
-        raise OctavoError(f"{path.parent} has no tokenizer.json; add one, or send prompts as token ids.")
+        if not directory.is_dir():
+            check_directory(directory)  # says what it is
+        if is_kimis(directory):
+            return read_kimis(directory)
+        raise OctavoError(f"{directory} has no tokenizer.json; add one, or send prompts as token ids.")
     check_regular(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -170,13 +176,3 @@ def _decoder_types(decoder: Any) -> set[str]:
         return set()
     state = json.loads(decoder.__getstate__())
     return {part["type"] for part in state.get("decoders", [state])}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE spells each byte as a printable character: itself, or for the others the next one from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
