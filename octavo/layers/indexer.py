@@ -17,7 +17,7 @@ from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import Operand
 from octavo.weights import Loader
 
-__all__ = ["Indexer", "IndexerShape", "IndexerWeights"]
+__all__ = ["Chosen", "Indexer", "IndexerShape", "IndexerWeights"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class IndexerShape:
 
 
 @dataclass(frozen=True)
-class Chosen(Key[Tensor]):
-    """What the indexer of a layer has chosen in a step."""
+class Chosen(Key[Tensor | None]):
+    """What the indexer of a layer has chosen in a step; layers without one of their own ask for it."""
 
     layer: int
 
@@ -87,11 +87,11 @@ class Indexer(nn.Module):
         (rotary,) = self._shared
         rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
         ops.write_index_keys(self.wk(x), self.k_norm.norm, rotation, self.cache, batch.slot_mapping)
-        if not self.is_sparse(batch):
-            return None
-        heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
 
-        def select() -> Tensor:
+        def select() -> Tensor | None:
+            if not self.is_sparse(batch):
+                return None
+            heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
             return ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
 
         return batch.cache.get(Chosen(self.layer), select)

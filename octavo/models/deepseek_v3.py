@@ -18,7 +18,7 @@ from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout, Views, index_spec, latent_spec
-from octavo.layers.indexer import Indexer
+from octavo.layers.indexer import Chosen, Indexer
 from octavo.layers.linear import ColumnParallelLinear, GatedMLP, RowParallelLinear
 from octavo.layers.mla import LatentAttention, LatentShape
 from octavo.layers.moe import Experts, Gate, MixtureOfExperts
@@ -69,6 +69,10 @@ class Config(ConfigBase):
         if self.kv_lora_rank % 4:
             raise OctavoError(f"config.json: kv_lora_rank must be a multiple of 4, not {self.kv_lora_rank}.")
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether the layer has an MLP for all tokens, and no experts."""
+        return layer < self.first_k_dense_replace
+
     @property
     def rotated(self) -> int:
         return self.qk_rope_head_dim
@@ -99,7 +103,9 @@ class Config(ConfigBase):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | None = None):
+    """`indexer`: chooses what is attended to; the number of a layer: that one's does; None: all is attended to."""
+
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | int | None = None):
         super().__init__()
         s, whole = c.latent, TensorParallel()
         self.sizes, width = [s.rank + s.rope], s.heads * (s.nope + s.rope)
@@ -112,7 +118,8 @@ class Attention(nn.Module):
         query = "q_b_proj" if self.has_q_latent else "q_proj"
         self.q_proj = ColumnParallelLinear([query], rows, [width], bias=False, tp=tp, heads=[s.heads])
         self.kv_a_layernorm = RMSNorm(s.rank, LATENT_EPS)
-        self.indexer = indexer
+        self.indexer = indexer if isinstance(indexer, Indexer) else None
+        self.chosen_by = indexer if isinstance(indexer, int) else None
         self.rotary_emb = rotary
         self.attn = LatentAttention(s, c.softmax_scale, rotary, self.kv_a_layernorm, tp, interleaved=c.rope_interleave)
         self.o_proj = RowParallelLinear("o_proj", s.heads * s.v, c.hidden_size, bias=c.attention_bias, tp=tp)
@@ -132,6 +139,8 @@ class Attention(nn.Module):
             q, _ = self.q_a_layernorm(latents[0].contiguous(), None, *readers)
         if self.indexer is not None:
             chosen = self.indexer(x, q, batch)
+        elif self.chosen_by is not None:
+            chosen = batch.cache.found(Chosen(self.chosen_by))
         heads = self.q_proj(q).unflatten(1, (self.attn.heads, -1))
         y: Product = self.o_proj(self.attn(heads, kv, batch, chosen))
         return y
@@ -154,11 +163,10 @@ def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:
 class DecoderLayer(nn.Module):
     def __init__(self, c: Config, layer: int, attention: Attention, tp: TensorParallel):
         super().__init__()
-        dense = layer < c.first_k_dense_replace
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp) if dense else mixture(c, tp)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp) if c.is_dense(layer) else mixture(c, tp)
 
     def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
         x, residual = self.input_layernorm(x, residual, *self.self_attn.readers)
@@ -180,8 +188,8 @@ class Model(DecoderLM):
 
         super().__init__(c, tp, max_len, layers, make)
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
-        """The indexer of a layer, where the architecture has such."""
+    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | int | None:
+        """The indexer of a layer, or the number of the layer whose it shares, where the architecture has such."""
         return None
 
     @property

@@ -18,6 +18,7 @@ class Config(deepseek_v3.Config):
     index_n_heads: int
     index_head_dim: int
     index_topk: int
+    indexer_rope_interleave: bool = False
 
     def check(self) -> None:
         super().check()
@@ -34,6 +35,6 @@ class Config(deepseek_v3.Config):
 class Model(deepseek_v3.Model):
     config: Config
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
+    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | int | None:
         shape = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk)
-        return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, layer)
+        return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, layer, interleaved=c.indexer_rope_interleave)
