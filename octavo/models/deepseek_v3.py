@@ -32,6 +32,7 @@ from octavo.ops import Activation, Product, Router
 __all__ = ["Config", "Model"]
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+CACHE_SCALES = ("*.[kqv]_scale", "*.kv_scale", "*_proj.output_scale")  # of caches of keys and values: latents scale themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,8 @@ class Model(DecoderLM):
     @property
     def ignored(self) -> tuple[str, ...]:
         last = self.config.num_hidden_layers
-        return *super().ignored, *(f"model.layers.{last + i}.*" for i in range(self.config.num_nextn_predict_layers))
+        further = (f"model.layers.{last + i}.*" for i in range(self.config.num_nextn_predict_layers))
+        return *super().ignored, *CACHE_SCALES, *further
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

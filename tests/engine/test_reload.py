@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMMON, tokens
+from models.test_logits import deepseek_v32, randomize
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -54,6 +55,17 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two with latent attention, an indexer in each layer, and experts."""
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        paths.append(tmp_path_factory.mktemp("latents"))
+        randomize(deepseek_v32()).save_pretrained(paths[-1])
+    return paths
+
+
 def load(model: Path, **options: Any) -> LLM:
     sizes = dict(threads=1, block_size=4, max_model_len=100, cpu_kv_cache_gib=0.01)
     return LLM(str(model), **({"device": "cpu"} | sizes | options))
@@ -89,6 +101,12 @@ def test_reloaded_weights_give_the_other_models_tokens(models: list[Path], optio
 @pytest.mark.parametrize("options", OPTIONS)
 def test_reloaded_experts_give_the_other_models_tokens(mixtures: list[Path], options: dict[str, Any]) -> None:
     check_reload(mixtures, options)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:1], {"quantization": "fp8_block", "kv_cache_dtype": "fp8"}])
+def test_reloaded_latent_attention_gives_the_other_models_tokens(latents: list[Path], options: dict[str, Any]) -> None:
+    """What makes keys and values of latents is held in parts of one tensor, which stays where it is."""
+    check_reload(latents, options)
 
 
 def check_reload(models: list[Path], options: dict[str, Any]) -> None:
