@@ -53,10 +53,6 @@ class StepCache:
         """The value of `key`; `make` gives it the first time."""
         if key not in self._made:
             self._made[key] = make()
-        return self.found(key)
-
-    def found(self, key: Key[T]) -> T:
-        """The value of `key`, which was worked out before."""
         found: T = self._made[key]
         return found
 

@@ -6,9 +6,9 @@ The layers after the last, which predict further tokens, are not loaded. Sources
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,15 @@ from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout, Views, index_spec, latent_spec
-from octavo.layers.indexer import Chosen, Indexer
-from octavo.layers.linear import ColumnParallelLinear, GatedMLP, RowParallelLinear
+from octavo.layers.indexer import Indexer, SharedIndexer
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.mla import LatentAttention, LatentShape
-from octavo.layers.moe import Experts, Gate, MixtureOfExperts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import DecoderLM
-from octavo.models.config import ConfigBase, check_experts, expert_activations
 from octavo.models.interface import Limits
-from octavo.ops import Activation, Product, Router
+from octavo.models.mixture import MixtureConfig, mlp_of
+from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]
 
@@ -36,43 +35,25 @@ CACHE_SCALES = ("*.[kqv]_scale", "*.kv_scale", "*_proj.output_scale")  # of cach
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ConfigBase):
+class Config(MixtureConfig):
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
     q_lora_rank: int | None = None
-    n_shared_experts: int = 1
     first_k_dense_replace: int = 3
     moe_layer_freq: int = 1
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
-    attention_bias: bool = False
     rope_interleave: bool = True
-    num_nextn_predict_layers: int = 1
-
-    also_called: ClassVar[Mapping[str, str]] = {"n_routed_experts": "num_local_experts"}
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"})
 
     def check(self) -> None:
         super().check()
-        check_experts(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group)
         for name, served in (("moe_layer_freq", 1), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
             if (found := getattr(self, name)) != served:
                 raise OctavoError(f"config.json: {name} is {found!r}; this architecture is served with {served!r}.")
         if self.kv_lora_rank % 4:
             raise OctavoError(f"config.json: kv_lora_rank must be a multiple of 4, not {self.kv_lora_rank}.")
-
-    def is_dense(self, layer: int) -> bool:
-        """Whether the layer has an MLP for all tokens, and no experts."""
-        return layer < self.first_k_dense_replace
 
     @property
     def rotated(self) -> int:
@@ -81,12 +62,6 @@ class Config(ConfigBase):
     @property
     def rotated_of(self) -> int:
         return self.qk_rope_head_dim
-
-    @property
-    def mlp_activations(self) -> int:
-        experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
-        shared = 4 * self.n_shared_experts * self.moe_intermediate_size + self.hidden_size
-        return max(super().mlp_activations, experts + shared)
 
     @property
     def latent(self) -> LatentShape:
@@ -104,9 +79,7 @@ class Config(ConfigBase):
 
 
 class Attention(nn.Module):
-    """`indexer`: chooses what is attended to; the number of a layer: that one's does; None: all is attended to."""
-
-    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | int | None = None):
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | SharedIndexer | None = None):
         super().__init__()
         s, whole = c.latent, TensorParallel()
         self.sizes, width = [s.rank + s.rope], s.heads * (s.nope + s.rope)
@@ -119,8 +92,7 @@ class Attention(nn.Module):
         query = "q_b_proj" if self.has_q_latent else "q_proj"
         self.q_proj = ColumnParallelLinear([query], rows, [width], bias=False, tp=tp, heads=[s.heads])
         self.kv_a_layernorm = RMSNorm(s.rank, LATENT_EPS)
-        self.indexer = indexer if isinstance(indexer, Indexer) else None
-        self.chosen_by = indexer if isinstance(indexer, int) else None
+        self.indexer = indexer
         self.rotary_emb = rotary
         self.attn = LatentAttention(s, c.softmax_scale, rotary, self.kv_a_layernorm, tp, interleaved=c.rope_interleave)
         self.o_proj = RowParallelLinear("o_proj", s.heads * s.v, c.hidden_size, bias=c.attention_bias, tp=tp)
@@ -129,36 +101,20 @@ class Attention(nn.Module):
     def readers(self) -> tuple[ops.Reader, ...]:
         """All that read this layer's input."""
         own = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
-        return own if self.indexer is None else (None, *own, self.indexer.wk.weight)
+        return own if self.indexer is None else (*own, *self.indexer.input_readers)
 
     def forward(self, x: Activation, batch: ForwardBatch) -> Product:
         *latents, kv = self.a_proj(x).split(self.sizes, 1)
         q: Activation = x
         chosen = None
         if self.has_q_latent:
-            readers = (self.q_proj.weight, *(() if self.indexer is None else (self.indexer.wq_b.weight,)))
+            readers = (self.q_proj.weight, *(() if self.indexer is None else self.indexer.latent_readers))
             q, _ = self.q_a_layernorm(latents[0].contiguous(), None, *readers)
         if self.indexer is not None:
             chosen = self.indexer(x, q, batch)
-        elif self.chosen_by is not None:
-            chosen = batch.cache.found(Chosen(self.chosen_by))
         heads = self.q_proj(q).unflatten(1, (self.attn.heads, -1))
         y: Product = self.o_proj(self.attn(heads, kv, batch, chosen))
         return y
-
-
-def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:
-    router = Router(
-        c.num_experts_per_tok, sigmoid=True, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
-        groups=c.n_group, top_groups=c.topk_group,
-    )  # fmt: skip
-    gate = Gate(c.hidden_size, c.n_routed_experts, router, bias="gate.e_score_correction_bias")
-    experts = Experts(c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, tp)
-    shared = None
-    if c.n_shared_experts:
-        inner = c.n_shared_experts * c.moe_intermediate_size
-        shared = GatedMLP(c.hidden_size, inner, bias=False, tp=tp, partial=True)
-    return MixtureOfExperts(gate, experts, tp, shared)
 
 
 class DecoderLayer(nn.Module):
@@ -167,7 +123,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp) if c.is_dense(layer) else mixture(c, tp)
+        self.mlp = mlp_of(c, layer, tp)
 
     def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
         x, residual = self.input_layernorm(x, residual, *self.self_attn.readers)
@@ -184,20 +140,20 @@ class Model(DecoderLM):
     def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
         rotary = RotaryEmbedding(c.qk_rope_head_dim, c.rope, c.max_position_embeddings, max_len)
 
+        indexer = self.indexers(c, rotary)
+
         def make(layer: int) -> DecoderLayer:
-            return DecoderLayer(c, layer, Attention(c, rotary, tp, self.make_indexer(c, rotary, layer)), tp)
+            return DecoderLayer(c, layer, Attention(c, rotary, tp, indexer(layer)), tp)
 
         super().__init__(c, tp, max_len, layers, make)
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | int | None:
-        """The indexer of a layer, or the number of the layer whose it shares, where the architecture has such."""
-        return None
+    def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
+        """What makes the indexers of layers, where the architecture has such."""
+        return lambda layer: None
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        last = self.config.num_hidden_layers
-        further = (f"model.layers.{last + i}.*" for i in range(self.config.num_nextn_predict_layers))
-        return *super().ignored, *CACHE_SCALES, *further
+        return *super().ignored, *CACHE_SCALES, *self.config.unread_layers
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

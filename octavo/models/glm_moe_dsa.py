@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
-from octavo.layers.indexer import Chosen, Indexer
+from octavo.layers.indexer import Choice, Indexer, SharedIndexer
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import deepseek_v32
+from octavo.models.deepseek_v32 import make_indexer
 from octavo.models.interface import ModelInput, StageState
 
 __all__ = ["Config", "Model"]
@@ -60,11 +62,6 @@ class Config(deepseek_v32.Config):
         every, first = max(self.index_topk_freq, 1), self.index_skip_topk_offset - 1
         return ["shared" if max(layer - first, 0) % every else "full" for layer in range(self.num_hidden_layers)]
 
-    def chosen_by(self, layer: int) -> int:
-        """The layer whose indexer chooses for `layer`: itself, or the last before it that has one."""
-        kinds = self.kinds_of_indexers
-        return max(n for n in range(layer + 1) if kinds[n] == "full")
-
     def is_dense(self, layer: int) -> bool:
         return super().is_dense(layer) if self.mlp_layer_types is None else self.mlp_layer_types[layer] == "dense"
 
@@ -72,18 +69,18 @@ class Config(deepseek_v32.Config):
 class Model(deepseek_v32.Model):
     config: Config
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | int | None:
-        source: int = c.chosen_by(layer)
-        return super().make_indexer(c, rotary, layer) if source == layer else source
+    def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
+        kinds, choice = c.kinds_of_indexers, Choice()
+        return lambda layer: make_indexer(c, rotary, choice) if kinds[layer] == "full" else SharedIndexer(choice)
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         """Between stages of a pipeline the choice that the next layer shares goes along, in steps that are sparse."""
-        stage = self.model.layers.stage
-        if (source := self.config.chosen_by(stage.start)) != stage.start:
-            batch.cache.get(Chosen(source), lambda: state.extras[0] if state.extras else None)
+        layers: list[Any] = list(self.model.layers)
+        choice: Choice = layers[0].self_attn.indexer.choice
+        choice.places = state.extras[0] if state.extras else None
         out = super().forward(batch, state)
+        chosen, choice.places = choice.places, None
         if not isinstance(out, StageState):
             return out
-        following = self.config.chosen_by(stage.stop)
-        chosen = None if following == stage.stop else batch.cache.found(Chosen(following))
-        return out._replace(extras=() if chosen is None else (chosen,))
+        wanted = self.config.kinds_of_indexers[self.model.layers.stage.stop] == "shared"
+        return out._replace(extras=(chosen,) if wanted and chosen is not None else ())

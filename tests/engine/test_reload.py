@@ -106,10 +106,10 @@ def test_reloaded_experts_give_the_other_models_tokens(mixtures: list[Path], opt
 @pytest.mark.parametrize("options", [*OPTIONS[:1], {"quantization": "fp8_block", "kv_cache_dtype": "fp8"}])
 def test_reloaded_latent_attention_gives_the_other_models_tokens(latents: list[Path], options: dict[str, Any]) -> None:
     """What makes keys and values of latents is held in parts of one tensor, which stays where it is."""
-    check_reload(latents, options)
+    check_reload(latents, options | {"enforce_eager": True}, recorded=False)
 
 
-def check_reload(models: list[Path], options: dict[str, Any]) -> None:
+def check_reload(models: list[Path], options: dict[str, Any], *, recorded: bool = True) -> None:
     first, second = generate(load(models[0], **options)), generate(load(models[1], **options))
     assert first != second
     llm = load(models[0], **options)
@@ -119,8 +119,8 @@ def check_reload(models: list[Path], options: dict[str, Any]) -> None:
     core.reload(str(models[1]))
     assert generate(llm) == second, "prefixes that are cached are of the old weights"
     assert addresses(llm) == before
-    if core.runner.platform.widened_dtype is None:  # weights in oneDNN's own layout are replaced, and their steps recorded anew
-        assert core.runner.graphs is graphs
+    if recorded and core.runner.platform.widened_dtype is None:  # else weights in oneDNN's own layout are replaced, and their
+        assert core.runner.graphs is graphs  # steps recorded anew
         assert len(graphs) == replays > 0
     core.reload(str(models[0]))
     assert generate(llm) == first
