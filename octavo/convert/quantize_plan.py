@@ -31,6 +31,9 @@ LINEAR = re.compile(
     r"|query_key_value|dense_h_to_4h|dense_4h_to_h)"
 )
 EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
+# MLA's, which makes keys and values of latents. Engines multiply it head by head into queries and outputs that are in no codes
+# ("absorbed"), so codes of it would be decoded when loaded: error for nothing. Octavo's own --quantization leaves it, too.
+ABSORBED = "kv_b_proj"
 # Engines stack these into one operand, which must be of one scheme.
 STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"))
 
@@ -117,7 +120,11 @@ class Plan:
             return Piece(tensor)
         shape = stored_shape(self.reader, module)
         stored = stored_scheme(self.reader, module, shape)
-        asked = self.scheme_of(_operand(module), is_head=last == "lm_head" and not quantized)
+        if last == ABSORBED:  # stored codes of the asked scheme are kept, others decoded
+            self.rules.ignored(module)
+            asked = stored if stored is self.rules.scheme else BF16
+        else:
+            asked = self.scheme_of(_operand(module), is_head=last == "lm_head" and not quantized)
         if not quantized and asked.dtype is WeightDType.BF16:
             return Piece(tensor)
         if not shape[0] * shape[1]:

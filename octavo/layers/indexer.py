@@ -17,7 +17,7 @@ from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import Operand
 from octavo.weights import Loader
 
-__all__ = ["Indexer", "IndexerShape", "IndexerWeights"]
+__all__ = ["Choice", "Indexer", "IndexerShape", "IndexerWeights", "SharedIndexer"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class IndexerShape:
     heads: int
     dim: int
     top_k: int
+
+
+class Choice:
+    """places: what the last indexer of this step has chosen, as Indexer gives it. One a model, since one is 64 MiB for 8,192
+    tokens."""
+
+    places: Tensor | None = None
 
 
 class IndexerWeights(nn.Module):
@@ -48,13 +55,15 @@ class IndexerWeights(nn.Module):
 class Indexer(nn.Module):
     """Keys of its own in the cache, and the places that each token attends to. Every rank has all of it, and chooses alike.
 
-    chosen: what `forward` gave in this step, for layers behind this one that share it.
+    `choice`: where it leaves what `forward` gave, if layers behind this one attend to that, too.
     """
 
     cache: IndexCache
-    chosen: Tensor | None = None
 
-    def __init__(self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, *, interleaved: bool = False):
+    def __init__(
+        self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, choice: Choice | None = None,
+        *, interleaved: bool = False,
+    ):  # fmt: skip
         super().__init__()
         whole = TensorParallel()
         self.wq_b = ColumnParallelLinear(["wq_b"], q_rank, [shape.heads * shape.dim], bias=False, tp=whole)
@@ -62,7 +71,17 @@ class Indexer(nn.Module):
         self.k_norm = LayerNorm(shape.dim, 1e-6)
         self.weights_proj = IndexerWeights(hidden, shape.heads)
         self._shared = (rotary,)  # in a tuple: it is loaded where the model has it
-        self.shape, self.interleaved = shape, interleaved
+        self.shape, self.choice, self.interleaved = shape, choice, interleaved
+
+    @property
+    def input_readers(self) -> tuple[ops.Reader, ...]:
+        """What reads the layer's input."""
+        return None, self.wk.weight
+
+    @property
+    def latent_readers(self) -> tuple[ops.Reader, ...]:
+        """What reads the latent of queries."""
+        return (self.wq_b.weight,)
 
     def bind_cache(self, views: Views) -> None:
         self.cache = IndexCache.of(views)
@@ -79,8 +98,25 @@ class Indexer(nn.Module):
         (rotary,) = self._shared
         rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
         ops.write_index_keys(self.wk(x), self.k_norm.norm, rotation, self.cache, batch.slot_mapping)
-        self.chosen = None
+        chosen = None
         if self.is_sparse(batch):
             heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
-            self.chosen = ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
-        return self.chosen
+            chosen = ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
+        if self.choice is not None:
+            self.choice.places = chosen
+        return chosen
+
+
+class SharedIndexer(nn.Module):
+    """In the place of an indexer: what the last one before it has chosen."""
+
+    input_readers: tuple[ops.Reader, ...] = ()
+    latent_readers: tuple[ops.Reader, ...] = ()
+
+    def __init__(self, choice: Choice):
+        super().__init__()
+        self.choice = choice
+
+    def forward(self, x: ops.Activation, q: Operand, batch: ForwardBatch) -> Tensor | None:
+        """As Indexer has it."""
+        return self.choice.places

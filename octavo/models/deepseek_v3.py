@@ -6,7 +6,7 @@ The layers after the last, which predict further tokens, are not loaded. Sources
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout, Views, index_spec, latent_spec
-from octavo.layers.indexer import Indexer
+from octavo.layers.indexer import Indexer, SharedIndexer
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.mla import LatentAttention, LatentShape
 from octavo.layers.norm import RMSNorm
@@ -31,6 +31,7 @@ from octavo.ops import Activation, Product
 __all__ = ["Config", "Model"]
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+CACHE_SCALES = ("*.[kqv]_scale", "*.kv_scale", "*_proj.output_scale")  # of caches of keys and values: latents scale themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Config(MixtureConfig):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | None = None):
+    def __init__(self, c: Config, rotary: RotaryEmbedding, tp: TensorParallel, indexer: Indexer | SharedIndexer | None = None):
         super().__init__()
         s, whole = c.latent, TensorParallel()
         self.sizes, width = [s.rank + s.rope], s.heads * (s.nope + s.rope)
@@ -100,14 +101,14 @@ class Attention(nn.Module):
     def readers(self) -> tuple[ops.Reader, ...]:
         """All that read this layer's input."""
         own = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
-        return own if self.indexer is None else (None, *own, self.indexer.wk.weight)
+        return own if self.indexer is None else (*own, *self.indexer.input_readers)
 
     def forward(self, x: Activation, batch: ForwardBatch) -> Product:
         *latents, kv = self.a_proj(x).split(self.sizes, 1)
         q: Activation = x
         chosen = None
         if self.has_q_latent:
-            readers = (self.q_proj.weight, *(() if self.indexer is None else (self.indexer.wq_b.weight,)))
+            readers = (self.q_proj.weight, *(() if self.indexer is None else self.indexer.latent_readers))
             q, _ = self.q_a_layernorm(latents[0].contiguous(), None, *readers)
         if self.indexer is not None:
             chosen = self.indexer(x, q, batch)
@@ -139,18 +140,20 @@ class Model(DecoderLM):
     def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
         rotary = RotaryEmbedding(c.qk_rope_head_dim, c.rope, c.max_position_embeddings, max_len)
 
+        indexer = self.indexers(c, rotary)
+
         def make(layer: int) -> DecoderLayer:
-            return DecoderLayer(c, layer, Attention(c, rotary, tp, self.make_indexer(c, rotary, layer)), tp)
+            return DecoderLayer(c, layer, Attention(c, rotary, tp, indexer(layer)), tp)
 
         super().__init__(c, tp, max_len, layers, make)
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
-        """The indexer of a layer, where the architecture has such."""
-        return None
+    def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
+        """What makes the indexers of layers, where the architecture has such."""
+        return lambda layer: None
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, *self.config.unread_layers
+        return *super().ignored, *CACHE_SCALES, *self.config.unread_layers
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

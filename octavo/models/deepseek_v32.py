@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.layers.indexer import Indexer, IndexerShape
+from octavo.layers.indexer import Choice, Indexer, IndexerShape, SharedIndexer
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import deepseek_v3
 
-__all__ = ["Config", "Model"]
+__all__ = ["Config", "Model", "make_indexer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Config(deepseek_v3.Config):
     index_n_heads: int
     index_head_dim: int
     index_topk: int
+    indexer_rope_interleave: bool = False
 
     def check(self) -> None:
         super().check()
@@ -34,6 +36,11 @@ class Config(deepseek_v3.Config):
 class Model(deepseek_v3.Model):
     config: Config
 
-    def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
-        shape = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk)
-        return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary)
+    def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
+        return lambda layer: make_indexer(c, rotary)
+
+
+def make_indexer(c: Config, rotary: RotaryEmbedding, choice: Choice | None = None) -> Indexer:
+    assert c.q_lora_rank is not None
+    shape = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk)
+    return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, choice, interleaved=c.indexer_rope_interleave)

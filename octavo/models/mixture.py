@@ -42,6 +42,10 @@ class MixtureConfig(ConfigBase):
         super().check()
         check_experts(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group)
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether the layer has an MLP and no experts."""
+        return layer < self.first_k_dense_replace
+
     @property
     def mlp_activations(self) -> int:
         experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
@@ -57,7 +61,7 @@ class MixtureConfig(ConfigBase):
 
 def mlp_of(c: MixtureConfig, layer: int, tp: TensorParallel) -> GatedMLP | MixtureOfExperts:
     """What a layer has behind its attention."""
-    if layer < c.first_k_dense_replace:
+    if c.is_dense(layer):
         return GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
     router = Router(
         c.num_experts_per_tok, sigmoid=True, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,

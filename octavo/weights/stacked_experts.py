@@ -27,7 +27,9 @@ _ENDS = {None: "weight", "scale": "weight_scale", "scale_inv": "weight_scale_inv
 # What a hub calls an expert's gate, up and down projections, by model type. Stacks of other types are left as they are.
 _LLAMA, _MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 _NAMES = {
-    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe", "glm4_moe", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"), _LLAMA),
+    **dict.fromkeys(
+        ("qwen3_moe", "qwen3_vl_moe", "glm4_moe", "glm_moe_dsa", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"), _LLAMA
+    ),
     **dict.fromkeys(("mixtral", "minimax_m2"), _MIXTRAL),
 }
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -89,26 +89,36 @@ def test_ranks_that_query_heads_do_not_split_over_are_refused(ranks: int, tmp_pa
         load_model(tmp_path, tp=TensorParallel(0, ranks))
 
 
-@pytest.mark.parametrize("case", ["llama, tied", "qwen3", "mistral, sliding window", "glm4_moe", "minimax_m2"])
+STAGES = {
+    "llama, tied": (1, 1, 1), "qwen3": (1, 1, 1), "mistral, sliding window": (1, 1, 1), "glm4_moe": (1, 1, 1),
+    "minimax_m2": (1, 1, 1), "deepseek_v3": (1, 1, 1), "deepseek_v32": (2, 2, 2),
+    "glm_moe_dsa, one indexer, experts first": (2, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STAGES)
 def test_stages_give_the_whole_models_logits(case: str, tmp_path: Path, load_model: LoadModel) -> None:
-    """Three layers as two stages, each of which reads its own weights only; the state between them is two plain tensors."""
+    """Three layers, of so many caches each, as two stages, each of which reads its own weights only; the state between them is
+    plain tensors: two, and, from an indexer whose choice the next stage's layers share, that."""
     torch.manual_seed(0)
     randomize(CASES[case]()).save_pretrained(tmp_path)
     ids = tokens(40)
     whole = load_model(tmp_path)
     stages = [load_model(tmp_path, layers=layers) for layers in (range(0, 1), range(1, 3))]
-    assert [len(stage.cache.views) for stage in stages] == [1, 2]
-    found, state = [], None
+    caches = STAGES[case]
+    assert [len(stage.cache.views) for stage in stages] == [caches[0], sum(caches[1:])]
+    found = []
     with torch.inference_mode():
-        for start, stop in ((0, 30), (30, 31), (31, 40)):
-            span = batch.Span(ids[start:stop], start, list(range(1, 12)))
-            built = batch.build([span], 4, whole.platform.device)
-            state = stages[0].model(built, stages[0].model.embed(built.input_ids))
+        for start, stop in ((0, 5), (5, 30), (30, 31), (31, 40)):
+            spans = [batch.Span(ids[start:stop], start, list(range(1, 12)))]
+            first, second = (batch.build(spans, 4, whole.platform.device) for _ in stages)  # as two processes would
+            state = stages[0].model(first, stages[0].model.embed(first.input_ids))
             assert isinstance(state, StageState)
             assert not isinstance(state, ModelInput)
-            assert {type(part) for part in (state.x, state.residual)} == {torch.Tensor}
-            found.append(stages[1].model.logits(stages[1].model(built, state)))
-    assert relative_error(torch.cat(found), whole.logits(ids, (30, 1, 9))) < 1e-6
+            assert {type(part) for part in (state.x, state.residual, *state.extras)} == {torch.Tensor}
+            assert bool(state.extras) == ("one indexer" in case and stop > 6)
+            found.append(stages[1].model.logits(stages[1].model(second, state)))
+    assert relative_error(torch.cat(found), whole.logits(ids, (5, 25, 1, 9))) < 1e-6
 
 
 def test_the_argmax_over_ranks() -> None:

@@ -14,6 +14,8 @@ from transformers import (
     DeepseekV32ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxM2Config,
@@ -90,6 +92,12 @@ def deepseek_v32(**changes: object) -> PreTrainedModel:
     return DeepseekV32ForCausalLM(DeepseekV32Config(**(MLA | index | changes)))
 
 
+def glm_moe_dsa(**changes: object) -> PreTrainedModel:
+    """The last of the three layers attends to what the second's indexer has chosen."""
+    index = dict(index_n_heads=16, index_head_dim=16, index_topk=6, indexer_types=["full", "full", "shared"])
+    return GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**(MLA | index | changes)))
+
+
 CASES = {
     "llama": lambda: llama(),
     "llama, tied": lambda: llama(tie_word_embeddings=True),
@@ -129,6 +137,13 @@ CASES = {
     ),
     "deepseek_v32": lambda: deepseek_v32(),
     "deepseek_v32, all chosen": lambda: deepseek_v32(index_topk=512, attention_bias=True),
+    "deepseek_v3, odd latents, magnitudes that differ": lambda: deepseek_v3(
+        kv_lora_rank=36, q_lora_rank=45, n_shared_experts=2, rope_parameters=MLA_YARN | dict(mscale=0.707)
+    ),
+    "glm_moe_dsa": lambda: glm_moe_dsa(),
+    "glm_moe_dsa, one indexer, experts first": lambda: glm_moe_dsa(
+        indexer_types=["full", "shared", "shared"], mlp_layer_types=["sparse", "dense", "sparse"], rope_parameters=MLA_YARN
+    ),
     "qwen3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
 }
 
