@@ -73,7 +73,11 @@ class Indexer(nn.Module):
         self.shape, self.layer, self.interleaved = shape, layer, interleaved
 
     def bind_cache(self, views: Views) -> None:
-        self.cache = IndexCache.of(views)
+        """No views: gives up those that it has."""
+        if views:
+            self.cache = IndexCache.of(views)
+        else:
+            vars(self).pop("cache", None)
 
     def is_sparse(self, batch: ForwardBatch) -> bool:
         """Whether some token of the step may see more than is attended to."""
