@@ -117,7 +117,7 @@ def test_scales_of_a_cache_beside_mla_are_not_used(saved: Saved, tmp_path: Path)
 
 def test_fp8_is_advised_where_it_makes_the_cache_smaller(saved: Saved) -> None:
     def told(model_type: str, **options: Any) -> str:
-        with pytest.raises(OctavoError, match="needs .* of KV cache") as caught:
+        with pytest.raises(OctavoError, match=r"needs .* of KV cache") as caught:
             LLM(saved(model_type)[1], **ENGINE | options | dict(max_model_len=500, cpu_kv_cache_gib=1e-5))
         return str(caught.value)
 
