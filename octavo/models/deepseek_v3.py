@@ -160,14 +160,14 @@ class Model(DecoderLM):
         return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Of attention, of its indexer or of the MLP, whichever makes the most values, beside the latents and the residual, in
-        FP32; and what an op on latents or index keys takes for itself."""
+        """Of attention, of its indexer or of the MLP, whichever makes the most values, beside the latents, what indexers have
+        chosen and the residual, in FP32; and what an op on latents or index keys takes for itself."""
         c, s = self.config, self.config.latent
-        # a head's queries as projected and rotated, absorbed ones before and after their parts are joined, what latents give,
-        # and that times its values' matrix, twice: an output in parts is joined, and quantized
+        # a head's queries as projected and as rotated; absorbed ones before and after their parts are joined; of which latents;
+        # of which outputs, in parts, joined and quantized
         head = 2 * (s.nope + s.rope) + 2 * (s.rank + s.rope) + s.rank + 3 * s.v
         indexers = [one.shape for one in self._caches() if isinstance(one, Indexer)]
-        chosen = max((2 * i.top_k for i in indexers), default=0)
+        chosen = sum(i.top_k for i in indexers)
         indexed = max((4 * i.heads * (i.dim + 1) for i in indexers), default=0)
         latents = 3 * ((c.q_lora_rank or 0) + s.rank + s.rope)
         most = max(self.tp.part(s.heads) * head, indexed, c.mlp_activations)

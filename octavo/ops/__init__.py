@@ -21,6 +21,7 @@ from octavo.errors import OctavoError
 from octavo.kvcache import IndexCache, LatentCache, LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.contract import (
+    LATENT_SCRATCH,
     Activation,
     CodeFormat,
     Cut,
@@ -48,6 +49,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
+    "LATENT_SCRATCH",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Norm", "Operand",
     "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Unscaled",
     "absorbed_queries", "all_gather",
