@@ -236,8 +236,8 @@ SIZES = dict(
     ("model_type", "lengths"), [("deepseek_v32", [45] * 4), ("deepseek_v3", [45] * 4), ("deepseek_v3", [180])]
 )
 def test_the_bound_on_a_steps_activations(model_type: str, lengths: list[int], tmp_path: Path) -> None:
-    """Sparse, absorbed and expanded attention: a step takes no more, in FP32, than the bound, and more than half of it. Ops take
-    little for themselves here, so the bound holds without what it has for that."""
+    """Sparse, absorbed and expanded attention: a step takes no more, in FP32, than the bound, and more than half of it. Ops
+    take little for themselves here, so the bound holds without what it has for that."""
     (tmp_path / "config.json").write_text(json.dumps(SIZES | dict(model_type=model_type)))
     options = ENGINE | dict(dtype="float32", load_format="dummy", max_model_len=512, block_size=64)
     runner = core(tmp_path, **options).runner
