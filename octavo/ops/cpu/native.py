@@ -164,11 +164,9 @@ class PackedNative(PackedWeight):
 
 
 def captures(head_dim: int, weights: Iterable[PackedWeight], latent: bool) -> bool:
-    """Torch's attention, which larger heads and latents have, looks at the contexts' lengths; a recorded step would keep all of
-    a weight that the reference makes FP32 in it."""
-    if latent or head_dim > _MAX_DIM:
-        return False
-    return not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
+    """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
+    that the reference makes FP32 in it."""
+    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def taken(x: Tensor) -> bool:
