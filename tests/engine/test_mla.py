@@ -14,6 +14,7 @@ from conftest import relative_error, tokens
 from engine.test_core import LENGTH, TWELVE, request, run, token_ids
 from models.test_logits import deepseek_v3, deepseek_v32, randomize
 from safetensors.torch import load_file, save_file
+from tools.planner import plan_of
 from transformers import PreTrainedModel
 
 from octavo import LLM, SamplingParams, batch
@@ -122,7 +123,23 @@ def test_fp8_is_advised_where_it_makes_the_cache_smaller(saved: Saved) -> None:
             LLM(saved(model_type)[1], **ENGINE | options | dict(max_model_len=500, cpu_kv_cache_gib=1e-5))
         return str(caught.value)
 
-    assert "use --kv-cache-dtype fp8 (65% of it)" in told("deepseek_v3")
+    said = told("deepseek_v3", dtype="bfloat16")
+    assert "use --kv-cache-dtype fp8 (65% of it)" in said
+    sizes = (
+        "--max-model-len",
+        "500",
+        "--cpu-kv-cache-gib",
+        "1e-5",
+        "--block-size",
+        "4",
+        "--device",
+        "cpu",
+        "--kv-cache-dtype",
+        "auto",
+    )
+    fit = plan_of(str(saved("deepseek_v3")[1]), *sizes).asked.fit
+    assert fit is not None
+    assert said in fit.said, "octavo plan says the same"
     assert "use --kv-cache-dtype fp8 (32% of it)" in told("deepseek_v32", dtype="float32")
     for already in (told("deepseek_v32"), told("deepseek_v3", kv_cache_dtype="fp8")):
         assert "free some memory" in already
