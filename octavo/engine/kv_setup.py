@@ -1,18 +1,20 @@
-"""The scales of an FP8 cache: the checkpoint's, or measured on a fixed text (--calculate-kv-scales), or 1.0."""
+"""What a cache is called, and the scales of an FP8 one: the checkpoint's, or measured on a fixed text
+(--calculate-kv-scales), or 1.0."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
+from octavo.kvcache import KVCacheSpec
 from octavo.models.interface import CalibratedModel, Model
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["calibration_tokens", "settle_kv_scales"]
+__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "settle_kv_scales"]
 
 TEXT = """\
 The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
@@ -35,6 +37,30 @@ SELECT city, COUNT(*) FROM orders WHERE total > 100 GROUP BY city ORDER BY 2 DES
 """
 
 
+def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
+    """What a cache of `specs` is called, for a person, and what a token of it takes where it lies in one row a layer.
+
+    `kv_cache_dtype`: what was asked for, canonical. Where that means another format here, the answer says so.
+    """
+    kinds = {spec.name: spec for spec in sorted(specs, key=lambda spec: not spec.interleaved) if spec.name}
+    names = list(kinds)
+    asked = {"fp8_e4m3": "fp8"}.get(kv_cache_dtype, kv_cache_dtype)
+    if "fp8_ds_mla" in names and kv_cache_dtype != "fp8_ds_mla":
+        names[0] += f" (what --kv-cache-dtype {asked} means here)"
+    rows = [str(spec.bytes_per_token) for spec in kinds.values()]
+    row = f", {' + '.join(rows)} bytes a token a layer" if any(spec.interleaved for spec in specs) else ""
+    return (" and ".join(names) or kv_cache_dtype) + row
+
+
+def check_kv_scales(model: Model, config: EngineConfig) -> None:
+    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches have not."""
+    if config.calculate_kv_scales and not hasattr(model, "kv_scales"):
+        raise OctavoError(
+            "--calculate-kv-scales has nothing to measure for this model: an FP8 cache of MLA, fp8_ds_mla, takes the scales of "
+            "each token as it is written; leave the flag out."
+        )
+
+
 def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
     """Token ids of the text, in the model's own tokens; without a tokenizer, 512 random ones, the same every time."""
     try:
@@ -49,6 +75,8 @@ def settle_kv_scales(model: Model, config: EngineConfig, run: Callable[[], objec
         return None
     scaled = cast("CalibratedModel", model)
     if config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2"):
+        if config.calculate_kv_scales:
+            return f"--calculate-kv-scales measured nothing: --kv-cache-dtype {config.kv_cache_dtype} has no scales for it"
         unused = f"the checkpoint has KV scales, which --kv-cache-dtype {config.kv_cache_dtype} does not use; fp8 does"
         return unused if scaled.kv_scales()[1] else None
     if config.calculate_kv_scales:

@@ -15,6 +15,7 @@ from torch import nn
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
 from octavo.distributed import TensorParallel
+from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.errors import OctavoError
 from octavo.host import release
@@ -60,8 +61,12 @@ def make_model(
     """
     model = build_model(described, tp, config.max_model_len)
     limits = model.limits()
-    token = sum(spec.bytes_per_token for spec in cache_specs(model, config.kv_cache_dtype, dtype, platform))
-    length = length_held(config, platform, token, limits.positions)
+    token, fp8 = (
+        sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
+        for kind in (config.kv_cache_dtype, "fp8_e4m3")
+    )
+    check_kv_scales(model, config)
+    length = length_held(config, platform, token, limits.positions, fp8)
     return model if length == limits.positions else build_model(described, tp, length), limits
 
 

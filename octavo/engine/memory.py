@@ -53,7 +53,9 @@ def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> 
     return total * config.gpu_memory_utilization - (total - free) - working_bytes
 
 
-def length_held(config: EngineConfig, platform: Platform, bytes_per_token: int, wanted: int) -> int:
+def length_held(
+    config: EngineConfig, platform: Platform, bytes_per_token: int, wanted: int, fp8_bytes_per_token: int | None = None
+) -> int:
     """Of the length `wanted` what a cache could hold if the model took no memory: no model need be made for more.
 
     Raises OctavoError for a length of the user's that is longer.
@@ -61,7 +63,7 @@ def length_held(config: EngineConfig, platform: Platform, bytes_per_token: int, 
     block_size = config.block_size_on(platform.is_cpu)
     most = int(cache_room(config, platform, 0) // (bytes_per_token * block_size)) * block_size
     if 0 < most < wanted and config.max_model_len is not None:
-        plan_blocks(config, platform, bytes_per_token, wanted, 0, 0)
+        plan_blocks(config, platform, bytes_per_token, wanted, 0, 0, None, fp8_bytes_per_token)
     return min(wanted, max(most, 1))
 
 
@@ -73,11 +75,13 @@ def plan_blocks(
     model_bytes: int,
     working_bytes: int,
     most: int | None = None,
+    fp8_bytes_per_token: int | None = None,
 ) -> CacheBudget:
     """Blocks for `config` on `platform`, whose memory already holds the model.
 
     bytes_per_token: of all layers. model_len: the length wanted. working_bytes: what a step takes beside weights and cache.
-    most: what the model was made for where `length_held` was less than that length.
+    most: what the model was made for where `length_held` was less than that length. fp8_bytes_per_token: as
+    bytes_per_token, with --kv-cache-dtype fp8; None: half of it.
     Raises OctavoError, with numbers and three ways out, where not even one request of `model_len` fits; if the length was
     the model's own and not the user's, it is lowered instead, and the notes say so.
     """
@@ -98,11 +102,18 @@ def plan_blocks(
     if config.max_model_len is None and fits >= min(2048, model_len):
         note = f"max_model_len lowered from {model_len} to {fits}: that is what {gib(have)} of KV cache holds"
         return CacheBudget(blocks, fits, (note,))
-    smaller = ", free some memory" if config.kv_cache_dtype.startswith("fp8") else ", use --kv-cache-dtype fp8 (half of it)"
+    smaller = _smaller(config, bytes_per_token, bytes_per_token // 2 if fp8_bytes_per_token is None else fp8_bytes_per_token)
     fewer = (
         f"lower --max-model-len to {fits}" if fits else f"use a smaller model or quantization (weights take {gib(model_bytes)})"
     )
     raise OctavoError(
         f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
-        f"of {gib(total)} is left for it: {fewer}{smaller}, or {larger}."
+        f"of {gib(total)} is left for it: {fewer}, {smaller}, or {larger}."
     )
+
+
+def _smaller(config: EngineConfig, now: int, fp8: int) -> str:
+    """What makes room for the cache of a request as long; a token takes `now` bytes, and `fp8` with --kv-cache-dtype fp8."""
+    if config.kv_cache_dtype.startswith("fp8") or fp8 >= now:
+        return "free some memory"
+    return f"use --kv-cache-dtype fp8 ({'half' if 2 * fp8 == now else f'{100 * fp8 / now:.0f}%'} of it)"

@@ -22,7 +22,7 @@ from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
-from octavo.engine.kv_setup import calibration_tokens, settle_kv_scales
+from octavo.engine.kv_setup import cache_format, calibration_tokens, settle_kv_scales
 from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
@@ -98,15 +98,18 @@ class ModelRunner:
 
     def _make_cache(self) -> None:
         config, cpu = self.config, self.platform.is_cpu
-        specs, dense = (
-            cache_specs(self.model, kind, self.dtype, self.platform) for kind in (config.kv_cache_dtype, "bfloat16")
+        specs, *others = (
+            cache_specs(self.model, kind, self.dtype, self.platform) for kind in (config.kv_cache_dtype, "bfloat16", "fp8_e4m3")
         )
-        self.bytes_per_token, self.dense_bytes_per_token = (sum(one.bytes_per_token for one in each) for each in (specs, dense))
+        self.bytes_per_token, self.dense_bytes_per_token, fp8 = (
+            sum(one.bytes_per_token for one in each) for each in (specs, *others)
+        )
+        self.cache_format = cache_format(specs, config.kv_cache_dtype)
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
-        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most)
+        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8)
         self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
         self.report.notes.extend(budget.notes)
         self.captures = not config.enforce_eager and self.model.limits().eager is None
@@ -278,7 +281,7 @@ class ModelRunner:
         return [
             f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}",
             *describe_weights(r, p),
-            f"KV cache: {self.config.kv_cache_dtype}, {self.bytes_per_token} bytes a token "
+            f"KV cache: {self.cache_format}, {self.bytes_per_token} bytes a token "
             f"({100 * self.bytes_per_token / self.dense_bytes_per_token:.1f}% of BF16's), "
             f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}",
             *(f"note: {note}" for note in r.notes),

@@ -17,12 +17,13 @@ from octavo.platform import FP8_MAX
 from octavo.quant.formats import Shard
 from octavo.weights import Loader
 
-__all__ = ["PagedAttention"]
+__all__ = ["SCALE_NAMES", "PagedAttention"]
 
 # Where checkpoints keep the scales of an FP8 cache, relative to the attention module; the newest spelling first.
 _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"),
               ("qkv_proj.k_scale", "qkv_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"),
               ("kv_scale", "kv_scale"))  # fmt: skip
+SCALE_NAMES = (*dict.fromkeys(name for pair in _SPELLINGS for name in pair), "q_scale", "q_proj.output_scale")
 
 
 class PagedAttention(nn.Module):

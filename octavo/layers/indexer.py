@@ -84,7 +84,11 @@ class Indexer(nn.Module):
         return (self.wq_b.weight,)
 
     def bind_cache(self, views: Views) -> None:
-        self.cache = IndexCache.of(views)
+        """No views: gives up those that it has."""
+        if views:
+            self.cache = IndexCache.of(views)
+        else:
+            vars(self).pop("cache", None)
 
     def is_sparse(self, batch: ForwardBatch) -> bool:
         """Whether some token of the step may see more than is attended to."""

@@ -15,12 +15,17 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.kvcache import LatentCache, Views
+from octavo.layers.attention import SCALE_NAMES
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.quant.formats import Shard
 from octavo.weights import Loader
 
 __all__ = ["LatentAttention", "LatentShape"]
+
+# Scales that checkpoints may have for a cache, and that no cache of latents takes.
+_BESIDE = ("kv_a_proj_with_mqa", "kv_b_proj")
+UNUSED_SCALES = (*SCALE_NAMES, *(f"{of}.{kind}_scale" for of in _BESIDE for kind in ("k", "v", "output")))
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class LatentAttention(nn.Module):
         s = self.shape
         matrix = loader.dense("kv_b_proj", (s.heads * (s.nope + s.v), s.rank), Shard(0, self.tp.rank, self.tp.size))
         self.up = matrix.view(self.heads, s.nope + s.v, s.rank)
+        for name in filter(loader.has, UNUSED_SCALES):
+            loader.report.note("the checkpoint's KV scales are not used: MLA's FP8 cache takes the scales of each token")
+            loader.skip(name)
 
     @property
     def up_k(self) -> Tensor:
@@ -77,7 +85,11 @@ class LatentAttention(nn.Module):
         return self.up[:, self.shape.nope :].mT
 
     def bind_cache(self, views: Views) -> None:
-        self.cache = LatentCache.of(views)
+        """No views: gives up those that it has."""
+        if views:
+            self.cache = LatentCache.of(views)
+        else:
+            vars(self).pop("cache", None)
 
     def forward(self, q: Tensor, kv: Tensor, batch: ForwardBatch, chosen: Tensor | None = None) -> Tensor:
         """[T, heads * v] of queries q [T, heads, nope + rope] and kv [T, rank + rope] as they were projected.

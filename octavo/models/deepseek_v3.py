@@ -162,6 +162,20 @@ class Model(DecoderLM):
         captured = ops.captures(self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.packed_weights(), latent=True)
         return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
 
+    def workspace_bytes(self, tokens: int) -> int:
+        """Of attention, of its indexer or of the MLP, whichever makes the most values, beside the latents, what indexers have
+        chosen and the residual, in FP32; and what an op on latents or index keys takes for itself."""
+        c, s = self.config, self.config.latent
+        # a head's queries as projected and as rotated; absorbed ones before and after their parts are joined; of which latents;
+        # of which outputs, in parts, joined and quantized
+        head = 2 * (s.nope + s.rope) + 2 * (s.rank + s.rope) + s.rank + 3 * s.v
+        indexers = [one.shape for one in self._caches() if isinstance(one, Indexer)]
+        chosen = sum(i.top_k for i in indexers)
+        indexed = max((4 * i.heads * (i.dim + 1) for i in indexers), default=0)
+        latents = 3 * ((c.q_lora_rank or 0) + s.rank + s.rope)
+        most = max(self.tp.part(s.heads) * head, indexed, c.mlp_activations)
+        return tokens * (most + chosen + latents + 8 * c.hidden_size) * 4 + ops.LATENT_SCRATCH
+
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
         """`auto` is fp8_ds_mla where attention is sparse and the model BF16; index keys are FP8 unless latents are FP32."""
         c, caches = self.config, self._caches()

@@ -21,6 +21,7 @@ from octavo.errors import OctavoError
 from octavo.kvcache import IndexCache, LatentCache, LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.contract import (
+    LATENT_SCRATCH,
     Activation,
     CodeFormat,
     Cut,
@@ -48,6 +49,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
+    "LATENT_SCRATCH",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Norm", "Operand",
     "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Unscaled",
     "absorbed_queries", "all_gather",
@@ -117,9 +119,12 @@ def compile_ahead() -> AbstractContextManager[None]:
 def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, latent: bool = False) -> bool:
     """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it.
 
-    `latent`: they attend to latents, and the size is a latent's with its rope part.
+    `latent`: they attend to latents, and the size is a latent's with its rope part. The references of that take the contexts'
+    lengths from the host, where a graph's batch has bounds.
     """
     if _capture is None or any(isinstance(w, PackedStack) and w.looks_at_host for w in weights):
+        return False
+    if latent and any(_bound[name].__module__ == reference_latent.__name__ for name in ("latent_attention", "select_keys")):
         return False
     return _captures(head_dim, weights, latent)
 

@@ -16,11 +16,15 @@ from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "PLAIN",
+    "FP8_BLOCKS", "FP8_ROWS", "LATENT_SCRATCH", "PLAIN",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
     "LinearImplementation", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope",
     "Rotation", "Routed", "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
+
+# Bytes that an op on latents or index keys may take for itself, beside its operands and its result: keys and values that are
+# made of latents, scores of index keys. It computes in parts what would take more; the references do not.
+LATENT_SCRATCH = 512 << 20
 
 
 class CodeFormat(NamedTuple):

@@ -483,6 +483,7 @@ def test_kv_scales(make):
     assert scales(unit) == [1.0] * 6
     assert "KV scales are 1.0" in str(unit.info.report)
     assert "KV scales" not in str(exact.info.report)
+    assert "--calculate-kv-scales measured nothing: --kv-cache-dtype auto" in str(make(calculate_kv_scales=True).info.report)
     assert (logprobs(unit) - logprobs(exact)).abs().mean() < 0.1
 
 

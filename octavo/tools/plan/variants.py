@@ -169,7 +169,8 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
             int4 = WeightDType.INT4  # eight values are one of its headers' words
             matrices = sum(o.values // (8 if o.scheme.dtype is int4 else 1) for o in found.operands if not o.is_vector)
             check_weights(machine, matrices, fp8=variant.scheme != "bf16" or variant.native)
-        budget = plan_blocks(config, loaded, token, length, weights, working)
+        fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
+        budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8)
     except OctavoError as error:
         return Fit(weights, room, 0, tokens, tokens / length, 0, (str(error),))
     cache = budget.num_blocks * token * block
