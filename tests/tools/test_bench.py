@@ -30,12 +30,12 @@ from octavo.tools.bench.profiling import GAPS, _kernels, role_of
 from octavo.tools.bench.workloads import WORKLOADS, Workload, prompts, shape_config, spread
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import source_of_config
-from octavo.tools.plan.roofline import Costs
+from octavo.tools.plan.roofline import Attention, Costs
 from octavo.tools.plan.subject import Subject
 
 BY_HAND = Costs(
-    weight_bytes=100, head_bytes=10, kv_bytes=2, fp8_operations=1000, plain_operations=0, head_operations=50, pair_operations=4,
-    kv_fp8=True,
+    Attention(layers=1, heads=1, kv_heads=1, qk_dim=1, v_dim=1), weight_bytes=100, head_bytes=10, kv_bytes=2,
+    fp8_operations=1000, plain_operations=0, head_operations=50, kv_fp8=True,
 )  # fmt: skip
 ON = Ceilings(bandwidth=10, fp8=1000, plain=100)
 
@@ -84,7 +84,7 @@ def test_costs_are_those_of_the_matrices() -> None:
     dense = costs_of(EngineConfig())
     assert (dense.weight_bytes, dense.head_bytes, dense.kv_bytes) == (2 * 6 * layer, 2 * 4096 * 256, 6 * 2 * 2 * 64 * 2)
     assert (dense.plain_operations, dense.fp8_operations, dense.head_operations) == (2 * 6 * layer, 0, 2 * 4096 * 256)
-    assert dense.pair_operations == 6 * 4 * 4 * 64  # a multiplication and an addition, for scores and for sums
+    assert dense.decoded(1) == (0, 6 * 4 * 4 * 64)  # a multiplication and an addition, for scores and for sums
     fp8 = costs_of(EngineConfig(quantization="ptpc_fp8", kv_cache_dtype="fp8"))
     scales = 4 * 6 * (512 + 256 + 2 * 768 + 256)
     assert (fp8.weight_bytes, fp8.kv_bytes) == (6 * layer + scales, dense.kv_bytes / 2)
@@ -99,7 +99,7 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
     assert costs.expert_share == 8 / 128
     assert costs.expert_bytes == pytest.approx(48 * 128 * 3 * 2048 * 768, rel=0.01)
     quick = Ceilings(1, 1e30, 1e30)
-    one, all_of_them = (step_seconds(costs, quick, n, 0, 0, 0) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
+    one, all_of_them = (step_seconds(costs, quick, n, 0, (0, 0)) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
     assert (one, all_of_them) == (pytest.approx(costs.expert_bytes / 16), pytest.approx(costs.expert_bytes))
 
 
