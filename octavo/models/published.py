@@ -58,14 +58,21 @@ def _qwen_vl(text: Config) -> Config:
     return {"model_type": text["model_type"], "text_config": text, "vision_config": vision}
 
 
-def _mla(model_type: str, heads: int, experts: int, dense_layers: int, vocab: int, length: int, mtp: int) -> Config:
+def _mla(
+    model_type: str, heads: int, experts: int, dense_layers: int, vocab: int, stretched: float, beta_fast: int = 32, **more: Any
+) -> Config:
+    yarn = {
+        "type": "yarn", "factor": stretched, "original_max_position_embeddings": 4096, "beta_fast": beta_fast, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 1.0,
+    }  # fmt: skip
     return {
         "model_type": model_type, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
         "num_hidden_layers": 61, "num_attention_heads": heads, "num_key_value_heads": heads, "n_routed_experts": experts,
         "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": dense_layers, "q_lora_rank": 1536,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": vocab,
-        "max_position_embeddings": length, "num_nextn_predict_layers": mtp,
-    }  # fmt: skip
+        "max_position_embeddings": int(4096 * stretched), "rope_scaling": yarn, "num_nextn_predict_layers": 0,
+        "norm_topk_prob": True,
+    } | more  # fmt: skip
 
 
 _MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
@@ -79,7 +86,9 @@ _MINIMAX = {
     "scoring_func": "sigmoid", "use_routing_bias": True, "rope_theta": 5e6, "num_mtp_modules": 3,
     "quantization_config": FP8_BLOCKS,
 }  # fmt: skip
-_DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 163840, 1) | {"quantization_config": FP8_BLOCKS}
+_GROUPS: Config = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+_DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 40.0, **_GROUPS, quantization_config=FP8_BLOCKS)
+_KIMI: Config = {"rope_theta": 5e4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _KIMI_VISION = {
     "vt_hidden_size": 1152, "vt_intermediate_size": 4304, "vt_num_hidden_layers": 27, "vt_num_attention_heads": 16,
@@ -108,10 +117,10 @@ KNOWN: dict[str, Config] = {
     "DeepSeek-V3": _DEEPSEEK,
     "DeepSeek-R1": _DEEPSEEK,
     "DeepSeek-V3.2": _DEEPSEEK | _INDEXER,
-    "Kimi-K2": _mla("kimi_k2", 64, 384, 1, 163840, 131072, 0) | {"quantization_config": FP8_BLOCKS},
+    "Kimi-K2": _mla("kimi_k2", 64, 384, 1, 163840, 32.0, 1, **_KIMI, quantization_config=FP8_BLOCKS),
     "Kimi-K2.5": {
         "model_type": "kimi_k25",
-        "text_config": _mla("kimi_k2", 64, 384, 1, 163840, 262144, 0) | {"quantization_config": KIMI_INT4},
+        "text_config": _mla("kimi_k2", 64, 384, 1, 163840, 64.0, **_KIMI, rms_norm_eps=1e-5, quantization_config=KIMI_INT4),
         "vision_config": _KIMI_VISION,
     },
 }

@@ -119,20 +119,22 @@ class Loader:
 
         They are quantized one by one as they are read; a module that is left out leaves out the same of every expert.
         """
-        made = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks]
+        made, stored = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [
             self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])
             for stack in stacks
         ]
         for e in range(count):
             one = self.at(f"{self.prefix}{e}")
-            for stacker, stack, scheme in zip(made, stacks, schemes, strict=True):
-                stacker.put(e, one.stacked(*stack, scheme).padded(self.platform.fp8_alignment))
+            for i, (stack, scheme) in enumerate(zip(stacks, schemes, strict=True)):
+                q = one.stacked(*stack, scheme)
+                stored[i] += q.nbytes
+                made[i].put(e, q.padded(self.platform.fp8_alignment))
         packed = []
-        for stacker, stack in zip(made, stacks, strict=True):
+        for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
             q = stacker.finished()
             packed.append(self.pack_experts(q))
-            self.report.add(f"{self.prefix}0.{stack.names[0]}", q.scheme, prod(q.shape), q.nbytes, packed[-1].held_bytes)
+            self.report.add(f"{self.prefix}0.{stack.names[0]}", q.scheme, prod(q.shape), nbytes, packed[-1].held_bytes)
         return packed
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:

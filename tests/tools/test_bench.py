@@ -30,12 +30,12 @@ from octavo.tools.bench.profiling import GAPS, _kernels, role_of
 from octavo.tools.bench.workloads import WORKLOADS, Workload, prompts, shape_config, spread
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import source_of_config
-from octavo.tools.plan.roofline import Costs
+from octavo.tools.plan.roofline import Attention, Costs
 from octavo.tools.plan.subject import Subject
 
 BY_HAND = Costs(
-    weight_bytes=100, head_bytes=10, kv_bytes=2, fp8_operations=1000, plain_operations=0, head_operations=50, pair_operations=4,
-    kv_fp8=True,
+    Attention(layers=1, heads=1, kv_heads=1, qk_dim=1, v_dim=1), weight_bytes=100, head_bytes=10, kv_bytes=2,
+    fp8_operations=1000, plain_operations=0, head_operations=50, kv_fp8=True,
 )  # fmt: skip
 ON = Ceilings(bandwidth=10, fp8=1000, plain=100)
 
@@ -84,7 +84,7 @@ def test_costs_are_those_of_the_matrices() -> None:
     dense = costs_of(EngineConfig())
     assert (dense.weight_bytes, dense.head_bytes, dense.kv_bytes) == (2 * 6 * layer, 2 * 4096 * 256, 6 * 2 * 2 * 64 * 2)
     assert (dense.plain_operations, dense.fp8_operations, dense.head_operations) == (2 * 6 * layer, 0, 2 * 4096 * 256)
-    assert dense.pair_operations == 6 * 4 * 4 * 64  # a multiplication and an addition, for scores and for sums
+    assert dense.decoded(1) == (0, 6 * 4 * 4 * 64)  # a multiplication and an addition, for scores and for sums
     fp8 = costs_of(EngineConfig(quantization="ptpc_fp8", kv_cache_dtype="fp8"))
     scales = 4 * 6 * (512 + 256 + 2 * 768 + 256)
     assert (fp8.weight_bytes, fp8.kv_bytes) == (6 * layer + scales, dense.kv_bytes / 2)
@@ -99,8 +99,47 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
     assert costs.expert_share == 8 / 128
     assert costs.expert_bytes == pytest.approx(48 * 128 * 3 * 2048 * 768, rel=0.01)
     quick = Ceilings(1, 1e30, 1e30)
-    one, all_of_them = (step_seconds(costs, quick, n, 0, 0, 0) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
+    one, all_of_them = (step_seconds(costs, quick, n, 0, (0, 0)) - n * costs.kv_bytes - costs.weight_bytes for n in (1, 10_000))
     assert (one, all_of_them) == (pytest.approx(costs.expert_bytes / 16), pytest.approx(costs.expert_bytes))
+
+
+def v32_costs(layers: int, **options: Any) -> Costs:
+    """Of DeepSeek-V3.2, of which the first three layers are dense, as `octavo bench --shape` makes it."""
+    shape = shape_config("deepseek-v3.2") | {"num_hidden_layers": layers}
+    return costs_of(EngineConfig(**options), source_of_config("shape", "its config.json", shape, dummy=True))
+
+
+def test_costs_of_latents_and_sparse_attention() -> None:
+    """Six layers of DeepSeek-V3.2, by the numbers of its config.json; blocks of 128 x 128 share 4 bytes."""
+    costs = v32_costs(6, quantization="fp8_block")
+    attention = 7168 * (1536 + 512 + 64) + 1536 * 128 * 192 + 128 * 128 * 7168
+    indexer, kept = 1536 * 64 * 128 + 7168 * 128, 7168 * 64 + 512 * 128 * 256  # weights of index heads; of keys and values
+    dense, expert = 3 * 7168 * 18432, 3 * 7168 * 2048
+    fp8 = 6 * (attention + indexer) + 3 * (dense + expert)  # with a shared expert
+    plain = 6 * kept + 3 * 7168 * 256
+    assert costs.weight_bytes == pytest.approx(fp8 * (1 + 4 / 128**2) + 2 * plain, rel=1e-4)
+    assert costs.expert_bytes == pytest.approx(3 * 256 * expert * (1 + 4 / 128**2))
+    assert (costs.expert_share, costs.head_bytes) == (8 / 256, 2 * 129280 * 7168)
+    assert (costs.fp8_operations, costs.plain_operations) == (2 * (fp8 + 3 * 8 * expert), 2 * plain)
+    assert (costs.kv_bytes, costs.index_bytes, costs.kv_fp8, costs.index_fp8) == (6 * 656, 6 * 132, False, True)
+    # Latents that are attended to, and all index keys where not everything is.
+    assert (costs.read(1000), costs.read(2048)) == (6 * 656 * 1000, 6 * 656 * 2048)
+    assert costs.read(65_536) == 6 * (656 * 2048 + 132 * 65_536)
+    assert costs.decoded(1000) == (0, 2 * 6 * 128 * (512 + 64 + 512) * 1000)
+    assert costs.decoded(65_536) == (2 * 6 * 64 * 128 * 65_536, 2 * 6 * 128 * 1088 * 2048)
+    for prompt in (1000, 2048, 4096, 65_536):
+        seen = torch.arange(1, prompt + 1, dtype=torch.float64)
+        ways = torch.minimum((128 + 64 + 128) * seen, 1088 * seen.clamp(max=2048))
+        indexed = seen[2048:].sum()
+        expected = 2 * 6 * 64 * 128 * indexed / prompt, 2 * 6 * 128 * ways.mean()
+        assert costs.prefilled(prompt) == pytest.approx([float(x) for x in expected], rel=1e-3), prompt
+    wide = v32_costs(6, dtype="float32")
+    assert (wide.kv_bytes, wide.index_bytes, wide.index_fp8) == (6 * 4 * 576, 6 * 4 * 128, False)
+    # 16 x 65,536: a decode step's bytes are its weights, the experts that 16 tokens reach, and what they read of the cache.
+    step = costs.weight_bytes + costs.head_bytes + costs.expert_bytes * (1 - (1 - 8 / 256) ** 16)
+    step += 16 * (6 * (656 + 132) + costs.read(65_537))
+    one = limit(costs, Ceilings(1e12, 1e30, 1e30), Workload("", 16, 65_536, 3))
+    assert one.decode == pytest.approx(2 * step / 1e12, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +154,7 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
         ("qwen3-30b-a3b", 30_532_122_624),
         ("mistral-7b-v0.3", 7_248_023_552),
         ("QWEN2.5-7B", 7_615_616_512),
+        ("deepseek-v3", 671_026_404_352 + 58 * 256),  # with the routers' corrections
     ],
 )
 def test_shapes(shape: str, parameters: int) -> None:
@@ -278,6 +318,30 @@ def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert "TPOT" in capsys.readouterr().out
 
 
+def test_a_shape_of_mla(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As published: FP8 in blocks, the first three layers dense; contexts over what is attended to, and under it."""
+    small = dict(
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_attention_heads=4, num_key_value_heads=4,
+        n_routed_experts=16, num_experts_per_tok=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16, vocab_size=300, index_n_heads=16, index_head_dim=16, index_topk=24,
+    )  # fmt: skip
+    monkeypatch.setitem(KNOWN, "tiny", shape_config("deepseek-v3.2") | small)
+    sizes = "--num-layers 5 --num-requests 4 --input-len 48 --output-len 14 --cpu-kv-cache-gib 0.05 --enforce-eager"
+    words = ["--shape", "tiny", *sizes.split()]
+    found = bench(tmp_path, "throughput", *words)
+    w = found["workloads"]["custom"]
+    check_figures("custom", w)
+    assert w["percent_of_limit"] > 0
+    assert found["quantization"] == "fp8_block"
+    experts = [line for line in found["engine"] if line.split()[:2] == ["experts", "fp8_block"]]
+    assert len(experts) == 1
+    assert f"{2 * 16 * 3 * 128 * 128 / 1e6:.2f} M" in experts[0]  # of two layers
+    assert bench(tmp_path, "latency", *words, "-q", "ptpc_fp8", "--num-requests", "1")["quantization"] == "ptpc_fp8"
+    prefill, decode = bench(tmp_path, "profile", *words, "--steps", "3")["steps"]
+    assert prefill["roles_us"]["linear"] > 0
+    assert decode["roles_us"]["linear"] > 0
+
+
 def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = tmp_path / "steps.png"
     words = "profile --device cpu --num-requests 3 --input-len 20 --output-len 16 --steps 3 --png"
@@ -336,6 +400,13 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>", "sampling"),
         ("_draw_list", "sampling"),
+        ("_latent_attention", "attention"),
+        ("_write_latent", "rope, cache"),
+        ("_index_logits", "indexer"),
+        ("_select", "indexer"),
+        ("void at::native::index_select_kernel", "copies"),
+        ("_route", "routing"),
+        ("_grouped_linear", "linear"),
         ("octavo_draw", "sampling"),
         ("vectorized_elementwise_kernel", "other"),
     ],

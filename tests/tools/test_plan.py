@@ -13,9 +13,10 @@ from tools.planner import answer, checkpoint, plan_of
 
 from octavo.cli import main
 from octavo.demo import MODEL_DIR
+from octavo.models.published import FP8_BLOCKS, known_config
 from octavo.platform import detect
 from octavo.tools.plan import accelerators
-from octavo.tools.plan.explain import groups, notes, refusals
+from octavo.tools.plan.explain import command, groups, notes, refusals
 
 DEMO_BYTES = 11_540_992
 
@@ -113,7 +114,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("DeepSeek-V3.2", "--accelerator", "mi355x"), "does not serve model_type 'deepseek_v32' yet; it serves llama"),
+        (("Kimi-K2.5", "--accelerator", "mi355x"), "does not serve model_type 'kimi_k25' yet; did you mean 'kimi_k2'?"),
         (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
         (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there are 1"),
         (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads do not split over 3 ranks"),
@@ -155,7 +156,8 @@ def test_packed_int4_is_decoded_and_said_so() -> None:
         (("Llama-3.1-450B",), "did you mean 'Llama-3.1-405B'?"),
         (("/nowhere/at/all",), "is no directory, no config.json and no model that is known by name"),
         (("--num-accelerators", "0"), "--num-accelerators must be positive, not 0."),
-        (("DeepSeek-V3.2", "--kv-cache-dtype", "fp8_e5m2"), "is not for MLA models, whose FP8 cache is fp8_ds_mla; use fp8."),
+        (("DeepSeek-V3.2", "--kv-cache-dtype", "fp8_e5m2"), "is not for MLA models, whose FP8 cache is fp8_ds_mla; use fp8,"),
+        (("Llama-3.1-8B", "--kv-cache-dtype", "fp8_ds_mla"), "--kv-cache-dtype fp8_ds_mla is for MLA models"),
         (("--quantization-ignore", "no_such_layer"), "'no_such_layer' matches no layer of this model"),
         (("--quantization-ignore", "re:("), "is not a regular expression"),
     ],
@@ -192,6 +194,32 @@ def test_what_fits() -> None:
     assert fits["PTPC + FP8 KV"]["fit"]["tokens"] == room // (126 * 2 * 128 * 64) * 64
     assert fits["PTPC + FP8 KV"]["token_percent"] == 50
     assert fits["PTPC + FP8 KV"]["request_percent"] == pytest.approx(50.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "scheme", "tokens"),
+    [
+        # 0.9 of 192 x 2^30 bytes (H200: 143,771 MiB) less half a GiB, the step's activations, and the weights' parts; by hand.
+        ("mi300x", (), 1_907_000), ("mi325x", (), 3_193_000), ("h200", (), 857_000), ("mi300x", ("-q", "fp8_block"), 1_907_000),
+        ("h200", ("-q", "bf16"), 0),
+    ],
+)  # fmt: skip
+def test_deepseek_v32_on_eight(accelerator: str, scheme: tuple[str, ...], tokens: int, tmp_path: Path) -> None:
+    """As the hub has it, in blocks, and from a BF16 checkpoint, which fits where it is quantized while it is loaded."""
+    config = known_config("DeepSeek-V3.2")[1]  # type: ignore[index]
+    hub = config | {"quantization_config": FP8_BLOCKS | {"fmt": "e4m3", "scale_fmt": "ue8m0"}}
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps(plain if scheme else hub))
+    words = (*scheme, "--kv-cache-dtype", "auto") if scheme else ()
+    plan = plan_of(str(tmp_path / "config.json"), "--accelerator", accelerator, "--num-accelerators", "8", *words)
+    assert plan.question.tp == 8
+    assert plan.asked.fit is not None
+    assert plan.asked.token_bytes == 61 * (656 + 132)
+    assert plan.asked.fit.tokens == pytest.approx(tokens, rel=0.001)
+    assert plan.asked.fit.max_model_len == (163_840 if tokens else 0)
+    line = command(plan, {})
+    option = "--quantization fp8_block " if "fp8_block" in scheme else ""
+    assert line == f"octavo serve {tmp_path} {option}--kv-cache-dtype fp8 --tensor-parallel-size 8"
 
 
 def fake_tool(directory: Path, name: str, output: str) -> None:

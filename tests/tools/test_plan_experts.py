@@ -20,6 +20,7 @@ from octavo.errors import OctavoError
 from octavo.models import MODEL_TYPES
 from octavo.models.published import known_config
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QuantRules
+from octavo.tools.plan import walk
 from octavo.tools.plan.explain import groups, refusals
 from octavo.tools.plan.plan import show
 from octavo.tools.plan.roofline import Costs
@@ -56,12 +57,25 @@ MINIMAX_M2: dict[str, Any] = dict(
     rope_theta=5000000, hidden_act="silu", tie_word_embeddings=False,
 )  # fmt: skip
 
+DEEPSEEK_V3: dict[str, Any] = dict(
+    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+    num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1,
+    num_experts_per_tok=8, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5, norm_topk_prob=True,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, attention_bias=False,
+    max_position_embeddings=163840, num_nextn_predict_layers=1, rms_norm_eps=1e-6, rope_theta=10000, hidden_act="silu",
+    rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1.0,
+                      mscale_all_dim=1.0), tie_word_embeddings=False,
+)  # fmt: skip
+DEEPSEEK_V32 = DEEPSEEK_V3 | dict(model_type="deepseek_v32", index_n_heads=64, index_head_dim=128, index_topk=2048)
+
 # config, transformers' family, its exact count, the routers' corrections (buffers there), 1e9 that multiply a token
 PUBLISHED = {
     "Qwen3-30B-A3B": (QWEN3_30B, "Qwen3Moe", 30_532_122_624, 0, 3.04),
     "Mixtral-8x7B": (MIXTRAL_8X7B, "Mixtral", 46_702_792_704, 0, 12.75),
     "GLM-4.5": (GLM_4_5, "Glm4Moe", 352_797_814_784, 89 * 160, 32.85),
     "MiniMax-M2": (MINIMAX_M2, "MiniMaxM2", 228_689_748_992, 62 * 256, 10.42),
+    "DeepSeek-V3": (DEEPSEEK_V3, "DeepseekV3", 671_026_404_352, 58 * 256, 36.62),
+    "DeepSeek-V3.2": (DEEPSEEK_V32, "DeepseekV32", 671_877_929_216, 58 * 256, 37.48),
 }
 
 
@@ -94,9 +108,15 @@ def test_bytes_of_the_published_models(name: str) -> None:
     values, stored = (sum(getattr(o, what) for o in fp8) for what in ("values", "stored"))
     assert 0.5 < stored / (2 * values) < 0.51
     assert stored == values + 4 * sum(o.experts * o.shape[0] for o in fp8)
-    assert {o.component for o in operands if not o.is_fp8} == {"router", "norms", "embeddings", "lm_head"} | (
-        {"attention"} if config.get("attention_bias") else set()
-    )
+    kept = {"router", "norms", "embeddings", "lm_head"}
+    kept |= {"attention"} if config.get("attention_bias") or "kv_lora_rank" in config else set()
+    kept |= {"indexer"} if "index_topk" in config else set()
+    assert {o.component for o in operands if not o.is_fp8} == kept
+    matrices = [o for o in operands if o.component in ("attention", "indexer") and not (o.is_fp8 or o.is_vector)]
+    of_mla = {"attention": "kv_b_proj", "indexer": "indexer.weights_proj"} if "kv_lora_rank" in config else {}
+    assert {(name.rpartition("self_attn.")[2], o.why) for o in matrices for name in o.names} == {
+        (name, walk.BY_HEAD if part == "attention" else walk.INDEX_WEIGHTS) for part, name in of_mla.items() if part in kept
+    }
     assert sum(o.stored for o in operands) == stored + 2 * (exact + corrections - values) + 2 * corrections
 
 
@@ -105,7 +125,7 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
     config, *_ = PUBLISHED[name]
     subject = subject_of(config)
     operands = subject.walk(Variant("ptpc_fp8", False, "auto"), 1).operands
-    costs = Costs.of(operands, subject.attention, 0, "auto")
+    costs = Costs.of(operands, subject.attention, [])
     experts = sum(o.stored for o in operands if o.component == "experts")
     count = next(o.experts for o in operands if o.component == "experts")
     chosen = config["num_experts_per_tok"]
@@ -123,13 +143,15 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
         ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
         ("GLM-4.5", "zai-org/GLM-4.5"),
         ("MiniMax-M2", "MiniMaxAI/MiniMax-M2"),
+        ("DeepSeek-V3", "deepseek-ai/DeepSeek-V3"),
+        ("DeepSeek-V3.2", "deepseek-ai/DeepSeek-V3.2-Exp"),
     ],
 )
 def test_the_published_names_are_of_these_numbers(name: str, said: str) -> None:
     known = known_config(said)
     assert known is not None
     promised = known[1].get("quantization_config")
-    assert bool(promised) == (name == "MiniMax-M2")
+    assert bool(promised) == (name in ("MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3.2"))
     plain = {key: value for key, value in known[1].items() if key != "quantization_config"}
     theirs = subject_of(PUBLISHED[name][0])
     assert subject_of(plain).base.operands == theirs.base.operands
@@ -146,6 +168,8 @@ SIZES = {
     "Mixtral-8x7B": "93.4 | 47.0 (50.3%) | 47.0 (50.3%)",
     "GLM-4.5": "705.6 | 354.9 (50.3%) | 354.5 (50.2%)",
     "MiniMax-M2": "457.4 | 230.4 (50.4%) | 230.0 (50.3%)",
+    "DeepSeek-V3": "1342.1 | 674.7 (50.3%) | 674.2 (50.2%)",
+    "DeepSeek-V3.2": "1343.8 | 675.6 (50.3%) | 675.1 (50.2%)",
 }
 
 

@@ -113,11 +113,17 @@ def test_a_quantization_config_of_its_own_file(tmp_path: Path) -> None:
 
 
 SIZES: dict[str, Any] = dict(vocab_size=520, hidden_size=264, intermediate_size=300, head_dim=72)
+MLA: dict[str, Any] = dict(
+    num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=40, n_group=4, topk_group=2,
+    first_k_dense_replace=1, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+)  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(mlp_bias=True, attention_bias=True),
     "mistral": dict(tie_word_embeddings=True),
     "qwen2": {},
     "qwen3": {},
+    "deepseek_v3": MLA,
+    "deepseek_v32": MLA | dict(index_n_heads=16, index_head_dim=16, index_topk=6),
 }
 
 
@@ -159,8 +165,9 @@ def test_a_rank_holds_the_bytes_that_were_planned(
     runner = ModelRunner(engine_config(make_parser("plan", tool.add_arguments).parse_args(line)))
     walk = plan.question.subject.walk(plan.asked.variant, 1)
     of_roles: Counter[tuple[str, str]] = Counter()
+    roles = {"embeddings": "embedding", "indexer": "attention"}
     for operand in walk.operands:
-        of_roles[operand.component.replace("embeddings", "embedding"), operand.form] += operand.stored
+        of_roles[roles.get(operand.component, operand.component), operand.form.replace("float32", "bf16")] += operand.stored
     assert of_roles == Counter({key: group.stored for key, group in runner.report.groups.items()})
     assert plan.question.subject.base.total("values") == walk.total("values") == runner.report.total("values")
     assert plan.asked.fit is not None
@@ -169,6 +176,33 @@ def test_a_rank_holds_the_bytes_that_were_planned(
     assert plan.asked.fit.max_model_len == runner.max_model_len
     assert plan.asked.token_bytes == runner.bytes_per_token
     assert refusals(plan) == []
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32"])
+def test_a_token_of_mla_takes_the_bytes_that_were_planned(model_type: str, tmp_path: Path) -> None:
+    """And is refused in the same words."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | SIZES | MODELS[model_type] | {"model_type": model_type}))
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        for kv in ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla", "fp8_e5m2", "fp8_per_token_head"):
+            line = [str(tmp_path), "--device", "cpu", "--load-format", "dummy", "--cpu-kv-cache-gib", "0.05"]
+            line += ["-q", "bf16", "--dtype", dtype, "--kv-cache-dtype", kv]
+            config = engine_config(make_parser("plan", tool.add_arguments).parse_args(line))
+            if kv in ("fp8_e5m2", "fp8_per_token_head"):
+                with pytest.raises(OctavoError, match=f"{kv} is not for MLA models") as raised:
+                    ModelRunner(config)
+                assert planned(*line) == [str(raised.value)]
+                continue
+            plan, runner = plan_of(*line), ModelRunner(config)
+            assert plan.asked.token_bytes == runner.bytes_per_token == found.setdefault((dtype, kv), runner.bytes_per_token)
+            assert plan.asked.fit is not None
+            assert plan.asked.fit.weights == runner.report.total("stored")
+            assert refusals(plan) == []
+    is_sparse = model_type == "deepseek_v32"
+    codes = 32 + 4 + 2 * 8 + is_sparse * (16 + 4)
+    assert {found["bfloat16", kv] for kv in ("fp8", "fp8_e4m3", "fp8_ds_mla")} == {2 * codes}
+    assert found["bfloat16", "auto"] == 2 * (codes if is_sparse else 2 * 40)
+    assert found["float32", "auto"] == 2 * 4 * (40 + is_sparse * 16)
 
 
 @pytest.mark.parametrize(("scheme", "fp8"), [("bf16", False), ("channel", True), ("block", True)])

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, value in FREE.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"instead of a named workload ({value})")
-    group.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(KNOWN)}")
+    group.add_argument(
+        "--shape", metavar="NAME", help=f"random weights of a known shape, FP8 where it is published in FP8: {', '.join(KNOWN)}"
+    )
     group.add_argument("--num-layers", type=int, metavar="N", help="with random weights: only this many layers")
     group.add_argument(
         "--sampling", metavar="NAME=NUMBER,...", help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (greedy)"
@@ -122,6 +124,8 @@ def _offline(
         config = replace(config, model=str(directory))
         if args.shape is not None:
             config = replace(config, load_format="dummy")
+        if config.load_format == "dummy" and config.quantization is None:
+            config = replace(config, quantization=published_scheme(directory))
         from octavo.engine.core import EngineCore
         from octavo.server.console import LoadingBar
         from octavo.tools.bench import offline
@@ -138,6 +142,15 @@ def _offline(
             return profiling.profile_into(found, core, workloads, config.seed, args.steps, args.png)
         measured = offline.measure(core, workloads, config.seed, args.repeats)
         return _with_limits(found, config, core, measured)
+
+
+def published_scheme(directory: Path) -> str | None:
+    """The scheme of which random weights are made where none is asked for: what config.json says of the published ones."""
+    from octavo.models import read_config
+    from octavo.quant.promise import promise_of
+
+    promised = promise_of(read_config(directory), directory)
+    return promised.scheme.name if promised is not None and promised.scheme is not None else None
 
 
 def _stamp(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A step takes the longer of two times: its bytes over the bandwidth, its operations over the rates. Batching is ideal: all
 prompts in full steps, then all requests decode together. Weights are read once a step, as many bytes as are stored; keys and
-values are written once, and read once a decode step; activations stay on the chip. No launches, no sampling, no host. So no
-engine reaches it, and none passes it. Sliding windows are counted as full attention.
+values, or latents, are written once, and read once a decode step, of sparse attention those that are attended to and all of
+the indexer's keys; activations stay on the chip. No launches, no sampling, no host. So no engine reaches it, and none passes
+it. Sliding windows are counted as full attention.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ class Ceilings:
         return {name: value for name, value in found.items() if value}
 
 
-def step_seconds(costs: Costs, on: Ceilings, tokens: float, sampled: float, pairs: float, read: float) -> float:
-    """One step: `tokens` through the layers, `sampled` through the head, attention over `pairs`, `read` cached tokens."""
-    moved = costs.moved(tokens, sampled) + costs.kv_bytes * (tokens + read)
-    fp8, plain = costs.operations(tokens, sampled)
-    attention = pairs * costs.pair_operations
-    fp8, plain = (fp8 + attention, plain) if costs.kv_fp8 else (fp8, plain + attention)
+def step_seconds(
+    costs: Costs, on: Ceilings, tokens: float, sampled: float, attention: tuple[float, float], read: float = 0.0
+) -> float:
+    """One step: `tokens` through the layers, `sampled` through the head, attention's operations of one token in FP8 and in the
+    other dtype, and bytes that each token reads of the cache."""
+    moved = costs.moved(tokens, sampled) + tokens * (costs.kv_bytes + costs.index_bytes + read)
+    fp8, plain = (a + tokens * b for a, b in zip(costs.operations(tokens, sampled), attention, strict=True))
     # A machine without FP8 units computes FP8 products in the other dtype.
     return max(moved / on.bandwidth, fp8 / (on.fp8 or on.plain) + plain / on.plain)
 
@@ -62,13 +64,12 @@ def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = Non
     """The limit of `workload`, of which at most `most` requests run at a time (all of them)."""
     n, length, output = workload.num_requests, workload.input_len, workload.output_len
     steps = -(-n * length // STEP_TOKENS)
-    pairs = n * length * (length + 1) / 2  # each token attends to itself and to those before it
-    prefill = steps * step_seconds(costs, on, n * length / steps, n / steps, pairs / steps, 0)
+    prefill = steps * step_seconds(costs, on, n * length / steps, n / steps, costs.prefilled(length))
     first = 0 if workload.part == "decode" else 1  # the prefill brought the first token already
     together = min(n, most or n)
     waves = [together] * (n // together) + ([n % together] if n % together else [])
     decode = sum(
-        step_seconds(costs, on, batch, batch, batch * (length + i + 1), batch * (length + i))
+        step_seconds(costs, on, batch, batch, costs.decoded(length + i + 1), costs.read(length + i))
         for batch in waves
         for i in range(output - first)
     )
@@ -80,5 +81,4 @@ def costs_of(config: EngineConfig, source: Source | None = None) -> Costs:
     source = source or find_source(config.model, dummy=config.load_format == "dummy")
     subject = Subject(source, config, Accelerator("any", "any", 0))
     variant = Variant(config.quantization or "bf16", subject.quantized, config.kv_cache_dtype, subject.itemsize)
-    operands, kv_bytes = subject.walk(variant, 1).operands, sum(subject.token_bytes(variant, 1))
-    return Costs.of(operands, subject.attention, kv_bytes, subject.cache_format(variant.kv))
+    return Costs.of(subject.walk(variant, 1).operands, subject.attention, subject.caches(variant, 1))

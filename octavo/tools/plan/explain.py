@@ -13,10 +13,11 @@ from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
 from octavo.quant.scheme import WeightDType
+from octavo.tools.plan.operands import COMPONENTS, Operand, Walk
+from octavo.tools.plan.roofline import is_index
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
-from octavo.tools.plan.walk import COMPONENTS, Operand, Walk
 from octavo.version import __version__
 
 __all__ = ["Group", "asked_variant", "command", "gb", "groups", "notes", "refusals"]
@@ -83,19 +84,24 @@ def _remarks(part: Operand | None, tp: int) -> list[str]:
 
 
 def _caches(plan: Plan) -> list[Group]:
-    attention, cache = plan.question.subject.attention, plan.asked.cache_format
-    layer, index = (n // attention.layers for n in plan.question.subject.token_bytes(plan.asked.variant, 1))
+    subject, variant, cache = plan.question.subject, plan.asked.variant, plan.asked.cache_format
+    attention = subject.attention
+    specs = {is_index(spec): spec for spec in subject.caches(variant, 1)}
+    layer, index = (specs[kind].bytes_per_token if kind in specs else 0 for kind in (False, True))
+    own = "the model's own dtype" if variant.kv == "auto" else "as it is computed"
     why = {
-        "auto": "the model's own dtype",
-        "bfloat16": "as it is computed",
+        "bfloat16": own,
+        "float32": own,
         "fp8_ds_mla": f"MLA's: {layer} B a token and layer: FP8 latent, its scales, BF16 rope",
         "fp8_per_token_head": "a scale for each token and head, measured as it is written",
     }.get(cache, "one scale a layer: the checkpoint's, else 1.0, or measured (--calculate-kv-scales)")
-    out = [Group("KV cache", "bf16" if cache in ("auto", "bfloat16") else cache, why)]
+    out = [Group("KV cache", "bf16" if cache == "bfloat16" else cache, why)]
     if attention.latent and plan.question.tp > 1:
         out[0].remarks.append("whole on every rank")
     if attention.index_dim:
-        out.append(Group("index cache", "fp8", f"{index} B a token and layer, whatever the KV dtype"))
+        wide = specs[True].fields[0].dtype.itemsize > 1
+        why = f"{index} B a token and layer, " + ("as latents are" if wide else "whatever the KV dtype")
+        out.append(Group("index cache", "float32" if wide else "fp8", why))
     return out
 
 
@@ -180,5 +186,5 @@ def asked_variant(subject: Subject, given: Container[str]) -> Variant:
     """What the options mean. Without --quantization, what is recommended: PTPC, or the checkpoint's codes, and an FP8 cache."""
     config, native = subject.config, subject.quantized
     recommended = config.quantization is None and "kv_cache_dtype" not in given
-    kv = "fp8_e4m3" if recommended else config.kv_cache_dtype
+    kv = "fp8_e4m3" if recommended else subject.kv_word(config.kv_cache_dtype, subject.itemsize)
     return Variant(config.quantization or ("bf16" if native else "ptpc_fp8"), native, kv, subject.itemsize)

@@ -6,21 +6,24 @@ follow one another; all-reduces follow both. Nothing else takes time: no launche
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
+from octavo.kvcache import KVCacheSpec
 from octavo.tools.plan.accelerators import Accelerator
-from octavo.tools.plan.walk import Operand
+from octavo.tools.plan.operands import Operand
 
-__all__ = ["ASSUMPTIONS", "STEP_TOKENS", "Attention", "Costs", "Deployment", "decode_rate", "prefill_rate"]
+__all__ = ["ASSUMPTIONS", "STEP_TOKENS", "Attention", "Costs", "Deployment", "decode_rate", "is_index", "prefill_rate"]
 
 BANDWIDTH = 0.88  # of the data sheet's, measured by copies on an H200: 4.24 of 4.8 TB/s
 PRODUCTS = 0.66  # of the data sheet's peak, measured by FP8 products on an H200: 1.25-1.38 of 1.98 PFLOP/s
 STEP_TOKENS = 8192  # of a prefill step
+INDEXER = {"heads": "n_heads", "dim": "head_dim", "topk": "topk"}  # as Attention has them -> as config.json does
 
 ASSUMPTIONS = (
     f"{BANDWIDTH:.0%} of the data sheet's bandwidth and {PRODUCTS:.0%} of its peak, as measured on an H200, assumed everywhere",
-    "FP8 weights multiply on FP8 units, attention too where the cache is FP8; the rest, INT4 too, in BF16",
+    "FP8 weights multiply on FP8 units, attention too where keys and values are FP8; the rest, INT4 and MLA too, in BF16",
     "two all-reduces a layer at the link's full rate, not overlapped; no launches, no host, no waiting",
     "experts are chosen evenly: a decode step reads those that its requests reach",
 )
@@ -30,8 +33,9 @@ ASSUMPTIONS = (
 class Attention:
     """What attention computes, in all `layers` of a model.
 
-    qk_dim, v_dim: of one head in the prefill. latent, rope: MLA's cache instead of keys and values, 0 for none.
-    index_heads, index_dim, index_topk: DeepSeek's sparse-attention indexer, 0 for none.
+    qk_dim, v_dim: of one head. latent, rope: MLA's cache instead of keys and values, 0 for none.
+    index_layers: how many of them have DeepSeek's sparse-attention indexer, of index_heads queries of index_dim, which chooses
+    index_topk tokens, 0 for none.
     """
 
     layers: int
@@ -44,31 +48,82 @@ class Attention:
     index_heads: int = 0
     index_dim: int = 0
     index_topk: int = 0
+    index_layers: int = 0
+
+    @classmethod
+    def of(cls, config: Any, index_layers: int = 0) -> Self:
+        """That of a served model's Config."""
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        if (s := getattr(config, "latent", None)) is None:
+            return cls(layers, heads, config.num_key_value_heads, config.head_dim, config.head_dim)
+        index: dict[str, int] = {f"index_{name}": getattr(config, f"index_{hub}", 0) for name, hub in INDEXER.items()}
+        return cls(layers, heads, heads, s.nope + s.rope, s.v, s.rank, s.rope, index_layers=index_layers, **index)
+
+    @property
+    def expanded(self) -> int:
+        """Multiplications of a head for a pair of a query and a key."""
+        return self.qk_dim + self.v_dim
+
+    @property
+    def absorbed(self) -> int:
+        """As `expanded`, where queries meet MLA's latents as they are, of which no keys and values are made."""
+        return 2 * self.latent + self.rope if self.latent else self.expanded
+
+    def attended(self, context: int) -> int:
+        """Tokens of a context that one token attends to."""
+        return min(context, self.index_topk or context)
+
+    def scored(self, context: int) -> int:
+        """Tokens of a context that the indexer scores for one token: none where all are attended to."""
+        return context if context > self.attended(context) else 0
+
+    def decoded(self, context: int) -> tuple[float, float]:
+        """Operations of one token in all layers, over a cache of `context` tokens: attention's, and the indexer's."""
+        return self._operations(self.absorbed * self.attended(context), self.scored(context))
+
+    def prefilled(self, prompt: int) -> tuple[float, float]:
+        """As `decoded`, of one token of a prompt on average, each way to compute MLA where it takes less.
+
+        Dense attention makes keys and values of latents, which the products with weights count; sparse attention meets the
+        chosen latents as they are, since each token has others, or masks dense attention.
+        """
+        products = min(self.expanded, self.absorbed)
+        most = self.absorbed * self.index_topk if self.index_topk else products * prompt
+        growing = min(prompt, most // products)  # tokens at the start that see so little that masks take less
+        pairs = products * growing * (growing + 1) / 2 + most * (prompt - growing)
+        scored = prompt * (prompt + 1) - self.index_topk * (self.index_topk + 1) if self.scored(prompt) else 0
+        return self._operations(pairs / prompt, scored / 2 / prompt)
+
+    def _operations(self, pairs: float, scored: float) -> tuple[float, float]:
+        return 2.0 * self.layers * self.heads * pairs, 2.0 * self.index_layers * self.index_heads * self.index_dim * scored
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model's steps need. Bytes: of weights, of the head, of all experts, of one token's keys and values in all layers.
+    """What a model's steps need on one of `ranks`. Bytes: of weights, of the head, of all experts; of one token in all layers,
+    of keys and values or latents, and of the indexer's keys.
 
-    Operations: one token's in FP8 and in the other dtype, one sampled token's in the head, and attention's for one pair of a
-    query and a key in all layers.
+    Operations: one token's in FP8 and in the other dtype, and one sampled token's in the head.
     """
 
+    attention: Attention
     weight_bytes: float
     head_bytes: float
     kv_bytes: float
     fp8_operations: float
     plain_operations: float
     head_operations: float
-    pair_operations: float
     head_fp8: bool = False
     kv_fp8: bool = False
+    index_bytes: float = 0.0
+    index_fp8: bool = False
     expert_bytes: float = 0.0
     expert_share: float = 0.0  # of the experts that one token is sent to
+    ranks: int = 1
 
     @classmethod
-    def of(cls, operands: Iterable[Operand], attention: Attention, kv_bytes: int, cache: str) -> Costs:
-        """Those of the weights of one rank, and of a cache of the format `cache`."""
+    def of(cls, operands: Iterable[Operand], attention: Attention, caches: Sequence[KVCacheSpec], ranks: int = 1) -> Costs:
+        """Those of the weights and caches of one rank."""
         sums = dict.fromkeys(("weight_bytes", "expert_bytes", "fp8_operations", "plain_operations"), 0.0)
         head, share = (0.0, 0.0, False), 0.0
         for o in operands:
@@ -81,10 +136,15 @@ class Costs:
             sums["expert_bytes" if o.experts > 1 else "weight_bytes"] += moved
             sums["fp8_operations" if o.is_fp8 else "plain_operations"] += operations
             share = o.active / o.experts if o.experts > 1 else share
-        pair = attention.layers * 2.0 * attention.heads * (attention.qk_dim + attention.v_dim)
+        kinds: dict[bool, list[KVCacheSpec]] = {False: [], True: []}
+        for spec in caches:
+            kinds[is_index(spec)].append(spec)
+        kv, index = (sum(spec.bytes_per_token for spec in specs) for specs in kinds.values())
+        kv_fp8, index_fp8 = (any(spec.fields[0].dtype.itemsize == 1 for spec in specs) for specs in kinds.values())
         return cls(
-            head_bytes=head[0], kv_bytes=kv_bytes, head_operations=head[1], pair_operations=pair, head_fp8=head[2],
-            kv_fp8="fp8" in cache, expert_share=share, **sums,
+            attention, head_bytes=head[0], kv_bytes=kv, head_operations=head[1], head_fp8=head[2],
+            kv_fp8=kv_fp8 and not attention.latent, index_bytes=index, index_fp8=index_fp8, expert_share=share, ranks=ranks,
+            **sums,
         )  # fmt: skip
 
     def moved(self, tokens: float, sampled: float) -> float:
@@ -97,20 +157,39 @@ class Costs:
         fp8, plain, head = tokens * self.fp8_operations, tokens * self.plain_operations, sampled * self.head_operations
         return (fp8 + head, plain) if self.head_fp8 else (fp8, plain + head)
 
+    def read(self, context: int) -> float:
+        """Bytes of the cache that a token reads which sees `context` tokens of it."""
+        return self.attention.attended(context) * self.kv_bytes + self.attention.scored(context) * self.index_bytes
+
+    def decoded(self, context: int) -> tuple[float, float]:
+        """`Attention.decoded` of this rank's heads, in FP8 and in the other dtype. Every rank has all of the indexer."""
+        return self._by_dtype(*self.attention.decoded(context))
+
+    def prefilled(self, prompt: int) -> tuple[float, float]:
+        """As `decoded`, of `Attention.prefilled`."""
+        return self._by_dtype(*self.attention.prefilled(prompt))
+
+    def _by_dtype(self, attended: float, scored: float) -> tuple[float, float]:
+        parts = (attended / self.ranks, self.kv_fp8), (scored, self.index_fp8)
+        return sum(n for n, fp8 in parts if fp8), sum(n for n, fp8 in parts if not fp8)
+
+
+def is_index(spec: KVCacheSpec) -> bool:
+    """Whether the cache is of an indexer's keys, which are read where attention is sparse."""
+    return spec.fields[0].name.startswith("index")
+
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on `tp` ranks of an accelerator: one rank's costs. index_bytes: a token's, of the indexer's keys, all layers."""
+    """A model on an accelerator's ranks: one rank's costs."""
 
     costs: Costs
-    attention: Attention
     hidden_size: int
-    index_bytes: int
-    tp: int
     on: Accelerator
 
-    def rate(self, fp8: bool) -> float:
-        return PRODUCTS * (self.on.fp8 if fp8 else self.on.bf16)
+    def seconds(self, fp8: float, plain: float) -> float:
+        """Of so many operations in FP8 and in the other dtype."""
+        return plain / (PRODUCTS * self.on.bf16) + (fp8 / (PRODUCTS * self.on.fp8) if fp8 else 0)
 
     @property
     def bandwidth(self) -> float:
@@ -119,43 +198,25 @@ class Deployment:
 
 def prefill_rate(d: Deployment, prompt: int) -> float:
     """Prompt tokens a second of one server, for prompts of `prompt` tokens in steps of STEP_TOKENS."""
-    seen = _mean_seen(d.attention, prompt)
-    seconds = _linear_seconds(d, STEP_TOKENS, STEP_TOKENS / prompt)
-    seconds += STEP_TOKENS * _attention_operations(d, seen, prompt / 2, absorbed=False) / d.rate(d.costs.kv_fp8)
+    seconds = _linear_seconds(d, STEP_TOKENS, STEP_TOKENS / prompt) + STEP_TOKENS * d.seconds(*d.costs.prefilled(prompt))
     return STEP_TOKENS / (seconds + _reduce_seconds(d, STEP_TOKENS))
 
 
 def decode_rate(d: Deployment, requests: int, context: int) -> float:
     """Output tokens a second of one server with `requests` running, `context` tokens in the cache of each."""
-    seen = min(context, d.attention.index_topk or context)
-    read = requests * (seen * d.costs.kv_bytes + context * d.index_bytes)
-    operations = requests * _attention_operations(d, seen, context, absorbed=True)
-    seconds = max(read / d.bandwidth, operations / d.rate(d.costs.kv_fp8))
+    seconds = requests * max(d.costs.read(context) / d.bandwidth, d.seconds(*d.costs.decoded(context)))
     return requests / (seconds + _linear_seconds(d, requests, requests) + _reduce_seconds(d, requests))
 
 
 def _linear_seconds(d: Deployment, tokens: int, sampled: float) -> float:
     """The products with weights: `tokens` through the layers, `sampled` of them through the head."""
-    fp8, plain = d.costs.operations(tokens, sampled)
-    busy = plain / d.rate(False) + (fp8 / d.rate(True) if fp8 else 0)
+    busy = d.seconds(*d.costs.operations(tokens, sampled))
     return max(d.costs.moved(tokens, sampled) / d.bandwidth, busy)
 
 
-def _mean_seen(a: Attention, prompt: int) -> float:
-    """Tokens that a prompt's token attends to, on average: those before it, at most the indexer's choice."""
-    top = min(a.index_topk or prompt, prompt)
-    return (top * top / 2 + (prompt - top) * top) / prompt
-
-
-def _attention_operations(d: Deployment, seen: float, indexed: float, *, absorbed: bool) -> float:
-    """Of one token in all layers on one rank. MLA is computed on the latent (`absorbed`) in decode and where it is sparse."""
-    a = d.attention
-    width = 2 * a.latent + a.rope if a.latent and (absorbed or a.index_topk) else a.qk_dim + a.v_dim
-    return a.layers * 2 * (a.heads / d.tp * width * seen + a.index_heads * a.index_dim * indexed)
-
-
 def _reduce_seconds(d: Deployment, tokens: int) -> float:
-    if d.tp == 1 or not d.on.link:
+    ranks = d.costs.ranks
+    if ranks == 1 or not d.on.link:
         return 0.0
-    sent = 2 * (d.tp - 1) / d.tp * 2 * d.hidden_size * tokens
-    return 2 * d.attention.layers * sent / d.on.link
+    sent = 2 * (ranks - 1) / ranks * 2 * d.hidden_size * tokens
+    return 2 * d.costs.attention.layers * sent / d.on.link

@@ -13,15 +13,16 @@ from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
 from octavo.engine.loading import checkpoint_scheme
 from octavo.errors import OctavoError
-from octavo.kvcache import Layout
+from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import Source
-from octavo.tools.plan.roofline import Attention
-from octavo.tools.plan.unserved import UNSERVED, UnservedModel, build_unserved, stored_as
-from octavo.tools.plan.walk import Known, Walk, walk
+from octavo.tools.plan.operands import Walk
+from octavo.tools.plan.roofline import Attention, is_index
+from octavo.tools.plan.unserved import UNSERVED, build_unserved
+from octavo.tools.plan.walk import Known, walk
 from octavo.weights import Loader
 from octavo.weights.meta import MetaSource
 
@@ -110,16 +111,12 @@ class Subject:
     @property
     def longest(self) -> int:
         """The longest context that the model was made for."""
-        model = self.model(1)
-        return int(model.max_len if isinstance(model, UnservedModel) else model.config.longest_context)
+        return int(self.model(1).config.longest_context)
 
     @property
     def attention(self) -> Attention:
-        model = self.model(1)
-        if isinstance(model, UnservedModel):
-            return model.attention
-        c = model.config
-        return Attention(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim)
+        caches = self.caches(Variant("bf16", False, "auto"), 1)
+        return Attention.of(self.model(1).config, sum(map(is_index, caches)))
 
     @property
     def itemsize(self) -> int:
@@ -157,12 +154,28 @@ class Subject:
         source = self.stored if variant.native else self.plain
         return walk(self.model(tp), source, rules, self.machine, variant.dtype, self._known)
 
+    def caches(self, variant: Variant, tp: int) -> list[KVCacheSpec]:
+        """All caches of one rank. Raises OctavoError for a format that the model has not."""
+        layout = Layout.on(self.machine.is_cpu)
+        found: list[KVCacheSpec] = self.model(tp).kv_specs(variant.kv, variant.dtype, self.machine.fp8_dtype, layout)
+        return found
+
     def token_bytes(self, variant: Variant, tp: int) -> tuple[int, int]:
         """Bytes of a token in all caches of one rank: of what attention reads, and of the indexer's keys."""
-        specs = self.model(tp).kv_specs(variant.kv, variant.dtype, self.machine.fp8_dtype, Layout.on(self.machine.is_cpu))
-        index = sum(spec.bytes_per_token for spec in specs if spec.fields[0].name.startswith("index"))
+        specs = self.caches(variant, tp)
+        index = sum(spec.bytes_per_token for spec in specs if is_index(spec))
         return sum(spec.bytes_per_token for spec in specs) - index, index
 
-    def cache_format(self, kv_cache_dtype: str) -> str:
-        """How the cache is stored. Raises OctavoError for a format that MLA has not."""
-        return stored_as(self.attention, kv_cache_dtype)
+    def cache_format(self, variant: Variant) -> str:
+        """How keys and values, or latents, are stored, as `--kv-cache-dtype` has it."""
+        return next(spec.name for spec in self.caches(variant, 1) if not is_index(spec))
+
+    def kv_word(self, kv_cache_dtype: str, itemsize: int) -> str:
+        """The canonical `--kv-cache-dtype` that stands for what a model of such values makes of the given one: `auto` for its
+        own dtype, fp8_e4m3 for MLA's FP8, which is also what `auto` means where attention is sparse and the model BF16."""
+        is_mla_fp8 = self.cache_format(Variant("bf16", False, kv_cache_dtype, itemsize)) == "fp8_ds_mla"
+        return "fp8_e4m3" if is_mla_fp8 else kv_cache_dtype
+
+    def own_kv(self, itemsize: int) -> str:
+        """The `--kv-cache-dtype` of a cache in the dtype of such values."""
+        return "auto" if self.kv_word("auto", itemsize) == "auto" else "bfloat16"

@@ -10,9 +10,9 @@ from octavo.engine.memory import cache_room, check_weights, plan_blocks
 from octavo.errors import OctavoError
 from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.accelerators import GIB, Accelerator
+from octavo.tools.plan.operands import Walk
 from octavo.tools.plan.roofline import Costs, Deployment, decode_rate, prefill_rate
 from octavo.tools.plan.subject import Subject, Variant
-from octavo.tools.plan.walk import Walk
 
 __all__ = ["CONTEXT_BYTES", "RANKS", "Fit", "Plan", "Question", "Speed", "VariantPlan", "build"]
 
@@ -104,10 +104,11 @@ class Plan:
 def build(question: Question, asked: Variant) -> Plan:
     """Plans the usual variants and the one that is asked for."""
     native = question.subject.quantized
-    size, fp8 = question.subject.itemsize, "fp8_e4m3"
-    usual = [Variant("bf16", False, "auto"), *(Variant("fp8", False, kv, size) for kv in ("auto", fp8))]
-    usual += [Variant("ptpc_fp8", False, kv, size) for kv in ("auto", fp8)[: 1 if native else 2]]
-    usual += [Variant("bf16", True, kv, size) for kv in ("auto", fp8)] if native else []
+    size = question.subject.itemsize
+    kvs = question.subject.own_kv(size), "fp8_e4m3"
+    usual = [Variant("bf16", False, question.subject.own_kv(2)), *(Variant("fp8", False, kv, size) for kv in kvs)]
+    usual += [Variant("ptpc_fp8", False, kv, size) for kv in kvs[: 1 if native else 2]]
+    usual += [Variant("bf16", True, kv, size) for kv in kvs] if native else []
     chosen = usual if asked in usual else [*usual, asked]
     question.subject.walk(asked, 1).rules.check_used()
     base = _weigh(question, chosen[0], None)
@@ -116,7 +117,6 @@ def build(question: Question, asked: Variant) -> Plan:
 
 
 def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPlan:
-    cache = q.subject.cache_format(variant.kv)
     components: Counter[str] = Counter()
     for operand in q.subject.walk(variant, 1).operands:
         components[operand.component] += operand.stored
@@ -126,7 +126,7 @@ def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPl
     fitted = _fit(q, variant, q.tp)
     return VariantPlan(
         variant,
-        cache,
+        q.subject.cache_format(variant),
         dict(components),
         weights,
         token,
@@ -136,7 +136,7 @@ def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPl
         {tp: found.total("held") if found else None for tp, found in ranks.items()},
         next((tp for tp in sorted({*RANKS, 16, 32, q.tp}) if _one_fits(q, variant, tp)), None),
         fitted,
-        _speed(q, variant, cache, fitted),
+        _speed(q, variant, fitted),
     )
 
 
@@ -177,16 +177,15 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, budget.notes)
 
 
-def _speed(q: Question, variant: Variant, cache: str, fitted: Fit | None) -> Speed | None:
+def _speed(q: Question, variant: Variant, fitted: Fit | None) -> Speed | None:
     if fitted is None or not fitted.max_model_len or not q.on.bandwidth:
         return None
     operands = q.subject.walk(variant, q.tp).operands
-    if not q.on.has_fp8 and ("fp8" in cache or any(o.is_fp8 for o in operands)):
+    if not q.on.has_fp8 and ("fp8" in q.subject.cache_format(variant) or any(o.is_fp8 for o in operands)):
         return None
     hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
-    token, index = q.subject.token_bytes(variant, q.tp)
-    costs = Costs.of(operands, q.subject.attention, token, cache)
-    deployed = Deployment(costs, q.subject.attention, hidden, index, q.tp, q.on)
+    costs = Costs.of(operands, q.subject.attention, q.subject.caches(variant, q.tp), q.tp)
+    deployed = Deployment(costs, hidden, q.on)
     context = min(q.context, fitted.max_model_len)
     many = max(1, min(q.requests, fitted.tokens // context))
     return Speed(prefill_rate(deployed, context), decode_rate(deployed, 1, context), decode_rate(deployed, many, context), many)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, cast
@@ -17,95 +17,20 @@ from octavo.quant import BF16, QTensor, QuantRules, Scheme
 from octavo.quant.formats import COMPANIONS, int4_group
 from octavo.quant.qtensor import Stacker
 from octavo.quant.scheme import Granularity, WeightDType
-from octavo.weights.load_report import role_of
+from octavo.tools.plan.operands import Operand, Walk, component_of
 from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, check_read, is_tied, places_of
 from octavo.weights.meta import MetaSource
 
-__all__ = ["COMPONENTS", "LEFT_OUT", "ROUTER", "Operand", "Walk", "Walker", "walk"]
+__all__ = ["LEFT_OUT", "Walker", "walk"]
 
-COMPONENTS = (
-    "attention", "indexer", "mlp", "experts", "shared experts", "router", "norms", "embeddings", "lm_head", "vision",
-)  # fmt: skip
 EMBEDDINGS = "a look-up gains nothing from FP8"
 HEAD = "lm_head is BF16 by default; --quantize-lm-head stores it in FP8"
 TIED = "lm_head's matrix, too: BF16 by default; --quantize-lm-head stores it in FP8"
 VECTOR = "vectors: no matrix product to speed up"
 ROUTER = "small, and it decides which experts run"
+INDEX_WEIGHTS = "few weights a token that decide what attention sees"
+BY_HEAD = "multiplied head by head with queries and latents, in the model's dtype"
 LEFT_OUT = "left out by --quantization-ignore"
-
-
-def component_of(name: str) -> str:
-    """One of COMPONENTS, by a tensor's name in the checkpoint."""
-    if any(word in name for word in ("model.visual.", "vision_tower.", "mm_projector.")):
-        return "vision"
-    if ".indexer." in name and "norm" not in name:
-        return "indexer"
-    if name.endswith(".gate"):
-        return "router"
-    return {"embedding": "embeddings"}.get(role := role_of(name), role)
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One weight, or the equal ones of a layer's experts, as one rank holds it. Bytes.
-
-    names: the checkpoint's modules that are stacked, or a vector's tensor. whole, shape: [N, K] of the stack, and of the
-    rank's part. form: how it is stored, in a word. stored: bytes without padding, held: with it. read: what a
-    product reads of one copy. values: parameters of the rank's part. experts: how many there are; `active` multiply a token
-    (0: rows are looked up). A tied head has no bytes and no parameters of its own.
-    """
-
-    component: str
-    names: tuple[str, ...]
-    whole: tuple[int, int]
-    shape: tuple[int, int]
-    scheme: Scheme
-    form: str
-    why: str
-    stored: int
-    held: int
-    read: int
-    values: int
-    is_vector: bool = False
-    experts: int = 1
-    active: int = 1
-    sharing: int = 1  # ranks that hold the same KV heads
-
-    @property
-    def quantized(self) -> bool:
-        return self.scheme.quantized
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether it is multiplied by FP8 units. Packed INT4 is not."""
-        return self.scheme.dtype is WeightDType.FP8
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The operands of one rank, and why the checkpoint would not load, a sentence each, as loading says it."""
-
-    operands: list[Operand]
-    problems: list[str]
-    rules: QuantRules
-
-    def total(self, what: str) -> int:
-        """The sum of a field of the operands."""
-        return sum(getattr(o, what) for o in self.operands)
-
-    @property
-    def active(self) -> int:
-        """Parameters that multiply one token of text: no embeddings, no vision, of the experts those it is sent to."""
-        weights = [o for o in self.operands if not o.is_vector and o.component != "vision"]
-        return sum(o.active * o.shape[0] * o.shape[1] for o in weights)
-
-    def parameters(self, stored: Collection[str] | None = None) -> dict[str, int]:
-        """Of each component, or those of them that are among the tensors `stored`."""
-        found = dict.fromkeys((c for c in COMPONENTS if any(o.component == c for o in self.operands)), 0)
-        for o in self.operands:
-            there = stored is None or any(f"{n}{end}" in stored for n in o.names for end in ("", ".weight", ".weight_packed"))
-            found[o.component] += o.values if there else 0
-        return found
 
 
 class Planned(PackedWeight):
@@ -150,7 +75,7 @@ class Walker(Loader):
             self.refuse(error)
             found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
         is_vector, component = len(shape) < 2, component_of(full)
-        whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER}
+        whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER, "indexer": INDEX_WEIGHTS}
         why = whys.get(component, VECTOR if is_vector else "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
         name = full if is_vector else full.removesuffix(".weight")
@@ -158,6 +83,22 @@ class Walker(Loader):
         self.operands.append(replace(operand, is_vector=is_vector, active=int(component != "embeddings")))
         # Biases are put one behind the other, for which torch would import its compiler if they were on the meta device.
         return found if found.dim() > 1 else torch.empty(found.shape, dtype=self.dtype)
+
+    def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
+        full = self.prefix + name
+        self._promise([full], [shape])
+        try:
+            found = super().dense(name, shape, shard)
+        except OctavoError as error:
+            self.refuse(error)
+            self.seen.update(f"{full}.{end}" for end, *_ in self.source.beside(full))
+            part = shard.slice(shape[shard.dim])
+            own = [part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape)]
+            found = torch.empty(own, dtype=self.dtype, device="meta")
+        self.operands.append(
+            self._operand((full,), shape, QTensor(found, None, BF16, (found.shape[0], found.shape[1])), BY_HEAD)
+        )
+        return found
 
     def weight(
         self,
