@@ -13,7 +13,7 @@ import torch
 
 from octavo.platform import cpu_kernels
 
-__all__ = ["KINDS", "REPLAYED", "Cache", "Linear", "kernels", "missing", "together", "use", "used"]
+__all__ = ["KINDS", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "missing", "together", "use", "used"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
 
@@ -36,6 +36,14 @@ class Cache(Structure):
     ]  # fmt: skip
 
 
+class Shared(Structure):
+    _fields_ = [
+        ("values", P), ("rope", P), ("scale", P), ("block", I64), ("token", I64), ("rope_block", I64), ("rope_token", I64),
+        ("scale_block", I64), ("scale_token", I64), ("kind", I32), ("rope_kind", I32), ("block_size", I32), ("width", I32),
+        ("rope_width", I32),
+    ]  # fmt: skip
+
+
 class Call(Structure):
     _fields_ = [("kernel", I64), ("word", I64 * 24)]
 
@@ -44,6 +52,7 @@ class Call(Structure):
 REPLAYED = (
     "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_likeliest",
     "octavo_rotate", "octavo_rope_write_kv", "octavo_experts", "octavo_route", "octavo_dispatch", "octavo_combine",
+    "octavo_write_latent", "octavo_write_index_keys", "octavo_head_linear", "octavo_latent_attention", "octavo_select_keys",
 )  # fmt: skip
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -67,6 +76,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_route": (I32, [P] * 8 + [I64] * 8 + [F] + [I32] * 5),
     "octavo_dispatch": (None, [P] * 4 + [I64] * 2),
     "octavo_combine": (None, [P] * 5 + [I64] * 3 + [I32] * 2),
+    "octavo_write_latent": (None, [P] * 6 + [I64] * 3 + [F] + [I32] * 3),
+    "octavo_write_index_keys": (None, [P] * 7 + [I64] * 3 + [F] + [I32] * 3),
+    "octavo_head_linear": (None, [P] * 5 + [I64] * 12 + [I32] * 4),
+    "octavo_latent_attention": (I32, [P] * 7 + [I64] * 6 + [F] + [I32] * 2),
+    "octavo_select_keys": (I32, [P] * 9 + [I64] * 9 + [I32] * 3),
 }
 
 

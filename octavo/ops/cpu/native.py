@@ -38,6 +38,7 @@ from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import BLOCK, Granularity
 
 __all__ = [
+    "MAX_SHARED",
     "Native",
     "attention",
     "captures",
@@ -56,6 +57,7 @@ __all__ = [
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 _MAX_DIM = 256  # of a head: csrc/attention.h
+MAX_SHARED = 1024  # of a latent with its rope part, or an indexer's key: csrc/latent.h
 TILE_TOKENS, TILE_ROWS = 64, 512  # from so many tokens on, a CPU's matrix tiles are used, with so many rows widened at a time
 
 
@@ -163,10 +165,11 @@ class PackedNative(PackedWeight):
         return y
 
 
-def captures(head_dim: int, weights: Iterable[PackedWeight], latent: bool) -> bool:
+def captures(head_dim: int, weights: Iterable[PackedWeight], latent: bool = False) -> bool:
     """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
     that the reference makes FP32 in it."""
-    return head_dim <= _MAX_DIM and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
+    fits = head_dim <= (MAX_SHARED if latent else _MAX_DIM)
+    return fits and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def taken(x: Tensor) -> bool:

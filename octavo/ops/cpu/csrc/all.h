@@ -3,6 +3,8 @@
 #include "linear.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "latent.h"
+#include "select.h"
 #include "sample.h"
 
 #if DOT
@@ -12,7 +14,8 @@
 #endif
 static const Functions NAME(functions) = {
     STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
-    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), NAME(combine), PAIRS_PAY};
+    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), NAME(combine), NAME(write_latent),
+    NAME(write_index_keys), NAME(heads), NAME(latent_attend), NAME(latent_join), NAME(select_prepare), NAME(select_score), PAIRS_PAY};
 
 #undef PAIRS_PAY
 #undef vf

@@ -141,44 +141,51 @@ static void (*const NAME(few_of)[])(NAME(Flash) *, const NAME(Found) *, const NA
                                     float) = {
     [F32] = NAME(few_F32), [BF16] = NAME(few_BF16), [E4M3] = NAME(few_E4M3), [E4M3FNUZ] = NAME(few_E4M3), [E5M2] = NAME(few_E5M2)};
 
-/* The same for up to LANES rows, one a lane. */
-INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
-                       float factor) {
-    NAME(product)(count, rows, dim, f->k, padded, 1, f->q, f->scores, 0);
+/* Scores [count][LANES] of places from `start` on, of up to LANES rows, one a lane, become weights; what was summed so far is
+   brought to the same largest score. */
+INLINE void NAME(soften)(float *scores, float *largest, float *totals, float *shrinks, const int64_t *positions, int64_t rows,
+                         int64_t start, int64_t count, int64_t window, float factor, float *sums, int64_t dim) {
     int used = rows > LANES / 2 || PARTS == 1 ? PARTS : PARTS / 2;
     for (int p = 0; p < used; p++) {
-        vf most = NAME(load)(f->most + p * VL), before = most, total = {0};
+        vf most = NAME(load)(largest + p * VL), before = most, total = {0};
         vi position, first;
         for (int i = 0; i < VL; i++) {
-            position[i] = (int32_t)(f->position[p * VL + i] - start);
+            position[i] = (int32_t)(positions[p * VL + i] - start);
             first[i] = window ? position[i] - (int32_t)window + 1 : 0;
         }
         for (int64_t t = 0; t < count; t++) {
-            float *at = f->scores + t * LANES + p * VL;
+            float *at = scores + t * LANES + p * VL;
             vf s = NAME(load)(at) * factor;
             s = SELECT(((vi){0} + (int32_t)t > position) | ((vi){0} + (int32_t)t < first), NAME(splat)(-INFINITY), s);
             NAME(store)(at, s);
             most = SELECT((s > most) | (s != s), s, most);
         }
         for (int64_t t = 0; t < count; t++) {
-            float *at = f->scores + t * LANES + p * VL;
+            float *at = scores + t * LANES + p * VL;
             vf s = NAME(load)(at), weight = NAME(exp)(s - most);
             weight = SELECT(s == -INFINITY, (vf){0}, weight);
             total += weight;
             NAME(store)(at, weight);
         }
         vf shrink = SELECT(before == most, NAME(splat)(1), NAME(exp)(before - most));
-        NAME(store)(f->shrink + p * VL, shrink);
-        NAME(store)(f->most + p * VL, most);
-        NAME(store)(f->total + p * VL, NAME(load)(f->total + p * VL) * shrink + total);
+        NAME(store)(shrinks + p * VL, shrink);
+        NAME(store)(largest + p * VL, most);
+        NAME(store)(totals + p * VL, NAME(load)(totals + p * VL) * shrink + total);
     }
     for (int p = 0; p < used; p++) {
-        vf shrink = NAME(load)(f->shrink + p * VL);
+        vf shrink = NAME(load)(shrinks + p * VL);
         for (int64_t d = 0; d < dim; d++) {
-            float *at = f->o + d * LANES + p * VL;
+            float *at = sums + d * LANES + p * VL;
             NAME(store)(at, NAME(load)(at) * shrink);
         }
     }
+}
+
+/* `few` for up to LANES rows, one a lane. */
+INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
+                       float factor) {
+    NAME(product)(count, rows, dim, f->k, padded, 1, f->q, f->scores, 0);
+    NAME(soften)(f->scores, f->most, f->total, f->shrink, f->position, rows, start, count, window, factor, f->o, dim);
     NAME(product)(dim, rows, count, f->v, 1, padded, f->scores, f->o, 1);
 }
 
@@ -186,13 +193,8 @@ static void NAME(attend)(void *argument, int64_t task) {
     const AttentionJob *job = argument;
     const Attention *a = job->a;
     const Cache *c = job->cache;
-    int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads, request = 0;
-    int64_t high = a->requests;
-    while (high - request > 1) { /* the request that the block of queries is of */
-        int64_t middle = (request + high) / 2;
-        if (job->first[middle] <= block) request = middle;
-        else high = middle;
-    }
+    int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads;
+    int64_t request = owner_of(job->first, a->requests, block); /* that the block of queries is of */
     int64_t tokens = a->starts[request + 1] - a->starts[request], dim = c->dim, padded = (dim + LANES - 1) / LANES * LANES;
     int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
     int64_t before = a->lengths[request] - tokens; /* context that was there already */

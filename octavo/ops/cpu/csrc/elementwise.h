@@ -127,40 +127,50 @@ static void NAME(rotate)(void *argument, int64_t task) {
     }
 }
 
+/* What is no finite number becomes 0. */
+INLINE void NAME(keep_finite)(float *values, int64_t count) {
+    for (int64_t i = 0; i < count; i += VL) {
+        vf v = NAME(load)(values + i);
+        NAME(store)(values + i, (vf)((vi)v & (((vi)v & 0x7F800000) != 0x7F800000)));
+    }
+}
+
+/* count finite values, divided by `scale`, to codes of `to_kind`. */
+INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale, int64_t count) {
+    const Format format = FORMATS[to_kind];
+    int smallest = format.smallest, mantissa = format.mantissa;
+    float quantum = ldexpf(1, mantissa - smallest), normal = ldexpf(1, smallest);
+    for (int64_t i = 0; i < count; i += VL) {
+        vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
+        vi magnitude = (vi)v & 0x7FFFFFFF;
+        vi code = SELECT((vf)magnitude < normal, __builtin_convertvector((vf)magnitude * quantum, vi),
+                         (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
+        vi sign = (vi)((vu)v >> 24) & 0x80;
+        code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* which has no negative zero */
+        for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
+    }
+}
+
 /* One head's values to its place; NaN and infinity as 0. */
 static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale, float scale, int to_kind, int64_t dim) {
     float values[GROUP];
-    const Format format = FORMATS[to_kind];
     for (int pass = own_scale ? 0 : 1; pass < 2; pass++) {
         float most = 0;
         for (int64_t at = 0; at < dim; at += GROUP) {
             int64_t count = least(GROUP, dim - at);
             NAME(widen_row)(values, x + at * size_of(kind), kind, count);
-            for (int64_t i = 0; i < count; i += VL) {
-                vf v = NAME(load)(values + i);
-                NAME(store)(values + i, (vf)((vi)v & (((vi)v & 0x7F800000) != 0x7F800000)));
-            }
+            NAME(keep_finite)(values, count);
             if (!pass) {
                 float peak = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
                 most = peak > most ? peak : most;
             } else if (to_kind <= BF16) {
                 NAME(narrow_row)(to, to_kind, at, values, count);
             } else {
-                int smallest = format.smallest, mantissa = format.mantissa;
-                float quantum = ldexpf(1, mantissa - smallest), normal = ldexpf(1, smallest);
-                for (int64_t i = 0; i < count; i += VL) {
-                    vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
-                    vi magnitude = (vi)v & 0x7FFFFFFF;
-                    vi code = SELECT((vf)magnitude < normal, __builtin_convertvector((vf)magnitude * quantum, vi),
-                                     (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
-                    vi sign = (vi)((vu)v >> 24) & 0x80;
-                    code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* which has no negative zero */
-                    for (int64_t j = 0; j < least(VL, count - i); j++) to[at + i + j] = (char)code[j];
-                }
+                NAME(encode)(values, to + at, to_kind, scale, count);
             }
         }
         if (!pass) {
-            scale = most / format.limit;
+            scale = most / FORMATS[to_kind].limit;
             if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
             *own_scale = scale;
         }

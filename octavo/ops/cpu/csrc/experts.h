@@ -12,26 +12,15 @@ typedef struct {
     int64_t count;
 } Products;
 
-/* The last of `count` products whose first task is not behind this one. */
-static int64_t product_of(const int64_t *first, int64_t count, int64_t task) {
-    int64_t low = 0;
-    while (count - low > 1) {
-        const int64_t middle = (low + count) / 2;
-        if (first[middle] <= task) low = middle;
-        else count = middle;
-    }
-    return low;
-}
-
 static void prepare_one(void *argument, int64_t task) {
     Products *all = argument;
-    const int64_t i = product_of(all->prepare, all->count, task);
+    const int64_t i = owner_of(all->prepare, all->count, task);
     chosen->prepare(&all->job[i], task - all->prepare[i]);
 }
 
 static void multiply_one(void *argument, int64_t task) {
     Products *all = argument;
-    const int64_t i = product_of(all->multiply, all->count, task);
+    const int64_t i = owner_of(all->multiply, all->count, task);
     chosen->multiply(&all->job[i], task - all->multiply[i]);
 }
 

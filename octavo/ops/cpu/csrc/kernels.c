@@ -20,7 +20,8 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale, combine;
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale, combine,
+        write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
 
@@ -236,4 +237,5 @@ void octavo_rope_write_kv(const void *q, const void *k, const void *v, const voi
     each_of(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
 }
 
+#include "mla.h"
 #include "replay.h"

@@ -44,6 +44,20 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
             break;
         case 10: octavo_dispatch(P(0), P(1), P(2), P(3), w[4], w[5]); break;
         case 11: octavo_combine(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], I(8), I(9)); break;
+        case 12: octavo_write_latent(P(0), P(1), P(2), P(3), P(4), P(5), w[6], w[7], w[8], F(9), I(10), I(11), I(12)); break;
+        case 13: octavo_write_index_keys(P(0), P(1), P(2), P(3), P(4), P(5), P(6), w[7], w[8], w[9], F(10), I(11), I(12), I(13)); break;
+        case 14:
+            octavo_head_linear(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w[16],
+                               I(17), I(18), I(19), I(20));
+            break;
+        case 15:
+            status = octavo_latent_attention(P(0), P(1), P(2), P(3), P(4), P(5), P(6), w[7], w[8], w[9], w[10], w[11], w[12], F(13), I(14),
+                                             I(15));
+            break;
+        case 16:
+            status = octavo_select_keys(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), w[9], w[10], w[11], w[12], w[13], w[14],
+                                        w[15], w[16], w[17], I(18), I(19), I(20));
+            break;
         default: return -1;
         }
     }

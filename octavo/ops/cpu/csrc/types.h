@@ -14,6 +14,8 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* how activations are quantized *
 typedef struct { int mantissa, smallest, bias; float limit; } Format;
 static const Format FORMATS[] = {[E4M3] = {3, -6, 7, 448}, [E4M3FNUZ] = {3, -7, 8, 224}, [E5M2] = {2, -14, 15, 57344}};
 #define SCALE_FLOOR (1.0f / (448 * 512))
+#define PEAK_FLOOR 1e-4f /* of values whose scale is a power of two */
+static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /* what widening makes codes smaller by */
 
 /* A weight [n, k] whose rows are `stride` values apart. scale: FP32, times the power of two that widening leaves out;
    scale_columns is 0 for one a row, or the width of a grid whose every value is for scale_rows rows and 128 columns. */
@@ -130,6 +132,77 @@ typedef struct {
     float eps;
     int32_t kind;
 } Rope;
+
+/* Rows of a paged cache that all heads share, latents or an indexer's keys: `width` values and, of a latent, `rope_width` of
+   the key behind them; strides in bytes of a block and a token. scale: what each GROUP of codes is multiplied by, powers of
+   two; NULL: the values are no codes. */
+typedef struct {
+    void *values, *rope;
+    float *scale;
+    int64_t block, token, rope_block, rope_token, scale_block, scale_token;
+    int32_t kind, rope_kind, block_size, width, rope_width;
+} Shared;
+
+/* Rows [tokens, width + rope_width], `stride` values apart, on their way to `slots` of a cache: normed, by LayerNorm for an
+   indexer, and `rotated` of their values turned, those of a pair beside each other if it is interleaved. */
+typedef struct {
+    const void *x, *weight, *bias; /* bias: or NULL */
+    const float *cos_sin;
+    const int64_t *rotary_rows, *slots;
+    const Shared *cache;
+    int64_t tokens, stride, rotated, per_task;
+    float eps;
+    int32_t interleaved, kind;
+} Store;
+
+/* Each head's product of x [tokens, heads, k] by w [heads, k, n], of whose strides w_k or w_n is 1: y [tokens, heads, n]; strides
+   in values. With cos_sin, x has `rotated` values more, which are turned and put behind those of y. */
+typedef struct {
+    const void *x, *w;
+    void *y;
+    const float *cos_sin;
+    const int64_t *rotary_rows;
+    int64_t x_token, x_head, w_head, w_k, w_n, y_token, y_head, tokens, heads, k, n, rotated;
+    int64_t rows, columns; /* tokens and columns of a task */
+    int32_t interleaved, kind, w_kind;
+} Heads;
+
+/* Attention over latents. Of each request: the first of its panels of LANES query rows, the first of their tasks, in how many
+   parts of `step` places a panel's context is computed, and the first of their sums where those are several. */
+typedef struct {
+    const Attention *a;
+    const Shared *cache;
+    const int32_t *chosen; /* [tokens, top_k] ascending, -1 behind them, or NULL: all up to a token's own */
+    int64_t top_k, split;  /* requests' panels that are computed in parts */
+    const int64_t *panel, *task, *parts, *step, *sum;
+    float *sums;
+} LatentJob;
+
+/* An indexer's choice, of `count` tokens from `first` on at a time. panels: their queries as they are scored, [count, panels of
+   LANES heads, dim, LANES], and behind each panel its heads' weights; scores: [count, longest], in an integer's order. */
+typedef struct {
+    const void *q, *weights;
+    const float *cos_sin;
+    const int64_t *rotary_rows;
+    const Shared *cache;
+    const int32_t *tables, *starts, *lengths;
+    int32_t *out; /* [tokens, top_k] */
+    int64_t q_token, q_head, weights_token, table_stride, requests, heads, rotated, top_k, first, count, longest, parts;
+    float *panels;
+    uint32_t *scores;
+    int32_t interleaved, kind;
+} Select;
+
+/* The last of `count` owners whose first task is not behind this one. */
+static inline int64_t owner_of(const int64_t *first, int64_t count, int64_t task) {
+    int64_t low = 0;
+    while (count - low > 1) {
+        const int64_t middle = (low + count) / 2;
+        if (first[middle] <= task) low = middle;
+        else count = middle;
+    }
+    return low;
+}
 
 /* What the codes of a head's keys, or values, are multiplied by, but for what each token has. */
 static inline float k_scale_of(const Cache *c, int64_t head) { return c->k_layer ? c->k_layer[head * c->k_layer_head] : 1; }
