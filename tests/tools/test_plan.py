@@ -197,14 +197,13 @@ def test_what_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "scheme", "tokens"),
+    ("accelerator", "memory", "scheme", "weights"),  # GB of a rank: an eighth of what is split, all of the latents' projections
     [
-        # 0.9 of 192 x 2^30 bytes (H200: 143,771 MiB) less half a GiB, the step's activations, and the weights' parts; by hand.
-        ("mi300x", (), 1_907_000), ("mi325x", (), 3_193_000), ("h200", (), 857_000), ("mi300x", ("-q", "fp8_block"), 1_907_000),
-        ("h200", ("-q", "bf16"), 0),
+        ("mi300x", 192 << 30, (), 86.15), ("mi325x", 256 << 30, (), 86.15), ("h200", int(139.8 * (1 << 30)), (), 86.15),
+        ("mi300x", 192 << 30, ("-q", "fp8_block"), 86.15), ("h200", int(139.8 * (1 << 30)), ("-q", "bf16"), 171.3),
     ],
 )  # fmt: skip
-def test_deepseek_v32_on_eight(accelerator: str, scheme: tuple[str, ...], tokens: int, tmp_path: Path) -> None:
+def test_deepseek_v32_on_eight(accelerator: str, memory: int, scheme: tuple[str, ...], weights: float, tmp_path: Path) -> None:
     """As the hub has it, in blocks, and from a BF16 checkpoint, which fits where it is quantized while it is loaded."""
     config = known_config("DeepSeek-V3.2")[1]  # type: ignore[index]
     hub = config | {"quantization_config": FP8_BLOCKS | {"fmt": "e4m3", "scale_fmt": "ue8m0"}}
@@ -212,14 +211,17 @@ def test_deepseek_v32_on_eight(accelerator: str, scheme: tuple[str, ...], tokens
     (tmp_path / "config.json").write_text(json.dumps(plain if scheme else hub))
     words = (*scheme, "--kv-cache-dtype", "auto") if scheme else ()
     plan = plan_of(str(tmp_path / "config.json"), "--accelerator", accelerator, "--num-accelerators", "8", *words)
-    assert plan.question.tp == 8
-    assert plan.asked.fit is not None
-    assert plan.asked.token_bytes == 61 * (656 + 132)
-    assert plan.asked.fit.tokens == pytest.approx(tokens, rel=0.001)
-    assert plan.asked.fit.max_model_len == (163_840 if tokens else 0)
-    line = command(plan, {})
+    fit, token = plan.asked.fit, 61 * (656 + 132)
+    assert (plan.question.tp, plan.asked.token_bytes) == (8, token)
+    assert fit is not None
+    assert fit.weights / 1e9 == pytest.approx(weights, rel=1e-3)
+    working = plan.question.subject.model(8).workspace_bytes(8192) + 256 * 129_280 * 4 * 6
+    room = 0.9 * memory - (1 << 29) - fit.weights - working  # less what a driver takes
+    assert fit.tokens == pytest.approx(max(0, room) / token, abs=64)
+    assert fit.max_model_len == (163_840 if room > 0 else 0)
+    assert (room > 0) == (scheme != ("-q", "bf16"))
     option = "--quantization fp8_block " if "fp8_block" in scheme else ""
-    assert line == f"octavo serve {tmp_path} {option}--kv-cache-dtype fp8 --tensor-parallel-size 8"
+    assert command(plan, {}) == f"octavo serve {tmp_path} {option}--kv-cache-dtype fp8 --tensor-parallel-size 8"
 
 
 def fake_tool(directory: Path, name: str, output: str) -> None:

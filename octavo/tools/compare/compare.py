@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--window", metavar="N", type=int, default=WINDOW, help=f"tokens that are read in one go ({WINDOW})")
     group.add_argument("--scheme", metavar="NAME", nargs="+", help="schemes to compare: bf16 fp8 ptpc_fp8 fp8_block (all)")
-    names = "auto fp8 fp8_e5m2 fp8_per_token_head (all)"
-    group.add_argument("--kv", metavar="NAME", nargs="+", help=f"KV cache dtypes to compare: {names}")
+    names = "auto fp8 fp8_e5m2 fp8_per_token_head, of MLA auto fp8"
+    group.add_argument("--kv", metavar="NAME", nargs="+", help=f"KV cache dtypes to compare: {names} (all)")
     group.add_argument("--output", metavar="FILE", type=Path, help="write a report with plots, one HTML file")
     help_auto = "find the first configuration within BUDGET: a rise in perplexity (0.3%%) or a KL in nats a token (0.002)"
     group.add_argument("--auto", metavar="BUDGET", help=help_auto)
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Compares, prints, writes. Exit code 1 where --auto found nothing within the budget."""
     from octavo.tools.compare import loss_table
-    from octavo.tools.compare.search import KV_NAMES, SCHEME_NAMES, Budget
+    from octavo.tools.compare.caches import kv_names
+    from octavo.tools.compare.search import SCHEME_NAMES, Budget
 
     budget = Budget.parse(args.auto) if args.auto else None
     if args.save and not budget:
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
             raise OctavoError(f"{flag} must be at least {least}, not {value}.")
     asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *SCHEME_NAMES])
     schemes = _canonical("--scheme", asked, QUANTIZATIONS, SCHEME_NAMES)
-    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else KV_NAMES)
-    kvs = _canonical("--kv", asked, KV_CACHE_DTYPES, KV_NAMES)
+    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else [])
+    kvs = kv_names(config, [canonical("--kv", name, KV_CACHE_DTYPES) for name in asked])
     name, ids = _read(config, args.text)
     with closing(LoadingBar()) as bar:
         how: dict[str, Any] = {"window": args.window, "tokens": args.tokens or None, "tell": bar.update, "say": say}
@@ -108,6 +109,7 @@ def compare(
     variant that was measured. Raises OctavoError for what the engine refuses.
     """
     from octavo.tools.compare import search
+    from octavo.tools.compare.caches import stored_as
     from octavo.tools.compare.comparison import Comparison
     from octavo.tools.compare.layer_errors import layer_errors, sensitivities, worth_keeping
     from octavo.tools.compare.measure import REFERENCE, Reference, Variant, cut, measure, open_core, score
@@ -129,6 +131,8 @@ def compare(
     found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors)
     if first.quantized_values:
         found.notes.append("the checkpoint holds FP8 already, and its codes are kept: BF16 here means the checkpoint as stored")
+    if "fp8_e4m3" in kvs and (stored := stored_as(config, "fp8_e4m3")) != "fp8_e4m3":
+        found.notes.append(f"a KV cache of fp8_e4m3 is {stored} on this model")
     found.machine = core.runner.platform.name
     del core  # one model in memory at a time
     results, began = {REFERENCE: first}, time.monotonic()
@@ -209,7 +213,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _canonical(option: str, given: Sequence[str], known: dict[str, str], ladder: Sequence[str]) -> list[str]:
-    """The schemes or KV dtypes that `given` names, each once, in the order of the ladder; BF16 comes last."""
+    """The schemes that `given` names, each once, in the order of the ladder; BF16 comes last."""
     names = {canonical(option, name, known) for name in given}
     return sorted(names, key=lambda name: ladder.index(name) if name in ladder else len(ladder))
 

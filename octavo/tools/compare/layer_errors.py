@@ -130,7 +130,7 @@ class _Weights:
 
     def quantized(self, weight: _Weight, scheme: Scheme) -> _Quantized:
         """Under `scheme`, except what the checkpoint holds quantized already: its codes stay."""
-        stacker, wrong, total, keeps_codes = Stacker(len(weight.members), weight.path), 0.0, 0.0, False
+        stacker, wrong, total, nbytes, keeps_codes = Stacker(len(weight.members), weight.path), 0.0, 0.0, 0, False
         for number, names in enumerate(weight.members):
             parts = []
             for name, shape in zip(names, weight.shapes, strict=True):
@@ -142,12 +142,14 @@ class _Weights:
                 parts.append(q := quantize(w, scheme, self.platform.fp8_dtype))
                 wrong += float((dequantize(q) - w.float()).square().sum())
                 total += float(w.float().square().sum())
-            one = concat(parts).padded(self.platform.fp8_alignment)
+            stored = concat(parts)
+            nbytes += stored.nbytes
+            one = stored.padded(self.platform.fp8_alignment)
             if weight.experts:
                 stacker.put(number, one)
         q = stacker.finished() if weight.experts else one
         operand: Operand = (ops.pack_experts if weight.experts else ops.pack)(q, self.platform)
-        return _Quantized(operand, q.nbytes, (wrong / total) ** 0.5 if total else 0.0, keeps_codes)
+        return _Quantized(operand, nbytes, (wrong / total) ** 0.5 if total else 0.0, keeps_codes)
 
 
 def _weights_of(path: str, module: nn.Module) -> Iterator[_Weight]:
@@ -165,7 +167,10 @@ def _weights_of(path: str, module: nn.Module) -> Iterator[_Weight]:
 
 
 def layer_errors(core: EngineCore, schemes: Sequence[str], window: Sequence[int]) -> list[LayerError]:
-    """Errors of every layer under each scheme, in one pass of the BF16 model over `window`."""
+    """Errors of every layer under each scheme, in one pass of the BF16 model over `window`; of those that it runs.
+
+    What an indexer chooses by computes nothing where all of a window is attended to.
+    """
     weights, found = _Weights(core.runner), []
     handles = []
     for weight in weights.layers(QuantRules(SCHEMES["fp8"])):
@@ -176,7 +181,7 @@ def layer_errors(core: EngineCore, schemes: Sequence[str], window: Sequence[int]
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return [layer for layer in found if layer.output]
 
 
 def _observer(weights: _Weights, weight: _Weight, layer: LayerError, schemes: Sequence[str]) -> Callable[[Any, Any], None]:
@@ -207,7 +212,7 @@ def sensitivities(
         if made.keeps_codes:
             continue  # there is no BF16 to go back to
         values = len(weight.members) * sum(n * k for n, k in weight.shapes)
-        extra = max(1, values * core.runner.dtype.itemsize - made.nbytes)  # padding may outweigh the gain in a tiny matrix
+        extra = max(1, values * core.runner.dtype.itemsize - made.nbytes)  # scales may outweigh the gain in a tiny matrix
         dense, weight.operand = weight.operand, made.operand
         found.append(Sensitivity(weight.path, weight.names, _kl_of(core, text.windows[0], reference), extra))
         weight.operand = dense

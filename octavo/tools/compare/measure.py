@@ -31,6 +31,7 @@ from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, SamplingParams
 from octavo.models.interface import Head
 from octavo.quant import SCHEMES, WeightDType
+from octavo.tools.compare.caches import own_kv
 
 __all__ = [
     "REFERENCE",
@@ -52,7 +53,10 @@ PROMPTS, PROMPT_TOKENS, GREEDY_TOKENS = 8, 32, 64
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to serve the model: canonical names of scheme and KV dtype, and what stays in BF16 beside the user's own list."""
+    """One way to serve the model: canonical names of scheme and KV dtype, and what stays in BF16 beside the user's own list.
+
+    kv: `auto` is the model's own dtype, with which it is compared; of its --kv-cache-dtype auto that may be another.
+    """
 
     scheme: str = "bf16"
     kv: str = "auto"
@@ -65,7 +69,7 @@ class Variant:
         return replace(
             base,
             quantization=self.scheme,
-            kv_cache_dtype=self.kv,
+            kv_cache_dtype=own_kv(base) if self.kv == "auto" else self.kv,
             quantization_ignore=tuple(dict.fromkeys(ignore)),
             quantize_lm_head=base.quantize_lm_head and quantized,
             quantization_config=None,

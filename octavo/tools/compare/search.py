@@ -11,11 +11,10 @@ from octavo.errors import OctavoError
 from octavo.tools.compare.layer_errors import Sensitivity, ignore_list
 from octavo.tools.compare.measure import REFERENCE, Measurement, Variant
 
-__all__ = ["DEFAULT_BUDGET", "KV_NAMES", "SCHEME_NAMES", "Budget", "name_of", "rungs", "search", "verdict"]
+__all__ = ["DEFAULT_BUDGET", "SCHEME_NAMES", "Budget", "name_of", "rungs", "search", "verdict"]
 
 # In the order of the ladder: what takes the least memory, or is the most usual, first.
 SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block")
-KV_NAMES = ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "auto")
 MENTIONED = 4  # steps that the verdict speaks of
 LARGE_KL = 0.05  # nats a token; about one token in ten is then another
 FIRST_KV, DENSE_KV = "fp8_e4m3", ("auto", "bfloat16")
