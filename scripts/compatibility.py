@@ -56,6 +56,7 @@ NOTES = {
     "glm4_moe": "routers stay in BF16; MTP layers are not loaded",
     "minimax_m2": "routers stay in BF16; MTP layers are not loaded",
     "deepseek_v3": "MLA; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
+    "glm_moe_dsa": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "kimi_k2": "MLA; routers and kv_b_proj stay in BF16",
 }
 BLOCKS = "published in FP8 blocks, whose codes are kept"

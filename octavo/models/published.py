@@ -90,6 +90,12 @@ _GROUPS: Config = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, 
 _DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 40.0, **_GROUPS, quantization_config=FP8_BLOCKS)
 _KIMI: Config = {"rope_theta": 5e4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+_GLM_DSA = {  # as transformers has its defaults
+    "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78, "q_lora_rank": 2048, "qk_nope_head_dim": 192,
+    "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 202752,
+    "rope_scaling": None, "rope_theta": 1e6, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
 _KIMI_VISION = {
     "vt_hidden_size": 1152, "vt_intermediate_size": 4304, "vt_num_hidden_layers": 27, "vt_num_attention_heads": 16,
     "patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64, "merge_kernel_size": [2, 2],
@@ -117,6 +123,7 @@ KNOWN: dict[str, Config] = {
     "DeepSeek-V3": _DEEPSEEK,
     "DeepSeek-R1": _DEEPSEEK,
     "DeepSeek-V3.2": _DEEPSEEK | _INDEXER,
+    "GLM-5": _mla("glm_moe_dsa", 64, 256, 3, 154880, 1.0, **_GLM_DSA),
     "Kimi-K2": _mla("kimi_k2", 64, 384, 1, 163840, 32.0, 1, **_KIMI, quantization_config=FP8_BLOCKS),
     "Kimi-K2.5": {
         "model_type": "kimi_k25",
