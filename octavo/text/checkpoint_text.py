@@ -8,7 +8,7 @@ from typing import Any
 from octavo.errors import OctavoError
 from octavo.files import read_text
 from octavo.text.chat_template import check_template
-from octavo.text.deepseek_v32 import DEEPSEEK_V32
+from octavo.text.deepseek_encoding import DEEPSEEK_V32
 from octavo.text.generation_config import read_json
 from octavo.text.tiktoken_model import is_kimis
 

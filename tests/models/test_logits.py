@@ -141,6 +141,7 @@ CASES = {
         kv_lora_rank=36, q_lora_rank=45, n_shared_experts=2, rope_parameters=MLA_YARN | dict(mscale=0.707)
     ),
     "glm_moe_dsa": lambda: glm_moe_dsa(),
+    "glm_moe_dsa, all chosen": lambda: glm_moe_dsa(index_topk=512),
     "glm_moe_dsa, one indexer, experts first": lambda: glm_moe_dsa(
         indexer_types=["full", "shared", "shared"], mlp_layer_types=["sparse", "dense", "sparse"], rope_parameters=MLA_YARN
     ),

@@ -24,7 +24,7 @@ _ALIASES = {
 }
 _FAMILIES = {
     **{"qwen2": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes", "mistral": "mistral", "llama": "llama3_json"},
-    **{"glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
+    **{"glm4_moe": "glm45", "glm_moe_dsa": "glm45", "minimax_m2": "minimax_m2"},
     **{"deepseek_v3": "deepseek_v3", "deepseek_v32": "deepseek_v32", "kimi_k2": "kimi_k2", "kimi_k25": "kimi_k2"},
 }
 
@@ -33,7 +33,7 @@ _REASONING_ALIASES = {
     **{"deepseek_v31": "deepseek_v3", "deepseek_v32": "deepseek_v3"},
 }
 _REASONING_FAMILIES = {
-    **{"qwen3_moe": "qwen3", "glm4_moe": "glm45", "minimax_m2": "minimax_m2"},
+    **{"qwen3_moe": "qwen3", "glm4_moe": "glm45", "glm_moe_dsa": "glm45", "minimax_m2": "minimax_m2"},
     **{"deepseek_v3": "deepseek_v3", "deepseek_v32": "deepseek_v3", "kimi_k2": "kimi_k2", "kimi_k25": "kimi_k2"},
 }
 

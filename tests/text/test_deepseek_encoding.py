@@ -19,7 +19,7 @@ from octavo.errors import InvalidRequest
 from octavo.server.serve import make_served
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.checkpoint_text import stand_in_note
-from octavo.text.deepseek_v32 import DEEPSEEK_V32
+from octavo.text.deepseek_encoding import DEEPSEEK_V32
 from octavo.text.tokenizer import Tokenizer
 from octavo.text.tool_prompt import shows_tools
 
