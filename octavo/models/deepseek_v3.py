@@ -170,7 +170,7 @@ class Model(DecoderLM):
         # of which outputs, in parts, joined and quantized
         head = 2 * (s.nope + s.rope) + 2 * (s.rank + s.rope) + s.rank + 3 * s.v
         indexers = [one.shape for one in self._caches() if isinstance(one, Indexer)]
-        chosen = sum(i.top_k for i in indexers)
+        chosen = 2 * max((i.top_k for i in indexers), default=0)  # the last choice, and the one that is made
         indexed = max((4 * i.heads * (i.dim + 1) for i in indexers), default=0)
         latents = 3 * ((c.q_lora_rank or 0) + s.rank + s.rope)
         most = max(self.tp.part(s.heads) * head, indexed, c.mlp_activations)
