@@ -54,8 +54,10 @@ def transformed(x: Tensor) -> Tensor:
     return x.double() @ torch.tensor(signs, dtype=torch.float64) * x.shape[-1] ** -0.5
 
 
-def fake_choice(self: Any, x: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, *_: Any, **__: Any) -> Tensor:
-    """transformers' indexer, with its queries and keys transformed and put through codes."""
+def fake_choice(
+    self: Any, x: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, *_: Any, last: int = 0, **__: Any
+) -> Tensor:
+    """transformers' indexer, with its queries and keys transformed and put through codes; of the `last` tokens, or of all."""
     module, width = sys.modules[type(self).__module__], self.qk_rope_head_dim
     split = hasattr(module, "apply_rotary_pos_emb")
     turn = module.apply_rotary_pos_emb if split else module.turned
@@ -64,9 +66,9 @@ def fake_choice(self: Any, x: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], 
     if not split:  # it sorts pairs' first and second values, which a rotation in place leaves where they are
         turned = [torch.stack(part.chunk(2, -1), -1).flatten(-2) for part in turned]
     query, key = (torch.cat([a, b[..., width:]], -1) for a, b in zip(turned, (query, key), strict=True))
-    query, key = through_codes(transformed(query)), through_codes(transformed(key.squeeze(2)))
+    query, key = through_codes(transformed(query[:, -last:])), through_codes(transformed(key.squeeze(2)))
     scores = torch.einsum("bshd,btd->bsht", query, key).relu()
-    scores = torch.einsum("bsht,bsh->bst", scores, self.weights_proj(x).double())
+    scores = torch.einsum("bsht,bsh->bst", scores, self.weights_proj(x[:, -last:]).double())
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
     return scores.topk(min(self.index_topk, scores.shape[-1]), -1).indices.int()
 
