@@ -31,7 +31,6 @@ from octavo.ops import Activation, Product
 __all__ = ["Config", "Model"]
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
-CACHE_SCALES = ("*.[kqv]_scale", "*.kv_scale", "*_proj.output_scale")  # of caches of keys and values: latents scale themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ class Model(DecoderLM):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, *CACHE_SCALES, *self.config.unread_layers
+        return *super().ignored, *self.config.unread_layers
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

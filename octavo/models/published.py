@@ -90,7 +90,7 @@ _GROUPS: Config = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, 
 _DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 40.0, **_GROUPS, quantization_config=FP8_BLOCKS)
 _KIMI: Config = {"rope_theta": 5e4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-_GLM_DSA = {  # as transformers has its defaults
+_GLM_DSA: Config = {  # as transformers has its defaults
     "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78, "q_lora_rank": 2048, "qk_nope_head_dim": 192,
     "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 202752,
     "rope_scaling": None, "rope_theta": 1e6, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5,
