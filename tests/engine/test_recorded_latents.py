@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import tokens
 from models.test_logits import deepseek_v3, deepseek_v32, randomize
 
+import octavo
 from octavo import LLM, SamplingParams
 from octavo.ops.cpu import library
 
@@ -39,3 +42,34 @@ def test_recorded_steps_give_what_the_model_gives(sparse: bool, dtype: str, kv: 
         assert eager or len(core.runner.graphs) >= 1
     assert found[0] == found[1]
     assert len({tuple(ids) for ids, _ in found[0]}) == len(prompts)
+
+
+# What a process without the C kernels chooses: torch attends, and nothing is recorded.
+WITHOUT = """
+import sys
+import octavo.engine, octavo.platform as platform
+platform.cpu_kernels = lambda: "no C compiler was found"
+from octavo import LLM, SamplingParams, ops
+llm = LLM(sys.argv[1], dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
+assert llm._core.runner.graphs is None
+assert ops.table()["latent_attention"] == ops.table()["select_keys"] == "reference_latent"
+params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+print([out.outputs[0].token_ids for out in llm.generate(eval(sys.argv[2]), params, use_tqdm=False)])
+"""
+
+
+@needs_kernels
+def test_a_machine_without_a_compiler_chooses_the_same_tokens(tmp_path: Path) -> None:
+    """A prompt of it is long enough for keys and values to be made of latents where all is attended to: V3, then V3.2."""
+    prompts = [tokens(n, n) for n in (5, 60)]
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    for name, make in (("v3", deepseek_v3), ("v32", deepseek_v32)):
+        torch.manual_seed(0)
+        randomize(make()).save_pretrained(tmp_path / name)
+        llm = LLM(str(tmp_path / name), dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
+        expected = [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, str(tmp_path / name), repr(prompts)],
+            capture_output=True, text=True, cwd=Path(octavo.__file__).parents[1],
+        )  # fmt: skip
+        assert done.stdout.strip() == str(expected), done.stderr[-2000:]

@@ -119,8 +119,11 @@ def test_choices_are_exact(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
                     token += 1
     wide = dataclasses.replace(batch, seq_lens=batch.seq_lens.clone())
     wide.seq_lens[2] = 0  # its one token pads a graph
-    padded = latent.select_keys(q, weights, still, cache, wide, 50)
-    assert padded[31].tolist() == [-1] * 50
+    q[0, heads - 1, 5], q[31] = float("nan"), float("nan")
+    spoiled = latent.select_keys(q, weights.fill_(1), still, cache, wide, 50)
+    assert spoiled[0].tolist() == list(range(50)), "a score of what is no number is as good as minus infinity"
+    assert spoiled[1].tolist() != list(range(50))
+    assert spoiled[31].tolist() == [-1] * 50
 
 
 def test_products_of_any_shape() -> None:
