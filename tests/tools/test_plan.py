@@ -203,9 +203,7 @@ def test_what_fits() -> None:
         ("mi300x", 192 << 30, ("-q", "fp8_block"), 86.15), ("h200", int(139.8 * (1 << 30)), ("-q", "bf16"), 171.3),
     ],
 )  # fmt: skip
-def test_deepseek_v32_on_eight(
-    accelerator: str, memory: int, scheme: tuple[str, ...], weights: float, tmp_path: Path
-) -> None:
+def test_deepseek_v32_on_eight(accelerator: str, memory: int, scheme: tuple[str, ...], weights: float, tmp_path: Path) -> None:
     """As the hub has it, in blocks, and from a BF16 checkpoint, which fits where it is quantized while it is loaded."""
     config = known_config("DeepSeek-V3.2")[1]  # type: ignore[index]
     hub = config | {"quantization_config": FP8_BLOCKS | {"fmt": "e4m3", "scale_fmt": "ue8m0"}}
