@@ -9,7 +9,20 @@ from types import ModuleType
 
 from octavo.ops import hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
-from octavo.ops.gpu import LINEAR, STACKS, combine, dispatch, draw, likeliest, rms_norm, rope_write_kv, route, silu_mul
+from octavo.ops.gpu import (
+    LINEAR,
+    STACKS,
+    combine,
+    dispatch,
+    draw,
+    expanded_attention,
+    latent_attention,
+    likeliest,
+    rms_norm,
+    rope_write_kv,
+    route,
+    silu_mul,
+)
 from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
@@ -23,7 +36,8 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
-    "draw", "fuse", "gated_linear", "likeliest", "project", "rms_norm", "rope_write_kv", "route", "silu_mul",
+    "draw", "expanded_attention", "fuse", "gated_linear", "latent_attention", "likeliest", "project", "rms_norm",
+    "rope_write_kv", "route", "silu_mul",
 ]  # fmt: skip
 
 

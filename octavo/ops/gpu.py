@@ -27,7 +27,9 @@ from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
+from octavo.ops.triton.expanded_attention import expanded_attention
 from octavo.ops.triton.experts import grouped_linear
+from octavo.ops.triton.latent_attention import latent_attention
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.routing import combine, dispatch, route
@@ -47,6 +49,8 @@ __all__ = [
     "decode_variant",
     "dispatch",
     "draw",
+    "expanded_attention",
+    "latent_attention",
     "likeliest",
     "rms_norm",
     "rope_write_kv",

@@ -11,6 +11,8 @@ from octavo.ops.gpu import (
     decode_variant,
     dispatch,
     draw,
+    expanded_attention,
+    latent_attention,
     likeliest,
     rms_norm,
     rope_write_kv,
@@ -23,7 +25,7 @@ from octavo.platform import Platform, capture
 
 __all__ = [
     "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
-    "draw", "likeliest", "rms_norm", "rope_write_kv", "route", "silu_mul",
+    "draw", "expanded_attention", "latent_attention", "likeliest", "rms_norm", "rope_write_kv", "route", "silu_mul",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from cross_compile_latent import latent_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -114,6 +115,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             dict(BN=64 if bm == 16 else 128, BM=bm, GROUP=128, SCALE_ROWS=128, STAGES=3 if pdl else 2, PDL=pdl),
             {"num_warps": 4 if bm == 16 else 8},
         )  # fmt: skip
+    yield from latent_kernels(fp8, pdl)
     yield from of_experts(fp8, names[fp8].replace("float8", "fp8"), pdl)
     new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64)
     for kind, kv, per_head, given in (

@@ -31,6 +31,7 @@ __all__ = [
     "configure",
     "device_units",
     "head_strides",
+    "inline_ptx",
     "launch",
     "pipeline",
     "power_of_2",
@@ -115,6 +116,11 @@ def codes(cache: torch.dtype) -> dict[str, Any]:
         return {"CODE": getattr(tl, str(cache).removeprefix("torch.")), "LIMIT": 1.0}
     dtype = _platform.fp8_dtype
     return {"CODE": tl.float8e4b8 if dtype is torch.float8_e4m3fnuz else tl.float8e4nv, "LIMIT": FP8_MAX[dtype]}
+
+
+def inline_ptx() -> bool:
+    """Whether kernels may hold instructions of NVIDIA's assembly."""
+    return _platform.bounds_registers and not triton.knobs.runtime.interpret
 
 
 def registers(most: int) -> dict[str, int]:
