@@ -24,7 +24,7 @@ __all__ = [
 
 # Bytes that an op on latents or index keys may take for itself, beside its operands and its result: keys and values that are
 # made of latents, scores of index keys. It computes in parts what would take more; the references do not.
-LATENT_SCRATCH = 512 << 20
+LATENT_SCRATCH = 768 << 20
 
 
 class CodeFormat(NamedTuple):
