@@ -100,7 +100,8 @@ def test_octavo_runs_it(name: str, load_model: LoadModel) -> None:
     if name != "llm_compressor_fp8_block":
         assert 0 < relative_error(out, expected) < 0.3
     kinds = {scheme for _, scheme in loaded.loader.report.groups}
-    assert kinds == {"bf16"} | ({scheme.name} if (scheme := SCHEMES[name]) else set())
+    assert kinds == {"bf16", *({scheme.name} if (scheme := SCHEMES[name]) else {"int4_g128", "int4"} & kinds)}
+    assert ("int4" in str(kinds)) == (name == "llm_compressor_w4a16")
     attention = loaded.model.attention_layers()[0]
     assert attention.scales_from_checkpoint == (name in ("llm_compressor_fp8", "modelopt_fp8"))
 
