@@ -32,19 +32,20 @@ KINDS = [*SCHEMES.values(), INT4, UNSCALED, MIXED]
 
 # Each implementation, where it runs, and the schemes that it takes of codes in e4m3fn, and in e5m2.
 ROWS, ALL = {FP8_PER_TENSOR, FP8_PER_CHANNEL}, set(SCHEMES.values())
+PACKED_TOO = {*ALL, INT4}
 TABLE: list[tuple[LinearImplementation, Platform, set[Scheme], set[Scheme]]] = [
     (gpu.ScaledMM(), GPU, ROWS, set()),
     (gpu.ScaledMM(), FNUZ, set(), set()),  # whose units do not multiply e4m3fn
     (gpu.Blocks(), GPU, {FP8_BLOCK}, set()),
     (gpu.Blocks(), FNUZ, set(), set()),
     (gpu.Dense(), GPU, {BF16}, {BF16}),
-    (Widened(), WIDENING, ALL, ALL),
+    (Widened(), WIDENING, PACKED_TOO, PACKED_TOO),
     (Widened(), NATIVE, set(), set()),
-    (ReferenceLinear(), GPU, {*ALL, INT4}, {*ALL, INT4}),
+    (ReferenceLinear(), GPU, PACKED_TOO, PACKED_TOO),
 ]
 if library.missing() is None:
     by_tiles = {BF16} if torch.cpu._is_amx_tile_supported() else set()  # which torch multiplies better
-    TABLE.append((Native(), NATIVE, ALL - by_tiles, ALL - by_tiles))
+    TABLE.append((Native(), NATIVE, PACKED_TOO - by_tiles, PACKED_TOO - by_tiles))
     TABLE.append((Native(), WIDENING, set(), set()))
 
 
