@@ -133,15 +133,30 @@ INLINE void NAME(dot_of_nibbles)(const LinearJob *job, int64_t from, int64_t to,
 #if DOT
 #define ROWS_OF_NIBBLES(panels) (8 / (panels)) /* of a tile: each sum has another one of its group, and all are in registers */
 
+/* The values of a row from k on, in BF16, and their lanes' scales. `next`: bytes to the row that is wanted after a tile is done. */
+INLINE void NAME(widen_lanes)(const Linear *w, const char *at, int64_t first, int64_t k, int64_t next, int shift, uint16_t *wide,
+                              float *scales) {
+    __builtin_prefetch(at + k / 2 + NIBBLES);
+    __builtin_prefetch(at + k / 2 + next, 0, 2);
+    const vu words = NAME(words_at)(w, at, k);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const vp v = NAME(nibble_pairs)(words, j);
+        memcpy(wide + j * 2 * VL, &v, sizeof v);
+    }
+    NAME(store)(scales, NAME(group_scales)(w, first, k, shift));
+}
+
 /* tile_of_pairs() of packed INT4; lanes: how many of eight values share a scale, at least. */
 INLINE void NAME(tile_of_nibbles)(const LinearJob *job, int64_t from, int64_t panel, int panels, int lanes, float *sums) {
     enum { ROWS = 8 };
     const Linear *w = job->w;
     const int rows = ROWS_OF_NIBBLES(panels), count = rows * panels * PARTS, shift = NAME(shift_of)(w);
+    const int step = lanes > VL / 4 ? lanes : VL / 4;
     const int64_t groups = groups_of(w), next = rows * w->stride / 2;
     const char *at[ROWS], *x = (const char *)NAME(panel_at)(job, panel, 0);
-    uint16_t wide[ROWS * NIBBLES] __attribute__((aligned(64)));
-    float scales[ROWS * VL] __attribute__((aligned(64)));
+    uint16_t wide_of[2][ROWS * NIBBLES] __attribute__((aligned(64)));
+    float scales_of[2][ROWS * VL] __attribute__((aligned(64)));
     int64_t first[ROWS];
     vf sum[ROWS * PARTS];
     for (int i = 0; i < rows; i++) {
@@ -150,20 +165,15 @@ INLINE void NAME(tile_of_nibbles)(const LinearJob *job, int64_t from, int64_t pa
     }
 #pragma GCC unroll 32
     for (int i = 0; i < count; i++) sum[i] = (vf){0};
+    for (int i = 0; i < rows; i++) NAME(widen_lanes)(w, at[i], first[i], 0, next, shift, wide_of[0] + i * NIBBLES, scales_of[0] + i * VL);
     for (int64_t k = 0; k < w->k; k += NIBBLES, x += NIBBLES * LANES * 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            __builtin_prefetch(at[i] + k / 2 + NIBBLES);
-            __builtin_prefetch(at[i] + k / 2 + next, 0, 2);
-            const vu words = NAME(words_at)(w, at[i], k);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                const vp v = NAME(nibble_pairs)(words, j);
-                memcpy(wide + i * NIBBLES + j * 2 * VL, &v, sizeof v);
-            }
-            NAME(store)(scales + i * VL, NAME(group_scales)(w, first[i], k, shift));
-        }
+        const int turn = (int)(k / NIBBLES % 2);
+        const uint16_t *wide = wide_of[turn];
+        const float *scales = scales_of[turn];
         for (int lane = 0; lane < VL; lane += lanes) {
+            /* Between products the next values are widened, some rows in a turn, so that the units for either wait for none. */
+            for (int i = rows * lane / VL; lane % step == 0 && k + NIBBLES < w->k && i < rows * (lane + step) / VL; i++)
+                NAME(widen_lanes)(w, at[i], first[i], k + NIBBLES, next, shift, wide_of[!turn] + i * NIBBLES, scales_of[!turn] + i * VL);
             vf part[ROWS * PARTS];
 #pragma GCC unroll 32
             for (int i = 0; i < count; i++) part[i] = (vf){0};
