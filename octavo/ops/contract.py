@@ -16,7 +16,7 @@ from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "LATENT_SCRATCH", "PLAIN",
+    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN",
     "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
     "LinearImplementation", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope",
     "Rotation", "Routed", "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
@@ -291,6 +291,7 @@ class FusedDecoder(Protocol):
 Kind = tuple[WeightDType, Granularity | None, Granularity | None]
 PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
 FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
+INT4_GROUPS: set[Kind] = {(WeightDType.INT4, Granularity.GROUP, None)}
 FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)}
 
 

@@ -14,6 +14,7 @@ from octavo.kvcache import LayerCache
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    INT4_GROUPS,
     PLAIN,
     Activation,
     Cut,
@@ -32,7 +33,7 @@ from octavo.ops.contract import (
 )
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = [
     "Dequantized",
@@ -83,8 +84,8 @@ class Dequantized(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x, q = values_of(x), self.q
-        if not q.scheme.quantized:
-            return x @ q.data.to(x.dtype).mT
+        if q.scheme.activation is None:
+            return x @ dequantize(q).to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
         if q.scheme.activation is Granularity.BLOCK:
             scale = scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
@@ -131,9 +132,10 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
             return reason
-        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in FP8_MAX else None
+        fp8 = q.scheme.dtype is WeightDType.FP8
+        return f"its codes are {q.data.dtype}" if fp8 and q.data.dtype not in FP8_MAX else None
 
     def pack(self, q: QTensor, platform: Platform) -> Dequantized:
         return Dequantized(q)

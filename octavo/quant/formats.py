@@ -1,7 +1,7 @@
 """How checkpoints spell a weight: one function a format, tried in order, found by the tensors that are there.
 
-A stored FP8 weight comes back as a QTensor with its codes bit for bit (converted where the device's FP8 dtype is another);
-anything else as the dense matrix. The formats, and who writes them:
+A stored FP8 weight comes back as a QTensor with its codes bit for bit (converted where the device's FP8 dtype is another), and
+so does packed INT4; anything else as the dense matrix. The formats, and who writes them:
 
     fp8                Hugging Face, DeepSeek      weight, weight_scale_inv: tiles, FP32 or E8M0; or one for the matrix
     fbgemm_fp8         Hugging Face                weight, weight_scale [N, 1]
@@ -24,7 +24,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
-from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
+from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, int4_of
 
 __all__ = [
     "COMPANIONS",
@@ -209,11 +209,12 @@ def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
     return shape[1] // groups
 
 
-def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> Tensor | None:
-    """compressed-tensors' `pack-quantized`, as FP32: the exact product of an integer -8..7 and its group's scale.
+def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor | None:
+    """compressed-tensors' `pack-quantized`: codes as they are packed.
 
     `weight_packed` int32 [N, ceil(K/8)] holds element i of a row in bits 4(i%8) of word i//8, stored plus 8; `weight_scale`
-    [N, K/group]. The product rounded to the scale's dtype is what compressed-tensors makes of it.
+    [N, K/group]. A part that splits a word or a group comes back as values instead, FP32: each the exact product of an integer
+    and its group's scale, which rounded to the scale's dtype is what compressed-tensors makes of it.
     """
     if not reader.has(f"{name}.weight_packed"):
         return None
@@ -225,10 +226,20 @@ def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
         columns = shard.slice(shape[1])
         packed = reader.read(f"{name}.weight_packed", None, shard, _covering(columns, INT4_IN_INT32))
         scale = reader.read(f"{name}.weight_scale", None, shard, _covering(columns, group))
+    if not (columns.start % INT4_IN_INT32 or columns.start % group) and (
+        columns.stop == shape[1] or not (columns.stop % INT4_IN_INT32 or columns.stop % group)
+    ):
+        n, k = len(packed), columns.stop - columns.start
+        return QTensor(_bytes(packed), scale if scale.dtype is torch.bfloat16 else scale.float(), int4_of(group), (n, k))
     nibbles = torch.stack([(packed >> 4 * i) & 15 for i in range(INT4_IN_INT32)], 2).flatten(1) - 8
     start, width = columns.start, columns.stop - columns.start
     codes = nibbles[:, start % INT4_IN_INT32 :][:, :width].float()
     return codes.mul_(scale.float().repeat_interleave(group, 1)[:, start % group :][:, :width])
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """UINT8 [N, 4 W] of int32 [N, W]; of a part of longer rows a copy."""
+    return words.contiguous().view(torch.uint8)
 
 
 def _covering(columns: slice, unit: int) -> slice:

@@ -29,11 +29,11 @@ class QTensor:
     """A weight [N, K] as stored, or a stack of experts' [E, N, K], whose data and scales have a first dimension more.
 
     data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's FP8
-        units take; the padding is zero and nobody above `ops` learns of it. Of other dtypes, codes packed as their kernel
-        reads them.
+        units take; the padding is zero and nobody above `ops` learns of it. INT4: UINT8 [N, K''], at least K / 2 bytes a row,
+        value 2i in the low half of byte i and 2i + 1 in the high half, each plus 8, as compressed-tensors' words lie in memory.
     scale: FP32 [N, 1], or a grid [ceil(N/128), ceil(K/128)] of tiles, or [N, ceil(K/128)] where matrices whose heights are
-        not multiples of 128 are stacked, or [N, K / group] of groups. None for BF16. Never a scalar: a stack of matrices then
-        needs no special case.
+        not multiples of 128 are stacked. INT4: BF16 or FP32 [N, K / group]. None for BF16. Never a scalar: a stack of
+        matrices then needs no special case.
     """
 
     data: Tensor
@@ -161,7 +161,11 @@ def _rows_of(scale: Tensor, rows: slice, shape: Sequence[int]) -> Tensor:
 
 
 def dequantize(q: QTensor) -> Tensor:
-    """The values [N, K] that FP8 codes stand for, FP32 (a BF16 weight comes back as it is)."""
+    """The values [N, K] that codes stand for, FP32, which holds the products of INT4 exactly (BF16 comes back as it is)."""
+    if q.scheme.dtype is WeightDType.INT4 and q.scale is not None:
+        n, k = q.shape
+        nibbles = torch.stack([q.data & 15, q.data >> 4], 2).flatten(1)[:, :k]
+        return nibbles.float().sub_(8).mul_(q.scale.float().repeat_interleave(q.scheme.group, 1)[:, :k])
     if (scale := _fp8_scale(q)) is None:
         return q.data
     n, k = q.shape

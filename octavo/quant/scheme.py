@@ -12,17 +12,19 @@ A scale moves a group of values into that range. The smaller the group, the less
 A channel's or a token's scale can be applied after the matrix product, so those two run at full speed on FP8 matrix
 units. A tile's scale must be applied to every partial sum of 128 products.
 
-INT4 is not among those that a user asks for: some checkpoints store experts so, with a scale for each 32 values of a row.
+INT4 is not among those that a user asks for: some checkpoints store experts so, with a scale for each 32 or 128 values of
+a row. Such codes, -8 to 7, stay packed, two a byte, and meet activations as they are (W4A16).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 __all__ = [
     "BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "INT4", "SCHEMES",
-    "Granularity", "Scheme", "WeightDType",
+    "Granularity", "Scheme", "WeightDType", "int4_of",
 ]  # fmt: skip
 
 BLOCK = 128  # side of a tile and length of a group of activations
@@ -84,5 +86,13 @@ BF16 = Scheme("bf16")
 FP8_PER_TENSOR = Scheme("fp8", _FP8, Granularity.TENSOR, _ROW)
 FP8_PER_CHANNEL = Scheme("ptpc_fp8", _FP8, _ROW, _ROW)
 FP8_BLOCK = Scheme("fp8_block", _FP8, _BLOCK, _BLOCK)
-INT4 = Scheme("int4", WeightDType.INT4, Granularity.GROUP, None, group=32)
+
+
+@cache
+def int4_of(group: int) -> Scheme:
+    """Packed INT4 whose values share a scale by `group` in a row: always the same object for a group."""
+    return Scheme("int4" if group == 32 else f"int4_g{group}", WeightDType.INT4, Granularity.GROUP, None, group)
+
+
+INT4 = int4_of(32)
 SCHEMES = {scheme.name: scheme for scheme in (BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK)}  # that a user may ask for

@@ -165,9 +165,10 @@ def test_a_step_that_looks_at_values_is_not_recorded() -> None:
 def test_which_models_are_recorded() -> None:
     """Not those whose attention or products torch would do with more memory, or more of Python's numbers, than a step has."""
     q = quantize(torch.randn(8, 8), FP8_PER_CHANNEL)
-    assert native.captures(256, [weight(8, 8)])
-    assert not native.captures(257, [weight(8, 8)])
-    assert not native.captures(64, [weight(8, 8), reference.ReferenceLinear().pack(q, Platform(torch.device("cpu"), "test"))])
+    assert native.captures(256, [weight(8, 8)], latent=False)
+    assert not native.captures(257, [weight(8, 8)], latent=False)
+    dequantizing = reference.ReferenceLinear().pack(q, Platform(torch.device("cpu"), "test"))
+    assert not native.captures(64, [weight(8, 8), dequantizing], latent=False)
 
 
 def test_a_kernel_without_memory_raises_in_a_replay_too() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from conftest import LoadModel, relative_error
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from octavo import batch as batches
+from octavo import ops
 from octavo.errors import OctavoError
+from octavo.ops.cpu import library
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize
 from octavo.quant.checks import check_format
@@ -100,9 +105,44 @@ def test_octavo_runs_it(name: str, load_model: LoadModel) -> None:
     if name != "llm_compressor_fp8_block":
         assert 0 < relative_error(out, expected) < 0.3
     kinds = {scheme for _, scheme in loaded.loader.report.groups}
-    assert kinds == {"bf16"} | ({scheme.name} if (scheme := SCHEMES[name]) else set())
+    assert kinds == {"bf16", *({scheme.name} if (scheme := SCHEMES[name]) else {"int4_g128", "int4"} & kinds)}
+    assert ("int4" in str(kinds)) == (name == "llm_compressor_w4a16")
     attention = loaded.model.attention_layers()[0]
     assert attention.scales_from_checkpoint == (name in ("llm_compressor_fp8", "modelopt_fp8"))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
+def test_packed_int4_has_the_logits_that_transformers_has(load_model: LoadModel) -> None:
+    """Multiplied as it is stored, of few tokens and of many, and in a recorded step; in FP32, so that nothing hides behind
+    rounding: transformers' own decoding, which rounds weights to BF16, and the same model of products of codes and scales."""
+    name = DATA / "llm_compressor_w4a16"
+    loaded = load_model(name, on=replace(CPU, widened_dtype=None))
+    assert "int4" in {scheme for _, scheme in loaded.loader.report.groups}
+    assert ops.table()["linear[int4]"].startswith("C kernels")
+    ids = [(5 * i + i // 8) % 8 for i in range(21)]
+    found = loaded.logits(ids), loaded.logits(ids, (16, 4, 1))
+    config = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=config)
+    tensors = load_file(name / "model.safetensors")
+    with torch.inference_mode():
+        rounded = theirs(torch.tensor([ids])).logits[0]
+        for module in (key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")):
+            weight, scale = theirs.get_parameter(f"{module}.weight"), tensors[f"{module}.weight_scale"].float()
+            codes = unpack_from_int32(tensors[f"{module}.weight_packed"], 4, weight.shape).float()
+            weight.copy_(codes * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1))
+        exact = theirs(torch.tensor([ids])).logits[0]
+    for logits in found:
+        assert relative_error(logits, rounded) < 1e-2
+        assert relative_error(logits, exact) < 1e-5
+
+    batch = batches.build([batches.Span(ids[-1:], len(ids) - 1, list(range(1, 8)))], loaded.block_size, CPU.device)
+    with torch.inference_mode():
+        hidden = loaded.model.embed(batch.input_ids, None)
+        replay, out, _ = ops.capture(lambda: loaded.model.logits(loaded.model(batch, hidden)))
+        out.zero_()
+        replay()
+    assert relative_error(out[0], exact[-1]) < 1e-5
 
 
 @every

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from models.test_logits import qwen3_moe
 from safetensors.torch import load_file
 from weights.test_stacked_experts import rewritten, stack
@@ -16,7 +18,8 @@ from weights.test_weights import CPU, Accounting
 from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.models import qwen3_moe as architecture
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QuantRules, Scheme, qtensor
+from octavo.ops.cpu import library
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize, qtensor
 from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights import loader as loader_module
@@ -64,3 +67,45 @@ def test_loading_takes_the_model_and_one_expert(
     layers = report.groups["experts", scheme.name].held / SIZES["num_hidden_layers"]
     assert layers > 3 * (read_and_made + converted), "a layer of experts is far more than there is room for"
     assert (accounting.peak > finished + read_and_made + converted) is hoard
+
+
+def packed_int4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts in INT4, groups of 32, as compressed-tensors has them; the rest as it is."""
+    found = {}
+    for name, w in tensors.items():
+        if ".experts." not in name:
+            found[name] = w
+            continue
+        scale = w.float().unflatten(1, (-1, 32)).abs().amax(2) / 7
+        codes = (w.float() / scale.repeat_interleave(32, 1)).round().clamp(-8, 7).to(torch.int8)
+        found |= {f"{name}_packed": pack_to_int32(codes, 4), f"{name}_scale": scale.bfloat16()}
+        found[f"{name}_shape"] = torch.tensor(w.shape)
+    return found
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
+@pytest.mark.parametrize("hoard", [False, True], ids=["as it is", "a matrix at a time in FP32"])
+def test_packed_int4_is_never_inflated(hoard: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4.5 bits a value are held, and an expert's few matrices come and go in as many."""
+    path = rewritten(checkpoint, tmp_path / "int4", packed_int4)
+    if hoard:  # what the bound is there to find
+        read = loader_module.read_weight
+
+        def inflating(*args: Any) -> Any:
+            if isinstance(found := read(*args), QTensor):
+                dequantize(found)
+            return found
+
+        monkeypatch.setattr(loader_module, "read_weight", inflating)
+    ops.bind(AS_STORED)
+    model = architecture.Model(
+        architecture.Config.from_json(json.loads((path / "config.json").read_text())), TensorParallel(), 64
+    )
+    with Accounting() as accounting:
+        loader = Loader(SafetensorsSource(path), AS_STORED, QuantRules(), torch.bfloat16)
+        load(model, loader)
+    values = 3 * SIZES["hidden_size"] * SIZES["moe_intermediate_size"]
+    experts = loader.report.groups["experts", "int4"]
+    assert experts.held == values * SIZES["num_experts"] * SIZES["num_hidden_layers"] * 9 // 16
+    assert ops.table()["experts[int4]"].startswith("C kernels")
+    assert (accounting.peak > accounting.live + 3 * values * 9 // 16) is hoard

@@ -14,7 +14,7 @@ from octavo.ops import reference
 from octavo.ops.contract import Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, rounded, widened
-from octavo.ops.cpu.native import Native, not_theirs, struct_of, taken, widened_scale
+from octavo.ops.cpu.native import Native, held_scale, not_theirs, struct_of, taken
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -41,9 +41,9 @@ class PackedNativeStack(PackedStack):
     def __init__(self, q: QTensor):
         self.experts, self.n, self.k = q.shape
         self.data, self.held_bytes = q.data, q.nbytes
-        self.scale = widened_scale(q)
+        self.scale = held_scale(q)
         self.struct = struct_of(q.expert(0), None if self.scale is None else self.scale[0])
-        scales = 0 if self.scale is None else self.scale.stride(0)
+        scales = 0 if self.scale is None else self.scale.stride(0) * self.scale.itemsize
         self.first = ctypes.addressof(self.struct), q.data.stride(0) * q.data.itemsize, scales
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
@@ -59,7 +59,7 @@ class PackedNativeStack(PackedStack):
 
 
 class WidenedStack:
-    """FP8 codes or BF16 values in `Platform.widened_dtype`, one product an expert."""
+    """FP8 or INT4 codes or BF16 values in `Platform.widened_dtype`, one product an expert."""
 
     name = "widened codes, torch"
 
@@ -87,7 +87,7 @@ class PackedWidenedStack(PackedStack):
             self.weight[e] = weight
             if scale is not None and self.scale is not None:
                 self.scale[e] = scale[0]
-        self.held_bytes = self.weight.nbytes + (0 if q.scale is None else q.scale.nbytes)
+        self.held_bytes = self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         x, starts = values_of(x), dispatch.starts.tolist()

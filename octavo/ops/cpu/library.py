@@ -13,9 +13,12 @@ import torch
 
 from octavo.platform import cpu_kernels
 
-__all__ = ["KINDS", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "missing", "together", "use", "used"]
+__all__ = [
+    "KINDS", "PACKED_INT4", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "missing", "together", "use", "used",
+]  # fmt: skip
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2: 4}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 4, torch.float8_e5m2: 5}
+PACKED_INT4 = 2
 
 
 P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
@@ -23,8 +26,8 @@ P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
 
 class Linear(Structure):
     _fields_ = [
-        ("weight", P), ("scale", P), ("n", I64), ("k", I64), ("stride", I64), ("scale_rows", I64), ("scale_columns", I64),
-        ("kind", I32), ("activation", I32),
+        ("weight", P), ("scale", P), ("group_scale", P), ("n", I64), ("k", I64), ("stride", I64), ("scale_rows", I64),
+        ("scale_columns", I64), ("group", I64), ("kind", I32), ("activation", I32), ("group_kind", I32),
     ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A code is exact in BF16 and in FP32. Products of codes are summed in FP32 and the two scales applied after, as an FP8 matrix
 unit does. The held type is BF16 where the CPU multiplies it natively and FP32 where it does not (Platform.widened_dtype).
-A 128x128 tile's scale cannot wait until after the sum, so block-scaled weights are held as their FP32 values.
+A 128x128 tile's scale cannot wait until after the sum, so block-scaled weights are held as their FP32 values. Nor can that of a
+group of INT4, whose values are held in the type.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, PLAIN, Operand, PackedWeight, not_taken, values_of
+from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, INT4_GROUPS, PLAIN, Operand, PackedWeight, not_taken, values_of
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = ["Widened", "rounded", "widened"]
 
@@ -24,7 +25,7 @@ TYPICAL_BATCH = 16  # the row count that oneDNN lays a weight out for; other cou
 
 
 class Widened:
-    """FP8 codes or BF16 values in `Platform.widened_dtype`, laid out once by oneDNN."""
+    """FP8 or INT4 codes or BF16 values in `Platform.widened_dtype`, laid out once by oneDNN."""
 
     name = "widened codes, oneDNN"
 
@@ -33,9 +34,11 @@ class Widened:
             return "this torch has no oneDNN"
         if platform.widened_dtype is None:
             return "nothing is widened in memory here"
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
             return reason
-        return f"its codes are {q.data.dtype}" if q.scheme.quantized and q.data.dtype not in WIDEN_FACTOR else None
+        return (
+            f"its codes are {q.data.dtype}" if q.scheme.dtype is WeightDType.FP8 and q.data.dtype not in WIDEN_FACTOR else None
+        )
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWidened:
         assert platform.widened_dtype is not None
@@ -43,7 +46,12 @@ class Widened:
 
 
 def widened(q: QTensor, held: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(a weight [N', K'] in `held`, its channel scales [1, N]); FP32 with no scales left where tiles have their own."""
+    """(a weight [N', K'] in `held`, its channel scales [1, N]); FP32 with no scales left where tiles have their own.
+
+    INT4 has none left either, and is held as if it had been stored as values.
+    """
+    if q.scheme.weight is Granularity.GROUP:
+        return dequantize(q).to(held), None
     if q.scheme.weight is Granularity.BLOCK:
         return dequantize(q), None
     if q.scale is not None:
@@ -78,7 +86,7 @@ class PackedWidened(PackedWeight):
         self.laid_out = self.held is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dense = dense.contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_BATCH) if self.laid_out else dense
-        self.held_bytes = dense.nbytes + (0 if q.scale is None else q.scale.nbytes)
+        self.held_bytes = dense.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def __call__(self, x: Operand) -> Tensor:
         x = values_of(x)

@@ -1,4 +1,4 @@
-"""Ops by the C kernels: FP8 stays one byte a value in memory.
+"""Ops by the C kernels: FP8 stays one byte a value in memory, and INT4 half a byte.
 
 A weight is used where it lies, as it is stored. Whatever the kernels do not take goes to torch.
 """
@@ -19,6 +19,7 @@ from octavo.ops import reference
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    INT4_GROUPS,
     PLAIN,
     Activation,
     Cut,
@@ -30,12 +31,12 @@ from octavo.ops.contract import (
     values_of,
 )
 from octavo.ops.cpu.attention import attention as attention_by_torch
-from octavo.ops.cpu.library import KINDS, Cache, Linear, kernels, missing, used
+from octavo.ops.cpu.library import KINDS, PACKED_INT4, Cache, Linear, kernels, missing, used
 from octavo.ops.cpu.op_recorder import launch
 from octavo.ops.cpu.widen import WIDEN_FACTOR
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = [
     "MAX_SHARED",
@@ -43,6 +44,7 @@ __all__ = [
     "attention",
     "captures",
     "draw",
+    "held_scale",
     "likeliest",
     "not_theirs",
     "rms_norm",
@@ -51,11 +53,11 @@ __all__ = [
     "silu_mul",
     "struct_of",
     "taken",
-    "widened_scale",
     "write_kv",
 ]
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
+GROUP_SCALES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256  # of a head: csrc/attention.h
 MAX_SHARED = 1024  # of a latent with its rope part, or an indexer's key: csrc/latent.h
 TILE_TOKENS, TILE_ROWS = 64, 512  # from so many tokens on, a CPU's matrix tiles are used, with so many rows widened at a time
@@ -84,9 +86,11 @@ def not_theirs(q: QTensor, platform: Platform) -> str | None:
         return reason
     if platform.widened_dtype is not None:
         return "weights are to be widened in memory"
-    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
         return reason
     codes = q.data
+    if q.scheme.dtype is WeightDType.INT4:
+        return _not_packed(q)
     if codes.dtype not in KINDS or (codes.dtype in FP8_MAX) != q.scheme.quantized or codes.stride(-1) != 1:
         return f"{codes.dtype} is not theirs"
     if not (q.scheme.quantized and codes.is_contiguous()):
@@ -95,14 +99,36 @@ def not_theirs(q: QTensor, platform: Platform) -> str | None:
     return "codes that are not numbers" if found else None
 
 
-def widened_scale(q: QTensor) -> Tensor | None:
-    """`q`'s scales, FP32, times the power of two that the kernels leave out; a `struct_of` it lives as long as this."""
+def _not_packed(q: QTensor) -> str | None:
+    """Why the kernels do not multiply by `q`, whose scheme is INT4; None: they do."""
+    (*_, k), group, scale = q.shape, q.scheme.group, q.scale
+    if group % 8:
+        return f"groups of {group} are no multiples of 8, of which a word has as many"
+    if q.data.dtype is not torch.uint8 or q.data.stride(-1) != 1 or 2 * q.data.shape[-1] < k:
+        return f"{q.data.dtype} {list(q.data.shape)} are not rows of {k} codes, two a byte"
+    if scale is None or scale.dtype not in GROUP_SCALES or scale.shape != (*q.shape[:-1], -(-k // group)):
+        return f"scales in BF16 or FP32, one for each {group} values of a row, are not there"
+    return None
+
+
+def held_scale(q: QTensor) -> Tensor | None:
+    """`q`'s scales: of INT4 as they are, of FP8 times the power of two that the kernels leave out, FP32.
+
+    A `struct_of` them lives as long as these.
+    """
+    if q.scale is not None and q.scheme.dtype is WeightDType.INT4:
+        return q.scale.contiguous()
     return None if q.scale is None else (q.scale.float() * WIDEN_FACTOR.get(q.data.dtype, 1.0)).contiguous()
 
 
 def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
-    """Where a weight [N, K] lies, and its `widened_scale`."""
+    """Where a weight [N, K] lies, and its `held_scale`."""
     n, k = q.shape
+    if scale is not None and q.scheme.dtype is WeightDType.INT4:
+        return Linear(
+            weight=q.data.data_ptr(), group_scale=scale.data_ptr(), n=n, k=k, stride=2 * q.data.stride(0),
+            group=q.scheme.group, kind=PACKED_INT4, group_kind=KINDS[scale.dtype],
+        )  # fmt: skip
     by_group = scale is not None and q.scheme.weight is Granularity.BLOCK
     by_row = scale is not None and scale.shape[0] == n and (n > 1 or scale.shape[1] == 1)
     return Linear(
@@ -124,7 +150,7 @@ class PackedNative(PackedWeight):
     def __init__(self, q: QTensor):
         (self.n, self.k), self.data = q.shape, q.data
         self.held_bytes = q.nbytes
-        self.scale = widened_scale(q)
+        self.scale = held_scale(q)
         self.struct = struct_of(q, self.scale)
         by_token = q.scale is not None and q.scheme.activation is Granularity.ROW
         self.tiles = by_token and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
@@ -143,6 +169,8 @@ class PackedNative(PackedWeight):
         return y
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.struct.kind == PACKED_INT4:
+            return super().rows(ids, dtype)  # which says that it is not looked up in
         ids, y = ids.long().contiguous(), self.data.new_empty(len(ids), self.k, dtype=dtype)
         launch(kernels().octavo_look_up, self.address, ids.data_ptr(), y.data_ptr(), len(ids), KINDS[dtype], get_num_threads())
         return y

@@ -30,6 +30,7 @@ static const Functions NAME(functions) = {
 #undef TWO_PANELS
 #undef TURNS
 #undef APART
+#undef NIBBLES
 #undef PARTS
 #undef HALF_UNDO
 #undef UNDO

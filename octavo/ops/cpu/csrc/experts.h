@@ -43,9 +43,9 @@ static int32_t multiply_all(Products *all, int32_t threads) {
 }
 
 /* y [pairs, n], sorted by expert: rows of x times the transposed weight of the expert whose they are. `first` is the first of
-   `experts` weights, the others lie weight_bytes and `scales` values behind one another; expert e's rows are starts[e] to
+   `experts` weights, the others lie weight_bytes, and their scales scale_bytes, behind one another; expert e's rows are starts[e] to
    starts[e + 1]. A pair's row of x is its place or, if there is an order, order[place] / each. 0, or -1 without memory. */
-int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scales, const void *x, int64_t x_stride,
+int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scale_bytes, const void *x, int64_t x_stride,
                        const int32_t *order, const int32_t *starts, int64_t experts, int64_t each, void *y, int32_t kind,
                        int32_t threads) {
     static Products all;
@@ -64,7 +64,8 @@ int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scales
             Linear *w = &all.weight[all.count];
             *w = *first;
             w->weight = (const char *)first->weight + e * weight_bytes;
-            if (first->scale) w->scale = first->scale + e * scales;
+            if (first->scale) w->scale = (const float *)((const char *)first->scale + e * scale_bytes);
+            if (first->group_scale) w->group_scale = (const char *)first->group_scale + e * scale_bytes;
             LinearJob *job = &all.job[all.count++];
             *job = job_of(w, (const char *)x + (order ? 0 : row * x_stride * size), m, x_stride, (char *)y + row * w->n * size, kind,
                           kind, own_threads);

@@ -1,4 +1,4 @@
-/* Octavo's CPU kernels: FP8 weights and caches stay one byte a value in memory and are widened in registers.
+/* Octavo's CPU kernels: FP8 stays one byte a value in memory, packed INT4 half a byte, and both are widened in registers.
 
    One source for every instruction set, compiled once with each and chosen when the library is loaded. Called through ctypes:
    pointers, counts and the structs of types.h. Nothing here knows of Python or of torch. */

@@ -10,6 +10,7 @@
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row that are multiplied in one turn, */
 #define ROW_CHUNK 128 /* or of one that is multiplied along k in pairs */
+#define NIBBLES (8 * VL) /* values of packed INT4 that a vector has: nibbles.h */
 #define AHEAD 4096 /* bytes: rows are read in one stream, and a CPU's own prefetching stops at the end of each page */
 
 /* Where a panel's values of position k begin: [k][LANES] FP32, or [k / 2][LANES][2] BF16, which are as exact for codes. */
@@ -78,6 +79,29 @@ INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *pa
     }
 }
 
+/* A group's values in the order in which dot_of_nibbles() reads them. */
+INLINE void NAME(mix_nibbles)(float *x, int pairs) {
+    const int each = pairs ? 4 : 8; /* values of a lane */
+    float mixed[GROUP];
+    for (int i = 0; i < GROUP; i++) mixed[i / NIBBLES * NIBBLES + i % each * (NIBBLES / each) + i % NIBBLES / each] = x[i];
+    memcpy(x, mixed, sizeof mixed);
+}
+
+/* The same of a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0. */
+INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float *panel) {
+    for (int i = 0; i < LANES; i += 8) {
+        const int64_t k = at + i, unit = k / NIBBLES * NIBBLES, lane = k % NIBBLES / 8;
+        for (int j = 0; j < 8; j++) {
+            const float *from = columns + (i + j) * LANES;
+            if (!pairs) memcpy(panel + (unit + j * VL + lane) * LANES, from, LANES * 4);
+            for (int p = 0; pairs && j < 4 && p < LANES; p += VL) {
+                vu low = (vu)NAME(load)(from + p), high = (vu)NAME(load)(from + 4 * LANES + p);
+                NAME(store)(panel + (unit / 2 + j * VL + lane) * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
+            }
+        }
+    }
+}
+
 /* One token's values, one after another, in the order in which dot() reads them. */
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = NAME(token_at)(job, token);
@@ -89,6 +113,7 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
         memset(values, 0, sizeof values);
         if (count > 0) NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
         for (int64_t i = 0; MIXED(job->w->kind) && !job->pairs && i < padded; i += 32) NAME(mix)(values + i);
+        if (job->w->kind == INT4) NAME(mix_nibbles)(values, job->pairs);
         if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
         else memcpy(dst + at, values, (size_t)padded * 4);
         for (int64_t i = 0; job->pairs && APART(job->w->kind) && i < padded; i += 4 * VL)
@@ -113,9 +138,10 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
         float *dst = NAME(panel_at)(job, panel, at);
         if (count < GROUP) memset(rows, 0, sizeof rows);
         for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x[i] + at * size, count, scale[i]);
-        for (int64_t j = 0; j < (job->pairs ? least(GROUP, job->k_padded - at) : count); j += LANES) {
+        for (int64_t j = 0; j < (job->pairs || job->w->kind == INT4 ? least(GROUP, job->k_padded - at) : count); j += LANES) {
             NAME(transpose)(rows[0] + j, GROUP, columns);
-            if (job->pairs) NAME(pair_up)(columns, j, APART(job->w->kind), dst);
+            if (job->w->kind == INT4) NAME(mix_columns)(columns, j, job->pairs, dst);
+            else if (job->pairs) NAME(pair_up)(columns, j, APART(job->w->kind), dst);
             else memcpy(dst + j * LANES, columns, (size_t)least(LANES, count - j) * LANES * 4);
         }
     }
@@ -262,6 +288,22 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
 }
 #endif
 
+#include "nibbles.h"
+
+#if DOT
+/* Two panels are read again for each tile of rows and stay in the second-level cache meanwhile, as the rows do for the next. */
+static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
+    static void (*const one[])(const LinearJob *, int64_t, int64_t) = {
+        [BF16] = NAME(one_panel_BF16), [INT4] = NAME(one_panel_INT4), [E4M3] = NAME(one_panel_E4M3),
+        [E4M3FNUZ] = NAME(one_panel_E4M3), [E5M2] = NAME(one_panel_E5M2)};
+    static void (*const two[])(const LinearJob *, int64_t, int64_t) = {
+        [BF16] = NAME(two_panels_BF16), [INT4] = NAME(two_panels_INT4), [E4M3] = NAME(two_panels_E4M3),
+        [E4M3FNUZ] = NAME(two_panels_E4M3), [E5M2] = NAME(two_panels_E5M2)};
+    for (int64_t p = first_panel; p < last_panel; p += 2)
+        for (int64_t row = from; row < to; row += LANES) (p + 1 < last_panel ? two : one)[job->w->kind](job, row, p);
+}
+#endif
+
 /* Task: a row of the weight, of codes times their scales, that a token is looked up as; m tokens' rows are job->x. */
 static void NAME(look_up)(void *argument, int64_t token) {
     const LinearJob *job = argument;
@@ -282,9 +324,14 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
     float sums[CHUNK_TOKENS / LANES * TASK_ROWS * LANES] __attribute__((aligned(64)));
     for (int64_t k = 0; k < w->k; k += TASK_K) {
         int64_t depth = least(TASK_K, w->k - k);
+        if (w->kind == INT4) depth = (depth + NIBBLES - 1) / NIBBLES * NIBBLES; /* the activations there are zeros */
         for (int64_t row = from; row < to; row++) {
             const char *at = (const char *)w->weight + (row * w->stride + k) * size_of(w->kind);
             float *dst = rows + (row - from) * TASK_K;
+            if (w->kind == INT4) {
+                NAME(widen_nibbles)(dst, w, row, k, depth);
+                continue;
+            }
             for (int64_t line = 0; line < depth * size_of(w->kind); line += 64) __builtin_prefetch(at + line + AHEAD);
             NAME(widen_row)(dst, at, w->kind, depth);
             for (int64_t g = 0; w->scale_columns && g < depth; g += GROUP) {
@@ -311,6 +358,12 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
         if (job->w->scale_columns) NAME(dot)(job, from, to, m, kind, 1);                                         \
         else NAME(dot)(job, from, to, m, kind, 0);                                                               \
     }
+#define DOTS_OF_NIBBLES(m)                                                                                       \
+    static __attribute__((noinline)) void NAME(dots_##m##_INT4)(const LinearJob *job, int64_t from, int64_t to) { \
+        IF_PAIRS(NAME(dot_of_nibbles)(job, from, to, m, 1))                                                       \
+        NAME(dot_of_nibbles)(job, from, to, m, 0);                                                                \
+    }
+DOTS_OF_NIBBLES(1) DOTS_OF_NIBBLES(2) DOTS_OF_NIBBLES(3) DOTS_OF_NIBBLES(4)
 #define EACH_M(kind) DOTS(1, kind) DOTS(2, kind) DOTS(3, kind) DOTS(4, kind)
 EACH_M(F32)
 EACH_M(BF16)
@@ -318,7 +371,7 @@ EACH_M(E4M3)
 EACH_M(E5M2)
 #define ROW(kind) {NAME(dots_1_##kind), NAME(dots_2_##kind), NAME(dots_3_##kind), NAME(dots_4_##kind)}
 static void (*const NAME(dots)[][ROWS_MODE])(const LinearJob *, int64_t, int64_t) = {
-    [F32] = ROW(F32), [BF16] = ROW(BF16), [E4M3] = ROW(E4M3), [E4M3FNUZ] = ROW(E4M3), [E5M2] = ROW(E5M2)};
+    [F32] = ROW(F32), [BF16] = ROW(BF16), [INT4] = ROW(INT4), [E4M3] = ROW(E4M3), [E4M3FNUZ] = ROW(E4M3), [E5M2] = ROW(E5M2)};
 
 static void NAME(multiply)(void *argument, int64_t task) {
     const LinearJob *job = argument;
@@ -357,6 +410,7 @@ static int NAME(pairs_pay)(void) {
 #endif
 
 #undef DOTS
+#undef DOTS_OF_NIBBLES
 #undef IF_PAIRS
 #undef EACH_M
 #undef ROW

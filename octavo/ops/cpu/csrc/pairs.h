@@ -169,14 +169,3 @@ TILES(BF16)
 TILES(E4M3)
 TILES(E5M2)
 #undef TILES
-
-/* Two panels are read again for each tile of rows and stay in the second-level cache meanwhile, as the rows do for the next. */
-static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
-    static void (*const one[])(const LinearJob *, int64_t, int64_t) = {
-        [BF16] = NAME(one_panel_BF16), [E4M3] = NAME(one_panel_E4M3), [E4M3FNUZ] = NAME(one_panel_E4M3), [E5M2] = NAME(one_panel_E5M2)};
-    static void (*const two[])(const LinearJob *, int64_t, int64_t) = {
-        [BF16] = NAME(two_panels_BF16), [E4M3] = NAME(two_panels_E4M3), [E4M3FNUZ] = NAME(two_panels_E4M3),
-        [E5M2] = NAME(two_panels_E5M2)};
-    for (int64_t p = first_panel; p < last_panel; p += 2)
-        for (int64_t row = from; row < to; row += LANES) (p + 1 < last_panel ? two : one)[job->w->kind](job, row, p);
-}

@@ -8,7 +8,7 @@ static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_str
     const int is_panel = m > ROWS_MODE;
     const int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x, in BF16 */
     const int pairs = (is_panel ? panels_of_pairs : chosen->pairs_pay != NULL) && exact && w->kind != F32 && !w->scale_columns;
-    const int64_t chunk = is_panel || !pairs ? CHUNK : ROW_CHUNK;
+    const int64_t chunk = w->kind == INT4 ? GROUP : is_panel || !pairs ? CHUNK : ROW_CHUNK;
     LinearJob job = {.w = w, .x = x, .y = y, .m = m, .x_stride = x_stride, .k_padded = (w->k + chunk - 1) / chunk * chunk,
                      .token_tasks = 1, .kind = kind, .y_kind = y_kind, .is_panel = is_panel, .pairs = pairs};
     job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { F32, BF16, E4M3, E4M3FNUZ, E5M2 };      /* what an array holds */
+enum { F32, BF16, INT4, E4M3, E4M3FNUZ, E5M2 }; /* what an array holds */
 enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* how activations are quantized */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
@@ -18,12 +18,14 @@ static const Format FORMATS[] = {[E4M3] = {3, -6, 7, 448}, [E4M3FNUZ] = {3, -7, 
 static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /* what widening makes codes smaller by */
 
 /* A weight [n, k] whose rows are `stride` values apart. scale: FP32, times the power of two that widening leaves out;
-   scale_columns is 0 for one a row, or the width of a grid whose every value is for scale_rows rows and 128 columns. */
+   scale_columns is 0 for one a row, or the width of a grid whose every value is for scale_rows rows and 128 columns.
+   INT4 has no such scale, but group_scale, of group_kind: one for each `group` values of a row, a multiple of 8. */
 typedef struct {
     const void *weight;
     const float *scale;
-    int64_t n, k, stride, scale_rows, scale_columns;
-    int32_t kind, activation;
+    const void *group_scale;
+    int64_t n, k, stride, scale_rows, scale_columns, group;
+    int32_t kind, activation, group_kind;
 } Linear;
 
 /* Keys and values of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 a token and head,
@@ -232,4 +234,5 @@ static inline void put(void *y, int kind, int64_t i, float value) {
 }
 
 static inline int64_t size_of(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+static inline int64_t groups_of(const Linear *w) { return (w->k + w->group - 1) / w->group; } /* scales of a row of INT4 */
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
