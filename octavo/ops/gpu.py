@@ -218,8 +218,8 @@ class PackedGrouped(PackedStack):
 class PackedInt4:
     """INT4 in groups, dense weights and stacks of experts: two codes stay in a byte.
 
-    Few tokens meet it as they are, in BF16 (W4A16). Where `octavo.ops.triton.int4.quantizes` says so, since it was measured to
-    be faster, activations are quantized to FP8 first, with a scale a token (W4A8), as the FP8 schemes do for any number.
+    Activations meet it as they are, in BF16 (W4A16). Only where `octavo.ops.triton.int4.quantizes` says so, since it was
+    measured to be faster, are they quantized to FP8 first, with a scale a token (W4A8), as FP8 schemes do for any number.
     """
 
     name = "Triton, packed INT4"
@@ -258,7 +258,7 @@ class Int4Weight(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x = values_of(x)
-        fp8 = self.fp8 if quantizes(len(x), self.group) else None
+        fp8 = self.fp8 if quantizes(len(x), self.group, dense=True) else None
         return int4_product(x, self.codes.unsqueeze(0), self.scale.unsqueeze(0), self.group, fp8=fp8)
 
 
@@ -272,7 +272,7 @@ class Int4Stack(PackedStack):
         self.group, self.fp8, self.held_bytes = q.scheme.group, fp8, self.codes.nbytes + self.scale.nbytes
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
-        fp8 = self.fp8 if quantizes(len(dispatch.order) / self.experts, self.group) else None
+        fp8 = self.fp8 if quantizes(len(dispatch.order) / self.experts, self.group, dense=False) else None
         return int4_product(values_of(x), self.codes, self.scale, self.group, dispatch, of_tokens=of_tokens, fp8=fp8)
 
 

@@ -234,8 +234,8 @@ def of_int4(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     w16 = dict(x="*bf16", w="*i16", parts="*fp32", counters="*i32", words="i32", size="i32", per_split="i32")
     w8, stacked = dict(x=fp8, x_scale="*fp32", w="*u8", width="i32"), dense | dict(order="*i32", starts="*i32")
     for group in int4.GROUPS:
-        for rows, quantized in ((1, False), (20, False), (40, False), (512, False), (1, True), (20, True), (40, True)):
-            c = int4._shape(rows, 4096, False, quantized)
+        for rows, quantized in ((1, False), (20, False), (40, False), (1, True), (20, True), (40, True), (512, True)):
+            c = int4._shape(rows, 4096, group, False, quantized)
             options = dict(OF_TOKENS=True, TOP_K=8, EXPERTS=512, BN=c["BN"], BM=c["BM"], GROUP=group, ASM=pdl, PDL=pdl,
                            STAGES=launch.pipeline(c["stages"]))  # fmt: skip
             own = dict(SUBNORMAL=512.0) if quantized else dict(TILE=int4.STEP // 4, APART=bool(c["apart"]), SPLIT=1)

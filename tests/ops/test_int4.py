@@ -127,14 +127,17 @@ def test_what_is_bound() -> None:
 
 
 @pytest.mark.parametrize("group", int4.GROUPS)
-def test_the_whole_chooses_by_rows(group: int) -> None:
-    """What `quantizes` says decides, and both meanings stay within their error."""
-    q = weight(group, 24, 256)
-    held, w = gpu.Int4().pack(q, ON), values(q)
-    for rows in (1, 130):
+def test_the_number_of_rows_decides(group: int) -> None:
+    """W4A16 or W4A8, as `quantizes` says, each within its error."""
+    q = weight(group, 1, 24, 256)
+    stack, dense, w = gpu.Int4Experts().pack(q, ON), gpu.Int4().pack(q.expert(0), ON), values(q)[0]
+    for rows in (1, 70):
         x = torch.randn(rows, 256, device=DEVICE).bfloat16()
-        error = relative_error(held(x), x.double() @ w.mT)
-        assert (error > ROUNDED) == int4.quantizes(rows, group)
+        at = routing.dispatch(torch.zeros(rows, 1, dtype=torch.int32, device=DEVICE), 1)
+        exact = x.double() @ w.mT
+        assert relative_error(dense(x), exact) < ROUNDED
+        error = relative_error(stack(x, at, of_tokens=True), exact)
+        assert (error > ROUNDED) == (group == 128 and rows == 70)
         assert error < W4A8
 
 
