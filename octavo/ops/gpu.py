@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    INT4_GROUPS,
     PLAIN,
     CodeFormat,
     Dispatch,
@@ -29,6 +30,7 @@ from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.expanded_attention import expanded_attention
 from octavo.ops.triton.experts import grouped_linear
+from octavo.ops.triton.int4 import GROUPS, int4_product, laid_out, quantizes
 from octavo.ops.triton.latent_attention import latent_attention
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
@@ -217,5 +219,66 @@ class PackedGrouped(PackedStack):
         ).to(_dtype(x))
 
 
-LINEAR = [ScaledMM(), Blocks(), Dense()]
-STACKS = [Grouped()]
+class PackedInt4:
+    """INT4 in groups, dense weights and stacks of experts: two codes stay in a byte.
+
+    Activations meet it as they are, in BF16 (W4A16). Only where `octavo.ops.triton.int4.quantizes` says so, since it was
+    measured to be faster, are they quantized to FP8 first, with a scale a token (W4A8), as FP8 schemes do for any number.
+    """
+
+    name = "Triton, packed INT4"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        if (reason := not_taken(q.scheme, INT4_GROUPS)) is not None:
+            return reason
+        if q.data.dtype is not torch.uint8:
+            return f"its codes are {q.data.dtype}, not two in each byte"
+        if q.scheme.group not in GROUPS:
+            return f"its groups are of {q.scheme.group} values, and these kernels take {' and '.join(map(str, GROUPS))}"
+        return None
+
+
+class Int4(PackedInt4):
+    """Of dense weights [N, K]."""
+
+    def pack(self, q: QTensor, platform: Platform) -> Int4Weight:
+        return Int4Weight(q, platform.fp8_dtype)
+
+
+class Int4Experts(PackedInt4):
+    """Of stacks [E, N, K]."""
+
+    def pack(self, q: QTensor, platform: Platform) -> Int4Stack:
+        return Int4Stack(q, platform.fp8_dtype)
+
+
+class Int4Weight(PackedWeight):
+    """Codes [N, bytes] and BF16 scales [N, groups]: as they are stored, but for rows that end within a step of the kernel."""
+
+    def __init__(self, q: QTensor, fp8: torch.dtype):
+        assert q.scale is not None
+        self.codes, self.scale = laid_out(q.data, q.scale, q.scheme.group)
+        self.group, self.fp8, self.held_bytes = q.scheme.group, fp8, self.codes.nbytes + self.scale.nbytes
+
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
+        fp8 = self.fp8 if quantizes(len(x), self.group, dense=True) else None
+        return int4_product(x, self.codes.unsqueeze(0), self.scale.unsqueeze(0), self.group, fp8=fp8)
+
+
+class Int4Stack(PackedStack):
+    """Codes [E, N, bytes] and BF16 scales [E, N, groups], as Int4Weight has one expert's."""
+
+    def __init__(self, q: QTensor, fp8: torch.dtype):
+        assert q.scale is not None
+        self.experts, self.n, self.k = q.shape
+        self.codes, self.scale = laid_out(q.data, q.scale, q.scheme.group)
+        self.group, self.fp8, self.held_bytes = q.scheme.group, fp8, self.codes.nbytes + self.scale.nbytes
+
+    def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
+        fp8 = self.fp8 if quantizes(len(dispatch.order) / self.experts, self.group, dense=False) else None
+        return int4_product(values_of(x), self.codes, self.scale, self.group, dispatch, of_tokens=of_tokens, fp8=fp8)
+
+
+LINEAR = [ScaledMM(), Blocks(), Int4(), Dense()]
+STACKS = [Grouped(), Int4Experts()]

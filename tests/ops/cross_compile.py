@@ -18,7 +18,20 @@ from cross_compile_latent import latent_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.ops.triton import argmax, block_linear, decode, elementwise, experts, launch, linear, prefill, rope, routing, sample
+from octavo.ops.triton import (
+    argmax,
+    block_linear,
+    decode,
+    elementwise,
+    experts,
+    int4,
+    launch,
+    linear,
+    prefill,
+    rope,
+    routing,
+    sample,
+)
 from octavo.platform import Platform
 
 TARGETS = {
@@ -117,6 +130,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         )  # fmt: skip
     yield from latent_kernels(fp8, pdl)
     yield from of_experts(fp8, names[fp8].replace("float8", "fp8"), pdl)
+    yield from of_int4(fp8, pdl)
     new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64)
     for kind, kv, per_head, given in (
         ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
@@ -214,6 +228,34 @@ def of_experts(fp8: str, fp8_name: str, pdl: bool) -> Iterator[tuple[str, Any, d
                      STAGES=launch.pipeline(c["stages"]), PDL=pdl, **unread),
                 {"num_warps": c["warps"]},
             )  # fmt: skip
+
+
+def of_int4(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """As `kernels`, for Kimi-K2's experts, and for a dense weight, whose K is split over programs."""
+    dense = dict(scales="*i32", out="*bf16") | dict.fromkeys(("experts", "tokens", "n", "pairs"), "i32")
+    w16 = dict(x="*bf16", w="*i16", parts="*fp32", counters="*i32", words="i32", size="i32", per_split="i32")
+    w8, stacked = dict(x=fp8, x_scale="*fp32", w="*u8", width="i32"), dense | dict(order="*i32", starts="*i32")
+    for group in int4.GROUPS:
+        for rows, quantized in ((1, False), (20, False), (40, False), (1, True), (20, True), (40, True), (512, True)):
+            c = int4._shape(rows, 4096, group, False, quantized)
+            options = dict(OF_TOKENS=True, TOP_K=8, EXPERTS=512, BN=c["BN"], BM=c["BM"], GROUP=group, ASM=pdl, PDL=pdl,
+                           STAGES=launch.pipeline(c["stages"]))  # fmt: skip
+            own = dict(SUBNORMAL=512.0) if quantized else dict(TILE=int4.STEP // 4, APART=bool(c["apart"]), SPLIT=1)
+            yield (
+                f"w4a{8 if quantized else 16}_{group}_{c['BM']}", int4._w4a8 if quantized else int4._w4a16,
+                (w8 if quantized else w16) | stacked, options | own, {"num_warps": c["warps"]},
+            )  # fmt: skip
+        split = dict(order=None, starts=None, OF_TOKENS=False, TOP_K=1, EXPERTS=1, BN=64, BM=16, APART=False, SPLIT=32)
+        yield f"w4a16_{group}_split", int4._w4a16, w16 | dense, options | split | dict(TILE=32), {"num_warps": 4}
+        yield (
+            f"quantize_in_groups_{group}", int4._quantize_in_groups,
+            dict(x="*bf16", out=fp8, scale="*fp32", size="i32", stride="i32", width="i32"),
+            dict(GROUP=group, BLOCK=8192, LIMIT=224.0 if fp8 == "*fp8e4b8" else 448.0, FLOOR=1e-6, PDL=pdl), {"num_warps": 16},
+        )  # fmt: skip
+    yield (
+        "planes", int4._planes, dict(x="*bf16", out="*bf16", size="i32", stride="i32", width="i32"),
+        dict(TILE=int4.STEP // 4, BLOCK=1024, PDL=pdl), {"num_warps": 4},
+    )  # fmt: skip
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:

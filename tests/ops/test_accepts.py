@@ -39,6 +39,8 @@ TABLE: list[tuple[LinearImplementation, Platform, set[Scheme], set[Scheme]]] = [
     (gpu.Blocks(), GPU, {FP8_BLOCK}, set()),
     (gpu.Blocks(), FNUZ, set(), set()),
     (gpu.Dense(), GPU, {BF16}, {BF16}),
+    (gpu.Int4(), GPU, {INT4}, {INT4}),
+    (gpu.Int4(), FNUZ, {INT4}, {INT4}),
     (Widened(), WIDENING, PACKED_TOO, PACKED_TOO),
     (Widened(), NATIVE, set(), set()),
     (ReferenceLinear(), GPU, PACKED_TOO, PACKED_TOO),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
-FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4"}
+FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4|fp8_fp8"}  # the latter where K is shorter than 64
 MULTIPLIES_FP8 = {
     "small_linear_16", "small_linear_32", "block_linear_16", "block_linear_128", "decode_attention_fp8",
     "decode_attention_per_head", "decode_attention_fp8_new", "decode_attention_per_head_new", "prefill_attention_fp8",
@@ -23,12 +24,14 @@ MULTIPLIES_FP8 = {
     "latent_attention_fp8", "latent_attention_fp8_chosen",
     *(f"grouped_linear_fp8_{bm}" for bm in (16, 32, 64, 128)),
     *(f"grouped_linear_{scales}_{bm}" for scales in ("tiles", "channels") for bm in (16, 32, 64)),
+    "w4a8_128_128", *(f"w4a8_{group}_{bm}" for group in (32, 128) for bm in (16, 32, 64)),
 }  # fmt: skip
 MULTIPLIES_BF16 = {
     "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
     "latent_attention_fp8", "latent_attention_fp8_chosen", "latent_attention_fp8_many", "latent_attention_bf16",
     "latent_attention_bf16_chosen", "latent_attention_bf16_many", "expanded_attention",
     "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
+    *(f"w4a16_{group}_{kind}" for group in (32, 128) for kind in (16, 32, 64, "split")),
 }  # fmt: skip
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
 SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes
@@ -51,14 +54,16 @@ def compiled(target: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("target", MEMORY)
 def test_kernels_compile(target: str) -> None:
     kernels = compiled(target)
-    assert kernels.keys() >= MULTIPLIES_FP8 | MULTIPLIES_BF16
+    missing = (MULTIPLIES_FP8 | MULTIPLIES_BF16) - kernels.keys()
+    assert missing <= (
+        {"w4a8_32_128", "w4a8_128_128"} if target == "gfx942" else set()
+    )  # whose tiles its memory is too small for
     for name, one in kernels.items():
         assert one["spills"] <= SPILLS.get((target, name), 0), f"{name} spills"
         assert one["shared"] <= MEMORY[target] * 1024, f"{name} takes {one['shared']} bytes"
         instructions = " ".join(one["matrix"])
-        assert (FP8[target] in instructions) == (name in MULTIPLIES_FP8 | FEW_TILES.get(target, set())), (
-            f"{name}: {instructions}"
-        )
+        wanted = name in MULTIPLIES_FP8 | FEW_TILES.get(target, set())
+        assert bool(re.search(FP8[target], instructions)) == wanted, f"{name}: {instructions}"
         assert ("bf16" in instructions) == (name in MULTIPLIES_BF16), f"{name}: {instructions}"
 
 

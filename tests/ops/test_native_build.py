@@ -140,7 +140,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     )
     chosen = "not several_threads and not this_machine and not in_use and (not test_linear or 67-538-96 or 1100 or 16-1-300)"
     env = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    tests = [f"tests/ops/test_{name}.py" for name in ("native", "native_experts", "native_latent", "int4")]
+    tests = [f"tests/ops/test_{name}.py" for name in ("native", "native_experts", "native_latent", "native_int4")]
     done = subprocess.run([sys.executable, "-c", script, chosen, *tests], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200

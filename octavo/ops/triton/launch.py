@@ -30,6 +30,7 @@ __all__ = [
     "compile_ahead",
     "configure",
     "device_units",
+    "has_packed_arithmetic",
     "head_strides",
     "inline_ptx",
     "launch",
@@ -96,6 +97,11 @@ def device_units() -> int:
 def shared_memory() -> int:
     """Bytes of a multiprocessor's memory that one program may have."""
     return _platform.shared_memory
+
+
+def has_packed_arithmetic() -> bool:
+    """Whether kernels may hold instructions that compute two BF16 or four FP8 values of a register at once (PTX)."""
+    return _platform.bounds_registers and not _platform.is_cpu
 
 
 def cache_strides(views: Views) -> tuple[int, ...]:

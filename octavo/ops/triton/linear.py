@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.ops.contract import Quantized
 from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
-__all__ = ["MOST_TOKENS", "small_linear"]
+__all__ = ["MOST_PARTS", "MOST_TILES", "MOST_TOKENS", "small_linear", "workspace"]
 
 MOST_TOKENS = 32  # for more a library's product, made for compute, is the faster one (1 to 3% of a step at 40 to 64)
 MOST_PARTS, MOST_TILES = 1 << 23, 1 << 14
@@ -74,7 +74,7 @@ def _small_linear(
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-def _workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
+def workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
     """Room for partial sums and zeroed counters, shared by all products of the device, which run one after another."""
     if device not in _workspaces:
         parts = torch.empty(MOST_PARTS, dtype=torch.float32, device=device)
@@ -119,7 +119,7 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     bm = power_of_2(tokens, 16)
     c = _shape(n, width, bm) | (config or {})
     tiles, (split, per_split) = triton.cdiv(n, c["BN"]), _split(n, width, c)
-    parts, counters = _workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
+    parts, counters = workspace(w.device, tiles * split * c["BN"] * bm if split > 1 else 0, tiles)
     launch(_small_linear, (tiles, split),
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
         BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, HELD=c["held"] if pipeline(3) == 3 else 0,
