@@ -26,7 +26,8 @@ MULTIPLIES_FP8 = {
 }  # fmt: skip
 MULTIPLIES_BF16 = {
     "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
-    "route_few", "route_many", "route_groups", "index_keys_codes", "index_queries_codes", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
+    "route_few", "route_many", "route_groups", "index_keys_codes", "index_queries_codes",
+    *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
 }  # fmt: skip
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
 SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes

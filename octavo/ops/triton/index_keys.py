@@ -17,7 +17,7 @@ from octavo.kvcache import IndexCache
 from octavo.ops.contract import Norm, Rotation
 from octavo.ops.reference_latent import PEAK_FLOOR
 from octavo.ops.triton.latent_write import finite, partner, power_of_two, rotated
-from octavo.ops.triton.launch import device_units, launch, power_of_2, release, round_to, to_fp8, wait
+from octavo.ops.triton.launch import device_units, launch, release, round_to, to_fp8, wait
 from octavo.platform import FP8_MAX
 
 __all__ = ["scored_queries", "write_index_keys"]
@@ -135,7 +135,7 @@ def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCach
 
 
 def scored_queries(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache) -> tuple[Tensor, Tensor]:
-    """Queries [T, H, D] as `select_keys` has them and as the keys' dtype, and FP32 [T, H], heads' weights times their scales."""
+    """Queries [T, H, D] as `select_keys` has them, in the keys' dtype, and FP32 [T, H], heads' weights times their scales."""
     tokens, heads, dim = q.shape
     if q.stride(2) != 1:
         q = q.contiguous()
