@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.batch import ForwardBatch, Key
+from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.kvcache import IndexCache, Views
 from octavo.layers.linear import ColumnParallelLinear
@@ -27,13 +27,6 @@ class IndexerShape:
     heads: int
     dim: int
     top_k: int
-
-
-@dataclass(frozen=True)
-class Chosen(Key[Tensor]):
-    """What the indexer of a layer has chosen in a step."""
-
-    layer: int
 
 
 class IndexerWeights(nn.Module):
@@ -55,14 +48,13 @@ class IndexerWeights(nn.Module):
 class Indexer(nn.Module):
     """Keys of its own in the cache, and the places that each token attends to. Every rank has all of it, and chooses alike.
 
-    `layer`: the number of the layer that it is in.
+    chosen: what `forward` gave in this step, for layers behind this one that share it.
     """
 
     cache: IndexCache
+    chosen: Tensor | None = None
 
-    def __init__(
-        self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, layer: int, *, interleaved: bool = False
-    ):
+    def __init__(self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, *, interleaved: bool = False):
         super().__init__()
         whole = TensorParallel()
         self.wq_b = ColumnParallelLinear(["wq_b"], q_rank, [shape.heads * shape.dim], bias=False, tp=whole)
@@ -70,7 +62,7 @@ class Indexer(nn.Module):
         self.k_norm = LayerNorm(shape.dim, 1e-6)
         self.weights_proj = IndexerWeights(hidden, shape.heads)
         self._shared = (rotary,)  # in a tuple: it is loaded where the model has it
-        self.shape, self.layer, self.interleaved = shape, layer, interleaved
+        self.shape, self.interleaved = shape, interleaved
 
     def bind_cache(self, views: Views) -> None:
         self.cache = IndexCache.of(views)
@@ -87,11 +79,8 @@ class Indexer(nn.Module):
         (rotary,) = self._shared
         rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
         ops.write_index_keys(self.wk(x), self.k_norm.norm, rotation, self.cache, batch.slot_mapping)
-        if not self.is_sparse(batch):
-            return None
-        heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
-
-        def select() -> Tensor:
-            return ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
-
-        return batch.cache.get(Chosen(self.layer), select)
+        self.chosen = None
+        if self.is_sparse(batch):
+            heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
+            self.chosen = ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
+        return self.chosen

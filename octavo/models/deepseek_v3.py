@@ -6,9 +6,9 @@ The layers after the last, which predict further tokens, are not loaded. Sources
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,14 @@ from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout, Views, index_spec, latent_spec
 from octavo.layers.indexer import Indexer
-from octavo.layers.linear import ColumnParallelLinear, GatedMLP, RowParallelLinear
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.mla import LatentAttention, LatentShape
-from octavo.layers.moe import Experts, Gate, MixtureOfExperts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models.common import DecoderLM
-from octavo.models.config import ConfigBase, check_experts, expert_activations
 from octavo.models.interface import Limits
-from octavo.ops import Activation, Product, Router
+from octavo.models.mixture import MixtureConfig, mlp_of
+from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]
 
@@ -35,34 +34,20 @@ LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ConfigBase):
+class Config(MixtureConfig):
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
     q_lora_rank: int | None = None
-    n_shared_experts: int = 1
     first_k_dense_replace: int = 3
     moe_layer_freq: int = 1
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
-    attention_bias: bool = False
     rope_interleave: bool = True
-    num_nextn_predict_layers: int = 1
-
-    also_called: ClassVar[Mapping[str, str]] = {"n_routed_experts": "num_local_experts"}
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"})
 
     def check(self) -> None:
         super().check()
-        check_experts(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group)
         for name, served in (("moe_layer_freq", 1), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
             if (found := getattr(self, name)) != served:
                 raise OctavoError(f"config.json: {name} is {found!r}; this architecture is served with {served!r}.")
@@ -76,12 +61,6 @@ class Config(ConfigBase):
     @property
     def rotated_of(self) -> int:
         return self.qk_rope_head_dim
-
-    @property
-    def mlp_activations(self) -> int:
-        experts = expert_activations(self.num_experts_per_tok, self.moe_intermediate_size, self.hidden_size)
-        shared = 4 * self.n_shared_experts * self.moe_intermediate_size + self.hidden_size
-        return max(super().mlp_activations, experts + shared)
 
     @property
     def latent(self) -> LatentShape:
@@ -137,28 +116,13 @@ class Attention(nn.Module):
         return y
 
 
-def mixture(c: Config, tp: TensorParallel) -> MixtureOfExperts:
-    router = Router(
-        c.num_experts_per_tok, sigmoid=True, normalize=c.norm_topk_prob, scale=c.routed_scaling_factor,
-        groups=c.n_group, top_groups=c.topk_group,
-    )  # fmt: skip
-    gate = Gate(c.hidden_size, c.n_routed_experts, router, bias="gate.e_score_correction_bias")
-    experts = Experts(c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, tp)
-    shared = None
-    if c.n_shared_experts:
-        inner = c.n_shared_experts * c.moe_intermediate_size
-        shared = GatedMLP(c.hidden_size, inner, bias=False, tp=tp, partial=True)
-    return MixtureOfExperts(gate, experts, tp, shared)
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, c: Config, layer: int, attention: Attention, tp: TensorParallel):
         super().__init__()
-        dense = layer < c.first_k_dense_replace
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp) if dense else mixture(c, tp)
+        self.mlp = mlp_of(c, layer, tp)
 
     def forward(self, x: Product, residual: Tensor | None, batch: ForwardBatch) -> tuple[Product, Tensor]:
         x, residual = self.input_layernorm(x, residual, *self.self_attn.readers)
@@ -186,8 +150,7 @@ class Model(DecoderLM):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        last = self.config.num_hidden_layers
-        return *super().ignored, *(f"model.layers.{last + i}.*" for i in range(self.config.num_nextn_predict_layers))
+        return *super().ignored, *self.config.unread_layers
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

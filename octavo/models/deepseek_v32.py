@@ -36,4 +36,4 @@ class Model(deepseek_v3.Model):
 
     def make_indexer(self, c: Any, rotary: RotaryEmbedding, layer: int) -> Indexer | None:
         shape = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk)
-        return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, layer)
+        return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary)
