@@ -284,9 +284,9 @@ def of_indexes(fp8: str, limit: dict[str, Any]) -> Iterator[tuple[str, Any, dict
         kind = f"{level}{'_final' * final}"
         given = tables | dict(scores=fp32, out=i32, found=i32, out_width="i32", live=i32) | ({"places": i32} if level else {})
         unread = {} if level else {"places": None}
-        shape = dict(TOP_K=2048, CHUNK=select_keys.CHUNK, SEGMENTS=select_keys.CHUNK // select_keys.SEGMENT,
-                     SEGMENT=select_keys.SEGMENT, TOKENS=4, SINGLE=False, LEVEL=level, FINAL=final, **unread,
-                     **pdl)  # fmt: skip
+        chunk, segment = select_keys.CHUNK, select_keys.SEGMENT
+        shape = dict(TOP_K=2048, CHUNK=chunk, SEGMENTS=chunk // segment, SEGMENT=segment, TOKENS=4, SINGLE=False, LEVEL=level,
+                     FINAL=final, **unread, **pdl)  # fmt: skip
         yield (
             f"find_least_{kind}", select_keys._find_least, given, dict(KP=2048, SECANTS=select_keys.SECANTS, **shape),
             {"num_warps": select_keys._select_warps(select_keys.CHUNK)},

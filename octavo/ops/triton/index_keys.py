@@ -135,7 +135,7 @@ def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCach
 
 
 def scored_queries(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache) -> tuple[Tensor, Tensor]:
-    """Queries [T, H, D] as `select_keys` has them and as the keys' dtype, and FP32 [T, H], heads' weights by their scales."""
+    """Queries [T, H, D] as `select_keys` has them, in the keys' dtype, and FP32 [T, H], heads' weights times their scales."""
     tokens, heads, dim = q.shape
     if q.stride(2) != 1:
         q = q.contiguous()

@@ -55,7 +55,7 @@ def _index_logits(
     HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr, SINGLE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a group's tokens, in rows [number * TOKENS, ...) of out [rows, width]; none where all of it is chosen."""
+    """Scores of a group's tokens, in rows [number * TOKENS, ...) of out [rows, width]; none where all it sees are chosen."""
     number = tl.program_id(0)
     release(PDL)
     wait(PDL)
@@ -126,17 +126,17 @@ def _value(key):
 
 @triton.jit
 def _keys(scores, places, row, at, length, LEVEL: tl.constexpr):
-    """Of a row's scores at `at`: integers in their order, LOWEST where there is none, and where there are some."""
+    """Of a row's scores at `at`: integers in their order, LOWEST, which is under all of these, where there is none."""
     ok = at < length
     if LEVEL > 0:
         ok &= tl.load(places + row + at, mask=ok, other=-1) >= 0
-    return tl.where(ok, _ordered(tl.load(scores + row + at, mask=ok, other=0.0)), LOWEST), ok
+    return tl.where(ok, _ordered(tl.load(scores + row + at, mask=ok, other=0.0)), LOWEST)
 
 
 @triton.jit
-def _threshold(key, ok, valid, wanted, SECANTS: tl.constexpr):
+def _threshold(key, valid, wanted, SECANTS: tl.constexpr):
     """The largest number that at least `wanted` keys reach, or one that just so many do, of `valid` in all."""
-    low, high = tl.min(tl.where(ok, key, 0x7FFFFFFF), 0), tl.max(key, 0) + 1
+    low, high = tl.min(tl.where(key > LOWEST, key, 0x7FFFFFFF), 0), tl.max(key, 0) + 1
     reach_low = valid  # how many reach it
     above, under = (valid - wanted).to(tl.float32), (0 - wanted).to(tl.float32)  # by how much, halved as Illinois' rule has it
     step, side = 0, 0
@@ -188,11 +188,11 @@ def _find_least(
     if start >= length:
         return
     at = start + tl.arange(0, SEGMENTS * SEGMENT)
-    key, ok = _keys(scores, places, row.to(tl.int64) * width, at, length, LEVEL)
-    valid = tl.sum(ok.to(tl.int32), 0)
+    key = _keys(scores, places, row.to(tl.int64) * width, at, length, LEVEL)
+    valid = tl.sum((key > LOWEST).to(tl.int32), 0)
     wanted = tl.minimum(valid, TOP_K)
-    least = _threshold(key, ok, valid, wanted, SECANTS)
-    both = (key > least).to(tl.int32) + ((key == least).to(tl.int32) << 16)  # LOWEST is under all that scores have
+    least = _threshold(key, valid, wanted, SECANTS)
+    both = (key > least).to(tl.int32) + ((key == least).to(tl.int32) << 16)
     counts = tl.sum(tl.reshape(both, (SEGMENTS, SEGMENT)), 1)
     to = found + (row * tl.num_programs(1) + part).to(tl.int64) * (2 + SEGMENTS)
     tl.store(to, least)
@@ -228,7 +228,7 @@ def _list(
     before = tl.where(i < own, tl.load(given + 2 + i), 0)
     higher, alike = tl.sum(before & 0xFFFF, 0), tl.sum(before >> 16, 0)
     at = segment * SEGMENT + tl.arange(0, SEGMENT)
-    key, _ = _keys(scores, places, row.to(tl.int64) * width, at, length, LEVEL)
+    key = _keys(scores, places, row.to(tl.int64) * width, at, length, LEVEL)
     over, same = (key > least).to(tl.int32), (key == least).to(tl.int32)
     ranks = tl.cumsum(over + (same << 16), 0)
     equal = alike + (ranks >> 16)
