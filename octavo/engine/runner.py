@@ -168,8 +168,8 @@ class ModelRunner:
         self._start()
 
     def _rehearse(self) -> None:
-        """Calls what prefills launch, of few tokens, of more, and of enough for other tiles; and what sampling does."""
-        for length in (16, 40, 600):
+        """Calls what prefills launch, and what sampling does."""
+        for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
         rehearse(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 

@@ -159,7 +159,10 @@ class Model(DecoderLM):
 
     def limits(self) -> Limits:
         captured = ops.captures(self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.packed_weights(), latent=True)
-        return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
+        eager = None if captured else "an op of it looks at values on the host"
+        limits = Limits(self.max_len, self.config.vocab_size, eager)
+        sparse = tuple(one.shape.top_k + limits.prompts[-1] for one in self._caches() if isinstance(one, Indexer))[:1]
+        return limits._replace(prompts=(*limits.prompts, *sparse))
 
     def workspace_bytes(self, tokens: int) -> int:
         """Of attention, of its indexer or of the MLP, whichever makes the most values, beside the latents, what indexers have

@@ -20,11 +20,15 @@ __all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInp
 
 
 class Limits(NamedTuple):
-    """positions: the longest context. vocab_size: ids are under it. eager: why decode steps may not be captured, or None."""
+    """positions: the longest context. vocab_size: ids are under it. eager: why decode steps may not be captured, or None.
+
+    prompts: lengths of prompts that launch all that prompts do, few tokens, more, and enough for other tiles.
+    """
 
     positions: int
     vocab_size: int
     eager: str | None
+    prompts: tuple[int, ...] = (16, 40, 600)
 
 
 class ModelInput(NamedTuple):

@@ -12,16 +12,21 @@ from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import (
     LINEAR,
     STACKS,
+    absorbed_queries,
     combine,
     dispatch,
     draw,
     expanded_attention,
+    head_linear,
     latent_attention,
     likeliest,
     rms_norm,
     rope_write_kv,
     route,
+    select_keys,
     silu_mul,
+    write_index_keys,
+    write_latent,
 )
 from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper.attention import attend, attention, decode_variant
@@ -35,9 +40,10 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
-    "draw", "expanded_attention", "fuse", "gated_linear", "latent_attention", "likeliest", "project", "rms_norm",
-    "rope_write_kv", "route", "silu_mul",
+    "LINEAR", "STACKS", "absorbed_queries", "attend", "attention", "capture", "combine", "compile_ahead", "configure",
+    "decode_variant", "dispatch", "draw", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
+    "likeliest", "project", "rms_norm", "rope_write_kv", "route", "select_keys", "silu_mul", "write_index_keys",
+    "write_latent",
 ]  # fmt: skip
 
 

@@ -30,12 +30,15 @@ from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.expanded_attention import expanded_attention
 from octavo.ops.triton.experts import grouped_linear
+from octavo.ops.triton.index_keys import write_index_keys
 from octavo.ops.triton.int4 import GROUPS, int4_product, laid_out, quantizes
 from octavo.ops.triton.latent_attention import latent_attention
+from octavo.ops.triton.latent_write import absorbed_queries, head_linear, write_latent
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import draw
+from octavo.ops.triton.select_keys import select_keys
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
@@ -45,6 +48,7 @@ __all__ = [
     "STACKS",
     "Grouped",
     "ScaledMM",
+    "absorbed_queries",
     "attend",
     "attention",
     "combine",
@@ -52,12 +56,16 @@ __all__ = [
     "dispatch",
     "draw",
     "expanded_attention",
+    "head_linear",
     "latent_attention",
     "likeliest",
     "rms_norm",
     "rope_write_kv",
     "route",
+    "select_keys",
     "silu_mul",
+    "write_index_keys",
+    "write_latent",
 ]
 
 # The library's product is faster with one scale a matrix than with one a row and column: up to so many tokens, and where K is

@@ -5,6 +5,7 @@ from __future__ import annotations
 from octavo.ops.gpu import (
     LINEAR,
     STACKS,
+    absorbed_queries,
     attend,
     attention,
     combine,
@@ -12,20 +13,25 @@ from octavo.ops.gpu import (
     dispatch,
     draw,
     expanded_attention,
+    head_linear,
     latent_attention,
     likeliest,
     rms_norm,
     rope_write_kv,
     route,
+    select_keys,
     silu_mul,
+    write_index_keys,
+    write_latent,
 )
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "STACKS", "attend", "attention", "capture", "combine", "compile_ahead", "configure", "decode_variant", "dispatch",
-    "draw", "expanded_attention", "latent_attention", "likeliest", "rms_norm", "rope_write_kv", "route", "silu_mul",
+    "LINEAR", "STACKS", "absorbed_queries", "attend", "attention", "capture", "combine", "compile_ahead", "configure",
+    "decode_variant", "dispatch", "draw", "expanded_attention", "head_linear", "latent_attention", "likeliest", "rms_norm",
+    "rope_write_kv", "route", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

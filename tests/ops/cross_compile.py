@@ -24,13 +24,16 @@ from octavo.ops.triton import (
     decode,
     elementwise,
     experts,
+    index_keys,
     int4,
+    latent_write,
     launch,
     linear,
     prefill,
     rope,
     routing,
     sample,
+    select_keys,
 )
 from octavo.platform import Platform
 
@@ -131,6 +134,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     yield from latent_kernels(fp8, pdl)
     yield from of_experts(fp8, names[fp8].replace("float8", "fp8"), pdl)
     yield from of_int4(fp8, pdl)
+    yield from of_indexes(fp8, limit | {"FLOOR": 1e-4})
     new = dict(new_k=bf16, new_v=bf16, q_norm=bf16, k_norm=bf16, cos_sin=fp32, rotary_rows=i64, slots=i64)
     for kind, kv, per_head, given in (
         ("fp8", fp8, False, {}), ("per_head", fp8, True, {}), ("bf16", bf16, False, {}),
@@ -256,6 +260,72 @@ def of_int4(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         "planes", int4._planes, dict(x="*bf16", out="*bf16", size="i32", stride="i32", width="i32"),
         dict(TILE=int4.STEP // 4, BLOCK=1024, PDL=pdl), {"num_warps": 4},
     )  # fmt: skip
+
+
+def of_indexes(fp8: str, limit: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """As `kernels`, for DeepSeek-V3.2."""
+    fp32, bf16, i32, i64, pdl = "*fp32", "*bf16", "*i32", "*i64", {"PDL": limit["PDL"]}
+    turn = dict(cos_sin=fp32, rotary_rows=i64)
+    strides = dict.fromkeys(("latent_block", "latent_token", "rope_block", "rope_token", "scale_block", "scale_token"), "i32")
+    for kind, latent, scales in (("codes", fp8, {"scales": fp32}), ("bf16", bf16, {})):
+        yield (
+            f"write_latent_{kind}", latent_write._write_latent,
+            dict(kv=bf16, weight=bf16, slots=i64, latent=latent, rope=bf16, eps="fp32", kv_stride="i32", **turn, **scales,
+                 **strides),
+            dict(RANK=512, GROUPS=4, GROUP=128, R=64, RP=64, INTERLEAVED=True, BLOCK_SIZE=64, **limit)
+            | ({} if scales else {"scales": None}),
+            {"num_warps": 1},
+        )  # fmt: skip
+    yield (
+        "rotate_queries", latent_write._rotate_queries,
+        dict(q=bf16, out=bf16, heads="i32", q_token="i32", q_head="i32", out_token="i32", out_head="i32", **turn),
+        dict(HEADS=latent_write.HEADS, R=64, RP=64, INTERLEAVED=True, **pdl), {"num_warps": 2},
+    )  # fmt: skip
+    strides = dict.fromkeys(
+        ("token_stride", "head_stride", "weight_stride", "out_block", "out_token", "scale_block", "scale_token", "rows"), "i32"
+    )
+    tables = dict(groups=i32, starts=i32, seq_lens=i32, first="i32", width="i32")
+    for kind, code in (("codes", fp8), ("fp32", fp32)):
+        codes = code == fp8
+        for name, keys in (("keys", True), ("queries", False)):
+            given = dict(gain=bf16, bias=bf16, slots=i64) if keys else {"head_weights": bf16}
+            given |= {"scales": fp32} if codes or not keys else {}
+            yield (
+                f"index_{name}_{kind}", index_keys._as_scored, dict(x=bf16, out=code, eps="fp32", **turn, **strides, **given),
+                dict(HEADS=1 if keys else 64, D=128, R=64, INTERLEAVED=False, KEYS=keys, CODES=codes, BLOCK_SIZE=64, PARTS=1,
+                     ROWS=index_keys.ROWS, **limit)
+                | {p: None for p in ("gain", "bias", "slots", "head_weights", "scales") if p not in given},
+                {"num_warps": 4},
+            )  # fmt: skip
+        for single in (True, False):
+            c = select_keys._tiles(codes, 64, single)
+            given = ({"key_scales": fp32} if codes else {}) | ({} if single else {"groups": i32})
+            sizes = dict.fromkeys(("table_stride", "key_block", "key_token", "scale_block", "scale_token"), "i32")
+            yield (
+                f"index_logits_{kind}_{'single' if single else 'groups'}", select_keys._index_logits,
+                dict(q=code, weights=fp32, keys=code, tables=i32, out=fp32, **sizes, **given)
+                | {p: kept for p, kept in tables.items() if p != "groups"},
+                dict(HEADS=64, HP=64, D=128, DP=128, DEPTH=select_keys.DEPTH, BLOCK_SIZE=64, TOKENS=c["TOKENS"], BM=c["BM"],
+                     TOP_K=2048, SINGLE=single, STAGES=launch.pipeline(c["stages"]), live=None, **pdl)
+                | {p: None for p in ("key_scales", "groups") if p not in given},
+                {"num_warps": c["warps"]},
+            )  # fmt: skip
+    for level, final in ((0, True), (0, False), (1, True)):
+        kind = f"{level}{'_final' * final}"
+        given = tables | dict(scores=fp32, out=i32, found=i32, out_width="i32", live=i32) | ({"places": i32} if level else {})
+        unread = {} if level else {"places": None}
+        chunk, segment = select_keys.CHUNK, select_keys.SEGMENT
+        shape = dict(TOP_K=2048, CHUNK=chunk, SEGMENTS=chunk // segment, SEGMENT=segment, TOKENS=4, SINGLE=False, LEVEL=level,
+                     FINAL=final, **unread, **pdl)  # fmt: skip
+        yield (
+            f"find_least_{kind}", select_keys._find_least, given, dict(KP=2048, SECANTS=select_keys.SECANTS, **shape),
+            {"num_warps": select_keys._select_warps(select_keys.CHUNK)},
+        )  # fmt: skip
+        lists: dict[str, Any] = {"out_scores": None} if final else {}
+        yield (
+            f"list_{kind}", select_keys._list, given | {"parts": "i32"} | ({} if final else {"out_scores": fp32}),
+            shape | lists, {"num_warps": 4},
+        )  # fmt: skip
 
 
 def compile_for(target: str, only: str = "") -> Iterator[Compiled]:

@@ -25,6 +25,7 @@ MULTIPLIES_FP8 = {
     *(f"grouped_linear_fp8_{bm}" for bm in (16, 32, 64, 128)),
     *(f"grouped_linear_{scales}_{bm}" for scales in ("tiles", "channels") for bm in (16, 32, 64)),
     "w4a8_128_128", *(f"w4a8_{group}_{bm}" for group in (32, 128) for bm in (16, 32, 64)),
+    "index_logits_codes_single", "index_logits_codes_groups",
 }  # fmt: skip
 MULTIPLIES_BF16 = {
     "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
@@ -32,6 +33,7 @@ MULTIPLIES_BF16 = {
     "latent_attention_bf16_chosen", "latent_attention_bf16_many", "expanded_attention",
     "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
     *(f"w4a16_{group}_{kind}" for group in (32, 128) for kind in (16, 32, 64, "split")),
+    "index_keys_codes", "index_queries_codes",
 }  # fmt: skip
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
 SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes

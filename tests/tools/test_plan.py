@@ -140,13 +140,15 @@ def test_refusals_are_one_sentence_each(words: tuple[str, ...], sentence: str) -
     assert all(text.endswith(".") and "\n" not in text for text in found)
 
 
-def test_packed_int4_is_decoded_and_said_so() -> None:
-    """The engine serves it, so a plan refuses it for nothing; what it grows to is a note."""
+def test_packed_int4_takes_what_is_stored() -> None:
+    """Half a byte a value and a BF16 scale for 32 of them: 4.5 bits."""
     directory = Path(__file__).parents[1] / "data/formats/llm_compressor_w4a16"
     plan = plan_of(str(directory), "--accelerator", "cpu")
     assert not refusals(plan)
     for one in (plan, plan_of("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8")):
-        assert "reads packed INT4 but does not keep it yet" in " ".join(notes(one))
+        packed = [o for o in one.question.subject.base.operands if o.form == "int4"]
+        assert packed
+        assert all(o.stored * 8 == o.values * 4.5 for o in packed)
 
 
 @pytest.mark.parametrize(

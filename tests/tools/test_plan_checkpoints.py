@@ -16,7 +16,7 @@ from octavo.tools.plan.explain import groups
 
 @pytest.mark.parametrize(
     ("scheme", "label"),
-    [("bf16", "bf16"), ("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "int4 (groups of 32)")],
+    [("bf16", "bf16"), ("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "int4")],
 )
 def test_stored_formats_are_found_by_the_headers(tmp_path: Path, scheme: str, label: str) -> None:
     found = answer(checkpoint(tmp_path, llama_tensors(scheme)), "--accelerator", "h200")

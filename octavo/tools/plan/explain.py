@@ -12,13 +12,11 @@ from octavo.demo import MODEL_DIR
 from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
-from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.operands import COMPONENTS, Operand, Walk
 from octavo.tools.plan.roofline import is_index
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
-from octavo.version import __version__
 
 __all__ = ["Group", "asked_variant", "command", "gb", "groups", "notes", "refusals"]
 
@@ -128,11 +126,6 @@ def notes(plan: Plan) -> list[str]:
     """What is worth knowing and stops nothing."""
     q, asked = plan.question, plan.asked
     out = []
-    if asked.variant.native and any(o.scheme.dtype is WeightDType.INT4 for o in q.subject.base.operands):
-        grown = " and ".join(
-            f"{gb(v.weights)} in {v.variant.label}" for v in plan.variants if v.variant.label in ("BF16", "PTPC")
-        )
-        out.append(f"octavo {__version__} reads packed INT4 but does not keep it yet; decoded, the weights take {grown}.")
     if q.subject.quantized:
         out.append(
             f"native is what the checkpoint stores ({_label(q.subject.base)}); the other columns need a BF16 checkpoint, "

@@ -14,9 +14,8 @@ from octavo.errors import OctavoError
 from octavo.ops import PackedStack, PackedWeight
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
-from octavo.quant.formats import COMPANIONS, int4_group
 from octavo.quant.qtensor import Stacker
-from octavo.quant.scheme import Granularity, WeightDType
+from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.operands import Operand, Walk, component_of
 from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, check_read, is_tied, places_of
 from octavo.weights.meta import MetaSource
@@ -49,7 +48,7 @@ class Walker(Loader):
 
     known: what equal weights came to, since layers repeat; and by the path of a stack, which experts are stored otherwise than
     the first. every: whether each expert is looked at, or the first for all that are stored as it is. kept: why
-    the layer that it is at is never quantized. keeps_int4: whether what is stacked is packed INT4, all of it. copies: experts
+    the layer that it is at is never quantized. copies: experts
     of which a weight is one; `active` of them multiply a token.
     """
 
@@ -59,7 +58,6 @@ class Walker(Loader):
     known: Known = field(default_factory=dict)
     every: bool = False
     kept: str = ""
-    keeps_int4: bool = False
     copies: int = 1
     active: int = 1
 
@@ -154,9 +152,7 @@ class Walker(Loader):
         beside = [self.source.beside(name) for name in full]
         key = tuple(shapes), tuple(shards), scheme, self.dtype, self.source.has_any, tuple(map(tuple, beside))
         if key not in self.known:
-            ends = [{end: shape[-1:] for end, _, shape in found} for found in beside]
-            alike = len({found.get("weight_scale") for found in ends}) == 1  # else they are decoded, to be stacked
-            own = replace(self, seen=set(), keeps_int4=alike and all("weight_packed" in found for found in ends))
+            own = replace(self, seen=set())
             try:
                 q = Loader.stacked(own, names, shapes, shards, scheme)
             except OctavoError as error:
@@ -169,20 +165,6 @@ class Walker(Loader):
         q, seen = known
         self.seen.update(name + end for name, ends in zip(full, seen, strict=True) for end in ends)
         return q
-
-    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        if not self.keeps_int4:
-            return super().stored(name, shape, shard, scheme)
-        # Packed INT4 as it is stored, which the engine decodes and does not keep yet: two codes a byte, and the scales.
-        group, part = int4_group(self, name, shape), shard.slice(shape[shard.dim])
-        for end in ("weight_packed", "weight_scale", *COMPANIONS):
-            self.skip(f"{name}.{end}")
-        n, k = (part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape))
-        data = torch.empty(n, -(-k // 2), dtype=torch.uint8, device="meta")
-        scale = torch.empty(n, -(-k // group), dtype=torch.bfloat16, device="meta")
-        return QTensor(
-            data, scale, Scheme(f"int4 (groups of {group})", WeightDType.INT4, Granularity.GROUP, None, group), (n, k)
-        )
 
     def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[PackedStack]:
         """Notes one of `count` equal experts for all; `every` one is looked at where they are stored."""
