@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class Config(MixtureConfig):
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     rope_interleave: bool = True
+
+    rotated_name: ClassVar[str] = "qk_rope_head_dim"
 
     def check(self) -> None:
         super().check()
