@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError
 from octavo.weights import Loader
 
-__all__ = ["RotaryEmbedding", "longest_context", "rope_parameters"]
+__all__ = ["RotaryEmbedding", "longest_context", "rope_parameters", "stretch"]
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +54,11 @@ def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
     return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
 
+def stretch(rope: Mapping[str, Any], positions: int) -> float:
+    """How many times longer the context is than the original one; where no `factor` says it, the positions do."""
+    return float(rope.get("factor") or positions / (rope.get("original_max_position_embeddings") or positions))
+
+
 class RotaryEmbedding(nn.Module):
     """The cosines and sines of positions under `max_model_len`: `cos_sin`, FP32 [positions, R]. All layers share one table."""
 
@@ -88,7 +93,7 @@ def _llama3(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
 def _yarn(dim: int, p: Mapping[str, Any], max_positions: int) -> tuple[Tensor, float]:
     """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, those between ramped."""
     base, original = _default(dim, p, 0)[0], p["original_max_position_embeddings"] or max_positions
-    factor = p.get("factor") or max_positions / original
+    factor = stretch(p, max_positions)
 
     def dimension_of(turns: float) -> float:
         return dim * math.log(original / (max(turns, 1e-6) * 2 * math.pi)) / (2 * math.log(p["rope_theta"]))

@@ -41,6 +41,7 @@ class ConfigBase:
     may_be_zero: ClassVar[frozenset[str]] = frozenset()  # numbers of which there may be none
     default_theta: ClassVar[float] = 10000.0  # of a config.json without rope_theta
     partial_rotary: ClassVar[float] = 1.0  # of a config.json without partial_rotary_factor
+    rotated_name: ClassVar[str] = "head_dim"  # what config.json calls the dimensions of which some are rotated
 
     @property
     def longest_context(self) -> int:
@@ -102,7 +103,7 @@ class ConfigBase:
             raise OctavoError(f"config.json asks for hidden_act '{self.hidden_act}'; this architecture is served with 'silu'.")
         if self.rotated_of % 2:
             raise OctavoError(
-                f"config.json: head_dim must be even, since pairs of dimensions are rotated, not {self.rotated_of}."
+                f"config.json: {self.rotated_name} must be even, since pairs of dimensions are rotated, not {self.rotated_of}."
             )
         if self.rotated % 2 or not 0 < self.rotated <= self.rotated_of:
             raise OctavoError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from octavo.layers.indexer import Indexer, SharedIndexer
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.mla import LatentAttention, LatentShape
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rope import RotaryEmbedding
+from octavo.layers.rope import RotaryEmbedding, stretch
 from octavo.models.common import DecoderLM
 from octavo.models.interface import Limits
 from octavo.models.mixture import MixtureConfig, mlp_of
@@ -45,6 +45,8 @@ class Config(MixtureConfig):
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     rope_interleave: bool = True
+
+    rotated_name: ClassVar[str] = "qk_rope_head_dim"
 
     def check(self) -> None:
         super().check()
@@ -72,9 +74,10 @@ class Config(MixtureConfig):
     def softmax_scale(self) -> float:
         """Of a head's width; YaRN's magnitude, which cosines and sines do not have here, is squared in it."""
         p, scale = self.rope, float((self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5)
-        if p["rope_type"] == "default" or not p.get("mscale_all_dim") or p.get("factor", 1.0) <= 1:
+        factor = stretch(p, self.max_position_embeddings)
+        if p["rope_type"] == "default" or not p.get("mscale_all_dim") or factor <= 1:
             return scale
-        return scale * float(0.1 * p["mscale_all_dim"] * math.log(p["factor"]) + 1.0) ** 2
+        return scale * float(0.1 * p["mscale_all_dim"] * math.log(factor) + 1.0) ** 2
 
 
 class Attention(nn.Module):

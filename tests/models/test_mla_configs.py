@@ -102,6 +102,23 @@ def test_kimis_spelling_has_deepseeks_logits(tmp_path: Path, load_model: LoadMod
     assert relative_error(load_model(tmp_path).logits(ids), expected) < 1e-4
 
 
+@pytest.mark.parametrize("said", [{}, {"factor": None}])
+def test_a_stretch_that_only_positions_say_is_in_the_softmax_too(
+    said: dict[str, Any], tmp_path: Path, load_model: LoadModel
+) -> None:
+    """Without a factor the positions are so many times the original ones: transformers' logits are those of that factor."""
+    torch.manual_seed(0)
+    yarn = dict(rope_type="yarn", rope_theta=10000.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=64)
+    reference = randomize(deepseek_v3(max_position_embeddings=256, rope_parameters=yarn | dict(factor=4.0)))
+    reference.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | dict(rope_parameters=yarn | said)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = tokens(70)
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    assert relative_error(load_model(tmp_path).logits(ids), expected) < 1e-4
+
+
 def test_layers_share_indexers_as_transformers_has_it() -> None:
     """However config.json says it."""
     said: list[dict[str, Any]] = [
@@ -127,7 +144,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moe_layer_freq is 2; this architecture is served with 1": (K2, dict(moe_layer_freq=2)),
     "does not serve model_type 'deepseek_v2' yet; did you mean 'deepseek_v3": (V3, dict(model_type="deepseek_v2")),
     "kv_lora_rank must be a multiple of 4, not 510": (V3, dict(kv_lora_rank=510)),
-    "head_dim must be even, since pairs of dimensions are rotated, not 63": (V3, dict(qk_rope_head_dim=63)),
+    "json: qk_rope_head_dim must be even, since pairs of dimensions are rotated, not 63": (GLM5, dict(qk_rope_head_dim=63)),
     "has no q_lora_rank, which this architecture needs": (V32, dict(q_lora_rank=None)),
     "index_head_dim must be a power of two of at least qk_rope_head_dim 64": (V32, dict(index_head_dim=96)),
     "has no index_topk, which this architecture needs": (V32, dict(index_topk=None)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,9 @@ def test_a_token_of_mla_takes_the_bytes_that_were_planned(model_type: str, tmp_p
                     ModelRunner(config)
                 assert planned(*line) == [str(raised.value)]
                 continue
+            with pytest.raises(OctavoError, match="--calculate-kv-scales has nothing to measure") as raised:
+                ModelRunner(replace(config, calculate_kv_scales=True))
+            assert planned(*line, "--calculate-kv-scales") == [str(raised.value)]
             plan, runner = plan_of(*line), ModelRunner(config)
             assert plan.asked.token_bytes == runner.bytes_per_token == found.setdefault((dtype, kv), runner.bytes_per_token)
             assert plan.asked.fit is not None

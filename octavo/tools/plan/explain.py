@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from octavo.demo import MODEL_DIR
+from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
@@ -107,7 +108,8 @@ def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
     out = [refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
-    out += [q.on.refusal, subject.source.refused, refusal(lambda: architecture(subject.source.config))]
+    unserved = refusal(lambda: architecture(subject.source.config))
+    out += [q.on.refusal, subject.source.refused, unserved or refusal(lambda: check_kv_scales(subject.model(1), q.config))]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
         out.append(refusal(subject.head_scheme))
     problems = subject.base.problems
