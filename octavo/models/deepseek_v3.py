@@ -141,7 +141,6 @@ class Model(DecoderLM):
 
     def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
         rotary = RotaryEmbedding(c.qk_rope_head_dim, c.rope, c.max_position_embeddings, max_len)
-
         indexer = self.indexers(c, rotary)
 
         def make(layer: int) -> DecoderLayer:
@@ -195,5 +194,5 @@ class Model(DecoderLM):
             one.bind_cache(own)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        """Steps launch alike where their contexts' bounds do, and sparse ones whatever these are."""
+        """How many parts a context is split into, and whether it is sparse, depends on the bound."""
         return longest

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant.qtensor import QTensor
+from octavo.quant.qtensor import QTensor, int4_codes
 from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, int4_of
 
 __all__ = [
@@ -231,9 +231,8 @@ def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
     ):
         n, k = len(packed), columns.stop - columns.start
         return QTensor(_bytes(packed), scale if scale.dtype is torch.bfloat16 else scale.float(), int4_of(group), (n, k))
-    nibbles = torch.stack([(packed >> 4 * i) & 15 for i in range(INT4_IN_INT32)], 2).flatten(1) - 8
     start, width = columns.start, columns.stop - columns.start
-    codes = nibbles[:, start % INT4_IN_INT32 :][:, :width].float()
+    codes = int4_codes(_bytes(packed))[:, start % INT4_IN_INT32 :][:, :width]
     return codes.mul_(scale.float().repeat_interleave(group, 1)[:, start % group :][:, :width])
 
 

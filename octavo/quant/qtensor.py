@@ -17,7 +17,18 @@ from octavo.errors import OctavoError
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import BF16, BLOCK, Granularity, Scheme, WeightDType
 
-__all__ = ["QTensor", "Stacker", "concat", "dequantize", "expand_scale", "quantize", "scale_of", "scale_shape", "weight_amax"]
+__all__ = [
+    "QTensor",
+    "Stacker",
+    "concat",
+    "dequantize",
+    "expand_scale",
+    "int4_codes",
+    "quantize",
+    "scale_of",
+    "scale_shape",
+    "weight_amax",
+]
 
 # Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
 CHUNK = 1 << 19
@@ -166,13 +177,17 @@ def dequantize(q: QTensor) -> Tensor:
         return torch.empty(q.shape, device="meta")
     if q.scheme.dtype is WeightDType.INT4 and q.scale is not None:
         n, k = q.shape
-        nibbles = torch.stack([q.data & 15, q.data >> 4], 2).flatten(1)[:, :k]
-        return nibbles.float().sub_(8).mul_(q.scale.float().repeat_interleave(q.scheme.group, 1)[:, :k])
+        return int4_codes(q.data)[:, :k].mul_(q.scale.float().repeat_interleave(q.scheme.group, 1)[:, :k])
     if (scale := _fp8_scale(q)) is None:
         return q.data
     n, k = q.shape
     values: Tensor = q.data[:n, :k].float() * expand_scale(scale, q.shape)
     return values
+
+
+def int4_codes(data: Tensor) -> Tensor:
+    """The integers -8 to 7 of packed INT4 UINT8 [N, K''], as QTensor has it: FP32 [N, 2 K'']."""
+    return torch.stack([data & 15, data >> 4], 2).flatten(1).float().sub_(8)
 
 
 def _fp8_scale(q: QTensor) -> Tensor | None:
