@@ -14,14 +14,34 @@ from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader
 
-__all__ = ["ColumnParallelLinear", "GateUpLinear", "GatedMLP", "LMHead", "QKVLinear", "RowParallelLinear", "vocabulary_shard"]
+__all__ = [
+    "ColumnParallelLinear",
+    "GateUpLinear",
+    "GatedMLP",
+    "LMHead",
+    "QKVLinear",
+    "RowParallelLinear",
+    "query_heads",
+    "vocabulary_shard",
+]
+
+
+def query_heads(heads: int, tp: TensorParallel) -> int:
+    """This rank's query heads, which are split as the output projection is. Raises OctavoError where they do not divide."""
+    if heads % tp.size:
+        raise _do_not_split(heads, tp)
+    return heads // tp.size
 
 
 def _copies(heads: int, tp: TensorParallel) -> int:
     """How many ranks share a head. Raises OctavoError where a rank would have part of one."""
     if max(tp.size, heads) % min(tp.size, heads):
-        raise OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
+        raise _do_not_split(heads, tp)
     return max(1, tp.size // heads)
+
+
+def _do_not_split(heads: int, tp: TensorParallel) -> OctavoError:
+    return OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
 
 
 class ColumnParallelLinear(nn.Module):
@@ -66,8 +86,7 @@ class QKVLinear(ColumnParallelLinear):
     """The query, key and value projections as one product; forward gives the three, [T, heads, head_dim] each."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
-        if heads % tp.size:  # keys and values may be shared by ranks, queries are split as the output projection is
-            raise OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
+        own = query_heads(heads, tp)  # keys and values may be shared by ranks
         super().__init__(
             ["q_proj", "k_proj", "v_proj"],
             hidden,
@@ -77,7 +96,7 @@ class QKVLinear(ColumnParallelLinear):
             heads=[heads, kv_heads, kv_heads],
         )
         self.head_dim = head_dim
-        self.parts = [tp.part(heads), tp.part(kv_heads), tp.part(kv_heads)]
+        self.parts = [own, tp.part(kv_heads), tp.part(kv_heads)]
 
     def forward(self, x: ops.Operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = ops.linear(x, self.weight, self.bias)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
-from octavo.errors import OctavoError
 from octavo.kvcache import LatentCache, Views
 from octavo.layers.attention import SCALE_NAMES
+from octavo.layers.linear import query_heads
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.quant.formats import Shard
@@ -63,11 +63,9 @@ class LatentAttention(nn.Module):
         *, interleaved: bool = True,
     ):  # fmt: skip
         super().__init__()
-        if shape.heads % tp.size:
-            raise OctavoError(f"{shape.heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
         self._shared = rotary, norm  # in a tuple: their weights are loaded at the paths that the model gives them
         self.shape, self.scale, self.tp, self.interleaved = shape, scale, tp, interleaved
-        self.heads = tp.part(shape.heads)
+        self.heads = query_heads(shape.heads, tp)
 
     def load(self, loader: Loader) -> None:
         s = self.shape
