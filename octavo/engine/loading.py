@@ -26,6 +26,7 @@ from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
+from octavo.quant.promise import promise_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 
@@ -37,6 +38,7 @@ __all__ = [
     "drop",
     "load_model",
     "make_model",
+    "open_source",
     "reload_model",
 ]
 
@@ -137,7 +139,7 @@ def load_model(
         told = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, told))
         directory = output
-    source = DummySource() if config.load_format == "dummy" else SafetensorsSource(directory)
+    source = open_source(config, directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
         check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
@@ -162,6 +164,13 @@ def load_model(
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report, complete
+
+
+def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:
+    """The tensors of a checkpoint directory; dummy ones are stored as its config.json says. Raises OctavoError."""
+    if config.load_format == "dummy":
+        return DummySource(promise_of(read_config(directory), directory))
+    return SafetensorsSource(directory)
 
 
 def checkpoint_scheme(loader: Loader) -> Scheme:

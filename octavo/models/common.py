@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,12 @@ class Decoder(nn.Module):
 
 class DecoderLM(nn.Module):
     """A decoder, at `model` in the checkpoint, and its head, at `lm_head`: an octavo.models.interface.Model but for what its
-    kind of attention says of limits and caches."""
+    kind of attention says of limits and caches.
+
+    A model of text and images has them elsewhere: stored_at maps a module's path to the checkpoint's.
+    """
+
+    stored_at: ClassVar[Mapping[str, str]] = {}  # a child's name -> its path in checkpoints, where that is another
 
     def __init__(
         self, config: ConfigBase, tp: TensorParallel, max_len: int, layers: range | None, make: Callable[[int], nn.Module]
@@ -85,7 +91,14 @@ class DecoderLM(nn.Module):
         if self.model.last:
             if tied and not self.model.first:  # the matrix is loaded on both ends
                 self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
-            self.lm_head = LMHead(config.vocab_size, config.hidden_size, tp, tied="model.embed_tokens" if tied else None)
+            self.lm_head = LMHead(
+                config.vocab_size, config.hidden_size, tp, tied=self.path("model.embed_tokens") if tied else None
+            )
+
+    def path(self, own: str) -> str:
+        """Where checkpoints have what is at the path `own` in this module; of a glob of paths, too."""
+        child, dot, rest = own.partition(".")
+        return self.stored_at.get(child, child) + dot + rest
 
     def make_decoder(self, layers: LayerStack) -> Decoder:
         return Decoder(self.config, self.tp, layers)
@@ -99,7 +112,7 @@ class DecoderLM(nn.Module):
             others.append("model.embed_tokens.*")
         if not self.model.last:
             others += ["model.norm.*", "lm_head.*"]
-        return ("*.rotary_emb.*", *others)  # tables that config.json says already
+        return ("*.rotary_emb.*", *map(self.path, others))  # tables that config.json says already
 
     def workspace_bytes(self, tokens: int) -> int:
         """The MLP's activations and the residual, in FP32."""

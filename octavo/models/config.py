@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase", "check_experts", "expert_activations"]
+__all__ = ["ConfigBase", "check_experts", "expert_activations", "text_config"]
 
 LARGEST = 1 << 31  # of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
@@ -115,6 +115,14 @@ class ConfigBase:
             raise OctavoError(f"config.json: layer_types must list one type for each of the {self.num_hidden_layers} layers.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json of text and images that describes the text model. Raises OctavoError without one."""
+    found = config.get("text_config")
+    if not isinstance(found, Mapping):
+        raise OctavoError("config.json has no text_config, which this architecture needs.")
+    return found
 
 
 def expert_activations(chosen: int, inner: int, hidden: int) -> int:

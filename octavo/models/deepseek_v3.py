@@ -154,7 +154,7 @@ class Model(DecoderLM):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, *self.config.unread_layers
+        return *super().ignored, *map(self.path, self.config.unread_layers)
 
     def _caches(self) -> list[LatentAttention | Indexer]:
         return [module for module in self.modules() if isinstance(module, (LatentAttention, Indexer))]

@@ -72,4 +72,4 @@ class Model(CausalLM):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, *self.config.unread_layers
+        return *super().ignored, *map(self.path, self.config.unread_layers)

@@ -1,7 +1,8 @@
 """What the engine asks of a model, and nothing else: it knows no architecture, no layer and no array of a cache.
 
 A model is `Model(config, tp, max_len, layers)`: its config, this rank among those that split it, the longest context, and the
-range of layers that it has (a stage of a pipeline; all by default). Loading fills it (octavo.weights.load).
+range of layers that it has (a stage of a pipeline; all by default). Loading fills it (octavo.weights.load), from the paths that
+its modules have or, where checkpoints have them elsewhere, from what its method `path` makes of those.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from octavo.weights.in_place import held, refill
 from octavo.weights.load_report import LoadReport
 from octavo.weights.sources import Source
 
-__all__ = ["WHOLE", "Loader", "Matrices", "Shard", "check_read", "is_tied", "load", "places_of"]
+__all__ = ["WHOLE", "Loader", "Matrices", "Shard", "check_read", "is_tied", "load", "places_of", "stored_modules"]
 
 
 class Matrices(NamedTuple):
@@ -75,6 +75,11 @@ class Loader:
         length = (shape or self.source.shape(full) or [1])[shard.dim]
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
+    def promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+        """These matrices [N, K] will be asked for (Source.promise)."""
+        for name, shape in zip(names, shapes, strict=True):
+            self.source.promise(self.prefix + name, shape)
+
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
         """A norm, bias, router or embedding in the model's dtype, or `dtype`, not quantized."""
         stored = self.read(name, shape, shard)
@@ -89,6 +94,7 @@ class Loader:
 
     def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
         """This rank's part of the matrix `name` [N, K] in the model's dtype, decoded if it is in codes; never quantized."""
+        self.promise([name], [shape])
         self.rules.ignored(self.prefix + name)  # a pattern that names it is not a typing error
         found = read_weight(self, name, shape, shard)
         tensor = (dequantize(found) if isinstance(found, QTensor) else found).to(self.dtype)
@@ -108,6 +114,8 @@ class Loader:
 
         `looked_up`: single rows are read, too.
         """
+        if not is_head:
+            self.promise(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
         packed = self.pack(q.padded(self.platform.fp8_alignment), looked_up=looked_up)
@@ -127,6 +135,7 @@ class Loader:
         for e in range(count):
             one = self.at(f"{self.prefix}{e}")
             for i, (stack, scheme) in enumerate(zip(stacks, schemes, strict=True)):
+                one.promise(stack.names, stack.shapes)
                 q = one.stacked(*stack, scheme)
                 stored[i] += q.nbytes
                 made[i].put(e, q.padded(self.platform.fp8_alignment))
@@ -222,15 +231,25 @@ def load(
     finally:
         loader.source.close()
     check_read(loader, ignore)
+    for pattern in ignore:
+        left = fnmatch.filter(loader.source.names - loader.seen, pattern)
+        if left and "rotary_emb" not in pattern:  # config.json says what those tables hold
+            loader.report.note(f"{len(left)} tensors {pattern} not loaded: this version does not compute with them")
     loader.rules.check_used()
     return complete
+
+
+def stored_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules of a model, each with its path in checkpoints, which a model's `path` may have elsewhere than the module is."""
+    stored: Callable[[str], str] = getattr(model, "path", str)
+    return [(stored(path), module) for path, module in model.named_modules()]
 
 
 def places_of(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers of a model that load themselves, each with the path in the checkpoint that it reads at."""
     return [
         (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
-        for path, module in model.named_modules()
+        for path, module in stored_modules(model)
         if hasattr(module, "load")
     ]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OctavoError
+from octavo.quant.promise import Promise
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.transfer import ReadAhead, Transfer
 
@@ -27,6 +28,9 @@ class Source(Protocol):
         """The `part` of dimension `dim`, on `device`. Raises OctavoError if the stored shape is not `shape`."""
 
     def shape(self, name: str) -> list[int]: ...
+
+    def promise(self, module: str, shape: tuple[int, int]) -> None:
+        """The matrix `module` [N, K] will be asked for: what has no files makes it up as config.json says that it is stored."""
 
     def expect(self, names: Sequence[str]) -> None:
         """These will be read, in about this order."""
@@ -52,6 +56,8 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> list[int]:
         return list(self.checkpoint.tensors[name].shape)
+
+    def promise(self, module: str, shape: tuple[int, int]) -> None: ...
 
     def expect(self, names: Sequence[str]) -> None:
         self._ahead = ReadAhead(self.checkpoint, [self.checkpoint.tensors[name] for name in names])
@@ -92,18 +98,39 @@ def check_shape(name: str, stored: Sequence[int], shape: Sequence[int] | None) -
 
 
 class DummySource:
-    """Random weights of any shape that is asked for, the same for the same name on every device. For benchmarks."""
+    """Random weights of any shape that is asked for, the same for the same name on every device. For benchmarks.
+
+    `promised`: how linear layers are stored; BF16 without it.
+    """
 
     POOL = 1_000_003  # prime, so that no two rows of a matrix start at the same place
+    CODES = {"F8_E4M3": 64.0, "I32": 4.61}  # standard deviation of codes: of eight INT4 codes a word, each of 16 values alike
     has_any = True
 
-    def __init__(self, std: float = 0.02) -> None:
+    def __init__(self, promised: Promise | None = None, std: float = 0.02) -> None:
         self.names: set[str] = set()
-        pool = torch.randn(self.POOL, generator=torch.Generator().manual_seed(0)).mul_(std).bfloat16()
-        self._pools = {pool.device: pool}  # a device gets a copy once, and then writes its weights itself
+        self.promised, self.std = promised, std
+        self._stored: dict[str, tuple[str, tuple[int, ...], float]] = {}  # dtype, shape, standard deviation of codes
+        pool = torch.randn(self.POOL, generator=torch.Generator().manual_seed(0))
+        words = torch.randint(-(1 << 31), 1 << 31, (self.POOL,), generator=torch.Generator().manual_seed(1)).int()
+        made = {
+            "BF16": pool.mul(std).bfloat16(),
+            "F8_E4M3": pool.mul(self.CODES["F8_E4M3"]).to(torch.float8_e4m3fn),
+            "I32": words,
+        }
+        # a device gets a copy once, and then writes its weights itself
+        self._pools = {(kind, pool.device): values for kind, values in made.items()}
+
+    def promise(self, module: str, shape: tuple[int, int]) -> None:
+        if self.promised is None or self.promised.leaves_out(module):
+            return
+        tensors = self.promised.tensors(*shape)
+        spread = self.CODES[tensors[0][1]]
+        self._stored |= {f"{module}.{end}": (dtype, size, spread) for end, dtype, size in tensors}
+        self.names.update(f"{module}.{end}" for end, *_ in tensors)
 
     def shape(self, name: str) -> list[int]:
-        raise KeyError(name)
+        return list(self._stored[name][1])
 
     def expect(self, names: Sequence[str]) -> None: ...
 
@@ -112,14 +139,18 @@ class DummySource:
     def close(self) -> None: ...
 
     def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice, device: torch.device) -> Tensor:
-        assert shape is not None
-        size = [part.stop - part.start if i == dim else n for i, n in enumerate(shape)]
+        kind, stored, spread = self._stored.get(name, ("BF16", shape, 1.0))
+        assert stored is not None
+        size = [len(range(*part.indices(n))) if i == dim else n for i, n in enumerate(stored)]
+        if "weight_scale" in name:
+            return torch.full(size, self.std / spread, dtype=torch.float32 if kind == "F32" else torch.bfloat16, device=device)
         if len(size) == 1:
             fill = torch.ones if name.endswith("norm.weight") else torch.zeros
             return fill(size, dtype=torch.bfloat16, device=device)
-        if device not in self._pools:
-            self._pools[device] = self._pools[torch.device("cpu")].to(device)
-        pool, out = self._pools[device], torch.empty(size, dtype=torch.bfloat16, device=device)
+        if (kind, device) not in self._pools:
+            self._pools[kind, device] = self._pools[kind, torch.device("cpu")].to(device)
+        pool = self._pools[kind, device]
+        out = torch.empty(size, dtype=pool.dtype, device=device)
         offset, flat = zlib.crc32(name.encode()) % self.POOL, out.view(-1)
         first = flat[: self.POOL - offset]  # the pool from `offset` on, then all of it again and again
         first.copy_(pool[offset : offset + len(first)])

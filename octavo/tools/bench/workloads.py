@@ -148,9 +148,12 @@ def model_directory(model: str, shape: str | None, num_layers: int | None) -> It
     if num_layers is not None:
         if num_layers <= 0:
             raise OctavoError(f"--num-layers must be positive, not {num_layers}.")
-        config["num_hidden_layers"] = num_layers
-        if isinstance(kinds := config.get("layer_types"), list):
-            config["layer_types"] = kinds[:num_layers]
+        text = config
+        if isinstance(nested := config.get("text_config"), dict):
+            config["text_config"] = text = dict(nested)
+        text["num_hidden_layers"] = num_layers
+        if isinstance(kinds := text.get("layer_types"), list):
+            text["layer_types"] = kinds[:num_layers]
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config))
         yield Path(directory)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.loading import open_source
 from octavo.engine.runner import ModelRunner
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.moe import Experts
@@ -32,7 +33,8 @@ from octavo.quant import SCHEMES, QTensor, QuantRules, Scheme, concat, dequantiz
 from octavo.quant.formats import WHOLE, read_weight
 from octavo.quant.qtensor import Stacker
 from octavo.tools.compare.measure import REFERENCE, Reference, Text, divergence, hidden_states, open_core
-from octavo.weights import DummySource, Loader, SafetensorsSource
+from octavo.weights import Loader
+from octavo.weights.loader import stored_modules
 
 __all__ = ["LayerError", "Sensitivity", "ignore_list", "layer_errors", "sensitivities", "worth_keeping"]
 
@@ -118,12 +120,12 @@ class _Weights:
 
     def __init__(self, runner: ModelRunner):
         self.runner, self.platform = runner, runner.platform
-        source = DummySource() if runner.config.load_format == "dummy" else SafetensorsSource(runner.directory)
+        source = open_source(runner.config, runner.directory)
         self.loader = Loader(source, self.platform, QuantRules(), runner.dtype)
 
     def layers(self, rules: QuantRules) -> Iterator[_Weight]:
         """Each operand that `rules` quantize."""
-        for path, module in cast("nn.Module", self.runner.model).named_modules():
+        for path, module in stored_modules(cast("nn.Module", self.runner.model)):
             for weight in _weights_of(path, module):
                 if rules.scheme_for([name for member in weight.members for name in member]).quantized:
                     yield weight

@@ -1,10 +1,9 @@
-"""The two vision towers, from their part of config.json: BF16, and split over ranks like text layers."""
+"""A vision tower, from its part of config.json: BF16, and split over ranks like text layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from octavo.distributed import TensorParallel
@@ -13,7 +12,7 @@ from octavo.quant import QuantRules
 from octavo.tools.plan.model_source import Numbers
 from octavo.tools.plan.walk import Walker
 
-__all__ = ["VISION", "Kept", "Places", "Vectors", "kimi_tower", "qwen_tower"]
+__all__ = ["VISION", "Kept", "Places", "Vectors", "qwen_tower"]
 
 VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 Places = list[tuple[str, Any]]  # (path, layer): where in the checkpoint it reads
@@ -73,30 +72,4 @@ def qwen_tower(v: Numbers, tp: TensorParallel) -> Places:
         places += [(f"{merger}.norm", _norm(hidden if merger.endswith(".merger") else merged)),
                          (merger, _column("linear_fc1", merged, merged, tp)),
                          (merger, _row("linear_fc2", merged, out, tp))]  # fmt: skip
-    return places
-
-
-def kimi_tower(v: Numbers, text: int, tp: TensorParallel) -> Places:
-    """MoonViT and its projector, for a text model `text` wide. The hub's config prefixes its fields with vt_, others do not."""
-    at = "vision_tower"
-
-    def either(name: str, hub: str) -> int:
-        return v[hub if hub in v.values else name]
-
-    hidden, inner = either("hidden_size", "vt_hidden_size"), either("intermediate_size", "vt_intermediate_size")
-    layers, patch = either("num_hidden_layers", "vt_num_hidden_layers"), v["patch_size"]
-    height, width = either("pos_emb_height", "init_pos_emb_height"), either("pos_emb_width", "init_pos_emb_width")
-    merged = hidden * prod(v.values.get("merge_kernel_size") or (2, 2))
-    patches = Vectors({"weight": (hidden, 3, patch, patch), "bias": (hidden,)})
-    places: Places = [(f"{at}.patch_embed.proj", patches),
-                     (f"{at}.patch_embed.pos_emb", Vectors({"weight": (height, width, hidden)}))]  # fmt: skip
-    for i in range(layers):
-        block = f"{at}.encoder.blocks.{i}"
-        places += [(f"{block}.norm0", _norm(hidden)), (f"{block}.norm1", _norm(hidden)),
-                         (block, _column("wqkv", hidden, 3 * hidden, tp)), (block, _row("wo", hidden, hidden, tp)),
-                         (f"{block}.mlp", _column("fc0", hidden, inner, tp)),
-                         (f"{block}.mlp", _row("fc1", inner, hidden, tp))]  # fmt: skip
-    places += [(f"{at}.encoder.final_layernorm", _norm(hidden)), ("mm_projector.pre_norm", _norm(hidden)),
-                     ("mm_projector", _column("proj.0", merged, merged, tp)),
-                     ("mm_projector", _row("proj.2", merged, text, tp))]  # fmt: skip
     return places

@@ -15,7 +15,7 @@ from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model
 from octavo.tools.plan.model_source import Numbers
-from octavo.tools.plan.towers import Places, kimi_tower, qwen_tower
+from octavo.tools.plan.towers import Places, qwen_tower
 from octavo.weights.loader import places_of
 
 __all__ = ["UNSERVED", "UnservedModel", "build_unserved"]
@@ -61,17 +61,9 @@ def _qwen_vl(c: Numbers, tp: TensorParallel) -> UnservedModel:
     return UnservedModel(text, {"model": "model.language_model"}, qwen_tower(c.part("vision_config"), tp))
 
 
-def _kimi(c: Numbers, tp: TensorParallel) -> UnservedModel:
-    text = c.part("text_config")
-    tower = kimi_tower(c.part("vision_config"), text["hidden_size"], tp)
-    paths = {"model": "language_model.model", "": "language_model"}
-    return UnservedModel(build_model({**text.values, "model_type": "kimi_k2"}, tp, 1), paths, tower)
-
-
 UNSERVED: dict[str, Callable[[Numbers, TensorParallel], UnservedModel]] = {
     "qwen3_vl": _qwen_vl,
     "qwen3_vl_moe": _qwen_vl,
-    "kimi_k25": _kimi,
 }
 
 

@@ -84,7 +84,6 @@ class Walker(Loader):
 
     def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
         full = self.prefix + name
-        self._promise([full], [shape])
         try:
             found = super().dense(name, shape, shard)
         except OctavoError as error:
@@ -108,8 +107,6 @@ class Walker(Loader):
         looked_up: bool = False,
     ) -> PackedWeight:
         full = tuple(self.prefix + name for name in names)
-        if not is_head and self.kept in ("", LEFT_OUT):
-            self._promise(full, shapes)
         packed = super().weight(names, shapes, shards, is_head=is_head, looked_up=looked_up)
         assert isinstance(packed, Planned)
         whole = sum(n for n, _ in shapes), shapes[0][1]
@@ -182,7 +179,7 @@ class Walker(Loader):
         stacker.put(0, cast("Planned", one.at(f"{self.prefix}0").weight(*stack)).q)
         for e in range(1, count) if every else unlike:
             here = one.at(f"{self.prefix}{e}")
-            here._promise([here.prefix + name for name in stack.names], stack.shapes)
+            here.promise(stack.names, stack.shapes)
             try:
                 stacker.put(e, here.stacked(*stack, rules.scheme).padded(self.platform.fp8_alignment))
             except OctavoError as error:
@@ -192,9 +189,9 @@ class Walker(Loader):
                     self.refuse(error)
         return PackedStack()
 
-    def _promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-        for name, shape in zip(names, shapes, strict=True):
-            self.source.promise(name, shape)
+    def promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+        if self.kept in ("", LEFT_OUT):
+            super().promise(names, shapes)
 
 
 def walk(
