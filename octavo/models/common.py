@@ -91,9 +91,8 @@ class DecoderLM(nn.Module):
         if self.model.last:
             if tied and not self.model.first:  # the matrix is loaded on both ends
                 self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
-            self.lm_head = LMHead(
-                config.vocab_size, config.hidden_size, tp, tied=self.path("model.embed_tokens") if tied else None
-            )
+            embedding = self.path("model.embed_tokens")
+            self.lm_head = LMHead(config.vocab_size, config.hidden_size, tp, tied=embedding if tied else None)
 
     def path(self, own: str) -> str:
         """Where checkpoints have what is at the path `own` in this module; of a glob of paths, too."""

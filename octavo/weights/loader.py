@@ -240,7 +240,7 @@ def load(
 
 
 def stored_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules of a model, each with its path in checkpoints, which a model's `path` may have elsewhere than the module is."""
+    """All modules of a model, each with its path in checkpoints: the module's own, or what the model's `path` makes of it."""
     stored: Callable[[str], str] = getattr(model, "path", str)
     return [(stored(path), module) for path, module in model.named_modules()]
 

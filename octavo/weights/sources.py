@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class DummySource:
     """
 
     POOL = 1_000_003  # prime, so that no two rows of a matrix start at the same place
-    CODES = {"F8_E4M3": 64.0, "I32": 4.61}  # standard deviation of codes: of eight INT4 codes a word, each of 16 values alike
+    SPREAD: ClassVar = {"F8_E4M3": 64.0, "I32": 4.61}  # standard deviation of codes; of INT4's, eight a word, all are as likely
     has_any = True
 
     def __init__(self, promised: Promise | None = None, std: float = 0.02) -> None:
@@ -115,7 +115,7 @@ class DummySource:
         words = torch.randint(-(1 << 31), 1 << 31, (self.POOL,), generator=torch.Generator().manual_seed(1)).int()
         made = {
             "BF16": pool.mul(std).bfloat16(),
-            "F8_E4M3": pool.mul(self.CODES["F8_E4M3"]).to(torch.float8_e4m3fn),
+            "F8_E4M3": pool.mul(self.SPREAD["F8_E4M3"]).to(torch.float8_e4m3fn),
             "I32": words,
         }
         # a device gets a copy once, and then writes its weights itself
@@ -125,7 +125,7 @@ class DummySource:
         if self.promised is None or self.promised.leaves_out(module):
             return
         tensors = self.promised.tensors(*shape)
-        spread = self.CODES[tensors[0][1]]
+        spread = self.SPREAD[tensors[0][1]]
         self._stored |= {f"{module}.{end}": (dtype, size, spread) for end, dtype, size in tensors}
         self.names.update(f"{module}.{end}" for end, *_ in tensors)
 
