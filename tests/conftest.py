@@ -96,7 +96,7 @@ def load_model(platform: Platform) -> LoadModel:
     ) -> Loaded:
         ops.bind(on)
         config = read_config(directory)
-        model = build_model(config, tp, config["max_position_embeddings"], layers)
+        model = build_model(config, tp, config.get("max_position_embeddings"), layers)
         loader = Loader(SafetensorsSource(directory), on, rules or QuantRules(scheme), dtype, tp)
         load(model, loader, model.ignored)
         cache = KVCache(model.kv_specs(kv, dtype, on.fp8_dtype, Layout.on(on.is_cpu)), 40, 4, on.device)

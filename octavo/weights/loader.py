@@ -234,7 +234,7 @@ def load(
     for pattern in ignore:
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
         if left and "rotary_emb" not in pattern:  # config.json says what those tables hold
-            loader.report.note(f"{len(left)} tensors {pattern} not loaded: this version does not compute with them")
+            loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: this version does not compute with them")
     loader.rules.check_used()
     return complete
 
