@@ -389,5 +389,6 @@ def _shape(rows: float, n: int, group: int, dense: bool, fp8: bool) -> dict[str,
     if fp8:
         narrow = rows <= 64 or group == 32 or shared_memory() < 100 << 10  # of 32, sums a group would spill
         return {"BN": 64, "BM": 64 if narrow else 128, "warps": 4, "stages": 3}
-    wide = rows > 64 and not dense and shared_memory() > 200 << 10  # a dense weight's few tiles would leave units idle
+    # of 128 the stages of two tiles would not fit; a dense weight would have too few tiles for all units
+    wide = rows > 64 and group == 32 and not dense and shared_memory() > 200 << 10
     return {"BN": 256 if wide else 128, "BM": 128 if wide else 64, "warps": 8, "stages": 3, "apart": 1, "split": 1}
