@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from octavo.version import __version__
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("octavo/ops/*/*.md")]
 NAMED = re.compile(r"`((?:octavo|tests|bench|docs|scripts)/[\w./-]*)(?:::([\w.]+))?`")
@@ -94,3 +96,9 @@ def test_a_fresh_reader_of_the_architecture_finds_by_name() -> None:
     numbered = re.split(r"^\d\. ", steps[1], flags=re.MULTILINE)[1:]
     assert len(numbered) == 8
     assert all("::" in step for step in numbered), "each step names a file and what is in it"
+
+
+def test_the_changelog_begins_with_this_version_and_its_date() -> None:
+    first = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None
+    assert first[1] == "Unreleased" or re.fullmatch(rf"{re.escape(__version__)} \(\d{{4}}-\d\d-\d\d\)", first[1])
