@@ -59,6 +59,10 @@ def missing(page: Path, text: str) -> Iterator[str]:
             yield f"{page.relative_to(ROOT)}: links to {path}, which is not there"
         elif anchor and anchor not in headings(target):
             yield f"{page.relative_to(ROOT)}: {path or page.name} has no heading #{anchor}"
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for path in re.findall(r"(?<![\w/])(?:tests|scripts|docs)/[\w./-]+", block):
+            if not (ROOT / path).exists():
+                yield f"{page.relative_to(ROOT)}: a command names {path}, which is not there"
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     yield from (
         f"{page.relative_to(ROOT)}: no target make {name}"
@@ -74,11 +78,11 @@ def test_what_pages_name_exists() -> None:
 
 def test_what_does_not_exist_is_found() -> None:
     text = "`octavo/gone.py` `octavo/kvcache.py::Gone` `octavo/kvcache.py::Field.gone` `make gone`"
-    text += " [a](gone.md) [b](docs/models.md#gone)"
+    text += " [a](gone.md) [b](docs/models.md#gone)\n```sh\npytest tests/gone.py tests/ops\n```\n"
     fine = (
         "`octavo/kvcache.py::Field.nbytes` `octavo/ops/hopper/csrc/ptx.cuh::narrow` [a](docs/models.md#packed-int4) `make test`"
     )
-    assert len(list(missing(ROOT / "README.md", f"{text} {fine}"))) == 6
+    assert len(list(missing(ROOT / "README.md", f"{text} {fine}"))) == 7
 
 
 def test_a_fresh_reader_of_the_architecture_finds_by_name() -> None:

@@ -36,7 +36,9 @@ class Block(NamedTuple):
 def blocks(language: str) -> Iterator[Block]:
     for page in PAGES:
         for text in re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
-            yield Block(page, [line for line in text.replace("\\\n", " ").splitlines() if line.strip()])
+            yield Block(
+                page, [line for line in text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+            )
 
 
 SHELL = list(blocks("sh"))
