@@ -22,7 +22,8 @@ from octavo.models import MODEL_TYPES
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/accuracy.md", "docs/memory.md"]
 OCTAVO = [sys.executable, "-m", "octavo.cli"]
-FEWER = {"compare": ["--tokens", "600"]}  # than a person would measure
+# Less than a person would measure.
+FEWER = {"compare": ["--tokens", "600"], "compare --output": ["--scheme", "fp8", "--kv", "fp8"], "bench": ["--repeats", "1"]}
 REFUSED = "is not served yet: this version runs on 1 device"
 
 
@@ -117,7 +118,8 @@ class Person:
             finally:
                 served.stop()
         else:
-            assert run([*OCTAVO, command, *words, *FEWER.get(command, [])], self.place)
+            fewer = [*FEWER.get(command, []), *(FEWER["compare --output"] if "--output" in words else [])]
+            assert run([*OCTAVO, command, *words, *fewer], self.place)
 
     def _serve(self, *words: str) -> None:
         if "--tensor-parallel-size" in words:  # the pages say that these are refused
