@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test check setup setup-test clean
+.PHONY: demo test check coverage setup setup-test clean
 
 demo: setup
 	exec $(BIN)/octavo serve --quantization ptpc_fp8 --kv-cache-dtype fp8 $(ARGS)
 
 test: setup-test check
 	$(BIN)/python -m pytest $(ARGS)
+
+# Which lines the tests run, as a table and as pages in build/coverage; ARGS chooses tests. It takes longer than `make test`.
+coverage: setup-test
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
 
 check: setup-test
 	$(BIN)/ruff check .

@@ -174,14 +174,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_sizes_that_the_readme_gives(name: str) -> None:
+def test_the_sizes_that_the_page_of_memory_gives(name: str) -> None:
     subject = subject_of(PUBLISHED[name][0])
     stored = [subject.walk(Variant(s, False, "auto"), 1).total("stored") for s in ("bf16", "ptpc_fp8", "fp8_block")]
     quantized = (f"{n / 1e9:.1f} ({100 * n / stored[0]:.1f}%)" for n in stored[1:])
     assert " | ".join([f"{stored[0] / 1e9:.1f}", *quantized]) == SIZES[name]
     counts = f"{subject.base.total('values') / 1e9:.1f} B | {subject.base.active / 1e9:.1f} B"
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert f"| {name} | {counts} | {SIZES[name]} |" in readme
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    assert f"| {name} | {counts} | {SIZES[name]} |" in page
 
 
 def test_what_is_served_is_not_described_twice() -> None:
