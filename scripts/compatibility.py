@@ -23,9 +23,10 @@ HEAD = """\
 # Which models, in FP8
 
 What `octavo serve MODEL --quantization fp8 --kv-cache-dtype fp8` does with the models that it knows by name; others of the same
-`model_type` are served alike. "FP8" means every scheme (`fp8`, `ptpc_fp8`, `fp8_block`), experts included but where a checkpoint
-has them in INT4; "FP8 KV" is the format of the cache and what a token takes in it, in all layers, beside what it takes in BF16.
-Printed by `python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both flags.
+`model_type` are served alike. "FP8" means every scheme (`fp8`, `ptpc_fp8`, `fp8_block`), experts included, but those that are
+stored in INT4; "FP8 KV" is the format of the cache and what a token takes in it, in all layers, beside what it takes in BF16.
+Printed by `python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both
+flags.
 
 This version runs on one device: where a model needs several (`octavo plan` says), yes is of its architecture and formats.
 
@@ -35,10 +36,10 @@ This version runs on one device: where a model needs several (`octavo plan` says
 TAIL = """
 ## MLA models with `--kv-cache-dtype fp8`
 
-They are served. All heads' keys and values in an MLA model (DeepSeek-V3, R1, V3.2, Kimi-K2, K2.5) are made of one latent a token,
-and the FP8 format of such a cache is `fp8_ds_mla`: 512 codes, 4 FP32 scales, powers of two, each for 128 of the codes, and the
-rotated part of the key in BF16. That is 656 bytes a token a layer at DeepSeek's sizes, where BF16 takes 1,152. So `fp8`,
-`fp8_e4m3` and `fp8_ds_mla` mean the same on them, and the start says it:
+They are served. All heads' keys and values in an MLA model (DeepSeek-V3, R1, V3.2, Kimi-K2, K2.5) are made of one latent a
+token, and the FP8 format of such a cache is `fp8_ds_mla`: 512 codes, 4 FP32 scales, powers of two, each for 128 of the codes,
+and the rotated part of the key in BF16. That is 656 bytes a token a layer at DeepSeek's sizes, where BF16 takes 1,152. So
+`fp8`, `fp8_e4m3` and `fp8_ds_mla` mean the same on them, and the start says it:
 
 ```
 KV cache: fp8_ds_mla (what --kv-cache-dtype fp8 means here) and FP8 index keys, 656 + 132 bytes a token a layer, …
