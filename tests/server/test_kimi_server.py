@@ -48,7 +48,9 @@ TEMPLATE = """
 {%- for m in messages -%}
   {%- if m.role == 'assistant' and not m.get('tool_calls') -%}{%- set turn.last = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
-{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>{%- endif -%}
+{%- if tools -%}<|im_system|>tool_declare<|im_middle|>
+  {%- if tools_ts_str -%}{{ tools_ts_str }}{%- else -%}{{ tools | tojson(separators=(',', ':')) }}{%- endif -%}<|im_end|>
+{%- endif -%}
 {%- for m in messages -%}
   <|im_{{ m.role if m.role in ('user', 'assistant') else 'system' }}|>{{ m.get('name') or m.role }}<|im_middle|>
   {%- if m.role == 'assistant' -%}
@@ -71,6 +73,19 @@ WEATHER = {
         },
     },
 }  # fmt: skip
+TYPESCRIPT = """# Tools
+
+## functions
+namespace functions {
+// Of a place.
+type weather = (_: {
+  // Which
+  place: string,
+  // minimum: 1
+  days?: number
+}) => any;
+}
+"""
 ARGUMENTS = '{"place": "Zürich", "days": 2}'
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be short."},
@@ -148,13 +163,14 @@ def test_served_tokens_are_those_of_generate(served: tuple[Path, Server, str], c
 
 
 def test_a_conversation_with_calls_is_rendered_as_the_hubs_tokenizer_does(client: openai.OpenAI) -> None:
-    """transformers' rendering of the template, of tools whose keys are in order as tokenization_kimi.py has them."""
-    ordered = json.loads(json.dumps([WEATHER], sort_keys=True))
-    (expected,), _ = render_jinja_template([MESSAGES], ordered, chat_template=TEMPLATE, add_generation_prompt=True)
+    """transformers' rendering of the template, with what K2.5's tokenization_kimi.py adds to it: the tools as TypeScript."""
+    (expected,), _ = render_jinja_template(
+        [MESSAGES], [WEATHER], chat_template=TEMPLATE, add_generation_prompt=True, tools_ts_str=TYPESCRIPT
+    )
     asked: dict[str, Any] = dict(model="tiny", max_tokens=1, tools=[WEATHER], extra_body={"return_prompt_text": True})
     found = client.chat.completions.create(messages=MESSAGES, **asked).model_dump()["prompt_text"]
     assert found == expected
-    assert '{"function":{"description":"Of a place.","name":"weather","parameters":{"properties":{"days":' in found
+    assert f"tool_declare<|im_middle|>{TYPESCRIPT}<|im_end|>" in found
     assert f"functions.weather:0{FORM.separator}{ARGUMENTS}{FORM.call_end}" in found
     assert "## Return of functions.weather:1\nSun.<|im_end|>" in found
     assert found.endswith("<think>")

@@ -30,6 +30,7 @@ from octavo.quant.checks import quantization_configs
 from octavo.tools.plan.explain import refusals
 
 K2, K25 = "kimi_k2", "kimi_k25"
+BLOCK = "vision_tower.encoder.blocks.0"
 both = pytest.mark.parametrize("model_type", [K2, K25])
 
 
@@ -37,10 +38,13 @@ def checkpoint(path: Path, model_type: str) -> Any:
     """Of K2.5, or of K2-Thinking: the same text, under its own names, config.json flat. transformers' model of its values."""
     model = kimi()
     write(path, model, int4=True)
-    if model_type == K2:
+    tensors = load_file(path / "model.safetensors")
+    tower = {f"{BLOCK}.{name}.weight": torch.randn(n, 32).bfloat16() for name, n in (("wqkv", 96), ("mlp.fc0", 34))}
+    if model_type == K25:
+        save_file(tensors | tower, path / "model.safetensors", {"format": "pt"})
+    else:
         config = json.loads((path / "config.json").read_text())["text_config"] | dict(model_type=K2, tie_word_embeddings=False)
         (path / "config.json").write_text(json.dumps(config))
-        tensors = load_file(path / "model.safetensors")
         text = {n.removeprefix("language_model."): t for n, t in tensors.items() if n.startswith("language_model.")}
         save_file(text, path / "model.safetensors", {"format": "pt"})
     return model
