@@ -18,12 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration, PreTrainedModel
 
+from octavo import LLM
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
 from octavo.errors import OctavoError
 from octavo.models import build_model
-from octavo.quant import FP8_PER_CHANNEL, QuantRules
+from octavo.quant import BF16, FP8_PER_CHANNEL, QuantRules, dequantize
+from octavo.quant.promise import promise_of
 from octavo.quant.qtensor import int4_codes
+from octavo.weights import DummySource, Loader
+from octavo.weights.loader import WHOLE
 
 # As the hub's file has it, within text_config: the list names no part of the tower, which is in BF16 all the same.
 INT4: dict[str, Any] = {
@@ -176,6 +180,29 @@ def test_fp8_of_the_rest_is_what_float64_makes_of_it(tmp_path: Path, load_model:
     expected = logits(model)
     assert error(octavo_logits(load_model(tmp_path, FP8_PER_CHANNEL, on=CPU)), expected) < BOUND
     assert error(expected, dense) > 0.01
+
+
+def test_random_weights_are_stored_as_config_json_says(tmp_path: Path) -> None:
+    """`--load-format dummy` is the checkpoint in sizes and formats; its INT4 and FP8 values are as large as BF16 ones."""
+    write(tmp_path, kimi(hidden_size=256, moe_intermediate_size=256), int4=True)
+    reports = []
+    for load_format in ("auto", "dummy"):
+        llm = LLM(str(tmp_path), load_format=load_format, quantization="ptpc_fp8", device="cpu", cpu_kv_cache_gib=0.05)
+        reports.append(llm._core.runner.report.groups)
+    assert {key: (g.values, g.stored) for key, g in reports[0].items()} == {
+        key: (g.values, g.stored) for key, g in reports[1].items()
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    for quantization in (
+        config["text_config"]["quantization_config"],
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    ):
+        source = DummySource(promise_of({"quantization_config": quantization}))
+        loader = Loader(source, CPU, QuantRules(), torch.bfloat16)
+        loader.promise(["x"], [(256, 512)])
+        found = loader.stored("x", (256, 512), WHOLE, BF16)
+        assert found.scheme.quantized
+        assert dequantize(found).std().item() == pytest.approx(source.std, rel=0.02)
 
 
 def test_config_json_without_its_text_is_refused() -> None:

@@ -136,7 +136,7 @@ def test_the_number_of_rows_decides(group: int) -> None:
         at = routing.dispatch(torch.zeros(rows, 1, dtype=torch.int32, device=DEVICE), 1)
         exact = x.double() @ w.mT
         assert relative_error(dense(x), exact) < ROUNDED
-        error = relative_error(stack(x, at, of_tokens=True), exact)
+        error = relative_error(stack(x, at, of_tokens=True)[at.place.long()], exact)  # rows lie in any order
         assert (error > ROUNDED) == (group == 128 and rows == 70)
         assert error < W4A8
 
@@ -146,6 +146,7 @@ def test_in_a_graph() -> None:
     """Captured with one routing, replayed with others: the same bits as without a graph."""
     from octavo import ops
 
+    ops.bind(ON)
     for group in int4.GROUPS:
         held = gpu.Int4Experts().pack(weight(group, 12, 96, 256), ON)
         for tokens in (3, 300):

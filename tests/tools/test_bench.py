@@ -106,7 +106,7 @@ def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
 def v32_costs(layers: int, **options: Any) -> Costs:
     """Of DeepSeek-V3.2, of which the first three layers are dense, as `octavo bench --shape` makes it."""
     shape = shape_config("deepseek-v3.2") | {"num_hidden_layers": layers}
-    return costs_of(EngineConfig(**options), source_of_config("shape", "its config.json", shape, dummy=True))
+    return costs_of(EngineConfig(**options), source_of_config("shape", "its config.json", shape))
 
 
 def test_costs_of_latents_and_sparse_attention() -> None:
@@ -332,7 +332,7 @@ def test_a_shape_of_mla(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     w = found["workloads"]["custom"]
     check_figures("custom", w)
     assert w["percent_of_limit"] > 0
-    assert found["quantization"] == "fp8_block"
+    assert found["quantization"] == "as stored"
     experts = [line for line in found["engine"] if line.split()[:2] == ["experts", "fp8_block"]]
     assert len(experts) == 1
     assert f"{2 * 16 * 3 * 128 * 128 / 1e6:.2f} M" in experts[0]  # of two layers

@@ -13,7 +13,7 @@ W4A16 is what everything meets but stacks in groups of 128 with more than 32 row
 what was measured on one H200, microseconds, 384 experts of [7168 -> 4096] with 8 a token, and a dense [7000 -> 512]:
 
     tokens                  1    64  1024  2048  4096  8192    dense: 1    64  4096
-    groups of 32   W4A16   69  1762  2905        6572  9990         5.9   8.8   102
+    groups of 32   W4A16   69  1762  2905  3419  5733 10102         5.9   8.8   102
                    W4A8   113  2391  3898       12296 22371          34    59   215
     groups of 128  W4A16       1377  2420  3702  7256 11573         6.6   9.5   120
                    W4A8        1568  2239  2707  3837  7316          21    27   126
@@ -389,4 +389,6 @@ def _shape(rows: float, n: int, group: int, dense: bool, fp8: bool) -> dict[str,
     if fp8:
         narrow = rows <= 64 or group == 32 or shared_memory() < 100 << 10  # of 32, sums a group would spill
         return {"BN": 64, "BM": 64 if narrow else 128, "warps": 4, "stages": 3}
-    return {"BN": 128, "BM": 64, "warps": 8, "stages": 3, "apart": 1, "split": 1}
+    # of 128 the stages of two tiles would not fit; a dense weight would have too few tiles for all units
+    wide = rows > 64 and group == 32 and not dense and shared_memory() > 200 << 10
+    return {"BN": 256 if wide else 128, "BM": 128 if wide else 64, "warps": 8, "stages": 3, "apart": 1, "split": 1}

@@ -124,8 +124,6 @@ def _offline(
         config = replace(config, model=str(directory))
         if args.shape is not None:
             config = replace(config, load_format="dummy")
-        if config.load_format == "dummy" and config.quantization is None:
-            config = replace(config, quantization=published_scheme(directory))
         from octavo.engine.core import EngineCore
         from octavo.server.console import LoadingBar
         from octavo.tools.bench import offline
@@ -142,15 +140,6 @@ def _offline(
             return profiling.profile_into(found, core, workloads, config.seed, args.steps, args.png)
         measured = offline.measure(core, workloads, config.seed, args.repeats)
         return _with_limits(found, config, core, measured)
-
-
-def published_scheme(directory: Path) -> str | None:
-    """The scheme of which random weights are made where none is asked for: what config.json says of the published ones."""
-    from octavo.models import read_config
-    from octavo.quant.promise import promise_of
-
-    promised = promise_of(read_config(directory), directory)
-    return promised.scheme.name if promised is not None and promised.scheme is not None else None
 
 
 def _stamp(args: argparse.Namespace) -> dict[str, Any]:

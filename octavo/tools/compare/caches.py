@@ -57,5 +57,5 @@ def _of(subject: Subject, name: str) -> str:
 
 @cache
 def _subject(model: str, dtype: str) -> Subject:
-    source = source_of_config(model, "config.json", read_config(Path(model)), dummy=True)
+    source = source_of_config(model, "config.json", read_config(Path(model)))
     return Subject(source, EngineConfig(model=model, dtype=dtype), Accelerator("any", "any", 0))

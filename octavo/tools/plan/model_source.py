@@ -62,28 +62,26 @@ class Numbers:
 
 
 def find_source(target: str, *, dummy: bool = False) -> Source:
-    """`dummy`: weights are made up. Raises OctavoError for a path without config.json, and for a name that is not known."""
+    """`dummy`: weights are made up, of the formats that config.json names. Raises OctavoError for a path without config.json,
+    and for a name that is not known."""
     path = Path(target)
     if path.is_dir():
         config = read_config(path)
         refused = refusal(lambda: check_format(config, path))
         if not dummy and any(path.glob("*.safetensors*")):
             return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
-        return source_of_config(target, "config.json alone", config, refused, dummy=dummy)
+        return source_of_config(target, "config.json alone", config, refused)
     if path.is_file():
         if path.suffix in (".gguf", ".safetensors"):
             check_directory(path)  # says what it is
         config = read_json(path) or {}
-        return source_of_config(
-            str(path.parent), "config.json alone", config, refusal(lambda: check_format(config, path.parent)), dummy=dummy
-        )
+        refused = refusal(lambda: check_format(config, path.parent))
+        return source_of_config(str(path.parent), "config.json alone", config, refused)
     if (found := known_config(target)) is None:
         raise unknown_model(target)
-    return source_of_config(target.rpartition("/")[2], f"the built-in numbers of {found[0]}", found[1], dummy=dummy)
+    return source_of_config(target.rpartition("/")[2], f"the built-in numbers of {found[0]}", found[1])
 
 
-def source_of_config(
-    name: str, by: str, config: Mapping[str, Any], refused: str | None = None, *, dummy: bool = False
-) -> Source:
+def source_of_config(name: str, by: str, config: Mapping[str, Any], refused: str | None = None) -> Source:
     """The source of a model of which there is a config.json alone."""
-    return Source(name, by, config, {}, None if refused or dummy else promise_of(config), refused)
+    return Source(name, by, config, {}, None if refused else promise_of(config), refused)
