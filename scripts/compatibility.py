@@ -55,6 +55,8 @@ NOTES = {
     "deepseek_v32": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "mixtral": "routers stay in BF16",
     "qwen3_moe": "routers stay in BF16",
+    "qwen3_vl": "text alone, images are not served yet",
+    "qwen3_vl_moe": "text alone, images are not served yet; routers stay in BF16",
     "glm4_moe": "routers stay in BF16; MTP layers are not loaded",
     "minimax_m2": "routers stay in BF16; MTP layers are not loaded",
     "deepseek_v3": "MLA; routers and kv_b_proj stay in BF16; MTP layers are not loaded",

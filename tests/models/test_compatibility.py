@@ -13,6 +13,7 @@ import torch
 from conftest import relative_error, tokens
 from models.test_kimi import kimi, write
 from models.test_logits import CASES, randomize
+from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
 
 from octavo import LLM, SamplingParams
 from octavo.models import MODEL_TYPES
@@ -53,6 +54,10 @@ def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], t
     if model_type == "kimi_k25":
         reference = kimi()
         write(tmp_path, reference, int4=True)
+    elif model_type in ("qwen3_vl", "qwen3_vl_moe"):
+        torch.manual_seed(0)
+        reference = qwen3_vl() if model_type == "qwen3_vl" else qwen3_vl_moe()
+        reference.save_pretrained(tmp_path)
     else:
         reference = _written(model_type, tmp_path)
     how: dict[str, Any] = dict(device="cpu", threads=1, cpu_kv_cache_gib=0.05, max_num_batched_tokens=50)
@@ -71,7 +76,7 @@ def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], t
     found = torch.tensor([entry[token].logprob for entry, token in zip(entries, every[1:], strict=True)])
     assert all(math.isfinite(value) for value in found.tolist())
     with torch.no_grad():
-        expected = reference(torch.tensor([every])).logits[0, :-1].log_softmax(-1)
+        expected = reference(input_ids=torch.tensor([every])).logits[0, :-1].log_softmax(-1)
     exact = expected.gather(1, torch.tensor(every[1:])[:, None])[:, 0]
     assert relative_error(found - exact.mean(), exact - exact.mean()) < 0.4
 
