@@ -17,14 +17,16 @@ from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import MODEL_TYPES, build_model
 from octavo.models.published import KNOWN
+from octavo.quant.promise import promise_of
 
 HEAD = """\
 # Which models, in FP8
 
 What `octavo serve MODEL --quantization fp8 --kv-cache-dtype fp8` does with the models that it knows by name; others of the same
-`model_type` are served alike. "FP8" means every scheme (`fp8`, `ptpc_fp8`, `fp8_block`), experts included; "FP8 KV" is the
-format of the cache and what a token takes in it, in all layers, beside what it takes in BF16. Printed by
-`python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both flags.
+`model_type` are served alike. "FP8" means every scheme (`fp8`, `ptpc_fp8`, `fp8_block`), experts included, but those that are
+stored in INT4; "FP8 KV" is the format of the cache and what a token takes in it, in all layers, beside what it takes in BF16.
+Printed by `python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both
+flags.
 
 This version runs on one device: where a model needs several (`octavo plan` says), yes is of its architecture and formats.
 
@@ -34,16 +36,16 @@ This version runs on one device: where a model needs several (`octavo plan` says
 TAIL = """
 ## MLA models with `--kv-cache-dtype fp8`
 
-They are served. All heads' keys and values in an MLA model (DeepSeek-V3, R1, V3.2, Kimi-K2) are made of one latent a token, and
-the FP8 format of such a cache is `fp8_ds_mla`: 512 codes, 4 FP32 scales, powers of two, each for 128 of the codes, and the
-rotated part of the key in BF16. That is 656 bytes a token a layer at DeepSeek's sizes, where BF16 takes 1,152. So `fp8`,
-`fp8_e4m3` and `fp8_ds_mla` mean the same on them, and the start says it:
+They are served. All heads' keys and values in an MLA model (DeepSeek-V3, R1, V3.2, Kimi-K2, K2.5) are made of one latent a
+token, and the FP8 format of such a cache is `fp8_ds_mla`: 512 codes, 4 FP32 scales, powers of two, each for 128 of the codes,
+and the rotated part of the key in BF16. That is 656 bytes a token a layer at DeepSeek's sizes, where BF16 takes 1,152. So
+`fp8`, `fp8_e4m3` and `fp8_ds_mla` mean the same on them, and the start says it:
 
 ```
 KV cache: fp8_ds_mla (what --kv-cache-dtype fp8 means here) and FP8 index keys, 656 + 132 bytes a token a layer, …
 ```
 
-- `auto` is the model's dtype on V3, R1 and Kimi-K2. On V3.2 in BF16 it is `fp8_ds_mla`, too. The keys of V3.2's indexer are
+- `auto` is the model's dtype on V3, R1 and Kimi's. On V3.2 in BF16 it is `fp8_ds_mla`, too. The keys of V3.2's indexer are
   FP8, 128 codes and a scale, whatever the latents are; with `--dtype float32` and `auto` all of it is FP32.
 - `fp8_e5m2` and `fp8_per_token_head` have no meaning for latents, and `--calculate-kv-scales` has nothing to measure: each is
   refused in a sentence before weights are read. KV scales in a checkpoint are not used, and a note says so.
@@ -53,13 +55,17 @@ NOTES = {
     "deepseek_v32": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "mixtral": "routers stay in BF16",
     "qwen3_moe": "routers stay in BF16",
+    "qwen3_vl": "text alone, images are not served yet",
+    "qwen3_vl_moe": "text alone, images are not served yet; routers stay in BF16",
     "glm4_moe": "routers stay in BF16; MTP layers are not loaded",
     "minimax_m2": "routers stay in BF16; MTP layers are not loaded",
     "deepseek_v3": "MLA; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "glm_moe_dsa": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "kimi_k2": "MLA; routers and kv_b_proj stay in BF16",
+    "kimi_k25": "text alone, images are not served yet; MLA; routers and kv_b_proj stay in BF16",
 }
 BLOCKS = "published in FP8 blocks, whose codes are kept"
+INT4 = "experts published in INT4, whose codes are kept, with `--quantization` and without"
 
 
 class Row(NamedTuple):
@@ -82,9 +88,10 @@ def rows() -> Iterator[Row]:
         fp8, bf16 = (
             model.kv_specs(asked, torch.bfloat16, torch.float8_e4m3fn, Layout.PLAIN) for asked in ("fp8_e4m3", "bfloat16")
         )
-        notes = [*filter(None, [NOTES.get(kind)]), *([BLOCKS] if "quantization_config" in config else [])]
+        promised = promise_of(config)
+        notes = [NOTES.get(kind), promised and (BLOCKS if promised.scheme else INT4)]
         taken = f"{_kib(fp8)} of {_kib(bf16)} KiB a token"
-        yield Row(name, f"`{kind}`", "yes", f"yes: `{next(_names(fp8))}`, {taken}", "; ".join(notes))
+        yield Row(name, f"`{kind}`", "yes", f"yes: `{next(_names(fp8))}`, {taken}", "; ".join(filter(None, notes)))
 
 
 def _names(specs: list[KVCacheSpec]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What quantizing a checkpoint makes of each tensor, known from the headers and config.json before any weight is read.
 
 The output is compressed-tensors' `float-quantized` layout, which transformers, vLLM and SGLang read: `weight` in e4m3fn and
-`weight_scale` in FP32 beside it, [1], [N, 1] or [ceil(N/128), ceil(K/128)], and in config.json one group of schemes for all
-modules of class Linear but those that `ignore` names (https://github.com/vllm-project/compressed-tensors).
+`weight_scale` in FP32 beside it, [1], [N, 1] or [ceil(N/128), ceil(K/128)]; octavo.convert.output_config has its config.json.
+Packed INT4 stays as it is stored, unless it is asked for otherwise.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.quant import QuantRules, Scheme
-from octavo.quant.checks import quantization_configs
-from octavo.quant.formats import COMPANIONS, stored_scheme, stored_shape
+from octavo.quant.formats import COMPANIONS, int4_group, stored_scheme, stored_shape
 from octavo.quant.qtensor import scale_shape
-from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType
+from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType, int4_of
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
 
 __all__ = ["Piece", "Plan"]
 
+BESIDE_INT4 = ("weight_scale", "weight_shape")
 CHUNK = 1 << 20  # values converted at a time: enough to outweigh the cost of calling torch, little enough for a cache
 # A module's name does not say whether it is a linear layer, but these are what architectures call theirs. The last component
 # of the name is asked. GPT-2's c_proj holds its matrix transposed, and the indexer's weights_proj is too small to gain.
@@ -30,6 +30,8 @@ LINEAR = re.compile(
     r"(?!weights_proj$|c_proj$)(.*_proj|.*_proj_with_mqa|wq_b|wk|wqkv|wo|w[123]|fc[012]|linear_fc[12]|qkv|proj|dense"
     r"|query_key_value|dense_h_to_4h|dense_4h_to_h)"
 )
+# Few bytes, which the published FP8 checkpoints leave as they are, too.
+TOWER = re.compile(r"(^|\.)(visual|vision_tower|mm_projector)\.")
 EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
 # MLA's, which makes keys and values of latents. Engines multiply it head by head into queries and outputs that are in no codes
 # ("absorbed"), so codes of it would be decoded when loaded: error for nothing. Octavo's own --quantization leaves it, too.
@@ -48,6 +50,7 @@ class Piece:
     scheme: Scheme | None = None  # None: copied. BF16: a matrix that was stored quantized and is to be dense
     stored: Scheme | None = None  # the FP8 scheme that it has; None for dense ones and other formats
     is_packed: bool = False
+    int4: Scheme | None = None  # of packed codes that are copied
 
     @property
     def is_kept(self) -> bool:
@@ -82,12 +85,25 @@ class Piece:
 
 
 class Plan:
-    """The pieces of every file. Raises OctavoError for what cannot be done, before anything is written."""
+    """The pieces of every file. Raises OctavoError for what cannot be done, before anything is written.
 
-    def __init__(self, checkpoint: Checkpoint, reader: RowReader, config: dict[str, Any], rules: QuantRules):
+    `requantize_int4`: packed INT4 is decoded and gets the rules' scheme, too; else its codes are copied.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        reader: RowReader,
+        config: dict[str, Any],
+        rules: QuantRules,
+        *,
+        requantize_int4: bool = False,
+    ):
         self.checkpoint, self.reader, self.config, self.rules = checkpoint, reader, config, rules
         self.modules = {name for tensor in checkpoint.tensors.values() if (name := _module(tensor))}
         self.scaled = {name for name in self.modules if self._is_stored_quantized(name)}
+        packed = {name: int4_scheme(reader, name) for name in sorted(self.modules) if reader.has(f"{name}.weight_packed")}
+        self.int4 = {} if requantize_int4 else packed
         self.operands: dict[str, list[str]] = {}
         for name in sorted(self.modules):
             self.operands.setdefault(_operand(name), []).append(name)
@@ -102,7 +118,7 @@ class Plan:
     def _pieces(self, tensors: list[StoredTensor]) -> Iterator[Piece]:
         for tensor in tensors:
             owner, _, end = tensor.name.rpartition(".")
-            if owner in self.scaled and end in COMPANIONS:
+            if owner in self.scaled and end in COMPANIONS and not (owner in self.int4 and end in BESIDE_INT4):
                 continue  # written anew, or not needed: activations are scaled by what they are
             yield self._matrix(tensor, _module(tensor)) if _module(tensor) else self._other(tensor)
 
@@ -116,9 +132,12 @@ class Plan:
 
     def _matrix(self, tensor: StoredTensor, module: str) -> Piece:
         quantized, last = module in self.scaled, module.rpartition(".")[2]
-        if not quantized and not (LINEAR.fullmatch(last) or last == "lm_head"):
+        if not quantized and (not (LINEAR.fullmatch(last) or last == "lm_head") or TOWER.search(module)):
             return Piece(tensor)
         shape = stored_shape(self.reader, module)
+        if module in self.int4:
+            self.rules.ignored(module)  # a pattern that names it is not a typing error
+            return Piece(tensor, module, shape, is_packed=True, int4=self.int4[module])
         stored = stored_scheme(self.reader, module, shape)
         if last == ABSORBED:  # stored codes of the asked scheme are kept, others decoded
             self.rules.ignored(module)
@@ -139,6 +158,11 @@ class Plan:
         if self.rules.scheme.dtype not in (WeightDType.BF16, WeightDType.FP8):
             raise OctavoError(
                 f"Octavo writes checkpoints in FP8, not in {self.rules.scheme.name}; use ptpc_fp8, fp8 or fp8_block."
+            )
+        if not self.quantized and self.int4:
+            raise OctavoError(
+                "every linear layer of this checkpoint that could be quantized is stored in INT4, which stays as it is; "
+                f"add --requantize-int4 to decode it and round it to {self.rules.scheme.name}, in twice the bytes."
             )
         if not self.quantized:
             raise OctavoError(
@@ -161,36 +185,8 @@ class Plan:
     def ignored(self) -> list[str]:
         """Modules that may be of class Linear and stay as they are: what the config's `ignore` must name."""
         done = {piece.module for piece in self.quantized}
-        left = {name for name in self.modules - done if not EMBEDDING.search(name)}
+        left = {name for name in self.modules - done - self.int4.keys() if not EMBEDDING.search(name)}
         return sorted(left | ({"lm_head"} if "lm_head" not in done else set()))
-
-    def quantization_config(self) -> dict[str, Any]:
-        """What compressed-tensors has in config.json."""
-        eight: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
-        strategies: dict[Granularity, tuple[dict[str, Any], dict[str, Any]]] = {
-            Granularity.TENSOR: ({"strategy": "tensor"}, {"strategy": "token"}),
-            Granularity.ROW: ({"strategy": "channel"}, {"strategy": "token"}),
-            Granularity.BLOCK: (
-                {"strategy": "block", "block_structure": [BLOCK, BLOCK]},
-                {"strategy": "group", "group_size": BLOCK},
-            ),
-        }
-        strategy, activations = strategies[self.quantized[0].granularity]
-        group = {
-            "targets": ["Linear"],
-            "weights": {**eight, **strategy, "dynamic": False},
-            "input_activations": {**eight, **activations, "dynamic": True},
-            "output_activations": None,
-        }
-        found = [c for c in quantization_configs(self.config) if c.get("quant_method") == "compressed-tensors"]
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": self.ignored(),
-            "kv_cache_scheme": found[0].get("kv_cache_scheme") if found else None,
-        }
 
     def notes(self) -> list[str]:
         """What a person should know of the choices, one line each."""
@@ -203,6 +199,8 @@ class Plan:
             odd := [p.module for p in self.quantized if any(size % BLOCK for size in p.shape)]
         ):
             lines.append(f"{len(odd)} matrices do not divide into 128x128 tiles, which some engines refuse: {_names(odd)}")
+        if self.int4:
+            lines.append(f"{len(self.int4)} matrices are stored in INT4 and stay so, bit for bit: {_names([*self.int4])}")
         if left := self.ignored():
             lines.append(f"left in the model's dtype, besides embeddings and norms: {_names(left)}")
         if kept:
@@ -224,6 +222,11 @@ def _module(tensor: StoredTensor) -> str:
     """The module whose matrix this tensor is, "" for other tensors."""
     name, _, end = tensor.name.rpartition(".")
     return name if end in ("weight", "weight_packed") and len(tensor.shape) == 2 else ""
+
+
+def int4_scheme(reader: RowReader, module: str) -> Scheme:
+    """Of a packed matrix. Raises OctavoError for INT4 of a kind that is not read."""
+    return int4_of(int4_group(reader, module, stored_shape(reader, module)))
 
 
 def _operand(module: str) -> str:

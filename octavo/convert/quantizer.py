@@ -50,10 +50,11 @@ def output_files(plan: Plan, output: Path) -> dict[str, OutputFile]:
             for name, pieces in plan.files.items()}  # fmt: skip
 
 
-def job_of(rules: QuantRules, search: bool) -> dict[str, Any]:
+def job_of(rules: QuantRules, search: bool, requantize_int4: bool = False) -> dict[str, Any]:
     """What must be the same for a run to continue another one's work."""
     return {
-        "scheme": rules.scheme.name, "ignore": list(rules.ignore), "lm_head": rules.quantize_lm_head, "scale_search": search,
+        "scheme": rules.scheme.name + (" of INT4, too" if requantize_int4 else ""), "ignore": list(rules.ignore),
+        "lm_head": rules.quantize_lm_head, "scale_search": search,
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
@@ -58,7 +59,7 @@ def save_quantized(
             return f"weights taken from {output}, which an earlier start made of {model}"
         with directory:
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress))
-            directory.finish(config, plan.quantization_config())
+            directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
         return f"quantized weights saved in {output}, from where the next start takes them{kept}"
 

@@ -89,6 +89,7 @@ _MINIMAX = {
 _GROUPS: Config = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
 _DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 40.0, **_GROUPS, quantization_config=FP8_BLOCKS)
 _KIMI: Config = {"rope_theta": 5e4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
+_NATIVE_INT4: Config = {"rms_norm_eps": 1e-5, "quantization_config": KIMI_INT4}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _GLM_DSA: Config = {  # as transformers has its defaults
     "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78, "q_lora_rank": 2048, "qk_nope_head_dim": 192,
@@ -125,9 +126,10 @@ KNOWN: dict[str, Config] = {
     "DeepSeek-V3.2": _DEEPSEEK | _INDEXER,
     "GLM-5": _mla("glm_moe_dsa", 64, 256, 3, 154880, 1.0, **_GLM_DSA),
     "Kimi-K2": _mla("kimi_k2", 64, 384, 1, 163840, 32.0, 1, **_KIMI, quantization_config=FP8_BLOCKS),
+    "Kimi-K2-Thinking": _mla("kimi_k2", 64, 384, 1, 163840, 64.0, 1, **_KIMI, **_NATIVE_INT4),
     "Kimi-K2.5": {
         "model_type": "kimi_k25",
-        "text_config": _mla("kimi_k2", 64, 384, 1, 163840, 64.0, **_KIMI, rms_norm_eps=1e-5, quantization_config=KIMI_INT4),
+        "text_config": _mla("kimi_k2", 64, 384, 1, 163840, 64.0, **_KIMI, **_NATIVE_INT4),
         "vision_config": _KIMI_VISION,
     },
 }

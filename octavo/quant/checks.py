@@ -80,6 +80,8 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> None:
             raise _unread(f"stored as {kind[0]} of {kind[1]} bits")
         if weights and not weights.get("symmetric", True):
             raise _unread("stored with zero points")
+        if weights.get("actorder") in (True, "group", "dynamic"):  # "weight", "static": an order that only the tool used
+            raise _unread(f"stored with reordered columns (actorder '{weights['actorder']}')")
         if weights.get("strategy") == "block" and weights.get("block_structure") not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
             raise _unread(f"FP8 in blocks of {weights.get('block_structure')}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,19 @@ __all__ = ["Promise", "promise_of"]
 
 @dataclass(frozen=True)
 class Promise:
-    """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out."""
+    """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out.
+
+    others: modules that are stored otherwise, by name or re:, and how.
+    """
 
     scheme: Scheme | None
     group: int
     ignore: tuple[str, ...]
+    others: tuple[tuple[tuple[str, ...], Promise], ...] = ()
+
+    def of(self, module: str) -> Promise:
+        """What is said of the weights of this module."""
+        return next((own for names, own in self.others if QuantRules(ignore=names).ignored(module)), self)
 
     def leaves_out(self, module: str) -> bool:
         """Whether the checkpoint's own list leaves the module out: whole names, parents of them, or re:."""
@@ -45,10 +53,11 @@ def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Prom
     ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))
     method = found.get("quant_method")
     if method == "compressed-tensors" or "config_groups" in found:
-        weights = next((g.get("weights") or {} for g in (found.get("config_groups") or {}).values()), {})
-        if weights.get("type") == "int":
-            return Promise(None, int(weights.get("group_size") or 32), ignore)
-        return Promise(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
+        groups = [group for group in (found.get("config_groups") or {}).values() if isinstance(group, dict)]
+        of_class = next((group for group in groups if "Linear" in (group.get("targets") or ())), *groups[:1] or ({},))
+        others = (group for group in groups if group is not of_class)
+        named = tuple((tuple(filter(_compiles, group.get("targets") or ())), _of_group(group, ignore)) for group in others)
+        return replace(_of_group(of_class, ignore), others=named)
     if method == "quark":
         weight = (found.get("global_quant_config") or {}).get("weight") or {}
         weight = weight[0] if isinstance(weight, list) else weight
@@ -59,6 +68,14 @@ def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Prom
         algorithm = str(found.get("quant_algo") or "").upper()
         return Promise(FP8_BLOCK if "_PB_" in algorithm else _by_strategy(algorithm.lower()), 0, ignore) if algorithm else None
     return Promise(FP8_PER_CHANNEL if method == "fbgemm_fp8" else FP8_PER_TENSOR, 0, ignore) if found else None
+
+
+def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> Promise:
+    """Of one of compressed-tensors' groups."""
+    weights = group.get("weights") or {}
+    if weights.get("type") == "int":
+        return Promise(None, int(weights.get("group_size") or 32), ignore)
+    return Promise(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
 
 
 def _by_strategy(strategy: str) -> Scheme:

@@ -69,7 +69,9 @@ def _part(part: Any, where: str) -> str:
         if isinstance(text, str):
             return text
     if isinstance(kind, str) and kind.split("_")[0] in ("image", "input", "video", "audio"):
-        raise InvalidRequest(f"This model reads text only; {where} holds a part of type '{kind}'.", where)
+        raise InvalidRequest(
+            f"Only text is served yet, of any model, and {where} holds a part of type '{kind}'; leave it out.", where
+        )
     raise InvalidRequest(f"{where} should be a string or a list of parts like {{'type': 'text', 'text': ...}}.", where)
 
 

@@ -10,6 +10,7 @@ from octavo.errors import InvalidRequest
 from octavo.text.chat_messages import ContentFormat, plain_messages
 from octavo.text.chat_template import render_chat
 from octavo.text.content_format import content_format
+from octavo.text.kimi_tools import as_kimi_has_them, as_typescript, is_kimis_template
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, render_tools, shows_tools, spell_calls
 
 __all__ = ["render_conversation"]
@@ -35,6 +36,10 @@ def render_conversation(
     """
     form: ContentFormat = content_format(template) if content == "auto" else "openai" if content == "openai" else "string"
     plain = spell_calls(template, plain_messages(messages, form), calls)
+    if tools and is_kimis_template(template):
+        tools = as_kimi_has_them(tools)
+        if "tools_ts_str" in template and (text := as_typescript(tools)) is not None:
+            switches = {"tools_ts_str": text, **(switches or {})}
 
     def render(add: bool) -> str:
         if tools and not shows_tools(template):

@@ -38,7 +38,7 @@ class MetaSource:
         """The matrix `module` will be asked for: what is promised of it is there from now on."""
         if self.promised is None or module in self._beside or self.promised.leaves_out(module):
             return
-        for end, dtype, size in self.promised.tensors(*shape):
+        for end, dtype, size in self.promised.of(module).tensors(*shape):
             tensor = StoredTensor(f"{module}.{end}", dtype, size, "", 0, 0)
             self.tensors[tensor.name] = tensor
             self.names.add(tensor.name)

@@ -124,7 +124,7 @@ class DummySource:
     def promise(self, module: str, shape: tuple[int, int]) -> None:
         if self.promised is None or self.promised.leaves_out(module):
             return
-        tensors = self.promised.tensors(*shape)
+        tensors = self.promised.of(module).tensors(*shape)
         spread = self.SPREAD[tensors[0][1]]
         self._stored |= {f"{module}.{end}": (dtype, size, spread) for end, dtype, size in tensors}
         self.names.update(f"{module}.{end}" for end, *_ in tensors)

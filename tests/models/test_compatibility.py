@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error, tokens
+from models.test_kimi import kimi, write
 from models.test_logits import CASES, randomize
+from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
 
 from octavo import LLM, SamplingParams
 from octavo.models import MODEL_TYPES
@@ -49,13 +51,15 @@ def test_the_page_is_what_the_script_prints(compatibility: Any, rows: list[Any])
 @pytest.mark.parametrize("model_type", SERVED)
 def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], tmp_path: Path) -> None:
     """In the format that it says; log-probabilities are transformers' but for what eight bits cost."""
-    torch.manual_seed(0)
-    cases = [case for case in CASES if case.partition(",")[0] == AS_ANOTHER.get(model_type, model_type)]
-    # what an indexer chooses by random weights is another choice after any rounding, so it chooses everything
-    reference = randomize(CASES[next((case for case in cases if "all chosen" in case), cases[0])]())
-    reference.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | dict(model_type=model_type)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    if model_type == "kimi_k25":
+        reference = kimi()
+        write(tmp_path, reference, int4=True)
+    elif model_type in ("qwen3_vl", "qwen3_vl_moe"):
+        torch.manual_seed(0)
+        reference = qwen3_vl() if model_type == "qwen3_vl" else qwen3_vl_moe()
+        reference.save_pretrained(tmp_path)
+    else:
+        reference = _written(model_type, tmp_path)
     how: dict[str, Any] = dict(device="cpu", threads=1, cpu_kv_cache_gib=0.05, max_num_batched_tokens=50)
     llm = LLM(tmp_path, quantization="fp8", kv_cache_dtype="fp8", **how)
     (said,) = {row.kv.split("`")[1] for row in rows if row.model_type == f"`{model_type}`"}
@@ -72,6 +76,18 @@ def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], t
     found = torch.tensor([entry[token].logprob for entry, token in zip(entries, every[1:], strict=True)])
     assert all(math.isfinite(value) for value in found.tolist())
     with torch.no_grad():
-        expected = reference(torch.tensor([every])).logits[0, :-1].log_softmax(-1)
+        expected = reference(input_ids=torch.tensor([every])).logits[0, :-1].log_softmax(-1)
     exact = expected.gather(1, torch.tensor(every[1:])[:, None])[:, 0]
     assert relative_error(found - exact.mean(), exact - exact.mean()) < 0.4
+
+
+def _written(model_type: str, directory: Path) -> Any:
+    """transformers' model, and its checkpoint."""
+    torch.manual_seed(0)
+    cases = [case for case in CASES if case.partition(",")[0] == AS_ANOTHER.get(model_type, model_type)]
+    # what an indexer chooses by random weights is another choice after any rounding, so it chooses everything
+    reference = randomize(CASES[next((case for case in cases if "all chosen" in case), cases[0])]())
+    reference.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text()) | dict(model_type=model_type)
+    (directory / "config.json").write_text(json.dumps(config))
+    return reference

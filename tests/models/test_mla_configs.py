@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import LoadModel, relative_error, tokens
+from models.test_kimi import INT4
 from models.test_logits import deepseek_v3, randomize
-from transformers import GlmMoeDsaConfig
+from tools.test_plan_sizes import subject_of
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GlmMoeDsaConfig
 
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.kvcache import Layout
 from octavo.layers.indexer import Indexer
 from octavo.models import architecture, build_model
+from octavo.models.published import KNOWN
 from octavo.quant.checks import check_format
 
 # What the published files hold besides what no engine reads.
@@ -49,6 +52,21 @@ K2 = V3 | {
     "vocab_size": 163840,
     "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
 }  # fmt: skip
+THINKING = K2 | {
+    "max_position_embeddings": 262144, "rms_norm_eps": 1e-05, "rope_scaling": K2["rope_scaling"] | {"factor": 64.0},
+    "quantization_config": INT4,
+}  # fmt: skip
+K25: dict[str, Any] = {
+    "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "media_placeholder_token_id": 163605,
+    "text_config": THINKING | {"rope_scaling": THINKING["rope_scaling"] | {"beta_fast": 32.0}},
+    "tie_word_embeddings": False, "use_unified_vision_chunk": True,
+    "vision_config": {
+        "init_pos_emb_height": 64, "init_pos_emb_time": 4, "init_pos_emb_width": 64, "merge_kernel_size": [2, 2],
+        "merge_type": "sd2_tpool", "mm_hidden_size": 1152, "mm_projector_type": "patchmerger", "patch_size": 14,
+        "pos_emb_type": "divided_fixed", "text_hidden_size": 7168, "vt_hidden_size": 1152, "vt_intermediate_size": 4304,
+        "vt_num_attention_heads": 16, "vt_num_hidden_layers": 27,
+    },
+}  # fmt: skip
 GLM5 = V3 | {
     "model_type": "glm_moe_dsa", "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78, "head_dim": 64,
     "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256,
@@ -63,6 +81,8 @@ PUBLISHED = {
     "DeepSeek-V3": (V3, 163840, 0.1 * math.log(40) + 1, 0, {"auto": 61 * 1152, "fp8_e4m3": 61 * 656}),
     "DeepSeek-V3.2": (V32, 163840, 0.1 * math.log(40) + 1, 61, {"auto": 61 * 788, "bfloat16": 61 * (1152 + 132)}),
     "Kimi-K2": (K2, 131072, 0.1 * math.log(32) + 1, 0, {"auto": 61 * 1152, "fp8_e4m3": 61 * 656}),
+    "Kimi-K2-Thinking": (THINKING, 262144, 0.1 * math.log(64) + 1, 0, {"auto": 61 * 1152, "fp8_e4m3": 61 * 656}),
+    "Kimi-K2.5": (K25, 262144, 0.1 * math.log(64) + 1, 0, {"auto": 61 * 1152, "fp8_e4m3": 61 * 656}),
     "GLM-5.2": (GLM5, 1048576, 1.0, 21, {"auto": 78 * 656 + 21 * 132}),
 }
 
@@ -72,7 +92,7 @@ def test_published_configs_build_their_models(name: str) -> None:
     config, positions, magnitude, indexers, bytes_per_token = PUBLISHED[name]
     check_format(config)
     model: Any = build_model(config, TensorParallel(), None)
-    c = model.config
+    config, c = config.get("text_config", config), model.config
     assert model.max_len == positions
     assert c.softmax_scale == pytest.approx((c.qk_nope_head_dim + 64) ** -0.5 * magnitude**2)
     found = [module for module in model.modules() if isinstance(module, Indexer)]
@@ -83,6 +103,23 @@ def test_published_configs_build_their_models(name: str) -> None:
         specs = model.kv_specs(kv, torch.bfloat16, torch.float8_e4m3fn, Layout.PLAIN)
         assert sum(spec.bytes_per_token for spec in specs) == expected
     assert (f"model.layers.{c.num_hidden_layers}.*" in model.ignored) == bool(config["num_nextn_predict_layers"])
+
+
+def test_kimi_k25_has_the_parameters_of_transformers_text_class() -> None:
+    """Of the published config.json, which the built-in one is as far as it matters, and Kimi-K2-Thinking's too."""
+    text = {name: value for name, value in K25["text_config"].items() if name not in ("quantization_config", "model_type")}
+    with torch.device("meta"):
+        theirs = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(text))
+    corrections = [b.numel() for name, b in theirs.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert (theirs.num_parameters(), sum(corrections)) == (1_026_408_209_408, 60 * 384)
+    for config, name in ((K25, "Kimi-K2.5"), (THINKING, "Kimi-K2-Thinking")):
+        walked, known = subject_of(config), subject_of(KNOWN[name])
+        assert walked.base.total("values") == theirs.num_parameters() + sum(corrections)
+        assert walked.base.operands == known.base.operands
+        assert walked.model(1).config == known.model(1).config
+        experts = [o for o in walked.base.operands if o.component == "experts"]
+        assert sum(o.stored for o in experts) == sum(o.values for o in experts) * 9 // 16
+        assert {o.form for o in walked.base.operands if o.component != "experts"} == {"bf16", "float32"}
 
 
 def test_kimis_spelling_has_deepseeks_logits(tmp_path: Path, load_model: LoadModel) -> None:

@@ -148,7 +148,7 @@ def test_packed_int4_has_the_logits_that_transformers_has(load_model: LoadModel)
 @every
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_quantize_reads_it(name: str, scheme: Scheme, tmp_path: Path, load_model: LoadModel) -> None:
-    quantize_checkpoint(DATA / name, tmp_path / "out", QuantRules(scheme), say=lambda line: None)
+    quantize_checkpoint(DATA / name, tmp_path / "out", QuantRules(scheme), say=lambda line: None, requantize_int4=True)
     old, new = weights(DATA / name), weights(tmp_path / "out")
     kept = SCHEMES[name] is scheme
     for module, w in old.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,13 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def write(directory: Path, size: int = 900) -> list[str]:
-    """A checkpoint's files, its vocabulary trained on the texts; its special tokens."""
+NAMES = ("[BOS]", "[EOS]", "<|im_end|>", "<|tool_calls_section_begin|>")
+
+
+def write(directory: Path, size: int = 900, named: Sequence[str] = NAMES) -> list[str]:
+    """A checkpoint's files, its vocabulary trained on the texts; its special tokens, of which those of calls and thinking are
+    text.
+    """
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
     )
@@ -40,8 +46,9 @@ def write(directory: Path, size: int = 900) -> list[str]:
     ranked = [bytes(BYTE_OF[c] for c in piece) for piece, _ in vocab]
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranked)]
     (directory / "tiktoken.model").write_text("\n".join(lines) + "\n")
-    names = ["[BOS]", "[EOS]", "<|im_end|>", "<|tool_calls_section_begin|>"]
-    added = {str(len(ranked) + i): {"content": name, "special": not name.startswith("<|tool")} for i, name in enumerate(names)}
+    names = list(named)
+    text = ("<|tool", "<think", "</think")
+    added = {str(len(ranked) + i): {"content": name, "special": not name.startswith(text)} for i, name in enumerate(names)}
     config = {"tokenizer_class": "TikTokenTokenizer", "added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": "[EOS]"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return names

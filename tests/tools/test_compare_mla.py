@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.test_kimi import kimi, write
 from models.test_logits import deepseek_v3, deepseek_v32, randomize
 from tools.test_compare import IDS, WINDOW, _fp32_sums, config  # noqa: F401
 from tools.test_compare_experts import by_path
+from tools.test_quantize_int4 import W4A16
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from octavo.config import EngineConfig, read_quantization_config
 from octavo.errors import OctavoError
+from octavo.tools.compare import loss_table
 from octavo.tools.compare.caches import kv_names
 from octavo.tools.compare.compare import compare, write_config
 from octavo.tools.compare.search import Budget
@@ -96,3 +99,39 @@ def test_auto_finds_what_serves(v3: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "chosen.json", found, options(v3))
     assert read_quantization_config(str(tmp_path / "chosen.json"))["kv_cache_dtype"] == "fp8_e4m3"
     assert json.loads((tmp_path / "chosen.json").read_text())["measured"]["kl"] == found.chosen.kl
+
+
+def test_what_is_stored_in_int4_is_no_layer_that_becomes_fp8(tmp_path: Path) -> None:
+    """Kimi-K2.5: its experts are said once, and neither measured nor ranked; the others have the checkpoint's names."""
+    model = kimi()
+    write(tmp_path, model, int4=True)
+    found = compare(options(tmp_path, dtype="float32"), IDS, ["ptpc_fp8"], ["auto"], window=WINDOW)
+    at = "language_model.model.layers"
+    expected = {f"{at}.{i}.self_attn.{name}" for i in range(3) for name in ATTENTION}
+    expected |= {f"{at}.0.mlp.{name}" for name in DENSE}
+    expected |= {f"{at}.{i}.mlp.shared_experts.{name}" for i in (1, 2) for name in DENSE}
+    assert set(by_path(found.layers)) == set(by_path(found.ranked)) == expected
+    assert all(name.startswith(at) for one in found.ranked for name in one.names)
+    assert all(0.005 < layer.weight["ptpc_fp8"] < 0.05 for layer in found.layers)
+    assert sum(one.extra_bytes for one in found.ranked) == found.reference.weight_bytes - found.row_of("ptpc_fp8").weight_bytes
+    assert [note for note in found.notes if "codes" in note] == [
+        "4 layers are stored in codes already (experts in int4) and keep them whatever the scheme: "
+        "BF16 here means the checkpoint as stored"
+    ]
+    kept = found.measured[-1]
+    assert kept.variant.ignore == tuple(found.ignore)
+    assert 0 < kept.kl < found.row_of("ptpc_fp8").kl
+    ids = torch.tensor(IDS).view(-1, WINDOW)
+    with torch.no_grad():
+        losses = -model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])
+    assert found.reference.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-4)
+
+
+def test_a_checkpoint_of_codes_alone_has_no_layer_to_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = json.loads((W4A16 / "config.json").read_text())["vocab_size"]
+    ids = [token % vocabulary for token in IDS]
+    found = compare(options(W4A16), ids, ["ptpc_fp8"], ["fp8_e4m3", "auto"], window=WINDOW)
+    assert (found.layers, found.ranked, found.ignore) == ([], [], [])
+    assert found.row_of("ptpc_fp8").kl == 0
+    loss_table.show(found, None)
+    assert "layers are stored in codes already" in capsys.readouterr().out

@@ -17,7 +17,6 @@ from tools.test_plan_sizes import subject_of
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.models import MODEL_TYPES
 from octavo.models.published import known_config
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QuantRules
 from octavo.tools.plan import walk
@@ -25,7 +24,6 @@ from octavo.tools.plan.explain import groups, refusals
 from octavo.tools.plan.plan import show
 from octavo.tools.plan.roofline import Costs
 from octavo.tools.plan.subject import Variant
-from octavo.tools.plan.unserved import UNSERVED
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 QWEN3_30B: dict[str, Any] = dict(
@@ -182,10 +180,6 @@ def test_the_sizes_that_the_page_of_memory_gives(name: str) -> None:
     counts = f"{subject.base.total('values') / 1e9:.1f} B | {subject.base.active / 1e9:.1f} B"
     page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
     assert f"| {name} | {counts} | {SIZES[name]} |" in page
-
-
-def test_what_is_served_is_not_described_twice() -> None:
-    assert not set(MODEL_TYPES) & set(UNSERVED)
 
 
 def test_a_plan_of_a_config_alone(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def compare(
     schemes, kvs: canonical names. tell: learns what is being done, and how much of everything is. say: gets a line for each
     variant that was measured. Raises OctavoError for what the engine refuses.
     """
+    from octavo.quant import WeightDType
     from octavo.tools.compare import search
     from octavo.tools.compare.caches import stored_as
     from octavo.tools.compare.comparison import Comparison
@@ -129,8 +130,12 @@ def compare(
     errors = layer_errors(core, quantized, text.windows[0])
     sizes = text.predictions, len(text.windows[0]), context, text.greedy
     found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors)
-    if first.quantized_values:
-        found.notes.append("the checkpoint holds FP8 already, and its codes are kept: BF16 here means the checkpoint as stored")
+    if stored_so := {key: group for key, group in core.runner.report.groups.items() if group.dtype is not WeightDType.BF16}:
+        kinds = ", ".join(f"{role} in {scheme}" for role, scheme in sorted(stored_so))
+        found.notes.append(
+            f"{sum(group.tensors for group in stored_so.values())} layers are stored in codes already ({kinds}) and keep them "
+            "whatever the scheme: BF16 here means the checkpoint as stored"
+        )
     if "fp8_e4m3" in kvs and (stored := stored_as(config, "fp8_e4m3")) != "fp8_e4m3":
         found.notes.append(f"a KV cache of fp8_e4m3 is {stored} on this model")
     found.machine = core.runner.platform.name

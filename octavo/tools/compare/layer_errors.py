@@ -124,11 +124,15 @@ class _Weights:
         self.loader = Loader(source, self.platform, QuantRules(), runner.dtype)
 
     def layers(self, rules: QuantRules) -> Iterator[_Weight]:
-        """Each operand that `rules` quantize."""
+        """Each operand that `rules` quantize. One that the checkpoint holds in codes keeps those, and is none of them."""
         for path, module in stored_modules(cast("nn.Module", self.runner.model)):
             for weight in _weights_of(path, module):
-                if rules.scheme_for([name for member in weight.members for name in member]).quantized:
+                names = [name for member in weight.members for name in member]
+                if rules.scheme_for(names).quantized and not all(map(self._in_codes, names)):
                     yield weight
+
+    def _in_codes(self, name: str) -> bool:
+        return any(self.loader.has(f"{name}.{end}") for end in ("weight_packed", "weight_scale", "weight_scale_inv"))
 
     def quantized(self, weight: _Weight, scheme: Scheme) -> _Quantized:
         """Under `scheme`, except what the checkpoint holds quantized already: its codes stay."""

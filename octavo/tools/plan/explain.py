@@ -16,11 +16,11 @@ from octavo.models import architecture, check_length
 from octavo.tools.plan.operands import COMPONENTS, Operand, Walk
 from octavo.tools.plan.roofline import is_index
 from octavo.tools.plan.subject import Subject, Variant
-from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
 
 __all__ = ["Group", "asked_variant", "command", "gb", "groups", "notes", "refusals"]
 
+VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 ALIGNMENT = 16  # octavo.platform.Platform.fp8_alignment
 
 
@@ -138,6 +138,8 @@ def notes(plan: Plan) -> list[str]:
         kept = [name for name in ends if any(g.component == name and g.format in ("bf16", "float32") for g in groups(plan))]
         rest = f"; {' and '.join(kept)} stay BF16 and add to it." if kept else "."
         out.append(f"FP8 halves what it stores, so nothing here is under 50%{rest}")
+    if "vision_config" in q.subject.source.config and not any(o.component == "vision" for o in q.subject.base.operands):
+        out.append("The vision tower is not loaded, since images are not served yet: every number is the text model's.")
     if not q.subject.source.tensors:
         out.append("Octavo downloads nothing: the command takes the directory that the checkpoint is downloaded into.")
     if q.on.arch == "gfx942" and asked.variant.label != "BF16":

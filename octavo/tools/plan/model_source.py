@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import OctavoError, refusal
+from octavo.errors import refusal
 from octavo.files import check_directory, read_json
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
@@ -15,7 +15,7 @@ from octavo.quant.checks import check_format
 from octavo.quant.promise import Promise, promise_of
 from octavo.weights.checkpoint import Checkpoint, StoredTensor
 
-__all__ = ["Numbers", "Source", "find_source", "source_of_config"]
+__all__ = ["Source", "find_source", "source_of_config"]
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,6 @@ class Source:
     def nbytes(self) -> int:
         """Of all tensors on disk."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A config.json's numbers. Raises OctavoError, naming the field, for one that is missing or wrong."""
-
-    values: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> int:
-        return self.get(name)
-
-    def get(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.values.get(name)
-        if value is None:
-            if default is None:
-                raise OctavoError(f"config.json has no {name}, which this architecture needs.")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OctavoError(f"config.json: {name} must be an integer of at least {least}, not {value!r}.")
-        return value
-
-    def part(self, name: str) -> Numbers:
-        value = self.values.get(name)
-        if not isinstance(value, Mapping):
-            raise OctavoError(f"config.json has no {name}, which this architecture needs.")
-        return Numbers(value)
 
 
 def find_source(target: str, *, dummy: bool = False) -> Source:

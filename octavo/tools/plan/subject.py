@@ -21,7 +21,6 @@ from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import Source
 from octavo.tools.plan.operands import Walk
 from octavo.tools.plan.roofline import Attention, is_index
-from octavo.tools.plan.unserved import UNSERVED, build_unserved
 from octavo.tools.plan.walk import Known, walk
 from octavo.weights import Loader
 from octavo.weights.meta import MetaSource
@@ -100,8 +99,6 @@ class Subject:
 
     def _build(self, tp: int) -> Any:
         """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
-        if self.model_type in UNSERVED:
-            return build_unserved(self.source.config, TensorParallel(0, tp))
         return build_model(self.source.config, TensorParallel(0, tp), 1)  # a rotary table of one position
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from octavo.config import QUANTIZATIONS, EngineConfig, canonical
+from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
     )
+    group.add_argument(
+        "--requantize-int4",
+        action="store_true",
+        help="decode packed INT4 and round it to the scheme; it stays as it is without",
+    )
     group.add_argument("--verify", action="store_true", help="read the result back and print the error of each layer")
 
 
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     quantize_checkpoint(
         Path(config.model), Path(args.output), rules,
         search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
+        requantize_int4=args.requantize_int4,
     )  # fmt: skip
     return 0
 
@@ -66,23 +73,28 @@ def quantize_checkpoint(
     device: str = "cpu",
     threads: int = 2,
     check: bool = False,
+    requantize_int4: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError."""
+    """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError.
+
+    Packed INT4 stays as it is stored but with `requantize_int4`.
+    """
     config = read_config(model)
     check_format(config, model)
     platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
     with closing(Checkpoint(model)) as checkpoint:
-        plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), config, rules)
+        reader = RowReader(checkpoint, platform, Scratch())
+        plan = Plan(checkpoint, reader, config, rules, requantize_int4=requantize_int4)
         if config.get("model_type") not in MODEL_TYPES:
             say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        with OutputDirectory(output, checkpoint, files, job_of(rules, search)) as directory:
+        with OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4)) as directory:
             with Progress(remaining(plan, directory)) as progress:
                 write_files(plan, directory, platform, search, threads, progress)
-            directory.finish(config, plan.quantization_config())
+            directory.finish(config, quantization_config(plan))
         before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         after = sum(file.nbytes for file in files.values())
         say(f"{output}: {after / 1e9:.2f} GB, {100 * after / before:.1f}% of {before / 1e9:.2f} GB")
