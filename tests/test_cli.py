@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli import _with_dashes, engine_config, main, make_parser
+from octavo.cli import engine_config, main, make_parser
 from octavo.config import EngineConfig, config_fields, flag_of
+from octavo.flags import with_dashes
 from octavo.server import serve
 from octavo.version import __version__
 
 
 def parse(line: str) -> tuple[argparse.Namespace, EngineConfig]:
-    args = make_parser("serve", serve.add_arguments).parse_args(_with_dashes(line.split()))
+    args = make_parser("serve", serve.add_arguments).parse_args(with_dashes(line.split()))
     return args, engine_config(args)
 
 

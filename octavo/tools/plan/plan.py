@@ -28,21 +28,23 @@ WIDTH = 100  # columns that the tables are made for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command; the engine's mean what they mean to `octavo serve`."""
-    group = parser.add_argument_group(
-        "plan", "MODEL is a checkpoint directory, a config.json, or a name such as Llama-3.1-405B; no weights are read."
+    group = parser.add_argument_group("plan")
+    group.add_argument("--accelerator", metavar=f"{{{','.join(ACCELERATORS)},cpu}}", help="default: what is in this machine")
+    group.add_argument(
+        "--num-accelerators", type=int, metavar="N", help="how many there are (default: 1, or what is in this machine)"
     )
     group.add_argument(
-        "--accelerator", metavar="NAME", help=f"{', '.join(ACCELERATORS)} or cpu; default: what is in this machine"
+        "--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (default: %(default)s)"
     )
-    group.add_argument("--num-accelerators", type=int, metavar="N", help="how many there are (1, or what is in this machine)")
-    group.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (4096)")
-    group.add_argument("--requests", type=int, default=64, metavar="N", help="requests at a time in the decode estimate (64)")
+    group.add_argument(
+        "--requests", type=int, default=64, metavar="N", help="requests at a time in the decode estimate (default: %(default)s)"
+    )
     group.add_argument("--json", action="store_true", help="print every number as JSON")
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Prints the plan. 0 even where it does not fit: the plan is the answer."""
-    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
+    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name, None)) is not None}
     plan = make_plan(args, config, given)
     line = command(plan, {name: value for name, value in given.items() if name not in SAID_ELSEWHERE})
     if args.json:
