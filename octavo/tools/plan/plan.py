@@ -13,7 +13,7 @@ from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools.json_numbers import json_text
 from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
-from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals
+from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals, verdict
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
 from octavo.tools.plan.subject import Subject, Variant
@@ -79,10 +79,12 @@ def _ranks(subject: Subject, variant: Variant, number: int) -> int:
 
 
 def as_json(plan: Plan, line: str) -> dict[str, Any]:
-    """Every number of a plan, in bytes, tokens and tokens a second."""
+    """Every number of a plan, in bytes, tokens and tokens a second; `line`, its command, only if it would run."""
     q = plan.question
-    subject, source = q.subject, q.subject.source
+    subject, source, refused = q.subject, q.subject.source, refusals(plan)
     return {
+        "verdict": verdict(plan, refused),
+        "fits": plan.asked.fit is not None and bool(plan.asked.fit.max_model_len),
         "model": source.name,
         "model_type": subject.model_type,
         "measured_by": source.by,
@@ -98,10 +100,10 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
         "variants": {v.variant.label: _variant_json(v) for v in plan.variants},
         "asked": plan.asked.variant.label,
         "groups": [asdict(group) for group in groups(plan)],
-        "refused": refusals(plan),
+        "refused": refused,
         "notes": notes(plan),
         "assumptions": list(ASSUMPTIONS),
-        "command": line,
+        "command": None if refused else line,
     }
 
 
@@ -114,30 +116,36 @@ def _variant_json(v: VariantPlan) -> dict[str, Any]:
 
 
 def show(plan: Plan, line: str) -> None:
-    """The plan as tables, for a terminal."""
-    out = console(WIDTH)
+    """The verdict and what to do about it, then the plan as tables, for a terminal."""
+    out, refused = console(WIDTH), refusals(plan)
     q, subject, stored = plan.question, plan.question.subject, plan.question.subject.base
+    out.print(textwrap.fill(verdict(plan, refused), out.width, break_on_hyphens=False), style="bold", markup=False)
+    if refused:
+        _print_list(out, refused)
+    else:
+        out.print(f"  {line}", soft_wrap=True, markup=False)
     parameters = stored.total("values")
     active = f", {_count(stored.active)} active" if stored.active < 0.7 * parameters else ""
     name, by = subject.source.name, subject.source.by
-    out.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
+    out.print(f"\n[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"
-    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory} each, as {q.tp} rank{'s' if q.tp > 1 else ''}")
+    several = f" each, as {q.tp} rank{'s' if q.tp > 1 else ''}" if q.number > 1 else ""
+    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory}{several}")
     timed = [_speeds(plan)] if any(v.speed for v in plan.variants) else []
     out.print()
     for made in (_weights(plan), _memory(plan), *timed, _groups(plan)):
         out.print(made)
-    out.print("[bold]Command[/]")
-    out.print(f"  {line}", soft_wrap=True, markup=False)
-    for title, lines in (
-        ("Refused", refusals(plan)),
-        ("Notes", notes(plan)),
-        ("Estimates assume", ASSUMPTIONS if timed else ()),
-    ):
+    for title, lines in (("Notes", notes(plan)), ("Estimates assume", ASSUMPTIONS if timed else ())):
         if lines:
-            out.print(f"\n[bold]{title}[/]")
-        for text in lines:
-            out.print(textwrap.fill(text, out.width, initial_indent="  - ", subsequent_indent="    "), markup=False)
+            out.print(f"[bold]{title}[/]")
+            _print_list(out, lines)
+            out.print()
+
+
+def _print_list(out: Any, lines: Sequence[str]) -> None:
+    for text in lines:
+        indented = textwrap.fill(text, out.width, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+        out.print(indented, markup=False)
 
 
 def _count(n: int) -> str:
@@ -158,10 +166,15 @@ def _weights(plan: Plan) -> Any:
     total = len(rows)
     rows.append(["all", _count(stored.total("values")), *(gb(v.weights) for v in kinds.values())])
     rows.append(["of BF16", "", *(f"{v.weights_percent:.1f}%" for v in kinds.values())])
-    for tp in RANKS[1:]:
+    for tp in () if plan.question.on.is_cpu else RANKS[1:]:
         cells = (gb(n) if (n := v.rank_weights[tp]) is not None else "no split" for v in kinds.values())
         rows.append([f"a rank of {tp}", "", *cells])
-    return table("Weights as stored, and what one rank of several holds", ["", "parameters", *kinds], rows, bold=total)
+    return table(
+        f"Weights as stored{'' if plan.question.on.is_cpu else ', and what one rank of several holds'}",
+        ["", "parameters", *kinds],
+        rows,
+        bold=total,
+    )
 
 
 def _of_variants(
@@ -176,8 +189,12 @@ def _memory(plan: Plan) -> Any:
     """The percentages, and what fits."""
     q = plan.question
     title = f"Memory in percent of BF16, and what fits {f'on each of {q.tp} ranks' if q.tp > 1 else 'on one'}"
-    note = f"* the weights and one request of {q.model_len:,} tokens   ** requests of that length at a time"
-    columns = ("weights", "KV/token", "KV", "both*", "KV room", "tokens", "requests**", "from TP")
+    note = (
+        f"* the weights and the KV cache of one request of {q.model_len:,} tokens\n"
+        "** how many requests of that length the KV room holds at a time; none: it would not start\n"
+        "*** the fewest ranks (--tensor-parallel-size) on which one such request fits"
+    )
+    columns = ("weights", "KV/token", "KV", "both*", "KV room", "tokens", "requests**", "ranks***")
 
     def cells(v: VariantPlan) -> list[str]:
         percents = [f"{v.weights_percent:.1f}%", f"{v.token_bytes / 1024:,.1f} KiB", f"{v.token_percent:.1f}%"]
