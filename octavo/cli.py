@@ -18,7 +18,7 @@ __all__ = ["engine_config", "main", "make_parser"]
 def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lambda: None) -> int:
     """Runs one command. What a person can mend is one sentence on stderr and exit code 1; wrong usage is 2.
 
-    imported: is called once the command's module is imported, before it runs.
+    imported: is called once the command's modules are imported, before it runs.
     """
     _open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lam
     try:
         command, given = COMMANDS[name], with_dashes(rest)
         module = importlib.import_module(command.module)
-        imported()
         # Intermixed, or flags before MODEL that take several values would hide it.
         args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
+        if command.needs is not None:
+            importlib.import_module(command.needs)
+        imported()
         return int(module.run(args, engine_config(args), _started()))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)

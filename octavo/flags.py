@@ -31,7 +31,8 @@ class Command:
     """A command: its module offers add_arguments(parser) and run(args, config, started) -> exit code.
 
     engine: the fields of EngineConfig that it uses, which are the ones it takes as flags. model: what MODEL may be; empty where
-    it takes none. mode: handed to add_arguments too, where one module has several commands.
+    it takes none. mode: handed to add_arguments too, where one module has several commands. needs: a module that run() imports
+    first of all; main imports it, while Ctrl-C can still end the process between two imports of torch's.
     """
 
     module: str
@@ -40,10 +41,12 @@ class Command:
     engine: tuple[str, ...]
     model: str = "checkpoint directory (default: the embedded demo model)"
     mode: str | None = None
+    needs: str | None = None
 
 
-def _bench(mode: str, help: str, example: str, engine: tuple[str, ...] = BENCHED, **more: str) -> Command:
-    return Command("octavo.tools.bench.bench", help, f"octavo bench {mode} {example}", engine, mode=mode, **more)
+def _bench(mode: str, help: str, example: str) -> Command:
+    line = f"octavo bench {mode} {example}"
+    return Command("octavo.tools.bench.bench", help, line, BENCHED, mode=mode, needs="octavo.engine.core")
 
 
 COMMANDS = {
@@ -78,10 +81,18 @@ COMMANDS = {
         "measure what each FP8 scheme and KV cache costs in accuracy",
         "octavo compare ./Llama-3.1-8B-Instruct --auto 0.3%",
         (*LOADING, "calculate_kv_scales", "block_size", "max_num_batched_tokens", "enforce_eager", "threads"),
+        needs="octavo.tools.compare.search",
     ),
     "bench throughput": _bench("throughput", "measure tokens a second, all requests at once", "./Llama-3.1-8B -q ptpc_fp8"),
     "bench latency": _bench("latency", "measure the waits of each request", "./Llama-3.1-8B --num-requests 1"),
-    "bench serve": _bench("serve", "measure a running server as its clients see it", "--workload A", ("seed",), model=""),
+    "bench serve": Command(
+        "octavo.tools.bench.bench",
+        "measure a running server as its clients see it",
+        "octavo bench serve --workload A",
+        ("seed",),
+        model="",
+        mode="serve",
+    ),
     "bench profile": _bench("profile", "show where the time of a step goes", "./Llama-3.1-8B --png profile.png"),
 }
 BENCH = "measure throughput and latency, beside what the machine could do at most"

@@ -138,7 +138,7 @@ async def serve(
         engine = await loading
     except asyncio.CancelledError:
         say("octavo: stopped while loading.")
-        return 0
+        return ending.exit_code
     finally:
         progress.close()
     try:

@@ -22,7 +22,7 @@ from octavo.errors import OctavoError
 __all__ = ["Local", "Remote", "add_arguments", "run"]
 
 DEFAULT_URL = "http://localhost:8000"
-HELP = "At the prompt: /clear forgets what was said, /quit or Ctrl-D leaves, /help lists these; Ctrl-C stops an answer."
+HELP = "At the prompt, /clear forgets what was said, /quit or Ctrl-D leaves, /help lists these.\nCtrl-C stops an answer."
 LEAVE = ("/quit", "/exit", "/bye", "exit", "quit")
 Event = dict[str, Any]
 T = TypeVar("T")
