@@ -130,8 +130,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if match := re.search(r"unrecognized arguments: (--?[\w-]+)", message):
-            elsewhere = {flag: field.name for field in config_fields() for flag in _spellings(field)}
-            if match[1] in elsewhere:
+            elsewhere = [flag for field in config_fields() for flag in _spellings(field)]
+            if match[1].replace("--no-", "--", 1) in elsewhere:
                 message = f"{match[1]} is a flag of octavo serve that this command has no use for"
             else:
                 message += nearest(match[1], self._option_string_actions)
