@@ -38,6 +38,8 @@ KV_CACHE_DTYPES = {
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 
 
+# What vLLM's users pass for a checkpoint that is quantized already.
+CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "gptq", "awq", "bitsandbytes", "gguf", "mxfp4")
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
 IGNORED = "taken from vLLM's command line, without effect"
@@ -45,10 +47,15 @@ IGNORED = "taken from vLLM's command line, without effect"
 
 def canonical(option: str, value: str, known: dict[str, str]) -> str:
     """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
-    if value in known:
-        return known[value]
-    near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.0)
-    raise OctavoError(f"{option} '{value}' is not known; did you mean '{near[0]}'? Known are: {', '.join(known)}.")
+    if (name := known.get(value, known.get(value.lower()))) is not None:
+        return name
+    if option == "--quantization" and value.lower() in CHECKPOINT_FORMATS:
+        raise OctavoError(
+            f"{option} {value} is a format of checkpoints, and the checkpoint says itself which it has: leave {option} out."
+        )
+    near = difflib.get_close_matches(value.lower(), known, n=1)
+    hint = f"; did you mean '{near[0]}'? Known" if near else "; known"
+    raise OctavoError(f"{option} '{value}' is not known{hint} are: {', '.join(known)}.")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

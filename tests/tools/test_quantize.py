@@ -622,3 +622,15 @@ def test_a_flag_over_a_quantized_checkpoint_is_said_to_leave_it(tmp_path: Path) 
     assert main(["quantize", str(MODEL_DIR), "-o", str(out), "--scheme", "fp8"]) == 0
     report = LLM(out, quantization="ptpc_fp8", device="cpu", threads=1).info.report
     assert "note: layers stored as fp8 keep their codes; ptpc_fp8 is for those in BF16" in report
+
+
+def test_the_same_command_again_finds_its_work_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, line = tmp_path / "out", ["quantize", str(MODEL_DIR), "-o", str(tmp_path / "out")]
+    assert main(line) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    assert main(line) == 0
+    assert f"{out} is finished already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert main([*line, "--scheme", "fp8"]) == 1
+    assert "with other settings" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from octavo.tools.plan.roofline import is_index
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.towers import VISION
 from octavo.tools.plan.variants import Plan
+from octavo.tools.rich_tables import gb
 
-__all__ = ["Group", "asked_variant", "command", "gb", "groups", "notes", "refusals", "verdict"]
+__all__ = ["Group", "asked_variant", "command", "groups", "notes", "refusals", "verdict"]
 
 ALIGNMENT = 16  # octavo.platform.Platform.fp8_alignment
 
@@ -35,14 +36,6 @@ class Group:
     tensors: int = 0
     nbytes: int = 0
     remarks: list[str] = field(default_factory=list)
-
-
-def gb(count: float) -> str:
-    """Bytes for a person, in powers of ten: 811.7 GB, 11.5 MB, 68.6 kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def groups(plan: Plan) -> list[Group]:

@@ -13,12 +13,12 @@ from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools.json_numbers import json_text
 from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
-from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals, verdict
+from octavo.tools.plan.explain import asked_variant, command, groups, notes, refusals, verdict
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
-from octavo.tools.rich_tables import console, table
+from octavo.tools.rich_tables import console, gb, table
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 

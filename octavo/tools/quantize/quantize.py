@@ -21,6 +21,7 @@ from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
 from octavo.tools.quantize.quantize_report import Progress, verify
+from octavo.tools.rich_tables import gb
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
 
 __all__ = ["add_arguments", "quantize_checkpoint", "run"]
@@ -81,12 +82,16 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        with OutputDirectory(output, checkpoint, files, job_of(rules, search)) as directory:
-            with Progress(remaining(plan, directory)) as progress:
-                write_files(plan, directory, platform, search, threads, progress)
-            directory.finish(config, plan.quantization_config())
+        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search))
+        if output.is_dir() and directory.is_complete():
+            say(f"{output} is finished already: made of {model} with these settings")
+        else:
+            with directory:
+                with Progress(remaining(plan, directory)) as progress:
+                    write_files(plan, directory, platform, search, threads, progress)
+                directory.finish(config, plan.quantization_config())
         before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         after = sum(file.nbytes for file in files.values())
-        say(f"{output}: {after / 1e9:.2f} GB, {100 * after / before:.1f}% of {before / 1e9:.2f} GB")
+        say(f"{output}: {gb(after)}, {100 * after / before:.1f}% of {gb(before)}")
         if check:
             verify(plan, output, platform, threads, say)
