@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -114,7 +115,7 @@ def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Writes what may follow a flag once, after all of its spellings."""
+    """Writes what may follow a flag once, after all of its spellings, and breaks no flag and no name at its hyphens."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -122,7 +123,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
+        values = action.metavar if isinstance(action.metavar, str) else self._format_args(action, action.dest.upper())
+        return f"{', '.join(action.option_strings)} {values}{' ...' if action.nargs == '+' else ''}"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):

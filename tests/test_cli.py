@@ -92,6 +92,7 @@ def test_flags(line: str, name: str, value: object) -> None:
         ("compare -q fp8", 2, "-q is a flag of octavo serve that this command has no use for"),
         ("bench serve --shape qwen3-8b", 2, "unrecognized arguments: --shape"),
         ("chat --device cpu 127.0.0.1:9", 1, "octavo: --device is for a model that this command loads, and the server at"),
+        ("chat . --api-key K", 1, "octavo: --api-key is for a server, and . is a directory; leave it out."),
         ("chat localhost:9/v1", 1, "octavo: No server answers at http://localhost:9; start one with"),
         ("help sevre", 2, "octavo: 'sevre' is not a command; did you mean serve (see octavo --help)"),
         ("chat http://127.0.0.1:9", 1, "octavo: No server answers at http://127.0.0.1:9; start one with"),

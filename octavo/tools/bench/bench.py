@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, mode: str) -> None:
             "--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="the server's (default: $OPENAI_API_KEY)"
         )
         return
-    known = "{" + ",".join(KNOWN) + "}"
+    known = ", ".join(KNOWN)
     group.add_argument(
         "--shape", metavar="NAME", help=f"random weights of a known shape, FP8 where it is published so: {known}"
     )

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", metavar="TEXT", help="what the model is told first")
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own)")
-    group.add_argument(
-        "--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="the server's (default: $OPENAI_API_KEY)"
-    )
+    group.add_argument("--api-key", metavar="KEY", help="the server's (default: $OPENAI_API_KEY)")
 
 
 class Backend(Protocol):
@@ -52,7 +50,9 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     url = _url(args.model)
     if url is not None:
         _refuse_engine_flags(args, url)
-    backend: Backend = Remote(url, args.api_key) if url is not None else Local(args, config)
+    elif args.api_key is not None:
+        raise OctavoError(f"--api-key is for a server, and {args.model} is a directory; leave it out.")
+    backend: Backend = Remote(url, args.api_key or os.environ.get("OPENAI_API_KEY")) if url is not None else Local(args, config)
     with closing(backend):
         if sys.stdin is not None and sys.stdin.isatty():
             _converse(backend, args)
