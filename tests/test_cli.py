@@ -177,7 +177,7 @@ def test_what_is_ignored_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--swap-space 4 --trust-remote-code --enable-chunked-prefill --chat-template /nowhere"
     assert main(["serve", *flags.split()]) == 1
     first = capsys.readouterr().err.splitlines()[0]
-    assert first == "octavo: ignoring --trust-remote-code, --enable-chunked-prefill, --swap-space, which have no effect here."
+    assert first == "octavo: taken without effect: --trust-remote-code, --enable-chunked-prefill, --swap-space."
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

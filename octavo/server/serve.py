@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     if ignored := ignored_flags(args):
-        say(f"octavo: ignoring {', '.join(ignored)}, which have no effect here.")
+        say(f"octavo: taken without effect: {', '.join(ignored)}.")
     template = read_template(args.chat_template)
     check_templates(config.model, template)
     keys = api_keys(args.api_key)
