@@ -6,13 +6,16 @@ llm = LLM("path/to/checkpoint", quantization="ptpc_fp8", kv_cache_dtype="fp8")
 print(llm.generate(["def read(self"], SamplingParams(max_tokens=32))[0].outputs[0].text)
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
 from octavo.version import __version__
 
 __all__ = ["LLM", "CompletionOutput", "OctavoError", "RequestOutput", "SamplingParams", "__version__"]
 
+TYPE_CHECKING = False  # checkers take it for typing's, whose import would be most of this one's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from octavo.errors import OctavoError
     from octavo.frontend.llm import LLM
     from octavo.frontend.outputs import CompletionOutput, RequestOutput

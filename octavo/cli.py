@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import importlib
 import os
-import re
 import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
 
-from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError, shortage
-from octavo.files import snapshot_of
+from octavo.flags import BENCH, COMMANDS, command_of, engine_config, make_parser, nearest, with_dashes
 from octavo.version import __version__
 
-__all__ = ["COMMANDS", "Command", "engine_config", "main", "make_parser"]
+__all__ = ["engine_config", "main", "make_parser"]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command: its module offers add_arguments(parser) and run(args, config, started) -> exit code."""
+def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lambda: None) -> int:
+    """Runs one command. What a person can mend is one sentence on stderr and exit code 1; wrong usage is 2.
 
-    module: str
-    help: str
-    modes: tuple[str, ...] = ()  # what the word after the command may be, where it takes one
-
-
-COMMANDS = {
-    "serve": Command("octavo.server.serve", "serve a model over HTTP, with OpenAI's API"),
-    "quantize": Command("octavo.tools.quantize.quantize", "write an FP8 checkpoint to keep"),
-    "chat": Command("octavo.tools.chat.terminal", "talk to a running server or to a model"),
-    "plan": Command("octavo.tools.plan.plan", "say what fits and how fast it could be, before a weight is read"),
-    "compare": Command("octavo.tools.compare.compare", "measure what each FP8 scheme and KV cache costs in accuracy"),
-    "bench": Command(
-        "octavo.tools.bench.bench",
-        "measure throughput and latency, beside what the machine could do at most",
-        modes=("throughput", "latency", "serve", "profile"),
-    ),
-}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. What a person can mend is one sentence on stderr and exit code 1; wrong usage is 2."""
+    imported: is called once the command's modules are imported, before it runs.
+    """
+    _open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "--version", "-V"):
-        print(f"octavo {__version__}" if arguments and arguments[0] in ("--version", "-V") else _overview())
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
         return 0
-    name = arguments[0]
+    if arguments[0] in ("--version", "-V"):
+        print(f"octavo {__version__}")
+        return 0
+    name, rest = command_of(arguments)
     if name not in COMMANDS:
-        print(f"octavo: '{name}' is not a command{_nearest(name, COMMANDS)} (see octavo --help)", file=sys.stderr)
-        return 2
+        return _no_command(name, rest)
     try:
-        module = importlib.import_module(COMMANDS[name].module)
-        # Intermixed, or flags between a mode and MODEL would hide the latter.
-        given = _mode_first(_with_dashes(arguments[1:]), COMMANDS[name].modes)
+        command, given = COMMANDS[name], with_dashes(rest)
+        module = importlib.import_module(command.module)
+        # Intermixed, or flags before MODEL that take several values would hide it.
         args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
+        if command.needs is not None:
+            importlib.import_module(command.needs)
+        imported()
         return int(module.run(args, engine_config(args), _started()))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
@@ -84,90 +64,58 @@ def _of_system(error: OSError) -> str:
     return f"{error.strerror or error}{name[:200]}."
 
 
-def _mode_first(arguments: list[str], modes: Sequence[str]) -> list[str]:
-    """`octavo bench --profile` means `octavo bench profile`."""
-    flag = next((argument for argument in arguments if argument.removeprefix("--") in modes and argument not in modes), None)
-    return arguments if flag is None else [flag.removeprefix("--"), *(one for one in arguments if one != flag)]
+def _open_standard_streams() -> None:
+    """Opens /dev/null in place of standard streams that are closed.
+
+    Sockets and files that are opened later would take their numbers, and libraries which write to standard error by its number
+    would write into them.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (it stays open)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
-    usage = "usage: octavo COMMAND ...\n       octavo COMMAND --help\n\nServes large language models in FP8.\n\ncommands:\n"
-    return usage + "\n".join(lines)
+def _no_command(name: str, rest: Sequence[str]) -> int:
+    """Answers a word that is no command, and a command that needs a mode and has none."""
+    modes = [full.partition(" ")[2] for full in COMMANDS if full.startswith(f"{name} ")]
+    if modes and rest and rest[0] in ("-h", "--help"):
+        print(_overview(name))
+        return 0
+    if modes:
+        word = f"'{rest[0]}' is no mode{nearest(rest[0], modes)}" if rest else "a mode is missing"
+        print(f"octavo {name}: {word}; the modes are {', '.join(modes)} (see octavo {name} --help)", file=sys.stderr)
+        return 2
+    known = {full.partition(" ")[0] for full in COMMANDS}
+    print(
+        f"octavo: '{name}' is not a command{nearest(name, [*known, 'help', '--version'])} (see octavo --help)", file=sys.stderr
+    )
+    return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that suggests the flag that was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        if match := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            message += _nearest(match[1], self._option_string_actions)
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def make_parser(name: str, add_arguments: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
-    """The parser of one command: its own flags, and the engine's as EngineConfig declares them."""
-    parser = _Parser(prog=f"octavo {name}", description=COMMANDS[name].help, allow_abbrev=False)
-    if modes := COMMANDS[name].modes:
-        parser.add_argument("mode", choices=modes, metavar="MODE", help=", ".join(modes))
-    parser.add_argument("target", nargs="?", metavar="MODEL", help="checkpoint directory; without one, the embedded demo model")
-    add_arguments(parser)
-    group = parser.add_argument_group("engine")
-    types_of = typing.get_type_hints(EngineConfig)
-    for field in config_fields():
-        flags = [flag for flag in (field.metadata.get("short"), flag_of(field.name)) if flag]
-        group.add_argument(*flags, dest=field.name, default=None, **_shape(types_of[field.name], field))
-    return parser
-
-
-def _shape(kind: Any, field: Any) -> dict[str, Any]:
-    """How argparse should read a field of this type."""
-    default = "" if field.default in (None, (), "", False) else f" ({'on' if field.default is True else field.default})"
-    shape: dict[str, Any] = {"help": (field.metadata["help"] + default).replace("%", "%%")}
-    if isinstance(kind, types.UnionType):  # `int | None`: the None is "not given"
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    if kind is bool:
-        return {**shape, "action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is tuple:
-        return {**shape, "nargs": "+", "action": "extend", "metavar": field.name.split("_")[-1].upper()}
-    metavar = {int: "N", float: "X", str: "NAME"}[kind]
-    return {**shape, "type": _count if kind is int else kind, "metavar": metavar}
-
-
-def _count(text: str) -> int:
-    """An integer; 32k is 32,000 and 32K is 32,768, as the peers read them."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG])", text):
-        power = "kmg".index(match[2].lower()) + 1
-        return int(float(match[1]) * (1000 if match[2].islower() else 1024) ** power)
-    return int(text)
-
-
-_count.__name__ = "integer"  # argparse says "invalid integer value"
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration as the command line gives it. The model may come as a flag or on its own."""
-    if args.model is None:
-        args.model = args.target
-    elif args.target not in (None, args.model):
-        raise OctavoError(f"Two models were given, {args.target} and --model {args.model}; give one.")
-    if args.model is not None and not args.model.strip():  # such as an unset variable of a shell
-        raise OctavoError("The model's name is empty; give a checkpoint directory, or nothing at all for the demo model.")
-    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
-    if "model" in given:
-        given["model"] = snapshot_of(given["model"], args.revision)
-    return EngineConfig(**given)
-
-
-def _with_dashes(arguments: Sequence[str]) -> list[str]:
-    """--max_model_len means --max-model-len."""
-    return [re.sub(r"^--[\w-]+", lambda match: match[0].replace("_", "-"), argument) for argument in arguments]
-
-
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}" if near else ""
+def _overview(of: str = "") -> str:
+    """The commands, a line each; the modes of the command `of`, where one is given."""
+    if of:
+        usage, what, heading = (
+            f"usage: octavo {of} MODE [flags]\n       octavo {of} MODE --help",
+            f"{BENCH.capitalize()}.",
+            "modes",
+        )
+        helps = {name.partition(" ")[2]: command.help for name, command in COMMANDS.items() if name.startswith(f"{of} ")}
+        example = f"octavo {of} throughput --quantization ptpc_fp8"
+    else:
+        usage = "usage: octavo COMMAND [flags]\n       octavo help COMMAND\n       octavo --version"
+        what, heading = "Serves large language models in FP8.", "commands"
+        helps = {name: command.help for name, command in COMMANDS.items() if " " not in name}
+        helps |= {"bench": BENCH, "help": "list the flags of a command: octavo help serve"}
+        example = "octavo serve --quantization ptpc_fp8 --kv-cache-dtype fp8"
+    lines = "\n".join(f"  {name:10}  {help}" for name, help in helps.items())
+    return f"{usage}\n\n{what}\n\n{heading}:\n{lines}\n\nexample, with the embedded demo model:\n  {example}"
 
 
 def _started() -> float:

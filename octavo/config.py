@@ -11,7 +11,7 @@ from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
+__all__ = ["IGNORED", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
 # What a user may type -> the scheme's name. The keys on the left are the peers' spellings.
 QUANTIZATIONS = {
@@ -38,16 +38,31 @@ KV_CACHE_DTYPES = {
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 
 
+# What vLLM's users pass for a checkpoint that is quantized already.
+CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "gptq", "awq", "bitsandbytes", "gguf", "mxfp4")
+# Headings under which the command line shows the fields.
+MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
+IGNORED = "taken from vLLM's command line, without effect"
+
+
 def canonical(option: str, value: str, known: dict[str, str]) -> str:
     """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
-    if value in known:
-        return known[value]
-    near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.0)
-    raise OctavoError(f"{option} '{value}' is not known; did you mean '{near[0]}'? Known are: {', '.join(known)}.")
+    if (name := known.get(value, known.get(value.lower()))) is not None:
+        return name
+    if option == "--quantization" and value.lower() in CHECKPOINT_FORMATS:
+        raise OctavoError(
+            f"{option} {value} is a format of checkpoints, and the checkpoint says itself which it has: leave {option} out."
+        )
+    near = difflib.get_close_matches(value.lower(), known, n=1)
+    hint = f"; did you mean '{near[0]}'? Known" if near else "; known"
+    raise OctavoError(f"{option} '{value}' is not known{hint} are: {', '.join(known)}.")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of EngineConfig that the command line shows with `help`."""
+    """A field of EngineConfig that the command line shows with `help`.
+
+    metadata: `group`, the heading it stands under; `values` or `metavar`, what may follow it; `short`, another spelling.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -55,45 +70,68 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class EngineConfig:
     """Everything that decides what an engine loads and how it runs. Raises OctavoError on a wrong value."""
 
-    model: str = option("", "checkpoint directory; without one, the embedded demo model")
+    model: str = option("", "the same as MODEL", group=MODEL, metavar="DIR")
+    revision: str | None = option(
+        None,
+        "which snapshot of a model's folder in the hub's cache (default: main); no other directory has any",
+        group=MODEL,
+    )
+    dtype: str = option("auto", "of activations and unquantized weights", group=MODEL, values=("auto", "bfloat16", "float32"))
+    device: str = option("auto", "where the model runs", group=MODEL, values=("auto", "cuda", "cpu"))
+    load_format: str = option(
+        "auto", "auto reads safetensors, dummy makes random weights up", group=MODEL, values=("auto", "dummy")
+    )
     quantization: str | None = option(
-        None, "bf16, fp8 (one scale a matrix), ptpc_fp8 (per-channel weights, per-token activations) or fp8_block", short="-q"
+        None,
+        "of weights that the checkpoint has in BF16: fp8 has one scale a matrix, ptpc_fp8 one a channel and one a token of "
+        "activations, fp8_block one a tile of 128 x 128 (default: as the checkpoint is stored)",
+        group=QUANTIZATION,
+        values=("bf16", "fp8", "ptpc_fp8", "fp8_block"),
+        short="-q",
     )
     quantization_ignore: tuple[str, ...] = option(
-        (), "layers to keep in BF16: a name, a glob, or re:REGEX over the checkpoint's module names"
+        (),
+        "layers to keep in BF16: a name, a glob, or re:REGEX over the checkpoint's module names",
+        group=QUANTIZATION,
+        metavar="LAYER",
     )
-    quantize_lm_head: bool = option(False, "quantize lm_head too; with tied embeddings, the one matrix of both")
+    quantize_lm_head: bool = option(
+        False, "quantize lm_head too; with tied embeddings, the one matrix of both", group=QUANTIZATION
+    )
     quantization_config: str | None = option(
-        None, "file that `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16"
+        None,
+        "what `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16",
+        group=QUANTIZATION,
+        metavar="FILE",
     )
     save_quantized: str | None = option(
-        None, "directory for a checkpoint of the quantized weights: written once, and read by the starts that follow"
+        None,
+        "where a checkpoint of the quantized weights is kept: written once, and read by the starts that follow",
+        group=QUANTIZATION,
+        metavar="DIR",
     )
     kv_cache_dtype: str = option(
-        "auto", "auto, bfloat16, fp8 (= fp8_e4m3; MLA's is fp8_ds_mla), fp8_e5m2 or fp8_per_token_head"
+        "auto",
+        "auto is the model's own, fp8 means fp8_e4m3 (MLA's is fp8_ds_mla)",
+        group=QUANTIZATION,
+        values=("auto", "bfloat16", "fp8", "fp8_e5m2", "fp8_per_token_head"),
     )
-    calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0")
-    dtype: str = option("auto", "activations and unquantized weights: auto, bfloat16 or float32")
-    device: str = option("auto", "auto, cuda or cpu")
-    load_format: str = option("auto", "auto (safetensors) or dummy (random weights)")
-    max_model_len: int | None = option(None, "longest prompt plus output in tokens; default: the model's own")
-    gpu_memory_utilization: float = option(0.9, "part of the accelerator's memory to use, 0 to 1")
+    calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0", group=QUANTIZATION)
+    max_model_len: int | None = option(None, "longest prompt plus output in tokens (default: the model's own)", group=MEMORY)
+    gpu_memory_utilization: float = option(0.9, "part of the accelerator's memory to use, 0 to 1", group=MEMORY)
     cpu_kv_cache_gib: float | None = option(
-        None, "KV cache on a CPU in GiB; default: 4, or half of the memory that is available if that is less"
+        None, "KV cache on a CPU in GiB (default: 4, or half of the memory that is available if that is less)", group=MEMORY
     )
-    block_size: int | None = option(None, "tokens in a block of KV cache; default: 64, on a CPU 16")
-    max_num_seqs: int = option(256, "most requests in one step")
-    max_num_batched_tokens: int | None = option(None, "most tokens in one step; default: 8192, on a CPU 2048")
-    enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes")
-    tensor_parallel_size: int = option(1, "accelerators that one layer is split over", short="-tp")
-    enforce_eager: bool = option(False, "never capture graphs")
-    seed: int = option(0, "seed of the requests that bring none")
-    threads: int | None = option(None, "CPU threads; default: all cores this process may use")
-    revision: str | None = option(
-        None, "which snapshot of a model's folder in the hub's cache (main); no other directory has any"
-    )
-    trust_remote_code: bool = option(False, "accepted for compatibility; Octavo never runs a model's code")
-    limit_mm_per_prompt: str | None = option(None, "accepted for compatibility; text models have no images to limit")
+    block_size: int | None = option(None, "tokens in a block of KV cache (default: 64, on a CPU 16)", group=MEMORY)
+    max_num_seqs: int = option(256, "most requests in one step", group=MEMORY)
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
+    enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
+    tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
+    enforce_eager: bool = option(False, "never capture graphs", group=MEMORY)
+    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", group=MEMORY)
+    seed: int = option(0, "seed of the requests that bring none", group=MEMORY)
+    trust_remote_code: bool = option(False, "Octavo never runs a model's code", group=IGNORED)
+    limit_mm_per_prompt: str | None = option(None, "text models have no images to limit", group=IGNORED, metavar="JSON")
 
     def block_size_on(self, cpu: bool) -> int:
         """Tokens in a block: a GPU reads a block of 64 whole, a CPU gains nothing from more than 16."""

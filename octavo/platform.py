@@ -80,7 +80,8 @@ class Platform:
     @cached_property
     def name(self) -> str:
         if self.is_cpu:
-            return f"CPU ({self.arch}, {torch.get_num_threads()} threads)"
+            threads = torch.get_num_threads()
+            return f"CPU ({self.arch}, {threads} thread{'s' if threads > 1 else ''})"
         return f"{torch.cuda.get_device_name(self.device)} ({self.arch})"
 
     def memory(self) -> tuple[int, int]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,14 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli import _with_dashes, engine_config, main, make_parser
-from octavo.config import EngineConfig, config_fields, flag_of
+import octavo
+from octavo.cli import engine_config, main, make_parser
+from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, config_fields, flag_of
+from octavo.flags import COMMANDS, with_dashes
 from octavo.server import serve
+from octavo.server.parsers.registry import REASONING_NAMES, TOOL_CALL_NAMES, choose_parser, choose_reasoning_parser
+from octavo.tools.quantize import quantize
 from octavo.version import __version__
 
 
 def parse(line: str) -> tuple[argparse.Namespace, EngineConfig]:
-    args = make_parser("serve", serve.add_arguments).parse_args(_with_dashes(line.split()))
+    args = make_parser("serve", serve.add_arguments).parse_args(with_dashes(line.split()))
     return args, engine_config(args)
 
 
@@ -46,6 +55,7 @@ def test_every_field_has_its_flag() -> None:
         ("--enable_prefix_caching", "enable_prefix_caching", True),
         ("--max_model_len=32k", "max_model_len", 32000),
         ("--max-model-len 32K", "max_model_len", 32768),
+        ("-q FP8", "quantization", "fp8"),
         ("-q fp8_per_channel", "quantization", "ptpc_fp8"),
         ("-tp 2", "tensor_parallel_size", 2),
         ("--block-size 32", "block_size", 32),
@@ -62,6 +72,8 @@ def test_flags(line: str, name: str, value: object) -> None:
         ("serve --quantisation fp8", 2, "unrecognized arguments: --quantisation; did you mean --quantization (see"),
         ("serve --max-model-len long", 2, "argument --max-model-len: invalid integer value: 'long'"),
         ("serve --quantization pttc_fp8", 1, "octavo: --quantization 'pttc_fp8' is not known; did you mean 'ptpc_fp8'?"),
+        ("serve -q compressed-tensors", 1, "the checkpoint says itself which it has: leave --quantization out."),
+        ("serve -q nothing-near", 1, "octavo: --quantization 'nothing-near' is not known; known are: none, bf16,"),
         ("serve --max-model-len 0", 1, "octavo: --max-model-len must be positive, not 0."),
         ("serve A --model B", 1, "octavo: Two models were given, A and --model B; give one."),
         ("serve --tool-call-parser hermse", 1, "octavo: --tool-call-parser 'hermse' is not known"),
@@ -73,6 +85,16 @@ def test_flags(line: str, name: str, value: object) -> None:
         ("serve --model= --port 0", 1, "octavo: The model's name is empty"),
         ("serve --port 99999", 2, "argument --port: invalid port value: '99999'"),
         ("serve --host 203.0.113.1", 1, "octavo: Cannot listen on 203.0.113.1 port 8000"),
+        ("serve --served-model-name= --port 0", 1, "octavo: --served-model-name is empty; give a name, or leave it out."),
+        ("quantize --output=", 1, "octavo: --output is empty; give the directory"),
+        ("quantize -o x --max-num-seqs 3", 2, "--max-num-seqs is a flag of octavo serve that this command has no use for"),
+        ("plan --no-enable-prefix-caching", 2, "--no-enable-prefix-caching is a flag of octavo serve that this command"),
+        ("compare -q fp8", 2, "-q is a flag of octavo serve that this command has no use for"),
+        ("bench serve --shape qwen3-8b", 2, "unrecognized arguments: --shape"),
+        ("chat --device cpu 127.0.0.1:9", 1, "octavo: --device is for a model that this command loads, and the server at"),
+        ("chat . --api-key K", 1, "octavo: --api-key is for a server, and . is a directory; leave it out."),
+        ("chat localhost:9/v1", 1, "octavo: No server answers at http://localhost:9; start one with"),
+        ("help sevre", 2, "octavo: 'sevre' is not a command; did you mean serve (see octavo --help)"),
         ("chat http://127.0.0.1:9", 1, "octavo: No server answers at http://127.0.0.1:9; start one with"),
     ],
 )
@@ -95,18 +117,118 @@ def test_an_occupied_port_is_told_before_anything_is_loaded(tmp_path: Path, caps
     assert capsys.readouterr().err == f"octavo: Port {port} is in use; stop what uses it, or choose another with --port.\n"
 
 
+def made(name: str) -> argparse.ArgumentParser:
+    return make_parser(name, importlib.import_module(COMMANDS[name].module).add_arguments)
+
+
+def sections(name: str) -> dict[str, str]:
+    """The groups of a command's help: heading -> text."""
+    parts = re.split(r"(?m)^(\S.*):\n", made(name).format_help())
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_serve_lists_its_flags_in_groups() -> None:
+    found = sections("serve")
+    flags = {
+        "model": ["--dtype {auto,bfloat16,float32}", "--load-format {auto,dummy}"],
+        "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block}", "--save-quantized DIR"],
+        "memory and scheduling": ["--max-num-seqs N", "-tp, --tensor-parallel-size N", "(default: 256)"],
+        "parsers and templates": ["--chat-template FILE", "--tool-call-parser {hermes,", "--reasoning-parser {qwen3,"],
+        "HTTP and security": ["--host ADDRESS", "--api-key KEY", "--allowed-origins"],
+        "logging, timeouts and shutdown": ["--uvicorn-log-level {critical,", "--shutdown-timeout SECONDS"],
+        "taken from vLLM's command line, without effect": ["--trust-remote-code", "--swap-space", "--tokenizer-mode"],
+    }
+    assert list(found) == ["positional arguments", "options", *flags, "example"]
+    assert found["options"].split() == ["-h,", "--help", "show", "this", "help", "message", "and", "exit"]
+    assert [(heading, flag) for heading, those in flags.items() for flag in those if flag not in found[heading]] == []
+
+
+def test_an_example_is_a_line_that_its_command_takes() -> None:
+    for name in COMMANDS:
+        line = sections(name)["example"].strip()
+        assert line.startswith(f"octavo {name} ")
+        nothing = made(name).parse_intermixed_args(["-o", "x"] if name == "quantize" else [])
+        assert vars(made(name).parse_intermixed_args(shlex.split(line)[1 + len(name.split()) :])) != vars(nothing)
+
+
+def test_quantize_takes_of_the_engines_flags_what_it_reads() -> None:
+    """Of the configuration it is given; the revision is part of what the model's path comes from."""
+    read = set(re.findall(r"\bconfig\.(\w+)", inspect.getsource(quantize.run)))
+    assert read == {*COMMANDS["quantize"].engine} - {"revision"}
+
+
+def test_values_that_the_help_lists_are_taken() -> None:
+    for field in config_fields():
+        for value in field.metadata.get("values", ()):
+            EngineConfig(**{field.name: value})
+    for name in TOOL_CALL_NAMES:
+        assert choose_parser(name, None, "") == name
+    for name in REASONING_NAMES:
+        choose_reasoning_parser(name, "")
+    for flag in ("--scheme", "--kv"):
+        known = QUANTIZATIONS if flag == "--scheme" else KV_CACHE_DTYPES
+        listed = re.search(rf"{flag} {{(.*?)}}", made("compare").format_help())
+        assert listed is not None
+        assert set(listed[1].split(",")) <= set(known)
+
+
+def test_what_is_ignored_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line; --chat-template ends this run before a port is bound."""
+    flags = "--swap-space 4 --trust-remote-code --enable-chunked-prefill --chat-template /nowhere"
+    assert main(["serve", *flags.split()]) == 1
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "octavo: taken without effect: --trust-remote-code, --enable-chunked-prefill, --swap-space."
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"octavo {__version__}\n"
-    assert main([]) == main(["--help"]) == 0
-    assert "serve" in capsys.readouterr().out
+    for flag in ("--version", "-V"):
+        assert main([flag]) == 0
+        assert capsys.readouterr().out == f"octavo {__version__}\n"
+    assert main([]) == main(["--help"]) == main(["help"]) == 0
+    overview = capsys.readouterr().out
+    assert overview == 3 * overview[: len(overview) // 3]
+    for name in {full.split()[0] for full in COMMANDS}:
+        assert f"\n  {name} " in overview
+    assert main(["help", "bench"]) == 0
+    assert "\n  profile " in capsys.readouterr().out
+    for name in ("plan", "bench serve"):
+        with pytest.raises(SystemExit) as exit:
+            main(["help", *name.split()])
+        assert (exit.value.code, capsys.readouterr().out) == (0, made(name).format_help())
 
 
 def test_help_brings_nothing_slow() -> None:
-    code = "import sys; from octavo.cli import main; main(['--help']); main(['serve', '--version'])"
-    code = code.replace("main(['serve', '--version'])", "import octavo.server.app; assert 'torch' not in sys.modules")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
-    code = "import sys; from octavo.cli import main; main(['--help']); print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    for slow in ("torch", "transformers", "pydantic", "starlette", "uvicorn", "numpy", "tokenizers"):
-        assert f"'{slow}'" not in loaded
+    code = "import sys; from octavo.__main__ import main; sys.argv[1:] = {}\ntry: main()\nfinally: print(sorted(sys.modules))"
+    slow = "torch", "transformers", "pydantic", "starlette", "uvicorn", "numpy", "tokenizers"
+    for words, not_loaded in ((["--help"], slow), (["serve", "--help"], slow[:2]), (["chat", "--help"], slow)):
+        done = subprocess.run([sys.executable, "-c", code.format(words)], check=True, capture_output=True, text=True)
+        assert done.stderr == ""
+        loaded = done.stdout.splitlines()[-1]
+        assert [name for name in not_loaded if f"'{name}'" in loaded] == []
+
+
+@pytest.mark.parametrize(("module", "line"), [("difflib", "--help"), ("torch", "quantize -o x"), ("torch", "compare")])
+def test_ctrl_c_while_modules_are_imported(module: str, line: str, tmp_path: Path) -> None:
+    """Neither a traceback nor what an extension module makes of the exception."""
+    code = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT); [None for _ in range(1000)]\n"
+    code += "except KeyboardInterrupt: raise ImportError('cannot load module more than once per process')\n"
+    (tmp_path / f"{module}.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), str(Path(octavo.__file__).parents[1])])
+    command = [sys.executable, "-m", "octavo", *line.split()]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_closed_standard_streams_stay_nobody_elses(tmp_path: Path) -> None:
+    """What is opened later must not get their numbers: what a library writes to standard error would go into it."""
+    code = """
+import os, sys
+from octavo.cli import main
+codes = main(["--version"]), main(["nonsense"])
+found = *codes, os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev, os.open("/", os.O_RDONLY) > 2
+open(sys.argv[1], "w").write(repr(found))
+"""
+    told = tmp_path / "told"
+    shell = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, str(told)]
+    assert subprocess.run(shell, timeout=60).returncode == 0
+    assert told.read_text() == "(0, 2, True, True)"

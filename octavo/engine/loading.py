@@ -149,7 +149,7 @@ def load_model(
         loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
     if config.quantize_lm_head and not scheme.quantized:
         rules.head_scheme = checkpoint_scheme(loader)
-    verb = "loading" if not scheme.quantized else f"loading and quantizing ({scheme.name})"
+    verb = "loading" if not scheme.quantized else f"loading as {scheme.name}"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
     module = cast("nn.Module", model)
@@ -160,7 +160,7 @@ def load_model(
     seconds = time.perf_counter() - began
     if isinstance(source, SafetensorsSource):
         read = source.bytes_read
-        loader.report.note(f"loaded in {seconds:.1f} s: {read / 1e9:.2f} GB at {read / 1e9 / seconds:.2f} GB/s")
+        loader.report.note(f"loaded in {seconds:.2f} s: {read / 1e6:,.1f} MB at {read / 1e9 / seconds:.2f} GB/s")
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report, complete

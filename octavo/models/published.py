@@ -144,9 +144,9 @@ def known_config(name: str) -> tuple[str, Config] | None:
 def unknown_model(name: str) -> OctavoError:
     """What to say about a name that is neither known nor a path."""
     near = difflib.get_close_matches(_plain(name), {_plain(known): known for known in KNOWN}, n=1)
-    hint = next((f"did you mean '{known}'? " for known in KNOWN if near and _plain(known) == near[0]), "")
+    hint = next((f"; did you mean '{known}'?" for known in KNOWN if near and _plain(known) == near[0]), ".")
     return OctavoError(
-        f"'{name}' is no directory, no config.json and no model that is known by name; {hint}Known are: {', '.join(KNOWN)}."
+        f"'{name}' is no directory, no config.json and no model that is known by name{hint} Known names: {', '.join(KNOWN)}."
     )
 
 

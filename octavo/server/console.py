@@ -41,7 +41,13 @@ async def greet(served: Served, listening: Callable[[], bool], address: str, dem
         print(f"\nTry it:\n  curl {local}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n")
     while not listening():
         await asyncio.sleep(0.005)
-    print(f"Octavo is ready on {address} ({time.time() - started:.1f} s)", flush=True)
+    print(f"Octavo is ready on {_reachable(address)} ({time.time() - started:.1f} s)", flush=True)
+
+
+def _reachable(address: str) -> str:
+    """A URL that can be opened, where the server listens on all addresses."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    return f"http://localhost:{port} and this machine's other addresses" if host in ("0.0.0.0", "[::]") else address
 
 
 async def _show(served: Served) -> None:

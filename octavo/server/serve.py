@@ -19,7 +19,7 @@ from octavo.files import check_directory, read_text
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.process_limits import set_limits
-from octavo.server.serve_arguments import add_arguments
+from octavo.server.serve_arguments import add_arguments, ignored_flags
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_note
@@ -37,12 +37,16 @@ KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server tha
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     set_limits()
+    if any(not name.strip() for name in args.served_model_name or ()):
+        raise OctavoError("--served-model-name is empty; give a name, or leave it out.")
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
     check_directory(Path(config.model))
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
+    if ignored := ignored_flags(args):
+        say(f"octavo: taken without effect: {', '.join(ignored)}.")
     template = read_template(args.chat_template)
     check_templates(config.model, template)
     keys = api_keys(args.api_key)
@@ -134,7 +138,7 @@ async def serve(
         engine = await loading
     except asyncio.CancelledError:
         say("octavo: stopped while loading.")
-        return 0
+        return ending.exit_code
     finally:
         progress.close()
     try:

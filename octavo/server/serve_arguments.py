@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
-__all__ = ["IGNORED", "add_arguments"]
+from octavo.config import IGNORED as IGNORED_FIELDS
+from octavo.config import config_fields, flag_of
+from octavo.server.parsers.registry import REASONING_NAMES, TOOL_CALL_NAMES
+
+__all__ = ["IGNORED", "add_arguments", "ignored_flags"]
 
 # What the peer takes and Octavo decides by itself, does always or never needs: flag -> whether a value follows.
 IGNORED = {
@@ -29,61 +34,107 @@ IGNORED = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The server's own flags; the engine's are added by the command line."""
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")
-    group.add_argument("--port", type=_port, default=8000, help="port to listen on (%(default)s); 0 takes a free one")
+    group = parser.add_argument_group("parsers and templates")
     group.add_argument(
-        "--api-key", nargs="+", action="extend", default=None, metavar="KEY", help="one of these keys is asked for"
+        "--chat-template", metavar="FILE", help="a jinja file, or the template itself (default: the checkpoint's own)"
     )
-    group.add_argument("--served-model-name", nargs="+", default=None, metavar="NAME", help="names of the model in the API")
-    group.add_argument("--chat-template", metavar="FILE", help="a jinja file, or the template itself, for the checkpoint's own")
     group.add_argument(
         "--chat-template-content-format",
         default="auto",
-        metavar="FORM",
-        help="of content that the template reads: string, openai (a list of parts) or auto, which looks into it (%(default)s)",
+        metavar="{auto,string,openai}",
+        help="of content that the template reads: text, a list of parts, or what it shows itself (default: %(default)s)",
     )
     group.add_argument(
         "--tool-call-parser",
-        metavar="NAME",
-        help="hermes, llama3_json, mistral, qwen3_coder, glm45, minimax_m2, deepseek_v3, deepseek_v31, deepseek_v32 or "
-        "kimi_k2; default: by the model",
+        metavar=f"{{{','.join(TOOL_CALL_NAMES)}}}",
+        help="the format of a model's tool calls (default: by its chat template or family)",
     )
     group.add_argument(
         "--reasoning-parser",
-        metavar="NAME",
-        help="qwen3, deepseek_r1, deepseek_v3, kimi_k2, glm45 or minimax_m2 split thinking from content, "
-        "minimax_m2_append_think marks it there, none leaves it; default: by the model",
+        metavar=f"{{{','.join(REASONING_NAMES)}}}",
+        help="splits thinking from content; minimax_m2_append_think marks it there, none leaves it (default: by the model)",
+    )
+    _add_http(parser.add_argument_group("HTTP and security"))
+    _add_ending(parser.add_argument_group("logging, timeouts and shutdown"))
+    shown = textwrap.fill(
+        f"{', '.join(_all_ignored())}. The server says at start which were given.", 76, break_on_hyphens=False
+    )
+    ignored = parser.add_argument_group(IGNORED_FIELDS, shown)
+    for flag, takes_value in IGNORED.items():
+        ignored.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
+
+
+def ignored_flags(args: argparse.Namespace) -> list[str]:
+    """Those of the command line that were taken from vLLM's and have no effect."""
+    return [flag for flag in _all_ignored() if getattr(args, flag[2:].replace("-", "_")) not in (None, False)]
+
+
+def _all_ignored() -> list[str]:
+    fields = [flag_of(field.name) for field in config_fields() if field.metadata["group"] == IGNORED_FIELDS]
+    return [*fields, *IGNORED]
+
+
+def _add_http(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--host",
+        default="0.0.0.0",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s, all of this machine's)",
     )
     group.add_argument(
-        "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call; default: all"
+        "--port", type=_port, default=8000, metavar="N", help="port to listen on; 0 takes a free one (default: %(default)s)"
     )
     group.add_argument(
-        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running answers (%(default)s)"
+        "--served-model-name", nargs="+", metavar="NAME", help="the model's names in the API (default: MODEL as it is given)"
     )
     group.add_argument(
-        "--engine-timeout",
-        type=_seconds,
-        default=300.0,
-        metavar="SECONDS",
-        help="/health says 503 when a busy engine makes no step for so long (%(default)s); 0 never does",
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="a request must bring one of these (default: $VLLM_API_KEY; without either, anybody is served)",
+    )
+    group.add_argument(
+        "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may call (default: all)"
+    )
+    group.add_argument(
+        "--max-request-bytes",
+        type=_bytes,
+        default=32 * 2**20,
+        metavar="N",
+        help="longest body that is read (default: %(default)s)",
     )
     group.add_argument(
         "--client-timeout",
         type=_seconds,
         default=60.0,
         metavar="SECONDS",
-        help="for a request to come whole, and for a client to read on (%(default)s); 0 waits for ever",
+        help="for a request to come whole, and for a client to read on; 0 waits for ever (default: %(default)s)",
+    )
+
+
+def _add_ending(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--uvicorn-log-level",
+        type=str.lower,
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        default="warning",
+        help="least severity of uvicorn's messages that are shown (default: %(default)s)",
     )
     group.add_argument(
-        "--max-request-bytes", type=_bytes, default=32 * 2**20, metavar="N", help="longest body that is read (%(default)s)"
+        "--engine-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="/health says 503 when a busy engine makes no step for so long; 0 never does (default: %(default)s)",
     )
-    levels = "critical", "error", "warning", "info", "debug", "trace"
     group.add_argument(
-        "--uvicorn-log-level", type=str.lower, choices=levels, default="warning", metavar="LEVEL", help="%(default)s"
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for running answers to end after a signal (default: %(default)s)",
     )
-    for flag, takes_value in IGNORED.items():
-        group.add_argument(flag, help=argparse.SUPPRESS, action="store" if takes_value else "store_true")
 
 
 def _port(text: str) -> int:

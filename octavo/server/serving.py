@@ -89,7 +89,8 @@ class Served:
     def check_model(self, name: str | None) -> None:
         """Raises a 404 for a model that is not this one. A request without a name means this one."""
         if name is not None and name not in self.names:
-            raise ApiError(404, f"The model '{name}' is not served here; {self.names[0]} is.", "model", "model_not_found")
+            served = f"{' and '.join(self.names)} {'are' if len(self.names) > 1 else 'is'}"
+            raise ApiError(404, f"The model '{name}' is not served here; {served}.", "model", "model_not_found")
 
     async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """The ids of a prompt. Raises InvalidRequest for text far longer than `limit` tokens, by default the context."""

@@ -23,7 +23,8 @@ LAST_WORDS = 1.0  # seconds that answers which were ended get to tell their clie
 class Ending:
     """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once.
 
-    `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew.
+    `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew, and 130 where Ctrl-C stopped a
+    loading.
     """
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
@@ -35,10 +36,11 @@ class Ending:
         self._signals = 0
         self._tasks: list[asyncio.Task[None]] = []
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._signal, number)
 
     def begin_with(self, server: uvicorn.Server, served: Served) -> None:
         """From now on there is a server to stop."""
+        self.exit_code = 0
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
         self._tasks.append(asyncio.ensure_future(_tell_of_stalls(served)))
@@ -50,9 +52,10 @@ class Ending:
         for task in self._tasks:
             task.cancel()
 
-    def _signal(self) -> None:
+    def _signal(self, number: int) -> None:
         self._signals += 1
         if self._server is None:
+            self.exit_code = 130 if number == signal.SIGINT else 0
             self._loading.cancel()
         elif self._signals == 1:
             self._drain_soon()

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-__all__ = ["console", "table"]
+__all__ = ["console", "gb", "table"]
 
 GAP = 2  # columns of a terminal between two of a table
 LEAST = 24  # of a column whose text is wrapped
@@ -21,6 +21,14 @@ def console(width: int) -> Any:
         found = Console(highlight=False, width=max(found.width, width))
     found.print = partial(found.print, crop=False)  # the narrowest terminal wraps a line, and loses nothing
     return found
+
+
+def gb(count: float) -> str:
+    """Bytes for a person, in powers of ten: 811.7 GB, 11.5 MB, 68.6 kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def table(

@@ -102,5 +102,5 @@ def test_an_error_is_one_short_line(client: Client) -> None:
         message = client.post("/v1/completions", {"prompt": "a", "model": model}).json()["error"]["message"]
         assert len(message) <= 900
         assert message.startswith("The model '" + model[:1])
-        assert message.endswith("' is not served here; demo is.")
+        assert message.endswith("' is not served here; demo and other are.")
         assert len(message.splitlines()) == 1

@@ -103,11 +103,12 @@ def test_a_second_signal_ends_at_once(serve: MakeServer) -> None:
         _ends_with_an_error(stream.read())
 
 
-def test_a_signal_while_loading(serve: MakeServer) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_loading(serve: MakeServer, number: signal.Signals, code: int) -> None:
     server = serve(load=60, ready=False)
     server.wait_for("octavo: loading")
-    server.signal()
-    assert server.end(10) == 0
+    server.signal(number)
+    assert server.end(10) == code
     assert server.log[-1] == "octavo: stopped while loading.\n"
 
 

@@ -513,8 +513,8 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
 @pytest.mark.parametrize(
     ("line", "code", "sentence"),
     [
-        ("", 2, "the following arguments are required: MODE"),
-        ("troughput", 2, "invalid choice: 'troughput'"),
+        ("", 2, "a mode is missing; the modes are throughput, latency, serve, profile"),
+        ("troughput", 2, "'troughput' is no mode; did you mean throughput"),
         ("throughput --workloda A", 2, "did you mean --workload"),
         ("throughput --workload A,Z", 1, "--workload 'Z' is not known; known are A, B, C, D, E, F."),
         ("throughput --workload A --input-len 3", 1, "leave out --input-len, or --workload."),
@@ -533,7 +533,7 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
         ("throughput --num-layers 2", 1, "--num-layers is for random weights; add --load-format dummy, or use --shape."),
         ("throughput --shape qwen3-8b --load-format auto", 1, "are for random weights; leave out --load-format"),
         ("throughput --json /nowhere/x.json", 1, "--json /nowhere/x.json: there is no directory /nowhere."),
-        ("throughput --png x.png", 1, "--png is for profile mode"),
+        ("throughput --png x.png", 2, "unrecognized arguments: --png"),
         ("--profile --steps 0", 1, "--steps must be positive, not 0."),
         ("M --latency --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
         ("serve --base-url localhost:8000", 1, "--base-url 'localhost:8000' is no URL"),

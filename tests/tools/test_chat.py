@@ -67,6 +67,22 @@ def test_bytes_that_are_no_text(
     assert "no UTF-8" in capsys.readouterr().err
 
 
+def test_words_at_the_prompt(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path is for the model, and so is a sentence that begins as a command does."""
+    said = iter(["one", "/help", "two", "/clear", "/nope", "/etc/hosts", "/clear me up", " /quit ", "three"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["chat", url.replace("http://127.0.0.1", "localhost"), "--system", "Be brief."]) == 0
+    asked = [[m["content"] for m in body["messages"] if m["role"] != "assistant"] for body in Handler.asked]  # type: ignore[attr-defined]
+    first = "Be brief."
+    assert asked == [[first, "one"], [first, "one", "two"], [first, "/etc/hosts"], [first, "/etc/hosts", "/clear me up"]]
+    out = capsys.readouterr().out
+    assert out.count("/quit or Ctrl-D leaves") == 2
+    assert "/nope is not known." in out
+    assert next(said) == "three"
+
+
 def test_no_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", url]) == 0

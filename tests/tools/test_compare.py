@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
-from octavo.cli import _with_dashes, engine_config, main, make_parser
+from octavo.cli import engine_config, main, make_parser
 from octavo.config import EngineConfig
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine import runner
 from octavo.errors import OctavoError
+from octavo.flags import with_dashes
 from octavo.platform import Platform
 from octavo.quant import QuantRules
 from octavo.server import serve
@@ -252,7 +253,7 @@ def test_auto_climbs_to_ptpc_and_serving_takes_its_file(rows_up: Path, tiny: Pat
     assert "fp8 with a BF16 KV cache" in found.verdict
     file = tmp_path / "found.json"
     write_config(file, found, config(rows_up))
-    args = make_parser("serve", serve.add_arguments).parse_args(_with_dashes(["M", "--quantization-config", str(file)]))
+    args = make_parser("serve", serve.add_arguments).parse_args(with_dashes(["M", "--quantization-config", str(file)]))
     assert engine_config(args).quantization == "ptpc_fp8"
     options = dict(device="cpu", threads=1, cpu_kv_cache_gib=0.05)
     outputs = [

@@ -14,8 +14,19 @@ from octavo.server.parsers.xml_calls import XmlCalls
 from octavo.server.parsers.xml_forms import FORMS, Spelling
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm
 
-__all__ = ["call_form", "choose_parser", "choose_reasoning_parser", "id_maker", "keeps_special", "make_parser"]
+__all__ = [
+    "REASONING_NAMES",
+    "TOOL_CALL_NAMES",
+    "call_form",
+    "choose_parser",
+    "choose_reasoning_parser",
+    "id_maker",
+    "keeps_special",
+    "make_parser",
+]
 
+TOOL_CALL_NAMES = (*PARSERS, *FORMS, *TOKEN_FORMS)
+REASONING_NAMES = (*REASONING_PARSERS, "none")
 # Other names of the same formats, most of them vLLM's.
 _ALIASES = {
     **{"llama": "llama3_json", "llama3": "llama3_json"},
@@ -42,9 +53,8 @@ def choose_parser(asked: str | None, template: str | None, model_type: str) -> s
     """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
     if asked:
         name = _ALIASES.get(asked, asked)
-        known = (*PARSERS, *FORMS, *TOKEN_FORMS)
-        if name not in known:
-            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join(known)}.")
+        if name not in TOOL_CALL_NAMES:
+            raise OctavoError(f"--tool-call-parser '{asked}' is not known; known are: {', '.join(TOOL_CALL_NAMES)}.")
         return name
     template = template or ""
     for name, token_form in TOKEN_FORMS.items():
@@ -64,9 +74,8 @@ def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
     if not asked:
         return _REASONING_FAMILIES.get(model_type)
     name = _REASONING_ALIASES.get(asked, asked)
-    if name != "none" and name not in REASONING_PARSERS:
-        known = ", ".join((*REASONING_PARSERS, "none"))
-        raise OctavoError(f"--reasoning-parser '{asked}' is not known; known are: {known}.")
+    if name not in REASONING_NAMES:
+        raise OctavoError(f"--reasoning-parser '{asked}' is not known; known are: {', '.join(REASONING_NAMES)}.")
     return None if name == "none" else name
 
 

@@ -23,46 +23,58 @@ from octavo.version import __version__
 if TYPE_CHECKING:
     from octavo.engine.core import EngineCore
 
-__all__ = ["MODES", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
-MODES = ("throughput", "latency", "serve", "profile")
+BASE_URL = "http://localhost:8000"
 FREE = {"num_requests": 32, "input_len": 128, "output_len": 128}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command; the engine's mean what they mean to `octavo serve`."""
-    group = parser.add_argument_group("bench", f"MODE is one of {', '.join(MODES)}.")
+def add_arguments(parser: argparse.ArgumentParser, mode: str) -> None:
+    """The flags of one mode; the engine's mean what they mean to `octavo serve`."""
+    group = parser.add_argument_group(f"bench {mode}")
     listed = "; ".join(f"{w.name} {w.num_requests} x {w.input_len}/{w.output_len}" for w in WORKLOADS.values())
     group.add_argument(
         "--workload",
         action="append",
-        metavar="NAMES",
-        help=f"{listed} (requests x tokens in/out; F decodes what E put into the cache)",
+        metavar="{" + ",".join(WORKLOADS) + "}",
+        help=f"one or several, such as A,B: {listed} (requests x tokens in/out; F decodes what E put into the cache)",
     )
     for name, value in FREE.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"instead of a named workload ({value})")
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=int, metavar="N", help=f"instead of a named workload (default: {value})")
     group.add_argument(
-        "--shape", metavar="NAME", help=f"random weights of a known shape, FP8 where it is published in FP8: {', '.join(KNOWN)}"
+        "--sampling",
+        metavar="NAME=NUMBER,...",
+        help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (default: greedy)",
+    )
+    if mode != "profile":
+        group.add_argument(
+            "--repeats", type=int, default=1, metavar="N", help="measured runs, of which the best counts (default: %(default)s)"
+        )
+    group.add_argument("--json", metavar="FILE", help="write every number here")
+    if mode == "serve":
+        group.add_argument("--base-url", default=BASE_URL, metavar="URL", help="the server (default: %(default)s)")
+        group.add_argument(
+            "--max-concurrency", type=int, metavar="N", help="most requests at a time (default: all of a workload)"
+        )
+        group.add_argument("--offline-json", metavar="FILE", help="what throughput mode wrote with --json, to compare with")
+        group.add_argument(
+            "--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="the server's (default: $OPENAI_API_KEY)"
+        )
+        return
+    known = ", ".join(KNOWN)
+    group.add_argument(
+        "--shape", metavar="NAME", help=f"random weights of a known shape, FP8 where it is published so: {known}"
     )
     group.add_argument("--num-layers", type=int, metavar="N", help="with random weights: only this many layers")
-    group.add_argument(
-        "--sampling", metavar="NAME=NUMBER,...", help="how tokens are chosen, such as temperature=0.7,top_p=0.95 (greedy)"
-    )
-    group.add_argument("--repeats", type=int, default=1, metavar="N", help="measured runs, of which the best counts (1)")
-    group.add_argument("--json", metavar="FILE", help="write every number here")
-    group = parser.add_argument_group("bench serve")
-    group.add_argument("--base-url", default="http://localhost:8000", metavar="URL", help="the server (http://localhost:8000)")
-    group.add_argument("--max-concurrency", type=int, metavar="N", help="most requests at a time; default: all of a workload")
-    group.add_argument("--offline-json", metavar="FILE", help="what throughput mode wrote with --json, to compare with")
-    group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="default: $OPENAI_API_KEY")
-    group = parser.add_argument_group("bench profile")
-    group.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to look at (8)")
-    group.add_argument("--png", metavar="FILE", help="draw the table as stacked bars")
+    if mode == "profile":
+        group.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps to look at (default: %(default)s)")
+        group.add_argument("--png", metavar="FILE", help="draw the table as stacked bars")
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Measures and prints. 0 if every workload ran."""
-    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
+    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name, None)) is not None}
     workloads = _workloads(args)
     _check(args, given)
     if args.mode == "serve":
@@ -88,7 +100,7 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
     asked = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
     if args.workload and asked:
         raise OctavoError(f"--workload says how many requests of which lengths; leave out {asked[0]}, or --workload.")
-    for name, value in [*numbers.items(), ("repeats", args.repeats), ("steps", args.steps)]:
+    for name, value in [*numbers.items(), *((name, getattr(args, name, None)) for name in ("repeats", "steps"))]:
         if value is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
     requests, length, output = (value or FREE[name] for name, value in numbers.items())
@@ -98,25 +110,23 @@ def _workloads(args: argparse.Namespace) -> list[Workload]:
 
 def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Raises OctavoError for flags that do not go together, and files that cannot be written, before anything is loaded."""
-    if args.shape is not None and args.model is not None:
-        raise OctavoError(f"Two models were given, {args.model} and --shape {args.shape}; give one.")
-    made_up = args.shape is not None or args.num_layers is not None
-    if made_up and given.get("load_format", "dummy") != "dummy":
+    shape, layers, png = (getattr(args, name, None) for name in ("shape", "num_layers", "png"))  # a server has none of them
+    if shape is not None and args.model is not None:
+        raise OctavoError(f"Two models were given, {args.model} and --shape {shape}; give one.")
+    if (shape is not None or layers is not None) and given.get("load_format", "dummy") != "dummy":
         raise OctavoError("--shape and --num-layers are for random weights; leave out --load-format, or make it dummy.")
-    if args.num_layers is not None and args.shape is None and "load_format" not in given:
+    if layers is not None and shape is None and "load_format" not in given:
         raise OctavoError("--num-layers is for random weights; add --load-format dummy, or use --shape.")
-    for flag, path in (("--json", args.json), ("--png", args.png)):
+    for flag, path in (("--json", args.json), ("--png", png)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise OctavoError(f"{flag} {path}: there is no directory {Path(path).absolute().parent}.")
-    if args.png is not None and args.mode != "profile":
-        raise OctavoError(f"--png is for profile mode; {args.mode} mode has nothing to draw.")
 
 
 def _offline(
     args: argparse.Namespace, config: EngineConfig, given: dict[str, Any], workloads: Sequence[Workload], started: float
 ) -> dict[str, Any]:
     """throughput, latency and profile: one engine in this process."""
-    if args.png is not None:
+    if args.mode == "profile" and args.png is not None:
         from octavo.tools.bench import profiling
 
         profiling.check()

@@ -17,7 +17,7 @@ def show_offline(found: Mapping[str, Any]) -> None:
     out = console(WIDTH)
     _heading(out, found)
     ceilings = found["ceilings"]
-    rates = [f"{ceilings['bandwidth_bytes_s'] / 1e12:.3g} TB/s copied"]
+    rates = [f"{ceilings['bandwidth_bytes_s'] / 1e9:,.4g} GB/s copied"]
     rates += [
         f"{value / 1e12:,.4g} TFLOP/s in {name.removesuffix('_flops')}"
         for name, value in ceilings.items()

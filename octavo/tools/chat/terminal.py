@@ -7,30 +7,35 @@ import asyncio
 import http.client
 import json
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Coroutine, Generator
 from contextlib import closing, suppress
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
 
 __all__ = ["Local", "Remote", "add_arguments", "run"]
 
 DEFAULT_URL = "http://localhost:8000"
+HELP = "At the prompt, /clear forgets what was said, /quit or Ctrl-D leaves, /help lists these.\nCtrl-C stops an answer."
+LEAVE = ("/quit", "/exit", "/bye", "exit", "quit")
 Event = dict[str, Any]
 T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command. MODEL may be a server's URL here; the engine's flags count for a directory only."""
-    group = parser.add_argument_group("chat", f"MODEL is a checkpoint directory or a server's URL; default: {DEFAULT_URL}")
+    """The flags of this command."""
+    group = parser.add_argument_group("chat", HELP)
     group.add_argument("--complete", action="store_true", help="complete plain text instead of chatting")
     group.add_argument("--system", metavar="TEXT", help="what the model is told first")
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
-    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy; default: the model's own")
-    group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), metavar="KEY", help="default: $OPENAI_API_KEY")
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own)")
+    group.add_argument("--api-key", metavar="KEY", help="the server's (default: $OPENAI_API_KEY)")
 
 
 class Backend(Protocol):
@@ -42,14 +47,39 @@ class Backend(Protocol):
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Talks until the input ends."""
-    is_url = args.model is None or args.model.startswith(("http://", "https://"))
-    backend: Backend = Remote(args.model or DEFAULT_URL, args.api_key) if is_url else Local(args, config)
+    url = _url(args.model)
+    if url is not None:
+        _refuse_engine_flags(args, url)
+    elif args.api_key is not None:
+        raise OctavoError(f"--api-key is for a server, and {args.model} is a directory; leave it out.")
+    backend: Backend = Remote(url, args.api_key or os.environ.get("OPENAI_API_KEY")) if url is not None else Local(args, config)
     with closing(backend):
         if sys.stdin is not None and sys.stdin.isatty():
             _converse(backend, args)
         elif text := _piped():
             _answer(backend, args, _first(args), text)
     return 0
+
+
+def _url(model: str | None) -> str | None:
+    """The URL that MODEL is; None for a directory. localhost:8000 is one, unless there is a directory of that name."""
+    if model is None:
+        return DEFAULT_URL
+    if model.startswith(("http://", "https://")):
+        return model
+    is_address = re.fullmatch(r"(localhost|[\w-]+(\.[\w-]+)*|\[[\da-fA-F:]+\]):\d+(/.*)?", model)
+    return f"http://{model}" if is_address and not os.path.exists(model) else None
+
+
+def _refuse_engine_flags(args: argparse.Namespace, url: str) -> None:
+    """Raises OctavoError for flags that say how a model is loaded, where a server has loaded its own."""
+    names = (field.name for field in config_fields() if field.name != "model")
+    given = [flag_of(name) for name in names if getattr(args, name, None) is not None]
+    if given:
+        raise OctavoError(
+            f"{given[0]} is for a model that this command loads, and the server at {url} has loaded its own; "
+            "leave it out, or give a checkpoint directory."
+        )
 
 
 def _piped() -> str:
@@ -71,7 +101,7 @@ def _first(args: argparse.Namespace) -> list[dict[str, str]]:
 def _converse(backend: Backend, args: argparse.Namespace) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and line editing)
-    print("Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    print("/help lists what can be said here; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     messages = _first(args)
     while True:
         try:
@@ -82,12 +112,19 @@ def _converse(backend: Backend, args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print()
             continue
-        if not text.strip():
+        if not (word := text.strip().lower()):
+            continue
+        if word in LEAVE:
+            return
+        if re.fullmatch(r"/[a-z]*", word):  # one word: a path or a sentence that begins so is for the model
+            if word == "/clear":
+                messages = _first(args)
+            print({"/help": HELP, "/clear": "What was said is forgotten."}.get(word, f"{word} is not known. {HELP}"))
             continue
         try:
             _answer(backend, args, messages, text)
         except OctavoError as error:  # the next try may do better
-            print(f"octavo: {error}", file=sys.stderr)
+            print(textwrap.fill(f"octavo: {error}", shutil.get_terminal_size().columns), file=sys.stderr)
 
 
 def _answer(backend: Backend, args: argparse.Namespace, messages: list[dict[str, str]], text: str) -> None:
@@ -167,6 +204,8 @@ class Remote:
             raise OctavoError(
                 f"No server answers at {self._url}; start one with `octavo serve`, or name a checkpoint directory."
             ) from error
+        if response.status == 401:
+            raise OctavoError(f"The server at {self._url} asks for an API key; give it with --api-key KEY.")
         if response.status != 200:
             raise OctavoError(_refusal(response))
         return response

@@ -34,18 +34,24 @@ DEFAULT_FILE = "quantization_config.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command; the engine's say how the model is run (--quantization-ignore holds for every scheme)."""
     group = parser.add_argument_group("compare")
-    group.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to measure on; default: the demo's held-out text")
+    group.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to measure on (default: the demo's held-out text)")
     group.add_argument(
-        "--tokens", metavar="N", type=int, default=TOKENS, help=f"tokens of it, evenly spread; 0: all ({TOKENS})"
+        "--tokens", metavar="N", type=int, default=TOKENS, help="tokens of it, evenly spread; 0: all (default: %(default)s)"
     )
-    group.add_argument("--window", metavar="N", type=int, default=WINDOW, help=f"tokens that are read in one go ({WINDOW})")
-    group.add_argument("--scheme", metavar="NAME", nargs="+", help="schemes to compare: bf16 fp8 ptpc_fp8 fp8_block (all)")
-    names = "auto fp8 fp8_e5m2 fp8_per_token_head, of MLA auto fp8"
-    group.add_argument("--kv", metavar="NAME", nargs="+", help=f"KV cache dtypes to compare: {names} (all)")
+    group.add_argument(
+        "--window", metavar="N", type=int, default=WINDOW, help="tokens that are read in one go (default: %(default)s)"
+    )
+    group.add_argument("--scheme", metavar="{fp8,ptpc_fp8,fp8_block,bf16}", nargs="+", help="schemes to compare (default: all)")
+    group.add_argument(
+        "--kv",
+        metavar="{auto,fp8,fp8_e5m2,fp8_per_token_head}",
+        nargs="+",
+        help="KV cache dtypes to compare; MLA has auto and fp8 (default: all)",
+    )
     group.add_argument("--output", metavar="FILE", type=Path, help="write a report with plots, one HTML file")
     help_auto = "find the first configuration within BUDGET: a rise in perplexity (0.3%%) or a KL in nats a token (0.002)"
     group.add_argument("--auto", metavar="BUDGET", help=help_auto)
-    save = f"where --auto writes what `octavo serve --quantization-config` takes ({DEFAULT_FILE})"
+    save = f"where --auto writes what `octavo serve --quantization-config` takes (default: {DEFAULT_FILE})"
     group.add_argument("--save", metavar="FILE", type=Path, help=save)
     group.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -69,10 +75,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     for flag, value, least in (("--tokens", args.tokens, 0), ("--window", args.window, 2)):
         if value < least:
             raise OctavoError(f"{flag} must be at least {least}, not {value}.")
-    asked = args.scheme or ([config.quantization] if config.quantization else ["bf16", *SCHEME_NAMES])
-    schemes = _canonical("--scheme", asked, QUANTIZATIONS, SCHEME_NAMES)
-    asked = args.kv or ([config.kv_cache_dtype] if config.kv_cache_dtype != "auto" else [])
-    kvs = kv_names(config, [canonical("--kv", name, KV_CACHE_DTYPES) for name in asked])
+    schemes = _canonical("--scheme", args.scheme or ["bf16", *SCHEME_NAMES], QUANTIZATIONS, SCHEME_NAMES)
+    kvs = kv_names(config, [canonical("--kv", name, KV_CACHE_DTYPES) for name in args.kv or []])
     name, ids = _read(config, args.text)
     with closing(LoadingBar()) as bar:
         how: dict[str, Any] = {"window": args.window, "tokens": args.tokens or None, "tell": bar.update, "say": say}

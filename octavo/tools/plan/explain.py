@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -17,8 +18,9 @@ from octavo.tools.plan.operands import COMPONENTS, Operand, Walk
 from octavo.tools.plan.roofline import is_index
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.variants import Plan
+from octavo.tools.rich_tables import gb
 
-__all__ = ["Group", "asked_variant", "command", "gb", "groups", "notes", "refusals"]
+__all__ = ["Group", "asked_variant", "command", "groups", "notes", "refusals", "verdict"]
 
 VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 ALIGNMENT = 16  # octavo.platform.Platform.fp8_alignment
@@ -34,14 +36,6 @@ class Group:
     tensors: int = 0
     nbytes: int = 0
     remarks: list[str] = field(default_factory=list)
-
-
-def gb(count: float) -> str:
-    """Bytes for a person, in powers of ten: 811.7 GB, 11.5 MB, 68.6 kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def groups(plan: Plan) -> list[Group]:
@@ -124,6 +118,29 @@ def refusals(plan: Plan) -> list[str]:
     return [sentence for sentence in out if sentence]
 
 
+def verdict(plan: Plan, refused: Sequence[str]) -> str:
+    """Whether the asked variant fits, whether Octavo would start it, and what to do where it does not fit."""
+    q, asked = plan.question, plan.asked
+    where = f"{q.tp} of {q.number} x {q.on.name}" if q.tp != q.number else f"{q.number} x {q.on.name}"
+    if (fit := asked.fit) is None:
+        return f"It does not split over {q.tp} accelerators."
+    if fit.max_model_len:
+        lowered = "" if fit.max_model_len >= q.model_len else f", with a context lowered from {q.model_len:,} tokens"
+        many = f"{fit.tokens / fit.max_model_len:,.1f} requests of {fit.max_model_len:,} tokens at a time{lowered}"
+        return f"It fits: {asked.variant.label} on {where} holds {many}." + (" Octavo would not start it:" if refused else "")
+    others = [v for v in plan.variants if v.fit is not None and v.fit.max_model_len]
+    enough = sorted((v for v in plan.variants if v.smallest), key=lambda v: (v.smallest, v is not asked))
+    if others:
+        best = max(others, key=lambda v: v.fit.tokens if v.fit else 0)
+        advice = f"Use {' '.join(_options(best.variant)) or '--quantization bf16 --kv-cache-dtype auto'}, which fits."
+    elif enough and not q.on.is_cpu:
+        number, label = enough[0].smallest, enough[0].variant.label
+        advice = f"It takes {number} of them{'' if enough[0] is asked else f' with {label}'} (--num-accelerators {number})."
+    else:
+        advice = "Nothing here holds it: take a smaller model, a lower --max-model-len or more memory."
+    return f"It does not fit: {asked.variant.label} on {where}. {advice} Octavo would not start it:"
+
+
 def notes(plan: Plan) -> list[str]:
     """What is worth knowing and stops nothing."""
     q, asked = plan.question, plan.asked
@@ -165,10 +182,9 @@ def _label(stored: Walk) -> str:
 def command(plan: Plan, given: Mapping[str, object]) -> str:
     """The `octavo serve` line of the asked variant; `given` are the other options that were typed."""
     q, variant = plan.question, plan.asked.variant
-    words = ["octavo", "serve", *([] if q.subject.source.name == str(MODEL_DIR) else [q.subject.source.name])]
-    words += ["--quantization", variant.scheme] if variant.scheme != "bf16" else []
-    kv = {"fp8_e4m3": "fp8", "auto": ""}.get(variant.kv, variant.kv)
-    words += ["--kv-cache-dtype", kv] if kv else []
+    name = q.subject.source.name
+    place = name if os.path.exists(name) else f"path/to/{name}"  # which name is known says nothing of where it is
+    words = ["octavo", "serve", *([] if name == str(MODEL_DIR) else [place]), *_options(variant)]
     words += ["--tensor-parallel-size", str(q.tp)] if q.tp > 1 else []
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
@@ -177,6 +193,15 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
         else:
             words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return shlex.join(words)
+
+
+def _options(variant: Variant) -> list[str]:
+    """The options of `octavo serve` that ask for it."""
+    kv = {"fp8_e4m3": "fp8", "auto": ""}.get(variant.kv, variant.kv)
+    return [
+        *(["--quantization", variant.scheme] if variant.scheme != "bf16" else []),
+        *(["--kv-cache-dtype", kv] if kv else []),
+    ]
 
 
 def asked_variant(subject: Subject, given: Container[str]) -> Variant:

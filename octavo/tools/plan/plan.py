@@ -13,12 +13,12 @@ from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools.json_numbers import json_text
 from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
-from octavo.tools.plan.explain import asked_variant, command, gb, groups, notes, refusals
+from octavo.tools.plan.explain import asked_variant, command, groups, notes, refusals, verdict
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
-from octavo.tools.rich_tables import console, table
+from octavo.tools.rich_tables import console, gb, table
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
@@ -28,21 +28,23 @@ WIDTH = 100  # columns that the tables are made for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command; the engine's mean what they mean to `octavo serve`."""
-    group = parser.add_argument_group(
-        "plan", "MODEL is a checkpoint directory, a config.json, or a name such as Llama-3.1-405B; no weights are read."
+    group = parser.add_argument_group("plan")
+    group.add_argument("--accelerator", metavar=f"{{{','.join(ACCELERATORS)},cpu}}", help="default: what is in this machine")
+    group.add_argument(
+        "--num-accelerators", type=int, metavar="N", help="how many there are (default: 1, or what is in this machine)"
     )
     group.add_argument(
-        "--accelerator", metavar="NAME", help=f"{', '.join(ACCELERATORS)} or cpu; default: what is in this machine"
+        "--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (default: %(default)s)"
     )
-    group.add_argument("--num-accelerators", type=int, metavar="N", help="how many there are (1, or what is in this machine)")
-    group.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (4096)")
-    group.add_argument("--requests", type=int, default=64, metavar="N", help="requests at a time in the decode estimate (64)")
+    group.add_argument(
+        "--requests", type=int, default=64, metavar="N", help="requests at a time in the decode estimate (default: %(default)s)"
+    )
     group.add_argument("--json", action="store_true", help="print every number as JSON")
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Prints the plan. 0 even where it does not fit: the plan is the answer."""
-    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name)) is not None}
+    given = {f.name: value for f in config_fields() if (value := getattr(args, f.name, None)) is not None}
     plan = make_plan(args, config, given)
     line = command(plan, {name: value for name, value in given.items() if name not in SAID_ELSEWHERE})
     if args.json:
@@ -77,10 +79,12 @@ def _ranks(subject: Subject, variant: Variant, number: int) -> int:
 
 
 def as_json(plan: Plan, line: str) -> dict[str, Any]:
-    """Every number of a plan, in bytes, tokens and tokens a second."""
+    """Every number of a plan, in bytes, tokens and tokens a second; `line`, its command, only if it would run."""
     q = plan.question
-    subject, source = q.subject, q.subject.source
+    subject, source, refused = q.subject, q.subject.source, refusals(plan)
     return {
+        "verdict": verdict(plan, refused),
+        "fits": plan.asked.fit is not None and bool(plan.asked.fit.max_model_len),
         "model": source.name,
         "model_type": subject.model_type,
         "measured_by": source.by,
@@ -96,10 +100,10 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
         "variants": {v.variant.label: _variant_json(v) for v in plan.variants},
         "asked": plan.asked.variant.label,
         "groups": [asdict(group) for group in groups(plan)],
-        "refused": refusals(plan),
+        "refused": refused,
         "notes": notes(plan),
         "assumptions": list(ASSUMPTIONS),
-        "command": line,
+        "command": None if refused else line,
     }
 
 
@@ -112,30 +116,36 @@ def _variant_json(v: VariantPlan) -> dict[str, Any]:
 
 
 def show(plan: Plan, line: str) -> None:
-    """The plan as tables, for a terminal."""
-    out = console(WIDTH)
+    """The verdict and what to do about it, then the plan as tables, for a terminal."""
+    out, refused = console(WIDTH), refusals(plan)
     q, subject, stored = plan.question, plan.question.subject, plan.question.subject.base
+    out.print(textwrap.fill(verdict(plan, refused), out.width, break_on_hyphens=False), style="bold", markup=False)
+    if refused:
+        _print_list(out, refused)
+    else:
+        out.print(f"  {line}", soft_wrap=True, markup=False)
     parameters = stored.total("values")
     active = f", {_count(stored.active)} active" if stored.active < 0.7 * parameters else ""
     name, by = subject.source.name, subject.source.by
-    out.print(f"[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
+    out.print(f"\n[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"
-    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory} each, as {q.tp} rank{'s' if q.tp > 1 else ''}")
+    several = f" each, as {q.tp} rank{'s' if q.tp > 1 else ''}" if q.number > 1 else ""
+    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory}{several}")
     timed = [_speeds(plan)] if any(v.speed for v in plan.variants) else []
     out.print()
     for made in (_weights(plan), _memory(plan), *timed, _groups(plan)):
         out.print(made)
-    out.print("[bold]Command[/]")
-    out.print(f"  {line}", soft_wrap=True, markup=False)
-    for title, lines in (
-        ("Refused", refusals(plan)),
-        ("Notes", notes(plan)),
-        ("Estimates assume", ASSUMPTIONS if timed else ()),
-    ):
+    for title, lines in (("Notes", notes(plan)), ("Estimates assume", ASSUMPTIONS if timed else ())):
         if lines:
-            out.print(f"\n[bold]{title}[/]")
-        for text in lines:
-            out.print(textwrap.fill(text, out.width, initial_indent="  - ", subsequent_indent="    "), markup=False)
+            out.print(f"[bold]{title}[/]")
+            _print_list(out, lines)
+            out.print()
+
+
+def _print_list(out: Any, lines: Sequence[str]) -> None:
+    for text in lines:
+        indented = textwrap.fill(text, out.width, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+        out.print(indented, markup=False)
 
 
 def _count(n: int) -> str:
@@ -156,10 +166,15 @@ def _weights(plan: Plan) -> Any:
     total = len(rows)
     rows.append(["all", _count(stored.total("values")), *(gb(v.weights) for v in kinds.values())])
     rows.append(["of BF16", "", *(f"{v.weights_percent:.1f}%" for v in kinds.values())])
-    for tp in RANKS[1:]:
+    for tp in () if plan.question.on.is_cpu else RANKS[1:]:
         cells = (gb(n) if (n := v.rank_weights[tp]) is not None else "no split" for v in kinds.values())
         rows.append([f"a rank of {tp}", "", *cells])
-    return table("Weights as stored, and what one rank of several holds", ["", "parameters", *kinds], rows, bold=total)
+    return table(
+        f"Weights as stored{'' if plan.question.on.is_cpu else ', and what one rank of several holds'}",
+        ["", "parameters", *kinds],
+        rows,
+        bold=total,
+    )
 
 
 def _of_variants(
@@ -174,8 +189,12 @@ def _memory(plan: Plan) -> Any:
     """The percentages, and what fits."""
     q = plan.question
     title = f"Memory in percent of BF16, and what fits {f'on each of {q.tp} ranks' if q.tp > 1 else 'on one'}"
-    note = f"* the weights and one request of {q.model_len:,} tokens   ** requests of that length at a time"
-    columns = ("weights", "KV/token", "KV", "both*", "KV room", "tokens", "requests**", "from TP")
+    note = (
+        f"* the weights and the KV cache of one request of {q.model_len:,} tokens\n"
+        "** how many requests of that length the KV room holds at a time; none: it would not start\n"
+        "*** the fewest ranks (--tensor-parallel-size) on which one such request fits"
+    )
+    columns = ("weights", "KV/token", "KV", "both*", "KV room", "tokens", "requests**", "ranks***")
 
     def cells(v: VariantPlan) -> list[str]:
         percents = [f"{v.weights_percent:.1f}%", f"{v.token_bytes / 1024:,.1f} KiB", f"{v.token_percent:.1f}%"]

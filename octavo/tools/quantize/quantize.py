@@ -22,18 +22,19 @@ from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
 from octavo.tools.quantize.quantize_report import Progress, verify
+from octavo.tools.rich_tables import gb
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
 
 __all__ = ["add_arguments", "quantize_checkpoint", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command; of the engine's it takes --quantization-ignore, --quantize-lm-head, --device and --threads."""
+    """The flags of this command."""
     group = parser.add_argument_group("quantize")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the FP8 checkpoint")
     group.add_argument(
-        "--scheme", metavar="NAME",
-        help="ptpc_fp8 (a scale for each output channel), fp8 (one for each matrix) or fp8_block (128x128 tiles) (ptpc_fp8)",
+        "-q", "--quantization", "--scheme", dest="scheme", action="append", metavar="{ptpc_fp8,fp8,fp8_block}",
+        help="a scale for each output channel, for each matrix, or for each tile of 128 x 128 (default: ptpc_fp8)",
     )  # fmt: skip
     group.add_argument(
         "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
@@ -48,10 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Quantizes, or continues where an earlier run of the same command was stopped."""
-    asked = args.scheme or config.quantization or "ptpc_fp8"
+    if not args.output.strip():  # such as an unset variable of a shell
+        raise OctavoError("--output is empty; give the directory that the FP8 checkpoint is written to.")
+    asked, *more = args.scheme or ["ptpc_fp8"]
     scheme = SCHEMES[canonical("--scheme", asked, QUANTIZATIONS)]
-    if config.quantization not in (None, scheme.name):
-        raise OctavoError(f"--quantization {config.quantization} contradicts --scheme {asked}; give one of them.")
+    if other := next((name for name in more if canonical("--scheme", name, QUANTIZATIONS) != scheme.name), None):
+        raise OctavoError(f"Two schemes were given, {asked} and {other}; give one of them.")
     if not scheme.quantized:
         raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
@@ -91,12 +94,16 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        with OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4)) as directory:
-            with Progress(remaining(plan, directory)) as progress:
-                write_files(plan, directory, platform, search, threads, progress)
-            directory.finish(config, quantization_config(plan))
+        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4))
+        if output.is_dir() and directory.is_complete():
+            say(f"{output} is finished already: made of {model} with these settings")
+        else:
+            with directory:
+                with Progress(remaining(plan, directory)) as progress:
+                    write_files(plan, directory, platform, search, threads, progress)
+                directory.finish(config, quantization_config(plan))
         before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         after = sum(file.nbytes for file in files.values())
-        say(f"{output}: {after / 1e9:.2f} GB, {100 * after / before:.1f}% of {before / 1e9:.2f} GB")
+        say(f"{output}: {gb(after)}, {100 * after / before:.1f}% of {gb(before)}")
         if check:
             verify(plan, output, platform, threads, say)

@@ -21,7 +21,7 @@ from octavo.convert.quantize_plan import Piece, Plan
 from octavo.platform import Platform
 from octavo.quant import QTensor, dequantize
 from octavo.quant.formats import read_weight
-from octavo.tools.rich_tables import console, table
+from octavo.tools.rich_tables import console, gb, table
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 
 __all__ = ["Progress", "layer_errors", "verify"]
@@ -54,7 +54,7 @@ class Progress:
             self._bar.stop()
         if kind is None and self.done:
             seconds = time.monotonic() - self.began
-            print(f"octavo: {self.done / 1e9:.2f} GB in {seconds:.1f} s, {self._speed():.2f} GB/s", file=sys.stderr, flush=True)
+            print(f"octavo: {gb(self.done)} in {seconds:.1f} s, {self._speed():.2f} GB/s", file=sys.stderr, flush=True)
 
     def start(self, name: str) -> None:
         """A new file."""
