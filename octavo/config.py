@@ -13,7 +13,7 @@ from octavo.errors import OctavoError
 
 __all__ = ["KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
-# What a user may type -> the scheme's name. The keys on the left are the peers' spellings.
+# Accepted spelling -> scheme name. The spellings are those of peers.
 QUANTIZATIONS = {
     "none": "bf16",
     "bf16": "bf16",
@@ -39,7 +39,7 @@ DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32":
 
 
 def canonical(option: str, value: str, known: dict[str, str]) -> str:
-    """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
+    """The canonical name of `value`, or an OctavoError that suggests the nearest known spelling."""
     if value in known:
         return known[value]
     near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.0)
@@ -53,7 +53,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that decides what an engine loads and how it runs. Raises OctavoError on a wrong value."""
+    """All settings of an engine. Raises OctavoError on a wrong value."""
 
     model: str = option("", "checkpoint directory; without one, the embedded demo model")
     quantization: str | None = option(
@@ -96,15 +96,15 @@ class EngineConfig:
     limit_mm_per_prompt: str | None = option(None, "accepted for compatibility; text models have no images to limit")
 
     def block_size_on(self, cpu: bool) -> int:
-        """Tokens in a block: a GPU reads a block of 64 whole, a CPU gains nothing from more than 16."""
+        """Tokens per block: a GPU reads a block of 64 whole; a CPU gains nothing from more than 16."""
         return self.block_size or (16 if cpu else 64)
 
     def step_tokens_on(self, cpu: bool) -> int:
-        """Most tokens in one step."""
+        """Most tokens in one step (max_num_batched_tokens)."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
 
     def sampling_bytes(self, vocab: int) -> int:
-        """A bound on what a step's logits and what sampling makes of them take."""
+        """An upper bound on the memory of a step's logits and of sampling."""
         return self.max_num_seqs * vocab * 4 * 6
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class EngineConfig:
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
 
 
-# What a --quantization-config file may say, and of what type; "measured" tells a person what its writer saw.
+# Keys of a --quantization-config file and their types. "measured" is for people: the results of the search that wrote it.
 _FILE_KEYS: dict[str, type] = {
     "quantization": str,
     "kv_cache_dtype": str,
@@ -161,7 +161,7 @@ _FILE_KEYS: dict[str, type] = {
 
 
 def read_quantization_config(path: str) -> dict[str, Any]:
-    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError, naming what is wrong."""
+    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError that names the error."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -181,7 +181,7 @@ def read_quantization_config(path: str) -> dict[str, Any]:
 
 
 def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
-    """What the file adds to the flags. Layers to ignore add up; anything else may be said twice, but not in two ways."""
+    """The file's fields merged with the flags. Ignored layers are united; other fields given twice must agree."""
     known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}  # equal under two names is equal
     out = dict(read)
     for f in fields(EngineConfig):
@@ -205,7 +205,7 @@ def flag_of(name: str) -> str:
 
 
 def unknown_environment(known: Iterable[str] = ()) -> list[str]:
-    """Names of the peer's environment variables that are set and mean nothing here."""
+    """Names of vLLM's environment variables that are set and have no effect here."""
     return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a person can act on."""
+"""Errors that the user can act on."""
 
 import errno
 from collections.abc import Callable
@@ -7,16 +7,16 @@ __all__ = ["InvalidRequest", "OctavoError", "refusal", "shortage"]
 
 
 class OctavoError(Exception):
-    """Something the user can mend. The message is one sentence: what was wrong, and what to do.
+    """An error that the user can fix. The message is one sentence: what was wrong, and what to do.
 
     The command line prints it without a traceback and exits with 1.
     """
 
 
 class InvalidRequest(OctavoError):
-    """A request that cannot be served as it is; the server answers it with HTTP 400.
+    """A request that cannot be served as it is. The server answers it with HTTP 400.
 
-    `param` names the field at fault, as OpenAI's error shape has it.
+    `param` names the field at fault, as in OpenAI's error object.
     """
 
     def __init__(self, message: str, param: str | None = None):
@@ -37,7 +37,7 @@ def refusal(check: Callable[[], object]) -> str | None:
 
 
 def shortage(error: BaseException) -> str | None:
-    """A sentence for an error by which the system, or a library, says that memory, threads or open files ran out."""
+    """A sentence for an error of the system or a library that means too little memory, threads or open files; else None."""
     told = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EMFILE, errno.ENFILE):
@@ -55,7 +55,7 @@ def shortage(error: BaseException) -> str | None:
     return None
 
 
-# How torch, glibc's loader and Python word it.
+# The wording of torch, glibc's loader and Python.
 _SHORT_OF_MEMORY = (
     "not enough memory",
     "allocate memory",

@@ -1,4 +1,5 @@
-"""Device copy of the token ids of requests with penalties: they are applied before the host has read the last token."""
+"""Device copy of the token ids of requests with penalties, so penalties can be applied before the host has read the last
+token."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ LEAST_ROOM, LEAST_SLOTS = 256, 8
 
 
 class History(NamedTuple):
-    """Tokens of some rows of a step, `at`: int64 [rows, longest], and of each, int64 [rows, 1], how many there are and of its
-    prompt."""
+    """Token ids of some rows of a step.
+
+    at: the rows' indices in the step. ids: int64 [rows, longest]. tokens, prompt: int64 [rows, 1], how many ids of each row are
+    valid, and how many of those are the prompt.
+    """
 
     at: list[int]
     ids: Tensor
@@ -30,7 +34,7 @@ class History(NamedTuple):
 
 @dataclass(slots=True)
 class _Place:
-    """Where a request's tokens are: in memory of rows with this much room, in which row, and how many."""
+    """Location of a request's token ids: the buffer (by row capacity), the row in it, and the number of valid ids."""
 
     room: int
     slot: int
@@ -38,17 +42,19 @@ class _Place:
 
 
 class Histories:
-    """A row of memory for each request that asked, of a power of two of tokens; rows of equal room are side by side, so that
-    one long request does not make all others as wide."""
+    """One row of device memory per request. A row's capacity is a power of two.
+
+    Rows of equal capacity share a buffer, so that one long request does not widen the rows of all others.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._ids: dict[int, Tensor] = {}  # int64 [slots, room], by room
+        self._ids: dict[int, Tensor] = {}  # int64 [slots, room], by capacity
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._places: dict[str, _Place] = {}
 
     def of(self, at: Sequence[int], requests: Sequence[str], rows: Sequence[SamplingRow]) -> list[History]:
-        """Of `requests`, which are rows `at` of a step; `add` was given the tokens of theirs that are pending."""
+        """Histories of `requests`, which are rows `at` of a step. `add` must have received their pending tokens."""
         groups: defaultdict[int, list[int]] = defaultdict(list)
         lengths = [len(row.token_ids) + row.num_pending for row in rows]
         for i, (request, row, length) in enumerate(zip(requests, rows, lengths, strict=True)):
@@ -68,7 +74,7 @@ class Histories:
         return found
 
     def add(self, requests: Sequence[str], tokens: Tensor) -> None:
-        """One more token of each request that `of` was asked for, int64 [requests], which only the device may know yet."""
+        """Appends one token per request, int64 [requests]. The values may be known to the device only."""
         groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for i, request in enumerate(requests):
             place = self._places[request]
@@ -79,12 +85,12 @@ class Histories:
             self._ids[room][slots, ends] = tokens[which]
 
     def forget(self, request: str) -> None:
-        """One that is not known is no error."""
+        """Frees the request's row. An unknown request is no error."""
         if (place := self._places.pop(request, None)) is not None:
             self._free[place.room].append(place.slot)
 
     def _with_room(self, request: str, tokens: int) -> _Place:
-        """The request's place, with room for so many tokens; what was there moves along."""
+        """The request's row, with capacity for `tokens`. Growing moves the ids to a larger row."""
         old = self._places.get(request)
         if old is not None and old.room >= tokens:
             return old
