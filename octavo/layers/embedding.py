@@ -14,9 +14,9 @@ __all__ = ["Embedding"]
 
 
 class Embedding(nn.Module):
-    """Rows of the embedding matrix [vocab, hidden], in the model's dtype; the vocabulary is split over ranks.
+    """The embedding matrix [vocab, hidden] in the model's dtype, split over ranks by vocabulary.
 
-    A look-up gains nothing from FP8; but where a head that is tied to it is quantized, the one matrix is the head's codes.
+    A lookup gains nothing from FP8. If a tied head is quantized, though, the embedding reads the head's codes.
     """
 
     def __init__(self, vocab: int, hidden: int, tp: TensorParallel):
