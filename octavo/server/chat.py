@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. A whole answer is its stream, joined: there is one way to read a message."""
+"""POST /v1/chat/completions. A non-streamed answer is the joined stream, so there is one way to parse a message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from octavo.text.tool_prompt import CallForm
 
 __all__ = ["chat", "chat_prompt"]
 
-_THINKING = frozenset({"enable_thinking", "thinking"})  # the switch in most templates, and in DeepSeek's and Kimi's
+_THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat templates, and of DeepSeek's and Kimi's
 
 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
@@ -43,7 +43,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
 
 
 async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:
-    """The messages as the text that the model reads. `calls`: how it is to write calls, if its template does not say it."""
+    """The rendered prompt. `calls`: the format of tool calls to describe, if the model's template does not describe one."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
@@ -79,7 +79,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
 
 
 class _Tools:
-    """What the request's tools and tool_choice mean for the grammar and for reading the answer."""
+    """What the request's tools and tool_choice mean for the grammar and for parsing the answer."""
 
     def __init__(self, served: Served, request: ChatRequest):
         names = [tool.function.name for tool in request.tools or ()]
@@ -104,7 +104,7 @@ class _Tools:
         self.keep_special = self.parser is not None and keeps_special(self.parser)
 
     def reader(self) -> CallParser | None:
-        """What finds the calls in one choice's text, if there may be any."""
+        """The parser of calls for one choice, if it may contain any."""
         if self.named is not None:
             return NamedCall(self.named)
         return make_parser(self.parser, self.types) if self.parser else None
@@ -112,14 +112,14 @@ class _Tools:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """What the model reads."""
+    """The prompt, as text and token ids."""
 
     text: str
     token_ids: list[int]
 
 
 class _Job:
-    """One chat request on its way to its answer."""
+    """One chat request in progress."""
 
     def __init__(
         self,
@@ -142,12 +142,12 @@ class _Job:
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
-        if name is None or self.params.structured is not None:  # a grammar leaves no room for thinking
+        if name is None or self.params.structured is not None:  # a grammar permits no thinking
             return None
         return make_splitter(name, prompt)
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""
+        """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
         head = {**self.head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
         told_once = self.told_of_prompt
@@ -203,7 +203,7 @@ class _Job:
         message = reader.feed(delta.text, final=reason is not None)
         if not self.request.include_reasoning:
             message.pop("reasoning_content", None)
-        if reason == "stop" and reader.calls and self.tools.named is None:  # OpenAI says "stop" of a call it was told to make
+        if reason == "stop" and reader.calls and self.tools.named is None:  # for a named tool_choice OpenAI returns "stop"
             reason = "tool_calls"
         logprobs = None
         if self.request.logprobs and delta.logprobs is not None:

@@ -1,4 +1,4 @@
-"""What ends a server: SIGTERM, SIGINT, and the death of its engine."""
+"""Stops a server: on SIGTERM, SIGINT, or the death of its engine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Ending"]
 
-LAST_WORDS = 1.0  # seconds that answers which were ended get to tell their clients so
+LAST_WORDS = 1.0  # seconds for clients to receive the errors of aborted answers
 
 
 class Ending:
-    """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once.
+    """Cancels loading; on a running server, refuses new requests and lets running ones finish. A second signal stops at once.
 
-    `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew.
+    `exit_code` is 1 once the engine died, so that a supervisor restarts the process.
     """
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
@@ -38,15 +38,15 @@ class Ending:
             asyncio.get_running_loop().add_signal_handler(number, self._signal)
 
     def begin_with(self, server: uvicorn.Server, served: Served) -> None:
-        """From now on there is a server to stop."""
+        """Called when the server is ready: signals stop it from now on."""
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
         self._tasks.append(asyncio.ensure_future(_tell_of_stalls(served)))
-        if self._signals:  # it came between the two
+        if self._signals:  # a signal arrived before the server was ready
             self._drain_soon()
 
     def close(self) -> None:
-        """Watches no more."""
+        """Cancels the watching tasks."""
         for task in self._tasks:
             task.cancel()
 
@@ -90,7 +90,7 @@ class Ending:
 
 
 async def _tell_of_stalls(served: Served) -> None:
-    """Says when the engine is found to stand still, and when it goes on."""
+    """Reports on stderr when the engine stalls, and when it continues."""
     told = False
     while True:
         await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)

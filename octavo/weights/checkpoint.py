@@ -107,11 +107,12 @@ class Checkpoint:
         return self._slabs.bytes, tensor.start - whole.start
 
     def mapped(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim` on the CPU. One thread's.
+        """The `part` of dimension `dim` on the CPU. Not thread-safe.
 
-        It is the file's own pages, read when they are touched; of one expert of a stack, whose pages are all experts', a copy.
+        It is a view of the file's mapped pages, read when touched. For one expert of a stack it is a copy, because a stack's
+        pages hold all experts.
         """
-        dtype = tensor.torch_dtype  # says so if it is not known
+        dtype = tensor.torch_dtype  # raises for an unknown dtype
         if tensor.slab is not None:
             rows = part if dim == 0 else slice(0, tensor.shape[0])
             found = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
@@ -124,7 +125,7 @@ class Checkpoint:
         return view[own] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
 
     def descriptor(self, file: str) -> int:
-        """The file, open for reading."""
+        """The file's descriptor, opened for reading."""
         with self._lock:
             if file not in self._descriptors:
                 try:

@@ -1,10 +1,9 @@
-"""Tool calls whose arguments stand between tags, each as plain text: Qwen3-Coder's, GLM's, MiniMax's and DeepSeek-V3.2's.
+"""Tool calls with arguments as plain text between tags: Qwen3-Coder's, GLM's, MiniMax's and DeepSeek-V3.2's.
 
-The formats are those of the models' chat templates. A call is given out when its first parameter, or its end, shows that it
-is one; then every string comes as the model writes it, and every other value once it is whole. What turns out to be no call is
-content; what stands between a call's parameters, and cannot, is content too. A call that is cut off stays open, as its JSON
-does at OpenAI's: one with invented ends could be mistaken for what the model meant. Each character is looked at a few times
-at most, however the text comes.
+The formats are those of the models' chat templates. A call is returned once its first parameter or its end shows that it is
+one. After that, strings are streamed, and other values returned once they are complete. Text that is no call is content, and so
+is stray text between parameters. A call that is cut off is left incomplete, as OpenAI does: closing its JSON could change what
+the model meant. Each character is read a few times at most, however the text is split.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ __all__ = ["XmlCalls"]
 
 
 class XmlCalls:
-    """The parser of one answer. `types`: of the parameters of the request's tools."""
+    """The parser of one answer. `types`: the parameter types of the request's tools."""
 
     def __init__(self, form: XmlForm, types: ArgumentTypes):
         self._form, self._types = form, types
         self._state: Callable[[], bool] = self._content
         self._scan = TagScanner()
-        self._bare = False  # this call has no block
-        self._trim = False  # blanks after a call belong to nobody
+        self._bare = False  # whether this call has no block
+        self._trim = False  # whether to drop blanks, which follow a call
         self._parts: list[Part] = []
         self._name = self._key = self._ender = ""
-        self._keys: set[str] = set()  # parameters of this call so far
-        self._kinds = STRING  # the types that this parameter may have
-        self._whole: list[str] | None = None  # a value that is no string, as far as it is written
-        self._fresh = False  # no character of the value came yet
-        self._break = ""  # a line break that may be the one before the value's end
+        self._keys: set[str] = set()  # names of this call's parameters so far
+        self._kinds = STRING  # possible types of this parameter
+        self._whole: list[str] | None = None  # a non-string value so far
+        self._fresh = False  # whether the value is still empty
+        self._break = ""  # a held line break, which belongs to the value's end tag if that follows
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that are sure now."""
+        """The parts that are certain now."""
         self._scan.add(text)
         while self._state():
             pass
@@ -62,7 +61,7 @@ class XmlCalls:
         self._trim = False
         return self._taken()
 
-    # The states. Each takes what it can of the text, and says whether the next one may go on with it.
+    # The states. Each consumes what it can, and returns whether the next state may continue with the text.
 
     def _content(self) -> bool:
         if self._trim:
@@ -79,7 +78,7 @@ class XmlCalls:
         self._begin_word(self._function if tag == self._form.call else self._head)
 
     def _head(self) -> bool:
-        """Between a block's tag and its call's."""
+        """Between a block's tag and its call's tag."""
         if not self._form.call:
             return self._scan.skip() and self._begin_word(self._function)
         found = self._scan.expect((self._form.call,))
@@ -93,11 +92,11 @@ class XmlCalls:
             return found is not None and self._no_call()
         self._name = found
         if self._bare and not self._types.knows(found):
-            return self._no_call()  # prose about the format is more likely
+            return self._no_call()  # probably prose about the format
         return self._go(self._first)
 
     def _first(self) -> bool:
-        """Behind a function's name: what stands here shows whether this is a call."""
+        """After a function's name: the next tag shows whether this is a call."""
         found = self._scan.expect((self._form.key, self._form.call_end))
         if not found:
             return found is not None and self._no_call()
@@ -131,7 +130,7 @@ class XmlCalls:
         return True
 
     def _garbage(self) -> bool:
-        """Text where only tags may stand."""
+        """Stray text where only tags are expected."""
         self._say_raw()
         found = self._scan.search(self._form.within, self._say)
         self._scan.at -= len(found)
@@ -173,7 +172,7 @@ class XmlCalls:
         return self._begin_word(self._closing)
 
     def _closing(self) -> bool:
-        """Behind what may have been the value's end: it was, if what follows is what must."""
+        """After a possible end of the value, which is confirmed by the tag that follows."""
         form = self._form
         if not self._ender.startswith("</"):
             return self._closing_by_key()
@@ -187,7 +186,7 @@ class XmlCalls:
         return self._follow(found)
 
     def _closing_by_key(self) -> bool:
-        """Behind a line that begins as a parameter does: it is one if the function has it, and the call not yet."""
+        """After a line that begins like a parameter. It is one if the function declares it and the call has it not yet."""
         found = self._scan.take_word(*self._form.keys_end)
         if found is None:
             return False
@@ -202,7 +201,7 @@ class XmlCalls:
         return self._go(self._value)
 
     def _after(self) -> bool:
-        """Behind a call, in its block."""
+        """After a call, in its block."""
         found = self._scan.expect(tuple(tag for tag in (self._form.call, self._form.block_end, self._form.block) if tag))
         if found is None:
             return False
@@ -213,7 +212,7 @@ class XmlCalls:
         self._bare = False
         return True
 
-    # What the states share.
+    # Helpers of the states.
 
     def _go(self, state: Callable[[], bool]) -> bool:
         self._state = state
@@ -234,7 +233,7 @@ class XmlCalls:
         self._parts.append(ToolCall(None, arguments))
 
     def _write(self, text: str) -> None:
-        """More of the value."""
+        """Adds text to the value."""
         if self._form.lines and text:
             if self._fresh:
                 text = text.removeprefix("\n")
@@ -255,7 +254,7 @@ class XmlCalls:
         self._scan.raw = []
 
     def _taken(self) -> list[Part]:
-        """The parts so far, joined where they belong together."""
+        """The parts so far, with adjacent ones of one kind joined."""
         parts, self._parts = self._parts, []
         runs: list[tuple[bool, str | None, list[str]]] = []
         for part in parts:
