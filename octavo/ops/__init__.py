@@ -24,9 +24,9 @@ from octavo.ops.contract import (
     LATENT_SCRATCH,
     Activation,
     CodeFormat,
-    Cut,
     DecoderParts,
     Dispatch,
+    Filters,
     FusedDecoder,
     HeadNorms,
     LayerParts,
@@ -49,21 +49,20 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "LATENT_SCRATCH",
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Norm", "Operand",
-    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Unscaled",
-    "absorbed_queries", "all_gather",
-    "all_reduce", "attend", "attention", "bind", "capture", "captures", "combine", "compile_ahead", "decode_variant",
-    "dispatch", "draw", "expanded_attention", "experts", "fuse", "gated_linear", "head_linear", "latent_attention", "likeliest",
-    "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route",
-    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
+    "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
+    "Routed", "Router", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend", "attention", "bind",
+    "capture", "captures", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "fuse",
+    "gated_linear", "head_linear", "latent_attention", "linear", "linear_unscaled", "pack", "pack_experts", "project",
+    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul", "table", "write_index_keys",
+    "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "attention", "combine", "decode_variant", "dispatch", "draw", "expanded_attention", "head_linear",
-    "latent_attention", "likeliest", "rms_norm", "rope_write_kv", "rotate", "route", "select_keys", "silu_mul",
+    "absorbed_queries", "argmax", "attention", "combine", "decode_variant", "dispatch", "expanded_attention", "head_linear",
+    "latent_attention", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul",
     "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
@@ -156,13 +155,13 @@ def table() -> dict[str, str]:
     return dict(_table)
 
 
-def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too.
+def pack(q: QTensor, platform: Platform, *, row_lookup: bool = False) -> PackedWeight:
+    """Lay out a stored weight for the first implementation that supports it. `row_lookup`: its rows are read, too.
 
     Raises OctavoError, with every implementation's reason, where none does.
     """
     packed = _first_to_support("linear", _linear, q, platform).pack(q, platform)
-    if looked_up:
+    if row_lookup:
         packed.keep(q)
     return packed
 
@@ -369,18 +368,18 @@ def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCach
     return _bound["select_keys"](q, weights, rotation, cache, batch, top_k)  # type: ignore[no-any-return]
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN is as good as infinite."""
-    return _bound["likeliest"](logits)  # type: ignore[no-any-return]
+    return _bound["argmax"](logits)  # type: ignore[no-any-return]
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     """A token of each row of FP32 logits [rows, vocab], which may be overwritten: int64 [rows].
 
-    It is the first one up to which the probabilities, softmax(logits / temperature) of those that `cut` keeps, sum up to more
-    than u times all of them. temperature FP32 [rows], u FP64 [rows], at least 0 and less than 1.
+    Inverse transform sampling: the first token at which the cumulative probability of the tokens that `filters` keeps exceeds
+    u times their sum. Probabilities are softmax(logits / temperature). temperature: FP32 [rows]; u: FP64 [rows] in [0, 1).
     """
-    return _bound["draw"](logits, temperature, u, cut)  # type: ignore[no-any-return]
+    return _bound["sample"](logits, temperature, u, filters)  # type: ignore[no-any-return]
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:

@@ -16,10 +16,10 @@ from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN",
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
-    "LinearImplementation", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope",
-    "Rotation", "Routed", "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
+    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
+    "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "StackImplementation",
+    "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Bytes that an op on latents or index keys may take for itself, beside its operands and its result: keys and values that are
@@ -80,15 +80,15 @@ Operand = Tensor | Activation  # of a product; a tensor is dense values
 Product = Tensor | Unscaled
 
 
-class Cut(NamedTuple):
-    """Which of a row's tokens are drawn from, [rows] each: the `top_k` likeliest (INT32; the vocabulary's size: all), of those
-    that are at least `min_p` times as likely as the likeliest, and of these the fewest, the likeliest first, that have `top_p`
+class Filters(NamedTuple):
+    """Which of a row's tokens are drawn from, [rows] each: the `top_k` argmax (INT32; the vocabulary's size: all), of those
+    that are at least `min_p` times as likely as the argmax, and of these the fewest, the argmax first, that have `top_p`
     of their sum (FP32). Of equal ones those with smaller ids come first. `most` is the largest of top_k."""
 
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    most: int
+    max_top_k: int
 
 
 class HeadNorms(NamedTuple):

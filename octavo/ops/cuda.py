@@ -13,16 +13,16 @@ from octavo.ops.gpu import (
     LINEAR,
     STACKS,
     absorbed_queries,
+    argmax,
     combine,
     dispatch,
-    draw,
     expanded_attention,
     head_linear,
     latent_attention,
-    likeliest,
     rms_norm,
     rope_write_kv,
     route,
+    sample,
     select_keys,
     silu_mul,
     write_index_keys,
@@ -40,10 +40,9 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "attend", "attention", "capture", "combine", "compile_ahead", "configure",
-    "decode_variant", "dispatch", "draw", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
-    "likeliest", "project", "rms_norm", "rope_write_kv", "route", "select_keys", "silu_mul", "write_index_keys",
-    "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "combine", "compile_ahead",
+    "configure", "decode_variant", "dispatch", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
+    "project", "rms_norm", "rope_write_kv", "route", "sample", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from octavo.ops.contract import (
     not_taken,
     values_of,
 )
-from octavo.ops.triton.argmax import likeliest
+from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
@@ -37,7 +37,7 @@ from octavo.ops.triton.latent_write import absorbed_queries, head_linear, write_
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.routing import combine, dispatch, route
-from octavo.ops.triton.sample import draw
+from octavo.ops.triton.sample import sample
 from octavo.ops.triton.select_keys import select_keys
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -49,19 +49,19 @@ __all__ = [
     "Grouped",
     "ScaledMM",
     "absorbed_queries",
+    "argmax",
     "attend",
     "attention",
     "combine",
     "decode_variant",
     "dispatch",
-    "draw",
     "expanded_attention",
     "head_linear",
     "latent_attention",
-    "likeliest",
     "rms_norm",
     "rope_write_kv",
     "route",
+    "sample",
     "select_keys",
     "silu_mul",
     "write_index_keys",

@@ -17,8 +17,8 @@ from octavo.ops.contract import (
     INT4_GROUPS,
     PLAIN,
     Activation,
-    Cut,
     Dispatch,
+    Filters,
     Operand,
     PackedStack,
     PackedWeight,
@@ -39,17 +39,17 @@ __all__ = [
     "Dequantized",
     "ReferenceLinear",
     "ReferenceStack",
+    "argmax",
     "attention",
     "combine",
     "dispatch",
-    "draw",
-    "likeliest",
     "normed_and_rotated",
     "quantize_activation",
     "rms_norm",
     "rope_write_kv",
     "rotate",
     "route",
+    "sample",
     "silu_mul",
     "write_kv",
 ]
@@ -192,7 +192,7 @@ def scaled(x: Product) -> Tensor:
     return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     return logits.float().argmax(-1)
 
 
@@ -300,21 +300,21 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
     return out
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     weights = (logits / temperature.unsqueeze(1)).softmax(-1)
-    if cut is not None:
-        weights *= _kept(weights, cut)
+    if filters is not None:
+        weights *= _kept(weights, filters)
     return _first_over_share(weights, u.unsqueeze(1))
 
 
-def _kept(weights: Tensor, cut: Cut) -> Tensor:
+def _kept(weights: Tensor, filters: Filters) -> Tensor:
     """Whether each is drawn from. Only values are sorted, and only as many as `top_k` keeps at most."""
-    if cut.most == weights.shape[1]:
+    if filters.max_top_k == weights.shape[1]:
         values = weights.sort(dim=-1, descending=True).values
     else:
-        values = weights.topk(cut.most, -1).values
-    top_k, top_p, min_p = (x.unsqueeze(1) for x in cut[:3])
-    left = values * ((torch.arange(cut.most, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
+        values = weights.topk(filters.max_top_k, -1).values
+    top_k, top_p, min_p = (x.unsqueeze(1) for x in filters[:3])
+    left = values * ((torch.arange(filters.max_top_k, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
     sums = left.cumsum(-1, dtype=torch.float64)
     count = ((sums - left < top_p * sums[:, -1:]) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
     least = values.gather(1, count - 1)

@@ -28,8 +28,8 @@ __all__ = [
     "power_of_two_codes",
     "read_index_keys",
     "read_latents",
+    "rotated",
     "select_keys",
-    "turned",
     "write_index_keys",
     "write_latent",
 ]
@@ -41,7 +41,7 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
     return torch.bmm(x.transpose(0, 1), w.to(x.dtype)).transpose(0, 1)
 
 
-def turned(x: Tensor, rotation: Rotation) -> Tensor:
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """x [T, ..., R] of the rotary width, rotated in FP32 and rounded to x's dtype."""
     cos, sin = (t.view(-1, *[1] * (x.dim() - 2), t.shape[1]) for t in rotation.cos_sin[rotation.rows].chunk(2, -1))
     if rotation.interleaved:
@@ -73,7 +73,7 @@ def _store(view: Tensor, at: tuple[Tensor, Tensor], values: Tensor) -> None:
 def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
     rank, size = cache.latent.shape[-1], cache.latent.shape[1]
     at = slots // size, slots % size
-    latent, key = normed(kv[:, :rank], norm.weight, norm.eps), turned(kv[:, rank:], rotation)
+    latent, key = normed(kv[:, :rank], norm.weight, norm.eps), rotated(kv[:, rank:], rotation)
     latent, key = (x.nan_to_num(0.0, posinf=0.0, neginf=0.0) for x in (latent, key))
     _store(cache.rope, at, key)
     if cache.scale is None:
@@ -100,7 +100,7 @@ def _rows(view: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
     nope = up_k.shape[1]
-    return torch.cat([head_linear(q[..., :nope], up_k), turned(q[..., nope:], rotation)], -1)
+    return torch.cat([head_linear(q[..., :nope], up_k), rotated(q[..., nope:], rotation)], -1)
 
 
 def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ def expanded_attention(
 ) -> Tensor:
     rank, nope = cache.latent.shape[-1], up_k.shape[1]
     out = q.new_zeros(*q.shape[:2], up_v.shape[2])
-    q = torch.cat([q[..., :nope], turned(q[..., nope:], rotation)], -1)
+    q = torch.cat([q[..., :nope], rotated(q[..., nope:], rotation)], -1)
     for part, blocks, context, at in _requests(batch):
         latent, key = read_latents(cache, blocks, context).split([rank, cache.rope.shape[-1]], 1)
         k = torch.einsum("kr,hnr->hkn", latent, up_k.float())
@@ -162,7 +162,7 @@ def hadamard(size: int) -> Tensor:
 def _as_scored(x: Tensor, rotation: Rotation) -> Tensor:
     """x [T, ..., D] with its first dimensions rotated: FP32, rounded to x's dtype once."""
     width = rotation.cos_sin.shape[1]
-    return torch.cat([turned(x[..., :width], rotation), x[..., width:]], -1).float()
+    return torch.cat([rotated(x[..., :width], rotation), x[..., width:]], -1).float()
 
 
 def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:

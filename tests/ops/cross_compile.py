@@ -82,7 +82,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         dict(BLOCK=4096, **limit), {"num_warps": 8},
     )  # fmt: skip
     yield (
-        "likeliest", argmax._likeliest,
+        "argmax", argmax._argmax,
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
         dict(BLOCK=argmax.BLOCK, LOWEST=argmax.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
@@ -90,14 +90,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                weights=fp32, places=i32, numbers=i32, lefts=fp32, out=i64, size="i32", stride="i32")  # fmt: skip
     tiles = dict(CHUNK=sample.CHUNK, PARTS=64, EDGES=sample.EDGES, PDL=pdl)
     for name, kernel, cut in (
-        ("look", sample._draw_look, {"CUT": False}), ("look_cut", sample._draw_look, {"CUT": True}),
-        ("pick", sample._draw_pick, {}), ("list", sample._draw_list, {}), ("last", sample._draw, {}),
+        ("look", sample._sample_count, {"FILTERED": False}), ("look_cut", sample._sample_count, {"FILTERED": True}),
+        ("pick", sample._sample_unfiltered, {}), ("list", sample._sample_compact, {}), ("last", sample._sample, {}),
     ):  # fmt: skip
         fp64 = {"sums": "*fp64"} if name in ("look", "pick") else {}
         yield (
             f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row} | fp64,
             {p: value for p, value in (tiles | cut).items() if p in kernel.arg_names},
-            {"num_warps": sample.LIST_WARPS if kernel is sample._draw else sample.ROW_WARPS},
+            {"num_warps": sample.LIST_WARPS if kernel is sample._sample else sample.ROW_WARPS},
         )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",

@@ -1,4 +1,4 @@
-"""The likeliest token: a row is shared out over many programs, which agree on its largest value in one word of memory."""
+"""The argmax token: a row is shared out over many programs, which agree on its largest value in one word of memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.ops.triton.launch import launch, release, wait
 
-__all__ = ["likeliest"]
+__all__ = ["argmax"]
 
 BLOCK = 4096  # values of a program
 MOST_ROWS = 1 << 14
@@ -17,7 +17,7 @@ LOWEST = -(1 << 63)
 
 
 @triton.jit
-def _likeliest(
+def _argmax(
     logits, best, counters, out, size, stride,
     BLOCK: tl.constexpr, LOWEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _likeliest(
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     rows, size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -52,7 +52,7 @@ def likeliest(logits: Tensor) -> Tensor:
     assert rows <= MOST_ROWS, "a graph may hold the workspace, so it cannot grow"
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if rows:
-        launch(_likeliest, (rows, triton.cdiv(size, BLOCK)),
+        launch(_argmax, (rows, triton.cdiv(size, BLOCK)),
             logits, *_workspaces[device], out, size, logits.stride(0), BLOCK=BLOCK, LOWEST=LOWEST, num_warps=8,
         )  # fmt: skip
     return out

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Cut
-from octavo.ops.triton.argmax import likeliest
+from octavo.ops.contract import Filters
+from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.launch import launch, power_of_2, release, wait
 
-__all__ = ["draw"]
+__all__ = ["sample"]
 
 CHUNK = 2048  # values of a program that looks at a row; of a list, at a time
-EDGES = 8  # that are looked at at a time, which cut a range into one part more
+EDGES = 8  # that are looked at at a time, which filters a range into one part more
 ROW_WARPS, LIST_WARPS = 8, 16
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 ONE: tl.constexpr = tl.constexpr(0x3F800000)  # bits of 1.0, the largest weight
@@ -47,18 +47,18 @@ def _first_edge(i, min_p, EDGES: tl.constexpr):
 
 
 @kernel
-def _draw_look(
+def _sample_count(
     logits, best, temperature, min_p, counts, sums, size, stride,
-    CUT: tl.constexpr, CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
+    FILTERED: tl.constexpr, CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of a row: how many weights are over the first edges, and their sums; without a cut, the sum of all."""
+    """Of a part of a row: how many weights are over the first edges, and their sums; without a filters, the sum of all."""
     n, part = tl.program_id(0), tl.program_id(1)
     to = n * tl.num_programs(1) + part
     release(PDL)
     wait(PDL)
     at = part * CHUNK + tl.arange(0, CHUNK)
     w = _weights_of(logits, best, temperature, n, at, size, stride)
-    if CUT:
+    if FILTERED:
         least = tl.load(min_p + n)
         for i in tl.static_range(EDGES):
             over = (w.to(tl.int32, bitcast=True) > _first_edge(EDGES - i, least, EDGES)) & (at < size)
@@ -69,11 +69,11 @@ def _draw_look(
 
 
 @kernel
-def _draw_pick(
+def _sample_unfiltered(
     logits, best, temperature, u, sums, out, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Without a cut: in which part the share of the sum is, and where in it."""
+    """Without a filters: in which part the share of the sum is, and where in it."""
     n, parts = tl.program_id(0), tl.cdiv(size, CHUNK)
     release(PDL)
     wait(PDL)
@@ -97,7 +97,7 @@ def _place_over(w, begin, target, at):
 
 
 @kernel
-def _draw_list(
+def _sample_compact(
     logits, best, temperature, top_k, top_p, min_p, counts, sums, weights, places, numbers, lefts, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +179,7 @@ def _kept(row, start, size, least, kept, before, CHUNK: tl.constexpr):
 
 
 @kernel
-def _draw(
+def _sample(
     weights, places, numbers, lefts, top_k, top_p, u, out, size,
     CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def _draw(
     tl.store(out + n, tl.load(places + found).to(tl.int64))
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     rows, size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -232,19 +232,19 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     out = room(rows, dtype=torch.int64)
     if not rows:
         return out
-    row, sizes = (logits, likeliest(logits), temperature), (size, logits.stride(0))
+    row, sizes = (logits, argmax(logits), temperature), (size, logits.stride(0))
     tiles, warps = dict(CHUNK=CHUNK, EDGES=EDGES), dict(num_warps=ROW_WARPS)
-    if cut is None:
+    if filters is None:
         sums = room(rows, parts, dtype=torch.float64)
-        launch(_draw_look, (rows, parts), *row, temperature, out, sums, *sizes, CUT=False, **tiles, **warps)
-        launch(_draw_pick, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
+        launch(_sample_count, (rows, parts), *row, temperature, out, sums, *sizes, FILTERED=False, **tiles, **warps)
+        launch(_sample_unfiltered, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
         return out
     counts, sums = room(rows, parts, EDGES), room(rows, parts, EDGES, dtype=torch.float32)
     weights, places = room(rows, size, dtype=torch.float32), room(rows, size)
     numbers, lefts = room(rows, 3), room(rows, dtype=torch.float32)
-    launch(_draw_look, (rows, parts), *row, cut.min_p, counts, sums, *sizes, CUT=True, **tiles, **warps)
-    launch(_draw_list, (rows, parts),
-        *row, *cut[:3], counts, sums, weights, places, numbers, lefts, *sizes, PARTS=power_of_2(parts), **tiles, **warps,
+    launch(_sample_count, (rows, parts), *row, filters.min_p, counts, sums, *sizes, FILTERED=True, **tiles, **warps)
+    launch(_sample_compact, (rows, parts),
+        *row, *filters[:3], counts, sums, weights, places, numbers, lefts, *sizes, PARTS=power_of_2(parts), **tiles, **warps,
     )  # fmt: skip
-    launch(_draw, (rows,), weights, places, numbers, lefts, *cut[:2], u, out, size, **tiles, num_warps=LIST_WARPS)
+    launch(_sample, (rows,), weights, places, numbers, lefts, *filters[:2], u, out, size, **tiles, num_warps=LIST_WARPS)
     return out
