@@ -1,4 +1,4 @@
-"""What an AMD GPU prefers: the same Triton kernels with short pipelines, since a compute unit has 64 KiB for its tiles."""
+"""The ops of AMD GPUs: the same Triton kernels, with short pipelines since a compute unit has 64 KiB of LDS for its tiles."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ from octavo.ops.triton.launch import (
 from octavo.ops.triton.linear import workspace
 from octavo.platform import FP8_MAX
 
-__all__ = ["GROUPS", "int4_product", "laid_out", "planes", "quantize_in_groups", "quantizes"]
+__all__ = ["GROUPS", "int4_product", "laid_out", "planes", "quantize_in_groups", "uses_w4a8"]
 
 GROUPS = (32, 128)
 STEP = 128  # values of a row that a program multiplies at a time
@@ -375,7 +375,7 @@ def int4_product(
     return out
 
 
-def quantizes(rows: float, group: int, dense: bool) -> bool:
+def uses_w4a8(rows: float, group: int, dense: bool) -> bool:
     """Whether W4A8 is the faster one where an expert has `rows` on average, as the table above has it."""
     return group == 128 and rows > 32 and not dense
 
