@@ -1,4 +1,4 @@
-"""The argmax token: a row is shared out over many programs, which agree on its largest value in one word of memory."""
+"""Argmax over the vocabulary: a row is split over many CTAs, which reduce to one 64-bit word by an atomic maximum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from octavo.ops.triton.launch import launch, release, wait
 
 __all__ = ["argmax"]
 
-BLOCK = 4096  # values of a program
+BLOCK = 4096  # values of a CTA
 MOST_ROWS = 1 << 14
 LOWEST = -(1 << 63)
 
@@ -28,8 +28,8 @@ def _argmax(
     x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < size, other=-float("inf")).to(tl.float32)
     x = tl.where(x != x, float("inf"), x) + 0.0  # the two zeros are equal
     bits = x.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that is larger where the value is
-    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)  # and of equal ones the first
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer in the order of the float values
+    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)  # ties go to the smaller index
     tl.atomic_max(best + row, tl.max(key, 0), sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(counters + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
