@@ -104,8 +104,8 @@ def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]
 def _chosen(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     kinds = [None if row.params.greedy else row.filtered for row in rows]
     if len(set(kinds)) == 1:
-        return ops.likeliest(logits) if kinds[0] is None else _draw(logits, rows, kinds[0])
-    tokens = ops.likeliest(logits)
+        return ops.argmax(logits) if kinds[0] is None else _draw(logits, rows, kinds[0])
+    tokens = ops.argmax(logits)
     for filtered in (False, True):  # separate calls, so that a row's sampling never depends on the rows beside it
         if drawn := [i for i, kind in enumerate(kinds) if kind is filtered]:
             at = to_device(drawn, torch.int64, logits.device)
@@ -114,14 +114,14 @@ def _chosen(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
-    params, vocab, cut = [row.params for row in rows], logits.shape[1], None
+    params, vocab, filters = [row.params for row in rows], logits.shape[1], None
     if filtered:
         top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
         shares = to_device([[p.top_p for p in params], [p.min_p for p in params]], torch.float32, logits.device)
-        cut = ops.Cut(to_device(top_k, torch.int32, logits.device), shares[0], shares[1], max(top_k))
+        filters = ops.Filters(to_device(top_k, torch.int32, logits.device), shares[0], shares[1], max(top_k))
     temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
     u = to_device([uniform(row.seed, row.num_output_tokens) for row in rows], torch.float64, logits.device)
-    return ops.draw(logits, temperature, u, cut)
+    return ops.sample(logits, temperature, u, filters)
 
 
 def rehearse(logits: Tensor) -> None:

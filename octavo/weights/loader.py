@@ -108,17 +108,17 @@ class Loader:
         shards: Sequence[Shard],
         *,
         is_head: bool = False,
-        looked_up: bool = False,
+        row_lookup: bool = False,
     ) -> ops.PackedWeight:
         """The matrices `names`, each [N, K], stacked, quantized by the rules and packed for this platform.
 
-        `looked_up`: single rows are read too, as in an embedding.
+        `row_lookup`: single rows are read too, as in an embedding.
         """
         if not is_head:
             self.promise(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
-        packed = self.pack(q.padded(self.platform.fp8_alignment), looked_up=looked_up)
+        packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
         self.report.add(self.prefix + names[0], q.scheme, prod(q.shape), q.nbytes, packed.held_bytes)
         return packed
 
@@ -150,9 +150,9 @@ class Loader:
         """Packs a finished stack of experts for this platform."""
         return ops.pack_experts(q, self.platform)
 
-    def pack(self, q: QTensor, *, looked_up: bool = False) -> ops.PackedWeight:
+    def pack(self, q: QTensor, *, row_lookup: bool = False) -> ops.PackedWeight:
         """Packs a finished weight for this platform."""
-        return ops.pack(q, self.platform, looked_up=looked_up)
+        return ops.pack(q, self.platform, row_lookup=row_lookup)
 
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
@@ -171,7 +171,7 @@ class Loader:
         parent, _, name = module.rpartition(".")
         matrix: Tensor | ops.PackedWeight
         if self.tied_head and self.rules.scheme_for([module], is_head=True).quantized:
-            matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, looked_up=True)
+            matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, row_lookup=True)
         else:
             matrix = self.vector("weight", shape, shard)
         self.embeddings[module] = matrix

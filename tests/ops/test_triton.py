@@ -463,5 +463,5 @@ def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     x[7, vocab // 4] = torch.nan
     wide = torch.cat([x, x[:, :1] + 1000], 1)[:, :vocab]  # rows that are not adjacent
     for given in (x, x, wide):
-        assert argmax.likeliest(given).tolist() == given.float().argmax(-1).tolist()
-    assert argmax.likeliest(x[:0]).shape == (0,)
+        assert argmax.argmax(given).tolist() == given.float().argmax(-1).tolist()
+    assert argmax.argmax(x[:0]).shape == (0,)

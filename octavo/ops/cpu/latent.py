@@ -161,7 +161,7 @@ def expanded_attention(
         start += count
         if not context:
             continue
-        turned = reference_latent.turned(q[part, :, nope:], rotation._replace(rows=rotation.rows[part]))
+        turned = reference_latent.rotated(q[part, :, nope:], rotation._replace(rows=rotation.rows[part]))
         queries = torch.cat([q[part, :, :nope], turned], -1).float().transpose(0, 1).mul_(scale)  # [heads, count, nope + rope]
         sums, most, total = _start(queries, width)
         for blocks, first, last in _parts(batch, request, context, heads * max(nope + rope, width)):

@@ -53,7 +53,7 @@ class Call(Structure):
 
 # Where csrc/replay.h has each.
 REPLAYED = (
-    "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_likeliest",
+    "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_argmax",
     "octavo_rotate", "octavo_rope_write_kv", "octavo_experts", "octavo_route", "octavo_dispatch", "octavo_combine",
     "octavo_write_latent", "octavo_write_index_keys", "octavo_head_linear", "octavo_latent_attention", "octavo_select_keys",
 )  # fmt: skip
@@ -71,8 +71,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
     "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
     "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_likeliest": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_draw": (None, [P] * 7 + [I64, I64, I32]),
+    "octavo_argmax": (None, [P, P, I64, I64, I64, I32, I32]),
+    "octavo_sample": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
     "octavo_experts": (I32, [P, I64, I64, P, I64, P, P, I64, I64, P, I32, I32]),

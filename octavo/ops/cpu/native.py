@@ -22,7 +22,7 @@ from octavo.ops.contract import (
     INT4_GROUPS,
     PLAIN,
     Activation,
-    Cut,
+    Filters,
     Operand,
     PackedWeight,
     Reader,
@@ -41,15 +41,15 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 __all__ = [
     "MAX_SHARED",
     "Native",
+    "argmax",
     "attention",
     "captures",
-    "draw",
     "held_scale",
-    "likeliest",
     "not_theirs",
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "sample",
     "silu_mul",
     "struct_of",
     "taken",
@@ -236,21 +236,21 @@ def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
     return Activation(y)
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or not taken(logits):
-        return reference.likeliest(logits)
+        return reference.argmax(logits)
     (rows, vocab), found = logits.shape, logits.new_empty(logits.shape[0], dtype=torch.int64)
-    launch(kernels().octavo_likeliest,
+    launch(kernels().octavo_argmax,
         logits.data_ptr(), found.data_ptr(), rows, vocab, logits.stride(0), KINDS[logits.dtype], get_num_threads(),
     )  # fmt: skip
     return found
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     logits = logits.contiguous()
     found = logits.new_empty(len(logits), dtype=torch.int64)
-    kept = (None, None, None) if cut is None else [x.data_ptr() for x in (cut.top_k, cut.top_p, cut.min_p)]
-    launch(kernels().octavo_draw,
+    kept = (None, None, None) if filters is None else [x.data_ptr() for x in (filters.top_k, filters.top_p, filters.min_p)]
+    launch(kernels().octavo_sample,
         logits.data_ptr(), found.data_ptr(), temperature.data_ptr(), u.data_ptr(), *kept, *logits.shape, get_num_threads(),
     )  # fmt: skip
     return found

@@ -34,7 +34,7 @@ ROLES = {
     r"|rescale",
     "routing": r"route|_pairs|combine|find_tiles",
     "quantize": r"quantize|quant|octavo_round",
-    "sampling": r"argmax|likeliest|_draw|sampl|multinomial|topk|sort|gumbel|exponential",
+    "sampling": r"argmax|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
 OTHER, GAPS = "other", "gaps"

@@ -50,7 +50,7 @@ static void NAME(rms_norm)(void *argument, int64_t task) {
 }
 
 /* y [rows], int64: where the first of a row's largest values is; what is no number counts as infinite. */
-static void NAME(likeliest)(void *argument, int64_t task) {
+static void NAME(argmax)(void *argument, int64_t task) {
     const Rows *r = argument;
     float values[GROUP], lane[VL];
     EACH_ROW(r, task) {

@@ -60,7 +60,7 @@ static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t f
 }
 
 /* The first place at which the sum of what is kept exceeds u times its total. */
-static int64_t drawn(const float *w, const Blocks *blocks, const Draw *d, int64_t row) {
+static int64_t sampled(const float *w, const Blocks *blocks, const Sample *d, int64_t row) {
     int64_t width = d->width, fewer = d->top_k && d->top_k[row] < width ? d->top_k[row] : width + 1;
     float least_part = d->min_p ? d->min_p[row] : 0, share = d->top_p ? d->top_p[row] : 1;
     uint32_t floor = least_part > 0 ? bits_of(least_part) : 1;

@@ -20,7 +20,7 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale, combine,
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, widen, rescale, combine,
         write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
 } Functions;
@@ -207,16 +207,16 @@ void octavo_silu_mul(const void *x, void *y, int64_t rows, int64_t width, int64_
 }
 
 /* y [rows]: where the first of the largest values of x [rows, width] is. */
-void octavo_likeliest(const void *x, int64_t *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
+void octavo_argmax(const void *x, int64_t *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
-    each_row(chosen->likeliest, &r, threads);
+    each_row(chosen->argmax, &r, threads);
 }
 
-/* out [rows]: a token of each row; see Draw. */
-void octavo_draw(float *logits, int64_t *out, const float *temperature, const double *u, const int32_t *top_k, const float *top_p,
+/* out [rows]: a token of each row; see Sample. */
+void octavo_sample(float *logits, int64_t *out, const float *temperature, const double *u, const int32_t *top_k, const float *top_p,
                  const float *min_p, int64_t rows, int64_t width, int32_t threads) {
-    Draw d = {logits, out, temperature, u, top_k, top_p, min_p, width};
-    each_of(chosen->draw, &d, rows, threads);
+    Sample d = {logits, out, temperature, u, top_k, top_p, min_p, width};
+    each_of(chosen->sample, &d, rows, threads);
 }
 
 /* y [tokens, heads, dim]: x with its first `rotated` dimensions turned. */

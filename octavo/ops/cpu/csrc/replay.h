@@ -29,7 +29,7 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
             break;
         case 3: octavo_rms_norm(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], w[8], w[9], F(10), I(11), I(12)); break;
         case 4: octavo_silu_mul(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
-        case 5: octavo_likeliest(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
+        case 5: octavo_argmax(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
         case 6: octavo_rotate(P(0), P(1), P(2), P(3), w[4], w[5], w[6], w[7], w[8], w[9], I(10), I(11)); break;
         case 7:
             octavo_rope_write_kv(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9), w[10], w[11], w[12], w[13], w[14], w[15],

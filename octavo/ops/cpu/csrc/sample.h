@@ -33,10 +33,10 @@ static void NAME(weigh)(float *x, int64_t width, float temperature, float least_
     }
 }
 
-static void NAME(draw)(void *argument, int64_t row) {
-    const Draw *d = argument;
+static void NAME(sample)(void *argument, int64_t row) {
+    const Sample *d = argument;
     Blocks blocks;
     float *w = d->logits + row * d->width;
     NAME(weigh)(w, d->width, d->temperature[row], d->min_p ? d->min_p[row] : 0, &blocks);
-    d->out[row] = drawn(w, &blocks, d, row);
+    d->out[row] = sampled(w, &blocks, d, row);
 }

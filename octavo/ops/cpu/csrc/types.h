@@ -97,7 +97,7 @@ typedef struct {
     const int32_t *top_k;
     const float *top_p, *min_p;
     int64_t width;
-} Draw;
+} Sample;
 
 /* What routes a token: logits [tokens, count], which become scores; order [tokens, count], what is chosen by; best [tokens, groups].
    live: how many tokens there are, or lengths: 0 for a token that only pads a graph; NULL where none does. */
