@@ -189,8 +189,8 @@ def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
         if name not in read or given == f.default:
             continue
         if name == "quantization_ignore":
-            own = [given] if isinstance(given, str) else given
-            out[name] = tuple(dict.fromkeys([*own, *read[name]]))
+            ignored = [given] if isinstance(given, str) else given
+            out[name] = tuple(dict.fromkeys([*ignored, *read[name]]))
         elif known.get(name, {}).get(given, given) != known.get(name, {}).get(read[name], read[name]):
             said = f"{flag_of(name)} {given}" if isinstance(given, str) else flag_of(name)
             raise OctavoError(

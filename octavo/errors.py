@@ -38,10 +38,10 @@ def refusal(check: Callable[[], object]) -> str | None:
 
 def shortage(error: BaseException) -> str | None:
     """A sentence for an error of the system or a library that means too little memory, threads or open files; else None."""
-    told = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EMFILE, errno.ENFILE):
-        return f"Too many files are open ({told}); raise the limit (ulimit -n)."
+        return f"Too many files are open ({text}); raise the limit (ulimit -n)."
     lacking = any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
     if (
         isinstance(error, MemoryError)
@@ -49,7 +49,7 @@ def shortage(error: BaseException) -> str | None:
         or (lacking and isinstance(error, (RuntimeError, ImportError, OSError)))
     ):
         return (
-            f"There is too little memory ({told}); raise the limit (ulimit -v), free some, or use less of it: "
+            f"There is too little memory ({text}); raise the limit (ulimit -v), free some, or use less of it: "
             "a smaller --max-model-len, --cpu-kv-cache-gib or --max-num-batched-tokens."
         )
     return None

@@ -94,7 +94,7 @@ def check_directory(directory: Path) -> None:
 def unread_weights(directory: Path) -> str | None:
     """The other weight format that a directory holds, for an error message; None if no known one."""
     suffixes = sorted({path.suffix for path in directory.iterdir() if path.name != "training_args.bin"})
-    return next((told for suffix in suffixes if (told := _format_of(suffix)) is not None), None)
+    return next((found for suffix in suffixes if (found := _format_of(suffix)) is not None), None)
 
 
 def snapshot_of(model: str, revision: str | None = None) -> str:
@@ -131,8 +131,8 @@ def _format_of(suffix: str) -> str | None:
 
 def _base_of_adapter(directory: Path) -> str | None:
     """The base model if the directory is a LoRA adapter, for an error message; None if it is none, or is merged too."""
-    own = [path for path in directory.glob("*.safetensors*") if not path.name.startswith("adapter_")]
-    adapter = None if own else read_json(directory / "adapter_config.json")
+    merged = [path for path in directory.glob("*.safetensors*") if not path.name.startswith("adapter_")]
+    adapter = None if merged else read_json(directory / "adapter_config.json")
     if adapter is None:
         return None
     base = adapter.get("base_model_name_or_path")

@@ -126,18 +126,18 @@ class Layout(Enum):
 
     PLAIN = "one token after another"
     BY_HEAD = "a head's tokens one after another, as a CPU reads them"
-    MATRIX_UNIT = "plain, but FP8 values with the tokens last, over which an FP8 matrix unit sums"
+    TENSOR_CORE = "plain, but FP8 values with the tokens last, over which an FP8 tensor core sums"
 
     @staticmethod
     def on(cpu: bool) -> Layout:
         """The layout that the device's kernels read best."""
-        return Layout.BY_HEAD if cpu else Layout.MATRIX_UNIT
+        return Layout.BY_HEAD if cpu else Layout.TENSOR_CORE
 
     def tokens_at(self, fp8: bool) -> tuple[int, int]:
         """The axis of the tokens in keys and in values [heads, dim]."""
         if self is Layout.BY_HEAD:
             return 1, 1
-        return 0, 2 if self is Layout.MATRIX_UNIT and fp8 else 0
+        return 0, 2 if self is Layout.TENSOR_CORE and fp8 else 0
 
 
 def spec_for(

@@ -46,9 +46,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._holders = [0] * num_blocks
-        self._names: list[bytes | None] = [None] * num_blocks
-        self._named: dict[bytes, int] = {}
+        self._ref_counts = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._cached: dict[bytes, int] = {}
         # Blocks are taken from the front. An OrderedDict, because a prefix hit removes a block from the middle.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
@@ -72,65 +72,65 @@ class BlockPool:
             raise RuntimeError(f"{count} blocks were asked for and {len(self._free)} are free.")
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            self._holders[block] = 1
-            self._forget(block)
+            self._ref_counts[block] = 1
+            self._uncache(block)
         return blocks
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Drops one reference to each block, listed in token order. RuntimeError if a block has none."""
         for block in reversed(block_ids):  # a suffix is useless without its prefix, so the last block is evicted first
-            if not self._holders[block]:
+            if not self._ref_counts[block]:
                 raise RuntimeError(f"Block {block} is free already.")
-            self._holders[block] -= 1
-            if not self._holders[block]:
+            self._ref_counts[block] -= 1
+            if not self._ref_counts[block]:
                 self._free[block] = None
-                if self._names[block] is None:  # not cached: allocate it before any cached block
+                if self._hashes[block] is None:  # not cached: allocate it before any cached block
                     self._free.move_to_end(block, last=False)
 
-    def name_blocks(self, names: list[bytes], token_ids: Sequence[int], count: int, root: bytes = ROOT) -> None:
-        """Extends `names`, the hashes of a request's first blocks, to its first `count` blocks, all full of `token_ids`.
+    def hash_blocks(self, hashes: list[bytes], token_ids: Sequence[int], count: int, root: bytes = ROOT) -> None:
+        """Extends `hashes`, the hashes of a request's first blocks, to its first `count` blocks, all full of `token_ids`.
 
         Requests with different `root` share no hashes. Does nothing without prefix caching.
         """
         if self.prefix_caching:
-            for i in range(len(names), count):
+            for i in range(len(hashes), count):
                 tokens = token_ids[i * self.block_size : (i + 1) * self.block_size]
-                names.append(block_hash(names[-1] if names else root, tokens))
+                hashes.append(block_hash(hashes[-1] if hashes else root, tokens))
 
-    def commit(self, block_ids: Sequence[int], names: Sequence[bytes]) -> None:
+    def commit(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Adds full, computed blocks to the prefix cache under their hashes. Of two equal blocks the first stays cached."""
-        for block, name in zip(block_ids, names, strict=self.prefix_caching):
-            if not self._holders[block]:
+        for block, key in zip(block_ids, hashes, strict=self.prefix_caching):
+            if not self._ref_counts[block]:
                 raise RuntimeError(f"Block {block} is free; only its holder can name it.")
-            if self._names[block] is None and name not in self._named:
-                self._names[block] = name
-                self._named[name] = block
+            if self._hashes[block] is None and key not in self._cached:
+                self._hashes[block] = key
+                self._cached[key] = block
 
-    def match(self, names: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of `names`. They have no new reference yet: see `share`."""
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of `hashes`. They have no new reference yet: see `share`."""
         found: list[int] = []
-        for name in names:
-            if (block := self._named.get(name)) is None:
+        for key in hashes:
+            if (block := self._cached.get(key)) is None:
                 break
             found.append(block)
         return found
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Empties the prefix cache: the blocks hold keys and values of other weights."""
-        self._names, self._named = [None] * self.num_blocks, {}
+        self._hashes, self._cached = [None] * self.num_blocks, {}
 
     def free_beside(self, block_ids: Iterable[int]) -> int:
         """How many blocks would be free if the distinct `block_ids` had references."""
-        return len(self._free) - sum(not self._holders[block] for block in block_ids)
+        return len(self._free) - sum(not self._ref_counts[block] for block in block_ids)
 
     def share(self, block_ids: Iterable[int]) -> None:
         """Adds a reference to blocks that `match` found."""
         for block in block_ids:
-            if not self._holders[block]:
+            if not self._ref_counts[block]:
                 del self._free[block]
-            self._holders[block] += 1
+            self._ref_counts[block] += 1
 
-    def _forget(self, block: int) -> None:
-        if (name := self._names[block]) is not None:
-            del self._named[name]
-            self._names[block] = None
+    def _uncache(self, block: int) -> None:
+        if (key := self._hashes[block]) is not None:
+            del self._cached[key]
+            self._hashes[block] = None

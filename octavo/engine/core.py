@@ -19,7 +19,7 @@ from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.sequence import Schedule, ScheduledRequest, Status
+from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
@@ -43,7 +43,7 @@ class _Generation:
 class _Step:
     """A launched step."""
 
-    schedule: Schedule
+    schedule: SchedulerOutput
     result: StepTokens
     synchronous: bool  # the next step must not be launched before this one's tokens are read
 
@@ -143,7 +143,7 @@ class EngineCore:
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
         """Launches the next step and adds it to those in flight unless it is empty. `outputs` gets the failed requests."""
-        schedule = self.scheduler.schedule(self._sitting_out(outputs))
+        schedule = self.scheduler.schedule(self._skipped(outputs))
         for request, reason in schedule.failed:
             self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
@@ -154,7 +154,7 @@ class EngineCore:
             self.in_flight.append(step)
         return step
 
-    def _sitting_out(self, outputs: list[TokenOutput]) -> Collection[str]:
+    def _skipped(self, outputs: list[TokenOutput]) -> Collection[str]:
         """Ids of requests whose allowed next tokens are not computed yet. `outputs` gets those that exceeded the time limit."""
         if not self.grammars.busy:
             return ()
@@ -170,7 +170,7 @@ class EngineCore:
         The cache holds keys and values of the old weights, so no request may run, and the prefix cache is dropped.
         """
         self._check_idle("weights are reloaded")
-        self.scheduler.pool.forget_prefixes()
+        self.scheduler.pool.reset_prefix_cache()
         self.runner.reload(model)
 
     def sleep(self) -> None:

@@ -14,7 +14,7 @@ from octavo.kvcache import KVCacheSpec
 from octavo.models.interface import CalibratedModel, Model
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "settle_kv_scales"]
+__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "set_kv_scales"]
 
 TEXT = """\
 The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
@@ -69,7 +69,7 @@ def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
         return random.Random(0).choices(range(vocab_size), k=512)
 
 
-def settle_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
+def set_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
     """Measures the scales if asked for; `run` puts TEXT through the model. Returns a note for the report."""
     if not hasattr(model, "kv_scales"):
         return None

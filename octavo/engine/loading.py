@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-Told = Callable[[str, float], None] | None
+ProgressCallback = Callable[[str, float], None] | None
 
 
 def check_ranks(config: EngineConfig) -> None:
@@ -55,13 +55,13 @@ def check_ranks(config: EngineConfig) -> None:
 
 
 def make_model(
-    described: Mapping[str, Any], tp: TensorParallel, config: EngineConfig, platform: Platform, dtype: torch.dtype
+    json_config: Mapping[str, Any], tp: TensorParallel, config: EngineConfig, platform: Platform, dtype: torch.dtype
 ) -> tuple[Model, Limits]:
     """The model of a config.json, not loaded yet, and its limits for the length that was asked for or that it was made for.
 
     The model is built for at most the length that a cache can hold, because a longer rotary table could take all memory.
     """
-    model = build_model(described, tp, config.max_model_len)
+    model = build_model(json_config, tp, config.max_model_len)
     limits = model.limits()
     token, fp8 = (
         sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
@@ -69,7 +69,7 @@ def make_model(
     )
     check_kv_scales(model, config)
     length = length_held(config, platform, token, limits.positions, fp8)
-    return model if length == limits.positions else build_model(described, tp, length), limits
+    return model if length == limits.positions else build_model(json_config, tp, length), limits
 
 
 def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform) -> list[KVCacheSpec]:
@@ -78,7 +78,12 @@ def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform:
 
 
 def reload_model(
-    model: Model, config: EngineConfig, loaded: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
+    model: Model,
+    config: EngineConfig,
+    loaded: EngineConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: ProgressCallback = None,
 ) -> tuple[LoadReport, bool]:
     """Loads weights in place into `model`, which holds those of `loaded`. False where not all could be written in place.
 
@@ -86,9 +91,9 @@ def reload_model(
     checkpoint is loaded again.
     """
     directory = Path(config.model)
-    described = read_config(directory)
-    check_format(described, directory)
-    if not same_architecture(described, read_config(Path(loaded.model))):
+    json_config = read_config(directory)
+    check_format(json_config, directory)
+    if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
         return load_model(model, config, platform, dtype, progress, in_place=True)
@@ -125,7 +130,13 @@ def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
 
 
 def load_model(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool = False
+    model: Model,
+    config: EngineConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: ProgressCallback,
+    *,
+    in_place: bool = False,
 ) -> tuple[LoadReport, bool]:
     """Loads `model`. Raises OctavoError for every error that the user can fix.
 
@@ -136,8 +147,8 @@ def load_model(
     directory, notes = Path(config.model), []
     if config.save_quantized is not None:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
-        told = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
-        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, told))
+        save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
+        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
         directory = output
     source = open_source(config, directory)
     if isinstance(source, SafetensorsSource) and not in_place:

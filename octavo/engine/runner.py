@@ -22,11 +22,11 @@ from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PromptGraphs
-from octavo.engine.kv_setup import cache_format, calibration_tokens, settle_kv_scales
+from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
-from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
+from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_history import Histories
@@ -89,7 +89,7 @@ class ModelRunner:
         self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
-        self._settle_kv_scales()
+        self._set_kv_scales()
         if hasattr(self.model, "fuse"):
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
@@ -117,9 +117,9 @@ class ModelRunner:
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)
 
-    def _settle_kv_scales(self) -> None:
+    def _set_kv_scales(self) -> None:
         text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
-        if note := settle_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
+        if note := set_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
 
     def _check_first_logits(self) -> None:
@@ -136,7 +136,7 @@ class ModelRunner:
         if self.platform.is_cpu:
             self.graphs = RecordedSteps(self.step.decode, *sizes)
             return
-        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._rehearse)
+        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
         self.prompts = PromptGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
 
@@ -148,7 +148,7 @@ class ModelRunner:
         config = replace(self.config, model=model, save_quantized=None)
         self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress)
         self.config, self.directory = config, Path(model)
-        self._settle_kv_scales()
+        self._set_kv_scales()
         if not complete and self.graphs is not None:
             self._make_graphs()
         self._check_first_logits()
@@ -167,11 +167,11 @@ class ModelRunner:
         """Loads weights and makes cache and graphs again."""
         self._start()
 
-    def _rehearse(self) -> None:
+    def _warm_up(self) -> None:
         """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
-        rehearse(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
+        warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
     def _graph_key(self, requests: int, longest: int) -> Hashable:
         """The model's graph key. A model without one gets a graph for each bound on the context length."""
@@ -206,7 +206,7 @@ class ModelRunner:
             if len(sampling := [n for n, item in enumerate(items) if item.samples]) < len(items):
                 at = self._indices(sampling)
                 logits, tokens = logits[at], tokens[at]
-            self._choose(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._sample(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
             return out
         hidden, ends = self._hidden(items, previous), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
@@ -216,7 +216,7 @@ class ModelRunner:
         if sampling := [n for n, item in enumerate(items) if item.samples]:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
-            self._choose(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._sample(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
 
     def _replay(
@@ -246,7 +246,7 @@ class ModelRunner:
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)
 
-    def _choose(
+    def _sample(
         self, logits: Tensor, greedy: Tensor | None, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow],
         out: StepTokens,
     ) -> None:  # fmt: skip

@@ -18,7 +18,7 @@ from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories, History
 from octavo.messages import Logprob, Logprobs, SamplingParams
 
-__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
+__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "sample", "uniform", "warm_up"]
 
 _MASK = (1 << 64) - 1
 NO_TOKEN = -1  # returned for a row whose every token is forbidden
@@ -56,7 +56,7 @@ def sample(
             row.bad_words.forbid(logits[i], row.token_ids, row.num_prompt_tokens)
     restricted = [i for i, row in enumerate(rows) if row.restricted]
     none_left = logits[restricted].amax(1) == float("-inf") if restricted else None  # before sampling overwrites the logits
-    tokens = _chosen(logits, rows)
+    tokens = _choose(logits, rows)
     if none_left is not None:
         tokens[restricted] = torch.where(none_left, NO_TOKEN, tokens[restricted])
     if penalized:
@@ -101,19 +101,19 @@ def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]
         logits[row, ids] = logits[row, ids] - presence * (history.tokens > history.prompt)
 
 
-def _chosen(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     kinds = [None if row.params.greedy else row.filtered for row in rows]
     if len(set(kinds)) == 1:
-        return ops.argmax(logits) if kinds[0] is None else _draw(logits, rows, kinds[0])
+        return ops.argmax(logits) if kinds[0] is None else _sample_rows(logits, rows, kinds[0])
     tokens = ops.argmax(logits)
     for filtered in (False, True):  # separate calls, so that a row's sampling never depends on the rows beside it
-        if drawn := [i for i, kind in enumerate(kinds) if kind is filtered]:
-            at = to_device(drawn, torch.int64, logits.device)
-            tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
+        if chosen := [i for i, kind in enumerate(kinds) if kind is filtered]:
+            at = to_device(chosen, torch.int64, logits.device)
+            tokens[at] = _sample_rows(logits[at], [rows[i] for i in chosen], filtered)
     return tokens
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
+def _sample_rows(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
     params, vocab, filters = [row.params for row in rows], logits.shape[1], None
     if filtered:
         top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
@@ -124,10 +124,10 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor
     return ops.sample(logits, temperature, u, filters)
 
 
-def rehearse(logits: Tensor) -> None:
+def warm_up(logits: Tensor) -> None:
     """Warm-up: samples from logits [1, vocab] without and with top-k/top-p/min-p filters."""
     for filtered in (False, True):
-        _draw(logits, [SamplingRow(SamplingParams(), [0], 1, 0)], filtered)
+        _sample_rows(logits, [SamplingRow(SamplingParams(), [0], 1, 0)], filtered)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:

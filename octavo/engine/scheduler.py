@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from octavo.engine.block_pool import BlockPool
-from octavo.engine.sequence import NewToken, Request, Schedule, ScheduledRequest, Status
+from octavo.engine.sequence import NewToken, Request, ScheduledRequest, SchedulerOutput, Status
 from octavo.messages import EngineRequest, EngineStats
 
 __all__ = ["Scheduler"]
@@ -66,22 +66,22 @@ class Scheduler:
         """Ids of waiting and running requests."""
         return self._requests.keys()
 
-    def schedule(self, sitting_out: Collection[str] = ()) -> Schedule:
+    def schedule(self, skipped: Collection[str] = ()) -> SchedulerOutput:
         """Decides the next step. The requests in `failed` are finished. A step without items need not be run. Requests
-        `sitting_out` are skipped in this step; all of their known tokens are computed.
+        `skipped` get no token in this step; all of their known tokens are computed.
 
         A request with a pending token cannot be preempted, because the value to recompute is unknown. Where preemption would be
         needed there are no items, and the step can be scheduled after the `update` of the one before.
         """
-        schedule = Schedule(self.max_num_batched_tokens)
-        if any(request.num_pending for request in self.running) and self._missing() > self.pool.num_free:
+        schedule = SchedulerOutput(self.max_num_batched_tokens)
+        if any(request.num_pending for request in self.running) and self._missing_blocks() > self.pool.num_free:
             return schedule
-        self._continue_running(schedule, sitting_out)
+        self._continue_running(schedule, skipped)
         if not schedule.preempted:  # a request preempted in this step would be admitted again at once
-            self._admit_waiting(schedule, sitting_out)
+            self._admit_waiting(schedule, skipped)
         return schedule
 
-    def update(self, schedule: Schedule, sampled: Sequence[int]) -> list[NewToken]:
+    def update(self, schedule: SchedulerOutput, sampled: Sequence[int]) -> list[NewToken]:
         """Takes a finished step's tokens, one for each of `schedule.sampling`, and finishes the requests that they complete.
 
         Requests that finished meanwhile are skipped: aborted ones, and those finished by a token of the step before, which was
@@ -93,7 +93,7 @@ class Scheduler:
         pairs = zip(schedule.sampling, sampled, strict=True)
         return [self._append(item.request, token) for item, token in pairs if item.request.status is Status.RUNNING]
 
-    def stats(self, schedule: Schedule) -> EngineStats:
+    def stats(self, schedule: SchedulerOutput) -> EngineStats:
         """Statistics of the present state and of what `schedule` did."""
         return EngineStats(
             num_running=len(self.running),
@@ -106,21 +106,21 @@ class Scheduler:
             scheduled_first=schedule.started,
         )
 
-    def _continue_running(self, schedule: Schedule, sitting_out: Collection[str]) -> None:
+    def _continue_running(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
         served = 0
         while served < len(self.running) and schedule.budget:  # preemption removes requests from the end of the list
-            if self.running[served].complete or self.running[served].request_id in sitting_out:
+            if self.running[served].complete or self.running[served].request_id in skipped:
                 served += 1
             elif self._grow(self.running[served], schedule):
                 self._compute(self.running[served], schedule)
                 served += 1
 
-    def _missing(self) -> int:
+    def _missing_blocks(self) -> int:
         """Blocks that the running requests lack for their present tokens."""
         growing = [request for request in self.running if not request.complete]
         return sum(self.pool.blocks_for(request.num_tokens) - len(request.block_ids) for request in growing)
 
-    def _grow(self, request: Request, schedule: Schedule) -> bool:
+    def _grow(self, request: Request, schedule: SchedulerOutput) -> bool:
         """Allocates blocks for all tokens of `request`, preempting the youngest requests if needed. False if `request` itself
         was preempted."""
         missing = self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
@@ -135,13 +135,13 @@ class Scheduler:
         request.block_ids += self.pool.allocate(missing)
         return True
 
-    def _admit_waiting(self, schedule: Schedule, sitting_out: Collection[str]) -> None:
+    def _admit_waiting(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
         """Starts waiting requests in order. The first one that does not fit blocks the rest, so that none starves."""
         while self.waiting and schedule.budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            if request.request_id in sitting_out:  # it was preempted meanwhile and keeps its place in the queue
+            if request.request_id in skipped:  # it was preempted meanwhile and keeps its place in the queue
                 break
-            if reason := self._hopeless(request):
+            if reason := self._why_never(request):
                 self._fail(self.waiting.popleft(), reason, schedule)
             elif self._start(request, schedule):
                 self.running.append(self.waiting.popleft())
@@ -149,7 +149,7 @@ class Scheduler:
             else:
                 break
 
-    def _start(self, request: Request, schedule: Schedule) -> bool:
+    def _start(self, request: Request, schedule: SchedulerOutput) -> bool:
         """Gives a waiting request its cached prefix and blocks for all its tokens, if there is room.
 
         Blocks are allocated for all tokens, though the first chunk may need few, so that a prefill once begun never stops for
@@ -180,10 +180,10 @@ class Scheduler:
         if not self._may_share(request):
             return []
         count = (len(request.token_ids) - 1) // self.pool.block_size  # leaves at least one token to compute
-        self.pool.name_blocks(request.names, request.token_ids, count, request.cache_root)
-        return self.pool.match(request.names[:count])
+        self.pool.hash_blocks(request.block_hashes, request.token_ids, count, request.cache_root)
+        return self.pool.match(request.block_hashes[:count])
 
-    def _compute(self, request: Request, schedule: Schedule) -> None:
+    def _compute(self, request: Request, schedule: SchedulerOutput) -> None:
         start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
         num_tokens = min(missing, schedule.budget)
         samples = num_tokens == missing
@@ -202,8 +202,8 @@ class Scheduler:
         size, request = self.pool.block_size, item.request
         first, stop = item.start // size, (item.start + item.num_tokens) // size
         if first < stop:
-            self.pool.name_blocks(request.names, request.token_ids, stop, request.cache_root)
-            self.pool.commit(request.block_ids[first:stop], request.names[first:stop])
+            self.pool.hash_blocks(request.block_hashes, request.token_ids, stop, request.cache_root)
+            self.pool.commit(request.block_ids[first:stop], request.block_hashes[first:stop])
 
     def _append(self, request: Request, token: int) -> NewToken:
         request.token_ids.append(token)
@@ -214,7 +214,7 @@ class Scheduler:
             self._release(request)
         return NewToken(request, token, finish_reason, stop_reason)
 
-    def _preempt(self, request: Request, schedule: Schedule) -> None:
+    def _preempt(self, request: Request, schedule: SchedulerOutput) -> None:
         """Frees a request's blocks. It keeps its tokens, recomputes them later, and is the next to be admitted."""
         assert not request.num_pending
         self._drop_blocks(request)
@@ -223,7 +223,7 @@ class Scheduler:
         self.waiting.appendleft(request)
         schedule.preempted.append(request)
 
-    def _hopeless(self, request: Request) -> str | None:
+    def _why_never(self, request: Request) -> str | None:
         """Why a waiting request can never run, if it cannot."""
         if not 0 < request.num_prompt_tokens < self.max_model_len:
             return f"A prompt must have 1 to {self.max_model_len - 1} tokens; this one has {request.num_prompt_tokens}."
@@ -231,7 +231,7 @@ class Scheduler:
             return "The request has outgrown the KV cache."
         return None
 
-    def _fail(self, request: Request, reason: str, schedule: Schedule) -> None:
+    def _fail(self, request: Request, reason: str, schedule: SchedulerOutput) -> None:
         self._release(request)
         schedule.failed.append((request, reason))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from octavo.engine.block_pool import root_of
 from octavo.messages import EngineRequest, FinishReason
 
-__all__ = ["NewToken", "Request", "Schedule", "ScheduledRequest", "Status"]
+__all__ = ["NewToken", "Request", "ScheduledRequest", "SchedulerOutput", "Status"]
 
 
 class Status(Enum):
@@ -36,7 +36,7 @@ class Request:
         self.num_preemptions = 0
         self.block_ids: list[int] = []  # block i holds the tokens [i * block_size, (i + 1) * block_size)
         self.cache_root = root_of(request.cache_salt)
-        self.names: list[bytes] = []  # hashes of its first full blocks, computed on demand; they outlive the blocks
+        self.block_hashes: list[bytes] = []  # hashes of its first full blocks, computed on demand; they outlive the blocks
         self.status = Status.WAITING
         limit = max_model_len if self.params.max_tokens is None else self.num_prompt_tokens + self.params.max_tokens
         self.max_total_tokens = min(limit, max_model_len)
@@ -78,7 +78,7 @@ class ScheduledRequest:
 
 
 @dataclass(slots=True)
-class Schedule:
+class SchedulerOutput:
     """Scheduler output: the work of one step, and what scheduling it changed. Items are in order of arrival."""
 
     budget: int  # tokens that the step has room for

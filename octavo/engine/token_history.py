@@ -16,7 +16,7 @@ from octavo.engine.sampling_row import SamplingRow
 
 __all__ = ["Histories", "History"]
 
-LEAST_ROOM, LEAST_SLOTS = 256, 8
+LEAST_CAPACITY, LEAST_SLOTS = 256, 8
 
 
 class History(NamedTuple):
@@ -36,7 +36,7 @@ class History(NamedTuple):
 class _Place:
     """Location of a request's token ids: the buffer (by row capacity), the row in it, and the number of valid ids."""
 
-    room: int
+    capacity: int
     slot: int
     length: int = 0
 
@@ -49,7 +49,7 @@ class Histories:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._ids: dict[int, Tensor] = {}  # int64 [slots, room], by capacity
+        self._ids: dict[int, Tensor] = {}  # int64 [slots, capacity], by capacity
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._places: dict[str, _Place] = {}
 
@@ -58,18 +58,18 @@ class Histories:
         groups: defaultdict[int, list[int]] = defaultdict(list)
         lengths = [len(row.token_ids) + row.num_pending for row in rows]
         for i, (request, row, length) in enumerate(zip(requests, rows, lengths, strict=True)):
-            place = self._with_room(request, length + 1)
+            place = self._with_capacity(request, length + 1)
             if place.length != length:
                 assert not row.num_pending, "the host knows all tokens of a request that asks for the first time"
-                self._ids[place.room][place.slot, :length] = to_device(row.token_ids, torch.int64, self.device)
+                self._ids[place.capacity][place.slot, :length] = to_device(row.token_ids, torch.int64, self.device)
                 place.length = length
-            groups[place.room].append(i)
+            groups[place.capacity].append(i)
         found = []
-        for room, members in groups.items():
-            own = [lengths[i] for i in members]
-            told = [self._places[requests[i]].slot for i in members], own, [rows[i].num_prompt_tokens for i in members]
-            slots, tokens, prompt = to_device(told, torch.int64, self.device)
-            ids = self._ids[room][slots, : max(own)]
+        for capacity, members in groups.items():
+            valid = [lengths[i] for i in members]
+            host = [self._places[requests[i]].slot for i in members], valid, [rows[i].num_prompt_tokens for i in members]
+            slots, tokens, prompt = to_device(host, torch.int64, self.device)
+            ids = self._ids[capacity][slots, : max(valid)]
             found.append(History([at[i] for i in members], ids, tokens.unsqueeze(1), prompt.unsqueeze(1)))
         return found
 
@@ -78,31 +78,33 @@ class Histories:
         groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for i, request in enumerate(requests):
             place = self._places[request]
-            groups[place.room].append((i, place.slot, place.length))
+            groups[place.capacity].append((i, place.slot, place.length))
             place.length += 1
-        for room, members in groups.items():
+        for capacity, members in groups.items():
             which, slots, ends = to_device(list(zip(*members, strict=True)), torch.int64, self.device)
-            self._ids[room][slots, ends] = tokens[which]
+            self._ids[capacity][slots, ends] = tokens[which]
 
     def forget(self, request: str) -> None:
         """Frees the request's row. An unknown request is no error."""
         if (place := self._places.pop(request, None)) is not None:
-            self._free[place.room].append(place.slot)
+            self._free[place.capacity].append(place.slot)
 
-    def _with_room(self, request: str, tokens: int) -> _Place:
+    def _with_capacity(self, request: str, tokens: int) -> _Place:
         """The request's row, with capacity for `tokens`. Growing moves the ids to a larger row."""
         old = self._places.get(request)
-        if old is not None and old.room >= tokens:
+        if old is not None and old.capacity >= tokens:
             return old
-        room = max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
-        if not self._free[room]:
-            ids = self._ids.get(room, torch.empty(0, room, dtype=torch.int64, device=self.device))
+        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+        if not self._free[capacity]:
+            ids = self._ids.get(capacity, torch.empty(0, capacity, dtype=torch.int64, device=self.device))
             slots = max(LEAST_SLOTS, 2 * len(ids))
-            self._ids[room] = torch.cat([ids, torch.zeros(slots - len(ids), room, dtype=torch.int64, device=self.device)])
-            self._free[room] += range(len(ids), slots)
-        place = _Place(room, self._free[room].pop())
+            self._ids[capacity] = torch.cat(
+                [ids, torch.zeros(slots - len(ids), capacity, dtype=torch.int64, device=self.device)]
+            )
+            self._free[capacity] += range(len(ids), slots)
+        place = _Place(capacity, self._free[capacity].pop())
         if old is not None:
-            self._ids[room][place.slot, : old.length] = self._ids[old.room][old.slot, : old.length]
+            self._ids[capacity][place.slot, : old.length] = self._ids[old.capacity][old.slot, : old.length]
             place.length = old.length
             self.forget(request)
         self._places[request] = place

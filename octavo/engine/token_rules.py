@@ -25,13 +25,13 @@ class TokenRules:
         self, params: SamplingParams, eos_token_ids: frozenset[int] = frozenset(), bad_words: Sequence[Sequence[int]] = ()
     ):
         self._bias, self._allowed = params.logit_bias, params.allowed_token_ids
-        self._enders = sorted(eos_token_ids.union(params.stop_token_ids))
+        self._end_tokens = sorted(eos_token_ids.union(params.stop_token_ids))
         self._single = [word[0] for word in bad_words if len(word) == 1]
         self._last: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # by prefix: the tokens that must not follow
         for word in bad_words:
             if len(word) > 1:
                 self._last[tuple(word[:-1])].append(word[-1])
-        self.begun = Patterns(self._last)
+        self.automaton = Patterns(self._last)
         self.biased, self.restricted = bool(params.logit_bias), self._allowed is not None or bool(bad_words)
         self._tensors: dict[str | int, Tensor] = {}
 
@@ -46,19 +46,19 @@ class TokenRules:
 
     def forbid_end(self, logits: Tensor) -> None:
         """Forbids in place the tokens that would end the request (EOS and stop tokens)."""
-        if "enders" not in self._tensors:
-            known = [token for token in self._enders if 0 <= token < len(logits)]
-            self._tensors["enders"] = to_device(known, torch.int64, logits.device)
-        logits.index_fill_(0, self._tensors["enders"], float("-inf"))
+        if "end" not in self._tensors:
+            known = [token for token in self._end_tokens if 0 <= token < len(logits)]
+            self._tensors["end"] = to_device(known, torch.int64, logits.device)
+        logits.index_fill_(0, self._tensors["end"], float("-inf"))
 
     def forbid(self, logits: Tensor, state: int) -> None:
         """Forbids in place the tokens that are never allowed, and those that would complete a bad word from `state`."""
         if "never" not in self._tensors:
             self._tensors["never"] = self._never(logits)
         logits.masked_fill_(self._tensors["never"], float("-inf"))
-        if end := self.begun.end(state):
+        if end := self.automaton.end(state):
             if end not in self._tensors:
-                completing = [token for tokens in self.begun.all_ended(end) for token in self._last[tuple(tokens)]]
+                completing = [token for tokens in self.automaton.all_ended(end) for token in self._last[tuple(tokens)]]
                 self._tensors[end] = to_device(completing, torch.int64, logits.device)
             logits.index_fill_(0, self._tensors[end], float("-inf"))
 
@@ -80,6 +80,6 @@ class BadWords:
     def forbid(self, logits: Tensor, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Forbids tokens in place in logits [vocab], given `token_ids`. `token_ids` only grows between calls."""
         for at in range(num_prompt_tokens + self._read, len(token_ids)):
-            self._state = self._rules.begun.after(self._state, token_ids[at])
+            self._state = self._rules.automaton.after(self._state, token_ids[at])
         self._read = len(token_ids) - num_prompt_tokens
         self._rules.forbid(logits, self._state)

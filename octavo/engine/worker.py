@@ -100,7 +100,7 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
         for message in _drain(inbox) if core.has_work() else _wait(inbox):
             if message[0] == "shutdown":
                 return
-            outputs += _obey(core, message)
+            outputs += _handle(core, message)
         stats = EngineStats()  # of an idle engine, so that no gauge stays at its last busy value
         if core.has_work():
             stepped, stats = core.step()
@@ -128,7 +128,7 @@ def _drain(inbox: SimpleQueue[Message]) -> list[Message]:
         return messages
 
 
-def _obey(core: Core, message: Message) -> list[TokenOutput]:
+def _handle(core: Core, message: Message) -> list[TokenOutput]:
     """Handles a message. A request that the core refuses gets an error output and affects no other request."""
     if message[0] == "add":
         try:
@@ -150,7 +150,7 @@ def _trace(error: Exception) -> None:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OctavoError):
         return str(error)
-    if (told := shortage(error)) is not None:
-        return told
+    if (sentence := shortage(error)) is not None:
+        return sentence
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"

@@ -103,7 +103,7 @@ def parts(**changes: Any) -> DecoderParts:
 
     made = {"hidden": 512, "inter": 1408, "bias": None, "window": None, "dtype": torch.bfloat16, "kv": "auto", "v_scale": 1.0}
     made |= changes
-    views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 2, 64, CPU).views[0]
+    views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.TENSOR_CORE)], 2, 64, CPU).views[0]
     gain = torch.ones(512, dtype=made["dtype"])
     layers = [
         LayerParts(weight(1024, 512), weight(512, 512), weight(2 * made["inter"], 512), weight(512, made["inter"]),

@@ -37,7 +37,7 @@ class DecodeGraphs:
     """Graphs of `forward` for batches of one token per request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
     `forward` returns logits [rows, vocab] and their argmax, int64 [rows]. `variant(requests, longest context)` returns equal
-    keys where the launches are equal. `rehearse` runs the other kernels that must be compiled before serving.
+    keys where the launches are equal. `warm_up` runs the other kernels that must be compiled before serving.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DecodeGraphs:
         max_model_len: int,
         scratch_block: int,
         variant: Callable[[int, int], Hashable],
-        rehearse: Callable[[], None] = lambda: None,
+        warm_up: Callable[[], None] = lambda: None,
     ):
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
@@ -64,7 +64,7 @@ class DecodeGraphs:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         try:
-            self._capture(forward, variant, rehearse)
+            self._capture(forward, variant, warm_up)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
@@ -75,7 +75,7 @@ class DecodeGraphs:
         self,
         forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
         variant: Callable[[int, int], Hashable],
-        rehearse: Callable[[], None],
+        warm_up: Callable[[], None],
     ) -> None:
         def decode(size: int, context: int) -> Tensor:
             logits, tokens = forward(self._batch(size, context))
@@ -83,7 +83,7 @@ class DecodeGraphs:
             return logits
 
         with ops.compile_ahead():
-            rehearse()
+            warm_up()
             for size in self.sizes:
                 if size & (size - 1) == 0 or size == self.sizes[-1]:  # the other sizes mostly launch the same kernels
                     self._send(size, [], [], [], [], [])
@@ -123,12 +123,12 @@ class DecodeGraphs:
         sources: Sequence[int],
     ) -> None:  # fmt: skip
         """One copy to the device. Rows past len(ids) are padding: length 0, written to the scratch block."""
-        count, own = len(ids), len(self.chosen)
+        count, first = len(ids), len(self.chosen)
         host = torch.empty(6 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
         numbers, lengths = host[: 5 * size].view(5, size).numpy(), host[5 * size :].view(torch.int32).numpy()
-        numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [own]])
+        numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [first]])
         numbers[:4, :count] = ids, last, rotary_rows, slots
-        numbers[4, :count] = [own + row if source < 0 else source for row, source in enumerate(sources)]
+        numbers[4, :count] = [first + row if source < 0 else source for row, source in enumerate(sources)]
         lengths[:count], lengths[count:size], lengths[size:] = numbers[1, :count] + 1, 0, count
         self._sent(size).copy_(host, non_blocking=True)
 
