@@ -70,14 +70,14 @@ class AsyncEngine:
         self._dead: str | None = None
         self._death: asyncio.Future[str] = self._loop.create_future()
         self._closing = False
-        self._owes_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
+        self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=worker().run_engine, args=(config, theirs, make_core), name="octavo-engine")
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(target=worker().run_engine, args=(config, child_end, make_core), name="octavo-engine")
         self._process.start()
         self._reaping = threading.Lock()
-        theirs.close()  # otherwise the end of the process would never be noticed
+        child_end.close()  # otherwise the end of the process would never be noticed
         atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
         threading.Thread(target=self._read, name="octavo-read", daemon=True).start()
@@ -110,7 +110,7 @@ class AsyncEngine:
     @property
     def silent_seconds(self) -> float:
         """Seconds for which the engine has had work and sent nothing; 0 while it has none, and once it is dead."""
-        return 0.0 if self._owes_since is None or self._dead is not None else self._loop.time() - self._owes_since
+        return 0.0 if self._waiting_since is None or self._dead is not None else self._loop.time() - self._waiting_since
 
     @property
     def default_sampling(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class AsyncEngine:
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-        self._ask(("add", requests))  # one message, so that the parts they share are sent once
+        self._send(("add", requests))  # one message, so that the parts they share are sent once
         running, turn = len(requests), self._loop.time()
         try:
             while running:  # deltas of many sequences arrive together, so `get` may never yield to the loop
@@ -155,7 +155,7 @@ class AsyncEngine:
         finally:
             left = [request.request_id for request in requests if self._streams.pop(request.request_id, None)]
             if left:
-                self._ask(("abort", left))
+                self._send(("abort", left))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets running ones finish for `drain_seconds`, then ends the process. Never hangs."""
@@ -163,7 +163,7 @@ class AsyncEngine:
         deadline = self._loop.time() + drain_seconds
         while self._streams and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
-        self._bury("The engine was shut down.")
+        self._fail_all("The engine was shut down.")
         self._outbox.put(("shutdown",))
         await asyncio.to_thread(self._exit_code)
         self._kill()
@@ -171,15 +171,15 @@ class AsyncEngine:
     def fail_running(self, error: OctavoError) -> None:
         """Ends every running request with `error`."""
         if self._streams:
-            self._ask(("abort", list(self._streams)))
+            self._send(("abort", list(self._streams)))
         for stream in self._streams.values():
             stream.queue.put_nowait(error)
         self._streams.clear()
 
-    def _ask(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         """Sends a message that the engine answers with a step."""
-        if self._owes_since is None:
-            self._owes_since = self._loop.time()
+        if self._waiting_since is None:
+            self._waiting_since = self._loop.time()
         self._outbox.put(message)
 
     def _raise_if_gone(self) -> None:
@@ -214,7 +214,7 @@ class AsyncEngine:
         except OSError:
             pass  # the process is gone, which the reader thread reports
         except Exception as error:
-            self._tell_of_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
+            self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
     def _read(self) -> None:
         try:
@@ -226,9 +226,9 @@ class AsyncEngine:
             return  # the loop is closed
         except Exception as error:
             sentence = f"What the engine sent cannot be read ({type(error).__name__})."
-        self._tell_of_death(sentence)
+        self._report_death(sentence)
 
-    def _tell_of_death(self, sentence: str) -> None:
+    def _report_death(self, sentence: str) -> None:
         try:
             self._loop.call_soon_threadsafe(self._receive, ("dead", sentence))
         except RuntimeError:
@@ -262,24 +262,24 @@ class AsyncEngine:
                 logger.error("the tokens of a request cannot be turned into text", exc_info=error)
                 del self._streams[output.request_id]
                 stream.queue.put_nowait(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))
-                self._ask(("abort", [output.request_id]))
+                self._send(("abort", [output.request_id]))
                 continue
             stream.queue.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._streams[output.request_id]
                 if output.finish_reason is None:  # ended by a stop string, which the engine does not know
-                    self._ask(("abort", [output.request_id]))
+                    self._send(("abort", [output.request_id]))
         busy = self._streams or stats.num_running or stats.num_waiting
-        self._owes_since = self._loop.time() if busy else None
+        self._waiting_since = self._loop.time() if busy else None
         for listener in self._listeners:
             listener(stats)
 
     def _die(self, sentence: str) -> None:
         if self._dead is None:
             self._death.set_result(sentence)
-            self._bury(sentence)
+            self._fail_all(sentence)
 
-    def _bury(self, sentence: str) -> None:
+    def _fail_all(self, sentence: str) -> None:
         """Fails everything that waits for the engine, and tells the listeners that nothing runs."""
         if self._dead is not None:
             return

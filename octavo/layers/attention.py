@@ -97,9 +97,9 @@ class PagedAttention(nn.Module):
     def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] from hidden states x [T, K], which `qkv` projects."""
         if qkv.bias is None and not self.observe:
-            turned = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
-            if turned is not None:
-                return ops.attention(turned, self.cache, batch, self.scale, self.window).flatten(1)
+            rotated = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
+            if rotated is not None:
+                return ops.attention(rotated, self.cache, batch, self.scale, self.window).flatten(1)
         q, k, v = qkv(x)
         return self.attend(q, k, v, batch)
 
@@ -107,8 +107,8 @@ class PagedAttention(nn.Module):
         """[T, heads * D] from projected queries, keys and values [T, heads, D]."""
         rope = self._rope(batch)
         if self.observe:
-            _, turned = reference.normed_and_rotated(q, k, rope)
-            self._fit(self.k_scale, turned)
+            _, rotated = reference.normed_and_rotated(q, k, rope)
+            self._fit(self.k_scale, rotated)
             self._fit(self.v_scale, v)
         return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
 

@@ -29,9 +29,9 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return self._rows(ids)
-        own = self.shard.slice(self.shape[0])
-        absent = (ids < own.start) | (ids >= own.stop)
-        rows = self._rows((ids - own.start).masked_fill(absent, 0))
+        local = self.shard.slice(self.shape[0])
+        absent = (ids < local.start) | (ids >= local.stop)
+        rows = self._rows((ids - local.start).masked_fill(absent, 0))
         return ops.all_reduce(rows.masked_fill(absent.unsqueeze(1), 0), self.tp)
 
     def _rows(self, ids: Tensor) -> Tensor:

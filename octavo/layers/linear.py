@@ -86,7 +86,7 @@ class QKVLinear(ColumnParallelLinear):
     """The query, key and value projections as one product. `forward` returns the three, [T, heads, head_dim] each."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
-        own = query_heads(heads, tp)  # keys and values may be shared by ranks
+        local_heads = query_heads(heads, tp)  # keys and values may be shared by ranks
         super().__init__(
             ["q_proj", "k_proj", "v_proj"],
             hidden,
@@ -96,7 +96,7 @@ class QKVLinear(ColumnParallelLinear):
             heads=[heads, kv_heads, kv_heads],
         )
         self.head_dim = head_dim
-        self.parts = [own, tp.part(kv_heads), tp.part(kv_heads)]
+        self.parts = [local_heads, tp.part(kv_heads), tp.part(kv_heads)]
 
     def forward(self, x: ops.Operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = ops.linear(x, self.weight, self.bias)
@@ -182,8 +182,8 @@ class LMHead(nn.Module):
     def __init__(self, vocab: int, hidden: int, tp: TensorParallel, *, tied: str | None):
         super().__init__()
         self.shape, self.tied, self.shard = (vocab, hidden), tied, vocabulary_shard(vocab, tp)
-        own = self.shard.slice(vocab)
-        self.missing = self.shard.longest(vocab) - (own.stop - own.start)
+        local = self.shard.slice(vocab)
+        self.missing = self.shard.longest(vocab) - (local.stop - local.start)
 
     def load(self, loader: Loader) -> None:
         if self.tied is not None:

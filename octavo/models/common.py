@@ -94,9 +94,9 @@ class DecoderLM(nn.Module):
             embedding = self.path("model.embed_tokens")
             self.lm_head = LMHead(config.vocab_size, config.hidden_size, tp, tied=embedding if tied else None)
 
-    def path(self, own: str) -> str:
-        """The path in checkpoints of the path `own` in this module, or of a glob of paths."""
-        child, dot, rest = own.partition(".")
+    def path(self, module_path: str) -> str:
+        """The path in checkpoints of the path `module_path` in this module, or of a glob of paths."""
+        child, dot, rest = module_path.partition(".")
         return self.stored_at.get(child, child) + dot + rest
 
     def make_decoder(self, layers: LayerStack) -> Decoder:
@@ -150,8 +150,8 @@ class CausalLM(DecoderLM):
         return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
 
     def bind_cache(self, views: Sequence[Views]) -> None:
-        for layer, own in zip(self.attention_layers(), views, strict=True):
-            layer.bind_cache(own)
+        for layer, layer_views in zip(self.attention_layers(), views, strict=True):
+            layer.bind_cache(layer_views)
 
     def calibrate(self, run: Callable[[], object]) -> None:
         layers = self.attention_layers()

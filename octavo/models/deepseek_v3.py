@@ -102,8 +102,8 @@ class Attention(nn.Module):
     @property
     def readers(self) -> tuple[ops.Reader, ...]:
         """Readers of this layer's input."""
-        own = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
-        return own if self.indexer is None else (*own, *self.indexer.input_readers)
+        readers = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
+        return readers if self.indexer is None else (*readers, *self.indexer.input_readers)
 
     def forward(self, x: Activation, batch: ForwardBatch) -> Product:
         *latents, kv = self.a_proj(x).split(self.sizes, 1)
@@ -190,8 +190,8 @@ class Model(DecoderLM):
         return [index_spec(one.shape.dim, fp8_dtype, wide=wide) if isinstance(one, Indexer) else latent for one in caches]
 
     def bind_cache(self, views: Sequence[Views]) -> None:
-        for one, own in zip(self._caches(), views, strict=True):
-            one.bind_cache(own)
+        for one, cache_views in zip(self._caches(), views, strict=True):
+            one.bind_cache(cache_views)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
         """The number of context splits, and whether attention is sparse, depend on the bound."""

@@ -23,12 +23,12 @@ def quantization_configs(config: Mapping[str, Any], directory: Path | None = Non
     """Every quantization config in a config.json, and in hf_quant_config.json of `directory`."""
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
     found = [place[key] for place in places for key in ("quantization_config", "compression_config") if place.get(key)]
-    own_file = directory / "hf_quant_config.json" if directory else None
-    if own_file and (content := read_json(own_file)) is not None:
+    modelopt_file = directory / "hf_quant_config.json" if directory else None
+    if modelopt_file and (content := read_json(modelopt_file)) is not None:
         try:
             found.append({"quant_method": "modelopt", **content["quantization"]})
         except (KeyError, TypeError):
-            raise OctavoError(f"{own_file} is not a quantization config of ModelOpt's; download it again.") from None
+            raise OctavoError(f"{modelopt_file} is not a quantization config of ModelOpt's; download it again.") from None
     return [_flat(entry) for entry in found if isinstance(entry, dict)]
 
 

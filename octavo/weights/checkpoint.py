@@ -51,7 +51,7 @@ class Checkpoint:
             except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
-            found = f"and holds {told}" if (told := unread_weights(directory)) else "and Octavo reads no other weight format"
+            found = f"and holds {other}" if (other := unread_weights(directory)) else "and Octavo reads no other weight format"
             raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
         stored = {tensor.name: tensor for file, path in files.items() for tensor in _read_header(path, file)}
@@ -79,7 +79,7 @@ class Checkpoint:
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
         """Fills `buffer` (uint8) from the tensor's byte `start` on. Thread-safe; releases the interpreter's lock."""
-        if tensor.is_turned:
+        if tensor.is_transposed:
             slab, at = self._slab_of(tensor)
             buffer.view(-1).copy_(slab[at + start :][: buffer.numel()])
             return
@@ -121,8 +121,8 @@ class Checkpoint:
         if tensor.file not in self._maps:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
         view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
-        own = (slice(None),) * dim + (part,)
-        return view[own] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
+        index = (slice(None),) * dim + (part,)
+        return view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
 
     def descriptor(self, file: str) -> int:
         """The file's descriptor, opened for reading."""

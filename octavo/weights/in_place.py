@@ -54,20 +54,20 @@ def _move(new: Any, old: Any, where: str) -> bool:
         return True
     complete = True
     for name, value in vars(new).items():  # checked before anything is copied, so that a refused reload leaves `old` intact
-        mine = getattr(old, name)
-        if (isinstance(value, _KINDS) or isinstance(mine, _KINDS)) and value != mine:
-            raise _other(where, f"{_told(value)} where {_told(mine)} was")
+        previous = getattr(old, name)
+        if (isinstance(value, _KINDS) or isinstance(previous, _KINDS)) and value != previous:
+            raise _other(where, f"{_name_of(value)} where {_name_of(previous)} was")
     for name, value in vars(new).items():
-        mine = getattr(old, name)
+        previous = getattr(old, name)
         if isinstance(value, Tensor) and not has_storage(value):
             setattr(old, name, value)
             complete = False
-        elif isinstance(value, (Tensor, *_HOLDERS)) and mine is not None:
-            complete = _move(value, mine, where) and complete
+        elif isinstance(value, (Tensor, *_HOLDERS)) and previous is not None:
+            complete = _move(value, previous, where) and complete
     return complete
 
 
-def _told(kind: Any) -> str:
+def _name_of(kind: Any) -> str:
     return str(getattr(kind, "name", kind))
 
 

@@ -21,14 +21,14 @@ DTYPES = {
 class Slab:
     """One expert's part of a stack: a matrix [rows, columns], whose rows from `first` on are a StoredTensor.
 
-    `turned`: the file stores [columns, rows]. A StoredTensor's `start` is then the offset that its bytes had untransposed.
+    `transposed`: the file stores [columns, rows]. A StoredTensor's `start` is then the offset that its bytes had untransposed.
     """
 
     expert: int
     rows: int
     columns: int
     first: int
-    turned: bool
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class StoredTensor:
         return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.torch_dtype.itemsize]
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether its bytes are not contiguous in the file."""
-        return self.slab is not None and self.slab.turned
+        return self.slab is not None and self.slab.transposed
 
     def whole_slab(self) -> StoredTensor:
         """The slab of a transposed tensor as the file stores it: [columns, rows]."""

@@ -52,8 +52,8 @@ class Transfer:
 
     def read(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
         """The `part` of dimension `dim`, in the stored dtype."""
-        if tensor.is_turned:
-            return self._turned(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
+        if tensor.is_transposed:
+            return self._transposed(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
         if not tensor.shape:
             return self._bytes(tensor, 0, tensor.nbytes).view(tensor.torch_dtype).view(tensor.shape)
         row = tensor.nbytes // max(tensor.shape[0], 1)
@@ -66,7 +66,7 @@ class Transfer:
         pieces = [self._rows(tensor, slice(at, min(at + step, tensor.shape[0])), row)[columns].contiguous() for at in starts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _turned(self, tensor: StoredTensor) -> Tensor:
+    def _transposed(self, tensor: StoredTensor) -> Tensor:
         """A transposed view, in integers, of the tensor's slab. The slab is copied as it is in the file."""
         slab = tensor.slab
         assert slab is not None
