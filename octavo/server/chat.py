@@ -133,8 +133,8 @@ class _Job:
     ):
         self.served, self.request, self.params, self.tools = served, request, params, tools
         self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
-        self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
-        self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
+        self.prompt_fields: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
+        self.prompt_fields |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
         ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
         self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
@@ -150,18 +150,18 @@ class _Job:
         """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
         head = {**self.head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
-        told_once = self.told_of_prompt
+        first_fields = self.prompt_fields
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 extras = stream_extras(self.request, self.usage)
                 if delta.index not in begun:
                     begun.add(delta.index)
                     first = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **told_once}
-                    told_once = {}
+                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **first_fields}
+                    first_fields = {}
                 message, logprobs, reason = self._read(delta)
-                told = {"delta": message, **self._ids(delta.token_ids)}
-                yield {**head, "choices": [_choice(delta.index, told, logprobs, reason, delta.stop_reason)], **extras}
+                fields = {"delta": message, **self._ids(delta.token_ids)}
+                yield {**head, "choices": [_choice(delta.index, fields, logprobs, reason, delta.stop_reason)], **extras}
         if self.request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": self.usage.dict()}
 
@@ -180,10 +180,10 @@ class _Job:
                 ends[delta.index] = (reason, delta.stop_reason)
         choices = []
         for i, message in enumerate(messages):
-            told = {"message": _message(message), **self._ids(token_ids[i])}
-            choices.append(_choice(i, told, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
+            fields = {"message": _message(message), **self._ids(token_ids[i])}
+            choices.append(_choice(i, fields, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
         answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
-        answer |= self.told_of_prompt
+        answer |= self.prompt_fields
         return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
 
     def _ids(self, token_ids: list[int]) -> dict[str, Any]:
@@ -212,9 +212,13 @@ class _Job:
 
 
 def _choice(
-    index: int, told: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None, stop_reason: int | str | None = None
+    index: int,
+    fields: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    reason: str | None,
+    stop_reason: int | str | None = None,
 ) -> dict[str, Any]:
-    return {"index": index, **told, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
+    return {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
 
 
 def _message(deltas: dict[str, Any]) -> dict[str, Any]:

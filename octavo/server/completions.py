@@ -170,8 +170,8 @@ class _Job:
         text, entries, offsets = self._echo(number, delta) if self.request.echo and not begun else ("", [], [])
         start = self.starts.setdefault(index, len(text))
         if delta.logprobs is not None:
-            own = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # None without a tokenizer
-            offsets += [start + offset for offset in own[: len(delta.logprobs)]]
+            given = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # None without a tokenizer
+            offsets += [start + offset for offset in given[: len(delta.logprobs)]]
             entries += zip(delta.token_ids, delta.logprobs, strict=False)
         text += delta.text
         logprobs = None

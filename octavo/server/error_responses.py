@@ -98,14 +98,14 @@ def from_validation(error: ValidationError) -> ApiError:
     """pydantic's first error, as one sentence."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    told = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     value = "" if first["type"] == "missing" else f", not {_short(first['input'])}"
-    return ApiError(400, f"{where or 'The body'}: {told[:1].lower()}{told[1:]}{value}.", where or None)
+    return ApiError(400, f"{where or 'The body'}: {reason[:1].lower()}{reason[1:]}{value}.", where or None)
 
 
 def _short(value: object) -> str:
-    told = repr(value)
-    return told if len(told) <= 80 else told[:77] + "..."
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 async def _handle(_: Request, error: Exception) -> JSONResponse:

@@ -77,10 +77,10 @@ class JsonEndpoint(Generic[R]):
             if not isinstance(answer, dict):
                 await stream(answer, send)
                 return
-            told = await json_body(answer)
-            if len(told) > HUGE:
+            encoded = await json_body(answer)
+            if len(encoded) > HUGE:
                 release_soon()
-            response = Response(told, media_type="application/json")
+            response = Response(encoded, media_type="application/json")
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
@@ -200,7 +200,7 @@ async def merge(
     silent: dict[int, int] = {}  # number -> cost of started generators without items so far
     room = asyncio.Event()
 
-    def heard(number: int) -> None:
+    def produced(number: int) -> None:
         if silent.pop(number, None) is not None:
             room.set()
 
@@ -208,12 +208,12 @@ async def merge(
         try:
             async with aclosing(items):
                 async for item in items:
-                    heard(number)
+                    produced(number)
                     queue.put_nowait((number, item, None))
             queue.put_nowait((number, None, None))
         except Exception as error:
             queue.put_nowait((number, None, error))
-        heard(number)
+        produced(number)
 
     async def begin() -> None:
         for number, items in enumerate(streams):

@@ -28,10 +28,10 @@ def completion_logprobs(
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: bool = False) -> dict[str, Any]:
     """The chat format: each token as text, or `as_ids` as its id, with its bytes and alternatives."""
 
-    def told(e: Logprob) -> dict[str, Any]:
+    def entry_of(e: Logprob) -> dict[str, Any]:
         return _chat_token(tokenizer, e, as_ids)
 
-    content = [{**told(e[0]), "top_logprobs": [told(one) for one in e[1:]]} for e in entries]
+    content = [{**entry_of(e[0]), "top_logprobs": [entry_of(one) for one in e[1:]]} for e in entries]
     return {"content": content}
 
 

@@ -130,9 +130,9 @@ class Served:
             raise InvalidRequest(
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
-        own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
+        variables = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
         conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
-        how = {"continue_final_message": continues, "content": self.content_format, "switches": own, "calls": calls}
+        how = {"continue_final_message": continues, "content": self.content_format, "switches": variables, "calls": calls}
         return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:

@@ -41,7 +41,7 @@ class Ending:
         """Called when the server is ready: signals stop it from now on."""
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
-        self._tasks.append(asyncio.ensure_future(_tell_of_stalls(served)))
+        self._tasks.append(asyncio.ensure_future(_report_stalls(served)))
         if self._signals:  # a signal arrived before the server was ready
             self._drain_soon()
 
@@ -89,13 +89,13 @@ class Ending:
         server.should_exit = True
 
 
-async def _tell_of_stalls(served: Served) -> None:
+async def _report_stalls(served: Served) -> None:
     """Reports on stderr when the engine stalls, and when it continues."""
-    told = False
+    reported = False
     while True:
         await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)
-        if served.stalled and not told:
+        if served.stalled and not reported:
             say(f"octavo: the engine has had work for {served.engine.silent_seconds:.0f} s and made no step; /health says 503.")
-        elif told and not served.stalled:
+        elif reported and not served.stalled:
             say("octavo: the engine goes on.")
-        told = served.stalled
+        reported = served.stalled

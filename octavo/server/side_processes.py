@@ -64,16 +64,16 @@ class SideProcesses:
 
     def __init__(self, most: int = 2):
         self._threads = ThreadPoolExecutor(most, "octavo-side")  # one per process
-        self._own = threading.local()
+        self._local = threading.local()
         self._all: set[_Process] = set()
         atexit.register(self.close)
 
-    async def run(self, told: str, function: Callable[..., T], *args: Any) -> T:
+    async def run(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """Calls `function(*args)` in a process. The function must be picklable by name. Exceptions are raised here.
 
-        Raises InvalidRequest, beginning with `told`, if it takes too long or too much memory.
+        Raises InvalidRequest, beginning with `what`, if it takes too long or too much memory.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, told, function, args)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, what, function, args)
 
     def start(self) -> None:
         """Starts the first process without waiting for it."""
@@ -88,21 +88,21 @@ class SideProcesses:
 
     def _process(self) -> _Process:
         """The process of this thread."""
-        known: _Process | None = getattr(self._own, "process", None)
+        known: _Process | None = getattr(self._local, "process", None)
         if known is not None and known.popen.poll() is None:
             return known
         if known is not None:
             self._end(known)
-        self._own.process = known = _Process()
+        self._local.process = known = _Process()
         self._all.add(known)
         return known
 
     def _end(self, process: _Process, seconds: float = 0.0) -> int:
-        self._own.process = None
+        self._local.process = None
         self._all.discard(process)
         return process.end(seconds)
 
-    def _run(self, told: str, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _run(self, what: str, function: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:
             process = self._process()
         except OSError as error:
@@ -117,8 +117,8 @@ class SideProcesses:
             raise _refusal(error) from error
         except (EOFError, OSError):
             if (code := self._end(process, 0.0 if late else 1.0)) == -signal.SIGPROF or late:
-                raise InvalidRequest(f"{told} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
-            raise InvalidRequest(f"{told} failed (exit code {code}); it may need too much memory.") from None
+                raise InvalidRequest(f"{what} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
+            raise InvalidRequest(f"{what} failed (exit code {code}); it may need too much memory.") from None
         if last:
             self._end(process, 1.0)
         if isinstance(answer, Exception):

@@ -30,15 +30,15 @@ def reads_calls(template: str) -> bool:
 
 def as_read(template: str, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Plain messages with calls' arguments, and the content beside calls, in the form that the template reads."""
-    told = [dict(message) for message in messages]
-    for message in told:
+    converted = [dict(message) for message in messages]
+    for message in converted:
         if not message.get("tool_calls"):
             continue
         if _joins_arguments(template):
             message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
         if not message["content"] and _asks_for_none(template):
             message["content"] = None
-    return told
+    return converted
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_template", "parse_template", "render_chat"]
 
-_LONGEST_TOLD = 1000  # characters of an error that are repeated, because a template may put a whole message into it
+_LONGEST_ERROR = 1000  # characters of an error that are repeated, because a template may put a whole message into it
 
 
 def render_chat(
@@ -42,8 +42,8 @@ def render_chat(
     except InvalidRequest:
         raise
     except Exception as error:  # anything that unexpected messages may cause in a template: TypeError, KeyError, ...
-        told = str(error)[:_LONGEST_TOLD] or type(error).__name__
-        raise InvalidRequest(f"The chat template cannot render these messages: {told}", "messages") from error
+        text = str(error)[:_LONGEST_ERROR] or type(error).__name__
+        raise InvalidRequest(f"The chat template cannot render these messages: {text}", "messages") from error
 
 
 def check_template(template: str) -> None:
@@ -151,4 +151,4 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> None:
-    raise InvalidRequest(str(message)[:_LONGEST_TOLD], "messages")
+    raise InvalidRequest(str(message)[:_LONGEST_ERROR], "messages")

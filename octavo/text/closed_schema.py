@@ -46,18 +46,18 @@ class _Closer:
             node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
         out = self._children(node)
         says = any(key in node for key in _SAID)
-        own = _names(node)
+        listed = _names(node)
         parts = [part for part in _list(node, "allOf") if isinstance(part, Mapping)]
         if len(parts) > 1:
             return self._all_of(out, node, parts, names, leave or says)
         for part in parts:
-            out["allOf"] = [self.close(part, names | own, leave or says)]
+            out["allOf"] = [self.close(part, names | listed, leave or says)]
         branched = [key for key in _BRANCHES if _list(node, key)]
         for key in branched:
-            out[key] = [self.close(branch, names | own, leave or says) for branch in node[key]]
+            out[key] = [self.close(branch, names | listed, leave or says) for branch in node[key]]
         if leave or says or parts or branched or not (names or "properties" in node):
             return out
-        return _shut(out, names | own)
+        return _shut(out, names | listed)
 
     def _all_of(self, out: dict[str, Any], node: Any, parts: list[Any], names: frozenset[str], leave: bool) -> dict[str, Any]:
         """Parts that were closed one by one would exclude each other. They stay open, and the containing object is closed."""

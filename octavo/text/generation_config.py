@@ -49,12 +49,12 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "generation_config.json"
     config = read_json(path)
     found: dict[str, Any] = {}
-    for name, (ours, kinds, told) in _RECOMMENDED.items():
+    for name, (ours, kinds, description) in _RECOMMENDED.items():
         value = config.get(name)
         if value is None:
             continue
         if type(value) not in kinds:
-            raise OctavoError(f"{path}: {name} must be {told}, not {_short(value)}.")
+            raise OctavoError(f"{path}: {name} must be {description}, not {_short(value)}.")
         try:
             SamplingParams(**{ours: value})
         except InvalidRequest as error:
@@ -64,8 +64,8 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    told = json.dumps(value)
-    return told if len(told) <= 80 else told[:77] + "..."
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def _validated(wanted: StructuredOutput) -> tuple[str, str]:
     grammar = ""
     try:
         grammar = _read(wanted)
-        told = validate(grammar)
+        errors = validate(grammar)
     except (ValueError, RecursionError) as error:
-        told = str(error)
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+        errors = str(error)
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
     return grammar, reason[:300].rstrip(".:") + "." if reason else ""
 

@@ -25,7 +25,7 @@ class Patterns(Generic[T]):
     def __init__(self, patterns: Iterable[Sequence[T]]):
         self._next: list[dict[T, int]] = [{}]
         self._depth = [0]
-        self._own: dict[int, Sequence[T]] = {}  # state -> the pattern that it completes
+        self._completed: dict[int, Sequence[T]] = {}  # state -> the pattern that it completes
         for pattern in patterns:
             state = START
             for symbol in pattern:
@@ -35,7 +35,7 @@ class Patterns(Generic[T]):
                     self._next.append({})
                     self._depth.append(self._depth[state] + 1)
                 state = following
-            self._own[state] = pattern
+            self._completed[state] = pattern
         self._shorter = [START] * len(self._next)  # the longest proper suffix of a state that is a state (failure link)
         self._ends = [START] * len(self._next)  # the longest suffix of a state, or the state itself, that completes a pattern
         queue = deque([START])
@@ -43,7 +43,7 @@ class Patterns(Generic[T]):
             state = queue.popleft()
             for symbol, following in self._next[state].items():
                 self._shorter[following] = self.after(self._shorter[state], symbol) if state else START
-                self._ends[following] = following if following in self._own else self._ends[self._shorter[following]]
+                self._ends[following] = following if following in self._completed else self._ends[self._shorter[following]]
                 queue.append(following)
 
     def after(self, state: int, symbol: T) -> int:
@@ -54,13 +54,13 @@ class Patterns(Generic[T]):
 
     def ended(self, state: int) -> Sequence[T] | None:
         """The longest pattern that ends in this state; None if none does."""
-        return self._own[end] if (end := self._ends[state]) else None
+        return self._completed[end] if (end := self._ends[state]) else None
 
     def all_ended(self, state: int) -> list[Sequence[T]]:
         """All patterns that end in this state, longest first."""
         found, end = [], self._ends[state]
         while end:
-            found.append(self._own[end])
+            found.append(self._completed[end])
             end = self._ends[self._shorter[end]]
         return found
 

@@ -93,7 +93,7 @@ def render_tools(
     """As render_chat, for a template that does not print tools. The tools are appended to the system message or, where the
     template does not print that, put before the user's first message.
     """
-    text = _told(tools, form)
+    text = _description(tools, form)
     refusal: InvalidRequest | None = None
     for placed in (_in_system(messages, text), _in_first_of_user(messages, text)):
         try:
@@ -110,7 +110,7 @@ def render_tools(
     )
 
 
-def _told(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
+def _description(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
     if form.named is None and (words := form.words(tools)) is not None:
         return words
     listed = "\n".join(_json(tool) for tool in tools)
@@ -135,8 +135,8 @@ def _in_first_of_user(messages: Sequence[Mapping[str, Any]], text: str) -> list[
         return list(messages)
     content: Content = messages[at]["content"]
     first = text + "\n\n"
-    told = {**messages[at], "content": first + content if isinstance(content, str) else [*_parts(first), *content]}
-    return [*messages[:at], told, *messages[at + 1 :]]
+    changed = {**messages[at], "content": first + content if isinstance(content, str) else [*_parts(first), *content]}
+    return [*messages[:at], changed, *messages[at + 1 :]]
 
 
 def _joined(content: Content, text: str, between: str) -> Content:

@@ -83,7 +83,7 @@ def call_form(name: str | None) -> CallForm:
         return Spelling(form=FORMS[name])
     if name in TOKEN_FORMS:
         return TokenSpelling(form=TOKEN_FORMS[name])
-    return PARSERS[name].told if name else PLAIN_CALLS
+    return PARSERS[name].call_form if name else PLAIN_CALLS
 
 
 def id_maker(name: str | None, earlier: int) -> Callable[[str, int], str] | None:

@@ -45,7 +45,7 @@ class TokenForm:
         return (*self.blocks, self.call)
 
     @cached_property
-    def enders(self) -> tuple[str, ...]:
+    def end_tokens(self) -> tuple[str, ...]:
         """The tokens that end a call: its end token, and those that can only follow one."""
         return (self.call_end, self.call, *self.block_ends)
 
@@ -146,9 +146,9 @@ class TokenCalls:
         if self._writing and not self._end_call(body := self._rest_of_body()):
             self._read_again(body)
             if self._writing and not self._end_call(body := self._rest_of_body()):
-                self._say(self._before + body)
+                self._add_content(self._before + body)
         rest = self._scan.taken() + self._scan.rest()
-        self._say(rest.lstrip() if self._called else rest)
+        self._add_content(rest.lstrip() if self._called else rest)
         self._called, self._trim, self._state = False, False, self._content
         return self._taken()
 
@@ -161,7 +161,7 @@ class TokenCalls:
     def _content(self) -> bool:
         if self._trim:
             self._scan.drop_blanks()
-        found = self._scan.search(self._form.openers, self._say)
+        found = self._scan.search(self._form.openers, self._add_content)
         if not found:
             return False
         self._called = False
@@ -187,7 +187,7 @@ class TokenCalls:
 
     def _call(self) -> bool:
         """In a call, outside of strings."""
-        found = self._scan.search((*self._form.enders, '"') if self._trusts else self._form.enders, self._body.append)
+        found = self._scan.search((*self._form.end_tokens, '"') if self._trusts else self._form.end_tokens, self._body.append)
         if found == '"':
             self._body.append(found)
             return self._go(self._string)
@@ -197,7 +197,7 @@ class TokenCalls:
         if not self._end_call(body):
             if self._trusts and self._form.call_end in body:
                 return self._read_again(body + found)
-            self._say(self._before + body + (found if found == self._form.call_end else ""))
+            self._add_content(self._before + body + (found if found == self._form.call_end else ""))
         if found == self._form.call:
             self._scan.raw.append(found)
             return self._begin_call()
@@ -262,10 +262,10 @@ class TokenCalls:
         held = self._scan.taken()
         self._trim = self._called
         if not self._called:
-            self._say(held)
+            self._add_content(held)
         self._called = False
 
-    def _say(self, text: str) -> None:
+    def _add_content(self, text: str) -> None:
         self._trim = self._trim and not text
         if text:
             self._parts.append(text)

@@ -25,18 +25,18 @@ class Format:
     closer: str = ""  # end of a call; empty: the end of its JSON
     bare: bool = False  # the opener may be missing if the answer begins with a JSON object
     special: bool = False  # the opener is a special token, which detokenization must keep
-    told: CallForm = PLAIN_CALLS  # the format described to a model whose chat template does not describe it
+    call_form: CallForm = PLAIN_CALLS  # the format described to a model whose chat template does not describe it
 
 
 _IN_LIST = {"between": ", ", "closer": "]"}
 PARSERS = {
     # qwen2, qwen3 and NousResearch's models
-    "hermes": Format("<tool_call>", "</tool_call>", told=CallForm(before="<tool_call>\n", after="\n</tool_call>")),
-    "llama3_json": Format("<|python_tag|>", bare=True, special=True, told=CallForm(between="; ", key="parameters")),
+    "hermes": Format("<tool_call>", "</tool_call>", call_form=CallForm(before="<tool_call>\n", after="\n</tool_call>")),
+    "llama3_json": Format("<|python_tag|>", bare=True, special=True, call_form=CallForm(between="; ", key="parameters")),
     # a JSON array, or since v11 name{...}
-    "mistral": Format("[TOOL_CALLS]", special=True, told=CallForm("[TOOL_CALLS][", **_IN_LIST)),
+    "mistral": Format("[TOOL_CALLS]", special=True, call_form=CallForm("[TOOL_CALLS][", **_IN_LIST)),
     # the format that tool_choice "required" enforces for every family
-    "json": Format("", told=CallForm("[", **_IN_LIST, key="parameters")),
+    "json": Format("", call_form=CallForm("[", **_IN_LIST, key="parameters")),
 }
 _BETWEEN = " \n\r\t;,[]"
 _BLANKS: Any = re.compile(r"\s*+").match
@@ -67,7 +67,7 @@ class _Parser:
         self._cut: int | None = None  # offset in the held text of the line's first closer inside a string
         self._unguarded = 0  # offset from which closers inside strings are text
         self._depth = 0  # nesting depth of the JSON object being read
-        self._hopeless = False  # whether no call can follow in this run
+        self._no_more_calls = False  # whether no call can follow in this run
         self._head = re.compile(  # header of a call; possessive quantifiers, to avoid backtracking
             rf"[ \n\r\t;,\]]*+(?:{re.escape(form.opener)})?[ \n\r\t;,\[\]]*+"  # mistral repeats the opener before every call
             r"(?:([\w.\-/]++)\s*+(?:\[CALL_ID\]\w++)?(?:\[ARGS\])?\s*+)?(?=\{)"
@@ -190,7 +190,7 @@ class _Parser:
         """Looks for the end of a call's JSON object and adds the call. Returns the offset to continue from."""
         end = at
         if not self._depth:
-            begin = -1 if self._hopeless else data.find("{", at)
+            begin = -1 if self._no_more_calls else data.find("{", at)
             if begin < 0:
                 self._hold(data[at:])
                 return len(data)
@@ -214,7 +214,7 @@ class _Parser:
         text = self._take_held()
         if (taken := self._call(text, 0)) is None:  # no call, and no further text can make it one
             self._hold(text)
-            self._hopeless = True
+            self._no_more_calls = True
             return
         parts.append(taken[0])
         self._calls += 1

@@ -29,7 +29,7 @@ class XmlCalls:
         self._bare = False  # whether this call has no block
         self._trim = False  # whether to drop blanks, which follow a call
         self._parts: list[Part] = []
-        self._name = self._key = self._ender = ""
+        self._name = self._key = self._end_tag = ""
         self._keys: set[str] = set()  # names of this call's parameters so far
         self._kinds = STRING  # possible types of this parameter
         self._whole: list[str] | None = None  # a non-string value so far
@@ -47,17 +47,17 @@ class XmlCalls:
         """What was held back."""
         rest = self._scan.rest()
         state, self._state = self._state, self._content
-        if state == self._closing and self._ender.startswith("</"):
+        if state == self._closing and self._end_tag.startswith("</"):
             self._end_value()
-            self._say(rest)
-            self._tell("}" if self._ender == self._form.call_end else "")
+            self._add_content(rest)
+            self._add_arguments("}" if self._end_tag == self._form.call_end else "")
         elif state in (self._value, self._closing):
             self._write(self._scan.taken() + rest)
             left = "".join(self._whole or ()) + self._break
-            self._tell(left if self._whole is not None else json.dumps(left)[1:-1])
+            self._add_arguments(left if self._whole is not None else json.dumps(left)[1:-1])
         else:
             rest = self._scan.taken() + rest
-            self._say(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
+            self._add_content(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
         self._trim = False
         return self._taken()
 
@@ -66,7 +66,7 @@ class XmlCalls:
     def _content(self) -> bool:
         if self._trim:
             self._scan.drop_blanks()
-        found = self._scan.search(self._form.openers, self._say)
+        found = self._scan.search(self._form.openers, self._add_content)
         if not found:
             return False
         self._open(found)
@@ -105,7 +105,7 @@ class XmlCalls:
         return self._follow(found)
 
     def _no_call(self) -> bool:
-        self._say_raw()
+        self._add_raw()
         return self._go(self._content)
 
     def _between(self) -> bool:
@@ -120,7 +120,7 @@ class XmlCalls:
         if tag == form.key:
             self._scan.raw = [tag]
             return self._begin_word(self._parameter)
-        self._tell("}")
+        self._add_arguments("}")
         self._scan.raw, self._trim = [], True
         if tag == form.block_end:
             return self._go(self._content)
@@ -131,8 +131,8 @@ class XmlCalls:
 
     def _garbage(self) -> bool:
         """Stray text where only tags are expected."""
-        self._say_raw()
-        found = self._scan.search(self._form.within, self._say)
+        self._add_raw()
+        found = self._scan.search(self._form.within, self._add_content)
         self._scan.at -= len(found)
         return bool(found) and self._go(self._between)
 
@@ -156,27 +156,27 @@ class XmlCalls:
         return self._go(self._gap) if self._form.value else self._begin_value()
 
     def _begin_value(self) -> bool:
-        self._tell((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
+        self._add_arguments((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
         self._keys.add(self._key)
         self._whole = [] if self._kinds != STRING else None
         if self._whole is None:
-            self._tell('"')
+            self._add_arguments('"')
         self._scan.raw, self._break, self._fresh = [], "", True
         return self._go(self._value)
 
     def _value(self) -> bool:
-        self._ender = self._scan.search(self._form.value_enders, self._write)
-        if not self._ender:
+        self._end_tag = self._scan.search(self._form.value_ends, self._write)
+        if not self._end_tag:
             return False
-        self._scan.raw = [self._ender]
+        self._scan.raw = [self._end_tag]
         return self._begin_word(self._closing)
 
     def _closing(self) -> bool:
         """After a possible end of the value, which is confirmed by the tag that follows."""
         form = self._form
-        if not self._ender.startswith("</"):
+        if not self._end_tag.startswith("</"):
             return self._closing_by_key()
-        after = form.within if self._ender == form.value_end else (form.block_end, form.call)
+        after = form.within if self._end_tag == form.value_end else (form.block_end, form.call)
         found = self._scan.expect(after)
         if found is None:
             return False
@@ -222,14 +222,14 @@ class XmlCalls:
         self._scan.word = len(self._scan.raw)
         return self._go(state)
 
-    def _say(self, text: str) -> None:
+    def _add_content(self, text: str) -> None:
         self._trim = self._trim and not text
         self._parts.append(text)
 
-    def _say_raw(self) -> None:
-        self._say(self._scan.taken())
+    def _add_raw(self) -> None:
+        self._add_content(self._scan.taken())
 
-    def _tell(self, arguments: str) -> None:
+    def _add_arguments(self, arguments: str) -> None:
         self._parts.append(ToolCall(None, arguments))
 
     def _write(self, text: str) -> None:
@@ -244,13 +244,13 @@ class XmlCalls:
         if self._whole is not None:
             self._whole.append(text)
         else:
-            self._tell(json.dumps(text, ensure_ascii=False)[1:-1])
+            self._add_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def _end_value(self) -> None:
         if self._whole is None:
-            self._tell('"')
+            self._add_arguments('"')
         else:
-            self._tell(as_json("".join(self._whole), self._kinds))
+            self._add_arguments(as_json("".join(self._whole), self._kinds))
         self._scan.raw = []
 
     def _taken(self) -> list[Part]:

@@ -45,7 +45,7 @@ class XmlForm:
         return tuple(dict.fromkeys(tag for tag in (self.key, self.call_end, self.block_end, self.block, self.call) if tag))
 
     @cached_property
-    def value_enders(self) -> tuple[str, ...]:
+    def value_ends(self) -> tuple[str, ...]:
         """The ends of a value: its end tag or, because models forget it, the call's end or a line that begins a parameter."""
         forgotten = () if self.call_end == self.block_end else (self.call_end,)
         return (self.value_end, *forgotten, "\n" + self.key)
