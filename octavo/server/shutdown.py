@@ -23,7 +23,7 @@ LAST_WORDS = 1.0  # seconds for clients to receive the errors of aborted answers
 class Ending:
     """Cancels loading; on a running server, refuses new requests and lets running ones finish. A second signal stops at once.
 
-    `exit_code` is 1 once the engine died, so that a supervisor restarts the process.
+    `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew.
     """
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
@@ -38,7 +38,7 @@ class Ending:
             asyncio.get_running_loop().add_signal_handler(number, self._signal)
 
     def begin_with(self, server: uvicorn.Server, served: Served) -> None:
-        """Called when the server is ready: signals stop it from now on."""
+        """From now on there is a server to stop."""
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
         self._tasks.append(asyncio.ensure_future(_report_stalls(served)))

@@ -1,4 +1,4 @@
-"""From a conversation to the text that the model reads: the one way of the server and of LLM.chat."""
+"""Renders a conversation to the prompt's text. Shared by the server and LLM.chat."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def render_conversation(
         return render(add_generation_prompt)
     if not plain:
         raise InvalidRequest("continue_final_message needs a message to continue.", "messages")
-    mark = secrets.token_hex(16)  # stands behind the content, where no template trims it
+    mark = secrets.token_hex(16)  # appended to the content, so that no template trims it
     plain[-1]["content"] = _marked(plain[-1]["content"], mark)
     text, found, _ = render(False).rpartition(mark)
     if not found:
