@@ -21,7 +21,7 @@ from octavo.distributed import TensorParallel
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
-from octavo.engine.graphs.prefill import PromptGraphs
+from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
@@ -129,7 +129,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _make_graphs(self) -> None:
         self.graphs: DecodeGraphs | RecordedSteps | None = None
-        self.prompts: PromptGraphs | None = None
+        self.prompts: PrefillGraphs | None = None
         if not self.captures:
             return
         sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
@@ -138,7 +138,7 @@ class ModelRunner:
             return
         self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
-        self.prompts = PromptGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
+        self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
 
     def reload(self, model: str) -> None:
         """Loads the weights of another checkpoint directory with the same shapes and schemes. Graphs and kernels stay.

@@ -17,12 +17,12 @@ from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.platform import Platform
 
-__all__ = ["PromptGraphs"]
+__all__ = ["PrefillGraphs"]
 
 SIZES = (64, 128, 256, 512)  # tokens; kernels of longer prompts take longer than their launches
 
 
-class PromptGraphs:
+class PrefillGraphs:
     """Graphs of `forward`, which takes a batch of one request and the index of its last token, int64 [1], and returns logits
     [1, vocab] and their argmax, int64 [1]."""
 
