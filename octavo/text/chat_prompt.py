@@ -27,9 +27,9 @@ def render_conversation(
     switches: Mapping[str, Any] | None = None,
     calls: CallForm = PLAIN_CALLS,
 ) -> str:
-    """The prompt's text. `content`: the form of content that the template reads, `auto` to find it out; `switches`: the
-    template's own; `calls`: how the model is to write calls, where the template does not say it. With
-    `continue_final_message` the text ends where the last message does, to the last blank.
+    """The prompt's text. `content`: the content format that the template reads; `auto` detects it. `switches`: variables of the
+    template. `calls`: the call format to describe, if the template does not. With `continue_final_message` the text ends
+    exactly where the last message does, including trailing blanks.
 
     Raises InvalidRequest for messages that cannot be rendered.
     """
