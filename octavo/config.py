@@ -39,7 +39,7 @@ DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32":
 
 
 def canonical(option: str, value: str, known: dict[str, str]) -> str:
-    """The canonical name of `value`, or an OctavoError that suggests the nearest known spelling."""
+    """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
     if value in known:
         return known[value]
     near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.0)
