@@ -70,7 +70,7 @@ def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: i
     if q.shape[1] > HEADS[-1] * kv_heads:
         return f"more than {HEADS[-1]} query heads of a KV head"
     if kv_heads > launch.device_units() or requests * kv_heads > MOST_COUNTERS:
-        return "more KV heads, or requests, than there are programs, or counters, for"
+        return "more KV heads than CTAs, or more requests than counters"
     if new is not None and requests * kv_heads > MOST_ITEMS * launch.device_units():
         return "so many requests that writing and reading are better apart"
     if new is not None and new.rope.cos_sin.shape[1] % 8:

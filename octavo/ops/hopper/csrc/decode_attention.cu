@@ -32,7 +32,7 @@ struct Shared {
     float v_scale; /* valid once a segment is prepared */
     bool last;
 };
-static_assert(alignof(Shared) == 1024, "what the matrix unit reads swizzled");
+static_assert(alignof(Shared) == 1024, "swizzled shared memory that WGMMA reads");
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
