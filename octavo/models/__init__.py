@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config", "same_architecture"]
 
 MODEL_TYPES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3",
-    "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "glm4_moe", "minimax_m2",
+    "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa",
 )  # fmt: skip
 
 

@@ -25,15 +25,15 @@ __all__ = ["ROLES", "check", "draw", "profile_into", "role_of"]
 # Of a kernel's name, the first that is found in it; on a CPU the names are torch's operators.
 ROLES = {
     "layers as one": r"between_attentions|decode_step",
-    "indexer": r"index_(logits|keys)|select_keys|\b_select\b|_as_scored",
-    "attention": r"attention|stage_kv|fmha|flash|softmax|bmm|baddbmm|\b_merge\b",
+    "indexer": r"index_(logits|keys)|select_keys|\b_(select|list|find_least)\b|_as_scored",
+    "attention": r"attention|stage_kv|fmha|flash|softmax|bmm|baddbmm|\b_(merge|lay_out)\b",
     "norm": r"norm|vecdot",
     "activation": r"silu",
     "rope, cache": r"rope|rotate|write_kv|write_latent|reshape_and_cache|index_put",
     "linear": r"linear|product|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn|widen"
-    r"|rescale",
+    r"|rescale|w4a(16|8)",
     "routing": r"route|_pairs|combine|find_tiles",
-    "quantize": r"quantize|quant|octavo_round",
+    "quantize": r"quantize|quant|octavo_round|_planes",
     "sampling": r"argmax|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
