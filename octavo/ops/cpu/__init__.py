@@ -1,4 +1,4 @@
-"""What a CPU prefers: C kernels that read FP8 as it is; without them, codes held widened, oneDNN and torch."""
+"""The ops of CPUs: C kernels that read FP8 as stored. Without a C compiler: codes widened in memory, oneDNN and torch."""
 
 from octavo.ops.contract import LinearImplementation, StackImplementation
 from octavo.ops.cpu.attention import attention, write_kv

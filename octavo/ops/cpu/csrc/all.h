@@ -1,4 +1,4 @@
-/* Everything that is compiled for each instruction set. */
+/* All functions that are compiled once per instruction set. */
 #include "vector.h"
 #include "linear.h"
 #include "attention.h"
@@ -28,7 +28,7 @@ static const Functions NAME(functions) = {
 #undef UNIT
 #undef ONE_PANEL
 #undef TWO_PANELS
-#undef TURNS
+#undef WIDEN_STEPS
 #undef APART
 #undef NIBBLES
 #undef PARTS

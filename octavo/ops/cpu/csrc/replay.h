@@ -1,8 +1,8 @@
-/* Calls of kernels kept as numbers, to be made one after another without the caller's language between them: a call through
-   ctypes takes a microsecond or two, and a decode step of a small model has sixty that take ten. Included by kernels.c. */
+/* Replay of recorded kernel calls without returning to Python between them: a call through ctypes takes one or two
+   microseconds, and a decode step of a small model has sixty calls that take ten each. Included by kernels.c. */
 #define WORDS 24
 
-/* A kernel, by its place in the caller's list (library.py), and its arguments: a float is its bits. */
+/* A kernel, by its index in library.py's REPLAYED, and its arguments; a float is stored as its bits. */
 typedef struct { int64_t kernel, word[WORDS]; } Call;
 
 static inline float float_of(int64_t word) {
@@ -16,7 +16,7 @@ static inline float float_of(int64_t word) {
 #define I(i) ((int32_t)w[i])
 #define F(i) float_of(w[i])
 
-/* 0, or what the first call that failed returned. */
+/* Returns 0, or the status of the first call that failed. */
 int32_t octavo_replay(const Call *calls, int64_t count) {
     int32_t status = 0;
     for (int64_t i = 0; i < count && !status; i++) {

@@ -1,7 +1,7 @@
-/* A token of each row, drawn by its weight: for one instruction set, included after vector.h. */
+/* Sampling a token of each row, for one instruction set: included after vector.h. */
 
-/* x [width] becomes e^((x - most) / temperature), most being the largest, and 0 where that is under e^-87; of each block the
-   largest of these, and the sum of those that are at least `least_part`. */
+/* Softmax numerators in place: x [width] becomes e^((x - max) / temperature), or 0 where the exponent is under -87. Also
+   computes each block's maximum, and the sum of its weights that are at least `least_part`. */
 static void NAME(weigh)(float *x, int64_t width, float temperature, float least_part, Blocks *blocks) {
     vf top = NAME(splat)(-INFINITY), part;
     float most = -INFINITY, factor = 1 / temperature;
