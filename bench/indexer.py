@@ -22,7 +22,7 @@ from bench.timing import in_graph
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.kvcache import IndexCache, KVCache, LatentCache, index_spec, latent_spec
-from octavo.ops.reference_latent import hadamard, power_of_two_codes, read_index_keys, turned
+from octavo.ops.reference_latent import hadamard, power_of_two_codes, read_index_keys, rotated
 from octavo.platform import Platform, detect
 from octavo.tools.bench.ceilings import measure_ceilings
 from octavo.tools.bench.limit import Ceilings
@@ -88,7 +88,7 @@ def check(keys: Keys, lens: Sequence[int], contexts: Sequence[int]) -> str:
     rotation = ops.Rotation(keys.cos_sin, batch.positions, False)
     found = ops.select_keys(q, weights, rotation, keys.cache, batch, TOP_K).long()
     codes, scale = power_of_two_codes(
-        torch.cat([turned(q[..., :ROPE], rotation), q[..., ROPE:]], -1).float() @ hadamard(DIM).to(q.device), keys.p.fp8_dtype
+        torch.cat([rotated(q[..., :ROPE], rotation), q[..., ROPE:]], -1).float() @ hadamard(DIM).to(q.device), keys.p.fp8_dtype
     )
     queries = codes.float() * scale
     worst, start = 0.0, 0

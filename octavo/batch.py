@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Span:
     """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context.
 
-    A token's rotary row is its position plus `rotary_delta`, which is not 0 after what takes other rows than places.
+    A token's rotary row is its position plus `rotary_delta`, which is not 0 after inputs (such as images) whose rotary rows
+    differ from their positions.
     """
 
     token_ids: Sequence[int]
@@ -28,29 +29,29 @@ class Span:
     rotary_delta: int = 0
 
     def slots(self, block_size: int) -> list[int]:
-        """Where each token's key and value go: block * block_size + offset."""
+        """The slot of each token's key and value: block * block_size + offset."""
         positions = range(self.start, self.start + len(self.token_ids))
         return [self.block_ids[p // block_size] * block_size + p % block_size for p in positions]
 
     def table(self, width: int, scratch_block: int) -> list[int]:
-        """Its row of the block tables, filled up with the scratch block."""
+        """The request's row of the block tables, padded with the scratch block."""
         return [*self.block_ids[:width], *[scratch_block] * (width - len(self.block_ids))]
 
 
 @dataclass(frozen=True)
 class Key(Generic[T]):
-    """Names a T that an implementation works out once a step. Each kind is a frozen dataclass of its own, whose fields are all
-    that the value depends on besides the batch; keys of different classes differ."""
+    """Key of a T that an implementation computes once per step. Each kind is a frozen dataclass. Its fields are everything
+    that the value depends on besides the batch. Keys of different classes differ."""
 
 
 class StepCache:
-    """What was worked out once a step for every layer to use."""
+    """Values computed once per step and used by every layer."""
 
     def __init__(self) -> None:
         self._made: dict[Key[Any], Any] = {}
 
     def get(self, key: Key[T], make: Callable[[], T]) -> T:
-        """The value of `key`; `make` gives it the first time."""
+        """The value of `key`; `make` computes it the first time."""
         if key not in self._made:
             self._made[key] = make()
         found: T = self._made[key]
@@ -61,13 +62,13 @@ class StepCache:
 class ForwardBatch:
     """B requests and T tokens, prefill and decode mixed; a request's tokens are adjacent.
 
-    input_ids, positions, rotary_rows, slot_mapping: int64 [T]. A token's position is its place in the context; its rotary
-    row is the row of cosines and sines that it is turned by. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context with
-    this step's tokens; 0 for a row that pads a graph, for which attention gives zeros. block_tables: int32 [B, max blocks],
-    rows padded with the scratch block.
-    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph the latter
-    are bounds.
-    live: int32 [1], the tokens at the front that are real, those behind them pad a graph; None: all are.
+    input_ids, positions, rotary_rows, slot_mapping: int64 [T]. A token's position is its index in the context; its rotary
+    row is the row of cosines and sines that rotates it. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context length
+    including this step's tokens; 0 for a row that pads a graph, whose attention output is zeros. block_tables: int32
+    [B, max blocks], rows padded with the scratch block.
+    query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph
+    context_lens are upper bounds.
+    live: int32 [1], the number of real tokens, which come before those that pad a graph; None: all are real.
     """
 
     input_ids: Tensor
@@ -88,7 +89,7 @@ class ForwardBatch:
         return self.input_ids.shape[0]
 
     def part(self, first: int, stop: int) -> ForwardBatch:
-        """The requests [first, stop) as a batch of their own, whose tensors are views where they can be. Not of a graph's."""
+        """The requests [first, stop) as a batch, with views of this batch's tensors where possible. Not for graphs."""
         if (first, stop) == (0, len(self.query_lens)):
             return self
         assert self.live is None, "a graph's batch is one"
@@ -102,7 +103,7 @@ class ForwardBatch:
 
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host, sent without waiting for the device: it reads them from pinned memory when it comes to them."""
+    """Sends host numbers without waiting for the device, which reads them later from pinned memory."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
 
 

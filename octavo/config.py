@@ -13,7 +13,7 @@ from octavo.errors import OctavoError
 
 __all__ = ["IGNORED", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
-# What a user may type -> the scheme's name. The keys on the left are the peers' spellings.
+# Accepted spelling -> scheme name. The spellings are those of peers.
 QUANTIZATIONS = {
     "none": "bf16",
     "bf16": "bf16",
@@ -68,7 +68,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that decides what an engine loads and how it runs. Raises OctavoError on a wrong value."""
+    """All settings of an engine. Raises OctavoError on a wrong value."""
 
     model: str = option("", "the same as MODEL", group=MODEL, metavar="DIR")
     revision: str | None = option(
@@ -134,15 +134,15 @@ class EngineConfig:
     limit_mm_per_prompt: str | None = option(None, "text models have no images to limit", group=IGNORED, metavar="JSON")
 
     def block_size_on(self, cpu: bool) -> int:
-        """Tokens in a block: a GPU reads a block of 64 whole, a CPU gains nothing from more than 16."""
+        """Tokens per block: a GPU reads a block of 64 whole; a CPU gains nothing from more than 16."""
         return self.block_size or (16 if cpu else 64)
 
     def step_tokens_on(self, cpu: bool) -> int:
-        """Most tokens in one step."""
+        """Most tokens in one step (max_num_batched_tokens)."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
 
     def sampling_bytes(self, vocab: int) -> int:
-        """A bound on what a step's logits and what sampling makes of them take."""
+        """An upper bound on the memory of a step's logits and of sampling."""
         return self.max_num_seqs * vocab * 4 * 6
 
     def __post_init__(self) -> None:
@@ -187,7 +187,7 @@ class EngineConfig:
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
 
 
-# What a --quantization-config file may say, and of what type; "measured" tells a person what its writer saw.
+# Keys of a --quantization-config file and their types. "measured" is for people: the results of the search that wrote it.
 _FILE_KEYS: dict[str, type] = {
     "quantization": str,
     "kv_cache_dtype": str,
@@ -199,7 +199,7 @@ _FILE_KEYS: dict[str, type] = {
 
 
 def read_quantization_config(path: str) -> dict[str, Any]:
-    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError, naming what is wrong."""
+    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError that names the error."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -219,7 +219,7 @@ def read_quantization_config(path: str) -> dict[str, Any]:
 
 
 def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
-    """What the file adds to the flags. Layers to ignore add up; anything else may be said twice, but not in two ways."""
+    """The file's fields merged with the flags. Ignored layers are united; other fields given twice must agree."""
     known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}  # equal under two names is equal
     out = dict(read)
     for f in fields(EngineConfig):
@@ -227,8 +227,8 @@ def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
         if name not in read or given == f.default:
             continue
         if name == "quantization_ignore":
-            own = [given] if isinstance(given, str) else given
-            out[name] = tuple(dict.fromkeys([*own, *read[name]]))
+            ignored = [given] if isinstance(given, str) else given
+            out[name] = tuple(dict.fromkeys([*ignored, *read[name]]))
         elif known.get(name, {}).get(given, given) != known.get(name, {}).get(read[name], read[name]):
             said = f"{flag_of(name)} {given}" if isinstance(given, str) else flag_of(name)
             raise OctavoError(
@@ -243,7 +243,7 @@ def flag_of(name: str) -> str:
 
 
 def unknown_environment(known: Iterable[str] = ()) -> list[str]:
-    """Names of the peer's environment variables that are set and mean nothing here."""
+    """Names of vLLM's environment variables that are set and have no effect here."""
     return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
 
 

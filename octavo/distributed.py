@@ -1,6 +1,6 @@
-"""Tensor parallelism: which rank this is, and the group through which ranks exchange.
+"""Tensor parallelism: this process's rank, and the group for collectives.
 
-Collectives go through a group object: one over torch.distributed, or in tests a group of threads.
+The group is torch.distributed's, or a group of threads in tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Collectives", "ProcessGroup", "TensorParallel"]
 
 
 class Collectives(Protocol):
-    """What ranks exchange; every rank calls the same in the same order, with tensors of one shape and dtype."""
+    """Collectives among ranks. Every rank makes the same calls in the same order, with tensors of one shape and dtype."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over ranks, which may be written into `x`."""
@@ -65,9 +65,9 @@ class TensorParallel:
         return x if self.size == 1 else self._exchange().all_reduce(x)
 
     def max_reduce(self, x: Tensor) -> Tensor:
-        """Largest `x` over ranks: a scale that spans ranks is agreed on, so weight bytes do not depend on the size."""
+        """Largest `x` over ranks. Scales that span ranks are agreed on by it, so weight bytes do not depend on the size."""
         return x if self.size == 1 else self._exchange().max_reduce(x)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Every rank's `x`, side by side along `dim`, in the order of ranks."""
+        """Every rank's `x`, concatenated along `dim` in rank order."""
         return x if self.size == 1 else torch.cat(self._exchange().all_gather(x), dim)

@@ -1,4 +1,4 @@
-"""Errors that a person can act on."""
+"""Errors that the user can act on."""
 
 import errno
 from collections.abc import Callable
@@ -7,16 +7,16 @@ __all__ = ["InvalidRequest", "OctavoError", "refusal", "shortage"]
 
 
 class OctavoError(Exception):
-    """Something the user can mend. The message is one sentence: what was wrong, and what to do.
+    """An error that the user can fix. The message is one sentence: what was wrong, and what to do.
 
     The command line prints it without a traceback and exits with 1.
     """
 
 
 class InvalidRequest(OctavoError):
-    """A request that cannot be served as it is; the server answers it with HTTP 400.
+    """A request that cannot be served as it is. The server answers it with HTTP 400.
 
-    `param` names the field at fault, as OpenAI's error shape has it.
+    `param` names the field at fault, as in OpenAI's error object.
     """
 
     def __init__(self, message: str, param: str | None = None):
@@ -37,11 +37,11 @@ def refusal(check: Callable[[], object]) -> str | None:
 
 
 def shortage(error: BaseException) -> str | None:
-    """A sentence for an error by which the system, or a library, says that memory, threads or open files ran out."""
-    told = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    """A sentence for an error of the system or a library that means too little memory, threads or open files; else None."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EMFILE, errno.ENFILE):
-        return f"Too many files are open ({told}); raise the limit (ulimit -n)."
+        return f"Too many files are open ({text}); raise the limit (ulimit -n)."
     lacking = any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
     if (
         isinstance(error, MemoryError)
@@ -49,13 +49,13 @@ def shortage(error: BaseException) -> str | None:
         or (lacking and isinstance(error, (RuntimeError, ImportError, OSError)))
     ):
         return (
-            f"There is too little memory ({told}); raise the limit (ulimit -v), free some, or use less of it: "
+            f"There is too little memory ({text}); raise the limit (ulimit -v), free some, or use less of it: "
             "a smaller --max-model-len, --cpu-kv-cache-gib or --max-num-batched-tokens."
         )
     return None
 
 
-# How torch, glibc's loader and Python word it.
+# The wording of torch, glibc's loader and Python.
 _SHORT_OF_MEMORY = (
     "not enough memory",
     "allocate memory",

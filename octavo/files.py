@@ -1,4 +1,4 @@
-"""Small files of a checkpoint, read so that whatever is in their place gets one sentence."""
+"""Reads small files of a checkpoint. Anything else in their place gets a one-sentence error."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_regular(path: Path) -> None:
-    """Raises OctavoError for a path that is there and no file, or stands for one that git has not brought: opening a pipe
-    would wait for ever.
+    """Raises OctavoError for a path that exists but is no regular file, because opening a pipe would block for ever, and for a
+    pointer of Git LFS.
     """
     try:
         found = path.stat()
@@ -31,13 +31,13 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise OctavoError(f"{path} is {kind}, not a file; download the checkpoint again.")
-    with suppress(OSError):  # said by whoever reads it
+    with suppress(OSError):  # the caller that reads the file reports it
         if found.st_size < 1024 and path.read_bytes().startswith(_POINTER):
             raise OctavoError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its directory.")
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file, None where there is none. Raises OctavoError for what is no file, unreadable or not UTF-8."""
+    """The text of a file; None if it does not exist. Raises OctavoError if it is no file, unreadable or not UTF-8."""
     check_regular(path)
     try:
         return path.read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file. Raises OctavoError as `read_text` does, and for other JSON."""
+    """The JSON object in a file; None if it does not exist. Raises OctavoError as `read_text` does, and for other JSON."""
     text = read_text(path)
     if text is None:
         return None
@@ -66,8 +66,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raises OctavoError for what is no checkpoint directory, and says what it is: people give other things in its place."""
-    if not os.path.exists(directory):  # also of a name that is too long
+    """Raises OctavoError for anything but a checkpoint directory. The error names what users often give instead."""
+    if not os.path.exists(directory):  # also false for a name that is too long
         raise OctavoError(
             f"there is no model at '{directory}'; give the path of a checkpoint directory (Octavo downloads nothing)."
         )
@@ -92,15 +92,15 @@ def check_directory(directory: Path) -> None:
 
 
 def unread_weights(directory: Path) -> str | None:
-    """What a directory holds in place of safetensors files, for a sentence; None where that is nothing that is known."""
+    """The other weight format that a directory holds, for an error message; None if no known one."""
     suffixes = sorted({path.suffix for path in directory.iterdir() if path.name != "training_args.bin"})
-    return next((told for suffix in suffixes if (told := _format_of(suffix)) is not None), None)
+    return next((found for suffix in suffixes if (found := _format_of(suffix)) is not None), None)
 
 
 def snapshot_of(model: str, revision: str | None = None) -> str:
-    """The snapshot to read where `model` is a model's folder in the hub's cache (models--org--name); else `model` as it is.
+    """The snapshot to read where `model` is a model's folder in the hub's cache (models--org--name); else `model` unchanged.
 
-    Raises OctavoError where it cannot be told which.
+    Raises OctavoError where the snapshot is ambiguous.
     """
     folder = Path(model)
     snapshots = folder / "snapshots"
@@ -120,7 +120,7 @@ def snapshot_of(model: str, revision: str | None = None) -> str:
 
 
 def _format_of(suffix: str) -> str | None:
-    """What weights a file has by its name, for a sentence; None for a name that says nothing."""
+    """The weight format of a file by its suffix, for an error message; None for an unknown suffix."""
     suffix = suffix.lower()
     if suffix == ".gguf":
         return "weights in llama.cpp's format (.gguf), which Octavo does not read"
@@ -130,9 +130,9 @@ def _format_of(suffix: str) -> str | None:
 
 
 def _base_of_adapter(directory: Path) -> str | None:
-    """Of which model the directory is a LoRA adapter, for a sentence; None where it is none, or the merged model too."""
-    own = [path for path in directory.glob("*.safetensors*") if not path.name.startswith("adapter_")]
-    adapter = None if own else read_json(directory / "adapter_config.json")
+    """The base model if the directory is a LoRA adapter, for an error message; None if it is none, or is merged too."""
+    merged = [path for path in directory.glob("*.safetensors*") if not path.name.startswith("adapter_")]
+    adapter = None if merged else read_json(directory / "adapter_config.json")
     if adapter is None:
         return None
     base = adapter.get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""What this machine has beside its accelerators. Nothing here imports torch."""
+"""The host's memory. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["keep", "memory", "release"]
 
 
 def memory() -> tuple[int, int]:
-    """Free and total memory in bytes: of the machine, or of a container's share where that is less."""
+    """Free and total memory in bytes: of the machine, or of its container if that has less."""
     with open("/proc/meminfo") as file:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
     total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
@@ -24,15 +24,15 @@ def memory() -> tuple[int, int]:
 
 
 def release() -> None:
-    """Gives freed memory back to the system. glibc keeps what lies between things that are still there; others may not."""
+    """Returns freed memory to the system. glibc would keep what lies between live allocations; other libcs may not."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
 def keep(most: int) -> None:
-    """Lets up to `most` bytes that are freed stay with the process, where the system has glibc.
+    """Lets up to `most` freed bytes stay with the process, where the system has glibc.
 
-    Else each large tensor of a step goes back to the system, and clearing the next one's pages takes a twelfth of a prefill.
+    Otherwise each large tensor of a step returns to the system, and clearing the next one's pages takes a twelfth of a prefill.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         trim_threshold, mmap_threshold = -1, -3

@@ -1,4 +1,4 @@
-"""How one token of KV cache is stored, as data, and the cache that is laid out by it."""
+"""KV cache formats as data: the fields of one token, and the buffers laid out by them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = [
     "latent_spec", "spec_for",
 ]  # fmt: skip
 
-LATENT_GROUP = 128  # values of a latent that share a scale
+LATENT_GROUP = 128  # latent values per scale
 
 Views = dict[str, Tensor]
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values: typed views [num_blocks, block_size, heads, ...], and what an FP8 cache's codes are
-    multiplied by: FP32 on the cache's device, [1] for the layer or [kv_heads].
+    """One layer's keys and values: typed views [num_blocks, block_size, heads, ...], and the dequantization scales of an FP8
+    cache: FP32 on the cache's device, [1] for the layer or [kv_heads].
 
-    Kernels read the scales where they lie, so that a scale can change under a captured graph. A cache of another dtype, or
-    with a scale of its own for each token and head (in `views`), is read without them.
+    Kernels read the scales from device memory, so that a scale can change under a captured graph. They ignore them for a cache
+    of another dtype and for one with a scale per token and head (which is in `views`).
     """
 
     views: Views
@@ -37,11 +37,11 @@ class LayerCache(NamedTuple):
 
 
 class LatentCache(NamedTuple):
-    """One MLA layer's cache, which all heads share: views [num_blocks, block_size, ...].
+    """One MLA layer's cache, shared by all heads: views [num_blocks, block_size, ...].
 
-    latent: [.., R], the normed latent that keys and values are made of, in the model's dtype or in FP8 codes.
-    rope: [.., D], the rotated part of the key. scale: FP32 [.., ceil(R / 128)], what codes are multiplied by, powers of two;
-    None: the latent is not in codes.
+    latent: [.., R], the normed latent that keys and values are projected from, in the model's dtype or in FP8 codes.
+    rope: [.., D], the rotated part of the key. scale: FP32 [.., ceil(R / 128)], the codes' dequantization scales, powers of
+    two; None: the latent is not in FP8.
     """
 
     latent: Tensor
@@ -57,7 +57,7 @@ class LatentCache(NamedTuple):
 class IndexCache(NamedTuple):
     """One sparse-attention indexer's keys: views [num_blocks, block_size, D], and the scale of each, FP32 [.., 1].
 
-    FP8 codes are of keys that went through a Hadamard transform; keys without a scale are as they are, FP32.
+    FP8 keys went through a Hadamard transform before quantization. Keys without a scale are FP32 and untransformed.
     """
 
     k: Tensor
@@ -71,10 +71,10 @@ class IndexCache(NamedTuple):
 
 @dataclass(frozen=True)
 class Field:
-    """One array of the cache: its name, its shape for one token, its dtype.
+    """One array of the cache: its name, its shape per token, its dtype.
 
-    In memory a block's array has the axes of `shape`, and before axis `tokens_at` of them the block's tokens. The view has the
-    tokens first, wherever they are.
+    In memory a block's array has the axes of `shape` with the block's tokens inserted as axis `tokens_at`. The view always has
+    the tokens first.
     """
 
     name: str
@@ -89,9 +89,9 @@ class Field:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """What one token of one layer takes. In a block each field is one array; interleaved, a token's fields are adjacent.
+    """The storage of one token of one layer. In a block each field is one array; interleaved, a token's fields are adjacent.
 
-    name: what users call the format, as `--kv-cache-dtype` does; "" where it goes without saying.
+    name: the format's name, as in `--kv-cache-dtype`; "" for a part that needs no name.
     """
 
     fields: tuple[Field, ...]
@@ -126,27 +126,27 @@ class Layout(Enum):
 
     PLAIN = "one token after another"
     BY_HEAD = "a head's tokens one after another, as a CPU reads them"
-    MATRIX_UNIT = "plain, but FP8 values with the tokens last, over which an FP8 matrix unit sums"
+    TENSOR_CORE = "plain, but FP8 values with the tokens last, over which an FP8 tensor core sums"
 
     @staticmethod
     def on(cpu: bool) -> Layout:
-        """What the kernels of such a device read best."""
-        return Layout.BY_HEAD if cpu else Layout.MATRIX_UNIT
+        """The layout that the device's kernels read best."""
+        return Layout.BY_HEAD if cpu else Layout.TENSOR_CORE
 
     def tokens_at(self, fp8: bool) -> tuple[int, int]:
-        """Of keys and of values [heads, dim]."""
+        """The axis of the tokens in keys and in values [heads, dim]."""
         if self is Layout.BY_HEAD:
             return 1, 1
-        return 0, 2 if self is Layout.MATRIX_UNIT and fp8 else 0
+        return 0, 2 if self is Layout.TENSOR_CORE and fp8 else 0
 
 
 def spec_for(
     kv_cache_dtype: str, heads: int, dim: int, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout = Layout.PLAIN
 ) -> KVCacheSpec:
-    """The spec that a canonical `--kv-cache-dtype` names; `dtype` is the model's and `fp8_dtype` the device's.
+    """The spec of a canonical `--kv-cache-dtype`. `dtype`: the model's. `fp8_dtype`: the device's.
 
-    `fp8_per_token_head` keeps an FP32 scale for each token and head beside the codes; other FP8 has one for the keys and one
-    for the values of a layer, kept outside the cache.
+    `fp8_per_token_head` stores an FP32 scale per token and head beside the codes. Other FP8 formats have one scale for a
+    layer's keys and one for its values, outside the cache.
     """
     if kv_cache_dtype == "fp8_ds_mla":
         raise OctavoError(
@@ -162,10 +162,10 @@ def spec_for(
 
 
 def latent_spec(kv_cache_dtype: str, rank: int, rope: int, dtype: torch.dtype, fp8_dtype: torch.dtype) -> KVCacheSpec:
-    """MLA's cache: a latent of `rank` values and `rope` of the key's, for all heads together.
+    """MLA's cache, shared by all heads: a latent of `rank` values, and `rope` values of the key.
 
-    In FP8, which `fp8_e4m3` means too, it is `fp8_ds_mla`, as DeepSeek's FlashMLA has it: codes, FP32 scales of 128 values
-    each, and the rope part in BF16, adjacent for each token (656 bytes for 512 and 64). Raises OctavoError for other FP8.
+    FP8, including `fp8_e4m3`, is `fp8_ds_mla`, DeepSeek's FlashMLA format: codes, one FP32 scale per 128 values, and the rope
+    part in BF16, adjacent for each token (656 bytes for 512 and 64). Raises OctavoError for other FP8 dtypes.
     """
     if kv_cache_dtype in ("fp8_e4m3", "fp8_ds_mla"):
         codes = (
@@ -184,7 +184,7 @@ def latent_spec(kv_cache_dtype: str, rank: int, rope: int, dtype: torch.dtype, f
 
 
 def index_spec(dim: int, fp8_dtype: torch.dtype, *, wide: bool) -> KVCacheSpec:
-    """The indexer's keys: FP8 codes and a scale, 132 bytes for 128 values, in a block all codes first; `wide`: FP32."""
+    """The indexer's keys: FP8 codes and a scale, 132 bytes for 128 values, all codes of a block first. `wide`: FP32 keys."""
     if wide:
         return KVCacheSpec((Field("index_k", (dim,), torch.float32),), name="float32 index keys")
     fields = Field("index_k", (dim,), fp8_dtype), Field("index_scale", (1,), torch.float32)
@@ -192,7 +192,7 @@ def index_spec(dim: int, fp8_dtype: torch.dtype, *, wide: bool) -> KVCacheSpec:
 
 
 def gather(views: Views, block_ids: Tensor) -> Views:
-    """Views of a copy of the blocks `block_ids` [n], all fields at once: whole blocks are copied as rows of bytes."""
+    """Views of a copy of the blocks `block_ids` [n]. Whole blocks are copied as byte rows, so all fields come at once."""
     any_view = next(iter(views.values()))
     rows = torch.empty(0, dtype=torch.uint8, device=any_view.device).set_(any_view.untyped_storage())
     rows = rows.view(any_view.shape[0], -1).index_select(0, block_ids)
@@ -203,7 +203,7 @@ def gather(views: Views, block_ids: Tensor) -> Views:
 
 
 class KVCache:
-    """The cache of all layers: one byte buffer a layer, all indexed by the same block ids."""
+    """The cache of all layers: one byte buffer per layer, all indexed by the same block ids."""
 
     def __init__(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device):
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -216,8 +216,8 @@ class KVCache:
 
 
 def _zeros(rows: int, width: int, device: torch.device) -> Tensor:
-    """Zeros, because attention multiplies what lies past a request's end by 0, which a stray NaN would survive."""
+    """A zeroed buffer. Attention multiplies memory past a request's end by 0, and 0 times a stray NaN would be NaN."""
     if device.type != "cpu":
         return torch.zeros(rows, width, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, rows * width)  # the kernel hands out zeroed pages, and only as they are first written
+    pages = mmap.mmap(-1, rows * width)  # the kernel provides zeroed pages, each when it is first written
     return torch.frombuffer(pages, dtype=torch.uint8).view(rows, width)

@@ -1,8 +1,8 @@
-"""What crosses between the API process and the engine: requests, sampling parameters, tokens, statistics.
+"""Messages between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
-Messages are tuples whose first item is their name. To the engine: ("add", the EngineRequests of one request's sequences),
-("abort", request ids), ("shutdown",). From it: ("progress", stage, fraction), then ("ready", EngineInfo) or
-("failed", sentence), then ("step", outputs, stats) and at worst ("dead", sentence). Nothing here imports torch.
+A message is a tuple whose first item is its kind. To the engine: ("add", the EngineRequests of one request's sequences),
+("abort", request ids), ("shutdown",). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or
+("failed", sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
 MAX_STOP = 256
-MAX_GRAMMAR = 1 << 19  # characters; reading, sending and compiling so much takes some tenths of a second
+MAX_GRAMMAR = 1 << 19  # characters; reading, sending and compiling this many takes some tenths of a second
 MAX_STOP_TOKEN_IDS = 4096
-MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words: each becomes a step of an automaton
+MAX_CHARACTERS = 16_384  # sum over stop strings, and over bad words: each character becomes a state of an automaton
 
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """A grammar that the output must follow: `kind` says how to read `grammar`."""
+    """A grammar that the output must follow. `kind` is the format of `grammar`."""
 
     kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
-    param: str = field(default="structured", compare=False)  # the field of a request that asks for it: errors name it
+    param: str = field(default="structured", compare=False)  # the request field that set it, for error messages
 
     def __post_init__(self) -> None:
         if len(self.grammar) > MAX_GRAMMAR:
@@ -59,7 +59,7 @@ class StructuredOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. Names and defaults are vLLM's; raises InvalidRequest on a wrong value."""
+    """Sampling parameters of one request. Names and defaults are vLLM's. Raises InvalidRequest on a wrong value."""
 
     n: int = 1
     temperature: float = 1.0  # 0 is greedy
@@ -70,20 +70,20 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    max_tokens: int | None = 16  # None: as many as the context holds
+    max_tokens: int | None = 16  # None: up to the context length
     min_tokens: int = 0
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logprobs: int | None = None  # this many alternatives beside each chosen token
+    logprobs: int | None = None  # number of alternatives beside each sampled token
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured: StructuredOutput | None = None
-    bad_words: Sequence[str] = ()  # as the tokenizer spells them, with and without a space before
-    allowed_token_ids: Sequence[int] | None = None  # no other tokens are chosen
+    bad_words: Sequence[str] = ()  # each forbidden with and without a leading space
+    allowed_token_ids: Sequence[int] | None = None  # only these tokens may be sampled
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -130,8 +130,8 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     def sequence(self, number: int) -> SamplingParams:
-        """Those of one of the n sequences, of which the first tells of the prompt. Not checked again: they are right if these
-        are, and a client's long lists would be walked over n times."""
+        """The parameters of one of the n sequences. Only the first reports prompt logprobs. Nothing is checked again: these
+        parameters are valid, and checking a client's long lists n times would be slow."""
         one = copy(self)
         object.__setattr__(one, "n", 1)
         if self.seed is not None:
@@ -142,7 +142,7 @@ class SamplingParams:
 
 
 def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
-    """Raises InvalidRequest for more strings, or longer ones, than a server can look for in every token of every sequence."""
+    """Raises InvalidRequest for more or longer strings than a server can match against every token of every sequence."""
     if len(strings) > most:
         raise InvalidRequest(f"{name} has {len(strings)} entries; at most {most} are served.", name)
     if not all(isinstance(one, str) for one in strings):
@@ -171,21 +171,21 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log-probability (natural log, of the raw logits) and its rank, 1 being the likeliest."""
+    """One token's log-probability (natural log, of the raw logits) and its rank; the most probable token has rank 1."""
 
     token_id: int
     logprob: float
     rank: int
 
 
-Logprobs = tuple[Logprob, ...]  # the chosen token first, then the likeliest ones in order
+Logprobs = tuple[Logprob, ...]  # the sampled token first, then the most probable ones in order
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation as the engine sees it: a single sequence of tokens (n > 1 is several of these).
+    """One sequence to generate, as the engine sees it (n > 1 makes several of these).
 
-    Whoever makes one has checked it. Its `grammar` is llguidance's own text, which `params.structured` was validated as.
+    The frontend has validated it. `grammar` is in llguidance's format, compiled from `params.structured`.
     """
 
     request_id: str
@@ -193,28 +193,28 @@ class EngineRequest:
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     grammar: str | None = None
-    rotary_delta: int = 0  # what its tokens' rows of the rotary table are ahead of their positions
+    rotary_delta: int = 0  # rotary row minus position of its output tokens
     bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words in token ids
-    cache_salt: str | None = None  # prefixes are shared among requests of one salt
+    cache_salt: str | None = None  # only requests with the same salt share prefixes
 
 
 @dataclass(slots=True)
 class TokenOutput:
-    """What one step added to one request."""
+    """The output of one step for one request."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop token that ended it, None for EOS
-    logprobs: list[Logprobs] | None = None  # beside each of token_ids
+    stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS
+    logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
     prompt_logprobs: list[Logprobs | None] | None = None  # with the first token only; None for the first prompt token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    error: str | None = None  # why the engine could not go on with it
+    error: str | None = None  # why the engine cannot continue the request
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """The engine after one step, for metrics. Counters are of this step alone."""
+    """Engine statistics after one step. Counters are for this step alone."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -223,16 +223,16 @@ class EngineStats:
     prefix_cache_queries: int = 0  # in tokens
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
-    scheduled_first: list[str] = field(default_factory=list)  # requests that left the queue in this step
+    scheduled_first: list[str] = field(default_factory=list)  # ids of requests that left the queue in this step
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a loaded engine says of itself."""
+    """Facts about a loaded engine."""
 
     max_model_len: int
     vocab_size: int
     num_blocks: int
     block_size: int
     model_type: str
-    report: list[str] = field(default_factory=list)  # lines to print: what was quantized, where the memory went
+    report: list[str] = field(default_factory=list)  # lines to print: quantization and memory

@@ -1,4 +1,4 @@
-"""What this machine is: device, architecture, its FP8 dtype and what it can do. The only place that asks."""
+"""The platform: device, architecture, FP8 dtype and capabilities. Other modules ask it and not torch or the driver."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The largest magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
+# The magnitude that codes are clamped to. e4m3fnuz reaches 240, but 224 keeps accuracy on gfx942.
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
 
 
@@ -33,15 +33,15 @@ NO_FP8 = ("gfx906", "gfx908", "gfx90a")
 
 @dataclass(frozen=True)
 class Platform:
-    """One rank's device and what is true of it. A value: tests make their own."""
+    """One rank's device and its capabilities. A plain value, which tests construct themselves."""
 
     device: torch.device
     arch: str  # "sm_90", "gfx942", or the CPU's instruction set as torch sees it
     fp8_dtype: torch.dtype = torch.float8_e4m3fn
-    fp8_alignment: int = 16  # FP8 matrix units take dimensions that are multiples of this
-    widened_dtype: torch.dtype | None = None  # a device without FP8 arithmetic holds codes as exact values of this dtype
-    multiprocessors: int = 0  # of an accelerator
-    shared_memory: int = 0  # bytes of a multiprocessor's that a CTA may have
+    fp8_alignment: int = 16  # FP8 tensor cores need dimensions that are multiples of this
+    widened_dtype: torch.dtype | None = None  # without FP8 arithmetic, codes are held as exact values of this dtype
+    multiprocessors: int = 0  # 0 on a CPU
+    shared_memory: int = 0  # bytes per CTA
 
     @property
     def is_cpu(self) -> bool:
@@ -49,7 +49,7 @@ class Platform:
 
     @cached_property
     def _capability(self) -> int:
-        """The compute capability's major number; 0 for what has none."""
+        """The major compute capability; 0 on other architectures."""
         return int(self.arch.removeprefix("sm_")[:-1]) if self.arch.startswith("sm_") else 0
 
     @property
@@ -59,22 +59,22 @@ class Platform:
 
     @property
     def has_bulk_copies(self) -> bool:
-        """Whether one instruction copies a block of memory that no thread waits for (TMA)."""
+        """Whether the device has asynchronous bulk copies (TMA)."""
         return self._capability >= 9
 
     @property
     def has_warpgroup_mma(self) -> bool:
-        """Whether a group of four warps multiplies as one (WGMMA), which only this architecture does."""
+        """Whether the device has WGMMA, the MMA of a warp group, which only sm_90 has."""
         return self.arch == "sm_90"
 
     @property
     def pipeline_depth(self) -> int:
-        """Stages that a loop's pipeline may have: many where copies are asynchronous, two where they go through registers."""
+        """Software pipeline stages of a loop: many where copies are asynchronous, two where they go through registers."""
         return 8 if self._capability >= 8 else 2
 
     @property
     def bounds_registers(self) -> bool:
-        """Whether the compiler can be told how many registers a thread may have."""
+        """Whether the compiler accepts a limit on registers per thread."""
         return self._capability > 0
 
     @cached_property
@@ -92,14 +92,14 @@ class Platform:
         return host_memory()
 
     def release(self) -> None:
-        """Gives memory that was freed, and that torch or the C library keeps to use again, back to the device and the host."""
+        """Returns freed memory, which torch or the C library caches, to the device and the host."""
         if not self.is_cpu:
             torch.cuda.empty_cache()
         release()
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
-    """A graph of what `fn` launches on the accelerator; see `octavo.ops.capture`."""
+    """A CUDA or HIP graph of the launches of `fn`; see `octavo.ops.capture`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
         out = fn()
@@ -115,7 +115,7 @@ def detect(device: str = "auto", rank: int = 0) -> Platform:
     if device == "cpu" or not torch.cuda.is_available():
         return _cpu()
     props = torch.cuda.get_device_properties(rank)
-    shared = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)  # one vendor's has to be asked for
+    shared = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)  # some vendors need an opt-in
     found = Platform(
         torch.device("cuda", rank),
         f"sm_{props.major}{props.minor}",
@@ -131,7 +131,7 @@ def detect(device: str = "auto", rank: int = 0) -> Platform:
 
 
 def check_fp8_units(name: str, arch: str) -> None:
-    """Raises OctavoError for an accelerator of an architecture that has none."""
+    """Raises OctavoError for an accelerator whose architecture has no FP8 units."""
     kind, _, version = arch.partition("_")
     if int(version) < 89 if kind == "sm" else arch in NO_FP8:
         raise OctavoError(f"{name} ({arch}) has no FP8 units; Octavo needs gfx942, sm_89 or newer, or --device cpu.")
@@ -143,7 +143,7 @@ def _cpu() -> Platform:
     if isinstance(kernels, ctypes.CDLL):
         return Platform(torch.device("cpu"), capability)
     log.warning("no CPU kernels: %s; FP8 codes are kept widened and multiplied by torch", kernels)
-    # Without BF16 instructions a BF16 product runs at a tenth of FP32's speed; both hold an FP8 code exactly.
+    # Without BF16 instructions a BF16 product runs at a tenth of FP32's speed. Both dtypes hold an FP8 code exactly.
     native_bf16 = host.machine() == "x86_64" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Platform(torch.device("cpu"), capability, widened_dtype=torch.bfloat16 if native_bf16 else torch.float32)
 
@@ -152,8 +152,8 @@ def _cpu() -> Platform:
 def cpu_kernels() -> ctypes.CDLL | str:
     """The C kernels of ops/cpu, or why there are none.
 
-    They are compiled when Octavo is installed; if its sources have changed since, or nothing was compiled, then here, beside
-    the sources or else in the user's cache.
+    They are compiled when Octavo is installed. If the sources have changed since, or none were compiled, they are compiled
+    here, beside the sources or else in the user's cache.
     """
     directory = Path(__file__).parent / "ops" / "cpu"
     builder = runpy.run_path(str(directory / "build.py"))  # a script: an installer runs it before Octavo can be imported

@@ -13,7 +13,7 @@ SPECS = {
     for kv in ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 } | {
     "by head": spec_for("fp8_per_token_head", 3, 8, torch.float32, torch.float8_e4m3fn, Layout.BY_HEAD),
-    "matrix unit": spec_for("fp8_e4m3", 3, 8, torch.float32, torch.float8_e4m3fn, Layout.MATRIX_UNIT),
+    "matrix unit": spec_for("fp8_e4m3", 3, 8, torch.float32, torch.float8_e4m3fn, Layout.TENSOR_CORE),
     # Layouts of later models: MLA's 656 bytes a token, interleaved; the indexer's 132, values of a block before its scales.
     "fp8_ds_mla": KVCacheSpec(
         (
@@ -96,6 +96,6 @@ def test_the_order_of_a_block() -> None:
 
     assert strides(Layout.PLAIN, "fp8_e4m3") == [(24, 8, 1)] * 2
     assert strides(Layout.BY_HEAD, "fp8_e4m3") == strides(Layout.BY_HEAD, "auto") == [(8, 32, 1)] * 2
-    assert strides(Layout.MATRIX_UNIT, "fp8_e4m3") == [(24, 8, 1), (1, 32, 4)]
-    assert strides(Layout.MATRIX_UNIT, "auto") == [(24, 8, 1)] * 2
+    assert strides(Layout.TENSOR_CORE, "fp8_e4m3") == [(24, 8, 1), (1, 32, 4)]
+    assert strides(Layout.TENSOR_CORE, "auto") == [(24, 8, 1)] * 2
     assert strides(Layout.BY_HEAD, "fp8_per_token_head")[2:] == [(3, 1)] * 2

@@ -86,7 +86,10 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "ops", nargs="*", metavar="OP", help="linear, gated_linear, experts, rms_norm, silu_mul, rope_write_kv, draw, attention"
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help="linear, gated_linear, experts, rms_norm, silu_mul, rope_write_kv, sample, ...",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shape", default="", help="only shapes that have this text in their name")

@@ -78,7 +78,7 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
     for n in (1, 16, 256):
         if n <= tokens[-1]:
             for name, top_k, top_p in (("temperature", VOCAB, 1.0), ("top_p", VOCAB, 0.9), ("top_k, top_p", 40, 0.9)):
-                yield Case("draw", f"{n} x {VOCAB}, {name}", "softmax, multinomial", partial(draw, p, n, top_k, top_p))
+                yield Case("sample", f"{n} x {VOCAB}, {name}", "softmax, multinomial", partial(sample, p, n, top_k, top_p))
     for n, context in DECODES:
         if n * context <= most_context:
             yield Case("attention", f"decode {n} x {context}", "SDPA, dense", lambda n=n, c=context: attention(p, n, c, 1))
@@ -181,17 +181,17 @@ def silu_mul(p: Platform, m: int) -> Set:
     return Set(lambda: ops.silu_mul(x, [feeds]), partial(gated, x), moved, nbytes=2 * x.nbytes)
 
 
-def draw(p: Platform, n: int, top_k: int, top_p: float) -> Set:
+def sample(p: Platform, n: int, top_k: int, top_p: float) -> Set:
     """A token of each row; logits as a model has them: a few far above the rest. They are overwritten, so they are copied."""
     logits, one = 2 * torch.randn(n, VOCAB, device=p.device), torch.ones(n, device=p.device)
     logits[:, :20] += 12
     u = torch.rand(n, device=p.device).double()
-    cut = ops.Cut((top_k * one).int(), top_p * one, 0 * one, top_k) if top_k < VOCAB or top_p < 1 else None
+    filters = ops.Filters((top_k * one).int(), top_p * one, 0 * one, top_k) if top_k < VOCAB or top_p < 1 else None
 
     def library() -> Tensor:
         return torch.multinomial(logits.softmax(-1), 1)
 
-    return Set(lambda: ops.draw(logits.clone(), one, u, cut), library, 4 * n * VOCAB, nbytes=2 * logits.nbytes)
+    return Set(lambda: ops.sample(logits.clone(), one, u, filters), library, 4 * n * VOCAB, nbytes=2 * logits.nbytes)
 
 
 def small_weight(p: Platform, k: int) -> tuple[ops.PackedWeight, int]:

@@ -1,4 +1,4 @@
-"""The embedded demo model: where its files are and the text it was never trained on."""
+"""Paths of the embedded demo model and of its held-out text."""
 
 from pathlib import Path
 

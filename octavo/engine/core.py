@@ -1,7 +1,7 @@
 """The engine of one rank: schedule, run, update. Requests go in, one step's tokens come out.
 
-A device that works beside the host need never wait for it: each step is launched before the tokens of the one before are
-read, and takes them over on the device. What a token decides on the host (that it ends its request) then comes one step late.
+On an accelerator each step is launched before the host has read the tokens of the one before; the device passes them on. A
+decision that the host takes from a token, such as finishing its request, therefore comes one step late.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.sequence import Schedule, ScheduledRequest, Status
+from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
@@ -30,7 +30,7 @@ __all__ = ["EngineCore"]
 
 @dataclass
 class _Generation:
-    """What a request carries through the engine beside its tokens."""
+    """Engine state of one sequence beside its tokens."""
 
     seed: int
     grammar: Grammar | None
@@ -41,15 +41,15 @@ class _Generation:
 
 @dataclass(slots=True)
 class _Step:
-    """A step that was launched."""
+    """A launched step."""
 
-    schedule: Schedule
+    schedule: SchedulerOutput
     result: StepTokens
-    synchronous: bool  # the next one must not be launched before this one's tokens are read
+    synchronous: bool  # the next step must not be launched before this one's tokens are read
 
 
 class EngineCore:
-    """Runs requests together. Not thread-safe: its owner calls add, abort and step in turn."""
+    """Runs requests together. Not thread-safe: the caller makes one call of add, abort or step at a time."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
         self.runner = runner = ModelRunner(config, progress)
@@ -57,12 +57,12 @@ class EngineCore:
         self._make_scheduler()
         self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size))
         self.generations: dict[str, _Generation] = {}
-        self.depth = 1 if runner.platform.is_cpu else 2  # steps in flight at most; a CPU would only compute too much
-        self.in_flight: deque[_Step] = deque()  # launched and not read yet, the oldest first
-        self.next_seed = config.seed << 32  # requests without a seed count up from here: a run can be repeated
+        self.depth = 1 if runner.platform.is_cpu else 2  # most steps in flight; on a CPU a second one would only waste work
+        self.in_flight: deque[_Step] = deque()  # launched and not yet read, oldest first
+        self.next_seed = config.seed << 32  # requests without a seed count up from here, so that a run is reproducible
 
     def __del__(self) -> None:
-        """Torch's allocator and the C library keep what is freed; a dropped engine's memory is for whoever asks for it next."""
+        """Returns freed memory to the device and the system, which torch's allocator and the C library would keep."""
         runner = vars(self).pop("runner", None)
         if runner is not None and not sys.is_finalizing():
             platform = runner.platform
@@ -70,7 +70,7 @@ class EngineCore:
             platform.release()
 
     def _make_scheduler(self) -> None:
-        """For the blocks that the runner has, none of which holds anything yet."""
+        """Makes the scheduler and an empty block pool for the runner's blocks."""
         runner = self.runner
         pool = BlockPool(runner.num_blocks, runner.block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(pool, self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
@@ -84,7 +84,7 @@ class EngineCore:
         )
 
     def add(self, *requests: EngineRequest) -> None:
-        """Queue the sequences of a request, which differ in their id and seed. Raises InvalidRequest if it cannot be run."""
+        """Queues the n sequences of a request, which differ in id and seed. Raises InvalidRequest if it cannot be run."""
         if self.asleep:
             raise InvalidRequest("The engine sleeps; wake it first.")
         first = requests[0]
@@ -102,12 +102,12 @@ class EngineCore:
             self.scheduler.add(request)
 
     def _queue_compiled(self, outputs: list[TokenOutput]) -> None:
-        """Queues the requests whose grammars are compiled by now. `outputs` gets those whose grammar cannot be."""
+        """Queues requests whose grammars have compiled. `outputs` gets an error for each grammar that does not compile."""
         for requests, grammars in self.grammars.compiled():
             if isinstance(grammars, OctavoError):
                 outputs += self._failed([request.request_id for request in requests], str(grammars))
                 continue
-            for request, grammar in zip(requests, grammars, strict=False):  # some may have been aborted
+            for request, grammar in zip(requests, grammars, strict=False):  # some sequences may have been aborted
                 self.generations[request.request_id].grammar = grammar
                 self.scheduler.add(request)
 
@@ -117,7 +117,7 @@ class EngineCore:
         return [TokenOutput(request_id, [], "abort", error=reason) for request_id in request_ids]
 
     def abort(self, request_id: str) -> None:
-        """Forget a request; one that is not known, or finished already, is no error."""
+        """Forgets a request. An unknown or finished one is no error."""
         self.scheduler.abort(request_id)
         self._forget(request_id)
 
@@ -130,11 +130,11 @@ class EngineCore:
         return self.scheduler.has_work or bool(self.in_flight) or self.grammars.compiling
 
     def step(self) -> tuple[list[TokenOutput], EngineStats]:
-        """One step of all the requests that fit in it: what it added to each, and how the engine stands."""
+        """Runs one step: the outputs that it added to each request, and the engine's statistics."""
         outputs: list[TokenOutput] = []
         step = self.in_flight[0] if self.in_flight else self._launch(outputs)
         while len(self.in_flight) < self.depth and not step.synchronous:
-            if not self._launch(outputs).schedule.items:  # it may have to wait for what `step` brings
+            if not self._launch(outputs).schedule.items:  # the next step may depend on the tokens of `step`
                 break
         if self.in_flight and self.in_flight[0] is step:
             self.in_flight.popleft()
@@ -142,8 +142,8 @@ class EngineCore:
         return outputs, self.scheduler.stats(step.schedule)
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
-        """Starts the next step, which joins those in flight unless it is empty. `outputs` gets the requests that failed."""
-        schedule = self.scheduler.schedule(self._sitting_out(outputs))
+        """Launches the next step and adds it to those in flight unless it is empty. `outputs` gets the failed requests."""
+        schedule = self.scheduler.schedule(self._skipped(outputs))
         for request, reason in schedule.failed:
             self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
@@ -154,8 +154,8 @@ class EngineCore:
             self.in_flight.append(step)
         return step
 
-    def _sitting_out(self, outputs: list[TokenOutput]) -> Collection[str]:
-        """The requests whose next token nobody can choose yet. `outputs` gets those that took too long."""
+    def _skipped(self, outputs: list[TokenOutput]) -> Collection[str]:
+        """Ids of requests whose allowed next tokens are not computed yet. `outputs` gets those that exceeded the time limit."""
         if not self.grammars.busy:
             return ()
         unready, late = self.grammars.unready(self.scheduler.request_ids)
@@ -165,22 +165,22 @@ class EngineCore:
         return unready
 
     def reload(self, model: str) -> None:
-        """Takes the weights of another checkpoint directory, of the same config.json and schemes; OctavoError for others.
+        """Loads the weights of another checkpoint directory with the same config.json and schemes; else OctavoError.
 
-        Requests that run have keys and values of the old weights, so there must be none; the prefix cache is dropped.
+        The cache holds keys and values of the old weights, so no request may run, and the prefix cache is dropped.
         """
         self._check_idle("weights are reloaded")
-        self.scheduler.pool.forget_prefixes()
+        self.scheduler.pool.reset_prefix_cache()
         self.runner.reload(model)
 
     def sleep(self) -> None:
-        """Gives up weights, cache and graphs until `wake`. Raises OctavoError while requests run."""
+        """Frees weights, cache and graphs until `wake`. Raises OctavoError while requests run."""
         self._check_idle("the engine sleeps")
         self.asleep = True
         self.runner.sleep()
 
     def wake(self) -> None:
-        """Reads and makes again what `sleep` gave up; an engine that is awake stays as it is."""
+        """Loads again what `sleep` freed. Does nothing if the engine is awake."""
         if self.asleep:
             self.runner.wake()
             self._make_scheduler()  # there may be another number of blocks now
@@ -207,14 +207,14 @@ class EngineCore:
         )
 
     def _take(self, step: _Step) -> list[TokenOutput]:
-        """Waits for a step's tokens and hands them out."""
+        """Waits for a step's tokens and makes the outputs."""
         outputs, schedule, result = [], step.schedule, step.result
         self.grammars.new_step()
         for item in schedule.items:
             entries = result.prompt_logprobs.get(item.request.request_id)
-            if entries is not None and item.request.status is not Status.FINISHED:  # it may have been aborted meanwhile
+            if entries is not None and item.request.status is not Status.FINISHED:  # an aborted request needs none
                 kept = self.generations[item.request.request_id].prompt_logprobs
-                del kept[item.start + 1 :]  # a preempted prefill comes by again
+                del kept[item.start + 1 :]  # a preempted prefill computes these positions again
                 kept.extend(entries)
         for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, result.to_host()):
             request_id = request.request_id
@@ -239,7 +239,7 @@ _ENDED = "The structured output cannot be followed any further: {}"
 
 
 def _fault(grammar: Grammar | None, token: int) -> str | None:
-    """Why a request whose step gave `token` cannot go on, if it cannot; else the grammar knows the token."""
+    """Advances `grammar` by `token`. Returns an error sentence if the request cannot go on."""
     if grammar is not None and token != NO_TOKEN:
         grammar.accept(token)
     if grammar is not None and (error := grammar.error):

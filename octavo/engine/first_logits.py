@@ -1,4 +1,4 @@
-"""Whether a model that was loaded answers: the logits of one short prompt, before the first request."""
+"""Checks a loaded model before the first request: the logits of one short prompt must be finite."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LENGTH = 16  # tokens
 
 @torch.inference_mode()
 def check_first_logits(model: Model, vocabulary: Vocabulary, hidden_of: Callable[[list[int]], Tensor]) -> None:
-    """Raises OctavoError where a prompt of tokens from all over the vocabulary has logits that are no numbers.
+    """Raises OctavoError where a prompt of tokens from the whole vocabulary has NaN or infinite logits.
 
-    `hidden_of` puts token ids through the layers. Waits for the device.
+    `hidden_of` runs token ids through the layers. Waits for the device.
     """
     hidden = hidden_of([n * vocabulary.size // LENGTH for n in range(LENGTH)])
     if not bool(torch.isfinite(vocabulary.whole(model.logits(hidden))).all()):

@@ -1,4 +1,4 @@
-"""Structured output: which tokens may come next, by llguidance."""
+"""Structured output: masks of allowed next tokens, computed by llguidance."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from octavo.text.tokenizer import read_tokenizer
 __all__ = ["Grammar", "GrammarCompiler", "Pace"]
 
 
-# Items are what alternatives become: 2,000 tools need more than the library's 2,000, and take milliseconds a step.
+# Alternatives become items. 2,000 tools need more than the library's default of 2,000, and take milliseconds a step.
 LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "step_max_items": 100_000, "verbose_errors": False}
-SLOW = 0.02  # seconds to find the next tokens in; most grammars take a thousandth of it
+SLOW = 0.02  # seconds for computing a token mask; most grammars take a thousandth of it
 
 
 class GrammarCompiler:
-    """Makes a Grammar a request; reads the tokenizer when the first one asks."""
+    """Compiles grammars. The tokenizer is read when the first request needs it."""
 
     def __init__(self, directory: Path, vocab_size: int):
         self.directory, self.vocab_size = directory, vocab_size
         self._tokenizers: dict[frozenset[int], Any] = {}
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
-        """`grammar` is llguidance's own text. Raises InvalidRequest if it does not compile with this vocabulary."""
+        """`grammar` is in llguidance's format. Raises InvalidRequest if it does not compile with this vocabulary."""
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if eos_token_ids not in self._tokenizers:
@@ -51,48 +51,48 @@ class GrammarCompiler:
 
 @dataclass(slots=True)
 class Pace:
-    """How the n sequences of a request got on with their grammar."""
+    """Whether a request's grammar is slow, shared by its n sequences."""
 
-    slow: bool = False  # finding the next tokens once took over SLOW seconds
+    slow: bool = False  # computing a token mask once took more than SLOW seconds
 
 
 class Grammar:
-    """Where one sequence stands in its grammar."""
+    """The grammar state of one sequence."""
 
     def __init__(self, matcher: Any, vocab_size: int, pace: Pace | None = None):
         self._matcher, self.pace = matcher, pace or Pace()
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
-        self._forbidden: Tensor | None = None  # found, and still true
+        self._forbidden: Tensor | None = None  # the mask of the present state, if computed
         self.vocab_size = vocab_size
 
     def copy(self) -> Grammar:
-        """Another one that stands where this one does."""
+        """A copy in the same state."""
         other = Grammar(self._matcher.deep_copy(), self.vocab_size, self.pace)
         other._forbidden = self._forbidden
         return other
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but an end-of-sequence token may follow."""
+        """Whether only an end-of-sequence token may follow."""
         return bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
-        """In one line why nothing can follow any more: the engine of grammars gave up, and says so only when it is asked."""
+        """The error, in one line, after which no token can follow. llguidance reports errors only when asked."""
         if not self._matcher.is_error():
             return None
         lines = str(self._matcher.get_error()).strip().splitlines() or ["it is too complex"]
         return lines[0][:200].rstrip(".") + "."
 
     def forbidden(self) -> Tensor:
-        """bool [vocab]: the tokens that may not come next; all of them after an error. They are found now if they were not."""
+        """bool [vocab]: the tokens that may not come next; after an error, all. Computes the mask if `find` has not."""
         if self._forbidden is None:
             self.find()
         assert self._forbidden is not None
         return self._forbidden
 
     def find(self) -> None:
-        """Finds what `forbidden` tells, which may take a second; other threads can go on meanwhile."""
+        """Computes the mask for `forbidden`. It may take a second, during which the interpreter's lock is free."""
         start = time.monotonic()
         self._forbidden = self._find()
         self.pace.slow |= time.monotonic() - start > SLOW
@@ -105,7 +105,7 @@ class Grammar:
         return torch.from_numpy(allowed == 0)
 
     def accept(self, token: int) -> None:
-        """The token was chosen. What follows the end (ignore_eos) is not looked at."""
+        """Advances by a sampled token. Tokens after the end (ignore_eos) are not checked."""
         if not self.finished:
             self._matcher.consume_token(token)
             self._forbidden = None

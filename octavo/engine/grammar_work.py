@@ -1,10 +1,10 @@
-"""The slow parts of grammars, compiling them and finding the tokens that may come next, in threads beside the steps.
+"""Compiles grammars and computes token masks in threads beside the steps.
 
-A grammar of some kilobytes can take a second for either, and llguidance frees the interpreter's lock meanwhile. So a request is
-queued when its grammar is compiled, and a sequence whose next tokens are not found yet sits out a step: nobody waits for it. A
-grammar that was quick so far is no thread's work; when it turns out to be slow, that costs the others one wait a request.
+Each can take a second for a grammar of some kilobytes, and llguidance frees the interpreter's lock meanwhile. A request is
+queued once its grammar is compiled, and a sequence whose mask is not computed yet skips a step, so that no other request waits
+for it. A grammar that has been fast so far is computed without a thread; if it turns out slow, the others wait once.
 
-This reads a clock, as the scheduler does not: with several ranks, one of them has to tell the others who sits out.
+This module reads a clock, as the scheduler does not: with several ranks, one rank must tell the others which requests skip.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from octavo.messages import EngineRequest
 __all__ = ["GrammarWork"]
 
 THREADS = 2
-PATIENCE = 0.005  # seconds that a step takes to find tokens, and then waits for those that threads find
-IDLE_PATIENCE = 0.02  # where there is nothing else to do; messages wait no longer than that
-LIMIT = 10.0  # seconds that compiling one grammar, or finding its next tokens, may take
+PATIENCE = 0.005  # seconds that a step spends on masks itself, and seconds that it then waits for those in threads
+IDLE_PATIENCE = 0.02  # the wait where no request can run; messages wait no longer than that
+LIMIT = 10.0  # seconds that compiling a grammar, or computing one mask, may take
 
 
 @dataclass
 class _Job:
-    """Work in a thread. It has the limit from when it began: others' slow grammars are not its own."""
+    """Work in a thread. Its time limit counts from when it began, so that other requests' slow grammars do not use it up."""
 
     run: Callable[[], Any]
     began: float | None = None
@@ -46,14 +46,14 @@ class _Job:
 
 
 class GrammarWork:
-    """What is under way. Its owner calls everything from one thread."""
+    """Grammar work in progress. All methods must be called from one thread."""
 
     def __init__(self, compiler: GrammarCompiler):
         self.compiler = compiler
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="octavo-grammar")
         self._compiling: list[tuple[_Job, dict[str, EngineRequest]]] = []
         self._finding: dict[str, _Job] = {}
-        self._spent = 0.0  # seconds of this step
+        self._spent = 0.0  # seconds spent on masks in this step
 
     @property
     def busy(self) -> bool:
@@ -64,12 +64,12 @@ class GrammarWork:
         return bool(self._compiling)
 
     def compile(self, requests: Sequence[EngineRequest]) -> None:
-        """Begins to compile the grammar that `requests`, the sequences of one, have; `compiled` tells when it is done."""
+        """Begins to compile the grammar of `requests`, the n sequences of one request; `compiled` returns the result."""
         job = self._begin(partial(self._compile, requests[0], len(requests)))
         self._compiling.append((job, {request.request_id: request for request in requests}))
 
     def compiled(self) -> list[tuple[list[EngineRequest], list[Grammar] | OctavoError]]:
-        """Requests whose grammar is compiled since the last call, each with its own, or why it cannot be."""
+        """Requests whose compilation ended since the last call, each with a grammar per sequence or the error."""
         done: list[tuple[list[EngineRequest], list[Grammar] | OctavoError]] = []
         left = []
         for job, requests in self._compiling:
@@ -87,8 +87,8 @@ class GrammarWork:
         return done
 
     def find(self, request_id: str, grammar: Grammar) -> None:
-        """Finds the tokens that may come next: at once if that was quick so far and the step has time, else in a thread, whose
-        turn would come later than the tokens."""
+        """Computes the mask of the next tokens: at once if the grammar is fast and the step has time left, else in a thread,
+        which would start too late for a fast one."""
         if grammar.pace.slow or self._spent > PATIENCE:
             self._finding[request_id] = self._begin(grammar.find)
             return
@@ -97,24 +97,24 @@ class GrammarWork:
         self._spent += time.monotonic() - start
 
     def new_step(self) -> None:
-        """There is time again to find tokens at once."""
+        """Resets the time that a step may spend on masks."""
         self._spent = 0.0
 
     def unready(self, others: Collection[str]) -> tuple[set[str], list[str]]:
-        """Requests whose next tokens are not found yet, of which those that took too long are told apart. Waits a little, and
-        a little longer unless some of `others` can run meanwhile."""
+        """Requests whose masks are not computed yet, and those among them that exceeded LIMIT. Waits up to PATIENCE, and up to
+        IDLE_PATIENCE before that if none of the requests `others` can run meanwhile."""
         idle = all(request_id in self._finding for request_id in others)
         if idle:
             jobs = [*self._finding.values(), *(job for job, _ in self._compiling)]
             wait([job.future for job in jobs], IDLE_PATIENCE, FIRST_COMPLETED)
         wait([job.future for job in self._finding.values()], PATIENCE)
         for request_id in [name for name, job in self._finding.items() if job.future.done()]:
-            self._finding.pop(request_id).future.result()  # an error in it is the engine's own
+            self._finding.pop(request_id).future.result()  # an exception here is a bug and stops the engine
         late = [name for name, job in self._finding.items() if job.late]
         return set(self._finding), late
 
     def forget(self, request_id: str) -> None:
-        """Whatever is under way for a request is of no use any more; one that is not known is no error."""
+        """Drops the work in progress for a request. An unknown request is no error."""
         if (job := self._finding.pop(request_id, None)) is not None:
             job.future.cancel()
         for job, requests in self._compiling:
@@ -128,7 +128,7 @@ class GrammarWork:
         return job
 
     def _compile(self, request: EngineRequest, count: int) -> list[Grammar] | OctavoError:
-        """The same grammar `count` times, the first tokens found: the copies know what that has computed."""
+        """`count` copies of the compiled grammar. The first mask is computed once, before copying."""
         assert request.grammar is not None
         try:
             first = self.compiler.compile(request.grammar, request.eos_token_ids)

@@ -1,4 +1,4 @@
-"""What a cache is called, and the scales of an FP8 one: the checkpoint's, or measured on a fixed text
+"""The name of a cache format, and the scales of an FP8 cache: the checkpoint's, measured on a fixed text
 (--calculate-kv-scales), or 1.0."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from octavo.kvcache import KVCacheSpec
 from octavo.models.interface import CalibratedModel, Model
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "settle_kv_scales"]
+__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "set_kv_scales"]
 
 TEXT = """\
 The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
@@ -38,9 +38,9 @@ SELECT city, COUNT(*) FROM orders WHERE total > 100 GROUP BY city ORDER BY 2 DES
 
 
 def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
-    """What a cache of `specs` is called, for a person, and what a token of it takes where it lies in one row a layer.
+    """The name of a cache of `specs` for the report, and the bytes per token where a token is one row per layer.
 
-    `kv_cache_dtype`: what was asked for, canonical. Where that means another format here, the answer says so.
+    `kv_cache_dtype`: the canonical option value. The name says so where it means another format for this model.
     """
     kinds = {spec.name: spec for spec in sorted(specs, key=lambda spec: not spec.interleaved) if spec.name}
     names = list(kinds)
@@ -53,7 +53,7 @@ def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
 
 
 def check_kv_scales(model: Model, config: EngineConfig) -> None:
-    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches have not."""
+    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches do not have."""
     if config.calculate_kv_scales and not hasattr(model, "kv_scales"):
         raise OctavoError(
             "--calculate-kv-scales has nothing to measure for this model: an FP8 cache of MLA, fp8_ds_mla, takes the scales of "
@@ -62,15 +62,15 @@ def check_kv_scales(model: Model, config: EngineConfig) -> None:
 
 
 def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:
-    """Token ids of the text, in the model's own tokens; without a tokenizer, 512 random ones, the same every time."""
+    """Token ids of TEXT by the model's tokenizer; without a tokenizer, 512 random ids, the same every time."""
     try:
         return Tokenizer(directory).encode(TEXT)
     except OctavoError:
         return random.Random(0).choices(range(vocab_size), k=512)
 
 
-def settle_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
-    """Measures the scales if that is asked for, with `run`, which puts the text through the model. What to say of them."""
+def set_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object]) -> str | None:
+    """Measures the scales if asked for; `run` puts TEXT through the model. Returns a note for the report."""
     if not hasattr(model, "kv_scales"):
         return None
     scaled = cast("CalibratedModel", model)

@@ -1,4 +1,4 @@
-"""Loads a model as an EngineConfig says, and notes what that took."""
+"""Loads a model as an EngineConfig says, and reports sizes and times."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ __all__ = [
 ]
 
 
-Told = Callable[[str, float], None] | None
+ProgressCallback = Callable[[str, float], None] | None
 
 
 def check_ranks(config: EngineConfig) -> None:
-    """Raises OctavoError for a number of ranks that this version does not run on."""
+    """Raises OctavoError for a number of ranks that this version does not support."""
     if config.tensor_parallel_size > 1:
         raise OctavoError(
             f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
@@ -55,13 +55,13 @@ def check_ranks(config: EngineConfig) -> None:
 
 
 def make_model(
-    described: Mapping[str, Any], tp: TensorParallel, config: EngineConfig, platform: Platform, dtype: torch.dtype
+    json_config: Mapping[str, Any], tp: TensorParallel, config: EngineConfig, platform: Platform, dtype: torch.dtype
 ) -> tuple[Model, Limits]:
-    """The model of a config.json, not loaded yet, and its limits for the length that is asked for or that it was made for.
+    """The model of a config.json, not loaded yet, and its limits for the length that was asked for or that it was made for.
 
-    The model itself is for no more than a cache can hold: a table of rotations for the rest may take all memory.
+    The model is built for at most the length that a cache can hold, because a longer rotary table could take all memory.
     """
-    model = build_model(described, tp, config.max_model_len)
+    model = build_model(json_config, tp, config.max_model_len)
     limits = model.limits()
     token, fp8 = (
         sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
@@ -69,26 +69,31 @@ def make_model(
     )
     check_kv_scales(model, config)
     length = length_held(config, platform, token, limits.positions, fp8)
-    return model if length == limits.positions else build_model(described, tp, length), limits
+    return model if length == limits.positions else build_model(json_config, tp, length), limits
 
 
 def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform) -> list[KVCacheSpec]:
-    """The caches that the model wants on this platform; `dtype` is the model's."""
+    """The cache specs of the model on this platform. `dtype`: the model's."""
     return model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
 
 
 def reload_model(
-    model: Model, config: EngineConfig, loaded: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told = None
+    model: Model,
+    config: EngineConfig,
+    loaded: EngineConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: ProgressCallback = None,
 ) -> tuple[LoadReport, bool]:
-    """Fills `model`, which holds the weights of `loaded`, in place; False where not all of them could be written so.
+    """Loads weights in place into `model`, which holds those of `loaded`. False where not all could be written in place.
 
-    Raises OctavoError where the checkpoint is of another config.json, of other shapes or of other schemes; the old weights, of
-    which some are gone by then, are then read again.
+    Raises OctavoError where config.json, shapes or schemes differ. Some of the old weights are overwritten by then, so the old
+    checkpoint is loaded again.
     """
     directory = Path(config.model)
-    described = read_config(directory)
-    check_format(described, directory)
-    if not same_architecture(described, read_config(Path(loaded.model))):
+    json_config = read_config(directory)
+    check_format(json_config, directory)
+    if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
         return load_model(model, config, platform, dtype, progress, in_place=True)
@@ -98,19 +103,19 @@ def reload_model(
 
 
 def drop(model: Model) -> None:
-    """Forgets the weights of a loaded model."""
+    """Frees the weights of a loaded model."""
     for module in cast("nn.Module", model).modules():
         for name in held(module):
             delattr(module, name)
 
 
 def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
-    """One line a role and scheme, and what they take together."""
+    """One line per role and scheme, then the total size."""
     width = max(10, *(len(role) for role, _ in report.groups))
     lines = [
         f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
         for (role, scheme), g in sorted(report.groups.items())
-        if g.stored  # a tied head stores nothing
+        if g.stored  # a tied head is stored elsewhere
     ]
     stored, dense = report.total("stored"), 2 * report.total("values")
     lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
@@ -125,19 +130,25 @@ def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
 
 
 def load_model(
-    model: Model, config: EngineConfig, platform: Platform, dtype: torch.dtype, progress: Told, *, in_place: bool = False
+    model: Model,
+    config: EngineConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: ProgressCallback,
+    *,
+    in_place: bool = False,
 ) -> tuple[LoadReport, bool]:
-    """Fills `model`. Raises OctavoError for whatever the user can mend.
+    """Loads `model`. Raises OctavoError for every error that the user can fix.
 
-    `in_place`: it is loaded already, and its weights are written where they are; False where not all of them could be.
+    `in_place`: the model is loaded already, and its weights are overwritten; False where not all could be.
     """
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
     if config.save_quantized is not None:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
-        told = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
-        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, told))
+        save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
+        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
         directory = output
     source = open_source(config, directory)
     if isinstance(source, SafetensorsSource) and not in_place:
@@ -167,14 +178,14 @@ def load_model(
 
 
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:
-    """The tensors of a checkpoint directory; dummy ones are stored as its config.json says. Raises OctavoError."""
+    """Opens a checkpoint directory, or dummy weights stored in the formats that its config.json names. Raises OctavoError."""
     if config.load_format == "dummy":
         return DummySource(promise_of(read_config(directory), directory))
     return SafetensorsSource(directory)
 
 
 def checkpoint_scheme(loader: Loader) -> Scheme:
-    """The scheme that all FP8 weights of a checkpoint have: what --quantize-lm-head means without --quantization."""
+    """The one scheme of a checkpoint's FP8 weights, which --quantize-lm-head without --quantization uses."""
     scaled = {name.rpartition(".")[0] for name in loader.source.names if name.endswith((".weight_scale", ".weight_scale_inv"))}
     found = {stored_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
     if len(found) == 1 and (scheme := found.pop()):
@@ -186,7 +197,7 @@ def checkpoint_scheme(loader: Loader) -> Scheme:
 
 
 class _Peak:
-    """The most memory of an accelerator that loading took at once."""
+    """The peak of accelerator memory while loading."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -194,7 +205,7 @@ class _Peak:
         torch.accelerator.reset_peak_memory_stats(device)
 
     def describe(self) -> str:
-        """Waits for the device, so that the time taken after this is of work that is done."""
+        """The peak, for the report. Waits for the device first, so that the load time measured after it is complete."""
         torch.accelerator.synchronize(self.device)
         model = torch.accelerator.memory_allocated(self.device) - self.before
         peak = torch.accelerator.max_memory_allocated(self.device) - self.before

@@ -1,4 +1,4 @@
-"""How many blocks of KV cache fit, and what to say when they do not."""
+"""The number of KV cache blocks that fit into memory, and the errors when too few do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU_DEFAULT_GIB = 4.0
 
 
 def gib(count: float) -> str:
-    """Bytes for a person: 1.50 GiB, 12.3 MiB, 4.0 KiB."""
+    """Bytes in a readable unit: 1.50 GiB, 12.3 MiB, 4.0 KiB."""
     for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
         if count >= size / 10:
             return f"{count / size:.{2 if size == GIB else 1}f} {unit}"
@@ -24,7 +24,7 @@ def gib(count: float) -> str:
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """Blocks of KV cache, and the longest request that they hold."""
+    """The number of KV cache blocks, and the longest request that they hold."""
 
     num_blocks: int
     max_model_len: int
@@ -32,7 +32,7 @@ class CacheBudget:
 
 
 def check_weights(platform: Platform, matrix_values: int, *, fp8: bool) -> None:
-    """Raises OctavoError, before anything is read, if matrices of so many values cannot fit even without a cache."""
+    """Raises OctavoError, before any weight is read, if matrices of `matrix_values` values cannot fit even without a cache."""
     free, _ = platform.memory()
     itemsize = platform.widened_dtype.itemsize if platform.widened_dtype else 1 if fp8 else 2
     if (needed := matrix_values * itemsize) <= free:
@@ -46,7 +46,7 @@ def check_weights(platform: Platform, matrix_values: int, *, fp8: bool) -> None:
 
 
 def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> float:
-    """Bytes that are left for the cache on `platform`, whose memory already holds the model; under 0 if it took too much."""
+    """Bytes left for the cache on `platform`, whose memory already holds the model; negative if the model took too much."""
     free, total = platform.memory()
     if platform.is_cpu:
         return config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
@@ -56,9 +56,9 @@ def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> 
 def length_held(
     config: EngineConfig, platform: Platform, bytes_per_token: int, wanted: int, fp8_bytes_per_token: int | None = None
 ) -> int:
-    """Of the length `wanted` what a cache could hold if the model took no memory: no model need be made for more.
+    """The part of `wanted` tokens that a cache could hold if the model took no memory, so that the model is not made for more.
 
-    Raises OctavoError for a length of the user's that is longer.
+    Raises OctavoError if the user asked for a longer length.
     """
     block_size = config.block_size_on(platform.is_cpu)
     most = int(cache_room(config, platform, 0) // (bytes_per_token * block_size)) * block_size
@@ -77,13 +77,13 @@ def plan_blocks(
     most: int | None = None,
     fp8_bytes_per_token: int | None = None,
 ) -> CacheBudget:
-    """Blocks for `config` on `platform`, whose memory already holds the model.
+    """Computes the number of blocks for `config` on `platform`, whose memory already holds the model.
 
-    bytes_per_token: of all layers. model_len: the length wanted. working_bytes: what a step takes beside weights and cache.
-    most: what the model was made for where `length_held` was less than that length. fp8_bytes_per_token: as
-    bytes_per_token, with --kv-cache-dtype fp8; None: half of it.
-    Raises OctavoError, with numbers and three ways out, where not even one request of `model_len` fits; if the length was
-    the model's own and not the user's, it is lowered instead, and the notes say so.
+    bytes_per_token: summed over layers. model_len: the wanted length. working_bytes: workspace of a step beside weights and
+    cache. most: the length that the model was made for, where `length_held` lowered it. fp8_bytes_per_token: bytes_per_token
+    with --kv-cache-dtype fp8; None: half of bytes_per_token.
+    Raises OctavoError, with numbers and three remedies, where not even one request of `model_len` fits. If the length came from
+    the model and not from the user, it is lowered instead and a note says so.
     """
     have, total = cache_room(config, platform, working_bytes), platform.memory()[1]
     if platform.is_cpu:
@@ -94,7 +94,7 @@ def plan_blocks(
     block_bytes = bytes_per_token * block_size
     blocks = int(have // block_bytes)
     needed = -(-model_len // block_size)
-    useful = needed * config.max_num_seqs  # more could never be in use at once
+    useful = needed * config.max_num_seqs  # more blocks could never be in use at once
     most = model_len if most is None else most
     if blocks >= needed and model_len <= most:
         return CacheBudget(min(blocks, useful), model_len)
@@ -113,7 +113,7 @@ def plan_blocks(
 
 
 def _smaller(config: EngineConfig, now: int, fp8: int) -> str:
-    """What makes room for the cache of a request as long; a token takes `now` bytes, and `fp8` with --kv-cache-dtype fp8."""
+    """The remedy that makes a token's cache smaller; a token takes `now` bytes, and `fp8` with --kv-cache-dtype fp8."""
     if config.kv_cache_dtype.startswith("fp8") or fp8 >= now:
         return "free some memory"
     return f"use --kv-cache-dtype fp8 ({'half' if 2 * fp8 == now else f'{100 * fp8 / now:.0f}%'} of it)"

@@ -1,7 +1,7 @@
-"""What graphs record of a step: its hidden states, its logits and the tokens chosen from them.
+"""The part of a step that graphs record: hidden states, logits and their argmax.
 
-It knows the model and not the runner. The runner holds the graphs, and a graph what it records: were that a method of the
-runner, they would hold each other, and an engine that nobody uses would keep its memory until Python looks for such cycles.
+It is a class of its own, not a method of the runner. The runner holds the graphs and a graph holds what it records, so a
+runner's method would form a reference cycle, and an unused engine would keep its memory until Python collects cycles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["ModelStep"]
 
 
 class ModelStep:
-    """The computation of `model`, whose logits are of this rank's part of `vocabulary`."""
+    """The computation of `model`, whose logits are this rank's part of `vocabulary`."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary):
         self.model, self.vocabulary = model, vocabulary
@@ -28,11 +28,11 @@ class ModelStep:
         return hidden
 
     def decode(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """This rank's logits of single tokens, and the argmax over all ranks, which few steps do not want."""
+        """This rank's logits of a decode step, and the argmax over all ranks, which greedy requests use."""
         return self._chosen(self.hidden(batch))
 
     def prompt(self, batch: ForwardBatch, last: Tensor) -> tuple[Tensor, Tensor]:
-        """As `decode`, of a prompt's last token, whose place is `last`, int64 [1]."""
+        """As `decode`, for the last token of a prompt, at index `last`, int64 [1]."""
         return self._chosen(self.hidden(batch)[last])
 
     def _chosen(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

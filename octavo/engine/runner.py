@@ -1,4 +1,4 @@
-"""Owns the model, the KV cache and the graphs of one rank: a step's requests in, tokens out."""
+"""Owns the model, the KV cache and the graphs of one rank: runs a step's requests and samples their tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from octavo.distributed import TensorParallel
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
-from octavo.engine.graphs.prefill import PromptGraphs
-from octavo.engine.kv_setup import cache_format, calibration_tokens, settle_kv_scales
+from octavo.engine.graphs.prefill import PrefillGraphs
+from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
-from octavo.engine.sampler import SamplingRow, logprobs_of, rehearse, sample
+from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_history import Histories
@@ -41,19 +41,19 @@ from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
 
-LOGIT_ROWS = 256  # prompt positions whose logits exist at a time
+LOGIT_ROWS = 256  # prompt positions per chunk of logits, which bounds their memory
 
 log = logging.getLogger(__name__)
 
 
 def _span(item: ScheduledRequest) -> batches.Span:
-    """An item for the batch; a pending token is 0 until the device puts in its value."""
+    """The span of an item. A pending token is 0 until the device fills in its value."""
     token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
     return batches.Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
 
 
 def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
-    """For each item the row of its token in the step before, -1 where the host knows it."""
+    """For each item the row of its token in the previous step's tokens; -1 where the host knows the token."""
     return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
 
 
@@ -62,7 +62,7 @@ def _wants_prompt_logprobs(item: ScheduledRequest, row: SamplingRow) -> bool:
 
 
 class ModelRunner:
-    """Loads a model and runs steps. Raises OctavoError for whatever the user can mend."""
+    """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
         check_ranks(config)
@@ -85,11 +85,11 @@ class ModelRunner:
         self._start()
 
     def _start(self) -> None:
-        """Weights, cache, graphs: what `sleep` gives up."""
-        self.platform.release()  # what an engine before this one left must not look taken
+        """Loads weights, makes the cache and captures graphs, which `sleep` frees."""
+        self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
         self._make_cache()
-        self._settle_kv_scales()
+        self._set_kv_scales()
         if hasattr(self.model, "fuse"):
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
@@ -113,48 +113,48 @@ class ModelRunner:
         self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
         self.report.notes.extend(budget.notes)
         self.captures = not config.enforce_eager and self.model.limits().eager is None
-        scratch = self.captures and not cpu  # a block that nobody owns, which unused rows of graphs write to
+        scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)
 
-    def _settle_kv_scales(self) -> None:
+    def _set_kv_scales(self) -> None:
         text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
-        if note := settle_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
+        if note := set_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
 
     def _check_first_logits(self) -> None:
-        if self.config.load_format != "dummy":  # random weights answer nobody
+        if self.config.load_format != "dummy":  # random weights may give any logits
             check_first_logits(self.model, self.vocabulary, lambda ids: self.forward(self._prompt_batch(ids)))
 
     @torch.inference_mode()
     def _make_graphs(self) -> None:
         self.graphs: DecodeGraphs | RecordedSteps | None = None
-        self.prompts: PromptGraphs | None = None
+        self.prompts: PrefillGraphs | None = None
         if not self.captures:
             return
         sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
         if self.platform.is_cpu:
             self.graphs = RecordedSteps(self.step.decode, *sizes)
             return
-        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._rehearse)
+        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
-        self.prompts = PromptGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
+        self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
 
     def reload(self, model: str) -> None:
-        """Takes the weights of another checkpoint directory, of the same shapes and schemes; graphs and compiled kernels stay.
+        """Loads the weights of another checkpoint directory with the same shapes and schemes. Graphs and kernels stay.
 
-        Raises OctavoError where its config.json, shapes or schemes are others; the old weights are then read again.
+        Raises OctavoError where config.json, shapes or schemes differ; the old weights are then loaded again.
         """
         config = replace(self.config, model=model, save_quantized=None)
         self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress)
         self.config, self.directory = config, Path(model)
-        self._settle_kv_scales()
+        self._set_kv_scales()
         if not complete and self.graphs is not None:
             self._make_graphs()
         self._check_first_logits()
 
     def sleep(self) -> None:
-        """Gives up weights, cache and graphs, and keeps compiled kernels. `wake` brings them back; nothing runs before."""
+        """Frees weights, cache and graphs, and keeps compiled kernels. `wake` restores them; nothing may run before."""
         self.graphs = self.prompts = None
         if hasattr(self.model, "unfuse"):
             cast("FusedModel", self.model).unfuse()
@@ -164,39 +164,39 @@ class ModelRunner:
         self.platform.release()
 
     def wake(self) -> None:
-        """What `sleep` gave up, read and made again."""
+        """Loads weights and makes cache and graphs again."""
         self._start()
 
-    def _rehearse(self) -> None:
-        """Calls what prefills launch, and what sampling does."""
+    def _warm_up(self) -> None:
+        """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
-        rehearse(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
+        warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
     def _graph_key(self, requests: int, longest: int) -> Hashable:
-        """Without a word of the model, every bound on the contexts gets a graph of its own."""
+        """The model's graph key. A model without one gets a graph for each bound on the context length."""
         return cast("FusedModel", self.model).graph_key(requests, longest) if hasattr(self.model, "graph_key") else longest
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
         return batches.build(spans, self.block_size, self.platform.device)
 
     def _prompt_batch(self, token_ids: list[int]) -> batches.ForwardBatch:
-        """Of one request, which has the first blocks; as many of its tokens as a step may have."""
+        """A batch of one request in the first blocks, with as many of its tokens as a step may have."""
         token_ids = token_ids[: min(self.max_model_len, self.num_blocks * self.block_size, self.max_num_batched_tokens)]
         return self._batch([batches.Span(token_ids, 0, range(-(-len(token_ids) // self.block_size)))])
 
     @torch.inference_mode()
     def forward(self, batch: batches.ForwardBatch) -> Tensor:
-        """Hidden states [T, hidden] of a batch, its keys and values written to the cache."""
+        """Hidden states [T, hidden] of a batch. Writes its keys and values to the cache."""
         return self.step.hidden(batch)
 
     @torch.inference_mode()
     def run(
         self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None = None
     ) -> StepTokens:
-        """Launch the computation of `items`; `rows[i]` says how the next token of items[i] is chosen, if this step reaches it.
+        """Launches the step of `items`. `rows[i]` is the sampling state of items[i], used if the step samples its next token.
 
-        `previous` is what the step before computes: pending tokens are taken from it on the device.
+        `previous` is the output of the step before: pending tokens are copied from it on the device.
         """
         out = StepTokens()
         if not items:
@@ -206,7 +206,7 @@ class ModelRunner:
             if len(sampling := [n for n, item in enumerate(items) if item.samples]) < len(items):
                 at = self._indices(sampling)
                 logits, tokens = logits[at], tokens[at]
-            self._choose(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._sample(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
             return out
         hidden, ends = self._hidden(items, previous), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
@@ -216,13 +216,13 @@ class ModelRunner:
         if sampling := [n for n, item in enumerate(items) if item.samples]:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
-            self._choose(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+            self._sample(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
         return out
 
     def _replay(
         self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Logits and likeliest tokens of a step of single tokens, or of one prompt, where a graph has them."""
+        """Logits and argmax of a decode step, or of a single prefill, by replaying a graph; None where no graph fits."""
         if self.graphs is None or any(map(_wants_prompt_logprobs, items, rows)):
             return None
         if self.prompts is not None and len(items) == 1 and items[0].num_tokens > 1 and items[0].samples:
@@ -233,7 +233,7 @@ class ModelRunner:
         return self.graphs.run([_span(item) for item in items], known, _sources(items, previous))
 
     def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None) -> Tensor:
-        """Hidden states of all the items' tokens."""
+        """Hidden states of all tokens of `items`."""
         batch = self._batch([_span(item) for item in items])
         last = [end - 1 for end in accumulate(item.num_tokens for item in items)]
         if pending := [pair for pair in zip(last, _sources(items, previous), strict=True) if pair[1] >= 0]:
@@ -246,11 +246,11 @@ class ModelRunner:
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)
 
-    def _choose(
+    def _sample(
         self, logits: Tensor, greedy: Tensor | None, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow],
         out: StepTokens,
     ) -> None:  # fmt: skip
-        """Puts the next tokens of `items` into `out`; `greedy`: the likeliest of `logits`, where they are known."""
+        """Samples the next tokens of `items` into `out`. `greedy`: the argmax of `logits`, if already computed."""
         ids = [item.request.request_id for item in items]
         if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
             out.put(self.vocabulary.argmax(logits) if greedy is None else greedy, ids)
@@ -265,7 +265,7 @@ class ModelRunner:
             out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
 
     def _prompt_logprobs(self, hidden: Tensor, item: ScheduledRequest, row: SamplingRow) -> list[Logprobs]:
-        """Of the prompt tokens that follow this step's positions."""
+        """Log-probabilities of the prompt tokens that follow this step's positions."""
         stop = min(item.start + item.num_tokens, row.num_prompt_tokens - 1)
         targets = torch.tensor(row.token_ids[item.start + 1 : stop + 1], device=hidden.device)
         found: list[Logprobs] = []
@@ -276,7 +276,7 @@ class ModelRunner:
         return found
 
     def describe(self) -> list[str]:
-        """What was loaded, for a person: one line a role and scheme, then memory, then what is worth knowing."""
+        """The load report for the user: one line per role and scheme, then memory, then notes."""
         r, p = self.report, self.platform
         return [
             f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}",

@@ -1,7 +1,7 @@
-"""Chooses tokens from logits.
+"""Samples tokens from logits.
 
-A random choice inverts the cumulative distribution at one uniform number a token, and that number is a hash of the request's
-seed and the token's place in its output. It needs no generator's state: preempting a request, or running it beside others,
+Sampling inverts the cumulative distribution at one uniform number per token. The number is a hash of the request's seed and
+the token's position in its output, so sampling has no generator state: preempting a request, or batching it with others,
 changes nothing. The hash is SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
 """
 
@@ -18,14 +18,14 @@ from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories, History
 from octavo.messages import Logprob, Logprobs, SamplingParams
 
-__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "rehearse", "sample", "uniform"]
+__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "sample", "uniform", "warm_up"]
 
 _MASK = (1 << 64) - 1
-NO_TOKEN = -1  # chosen where every token is forbidden
+NO_TOKEN = -1  # returned for a row whose every token is forbidden
 
 
 def uniform(seed: int, place: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
+    """A number in [0, 1), determined by the arguments alone."""
     z = (seed * 0xD1342543DE82EF95 + (place + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -35,15 +35,15 @@ def uniform(seed: int, place: int) -> float:
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], histories: Histories | None = None, requests: Sequence[str] = ()
 ) -> Tensor:
-    """One token a row of FP32 `logits` [rows, vocab], which may be overwritten: int64 [rows], on the logits' device; NO_TOKEN
-    for a row whose request forbids every token.
+    """Samples one token per row of FP32 `logits` [rows, vocab]: int64 [rows], on the logits' device.
 
-    `histories` has the tokens of the rows' `requests` where the host does not know them all, and is given the new ones.
+    A row whose request forbids every token gets NO_TOKEN. The logits may be overwritten. `histories` holds the token ids of
+    the rows' `requests` on the device, and the sampled tokens are appended to it; None: the host knows all tokens.
     """
     for i, row in enumerate(rows):
         if row.adjusted:
             _adjust(logits[i], row)
-    if histories is None:  # the host knows all tokens
+    if histories is None:
         histories, requests = Histories(logits.device), [str(i) for i in range(len(rows))]
     penalized = [i for i, row in enumerate(rows) if row.penalized]
     names = [requests[i] for i in penalized]
@@ -55,8 +55,8 @@ def sample(
         if row.bad_words is not None:
             row.bad_words.forbid(logits[i], row.token_ids, row.num_prompt_tokens)
     restricted = [i for i, row in enumerate(rows) if row.restricted]
-    none_left = logits[restricted].amax(1) == float("-inf") if restricted else None  # before drawing writes over the logits
-    tokens = _chosen(logits, rows)
+    none_left = logits[restricted].amax(1) == float("-inf") if restricted else None  # before sampling overwrites the logits
+    tokens = _choose(logits, rows)
     if none_left is not None:
         tokens[restricted] = torch.where(none_left, NO_TOKEN, tokens[restricted])
     if penalized:
@@ -65,7 +65,7 @@ def sample(
 
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
-    """Biases and bans, in place on one row."""
+    """Applies logit biases and `min_tokens` in place to one row."""
     assert row.rules is not None
     if row.rules.biased:
         row.rules.bias(logits)
@@ -78,9 +78,12 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]) -> None:
-    """Penalties, in place on the rows of `history`, in vLLM's order: tokens of prompt and output are repetitions, once each; of
-    the output each is present, and as frequent as it is there. Only logits of such tokens are looked at: of a token that is
-    there more than once, all places get the same value."""
+    """Applies penalties in place to the rows of `history`, in vLLM's order.
+
+    The repetition penalty applies once to each token of prompt and output, the presence penalty once to each output token, the
+    frequency penalty once per occurrence in the output. Only the logits of these tokens are read and written; a token that
+    occurs more than once gets the same value written several times.
+    """
     place = torch.arange(history.ids.shape[1], device=logits.device)
     row = to_device(history.at, torch.int64, logits.device).unsqueeze(1)
     ids = torch.where(place < history.tokens, history.ids, history.ids[:, :1])
@@ -92,45 +95,45 @@ def _penalize(logits: Tensor, history: History, params: Sequence[SamplingParams]
         frequency = _column([p.frequency_penalty for p in params], logits)
         logits.index_put_((row.expand_as(ids), ids), -frequency * chosen, accumulate=True)
     if any(p.presence_penalty for p in params):
-        first = torch.minimum(history.prompt, history.tokens - 1)  # of the output, if there is any
+        first = torch.minimum(history.prompt, history.tokens - 1)  # first output token, if there is one
         ids = torch.where(chosen, history.ids, history.ids.gather(1, first))
         presence = _column([p.presence_penalty for p in params], logits)
         logits[row, ids] = logits[row, ids] - presence * (history.tokens > history.prompt)
 
 
-def _chosen(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     kinds = [None if row.params.greedy else row.filtered for row in rows]
     if len(set(kinds)) == 1:
-        return ops.likeliest(logits) if kinds[0] is None else _draw(logits, rows, kinds[0])
-    tokens = ops.likeliest(logits)
-    for filtered in (False, True):  # apart, so that how a row is drawn never depends on the rows beside it
-        if drawn := [i for i, kind in enumerate(kinds) if kind is filtered]:
-            at = to_device(drawn, torch.int64, logits.device)
-            tokens[at] = _draw(logits[at], [rows[i] for i in drawn], filtered)
+        return ops.argmax(logits) if kinds[0] is None else _sample_rows(logits, rows, kinds[0])
+    tokens = ops.argmax(logits)
+    for filtered in (False, True):  # separate calls, so that a row's sampling never depends on the rows beside it
+        if chosen := [i for i, kind in enumerate(kinds) if kind is filtered]:
+            at = to_device(chosen, torch.int64, logits.device)
+            tokens[at] = _sample_rows(logits[at], [rows[i] for i in chosen], filtered)
     return tokens
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
-    params, vocab, cut = [row.params for row in rows], logits.shape[1], None
+def _sample_rows(logits: Tensor, rows: Sequence[SamplingRow], filtered: bool) -> Tensor:
+    params, vocab, filters = [row.params for row in rows], logits.shape[1], None
     if filtered:
         top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
         shares = to_device([[p.top_p for p in params], [p.min_p for p in params]], torch.float32, logits.device)
-        cut = ops.Cut(to_device(top_k, torch.int32, logits.device), shares[0], shares[1], max(top_k))
+        filters = ops.Filters(to_device(top_k, torch.int32, logits.device), shares[0], shares[1], max(top_k))
     temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
     u = to_device([uniform(row.seed, row.num_output_tokens) for row in rows], torch.float64, logits.device)
-    return ops.draw(logits, temperature, u, cut)
+    return ops.sample(logits, temperature, u, filters)
 
 
-def rehearse(logits: Tensor) -> None:
-    """Draws from logits [1, vocab], from all tokens and from the likeliest."""
+def warm_up(logits: Tensor) -> None:
+    """Warm-up: samples from logits [1, vocab] without and with top-k/top-p/min-p filters."""
     for filtered in (False, True):
-        _draw(logits, [SamplingRow(SamplingParams(), [0], 1, 0)], filtered)
+        _sample_rows(logits, [SamplingRow(SamplingParams(), [0], 1, 0)], filtered)
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:
-    """For each row the chosen token and its `counts[row]` likeliest alternatives, of the raw logits [rows, vocab]."""
+    """Log-probabilities of each row's token and its `counts[row]` best alternatives, from raw logits [rows, vocab]."""
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))  # NO_TOKEN's are never told
+    chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))  # rows with NO_TOKEN are never reported
     ranks = (logprobs > chosen).sum(-1).add(1).tolist()
     top, ids = logprobs.topk(min(max(counts), logits.shape[1]), -1)
     out = []

@@ -1,4 +1,4 @@
-"""One request's row of logits, as far as choosing its next token needs to know the request."""
+"""One row of logits, with the request state that sampling its next token needs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["SamplingRow"]
 
 @dataclass(slots=True)
 class SamplingRow:
-    """What decides the next token of one request."""
+    """Sampling state of one request."""
 
     params: SamplingParams
-    token_ids: Sequence[int]  # prompt and output so far, less the pending ones
+    token_ids: Sequence[int]  # prompt and output so far, without pending tokens
     num_prompt_tokens: int
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
-    num_pending: int = 0  # tokens chosen before this one whose values only the device knows yet
-    rules: TokenRules | None = None  # those of `params`, if nobody has made them
+    num_pending: int = 0  # tokens already sampled whose values are still on the device only
+    rules: TokenRules | None = None  # the TokenRules of `params`; None: made here
     bad_words: BadWords | None = None
 
     def __post_init__(self) -> None:
@@ -38,35 +38,36 @@ class SamplingRow:
 
     @property
     def plain(self) -> bool:
-        """Whether the logits are used as they are."""
+        """Whether the logits are used unchanged."""
         return not self.penalized and not self.adjusted
 
     @property
     def penalized(self) -> bool:
-        """Whether the logits of tokens that came before are changed."""
+        """Whether repetition, presence or frequency penalties apply."""
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
     @property
     def adjusted(self) -> bool:
-        """Whether logits of other tokens are."""
+        """Whether a bias, `min_tokens`, a grammar or bad words change the logits."""
         return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens or self.restricted
 
     @property
     def restricted(self) -> bool:
-        """Whether some tokens are forbidden, so that none may be left."""
+        """Whether tokens may be forbidden, so that possibly none is left."""
         return self.grammar is not None or self.bad_words is not None
 
     @property
     def synchronous(self) -> bool:
-        """Whether the step that computes this row must be over before the next one is launched.
+        """Whether the step that computes this row must finish before the next one is launched.
 
-        What forbids tokens must know its token's value, or its log-probabilities are read at once and there is nothing to gain.
+        A grammar and bad words need the value of the last token on the host. Log-probabilities are read by the host in the
+        same step, so launching ahead would gain nothing.
         """
         return self.restricted or self.params.logprobs is not None or self.params.prompt_logprobs is not None
 
     @property
     def filtered(self) -> bool:
-        """Whether only the likeliest tokens are drawn from."""
+        """Whether top-k, top-p or min-p applies."""
         p = self.params
         return p.top_p < 1 or p.top_k > 0 or p.min_p > 0

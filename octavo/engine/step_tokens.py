@@ -1,4 +1,4 @@
-"""What a step computes, as the next step and the host take it."""
+"""The output of one step, for the next step and for the host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["StepTokens"]
 
 @dataclass
 class StepTokens:
-    """What a step computes. The tokens are on the device, for the next step; `to_host` waits for them, and for no more."""
+    """The output of one step. Tokens stay on the device for the next step; `to_host` waits for their copy only."""
 
-    tokens: Tensor | None = None  # int64, one for each request that sampled, in their order
-    rows: dict[str, int] = field(default_factory=dict)  # where in `tokens`, by request id
+    tokens: Tensor | None = None  # int64, one per request that sampled, in schedule order
+    rows: dict[str, int] = field(default_factory=dict)  # request id -> row of `tokens`
     logprobs: dict[str, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[Logprobs]] = field(default_factory=dict)  # of this step's prompt positions
 
@@ -26,7 +26,8 @@ class StepTokens:
     _copied: torch.Event | None = None
 
     def put(self, tokens: Tensor, request_ids: Sequence[str]) -> None:
-        """Keeps the tokens, and starts their copy now: what is launched later would hold it up, or write over a graph's."""
+        """Stores the tokens and starts their copy to the host now. Later launches would delay it or overwrite a graph's
+        output."""
         self.tokens = tokens
         self.rows = {request_id: row for row, request_id in enumerate(request_ids)}
         if tokens.device.type == "cpu":

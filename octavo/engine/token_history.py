@@ -1,4 +1,5 @@
-"""Device copy of the token ids of requests with penalties: they are applied before the host has read the last token."""
+"""Device copy of the token ids of requests with penalties, so penalties can be applied before the host has read the last
+token."""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ from octavo.engine.sampling_row import SamplingRow
 
 __all__ = ["Histories", "History"]
 
-LEAST_ROOM, LEAST_SLOTS = 256, 8
+LEAST_CAPACITY, LEAST_SLOTS = 256, 8
 
 
 class History(NamedTuple):
-    """Tokens of some rows of a step, `at`: int64 [rows, longest], and of each, int64 [rows, 1], how many there are and of its
-    prompt."""
+    """Token ids of some rows of a step.
+
+    at: the rows' indices in the step. ids: int64 [rows, longest]. tokens, prompt: int64 [rows, 1], how many ids of each row are
+    valid, and how many of those are the prompt.
+    """
 
     at: list[int]
     ids: Tensor
@@ -30,73 +34,77 @@ class History(NamedTuple):
 
 @dataclass(slots=True)
 class _Place:
-    """Where a request's tokens are: in memory of rows with this much room, in which row, and how many."""
+    """Location of a request's token ids: the buffer (by row capacity), the row in it, and the number of valid ids."""
 
-    room: int
+    capacity: int
     slot: int
     length: int = 0
 
 
 class Histories:
-    """A row of memory for each request that asked, of a power of two of tokens; rows of equal room are side by side, so that
-    one long request does not make all others as wide."""
+    """One row of device memory per request. A row's capacity is a power of two.
+
+    Rows of equal capacity share a buffer, so that one long request does not widen the rows of all others.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._ids: dict[int, Tensor] = {}  # int64 [slots, room], by room
+        self._ids: dict[int, Tensor] = {}  # int64 [slots, capacity], by capacity
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._places: dict[str, _Place] = {}
 
     def of(self, at: Sequence[int], requests: Sequence[str], rows: Sequence[SamplingRow]) -> list[History]:
-        """Of `requests`, which are rows `at` of a step; `add` was given the tokens of theirs that are pending."""
+        """Histories of `requests`, which are rows `at` of a step. `add` must have received their pending tokens."""
         groups: defaultdict[int, list[int]] = defaultdict(list)
         lengths = [len(row.token_ids) + row.num_pending for row in rows]
         for i, (request, row, length) in enumerate(zip(requests, rows, lengths, strict=True)):
-            place = self._with_room(request, length + 1)
+            place = self._with_capacity(request, length + 1)
             if place.length != length:
                 assert not row.num_pending, "the host knows all tokens of a request that asks for the first time"
-                self._ids[place.room][place.slot, :length] = to_device(row.token_ids, torch.int64, self.device)
+                self._ids[place.capacity][place.slot, :length] = to_device(row.token_ids, torch.int64, self.device)
                 place.length = length
-            groups[place.room].append(i)
+            groups[place.capacity].append(i)
         found = []
-        for room, members in groups.items():
-            own = [lengths[i] for i in members]
-            told = [self._places[requests[i]].slot for i in members], own, [rows[i].num_prompt_tokens for i in members]
-            slots, tokens, prompt = to_device(told, torch.int64, self.device)
-            ids = self._ids[room][slots, : max(own)]
+        for capacity, members in groups.items():
+            valid = [lengths[i] for i in members]
+            host = [self._places[requests[i]].slot for i in members], valid, [rows[i].num_prompt_tokens for i in members]
+            slots, tokens, prompt = to_device(host, torch.int64, self.device)
+            ids = self._ids[capacity][slots, : max(valid)]
             found.append(History([at[i] for i in members], ids, tokens.unsqueeze(1), prompt.unsqueeze(1)))
         return found
 
     def add(self, requests: Sequence[str], tokens: Tensor) -> None:
-        """One more token of each request that `of` was asked for, int64 [requests], which only the device may know yet."""
+        """Appends one token per request, int64 [requests]. The values may be known to the device only."""
         groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for i, request in enumerate(requests):
             place = self._places[request]
-            groups[place.room].append((i, place.slot, place.length))
+            groups[place.capacity].append((i, place.slot, place.length))
             place.length += 1
-        for room, members in groups.items():
+        for capacity, members in groups.items():
             which, slots, ends = to_device(list(zip(*members, strict=True)), torch.int64, self.device)
-            self._ids[room][slots, ends] = tokens[which]
+            self._ids[capacity][slots, ends] = tokens[which]
 
     def forget(self, request: str) -> None:
-        """One that is not known is no error."""
+        """Frees the request's row. An unknown request is no error."""
         if (place := self._places.pop(request, None)) is not None:
-            self._free[place.room].append(place.slot)
+            self._free[place.capacity].append(place.slot)
 
-    def _with_room(self, request: str, tokens: int) -> _Place:
-        """The request's place, with room for so many tokens; what was there moves along."""
+    def _with_capacity(self, request: str, tokens: int) -> _Place:
+        """The request's row, with capacity for `tokens`. Growing moves the ids to a larger row."""
         old = self._places.get(request)
-        if old is not None and old.room >= tokens:
+        if old is not None and old.capacity >= tokens:
             return old
-        room = max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
-        if not self._free[room]:
-            ids = self._ids.get(room, torch.empty(0, room, dtype=torch.int64, device=self.device))
+        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+        if not self._free[capacity]:
+            ids = self._ids.get(capacity, torch.empty(0, capacity, dtype=torch.int64, device=self.device))
             slots = max(LEAST_SLOTS, 2 * len(ids))
-            self._ids[room] = torch.cat([ids, torch.zeros(slots - len(ids), room, dtype=torch.int64, device=self.device)])
-            self._free[room] += range(len(ids), slots)
-        place = _Place(room, self._free[room].pop())
+            self._ids[capacity] = torch.cat(
+                [ids, torch.zeros(slots - len(ids), capacity, dtype=torch.int64, device=self.device)]
+            )
+            self._free[capacity] += range(len(ids), slots)
+        place = _Place(capacity, self._free[capacity].pop())
         if old is not None:
-            self._ids[room][place.slot, : old.length] = self._ids[old.room][old.slot, : old.length]
+            self._ids[capacity][place.slot, : old.length] = self._ids[old.capacity][old.slot, : old.length]
             place.length = old.length
             self.forget(request)
         self._places[request] = place

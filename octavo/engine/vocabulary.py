@@ -1,4 +1,4 @@
-"""Logits whose vocabulary is split over ranks: the whole rows that sampling needs, and the argmax, for which two numbers do."""
+"""Vocabulary-parallel logits: gathers whole rows for sampling; an argmax exchanges one (value, index) pair per rank."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["Vocabulary"]
 
 
 class Vocabulary:
-    """The ranks' parts of `size` tokens, each as wide as the widest. With one rank there is nothing to exchange."""
+    """A vocabulary of `size` tokens split over ranks into equal, padded parts. One rank exchanges nothing."""
 
     def __init__(self, size: int, tp: TensorParallel):
         self.size, self.tp = size, tp
 
     def whole(self, logits: Tensor) -> Tensor:
-        """Logits [rows, size] of this rank's [rows, part]."""
+        """All-gathers this rank's logits [rows, part] into [rows, size]."""
         return ops.all_gather(logits, self.tp)[:, : self.size]
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The token with the largest of all ranks' logits, the first of equal ones: int64 [rows], the same on every rank."""
-        own = ops.likeliest(logits)
+        """Argmax over all ranks' logits, the first of equal ones: int64 [rows], the same on every rank."""
+        local = ops.argmax(logits)
         if self.tp.size == 1:
-            return own
-        own = own.unsqueeze(1)
-        tokens = ops.all_gather(own + self.tp.rank * logits.shape[1], self.tp)
-        values = ops.all_gather(logits.gather(1, own), self.tp)
-        return tokens.gather(1, ops.likeliest(values).unsqueeze(1)).squeeze(1)
+            return local
+        local = local.unsqueeze(1)
+        tokens = ops.all_gather(local + self.tp.rank * logits.shape[1], self.tp)
+        values = ops.all_gather(logits.gather(1, local), self.tp)
+        return tokens.gather(1, ops.argmax(values).unsqueeze(1)).squeeze(1)

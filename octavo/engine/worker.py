@@ -1,4 +1,4 @@
-"""The engine process: one loop that takes messages, steps, and sends back what each step brought."""
+"""The engine process: a loop that receives messages, runs steps and sends back each step's outputs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Pro
 
 __all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
 
-IDLE_SECONDS = 2.0  # without work, after which freed memory goes back to the system
-ORPHAN_GRACE = 5.0  # seconds that a step or a load may take to end after the parent died
+IDLE_SECONDS = 2.0  # idle time after which freed memory is returned to the system
+ORPHAN_GRACE = 5.0  # seconds that a running step or load may take to end after the parent died
 
 
 class Core(Protocol):
-    """What this process needs of an EngineCore."""
+    """The part of EngineCore that this process uses."""
 
     info: EngineInfo
 
@@ -40,18 +40,18 @@ MakeCore = Callable[[EngineConfig, Progress], Core]
 
 
 def engine_core(config: EngineConfig, progress: Progress) -> Core:
-    """The real core. Imported here, for it brings torch."""
+    """The real core. Imported lazily, because it imports torch."""
     imported = "octavo.engine.core" in sys.modules
     from octavo.engine.core import EngineCore
 
-    if not imported:  # torch.fx leaves a frame that holds itself and all that called for it: what they made would stay
+    if not imported:  # importing torch.fx leaves a reference cycle through its callers' frames, which keeps their objects alive
         gc.collect()
     return EngineCore(config, progress)
 
 
 def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None) -> None:
-    """The main function of the engine process. Ends when told to, when a step fails, or when the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd reach the whole group; the parent decides what it means
+    """Main function of the engine process. Ends on a shutdown message, when a step fails, or when the parent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Message] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
@@ -60,10 +60,10 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
         if core is None:
             sys.exit(1)
         gc.collect()
-        gc.freeze()  # the model lives as long as the process; the collector need not walk it in the middle of a step
+        gc.freeze()  # the model lives as long as the process, so the collector need not walk it during a step
         _serve(core, inbox, connection)
     except BrokenPipeError:
-        return  # the parent is gone; nobody is left to tell
+        return  # the parent is gone, so nobody can be notified
     except Exception as error:
         _trace(error)
         connection.send(("dead", f"The engine stopped: {_sentence(error)}"))
@@ -71,14 +71,14 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
 
 
 def _receive(connection: Connection, inbox: SimpleQueue[Message]) -> None:
-    """Runs in a thread, so that an idle engine sleeps in its inbox and a busy one never waits for the pipe."""
+    """Runs in a thread, so that an idle engine blocks on its inbox and a busy one never waits for the pipe."""
     try:
         while True:
             inbox.put(connection.recv())
     except (EOFError, OSError):
         inbox.put(("shutdown",))
     time.sleep(ORPHAN_GRACE)
-    os._exit(1)  # a step that never ends must not keep the accelerator's memory for nobody
+    os._exit(1)  # a step that hangs must not hold the accelerator's memory
 
 
 def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> Core | None:
@@ -100,8 +100,8 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
         for message in _drain(inbox) if core.has_work() else _wait(inbox):
             if message[0] == "shutdown":
                 return
-            outputs += _obey(core, message)
-        stats = EngineStats()  # that of an idle engine, so that no gauge stays at its last busy value
+            outputs += _handle(core, message)
+        stats = EngineStats()  # of an idle engine, so that no gauge stays at its last busy value
         if core.has_work():
             stepped, stats = core.step()
             outputs += stepped
@@ -109,8 +109,8 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
 
 
 def _wait(inbox: SimpleQueue[Message]) -> list[Message]:
-    """What has come, at least one message. An engine that is idle for a while gives memory back that its steps have freed:
-    prompts of many lengths leave holes of many sizes, in all as much as the rest of a small model."""
+    """Received messages, at least one. After IDLE_SECONDS without work the engine returns memory that its steps have freed:
+    prompts of many lengths leave holes of many sizes, together as large as a small model."""
     try:
         first = inbox.get(timeout=IDLE_SECONDS)
     except Empty:
@@ -128,8 +128,8 @@ def _drain(inbox: SimpleQueue[Message]) -> list[Message]:
         return messages
 
 
-def _obey(core: Core, message: Message) -> list[TokenOutput]:
-    """Does what a message asks. A request that the core refuses is answered; it harms no other."""
+def _handle(core: Core, message: Message) -> list[TokenOutput]:
+    """Handles a message. A request that the core refuses gets an error output and affects no other request."""
     if message[0] == "add":
         try:
             core.add(*message[1])
@@ -142,7 +142,7 @@ def _obey(core: Core, message: Message) -> list[TokenOutput]:
 
 
 def _trace(error: Exception) -> None:
-    """Prints where it happened, unless the user can mend it."""
+    """Prints the traceback, unless the user can fix the error."""
     if not isinstance(error, OctavoError) and shortage(error) is None:
         traceback.print_exc()
 
@@ -150,7 +150,7 @@ def _trace(error: Exception) -> None:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OctavoError):
         return str(error)
-    if (told := shortage(error)) is not None:
-        return told
+    if (sentence := shortage(error)) is not None:
+        return sentence
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"

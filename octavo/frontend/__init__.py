@@ -1,1 +1,1 @@
-"""The engine as a program uses it: AsyncEngine in a process of its own, LLM in this one. Nothing here imports torch."""
+"""The engine's Python interfaces: AsyncEngine over an engine process, LLM over one in this process. Nothing imports torch."""

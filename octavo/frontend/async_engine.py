@@ -1,7 +1,7 @@
-"""The engine seen from an asyncio program: it runs in a process of its own, and this one never imports torch.
+"""Asyncio client of an engine process. The API process never imports torch.
 
-Two threads tend the pipe, so that the event loop never waits for it: one writes, one reads and hands each step to the
-loop in one piece.
+Two threads serve the pipe, so that the event loop never waits for it: one writes, the other reads and hands each step to the
+loop as a whole.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = ["AsyncEngine", "EngineDead"]
 
 logger = logging.getLogger(__name__)
 
-TURN_SECONDS = 0.005  # that a request may take of the event loop before others have their turn
-EXIT_SECONDS = 5.0  # how long a process that was told to end may take before it is killed
+TURN_SECONDS = 0.005  # for which a request may hold the event loop before it yields
+EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
 
 
 class EngineDead(OctavoError):
-    """The engine process is gone; only a new start helps."""
+    """The engine process is gone. Only a restart helps."""
 
 
 class _Stream:
-    """One sequence on its way: what turns its tokens into deltas, and where those go."""
+    """One running sequence: its output processor, and the queue for its deltas."""
 
     __slots__ = ("processor", "queue")
 
@@ -61,7 +61,7 @@ class AsyncEngine:
     eos_token_ids: frozenset[int]
 
     def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None):
-        """Starts the process without waiting for it; `start` is the way to get an engine that is ready."""
+        """Starts the process without waiting for it. Use `start` to get an engine that is ready."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._on_progress = on_progress
@@ -70,14 +70,14 @@ class AsyncEngine:
         self._dead: str | None = None
         self._death: asyncio.Future[str] = self._loop.create_future()
         self._closing = False
-        self._owes_since: float | None = None  # by the loop's clock; None while the engine has nothing to do
+        self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=worker().run_engine, args=(config, theirs, make_core), name="octavo-engine")
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(target=worker().run_engine, args=(config, child_end, make_core), name="octavo-engine")
         self._process.start()
         self._reaping = threading.Lock()
-        theirs.close()  # or the end of the process would never be seen
+        child_end.close()  # otherwise the end of the process would never be noticed
         atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
         threading.Thread(target=self._read, name="octavo-read", daemon=True).start()
@@ -86,8 +86,8 @@ class AsyncEngine:
     async def start(
         cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
     ) -> AsyncEngine:
-        """An engine that is ready. `on_progress(stage, fraction)` hears of the loading; raises OctavoError if it fails."""
-        check_directory(Path(config.model))  # in a moment, where the process would take seconds to say it
+        """A ready engine. `on_progress(stage, fraction)` is called while loading. Raises OctavoError if loading fails."""
+        check_directory(Path(config.model))  # reports a wrong path at once, where the process would take seconds
         engine = cls(config, make_core, on_progress)
         try:
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
@@ -104,29 +104,29 @@ class AsyncEngine:
         return self._dead is None
 
     async def death(self) -> str:
-        """Returns when the engine died, not when it was shut down: why, in a sentence."""
+        """Waits for the engine to die, and returns why in a sentence. Does not return after a shutdown."""
         return await asyncio.shield(self._death)
 
     @property
     def silent_seconds(self) -> float:
-        """For how long the engine has had work and sent nothing; 0 while it has none, and once it is dead."""
-        return 0.0 if self._owes_since is None or self._dead is not None else self._loop.time() - self._owes_since
+        """Seconds for which the engine has had work and sent nothing; 0 while it has none, and once it is dead."""
+        return 0.0 if self._waiting_since is None or self._dead is not None else self._loop.time() - self._waiting_since
 
     @property
     def default_sampling(self) -> dict[str, Any]:
-        """The sampling values that the checkpoint recommends, by SamplingParams' names."""
+        """The sampling parameters that the checkpoint recommends, by SamplingParams' names."""
         return self.tokenizer.default_sampling if self.tokenizer else {}
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
-        """`listener` is called in the event loop with the statistics of each step."""
+        """Calls `listener` in the event loop with the statistics of each step."""
         self._listeners.append(listener)
 
     def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
     ) -> AsyncGenerator[Delta]:
-        """The deltas of one request, one for each sequence and step, never merged.
+        """The deltas of one request, one per sequence and step, never merged.
 
-        Raises InvalidRequest here and not at the first delta, so that a server can still answer with an error; raises
+        Raises InvalidRequest at the call and not at the first delta, so that a server can still answer with an error. Raises
         EngineDead when the engine dies. Closing the generator early aborts the request.
         """
         self._raise_if_gone()
@@ -134,16 +134,16 @@ class AsyncEngine:
         return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos, cache_salt))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
-        self._raise_if_gone()  # once more: the first delta may be asked for much later
+        self._raise_if_gone()  # again, because the first delta may be awaited much later
         if any(request.request_id in self._streams for request in requests):
             raise InvalidRequest(f"A request with the id {requests[0].request_id} is already running.", "request_id")
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
-        self._ask(("add", requests))  # at once: what they have in common is sent once
+        self._send(("add", requests))  # one message, so that the parts they share are sent once
         running, turn = len(requests), self._loop.time()
         try:
-            while running:  # a step's many sequences come at once, and getting them never waits
+            while running:  # deltas of many sequences arrive together, so `get` may never yield to the loop
                 if self._loop.time() - turn > TURN_SECONDS:
                     await asyncio.sleep(0)
                     turn = self._loop.time()
@@ -155,15 +155,15 @@ class AsyncEngine:
         finally:
             left = [request.request_id for request in requests if self._streams.pop(request.request_id, None)]
             if left:
-                self._ask(("abort", left))
+                self._send(("abort", left))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
-        """Takes no new requests, lets the running ones end for `drain_seconds`, then ends the process. Never hangs."""
+        """Refuses new requests, lets running ones finish for `drain_seconds`, then ends the process. Never hangs."""
         self._closing = True
         deadline = self._loop.time() + drain_seconds
         while self._streams and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
-        self._bury("The engine was shut down.")
+        self._fail_all("The engine was shut down.")
         self._outbox.put(("shutdown",))
         await asyncio.to_thread(self._exit_code)
         self._kill()
@@ -171,15 +171,15 @@ class AsyncEngine:
     def fail_running(self, error: OctavoError) -> None:
         """Ends every running request with `error`."""
         if self._streams:
-            self._ask(("abort", list(self._streams)))
+            self._send(("abort", list(self._streams)))
         for stream in self._streams.values():
             stream.queue.put_nowait(error)
         self._streams.clear()
 
-    def _ask(self, message: Message) -> None:
-        """Sends what the engine answers with a step."""
-        if self._owes_since is None:
-            self._owes_since = self._loop.time()
+    def _send(self, message: Message) -> None:
+        """Sends a message that the engine answers with a step."""
+        if self._waiting_since is None:
+            self._waiting_since = self._loop.time()
         self._outbox.put(message)
 
     def _raise_if_gone(self) -> None:
@@ -197,9 +197,9 @@ class AsyncEngine:
         self._exit_code()
 
     def _exit_code(self) -> int | None:
-        """Waits for the process to end: its exit code, or None after EXIT_SECONDS.
+        """Waits for the process to end. Returns its exit code, or None after EXIT_SECONDS.
 
-        The lock: of two threads that ask at once, the kernel tells one, and the other would believe that the process lives.
+        The lock is needed because the kernel reports the exit to one waiter only: a second thread would see a live process.
         """
         if not wait([self._process.sentinel], EXIT_SECONDS):
             return None
@@ -212,9 +212,9 @@ class AsyncEngine:
             while (message := self._outbox.get()) is not None:
                 self._connection.send(message)
         except OSError:
-            pass  # the process is gone, as the reader will find
+            pass  # the process is gone, which the reader thread reports
         except Exception as error:
-            self._tell_of_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
+            self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
     def _read(self) -> None:
         try:
@@ -223,12 +223,12 @@ class AsyncEngine:
         except (EOFError, OSError):
             sentence = _how_it_ended(self._exit_code())
         except RuntimeError:
-            return  # the loop is closed; nobody listens any more
+            return  # the loop is closed
         except Exception as error:
             sentence = f"What the engine sent cannot be read ({type(error).__name__})."
-        self._tell_of_death(sentence)
+        self._report_death(sentence)
 
-    def _tell_of_death(self, sentence: str) -> None:
+    def _report_death(self, sentence: str) -> None:
         try:
             self._loop.call_soon_threadsafe(self._receive, ("dead", sentence))
         except RuntimeError:
@@ -251,36 +251,36 @@ class AsyncEngine:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
-                continue  # aborted, while the engine was at its last step
+                continue  # aborted while the engine ran its last step
             if output.error is not None:
                 del self._streams[output.request_id]
                 stream.queue.put_nowait(InvalidRequest(output.error))
                 continue
             try:
                 delta = stream.processor.process(output)
-            except Exception as error:  # a fault of one stream must not cost the others their tokens
+            except Exception as error:  # an error in one stream must not cost the others their tokens
                 logger.error("the tokens of a request cannot be turned into text", exc_info=error)
                 del self._streams[output.request_id]
                 stream.queue.put_nowait(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))
-                self._ask(("abort", [output.request_id]))
+                self._send(("abort", [output.request_id]))
                 continue
             stream.queue.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._streams[output.request_id]
-                if output.finish_reason is None:  # a stop string: the engine sees only tokens
-                    self._ask(("abort", [output.request_id]))
+                if output.finish_reason is None:  # ended by a stop string, which the engine does not know
+                    self._send(("abort", [output.request_id]))
         busy = self._streams or stats.num_running or stats.num_waiting
-        self._owes_since = self._loop.time() if busy else None
+        self._waiting_since = self._loop.time() if busy else None
         for listener in self._listeners:
             listener(stats)
 
     def _die(self, sentence: str) -> None:
         if self._dead is None:
             self._death.set_result(sentence)
-            self._bury(sentence)
+            self._fail_all(sentence)
 
-    def _bury(self, sentence: str) -> None:
-        """Fails whatever still waits for the engine, and tells the listeners that nothing runs any more."""
+    def _fail_all(self, sentence: str) -> None:
+        """Fails everything that waits for the engine, and tells the listeners that nothing runs."""
         if self._dead is not None:
             return
         self._dead = sentence

@@ -1,6 +1,6 @@
-"""The one place from which the API's side reaches the engine: its worker, imported when an engine is started.
+"""The only import of the engine by the API side: its worker, imported when an engine is started.
 
-The worker imports no torch itself, so an API process that spawns one stays free of it; a core in this process does.
+The worker itself imports no torch, so an API process that spawns one stays free of torch. A core in this process imports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["worker"]
 
 
 def worker() -> ModuleType:
-    """octavo.engine.worker: `run_engine`, the main function of an engine process, and `engine_core`, an engine in this one."""
+    """octavo.engine.worker. `run_engine`: main function of an engine process. `engine_core`: an engine in this process."""
     from octavo.engine import worker
 
     return worker

@@ -1,4 +1,4 @@
-"""Offline generation: the engine inside this process, with the shapes of vLLM's LLM class."""
+"""Offline generation with the engine in this process. The interface is that of vLLM's LLM class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Prompt"]
 
-Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict of vLLM's: PROMPT_KEYS
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict with PROMPT_KEYS as in vLLM
 PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class LLM:
-    """A model to generate with, in this process. `options` are EngineConfig's fields; raises OctavoError on a wrong one.
+    """A model for offline generation. `options` are EngineConfig's fields. Raises OctavoError on a wrong one.
 
     llm = LLM("path/to/checkpoint", quantization="ptpc_fp8")
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text)
@@ -64,7 +64,7 @@ class LLM:
         return self.tokenizer or Tokenizer(self.config.model)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling that the checkpoint recommends."""
+        """The sampling parameters that the checkpoint recommends."""
         return SamplingParams(**(self.tokenizer.default_sampling if self.tokenizer else {}))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -77,10 +77,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One output for each prompt, in order. One SamplingParams serves all prompts; a list has one for each.
+        """One output per prompt, in order. One SamplingParams serves all prompts; a list has one per prompt.
 
-        A sequence that the engine cannot go on with (a grammar that became too complex, say) has its `error`, and the others
-        are whole; InvalidRequest is raised where no other is left.
+        A sequence that the engine cannot continue (say, a grammar became too complex) has its `error` set, and the others are
+        complete. Raises InvalidRequest if all sequences failed.
         """
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
@@ -109,7 +109,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one conversation, or to each of several."""
+        """The answers to one conversation, or to several."""
         tokenizer = self.get_tokenizer()
         template = chat_template or tokenizer.template_for(tools is not None)
         if template is None:
@@ -125,7 +125,7 @@ class LLM:
         }
         special = tokenizer.special_tokens
         texts = [render_conversation(template, chat, special, tools, add_generation_prompt, **how) for chat in conversations]
-        # the template wrote the special tokens out
+        # encoded without special tokens, because the template wrote them out
         ids = [{"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
         return self.generate(ids, sampling_params, use_tqdm)
 
@@ -155,10 +155,10 @@ class LLM:
                 f"A prompt's '{unknown[0]}' is not served; known are {', '.join(sorted(PROMPT_KEYS))}.", "prompt"
             )
         try:
-            ids = list(map(operator.index, ids))  # numpy's integers too
+            ids = list(map(operator.index, ids))  # accepts numpy integers
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
-        if recommended and params.max_tokens is not None:  # nobody asked for more than fits
+        if recommended and params.max_tokens is not None:  # a recommended max_tokens is lowered to what fits
             params = replace(params, max_tokens=max(1, min(params.max_tokens, self.info.max_model_len - len(ids))))
         result = RequestOutput(str(next(self._numbers)), text, ids)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
@@ -175,12 +175,12 @@ class LLM:
                 for output in self._core.step()[0]:
                     if output.request_id in running and self._take(output, running):
                         advance()
-        finally:  # after an error or Ctrl-C the next call must find an idle engine
+        finally:  # after an error or Ctrl-C the engine must be idle for the next call
             for request_id in running:
                 self._core.abort(request_id)
 
     def _take(self, output: TokenOutput, running: dict[str, tuple[RequestOutput, OutputProcessor]]) -> bool:
-        """Adds what a step brought; True if it completed a prompt."""
+        """Adds an output of a step. True if it completed a prompt."""
         result, processor = running[output.request_id]
         if output.error is not None:
             result.fail(processor.index, output.error)
@@ -191,7 +191,7 @@ class LLM:
         result.add(delta)
         if delta.finish_reason is not None:
             del running[output.request_id]
-            if output.finish_reason is None:  # a stop string: the core sees only tokens
+            if output.finish_reason is None:  # ended by a stop string, which the core does not know
                 self._core.abort(output.request_id)
         return result.finished
 
@@ -206,7 +206,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 @contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A function to call for each finished prompt; it moves a progress bar on a terminal."""
+    """Yields a function to call for each finished prompt, which advances a progress bar on a terminal."""
     if not wanted:
         yield lambda: None
         return

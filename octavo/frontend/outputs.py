@@ -1,4 +1,4 @@
-"""What a user of the engine gets, and the steps between it and the tokens. Shared by LLM and AsyncEngine."""
+"""The results of generation, and their assembly from tokens. Shared by LLM and AsyncEngine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["CompletionOutput", "Delta", "OutputProcessor", "RequestOutput"]
 
 @dataclass(slots=True)
 class Delta:
-    """What one engine step added to one of a request's n sequences. `text` is empty while a character is incomplete."""
+    """The output of one engine step for one of a request's n sequences. `text` is empty while a character is incomplete."""
 
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[Logprobs] | None = None  # beside each of token_ids
+    logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
-    offsets: list[int] | None = None  # where the text of each of token_ids begins in all the text, shown or held back
+    offsets: list[int] | None = None  # where each token's text begins in the whole text, including text held back
 
 
 @dataclass
@@ -37,7 +37,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: str | None = None  # beyond vLLM's: why it ended with finish_reason "abort" before it was whole
+    error: str | None = None  # not in vLLM: why the sequence ended early with finish_reason "abort"
 
 
 @dataclass
@@ -53,7 +53,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
     def add(self, delta: Delta) -> None:
-        """Takes in what one step brought."""
+        """Adds the output of one step."""
         output = self.outputs[delta.index]
         output.text += delta.text
         output.token_ids += delta.token_ids
@@ -67,7 +67,7 @@ class RequestOutput:
         self.finished = all(output.finish_reason for output in self.outputs)
 
     def fail(self, index: int, error: str) -> None:
-        """Ends one of the sequences with what went wrong; what it had so far stays."""
+        """Ends one of the sequences with an error. It keeps the output so far."""
         output = self.outputs[index]
         output.finish_reason, output.error = "abort", error
         self.finished = all(output.finish_reason for output in self.outputs)
@@ -78,7 +78,7 @@ def _by_token(entry: Logprobs) -> dict[int, Logprob]:
 
 
 class OutputProcessor:
-    """Turns the tokens of one sequence into deltas: text, stop strings, the reason of the end."""
+    """Turns the tokens of one sequence into deltas: detokenizes, matches stop strings, sets the finish reason."""
 
     def __init__(self, request: EngineRequest, tokenizer: Tokenizer | None, index: int = 0):
         self.index = index
@@ -87,7 +87,7 @@ class OutputProcessor:
         self._detokenizer = Detokenizer(tokenizer, params, request.prompt_token_ids) if tokenizer and detokenize else None
 
     def process(self, output: TokenOutput) -> Delta:
-        """The delta of one step. Its finish_reason may be "stop" before the engine knows: then abort the request there."""
+        """The delta of one step. A stop string sets finish_reason "stop" before the engine knows: then abort the request."""
         delta = Delta(
             self.index,
             "",
@@ -103,7 +103,7 @@ class OutputProcessor:
         return delta
 
     def _read(self, detokenizer: Detokenizer, delta: Delta) -> None:
-        # The token that ended a generation is not part of its text, unless asked for.
+        # The stop token is not part of the text, unless the request includes it.
         hidden = delta.finish_reason == "stop" and not self._params.include_stop_str_in_output
         shown = delta.token_ids[:-1] if hidden else delta.token_ids
         delta.offsets = []

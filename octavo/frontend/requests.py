@@ -1,4 +1,4 @@
-"""A request on its way in: checked once, then the sequences that the engine is asked for. Shared by LLM and AsyncEngine."""
+"""Validates a request and makes the engine's sequences from it. Shared by LLM and AsyncEngine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def engine_requests(
     eos_token_ids: frozenset[int],
     cache_salt: str | None = None,
 ) -> list[EngineRequest]:
-    """The n sequences of one request as the engine takes them, each with a seed of its own.
+    """The n sequences of one request in the engine's form, each with its seed.
 
     Raises InvalidRequest as check_request does.
     """
     grammar = check_request(info, tokenizer, prompt_token_ids, params)
     if grammar is not None:
-        params = replace(params, structured=None)  # the grammar crosses once, in the form that was validated
+        params = replace(params, structured=None)  # the grammar is sent once, in the validated form
     more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
@@ -40,7 +40,7 @@ def engine_requests(
 
 
 def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Each word as the tokenizer writes it at the start of a text and after a space: the sequences that vLLM forbids."""
+    """Token ids of each word at the start of a text and after a space: the sequences that vLLM forbids."""
     if not words:
         return ()
     if tokenizer is None:
@@ -52,7 +52,7 @@ def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple
         bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
         spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
         spelled[bare] = None
-        # a space of its own before the same tokens would forbid what the first spelling does
+        # a separate space token before the same tokens would forbid the same sequences as `bare`
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             spelled[spaced] = None
     return tuple(spelled)
@@ -61,9 +61,9 @@ def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple
 def check_request(
     info: EngineInfo, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], params: SamplingParams
 ) -> str | None:
-    """Raises InvalidRequest for what the engine could never serve, before anything is sent to it.
+    """Raises InvalidRequest for a request that the engine could never serve, before anything is sent to it.
 
-    Returns the grammar of a structured output as the engine compiles it.
+    Returns the grammar of a structured output in llguidance's format.
     """
     length, longest, wanted = len(prompt_token_ids), info.max_model_len, params.max_tokens
     if not length:

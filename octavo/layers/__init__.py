@@ -1,1 +1,1 @@
-"""Layers: each owns its weights and reads them from the checkpoint at its own path."""
+"""Layers. Each owns its weights and loads them from the checkpoint at its path."""

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: rotate, store this step's keys and values, then attend to all of them."""
+"""Attention over the paged cache: rotates, writes this step's keys and values, then attends to all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from octavo.weights import Loader
 
 __all__ = ["SCALE_NAMES", "PagedAttention"]
 
-# Where checkpoints keep the scales of an FP8 cache, relative to the attention module; the newest spelling first.
+# Names of an FP8 cache's scales in checkpoints, relative to the attention module, newest first.
 _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"),
               ("qkv_proj.k_scale", "qkv_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"),
               ("kv_scale", "kv_scale"))  # fmt: skip
@@ -27,15 +27,15 @@ SCALE_NAMES = (*dict.fromkeys(name for pair in _SPELLINGS for name in pair), "q_
 
 
 class PagedAttention(nn.Module):
-    """Grouped-query attention over the cache of this layer, which `bind_cache` gives it.
+    """Grouped-query attention over this layer's cache, which `bind_cache` sets.
 
-    `norms` are the layers that norm each query and key head before they are rotated, where the model has them.
+    `norms`: the query and key norms applied per head before rotation, if the model has them.
     """
 
     reads_siblings = True
 
     cache: LayerCache
-    k_scale: Tensor  # as LayerCache has them; they stay where they are, since graphs hold their addresses
+    k_scale: Tensor  # as in LayerCache; updated in place, because graphs hold their addresses
     v_scale: Tensor
 
     def __init__(
@@ -49,11 +49,11 @@ class PagedAttention(nn.Module):
         norms: tuple[RMSNorm, RMSNorm] | None = None,
     ):
         super().__init__()
-        self._shared = rotary, norms  # in a tuple: their weights are loaded at the paths that the model gives them
+        self._shared = rotary, norms  # in a tuple, so that torch does not register them: the model loads them at its paths
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = scale, window
         self.scales_from_checkpoint = False
-        self.observe = False  # while set, attend sets the scales from the largest key and value that it sees
+        self.observe = False  # while set, `attend` sets the scales from the largest key and value
 
     @property
     def rotary(self) -> RotaryEmbedding:
@@ -70,16 +70,16 @@ class PagedAttention(nn.Module):
         for spelling in _SPELLINGS:
             k, v = spelling
             if (loader.has(k) or loader.has(v)) and not self.scales_from_checkpoint:
-                # one scale of keys alone is for values too, as vLLM has it; one of values alone is half of something
+                # k_scale alone serves values too, as in vLLM; v_scale alone is an incomplete checkpoint
                 self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in (k, v if loader.has(v) else k))
                 self.scales_from_checkpoint = True
             for name in (*spelling, "q_scale", "q_proj.output_scale"):
                 loader.skip(name)
 
     def _stored_scale(self, loader: Loader, name: str) -> Tensor:
-        """One scale for each of this rank's KV heads, where the checkpoint has one for each of the model's, else the largest.
+        """One scale per KV head of this rank if the checkpoint has one per head, else the largest.
 
-        No value is looked at on the host: a loader may have none.
+        No value is read on the host, because a loader on the meta device has none.
         """
         stored, tp = loader.read(name, None).float().flatten(), loader.tp
         count = stored.numel()
@@ -88,27 +88,27 @@ class PagedAttention(nn.Module):
         shard = Shard(0, tp.rank, tp.size, copies=max(1, tp.size // count))  # as QKVLinear splits KV heads
         by_head = count > 1 and tp.part(count) == self.kv_heads and max(count, tp.size) % min(count, tp.size) == 0
         scale = stored[shard.slice(count)] if by_head else stored.amax().view(1)
-        # e4m3fnuz codes mean half as much, so the same value needs twice the scale
+        # an e4m3fnuz code means half as much, so the same value needs twice the scale
         return scale * (2.0 if loader.platform.fp8_dtype is torch.float8_e4m3fnuz else 1.0)
 
     def bind_cache(self, views: Views) -> None:
         self.cache = LayerCache(views, self.k_scale, self.v_scale)
 
     def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
-        """[T, heads * D] of hidden states x [T, K], which `qkv` projects."""
+        """[T, heads * D] from hidden states x [T, K], which `qkv` projects."""
         if qkv.bias is None and not self.observe:
-            turned = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
-            if turned is not None:
-                return ops.attention(turned, self.cache, batch, self.scale, self.window).flatten(1)
+            rotated = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
+            if rotated is not None:
+                return ops.attention(rotated, self.cache, batch, self.scale, self.window).flatten(1)
         q, k, v = qkv(x)
         return self.attend(q, k, v, batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T, heads * D] of queries, keys and values [T, heads, D] as they were projected."""
+        """[T, heads * D] from projected queries, keys and values [T, heads, D]."""
         rope = self._rope(batch)
         if self.observe:
-            _, turned = reference.normed_and_rotated(q, k, rope)
-            self._fit(self.k_scale, turned)
+            _, rotated = reference.normed_and_rotated(q, k, rope)
+            self._fit(self.k_scale, rotated)
             self._fit(self.v_scale, v)
         return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
 
@@ -116,6 +116,6 @@ class PagedAttention(nn.Module):
         return ops.Rope(self.norms, self.rotary.cos_sin, batch.rotary_rows)
 
     def _fit(self, scale: Tensor, x: Tensor) -> None:
-        """Sets a scale, in place, so that the largest of x becomes the largest code."""
+        """Sets a scale in place so that the largest magnitude in x maps to the largest code."""
         limit = FP8_MAX[self.cache.views["k"].dtype]
         scale.copy_((x.nan_to_num(0).abs().amax().float() / limit).clamp(min=1e-6))

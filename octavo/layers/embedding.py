@@ -14,9 +14,9 @@ __all__ = ["Embedding"]
 
 
 class Embedding(nn.Module):
-    """Rows of the embedding matrix [vocab, hidden], in the model's dtype; the vocabulary is split over ranks.
+    """The embedding matrix [vocab, hidden] in the model's dtype, split over ranks by vocabulary.
 
-    A look-up gains nothing from FP8; but where a head that is tied to it is quantized, the one matrix is the head's codes.
+    A lookup gains nothing from FP8. If a tied head is quantized, though, the embedding reads the head's codes.
     """
 
     def __init__(self, vocab: int, hidden: int, tp: TensorParallel):
@@ -29,9 +29,9 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return self._rows(ids)
-        own = self.shard.slice(self.shape[0])
-        absent = (ids < own.start) | (ids >= own.stop)
-        rows = self._rows((ids - own.start).masked_fill(absent, 0))
+        local = self.shard.slice(self.shape[0])
+        absent = (ids < local.start) | (ids >= local.stop)
+        rows = self._rows((ids - local.start).masked_fill(absent, 0))
         return ops.all_reduce(rows.masked_fill(absent.unsqueeze(1), 0), self.tp)
 
     def _rows(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepSeek's sparse attention: a light indexer says which tokens of a context a token attends to (arXiv:2512.02556)."""
+"""DeepSeek Sparse Attention: a lightweight indexer selects the tokens that each token attends to (arXiv:2512.02556)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Choice", "Indexer", "IndexerShape", "IndexerWeights", "SharedIndexer
 
 @dataclass(frozen=True)
 class IndexerShape:
-    """heads: of queries, which score one key a token. dim: of each. top_k: the tokens that are attended to."""
+    """heads: query heads, which score one key per token. dim: of each head. top_k: number of selected tokens."""
 
     heads: int
     dim: int
@@ -30,14 +30,14 @@ class IndexerShape:
 
 
 class Choice:
-    """places: what the last indexer of this step has chosen, as Indexer gives it. One a model, since one is 64 MiB for 8,192
+    """places: the selection of the step's last indexer, in Indexer's format. One per model, because it takes 64 MiB for 8,192
     tokens."""
 
     places: Tensor | None = None
 
 
 class IndexerWeights(nn.Module):
-    """What each head's score counts for. Small, and it decides what is attended to: kept in the model's dtype."""
+    """The weight of each head's score. It is small and decides what is attended to, so it stays in the model's dtype."""
 
     reads_siblings = True
 
@@ -53,9 +53,9 @@ class IndexerWeights(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Keys of its own in the cache, and the places that each token attends to. Every rank has all of it, and chooses alike.
+    """Writes its keys to its cache and selects the tokens that each token attends to. It is replicated on every rank.
 
-    `choice`: where it leaves what `forward` gave, if layers behind this one attend to that, too.
+    `choice`: where `forward` stores its result, if later layers reuse it.
     """
 
     cache: IndexCache
@@ -70,34 +70,34 @@ class Indexer(nn.Module):
         self.wk = ColumnParallelLinear(["wk"], hidden, [shape.dim], bias=False, tp=whole)
         self.k_norm = LayerNorm(shape.dim, 1e-6)
         self.weights_proj = IndexerWeights(hidden, shape.heads)
-        self._shared = (rotary,)  # in a tuple: it is loaded where the model has it
+        self._shared = (rotary,)  # in a tuple, so that torch does not register it: the model loads it
         self.shape, self.choice, self.interleaved = shape, choice, interleaved
 
     @property
     def input_readers(self) -> tuple[ops.Reader, ...]:
-        """What reads the layer's input."""
+        """Readers of the layer's input."""
         return None, self.wk.weight
 
     @property
     def latent_readers(self) -> tuple[ops.Reader, ...]:
-        """What reads the latent of queries."""
+        """Readers of the query latent."""
         return (self.wq_b.weight,)
 
     def bind_cache(self, views: Views) -> None:
-        """No views: gives up those that it has."""
+        """Binds the cache. Empty views drop it."""
         if views:
             self.cache = IndexCache.of(views)
         else:
             vars(self).pop("cache", None)
 
     def is_sparse(self, batch: ForwardBatch) -> bool:
-        """Whether some token of the step may see more than is attended to."""
+        """Whether some token of the step has a context longer than top_k."""
         return max(batch.context_lens, default=0) > self.shape.top_k
 
     def forward(self, x: ops.Activation, q: Operand, batch: ForwardBatch) -> Tensor | None:
-        """Stores this step's keys; INT32 [T, top_k] as `ops.select_keys`, None where every token attends to all it sees.
+        """Writes this step's keys. INT32 [T, top_k] as `ops.select_keys`; None where every token attends to its whole context.
 
-        x [T, hidden], the layer's input; q [T, q_rank], the normed latent of queries.
+        x [T, hidden]: the layer's input. q [T, q_rank]: the normed query latent.
         """
         (rotary,) = self._shared
         rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
@@ -112,7 +112,7 @@ class Indexer(nn.Module):
 
 
 class SharedIndexer(nn.Module):
-    """In the place of an indexer: what the last one before it has chosen."""
+    """Takes the place of an indexer and reuses the selection of the last one before it."""
 
     input_readers: tuple[ops.Reader, ...] = ()
     latent_readers: tuple[ops.Reader, ...] = ()
@@ -122,5 +122,5 @@ class SharedIndexer(nn.Module):
         self.choice = choice
 
     def forward(self, x: ops.Activation, q: Operand, batch: ForwardBatch) -> Tensor | None:
-        """As Indexer has it."""
+        """As `Indexer.forward`."""
         return self.choice.places

@@ -1,4 +1,4 @@
-"""Linear layers. A fused one names the checkpoint's matrices that it stacks."""
+"""Linear layers. A fused layer names the checkpoint's matrices that it stacks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 
 
 def query_heads(heads: int, tp: TensorParallel) -> int:
-    """This rank's query heads, which are split as the output projection is. Raises OctavoError where they do not divide."""
+    """This rank's query heads, split as the output projection is. Raises OctavoError where they do not divide evenly."""
     if heads % tp.size:
         raise _do_not_split(heads, tp)
     return heads // tp.size
 
 
 def _copies(heads: int, tp: TensorParallel) -> int:
-    """How many ranks share a head. Raises OctavoError where a rank would have part of one."""
+    """The number of ranks that share a head. Raises OctavoError where a rank would have part of one."""
     if max(tp.size, heads) % min(tp.size, heads):
         raise _do_not_split(heads, tp)
     return max(1, tp.size // heads)
@@ -47,10 +47,10 @@ def _do_not_split(heads: int, tp: TensorParallel) -> OctavoError:
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W [N, K] the stack of the matrices `names`, whose rows are split over ranks.
 
-    `heads[i]`, where given, is how many heads matrix i has: with more ranks than heads, ranks share one.
+    `heads[i]`, if given: the number of heads of matrix i. With more ranks than heads, ranks share a head.
     """
 
-    reads_siblings = True  # its own name (qkv_proj) is not in the checkpoint; its parts' names are, beside it
+    reads_siblings = True  # the checkpoint has its parts' names beside the path of this module (qkv_proj), not below it
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVLinear(ColumnParallelLinear):
-    """The query, key and value projections as one product; forward gives the three, [T, heads, head_dim] each."""
+    """The query, key and value projections as one product. `forward` returns the three, [T, heads, head_dim] each."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
-        own = query_heads(heads, tp)  # keys and values may be shared by ranks
+        local_heads = query_heads(heads, tp)  # keys and values may be shared by ranks
         super().__init__(
             ["q_proj", "k_proj", "v_proj"],
             hidden,
@@ -96,7 +96,7 @@ class QKVLinear(ColumnParallelLinear):
             heads=[heads, kv_heads, kv_heads],
         )
         self.head_dim = head_dim
-        self.parts = [own, tp.part(kv_heads), tp.part(kv_heads)]
+        self.parts = [local_heads, tp.part(kv_heads), tp.part(kv_heads)]
 
     def forward(self, x: ops.Operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = ops.linear(x, self.weight, self.bias)
@@ -105,9 +105,9 @@ class QKVLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b, W's columns split over ranks; the partial products are summed over them and b is added once.
+    """y = x W^T + b, W's columns split over ranks. Partial products are summed over ranks, and b is added once.
 
-    What comes out goes into an RMSNorm, so its scales may be left to that one. `partial`: the caller sums over ranks.
+    The output goes into an RMSNorm, which may apply the output's scales. `partial`: the caller sums over ranks.
     """
 
     reads_siblings = True
@@ -133,7 +133,7 @@ class RowParallelLinear(nn.Module):
 
 
 class GateUpLinear(ColumnParallelLinear):
-    """The gate and up projections as one product; forward gives silu(gate) * up for those that read it."""
+    """The gate and up projections as one product. `forward` returns silu(gate) * up in the forms that its readers need."""
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
         super().__init__(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
@@ -145,7 +145,7 @@ class GateUpLinear(ColumnParallelLinear):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); `partial` as RowParallelLinear has it."""
+    """down(silu(gate(x)) * up(x)). `partial`: as in RowParallelLinear."""
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel, partial: bool = False):
         super().__init__()
@@ -154,17 +154,17 @@ class GatedMLP(nn.Module):
 
     @property
     def readers(self) -> tuple[ops.Reader, ...]:
-        """All that read this layer's input."""
+        """Readers of this layer's input."""
         return (self.gate_up_proj.weight,)
 
     def forward(self, x: ops.Operand, batch: ForwardBatch | None = None) -> ops.Product:
-        """`batch` is for layers.moe, which is called alike."""
+        """`batch` is unused; layers.moe takes it, and both are called alike."""
         y: ops.Product = self.down_proj(self.gate_up_proj(x, self.down_proj.weight))
         return y
 
 
 def vocabulary_shard(vocab: int, tp: TensorParallel) -> Shard:
-    """This rank's part of the vocabulary: whole tiles, where that leaves no rank without, so that a quantized head splits."""
+    """This rank's part of the vocabulary: whole 128-row tiles if every rank gets some, so that a quantized head splits."""
     if tp.size == 1:
         return WHOLE
     whole = Shard(0, tp.rank, tp.size, unit=BLOCK)
@@ -172,9 +172,9 @@ def vocabulary_shard(vocab: int, tp: TensorParallel) -> Shard:
 
 
 class LMHead(nn.Module):
-    """This rank's logits [rows, ceil(vocab / ranks)], in x's dtype, -inf behind the vocabulary's end.
+    """This rank's logits [rows, ceil(vocab / ranks)] in x's dtype, -inf past the end of the vocabulary.
 
-    `tied`: the path of the embedding whose matrix this is, too.
+    `tied`: the path of the embedding that shares its matrix.
     """
 
     reads_siblings = True
@@ -182,12 +182,12 @@ class LMHead(nn.Module):
     def __init__(self, vocab: int, hidden: int, tp: TensorParallel, *, tied: str | None):
         super().__init__()
         self.shape, self.tied, self.shard = (vocab, hidden), tied, vocabulary_shard(vocab, tp)
-        own = self.shard.slice(vocab)
-        self.missing = self.shard.longest(vocab) - (own.stop - own.start)
+        local = self.shard.slice(vocab)
+        self.missing = self.shard.longest(vocab) - (local.stop - local.start)
 
     def load(self, loader: Loader) -> None:
         if self.tied is not None:
-            loader.skip("lm_head.weight")  # some checkpoints repeat it
+            loader.skip("lm_head.weight")  # some checkpoints store it twice
             self.weight = loader.tied(self.tied)
         else:
             self.weight = loader.weight(["lm_head"], [self.shape], [self.shard], is_head=True)

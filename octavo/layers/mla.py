@@ -1,7 +1,7 @@
-"""Multi-head latent attention (MLA): the cache holds a latent a token, of which all heads' keys and values are made.
+"""Multi-head latent attention (MLA). The cache holds one latent per token, from which all heads' keys and values are made.
 
-Decoding multiplies queries by what would make keys of latents, and so attends to latents as they are (absorbed). A long prompt
-makes keys and values of its context's latents instead, where that takes fewer products. Source: arXiv:2405.04434, section 2.1.
+Decoding multiplies queries by the key up-projection instead, and attends to the latents directly (absorbed). A long prompt
+makes keys and values from its context's latents where that takes fewer products. Source: arXiv:2405.04434, section 2.1.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from octavo.weights import Loader
 
 __all__ = ["LatentAttention", "LatentShape"]
 
-# Scales that checkpoints may have for a cache, and that no cache of latents takes.
+# Cache scales that checkpoints may have, which a latent cache does not use.
 _BESIDE = ("kv_a_proj_with_mqa", "kv_b_proj")
 UNUSED_SCALES = (*SCALE_NAMES, *(f"{of}.{kind}_scale" for of in _BESIDE for kind in ("k", "v", "output")))
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """heads: of the whole model. rank: of a latent. nope, rope: of a query, not rotated and rotated. v: of a value."""
+    """heads: of the whole model. rank: of the latent. nope, rope: query dims without and with rotation. v: value dim."""
 
     heads: int
     rank: int
@@ -41,17 +41,17 @@ class LatentShape:
 
     @property
     def expanded_from(self) -> int:
-        """New tokens of a request from which on it takes fewer products to make keys and values of its latents."""
-        saved = 2 * self.rank - self.nope - self.v  # a pair of a query and a key
-        made = self.rank * (self.nope + self.v)  # a latent
+        """The number of new tokens of a request from which making keys and values takes fewer products than absorbing."""
+        saved = 2 * self.rank - self.nope - self.v  # products per pair of query and key
+        made = self.rank * (self.nope + self.v)  # products per latent
         return made // saved + 1 if saved > 0 else 1 << 62
 
 
 class LatentAttention(nn.Module):
-    """Attention over latents, by this rank's heads; the cache, which `bind_cache` gives it, is the same on every rank.
+    """Attention over latents by this rank's heads. `bind_cache` sets the cache, which is replicated on every rank.
 
-    `norm` is the latent's. What makes keys and values of latents, kv_b_proj, stays in the model's dtype: it is multiplied head
-    by head, with queries and outputs that no scheme quantizes.
+    `norm`: the latent's. The up-projection kv_b_proj stays in the model's dtype: it is multiplied head by head with queries
+    and outputs, which no scheme quantizes.
     """
 
     reads_siblings = True
@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
         *, interleaved: bool = True,
     ):  # fmt: skip
         super().__init__()
-        self._shared = rotary, norm  # in a tuple: their weights are loaded at the paths that the model gives them
+        self._shared = rotary, norm  # in a tuple, so that torch does not register them: the model loads them at its paths
         self.shape, self.scale, self.tp, self.interleaved = shape, scale, tp, interleaved
         self.heads = query_heads(shape.heads, tp)
 
@@ -86,16 +86,16 @@ class LatentAttention(nn.Module):
         return self.up[:, self.shape.nope :].mT
 
     def bind_cache(self, views: Views) -> None:
-        """No views: gives up those that it has."""
+        """Binds the cache. Empty views drop it."""
         if views:
             self.cache = LatentCache.of(views)
         else:
             vars(self).pop("cache", None)
 
     def forward(self, q: Tensor, kv: Tensor, batch: ForwardBatch, chosen: Tensor | None = None) -> Tensor:
-        """[T, heads * v] of queries q [T, heads, nope + rope] and kv [T, rank + rope] as they were projected.
+        """[T, heads * v] from projected queries q [T, heads, nope + rope] and latents kv [T, rank + rope].
 
-        `chosen`: as `ops.latent_attention` has it.
+        `chosen`: as in `ops.latent_attention`.
         """
         rotary, norm = self._shared
         rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
@@ -114,6 +114,6 @@ class LatentAttention(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     def _first_expanded(self, batch: ForwardBatch) -> int:
-        """The first request whose keys and values are made; those behind it, which are prompts too, share its way."""
+        """The first request that uses expanded attention. All requests behind it, which are prefills too, use it as well."""
         lens, enough = batch.query_lens, self.shape.expanded_from
         return next((i for i, count in enumerate(lens) if count >= enough), len(lens))

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router sends each token to a few of many gated MLPs."""
+"""Mixture of experts: a router sends each token to a few of many gated MLPs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Experts", "Gate", "MixtureOfExperts"]
 
 
 class Gate(nn.Module):
-    """The router: which experts a token goes to. Kept in the model's dtype; scores are FP32.
+    """The router. Its weight stays in the model's dtype; its scores are FP32.
 
-    `bias`: the path, from this module's parent, of the correction that is added to scores to choose by; None: there is none.
+    `bias`: the path, from this module's parent, of the score correction used for selection; None: no correction.
     """
 
     reads_siblings = True
@@ -41,9 +41,9 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """`count` gated MLPs, of which `active` compute a token. Each is split over ranks as an MLP is; the sum is partial.
+    """`count` gated MLPs, `active` of them per token. Each is split over ranks as an MLP is; the output is a partial sum.
 
-    `names`: what the checkpoint calls an expert's gate, up and down projections.
+    `names`: the checkpoint's names of an expert's gate, up and down projections.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The routed experts' weighted sum and, where there are such, what the shared ones give: [T, hidden]."""
+    """The routed experts' weighted sum, plus the shared experts' output if there are any: [T, hidden]."""
 
     def __init__(self, gate: Gate, experts: Experts, tp: TensorParallel, shared: GatedMLP | None = None):
         super().__init__()
@@ -81,7 +81,7 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def readers(self) -> tuple[ops.Reader, ...]:
-        """All that read this layer's input: the router does so in dense values."""
+        """Readers of this layer's input. The router (None) reads dense values."""
         shared = self.shared_experts
         return None, self.experts.gate_up, *(() if shared is None else shared.readers)
 

@@ -16,9 +16,9 @@ __all__ = ["AllHeadsNorm", "LayerNorm", "RMSNorm", "norm_all_heads"]
 
 
 class RMSNorm(nn.Module):
-    """(norm(x + residual), x + residual); without a residual, x is the residual from here on.
+    """Returns (norm(x + residual), x + residual). Without a residual, x becomes the residual.
 
-    `readers` are all that read the first, weights or None for a reader of dense values (`ops.rms_norm`).
+    `readers`: all readers of the first output; a weight, or None for a reader of dense values (`ops.rms_norm`).
     """
 
     def __init__(self, size: int, eps: float):
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """A LayerNorm's weight and bias, for the op that norms by them."""
+    """A LayerNorm's weight and bias, for the op that applies it."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -48,11 +48,11 @@ class LayerNorm(nn.Module):
 
 
 class AllHeadsNorm(nn.Module):
-    """RMSNorm over all `heads` of a token at once, of which this rank has some. `norm_all_heads` applies it."""
+    """RMSNorm over all `heads` of a token together, some of which this rank has. `norm_all_heads` applies it."""
 
     def __init__(self, heads: int, head_dim: int, eps: float, tp: TensorParallel):
         super().__init__()
-        self.copies = max(1, tp.size // heads)  # ranks that have the same head, as in QKVLinear
+        self.copies = max(1, tp.size // heads)  # ranks that share a head, as in QKVLinear
         self.size, self.eps, self.shard = heads * head_dim, eps, Shard(0, tp.rank, tp.size, self.copies)
 
     def load(self, loader: Loader) -> None:
@@ -60,9 +60,9 @@ class AllHeadsNorm(nn.Module):
 
 
 def norm_all_heads(given: Sequence[Tensor], norms: Sequence[AllHeadsNorm], tp: TensorParallel) -> list[Tensor]:
-    """Each of `given` [T, this rank's heads, D] normed by its own of `norms`, in the same shape and dtype.
+    """Applies `norms` to the tensors `given` [T, this rank's heads, D] one by one, in the same shape and dtype.
 
-    The mean of squares is over the heads of all ranks, which exchange one number a token for each of `given`.
+    The mean of squares is over the heads of all ranks, which exchange one number per token and tensor.
     """
     if tp.size == 1:
         return [_normed(x, norm) for x, norm in zip(given, norms, strict=True)]

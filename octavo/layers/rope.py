@@ -1,4 +1,4 @@
-"""Rotary position embedding and the ways that models stretch it over longer contexts.
+"""Rotary position embedding, and the methods that extend it to longer contexts.
 
 Dimension i of the first half of a head is rotated with dimension i of the second half by position * inv_freq[i].
 Sources: RoFormer (arXiv:2104.09864); YaRN (arXiv:2309.00071); llama3 as published with Llama 3.1.
@@ -20,9 +20,9 @@ __all__ = ["RotaryEmbedding", "longest_context", "rope_parameters", "stretch"]
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config.json in one form: rope_type, rope_theta and the type's own values.
+    """The rotary settings of a config.json in one form: rope_type, rope_theta and the values of that type.
 
-    Older files have `rope_theta` and `rope_scaling` (whose type is under `type` or `rope_type`), newer ones `rope_parameters`.
+    Older files have `rope_theta` and `rope_scaling` (with the type under `type` or `rope_type`), newer ones `rope_parameters`.
     """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -48,19 +48,19 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest_context(positions: int, rope: Mapping[str, Any]) -> int:
-    """What a model of so many positions was made for: YaRN and linear scaling stretch those of the original context."""
+    """The context length a model of `positions` was made for. YaRN and linear scaling extend the original context."""
     if (rope.get("rope_type") or rope.get("type")) not in ("yarn", "linear") or not rope.get("factor"):
         return positions
     return max(positions, int((rope.get("original_max_position_embeddings") or positions) * rope["factor"]))
 
 
 def stretch(rope: Mapping[str, Any], positions: int) -> float:
-    """How many times longer the context is than the original one; where no `factor` says it, the positions do."""
+    """The ratio of the context to the original one: `factor`, or else computed from `positions`."""
     return float(rope.get("factor") or positions / (rope.get("original_max_position_embeddings") or positions))
 
 
 class RotaryEmbedding(nn.Module):
-    """The cosines and sines of positions under `max_model_len`: `cos_sin`, FP32 [positions, R]. All layers share one table."""
+    """Cosines and sines of positions below `max_model_len`: `cos_sin`, FP32 [positions, R]. All layers share one table."""
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, max_model_len: int):
         super().__init__()
@@ -83,15 +83,15 @@ def _linear(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
 
 
 def _llama3(dim: int, p: Mapping[str, Any], _: int) -> tuple[Tensor, float]:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Long wavelengths are scaled by `factor`, short ones kept, those between interpolated."""
     base, original = _default(dim, p, _)[0], p["original_max_position_embeddings"]
-    turns = original * base / (2 * math.pi)  # rotations that the original context holds
+    turns = original * base / (2 * math.pi)  # rotations within the original context
     keep = ((turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])).clamp(0, 1)
     return keep * base + (1 - keep) * base / p["factor"], 1.0
 
 
 def _yarn(dim: int, p: Mapping[str, Any], max_positions: int) -> tuple[Tensor, float]:
-    """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, those between ramped."""
+    """Dimensions that rotate more than beta_fast times are kept, fewer than beta_slow scaled, those between interpolated."""
     base, original = _default(dim, p, 0)[0], p["original_max_position_embeddings"] or max_positions
     factor = stretch(p, max_positions)
 
@@ -107,7 +107,7 @@ def _yarn(dim: int, p: Mapping[str, Any], max_positions: int) -> tuple[Tensor, f
 
 
 def _yarn_magnitude(factor: float, p: Mapping[str, Any]) -> float:
-    """What cosines and sines are multiplied by, so that attention's logits keep their spread."""
+    """The factor on cosines and sines that keeps the spread of attention logits."""
 
     def magnitude(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

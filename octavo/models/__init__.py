@@ -25,7 +25,7 @@ MODEL_TYPES = (
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory. Raises OctavoError where it is not one."""
+    """config.json of a checkpoint directory. Raises OctavoError if the directory is not one."""
     check_directory(directory)
     config = read_json(directory / "config.json")
     assert config is not None, "check_directory has seen it"
@@ -33,7 +33,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def architecture(config: Mapping[str, Any]) -> Any:
-    """The module of octavo.models for a config.json: it has `Config.from_json` and `Model`. Raises OctavoError without one."""
+    """The module of octavo.models for a config.json, with `Config.from_json` and `Model`. Raises OctavoError without one."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise OctavoError("config.json has no model_type, so the architecture cannot be known.")
@@ -54,9 +54,9 @@ def check_length(max_model_len: int | None, limit: int) -> None:
 
 
 def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: int | None, layers: range | None = None) -> Model:
-    """The model of a config.json, not loaded yet, for contexts of `max_model_len` tokens (None: the longest it was made for).
+    """The unloaded model of a config.json, for contexts of `max_model_len` tokens (None: the longest that it was made for).
 
-    Raises OctavoError for an architecture or a value that is not served, and for a context that is too long.
+    Raises OctavoError for an unsupported architecture or value, and for a context that is too long.
     """
     arch = architecture(config)
     c = arch.Config.from_json(config)
@@ -67,6 +67,6 @@ def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: in
 
 
 def same_architecture(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two config.json make the same model, apart from its weights."""
+    """Whether two config.json files describe the same model, apart from its weights."""
     one, other = architecture(a), architecture(b)
     return one is other and bool(one.Config.from_json(a) == other.Config.from_json(b))

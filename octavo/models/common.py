@@ -1,4 +1,4 @@
-"""What every decoder has around its layers, and how it answers the engine (octavo.models.interface)."""
+"""The parts that all decoders share, and their implementation of the engine's contract (octavo.models.interface)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CausalLM", "Decoder", "DecoderLM", "LayerStack"]
 
 
 class LayerStack(nn.Module):
-    """The layers of a stage, under the numbers that they have in the whole model."""
+    """The layers of a pipeline stage, under their numbers in the whole model."""
 
     def __init__(self, stage: range, make: Callable[[int], nn.Module]):
         super().__init__()
@@ -43,7 +43,7 @@ class LayerStack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm; a stage of a pipeline has the first only at its start, the last only at its end."""
+    """Embedding, layers, final norm. In a pipeline only the first stage has the embedding, and only the last the norm."""
 
     def __init__(self, config: ConfigBase, tp: TensorParallel, layers: LayerStack):
         super().__init__()
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         return hidden
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
-        """The last layer's output and the residual to be added to it; no residual where that is done."""
+        """The last layer's output, and the residual to add to it; None if it has been added."""
         x: ops.Product = state.x
         residual = state.residual if isinstance(state, StageState) else None
         for layer in self.layers:
@@ -72,13 +72,13 @@ class Decoder(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A decoder, at `model` in the checkpoint, and its head, at `lm_head`: an octavo.models.interface.Model but for what its
-    kind of attention says of limits and caches.
+    """A decoder, at `model` in the checkpoint, and its head, at `lm_head`. Implements octavo.models.interface.Model, except for
+    the limits and caches, which depend on the attention.
 
-    A model of text and images has them elsewhere: stored_at maps a module's path to the checkpoint's.
+    Checkpoints of multimodal models store the decoder elsewhere: stored_at maps a module's path to the checkpoint's.
     """
 
-    stored_at: ClassVar[Mapping[str, str]] = {}  # a child's name -> its path in checkpoints, where that is another
+    stored_at: ClassVar[Mapping[str, str]] = {}  # a child's name -> its path in checkpoints, if that differs
 
     def __init__(
         self, config: ConfigBase, tp: TensorParallel, max_len: int, layers: range | None, make: Callable[[int], nn.Module]
@@ -89,14 +89,14 @@ class DecoderLM(nn.Module):
         self.model = self.make_decoder(LayerStack(stage, make))
         tied = config.tie_word_embeddings
         if self.model.last:
-            if tied and not self.model.first:  # the matrix is loaded on both ends
+            if tied and not self.model.first:  # the first and the last stage both load the matrix
                 self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
             embedding = self.path("model.embed_tokens")
             self.lm_head = LMHead(config.vocab_size, config.hidden_size, tp, tied=embedding if tied else None)
 
-    def path(self, own: str) -> str:
-        """Where checkpoints have what is at the path `own` in this module; of a glob of paths, too."""
-        child, dot, rest = own.partition(".")
+    def path(self, module_path: str) -> str:
+        """The path in checkpoints of the path `module_path` in this module, or of a glob of paths."""
+        child, dot, rest = module_path.partition(".")
         return self.stored_at.get(child, child) + dot + rest
 
     def make_decoder(self, layers: LayerStack) -> Decoder:
@@ -104,17 +104,17 @@ class DecoderLM(nn.Module):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Globs of tensors that checkpoints hold and this stage does not need."""
+        """Globs of tensors in checkpoints that this stage does not need."""
         stage = self.model.layers.stage
         others = [f"model.layers.{n}.*" for n in range(self.config.num_hidden_layers) if n not in stage]
         if not self.model.first and not hasattr(self.model, "embed_tokens"):
             others.append("model.embed_tokens.*")
         if not self.model.last:
             others += ["model.norm.*", "lm_head.*"]
-        return ("*.rotary_emb.*", *map(self.path, others))  # tables that config.json says already
+        return ("*.rotary_emb.*", *map(self.path, others))  # rotary tables follow from config.json
 
     def workspace_bytes(self, tokens: int) -> int:
-        """The MLP's activations and the residual, in FP32."""
+        """Bytes of the MLP's activations and the residual, in FP32."""
         return tokens * (self.config.mlp_activations + 8 * self.config.hidden_size) * 4
 
     def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
@@ -138,10 +138,10 @@ class DecoderLM(nn.Module):
 
 
 class CausalLM(DecoderLM):
-    """One whose layers attend to keys and values: PagedAttention."""
+    """A DecoderLM whose layers attend to keys and values (PagedAttention)."""
 
     def limits(self) -> Limits:
-        """The head's size and the weights decide about graphs, so ask once they are loaded."""
+        """Whether graphs can be captured depends on head sizes and loaded weights, so call this after loading."""
         dims = {a.head_dim for a in self.attention_layers()}
         captured = all(ops.captures(dim, self.packed_weights()) for dim in dims)
         return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")
@@ -150,8 +150,8 @@ class CausalLM(DecoderLM):
         return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
 
     def bind_cache(self, views: Sequence[Views]) -> None:
-        for layer, own in zip(self.attention_layers(), views, strict=True):
-            layer.bind_cache(own)
+        for layer, layer_views in zip(self.attention_layers(), views, strict=True):
+            layer.bind_cache(layer_views)
 
     def calibrate(self, run: Callable[[], object]) -> None:
         layers = self.attention_layers()

@@ -1,4 +1,4 @@
-"""How a config.json becomes a typed Config."""
+"""Parses config.json into a typed Config."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from octavo.layers.rope import longest_context, rope_parameters
 
 __all__ = ["ConfigBase", "check_experts", "expert_activations", "text_config"]
 
-LARGEST = 1 << 31  # of any size
+LARGEST = 1 << 31  # upper bound of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
     "num_hidden_layers": 4096
-}  # far over any model's: more would take minutes before the checkpoint can contradict
+}  # far more than any model has: larger numbers would take minutes before the checkpoint could contradict them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfigBase:
-    """The fields that every dense decoder's config.json has, under Hugging Face's names."""
+    """The fields that every dense decoder has in config.json, under Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -37,35 +37,35 @@ class ConfigBase:
     hidden_act: str = "silu"
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    also_called: ClassVar[Mapping[str, str]] = {}  # a field -> the name that other tools write it under
-    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # numbers of which there may be none
-    default_theta: ClassVar[float] = 10000.0  # of a config.json without rope_theta
-    partial_rotary: ClassVar[float] = 1.0  # of a config.json without partial_rotary_factor
-    rotated_name: ClassVar[str] = "head_dim"  # what config.json calls the dimensions of which some are rotated
+    also_called: ClassVar[Mapping[str, str]] = {}  # a field -> its other name in config.json files
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # counts for which 0 is allowed
+    default_theta: ClassVar[float] = 10000.0  # where config.json has no rope_theta
+    partial_rotary: ClassVar[float] = 1.0  # where config.json has no partial_rotary_factor
+    rotated_name: ClassVar[str] = "head_dim"  # the field that counts the dimensions available for rotation
 
     @property
     def longest_context(self) -> int:
-        """The positions that the model was made for, with what the rotary embedding stretches them to."""
+        """The context length that the model was made for, including RoPE scaling."""
         return longest_context(self.max_position_embeddings, self.rope)
 
     @property
     def rotated(self) -> int:
-        """How many dimensions of a head are rotated, the first ones. For architectures that may leave some as they are."""
+        """The number of a head's dimensions that are rotated, the first ones (partial rotary embedding)."""
         return int(self.head_dim * (self.rope.get("partial_rotary_factor") or self.partial_rotary))
 
     @property
     def rotated_of(self) -> int:
-        """Of how many dimensions."""
+        """The number of dimensions available for rotation."""
         return self.head_dim
 
     @property
     def mlp_activations(self) -> int:
-        """Values of a token that an MLP makes: gate, up and their product, and one more such for what is made of them."""
+        """MLP workspace in values per token: gate, up, their product, and one more of that size for quantization."""
         return 4 * self.intermediate_size
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        """Raises OctavoError, naming the field, for one that is missing, of a wrong type or not supported."""
+        """Raises OctavoError that names the field if one is missing, of a wrong type or not supported."""
         config = {**{name: config.get(other) for name, other in cls.also_called.items()}, **config}
         values = {
             f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None and f.name != "rope"
@@ -74,7 +74,7 @@ class ConfigBase:
             values.setdefault("num_key_value_heads", config["num_attention_heads"])
             values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         except (KeyError, TypeError, ZeroDivisionError):
-            pass  # said below
+            pass  # reported below
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -98,7 +98,7 @@ class ConfigBase:
         return made
 
     def check(self) -> None:
-        """Raises OctavoError for values that contradict each other or are not supported."""
+        """Raises OctavoError for contradictory or unsupported values."""
         if self.hidden_act != "silu":
             raise OctavoError(f"config.json asks for hidden_act '{self.hidden_act}'; this architecture is served with 'silu'.")
         if self.rotated_of % 2:
@@ -118,7 +118,7 @@ class ConfigBase:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json of text and images that describes the text model. Raises OctavoError without one."""
+    """The text model's part of a multimodal config.json. Raises OctavoError without one."""
     found = config.get("text_config")
     if not isinstance(found, Mapping):
         raise OctavoError("config.json has no text_config, which this architecture needs.")
@@ -126,19 +126,19 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def expert_activations(chosen: int, inner: int, hidden: int) -> int:
-    """As ConfigBase.mlp_activations, of the `chosen` experts of a token, and what each of them gives."""
+    """As ConfigBase.mlp_activations, for the `chosen` experts of a token and their outputs."""
     return chosen * (4 * inner + hidden)
 
 
 def check_experts(experts: int, chosen: int, groups: int = 1, chosen_groups: int = 1) -> None:
-    """Raises OctavoError where a token cannot be sent to so many experts."""
+    """Raises OctavoError where a token cannot be routed to this many experts."""
     if experts % groups or chosen_groups > groups or chosen > experts // groups * chosen_groups:
         of_groups = f" of {chosen_groups} of {groups} groups" if groups > 1 else ""
         raise OctavoError(f"config.json: a token cannot be sent to {chosen} of {experts} experts{of_groups}.")
 
 
 def _plain(hint: Any) -> type | None:
-    """The class that a value of the annotation must have, None where it is not a single one."""
+    """The class that a value with this annotation must have; None where it is not a single one."""
     if isinstance(hint, types.UnionType):
         kinds = [k for k in typing.get_args(hint) if k is not types.NoneType]
         hint = kinds[0] if len(kinds) == 1 else None

@@ -1,6 +1,6 @@
-"""DeepSeek-V3 and R1, and what has its architecture: MLA; after the first dense layers, experts chosen from groups.
+"""DeepSeek-V3, R1 and models of their architecture: MLA; experts chosen from groups, after the first dense layers.
 
-The layers after the last, which predict further tokens, are not loaded. Sources: arXiv:2412.19437; arXiv:2405.04434 for MLA.
+Multi-token-prediction layers, after the last, are not loaded. Sources: arXiv:2412.19437; arXiv:2405.04434 for MLA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from octavo.ops import Activation, Product
 
 __all__ = ["Config", "Model"]
 
-LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+LATENT_EPS = 1e-6  # of the latents' norms; config.json's rms_norm_eps is for the other norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Config(MixtureConfig):
 
     @property
     def softmax_scale(self) -> float:
-        """Of a head's width; YaRN's magnitude, which cosines and sines do not have here, is squared in it."""
+        """1/sqrt of the query width. It includes YaRN's magnitude squared, which the cosines and sines omit here."""
         p, scale = self.rope, float((self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5)
         factor = stretch(p, self.max_position_embeddings)
         if p["rope_type"] == "default" or not p.get("mscale_all_dim") or factor <= 1:
@@ -101,9 +101,9 @@ class Attention(nn.Module):
 
     @property
     def readers(self) -> tuple[ops.Reader, ...]:
-        """All that read this layer's input."""
-        own = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
-        return own if self.indexer is None else (*own, *self.indexer.input_readers)
+        """Readers of this layer's input."""
+        readers = self.a_proj.weight, *(() if self.has_q_latent else (self.q_proj.weight,))
+        return readers if self.indexer is None else (*readers, *self.indexer.input_readers)
 
     def forward(self, x: Activation, batch: ForwardBatch) -> Product:
         *latents, kv = self.a_proj(x).split(self.sizes, 1)
@@ -135,7 +135,7 @@ class DecoderLayer(nn.Module):
 
 
 class Model(DecoderLM):
-    """MLA's caches: each layer's latents and, where it has an indexer, behind them the indexer's keys."""
+    """MLA's caches: each layer's latents, followed by the keys of its indexer if it has one."""
 
     config: Config
 
@@ -149,7 +149,7 @@ class Model(DecoderLM):
         super().__init__(c, tp, max_len, layers, make)
 
     def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
-        """What makes the indexers of layers, where the architecture has such."""
+        """Returns a function that makes the indexer of a layer; None for layers without one."""
         return lambda layer: None
 
     @property
@@ -167,21 +167,21 @@ class Model(DecoderLM):
         return limits._replace(prompts=(*limits.prompts, *sparse))
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Of attention, of its indexer or of the MLP, whichever makes the most values, beside the latents, what indexers have
-        chosen and the residual, in FP32; and what an op on latents or index keys takes for itself."""
+        """Bytes in FP32 of attention, the indexer or the MLP, whichever needs most, plus latents, indexer selections and the
+        residual; plus the scratch memory of ops on latents and index keys."""
         c, s = self.config, self.config.latent
-        # a head's queries as projected and as rotated; absorbed ones before and after their parts are joined; of which latents;
-        # of which outputs, in parts, joined and quantized
+        # per head: queries projected and rotated; absorbed queries before and after joining their parts; attended latents;
+        # outputs in parts, joined and quantized
         head = 2 * (s.nope + s.rope) + 2 * (s.rank + s.rope) + s.rank + 3 * s.v
         indexers = [one.shape for one in self._caches() if isinstance(one, Indexer)]
-        chosen = 2 * max((i.top_k for i in indexers), default=0)  # the last choice, and the one that is made
+        chosen = 2 * max((i.top_k for i in indexers), default=0)  # the previous selection and the one in progress
         indexed = max((4 * i.heads * (i.dim + 1) for i in indexers), default=0)
         latents = 3 * ((c.q_lora_rank or 0) + s.rank + s.rope)
         most = max(self.tp.part(s.heads) * head, indexed, c.mlp_activations)
         return tokens * (most + chosen + latents + 8 * c.hidden_size) * 4 + ops.LATENT_SCRATCH
 
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
-        """`auto` is fp8_ds_mla where attention is sparse and the model BF16; index keys are FP8 unless latents are FP32."""
+        """`auto` is fp8_ds_mla for sparse attention in BF16. Index keys are FP8, except where latents are FP32."""
         c, caches = self.config, self._caches()
         if kv_cache_dtype == "auto" and dtype is torch.bfloat16 and any(isinstance(one, Indexer) for one in caches):
             kv_cache_dtype = "fp8_ds_mla"
@@ -190,9 +190,9 @@ class Model(DecoderLM):
         return [index_spec(one.shape.dim, fp8_dtype, wide=wide) if isinstance(one, Indexer) else latent for one in caches]
 
     def bind_cache(self, views: Sequence[Views]) -> None:
-        for one, own in zip(self._caches(), views, strict=True):
-            one.bind_cache(own)
+        for one, cache_views in zip(self._caches(), views, strict=True):
+            one.bind_cache(cache_views)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        """How many parts a context is split into, and whether it is sparse, depends on the bound."""
+        """The number of context splits, and whether attention is sparse, depend on the bound."""
         return longest

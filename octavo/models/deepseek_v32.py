@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: DeepSeek-V3 whose tokens attend to the 2,048 that an indexer chooses of what they see (arXiv:2512.02556)."""
+"""DeepSeek-V3.2: DeepSeek-V3 with sparse attention to 2,048 tokens that an indexer selects (arXiv:2512.02556)."""
 
 from __future__ import annotations
 

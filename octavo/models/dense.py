@@ -1,4 +1,4 @@
-"""Dense decoders: norm, attention, add, norm, gated MLP, add. What fused decoding needs of one, and the choice of it."""
+"""Dense decoders (norm, attention, add, norm, gated MLP, add), and fused decoding for them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["DenseDecoder", "DenseLM"]
 
 
 class DenseDecoder(Decoder):
-    """A decoder some of whose steps are computed in fewer launches than op by op."""
+    """A decoder that computes some decode steps with a fused kernel instead of op by op."""
 
-    fused: tuple[FusedDecoder, ...] = ()  # of those that take a step the first computes it
+    fused: tuple[FusedDecoder, ...] = ()  # in order of preference: the first that supports a step computes it
 
     def fused_for(self, requests: int, longest: int) -> FusedDecoder | None:
-        """What computes a step of so many single tokens, with contexts up to `longest`; None: the layers, one by one."""
+        """The fused decoder for `requests` single tokens with contexts up to `longest`; None: run the layers one by one."""
         return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
@@ -35,7 +35,7 @@ class DenseDecoder(Decoder):
 
 
 class DenseLM(CausalLM):
-    """A dense decoder and its head, as octavo.models.interface.FusedModel too."""
+    """A dense decoder and its head. Also implements octavo.models.interface.FusedModel."""
 
     model: DenseDecoder
 
@@ -55,11 +55,11 @@ class DenseLM(CausalLM):
         return super().graph_key(requests, longest)
 
     def parts(self) -> DecoderParts | None:
-        """The layers for a kernel that computes all of them; None where they have what `LayerParts` does not."""
+        """The layers for a megakernel that computes all of them; None if they have parts that `LayerParts` cannot express."""
         if not (self.model.first and self.model.last) or self.tp.size > 1:
             return None
         found: list[LayerParts] = []
-        layers: list[Any] = list(self.model.layers)  # of whatever architecture, with Hugging Face's names
+        layers: list[Any] = list(self.model.layers)  # of any architecture; the attributes have Hugging Face's names
         for layer in layers:
             a, mlp = layer.self_attn, layer.mlp
             if any(linear.bias is not None for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)):

@@ -1,6 +1,6 @@
-"""GLM-4.5 and 4.6: part of each head is rotated; after the first dense layers, experts chosen by sigmoid and a correction.
+"""GLM-4.5 and 4.6: partial rotary embedding; experts chosen by sigmoid with a correction, after the first dense layers.
 
-The layers after the last, which predict further tokens, are not loaded.
+Multi-token-prediction layers, after the last, are not loaded.
 """
 
 from __future__ import annotations

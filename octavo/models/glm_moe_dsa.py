@@ -1,4 +1,4 @@
-"""GLM-5: DeepSeek-V3.2 of whose layers some attend to what the indexer of an earlier one has chosen (arXiv:2603.12201)."""
+"""GLM-5: DeepSeek-V3.2, with layers that share the selection of an earlier layer's indexer (arXiv:2603.12201)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Config(deepseek_v32.Config):
     routed_scaling_factor: float = 2.5
     indexer_rope_interleave: bool = True
     indexer_types: list[str] | None = None
-    index_topk_pattern: str | list[str] | None = None  # the same, as letters F and S too
-    index_topk_freq: int = 1  # else every so many layers have an indexer, counted from
-    index_skip_topk_offset: int = 2  # this one's predecessor, before which all have
+    index_topk_pattern: str | list[str] | None = None  # the same as a list, or as letters F and S
+    index_topk_freq: int = 1  # without either: every index_topk_freq-th layer has an indexer, counted from
+    index_skip_topk_offset: int = 2  # layer index_skip_topk_offset - 1; all layers before that one have an indexer
     mlp_layer_types: list[str] | None = None
 
     may_be_zero = deepseek_v32.Config.may_be_zero | {"index_topk_freq", "index_skip_topk_offset"}
@@ -52,7 +52,7 @@ class Config(deepseek_v32.Config):
 
     @property
     def kinds_of_indexers(self) -> list[str]:
-        """Of each layer "full", which has one, or "shared"."""
+        """For each layer "full", with an indexer of its own, or "shared"."""
         if self.indexer_types is not None:
             return self.indexer_types
         if isinstance(self.index_topk_pattern, str):
@@ -74,7 +74,7 @@ class Model(deepseek_v32.Model):
         return lambda layer: make_indexer(c, rotary, choice) if kinds[layer] == "full" else SharedIndexer(choice)
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
-        """Between stages of a pipeline the choice that the next layer shares goes along, in steps that are sparse."""
+        """Between pipeline stages, a selection that the next stage's first layer shares is passed on, in sparse steps."""
         layers: list[Any] = list(self.model.layers)
         choice: Choice = layers[0].self_attn.indexer.choice
         choice.places = state.extras[0] if state.extras else None

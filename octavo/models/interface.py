@@ -1,8 +1,8 @@
-"""What the engine asks of a model, and nothing else: it knows no architecture, no layer and no array of a cache.
+"""The contract between engine and model. The engine knows nothing else: no architecture, no layer, no array of a cache.
 
-A model is `Model(config, tp, max_len, layers)`: its config, this rank among those that split it, the longest context, and the
-range of layers that it has (a stage of a pipeline; all by default). Loading fills it (octavo.weights.load), from the paths that
-its modules have or, where checkpoints have them elsewhere, from what its method `path` makes of those.
+A model is `Model(config, tp, max_len, layers)`: its config, this tensor-parallel rank, the longest context, and its range of
+layers (a pipeline stage; all by default). Loading fills it (octavo.weights.load) from the checkpoint paths of its modules, or
+from the paths that its method `path` maps them to.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInp
 
 
 class Limits(NamedTuple):
-    """positions: the longest context. vocab_size: ids are under it. eager: why decode steps may not be captured, or None.
+    """positions: the longest context. vocab_size: token ids are below it. eager: why decode steps cannot be captured, or None.
 
-    prompts: lengths of prompts that launch all that prompts do, few tokens, more, and enough for other tiles.
+    prompts: prompt lengths for warm-up. Together they launch every prefill kernel: few tokens, more, enough for other tiles.
     """
 
     positions: int
@@ -33,14 +33,14 @@ class Limits(NamedTuple):
 
 
 class ModelInput(NamedTuple):
-    """What the first stage of a step begins with: x [T, hidden], and what else a model's `embed` hands to its `forward`."""
+    """Input of the first stage: x [T, hidden], and further tensors that a model's `embed` passes to its `forward`."""
 
     x: Tensor
     extras: tuple[Tensor, ...] = ()
 
 
 class StageState(NamedTuple):
-    """What a stage of a pipeline hands to the next: the last layer's output and the residual, each [T, hidden]."""
+    """State between pipeline stages: the last layer's output and the residual, each [T, hidden], and the model's extras."""
 
     x: Tensor
     residual: Tensor
@@ -48,7 +48,7 @@ class StageState(NamedTuple):
 
 
 class Head(Protocol):
-    """What computes logits; it holds no other weights of the model. shape: the whole matrix's, [vocab, hidden]."""
+    """Computes logits, and holds no other weights of the model. shape: of the whole matrix, [vocab, hidden]."""
 
     shape: tuple[int, int]
 
@@ -56,60 +56,60 @@ class Head(Protocol):
 
 
 class Model(Protocol):
-    """What every model does."""
+    """The methods that every model has."""
 
     @property
     def ignored(self) -> Sequence[str]:
-        """Globs of tensors that checkpoints hold and the model does not need."""
+        """Globs of tensors in checkpoints that the model does not need."""
 
     def limits(self) -> Limits: ...
 
     def workspace_bytes(self, tokens: int) -> int:
-        """A bound on the bytes of activations that a step of so many tokens takes, beside weights, cache and logits."""
+        """An upper bound in bytes on the activations of a step of `tokens`, beside weights, cache and logits."""
 
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
-        """The caches that the model wants, as many as it likes; all are indexed by one block table.
+        """The model's caches, any number of them. One block table indexes all.
 
-        `kv_cache_dtype`: canonical, as EngineConfig has it. dtype: the model's. fp8_dtype: the device's.
+        `kv_cache_dtype`: canonical, as in EngineConfig. dtype: the model's. fp8_dtype: the device's.
         """
 
     def bind_cache(self, views: Sequence[Views]) -> None:
-        """Takes the caches, in the order of `kv_specs`."""
+        """Binds the caches, in the order of `kv_specs`."""
 
     def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
-        """The input of token ids int64 [T]; `features` are the encoder's, for the places in the prompt that hold them."""
+        """The input of token ids int64 [T]. `features`: encoder outputs for the prompt's placeholder tokens."""
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
-        """Hidden states [T, hidden] after the last norm; from a stage that is not the last, what the next one begins with."""
+        """Hidden states [T, hidden] after the final norm; from a stage that is not the last, the next one's input."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's part of the vocabulary, [rows, part], in the model's dtype; behind the vocabulary's end it is -inf."""
+        """This rank's part of the logits, [rows, part], in the model's dtype; -inf past the end of the vocabulary."""
 
     @property
     def head(self) -> Head:
-        """What computes `logits`."""
+        """The layer that computes `logits`."""
 
     def __call__(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState: ...
 
 
 class CalibratedModel(Protocol):
-    """A model whose FP8 cache has scales that are measured, or come with the checkpoint."""
+    """A model whose FP8 cache has scales that are calibrated or come with the checkpoint."""
 
     def calibrate(self, run: Callable[[], object]) -> None:
-        """Calls `run`, which puts a text through the model, and keeps the scales of the largest values that it saw."""
+        """Calls `run`, which puts a text through the model, and sets the scales from the largest values seen."""
 
     def kv_scales(self) -> tuple[list[Tensor], bool]:
-        """The scales, and whether all of them are the checkpoint's."""
+        """The scales, and whether all of them come from the checkpoint."""
 
 
 class FusedModel(Protocol):
-    """A model that may compute some decode steps in fewer launches than op by op."""
+    """A model that can compute some decode steps with fused kernels."""
 
     def fuse(self, platform: Platform) -> None:
-        """Makes what does. Called once, when the caches are bound and their scales settled."""
+        """Makes the fused decoders. Called once, after the caches are bound and their scales set."""
 
     def unfuse(self) -> None:
-        """Forgets what `fuse` made, which holds weights and caches."""
+        """Drops what `fuse` made, which holds references to weights and caches."""
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        """Of steps of single tokens with contexts up to `longest`: where it is equal, they launch the same."""
+        """Key of a decode step with contexts up to `longest`. Steps with equal keys have equal launches."""

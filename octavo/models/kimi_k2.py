@@ -1,4 +1,4 @@
-"""Kimi-K2: DeepSeek-V3's architecture, under a name of its own."""
+"""Kimi-K2: DeepSeek-V3's architecture under another model_type."""
 
 from octavo.models.deepseek_v3 import Config, Model
 

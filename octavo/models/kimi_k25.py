@@ -1,6 +1,6 @@
-"""Kimi-K2.5: the text of it, which is DeepSeek-V3's architecture, beside a vision tower that is not served yet.
+"""Kimi-K2.5: its text model, which has DeepSeek-V3's architecture. Its vision tower is not supported yet.
 
-config.json has the text model's fields within `text_config`, checkpoints its tensors below `language_model.`.
+config.json has the text model's fields in `text_config`, and checkpoints store its tensors below `language_model.`.
 """
 
 from __future__ import annotations

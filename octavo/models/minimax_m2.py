@@ -1,6 +1,6 @@
-"""MiniMax-M2: queries and keys are normed over all heads; experts in every layer, chosen by sigmoid and a correction.
+"""MiniMax-M2: queries and keys are normed over all heads; experts in every layer, chosen by sigmoid with a correction.
 
-The layers after the last, which predict further tokens, are not loaded.
+Multi-token-prediction layers, after the last, are not loaded.
 """
 
 from __future__ import annotations

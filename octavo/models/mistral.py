@@ -1,4 +1,4 @@
-"""Mistral: every layer attends to a sliding window, where the config gives one."""
+"""Mistral: every layer attends to a sliding window, if the config has one."""
 
 from __future__ import annotations
 

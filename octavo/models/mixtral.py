@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a mixture of experts in every layer: the best few of a softmax, their weights made to add up to 1."""
+"""Mixtral: Mistral with a mixture of experts in every layer: top-k of a softmax, weights renormalized to sum to 1."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The mixture of experts that came with DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), and that GLM-4.5 has too.
+"""The mixture of experts of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), which GLM-4.5 also has.
 
-After the first dense layers, experts are chosen by sigmoid and a correction from the best groups; some are for all tokens.
+After the first dense layers, experts are chosen from the best groups by sigmoid with a correction, plus shared experts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MixtureConfig(ConfigBase):
         check_experts(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group)
 
     def is_dense(self, layer: int) -> bool:
-        """Whether the layer has an MLP and no experts."""
+        """Whether the layer has an MLP instead of experts."""
         return layer < self.first_k_dense_replace
 
     @property
@@ -54,13 +54,13 @@ class MixtureConfig(ConfigBase):
 
     @property
     def unread_layers(self) -> tuple[str, ...]:
-        """Globs of the layers after the last, which predict further tokens and are not loaded."""
+        """Globs of the multi-token-prediction layers after the last, which are not loaded."""
         last = self.num_hidden_layers
         return tuple(f"model.layers.{last + i}.*" for i in range(self.num_nextn_predict_layers))
 
 
 def mlp_of(c: MixtureConfig, layer: int, tp: TensorParallel) -> GatedMLP | MixtureOfExperts:
-    """What a layer has behind its attention."""
+    """The MLP or mixture of experts of a layer."""
     if c.is_dense(layer):
         return GatedMLP(c.hidden_size, c.intermediate_size, bias=False, tp=tp)
     router = Router(

@@ -1,4 +1,4 @@
-"""Models that can be planned and benched by name alone: the numbers of their published config.json files, built in."""
+"""Built-in config.json contents of published models, so that they can be planned and benched by name alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ _DEEPSEEK = _mla("deepseek_v3", 128, 256, 3, 129280, 40.0, **_GROUPS, quantizati
 _KIMI: Config = {"rope_theta": 5e4, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
 _NATIVE_INT4: Config = {"rms_norm_eps": 1e-5, "quantization_config": KIMI_INT4}
 _INDEXER = {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-_GLM_DSA: Config = {  # as transformers has its defaults
+_GLM_DSA: Config = {  # transformers' defaults
     "hidden_size": 6144, "intermediate_size": 12288, "num_hidden_layers": 78, "q_lora_rank": 2048, "qk_nope_head_dim": 192,
     "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "max_position_embeddings": 202752,
     "rope_scaling": None, "rope_theta": 1e6, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5,
@@ -111,7 +111,7 @@ KNOWN: dict[str, Config] = {
     "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
     "Mistral-7B-v0.3": _dense("mistral", 4096, 14336, 32, 32, 8, 32768, 32768) | {"rms_norm_eps": 1e-5},
     "Mixtral-8x7B-v0.1": _dense("mixtral", 4096, 14336, 32, 32, 8, 32000, 32768) | _MIXTRAL,
-    "Qwen2.5-7B": _dense("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768),  # the length is -Instruct's; the base has more
+    "Qwen2.5-7B": _dense("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768),  # the length of -Instruct; the base model's is longer
     "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 40960) | {"tie_word_embeddings": True},
     "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 40960),
     "Qwen3-30B-A3B": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 40960, moe=768),
@@ -136,13 +136,13 @@ KNOWN: dict[str, Config] = {
 
 
 def known_config(name: str) -> tuple[str, Config] | None:
-    """The known model that `name` means, with its config; case, owner and -Instruct do not matter."""
+    """The known model named `name`, with its config. Case, owner and -Instruct are ignored."""
     wanted = _plain(name)
     return next(((known, config) for known, config in KNOWN.items() if _plain(known) == wanted), None)
 
 
 def unknown_model(name: str) -> OctavoError:
-    """What to say about a name that is neither known nor a path."""
+    """The error for a name that is neither a known model nor a path."""
     near = difflib.get_close_matches(_plain(name), {_plain(known): known for known in KNOWN}, n=1)
     hint = next((f"; did you mean '{known}'?" for known in KNOWN if near and _plain(known) == near[0]), ".")
     return OctavoError(

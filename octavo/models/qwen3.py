@@ -1,4 +1,4 @@
-"""Qwen3, dense: each head of q and k is normalized before it is rotated; some layers may attend to a sliding window."""
+"""Qwen3, dense: each head of q and k is normed before rotation; some layers may attend to a sliding window."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Config(ConfigBase):
     max_window_layers: int = 28
     layer_types: Sequence[str] = ()
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})  # every layer may slide
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})  # 0: every layer has a sliding window
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer: as `layer_types` says, else of those from `max_window_layers` on."""
+        """The sliding window of a layer: by `layer_types` if given, else for layers from `max_window_layers` on."""
         if self.layer_types:
             slides = self.layer_types[layer] == "sliding_attention"
         else:

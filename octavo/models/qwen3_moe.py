@@ -1,4 +1,4 @@
-"""Qwen3 with a mixture of experts in most layers: softmax over all, the best few, no shared ones."""
+"""Qwen3 with a mixture of experts in most layers: top-k of a softmax over all experts, no shared ones."""
 
 from __future__ import annotations
 

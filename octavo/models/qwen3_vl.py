@@ -1,7 +1,7 @@
-"""Qwen3-VL: the text of it, which is Qwen3, beside a vision tower that is not served yet.
+"""Qwen3-VL: its text model, which is Qwen3. Its vision tower is not supported yet.
 
-config.json has the text model's fields within `text_config`, checkpoints its layers below `model.language_model.`. MRoPE gives
-text the same row of cosines and sines in all of its sections, so text alone is rotated as Qwen3 is.
+config.json has the text model's fields in `text_config`, and checkpoints store its layers below `model.language_model.`. For
+text, MRoPE's sections all use the same row of cosines and sines, so text alone is rotated as in Qwen3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOWER = "model.visual.*"
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text model's fields; whether its head is its embedding is said beside them. Raises OctavoError without them."""
+    """The text model's fields, and `tie_word_embeddings` from the top level. Raises OctavoError without text_config."""
     return {**text_config(config), "tie_word_embeddings": config.get("tie_word_embeddings")}
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL with a mixture of experts: the text of it, which is Qwen3-MoE, as models/qwen3_vl.py has it."""
+"""Qwen3-VL with a mixture of experts: its text model, which is Qwen3-MoE; see models/qwen3_vl.py."""
 
 from __future__ import annotations
 

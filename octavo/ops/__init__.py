@@ -1,8 +1,8 @@
 """Ops: function contracts, each with a torch reference and the implementations that platforms prefer.
 
-An implementation is bound once, at start, by `bind(platform)`: of those that the platform lists, the first that supports it.
-`linear` is chosen for each weight, since schemes differ in what computes them best. `table()` says what was chosen, and why
-not the ones before it.
+`bind(platform)` chooses the implementation of each op once, at start: the first in the platform's list that supports the
+platform. `linear` and grouped GEMMs are chosen per weight, since the best implementation depends on the scheme. `table()`
+reports each choice and the reasons against the implementations listed before it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from octavo.ops.contract import (
     LATENT_SCRATCH,
     Activation,
     CodeFormat,
-    Cut,
     DecoderParts,
     Dispatch,
+    Filters,
     FusedDecoder,
     HeadNorms,
     LayerParts,
@@ -49,21 +49,20 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "LATENT_SCRATCH",
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts", "Norm", "Operand",
-    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Unscaled",
-    "absorbed_queries", "all_gather",
-    "all_reduce", "attend", "attention", "bind", "capture", "captures", "combine", "compile_ahead", "decode_variant",
-    "dispatch", "draw", "expanded_attention", "experts", "fuse", "gated_linear", "head_linear", "latent_attention", "likeliest",
-    "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route",
-    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
+    "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
+    "Routed", "Router", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend", "attention", "bind",
+    "capture", "captures", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "fuse",
+    "gated_linear", "head_linear", "latent_attention", "linear", "linear_unscaled", "pack", "pack_experts", "project",
+    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul", "table", "write_index_keys",
+    "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "attention", "combine", "decode_variant", "dispatch", "draw", "expanded_attention", "head_linear",
-    "latent_attention", "likeliest", "rms_norm", "rope_write_kv", "rotate", "route", "select_keys", "silu_mul",
+    "absorbed_queries", "argmax", "attention", "combine", "decode_variant", "dispatch", "expanded_attention", "head_linear",
+    "latent_attention", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul",
     "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
@@ -109,18 +108,18 @@ def bind(platform: Platform) -> None:
 
 
 def compile_ahead() -> AbstractContextManager[None]:
-    """Within it kernels are compiled, side by side, and none is launched, nor a collective: what ops give is worthless.
+    """Context in which kernels are compiled, in parallel, but not launched; collectives are skipped. Results are undefined.
 
-    It is this thread's. Where there is nothing to compile, only collectives are left out.
+    The mode applies to the calling thread. On a platform that compiles nothing, it only skips collectives.
     """
     return _compile_ahead()
 
 
 def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, latent: bool = False) -> bool:
-    """Whether there is a `capture` here, and decode steps with heads of this size and these weights may be in it.
+    """Whether this platform has `capture` and can capture decode steps with this head size and these weights.
 
-    `latent`: they attend to latents, and the size is a latent's with its rope part. The references of that take the contexts'
-    lengths from the host, where a graph's batch has bounds.
+    latent: the model uses MLA, and head_dim is the latent's width plus its rope part. The references of the latent ops read
+    context lengths on the host, where a captured batch has upper bounds only, so they cannot be captured.
     """
     if _capture is None or any(isinstance(w, PackedStack) and w.looks_at_host for w in weights):
         return False
@@ -130,10 +129,10 @@ def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, la
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:
-    """A graph of what `fn` launches: its replay, what `fn` returned, and the memory pool, to be given to the next graph.
+    """Capture a graph of the launches of `fn`: (replay, fn's result, the memory pool to pass to the next capture).
 
-    A GPU runs nothing of it before the replay; a CPU runs `fn`. Graphs that share a pool are replayed one at a time: what one
-    returned is lost when the next one runs.
+    A GPU executes nothing until the replay; a CPU runs `fn` once while recording it. Graphs that share a pool must be replayed
+    one at a time: a replay overwrites the results of the others.
     """
     assert _capture is not None
     replay, out, pool = _capture(fn, pool)
@@ -141,9 +140,9 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> list[FusedDecoder]:
-    """What computes decode steps of few requests in fewer launches, where this platform has such and they take these layers.
+    """Megakernel decoders for decode steps of few requests, if this platform has any that take these layers.
 
-    Of those that take a step the first is the fastest.
+    The list is ordered: the first decoder that takes a step is the fastest.
     """
     made = {} if _fuse is None else _fuse(parts, platform)
     for steps, decoder in made.items():
@@ -152,23 +151,23 @@ def fuse(parts: DecoderParts, platform: Platform) -> list[FusedDecoder]:
 
 
 def table() -> dict[str, str]:
-    """Op -> the implementation bound to it, with the reasons against those preferred to it."""
+    """Op -> the name of its implementation, with the reasons why preferred ones were not chosen."""
     return dict(_table)
 
 
-def pack(q: QTensor, platform: Platform, *, looked_up: bool = False) -> PackedWeight:
-    """Lay out a stored weight for the first implementation that supports it. `looked_up`: its rows are read, too.
+def pack(q: QTensor, platform: Platform, *, row_lookup: bool = False) -> PackedWeight:
+    """Pack a stored weight for the first implementation that supports it. row_lookup: keep rows for embedding lookups too.
 
-    Raises OctavoError, with every implementation's reason, where none does.
+    Raises OctavoError with every implementation's reason if none supports it.
     """
     packed = _first_to_support("linear", _linear, q, platform).pack(q, platform)
-    if looked_up:
+    if row_lookup:
         packed.keep(q)
     return packed
 
 
 def pack_experts(q: QTensor, platform: Platform) -> PackedStack:
-    """Lay out a stack of experts' weights [E, N, K], as `pack` does one weight."""
+    """Pack a stack of experts' weights [E, N, K] for a grouped GEMM, as `pack` does for one weight."""
     return _first_to_support("experts", _stacks, q, platform).pack(q, platform)
 
 
@@ -188,25 +187,25 @@ def _first_to_support(op: str, implementations: Sequence[Impl], q: QTensor, plat
 def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    With an FP8 weight, x is quantized as the weight's scheme says, where it does not have such codes, and the sum is taken in
-    FP32 over the products of codes.
+    For an FP8 weight, x is quantized as the weight's scheme says, unless it already holds codes in this format. Products of
+    codes are accumulated in FP32.
     """
     y = w(x)
     return y if bias is None else y.add_(bias)
 
 
 def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
-    """`linear` for an op that reads a Product (rms_norm, silu_mul): scales may be left to it."""
+    """`linear` for a reader that takes a Product (rms_norm, silu_mul): scaling may be left to that reader."""
     return w.unscaled(x)
 
 
 def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
-    """The sum of x over ranks, which may be written into x. Within compile_ahead x, since ranks compile alone."""
+    """The sum of x over ranks, possibly in place. Within compile_ahead x itself, since ranks compile independently."""
     return x if ahead.is_on() else tp.all_reduce(x)
 
 
 def all_gather(x: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
-    """Every rank's x, side by side along `dim`, in the order of ranks. Within compile_ahead this rank's alone, repeated."""
+    """Every rank's x, concatenated along `dim` in rank order. Within compile_ahead this rank's x, repeated."""
     return torch.cat([x] * tp.size, dim) if ahead.is_on() else tp.all_gather(x, dim)
 
 
@@ -215,45 +214,45 @@ def rms_norm(
 ) -> tuple[Activation, Tensor]:
     """(norm(x + residual) * weight, x + residual), over the last dimension, computed in FP32, stored in x's dtype.
 
-    `readers` are all that read the first, weights or None for a reader of dense values; without any there are dense values.
-    Where all read the same codes, and this platform's op makes such, there are codes alone; where some do, there are both;
-    where readers want different codes, there are dense values, of which each makes its own.
+    readers: all consumers of the first result, weights or None for a consumer of dense values. No readers means dense values.
+    If all readers take the same code format and this platform's op can quantize to it, only codes are made; if some do, codes
+    and dense values. If readers take different formats, only dense values are made, and each reader quantizes for itself.
     """
     return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
 def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
-    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I], for `readers` as `rms_norm` has them."""
+    """silu(gate) * up of x [M, 2I] = [gate, up]: [M, I]. readers: as in `rms_norm`."""
     return _bound["silu_mul"](x, readers)  # type: ignore[no-any-return]
 
 
 def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
-    """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], then `silu_mul`: [M, I]."""
+    """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], fused with `silu_mul`: [M, I]."""
     return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed:
-    """Each token's experts, of x [T, H] by a router's weight [E, H] and bias FP32 [E], as `router` says; scores are FP32.
+    """Each token's experts for x [T, H], the router's weight [E, H] and bias FP32 [E], as `router` says. Scores are FP32.
 
-    Rows that pad a graph wake none. A row whose scores are NaN wakes experts that exist, with weights that are NaN.
+    Rows that pad a graph have no experts (-1). A row with NaN scores gets valid expert ids with NaN weights.
     """
     return _bound["route"](x, weight, bias, router, batch)  # type: ignore[no-any-return]
 
 
 def dispatch(experts: Tensor, count: int) -> Dispatch:
-    """Pairs of tokens and experts, INT32 [T, top_k], sorted by expert, of which there are `count`; -1 is none of them."""
+    """Sort the (token, expert) pairs of `experts`, INT32 [T, top_k] in [0, count) or -1 for none, by expert."""
     return _bound["dispatch"](experts, count)  # type: ignore[no-any-return]
 
 
 def combine(y: Tensor, routed: Routed, at: Dispatch) -> Tensor:
-    """The FP32 sum of each token's pairs, y [P, N] in sorted order, times their weights: [T, N], zeros where none is woken."""
+    """Each token's weighted sum of its pairs' rows of y [P, N] (sorted order), in FP32: [T, N]; zeros without experts."""
     return _bound["combine"](y, routed, at)  # type: ignore[no-any-return]
 
 
 def experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack) -> Tensor:
-    """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)), for x [T, H]: [T, H] in x's dtype.
+    """MoE layer: each token's weighted sum over its experts of down(silu(gate(x)) * up(x)). x [T, H]: [T, H] in x's dtype.
 
-    gate_up: [E, 2I, H] = [gate, up]; down: [E, H, I]. Never waits for the device.
+    gate_up: [E, 2I, H] = [gate, up]; down: [E, H, I]. Does not synchronize with the host.
     """
     at = dispatch(routed.experts, gate_up.experts)
     return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
@@ -265,17 +264,16 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) as the views' dtypes say.
+    """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) in the dtypes of the cache's views.
 
-    An FP8 cache stores round(k / scale), clamped; the scale is the layer's, the head's, or the token's and head's where the
-    cache has a place for it. NaN and infinity are stored as 0: the cache holds finite values only, so that what is masked
-    may be multiplied, by 0 too.
+    An FP8 cache stores round(k / scale), clamped. The scale is per layer, per head, or, if the cache stores scales, per token
+    and head. NaN and infinity are stored as 0: attention multiplies masked values by 0, so the cache must hold finite values.
     """
     _bound["write_kv"](cache, slots, k, v)
 
 
 def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
-    """What lies between the QKV product and attention: norms of the query and key heads, `rotate`, `write_kv`.
+    """Norms of the query and key heads, `rotate`, and `write_kv` in one op, between the QKV projection and attention.
 
     q [T, H, D], k and v [T, H', D]; returns the rotated queries.
     """
@@ -285,9 +283,9 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 def project(
     x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
-    """`linear` of x [T, K] by the weight of queries, keys and values, then `rope_write_kv`: the rotated queries [T, H, D].
+    """QKV projection of x [T, K] fused with `rope_write_kv` in one launch: the rotated queries [T, H, D].
 
-    None, and nothing is written, where one launch does not compute both; `attend` takes what `linear` gives.
+    Returns None, and writes nothing, if no kernel fuses the two here; the caller then uses `linear` and `attend`.
     """
     return _bound["project"](x, w, heads, rope, cache, batch, window)  # type: ignore[no-any-return]
 
@@ -296,7 +294,7 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
     """Causal attention of q [T, H, D] over the cache, which already holds this step's tokens: [T, H, D].
 
     Each request's query tokens are the last of its context. `window` limits a token to the last `window` positions, itself
-    included. Scores and sums are FP32. A request of one token whose context is empty pads a graph: zeros, and nothing is read.
+    included. Scores and sums are FP32. A one-token request with an empty context pads a graph: nothing is read, zeros returned.
     """
     return _bound["attention"](q, cache, batch, scale, window)  # type: ignore[no-any-return]
 
@@ -309,33 +307,33 @@ def attend(
 
 
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
-    """Each head's product x [T, H, K] by w [H, K, N], sums in FP32: [T, H, N] in x's dtype."""
+    """Per-head product x [T, H, K] by w [H, K, N], FP32 accumulation: [T, H, N] in x's dtype."""
     return _bound["head_linear"](x, w)  # type: ignore[no-any-return]
 
 
 def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
-    """Store a token's latent, normed, and its key's rope part, rotated, at `slots` [T], of kv [T, R + D] as projected.
+    """Store each token's latent (RMSNorm applied) and rope key (rotated) at `slots` [T]. kv [T, R + D]: the projection.
 
     In codes (`fp8_ds_mla`) each 128 values of a latent share a scale: amax, at least 1e-4, over the largest code, rounded up to
-    a power of two. NaN and infinity are stored as 0, as `write_kv` has it.
+    a power of two. NaN and infinity are stored as 0, as in `write_kv`.
     """
     _bound["write_latent"](kv, norm, rotation, cache, slots)
 
 
 def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
-    """Queries that meet latents, [T, H, R + D]: q [T, H, N + D] as projected, its N by up_k [H, N, R], its last D rotated.
+    """MLA's absorbed queries [T, H, R + D]: the nope part of q [T, H, N + D] times up_k [H, N, R], then q's rope part, rotated.
 
-    A score q·(up_k c) is (q up_k)·c, so keys need not be made of latents c (arXiv:2405.04434, section 2.1.2).
+    A score q·(up_k c) is (q up_k)·c, so keys need not be expanded from latents c (arXiv:2405.04434, section 2.1.2).
     """
     return _bound["absorbed_queries"](q, up_k, rotation)  # type: ignore[no-any-return]
 
 
 def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
-    """Causal attention of absorbed queries q [T, H, R + D] over latents, which are the values too: [T, H, R].
+    """Causal attention of absorbed queries q [T, H, R + D] over latents, which are keys and values at once: [T, H, R].
 
-    The cache holds this step's tokens already. `chosen`: INT32 [T, top_k], the places in its request's context that a token
-    attends to, in ascending order, -1 behind them; None: all up to its own. Scores and sums are FP32. A row that pads a graph
-    gives zeros.
+    The cache already holds this step's tokens. chosen: for sparse attention, INT32 [T, top_k], the positions in its request's
+    context that a token attends to, ascending, padded with -1; None: all positions up to its own. Scores and sums are FP32.
+    A row that pads a graph gives zeros.
     """
     return _bound["latent_attention"](q, cache, batch, scale, chosen)  # type: ignore[no-any-return]
 
@@ -343,58 +341,58 @@ def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: 
 def expanded_attention(
     q: Tensor, up_k: Tensor, up_v: Tensor, rotation: Rotation, cache: LatentCache, batch: ForwardBatch, scale: float
 ) -> Tensor:
-    """Causal attention of q [T, H, N + D] as projected, over keys and values made of the latents of each request's context.
+    """MLA prefill: causal attention of q [T, H, N + D] over keys and values expanded from each request's latents: [T, H, V].
 
-    up_k [H, N, R], up_v [H, R, V]; a key is its head's up_k c, then the rope part that heads share, a value c up_v: [T, H, V].
-    For long prompts: a pair of a query and a key costs N + D + V products and not 2R + D, but latents are multiplied anew.
+    up_k [H, N, R], up_v [H, R, V]: a head's key is up_k c followed by the shared rope key, its value is c up_v. For long
+    prompts: a query-key pair costs N + D + V multiplications instead of 2R + D, but each call expands the latents again.
     """
     return _bound["expanded_attention"](q, up_k, up_v, rotation, cache, batch, scale)  # type: ignore[no-any-return]
 
 
 def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:
-    """Store the indexer's keys at `slots` [T]: k [T, D] as projected, normed (LayerNorm), its first dimensions rotated.
+    """Store the indexer's keys at `slots` [T]: k [T, D] as projected, after LayerNorm and rotation of the first dimensions.
 
-    In codes, after a Hadamard transform times D^-1/2, each with a scale as `write_latent` has it.
+    In codes, a Hadamard transform times D^-1/2 is applied first, and each key has a scale as in `write_latent`.
     """
     _bound["write_index_keys"](k, norm, rotation, cache, slots)
 
 
 def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache, batch: ForwardBatch, top_k: int) -> Tensor:
-    """The `top_k` places of each token's context that the indexer scores highest: INT32 [T, top_k], ascending, -1 behind them.
+    """The `top_k` positions of each token's context with the highest index scores: INT32 [T, top_k], ascending, -1-padded.
 
-    The score of place s is the sum over heads h of weights[t, h] * max(0, q[t, h]·k[s]), in FP32. q [T, Hi, D], as projected,
-    is rotated as keys are and, where those are in codes, transformed and rounded as they are; weights [T, Hi]. Of equal ones
-    the first; a token sees places up to its own; NaN is as good as -infinity. A row that pads a graph has none.
+    The score of position s is the sum over heads h of weights[t, h] * max(0, q[t, h]·k[s]), in FP32. q [T, Hi, D], as
+    projected, is rotated as keys are, and transformed and quantized too if keys are stored in codes; weights [T, Hi]. Ties go
+    to the earlier position; a token sees positions up to its own; NaN ranks as -infinity. A row that pads a graph selects none.
     """
     return _bound["select_keys"](q, weights, rotation, cache, batch, top_k)  # type: ignore[no-any-return]
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The token with the largest of logits [rows, vocab], the first of equal ones: int64 [rows]. NaN is as good as infinite."""
-    return _bound["likeliest"](logits)  # type: ignore[no-any-return]
+def argmax(logits: Tensor) -> Tensor:
+    """The token with the largest of logits [rows, vocab]: int64 [rows]. Ties go to the smaller id; NaN ranks as infinity."""
+    return _bound["argmax"](logits)  # type: ignore[no-any-return]
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
-    """A token of each row of FP32 logits [rows, vocab], which may be overwritten: int64 [rows].
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
+    """Sample a token of each row of FP32 logits [rows, vocab], which may be overwritten: int64 [rows].
 
-    It is the first one up to which the probabilities, softmax(logits / temperature) of those that `cut` keeps, sum up to more
-    than u times all of them. temperature FP32 [rows], u FP64 [rows], at least 0 and less than 1.
+    Inverse transform sampling: the first token at which the cumulative probability of the tokens that `filters` keeps exceeds
+    u times their sum. Probabilities are softmax(logits / temperature). temperature: FP32 [rows]; u: FP64 [rows] in [0, 1).
     """
-    return _bound["draw"](logits, temperature, u, cut)  # type: ignore[no-any-return]
+    return _bound["sample"](logits, temperature, u, filters)  # type: ignore[no-any-return]
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
-    """Of single tokens with contexts up to `longest`: where it is equal, `attention` launches the same."""
+    """A key of `attention`'s launches for one-token requests with contexts up to `longest`: equal keys, equal launches."""
     return _bound["decode_variant"](requests, kv_heads, longest)  # type: ignore[no-any-return]
 
 
 def implementations() -> Sequence[LinearImplementation]:
-    """The linear implementations bound here, the preferred first; tests run each against the reference."""
+    """The linear implementations of this platform in order of preference; tests compare each with the reference."""
     return tuple(_linear)
 
 
 def stack_implementations() -> Sequence[StackImplementation]:
-    """As `implementations`, of stacks of experts."""
+    """As `implementations`, for stacks of experts."""
     return tuple(_stacks)
 
 
@@ -404,7 +402,7 @@ def _rope_then_attention(
     return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
 
 
-# What is made of other ops where a platform has nothing better, and how.
+# Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),

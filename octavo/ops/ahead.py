@@ -1,7 +1,7 @@
-"""Compiling ahead: a mode in which kernels are compiled and none is launched, so that what ops give is worthless.
+"""Ahead-of-time compilation: a mode in which kernels are compiled but not launched, so results of ops are undefined.
 
-Only what launches looks at it: the two launchers of kernels (triton/launch.py and hopper/compile.py) and the collectives of
-`ops`, for which ranks would wait for one another. A wrapper of a kernel asks nothing and so can forget nothing.
+Only the code that launches checks the mode: the two kernel launchers (triton/launch.py and hopper/compile.py) and the
+collectives of `ops`, where ranks would wait for one another. Wrappers of kernels need no check of their own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 __all__ = ["is_on", "mode"]
 
-_thread = threading.local()  # ranks may be threads of one process, and need not compile at the same time
+_thread = threading.local()  # ranks may be threads of one process, and they need not compile at the same time
 
 
 @contextmanager
 def mode() -> Iterator[None]:
-    """Within it this thread compiles ahead."""
+    """Within this context the calling thread compiles ahead."""
     before = is_on()
     _thread.on = True
     try:
@@ -27,5 +27,5 @@ def mode() -> Iterator[None]:
 
 
 def is_on() -> bool:
-    """Whether this thread compiles ahead."""
+    """Whether the calling thread compiles ahead."""
     return getattr(_thread, "on", False)

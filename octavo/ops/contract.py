@@ -16,20 +16,22 @@ from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN",
-    "Activation", "CodeFormat", "Cut", "DecoderParts", "Dispatch", "FusedDecoder", "HeadNorms", "LayerParts",
-    "LinearImplementation", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope",
-    "Rotation", "Routed", "Router", "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
+    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
+    "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "StackImplementation",
+    "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
-# Bytes that an op on latents or index keys may take for itself, beside its operands and its result: keys and values that are
-# made of latents, scores of index keys. It computes in parts what would take more; the references do not.
+# Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
+# values expanded from latents, and for index scores. The op works in chunks where it would need more; the references do not.
 LATENT_SCRATCH = 768 << 20
 
 
 class CodeFormat(NamedTuple):
-    """Which codes of activations [M, K] a product reads: their dtype, which of a token's values share a scale (ROW: all;
-    BLOCK: each 128), and their columns K'."""
+    """The format of quantized activations [M, K] that a product reads.
+
+    granularity: ROW has one scale a token, BLOCK one for each 128 values of a token. width: the columns K', K padded.
+    """
 
     dtype: torch.dtype
     granularity: Granularity
@@ -37,12 +39,12 @@ class CodeFormat(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Scales of a token."""
+        """Number of scales of one token."""
         return 1 if self.granularity is Granularity.ROW else -(-self.width // BLOCK)
 
 
 class Quantized(NamedTuple):
-    """Activations as codes [M, K'] (columns past K are zero) with FP32 scales [M, groups]; one group where a token has one."""
+    """Quantized activations: codes [M, K'] (columns past K are zero) and FP32 scales [M, groups] (ROW: one group)."""
 
     codes: Tensor
     scale: Tensor
@@ -50,13 +52,13 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """What an op makes for those who read its result: dense values [M, K], codes of them, or both."""
+    """An op's result in the forms that its readers asked for: dense values [M, K], codes of them, or both."""
 
     dense: Tensor | None
     quantized: Quantized | None = None
 
     def values(self) -> Tensor:
-        """The dense values, which there are where some reader asked for them."""
+        """The dense values. They exist only if a reader asked for them."""
         assert self.dense is not None, "nobody was said to read the dense values"
         return self.dense
 
@@ -66,9 +68,9 @@ class Activation:
 
 
 class Unscaled(NamedTuple):
-    """A product whose scales its reader is to apply: values [M, N] * row [M, 1] * column [N]. FP32 scales.
+    """A product without its scales: the result is values [M, N] * row [M, 1] * column [N], which the reader computes.
 
-    Rounding to BF16 does not depend on a scale, and a library multiplies faster without.
+    Scales are FP32. Rounding the product to BF16 commutes with scaling, and the library's GEMM is faster without scales.
     """
 
     values: Tensor
@@ -76,19 +78,22 @@ class Unscaled(NamedTuple):
     column: Tensor
 
 
-Operand = Tensor | Activation  # of a product; a tensor is dense values
+Operand = Tensor | Activation  # the input of a product; a tensor holds dense values
 Product = Tensor | Unscaled
 
 
-class Cut(NamedTuple):
-    """Which of a row's tokens are drawn from, [rows] each: the `top_k` likeliest (INT32; the vocabulary's size: all), of those
-    that are at least `min_p` times as likely as the likeliest, and of these the fewest, the likeliest first, that have `top_p`
-    of their sum (FP32). Of equal ones those with smaller ids come first. `most` is the largest of top_k."""
+class Filters(NamedTuple):
+    """The top-k, min-p and top-p filters of a batch of rows, [rows] each, applied to probabilities in this order.
+
+    top_k (INT32) keeps that many of the most probable tokens; the vocabulary's size keeps all. min_p (FP32) drops tokens less
+    probable than min_p times the most probable one. top_p (FP32) keeps the fewest of the remaining tokens, most probable
+    first, whose probabilities reach top_p times their sum. Ties go to the smaller id. max_top_k is the largest top_k.
+    """
 
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    most: int
+    max_top_k: int
 
 
 class HeadNorms(NamedTuple):
@@ -100,8 +105,11 @@ class HeadNorms(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """What happens to query and key heads before attention: norms (None: none), then rotation of their first R dimensions by
-    the angles whose cosines, then sines, are in a token's row of cos_sin: FP32 [rows, R]. rows: int64 [T]."""
+    """Processing of query and key heads between the QKV projection and attention: norms (or None), then rotary embedding.
+
+    The first R dimensions of a head are rotated. cos_sin: FP32 [rows, R], cosines first, then sines. rows: int64 [T], each
+    token's row of cos_sin.
+    """
 
     norms: HeadNorms | None
     cos_sin: Tensor
@@ -109,9 +117,9 @@ class Rope(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Rotation of R dimensions of MLA's or an indexer's queries and keys; cos_sin and rows as Rope has them.
+    """Rotary embedding of R dimensions of the queries and keys of MLA or of an indexer; cos_sin and rows as in Rope.
 
-    interleaved: dimension 2i is rotated with 2i + 1, by angle i; else i with i + R/2.
+    interleaved: pair i is dimensions 2i and 2i + 1 (GPT-J style); otherwise it is i and i + R/2 (NeoX style).
     """
 
     cos_sin: Tensor
@@ -120,7 +128,7 @@ class Rotation(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm by a weight, or, where there is a bias, LayerNorm."""
+    """RMSNorm with a weight; LayerNorm if a bias is given."""
 
     weight: Tensor
     eps: float
@@ -128,42 +136,43 @@ class Norm(NamedTuple):
 
 
 class PackedWeight:
-    """A weight laid out for the implementation that multiplies by it."""
+    """A weight [N, K] in the layout of the implementation that multiplies by it."""
 
-    held_bytes: int  # memory that it takes, which on a device without FP8 arithmetic is more than what is stored
-    reads: CodeFormat | None = None  # set, it also takes such codes
-    stored: QTensor | None = None  # what `keep` was given
+    held_bytes: int  # memory held; on a device without FP8 arithmetic this exceeds the stored bytes
+    reads: CodeFormat | None = None  # if set, the product also takes codes in this format
+    stored: QTensor | None = None  # the argument of `keep`
 
     def __call__(self, x: Operand) -> Tensor:
         """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
         raise NotImplementedError
 
     def unscaled(self, x: Operand) -> Product:
-        """The same product, for a reader that applies scales itself."""
+        """The same product, with scales left to a reader that can apply them."""
         return self(x)
 
     def keep(self, q: QTensor) -> None:
-        """Hold `q`, which this weight was made of, for `rows`. What it shares with this weight takes no memory again."""
+        """Keep the stored weight `q` for `rows`. Memory that `q` shares with this packed weight is counted once."""
         self.held_bytes += q.nbytes - self.shared_bytes(q)
         self.stored = q
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` [T] of the weight in `dtype`, [T, K], of codes times their scales. Of a weight that keeps its codes."""
+        """Embedding lookup: rows `ids` [T] of the dequantized weight, [T, K] in `dtype`. `keep` must have been called."""
         assert self.stored is not None
         return self.stored.rows(ids, dtype)
 
     def shared_bytes(self, q: QTensor) -> int:
-        """Bytes of `q`, which this weight was made of, that are this weight's own memory and no copy."""
+        """Bytes of the stored weight `q` that this packed weight references without a copy."""
         own = {t.untyped_storage().data_ptr() for t in vars(self).values() if isinstance(t, Tensor) and has_storage(t)}
         return sum(t.nbytes for t in (q.data, q.scale) if t is not None and t.untyped_storage().data_ptr() in own)
 
 
 class Router(NamedTuple):
-    """How a family chooses each token's experts from their scores, which are logits through softmax or, if `sigmoid`, sigmoid.
+    """How a model family chooses each token's experts. Scores are softmax, or if `sigmoid` sigmoid, of the router's logits.
 
-    `top_k` of them, by score plus bias where there is one, are chosen; only from the `top_groups` of `groups` equal groups
-    whose two best add up to most. Their weights are the scores without the bias, made to add up to 1 if `normalize`, times
-    `scale`. Of equal ones those with smaller ids come first (DeepSeek-V3, section 2.1.2, has the general form).
+    The `top_k` experts with the highest score plus bias (if there is a bias) are chosen. Only experts of the best `top_groups`
+    of `groups` equal groups compete; a group's rank is the sum of its two best scores plus bias. Expert weights are the scores
+    without bias, normalized to sum 1 if `normalize`, times `scale`. Ties go to the smaller id. DeepSeek-V3 (section 2.1.2)
+    has the general form.
     """
 
     top_k: int
@@ -175,17 +184,18 @@ class Router(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Each token's experts, INT32 [T, top_k], -1 where none is woken, and the weights of what they give, FP32 [T, top_k]."""
+    """Each token's experts, INT32 [T, top_k], -1 for none (padding), and their weights, FP32 [T, top_k]."""
 
     experts: Tensor
     weights: Tensor
 
 
 class Dispatch(NamedTuple):
-    """Pairs of a token and an expert, P = T * top_k in the order of tokens, sorted by expert. All INT32.
+    """(token, expert) pairs, P = T * top_k, sorted by expert for a grouped GEMM. All INT32.
 
-    order [P]: the pair at each place; place [P]: the place of each pair; starts [E + 1]: where an expert's begin. Pairs that
-    wake no expert are behind the last. Products of pairs are [P, N], in sorted order; behind starts[E] they are anything.
+    Pair p belongs to token p // top_k. order [P]: the pair at each sorted position; place [P]: the sorted position of each
+    pair; starts [E + 1]: the first sorted position of each expert. Pairs with expert -1 are sorted to the end. Products of
+    pairs are [P, N] in sorted order; rows from starts[E] on are undefined.
     """
 
     order: Tensor
@@ -195,28 +205,28 @@ class Dispatch(NamedTuple):
 
 
 class PackedStack:
-    """Experts' weights [E, N, K] laid out for the implementation that multiplies by them."""
+    """Experts' weights [E, N, K] in the layout of the implementation that multiplies by them (a grouped GEMM)."""
 
     experts: int
     n: int
     k: int
     held_bytes: int
-    reads: CodeFormat | None = None  # set, it also takes such codes
-    looks_at_host: bool = False  # whether a product waits for the device, and so cannot be captured
+    reads: CodeFormat | None = None  # if set, the product also takes codes in this format
+    looks_at_host: bool = False  # the product synchronizes with the host, so it cannot be captured in a graph
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
-        """Each pair's row times its expert's transposed weight: [P, N] in x's dtype, BF16 for codes, in sorted order.
+        """Grouped GEMM: each pair's row times its expert's transposed weight, [P, N] in x's dtype (BF16 for codes), sorted.
 
-        `of_tokens`: x is [T, K], and a pair's row is its token's; else x is [P, K], in sorted order.
+        of_tokens: x is [T, K], one row a token, gathered by pair; otherwise x is [P, K] in sorted order.
         """
         raise NotImplementedError
 
 
-Reader = PackedWeight | PackedStack | None  # of an op's result: a weight, or whatever reads dense values
+Reader = PackedWeight | PackedStack | None  # a consumer of an op's result; None reads dense values
 
 
 def wanted(readers: Sequence[Reader]) -> tuple[bool, CodeFormat | None]:
-    """Whether dense values are to be made for these, and which codes. Readers of different codes all read dense values."""
+    """(whether these readers need dense values, the code format to make). With several formats, all readers read dense."""
     formats = {reader.reads for reader in readers if reader is not None and reader.reads is not None}
     if len(formats) != 1:
         return True, None
@@ -229,7 +239,7 @@ def values_of(x: Operand) -> Tensor:
 
 
 def codes_of(x: Operand, form: CodeFormat) -> Quantized | None:
-    """The codes in this format, where x has them."""
+    """The codes of x in this format, or None if x does not hold them."""
     if isinstance(x, Tensor) or (found := x.quantized) is None:
         return None
     given = found.codes.dtype, found.codes.shape[1], found.scale.shape[1]
@@ -241,7 +251,7 @@ def has_storage(t: Tensor) -> bool:
 
 
 class LayerParts(NamedTuple):
-    """A layer of a dense decoder: norm, attention, add, norm, gated SiLU MLP, add. No biases but that of qkv."""
+    """A layer of a dense decoder: norm, attention, residual add, norm, gated SiLU MLP, residual add. Only qkv has a bias."""
 
     qkv: PackedWeight
     o: PackedWeight
@@ -256,12 +266,12 @@ class LayerParts(NamedTuple):
 
     @property
     def weights(self) -> tuple[PackedWeight, ...]:
-        """In the order in which they are multiplied by."""
+        """In execution order."""
         return self.qkv, self.o, self.gate_up, self.down
 
 
 class DecoderParts(NamedTuple):
-    """The layers of a decoder and the numbers that they share; `inter` is the width between the MLP's products."""
+    """The layers of a decoder and their common sizes; `inter` is the MLP's intermediate size."""
 
     layers: Sequence[LayerParts]
     cos_sin: Tensor
@@ -275,19 +285,19 @@ class DecoderParts(NamedTuple):
 
 
 class FusedDecoder(Protocol):
-    """All layers of a decoder in fewer launches than op by op, for some steps."""
+    """A megakernel decoder: all layers of a decode step in fewer launches than op by op, for the steps that it takes."""
 
     name: str
-    attends: bool  # its launches hold attention, so that they are the same for contexts of all lengths
+    attends: bool  # its launches include attention, so one capture serves all context lengths
 
     def takes(self, requests: int, longest: int) -> bool:
-        """Whether it computes a step of so many requests, one token each, with contexts up to `longest`."""
+        """Whether it computes a decode step of this many requests, one token each, with contexts up to `longest`."""
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """What the last layer leaves, [requests, hidden], of the embeddings x; keys and values are written to the cache."""
+        """The last layer's output [requests, hidden] for embeddings x; writes the step's keys and values to the cache."""
 
 
-# What an implementation of `linear` may take: a weight's dtype, the granularity of its scales, and of its activations'.
+# A kind of weight that an implementation of `linear` may support: (dtype, granularity of its scales, of the activations').
 Kind = tuple[WeightDType, Granularity | None, Granularity | None]
 PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
 FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
@@ -296,28 +306,28 @@ FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)
 
 
 def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
-    """None for a scheme of one of these kinds; for others, what the weight is."""
+    """None if the scheme is one of these kinds; otherwise a description of the weight."""
     taken = (scheme.dtype, scheme.weight, scheme.activation) in kinds
     return None if taken else f"the weight is {scheme.kind}"
 
 
 class StackImplementation(Protocol):
-    """One way to multiply by a stack of experts."""
+    """One implementation of a grouped GEMM over a stack of experts."""
 
     name: str
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        """As LinearImplementation has it."""
+        """As LinearImplementation.supports."""
 
     def pack(self, q: QTensor, platform: Platform) -> PackedStack: ...
 
 
 class LinearImplementation(Protocol):
-    """One way to multiply by a QTensor."""
+    """One implementation of a product by a QTensor."""
 
     name: str
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        """None, or why not. It takes what it names, by dtype and granularity, and nothing else."""
+        """None, or the reason why not. Supports exactly the dtypes and granularities that it lists."""
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWeight: ...

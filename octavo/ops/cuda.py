@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU prefers: Triton kernels that overlap their starts, torch's library for products with many tokens."""
+"""The ops of NVIDIA GPUs: CUDA and Triton kernels with overlapped launches; torch's library for products of many tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from octavo.ops.gpu import (
     LINEAR,
     STACKS,
     absorbed_queries,
+    argmax,
     combine,
     dispatch,
-    draw,
     expanded_attention,
     head_linear,
     latent_attention,
-    likeliest,
     rms_norm,
     rope_write_kv,
     route,
+    sample,
     select_keys,
     silu_mul,
     write_index_keys,
@@ -40,15 +40,14 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "attend", "attention", "capture", "combine", "compile_ahead", "configure",
-    "decode_variant", "dispatch", "draw", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
-    "likeliest", "project", "rms_norm", "rope_write_kv", "route", "select_keys", "silu_mul", "write_index_keys",
-    "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "combine", "compile_ahead",
+    "configure", "decode_variant", "dispatch", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
+    "project", "rms_norm", "rope_write_kv", "route", "sample", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 
 def configure(platform: Platform) -> None:
-    """For launchers, and to compile what does not depend on a model."""
+    """Configure the launchers, and compile the kernels that do not depend on a model."""
     launch.configure(platform)
     hopper.attention.configure(platform)
     gate_up_silu.KERNELS.configure(platform)
@@ -56,7 +55,7 @@ def configure(platform: Platform) -> None:
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:
-    """Which steps -> what computes the decoder in fewer launches than op by op, or why nothing does."""
+    """Kind of decode step -> its megakernel decoder, or the reason why the step runs op by op."""
 
     def make(module: ModuleType, decoder: Callable[[DecoderParts, Platform], FusedDecoder]) -> FusedDecoder | str:
         try:
@@ -65,7 +64,7 @@ def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | st
             log.warning("decode steps of few requests go op by op: %s", error)
             return str(error).splitlines()[0]
 
-    with ThreadPoolExecutor(2) as pool:  # most of it is the compiler's time
+    with ThreadPoolExecutor(2) as pool:  # in parallel: most of the time is the compiler's
         one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
         few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)
     return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}

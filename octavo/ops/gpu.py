@@ -1,4 +1,4 @@
-"""What every GPU prefers: Triton kernels, and the library's products where there are many tokens."""
+"""The ops that all GPUs share: Triton kernels, and the library's (torch's) products for many tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from octavo.ops.contract import (
     not_taken,
     values_of,
 )
-from octavo.ops.triton.argmax import likeliest
+from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
@@ -31,13 +31,13 @@ from octavo.ops.triton.elementwise import quantize, rms_norm, silu_mul
 from octavo.ops.triton.expanded_attention import expanded_attention
 from octavo.ops.triton.experts import grouped_linear
 from octavo.ops.triton.index_keys import write_index_keys
-from octavo.ops.triton.int4 import GROUPS, int4_product, laid_out, quantizes
+from octavo.ops.triton.int4 import GROUPS, int4_product, laid_out, uses_w4a8
 from octavo.ops.triton.latent_attention import latent_attention
 from octavo.ops.triton.latent_write import absorbed_queries, head_linear, write_latent
 from octavo.ops.triton.linear import MOST_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.routing import combine, dispatch, route
-from octavo.ops.triton.sample import draw
+from octavo.ops.triton.sample import sample
 from octavo.ops.triton.select_keys import select_keys
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -49,39 +49,39 @@ __all__ = [
     "Grouped",
     "ScaledMM",
     "absorbed_queries",
+    "argmax",
     "attend",
     "attention",
     "combine",
     "decode_variant",
     "dispatch",
-    "draw",
     "expanded_attention",
     "head_linear",
     "latent_attention",
-    "likeliest",
     "rms_norm",
     "rope_write_kv",
     "route",
+    "sample",
     "select_keys",
     "silu_mul",
     "write_index_keys",
     "write_latent",
 ]
 
-# The library's product is faster with one scale a matrix than with one a row and column: up to so many tokens, and where K is
-# longer than this for any number (5% at 8192 tokens of K = 14,336, the card at its power limit).
+# torch._scaled_mm is faster with per-tensor scales than with per-row and per-column ones: for up to UNSCALED_TOKENS tokens, and
+# for any number of tokens if K exceeds UNSCALED_DEPTH (5% at 8192 tokens of K = 14,336, the card at its power limit).
 UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
 
 
 def _foreign(q: QTensor, platform: Platform) -> str | None:
-    """None, or why the device's FP8 units do not multiply these codes; e5m2 by e5m2 none does."""
+    """None, or why the device's FP8 tensor cores do not multiply these codes. None of them multiplies e5m2 by e5m2."""
     if q.data.dtype is platform.fp8_dtype:
         return None
     return f"its codes are {q.data.dtype}, and this device multiplies {platform.fp8_dtype}"
 
 
 class ScaledMM:
-    """FP8 with a scale a token and a scale a channel."""
+    """FP8 with one scale per token and one per output channel."""
 
     name = "Triton for few tokens, torch._scaled_mm for many"
 
@@ -97,7 +97,7 @@ class ScaledMM:
 
 
 class PackedScaledMM(PackedWeight):
-    """Codes [N', K'] and channel scales [1, N'], padded as the matrix units want them."""
+    """Codes [N', K'] and channel scales [1, N'], padded to the alignment of the FP8 tensor cores."""
 
     def __init__(self, q: QTensor):
         assert q.scale is not None
@@ -120,33 +120,33 @@ class PackedScaledMM(PackedWeight):
         return Unscaled(self._scaled_mm(codes, self.one, self.one), scale, self.scale)
 
     def _product(self, given: Quantized) -> Tensor:
-        """BF16 [M, N]."""
+        """The scaled product in BF16, [M, N]."""
         codes, scale = given
         if codes.shape[0] <= MOST_TOKENS:
             return small_linear(given, self.weight, self.scale, self.n)
         return self._scaled_mm(codes, scale, self.scale)[:, : self.n]
 
     def _scaled_mm(self, codes: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-        """Sums stay in the matrix unit, which keeps about 14 bits of them: that adds 0.13% of noise at K = 4096 and 0.29% at
-        14,336 (one H200) to the 3.7% of rounding both factors to FP8, and a product takes a tenth less time and power.
+        """FP8 tensor cores keep about 14 bits of their sums (use_fast_accum). This adds 0.13% of noise at K = 4096 and 0.29% at
+        14,336 (one H200) to the 3.7% of rounding both factors to FP8, and saves a tenth of a product's time and power.
         """
         return torch._scaled_mm(
             codes, self.weight.mT, scale_a=by_row, scale_b=by_column, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
     def codes(self, x: Operand) -> Quantized:
-        """x [M, K] as this weight reads it."""
+        """x [M, K] quantized in the format that this weight reads."""
         return codes_of(x, self.reads) or quantize(values_of(x), self.reads.dtype, self.reads.width)
 
 
 def _dtype(x: Operand) -> torch.dtype:
-    """Of x times a weight; of x that has no dense values BF16."""
+    """The dtype of x times a weight: BF16 if x has no dense values."""
     dense = x if isinstance(x, Tensor) else x.dense
     return torch.bfloat16 if dense is None else dense.dtype
 
 
 class Blocks:
-    """FP8 with a scale a 128x128 tile of the weight and a group of 128 activations."""
+    """FP8 with one scale per 128x128 tile of the weight and one per 128 activations of a token."""
 
     name = "Triton, tiles of 128x128"
 
@@ -158,7 +158,7 @@ class Blocks:
 
 
 class PackedBlocks(PackedWeight):
-    """Codes [N', K'] and the grid of their scales."""
+    """Codes [N', K'] and the grid of the tiles' scales."""
 
     def __init__(self, q: QTensor):
         assert q.scale is not None
@@ -171,7 +171,7 @@ class PackedBlocks(PackedWeight):
 
 
 class Dense:
-    """BF16 weights: the library's product."""
+    """BF16 weights, multiplied by the library."""
 
     name = "torch"
 
@@ -183,7 +183,7 @@ class Dense:
 
 
 class PackedDense(PackedWeight):
-    """A weight [N, K] as it is."""
+    """A weight [N, K] as stored."""
 
     def __init__(self, q: QTensor):
         self.weight, self.held_bytes = q.data, q.nbytes
@@ -194,7 +194,7 @@ class PackedDense(PackedWeight):
 
 
 class Grouped:
-    """Stacks of experts in BF16, in FP8 with a scale a token and a channel, and in FP8 with 128x128 tiles."""
+    """Expert stacks in BF16, in FP8 with per-token and per-channel scales, and in FP8 with 128x128 tiles."""
 
     name = "Triton, grouped"
 
@@ -208,7 +208,7 @@ class Grouped:
 
 
 class PackedGrouped(PackedStack):
-    """Codes or values [E, N', K'] and the codes' scales, as they are stored."""
+    """Codes or values [E, N', K'] and the codes' scales, as stored."""
 
     def __init__(self, q: QTensor):
         self.experts, self.n, self.k = q.shape
@@ -228,10 +228,10 @@ class PackedGrouped(PackedStack):
 
 
 class PackedInt4:
-    """INT4 in groups, dense weights and stacks of experts: two codes stay in a byte.
+    """Group-wise INT4, two codes in a byte, for dense weights and expert stacks.
 
-    Activations meet it as they are, in BF16 (W4A16). Only where `octavo.ops.triton.int4.quantizes` says so, since it was
-    measured to be faster, are they quantized to FP8 first, with a scale a token (W4A8), as FP8 schemes do for any number.
+    Activations stay in BF16 (W4A16), except where `octavo.ops.triton.int4.uses_w4a8` says that FP8 was measured to be faster:
+    there they are quantized to FP8 with one scale per token (W4A8), as the FP8 schemes do for any number of tokens.
     """
 
     name = "Triton, packed INT4"
@@ -247,21 +247,21 @@ class PackedInt4:
 
 
 class Int4(PackedInt4):
-    """Of dense weights [N, K]."""
+    """INT4 for dense weights [N, K]."""
 
     def pack(self, q: QTensor, platform: Platform) -> Int4Weight:
         return Int4Weight(q, platform.fp8_dtype)
 
 
 class Int4Experts(PackedInt4):
-    """Of stacks [E, N, K]."""
+    """INT4 for expert stacks [E, N, K]."""
 
     def pack(self, q: QTensor, platform: Platform) -> Int4Stack:
         return Int4Stack(q, platform.fp8_dtype)
 
 
 class Int4Weight(PackedWeight):
-    """Codes [N, bytes] and BF16 scales [N, groups]: as they are stored, but for rows that end within a step of the kernel."""
+    """Codes [N, bytes] and BF16 scales [N, groups], as stored, with rows padded to whole steps of the kernel."""
 
     def __init__(self, q: QTensor, fp8: torch.dtype):
         assert q.scale is not None
@@ -270,12 +270,12 @@ class Int4Weight(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x = values_of(x)
-        fp8 = self.fp8 if quantizes(len(x), self.group, dense=True) else None
+        fp8 = self.fp8 if uses_w4a8(len(x), self.group, dense=True) else None
         return int4_product(x, self.codes.unsqueeze(0), self.scale.unsqueeze(0), self.group, fp8=fp8)
 
 
 class Int4Stack(PackedStack):
-    """Codes [E, N, bytes] and BF16 scales [E, N, groups], as Int4Weight has one expert's."""
+    """Codes [E, N, bytes] and BF16 scales [E, N, groups]; each expert is laid out as in Int4Weight."""
 
     def __init__(self, q: QTensor, fp8: torch.dtype):
         assert q.scale is not None
@@ -284,7 +284,7 @@ class Int4Stack(PackedStack):
         self.group, self.fp8, self.held_bytes = q.scheme.group, fp8, self.codes.nbytes + self.scale.nbytes
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
-        fp8 = self.fp8 if quantizes(len(dispatch.order) / self.experts, self.group, dense=False) else None
+        fp8 = self.fp8 if uses_w4a8(len(dispatch.order) / self.experts, self.group, dense=False) else None
         return int4_product(values_of(x), self.codes, self.scale, self.group, dispatch, of_tokens=of_tokens, fp8=fp8)
 
 

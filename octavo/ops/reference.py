@@ -1,4 +1,4 @@
-"""Every op in plain torch: what the contracts mean. Runs on any device; speed is not its aim."""
+"""Every op in plain torch, as the definition of its contract. Runs on any device and is not optimized."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from octavo.ops.contract import (
     INT4_GROUPS,
     PLAIN,
     Activation,
-    Cut,
     Dispatch,
+    Filters,
     Operand,
     PackedStack,
     PackedWeight,
@@ -39,23 +39,23 @@ __all__ = [
     "Dequantized",
     "ReferenceLinear",
     "ReferenceStack",
+    "argmax",
     "attention",
     "combine",
     "dispatch",
-    "draw",
-    "likeliest",
     "normed_and_rotated",
     "quantize_activation",
     "rms_norm",
     "rope_write_kv",
     "rotate",
     "route",
+    "sample",
     "silu_mul",
     "write_kv",
 ]
 
-SUMMED = 256  # weights that are summed before sums are
-SCALE_FLOOR = 1 / (448 * 512)  # of an activation's scale: an all-zero token must not divide by zero
+SUM_BLOCK = 256  # weights per block of a two-level sum
+SCALE_FLOOR = 1 / (448 * 512)  # smallest scale of an activation: an all-zero token must not divide by zero
 
 
 def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,12 +71,12 @@ def quantize_activation(x: Tensor, granularity: Granularity | None, fp8_dtype: t
 
 
 def token_scale(peak: Tensor, limit: float) -> Tensor:
-    """The scale of activations up to `peak`, rounded once: a GPU would multiply by the reciprocal of a number."""
+    """The scale of activations up to `peak`. A true division: a GPU would multiply by the reciprocal of a Python number."""
     return (peak / torch.full_like(peak, limit)).clamp_(min=SCALE_FLOOR)
 
 
 class Dequantized(PackedWeight):
-    """What ReferenceLinear makes of a weight: nothing."""
+    """The stored weight itself, dequantized at each call."""
 
     def __init__(self, q: QTensor):
         self.q = q
@@ -96,7 +96,7 @@ class Dequantized(PackedWeight):
 
 
 class StackOfDequantized(PackedStack):
-    """What ReferenceStack makes of a stack: nothing."""
+    """The stored stack itself, dequantized at each call."""
 
     looks_at_host = True
 
@@ -115,7 +115,7 @@ class StackOfDequantized(PackedStack):
 
 
 class ReferenceStack:
-    """One product of ReferenceLinear an expert."""
+    """One product of ReferenceLinear per expert."""
 
     name = "reference"
 
@@ -127,7 +127,7 @@ class ReferenceStack:
 
 
 class ReferenceLinear:
-    """Dequantizes both sides and multiplies in FP32."""
+    """Dequantizes weight and activations and multiplies in FP32."""
 
     name = "reference"
 
@@ -155,19 +155,19 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch:
     weights = scores.gather(1, experts)
     if router.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    asleep = padding(batch)
-    if asleep is not None:
-        experts, weights = experts.masked_fill(asleep, -1), weights.masked_fill(asleep, 0)
+    is_padding = padding(batch)
+    if is_padding is not None:
+        experts, weights = experts.masked_fill(is_padding, -1), weights.masked_fill(is_padding, 0)
     return Routed(experts.int(), weights * router.scale)
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of each row are; of equal ones the first."""
+    """Indices of the `count` largest values of each row; ties go to the smaller index."""
     return x.argsort(stable=True, dim=-1, descending=True)[:, :count]
 
 
 def padding(batch: ForwardBatch) -> Tensor | None:
-    """Which tokens [T, 1] only pad a graph; None: there is no graph."""
+    """Mask [T, 1] of tokens that pad a graph, or None if the batch is not padded."""
     if batch.live is not None:
         return (torch.arange(batch.num_tokens, device=batch.live.device) >= batch.live).unsqueeze(1)
     return (batch.seq_lens == 0).unsqueeze(1) if len(batch.seq_lens) == batch.num_tokens else None
@@ -192,7 +192,7 @@ def scaled(x: Product) -> Tensor:
     return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     return logits.float().argmax(-1)
 
 
@@ -233,8 +233,8 @@ def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
     block_size = views["k"].shape[1]
     block, offset = slots // block_size, slots % block_size
     for name, values, layer_scale in (("k", k, cache.k_scale), ("v", v, cache.v_scale)):
-        # One request's NaN or infinity must not outlive it in the block that another gets: scores of what is masked are
-        # still computed, and have to be finite.
+        # NaN or infinity must not stay in a block after its request: attention computes scores of masked positions too, so
+        # the cache must be finite when another request gets the block.
         view, values = views[name], values.nan_to_num(0.0, posinf=0.0, neginf=0.0)
         if view.dtype not in FP8_MAX:
             view[block, offset] = values.to(view.dtype)
@@ -300,21 +300,21 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
     return out
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     weights = (logits / temperature.unsqueeze(1)).softmax(-1)
-    if cut is not None:
-        weights *= _kept(weights, cut)
+    if filters is not None:
+        weights *= _kept(weights, filters)
     return _first_over_share(weights, u.unsqueeze(1))
 
 
-def _kept(weights: Tensor, cut: Cut) -> Tensor:
-    """Whether each is drawn from. Only values are sorted, and only as many as `top_k` keeps at most."""
-    if cut.most == weights.shape[1]:
+def _kept(weights: Tensor, filters: Filters) -> Tensor:
+    """Mask of the tokens that the filters keep. Sorts values only (no indices), and at most max_top_k of them."""
+    if filters.max_top_k == weights.shape[1]:
         values = weights.sort(dim=-1, descending=True).values
     else:
-        values = weights.topk(cut.most, -1).values
-    top_k, top_p, min_p = (x.unsqueeze(1) for x in cut[:3])
-    left = values * ((torch.arange(cut.most, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
+        values = weights.topk(filters.max_top_k, -1).values
+    top_k, top_p, min_p = (x.unsqueeze(1) for x in filters[:3])
+    left = values * ((torch.arange(filters.max_top_k, device=weights.device) < top_k) & (values >= values[:, :1] * min_p))
     sums = left.cumsum(-1, dtype=torch.float64)
     count = ((sums - left < top_p * sums[:, -1:]) & (left > 0)).sum(-1, keepdim=True).clamp_(min=1)
     least = values.gather(1, count - 1)
@@ -324,21 +324,21 @@ def _kept(weights: Tensor, cut: Cut) -> Tensor:
 
 
 def _first_over_share(weights: Tensor, share: Tensor) -> Tensor:
-    """The first index of each row at which the cumulative sum exceeds a share of the total; sums are FP64, of blocks first."""
-    if short := -weights.shape[1] % SUMMED:
+    """The first index of each row at which the cumulative sum exceeds a share of the total: FP64 sums, over blocks first."""
+    if short := -weights.shape[1] % SUM_BLOCK:
         weights = F.pad(weights, (0, short))
-    blocks = weights.unflatten(1, (weights.shape[1] // SUMMED, SUMMED))
+    blocks = weights.unflatten(1, (weights.shape[1] // SUM_BLOCK, SUM_BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     ends = sums.cumsum(-1)
     target = share * ends[:, -1:]
     block = _first_over(ends, target, sums)
-    rest = (target - (ends - sums).gather(1, block)).clamp_(min=0)  # below it, a first weight of zero would be over
-    own = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, SUMMED)).squeeze(1).double()
-    return (block * SUMMED + _first_over(own.cumsum(-1), rest, own)).squeeze(1)
+    rest = (target - (ends - sums).gather(1, block)).clamp_(min=0)  # if negative, a first weight of zero would exceed it
+    within = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, SUM_BLOCK)).squeeze(1).double()
+    return (block * SUM_BLOCK + _first_over(within.cumsum(-1), rest, within)).squeeze(1)
 
 
 def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """[rows, 1]: rounding must not pass the last of the weights."""
+    """The first index at which `ends` exceeds `target`, [rows, 1]; rounding must not pass the last nonzero weight."""
     places = torch.arange(weights.shape[1], device=weights.device)
     last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(ends, target, right=True), last)

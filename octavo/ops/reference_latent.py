@@ -1,7 +1,7 @@
-"""The ops of multi-head latent attention (MLA) and of DeepSeek's sparse attention in plain torch, as octavo.ops.reference.
+"""The ops of multi-head latent attention (MLA) and of DeepSeek's sparse attention in plain torch; see octavo.ops.reference.
 
-Sources: DeepSeek-V2 (arXiv:2405.04434, section 2.1) for MLA and what is absorbed into what; DeepSeek-V3.2 (arXiv:2512.02556)
-for the indexer; the bytes of `fp8_ds_mla` are FlashMLA's.
+Sources: DeepSeek-V2 (arXiv:2405.04434, section 2.1) for MLA and weight absorption; DeepSeek-V3.2 (arXiv:2512.02556) for the
+indexer. The cache format `fp8_ds_mla` is FlashMLA's.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = [
     "power_of_two_codes",
     "read_index_keys",
     "read_latents",
+    "rotated",
     "select_keys",
-    "turned",
     "write_index_keys",
     "write_latent",
 ]
 
-PEAK_FLOOR = 1e-4  # of the values that share a scale
+PEAK_FLOOR = 1e-4  # smallest amax of a group of values that share a scale
 
 
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     return torch.bmm(x.transpose(0, 1), w.to(x.dtype)).transpose(0, 1)
 
 
-def turned(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [T, ..., R] of the rotary width, rotated in FP32 and rounded to x's dtype."""
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary embedding of x [T, ..., R], R the rotary width: computed in FP32, rounded to x's dtype."""
     cos, sin = (t.view(-1, *[1] * (x.dim() - 2), t.shape[1]) for t in rotation.cos_sin[rotation.rows].chunk(2, -1))
     if rotation.interleaved:
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -52,8 +52,8 @@ def turned(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def power_of_two_codes(x: Tensor, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(codes, scale FP32 [..., ceil(K / 128)]) of x [..., K]: each 128 values share a scale, the least power of two that brings
-    the largest of them, taken to be 1e-4 at least, into the codes' range."""
+    """(codes, scale FP32 [..., ceil(K / 128)]) of x [..., K]. Each group of 128 values has a scale: the smallest power of two
+    that brings the group's amax (at least 1e-4) into the range of the codes."""
     k, limit = x.shape[-1], FP8_MAX[fp8_dtype]
     groups = F.pad(x.float(), (0, -k % LATENT_GROUP)).unflatten(-1, (-1, LATENT_GROUP))
     peak = groups.abs().amax(-1).clamp(min=PEAK_FLOOR)
@@ -73,7 +73,7 @@ def _store(view: Tensor, at: tuple[Tensor, Tensor], values: Tensor) -> None:
 def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
     rank, size = cache.latent.shape[-1], cache.latent.shape[1]
     at = slots // size, slots % size
-    latent, key = normed(kv[:, :rank], norm.weight, norm.eps), turned(kv[:, rank:], rotation)
+    latent, key = normed(kv[:, :rank], norm.weight, norm.eps), rotated(kv[:, rank:], rotation)
     latent, key = (x.nan_to_num(0.0, posinf=0.0, neginf=0.0) for x in (latent, key))
     _store(cache.rope, at, key)
     if cache.scale is None:
@@ -84,7 +84,7 @@ def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache,
 
 
 def read_latents(cache: LatentCache, blocks: Tensor, length: int) -> Tensor:
-    """The first `length` latents of the blocks, each with its rope part behind it: FP32 [length, R + D]."""
+    """The first `length` latents of the blocks, each followed by its rope key: FP32 [length, R + D]."""
     latent = _rows(cache.latent, blocks, length)
     if cache.scale is not None:
         scale = _rows(cache.scale, blocks, length).repeat_interleave(LATENT_GROUP, 1)
@@ -100,7 +100,7 @@ def _rows(view: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
     nope = up_k.shape[1]
-    return torch.cat([head_linear(q[..., :nope], up_k), turned(q[..., nope:], rotation)], -1)
+    return torch.cat([head_linear(q[..., :nope], up_k), rotated(q[..., nope:], rotation)], -1)
 
 
 def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ def expanded_attention(
 ) -> Tensor:
     rank, nope = cache.latent.shape[-1], up_k.shape[1]
     out = q.new_zeros(*q.shape[:2], up_v.shape[2])
-    q = torch.cat([q[..., :nope], turned(q[..., nope:], rotation)], -1)
+    q = torch.cat([q[..., :nope], rotated(q[..., nope:], rotation)], -1)
     for part, blocks, context, at in _requests(batch):
         latent, key = read_latents(cache, blocks, context).split([rank, cache.rope.shape[-1]], 1)
         k = torch.einsum("kr,hnr->hkn", latent, up_k.float())
@@ -139,7 +139,7 @@ def expanded_attention(
 
 
 def _requests(batch: ForwardBatch) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
-    """Of each request that does not pad a graph: its rows, its blocks, its context and its tokens' places [n, 1]."""
+    """For each request that does not pad a graph: its query rows, blocks, context length and positions [n, 1]."""
     start = 0
     for row, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
         part = slice(start, start + count)
@@ -151,7 +151,7 @@ def _requests(batch: ForwardBatch) -> Iterator[tuple[slice, Tensor, int, Tensor]
 
 @cached
 def hadamard(size: int) -> Tensor:
-    """The orthogonal matrix [size, size] of Sylvester's construction, for a power of two: FP32, its entries ± size^-1/2."""
+    """The orthogonal Hadamard matrix [size, size] (Sylvester's construction), size a power of two: FP32, entries ±size^-1/2."""
     signs = torch.ones(1, 1)
     while len(signs) < size:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
@@ -160,9 +160,9 @@ def hadamard(size: int) -> Tensor:
 
 
 def _as_scored(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [T, ..., D] with its first dimensions rotated: FP32, rounded to x's dtype once."""
+    """x [T, ..., D] with its first dimensions rotated, as the indexer scores it: FP32, rounded to x's dtype once."""
     width = rotation.cos_sin.shape[1]
-    return torch.cat([turned(x[..., :width], rotation), x[..., width:]], -1).float()
+    return torch.cat([rotated(x[..., :width], rotation), x[..., width:]], -1).float()
 
 
 def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:
@@ -179,7 +179,7 @@ def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCach
 
 
 def read_index_keys(cache: IndexCache, blocks: Tensor, length: int) -> Tensor:
-    """The first `length` keys of the blocks, FP32 [length, D], as they are stored: through the transform, if in codes."""
+    """The first `length` keys of the blocks, FP32 [length, D], dequantized; stored codes stay Hadamard-transformed."""
     keys = _rows(cache.k, blocks, length)
     return keys if cache.scale is None else keys * _rows(cache.scale, blocks, length)
 
@@ -197,6 +197,6 @@ def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCach
         places = torch.arange(context, device=q.device)
         scores = scores.nan_to_num(float("-inf")).masked_fill(places > at, float("-inf"))
         best = scores.argsort(stable=True, dim=-1, descending=True)[:, :top_k]
-        best = torch.where(best > at, context, best).sort(-1).values  # what is ahead of a token stands last
+        best = torch.where(best > at, context, best).sort(-1).values  # masked (future) positions sort last
         out[part, : best.shape[1]] = torch.where(best == context, -1, best).int()
     return out

@@ -1,4 +1,4 @@
-"""What an AMD GPU prefers: the same Triton kernels with short pipelines, since a compute unit has 64 KiB for its tiles."""
+"""The ops of AMD GPUs: the same Triton kernels, with short pipelines since a compute unit has 64 KiB of LDS for its tiles."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from octavo.ops.gpu import (
     LINEAR,
     STACKS,
     absorbed_queries,
+    argmax,
     attend,
     attention,
     combine,
     decode_variant,
     dispatch,
-    draw,
     expanded_attention,
     head_linear,
     latent_attention,
-    likeliest,
     rms_norm,
     rope_write_kv,
     route,
+    sample,
     select_keys,
     silu_mul,
     write_index_keys,
@@ -29,9 +29,9 @@ from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "attend", "attention", "capture", "combine", "compile_ahead", "configure",
-    "decode_variant", "dispatch", "draw", "expanded_attention", "head_linear", "latent_attention", "likeliest", "rms_norm",
-    "rope_write_kv", "route", "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "combine", "compile_ahead",
+    "configure", "decode_variant", "dispatch", "expanded_attention", "head_linear", "latent_attention", "rms_norm",
+    "rope_write_kv", "route", "sample", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a scheme is, how one weight is stored, and how checkpoints spell it."""
+"""Quantization schemes, stored weights (QTensor), and the checkpoint formats."""
 
 from octavo.quant.qtensor import QTensor, concat, dequantize, quantize
 from octavo.quant.rules import QuantRules

@@ -1,7 +1,7 @@
-"""Which quantized checkpoints Octavo reads, by what their config.json says: asked before anything is loaded.
+"""Checks config.json for quantized checkpoints that Octavo cannot read, before anything is loaded.
 
-Tools write `quantization_config` (older ones `compression_config`) at the top or, for models of text and images, within
-`text_config`; ModelOpt writes a file of its own, hf_quant_config.json, beside it or instead.
+Tools write `quantization_config` (older ones `compression_config`) at the top level or, for multimodal models, within
+`text_config`. ModelOpt writes hf_quant_config.json beside it or instead.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ READ = ("fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
 
 
 def quantization_configs(config: Mapping[str, Any], directory: Path | None = None) -> list[dict[str, Any]]:
-    """Every description of quantized weights in a config.json, and in hf_quant_config.json of `directory`."""
+    """Every quantization config in a config.json, and in hf_quant_config.json of `directory`."""
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
     found = [place[key] for place in places for key in ("quantization_config", "compression_config") if place.get(key)]
-    own_file = directory / "hf_quant_config.json" if directory else None
-    if own_file and (content := read_json(own_file)) is not None:
+    modelopt_file = directory / "hf_quant_config.json" if directory else None
+    if modelopt_file and (content := read_json(modelopt_file)) is not None:
         try:
             found.append({"quant_method": "modelopt", **content["quantization"]})
         except (KeyError, TypeError):
-            raise OctavoError(f"{own_file} is not a quantization config of ModelOpt's; download it again.") from None
+            raise OctavoError(f"{modelopt_file} is not a quantization config of ModelOpt's; download it again.") from None
     return [_flat(entry) for entry in found if isinstance(entry, dict)]
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
-    """Some of ModelOpt's have within `quantization` what others have at the top, and some no quant_method."""
+    """Normalizes ModelOpt's config: some have an inner `quantization` object, and some no quant_method."""
     within, producer = entry.get("quantization"), entry.get("producer")
     flat = {**entry, **within} if isinstance(within, dict) else entry
     made_by = producer.get("name") if isinstance(producer, dict) else None
@@ -43,7 +43,7 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_format(config: Mapping[str, Any], directory: Path | None = None) -> None:
-    """Raises OctavoError for a checkpoint that is quantized in a way Octavo does not read."""
+    """Raises OctavoError for a checkpoint quantized in a format that Octavo does not read."""
     for entry in quantization_configs(config, directory):
         method = entry.get("quant_method") or ("compressed-tensors" if "config_groups" in entry else None)
         checks = {"fp8": _hf_fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "quark": _quark}
@@ -87,7 +87,7 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> None:
 
 
 def _modelopt(entry: Mapping[str, Any]) -> None:
-    """Without a quant_algo, the weights are as they were, and only the KV cache may have scales."""
+    """Without a quant_algo, weights are not quantized, and only the KV cache may have scales."""
     algorithm = entry.get("quant_algo")
     if algorithm is not None and not str(algorithm).upper().startswith("FP8"):
         raise _unread(f"quantized by ModelOpt to '{algorithm}'")

@@ -1,7 +1,7 @@
-"""How checkpoints spell a weight: one function a format, tried in order, found by the tensors that are there.
+"""Checkpoint formats of a weight: one decode function per format, chosen by the tensors that are present.
 
-A stored FP8 weight comes back as a QTensor with its codes bit for bit (converted where the device's FP8 dtype is another), and
-so does packed INT4; anything else as the dense matrix. The formats, and who writes them:
+A stored FP8 weight is returned as a QTensor with its codes bit for bit (converted where the device has another FP8 dtype), and
+so is packed INT4. Anything else is returned as the dense matrix. The formats and their writers:
 
     fp8                Hugging Face, DeepSeek      weight, weight_scale_inv: tiles, FP32 or E8M0; or one for the matrix
     fbgemm_fp8         Hugging Face                weight, weight_scale [N, 1]
@@ -9,7 +9,7 @@ so does packed INT4; anything else as the dense matrix. The formats, and who wri
     modelopt           NVIDIA's ModelOpt           weight, weight_scale [], [N], or of tiles [n, 1, k, 1]
     quark              AMD's Quark                 weight, weight_scale [] or [N]
 
-Scales of activations may stand beside them and are not read: Octavo scales every token by what it is.
+Scales of activations may stand beside them and are not read: Octavo computes activation scales per token at run time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "to_device_fp8",
 ]
 
-# What may stand beside a quantized `weight` and belongs to it. The last five are of activations (act_scale: AutoFP8's first).
+# Tensors that may stand beside a quantized `weight`. The last five are for activations (AutoFP8 was first with act_scale).
 COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "act_scale",
               "input_scale_ub", "input_zero_point")  # fmt: skip
 INT4_IN_INT32 = 8
@@ -46,9 +46,9 @@ INT4_IN_INT32 = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a dimension; `copies` ranks hold the same part (KV heads where there are more ranks than heads).
+    """One rank's part of a dimension. `copies` ranks hold the same part (KV heads where there are more ranks than heads).
 
-    `unit`: 0 where all parts must be equal; else parts are as many units long, and the last ones may be shorter.
+    `unit`: 0 where all parts must be equal; else part lengths are multiples of it, and the last ones may be shorter.
     """
 
     dim: int = 0
@@ -63,7 +63,7 @@ class Shard:
         return -(-length // (parts * self.unit)) * self.unit if self.unit else length // parts
 
     def slice(self, length: int) -> slice:
-        """This rank's part of a dimension of `length`. Raises OctavoError if it does not split so."""
+        """This rank's part of a dimension of `length`. Raises OctavoError if the dimension does not split evenly."""
         parts, step, at = self.size // self.copies, self.longest(length), self.rank // self.copies
         if (step * (parts - 1) >= length) if self.unit else length % parts:
             raise OctavoError(
@@ -76,10 +76,10 @@ WHOLE = Shard()
 
 
 class Reader(Protocol):
-    """What a format needs of a Loader."""
+    """The part of a Loader that formats use."""
 
     platform: Platform
-    prefix: str  # of the names, for messages
+    prefix: str  # prepended to names in error messages
 
     def has(self, name: str) -> bool: ...
     def skip(self, name: str) -> None: ...
@@ -88,8 +88,8 @@ class Reader(Protocol):
 
 
 def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor:
-    """This rank's part of the matrix `name` [N, K], whatever the checkpoint stored."""
-    for calibrated in (*COMPANIONS[3:], "output_scale"):  # the latter is also, of keys and values, the cache's
+    """This rank's part of the matrix `name` [N, K], in the form that the checkpoint stores."""
+    for calibrated in (*COMPANIONS[3:], "output_scale"):  # output_scale of keys and values is also a cache scale
         reader.skip(f"{name}.{calibrated}")
     if (packed := int4_packed(reader, name, shape, shard)) is not None:
         return packed
@@ -106,7 +106,7 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
 
 
 def stored_shape(reader: Reader, name: str) -> tuple[int, int]:
-    """[N, K] of the matrix `name`, packed or not."""
+    """[N, K] of the matrix `name`, packed or dense."""
     if not reader.has(f"{name}.weight_packed"):
         n, k = reader.stored_shape(f"{name}.weight")
     elif reader.has(f"{name}.weight_shape"):
@@ -118,7 +118,7 @@ def stored_shape(reader: Reader, name: str) -> tuple[int, int]:
 
 
 def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme | None:
-    """The scheme that the shape of the stored scale means; None for a dense or packed weight. Raises OctavoError for others."""
+    """The scheme implied by the stored scale's shape; None for a dense or packed weight. Raises OctavoError for others."""
     if (scale_name := _scale_name(reader, name)) is None or reader.has(f"{name}.weight_packed"):
         return None
     stored, grid = reader.stored_shape(scale_name), [-(-n // BLOCK) for n in shape]
@@ -142,12 +142,12 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
 
 
 def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """DeepSeek's, and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale for each 128x128 tile."""
+    """DeepSeek's format and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale per 128x128 tile."""
     scale_name = _scale_name(reader, name)
     if scale_name is None or stored_scheme(reader, name, shape) is not FP8_BLOCK:
         return None
     part = shard.slice(shape[shard.dim])
-    if at := next((at for at in (part.start, part.stop) if at % BLOCK and at < shape[shard.dim]), 0):  # the same on every rank
+    if at := next((at for at in (part.start, part.stop) if at % BLOCK and at < shape[shard.dim]), 0):  # same on all ranks
         raise OctavoError(
             f"{reader.prefix}{name}: a part that starts at {at} splits a 128x128 tile; "
             f"tiles do not split into parts of {part.stop - part.start}, use a smaller --tensor-parallel-size."
@@ -161,7 +161,7 @@ def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -
 
 
 def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """The others: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
+    """Other FP8 formats: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
     if (scale_name := _scale_name(reader, name)) is None:
         return None
     scheme = stored_scheme(reader, name, shape)
@@ -184,7 +184,7 @@ def _codes(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> T
 
 
 def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
-    """How many values of a row of the packed matrix share a scale. Raises OctavoError for INT4 of another kind."""
+    """The group size of a packed INT4 matrix. Raises OctavoError for other kinds of INT4."""
     if reader.has(f"{name}.weight_zero_point") or reader.has(f"{name}.weight_g_idx"):
         raise OctavoError(
             f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
@@ -210,11 +210,11 @@ def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
 
 
 def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor | None:
-    """compressed-tensors' `pack-quantized`: codes as they are packed.
+    """compressed-tensors' `pack-quantized`: returns the packed codes.
 
-    `weight_packed` int32 [N, ceil(K/8)] holds element i of a row in bits 4(i%8) of word i//8, stored plus 8; `weight_scale`
-    [N, K/group]. A part that splits a word or a group comes back as values instead, FP32: each the exact product of an integer
-    and its group's scale, which rounded to the scale's dtype is what compressed-tensors makes of it.
+    `weight_packed` int32 [N, ceil(K/8)] holds element i of a row in bits 4(i%8) of word i//8, stored plus 8; `weight_scale` is
+    [N, K/group]. A part that splits a word or a group is returned as FP32 values: each the exact product of an integer and its
+    group's scale. Rounded to the scale's dtype this is compressed-tensors' result.
     """
     if not reader.has(f"{name}.weight_packed"):
         return None
@@ -237,27 +237,27 @@ def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
 
 
 def _bytes(words: Tensor) -> Tensor:
-    """UINT8 [N, 4 W] of int32 [N, W]; of a part of longer rows a copy."""
+    """UINT8 [N, 4 W] from int32 [N, W]; a copy if the rows are not contiguous."""
     return words.contiguous().view(torch.uint8)
 
 
 def _covering(columns: slice, unit: int) -> slice:
-    """The units that hold the columns."""
+    """The units that cover the columns."""
     return slice(columns.start // unit, -(-columns.stop // unit))
 
 
 def _scale_name(reader: Reader, name: str) -> str | None:
-    """Both spellings multiply: Hugging Face calls it the inverse of what the weight was multiplied by."""
+    """Name of the dequantization scale. Hugging Face's `weight_scale_inv` is one too: the inverse of the quantization scale."""
     return next((full for full in (f"{name}.weight_scale_inv", f"{name}.weight_scale") if reader.has(full)), None)
 
 
 def _scale(stored: Tensor) -> Tensor:
-    """FP32. Bytes are E8M0, powers of two (DeepSeek's `ue8m0`), under torch's own dtype for it or as plain bytes."""
+    """The scale in FP32. One-byte scales are E8M0, powers of two (DeepSeek's `ue8m0`), stored with that dtype or as bytes."""
     return (stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored).float()
 
 
 def to_device_fp8(q: QTensor, fp8_dtype: torch.dtype) -> QTensor:
-    """Stored codes in the device's FP8 dtype: an e4m3fn code means half as much in e4m3fnuz, whose 0x80 is NaN, not -0."""
+    """Converts stored codes to the device's FP8 dtype. An e4m3fn code means half as much in e4m3fnuz, whose 0x80 is NaN."""
     if q.data.dtype == fp8_dtype:
         return q
     if q.data.dtype is not torch.float8_e4m3fn or fp8_dtype is not torch.float8_e4m3fnuz or q.scale is None:

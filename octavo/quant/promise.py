@@ -1,4 +1,4 @@
-"""What a config.json promises of a checkpoint's weights, whose files are not there: the counterpart of octavo.quant.formats."""
+"""Weight formats that a config.json announces, for checkpoints without weight files: the counterpart of quant.formats."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Promise:
         return next((own for names, own in self.others if QuantRules(ignore=names).ignored(module)), self)
 
     def leaves_out(self, module: str) -> bool:
-        """Whether the checkpoint's own list leaves the module out: whole names, parents of them, or re:."""
+        """Whether the checkpoint's own ignore list excludes the module: by its name, a parent's name, or re:."""
         return any(module.startswith(f"{pattern}.") for pattern in self.ignore) or QuantRules(ignore=self.ignore).ignored(
             module
         )
 
     def tensors(self, n: int, k: int) -> list[tuple[str, str, tuple[int, ...]]]:
-        """What the checkpoint would hold of a matrix [n, k]: the last part of a tensor's name, its dtype and its shape."""
+        """The tensors of a matrix [n, k] in the checkpoint: the last part of each name, its dtype and its shape."""
         if self.scheme is None:
             return [("weight_packed", "I32", (n, -(-k // 8))), ("weight_scale", "BF16", (n, -(-k // self.group)))]
         shape = () if self.scheme is FP8_PER_TENSOR else scale_shape((n, k), self.scheme.weight)
@@ -47,7 +47,7 @@ class Promise:
 
 
 def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Promise | None:
-    """What `quantization_config` promises, of a kind that is read; None for a BF16 checkpoint."""
+    """The format that `quantization_config` announces, which must be a readable one; None for a BF16 checkpoint."""
     found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
     keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
     ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))

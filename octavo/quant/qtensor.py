@@ -1,7 +1,7 @@
-"""One stored weight: its codes, their scales, and the logical shape that padding hides.
+"""A stored weight: its codes, their scales, and its logical shape without padding.
 
-An FP8 code c stands for c * scale. Codes are round-to-nearest-even of w / scale, computed in FP32: dividing in BF16, as some
-tools do, rounds twice and costs 0.6-0.8% of the error. The scale is amax / 448, amax over the values that share it.
+An FP8 code c stands for c * scale. Codes are w / scale rounded to nearest even, computed in FP32: dividing in BF16, as some
+tools do, rounds twice and adds 0.6-0.8% to the error. The scale is amax / 448, amax over the values that share it.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = [
     "weight_amax",
 ]
 
-# Values converted through FP32 at a time: bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
+# Values converted through FP32 at a time. It bounds the memory that quantizing takes, and on a CPU keeps it in the cache.
 CHUNK = 1 << 19
 DEVICE_CHUNK = 1 << 26
 
 
 @dataclass
 class QTensor:
-    """A weight [N, K] as stored, or a stack of experts' [E, N, K], whose data and scales have a first dimension more.
+    """A weight [N, K] as stored, or a stack of experts [E, N, K], whose data and scales have an additional first dimension.
 
-    data: [N', K'] codes in FP8, or the values themselves for BF16. N' and K' are N and K rounded up to what the device's FP8
-        units take; the padding is zero and nobody above `ops` learns of it. INT4: UINT8 [N, K''], at least K / 2 bytes a row,
-        value 2i in the low half of byte i and 2i + 1 in the high half, each plus 8, as compressed-tensors' words lie in memory.
-    scale: FP32 [N, 1], or a grid [ceil(N/128), ceil(K/128)] of tiles, or [N, ceil(K/128)] where matrices whose heights are
-        not multiples of 128 are stacked. INT4: BF16 or FP32 [N, K / group]. None for BF16. Never a scalar: a stack of
-        matrices then needs no special case.
+    data: [N', K'] FP8 codes, or BF16 values. N' and K' are N and K rounded up to what the device's FP8 tensor cores need; the
+        padding is zero, and only `ops` knows about it. INT4: UINT8 [N, K''], at least K / 2 bytes a row, element 2i in the low
+        half of byte i and 2i + 1 in the high half, each plus 8: the memory layout of compressed-tensors' words.
+    scale: FP32 [N, 1], or [ceil(N/128), ceil(K/128)] per tile, or [N, ceil(K/128)] where matrices whose heights are not
+        multiples of 128 are stacked. INT4: BF16 or FP32 [N, K / group]. None for BF16. Never a scalar, so that a stack of
+        matrices needs no special case.
     """
 
     data: Tensor
@@ -58,12 +58,12 @@ class QTensor:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def expert(self, number: int) -> QTensor:
-        """One weight of a stack, which shares its memory."""
+        """One weight of a stack. It shares the stack's memory."""
         scale = None if self.scale is None else self.scale[number]
         return QTensor(self.data[number], scale, self.scheme, self.shape[1:])
 
     def padded(self, multiple: int) -> QTensor:
-        """The same weight with both dimensions of FP8 `data` rounded up to `multiple`, filled with zeros."""
+        """The same weight with both dimensions of FP8 `data` rounded up to `multiple` and padded with zeros."""
         n, k = self.data.shape
         if self.scheme.dtype is not WeightDType.FP8 or (n % multiple == 0 and k % multiple == 0):
             return self
@@ -72,7 +72,7 @@ class QTensor:
         return QTensor(data.view(self.data.dtype), self.scale, self.scheme, self.shape)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` [T] (int32 or int64) as `dequantize` has them, rounded to `dtype`: [T, K]. Never waits for the device."""
+        """Rows `ids` [T] (int32 or int64), dequantized and rounded to `dtype`: [T, K]. Never waits for the device."""
         if (scale := _fp8_scale(self)) is None:
             return F.embedding(ids, self.data).to(dtype)
         n, k = self.shape
@@ -80,7 +80,7 @@ class QTensor:
         scale = F.embedding(ids if scale.shape[0] == n else ids // BLOCK, scale)
         if scale.shape[1] > 1:
             scale = scale.unsqueeze(2).expand(-1, -1, BLOCK).flatten(1)[:, :k]
-        return codes.to(dtype).mul_(scale)  # BF16 holds every code exactly, so the product in FP32 is rounded once
+        return codes.to(dtype).mul_(scale)  # BF16 holds every code exactly, so only the FP32 product is rounded
 
 
 def quantize(
@@ -89,17 +89,17 @@ def quantize(
     fp8_dtype: torch.dtype = torch.float8_e4m3fn,
     max_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> QTensor:
-    """Quantize a weight [N, K] of any float dtype.
+    """Quantizes a weight [N, K] of any float dtype.
 
-    `max_reduce` agrees on the amax with the ranks that hold the other parts of the values sharing a scale. Raises OctavoError
-    for a scheme that is neither BF16 nor FP8.
+    `max_reduce` takes the largest amax over the ranks that hold other values sharing a scale. Raises OctavoError for a scheme
+    that is neither BF16 nor FP8.
     """
     n, k = w.shape
     if scheme.dtype is WeightDType.BF16:
         return QTensor(w, None, scheme, (n, k))
     if scheme.dtype is not WeightDType.FP8:
         raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8 or fp8_block.")
-    if w.is_meta:  # no values, no codes; torch would import its compiler for arithmetic on them
+    if w.is_meta:  # a meta tensor has no values, and arithmetic on it would import torch's compiler
         scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
         return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))
     peak = weight_amax(w, scheme.weight)
@@ -113,21 +113,21 @@ def quantize(
 
 
 def scale_shape(shape: tuple[int, int], granularity: Granularity | None) -> tuple[int, int]:
-    """The shape of a QTensor's scale: one a row, where a matrix has one for all too, or one a tile."""
+    """The shape of a QTensor's scale: one per row (also for per-tensor schemes), or one per tile."""
     n, k = shape
     return (-(-n // BLOCK), -(-k // BLOCK)) if granularity is Granularity.BLOCK else (n, 1)
 
 
 def _codes(values: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> Tensor:
-    """The codes of some rows. A function of its own, so that their FP32 values are gone before those of the next are made."""
+    """The codes of some rows. A separate function, so that the FP32 values are freed before the next rows are converted."""
     limit = FP8_MAX[fp8_dtype]
     divided = values.to(torch.float32, copy=True).div_(scale)
     return divided.clamp_(-limit, limit).to(fp8_dtype)  # the cast alone overflows to NaN in e4m3fnuz
 
 
 def scale_of(peak: Tensor, fp8_dtype: torch.dtype) -> Tensor:
-    """The scale of values whose largest magnitude is `peak`; 1 where they are all zero, or too small for a scale."""
-    # By a tensor: a GPU divides by a number with its reciprocal, whose last bit would make other codes than a CPU's.
+    """The scale of values whose largest magnitude is `peak`; 1 where all are zero, or too small for a scale."""
+    # Divided by a tensor: a GPU divides by a number with its reciprocal, whose last bit would change codes from a CPU's.
     scale = peak / torch.full_like(peak, FP8_MAX[fp8_dtype])
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
@@ -150,7 +150,7 @@ def _amax(values: Tensor, granularity: Granularity | None) -> Tensor:
 
 
 def _row_chunks(w: Tensor) -> list[slice]:
-    """Row ranges, whole tiles high, that are converted through FP32 one at a time."""
+    """Row ranges, multiples of a tile high, that are converted through FP32 one at a time."""
     n, k = w.shape
     values = CHUNK if w.device.type == "cpu" else DEVICE_CHUNK
     rows = max(BLOCK, values // max(k, 1) // BLOCK * BLOCK)
@@ -158,13 +158,13 @@ def _row_chunks(w: Tensor) -> list[slice]:
 
 
 def expand_scale(scale: Tensor, shape: Sequence[int]) -> Tensor:
-    """The scale of every value of a weight of `shape`, ready to multiply: [N, 1] or [N, K]."""
+    """The scale of every value of a weight of `shape`, broadcastable to it: [N, 1] or [N, K]."""
     return _rows_of(scale, slice(0, shape[0]), shape)
 
 
 def _rows_of(scale: Tensor, rows: slice, shape: Sequence[int]) -> Tensor:
     n, k = shape
-    if scale.shape[0] == n and (n > 1 or scale.shape[1] == 1):  # one row of scales a channel
+    if scale.shape[0] == n and (n > 1 or scale.shape[1] == 1):  # one row of scales per channel
         part = scale[rows]
     else:
         part = scale.repeat_interleave(BLOCK, 0)[rows]
@@ -172,8 +172,8 @@ def _rows_of(scale: Tensor, rows: slice, shape: Sequence[int]) -> Tensor:
 
 
 def dequantize(q: QTensor) -> Tensor:
-    """The values [N, K] that codes stand for, FP32, which holds the products of INT4 exactly (BF16 comes back as it is)."""
-    if q.data.is_meta and q.scheme.quantized:  # torch would import its compiler for arithmetic
+    """The values [N, K] that codes stand for, in FP32, which holds INT4 products exactly. BF16 is returned as it is."""
+    if q.data.is_meta and q.scheme.quantized:  # arithmetic would import torch's compiler
         return torch.empty(q.shape, device="meta")
     if q.scheme.dtype is WeightDType.INT4 and q.scale is not None:
         n, k = q.shape
@@ -186,12 +186,12 @@ def dequantize(q: QTensor) -> Tensor:
 
 
 def int4_codes(data: Tensor) -> Tensor:
-    """The integers -8 to 7 of packed INT4 UINT8 [N, K''], as QTensor has it: FP32 [N, 2 K'']."""
+    """The integers -8 to 7 of packed INT4 UINT8 [N, K''], in QTensor's layout: FP32 [N, 2 K'']."""
     return torch.stack([data & 15, data >> 4], 2).flatten(1).float().sub_(8)
 
 
 def _fp8_scale(q: QTensor) -> Tensor | None:
-    """The scales of FP8 codes; None for values that have none. Raises OctavoError for codes of another dtype."""
+    """The scales of FP8 codes; None for BF16 values. Raises OctavoError for codes of another dtype."""
     if q.scheme.dtype is WeightDType.BF16:
         return None
     if q.scheme.dtype is not WeightDType.FP8 or q.scale is None:
@@ -200,9 +200,9 @@ def _fp8_scale(q: QTensor) -> Tensor | None:
 
 
 def concat(parts: Sequence[QTensor]) -> QTensor:
-    """Stack matrices of equal K (q, k, v) into one operand; each keeps its own scales, bit for bit.
+    """Stacks matrices of equal K (q, k, v) into one operand. Codes and scales are kept bit for bit.
 
-    Matrices of different schemes cannot share an operand: they are stacked in BF16, at the price of one rounding.
+    Matrices of different schemes cannot share an operand. They are stacked in BF16, at the price of one rounding.
     """
     if len(parts) == 1:
         return parts[0]
@@ -213,15 +213,15 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
     if not scales:
         return QTensor(_cat([p.data for p in parts]), None, scheme, shape)
     data = _cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
-    if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would straddle two matrices
+    if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would span two matrices
         scales = [s.repeat_interleave(BLOCK, 0)[: p.shape[0]] for s, p in zip(scales, parts, strict=True)]
     return QTensor(data, _cat(scales), scheme, shape)
 
 
 class Stacker:
-    """Fills the stack of `count` weights one after another, so that no more than it and one of them are in memory.
+    """Fills a stack of `count` weights one by one, so that only the stack and one weight are in memory.
 
-    `where`: the experts' path, for messages.
+    `where`: the experts' path, for error messages.
     """
 
     def __init__(self, count: int, where: str = ""):
@@ -229,7 +229,7 @@ class Stacker:
         self._stack: QTensor | None = None
 
     def put(self, number: int, q: QTensor) -> None:
-        """Raises OctavoError for a weight that is stored otherwise than the first one."""
+        """Copies one weight into the stack. Raises OctavoError if it is stored otherwise than the first one."""
         if self._stack is None:
             scale = None if q.scale is None else q.scale.new_empty(self.count, *q.scale.shape)
             self._stack = QTensor(q.data.new_empty(self.count, *q.data.shape), scale, q.scheme, (self.count, *q.shape))
@@ -241,7 +241,7 @@ class Stacker:
             )
         if q.data.is_meta:
             return
-        stack.data[number].view(torch.uint8).copy_(q.data.view(torch.uint8))  # torch copies bytes where it copies no codes
+        stack.data[number].view(torch.uint8).copy_(q.data.view(torch.uint8))  # torch cannot copy values of all code dtypes
         if q.scale is not None and stack.scale is not None:
             stack.scale[number] = q.scale
 

@@ -1,7 +1,7 @@
-"""A scheme says what a weight's values are stored as, and which share a scale: of the weight, and of the activations it meets.
+"""Quantization schemes: the dtype of a weight's values, and the granularity of weight and activation scales.
 
 FP8 has 3 mantissa bits, so a value is stored to within 1/16 of itself, but only over a range of about 2^18 (e4m3).
-A scale moves a group of values into that range. The smaller the group, the less one outlier costs the others:
+A scale moves a group of values into that range. The smaller the group, the fewer values an outlier affects:
 
     scheme      weight             activation           also called
     bf16        no scale           no scale
@@ -9,11 +9,11 @@ A scale moves a group of values into that range. The smaller the group, the less
     ptpc_fp8    one a channel      one a token          fp8_per_channel
     fp8_block   one a 128x128 tile one a 1x128 group    fp8_per_block, DeepSeek's format
 
-A channel's or a token's scale can be applied after the matrix product, so those two run at full speed on FP8 matrix
-units. A tile's scale must be applied to every partial sum of 128 products.
+Scales per channel and per token can be applied in the epilogue of the matrix product, so those two schemes run at full speed
+on FP8 tensor cores. A tile's scale must be applied in the mainloop, to every partial sum of 128 products.
 
-INT4 is not among those that a user asks for: some checkpoints store experts so, with a scale for each 32 or 128 values of
-a row. Such codes, -8 to 7, stay packed, two a byte, and meet activations as they are (W4A16).
+INT4 cannot be asked for. Some checkpoints store experts in it, with a scale per 32 or 128 values of a row. Its codes, -8 to 7,
+stay packed, two a byte, and are multiplied by unquantized activations (W4A16).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = [
     "Granularity", "Scheme", "WeightDType", "int4_of",
 ]  # fmt: skip
 
-BLOCK = 128  # side of a tile and length of a group of activations
+BLOCK = 128  # side of a weight tile, and length of an activation group
 
 
 class WeightDType(Enum):
-    """What a weight's values are stored as."""
+    """The dtype of a weight's values."""
 
-    BF16 = "bf16"  # or whatever the model computes in: the values themselves
+    BF16 = "bf16"  # unquantized, in the model's dtype
     FP8 = "fp8"
     INT4 = "int4"
 
@@ -42,16 +42,16 @@ class Granularity(Enum):
     """Which values share one scale."""
 
     TENSOR = "tensor"
-    ROW = "row"  # an output channel of a weight, a token of activations
-    BLOCK = "block"  # a 128x128 tile of a weight, 128 values of a token
+    ROW = "row"  # an output channel of a weight, or a token's activations
+    BLOCK = "block"  # a 128x128 tile of a weight, or 128 activations of a token
     GROUP = "group"  # `Scheme.group` values of a weight's row
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A weight's dtype, and the granularity of its scales and of its activations'; None: there are no scales.
+    """A weight's dtype, and the granularity of its scales and of its activations' scales; None: no scales.
 
-    `group` is the length of a weight's groups, 0 without them. Raises ValueError for what contradicts itself.
+    `group`: the length of a weight's groups, 0 without them. Raises ValueError for a contradiction.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Scheme:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is stored as codes of whatever dtype, with scales."""
+        """Whether the weight is stored as codes with scales."""
         return self.dtype is not WeightDType.BF16
 
     @property
     def kind(self) -> str:
-        """What it is, in words: "fp8 with a scale a row, activations with a scale a row"."""
+        """The scheme in words: "fp8 with a scale a row, activations with a scale a row"."""
         if self.weight is None:
             return self.dtype.value
         length = f" of {self.group}" if self.weight is Granularity.GROUP else ""
@@ -90,7 +90,7 @@ FP8_BLOCK = Scheme("fp8_block", _FP8, _BLOCK, _BLOCK)
 
 @cache
 def int4_of(group: int) -> Scheme:
-    """Packed INT4 whose values share a scale by `group` in a row: always the same object for a group."""
+    """Packed INT4 with a scale per `group` values of a row. Returns the same object for the same group."""
     return Scheme("int4" if group == 32 else f"int4_g{group}", WeightDType.INT4, Granularity.GROUP, None, group)
 
 

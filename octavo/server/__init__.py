@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over an engine in a process of its own."""
+"""The HTTP server: OpenAI's API over an engine process."""

@@ -1,5 +1,5 @@
-"""The routes. Starlette alone: the endpoints read and validate their bodies themselves, and it is imported in a third of
-the time of what is built on it."""
+"""The routes. They use Starlette alone: the endpoints read and validate their bodies themselves, and Starlette imports in a
+third of the time of frameworks built on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ R = TypeVar("R", bound=ApiModel)
 
 
 def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ("*",)) -> Starlette:
-    """The whole HTTP surface over one engine."""
+    """The HTTP application over one engine."""
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
         return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
@@ -120,5 +120,5 @@ async def _detokenize(served: Served, request: DetokenizeRequest, _: str) -> Ans
 
 
 def _most_tokens(served: Served) -> int:
-    """How many tokens /tokenize and /detokenize read: a context, and more where that is short, to count what does not fit."""
+    """Most tokens that /tokenize and /detokenize read: the context length, or more if it is short, to count long prompts."""
     return max(served.engine.info.max_model_len, 2**17)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. A whole answer is its stream, joined: there is one way to read a message."""
+"""POST /v1/chat/completions. A non-streamed answer is the joined stream, so there is one way to parse a message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from octavo.text.tool_prompt import CallForm
 
 __all__ = ["chat", "chat_prompt"]
 
-_THINKING = frozenset({"enable_thinking", "thinking"})  # the switch in most templates, and in DeepSeek's and Kimi's
+_THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat templates, and of DeepSeek's and Kimi's
 
 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
@@ -43,7 +43,7 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
 
 
 async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:
-    """The messages as the text that the model reads. `calls`: how it is to write calls, if its template does not say it."""
+    """The rendered prompt. `calls`: the format of tool calls to describe, if the model's template does not describe one."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
@@ -79,7 +79,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
 
 
 class _Tools:
-    """What the request's tools and tool_choice mean for the grammar and for reading the answer."""
+    """What the request's tools and tool_choice mean for the grammar and for parsing the answer."""
 
     def __init__(self, served: Served, request: ChatRequest):
         names = [tool.function.name for tool in request.tools or ()]
@@ -104,7 +104,7 @@ class _Tools:
         self.keep_special = self.parser is not None and keeps_special(self.parser)
 
     def reader(self) -> CallParser | None:
-        """What finds the calls in one choice's text, if there may be any."""
+        """The parser of calls for one choice, if it may contain any."""
         if self.named is not None:
             return NamedCall(self.named)
         return make_parser(self.parser, self.types) if self.parser else None
@@ -112,14 +112,14 @@ class _Tools:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """What the model reads."""
+    """The prompt, as text and token ids."""
 
     text: str
     token_ids: list[int]
 
 
 class _Job:
-    """One chat request on its way to its answer."""
+    """One chat request in progress."""
 
     def __init__(
         self,
@@ -133,8 +133,8 @@ class _Job:
     ):
         self.served, self.request, self.params, self.tools = served, request, params, tools
         self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
-        self.told_of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
-        self.told_of_prompt |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
+        self.prompt_fields: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
+        self.prompt_fields |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
         ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
         self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
@@ -142,26 +142,26 @@ class _Job:
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
-        if name is None or self.params.structured is not None:  # a grammar leaves no room for thinking
+        if name is None or self.params.structured is not None:  # a grammar permits no thinking
             return None
         return make_splitter(name, prompt)
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """For each choice a chunk with its role, then one for each engine step: clients time the chunks."""
+        """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
         head = {**self.head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
-        told_once = self.told_of_prompt
+        first_fields = self.prompt_fields
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 extras = stream_extras(self.request, self.usage)
                 if delta.index not in begun:
                     begun.add(delta.index)
                     first = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **told_once}
-                    told_once = {}
+                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **first_fields}
+                    first_fields = {}
                 message, logprobs, reason = self._read(delta)
-                told = {"delta": message, **self._ids(delta.token_ids)}
-                yield {**head, "choices": [_choice(delta.index, told, logprobs, reason, delta.stop_reason)], **extras}
+                fields = {"delta": message, **self._ids(delta.token_ids)}
+                yield {**head, "choices": [_choice(delta.index, fields, logprobs, reason, delta.stop_reason)], **extras}
         if self.request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": self.usage.dict()}
 
@@ -180,10 +180,10 @@ class _Job:
                 ends[delta.index] = (reason, delta.stop_reason)
         choices = []
         for i, message in enumerate(messages):
-            told = {"message": _message(message), **self._ids(token_ids[i])}
-            choices.append(_choice(i, told, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
+            fields = {"message": _message(message), **self._ids(token_ids[i])}
+            choices.append(_choice(i, fields, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
         answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
-        answer |= self.told_of_prompt
+        answer |= self.prompt_fields
         return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
 
     def _ids(self, token_ids: list[int]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class _Job:
         message = reader.feed(delta.text, final=reason is not None)
         if not self.request.include_reasoning:
             message.pop("reasoning_content", None)
-        if reason == "stop" and reader.calls and self.tools.named is None:  # OpenAI says "stop" of a call it was told to make
+        if reason == "stop" and reader.calls and self.tools.named is None:  # for a named tool_choice OpenAI returns "stop"
             reason = "tool_calls"
         logprobs = None
         if self.request.logprobs and delta.logprobs is not None:
@@ -212,9 +212,13 @@ class _Job:
 
 
 def _choice(
-    index: int, told: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None, stop_reason: int | str | None = None
+    index: int,
+    fields: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    reason: str | None,
+    stop_reason: int | str | None = None,
 ) -> dict[str, Any]:
-    return {"index": index, **told, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
+    return {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
 
 
 def _message(deltas: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""POST /v1/completions. A whole answer is its stream, joined: there is one way to make text."""
+"""POST /v1/completions. A non-streamed answer is the joined stream, so there is one way to make text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from octavo.text.detokenizer import read_prompt
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Usage", "complete", "stream_extras"]
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-MAX_SEQUENCES = 4096  # of one request: prompts times n
-WAITING = 2**14  # tokens of one request's prompts that wait in the engine's queue at a time, and hold up other requests
-_SEQUENCE = 16  # what each of a prompt's n sequences adds to its tokens: the first step of one
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default
+MAX_SEQUENCES = 4096  # per request: prompts times n
+WAITING = 2**14  # most tokens of one request's prompts in the engine's queue at a time, where they delay other requests
+_SEQUENCE = 16  # cost in tokens of each of a prompt's n sequences: its first decode step
 
 
 async def complete(served: Served, request: CompletionRequest, request_id: str) -> Answer:
@@ -44,13 +44,13 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
     streams = []
     for prompt in prompts:
         streams.append(served.generate(prompt, params, response_id, request.cache_salt))
-        await asyncio.sleep(0)  # other streams go on between two of them
+        await asyncio.sleep(0)  # lets other streams proceed between two prompts
     job = _Job(served, request, response_id, prompts, streams, params)
     return job.stream() if request.stream else await job.whole()
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
-    """The prompts, whichever of OpenAI's four forms they came in."""
+    """The prompts, from any of OpenAI's four forms."""
     many = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     if many and all(isinstance(one, str) or _is_ids(one) for one in many):
         return many
@@ -75,7 +75,7 @@ def _params(served: Served, request: CompletionRequest, longest: int) -> Samplin
         max_tokens = served.max_tokens_for(longest, DEFAULT_MAX_TOKENS)
     fixed: dict[str, Any] = {}
     if request.echo:
-        max_tokens = max_tokens or 1  # 0 with echo: the prompt is only to be scored; the one token is dropped
+        max_tokens = max_tokens or 1  # 0 with echo scores the prompt; the one sampled token is dropped
         if request.logprobs is not None:
             fixed["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     structured = structured_output(request)
@@ -84,20 +84,20 @@ def _params(served: Served, request: CompletionRequest, longest: int) -> Samplin
 
 @dataclass(slots=True)
 class Usage:
-    """The tokens of one HTTP request."""
+    """The token counts of one HTTP request."""
 
     prompt_tokens: int
     completion_tokens: int = 0
-    cached: dict[int, int] = field(default_factory=dict)  # prompt number -> its tokens found in the prefix cache
+    cached: dict[int, int] = field(default_factory=dict)  # prompt number -> tokens found in the prefix cache
 
     def add(self, prompt: int, delta: Delta) -> None:
-        """Counts what one delta brought."""
+        """Counts the tokens of one delta."""
         self.completion_tokens += len(delta.token_ids)
         if delta.num_cached_tokens:
             self.cached[prompt] = max(self.cached.get(prompt, 0), delta.num_cached_tokens)
 
     def dict(self) -> dict[str, Any]:
-        """OpenAI's shape."""
+        """The counts as OpenAI's usage object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -107,7 +107,7 @@ class Usage:
 
 
 def stream_extras(request: GenerationRequest, usage: Usage) -> dict[str, Any]:
-    """What a chunk that carries tokens says of usage: nothing, null while it is still to come, or the count so far."""
+    """The usage field of a chunk with tokens: absent, null until the last chunk, or the counts so far."""
     options = request.stream_options
     if not options.include_usage:
         return {}
@@ -115,7 +115,7 @@ def stream_extras(request: GenerationRequest, usage: Usage) -> dict[str, Any]:
 
 
 class _Job:
-    """One request on its way to its answer."""
+    """One completion request in progress."""
 
     def __init__(
         self,
@@ -134,11 +134,11 @@ class _Job:
             "model": request.model or served.names[0],
         }
         self.usage = Usage(sum(map(len, prompts)))
-        self.starts: dict[int, int] = {}  # choice -> where its own text starts, after what is echoed
+        self.starts: dict[int, int] = {}  # choice -> offset of its generated text, after the echoed prompt
         self.only_score = request.echo and request.max_tokens == 0
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A chunk for each choice and engine step, even where the text is still held back: clients time the chunks."""
+        """A chunk for each choice and engine step, even while its text is held back, because clients time the chunks."""
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 yield {**self.head, "choices": [piece], **stream_extras(self.request, self.usage)}
@@ -170,8 +170,8 @@ class _Job:
         text, entries, offsets = self._echo(number, delta) if self.request.echo and not begun else ("", [], [])
         start = self.starts.setdefault(index, len(text))
         if delta.logprobs is not None:
-            own = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # there may be no text
-            offsets += [start + offset for offset in own[: len(delta.logprobs)]]
+            given = delta.offsets if delta.offsets is not None else [0] * len(delta.token_ids)  # None without a tokenizer
+            offsets += [start + offset for offset in given[: len(delta.logprobs)]]
             entries += zip(delta.token_ids, delta.logprobs, strict=False)
         text += delta.text
         logprobs = None
@@ -193,8 +193,8 @@ class _Job:
         return piece
 
     def _echo(self, number: int, delta: Delta) -> tuple[str, list[tuple[int, Logprobs | None]], list[int]]:
-        """The prompt as the start of an answer: its text, and if they are asked for its tokens with their log-probabilities,
-        and where in the text they begin."""
+        """The prompt as the start of an answer: its text and, if logprobs are asked for, its tokens with their
+        log-probabilities, and the tokens' text offsets."""
         prompt = self.prompts[number]
         given = _prompts(self.request.prompt)[number]
         tokenizer = self.served.tokenizer

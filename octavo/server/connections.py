@@ -1,4 +1,4 @@
-"""uvicorn's protocol, with bounds: it waits for ever for clients that neither send nor read, and takes heads of any length."""
+"""uvicorn's protocol with limits. uvicorn itself waits for ever for idle clients, and accepts heads of any length."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from octavo.server.error_responses import ApiError
 
 __all__ = ["MAX_HEAD", "protocol_class"]
 
-MAX_HEAD = 2**16  # bytes of a request that are not its body
+MAX_HEAD = 2**16  # bytes of a request besides its body
 
 
 def protocol_class(timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, that closes connections which wait for a request's head, or for the client to read what was
-    written, for `timeout` seconds (a head that comes in small pieces: for at most twice that); 0 waits for ever.
+    """uvicorn's protocol, which closes a connection that waits for `timeout` seconds for a request's head, or for the client to
+    read the response (up to twice that for a head that arrives in small pieces); 0 waits for ever.
 
-    A request line and headers of over MAX_HEAD bytes are answered 431; so is what surrounds the pieces of a chunked body, where
-    it is more than that and the body together. Of what comes in one piece with the end of another request, nothing is counted.
+    A request whose line and headers exceed MAX_HEAD bytes is answered 431. So is one with a chunked body whose framing exceeds
+    that and the body together. Bytes that arrive in one piece with the end of another request are not counted.
 
-    It costs nothing a token: reading is watched through the transport's flow control.
+    It costs nothing per token, because reading is watched through the transport's flow control.
     """
     base: Any = HttpToolsProtocol  # typed as a class whose attributes may be None
 
     class Protocol(base):  # type: ignore[misc]
         _watch: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
-        _seen: Any = None  # the request after which this connection was found waiting; None: the first is awaited
-        _excess = 0  # bytes of a request that are not its body, less those of its body
+        _seen: Any = None  # the request after which this connection was last found waiting; None: before the first
+        _excess = 0  # bytes of a request besides its body, minus those of its body
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -68,9 +68,9 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
             super().on_body(body)
 
         def _refuse(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:  # or an answer is being written
-                told = ApiError(431, f"The request's head is over {MAX_HEAD >> 10} KiB; send less in its line and headers.")
-                body = json.dumps(told.body()).encode()
+            if self.cycle is None or self.cycle.response_complete:  # otherwise a response is being written
+                error = ApiError(431, f"The request's head is over {MAX_HEAD >> 10} KiB; send less in its line and headers.")
+                body = json.dumps(error.body()).encode()
                 head = "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
                 self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             self.transport.close()
@@ -78,9 +78,9 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
         def _look(self) -> None:
             waiting = self.cycle is None or self.cycle.response_complete
             if waiting and self.cycle is self._seen:
-                self.transport.abort()  # closing would wait for what is written to be read
+                self.transport.abort()  # `close` would wait for the client to read what is written
                 return
-            self._seen = self.cycle if waiting else self  # the protocol itself is no request
+            self._seen = self.cycle if waiting else self  # `self` equals no request
             self._watch = self.loop.call_later(timeout, self._look)
 
     return Protocol

@@ -1,4 +1,4 @@
-"""What a server shows the person at the terminal: the progress of loading, and what was loaded once it is ready."""
+"""Terminal output of a server: loading progress, and the load report once it is ready."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["DEMO_PROMPT", "LoadingBar", "greet", "say"]
 
 DEMO_PROMPT = "def read(self"
-DEMO_SEED = 3  # the same answer at every start
+DEMO_SEED = 3  # gives the same answer at every start
 
 
 def say(line: str) -> None:
-    """A line beside the output proper."""
+    """Prints a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 async def greet(served: Served, listening: Callable[[], bool], address: str, demo: bool, started: float) -> None:
-    """Prints what was loaded, for the demo model an answer and a line to try, and that the server is ready."""
+    """Prints the load report, an answer of the demo model with a command to try, and that the server is ready."""
     for line in served.engine.info.report:
         print(line, flush=True)
     if demo and served.engine.tokenizer is not None:
@@ -64,7 +64,7 @@ async def _show(served: Served) -> None:
 
 
 class LoadingBar:
-    """Shows `update(stage, fraction)` on stderr: a bar on a terminal, a line for each stage anywhere else."""
+    """Shows `update(stage, fraction)` on stderr: a bar on a terminal, else a line per stage."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -72,7 +72,7 @@ class LoadingBar:
         self._task: rich.progress.TaskID | None = None
 
     def update(self, stage: str, fraction: float) -> None:
-        """`stage` is done to this part, 0 to 1."""
+        """Sets the finished part of `stage`, 0 to 1."""
         if sys.stderr.isatty():
             self._draw(stage, fraction)
         elif stage != self._stage:
@@ -80,7 +80,7 @@ class LoadingBar:
         self._stage = stage
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""What a huge request took is given back: the C library would keep it for the next one."""
+"""Returns the memory of huge requests to the system. The C library would keep it for the next one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from octavo import host
 
 __all__ = ["release_soon"]
 
-SECONDS = 1.0  # after the first of several huge requests; the answers to the others may then be on their way still
+SECONDS = 1.0  # after the first of several huge requests, so that the others can be answered before
 _waiting: set[asyncio.AbstractEventLoop] = set()
 
 
 def release_soon() -> None:
-    """Gives freed memory back to the system in a moment, in a thread."""
+    """Schedules a release of freed memory to the system, in a thread."""
     loop = asyncio.get_running_loop()
     if loop in _waiting:
         return

@@ -1,7 +1,6 @@
-"""HTTP around the handlers: reading a body, answering with JSON or a stream of events, noticing that a client left.
+"""HTTP around the handlers: reads bodies, answers with JSON or server-sent events, and detects that a client disconnected.
 
-Streams are written as raw ASGI messages: under load every token of every request passes here, on cores that the engine
-needs for itself.
+Streams are written as raw ASGI messages: under load every token of every request passes here, on cores that the engine needs.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from octavo.server.side_processes import SideProcesses
 
 __all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge"]
 
-OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # without a key, and while the server stops
-HUGE = 2**20  # bytes of a body, or of an answer, after which memory is given back
+OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # need no key, and stay open during shutdown
+HUGE = 2**20  # bytes of a body or answer after which memory is released
 R = TypeVar("R", bound=ApiModel)
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect tokens into pages
+    (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer tokens
 ]
 _dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class JsonEndpoint(Generic[R]):
-    """An ASGI endpoint: validates the body as `model`, calls `handle(request, request_id)` and sends what it answers."""
+    """An ASGI endpoint: validates the body as `model`, calls `handle(request, request_id)` and sends its answer."""
 
     def __init__(self, model: type[R], handle: Callable[[R, str], Awaitable[Answer]], side: SideProcesses):
         self.model, self.handle, self.side = model, handle, side
@@ -55,7 +54,7 @@ class JsonEndpoint(Generic[R]):
                 body = await read_body(scope, receive, gate.body_bytes)
             huge = len(body) > HUGE
             request = await self._request(body)
-            del body  # or it would stay for as long as the answer is written
+            del body  # otherwise it would stay in memory while the answer is written
         except TimeoutError:
             late = ApiError(408, "The request's body did not come whole in time; send it faster, or again.", code="timeout")
             await error_response(late)(scope, receive, send)
@@ -78,17 +77,17 @@ class JsonEndpoint(Generic[R]):
             if not isinstance(answer, dict):
                 await stream(answer, send)
                 return
-            told = await json_body(answer)
-            if len(told) > HUGE:
+            encoded = await json_body(answer)
+            if len(encoded) > HUGE:
                 release_soon()
-            response = Response(told, media_type="application/json")
+            response = Response(encoded, media_type="application/json")
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
 
 
 async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
-    """Sends `events` as server-sent events. An error before the first one is raised, so that it can have its status."""
+    """Sends `events` as server-sent events. An error before the first event is raised, so that it can set the status."""
     async with aclosing(events):
         first = await anext(events)
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
@@ -96,7 +95,7 @@ async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> No
         try:
             async for event in events:
                 await _send_event(send, _dump(event))
-        except Exception as error:  # too late for a status: the error is an event
+        except Exception as error:  # the status is already sent, so the error becomes an event
             await _send_event(send, _dump(as_api_error(error).body()))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
@@ -106,7 +105,7 @@ def _send_event(send: Send, data: str) -> Awaitable[None]:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work`, and cancels it when the client goes away: closing its generators aborts them in the engine."""
+    """Runs `work` and cancels it when the client disconnects. Closing its generators aborts them in the engine."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -126,16 +125,16 @@ async def _disconnected(receive: Receive) -> None:
 
 @dataclass
 class GateState:
-    """Whether new requests are let in, and how many are inside."""
+    """Whether new requests are accepted, and how many are running."""
 
     closing: bool = False
     running: int = 0
-    body_seconds: float | None = None  # for a body to come whole
-    body_bytes: int = 32 * 2**20  # of the largest body that is read
+    body_seconds: float | None = None  # time limit for receiving a body
+    body_bytes: int = 32 * 2**20  # size limit of a body
 
 
 class Gate:
-    """Before every endpoint: the request's id, the API key, and 503 while the server is about to stop."""
+    """Middleware before every endpoint: sets the request id, checks the API key, answers 503 during shutdown."""
 
     def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = ()):
         self.app, self.state = app, state
@@ -168,8 +167,8 @@ class Gate:
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         scheme, _, key = authorization.partition(" ")
-        # every key is compared, in constant time, so that the answer's delay tells nothing
-        sent = key.strip().encode("latin-1")  # the header's own bytes, which are UTF-8 from most clients
+        # every key is compared, in constant time, so that the delay reveals nothing
+        sent = key.strip().encode("latin-1")  # the header's raw bytes; most clients send UTF-8
         matches = [hmac.compare_digest(sent, known) for known in self._keys]
         if self._keys and not (scheme.lower() == "bearer" and any(matches)):
             return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.", code="invalid_api_key")
@@ -179,7 +178,7 @@ class Gate:
 
 
 def _clean(request_id: str) -> str:
-    """A client's id as far as it can be repeated in a header and a log."""
+    """A client's id, reduced to characters that are safe in a header and a log."""
     return re.sub(r"[^\x21-\x7e]", "", request_id)[:128]
 
 
@@ -188,20 +187,20 @@ async def merge(
 ) -> AsyncGenerator[tuple[int, Any], None]:
     """The items of several generators as they come, each with its generator's number. Closing it closes them all.
 
-    One is begun only when those begun before it that have brought nothing yet cost at most `most` together with it: all at once
-    would stand in the engine's queue before whatever other clients send meanwhile.
+    A generator is started only if it and the started ones without items so far cost at most `most` together. Otherwise all
+    would enter the engine's queue ahead of the requests that other clients send meanwhile.
     """
-    if len(streams) == 1:  # the usual case needs no queue
+    if len(streams) == 1:  # the common case needs no queue
         async with aclosing(streams[0]) as only:
             async for item in only:
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, Any, BaseException | None]] = asyncio.Queue()
     tasks: list[asyncio.Task[None]] = []
-    silent: dict[int, int] = {}  # number -> cost of those that have brought nothing yet
+    silent: dict[int, int] = {}  # number -> cost of started generators without items so far
     room = asyncio.Event()
 
-    def heard(number: int) -> None:
+    def produced(number: int) -> None:
         if silent.pop(number, None) is not None:
             room.set()
 
@@ -209,12 +208,12 @@ async def merge(
         try:
             async with aclosing(items):
                 async for item in items:
-                    heard(number)
+                    produced(number)
                     queue.put_nowait((number, item, None))
             queue.put_nowait((number, None, None))
         except Exception as error:
             queue.put_nowait((number, None, error))
-        heard(number)
+        produced(number)
 
     async def begin() -> None:
         for number, items in enumerate(streams):
@@ -223,7 +222,7 @@ async def merge(
                 await room.wait()
             silent[number] = costs[number]
             tasks.append(asyncio.create_task(pump(number, items)))
-            await asyncio.sleep(0)  # beginning hundreds takes time that other streams need
+            await asyncio.sleep(0)  # starting hundreds takes time that other streams need
 
     tasks.append(asyncio.create_task(begin()))
     running = len(streams)
@@ -237,7 +236,7 @@ async def merge(
             else:
                 yield number, item
     finally:
-        tasks[0].cancel()  # it adds others
+        tasks[0].cancel()  # first, because it adds the others
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

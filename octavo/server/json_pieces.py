@@ -1,4 +1,4 @@
-"""JSON of large answers, encoded piece by piece: the library's encoder holds the interpreter's lock until it is done."""
+"""Encodes JSON of large answers in pieces, because the encoder holds the interpreter's lock until it is done."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 __all__ = ["json_body"]
 
-SLICE = 64  # entries of a list, each with its 20 alternatives at most: a few milliseconds
-TURN = 2**16  # characters between two turns of the event loop
+SLICE = 64  # list entries per piece, each with at most 20 alternatives: a few milliseconds
+TURN = 2**16  # characters after which other tasks of the event loop get a turn
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 async def json_body(answer: dict[str, Any]) -> bytes:
-    """The JSON of an answer. Other streams go on meanwhile."""
+    """The JSON of an answer. Yields to other streams in between."""
     pieces, length = [], 0
     for piece in _pieces(answer):
         pieces.append(piece.encode())
@@ -26,7 +26,7 @@ async def json_body(answer: dict[str, Any]) -> bytes:
 
 
 def _pieces(answer: dict[str, Any]) -> Iterator[str]:
-    """What grows with an answer is its choices, and the lists in them."""
+    """Splits the parts that grow with an answer: its choices, and the lists in them."""
     for number, (key, value) in enumerate(answer.items()):
         yield f"{',' if number else '{'}{_dump(key)}:"
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of the two endpoints."""
+"""Log-probabilities in the formats of the two endpoints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
 
-LOWEST = -9999.0  # as vLLM has it: stands for -inf, and for NaN, which JSON cannot spell
+LOWEST = -9999.0  # vLLM's stand-in for -inf; also for NaN, which JSON cannot express
 
 
 def completion_logprobs(
     tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offsets: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """The legacy shape, of tokens whose texts start at `offsets`. A prompt's first token has no logprobs."""
+    """The completions format, for tokens whose texts start at `offsets`. A prompt's first token has no logprobs."""
     tokens, chosen, top = [], [], []
     for token_id, entry in entries:
         tokens.append(_text(tokenizer, token_id))
@@ -26,17 +26,17 @@ def completion_logprobs(
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: bool = False) -> dict[str, Any]:
-    """The shape of chat: each token, its text or `as_ids` its id, with its bytes and its alternatives."""
+    """The chat format: each token as text, or `as_ids` as its id, with its bytes and alternatives."""
 
-    def told(e: Logprob) -> dict[str, Any]:
+    def entry_of(e: Logprob) -> dict[str, Any]:
         return _chat_token(tokenizer, e, as_ids)
 
-    content = [{**told(e[0]), "top_logprobs": [told(one) for one in e[1:]]} for e in entries]
+    content = [{**entry_of(e[0]), "top_logprobs": [entry_of(one) for one in e[1:]]} for e in entries]
     return {"content": content}
 
 
 def prompt_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Logprobs | None]) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's own shape: for each prompt token the candidates by token id."""
+    """vLLM's format: for each prompt token its candidates by token id."""
     return [None if entry is None else {str(e.token_id): _candidate(tokenizer, e) for e in entry} for entry in entries]
 
 
@@ -55,4 +55,4 @@ def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
 
 
 def _value(e: Logprob) -> float:
-    return e.logprob if e.logprob > LOWEST else LOWEST  # no comparison with NaN holds, which `max` may let through
+    return e.logprob if e.logprob > LOWEST else LOWEST  # unlike `max`, this comparison also replaces NaN

@@ -20,10 +20,10 @@ _STEP = (1, *(2**e for e in range(3, 15)))
 
 
 class Metrics:
-    """All metrics of one engine, in a registry of their own."""
+    """All metrics of one engine, in a separate registry."""
 
     def __init__(self, model_name: str):
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # else every series comes twice
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # otherwise every series appears twice
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._waiting: dict[str, RequestWatch] = {}
@@ -53,13 +53,13 @@ class Metrics:
             self.success(reason, 0)
 
     def watch(self, request_id: str, prompt_tokens: int, n: int) -> RequestWatch:
-        """Starts to time a request; `close` it in any case."""
+        """Starts timing a request. The caller must `close` the watch."""
         first_sequence = request_id if n == 1 else f"{request_id}-0"
         watch = self._waiting[first_sequence] = RequestWatch(self, first_sequence, prompt_tokens, n)
         return watch
 
     def forget(self, request_id: str) -> None:
-        """The engine will not name this request any more."""
+        """Stops waiting for the request's first step."""
         self._waiting.pop(request_id, None)
 
     def success(self, reason: str, amount: int = 1) -> None:
@@ -67,7 +67,7 @@ class Metrics:
         self._success.labels(self._model_name, "0", reason).inc(amount)
 
     def on_step(self, stats: EngineStats) -> None:
-        """Takes in the engine's figures of one step."""
+        """Updates the metrics from the statistics of one step."""
         self._running.set(stats.num_running)
         self._queued.set(stats.num_waiting)
         self._cache.set(stats.kv_cache_usage)
@@ -81,7 +81,7 @@ class Metrics:
                 watch.scheduled()
 
     def text(self) -> bytes:
-        """The page that Prometheus reads."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _gauge(self, name: str, help: str) -> Gauge:
@@ -95,23 +95,23 @@ class Metrics:
 
 
 class RequestWatch:
-    """The times of one request: a prompt and its n sequences."""
+    """Times one request: a prompt and its n sequences."""
 
     def __init__(self, metrics: Metrics, request_id: str, prompt_tokens: int, n: int):
         self._metrics, self._id, self._prompt_tokens = metrics, request_id, prompt_tokens
         self._arrived = self._first_step = time.monotonic()
-        self._last: list[float | None] = [None] * n  # when each sequence's latest token came
+        self._last: list[float | None] = [None] * n  # time of each sequence's latest token
         self._first_token: float | None = None
         self._generated = 0
         self._unfinished = n
 
     def scheduled(self) -> None:
-        """The request left the queue."""
+        """Records that the request left the queue."""
         self._first_step = time.monotonic()
         self._metrics.queue.observe(self._first_step - self._arrived)
 
     def saw(self, delta: Delta) -> None:
-        """Tokens came."""
+        """Records the tokens of a delta."""
         now, metrics = time.monotonic(), self._metrics
         count = len(delta.token_ids)
         if self._first_token is None:
@@ -131,7 +131,7 @@ class RequestWatch:
             metrics.success(delta.finish_reason)
 
     def close(self) -> None:
-        """No more will come: everything was generated, or the client left."""
+        """Ends the timing: the request is complete, or the client disconnected."""
         now, metrics = time.monotonic(), self._metrics
         metrics.forget(self._id)
         if self._unfinished:

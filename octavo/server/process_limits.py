@@ -1,4 +1,4 @@
-"""What the server's process may open, and may keep."""
+"""Limits of the server process: open files, and freed memory that it keeps."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from octavo.errors import OctavoError
 
 __all__ = ["set_limits"]
 
-FEWEST_FILES, MOST_FILES = 64, 65536  # a server and its engine open some twenty
-KEPT = 2**20  # bytes; glibc would learn from one huge request to keep that much in each thread
+FEWEST_FILES, MOST_FILES = 64, 65536  # a server and its engine need about twenty
+KEPT = 2**20  # bytes; after one huge request glibc would keep that much in each thread
 
 
 def set_limits() -> None:
-    """Lets this process open as many files as it is allowed to, each connection being one, and keep little freed memory.
+    """Raises this process's limit of open files, since each connection is one, and limits the freed memory that it keeps.
 
-    Raises OctavoError if those files are too few for a server.
+    Raises OctavoError if the file limit is too low for a server.
     """
     host.keep(KEPT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft < most:
-        with suppress(OSError, ValueError):  # some systems allow less than they say
+        with suppress(OSError, ValueError):  # some systems allow less than their hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
     if soft < FEWEST_FILES:

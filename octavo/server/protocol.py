@@ -1,6 +1,6 @@
-"""The requests of the OpenAI API, with the extras that vLLM's clients send: the fields that are served.
+"""The requests of the OpenAI API with vLLM's extensions: the supported fields.
 
-`request_fields.py` says what becomes of the others.
+`request_fields.py` handles the others.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = [
     "Tool",
 ]
 
-MOST_TOOLS = 4096  # their schemas are the server's work at every request
+MOST_TOOLS = 4096  # the server processes their schemas at every request
 
-# Of a list the first fault is told, and looking for the others could take long.
+# Validation of a list stops at the first error, because finding all could take long.
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Integers = Annotated[list[int], Field(fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class ApiModel(BaseModel):
-    """A JSON object in which null means the same as leaving the field out."""
+    """A JSON object in which null means the same as an absent field."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
@@ -45,7 +45,7 @@ class ApiModel(BaseModel):
 
 
 class StreamOptions(ApiModel):
-    """What a stream tells besides its tokens."""
+    """Options of a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -59,14 +59,14 @@ class JsonSchema(ApiModel):
 
 
 class ResponseFormat(ApiModel):
-    """OpenAI's way to ask for structured output."""
+    """OpenAI's request for structured output."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(ApiModel):
-    """vLLM's way to ask for it: one of these."""
+    """vLLM's request for structured output: one of these."""
 
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
@@ -83,9 +83,9 @@ class StructuredOutputs(ApiModel):
 
 
 class GenerationRequest(ApiModel):
-    """What completions and chat have in common. None: the request does not say, so the model's own default holds."""
+    """The fields that completions and chat share. None: absent from the request, so the model's default applies."""
 
-    fates: ClassVar[Mapping[str, Fate]] = {}  # of every field that is known
+    fates: ClassVar[Mapping[str, Fate]] = {}  # for every known field
 
     model: str | None = None
     n: int | None = None
@@ -136,7 +136,7 @@ class CompletionRequest(GenerationRequest):
 
     fates = COMPLETION
 
-    prompt: Any = None  # checked by hand: a union would try every branch on every one of 100,000 token ids
+    prompt: Any = None  # validated by hand: a union would try every branch on each of 100,000 token ids
     echo: bool = False
     logprobs: int | None = None
 
@@ -166,14 +166,14 @@ Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
 
 
 class NamedToolChoice(ApiModel):
-    """`tool_choice` that asks for one function."""
+    """A `tool_choice` that names one function."""
 
     type: Literal["function"] = "function"
     function: FunctionName
 
 
 class _WithoutTemplate(ApiModel):
-    """Messages that are rendered by the server's chat template, and by no other."""
+    """Messages that only the server's chat template may render."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
-"""A request's body: read up to a bound, then made into a request of its kind.
+"""Reads a request's body up to a size limit, and parses it into a request.
 
-Of a small body that takes a few milliseconds. A large one is read in a process of its own (`side_processes.py`), and what
-comes back has a bounded number of values: bringing them over takes the event loop's time again.
+A small body takes a few milliseconds. A large one is parsed in another process (`side_processes.py`). The number of values in
+the result is limited, because transferring them takes time of the event loop.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from octavo.server.protocol import ApiModel
 __all__ = ["MOST_VALUES", "SMALL_BODY", "ClientLeft", "as_request", "read_body"]
 
 SMALL_BODY = 2**16  # bytes
-MOST_VALUES = 2**20  # numbers and strings; an object or a list counts as 8, a key as 4, as they take longer
+MOST_VALUES = 2**20  # numbers and strings; an object or list counts as 8 and a key as 4, because they take longer
 R = TypeVar("R", bound=ApiModel)
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, which is a character, or alone
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # part of a pair, which is a character, or alone
 
 
 class ClientLeft(Exception):
-    """The connection was closed before the request was whole."""
+    """The client disconnected before the request was complete."""
 
 
 async def read_body(scope: Scope, receive: Receive, most: int) -> bytearray:
-    """The body. Raises ApiError for one of over `most` bytes or not said to be JSON, ClientLeft if it never comes whole."""
+    """The body. Raises ApiError for over `most` bytes or a content type other than JSON, ClientLeft if it is incomplete."""
     _check_content_type(Headers(scope=scope))
     too_large = ApiError(413, f"The body is over {_size(most)}, the most that this server reads (--max-request-bytes).")
     length = Headers(scope=scope).get("content-length", "")
@@ -54,8 +54,8 @@ def _size(count: int) -> str:
 
 
 def as_request(model: type[R], body: bytes | bytearray) -> R:
-    """The body as a request of this kind, or ApiError 400 with the first thing wrong with it."""
-    gc.disable()  # for it would walk all that was read so far, again and again
+    """Parses the body into a request, or raises ApiError 400 with its first error."""
+    gc.disable()  # the collector would walk the parsed values again and again
     try:
         data = _load(body)
         if len(body) > SMALL_BODY:
@@ -67,7 +67,7 @@ def as_request(model: type[R], body: bytes | bytearray) -> R:
 
 def _load(body: bytes | bytearray) -> Any:
     try:
-        text = body.decode(json.detect_encoding(body))  # json itself would let encoded surrogates pass
+        text = body.decode(json.detect_encoding(body))  # json itself would accept encoded surrogates
         data = json.loads(text)
         broken = _ESCAPED_SURROGATE.search(text) and not _is_text(data)
     except (ValueError, RecursionError) as error:
@@ -79,7 +79,7 @@ def _load(body: bytes | bytearray) -> Any:
 
 
 def _check_values(model: type[ApiModel], data: Any) -> None:
-    """Raises ApiError for a request whose known fields hold too many values; the others are dropped."""
+    """Raises ApiError for a request whose known fields hold too many values. Unknown fields are dropped later."""
     known = {field.alias or name for name, field in model.model_fields.items()}
     waiting = [value for name, value in data.items() if name in known] if isinstance(data, dict) else []
     found = 0
@@ -106,8 +106,8 @@ def _is_text(data: Any) -> bool:
 
 
 def _check_content_type(headers: Headers) -> None:
-    """Raises ApiError 415 for a body that is not said to be JSON: a browser sends such without asking this server first, so
-    that any page could use it. Programs that say nothing, or what curl and urllib say on their own, are no browsers."""
+    """Raises ApiError 415 for a body whose content type is not JSON. A browser sends other types to any server without a CORS
+    preflight, so any web page could use this server. No type, and the defaults of curl and urllib, are not from browsers."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return
@@ -117,7 +117,7 @@ def _check_content_type(headers: Headers) -> None:
 
 
 def _parse(model: type[R], data: Any) -> R:
-    """`data` as a request of this kind, or ApiError 400 with the first thing wrong with it."""
+    """Validates `data` as a request, or raises ApiError 400 with its first error."""
     if not isinstance(data, dict):
         raise ApiError(400, f"The body should be a JSON object, not {type(data).__name__}.")
     try:

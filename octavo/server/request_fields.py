@@ -1,7 +1,7 @@
-"""Every field of OpenAI's and vLLM's requests, and what becomes of it here: served, refused in a sentence, or harmless.
+"""Every field of OpenAI's and vLLM's requests: served, refused with a sentence, or harmless to ignore.
 
-The requests of `protocol.py` have the served ones and look here for the others, so that no known field is ignored unless it
-says here why that is harmless. Fields that neither of the two knows are ignored, as vLLM ignores them.
+The models in `protocol.py` have the served fields. The others are listed here, so that no known field is ignored without a
+reason. Unknown fields are ignored, as vLLM does.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A field of a request's model."""
+    """A field that the request's model has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Answered 400 with `sentence`, but for the values in `unless`, which ask for nothing."""
+    """A field answered with 400 and `sentence`, except for the values in `unless`, which request nothing."""
 
     sentence: str
     unless: tuple[Any, ...] = ()
@@ -41,7 +41,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Harmless:
-    """Taken without effect, because it changes nothing in an answer: `why`."""
+    """A field accepted without effect, because it changes nothing in an answer: `why`."""
 
     why: str
 
@@ -67,7 +67,7 @@ _BOTH: dict[str, Fate] = {
         guided_json guided_regex guided_choice guided_grammar cache_salt request_id return_token_ids
         return_tokens_as_token_ids"""
     ),
-    "best_of": Refused("best_of is not served; ask for n choices and keep the best yourself."),  # unless it is n: below
+    "best_of": Refused("best_of is not served; ask for n choices and keep the best yourself."),  # allowed if equal to n
     "use_beam_search": Refused("Beam search is not served; leave use_beam_search out.", (False,)),
     "truncate_prompt_tokens": Refused("truncate_prompt_tokens is not served; send a prompt that fits."),
     "truncation_side": Harmless("it says how truncate_prompt_tokens truncates, and that is refused"),
@@ -99,7 +99,7 @@ COMPLETION: dict[str, Fate] = {
     "suffix": Refused("suffix is not served; put both sides of the gap into the prompt as the model expects them.", ("",)),
     "prompt_embeds": Refused("prompt_embeds is not served; send text or token ids as the prompt.", ([],)),
 }
-CHAT_TEMPLATE = Refused(  # a program, and a loop in it would stop the server
+CHAT_TEMPLATE = Refused(  # a template is a program, and an endless loop in it would stop the server
     "A request cannot bring a chat_template; start the server with --chat-template.", ("",)
 )
 _AUDIO = "Only text is answered; leave {} out."
@@ -140,7 +140,7 @@ STRUCTURED_OUTPUTS: dict[str, Fate] = {
 
 
 def refuse_fields(table: Mapping[str, Fate], data: Mapping[str, Any], where: str = "") -> None:
-    """Raises InvalidRequest for the first field of `data` that is refused; null asks for nothing."""
+    """Raises InvalidRequest for the first refused field of `data`. null requests nothing."""
     for name, value in data.items():
         fate = table.get(name)
         if not isinstance(fate, Refused) or value is None or _is_n(name, value, data):
@@ -150,5 +150,5 @@ def refuse_fields(table: Mapping[str, Fate], data: Mapping[str, Any], where: str
 
 
 def _is_n(name: str, value: Any, data: Mapping[str, Any]) -> bool:
-    """Whether this is a best_of that keeps all of the n choices."""
+    """Whether the field is a best_of that keeps all n choices."""
     return name == "best_of" and type(value) is int and value == (data.get("n") or 1)

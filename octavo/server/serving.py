@@ -1,4 +1,4 @@
-"""The engine as the endpoints see it: names, defaults, prompts, and generations that are counted and can be refused."""
+"""The engine as the endpoints use it: model names, defaults, prompts, and generations with metrics."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ __all__ = ["Served"]
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
 _GRAMMAR_SECONDS = 10.0
-_LONG_TEXT = 2_000  # characters, a millisecond or two; encoding more would hold up the other streams, so a thread does it
-_MOST_RENDERED = 2**24  # characters
+_LONG_TEXT = 2_000  # characters, a millisecond or two; more is encoded in a thread, to keep other streams going
+_MOST_RENDERED = 2**24  # characters of a rendered chat template
 
 
 def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
     try:
         text = render_conversation(*conversation, **how)
-    except OctavoError as error:  # of a template that is none, too
+    except OctavoError as error:  # includes an invalid template
         raise InvalidRequest(str(error), getattr(error, "param", "messages")) from error
     if len(text) > _MOST_RENDERED:
         raise InvalidRequest(f"The chat template makes {len(text)} characters of these messages; send less.", "messages")
@@ -51,16 +51,16 @@ def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
 
 @dataclass
 class Served:
-    """One model behind one or more names."""
+    """One model under one or more names."""
 
     engine: AsyncEngine
     names: Sequence[str]
     metrics: Metrics
-    chat_template: str | None = None  # instead of the checkpoint's
-    content_format: str = "auto"  # in which the template reads content
+    chat_template: str | None = None  # replaces the checkpoint's
+    content_format: str = "auto"  # format of message content that the template expects
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    engine_timeout: float = 0.0  # seconds without a step after which a busy engine counts as stalled; 0: never
+    engine_timeout: float = 0.0  # seconds without a step after which a busy engine is considered stalled; 0: never
     side: SideProcesses = field(default_factory=side_processes)
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -69,37 +69,37 @@ class Served:
 
     @property
     def stalled(self) -> bool:
-        """Whether the engine has had work for too long without a step."""
+        """Whether the engine has had work for longer than engine_timeout without a step."""
         return 0 < self.engine_timeout < self.engine.silent_seconds
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, or InvalidRequest where the checkpoint has none."""
+        """The tokenizer. Raises InvalidRequest if the checkpoint has none."""
         if self.engine.tokenizer is None:
             raise InvalidRequest("This checkpoint has no tokenizer.json; send the prompt as token ids.", "prompt")
         return self.engine.tokenizer
 
     @property
     def thinks_in_special_tokens(self) -> bool:
-        """Whether thinking is looked for and its tags are special tokens, which text then must keep."""
+        """Whether the tags of thinking are special tokens, which detokenization must keep for the reasoning parser."""
         if self.reasoning_parser is None or self.engine.tokenizer is None:
             return False
         return any(self.engine.tokenizer.token_id(tag) in self.engine.tokenizer.special_ids for tag in (OPEN, CLOSE))
 
     def check_model(self, name: str | None) -> None:
-        """Raises a 404 for a model that is not this one. A request without a name means this one."""
+        """Raises a 404 for another model's name. A request without a name means this model."""
         if name is not None and name not in self.names:
             served = f"{' and '.join(self.names)} {'are' if len(self.names) > 1 else 'is'}"
             raise ApiError(404, f"The model '{name}' is not served here; {served}.", "model", "model_not_found")
 
     async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
-        """The ids of a prompt. Raises InvalidRequest for text far longer than `limit` tokens, by default the context."""
+        """The token ids of a prompt. Raises InvalidRequest for text far longer than `limit` tokens (default: the context)."""
         return (await self.encode_all([text], add_special_tokens, limit))[0]
 
     async def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool = True, limit: int | None = None
     ) -> list[list[int]]:
-        """The ids of each text, as `encode` has them; in a thread if there is much of it."""
+        """The token ids of each text, as `encode`; in a thread if the texts are long."""
         if sum(map(len, texts)) < _LONG_TEXT:
             return self._encode(texts, add_special_tokens, limit)
         return await asyncio.to_thread(self._encode, texts, add_special_tokens, limit)
@@ -121,19 +121,19 @@ class Served:
         continues: bool = False,
         calls: CallForm = PLAIN_CALLS,
     ) -> str:
-        """The text of a chat's prompt. `switches` are the template's own; `continues`: its last message is not over; `calls`:
-        how calls are written, for a template that does not say it.
+        """Renders a chat's prompt. `switches`: variables of the template. `continues`: the last message is to be continued.
+        `calls`: the call format to describe, for a template that does not.
 
-        A template is a program, so it runs in a process of its own, which may end without harm.
+        A template is a program, so it runs in a separate process, which may die without harm.
         """
         chosen = self.template_for(bool(tools))
         if chosen is None:
             raise InvalidRequest(
                 "The model has no chat template; use /v1/completions, or start with --chat-template.", "messages"
             )
-        own = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
+        variables = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
         conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
-        how = {"continue_final_message": continues, "content": self.content_format, "switches": own, "calls": calls}
+        how = {"continue_final_message": continues, "content": self.content_format, "switches": variables, "calls": calls}
         return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:
@@ -141,7 +141,7 @@ class Served:
         return self.chat_template or self.tokenizer.template_for(tools)
 
     async def tools_note(self) -> str | None:
-        """What to say of a chat template that does not show the model the tools of a request."""
+        """A note for the log if the chat template does not show a request's tools to the model."""
         template = self.template_for(tools=True) if self.engine.tokenizer else None
         if template is None:
             return None
@@ -154,7 +154,7 @@ class Served:
         return f"the chat template does not print tools: a request's are put into its system message, to be called {form}."
 
     def max_tokens_for(self, num_prompt_tokens: int, most: int | None = None) -> int | None:
-        """How many tokens a request gets that does not say: what the model recommends, at most `most`, as far as they fit."""
+        """The default max_tokens: the model's recommendation, at most `most`, limited to what fits."""
         recommended = self.tokenizer.default_sampling.get("max_tokens") if self.engine.tokenizer else None
         known = [limit for limit in (recommended, most) if limit is not None]
         return max(1, min(*known, self.engine.info.max_model_len - num_prompt_tokens)) if known else None
@@ -168,7 +168,7 @@ class Served:
         structured: StructuredOutput | None,
         **fixed: Any,
     ) -> SamplingParams:
-        """The request's values over the model's recommended ones over SamplingParams' own."""
+        """Sampling parameters: the request's values, else the model's recommended ones, else SamplingParams' defaults."""
         tokenizer = self.engine.tokenizer
         recommended = tokenizer.default_sampling if tokenizer else {}
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None}
@@ -176,8 +176,8 @@ class Served:
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
     async def validate(self, structured: StructuredOutput | None) -> None:
-        """Raises InvalidRequest for a structured output that cannot be followed. In a thread: llguidance may take a second, in
-        which it needs no interpreter, and what it finds is known when `generate` asks."""
+        """Raises InvalidRequest for an unusable structured output. Runs in a thread, because llguidance may take a second, for
+        which it releases the interpreter's lock. The result is cached for `generate`."""
         if structured is None:
             return
         try:
@@ -192,11 +192,11 @@ class Served:
     def generate(
         self, prompt: list[int], params: SamplingParams, response_id: str, cache_salt: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas, counted. Closing it aborts the request.
+        """The engine's deltas, with metrics. Closing the generator aborts the request.
 
-        Raises InvalidRequest here for what the engine would refuse, before anything of an answer is sent.
+        Raises InvalidRequest at the call for what the engine would refuse, before any of the answer is sent.
         """
-        request_id = f"{response_id}-{next(self._numbers)}"  # two clients may bring the same X-Request-Id
+        request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
         return self._counted(self.engine.generate(prompt, params, request_id, cache_salt), request_id, len(prompt), params.n)
 
     async def _counted(

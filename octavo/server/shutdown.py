@@ -1,4 +1,4 @@
-"""What ends a server: SIGTERM, SIGINT, and the death of its engine."""
+"""Stops a server: on SIGTERM, SIGINT, or the death of its engine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Ending"]
 
-LAST_WORDS = 1.0  # seconds that answers which were ended get to tell their clients so
+LAST_WORDS = 1.0  # seconds for clients to receive the errors of aborted answers
 
 
 class Ending:
-    """Stops a loading; of a server, refuses what is new and lets running answers end. A second signal stops at once.
+    """Cancels loading; on a running server, refuses new requests and lets running ones finish. A second signal stops at once.
 
     `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew, and 130 where Ctrl-C stopped a
     loading.
@@ -43,12 +43,12 @@ class Ending:
         self.exit_code = 0
         self._server, self._served = server, served
         self._tasks.append(asyncio.ensure_future(self._end_with_the_engine(server, served)))
-        self._tasks.append(asyncio.ensure_future(_tell_of_stalls(served)))
-        if self._signals:  # it came between the two
+        self._tasks.append(asyncio.ensure_future(_report_stalls(served)))
+        if self._signals:  # a signal arrived before the server was ready
             self._drain_soon()
 
     def close(self) -> None:
-        """Watches no more."""
+        """Cancels the watching tasks."""
         for task in self._tasks:
             task.cancel()
 
@@ -92,13 +92,13 @@ class Ending:
         server.should_exit = True
 
 
-async def _tell_of_stalls(served: Served) -> None:
-    """Says when the engine is found to stand still, and when it goes on."""
-    told = False
+async def _report_stalls(served: Served) -> None:
+    """Reports on stderr when the engine stalls, and when it continues."""
+    reported = False
     while True:
         await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)
-        if served.stalled and not told:
+        if served.stalled and not reported:
             say(f"octavo: the engine has had work for {served.engine.silent_seconds:.0f} s and made no step; /health says 503.")
-        elif told and not served.stalled:
+        elif reported and not served.stalled:
             say("octavo: the engine goes on.")
-        told = served.stalled
+        reported = served.stalled

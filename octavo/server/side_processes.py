@@ -1,7 +1,7 @@
-"""Work whose length a client's body or a checkpoint's template decides, in processes of its own.
+"""Side processes for work whose duration depends on a client's body or a checkpoint's template.
 
-Neither jinja nor json can be interrupted, and both hold the interpreter's lock: here they hold that of nobody who streams. The
-kernel ends a process that computes for too long; one that has grown large ends by itself, and its memory with it.
+Neither jinja nor json can be interrupted, and both hold the interpreter's lock, which in a side process delays no stream. The
+kernel ends a process that computes for too long. One that has grown large exits, which frees its memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from octavo.errors import InvalidRequest, OctavoError, shortage
 
 __all__ = ["SideProcesses", "side_processes", "work"]
 
-CPU_SECONDS = 3.0  # for one piece of work
-WALL_SECONDS = 60.0  # on a machine that is very busy
-MEMORY = 2**30  # bytes of address space
-LARGE = 256 * 2**20  # bytes at its peak, after which a process ends
+CPU_SECONDS = 3.0  # per call
+WALL_SECONDS = 60.0  # per call, for a very busy machine
+MEMORY = 2**30  # bytes of address space per process
+LARGE = 256 * 2**20  # bytes at peak, after which a process exits
 
 T = TypeVar("T")
 
 
 class _Process:
-    """One process and the pipe to it."""
+    """One side process and the pipe to it."""
 
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
@@ -48,10 +48,10 @@ class _Process:
             self.connection.close()
             raise
         finally:
-            theirs.close()  # or the end of the process would never be seen
+            theirs.close()  # otherwise the end of the process would never be noticed
 
     def end(self, seconds: float = 0.0) -> int:
-        """Ends it, if it does not end by itself so soon; the exit code."""
+        """Kills the process if it does not exit within `seconds`. Returns the exit code."""
         self.connection.close()
         with suppress(subprocess.TimeoutExpired):
             self.popen.wait(seconds)
@@ -60,49 +60,49 @@ class _Process:
 
 
 class SideProcesses:
-    """At most `most` processes, started when they are first needed; what comes meanwhile waits for its turn."""
+    """At most `most` processes, started on demand. Calls wait for a free process."""
 
     def __init__(self, most: int = 2):
-        self._threads = ThreadPoolExecutor(most, "octavo-side")  # each tends a process
-        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(most, "octavo-side")  # one per process
+        self._local = threading.local()
         self._all: set[_Process] = set()
         atexit.register(self.close)
 
-    async def run(self, told: str, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)`, which must be what pickle knows by name. What it raises is raised here.
+    async def run(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        """Calls `function(*args)` in a process. The function must be picklable by name. Exceptions are raised here.
 
-        Raises InvalidRequest, which begins with `told`, where it takes too long or too much memory.
+        Raises InvalidRequest, beginning with `what`, if it takes too long or too much memory.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, told, function, args)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, what, function, args)
 
     def start(self) -> None:
-        """Starts the first process, without waiting for it."""
+        """Starts the first process without waiting for it."""
         self._threads.submit(self._process)
 
     def close(self) -> None:
-        """Ends the processes, whatever they do. The next work starts others."""
+        """Kills the processes. The next call starts others."""
         for process in tuple(self._all):
             self._all.discard(process)
             process.popen.kill()
             process.popen.wait()
 
     def _process(self) -> _Process:
-        """This thread's process."""
-        known: _Process | None = getattr(self._own, "process", None)
+        """The process of this thread."""
+        known: _Process | None = getattr(self._local, "process", None)
         if known is not None and known.popen.poll() is None:
             return known
         if known is not None:
             self._end(known)
-        self._own.process = known = _Process()
+        self._local.process = known = _Process()
         self._all.add(known)
         return known
 
     def _end(self, process: _Process, seconds: float = 0.0) -> int:
-        self._own.process = None
+        self._local.process = None
         self._all.discard(process)
         return process.end(seconds)
 
-    def _run(self, told: str, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _run(self, what: str, function: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:
             process = self._process()
         except OSError as error:
@@ -113,12 +113,12 @@ class SideProcesses:
             if late := not process.connection.poll(WALL_SECONDS):
                 raise EOFError
             answer, last = process.connection.recv()
-        except RecursionError as error:  # of pickle, before anything was sent
+        except RecursionError as error:  # from pickle, before anything was sent
             raise _refusal(error) from error
         except (EOFError, OSError):
             if (code := self._end(process, 0.0 if late else 1.0)) == -signal.SIGPROF or late:
-                raise InvalidRequest(f"{told} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
-            raise InvalidRequest(f"{told} failed (exit code {code}); it may need too much memory.") from None
+                raise InvalidRequest(f"{what} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
+            raise InvalidRequest(f"{what} failed (exit code {code}); it may need too much memory.") from None
         if last:
             self._end(process, 1.0)
         if isinstance(answer, Exception):
@@ -129,21 +129,21 @@ class SideProcesses:
 
 @lru_cache(maxsize=1)
 def side_processes() -> SideProcesses:
-    """Those of this process."""
+    """The SideProcesses of this process."""
     return SideProcesses()
 
 
 def work(handle: int) -> None:
-    """The main function of a process: does what the pipe brings, until that is closed or the process has grown large."""
+    """Main function of a side process: handles calls until the pipe is closed or the process has grown large."""
     connection = Connection(handle)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd reach the whole group; the parent decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # not on every system
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most), most))
     with suppress(OSError):
-        os.nice(5)  # streams go first
+        os.nice(5)  # streams have priority
     large = False
     while not large:
         try:
@@ -183,7 +183,7 @@ def _refusal(error: BaseException) -> InvalidRequest:
 
 
 def _peak() -> int:
-    """The most memory that this process had, in bytes; getrusage would begin with what the parent had when it forked."""
+    """Peak memory of this process in bytes. getrusage would include the parent's peak before the fork."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

@@ -1,4 +1,4 @@
-"""Structured output: what a request asks for, in OpenAI's or in vLLM's words, as one grammar."""
+"""Structured output: OpenAI's and vLLM's request fields, converted to one grammar."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from octavo.server.protocol import Function, GenerationRequest, Tool
 __all__ = ["arguments_of", "calls_of", "calls_schema", "structured_output"]
 
 _ANY_OBJECT = {"type": "object"}
-_VALUES = ("const", "enum", "default", "examples")  # keywords of a schema that hold values and no schemas
-# Calls are written on one line, as in the families' training data; a weak model would fill pages with white space.
+_VALUES = ("const", "enum", "default", "examples")  # schema keywords whose values are not schemas
+# Calls are written on one line, as in the families' training data. A weak model would fill pages with white space.
 _SPACING = {"x-guidance": {"whitespace_pattern": " ?"}}
 
 
 def structured_output(request: GenerationRequest) -> StructuredOutput | None:
-    """The grammar that `request` asks for. Raises InvalidRequest if it asks for several, or for none of some strings."""
+    """The grammar that `request` asks for. Raises InvalidRequest if it asks for several, or for an empty choice."""
     asked = [found for found in (_response_format(request), *_extras(request)) if found is not None]
     if len(asked) > 1:
         raise InvalidRequest(f"Only one structured output can be asked for; this request has {len(asked)}.", asked[1][0])
@@ -30,12 +30,12 @@ def structured_output(request: GenerationRequest) -> StructuredOutput | None:
 
 
 def arguments_of(function: Function) -> StructuredOutput:
-    """Output that is the arguments of a call of `function`."""
+    """A grammar for the arguments of a call of `function`."""
     return StructuredOutput("json_schema", _dumped("tools", {**(function.parameters or _ANY_OBJECT), **_SPACING}), "tools")
 
 
 def calls_of(tools: Sequence[Tool], at_most_one: bool) -> StructuredOutput:
-    """Output that is one or more calls of these tools."""
+    """A grammar for one or more calls of these tools."""
     return StructuredOutput("json_schema", _dumped("tools", {**calls_schema(tools, at_most_one), **_SPACING}), "tools")
 
 
@@ -47,7 +47,7 @@ def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
         parameters = tool.function.parameters or _ANY_OBJECT
         place = f"#/$defs/{number}"
         moved = _moved(parameters, place)
-        if moved != parameters:  # references count from the root, so what they name has a place of its own there
+        if moved != parameters:  # its references are relative to its root, so it is moved below $defs
             definitions[str(number)], parameters = moved, {"$ref": place}
         properties = {"name": {"const": tool.function.name}, "parameters": parameters}
         items.append(
@@ -59,7 +59,7 @@ def calls_schema(tools: Sequence[Tool], at_most_one: bool) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """`schema` with the references that count from its root counting from `place`."""
+    """`schema` with references to its root replaced by references to `place`."""
     if isinstance(schema, list):
         return [_moved(one, place) for one in schema]
     if not isinstance(schema, dict):
@@ -112,16 +112,16 @@ def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, st
         return None
     if not choices or not all(choices):
         raise InvalidRequest(f"{param} needs one or more strings that are not empty.", param)
-    if sum(map(len, choices)) + 5 * len(choices) > MAX_GRAMMAR:  # the quotes and bars of the terminal below
+    if sum(map(len, choices)) + 5 * len(choices) > MAX_GRAMMAR:  # including the quotes and bars of the terminal below
         raise _too_large(param)
-    # one terminal, which is an automaton: as alternatives of a rule each choice would be an item of the parser's row
+    # one terminal, which is an automaton: as alternatives of a rule, each choice would be a parser item
     listed = json.dumps(list(dict.fromkeys(choices)), ensure_ascii=False, separators=(" | ", ":"))[1:-1]
-    listed = listed.replace("\x7f", r"\u007f")  # the grammar's reader takes no such character
+    listed = listed.replace("\x7f", r"\u007f")  # the grammar's reader does not accept this character
     return param, "lark", f"start: CHOICE\nCHOICE: {listed}"
 
 
 def _dumped(param: str, schema: dict[str, Any] | bool) -> str:
-    """The schema's text. Raises InvalidRequest for a large one before all of it is walked over."""
+    """The schema as text. Raises InvalidRequest for a large one before walking all of it."""
     left, parts = MAX_GRAMMAR, [schema]
     while parts:
         part: Any = parts.pop()

@@ -1,1 +1,1 @@
-"""Text to tokens and back, and chat templates. Nothing here imports torch."""
+"""Tokenization, detokenization and chat templates. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Byte-level BPE spells each byte as a printable character: itself, or for the others the next one from U+0100."""
+"""The alphabet of byte-level BPE: each byte as a printable character, its own or else the next one from U+0100 on."""
 
 from __future__ import annotations
 

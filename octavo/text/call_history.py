@@ -1,7 +1,7 @@
-"""The calls of earlier turns, as a chat template reads them: found in its syntax tree.
+"""Converts the calls of earlier turns to the form that a chat template reads, which its syntax tree shows.
 
-Templates differ in what they want of a call's arguments: most print them by `tojson`, or loop over them, and get an object;
-DeepSeek's join them with text, and get text. DeepSeek-V3's, too, prints the calls of a message only if that has no content.
+Templates differ in the form of a call's arguments. Most print them by `tojson`, or loop over them, and need an object.
+DeepSeek's concatenate them with text, and need text. DeepSeek-V3's also prints a message's calls only if it has no content.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def reads_calls(template: str) -> bool:
 
 
 def as_read(template: str, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Plain messages whose calls have arguments, and beside them content, as the template reads them."""
-    told = [dict(message) for message in messages]
-    for message in told:
+    """Plain messages with calls' arguments, and the content beside calls, in the form that the template reads."""
+    converted = [dict(message) for message in messages]
+    for message in converted:
         if not message.get("tool_calls"):
             continue
         if _joins_arguments(template):
             message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
         if not message["content"] and _asks_for_none(template):
             message["content"] = None
-    return told
+    return converted
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Messages of a chat as clients send them, in the form that the chat template expects. Shared by the server and LLM.chat."""
+"""Converts a client's chat messages to the form that the chat template expects. Shared by the server and LLM.chat."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ CONTENT_FORMATS = ("auto", "string", "openai")
 
 
 def check_content_format(name: str) -> str:
-    """`name`, or OctavoError if there is no such form."""
+    """Returns `name`. Raises OctavoError for an unknown format."""
     if name not in CONTENT_FORMATS:
         raise OctavoError(f"chat-template-content-format '{name}' is not known; known are: {', '.join(CONTENT_FORMATS)}.")
     return name
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], content: ContentFormat = "string") -> list[dict[str, Any]]:
-    """Each message with the arguments of its tool calls as objects, and its content as one string; as `openai`, as a list of
-    parts, as `either`, as the client sent it. Raises InvalidRequest for what is no message, or holds more than text.
+    """The messages, with tool-call arguments as objects and content in one form. `string`: one string; `openai`: list of parts;
+    `either`: as the client sent it. Raises InvalidRequest for invalid messages, and for content other than text.
     """
-    form = {"openai": _parts, "string": _text, "either": _own}[content]
+    form = {"openai": _parts, "string": _text, "either": _as_sent}[content]
     return [_plain(message, f"messages.{number}", form) for number, message in enumerate(messages)]
 
 
@@ -35,11 +35,11 @@ def _plain(message: Mapping[str, Any], where: str, form: Callable[[Any, str], An
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where} needs a role, such as 'user'.", f"{where}.role")
     plain = {key: value for key, value in message.items() if value is not None}
-    plain["role"] = "system" if role == "developer" else role  # OpenAI's newer word; templates know the older one
+    plain["role"] = "system" if role == "developer" else role  # OpenAI's newer name; templates know the older one
     plain["content"] = form(message.get("content"), f"{where}.content")
     if "tool_calls" in plain:
         calls = [_call(call, f"{where}.tool_calls") for call in _list(plain.pop("tool_calls"), f"{where}.tool_calls")]
-        if calls:  # templates ask whether the key is there, and then print calls instead of content
+        if calls:  # templates test for the key, and then print calls instead of content
             plain["tool_calls"] = calls
     return plain
 
@@ -56,7 +56,7 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": _part(part, where)} for part in _list(content, where)]
 
 
-def _own(content: Any, where: str) -> str | list[dict[str, str]]:
+def _as_sent(content: Any, where: str) -> str | list[dict[str, str]]:
     return _parts(content, where) if isinstance(content, list) else _text(content, where)
 
 
@@ -81,7 +81,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where} should hold calls like {{'function': {{'name': ..., 'arguments': ...}}}}.", where)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):  # what a model once wrote wrongly, a template prints as it is
+        with suppress(ValueError, RecursionError):  # invalid arguments of an earlier answer stay text
             arguments = json.loads(arguments or "{}")
     return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
 

@@ -1,4 +1,4 @@
-"""From a conversation to the text that the model reads: the one way of the server and of LLM.chat."""
+"""Renders a conversation to the prompt's text. Shared by the server and LLM.chat."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def render_conversation(
     switches: Mapping[str, Any] | None = None,
     calls: CallForm = PLAIN_CALLS,
 ) -> str:
-    """The prompt's text. `content`: the form of content that the template reads, `auto` to find it out; `switches`: the
-    template's own; `calls`: how the model is to write calls, where the template does not say it. With
-    `continue_final_message` the text ends where the last message does, to the last blank.
+    """The prompt's text. `content`: the content format that the template reads; `auto` detects it. `switches`: variables of the
+    template. `calls`: the call format to describe, if the template does not. With `continue_final_message` the text ends
+    exactly where the last message does, including trailing blanks.
 
     Raises InvalidRequest for messages that cannot be rendered.
     """
@@ -50,7 +50,7 @@ def render_conversation(
         return render(add_generation_prompt)
     if not plain:
         raise InvalidRequest("continue_final_message needs a message to continue.", "messages")
-    mark = secrets.token_hex(16)  # stands behind the content, where no template trims it
+    mark = secrets.token_hex(16)  # appended to the content, so that no template trims it
     plain[-1]["content"] = _marked(plain[-1]["content"], mark)
     text, found, _ = render(False).rpartition(mark)
     if not found:

@@ -1,7 +1,7 @@
-"""Chat templates: from messages to the prompt's text, as transformers renders it.
+"""Renders chat templates as transformers does: messages in, prompt text out.
 
-A template is a program that came with a checkpoint, so it runs in jinja2's immutable sandbox: it can read what it is
-given and nothing else.
+A template is a program from a checkpoint, so it runs in jinja2's immutable sandbox, where it can read its inputs and nothing
+else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_template", "parse_template", "render_chat"]
 
-_LONGEST_TOLD = 1000  # characters of an error that are repeated: a template may put a whole message into it
+_LONGEST_ERROR = 1000  # characters of an error that are repeated, because a template may put a whole message into it
 
 
 def render_chat(
@@ -30,9 +30,9 @@ def render_chat(
     add_generation_prompt: bool = True,
     **kwargs: Any,
 ) -> str:
-    """The prompt's text. `kwargs` are the template's own switches, such as enable_thinking.
+    """The prompt's text. `kwargs` are the template's switches, such as enable_thinking.
 
-    Raises InvalidRequest when the template refuses the messages, OctavoError when it is no template at all.
+    Raises InvalidRequest if the template refuses the messages, OctavoError if it is not a valid template.
     """
     render = _compile(template)
     values = {**special_tokens, "documents": None, **kwargs}
@@ -41,13 +41,13 @@ def render_chat(
         return render(values)
     except InvalidRequest:
         raise
-    except Exception as error:  # anything a template may do to messages it did not expect: TypeError, KeyError, ...
-        told = str(error)[:_LONGEST_TOLD] or type(error).__name__
-        raise InvalidRequest(f"The chat template cannot render these messages: {told}", "messages") from error
+    except Exception as error:  # anything that unexpected messages may cause in a template: TypeError, KeyError, ...
+        text = str(error)[:_LONGEST_ERROR] or type(error).__name__
+        raise InvalidRequest(f"The chat template cannot render these messages: {text}", "messages") from error
 
 
 def check_template(template: str) -> None:
-    """Raises OctavoError for what is no template."""
+    """Raises OctavoError for an invalid template."""
     _compile(template)
 
 
@@ -61,7 +61,7 @@ def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
         raise _no_template(error.lineno, error.message) from error
     except RecursionError as error:
         raise OctavoError("The chat template is not valid jinja (it is nested too deeply).") from error
-    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # of the Python that jinja makes of it
+    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:  # from the Python code that jinja generates
         raise OctavoError(f"The chat template cannot be compiled ({str(error) or type(error).__name__}).") from error
 
 
@@ -93,9 +93,9 @@ def _environment() -> Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant said, for training; for serving it is only its content."""
+        """`{% generation %}` marks the assistant's output for training. For serving it renders its content."""
 
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
+        tags = {"generation"}  # noqa: RUF012 (jinja2's convention)
 
         def parse(self, parser: Parser) -> Node:
             line = next(parser.stream).lineno
@@ -107,7 +107,7 @@ def _environment() -> Environment:
 
     class Namespace(jinja2.utils.Namespace):
         def __init__(*args: Any, **kwargs: Any) -> None:
-            self, *rest = args  # a template may well name an attribute `self`
+            self, *rest = args  # a template may name an attribute `self`
             jinja2.utils.Namespace.__init__(self)
             for name, value in dict(*rest, **kwargs).items():
                 self[name] = value
@@ -118,7 +118,7 @@ def _environment() -> Environment:
             super().__setitem__(name, value)
 
     class WithoutFolding(CodeGenerator):
-        """Compiling computes nothing: constants such as 9**9**9 would be folded for ever where nobody can stop it."""
+        """Disables constant folding: constants such as 9**9**9 would be computed at compile time, where no limit applies."""
 
         def _output_child_to_const(self, node: Expr, *_: Any) -> str:
             if not isinstance(node, TemplateData):
@@ -127,13 +127,13 @@ def _environment() -> Environment:
 
     class Sandbox(ImmutableSandboxedEnvironment):
         code_generator_class = WithoutFolding
-        intercepted_binops = frozenset(("**", "*", "%"))  # or Python would fold them, and what wants a constant compute them
+        intercepted_binops = frozenset(("**", "*", "%"))  # otherwise Python would fold them in constant expressions
 
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # The sandbox guards reads of underscored attributes; these two could still write them or hand out a class.
+    # The sandbox guards reads of underscored attributes. These two could still write them or return a class.
     env.globals["namespace"] = Namespace
     env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     return env
@@ -146,9 +146,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes <, > and & for HTML; a model was trained on the plain characters
+    # jinja2's filter escapes <, > and & for HTML, but models were trained on the plain characters
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
-    raise InvalidRequest(str(message)[:_LONGEST_TOLD], "messages")
+    raise InvalidRequest(str(message)[:_LONGEST_ERROR], "messages")

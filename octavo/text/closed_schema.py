@@ -1,7 +1,7 @@
-"""JSON schemas whose objects are closed: they hold the properties that they list, unless the schema says otherwise.
+"""Closes the objects of JSON schemas: they may have only the properties that they list, unless the schema says otherwise.
 
-JSON Schema leaves such objects open. Clients that send the schema of a class mean a closed one, vLLM reads it so, and a small
-model that may add properties never ends. What says `additionalProperties` or `unevaluatedProperties` is left as it is.
+JSON Schema leaves such objects open. Clients that send a class's schema mean a closed one, vLLM reads it so, and a small model
+that may add properties never ends. Schemas with `additionalProperties` or `unevaluatedProperties` are left unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["closed", "referred"]
 
-_ONE = ("items", "contains", "additionalProperties", "propertyNames")  # keywords whose value is a schema
+_ONE = ("items", "contains", "additionalProperties", "propertyNames")  # keywords whose value is one schema
 _LISTED = ("prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _BRANCHES = ("anyOf", "oneOf")
@@ -19,12 +19,12 @@ _SAID = ("additionalProperties", "unevaluatedProperties")
 
 
 def closed(schema: Any) -> Any:
-    """`schema` with its objects closed, wherever in it they are; it is not changed itself."""
+    """A copy of `schema` with all of its objects closed."""
     return _Closer(schema).close(schema)
 
 
 def referred(node: Mapping[str, Any], root: Any) -> Mapping[str, Any] | None:
-    """What a reference within the schema `root` names, if `node` is one."""
+    """The target of the reference `node` within the schema `root`; None if `node` is no reference."""
     where = node.get("$ref")
     if not isinstance(where, str) or not where.startswith("#"):
         return None
@@ -39,32 +39,32 @@ class _Closer:
         self._root = root
 
     def close(self, node: Any, names: frozenset[str] = frozenset(), leave: bool = False) -> Any:
-        """`node`, closed but for `names`, which what stands around it lists. `leave`: its own object stays open."""
+        """Closes `node`, except for the properties `names` that its context lists. `leave`: its own object stays open."""
         if not isinstance(node, Mapping):
             return node
-        if names and (target := self._target(node)) is not None:  # closed where it stands, it would refuse `names`
+        if names and (target := self._target(node)) is not None:  # the target, closed in place, would refuse `names`
             node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
         out = self._children(node)
         says = any(key in node for key in _SAID)
-        own = _names(node)
+        listed = _names(node)
         parts = [part for part in _list(node, "allOf") if isinstance(part, Mapping)]
         if len(parts) > 1:
             return self._all_of(out, node, parts, names, leave or says)
         for part in parts:
-            out["allOf"] = [self.close(part, names | own, leave or says)]
+            out["allOf"] = [self.close(part, names | listed, leave or says)]
         branched = [key for key in _BRANCHES if _list(node, key)]
         for key in branched:
-            out[key] = [self.close(branch, names | own, leave or says) for branch in node[key]]
+            out[key] = [self.close(branch, names | listed, leave or says) for branch in node[key]]
         if leave or says or parts or branched or not (names or "properties" in node):
             return out
-        return _shut(out, names | own)
+        return _shut(out, names | listed)
 
     def _all_of(self, out: dict[str, Any], node: Any, parts: list[Any], names: frozenset[str], leave: bool) -> dict[str, Any]:
-        """Parts that are closed one by one would exclude each other: they stay open, and what holds them is closed."""
+        """Parts that were closed one by one would exclude each other. They stay open, and the containing object is closed."""
         found = [self._target(part) or part for part in parts]
         out["allOf"] = [self.close(part, leave=True) for part in found]
         lists = any("properties" in part for part in (*found, node))
-        # what a part lists by branches and references of its own is not gathered: such an object stays open
+        # properties in a part's own branches and references are not collected, so such an object stays open
         hides = any(key in part for part in found for key in (*_SAID, *_BRANCHES, "allOf", "$ref"))
         if leave or hides or not lists or any(_list(node, key) for key in _BRANCHES):
             return out
@@ -93,7 +93,7 @@ def _list(node: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _names(node: Mapping[str, Any]) -> frozenset[str]:
-    """The properties that an object may have to have: those it lists, and those it requires without listing them."""
+    """The properties that an object lists, and those that it requires without listing them."""
     listed = node.get("properties")
     if not isinstance(listed, Mapping):
         return frozenset()

@@ -1,4 +1,4 @@
-"""Which form of a message's content a chat template reads, found in its syntax tree: one string, or a list of parts."""
+"""Finds the form of message content that a chat template reads from its syntax tree: one string, or a list of parts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["content_format", "key_read"]
 
 @lru_cache(maxsize=16)
 def content_format(template: str) -> ContentFormat:
-    """`openai` for a template that loops over the parts of content, `string` for one that does not, `either` for one that
-    loops but asks first whether it is a string.
+    """`openai` for a template that loops over content parts, `string` for one that does not, `either` for one that loops but
+    first tests whether content is a string.
     """
     tree = parse_template(template)
     reader = _Reader(tree)
@@ -26,7 +26,7 @@ def content_format(template: str) -> ContentFormat:
 
 
 def key_read(node: nodes.Node) -> str | None:
-    """The attribute or key that the expression reads, by a dot, brackets or get()."""
+    """The attribute or key that the expression reads, by a dot or brackets."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
@@ -35,7 +35,7 @@ def key_read(node: nodes.Node) -> str | None:
 
 
 class _Reader:
-    """What a template's names stand for: the list of messages, one message, or a message's content."""
+    """Tracks which names in a template refer to the list of messages, to one message, or to a message's content."""
 
     def __init__(self, tree: nodes.Template):
         self._messages: set[str] = {"messages"}
@@ -67,7 +67,7 @@ class _Reader:
         return self._name(_inner(node)) in self._messages
 
     def _name(self, node: nodes.Node) -> str | None:
-        """What a value is called: a name, or an attribute of a namespace."""
+        """The name of a value: a variable, or an attribute of a namespace."""
         if isinstance(node, nodes.Name):
             return node.name
         if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name) and node.node.name in self._namespaces:
@@ -75,7 +75,7 @@ class _Reader:
         return None
 
     def _learn(self, tree: nodes.Template) -> bool:
-        """Follows the names once through the template; whether anything was new."""
+        """Propagates the names once through the template. Whether new ones were found."""
         known = len(self._messages) + len(self._message) + len(self._content)
         for loop in tree.find_all(nodes.For):
             if self._is_messages(loop.iter):
@@ -115,14 +115,14 @@ def _alternatives(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _called(node: nodes.Node) -> str | None:
-    """The name of what is called, if this is a call."""
+    """The name of the called function, if the node is a call."""
     return node.node.name if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) else None
 
 
 def _inner(node: nodes.Node) -> nodes.Node:
-    """Without filters and slices around it."""
+    """The node without enclosing filters and slices."""
     while isinstance(node, nodes.Filter) or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)):
-        if node.node is None:  # a block's filter
+        if node.node is None:  # a filter block
             break
         node = node.node
     return node

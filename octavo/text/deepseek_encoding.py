@@ -1,12 +1,12 @@
-"""The prompt of DeepSeek-V3.2, whose checkpoint has no chat template but a script that encodes messages.
+"""The prompt format of DeepSeek-V3.2, whose checkpoint has no chat template but a script that encodes messages.
 
-The template writes what that script does (https://huggingface.co/deepseek-ai/DeepSeek-V3.2, encoding/encoding_dsv32.py, MIT);
-its words about tools are the script's, with which the model was trained, and stand behind the first system message. `thinking`
-or `enable_thinking` lets the model think; of its earlier thinking it reads what came after the user's last message.
+This template produces that script's output (https://huggingface.co/deepseek-ai/DeepSeek-V3.2, encoding/encoding_dsv32.py, MIT).
+Its text about tools is the script's, with which the model was trained; it follows the first system message. `thinking` or
+`enable_thinking` lets the model think. The prompt includes earlier thinking only from after the user's last message.
 
-It is more lenient than the script: results may be fewer than the calls, arguments that are no JSON are written as they are, and
-an assistant's message after the user's last may lack thinking. Left out are the developer's role, which the script has for
-search agents alone, and response_format, which a grammar enforces.
+The template is more lenient than the script: there may be fewer results than calls, arguments that are no JSON are written
+unchanged, and an assistant's message after the user's last may lack thinking. It omits the developer role, which the script
+has for search agents only, and response_format, which a grammar enforces.
 """
 
 from __future__ import annotations

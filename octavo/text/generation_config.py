@@ -1,4 +1,4 @@
-"""What a checkpoint says of generating with it: the tokens that end it, and the sampling values that it recommends."""
+"""A checkpoint's generation settings: its end-of-sequence tokens and its recommended sampling parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octavo.messages import SamplingParams
 
 __all__ = ["default_sampling", "eos_token_ids", "read_json"]
 
-# Of generation_config.json -> of SamplingParams, and of what type.
+# Field of generation_config.json -> field of SamplingParams, its types, and their description.
 _RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
     "temperature": ("temperature", (int, float), "a number"),
     "top_p": ("top_p", (int, float), "a number"),
@@ -24,8 +24,8 @@ _RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
 
 
 def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """The ids that end a generation, as generation_config.json or else config.json lists them. Raises OctavoError for what
-    are no ids.
+    """The end-of-sequence token ids, from generation_config.json or else config.json. Raises OctavoError for values that are
+    no ids.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
@@ -43,18 +43,18 @@ def eos_token_ids(directory: str | Path) -> frozenset[int]:
 
 
 def default_sampling(directory: str | Path) -> dict[str, Any]:
-    """The sampling values that the checkpoint recommends, by SamplingParams' names. Raises OctavoError for wrong ones: each
-    request that does not say otherwise would fail on them.
+    """The checkpoint's recommended sampling parameters, by SamplingParams' names. Raises OctavoError for invalid ones, because
+    every request that does not override them would fail.
     """
     path = Path(directory) / "generation_config.json"
     config = read_json(path)
     found: dict[str, Any] = {}
-    for name, (ours, kinds, told) in _RECOMMENDED.items():
+    for name, (ours, kinds, description) in _RECOMMENDED.items():
         value = config.get(name)
         if value is None:
             continue
         if type(value) not in kinds:
-            raise OctavoError(f"{path}: {name} must be {told}, not {_short(value)}.")
+            raise OctavoError(f"{path}: {name} must be {description}, not {_short(value)}.")
         try:
             SamplingParams(**{ours: value})
         except InvalidRequest as error:
@@ -64,10 +64,10 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    told = json.dumps(value)
-    return told if len(told) <= 80 else told[:77] + "..."
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; nothing where there is no file. Raises OctavoError for what is no such file."""
+    """The JSON object in a file; {} if it does not exist. Raises OctavoError for anything else."""
     return files.read_json(path) or {}

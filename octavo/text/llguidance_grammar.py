@@ -1,6 +1,6 @@
-"""A grammar as a person writes it, as llguidance's own text: what the engine compiles with its vocabulary.
+"""Converts structured outputs to grammars in llguidance's format, which the engine compiles with its vocabulary.
 
-A grammar is validated here, without a vocabulary, so that a wrong one is told to its sender and never reaches the engine.
+A grammar is validated here, without a vocabulary, so that an invalid one is reported to the client before the engine sees it.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from octavo.text.closed_schema import closed
 
 __all__ = ["serialize"]
 
-# JSON may hold any amount of white space, and a weak model that begins to write it may never stop: between two tokens of JSON
-# there is room for one line break and an indentation.
+# JSON permits any amount of white space, and a weak model that begins to write it may never stop. Between two JSON tokens this
+# permits one line break and an indentation.
 SPACING: Any = {"whitespace_pattern": r"[ \t]{0,4}(\r?\n[ \t]{0,32})?"}
 
 
 def serialize(wanted: StructuredOutput) -> str:
-    """llguidance's text of a grammar that is known to compile. Raises InvalidRequest for one that cannot be followed."""
+    """The grammar in llguidance's format, validated. Raises InvalidRequest for one that does not compile."""
     grammar, fault = _validated(wanted)
     if fault:
         raise InvalidRequest(f"{wanted.param} cannot be followed: {fault}", wanted.param)
     return grammar
 
 
-@lru_cache(maxsize=16)  # clients send the same schema with every request
+@lru_cache(maxsize=16)  # clients often send the same schema with every request
 def _validated(wanted: StructuredOutput) -> tuple[str, str]:
-    """The grammar's text, and in one line what is wrong with it; that is empty if nothing is."""
+    """The grammar in llguidance's format, and its error in one line; "" if it has none."""
     grammar = ""
     try:
         grammar = _read(wanted)
-        told = validate(grammar)
+        errors = validate(grammar)
     except (ValueError, RecursionError) as error:
-        told = str(error)
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+        errors = str(error)
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
     return grammar, reason[:300].rstrip(".:") + "." if reason else ""
 
 
 def validate(grammar: str) -> str:
-    """What llguidance has against a grammar; empty if nothing."""
+    """llguidance's errors in a grammar; "" if it has none."""
     from llguidance import LLMatcher
 
     return str(LLMatcher.validate_grammar(grammar))

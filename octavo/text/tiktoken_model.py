@@ -1,10 +1,10 @@
-"""Kimi's tokenizer, whose checkpoints hold `tiktoken.model` and a program to read it, and no tokenizer.json.
+"""Kimi's tokenizer, whose checkpoints have `tiktoken.model` and a program to read it, but no tokenizer.json.
 
-The file has a line for each token: its bytes in base64, then its rank, which is its id. tiktoken joins the two neighbours whose
-bytes together are the token of the lowest rank, again and again; as merges of the `tokenizers` library that is every way to cut
-a token in two tokens, in the order of ranks. Where two places of a text that overlap make the same token of other parts,
-tiktoken takes the left one and the library may take the right one. Ids after the last rank are special tokens, as
-tokenizer_config.json names them. Source: tokenization_kimi.py of moonshotai/Kimi-K2-Instruct, whose pattern this is.
+The file has a line per token: its bytes in base64, then its rank, which is its id. tiktoken repeatedly merges the adjacent pair
+whose concatenation is the token of the lowest rank. The merges for the `tokenizers` library are therefore all splits of a token
+into two tokens, ordered by rank. Where two overlapping pairs form the same token, tiktoken merges the left one, and the library
+may merge the right one. Ids after the last rank are special tokens, named in tokenizer_config.json.
+Source: tokenization_kimi.py of moonshotai/Kimi-K2-Instruct, which has this pattern.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from octavo.text.byte_alphabet import LETTER_OF
 
 __all__ = ["is_kimis", "read_kimis"]
 
-RESERVED = 258  # ids after the last rank, of which those without a name are <|reserved_token_N|>
+RESERVED = 258  # ids after the last rank; those without a name are <|reserved_token_N|>
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _BEFORE, _ENDING = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERN = "|".join(
@@ -41,7 +41,7 @@ PATTERN = "|".join(
 
 
 def is_kimis(directory: Path) -> bool:
-    """Whether a checkpoint's tokenizer is of this kind; other files of that name split text by other patterns."""
+    """Whether a checkpoint has this tokenizer. Other models' tiktoken.model files need other patterns."""
     if not (directory / "tiktoken.model").exists():
         return False
     config = read_json(directory / "tokenizer_config.json") or {}
@@ -49,13 +49,13 @@ def is_kimis(directory: Path) -> bool:
 
 
 def read_kimis(directory: Path) -> tokenizers.Tokenizer:
-    """Raises OctavoError where a line is no token and its rank, or the ranks have gaps."""
+    """The tokenizer. Raises OctavoError where a line is not a token and its rank, or ranks are missing."""
     path = directory / "tiktoken.model"
     ranks = _ranks(path, read_text(path) or "")
     spelled = {token: "".join(map(LETTER_OF.__getitem__, token)) for token in ranks}
     merges = [
         (spelled[left], spelled[right])
-        for token in ranks  # in the order of their ranks
+        for token in ranks  # ordered by rank
         for at in range(1, len(token))
         if (left := token[:at]) in ranks and (right := token[at:]) in ranks
     ]
@@ -69,7 +69,7 @@ def read_kimis(directory: Path) -> tokenizers.Tokenizer:
 
 
 def _ranks(path: Path, text: str) -> dict[bytes, int]:
-    """Tokens by rank, lowest first."""
+    """Token -> rank, ordered by rank."""
     found: list[tuple[int, bytes]] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -88,7 +88,7 @@ def _ranks(path: Path, text: str) -> dict[bytes, int]:
 
 
 def _named(directory: Path, first: int) -> list[AddedToken]:
-    """The special tokens, whose ids are those from `first` on."""
+    """The special tokens, with ids from `first` on."""
     config: dict[str, Any] = read_json(directory / "tokenizer_config.json") or {}
     given = config.get("added_tokens_decoder")
     entries = given if isinstance(given, dict) else {}

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, by the `tokenizers` library alone: transformers would cost two seconds of every start."""
+"""The checkpoint's tokenizer. It uses the `tokenizers` library directly: importing transformers would take two seconds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from octavo.text.tiktoken_model import is_kimis, read_kimis
 
 __all__ = ["Tokenizer", "load_tokenizer", "read_tokenizer"]
 
-CHARACTERS_PER_TOKEN = 8  # more than text in any language has
+CHARACTERS_PER_TOKEN = 8  # above the average of text in any language
 PIECE = 2**16  # characters
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """Text to token ids and back, with what the checkpoint says of special tokens and of chat.
+    """A checkpoint's tokenizer, special tokens and chat templates.
 
     Raises OctavoError if the directory holds no readable tokenizer.
     """
@@ -51,27 +51,27 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The default chat template, or None if the checkpoint has none."""
+        """The default chat template; None if the checkpoint has none."""
         return self.template_for(tools=False)
 
     def template_for(self, tools: bool) -> str | None:
-        """The chat template, or the checkpoint's separate one for tools if it has one."""
+        """The chat template; with `tools`, the checkpoint's separate one for tools if it has one."""
         names = ("tool_use", "default") if tools else ("default",)
         return next((self.chat_templates[name] for name in names if name in self.chat_templates), None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. A rendered chat template already holds its special tokens: pass False.
+        """The token ids of `text`. Pass add_special_tokens=False for a rendered chat template, which has its special tokens.
 
-        tokenizer.json alone says which special tokens are added, as in transformers 5: add_bos_token of tokenizer_config.json
-        is of the time before, and contradicts it in files that were saved anew.
+        Only tokenizer.json decides which special tokens are added, as in transformers 5. add_bos_token in
+        tokenizer_config.json is older, and contradicts it in files that were saved again.
         """
         return self._encode(text, add_special_tokens)
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` is far longer than `limit` tokens, found out without encoding more than about twice as many.
+        """Whether `text` is far longer than `limit` tokens, without encoding more than about twice that many.
 
-        False for all that is at most CHARACTERS_PER_TOKEN a token: of that the ids themselves tell. Longer text is encoded in
-        pieces until they have twice the tokens; what a cut changes is a few tokens a piece, so less than a piece has.
+        Text of up to CHARACTERS_PER_TOKEN per token returns False: its exact length is cheap to compute. Longer text is encoded
+        in pieces until they have 2 * limit tokens; splitting adds a few tokens per piece, fewer than a piece has.
         """
         if len(text) <= CHARACTERS_PER_TOKEN * limit:
             return False
@@ -83,37 +83,37 @@ class Tokenizer:
         return False
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """encode_batch lets other threads run meanwhile, where the library's encode holds the interpreter's lock; the fast one
-        keeps no offsets, which nobody reads."""
+        """Uses encode_batch_fast: the batch functions release the interpreter's lock, which `encode` holds, and the fast one
+        skips the offsets, which nobody reads."""
         try:
             ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except (TypeError, UnicodeError) as error:  # JSON may carry half of a surrogate pair, which is no text
+        except (TypeError, UnicodeError) as error:  # JSON may contain half of a surrogate pair
             raise InvalidRequest("The prompt is not valid Unicode text.", "prompt") from error
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
-        if self._decoders == {"ByteLevel"}:  # the library would take the letters of an added token for bytes
+        if self._decoders == {"ByteLevel"}:  # the library would decode an added token's letters as bytes
             skipped = self.special_ids if skip_special_tokens else frozenset[int]()
             return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", "replace")
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_id(self, token: str | None) -> int | None:
-        """The id of a token by its spelling in the vocabulary, or None."""
+        """The id of a token by its spelling in the vocabulary; None if unknown."""
         found: int | None = None if token is None else self._tokenizer.token_to_id(token)
         return found
 
     def piece(self, token_id: int) -> str:
-        """The spelling of a token in the vocabulary; empty for an id that the tokenizer does not know."""
+        """The spelling of a token in the vocabulary; "" for an unknown id."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def token_text(self, token_id: int) -> str:
-        """A token's own text. Part of a character reads as U+FFFD: see token_bytes."""
+        """A token's text. Part of a character reads as U+FFFD: see token_bytes."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 text when it is not the first one; it may be part of a character."""
+        """The UTF-8 bytes that a token adds when it is not the first one; possibly part of a character."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._bytes_of(token_id, self.piece(token_id))
@@ -121,48 +121,48 @@ class Tokenizer:
 
     def _bytes_of(self, token_id: int, piece: str) -> bytes:
         if token_id in self._added and "ByteLevel" in self._decoders:
-            return self._added[token_id].encode()  # spelled as it reads, though its letters may be those of the byte alphabet
+            return self._added[token_id].encode()  # added tokens are plain text, even in letters of the byte alphabet
         if "ByteLevel" in self._decoders:
             try:
                 return bytes(BYTE_OF[character] for character in piece)
-            except KeyError:  # no byte-level piece: the library, too, reads it as it is spelled
+            except KeyError:  # not byte-level; the library also reads it as plain text
                 return piece.encode()
         if "ByteFallback" in self._decoders and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])
-        # Other decoders treat the first token apart (they strip its space), so decode it after another one.
+        # Other decoders treat the first token specially (they strip its space), so decode it after another one.
         text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text.removeprefix(self._anchor_text).encode()
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer, or None where there is none: the engine serves token ids without one."""
+    """The tokenizer; None if there is none, since the engine also serves token ids."""
     return None if no_tokenizer(directory) else Tokenizer(directory)
 
 
 def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer, of tokenizer.json or of Kimi's file. Raises OctavoError where neither is there and readable."""
+    """The library's tokenizer, from tokenizer.json or Kimi's file. Raises OctavoError if neither exists or can be read."""
     path = directory / "tokenizer.json"
     if not path.exists():
         if not directory.is_dir():
-            check_directory(directory)  # says what it is
+            check_directory(directory)  # raises a more precise error
         if is_kimis(directory):
             return read_kimis(directory)
         raise OctavoError(f"{directory} has no tokenizer.json; add one, or send prompts as token ids.")
     check_regular(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises plain Exception, and where it panics a BaseException of its own
+    except BaseException as error:  # the library raises plain Exception, and a BaseException of its own where it panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise OctavoError(f"{path} cannot be read as a tokenizer: {error}.") from error
-    tokenizer.no_truncation()  # some files keep the settings of their training run
+    tokenizer.no_truncation()  # some files keep settings of their training run
     tokenizer.no_padding()
     return tokenizer
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... -> text; the files hold them as strings or as objects with a `content`."""
-    extra = config.get("extra_special_tokens")  # the newer place of a model's own names, such as image_token
+    """bos_token, eos_token, ... -> text. The files hold strings or objects with a `content`."""
+    extra = config.get("extra_special_tokens")  # newer location of model-specific tokens, such as image_token
     found = {}
     for name, value in {**(extra if isinstance(extra, dict) else {}), **config}.items():
         text = value.get("content") if isinstance(value, dict) else value

@@ -1,6 +1,6 @@
-"""Tools for chat templates that do not show them: they, and the calls of earlier turns, are then written into the messages.
+"""Tools for chat templates that do not print them: writes tools, and the calls of earlier turns, into the messages.
 
-A template shows tools if it prints them for a plain conversation; nothing else could make a model call what it never saw.
+A template counts as printing tools if it prints them for a plain conversation. A model cannot call tools that it never saw.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Content = str | list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a model should write its calls: each a JSON object of its name and, under `key`, its arguments."""
+    """The format in which a model should write calls: JSON objects with the name and, under `key`, the arguments."""
 
-    opener: str = ""  # of all calls
-    before: str = ""  # each
+    opener: str = ""  # before all calls
+    before: str = ""  # before each call
     after: str = ""
     between: str = "\n"
     closer: str = ""
     key: str = "arguments"
-    named: str | None = None  # the function of the only call, of which the arguments alone are written
+    named: str | None = None  # the only function to call; just its arguments are written
 
     def spell(self, calls: Sequence[tuple[str, Any]]) -> str:
-        """The calls, each a name and its arguments."""
+        """Formats calls, each a name and its arguments."""
         spelled = (f"{self.before}{_json({'name': name, self.key: arguments})}{self.after}" for name, arguments in calls)
         return f"{self.opener}{self.between.join(spelled)}{self.closer}"
 
     def words(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
-        """What the family was trained to read of tools, if that is known; None for Octavo's own words."""
+        """The tool description that the family was trained on, if known; None: use Octavo's."""
         return None
 
 
@@ -62,13 +62,13 @@ def shows_tools(template: str) -> bool:
         try:
             if mark in render_chat(template, messages, {"bos_token": "", "eos_token": ""}, [tool]):
                 return True
-        except OctavoError:  # it wants other messages, of which nothing is known
+        except OctavoError:  # the template requires other messages, so this is undecided
             refused = True
     return refused
 
 
 def spell_calls(template: str, messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[str, Any]]:
-    """Plain messages, with calls as the template reads them; those it would leave out are at the end of the content."""
+    """Plain messages with calls in the form that the template reads. Calls that it would not print are added to the content."""
     if reads_calls(template):
         return as_read(template, messages)
     spelled = []
@@ -90,10 +90,10 @@ def render_tools(
     form: CallForm,
     **switches: Any,
 ) -> str:
-    """As render_chat, of a template that does not show the tools: they are at the end of the system message or, where the
-    template does not print that, at the beginning of the user's first.
+    """As render_chat, for a template that does not print tools. The tools are appended to the system message or, where the
+    template does not print that, put before the user's first message.
     """
-    text = _told(tools, form)
+    text = _description(tools, form)
     refusal: InvalidRequest | None = None
     for placed in (_in_system(messages, text), _in_first_of_user(messages, text)):
         try:
@@ -110,7 +110,7 @@ def render_tools(
     )
 
 
-def _told(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
+def _description(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:
     if form.named is None and (words := form.words(tools)) is not None:
         return words
     listed = "\n".join(_json(tool) for tool in tools)
@@ -135,8 +135,8 @@ def _in_first_of_user(messages: Sequence[Mapping[str, Any]], text: str) -> list[
         return list(messages)
     content: Content = messages[at]["content"]
     first = text + "\n\n"
-    told = {**messages[at], "content": first + content if isinstance(content, str) else [*_parts(first), *content]}
-    return [*messages[:at], told, *messages[at + 1 :]]
+    changed = {**messages[at], "content": first + content if isinstance(content, str) else [*_parts(first), *content]}
+    return [*messages[:at], changed, *messages[at + 1 :]]
 
 
 def _joined(content: Content, text: str, between: str) -> Content:

@@ -1,1 +1,1 @@
-"""The commands beside `serve`: a folder a command."""
+"""The commands beside `serve`, one folder each."""

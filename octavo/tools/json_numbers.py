@@ -1,4 +1,4 @@
-"""Numbers as JSON spells them, which has neither NaN nor infinity."""
+"""Numbers for JSON, which has neither NaN nor infinity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["finite", "json_text"]
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in the place of every number, however deep, that is none."""
+    """`value` with every NaN or infinite number in it, at any depth, replaced by None."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -19,5 +19,5 @@ def finite(value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """JSON for a person and for every reader: indented, with null where a number is NaN or infinite."""
+    """Indented JSON, with null for NaN or infinite numbers."""
     return json.dumps(finite(value), indent=2, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Tables of numbers for a person, as every tool prints them: no number and no label is ever cut."""
+"""Tables of numbers for all tools' terminal output. Numbers and labels are never truncated."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 __all__ = ["console", "gb", "table"]
 
-GAP = 2  # columns of a terminal between two of a table
-LEAST = 24  # of a column whose text is wrapped
+GAP = 2  # terminal columns between two table columns
+LEAST = 24  # minimum width of a wrapped text column
 
 
 def console(width: int) -> Any:
-    """Where tables go; plain, and at least `width` columns wide, where that is no terminal."""
+    """The console for tables. Outside of a terminal it prints plain text and is at least `width` columns wide."""
     from rich.console import Console
 
     found: Any = Console(highlight=False)
     if not found.is_terminal:
         found = Console(highlight=False, width=max(found.width, width))
-    found.print = partial(found.print, crop=False)  # the narrowest terminal wraps a line, and loses nothing
+    found.print = partial(found.print, crop=False)  # a narrow terminal wraps lines instead of cropping them
     return found
 
 
@@ -40,10 +40,10 @@ def table(
     words: Container[int] = (0,),
     bold: int | None = None,
 ) -> Any:
-    """A table with a line above it, and one below. Columns `words` hold text, the others numbers; the row `bold` stands out.
+    """A table with a title above it and a note below. Columns `words` hold text, the others numbers. Row `bold` is bold.
 
-    On a terminal that is too narrow, the columns that do not fit come in a table below, beside the first ones of `words`
-    again, which are the rows' labels; text in later ones is wrapped.
+    On a narrow terminal, columns that do not fit are printed in further tables, with the leading columns of `words`, which are
+    the row labels, repeated. Text in later columns is wrapped.
     """
     from rich import box
     from rich.cells import cell_len
@@ -75,12 +75,12 @@ def table(
         def __rich_measure__(self, out: Any, options: Any) -> Measurement:
             return Measurement(0, options.max_width)
 
-    # Beside the table, not of it: a title would be wrapped at the width of a narrow one.
+    # The title is printed beside the table, because as part of a narrow one it would be wrapped.
     return Group(Text(title, style="bold"), Fitted(), *([Text(note, style="dim")] if note else []), "")
 
 
 def _fitting(sizes: Sequence[int], labels: int, width: int) -> list[list[int]]:
-    """Which columns each table shows: the first `labels`, and as many of the others as fit into `width`, one at least."""
+    """The columns of each table: the first `labels`, and as many others as fit into `width`, at least one."""
     first = list(range(labels))
     shown = [list(first)]
     for i in range(labels, len(sizes)):

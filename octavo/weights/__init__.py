@@ -1,6 +1,6 @@
-"""Checkpoints, read one named, sharded tensor at a time into a model.
+"""Loads checkpoints into models, one named, sharded tensor at a time.
 
-sources: tensors by name, from files or made up. loader: what fills a model with them. checkpoint: safetensors files in parts.
+sources: tensors by name, from files or generated. loader: fills a model with them. checkpoint: safetensors files in parts.
 """
 
 from __future__ import annotations

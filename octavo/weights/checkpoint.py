@@ -1,7 +1,7 @@
-"""Safetensors files read in parts at known places, so that neither a file nor a matrix has to fit in memory.
+"""Reads safetensors files in parts at known offsets, so that neither a file nor a matrix has to fit in memory.
 
-A file is eight bytes with the header's length, the header, JSON that gives every tensor's dtype, shape and place, and the
-data (https://huggingface.co/docs/safetensors).
+A file consists of the header's length in eight bytes, the header, which is JSON with every tensor's dtype, shape and offsets,
+and the data (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """Where the tensors of a checkpoint directory are. Raises OctavoError for a file that is missing or damaged.
+    """The tensors of a checkpoint directory and their offsets. Raises OctavoError for a missing or damaged file.
 
     Experts that are stacked in one tensor are presented one by one (octavo.weights.stacked_experts).
     """
@@ -41,7 +41,7 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         index = directory / INDEX
-        one = directory / "model.safetensors"  # some directories hold the same weights again, in another layout
+        one = directory / "model.safetensors"  # preferred, because some directories hold the weights twice, in two layouts
         paths = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
         weight_map: dict[str, str] = {}
         if (content := read_json(index)) is not None:
@@ -51,7 +51,7 @@ class Checkpoint:
             except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
-            found = f"and holds {told}" if (told := unread_weights(directory)) else "and Octavo reads no other weight format"
+            found = f"and holds {other}" if (other := unread_weights(directory)) else "and Octavo reads no other weight format"
             raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
         stored = {tensor.name: tensor for file, path in files.items() for tensor in _read_header(path, file)}
@@ -63,7 +63,7 @@ class Checkpoint:
         self.files: dict[str, list[StoredTensor]] = {file: [] for file in files}  # in the order of their data
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.start):
             self.files[tensor.file].append(tensor)
-        self.finite = FiniteCheck(self.tensors)  # whoever reads values has it look at them
+        self.finite = FiniteCheck(self.tensors)  # every reader of values must pass them to it
         self._slabs = threading.local()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, Any] = {}
@@ -74,12 +74,12 @@ class Checkpoint:
             )
 
     def matrix_values(self) -> int:
-        """Values of all matrices, from the headers alone."""
+        """The number of values in all matrices, from the headers alone."""
         return sum(prod(tensor.shape) for tensor in self.tensors.values() if len(tensor.shape) > 1)
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
-        """Fill the bytes of `buffer` (uint8) from the tensor's byte `start` on. Any thread; the interpreter is left free."""
-        if tensor.is_turned:
+        """Fills `buffer` (uint8) from the tensor's byte `start` on. Thread-safe; releases the interpreter's lock."""
+        if tensor.is_transposed:
             slab, at = self._slab_of(tensor)
             buffer.view(-1).copy_(slab[at + start :][: buffer.numel()])
             return
@@ -95,7 +95,7 @@ class Checkpoint:
             view, at = view[count:], at + count
 
     def _slab_of(self, tensor: StoredTensor) -> tuple[Tensor, int]:
-        """The bytes of a turned tensor's slab, no longer turned, and where in them it begins. A thread keeps its last slab."""
+        """A transposed tensor's slab in row order, and the tensor's offset in it. Each thread keeps its last slab."""
         slab, whole = tensor.slab, tensor.whole_slab()
         assert slab is not None
         if getattr(self._slabs, "of", None) != (tensor.key, slab.expert):
@@ -107,11 +107,12 @@ class Checkpoint:
         return self._slabs.bytes, tensor.start - whole.start
 
     def mapped(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim` on the CPU. One thread's.
+        """The `part` of dimension `dim` on the CPU. Not thread-safe.
 
-        It is the file's own pages, read when they are touched; of one expert of a stack, whose pages are all experts', a copy.
+        It is a view of the file's mapped pages, read when touched. For one expert of a stack it is a copy, because a stack's
+        pages hold all experts.
         """
-        dtype = tensor.torch_dtype  # says so if it is not known
+        dtype = tensor.torch_dtype  # raises for an unknown dtype
         if tensor.slab is not None:
             rows = part if dim == 0 else slice(0, tensor.shape[0])
             found = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
@@ -120,11 +121,11 @@ class Checkpoint:
         if tensor.file not in self._maps:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
         view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
-        own = (slice(None),) * dim + (part,)
-        return view[own] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
+        index = (slice(None),) * dim + (part,)
+        return view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
 
     def descriptor(self, file: str) -> int:
-        """The file, open for reading."""
+        """The file's descriptor, opened for reading."""
         with self._lock:
             if file not in self._descriptors:
                 try:
@@ -134,7 +135,7 @@ class Checkpoint:
             return self._descriptors[file]
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
+        """Closes the files. A later read opens them again."""
         self._maps.clear()
         self._slabs = threading.local()
         while self._descriptors:
@@ -148,7 +149,7 @@ def bytes_of(data: Tensor) -> memoryview:
 
 
 def _scales_of_nothing(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Scales that tools leave beside an embedding or a head that is not quantized, or is the embedding's matrix."""
+    """Scales beside an embedding or head that is not quantized or is tied, which some tools leave there."""
     found = []
     for name in tensors:
         module, _, end = name.rpartition(".")
@@ -160,17 +161,17 @@ def _scales_of_nothing(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:
-    """The file that an index names. Raises OctavoError for one that is not in the checkpoint's directory."""
+    """The path of a file that an index names. Raises OctavoError for one outside the checkpoint's directory."""
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or not Path(name).parts:
         raise OctavoError(f"{index} names the file {name!r}, which is not in the checkpoint's directory; download it again.")
     return directory / name
 
 
 def _read_header(path: Path, file: str) -> list[StoredTensor]:
-    """The entries of a file, in the order of their data."""
+    """The header entries of a file, in the order of their data."""
     check_regular(path)
     try:
-        with safe_open(path, framework="pt"), open(path, "rb") as opened:  # safetensors knows what makes a header sound
+        with safe_open(path, framework="pt"), open(path, "rb") as opened:  # safetensors validates the header
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
     except FileNotFoundError:
@@ -187,13 +188,13 @@ def _read_header(path: Path, file: str) -> list[StoredTensor]:
 
 
 class Scratch:
-    """One thread's buffers, used again and again: the page faults of fresh ones would cost more than the arithmetic."""
+    """One thread's reusable buffers: page faults of fresh memory would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with arbitrary contents on the CPU; the next `take` of the same name reuses its memory."""
+        """An uninitialized CPU tensor. The next `take` of the same name reuses its memory."""
         nbytes = prod(shape) * dtype.itemsize
         if name not in self._buffers or self._buffers[name].nbytes < nbytes:
             self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
@@ -202,7 +203,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Rows(Shard):
-    """Rows `start` to `stop` of a matrix, whatever its length: what a rank's part is to a format, in smaller pieces."""
+    """Rows `start` to `stop` of a matrix of any length: a Shard for reading a matrix in small pieces."""
 
     start: int = 0
     stop: int = 0
@@ -212,7 +213,7 @@ class Rows(Shard):
 
 
 class RowReader:
-    """A Checkpoint as the formats of octavo.quant.formats read it. One thread's: a read overwrites the one before."""
+    """A Reader (octavo.quant.formats) over a Checkpoint, for one thread: each read overwrites the one before."""
 
     prefix = ""
 
@@ -223,13 +224,13 @@ class RowReader:
         return name in self.checkpoint.tensors
 
     def skip(self, name: str) -> None:
-        """Nothing to remember: what an output holds was decided before."""
+        """Does nothing: the tensors of the output were decided before."""
 
     def stored_shape(self, name: str) -> list[int]:
         return list(self.checkpoint.tensors[name].shape)
 
     def read(self, name: str, shape: Sequence[int] | None, shard: Shard = WHOLE, part: slice | None = None) -> Tensor:
-        """A part of the rows as stored, on the platform's device."""
+        """Part of the rows as stored, on the platform's device."""
         tensor = self.checkpoint.tensors[name]
         dtype = tensor.torch_dtype
         if shape is not None and tuple(shape) != tensor.shape:

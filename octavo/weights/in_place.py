@@ -1,5 +1,5 @@
-"""Weights of the same shapes and schemes written where a loaded model's are, so that graphs and tensor maps that hold their
-addresses stay as they are."""
+"""Overwrites a loaded model's weights with others of the same shapes and schemes, so that captured graphs and tensor maps,
+which hold addresses, stay valid."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from octavo.quant import QTensor, Scheme
 
 __all__ = ["held", "refill"]
 
-_HOLDERS = (PackedStack, PackedWeight, QTensor)  # they hold tensors as attributes
-_KINDS = (Scheme, Enum, torch.dtype)  # what says how values are stored
+_HOLDERS = (PackedStack, PackedWeight, QTensor)  # their attributes are tensors
+_KINDS = (Scheme, Enum, torch.dtype)  # attributes that describe how values are stored
 
 
 def held(module: nn.Module) -> dict[str, Any]:
-    """What a module that was loaded holds of a checkpoint, by attribute."""
+    """The weights of a loaded module, by attribute."""
     return {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, *_HOLDERS))}
 
 
 def refill(module: nn.Module, before: dict[str, Any]) -> bool:
-    """Moves what `module` has loaded anew into what it held `before`, and makes it hold that again.
+    """Copies the weights that `module` has newly loaded into its weights `before`, and restores those.
 
-    Whether all of it could be: a layout of a library's own takes no copies, so such a tensor is replaced. Raises OctavoError
-    where a shape, a dtype or a kind of weight is another.
+    Returns whether all could be copied: a tensor in a library's opaque layout is replaced instead. Raises OctavoError where a
+    shape, a dtype or a kind of weight differs.
     """
     complete = True
     for name, new in held(module).items():
@@ -53,21 +53,21 @@ def _move(new: Any, old: Any, where: str) -> bool:
         old.copy_(new)
         return True
     complete = True
-    for name, value in vars(new).items():  # before anything is moved: the old one must be whole if the new one is refused
-        mine = getattr(old, name)
-        if (isinstance(value, _KINDS) or isinstance(mine, _KINDS)) and value != mine:
-            raise _other(where, f"{_told(value)} where {_told(mine)} was")
+    for name, value in vars(new).items():  # checked before anything is copied, so that a refused reload leaves `old` intact
+        previous = getattr(old, name)
+        if (isinstance(value, _KINDS) or isinstance(previous, _KINDS)) and value != previous:
+            raise _other(where, f"{_name_of(value)} where {_name_of(previous)} was")
     for name, value in vars(new).items():
-        mine = getattr(old, name)
+        previous = getattr(old, name)
         if isinstance(value, Tensor) and not has_storage(value):
             setattr(old, name, value)
             complete = False
-        elif isinstance(value, (Tensor, *_HOLDERS)) and mine is not None:
-            complete = _move(value, mine, where) and complete
+        elif isinstance(value, (Tensor, *_HOLDERS)) and previous is not None:
+            complete = _move(value, previous, where) and complete
     return complete
 
 
-def _told(kind: Any) -> str:
+def _name_of(kind: Any) -> str:
     return str(getattr(kind, "name", kind))
 
 

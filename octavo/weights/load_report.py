@@ -1,4 +1,4 @@
-"""What loading made of a checkpoint: bytes, by what weights are for and how they are stored."""
+"""Sizes of the loaded weights, by role and scheme."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["GroupReport", "LoadReport", "role_of"]
 
 @dataclass
 class GroupReport:
-    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme, whose dtype is `dtype`."""
+    """Bytes of the weights that share a role (attention, mlp, embedding, ...) and a scheme with dtype `dtype`."""
 
     dtype: WeightDType
     tensors: int = 0
-    values: int = 0  # parameters; what a tied head has is the embedding's, here and below
-    dense: int = 0  # what is stored here would take this many bytes in BF16
+    values: int = 0  # parameters; a tied head's are counted at the embedding, here and below
+    dense: int = 0  # bytes in BF16 of the weights stored here
     stored: int = 0
     held: int = 0
 
 
 @dataclass
 class LoadReport:
-    """What was loaded: (role, name of a scheme) -> GroupReport."""
+    """The loaded weights: (role, scheme name) -> GroupReport."""
 
     groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class LoadReport:
         group.held += held
 
     def note(self, text: str) -> None:
-        """Say `text` once, however many layers it holds for."""
+        """Adds a note once, even if several layers report it."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -48,7 +48,7 @@ class LoadReport:
 
 
 def role_of(path: str) -> str:
-    """attention, experts, shared experts, router, mlp, embedding, lm_head or norms: what the weight at `path` is for."""
+    """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms."""
     roles = {
         "attention": "attn", "experts": ".experts.", "shared experts": ".shared_experts.", "router": ".gate.", "mlp": "mlp",
         "embedding": "embed", "lm_head": "lm_head",

@@ -1,7 +1,7 @@
-"""Reads a checkpoint one named, sharded tensor at a time, and fills a model with it.
+"""Loads a model from a checkpoint, one named, sharded tensor at a time.
 
-Layers pull: `load` walks the module tree, whose paths are the checkpoint's, and hands each layer a Loader at its own path. A
-layer reads a slice, quantizes it on the device and drops the dense copy, so the peak is the finished model plus one layer.
+Layers pull: `load` walks the module tree, whose paths are the checkpoint's, and hands each layer a Loader at its path. A layer
+reads a slice, quantizes it on the device and drops the dense copy, so the peak is the finished model plus one layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["WHOLE", "Loader", "Matrices", "Shard", "check_read", "is_tied", "loa
 
 
 class Matrices(NamedTuple):
-    """Matrices of the checkpoint that are stacked into one weight: their names, whole shapes [N, K] and a rank's parts."""
+    """Checkpoint matrices that are stacked into one weight: their names, full shapes [N, K] and this rank's shards."""
 
     names: Sequence[str]
     shapes: Sequence[tuple[int, int]]
@@ -40,7 +40,7 @@ class Matrices(NamedTuple):
 
 @dataclass
 class Loader:
-    """A checkpoint seen from one module's path, with what turns its tensors into weights."""
+    """A checkpoint as seen from one module's path, with the settings for loading its weights."""
 
     source: Source
     platform: Platform
@@ -50,8 +50,8 @@ class Loader:
     prefix: str = ""
     report: LoadReport = field(default_factory=LoadReport)
     seen: set[str] = field(default_factory=set)
-    tied_head: bool = False  # whether the model's head multiplies by its embedding
-    embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a head tied to one
+    tied_head: bool = False  # whether the model's head shares the embedding's matrix
+    embeddings: dict[str, Tensor | ops.PackedWeight] = field(default_factory=dict)  # by module, for a tied head
 
     def at(self, path: str) -> Self:
         return replace(self, prefix=f"{path}." if path else "")
@@ -60,7 +60,7 @@ class Loader:
         return self.prefix + name in self.source.names
 
     def skip(self, name: str) -> None:
-        """The tensor `name`, if there, is known and not needed."""
+        """Marks the tensor `name`, if present, as known and not needed."""
         self.seen.add(self.prefix + name)
 
     def stored_shape(self, name: str) -> list[int]:
@@ -76,12 +76,12 @@ class Loader:
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
     def promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-        """These matrices [N, K] will be asked for (Source.promise)."""
+        """Announces matrices [N, K] that will be read (Source.promise)."""
         for name, shape in zip(names, shapes, strict=True):
             self.source.promise(self.prefix + name, shape)
 
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
-        """A norm, bias, router or embedding in the model's dtype, or `dtype`, not quantized."""
+        """A norm, bias, router or embedding in the model's dtype, or in `dtype`; never quantized."""
         stored = self.read(name, shape, shard)
         if not stored.is_floating_point() or stored.dtype.itemsize == 1:
             raise OctavoError(
@@ -93,9 +93,9 @@ class Loader:
         return tensor
 
     def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
-        """This rank's part of the matrix `name` [N, K] in the model's dtype, decoded if it is in codes; never quantized."""
+        """This rank's part of the matrix `name` [N, K] in the model's dtype, dequantized if stored in codes."""
         self.promise([name], [shape])
-        self.rules.ignored(self.prefix + name)  # a pattern that names it is not a typing error
+        self.rules.ignored(self.prefix + name)  # marks patterns that match it as used
         found = read_weight(self, name, shape, shard)
         tensor = (dequantize(found) if isinstance(found, QTensor) else found).to(self.dtype)
         self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
@@ -108,24 +108,24 @@ class Loader:
         shards: Sequence[Shard],
         *,
         is_head: bool = False,
-        looked_up: bool = False,
+        row_lookup: bool = False,
     ) -> ops.PackedWeight:
-        """The matrices `names`, each [N, K], stacked, quantized as the rules say and laid out for this platform.
+        """The matrices `names`, each [N, K], stacked, quantized by the rules and packed for this platform.
 
-        `looked_up`: single rows are read, too.
+        `row_lookup`: single rows are read too, as in an embedding.
         """
         if not is_head:
             self.promise(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
-        packed = self.pack(q.padded(self.platform.fp8_alignment), looked_up=looked_up)
+        packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
         self.report.add(self.prefix + names[0], q.scheme, prod(q.shape), q.nbytes, packed.held_bytes)
         return packed
 
     def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[ops.PackedStack]:
-        """For each of `stacks` the weights [count, N, K] of the experts at this path, of which `active` compute a token.
+        """For each of `stacks` the weights [count, N, K] of the experts at this path, `active` of them per token.
 
-        They are quantized one by one as they are read; a module that is left out leaves out the same of every expert.
+        They are quantized one by one as they are read. A module that is excluded is excluded for every expert.
         """
         made, stored = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [
@@ -147,38 +147,38 @@ class Loader:
         return packed
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:
-        """A finished stack of experts, laid out for this platform."""
+        """Packs a finished stack of experts for this platform."""
         return ops.pack_experts(q, self.platform)
 
-    def pack(self, q: QTensor, *, looked_up: bool = False) -> ops.PackedWeight:
-        """A finished weight, laid out for this platform."""
-        return ops.pack(q, self.platform, looked_up=looked_up)
+    def pack(self, q: QTensor, *, row_lookup: bool = False) -> ops.PackedWeight:
+        """Packs a finished weight for this platform."""
+        return ops.pack(q, self.platform, row_lookup=row_lookup)
 
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
     ) -> QTensor:
-        """This rank's parts of the matrices, as one weight that is stored already in `scheme`, or that it is quantized to."""
+        """This rank's parts of the matrices, stacked into one weight, in their stored scheme or quantized to `scheme`."""
         return concat(
             [self.stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)]
         )
 
     def embedding(self, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor | ops.PackedWeight:
-        """This rank's part of the matrix [vocab, hidden] of the module that this loader is at, in the model's dtype.
+        """This rank's part of this module's matrix [vocab, hidden], in the model's dtype.
 
-        Where the head is tied to it and the rules quantize the head, packed for both instead: no other copy is held.
+        If the head is tied to it and the rules quantize the head, the matrix is packed for both, and no other copy is kept.
         """
         module = self.prefix.removesuffix(".")
         parent, _, name = module.rpartition(".")
         matrix: Tensor | ops.PackedWeight
         if self.tied_head and self.rules.scheme_for([module], is_head=True).quantized:
-            matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, looked_up=True)
+            matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, row_lookup=True)
         else:
             matrix = self.vector("weight", shape, shard)
         self.embeddings[module] = matrix
         return matrix
 
     def tied(self, module: str) -> ops.PackedWeight:
-        """The weight of a head that is tied to the embedding `module`, which was loaded before."""
+        """The weight of a head tied to the embedding `module`, which is already loaded."""
         matrix = self.embeddings[module]
         if isinstance(matrix, ops.PackedWeight):
             return matrix
@@ -188,9 +188,9 @@ class Loader:
         return packed
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        """This rank's part of one matrix: its stored codes, or what it is quantized to."""
+        """This rank's part of one matrix: its stored codes, or the matrix quantized to `scheme`."""
         found = read_weight(self, name, shape, shard)
-        if isinstance(found, QTensor):  # already quantized: its codes are kept bit for bit
+        if isinstance(found, QTensor):  # already quantized, so its codes are kept bit for bit
             if scheme.quantized and scheme is not found.scheme:
                 self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
             return found
@@ -207,10 +207,10 @@ def load(
     *,
     in_place: bool = False,
 ) -> bool:
-    """Fill every layer of `model`. Raises OctavoError for a tensor that is missing, and for one that nothing reads.
+    """Loads every layer of `model`. Raises OctavoError for a missing tensor, and for one that nothing reads.
 
-    `ignore`: globs of tensors that may go unread. `progress` is called with the part that is done, 0 to 1. `in_place`: the
-    model is loaded already, and keeps its memory; False where not all of that could be written in place.
+    `ignore`: globs of tensors that may go unread. `progress`: called with the finished part, 0 to 1. `in_place`: the model is
+    loaded already and keeps its memory; False where not all of it could be overwritten.
     """
     places = places_of(model)
     loader = replace(loader, tied_head=is_tied(places))
@@ -223,7 +223,7 @@ def load(
                 module.load(loader.at(path))
                 complete = refill(module, before) and complete
             except OctavoError:
-                vars(module).update(before)  # whose memory graphs know
+                vars(module).update(before)  # graphs hold the addresses of these tensors
                 raise
             if progress:
                 progress(done / len(places))
@@ -233,20 +233,20 @@ def load(
     check_read(loader, ignore)
     for pattern in ignore:
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
-        if left and "rotary_emb" not in pattern:  # config.json says what those tables hold
+        if left and "rotary_emb" not in pattern:  # rotary tables follow from config.json
             loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: this version does not compute with them")
     loader.rules.check_used()
     return complete
 
 
 def stored_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules of a model, each with its path in checkpoints: the module's own, or what the model's `path` makes of it."""
+    """All modules of a model, each with its path in checkpoints: the module's path, or the model's `path` applied to it."""
     stored: Callable[[str], str] = getattr(model, "path", str)
     return [(stored(path), module) for path, module in model.named_modules()]
 
 
 def places_of(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers of a model that load themselves, each with the path in the checkpoint that it reads at."""
+    """The layers of a model that load weights, each with the checkpoint path that it reads at."""
     return [
         (path.rpartition(".")[0] if getattr(module, "reads_siblings", False) else path, module)
         for path, module in stored_modules(model)
@@ -255,12 +255,12 @@ def places_of(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def is_tied(places: Sequence[tuple[str, Any]]) -> bool:
-    """Whether the model's head multiplies by its embedding."""
+    """Whether the model's head shares the embedding's matrix."""
     return any(getattr(module, "tied", None) for _, module in places)
 
 
 def check_read(loader: Loader, ignore: Sequence[str]) -> None:
-    """Raises OctavoError for a tensor that nothing has read and that `ignore`, globs, does not excuse."""
+    """Raises OctavoError for a tensor that nothing has read and that no glob in `ignore` matches."""
     extra = sorted(
         n for n in loader.source.names - loader.seen if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)
     )
@@ -272,14 +272,14 @@ def check_read(loader: Loader, ignore: Sequence[str]) -> None:
 
 
 def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:
-    """The tensors in about the order in which the modules at `paths` ask for them."""
+    """The tensors in approximately the order in which the modules at `paths` read them."""
     below: dict[str, list[str]] = {}
-    for name in sorted(names, key=_in_numbers):  # experts are read in the order of their numbers
+    for name in sorted(names, key=_in_numbers):  # experts are read in numerical order
         owner = name.rpartition(".")[0]
         while owner:
             below.setdefault(owner, []).append(name)
             owner = owner.rpartition(".")[0]
-    # A tied or fused layer at the top has the path "", below which everything is: what no other module names comes last.
+    # A tied or fused layer at the top has the path "", which contains everything: unclaimed names come last.
     return list(dict.fromkeys([name for path in paths for name in below.get(path, ())] + sorted(names)))
 
 

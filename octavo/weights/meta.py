@@ -1,4 +1,4 @@
-"""Tensors without values, on torch's meta device: what loading would do, and refuse, before a weight is read."""
+"""Sources of tensors on torch's meta device, for finding out what loading would do or refuse before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Beside = Sequence[tuple[str, str, tuple[int, ...]]]
 
 
 class MetaSource:
-    """A Source of what is in a checkpoint's headers, or of what is promised of any name that is asked for."""
+    """A Source for the tensors in a checkpoint's headers, or for announced tensors of any name."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], promised: Promise | None = None, *, has_any: bool = False):
         self.tensors, self.names, self.has_any, self.promised = dict(tensors), set(tensors), has_any, promised
@@ -31,11 +31,11 @@ class MetaSource:
         self._beside.setdefault(module, []).append((end, tensor.dtype, tensor.shape))
 
     def beside(self, module: str) -> Beside:
-        """(last part of the name, dtype, shape) of the tensors of a module."""
+        """(last part of the name, dtype, shape) of each tensor of a module."""
         return self._beside.get(module, ())
 
     def promise(self, module: str, shape: tuple[int, int]) -> None:
-        """The matrix `module` will be asked for: what is promised of it is there from now on."""
+        """Announces that the matrix `module` will be read. Its announced tensors exist from now on."""
         if self.promised is None or module in self._beside or self.promised.leaves_out(module):
             return
         for end, dtype, size in self.promised.of(module).tensors(*shape):
@@ -59,7 +59,7 @@ class MetaSource:
             dtype, stored = self.tensors[name].torch_dtype, self.tensors[name].shape
             check_shape(name, stored, shape)
         assert stored is not None
-        if name.endswith(SCALES_OF_CACHES):  # numbers that a layer looks at
+        if name.endswith(SCALES_OF_CACHES):  # layers read these values
             return torch.ones(tuple(stored), dtype=dtype)
         size = [len(range(*part.indices(n))) if i == dim else n for i, n in enumerate(stored)]
         return torch.empty(size, dtype=dtype, device="meta")

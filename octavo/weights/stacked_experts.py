@@ -1,9 +1,9 @@
-"""Experts that a checkpoint stacks in tensors of three dimensions, presented one by one under the names that hubs have.
+"""Presents experts that a checkpoint stacks in 3-D tensors one by one, under the names of Hugging Face checkpoints.
 
-    experts.gate_up_proj [E, 2I, H], gate's rows before up's, experts.down_proj [E, H, I]; or both turned: [E, H, 2I], [E, I, H]
+    experts.gate_up_proj [E, 2I, H], gate's rows before up's, experts.down_proj [E, H, I]; or transposed: [E, H, 2I], [E, I, H]
 
-Which of the two it is follows from the sizes in config.json. H may be 2I, or I, but not both, so that one of the two tensors
-always tells. Scales of FP8 codes stand beside them, `gate_up_proj_scale_inv` [E, ...], turned where the weights are.
+The sizes in config.json tell which of the two it is. H may equal 2I or I, but not both, so one of the two tensors always
+decides. Scales of FP8 codes stand beside them, `gate_up_proj_scale_inv` [E, ...], transposed if the weights are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _STACK = re.compile(
     r"(?P<at>.+\.experts)\.(?P<part>gate_up_proj|down_proj)(?:[._]weight)?"
     r"(?:[._](?P<end>scale|scale_inv|input_scale|activation_scale))?"
 )
-_ENDS = {None: "weight", "scale": "weight_scale", "scale_inv": "weight_scale_inv"}
-# What a hub calls an expert's gate, up and down projections, by model type. Stacks of other types are left as they are.
+_SUFFIXES = {None: "weight", "scale": "weight_scale", "scale_inv": "weight_scale_inv"}
+# Names of an expert's gate, up and down projections, by model type. Stacks of other types are not split.
 _LLAMA, _MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 _NAMES = {
     **dict.fromkeys(
@@ -37,21 +37,21 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass
 class _Layer:
-    """The stacks of one layer's experts: of their weights by part, and of what stands beside them."""
+    """The expert stacks of one layer: the weights by part, and the tensors beside them."""
 
     weights: dict[str, StoredTensor] = field(default_factory=dict)
     beside: list[tuple[str, str, StoredTensor]] = field(default_factory=list)  # part, end of the name, tensor
 
 
 def one_by_one(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """`tensors` with each stack of experts as matrices of its file. Raises OctavoError where they contradict `config`."""
+    """`tensors` with each expert stack split into matrices. Raises OctavoError where they contradict `config`."""
     model_type = config.get("model_type")
     if model_type not in _NAMES:
         return dict(tensors)
     names, out = _NAMES[model_type], {}
     layers: dict[str, _Layer] = {}
     for name, tensor in tensors.items():
-        if names is _MIXTRAL:  # transformers writes stacks beside its own name of the layer
+        if names is _MIXTRAL:  # transformers uses another name of the layer for stacked experts
             name = name.replace(".mlp.", ".block_sparse_moe.")
         found = _STACK.fullmatch(name)
         if found is None:
@@ -61,7 +61,7 @@ def one_by_one(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -
         if end is None:
             layer.weights[part] = tensor
         else:
-            layer.beside.append((part, _ENDS.get(end, end), tensor))
+            layer.beside.append((part, _SUFFIXES.get(end, end), tensor))
     if layers:
         sizes = _sizes(config)
         for at, layer in layers.items():
@@ -70,7 +70,7 @@ def one_by_one(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Experts, hidden and intermediate size."""
+    """Number of experts, hidden size and intermediate size."""
     text = config.get("text_config") or config
     count = next((text[name] for name in _COUNTS if text.get(name) is not None), None)
     inner = text.get("moe_intermediate_size") or text.get("intermediate_size")
@@ -99,18 +99,18 @@ def _matrices(at: str, layer: _Layer, names: tuple[str, ...], count: int, hidden
             f"{at}: gate_up_proj and down_proj stack their experts in different orders of dimensions; "
             "the checkpoint is of an unknown format."
         )
-    turned = either == {True}
+    transposed = either == {True}
     for part, tensor in layer.weights.items():
-        yield from _split(at, part, "weight", tensor, names, count, shapes[part], turned)
+        yield from _split(at, part, "weight", tensor, names, count, shapes[part], transposed)
     for part, end, tensor in layer.beside:
-        shape = _shape_beside(tensor, part, count, shapes[part], turned)
-        yield from _split(at, part, end, tensor, names, count, shape, turned)
+        shape = _shape_beside(tensor, part, count, shapes[part], transposed)
+        yield from _split(at, part, end, tensor, names, count, shape, transposed)
 
 
-def _shape_beside(t: StoredTensor, part: str, count: int, weight: tuple[int, int], turned: bool) -> tuple[int, ...]:
-    """The shape of one expert's scales: none, [rows] or [rows, columns], not turned. Raises OctavoError for others."""
+def _shape_beside(t: StoredTensor, part: str, count: int, weight: tuple[int, int], transposed: bool) -> tuple[int, ...]:
+    """The untransposed shape of one expert's scales: none, [rows] or [rows, columns]. Raises OctavoError for others."""
     shape = t.shape[1:]
-    if turned and len(shape) == 2:
+    if transposed and len(shape) == 2:
         shape = shape[1], shape[0]
     tiles = tuple(-(-n // BLOCK) for n in weight)
     if t.shape[:1] != (count,) or shape not in ((), (1,), (1, 1), weight[:1], (weight[0], 1), tiles):
@@ -127,20 +127,20 @@ def _shape_beside(t: StoredTensor, part: str, count: int, weight: tuple[int, int
 
 
 def _split(
-    at: str, part: str, end: str, t: StoredTensor, names: tuple[str, ...], count: int, shape: tuple[int, ...], turned: bool
+    at: str, part: str, end: str, t: StoredTensor, names: tuple[str, ...], count: int, shape: tuple[int, ...], transposed: bool
 ) -> Iterator[StoredTensor]:
-    """Each expert's part of `t`, of a matrix or of its scales, which are of `shape`; of gate and up, half of the rows each."""
+    """Each expert's part of `t`, a weight or scale stack of `shape` per expert; gate and up get half of the rows each."""
     rows, columns = (*shape, 1, 1)[:2]
-    own = names[:2] if part == "gate_up_proj" else names[2:]
-    each = max(1, rows // len(own))  # a scale of the whole matrix is both halves'
+    parts = names[:2] if part == "gate_up_proj" else names[2:]
+    each = max(1, rows // len(parts))  # a per-tensor scale belongs to both halves
     nbytes = t.nbytes // count
-    turned = turned and min(rows, columns) > 1
+    transposed = transposed and min(rows, columns) > 1
     for expert in range(count):
-        for i, name in enumerate(own):
+        for i, name in enumerate(parts):
             first = i * each if rows > 1 else 0
             size = nbytes * each // rows
             yield StoredTensor(
                 f"{at}.{expert}.{name}.{end}", t.dtype, (each, *shape[1:]) if shape else (1,), t.file,
                 t.start + expert * nbytes + first * (nbytes // rows), size,
-                key=t.name, slab=Slab(expert, rows, columns, first, turned),
+                key=t.name, slab=Slab(expert, rows, columns, first, transposed),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a safetensors header says of a tensor, and where one expert's matrix is within a tensor that stacks those of all."""
+"""A tensor's entry in a safetensors header, and the location of one expert's matrix within a stacked tensor."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """One expert's part of a stack: a matrix [rows, columns], of which a StoredTensor is the rows from `first` on.
+    """One expert's part of a stack: a matrix [rows, columns], whose rows from `first` on are a StoredTensor.
 
-    `turned`: the file has it as [columns, rows]; a StoredTensor's `start` is then where its bytes would be if it had not.
+    `transposed`: the file stores [columns, rows]. A StoredTensor's `start` is then the offset that its bytes had untransposed.
     """
 
     expert: int
     rows: int
     columns: int
     first: int
-    turned: bool
+    transposed: bool
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's entry in a header. `start` counts from the beginning of the file."""
+    """A tensor's entry in a header. `start` is the offset from the beginning of the file."""
 
     name: str
     dtype: str  # as safetensors spells it
@@ -41,8 +41,8 @@ class StoredTensor:
     file: str
     start: int
     nbytes: int
-    key: str = ""  # its name in the file, where that is another
-    slab: Slab | None = None  # where it is in the stack of experts that the file has under `key`
+    key: str = ""  # its name in the file, if that differs
+    slab: Slab | None = None  # its location in the expert stack that the file has under `key`
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -52,16 +52,16 @@ class StoredTensor:
 
     @property
     def integers(self) -> torch.dtype:
-        """Integers of as many bytes as its values, which every device can copy one by one."""
+        """The integer dtype of the same size, which every device can copy."""
         return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.torch_dtype.itemsize]
 
     @property
-    def is_turned(self) -> bool:
-        """Whether its bytes do not lie in the file one behind the other."""
-        return self.slab is not None and self.slab.turned
+    def is_transposed(self) -> bool:
+        """Whether its bytes are not contiguous in the file."""
+        return self.slab is not None and self.slab.transposed
 
     def whole_slab(self) -> StoredTensor:
-        """The slab of a turned one as the file has it: [columns, rows]."""
+        """The slab of a transposed tensor as the file stores it: [columns, rows]."""
         assert self.slab is not None
         row = self.nbytes // self.shape[0]
         shape, start = (self.slab.columns, self.slab.rows), self.start - self.slab.first * row

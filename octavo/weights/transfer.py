@@ -1,9 +1,9 @@
-"""Bytes of a checkpoint to a device, and to the system's cache of files before they are asked for.
+"""Copies a checkpoint's bytes to a device, and reads ahead into the page cache.
 
-A disk is fast only when it is asked for many things at once. So ReadAhead has the system fetch what comes next while a layer
-is quantized, into memory that is the system's: what a process holds stays the model and one layer. To an accelerator, threads
-read a tensor in chunks into page-locked buffers, used in turn, each copied while others fill: one core alone copies slower than
-the link, and from memory that is not page-locked the link is slow. On a CPU a file's pages are mapped, not copied.
+A disk is fast only with many requests in flight. So ReadAhead has the system fetch the next bytes while a layer is quantized.
+They go to the page cache, so the process holds only the model and one layer. For an accelerator, threads read a tensor in
+chunks into pinned buffers, used in turn, each copied while others are filled: one core alone copies slower than the link, and
+from pageable memory the link is slow. On a CPU a file's pages are mapped, not copied.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from octavo.weights.checkpoint import Checkpoint, StoredTensor
 __all__ = ["ReadAhead", "Transfer"]
 
 THREADS = 8
-CHUNK = 8 << 20  # bytes that one thread reads at a time
-BUFFERS = 2 * THREADS  # half are filled while half are copied
-AHEAD = 1 << 30  # bytes that are asked for before they are needed
-ADVICE = 512 << 10  # the kernel reads little more of what one call asks for
+CHUNK = 8 << 20  # bytes per read of a thread
+BUFFERS = 2 * THREADS  # half are filled while the other half are copied
+AHEAD = 1 << 30  # bytes that are requested ahead of use
+ADVICE = 512 << 10  # bytes per call; the kernel reads little more than this per request
 
 
 class _Buffer:
-    """Page-locked memory of one chunk; `copied` is when the device has what was in it."""
+    """Pinned memory of one chunk. `copied` is recorded after its copy to the device."""
 
     def __init__(self, nbytes: int, device: torch.device):
         self.data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
@@ -42,32 +42,32 @@ class _Buffer:
 
 
 class Transfer:
-    """Reads parts of a checkpoint's tensors to one device. One thread's: the buffers are used in the order of calls."""
+    """Reads parts of a checkpoint's tensors to one device. Not thread-safe: the buffers are used in the order of calls."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
         self._pool = ThreadPoolExecutor(THREADS, "octavo-read")
-        self._buffers: deque[_Buffer] = deque()  # the one that was used longest ago first
-        self._slab: tuple[tuple[str, int], Tensor] | None = None  # the last that was turned: gate and up are both in it
+        self._buffers: deque[_Buffer] = deque()  # least recently used first
+        self._slab: tuple[tuple[str, int], Tensor] | None = None  # the last transposed slab, which holds both gate and up
 
     def read(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
         """The `part` of dimension `dim`, in the stored dtype."""
-        if tensor.is_turned:
-            return self._turned(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
+        if tensor.is_transposed:
+            return self._transposed(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
         if not tensor.shape:
             return self._bytes(tensor, 0, tensor.nbytes).view(tensor.torch_dtype).view(tensor.shape)
         row = tensor.nbytes // max(tensor.shape[0], 1)
         if dim == 0:
             return self._rows(tensor, part, row)
-        # Of columns, rows are read whole, some at a time, and the device keeps its part of them.
+        # For columns, whole rows are read, some at a time, and the device keeps their part.
         step = max(1, BUFFERS * CHUNK // max(row, 1))
         starts = range(0, max(tensor.shape[0], 1), step)
         columns = (slice(None),) * dim + (part,)
         pieces = [self._rows(tensor, slice(at, min(at + step, tensor.shape[0])), row)[columns].contiguous() for at in starts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _turned(self, tensor: StoredTensor) -> Tensor:
-        """A view, in integers, of its slab, which is read as it lies in the file: the device turns it."""
+    def _transposed(self, tensor: StoredTensor) -> Tensor:
+        """A transposed view, in integers, of the tensor's slab. The slab is copied as it is in the file."""
         slab = tensor.slab
         assert slab is not None
         if self._slab is None or self._slab[0] != (tensor.key, slab.expert):
@@ -81,7 +81,7 @@ class Transfer:
         return self._bytes(tensor, part.start * row, count * row).view(tensor.torch_dtype).view(count, *tensor.shape[1:])
 
     def _bytes(self, tensor: StoredTensor, start: int, nbytes: int) -> Tensor:
-        """Through the buffers: while one is copied to the device, threads fill the next ones."""
+        """Reads through the buffers: while one is copied to the device, threads fill the next ones."""
         out = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         running: deque[tuple[Future[None], _Buffer, slice]] = deque()
         try:
@@ -95,7 +95,7 @@ class Transfer:
             while running:
                 self._copy(*running.popleft(), out)
         finally:
-            wait([job for job, _, _ in running])  # after an error: the others still write to buffers
+            wait([job for job, _, _ in running])  # after an error the other jobs still write to buffers
         return out
 
     def _next_buffer(self) -> _Buffer:
@@ -119,18 +119,18 @@ class Transfer:
 
 
 class ReadAhead:
-    """A thread that asks the system for the files' next AHEAD bytes, in the order in which tensors will be wanted."""
+    """A thread that requests the files' next AHEAD bytes from the system, in the order of use."""
 
     def __init__(self, checkpoint: Checkpoint, order: Sequence[StoredTensor]):
         self.checkpoint, self.order = checkpoint, order
-        self._open = AHEAD  # bytes that may still be asked for
+        self._open = AHEAD  # bytes that may still be requested
         self._condition = threading.Condition()
         self._closed = not hasattr(os, "posix_fadvise")
         self._thread = threading.Thread(target=self._run, name="octavo-read-ahead", daemon=True)
         self._thread.start()
 
     def consumed(self, tensor: StoredTensor) -> None:
-        """The tensor was read, so that much more may be asked for."""
+        """The tensor was read, so as many further bytes may be requested."""
         with self._condition:
             self._open += tensor.nbytes
             self._condition.notify()
@@ -146,7 +146,7 @@ class ReadAhead:
                     if self._closed:
                         return
                     self._open -= size
-                with suppress(OSError):  # advice that a file system does not take costs speed only
+                with suppress(OSError):  # a file system that ignores the advice costs only speed
                     os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ def check_books(pool: BlockPool, held: Iterable[Sequence[int]]) -> None:
     lists = [list(block_ids) for block_ids in held]
     assert all(len(set(block_ids)) == len(block_ids) for block_ids in lists), "a holder has one block twice"
     counts, blocks = Counter(block for block_ids in lists for block in block_ids), range(pool.num_blocks)
-    assert pool._holders == [counts[block] for block in blocks], "a block's count is not its holders'"
+    assert pool._ref_counts == [counts[block] for block in blocks], "a block's count is not its holders'"
     assert set(pool._free) == {b for b in blocks if not counts[b]}, "a block is lost, or both free and held"
-    assert pool._named == {name: b for b, name in enumerate(pool._names) if name is not None}, "names and blocks disagree"
-    assert all(pool._names[b] is not None for b, count in counts.items() if count > 1), "a block without a name is shared"
+    assert pool._cached == {name: b for b, name in enumerate(pool._hashes) if name is not None}, "names and blocks disagree"
+    assert all(pool._hashes[b] is not None for b, count in counts.items() if count > 1), "a block without a name is shared"

@@ -14,7 +14,7 @@ from octavo.engine.block_pool import ROOT, BlockPool, block_hash
 
 def names_of(pool, tokens):
     names = []
-    pool.name_blocks(names, tokens, len(tokens) // pool.block_size)
+    pool.hash_blocks(names, tokens, len(tokens) // pool.block_size)
     return names
 
 
@@ -111,8 +111,8 @@ def test_names_are_extended_not_computed_anew(monkeypatch):
     monkeypatch.setattr("octavo.engine.block_pool.block_hash", lambda p, t: calls.append(t) or block_hash(p, t))
     names, tokens = [], list(range(8))
     for count in range(5):
-        pool.name_blocks(names, tokens, count)
-        pool.name_blocks(names, tokens, count)
+        pool.hash_blocks(names, tokens, count)
+        pool.hash_blocks(names, tokens, count)
     assert calls == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert names == names_of(pool, tokens)
 
@@ -161,7 +161,7 @@ def test_a_hit_makes_a_block_young_again():
 def test_without_prefix_caching_nothing_is_named():
     pool = BlockPool(4, 2, prefix_caching=False)
     names = []
-    pool.name_blocks(names, [1, 2], 1)
+    pool.hash_blocks(names, [1, 2], 1)
     assert names == []
     held = pool.allocate(1)
     pool.commit(held, names)

@@ -130,12 +130,12 @@ def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
     probs = (logits / torch.tensor([[r.params.temperature] for r in rows], device=DEVICE)).softmax(-1).cpu()
     kept = zip(*((r.params.top_k or vocab, r.params.top_p, r.params.min_p) for r in rows), strict=True)
     u = torch.tensor([uniform(r.seed, 0) for r in rows], dtype=torch.float64)
-    want = drawn(probs, u, ops.Cut(*(torch.tensor(values, dtype=torch.float32) for values in kept), vocab)).tolist()
+    want = drawn(probs, u, ops.Filters(*(torch.tensor(values, dtype=torch.float32) for values in kept), vocab)).tolist()
     wrong = [of.params for of, token, other in zip(rows, tokens, want, strict=True) if token != other]
     assert len(wrong) <= len(rows) // 200, wrong  # the last bit of a sum may move what top_p keeps
 
 
-@pytest.mark.parametrize("draw", [ops.draw, reference.draw], ids=["here", "reference"])
+@pytest.mark.parametrize("draw", [ops.sample, reference.sample], ids=["here", "reference"])
 def test_what_has_no_probability_is_never_drawn(draw):
     logits = torch.full((4, 1000), -INF)
     for i, at in enumerate(([999], [0], [511], [255, 256])):

@@ -246,8 +246,8 @@ class Engine:
         roomy = self.pool.num_blocks * self.pool.block_size >= self.scheduler.max_model_len
         for track in self.tracks.values():
             names = []
-            self.pool.name_blocks(names, track.prompt + track.output, len(track.request.names))
-            assert track.request.names == names
+            self.pool.hash_blocks(names, track.prompt + track.output, len(track.request.block_hashes))
+            assert track.request.block_hashes == names
             prompt_fits = 0 < len(track.prompt) < self.scheduler.max_model_len
             if not prompt_fits:
                 assert track.end[0] in ("failed", "abort")

@@ -89,7 +89,7 @@ def test_no_block_is_named_as_a_salt_is():
     salts = [None, "", "a", "cache_salt:a"]
     names: list[list[bytes]] = [[] for _ in salts]
     for salt, own in zip(salts, names, strict=True):
-        BlockPool(4, 2).name_blocks(own, tokens, 2, root_of(salt))
+        BlockPool(4, 2).hash_blocks(own, tokens, 2, root_of(salt))
     assert len({name for own in names for name in own}) == 2 * len(salts)
     assert names[0][0] == block_hash(ROOT, tokens[:2])
 

@@ -82,7 +82,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         dict(BLOCK=4096, **limit), {"num_warps": 8},
     )  # fmt: skip
     yield (
-        "likeliest", argmax._likeliest,
+        "argmax", argmax._argmax,
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
         dict(BLOCK=argmax.BLOCK, LOWEST=argmax.LOWEST, PDL=pdl), {"num_warps": 8},
     )  # fmt: skip
@@ -90,14 +90,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                weights=fp32, places=i32, numbers=i32, lefts=fp32, out=i64, size="i32", stride="i32")  # fmt: skip
     tiles = dict(CHUNK=sample.CHUNK, PARTS=64, EDGES=sample.EDGES, PDL=pdl)
     for name, kernel, cut in (
-        ("look", sample._draw_look, {"CUT": False}), ("look_cut", sample._draw_look, {"CUT": True}),
-        ("pick", sample._draw_pick, {}), ("list", sample._draw_list, {}), ("last", sample._draw, {}),
+        ("look", sample._sample_count, {"FILTERED": False}), ("look_cut", sample._sample_count, {"FILTERED": True}),
+        ("pick", sample._sample_unfiltered, {}), ("list", sample._sample_compact, {}), ("last", sample._sample, {}),
     ):  # fmt: skip
         fp64 = {"sums": "*fp64"} if name in ("look", "pick") else {}
         yield (
             f"draw_{name}", kernel, {p: row[p] for p in kernel.arg_names if p in row} | fp64,
             {p: value for p, value in (tiles | cut).items() if p in kernel.arg_names},
-            {"num_warps": sample.LIST_WARPS if kernel is sample._draw else sample.ROW_WARPS},
+            {"num_warps": sample.LIST_WARPS if kernel is sample._sample else sample.ROW_WARPS},
         )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
@@ -120,7 +120,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"small_linear_{bm}", linear._small_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
                  width="i32", per_split="i32"),
-            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, HELD=2 * pdl, PDL=pdl,
+            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, PREFETCH=2 * pdl, PDL=pdl,
                  STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip
@@ -244,12 +244,12 @@ def of_int4(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             c = int4._shape(rows, 4096, group, False, quantized)
             options = dict(OF_TOKENS=True, TOP_K=8, EXPERTS=512, BN=c["BN"], BM=c["BM"], GROUP=group, ASM=pdl, PDL=pdl,
                            STAGES=launch.pipeline(c["stages"]))  # fmt: skip
-            own = dict(SUBNORMAL=512.0) if quantized else dict(TILE=int4.STEP // 4, APART=bool(c["apart"]), SPLIT=1)
+            own = dict(SUBNORMAL=512.0) if quantized else dict(TILE=int4.STEP // 4, PLANAR=bool(c["planar"]), SPLIT=1)
             yield (
                 f"w4a{8 if quantized else 16}_{group}_{c['BM']}", int4._w4a8 if quantized else int4._w4a16,
                 (w8 if quantized else w16) | stacked, options | own, {"num_warps": c["warps"]},
             )  # fmt: skip
-        split = dict(order=None, starts=None, OF_TOKENS=False, TOP_K=1, EXPERTS=1, BN=64, BM=16, APART=False, SPLIT=32)
+        split = dict(order=None, starts=None, OF_TOKENS=False, TOP_K=1, EXPERTS=1, BN=64, BM=16, PLANAR=False, SPLIT=32)
         yield f"w4a16_{group}_split", int4._w4a16, w16 | dense, options | split | dict(TILE=32), {"num_warps": 4}
         yield (
             f"quantize_in_groups_{group}", int4._quantize_in_groups,

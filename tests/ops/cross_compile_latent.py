@@ -36,16 +36,16 @@ def latent_kernels(fp8: str, pdl: bool) -> Iterator[Kernel]:
     ):  # fmt: skip
         c = latent_attention._shape(rows, 1 if kind == fp8 else 2)
         codes = kind == fp8
-        given = {"scales": codes, "chosen": chosen, "tiles": tiled, "owners": False}
+        given = {"scales": codes, "chosen": chosen, "tiles": tiled, "token_requests": False}
         types = dict(q=bf16, latent=kind, rope=bf16, scales=fp32, tables=i32, seq_lens=i32, starts=i32, tiles=i32, chosen=i32,
-                     owners=i32, positions="*i64", out=bf16, parts=fp32, sums=fp32, qk_scale="fp32", table_width="i32",
+                     token_requests=i32, positions="*i64", out=bf16, parts=fp32, sums=fp32, qk_scale="fp32", table_width="i32",
                      top_k="i32", rows_in_all="i32")  # fmt: skip
         chunk = c["chunk"]
         yield (
             f"latent_attention_{name}", latent_attention._latent_attention,
             {p: one for p, one in types.items() if given.get(p, True)},
             dict(HEADS=16, ROWS=c["ROWS"], RANK=RANK, CHUNK=chunk, CHUNKS=RANK // chunk, D=ROPE, DP=ROPE, TILE=c["TILE"],
-                 TILED=tiled, CHOSEN=chosen, OWNED=False, SPLIT=True, ROWS_FIRST=bool(c["first"]),
+                 TILED=tiled, CHOSEN=chosen, MULTI_TOKEN=False, SPLIT=True, ROWS_FIRST=bool(c["first"]),
                  CODE=(tl.float8e4b8 if fnuz else tl.float8e4nv) if codes else tl.bfloat16,
                  LIMIT=(224.0 if fnuz else 448.0) if codes else 1.0, ROPE_CODE=tl.bfloat16, ASM=pdl,
                  STAGES=launch.pipeline(c["stages"]), PDL=pdl,

@@ -24,7 +24,7 @@ K_SCALE, V_SCALE = 0.04, 0.02
 
 def cache_of(blocks: int, heads: int, kv: str = "fp8_e4m3", dim: int = 128, block: int = 64) -> LayerCache:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = spec_for(kv, heads, dim, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)
+    spec = spec_for(kv, heads, dim, torch.bfloat16, torch.float8_e4m3fn, Layout.TENSOR_CORE)
     return layer_cache(KVCache([spec], blocks, block, device).views[0], K_SCALE, V_SCALE)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.ops import Cut
+from octavo.ops import Filters
 
 __all__ = ["SPREADS", "check_draw", "drawn"]
 
@@ -18,7 +18,7 @@ CUTS: list[tuple[int, float, float]] = [  # top_k, top_p, min_p
 ]  # fmt: skip
 
 
-def drawn(weights: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def drawn(weights: Tensor, u: Tensor, cut: Filters | None) -> Tensor:
     """int64 [rows] of weights [rows, vocab] and u [rows]: what `cut` keeps, the likeliest first and equal ones by their ids, is
     walked through by ids."""
     kept = weights.double()
@@ -34,7 +34,11 @@ def drawn(weights: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
 
 
 def check_draw(
-    draw: Callable[[Tensor, Tensor, Tensor, Cut | None], Tensor], vocab: int, spread: float, device: str = "cpu", each: int = 4
+    draw: Callable[[Tensor, Tensor, Tensor, Filters | None], Tensor],
+    vocab: int,
+    spread: float,
+    device: str = "cpu",
+    each: int = 4,
 ) -> None:
     """The token that float64 draws of all of them, sorted: of equal ones, too, of which there are many, and of banned ones; but
     that the last bit of a sum may move where the sum ends. `each` rows of every cut."""
@@ -45,10 +49,10 @@ def check_draw(
     u[0] = 1e-9
     top_k, top_p, min_p = (torch.tensor([cut[i] for cut in CUTS] * each) for i in range(3))
     top_k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k)
-    cut = Cut(top_k.int(), top_p.float(), min_p.float(), int(top_k.max()))
+    cut = Filters(top_k.int(), top_p.float(), min_p.float(), int(top_k.max()))
     weights = ((x.double() - x.double().amax(1, keepdim=True)) / temperature.double().unsqueeze(1)).exp()
     weights[weights < 1e-36] = 0
-    there = Cut(*(of.to(device) for of in cut[:3]), cut.most)
+    there = Filters(*(of.to(device) for of in cut[:3]), cut.max_top_k)
     wrong = 0
     for given, own in ((cut, there), (None, None)):
         found = draw(x.clone().to(device), temperature.to(device), u.to(device), own).cpu()

@@ -43,9 +43,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LLAMA_8B = dict(
     HIDDEN=4096, INTER=14336, HEADS=32, KV_HEADS=8, DIM=128, BLOCK_SIZE=64, KV_FP8=1, WINDOW=0, HEAD_NORMS=0, QKV_BIAS=0,
-    PROGRAMS=132, LONGEST=4096, SHARED=227 << 10,
+    CTAS=132, LONGEST=4096, SHARED=227 << 10,
 )  # fmt: skip
-SMALL = dict(HIDDEN=256, INTER=704, HEADS=8, KV_HEADS=4, DIM=32, KV_FP8=0, WINDOW=100, HEAD_NORMS=1, QKV_BIAS=1, PROGRAMS=114)
+SMALL = dict(HIDDEN=256, INTER=704, HEADS=8, KV_HEADS=4, DIM=32, KV_FP8=0, WINDOW=100, HEAD_NORMS=1, QKV_BIAS=1, CTAS=114)
 
 
 def write(directory: Path, shape: dict[str, Any]) -> Path:
@@ -103,7 +103,7 @@ def parts(**changes: Any) -> DecoderParts:
 
     made = {"hidden": 512, "inter": 1408, "bias": None, "window": None, "dtype": torch.bfloat16, "kv": "auto", "v_scale": 1.0}
     made |= changes
-    views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.MATRIX_UNIT)], 2, 64, CPU).views[0]
+    views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.TENSOR_CORE)], 2, 64, CPU).views[0]
     gain = torch.ones(512, dtype=made["dtype"])
     layers = [
         LayerParts(weight(1024, 512), weight(512, 512), weight(2 * made["inter"], 512), weight(512, made["inter"]),

@@ -163,7 +163,7 @@ def test_the_highest_scores_are_chosen(
         assert found.shape == (batch.num_tokens, top_k)
         assert found.dtype is torch.int32
         turned = torch.cat(
-            [reference_latent.turned(q[..., : dim // 2].float(), scene.rotation), q[..., dim // 2 :].float()], -1
+            [reference_latent.rotated(q[..., : dim // 2].float(), scene.rotation), q[..., dim // 2 :].float()], -1
         )
         token = 0
         for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):

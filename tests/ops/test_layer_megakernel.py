@@ -22,10 +22,10 @@ from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, wri
 
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
-    HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, PROGRAMS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
+    HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, CTAS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
     GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48,
 )  # fmt: skip
-SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, PROGRAMS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
+SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, CTAS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
              DOWN_ROWS=32, DOWN_SPLITS=6, QKV_ROWS=16)  # fmt: skip
 SHAPES = MODELS | {
     "not multiples of 64": dict(
@@ -170,7 +170,7 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
         residual, columns = before.clone(), next(n for n in layer_megakernel.COLUMNS if tokens <= n)
         for kept in fused.codes[columns]:
             kept[:, :, :].fill_(0)
-        fused.meetings.zero_()
+        fused.grid_barriers.zero_()
         fused.scales.fill_(torch.nan)
         fused.shares.fill_(torch.nan)
         got = fused.between(0, attended, residual)
@@ -184,9 +184,9 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
         both = product(*quantized(norm(middle, layer.post_norm, p.eps)), gate_up).float()
         gate, up = both[:, : p.inter], both[:, p.inter :]
         act = ((gate / (1 + torch.exp(-gate))).bfloat16().float() * up).bfloat16()
-        sent = fused.meetings[0, layer_megakernel.MEETINGS : layer_megakernel.MEETINGS + fused.programs * columns].view(
-            -1, columns
-        )
+        sent = fused.grid_barriers[
+            0, layer_megakernel.GRID_BARRIERS : layer_megakernel.GRID_BARRIERS + fused.ctas * columns
+        ].view(-1, columns)
         act_scale = scale_of((sent & 0x7FFFFFFF).amax(0).view(torch.float32)[:tokens, None])
         down_of = product(codes[2], act_scale, down)
         ratio = float(middle.float().norm() / down_of.float().norm())

@@ -20,7 +20,7 @@ from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
 
 from octavo.kvcache import KVCache, Layout, spec_for
 from octavo.ops import reference
-from octavo.ops.contract import Cut, HeadNorms, Rope
+from octavo.ops.contract import Filters, HeadNorms, Rope
 from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
@@ -365,23 +365,23 @@ def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     x[3] = -float("inf")
     x[4] = -3.0
     x[5, -1] = float("inf")
-    assert native.likeliest(x).tolist() == x.float().argmax(-1).tolist()
-    assert native.likeliest(x[:0]).shape == (0,)
-    assert native.likeliest(x.half()).tolist() == x.half().float().argmax(-1).tolist()
+    assert native.argmax(x).tolist() == x.float().argmax(-1).tolist()
+    assert native.argmax(x[:0]).shape == (0,)
+    assert native.argmax(x.half()).tolist() == x.half().float().argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 40, 1023, 16_391, 33_000])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_token_that_is_drawn(vocab: int, spread: float) -> None:
-    check_draw(native.draw, vocab, spread)
+    check_draw(native.sample, vocab, spread)
 
 
 def test_tokens_that_lie_close_together_are_kept_one_by_one() -> None:
     """Though there are more of them than blocks that have any."""
     x = torch.full((50, 4096), -float("inf"))
     x[:, 100:130] = torch.linspace(0, 1, 30)
-    cut = Cut(torch.full((50,), 20, dtype=torch.int32), torch.ones(50), torch.zeros(50), 20)
-    found = native.draw(x, torch.ones(50), torch.linspace(0, 0.9999, 50).double(), cut)
+    cut = Filters(torch.full((50,), 20, dtype=torch.int32), torch.ones(50), torch.zeros(50), 20)
+    found = native.sample(x, torch.ones(50), torch.linspace(0, 0.9999, 50).double(), cut)
     assert sorted(set(found.tolist())) == list(range(110, 130))
 
 

@@ -221,7 +221,7 @@ def test_neighbouring_kernels_are_one_call_with_the_same_arguments() -> None:
         calls.append((function, tuple(values)))
     held = library.Cache(dim=3)
     calls[0] = (calls[0][0], (None, ctypes.byref(held), *calls[0][1][2:]))
-    _, (made, count) = library.together(calls)
+    _, (made, count) = library.merged_call(calls)
     assert count == len(library.REPLAYED) == len(made)
     for place, (call, (function, values)) in enumerate(zip(made, calls, strict=True)):
         assert call.kernel == place

@@ -59,7 +59,7 @@ def spoil(rows: int, n: int, dtype: torch.dtype) -> None:
     del del_me
 
 
-WAYS: list[dict[str, int]] = [{}, {"apart": 1, "BM": 64, "split": 1}, {"split": 3, "apart": 0}]
+WAYS: list[dict[str, int]] = [{}, {"planar": 1, "BM": 64, "split": 1}, {"split": 3, "planar": 0}]
 
 
 @pytest.mark.parametrize("group", int4.GROUPS)
@@ -97,7 +97,7 @@ def test_experts(group: int) -> None:
         for of_tokens, rows in ((True, x), (False, by_pair)):
             given = rows[awake // top_k] if of_tokens else rows[: len(awake)]
             of = to.flatten()[awake].long()
-            for fp8, config in ((None, {}), (None, {"apart": 1, "BM": 64}), (FP8, {"BM": 16})):
+            for fp8, config in ((None, {}), (None, {"planar": 1, "BM": 64}), (FP8, {"BM": 16})):
                 spoil(tokens * top_k, 2 * inner, x.dtype)
                 y = int4.int4_product(rows, codes, scale, group, at, of_tokens=of_tokens, fp8=fp8, config=config)
                 assert (y.shape, y.dtype) == ((tokens * top_k, 2 * inner), torch.bfloat16)

@@ -27,7 +27,7 @@ OF_FAMILY = {
     **{
         name: [
             *form.openers,
-            *form.enders,
+            *form.end_tokens,
             form.separator,
             form.call[:-2],
             "functions.f:1",

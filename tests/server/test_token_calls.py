@@ -159,7 +159,7 @@ def test_hostile_text_takes_linear_time(name: str, size: int) -> None:
         "[",
         '{"',
         *form.openers,
-        *form.enders,
+        *form.end_tokens,
         form.separator,
         head,
     )

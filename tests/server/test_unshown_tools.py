@@ -147,17 +147,17 @@ def test_calls_of_earlier_turns_are_seen() -> None:
     assert spelled in render(CHATML, *turns)
     assert spelled in render_conversation(CHATML, turns, {}), "without tools too"
     told = {"role": "assistant", "content": None, "tool_calls": [call, call]}
-    assert "assistant\n" + PARSERS["hermes"].told.spell([("wind", {"city": "Zürich"})] * 2) + "<|im_end|>" in render(
-        CHATML, USER, told, calls=PARSERS["hermes"].told
+    assert "assistant\n" + PARSERS["hermes"].call_form.spell([("wind", {"city": "Zürich"})] * 2) + "<|im_end|>" in render(
+        CHATML, USER, told, calls=PARSERS["hermes"].call_form
     )
     reads = LOOP.replace("BODY", "{{ m.content }}{% for c in m['tool_calls'] %}[{{ c.function.name }}]{% endfor %}")
     assert render_conversation(reads, turns, {}) == USER["content"] + "Well.[wind]calm"
 
 
 CHOICES: list[tuple[Any, str]] = [
-    ("auto", PARSERS["llama3_json"].told.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
-    (None, PARSERS["llama3_json"].told.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
-    ("required", PARSERS["json"].told.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
+    ("auto", PARSERS["llama3_json"].call_form.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
+    (None, PARSERS["llama3_json"].call_form.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
+    ("required", PARSERS["json"].call_form.spell([("<name of the function>", {"<name of an argument>": "<value>"})])),
     ({"type": "function", "function": {"name": "wind"}}, "Call wind now: answer with its arguments alone, as a JSON object."),
     ("none", ""),
 ]

@@ -301,7 +301,7 @@ def test_tokens_are_chosen_as_asked(
     )
     assert "(temperature=1)" in capsys.readouterr().out
     sampling = [kernel["name"] for kernel in found["steps"][-1]["kernels"] if kernel["role"] == "sampling"]
-    assert any("draw" in name or "searchsorted" in name for name in sampling), sampling  # our kernels, or torch without them
+    assert any("sample" in name or "searchsorted" in name for name in sampling), sampling  # our kernels, or torch without them
 
 
 def test_latency_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +399,7 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "linear"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>", "sampling"),
-        ("_draw_list", "sampling"),
+        ("_sample_compact", "sampling"),
         ("_latent_attention", "attention"),
         ("_write_latent", "rope, cache"),
         ("_index_logits", "indexer"),
@@ -407,7 +407,7 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
         ("void at::native::index_select_kernel", "copies"),
         ("_route", "routing"),
         ("_grouped_linear", "linear"),
-        ("octavo_draw", "sampling"),
+        ("octavo_sample", "sampling"),
         ("vectorized_elementwise_kernel", "other"),
     ],
 )

@@ -1,6 +1,7 @@
-"""Decode steps on a CPU: a batch of each size is recorded when it first comes, and replayed from what the host writes then.
+"""Decode steps on a CPU: each batch size is recorded the first time it runs and replayed after that.
 
-Rows to spare, as graphs have them, would cost time here; a recording costs none, since making it computes the step.
+There is no padding as in CUDA graphs, because padding rows would cost time on a CPU. A recording costs none: making it
+computes the step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from octavo.batch import ForwardBatch, Span
 
 __all__ = ["RecordedSteps"]
 
-LARGEST = 32  # requests: what a recording spares is a small part of a larger step
+LARGEST = 32  # requests; in larger steps the overhead that a recording saves is small
 
 
 @dataclass
@@ -29,9 +30,9 @@ class _Recording:
 
 
 class RecordedSteps:
-    """Recordings of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
+    """Recordings of `forward` for batches of one token per request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
-    `forward` gives logits [rows, vocab] and the tokens chosen from them, int64 [rows].
+    `forward` returns logits [rows, vocab] and their argmax, int64 [rows].
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RecordedSteps:
     ):
         rows, width = min(max_num_seqs, LARGEST), -(-max_model_len // block_size)
         self.forward, self.block_size, self.max_model_len = forward, block_size, max_model_len
-        # What the recordings read where it lies; torch sees the same memory.
+        # Input buffers whose addresses the recordings keep; numpy and torch share the memory.
         self.ids, self.positions, self.rotary_rows, self.slots = np.zeros((4, rows), np.int64)
         self.lengths, self.tables = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
         self.starts = np.arange(rows + 1, dtype=np.int32)
@@ -56,10 +57,10 @@ class RecordedSteps:
         return ForwardBatch(ids, positions, rows, slots, starts, lengths, tables, [1] * size, longest, self.block_size)
 
     def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Logits [len(spans), vocab] of one token a span and the tokens chosen from them, int64 [len(spans)].
+        """Logits [len(spans), vocab] of one token per span, and their argmax, int64 [len(spans)].
 
-        None where there are more spans than are recorded. The token of span i is tokens[sources[i]] where sources[i] is not
-        negative. What is returned lasts until the next call.
+        None where there are more spans than LARGEST. The token of span i is tokens[sources[i]] where sources[i] is not
+        negative. The results are valid until the next call.
         """
         size, block = len(spans), self.block_size
         if size > len(self.lengths):

@@ -1,8 +1,8 @@
-"""Decode steps from captured graphs: the host then launches one graph where it would launch hundreds of kernels.
+"""Decode steps from captured CUDA graphs: the host launches one graph instead of hundreds of kernels.
 
-A graph is of one batch size and one bound on the contexts' length, which decides how many parts attention is split into;
-bounds that make no difference at a size share its graph. A step takes the next larger of both; the rows that are left over
-have no context, write to the scratch block and are dropped.
+A graph is captured for one batch size and one bound on the context length. The bound decides the number of attention splits
+(split-KV); bounds with equal launches at a size share a graph. A step takes the next larger of both. Its padding rows have
+length 0 and write to the scratch block, and their results are dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from octavo.platform import Platform
 
 __all__ = ["DecodeGraphs"]
 
-CONTEXTS = (512, 4096, 32768)  # bounds on the longest context, besides the model's own
+CONTEXTS = (512, 4096, 32768)  # bounds on the longest context, beside the model's maximum
 LARGEST = 512  # requests; a larger batch keeps the device busy without graphs
 
 
@@ -34,10 +34,10 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs of `forward` for batches of one token a request, up to `max_num_seqs` requests and `max_model_len` tokens.
+    """Graphs of `forward` for batches of one token per request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
-    `forward` gives logits [rows, vocab] and the tokens chosen from them, int64 [rows]. `variant(requests, longest context)` is
-    equal where it launches the same. `rehearse` runs what else is to be compiled now.
+    `forward` returns logits [rows, vocab] and their argmax, int64 [rows]. `variant(requests, longest context)` returns equal
+    keys where the launches are equal. `warm_up` runs the other kernels that must be compiled before serving.
     """
 
     def __init__(
@@ -49,22 +49,22 @@ class DecodeGraphs:
         max_model_len: int,
         scratch_block: int,
         variant: Callable[[int, int], Hashable],
-        rehearse: Callable[[], None] = lambda: None,
+        warm_up: Callable[[], None] = lambda: None,
     ):
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
         self.contexts = [*(c for c in CONTEXTS if c < max_model_len), max_model_len]
         rows, width = self.sizes[-1], -(-max_model_len // block_size)
         device = platform.device
-        # The tokens that the last replay chose, and behind them what the host sends for the next one; see _sent.
+        # The tokens of the last replay, followed by the inputs that the host sends for the next one; see _sent.
         self.memory = torch.zeros(7 * rows, dtype=torch.int64, device=device)
         self.chosen = self.memory[:rows]
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
-        self.known_tables = np.zeros((rows, width), np.int32)  # what `tables` holds
+        self.known_tables = np.zeros((rows, width), np.int32)  # host copy of `tables`
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         try:
-            self._capture(forward, variant, rehearse)
+            self._capture(forward, variant, warm_up)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
@@ -75,7 +75,7 @@ class DecodeGraphs:
         self,
         forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
         variant: Callable[[int, int], Hashable],
-        rehearse: Callable[[], None],
+        warm_up: Callable[[], None],
     ) -> None:
         def decode(size: int, context: int) -> Tensor:
             logits, tokens = forward(self._batch(size, context))
@@ -83,30 +83,30 @@ class DecodeGraphs:
             return logits
 
         with ops.compile_ahead():
-            rehearse()
+            warm_up()
             for size in self.sizes:
-                if size & (size - 1) == 0 or size == self.sizes[-1]:  # the others mostly launch what these do
+                if size & (size - 1) == 0 or size == self.sizes[-1]:  # the other sizes mostly launch the same kernels
                     self._send(size, [], [], [], [], [])
                     for context in {variant(size, context): context for context in self.contexts}.values():
                         decode(size, context)
         pool = None
-        for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it leaves
+        for size in reversed(self.sizes):  # largest first, so that the smaller graphs fit into its memory pool
             self._send(size, [], [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
-                    decode(size, context)  # compiles what is still not compiled, which a capture could not
+                    decode(size, context)  # compiles kernels that are not compiled yet, which a capture could not
                     replay, logits, pool = ops.capture(partial(decode, size, context), pool)
                     made[key] = _Graph(replay, logits)
                 self._graphs[size, context] = made[key]
 
     def __len__(self) -> int:
-        """Graphs that were captured."""
+        """The number of captured graphs."""
         return len({id(graph) for graph in self._graphs.values()})
 
     def _sent(self, size: int) -> Tensor:
-        """int64 [6 * size]: token ids, positions, rotary rows, slots, where in `memory` each row's token is; and as int32 the
-        lengths and how many rows are real."""
+        """int64 [6 * size]: token ids, positions, rotary rows, slots, each row's token index in `memory`; then, as int32, the
+        context lengths and the number of real rows."""
         return self.memory[len(self.chosen) : len(self.chosen) + 6 * size]
 
     def _batch(self, size: int, context: int) -> ForwardBatch:
@@ -122,18 +122,18 @@ class DecodeGraphs:
         self, size: int, ids: Sequence[int], last: Sequence[int], rotary_rows: Sequence[int], slots: Sequence[int],
         sources: Sequence[int],
     ) -> None:  # fmt: skip
-        """One copy to the device; rows past len(ids) are of one token without a context, that goes to the scratch block."""
-        count, own = len(ids), len(self.chosen)
+        """One copy to the device. Rows past len(ids) are padding: length 0, written to the scratch block."""
+        count, first = len(ids), len(self.chosen)
         host = torch.empty(6 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
         numbers, lengths = host[: 5 * size].view(5, size).numpy(), host[5 * size :].view(torch.int32).numpy()
-        numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [own]])
+        numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [first]])
         numbers[:4, :count] = ids, last, rotary_rows, slots
-        numbers[4, :count] = [own + row if source < 0 else source for row, source in enumerate(sources)]
+        numbers[4, :count] = [first + row if source < 0 else source for row, source in enumerate(sources)]
         lengths[:count], lengths[count:size], lengths[size:] = numbers[1, :count] + 1, 0, count
         self._sent(size).copy_(host, non_blocking=True)
 
     def _send_tables(self, spans: Sequence[Span], width: int) -> None:
-        """Block tables, where they are not on the device already: they change once in a block's tokens."""
+        """Copies block tables to the device where they changed. A row changes once per block of tokens."""
         table = np.zeros((len(spans), width), np.int32)
         for row, span in zip(table, spans, strict=True):
             held = min(len(span.block_ids), width)
@@ -146,10 +146,10 @@ class DecodeGraphs:
             self.tables[: len(spans), :width].copy_(sent, non_blocking=True)
 
     def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Logits [len(spans), vocab] of one token a span and the tokens chosen from them, int64 [len(spans)].
+        """Logits [len(spans), vocab] of one token per span, and their argmax, int64 [len(spans)].
 
-        None where there are more spans than any graph has. The token of span i is tokens[sources[i]] where sources[i] is not
-        negative. What is returned lasts until the next call.
+        None where there are more spans than the largest graph has rows. The token of span i is tokens[sources[i]] where
+        sources[i] is not negative. The results are valid until the next call.
         """
         count = len(spans)
         if count > self.sizes[-1] or (tokens is not None and len(tokens) > len(self.chosen)):
@@ -169,6 +169,6 @@ class DecodeGraphs:
 
 
 def _sizes(most: int) -> list[int]:
-    """Batch sizes that waste little: an eighth at most from 8 on."""
+    """Batch sizes with little padding: at most an eighth from 8 on."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST + 1, 64)]
     return [size for size in sizes if size < most] + [most]

@@ -1,7 +1,7 @@
-"""Whole short prompts from captured graphs: their kernels take less time than the host takes to launch them.
+"""Short prefills from captured CUDA graphs, where the kernels take less time than the host needs to launch them.
 
-A graph is of one request's tokens from its first on, up to a size; a shorter prompt is filled up with tokens that come after
-it, which it cannot see, and whose keys and values go to the scratch block.
+A graph is captured for the first tokens of one request, up to a size. A shorter prompt is padded at its end: causal attention
+hides the padding from it, and the padding's keys and values go to the scratch block.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.platform import Platform
 
-__all__ = ["PromptGraphs"]
+__all__ = ["PrefillGraphs"]
 
-SIZES = (64, 128, 256, 512)  # tokens; of longer prompts the kernels take longer than their launches
+SIZES = (64, 128, 256, 512)  # tokens; kernels of longer prompts take longer than their launches
 
 
-class PromptGraphs:
-    """Graphs of `forward`, which gives logits [1, vocab] and the token chosen from them, int64 [1], of a batch of one request
-    and the place of its last token, int64 [1]."""
+class PrefillGraphs:
+    """Graphs of `forward`, which takes a batch of one request and the index of its last token, int64 [1], and returns logits
+    [1, vocab] and their argmax, int64 [1]."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class PromptGraphs:
         if not self.sizes:
             return
         largest, device = self.sizes[-1], platform.device
-        # Token ids, rotary rows, slots, the last token's place and, int32, how many tokens are real.
+        # Token ids, rotary rows, slots, the last token's index and, as int32, the number of real tokens.
         self.sent = torch.zeros(3 * largest + 2, dtype=torch.int64, device=device)
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
-        self._batches: list[ForwardBatch] = []  # a replay reads their tensors, and what they keep
+        self._batches: list[ForwardBatch] = []  # kept alive, because replays read their tensors and cached values
         pool = None
         for size in reversed(self.sizes):
             self._send(Span([0] * size, 0, [scratch_block] * self.table.shape[1]))
             batch, last = self._batch(size)
-            forward(batch, last)  # compiles, and works out what the batch keeps, which a capture could not
+            forward(batch, last)  # compiles kernels and fills the batch's step cache, which a capture could not
             replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
             self._graphs[size] = replay, logits, tokens
             self._batches.append(batch)
@@ -65,7 +65,7 @@ class PromptGraphs:
         return batch, last
 
     def _send(self, span: Span) -> int:
-        """The prompt to the device; the size of its graph."""
+        """Copies the prompt to the device and returns the size of its graph."""
         count = len(span.token_ids)
         size = self.sizes[bisect_left(self.sizes, count)]
         rest = [0] * (size - count)
@@ -80,7 +80,7 @@ class PromptGraphs:
         to.copy_(host, non_blocking=True)
 
     def run(self, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Logits [1, vocab] after the last token of a prompt, and the token chosen from them; both last until the next call.
+        """Logits [1, vocab] after the last token of a prompt, and their argmax. Both are valid until the next call.
 
         None where no graph is large enough.
         """

@@ -1,4 +1,4 @@
-"""What a CPU prefers: C kernels that read FP8 as it is; without them, codes held widened, oneDNN and torch."""
+"""The ops of CPUs: C kernels that read FP8 as stored. Without a C compiler: codes widened in memory, oneDNN and torch."""
 
 from octavo.ops.contract import LinearImplementation, StackImplementation
 from octavo.ops.cpu.attention import attention, write_kv
@@ -23,11 +23,11 @@ if missing() is None:
         write_index_keys,
         write_latent,
     )
-    from octavo.ops.cpu.native import attention, captures, draw, likeliest, rms_norm, rope_write_kv, rotate, silu_mul, write_kv
+    from octavo.ops.cpu.native import argmax, attention, captures, rms_norm, rope_write_kv, rotate, sample, silu_mul, write_kv
     from octavo.ops.cpu.op_recorder import capture
 
     __all__ += [
-        "absorbed_queries", "capture", "captures", "combine", "dispatch", "draw", "head_linear", "latent_attention",
-        "likeliest", "rms_norm", "rope_write_kv", "rotate", "route", "select_keys", "silu_mul", "write_index_keys",
+        "absorbed_queries", "argmax", "capture", "captures", "combine", "dispatch", "head_linear", "latent_attention",
+        "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul", "write_index_keys",
         "write_latent",
     ]  # fmt: skip

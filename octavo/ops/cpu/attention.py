@@ -1,8 +1,8 @@
-"""Paged attention on a CPU: requests that decode are grouped into one product; each prefill is its own.
+"""Paged attention on a CPU by torch: one-token requests are batched into one product; each prefill is its own.
 
-Keys and values are gathered by block, widened to FP32, and multiplied in FP32. Widened codes are smaller than their values by
-a power of two, which is folded into the softmax scale for keys and into the output for values; so are the layer's scales, or
-its heads', into queries and the output.
+Keys and values are gathered by block, widened to FP32, and multiplied in FP32. Widened codes are smaller than their values by a
+power of two, which is folded into the softmax scale for keys and into the output for values. The scales of the layer or its
+heads are likewise folded into queries and the output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["attention", "write_kv"]
 
-GROUP_VALUES = 1 << 23  # values of keys gathered at a time: bounds the memory that a long context takes
+GROUP_VALUES = 1 << 23  # key values gathered at a time; bounds memory for long contexts
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
@@ -53,7 +53,7 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
 
 
 def _widened(blocks: Views, name: str, requests: int) -> Tensor:
-    """FP32 [requests, heads, tokens, dim] of gathered blocks, which are in the requests' order."""
+    """Gathered blocks, in the requests' order, dequantized to FP32 [requests, heads, tokens, dim]."""
 
     def by_head(x: Tensor) -> Tensor:  # [blocks, block_size, heads, ...] -> [requests, heads, blocks, block_size, ...]
         return x.view(requests, -1, *x.shape[1:]).movedim(3, 1)
@@ -77,8 +77,7 @@ class _Groups(Key[list[Group]]):
 
 
 def _groups(batch: ForwardBatch, views: Views, window: int | None) -> list[Group]:
-    """(rows of the batch, block table, additive mask, which requests are empty) for each product; the same for every layer of
-    a step."""
+    """(rows of the batch, block table, additive mask, mask of empty requests) of each product; shared by a step's layers."""
     _, _, heads, dim = views["k"].shape
     return batch.cache.get(_Groups(window, heads * dim), lambda: _make_groups(batch, window, heads * dim))
 
@@ -89,7 +88,7 @@ def _make_groups(batch: ForwardBatch, window: int | None, values_per_token: int)
     while request < total:
         query_len, longest = batch.query_lens[request], batch.context_lens[request]
         last = request + 1
-        # Neighbours that decode share a product, as long as padding them to the longest stays in bounds.
+        # Adjacent one-token requests share a product while padding to the longest context stays within GROUP_VALUES.
         while query_len == 1 and last < total and batch.query_lens[last] == 1:
             padded = max(longest, batch.context_lens[last])
             if padded * values_per_token * (last + 1 - request) > GROUP_VALUES:

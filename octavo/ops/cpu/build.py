@@ -1,6 +1,6 @@
-"""Compiles the C kernels: `python build.py DIRECTORY`. Run when the package is installed, and again where sources changed.
+"""Compiles the C kernels: `python build.py DIRECTORY`. Runs at installation, and again if the sources have changed.
 
-Needs nothing but Python and a C compiler, so that an installer can run it before Octavo can be imported.
+Needs only Python and a C compiler, so an installer can run it before Octavo can be imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 __all__ = ["build", "library_name"]
 
 SOURCES = Path(__file__).parent / "csrc"
-# No -march: every function says which instructions it may use, and the library chooses when it is loaded.
+# No -march: each function declares its target instruction set, and the library dispatches when it is loaded.
 FLAGS = ["-O2", "-std=gnu11", "-shared", "-fPIC", "-pthread"]
 COMPILERS = ("cc", "gcc", "clang")
 
 
 def library_name() -> str:
-    """A name that changes with the sources, so that no library older than they are is ever loaded."""
+    """The library's file name, with a hash of the sources and flags, so that a stale library is never loaded."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
@@ -30,7 +30,7 @@ def library_name() -> str:
 
 
 def build(directory: Path, flags: list[str] = FLAGS) -> str | None:
-    """Compile into `directory`. None, or why it could not be done."""
+    """Compile into `directory`. Returns None, or the reason why it failed."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return f"no C compiler ({', '.join(COMPILERS)}) was found"

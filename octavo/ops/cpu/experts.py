@@ -1,4 +1,4 @@
-"""Mixtures of experts on a CPU: by the C kernels, which read what is stored, of experts in use; without them, widened."""
+"""Mixture-of-experts ops on a CPU: C kernels that read only the experts in use, as stored; without them, widened weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.ops import reference
 from octavo.ops.contract import Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, rounded, widened
-from octavo.ops.cpu.native import Native, held_scale, not_theirs, struct_of, taken
+from octavo.ops.cpu.native import Native, held_scale, struct_of, taken, unsupported
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -23,20 +23,20 @@ __all__ = ["NativeStack", "WidenedStack", "combine", "dispatch", "route"]
 
 
 class NativeStack:
-    """The C kernels' products."""
+    """The C kernels' products by expert stacks."""
 
     def __init__(self) -> None:
         self.name = Native().name
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return not_theirs(q, platform)
+        return unsupported(q, platform)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedNativeStack:
         return PackedNativeStack(q)
 
 
 class PackedNativeStack(PackedStack):
-    """Weights [E, N, K] as stored, their scales beside them."""
+    """Weights [E, N, K] as stored, and their scales."""
 
     def __init__(self, q: QTensor):
         self.experts, self.n, self.k = q.shape
@@ -59,7 +59,7 @@ class PackedNativeStack(PackedStack):
 
 
 class WidenedStack:
-    """FP8 or INT4 codes or BF16 values in `Platform.widened_dtype`, one product an expert."""
+    """FP8 or INT4 codes or BF16 values held in `Platform.widened_dtype`; one product per expert."""
 
     name = "widened codes, torch"
 
@@ -72,7 +72,7 @@ class WidenedStack:
 
 
 class PackedWidenedStack(PackedStack):
-    """Weights [E, N', K'], widened as one is, and channel scales [E, N] beside them."""
+    """Weights [E, N', K'] widened as in `widened`, and channel scales [E, N]."""
 
     looks_at_host = True
 

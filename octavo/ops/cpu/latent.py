@@ -1,6 +1,6 @@
-"""MLA's and the indexer's ops on a CPU, by the C kernels. What they do not take goes to the reference.
+"""Ops of MLA and of the indexer on a CPU, by the C kernels. Operands that those do not support go to the reference.
 
-Keys and values are made of latents by torch, whose library multiplies matrices well, a part of a context at a time.
+Keys and values are expanded from latents by torch's matrix product, a part of a context at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "write_latent",
 ]
 
-VALUES = 1 << 22  # of keys, values or scores that are made at a time: bounds the memory that a long context takes
+VALUES = 1 << 22  # keys, values or scores computed at a time; bounds memory for long contexts
 
 
 def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
@@ -72,13 +72,13 @@ def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _multiplied(x: Tensor, w: Tensor) -> bool:
-    """Whether the kernels multiply each head of x by its matrix of w, as they lie."""
+    """Whether the kernels multiply each head of x by its matrix of w without copies."""
     lies = 1 in w.stride()[1:] and w.dtype in (torch.float32, torch.bfloat16)
     return taken(x) and lies and max(*x.shape[2:], *w.shape[1:]) <= MAX_SHARED
 
 
 def _multiply(x: Tensor, w: Tensor, y: Tensor, rotation: Rotation | None) -> None:
-    """Each head's product into y; with a rotation, what x has more behind is rotated there."""
+    """Per-head products into y; with a rotation, the rest of x's last dimension is rotated into the rest of y's."""
     (heads, k, n), rotated = w.shape, 0
     angles: tuple[int | None, int | None] = None, None
     if rotation is not None:
@@ -130,7 +130,7 @@ _Field = tuple[int, tuple[int, ...], int, torch.dtype]
 
 @lru_cache(maxsize=1024)
 def _made_struct(values: _Field, rope: _Field | None, scale: _Field | None, block_size: int) -> Shared:
-    """Says where a layer's rows lie; depends on nothing but its arguments, so it cannot be out of date."""
+    """The C struct of a layer's cache. It depends only on the arguments, so a cached struct cannot be stale."""
     made = Shared(values=values[0], kind=KINDS[values[3]], width=values[2], block_size=block_size)
     made.block, made.token = _bytes(values)
     if rope is not None:
@@ -143,7 +143,7 @@ def _made_struct(values: _Field, rope: _Field | None, scale: _Field | None, bloc
 
 
 def _bytes(field: _Field) -> tuple[int, int]:
-    """Between blocks and between tokens."""
+    """Strides in bytes between blocks and between tokens."""
     _, (block, token, *_), _, dtype = field
     return block * dtype.itemsize, token * dtype.itemsize
 
@@ -151,7 +151,7 @@ def _bytes(field: _Field) -> tuple[int, int]:
 def expanded_attention(
     q: Tensor, up_k: Tensor, up_v: Tensor, rotation: Rotation, cache: LatentCache, batch: ForwardBatch, scale: float
 ) -> Tensor:
-    """In FP32, with the largest score so far: keys and values of a part of a context are made once, for all its queries."""
+    """Online softmax in FP32: keys and values of a part of a context are expanded once, for all its queries."""
     (tokens, heads, _), nope, width = q.shape, up_k.shape[1], up_v.shape[2]
     rank, rope = cache.latent.shape[-1], cache.rope.shape[-1]
     out = q.new_zeros(tokens, heads, width)
@@ -161,8 +161,8 @@ def expanded_attention(
         start += count
         if not context:
             continue
-        turned = reference_latent.turned(q[part, :, nope:], rotation._replace(rows=rotation.rows[part]))
-        queries = torch.cat([q[part, :, :nope], turned], -1).float().transpose(0, 1).mul_(scale)  # [heads, count, nope + rope]
+        q_rope = reference_latent.rotated(q[part, :, nope:], rotation._replace(rows=rotation.rows[part]))
+        queries = torch.cat([q[part, :, :nope], q_rope], -1).float().transpose(0, 1).mul_(scale)  # [heads, count, nope + rope]
         sums, most, total = _start(queries, width)
         for blocks, first, last in _parts(batch, request, context, heads * max(nope + rope, width)):
             latent, key = reference_latent.read_latents(cache, blocks, last - first).split([rank, rope], 1)
@@ -170,29 +170,29 @@ def expanded_attention(
             v = latent @ up_v
             rows = max(1, VALUES // (heads * (last - first)))
             for row in range(max(0, first - (context - count)) // rows * rows, count, rows):
-                own = slice(row, row + rows)
-                scores = queries[:, own] @ k.mT
+                some = slice(row, row + rows)
+                scores = queries[:, some] @ k.mT
                 at = torch.arange(context - count + row, context - count + row + scores.shape[1])[:, None]
                 if last - 1 > context - count + row:
                     scores.masked_fill_(torch.arange(first, last) > at, float("-inf"))
-                larger = torch.maximum(most[:, own], scores.amax(-1, keepdim=True))
-                shrink = (most[:, own] - larger).exp_()
+                larger = torch.maximum(most[:, some], scores.amax(-1, keepdim=True))
+                shrink = (most[:, some] - larger).exp_()
                 weights = scores.sub_(larger).exp_()
-                total[:, own] = total[:, own] * shrink + weights.sum(-1, keepdim=True)
-                sums[:, own] = torch.baddbmm(sums[:, own] * shrink, weights, v)
-                most[:, own] = larger
+                total[:, some] = total[:, some] * shrink + weights.sum(-1, keepdim=True)
+                sums[:, some] = torch.baddbmm(sums[:, some] * shrink, weights, v)
+                most[:, some] = larger
         out[part] = (sums / total).transpose(0, 1).to(q.dtype)
     return out
 
 
 def _start(queries: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted values [heads, count, width], largest scores and sums of weights [heads, count, 1] before anything is seen."""
+    """Initial online-softmax state: accumulators [heads, count, width], maxima and totals [heads, count, 1]."""
     shape, least = queries.shape[:2], torch.finfo(torch.float32).min
     return queries.new_zeros(*shape, width), queries.new_full((*shape, 1), least), queries.new_zeros(*shape, 1)
 
 
 def _parts(batch: ForwardBatch, request: int, context: int, values: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Parts of a request's context, a place of which has so many values: blocks, the first place, and behind the last."""
+    """Parts of a request's context, for `values` values per position: (blocks, first position, end)."""
     step = max(1, VALUES // values // batch.block_size) * batch.block_size
     for first in range(0, context, step):
         last = min(first + step, context)

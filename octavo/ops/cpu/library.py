@@ -1,4 +1,4 @@
-"""The C kernels' signatures, and tensors as what they take. csrc/types.h has the structs that these are."""
+"""ctypes bindings of the C kernels: signatures, structs as in csrc/types.h, and dtypes as their enums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from octavo.platform import cpu_kernels
 
 __all__ = [
-    "KINDS", "PACKED_INT4", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "missing", "together", "use", "used",
+    "KINDS", "PACKED_INT4", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "merged_call", "missing", "use", "used",
 ]  # fmt: skip
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 4, torch.float8_e5m2: 5}
@@ -51,9 +51,9 @@ class Call(Structure):
     _fields_ = [("kernel", I64), ("word", I64 * 24)]
 
 
-# Where csrc/replay.h has each.
+# The kernels that csrc/replay.h can replay, by their index there.
 REPLAYED = (
-    "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_likeliest",
+    "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_argmax",
     "octavo_rotate", "octavo_rope_write_kv", "octavo_experts", "octavo_route", "octavo_dispatch", "octavo_combine",
     "octavo_write_latent", "octavo_write_index_keys", "octavo_head_linear", "octavo_latent_attention", "octavo_select_keys",
 )  # fmt: skip
@@ -71,8 +71,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
     "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
     "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_likeliest": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_draw": (None, [P] * 7 + [I64, I64, I32]),
+    "octavo_argmax": (None, [P, P, I64, I64, I64, I32, I32]),
+    "octavo_sample": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
     "octavo_experts": (I32, [P, I64, I64, P, I64, P, P, I64, I64, P, I32, I32]),
@@ -89,7 +89,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 @cache
 def kernels() -> ctypes.CDLL:
-    """The library, the best instruction set chosen. It must be there: see `missing`."""
+    """The loaded library, with the best instruction set selected. It must exist: see `missing`."""
     library = cpu_kernels()
     assert isinstance(library, ctypes.CDLL), library
     for name, (result, arguments) in _SIGNATURES.items():
@@ -99,8 +99,8 @@ def kernels() -> ctypes.CDLL:
     return library
 
 
-def together(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[Any, tuple[Any, ...]]:
-    """One call of the library that makes these calls of kernels, each of them in REPLAYED, with their arguments."""
+def merged_call(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> tuple[Any, tuple[Any, ...]]:
+    """One library call that replays these calls of kernels (all in REPLAYED) with their arguments."""
     made = (Call * len(calls))()
     for call, (function, arguments) in zip(made, calls, strict=True):
         call.kernel = REPLAYED.index(function.__name__)
@@ -113,25 +113,25 @@ def _word(kind: type, value: Any) -> int:
         return int.from_bytes(struct.pack("<f", value), "little")
     if value is None:
         return 0
-    return value if isinstance(value, int) else ctypes.addressof(value._obj)  # a number or an address, or what byref made
+    return value if isinstance(value, int) else ctypes.addressof(value._obj)  # a number, an address, or a byref object
 
 
 def missing() -> str | None:
-    """None, or why the kernels are not there."""
+    """None, or the reason why the kernels are not available."""
     library = cpu_kernels()
     return library if isinstance(library, str) else None
 
 
 def use(instruction_set: str | None) -> str | None:
-    """Use "avx512_bf16", "avx512", "avx2_shift", "avx2" or "portable" from now on, or the best.
+    """Select an instruction set: "avx512_bf16", "avx512", "avx2_shift", "avx2", "portable", or None for the best.
 
-    Its name, None if this CPU lacks it.
+    Returns its name, or None if this CPU lacks it.
     """
     name: bytes | None = kernels().octavo_use(None if instruction_set is None else instruction_set.encode())
     return None if name is None else name.decode()
 
 
 def used() -> str:
-    """The instruction set that the kernels use."""
+    """The selected instruction set."""
     name: bytes = kernels().octavo_used()
     return name.decode()

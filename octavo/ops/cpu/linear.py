@@ -1,9 +1,9 @@
-"""Matrix products on a CPU: FP8 codes are held widened, so that the numbers are the GPU's without FP8 instructions.
+"""Matrix products on a CPU over codes widened in memory: results as with FP8 tensor cores, without FP8 instructions.
 
-A code is exact in BF16 and in FP32. Products of codes are summed in FP32 and the two scales applied after, as an FP8 matrix
-unit does. The held type is BF16 where the CPU multiplies it natively and FP32 where it does not (Platform.widened_dtype).
-A 128x128 tile's scale cannot wait until after the sum, so block-scaled weights are held as their FP32 values. Nor can that of a
-group of INT4, whose values are held in the type.
+A code is exact in BF16 and in FP32. Products of codes are accumulated in FP32 and the two scales applied afterwards, as with
+FP8 tensor cores. The held dtype is BF16 where the CPU multiplies it natively and FP32 elsewhere (Platform.widened_dtype).
+Scales of 128x128 tiles cannot be applied after the sum, so block-scaled weights are held dequantized in FP32. Neither can
+scales of INT4 groups, which are held dequantized in the widened dtype.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = ["Widened", "rounded", "widened"]
 
-TYPICAL_BATCH = 16  # the row count that oneDNN lays a weight out for; other counts use the same layout
+TYPICAL_BATCH = 16  # oneDNN's layout is made for this number of rows and used for any
 
 
 class Widened:
-    """FP8 or INT4 codes or BF16 values in `Platform.widened_dtype`, laid out once by oneDNN."""
+    """FP8 or INT4 codes or BF16 values held in `Platform.widened_dtype`, in oneDNN's layout."""
 
     name = "widened codes, oneDNN"
 
@@ -46,22 +46,24 @@ class Widened:
 
 
 def widened(q: QTensor, held: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(a weight [N', K'] in `held`, its channel scales [1, N]); FP32 with no scales left where tiles have their own.
+    """(weight [N', K'] in `held`, channel scales [1, N]); block-scaled weights are dequantized to FP32 and have no scales.
 
-    INT4 has none left either, and is held as if it had been stored as values.
+    INT4 is dequantized to `held` and has no scales either.
     """
     if q.scheme.weight is Granularity.GROUP:
         return dequantize(q).to(held), None
     if q.scheme.weight is Granularity.BLOCK:
         return dequantize(q), None
     if q.scale is not None:
-        # Activations come out of round_to_fp8 without their power of two; the weight's scale makes up for it.
+        # round_to_fp8 leaves out a power of two on activations; the weight's scale compensates for it.
         return q.data.to(held), (q.scale * WIDEN_FACTOR[q.data.dtype]).view(1, -1)
     return q.data.to(torch.float32 if q.data.dtype is torch.float32 else held), None
 
 
 def rounded(x: Tensor, activation: Granularity | None, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(what the codes of x [M, K] stand for, but for the scales [M, 1] of tokens, these); x itself where it has no codes."""
+    """(values of the codes of x [M, K], token scales [M, 1] not yet applied, or None); x itself if activations are not
+    quantized.
+    """
     if activation is None:
         return x, None
     limit = FP8_MAX[fp8_dtype]
@@ -72,11 +74,11 @@ def rounded(x: Tensor, activation: Granularity | None, fp8_dtype: torch.dtype) -
         return codes.mul_(scale * WIDEN_FACTOR[fp8_dtype]).flatten(1)[:, : x.shape[1]], None
     values = x.to(torch.float32, copy=True)
     scale = values.abs().amax(1, keepdim=True).div_(limit).clamp_(min=SCALE_FLOOR)
-    return round_to_fp8(values.div_(scale), fp8_dtype), scale  # at most the limit, but for a rounding that the cast undoes
+    return round_to_fp8(values.div_(scale), fp8_dtype), scale  # at most the limit, up to rounding, which the cast undoes
 
 
 class PackedWidened(PackedWeight):
-    """A weight [N, K] in oneDNN's layout, its channel scales [1, N] beside it."""
+    """A weight [N, K] in oneDNN's layout, and its channel scales [1, N]."""
 
     def __init__(self, q: QTensor, held: torch.dtype):
         (self.n, self.k), self.activation = q.shape, q.scheme.activation

@@ -1,6 +1,6 @@
-"""Ops by the C kernels: FP8 stays one byte a value in memory, and INT4 half a byte.
+"""Ops by the C kernels, which read FP8 and packed INT4 weights in place, as stored.
 
-A weight is used where it lies, as it is stored. Whatever the kernels do not take goes to torch.
+Operands that the kernels do not support go to torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from octavo.ops.contract import (
     INT4_GROUPS,
     PLAIN,
     Activation,
-    Cut,
+    Filters,
     Operand,
     PackedWeight,
     Reader,
@@ -41,26 +41,26 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 __all__ = [
     "MAX_SHARED",
     "Native",
+    "argmax",
     "attention",
     "captures",
-    "draw",
     "held_scale",
-    "likeliest",
-    "not_theirs",
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "sample",
     "silu_mul",
     "struct_of",
     "taken",
+    "unsupported",
     "write_kv",
 ]
 
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 GROUP_SCALES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256  # of a head: csrc/attention.h
-MAX_SHARED = 1024  # of a latent with its rope part, or an indexer's key: csrc/latent.h
-TILE_TOKENS, TILE_ROWS = 64, 512  # from so many tokens on, a CPU's matrix tiles are used, with so many rows widened at a time
+MAX_SHARED = 1024  # of a latent with its rope part, or of an indexer's key: csrc/latent.h
+TILE_TOKENS, TILE_ROWS = 64, 512  # AMX is used from this many tokens on, with this many rows widened at a time
 
 
 class Native:
@@ -70,7 +70,7 @@ class Native:
         self.name = "C kernels" if missing() else f"C kernels, {used()}"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_theirs(q, platform)) is not None:
+        if (reason := unsupported(q, platform)) is not None:
             return reason
         if q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             return "torch multiplies BF16 by this CPU's matrix tiles"
@@ -80,8 +80,8 @@ class Native:
         return PackedNative(q)
 
 
-def not_theirs(q: QTensor, platform: Platform) -> str | None:
-    """Why the kernels do not multiply by `q`, a weight or a stack of them, as it is stored; None: they do."""
+def unsupported(q: QTensor, platform: Platform) -> str | None:
+    """The reason why the kernels do not multiply by `q`, a weight or a stack, as stored; None if they do."""
     if (reason := missing()) is not None:
         return reason
     if platform.widened_dtype is not None:
@@ -100,7 +100,7 @@ def not_theirs(q: QTensor, platform: Platform) -> str | None:
 
 
 def _not_packed(q: QTensor) -> str | None:
-    """Why the kernels do not multiply by `q`, whose scheme is INT4; None: they do."""
+    """The reason why the kernels do not multiply by `q`, whose scheme is INT4; None if they do."""
     (*_, k), group, scale = q.shape, q.scheme.group, q.scale
     if group % 8:
         return f"groups of {group} are no multiples of 8, of which a word has as many"
@@ -112,9 +112,10 @@ def _not_packed(q: QTensor) -> str | None:
 
 
 def held_scale(q: QTensor) -> Tensor | None:
-    """`q`'s scales: of INT4 as they are, of FP8 times the power of two that the kernels leave out, FP32.
+    """The scales of `q` as the kernels read them: INT4's as stored; FP8's in FP32, times the power of two that widening leaves
+    out.
 
-    A `struct_of` them lives as long as these.
+    They must outlive a `struct_of` them.
     """
     if q.scale is not None and q.scheme.dtype is WeightDType.INT4:
         return q.scale.contiguous()
@@ -122,7 +123,7 @@ def held_scale(q: QTensor) -> Tensor | None:
 
 
 def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
-    """Where a weight [N, K] lies, and its `held_scale`."""
+    """The C struct of a weight [N, K] and its `held_scale`."""
     n, k = q.shape
     if scale is not None and q.scheme.dtype is WeightDType.INT4:
         return Linear(
@@ -145,7 +146,7 @@ def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
 
 
 class PackedNative(PackedWeight):
-    """A weight [N, K] as stored, its scales beside it."""
+    """A weight [N, K] as stored, and its scales."""
 
     def __init__(self, q: QTensor):
         (self.n, self.k), self.data = q.shape, q.data
@@ -170,13 +171,13 @@ class PackedNative(PackedWeight):
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         if self.struct.kind == PACKED_INT4:
-            return super().rows(ids, dtype)  # which says that it is not looked up in
+            return super().rows(ids, dtype)  # raises: INT4 has no row lookup
         ids, y = ids.long().contiguous(), self.data.new_empty(len(ids), self.k, dtype=dtype)
         launch(kernels().octavo_look_up, self.address, ids.data_ptr(), y.data_ptr(), len(ids), KINDS[dtype], get_num_threads())
         return y
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        """Torch's BF16 product of the codes, which BF16 holds exactly: its sums are rounded once more than the kernels'."""
+        """AMX by torch's BF16 product of the codes, which are exact in BF16. Sums are rounded once more than in the kernels."""
         assert self.scale is not None
         c, threads, (m, k) = kernels(), get_num_threads(), x.shape
         y, codes, by_token = x.new_empty(m, self.n), x.new_empty(m, k), x.new_empty(m, dtype=torch.float32)
@@ -194,21 +195,24 @@ class PackedNative(PackedWeight):
 
 
 def captures(head_dim: int, weights: Iterable[PackedWeight], latent: bool = False) -> bool:
-    """Torch's attention, which larger heads have, looks at the contexts' lengths; a recorded step would keep all of a weight
-    that the reference makes FP32 in it."""
+    """Whether decode steps can be recorded.
+
+    Torch's attention, the fallback for larger heads, reads context lengths on the host. A recording would also keep the FP32
+    copy of each weight that the reference dequantizes.
+    """
     fits = head_dim <= (MAX_SHARED if latent else _MAX_DIM)
     return fits and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
 def taken(x: Tensor) -> bool:
-    """Whether the kernels read x as it lies."""
+    """Whether the kernels read x without a copy."""
     return (x.dtype is torch.bfloat16 or x.dtype is torch.float32) and (x.is_contiguous() or x.stride(-1) == 1)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
-    """As `ops.rms_norm`, dense; x [M, width], or a view [T, H, width]."""
+    """As `ops.rms_norm`, with dense results; x is [M, width] or a view [T, H, width]."""
     dims = x.dim()
     if not (2 <= dims <= 3 and taken(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
@@ -236,21 +240,21 @@ def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
     return Activation(y)
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or not taken(logits):
-        return reference.likeliest(logits)
+        return reference.argmax(logits)
     (rows, vocab), found = logits.shape, logits.new_empty(logits.shape[0], dtype=torch.int64)
-    launch(kernels().octavo_likeliest,
+    launch(kernels().octavo_argmax,
         logits.data_ptr(), found.data_ptr(), rows, vocab, logits.stride(0), KINDS[logits.dtype], get_num_threads(),
     )  # fmt: skip
     return found
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     logits = logits.contiguous()
     found = logits.new_empty(len(logits), dtype=torch.int64)
-    kept = (None, None, None) if cut is None else [x.data_ptr() for x in (cut.top_k, cut.top_p, cut.min_p)]
-    launch(kernels().octavo_draw,
+    kept = (None, None, None) if filters is None else [x.data_ptr() for x in (filters.top_k, filters.top_p, filters.min_p)]
+    launch(kernels().octavo_sample,
         logits.data_ptr(), found.data_ptr(), temperature.data_ptr(), u.data_ptr(), *kept, *logits.shape, get_num_threads(),
     )  # fmt: skip
     return found
@@ -312,30 +316,32 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
 
 
 class _HeldCache(Cache):
-    """A recording holds this, and this the tensors whose addresses are in it."""
+    """A recording holds this struct, and the struct holds the tensors whose addresses it contains."""
 
     scales: tuple[Tensor, ...]
 
 
 def _struct(cache: LayerCache) -> Cache:
     (k, v), scales = (cache.views[name] for name in "kv"), (cache.k_scale, cache.v_scale)
-    own = tuple((t.data_ptr(), *t.stride()[:2]) for name in ("k_scale", "v_scale") if (t := cache.views.get(name)) is not None)
+    scaled = tuple(
+        (t.data_ptr(), *t.stride()[:2]) for name in ("k_scale", "v_scale") if (t := cache.views.get(name)) is not None
+    )
     layer: tuple[tuple[int | None, int], ...] = ((None, 0),) * 2
-    if k.dtype in FP8_MAX and not own:
+    if k.dtype in FP8_MAX and not scaled:
         layer = tuple((s.data_ptr(), s.stride(0) if s.numel() > 1 else 0) for s in scales)
-    made = _made_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, own, layer)
+    made = _made_struct(k.data_ptr(), v.data_ptr(), k.stride(), k.shape[1:], k.dtype, scaled, layer)
     made.scales = scales
     return made
 
 
 @lru_cache(maxsize=1024)
 def _made_struct(
-    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, own: tuple[tuple[int, int, int], ...],
+    k: int, v: int, stride: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, scaled: tuple[tuple[int, int, int], ...],
     layer: tuple[tuple[int | None, int], ...],
 ) -> _HeldCache:  # fmt: skip
-    """Says where a layer's keys, values and scales lie; depends on nothing but its arguments, so it cannot be out of date."""
+    """The C struct of a layer's KV cache. It depends only on the arguments, so a cached struct cannot be stale."""
     size = dtype.itemsize
-    (k_scale, block, token), (v_scale, _, _) = own or ((None, 0, 0),) * 2
+    (k_scale, block, token), (v_scale, _, _) = scaled or ((None, 0, 0),) * 2
     (k_layer, k_layer_head), (v_layer, v_layer_head) = layer
     return _HeldCache(
         k=k, v=v, k_scale=k_scale, v_scale=v_scale, k_layer=k_layer, v_layer=v_layer, block=stride[0] * size,

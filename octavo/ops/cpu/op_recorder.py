@@ -1,7 +1,7 @@
-"""What a step on a CPU comes down to, kept as a list of calls: a CPU's counterpart of a GPU's graph.
+"""A decode step on a CPU recorded as a list of calls: the CPU's counterpart of a CUDA graph.
 
-Between two steps of one shape nothing changes but the numbers in the same tensors. So the calls of the C kernels, with their
-addresses, and the few of torch that compute something can be made again without the Python that led to them.
+Between two steps of one shape only the contents of tensors change. So the calls of C kernels, with their addresses, and the
+torch ops that compute something can be repeated without the Python code that issued them.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.ops.contract import has_storage
-from octavo.ops.cpu.library import REPLAYED, together
+from octavo.ops.cpu.library import REPLAYED, merged_call
 
 __all__ = ["capture", "launch"]
 
 T = TypeVar("T")
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 
-CHUNK = 1 << 26  # bytes of an arena at a time, of which what nothing is written to takes no memory
+CHUNK = 1 << 26  # bytes of an arena's chunk; pages that are never written take no memory
 ALIGNMENT = 64
 
 _state = threading.local()
 
 
 def launch(function: Callable[..., int | None], *arguments: object) -> None:
-    """Calls a C kernel; where this thread records, it is part of the recording. Raises MemoryError if it says so."""
+    """Call a C kernel, and record the call if this thread is recording. Raises MemoryError if the kernel reports a failure."""
     _make(((function, arguments),))
     if (recorder := getattr(_state, "recorder", None)) is not None:
         recorder.calls.append((function, arguments))
 
 
 def _make(calls: Iterable[Call]) -> None:
-    """Makes the calls; a profiler, which by itself sees torch's operators only, is told the names of the C kernels."""
+    """Make the calls; under a profiler, which sees only torch's operators by itself, with the C kernels' names."""
     if _profiler_enabled():
         calls = [(_named, call) for call in calls]
     for function, arguments in calls:
         if function(*arguments):
-            raise MemoryError("no memory for a kernel's own values")
+            raise MemoryError("a kernel could not allocate its workspace")
 
 
 def _named(function: Callable[..., object], arguments: tuple[object, ...]) -> object:
@@ -54,16 +54,16 @@ def _named(function: Callable[..., object], arguments: tuple[object, ...]) -> ob
 
 
 class Arena:
-    """Memory for what recorded steps make. One is replayed at a time, so all of them use the same, each from its start.
+    """Memory for the tensors of recorded steps. One step is replayed at a time, so all use the same memory from its start.
 
-    Chunks are large, so that the tensors of a larger step find room where those of a smaller one are.
+    Chunks are large, so that a larger step finds room in those of a smaller one.
     """
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
 
     def places(self) -> Callable[[Sequence[int], torch.dtype], Tensor]:
-        """What gives a step its tensors, one after another."""
+        """An allocator that hands out a step's tensors one after another."""
         at = offset = 0
 
         def place(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -81,24 +81,24 @@ class Arena:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every call of torch: gives what is allocated a place in the arena, and keeps what computes."""
+    """Intercepts torch ops: allocates tensors from the arena and records the ops that compute."""
 
     def __init__(self, arena: Arena):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
-        self.seen: list[object] = []  # tensors whose addresses the calls hold
+        self.seen: list[object] = []  # keeps tensors alive whose addresses the calls hold
         self.place = arena.places()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler to be told to leave this class alone: two seconds
+        return False  # otherwise torch imports its compiler to exclude this class: two seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.new_empty.default:
             return self.place(args[1], kwargs.get("dtype") or args[0].dtype)
         out = func(*args, **kwargs)
-        if func.namespace == "profiler":  # a name's begin and end
+        if func.namespace == "profiler":  # begin and end of a name
             return out
         if func._schema.is_mutable:
             self.calls.append((_again, (func, args, kwargs)))
@@ -128,19 +128,19 @@ def _compute(out: Tensor, func: Callable[..., Tensor], args: Sequence[Any], kwar
 
 
 def _joined(calls: Sequence[Call]) -> list[Call]:
-    """The same calls, neighbours that are C kernels made as one."""
+    """The same calls, with adjacent C kernels merged into one replay call."""
     joined: list[Call] = []
     for native, group in groupby(calls, lambda call: getattr(call[0], "__name__", None) in REPLAYED):
         part = list(group)
-        joined += [together(part)] if native else part
+        joined += [merged_call(part)] if native else part
     return joined
 
 
 def capture(fn: Callable[[], T], arena: object = None) -> tuple[Callable[[], None], T, object]:
-    """Runs `fn` and records it: its replay, what it returned, and the arena, to be given to the next capture.
+    """Run `fn` and record it: (replay, fn's result, the arena to pass to the next capture).
 
-    A replay computes again what `fn` returned, from what its tensors hold then; whatever else was recorded into the arena is
-    lost. `fn` must not look at a tensor's values: C kernels and torch may.
+    A replay recomputes the result from the current contents of fn's input tensors; results of other recordings in the arena are
+    lost. `fn` must not read a tensor's values in Python; C kernels and torch ops may.
     """
     assert arena is None or isinstance(arena, Arena)
     arena = arena or Arena()

@@ -1,4 +1,4 @@
-"""Attention over an FP8 cache on sm_90 by csrc/decode_attention.cu and csrc/prefill_attention.cu; the rest is Triton's."""
+"""Attention over an FP8 cache on sm_90 by csrc/decode_attention.cu and csrc/prefill_attention.cu; all else goes to Triton."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
     "DECODE", "PREFILL", "attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
 ]  # fmt: skip
 
-# Up to so many requests, times KV heads, for each multiprocessor decode_attention.cu is the faster one: by 14% of attention at
-# 32 requests, by 4 to 7% at 128 to 224. At 248, writing the new values while others are read costs it 1% more than two
-# launches do (one H100, 700 to 1,280 tokens each).
+# decode_attention.cu is the faster kernel for up to this many (request, KV head) pairs per SM: by 14% of attention at 32
+# requests, by 4 to 7% at 128 to 224. At 248 requests, writing the new values while others are read costs it 1% more than two
+# launches (one H100, 700 to 1,280 tokens each).
 MOST_ITEMS = 14
 
-# Tokens of context from which decode_attention.cu is the faster one between launches of layer_megakernel.cu, too: it reads 3%
-# faster, but begins later, since neither fits beside the other in shared memory (H100: 3% of a step slower at 36,864, 4% faster
-# at 528,000).
+# Total context from which decode_attention.cu is the faster kernel between launches of layer_megakernel.cu, too. It reads 3%
+# faster but starts later, since the two do not fit into shared memory together (H100: 3% of a step slower at 36,864 tokens, 4%
+# faster at 528,000).
 LONG = 1 << 18
 
 PREFILL = Kernels("prefill_attention.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()])
@@ -58,19 +58,19 @@ def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
 
 
 def prefill_refusal(q: Tensor, cache: LayerCache, window: int | None) -> str | None:
-    """None, or why prefills of these queries [T, H, D] over this cache are Triton's."""
+    """None, or the reason why Triton computes prefills of these queries [T, H, D] over this cache."""
     if q.shape[1] > MOST_GROUP * cache.views["k"].shape[2]:
         return f"more than {MOST_GROUP} query heads of a KV head"
     return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window)
 
 
 def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: int, new: New | None = None) -> str | None:
-    """None, or why single tokens of these queries [T, H, D] over this cache are Triton's."""
+    """None, or the reason why Triton computes decodes of these queries [T, H, D] over this cache."""
     kv_heads = cache.views["k"].shape[2]
     if q.shape[1] > HEADS[-1] * kv_heads:
         return f"more than {HEADS[-1]} query heads of a KV head"
     if kv_heads > launch.device_units() or requests * kv_heads > MOST_COUNTERS:
-        return "more KV heads, or requests, than there are programs, or counters, for"
+        return "more KV heads than CTAs, or more requests than counters"
     if new is not None and requests * kv_heads > MOST_ITEMS * launch.device_units():
         return "so many requests that writing and reading are better apart"
     if new is not None and new.rope.cos_sin.shape[1] % 8:
@@ -96,7 +96,7 @@ def _decode_attention(
     q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float, window: int | None,
     new: New | None = None,
 ) -> bool:  # fmt: skip
-    """Of single tokens, where the kernel takes them; whether it does."""
+    """Run decodes by the CUDA kernel if it supports them; returns whether it did."""
     if (reason := decode_refusal(q, cache, window, requests, new)) is not None:
         DECODE.refused(reason)
         return False
@@ -116,12 +116,12 @@ def _decode_or_triton(
 
 
 def is_long(requests: int, longest: int) -> bool:
-    """Whether single tokens between launches of layer_megakernel.cu are better off with decode_attention.cu."""
+    """Whether decode_attention.cu is faster than Triton's kernel between launches of layer_megakernel.cu."""
     return requests * longest >= LONG
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
-    """Where it is equal, steps of single tokens with contexts up to `longest` launch the same."""
+    """A key of the launches of decode steps with contexts up to `longest`: equal keys, equal launches."""
     return 2 * gpu.decode_variant(requests, kv_heads, longest) + is_long(requests, longest)
 
 
@@ -132,7 +132,7 @@ def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, w
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
 ) -> Tensor:
-    """`rope_write_kv`, then attention; in one launch where every request brings one token."""
+    """`rope_write_kv`, then attention; fused in one launch if every request has one token."""
     if max(batch.query_lens) == 1:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         new, requests = New(k, v, rope, batch.slot_mapping), len(batch.query_lens)

@@ -1,4 +1,4 @@
-"""The cache's blocks as prefill_attention.cu and decode_attention.cu read them, and of which caches and queries they do."""
+"""Tensor maps of the KV cache for prefill_attention.cu and decode_attention.cu, and which caches and queries they support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIM, BLOCK = 128, 64  # of a head; tokens of a block
 
 
 def refusal(platform: Platform, queries: torch.dtype, cache: LayerCache, window: int | None) -> str | None:
-    """None, or why such queries over this cache are not theirs."""
+    """None, or the reason why these kernels do not support such queries over this cache."""
     views = cache.views
     k, v = views["k"], views["v"]
     heads, dim = k.shape[2:]
@@ -34,8 +34,11 @@ def refusal(platform: Platform, queries: torch.dtype, cache: LayerCache, window:
 
 
 def cache_maps(views: Views) -> bytes:
-    """Of keys [blocks, 64, heads, 128]: pairs of tokens, four places apart in four, so that a box of a block has each 16 in the
-    order in which a thread of the matrix unit holds sums over them; a head's values of a block are 128 rows of 64 tokens."""
+    """(tensor map of keys, of values) for a cache [blocks, 64, heads, 128].
+
+    Keys: TMA permutes a block's tokens, pairs four apart, so that each 16 are in the register order of a WGMMA accumulator.
+    Values: a head's values of a block are 128 rows of 64 tokens.
+    """
     k, v = views["k"], views["v"]
     blocks, token = k.shape[0], k.stride(1)
     sizes, strides = (token, 2, 4, 2, 2 * blocks * BLOCK // 16), (token, 4 * token, 2 * token, 16 * token)

@@ -1,6 +1,6 @@
-"""CUDA C++ compiled at run time, by the compiler that comes with torch, and launched through the driver.
+"""CUDA C++ compiled at run time by the NVRTC that comes with torch, and launched through the driver API.
 
-What was compiled is kept in the user's cache, under a name that its source, options and compiler decide.
+Compiled code is kept in the user's cache directory, under a name derived from source, options and compiler.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEPT = Path.home() / ".cache" / "octavo"
 SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SWIZZLED = {64: 2, 128: 3}  # CUtensorMapSwizzle by bytes of a row
-PROMOTED = 3  # 256 bytes at a time into the cache
+PROMOTED = 3  # L2 promotion of 256 bytes
 
 
 class _Attribute(ctypes.Structure):
@@ -51,13 +51,13 @@ class NoKernel(RuntimeError):
 
 @cache
 def _compiler() -> ctypes.CDLL | str:
-    """NVRTC, or why it is not there."""
+    """NVRTC, or the reason why it is not available."""
     root = Path(torch.__file__).parents[1] / "nvidia"
     major = (torch.version.cuda or "13").split(".")[0]
     found = [*root.glob(f"*/lib/libnvrtc.so.{major}"), Path(f"libnvrtc.so.{major}"), *root.glob("*/lib/libnvrtc.so.*")]
     for path in found:
         try:
-            for part in path.parent.glob("libnvrtc-builtins.so.*"):  # which it looks for by name alone
+            for part in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC loads it by name alone
                 ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(str(path))
         except OSError:
@@ -66,20 +66,20 @@ def _compiler() -> ctypes.CDLL | str:
 
 
 def missing() -> str | None:
-    """None, or why nothing can be compiled."""
+    """None, or the reason why nothing can be compiled."""
     found = _compiler()
     return found if isinstance(found, str) else None
 
 
 def no_warpgroups(platform: Platform) -> str | None:
-    """None, or why nothing with matrix instructions of a group of warps can be compiled, or runs, there."""
+    """None, or the reason why kernels with WGMMA cannot be compiled or run on this platform."""
     if platform.has_warpgroup_mma:
         return missing()
     return f"{platform.arch} has no matrix instructions of a group of warps as sm_90 has them"
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
-    """Machine code of csrc/`name` for `arch` ("sm_90"), each option defined as a macro.
+    """Compile csrc/`name` for `arch` ("sm_90") to a cubin, with each option defined as a macro.
 
     Raises NoKernel with the compiler's message.
     """
@@ -120,7 +120,7 @@ def _text(size_of: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer, prog
 
 
 def _keep(path: Path, cubin: bytes) -> None:
-    """For the next start; where the cache cannot be written, that one compiles again."""
+    """Keep a cubin for the next start; if the cache cannot be written, the next start compiles again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -132,7 +132,7 @@ def _keep(path: Path, cubin: bytes) -> None:
 
 
 class Kernel:
-    """A function of a compiled module, in the current device's context. Raises NoKernel where the driver refuses it."""
+    """A function of a compiled module, in the current device's context. Raises NoKernel if the driver refuses it."""
 
     def __init__(self, cubin: bytes, name: str):
         self.module, self.function = c_void_p(), c_void_p()
@@ -148,30 +148,32 @@ class Kernel:
         _driver("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
         return value.value
 
-    def launch(self, programs: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
-        """On torch's current stream; within compile_ahead it does nothing. `arguments` are the function's one parameter;
-        `early`: it waits by itself for the kernel before it, and may start while that one still runs."""
+    def launch(self, ctas: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
+        """Launch on torch's current stream; within compile_ahead do nothing. `arguments` is the kernel's only parameter.
+
+        early: programmatic dependent launch; the kernel itself waits for its predecessor and may start while that still runs.
+        """
         if ahead.is_on():
             return
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
-            (programs, 1, 1), (self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
+            (ctas, 1, 1), (self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute), 1,
         )  # fmt: skip
         _driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
 
 class Kernels:
-    """A kernel for sm_90 in variants, values of the same options; `instead` says what is done where it is not there."""
+    """A kernel for sm_90 in variants, tuples of values of `options`. `instead` describes the fallback in the log."""
 
     def __init__(self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]]):
         self.source, self.function, self.instead, self.options, self.variants = source, function, instead, options, variants
-        self.platform = Platform(torch.device("cpu"), "none")  # before one is configured
+        self.platform = Platform(torch.device("cpu"), "none")  # until one is configured
         self.kernel, self.refused, self._compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
     def configure(self, platform: Platform) -> None:
-        """They are compiled while the model is loaded: nothing in them depends on it."""
+        """Variants are compiled while the model is loaded, since they do not depend on it."""
         self.platform = platform
         if no_warpgroups(platform) is None:
             self._compiling()
@@ -186,7 +188,7 @@ class Kernels:
         return started
 
     def _kernel(self, variant: tuple[int, ...], device: torch.device) -> Kernel | None:
-        """On a device; None, and a warning, where it cannot be compiled or loaded."""
+        """The kernel on a device; None, with a warning, if it cannot be compiled or loaded."""
         try:
             return Kernel(self._compiling()[variant].result(), self.function)
         except NoKernel as error:
@@ -194,19 +196,22 @@ class Kernels:
             return None
 
     def _refused(self, reason: str) -> None:
-        """Says so, once."""
+        """Log the failure once."""
         log.info("%s: %s", self.instead, reason)
 
 
 def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
-    """Bytes from x's first on as the copy engine sees them: an array of `sizes`, the fastest first, whose other axes lie
-    `strides` bytes apart, copied in boxes. A box's rows, 64 or 128 bytes, are swizzled as matrix instructions read them."""
+    """A TMA tensor map of the bytes from x on: an array of `sizes`, innermost axis first, whose other axes have `strides` in
+    bytes.
+
+    Boxes with rows of 64 or 128 bytes are copied, with the swizzle that WGMMA reads.
+    """
     return _tensor_map(x.data_ptr(), tuple(sizes), tuple(strides), tuple(box))
 
 
-@lru_cache(1024)  # a layer's weights and cache are looked at again and again
+@lru_cache(1024)  # a layer's weights and cache recur in every step
 def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
-    made = (c_uint64 * 24)()  # 16 words of it, from an address that is a multiple of 64
+    made = (c_uint64 * 24)()  # its 16 words, 64-byte aligned
     place = (ctypes.addressof(made) + 63) // 64 * 64
     rank = len(sizes)
     _driver(

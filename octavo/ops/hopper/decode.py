@@ -1,4 +1,4 @@
-"""Attention of single new tokens over an FP8 cache as one launch, csrc/decode_attention.cu, with rotary and cache write."""
+"""Decode attention over an FP8 cache by csrc/decode_attention.cu, with rotary embedding and cache write in the same launch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.ops.triton.decode import LOG2E, New
 
 __all__ = ["HEADS", "MOST_COUNTERS", "DecodeAttention"]
 
-HEADS = (4, 8)  # query heads of a KV head that a kernel is compiled for
+HEADS = (4, 8)  # query heads per KV head that the kernel is compiled for
 MOST_COUNTERS = 1 << 14  # requests times KV heads
 
 
@@ -28,25 +28,27 @@ class _Decode(ctypes.Structure):
                                         "k_norm", "k_cache", "parts", "counters", "k_scale", "v_scale")),
         ("q_stride", c_int64), ("kv_stride", c_int64),
         *((name, c_int32) for name in ("requests", "table_width", "kv_heads", "group", "rotated")),
-        *((name, c_float) for name in ("eps", "qk_scale")), ("padding", c_ubyte * 20),  # to a multiple of 64 bytes
+        *((name, c_float) for name in ("eps", "qk_scale")), ("padding", c_ubyte * 20),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
 
 
 class DecodeAttention:
-    """The kernel for up to `heads` query heads of a KV head on a device, with room for what programs leave each other."""
+    """The kernel for up to `heads` query heads per KV head, with the workspace by which its CTAs exchange partial sums."""
 
     def __init__(self, kernel: Kernel, heads: int, device: torch.device):
         self.kernel = kernel
-        programs = launch.device_units()
-        self.parts = torch.empty(programs * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
+        ctas = launch.device_units()
+        self.parts = torch.empty(ctas * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
         self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float,
         new: New | None = None,
     ) -> None:  # fmt: skip
-        """Rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not turned yet. The row of a
-        request without a context becomes zeros."""
+        """Compute rows [0, requests) of q and out [T, H, 128], which have one token each. With `new`, q is not rotated yet.
+
+        The row of a request without a context becomes zeros.
+        """
         k, tables = cache.views["k"], batch.block_tables
         kv_heads = k.shape[2]
         given: tuple[int | None, ...] = (None,) * 2

@@ -1,4 +1,4 @@
-"""Which decoders' steps are one launch, and what that launch is given."""
+"""The one-launch decoder: which decoders csrc/decoder_megakernel.cu supports, and its arguments."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from octavo.platform import Platform
 
 __all__ = ["DecoderMegakernel", "refusal"]
 
-# That there is room for, as in decoder_megakernel.cu; for 2 a launch between attentions is faster (2,914 µs, not 3,075).
+# Maximum number of tokens, as in decoder_megakernel.cu. For 2, layer_megakernel.cu is faster (2,914 µs instead of 3,075).
 MOST_TOKENS = 4
-LONGEST = 4096  # tokens of context; over more, a kernel that is made for them reads the cache faster
+LONGEST = 4096  # tokens of context; for longer ones a dedicated kernel reads the cache faster
 
 
 class _Layer(ctypes.Structure):
@@ -43,7 +43,7 @@ class _Step(ctypes.Structure):
 
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
-    """None, or why this decoder's steps are not one launch."""
+    """None, or the reason why this decoder's steps do not run as one launch."""
     if not platform.has_bulk_copies:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
     if (reason := unfit(parts)) is not None:
@@ -71,9 +71,9 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
 
 
 class DecoderMegakernel:
-    """All layers of a decoder, for a step of one request, one token with at most LONGEST tokens of context.
+    """All layers of a decoder in one launch, for a step of one request and one token with a context up to LONGEST tokens.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound. Raises NoKernel.
+    `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
 
     name = "one launch, csrc/decoder_megakernel.cu"
@@ -81,25 +81,25 @@ class DecoderMegakernel:
 
     def __init__(self, parts: DecoderParts, platform: Platform):
         self.parts, self.platform, self.device = parts, platform, platform.device
-        self.programs = platform.multiprocessors
+        self.ctas = platform.multiprocessors
         views = parts.layers[0].cache.views
-        self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # not those of scales
+        self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # without the strides of scales
         self.table = self._layers()
         self.kernel = Kernel(compile_cubin("decoder_megakernel.cu", platform.arch, self.options()), "decode_step")
         most, group, dim = MOST_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
         room, zeros = partial(torch.empty, device=self.device), partial(torch.zeros, device=self.device)
-        qkv = (parts.heads + 2 * parts.kv_heads) * dim  # two values and a number beside them in eight bytes
+        qkv = (parts.heads + 2 * parts.kv_heads) * dim  # 8-byte packets: two values and a flag
         self.sent = [zeros(most, w // 2, dtype=torch.int64) for w in (qkv, parts.heads * dim, parts.hidden, parts.hidden)]
         self.act, self.amax = room(most, parts.inter, dtype=torch.bfloat16), zeros(4, most, dtype=torch.int32)
-        self.partial = room(self.programs * group * (dim + 2), dtype=torch.float32)
+        self.partial = room(self.ctas * group * (dim + 2), dtype=torch.float32)
         self.counters = zeros(2 + most * parts.kv_heads, dtype=torch.int32)
 
     def takes(self, requests: int, longest: int) -> bool:
-        """Whether a step of so many single tokens, of contexts up to `longest`, is one launch."""
+        """Whether a step of this many one-token requests, with contexts up to `longest`, runs as one launch."""
         return requests == 1 and longest <= LONGEST
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
+        """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""
         residual, x = torch.empty_like(x), x.contiguous()
         p = self.parts
         step = _Step(
@@ -108,22 +108,22 @@ class DecoderMegakernel:
             batch.slot_mapping.data_ptr(), batch.seq_lens.data_ptr(), batch.block_tables.data_ptr(), p.cos_sin.data_ptr(),
             batch.block_tables.stride(0), *self.strides, len(p.layers), p.eps, p.scale * LOG2E,
         )  # fmt: skip
-        self.kernel.launch(self.programs, step)
+        self.kernel.launch(self.ctas, step)
         return residual
 
     def options(self) -> dict[str, int | float]:
-        """The constants that decoder_megakernel.cu is compiled with."""
+        """The compile-time constants of decoder_megakernel.cu."""
         p, first = self.parts, self.parts.layers[0]
         return {
             "TOKENS": 1, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
             "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
-            "QKV_BIAS": int(first.qkv_bias is not None), "PROGRAMS": self.programs, "LONGEST": LONGEST,
+            "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas, "LONGEST": LONGEST,
             "SHARED": self.platform.shared_memory,
         }  # fmt: skip
 
     def _layers(self) -> Tensor:
-        """The layers' pointers as decoder_megakernel.cu reads them: bytes on the device."""
+        """The table of the layers' pointers that decoder_megakernel.cu reads: bytes on the device."""
         made = [
             _Layer(
                 *(w.weight.data_ptr() for w in packed_weights(layer)), *(w.scale.data_ptr() for w in packed_weights(layer)),

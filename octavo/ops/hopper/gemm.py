@@ -1,4 +1,4 @@
-"""What products of many tokens by csrc/gemm_mainloop.cuh have in common: the choice of a variant, and their arguments."""
+"""Common host code of the GEMMs built on csrc/gemm_mainloop.cuh: choice of a variant, and their arguments."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MOST_TOKENS
 from octavo.platform import Platform
 
-__all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "programs", "refusal", "tokens_of"]
+__all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "num_ctas", "refusal", "tokens_of"]
 
 log = logging.getLogger(__name__)
 
-TOKENS, DEPTH = 128, 128  # of a tile, and of a step over K, as in gemm_mainloop.cuh
-OPTIONS = "CLUSTER", "HALF"  # what a Variant is of
-OUT_BOX = 128, 16  # bytes and tokens of a box of results
+TOKENS, DEPTH = 128, 128  # tile's tokens and K step, as in gemm_mainloop.cuh
+OPTIONS = "CLUSTER", "HALF"  # the fields of a Variant
+OUT_BOX = 128, 16  # bytes and tokens of a TMA box of results
 
 
 class Variant(NamedTuple):
-    """Programs that share the weight's rows, and half of a tile's."""
+    """CTAs of a cluster, which share the weight's rows, and half of a tile's rows."""
 
     cluster: int
     half: int
 
 
-# In units of a tile's rows at Llama-3.1-8B's K: what a tile takes beside its products, and how much longer those take where no
-# other program shares the weight (one H100).
+# Cost model, in units of a tile's rows at Llama-3.1-8B's K: a tile's time besides its products, and the relative slowdown of
+# products without a cluster that shares the weight (one H100).
 AFTERWARDS, ALONE = 8, 1.06
 
 
 def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> Variant:
-    """The variant that is done first with a weight of so many rows, counting tiles that follow one another."""
+    """The variant with the shortest estimated time for a weight of this many rows, from the number of tiles per CTA."""
 
     def took(v: Variant) -> float:
         tiles, places = -(-tokens // (TOKENS * v.cluster)) * -(-rows // (2 * v.half)), units // v.cluster
@@ -54,7 +54,7 @@ def tokens_of(x: Operand) -> int:
 
 
 def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
-    """None, or why such tokens are not multiplied by `w` here."""
+    """None, or the reason why these kernels do not multiply such tokens by `w`."""
     if (reason := no_warpgroups(platform)) is not None:
         return reason
     if not isinstance(w, gpu.PackedScaledMM) or w.reads.dtype is not torch.float8_e4m3fn:
@@ -68,16 +68,18 @@ def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
 
 
 class Product(ctypes.Structure):
-    """The arguments that all kernels begin with."""
+    """The arguments that all of these kernels begin with."""
 
     _fields_ = [
         ("maps", c_ubyte * 128 * 2), *((name, c_int32) for name in ("tokens", "across", "steps", "second")),
-        ("padding", c_ubyte * 48),  # to 64 bytes
+        ("padding", c_ubyte * 48),  # pads to 64 bytes
     ]  # fmt: skip
 
     @classmethod
     def of(cls, codes: Tensor, weight: Tensor, half: int, across: int, second: int) -> Product:
-        """Codes [M, K'] by a weight [N, K'], in `across` tiles of twice `half` rows, the halves `second` rows apart."""
+        """Arguments for codes [M, K'] by a weight [N, K'], in `across` tiles of two halves of `half` rows, the halves `second`
+        rows apart.
+        """
         (tokens, depth), rows = codes.shape, weight.shape[0]
         maps = (
             tensor_map(codes, (depth, tokens), (depth,), (DEPTH, TOKENS)),
@@ -86,5 +88,5 @@ class Product(ctypes.Structure):
         return cls((c_ubyte * 128 * 2).from_buffer_copy(b"".join(maps)), tokens, across, -(-depth // DEPTH), second)
 
 
-def programs(variant: Variant) -> int:
+def num_ctas(variant: Variant) -> int:
     return launch.device_units() // variant.cluster * variant.cluster

@@ -1,6 +1,8 @@
-"""Decode steps of a few requests in two launches a layer: attention, with rotary and cache write, and all that lies between.
+"""Decode steps of a few requests in two launches a layer: attention with rotary and cache write, and everything between two
+layers' attention.
 
-The second is csrc/layer_megakernel.cu. It takes more requests than a step that is one launch, and contexts of any length.
+The second launch is csrc/layer_megakernel.cu. It supports more requests than the one-launch decoder, and contexts of any
+length.
 """
 
 from __future__ import annotations
@@ -25,22 +27,22 @@ __all__ = ["LayerMegakernels", "refusal", "units"]
 
 COLUMNS = (8, 16, 32)  # tokens that a kernel is compiled for
 MOST_TOKENS = COLUMNS[-1]
-MOST_TURNS = 4  # units of gate_up that a program keeps the results of
-MEETINGS = 8 * 32  # as in tma_pipeline.cuh
-STEP = 128  # values of K at a time
+MOST_CTA_UNITS = 4  # units of gate_up whose results a CTA keeps in shared memory
+GRID_BARRIERS = 8 * 32  # as in tma_pipeline.cuh
+STEP = 128  # K step
 
 
 class _Between(ctypes.Structure):
     _fields_ = [
         ("maps", c_ubyte * 128 * 4), ("scales", c_void_p * 4),
         *((name, c_void_p) for name in ("attended", "residual", "qkv", "post_norm", "next_norm", "qkv_bias", "attended_codes",
-                                        "normed_codes", "act_codes", "input_scales", "parts", "meetings")),
-        ("tokens", c_int32), ("eps", c_float), ("padding", c_ubyte * 56),  # to a multiple of 64 bytes
+                                        "normed_codes", "act_codes", "input_scales", "parts", "grid_barriers")),
+        ("tokens", c_int32), ("eps", c_float), ("padding", c_ubyte * 56),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
 
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
-    """None, or why this decoder's steps are not made of such launches."""
+    """None, or the reason why this decoder's steps are not made of such launches."""
     if (reason := no_warpgroups(platform) or unfit(parts)) is not None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
@@ -48,43 +50,43 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     if platform.multiprocessors < MOST_TOKENS:
         return "fewer multiprocessors than tokens"
     rows, _ = units(parts.inter, parts.hidden, platform.multiprocessors, most_shares=1)
-    if parts.inter > MOST_TURNS * platform.multiprocessors * rows:
+    if parts.inter > MOST_CTA_UNITS * platform.multiprocessors * rows:
         return "an MLP too wide for the multiprocessors"
     return None
 
 
-def units(n: int, k: int, programs: int, *, most_shares: int) -> tuple[int, int]:
-    """Rows of a unit, and shares of K, of a product [n, k]: what gives the busiest program the fewest bytes to read."""
+def units(n: int, k: int, ctas: int, *, most_shares: int) -> tuple[int, int]:
+    """(rows of a unit, split-K) of a product [n, k] that minimize the bytes that the busiest CTA reads."""
 
     def busiest(rows: int, shares: int) -> float:
         steps = -(-k // STEP)
         share = -(-steps // shares)
         if share * (shares - 1) >= steps:
             return float("inf")
-        turns = -(-(-(-n // rows) * shares) // programs)
-        return turns * share * (rows + MOST_TOKENS / 2)  # inputs come from the cache that all share
+        rounds = -(-(-(-n // rows) * shares) // ctas)
+        return rounds * share * (rows + MOST_TOKENS / 2)  # inputs come from L2
 
     fits = [(busiest(rows, shares), rows, shares) for rows in range(16, 129, 16) for shares in range(1, most_shares + 1)]
     return min(fits)[1:]
 
 
 def weight_map(weight: Tensor, rows: int) -> bytes:
-    """Of contiguous codes [N, K]: boxes of so many rows by a step of K."""
+    """Tensor map of contiguous codes [N, K] in boxes of `rows` rows by a K step."""
     n, k = weight.shape
     return tensor_map(weight, (k, n), (k,), (STEP, rows))
 
 
 class LayerMegakernels:
-    """A decoder's layers for steps of up to MOST_TOKENS requests of one token each.
+    """A decoder's layers for steps of up to MOST_TOKENS one-token requests.
 
-    `parts` must be one that `refusal` does not refuse, its caches bound. Raises NoKernel.
+    `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/layer_megakernel.cu"
     attends = False
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.platform, self.programs = parts, platform, platform.multiprocessors
+        self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
         options, layers = self.options(), len(parts.layers)
         with ThreadPoolExecutor(len(COLUMNS)) as pool:
             compile_for = partial(compile_cubin, "layer_megakernel.cu", f"{platform.arch}a")
@@ -95,20 +97,20 @@ class LayerMegakernels:
         self.scales = zeros(4, MOST_TOKENS, dtype=torch.float32)
         shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
         self.shares = zeros(shares, MOST_TOKENS, parts.hidden, dtype=torch.float32)
-        self.meetings = zeros(layers, MEETINGS + self.programs * MOST_TOKENS, dtype=torch.int32)
+        self.grid_barriers = zeros(layers, GRID_BARRIERS + self.ctas * MOST_TOKENS, dtype=torch.int32)
         self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
         self.weights = [packed_weights(layer) for layer in parts.layers]
         rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
         self.maps = [[weight_map(w.weight, n) for w, n in zip(ws, rows, strict=True)] for ws in self.weights]
 
     def takes(self, requests: int, longest: int) -> bool:
-        """Whether a step of so many single tokens is made of these, whatever its contexts."""
+        """Whether a step of this many one-token requests is supported, whatever the contexts."""
         return requests <= MOST_TOKENS
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """BF16 [requests, hidden] that the last layer leaves, of the embeddings x [requests, hidden]."""
+        """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""
         first = self.parts.layers[0]
-        self.meetings.zero_()
+        self.grid_barriers.zero_()
         normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
         qkv, residual = first.qkv(normed), x.clone()
         if first.qkv_bias is not None:
@@ -118,10 +120,13 @@ class LayerMegakernels:
         return residual
 
     def between(self, at: int, attended: Tensor, residual: Tensor) -> Tensor:
-        """The next layer's qkv [tokens, ...], of what attention gave in layer `at`, [tokens, heads * dim]; after the last layer
-        it holds nothing. `residual` [tokens, hidden] goes from before the layer to after it."""
+        """Everything between the attention of layer `at` and the next: attended [tokens, heads * dim] -> the next qkv [tokens,
+        ...].
+
+        After the last layer the result is undefined. `residual` [tokens, hidden] is updated in place.
+        """
         tokens, layer = len(residual), self.parts.layers[at]
-        after = (at + 1) % len(self.weights)  # the last layer's launch does not use what is said of the first
+        after = (at + 1) % len(self.weights)  # the last layer's launch ignores the arguments of the first layer
         next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
         qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
         columns = next(n for n in COLUMNS if tokens <= n)
@@ -132,25 +137,25 @@ class LayerMegakernels:
             attended.data_ptr(), residual.data_ptr(), qkv.data_ptr(), layer.post_norm.data_ptr(),
             None if last else self.parts.layers[after].input_norm.data_ptr(), None if bias is None else bias.data_ptr(),
             *(codes.data_ptr() for codes in self.codes[columns]), self.scales.data_ptr(), self.shares.data_ptr(),
-            self.meetings[at].data_ptr(), tokens, self.parts.eps,
+            self.grid_barriers[at].data_ptr(), tokens, self.parts.eps,
         )  # fmt: skip
-        self.kernels[columns].launch(self.programs, arguments, early=True)
+        self.kernels[columns].launch(self.ctas, arguments, early=True)
         return qkv
 
     def options(self) -> dict[str, int | float]:
-        """The constants that layer_megakernel.cu is compiled with, but the number of tokens."""
-        p, programs = self.parts, self.programs
+        """The compile-time constants of layer_megakernel.cu, without the number of tokens."""
+        p, ctas = self.parts, self.ctas
         wide, qkv, bias = p.heads * p.head_dim, packed_weights(p.layers[0])[0].n, p.layers[0].qkv_bias is not None
-        o, down = units(p.hidden, wide, programs, most_shares=8), units(p.hidden, p.inter, programs, most_shares=8)
-        gate_up, rows = (units(n, p.hidden, programs, most_shares=1)[0] for n in (p.inter, qkv))
+        o, down = units(p.hidden, wide, ctas, most_shares=8), units(p.hidden, p.inter, ctas, most_shares=8)
+        gate_up, rows = (units(n, p.hidden, ctas, most_shares=1)[0] for n in (p.inter, qkv))
         return {
-            "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "PROGRAMS": programs,
+            "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "CTAS": ctas,
             "SHARED": self.platform.shared_memory, "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
             "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows,
         }  # fmt: skip
 
     def _attend(self, layer: LayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
-        """[requests, heads * dim] of the product qkv, whose keys and values are written to the cache."""
+        """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
         rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)

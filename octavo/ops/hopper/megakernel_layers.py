@@ -1,4 +1,4 @@
-"""What the kernels of this folder need of a decoder's layers, whichever it is."""
+"""What both megakernels require of a decoder's layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["packed_weights", "unfit"]
 
 
 def packed_weights(layer: LayerParts) -> list[PackedScaledMM]:
-    """A layer's, in the order in which they are multiplied by, where `unfit` has nothing against them."""
+    """A layer's weights in execution order, if `unfit` accepts the layers."""
     found = [w for w in layer.weights if isinstance(w, PackedScaledMM)]
     assert len(found) == len(layer.weights)
     return found
 
 
 def unfit(parts: DecoderParts) -> str | None:
-    """None, or why no kernel can be made for these layers."""
+    """None, or the reason why neither megakernel supports these layers."""
     if (reason := missing()) is not None:
         return reason
     weights = [w for layer in parts.layers for w in layer.weights]

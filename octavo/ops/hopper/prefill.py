@@ -1,4 +1,4 @@
-"""Attention of many new tokens over an FP8 cache as one launch; it reads the cache's blocks as they lie."""
+"""Prefill attention over an FP8 cache as one launch, which reads the cache's blocks in place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from octavo.ops.triton.decode import LOG2E
 
 __all__ = ["MOST_GROUP", "ROWS", "PrefillAttention", "pieces"]
 
-ROWS = 192  # of a piece, as in prefill_attention.cu
-MOST_GROUP = 64  # query heads of a KV head: prefill_attention.cu divides small numbers by it
+ROWS = 192  # rows of a piece, as in prefill_attention.cu
+MOST_GROUP = 64  # query heads per KV head: prefill_attention.cu divides small numbers by it
 
 
 class _Prefill(ctypes.Structure):
@@ -27,13 +27,15 @@ class _Prefill(ctypes.Structure):
         ("maps", c_ubyte * 128 * 2),
         *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "taken", "k_scale", "v_scale")),
         *((name, c_int32) for name in ("table_width", "pieces", "kv_heads", "group")), ("qk_scale", c_float),
-        ("padding", c_ubyte * 52),  # to a multiple of 64 bytes
+        ("padding", c_ubyte * 52),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
 
 
 def pieces(queries: list[int], contexts: list[int], first: int, stop: int, group: int) -> list[tuple[int, int, int, int, int]]:
-    """Pieces of work of the requests [first, stop), a row being a token and one of `group` heads, the longest contexts first:
-    request, the first row's token in q and its position, its head, rows."""
+    """Work items of requests [first, stop), longest contexts first. A row is a token and one of `group` heads.
+
+    Each item: request, the first row's token in q, its position, its head, number of rows.
+    """
     made, token = [], sum(queries[:first])
     for request in range(first, stop):
         rows, start = queries[request] * group, contexts[request] - queries[request]
@@ -45,7 +47,7 @@ def pieces(queries: list[int], contexts: list[int], first: int, stop: int, group
 
 @dataclass(frozen=True)
 class _Pieces(Key[Tensor]):
-    """Of `pieces`, on the device."""
+    """`pieces`, on the device."""
 
     first: int
     stop: int
@@ -53,7 +55,7 @@ class _Pieces(Key[Tensor]):
 
 
 class PrefillAttention:
-    """The kernel on a device, and two counters that it leaves at zero."""
+    """The kernel on a device, and two counters that every launch resets to zero."""
 
     def __init__(self, kernel: Kernel, device: torch.device):
         self.kernel = kernel
@@ -62,7 +64,7 @@ class PrefillAttention:
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float
     ) -> None:
-        """The rows of q and out [T, H, 128] that belong to the requests [first, stop)."""
+        """Compute the rows of q and out [T, H, 128] that belong to requests [first, stop)."""
         kv_heads = cache.views["k"].shape[2]
         group = q.shape[1] // kv_heads
         tables = batch.block_tables

@@ -1,4 +1,4 @@
-"""Queries, keys and values of many tokens, rotated and, the last two, in the cache, in one launch."""
+"""The QKV GEMM for many tokens with rotary embedding and KV cache write as its epilogue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octavo.ops.contract import Operand, PackedWeight, Rope
 from octavo.ops.hopper import cache_blocks, gemm
 from octavo.ops.hopper.cache_blocks import DIM
 from octavo.ops.hopper.compile import Kernels, tensor_map
-from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, programs
+from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas
 from octavo.ops.triton import launch
 
 __all__ = ["KERNELS", "VARIANTS", "project", "refusal", "write"]
@@ -32,12 +32,12 @@ class _Qkv(ctypes.Structure):
         *((name, c_void_p) for name in ("by_token", "by_row", "q_norm", "k_norm", "cos_sin", "rotary_rows", "slots", "cache",
                                         "k_scale", "v_scale")),
         ("q_heads", c_int32), ("kv_heads", c_int32), ("eps", c_float),
-        ("padding", c_ubyte * 36),  # to a multiple of 64 bytes
+        ("padding", c_ubyte * 36),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
 
 
 def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
-    """None, or why such a product, and what lies between it and attention, are not qkv_rope_kv_write_gemm.cu's."""
+    """None, or the reason why qkv_rope_kv_write_gemm.cu does not compute this projection."""
     on = KERNELS.platform
     if (reason := gemm.refusal(on, x, w) or cache_blocks.refusal(on, torch.bfloat16, cache, window)) is not None:
         return reason
@@ -52,7 +52,9 @@ def write(
     codes: Tensor, scale: Tensor, w: gpu.PackedScaledMM, q: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch,
     variant: Variant,
 ) -> bool:  # fmt: skip
-    """Rotated queries into q [T, H, 128], keys and values into the cache; whether the kernel is there."""
+    """Compute rotated queries into q [T, H, 128], and write keys and values to the cache. Returns whether the kernel is
+    available.
+    """
     if (kernel := KERNELS.kernel(variant, codes.device)) is None:
         return False
     (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
@@ -65,7 +67,7 @@ def write(
         batch.slot_mapping.data_ptr(), k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2],
         norms.eps if norms else 0.0,
     )  # fmt: skip
-    kernel.launch(programs(variant), arguments, early=True)
+    kernel.launch(num_ctas(variant), arguments, early=True)
     return True
 
 
@@ -73,7 +75,7 @@ def project(
     x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     if max(batch.query_lens) == 1:
-        return None  # attention rotates and writes itself, or values, which lie far apart, are written by all programs at once
+        return None  # decode attention fuses it; or all CTAs would write scattered values at once
     if (reason := refusal(x, w, rope, cache, window)) is not None:
         KERNELS.refused(reason)
         return None

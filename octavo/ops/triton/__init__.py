@@ -1,1 +1,1 @@
-"""Kernels in Triton: one source for every vendor; each does what its contract's torch reference does."""
+"""Triton kernels: one source for all vendors. Each computes what the torch reference of its contract computes."""

@@ -1,4 +1,4 @@
-"""The likeliest token: a row is shared out over many programs, which agree on its largest value in one word of memory."""
+"""Argmax over the vocabulary: a row is split over many CTAs, which reduce to one 64-bit word by an atomic maximum."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from octavo.ops.triton.launch import launch, release, wait
 
-__all__ = ["likeliest"]
+__all__ = ["argmax"]
 
-BLOCK = 4096  # values of a program
+BLOCK = 4096  # values of a CTA
 MOST_ROWS = 1 << 14
 LOWEST = -(1 << 63)
 
 
 @triton.jit
-def _likeliest(
+def _argmax(
     logits, best, counters, out, size, stride,
     BLOCK: tl.constexpr, LOWEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -28,8 +28,8 @@ def _likeliest(
     x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < size, other=-float("inf")).to(tl.float32)
     x = tl.where(x != x, float("inf"), x) + 0.0  # the two zeros are equal
     bits = x.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer that is larger where the value is
-    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)  # and of equal ones the first
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer in the order of the float values
+    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)  # ties go to the smaller index
     tl.atomic_max(best + row, tl.max(key, 0), sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(counters + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
@@ -41,7 +41,7 @@ def _likeliest(
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     rows, size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -52,7 +52,7 @@ def likeliest(logits: Tensor) -> Tensor:
     assert rows <= MOST_ROWS, "a graph may hold the workspace, so it cannot grow"
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if rows:
-        launch(_likeliest, (rows, triton.cdiv(size, BLOCK)),
+        launch(_argmax, (rows, triton.cdiv(size, BLOCK)),
             logits, *_workspaces[device], out, size, logits.stride(0), BLOCK=BLOCK, LOWEST=LOWEST, num_warps=8,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Attention of a mixed batch: the requests at its front that bring one token each decode, the rest are prefills."""
+"""Attention of a mixed batch: one-token requests, which come first, use the decode kernel; the rest are prefills."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from octavo.ops.triton.rope import rope_write_kv
 
 __all__ = ["attend", "attention", "prefills"]
 
-WAVE = SHARING[128]  # programs of decode attention that a multiprocessor surely runs at a time
-STAGED = 1 << 17  # positions; a longer context is laid out by itself
+WAVE = SHARING[128]  # CTAs of decode attention that are surely resident on an SM at a time
+STAGED = 1 << 17  # positions staged at a time; a longer context is staged by itself
 
 
 def prefills(
     q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, scale: float, window: int | None
 ) -> None:
-    """The rows of q and out [T, H, D] that belong to the requests from `first` on."""
+    """The rows of q and out [T, H, D] of the requests from `first` on."""
     for start, stop in _groups(batch.context_lens, first):
         prefill_attention(q, out, cache, batch, start, stop, scale, window)
 
@@ -47,8 +47,9 @@ def attention(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
 ) -> Tensor:
-    """`rope_write_kv`, then attention; in one launch where every request brings one token and all programs are there at once:
-    in waves of them, what each does before it reads the cache is paid for again and again (5% of A at 256 requests)."""
+    """`rope_write_kv`, then attention. The two are fused in one launch if every request has one token and all CTAs are resident
+    at once: with several waves of CTAs, each would repeat the work before its first cache read (5% of A at 256 requests).
+    """
     requests = len(batch.query_lens)
     if max(batch.query_lens) > 1 or requests * k.shape[1] > WAVE * device_units():
         return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
@@ -59,7 +60,9 @@ def attend(
 
 
 def _groups(contexts: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
-    """Prefills whose contexts are laid out at a time, so that shared prefixes, however many, take no more memory."""
+    """Groups of prefills whose contexts are staged together. This bounds the staging memory, however many requests share a
+    prefix.
+    """
     staged, start = 0, first
     for request in range(first, len(contexts)):
         if staged and staged + contexts[request] > STAGED:

@@ -1,5 +1,6 @@
-"""FP8 products with 128x128 weight tiles and groups of 128 activations, each with a scale: the sum over a group is scaled
-and added up in FP32 before the next one begins."""
+"""FP8 products with a scale per 128x128 weight tile and per 128 activations. The sum over each group of 128 is scaled and then
+accumulated in FP32.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def _block_linear(
 
 
 def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
-    """Codes [M, width] and FP32 scales [M, ceil(K / 128)] of x [M, K]."""
+    """Quantize x [M, K] in groups of 128: codes [M, width] and FP32 scales [M, ceil(K / 128)]."""
     rows, size = x.shape
     groups = triton.cdiv(size, BLOCK)
     codes = torch.empty(rows, width, dtype=fp8, device=x.device)
@@ -77,7 +78,9 @@ def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
 
 
 def block_linear(codes: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, n: int) -> Tensor:
-    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] whose scales are a grid of tiles or a row of them a channel."""
+    """BF16 [M, n] of codes [M, K'] and a weight [N', K']. The weight's scales are a grid of tiles, or a row of tiles per
+    channel.
+    """
     tokens, width = codes.shape
     out = torch.empty(tokens, n, dtype=torch.bfloat16, device=w.device)
     if tokens:

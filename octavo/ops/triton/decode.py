@@ -1,13 +1,13 @@
-"""Attention of single new tokens over the paged cache, where reading keys and values is all the time there is.
+"""Decode attention: one new token per request over the paged cache, bound by reading keys and values.
 
-A program takes one request, one key head with all the query heads that share it, and one part of the context (split-KV): the
-cache is read once. The context takes the matrix unit's tall side and the heads its narrow one, so keys and values go from the
-cache into the product as they are stored. Over FP8 codes the other operand must be FP8 too: queries and probabilities are
-split into a code and the code of what it leaves over, which together keep 8 bits, as BF16 does; the two lie side by side in one
-product, so 8 heads fill the 16 columns that the matrix unit has at least.
+A CTA computes one request, one KV head with all its query heads (GQA), and one part of the context (split-KV), so the cache is
+read once. The context is the M side of the tensor core's tile and the query heads the narrow N side, so keys and values are
+multiplied as stored. Over FP8 codes the other operand must be FP8 too: queries and probabilities are split into a code and the
+code of the residual, which together keep 8 bits like BF16. The two are adjacent columns of one product, so 8 heads fill the
+minimum of 16 columns.
 
-Given the QKV product as it is, it also does what `rope_write_kv` does: every program turns its queries, and the one whose part
-of the context ends with the new token writes that one's key and value into the cache first.
+Given the QKV projection's output, the kernel also does the work of `rope_write_kv`: every CTA rotates its queries, and the CTA
+whose part of the context ends with the new token first writes that token's key and value to the cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from octavo.ops.triton.launch import (
     shared_memory,
     wait,
 )
-from octavo.ops.triton.rope import turned, write_new
+from octavo.ops.triton.rope import norm_rotate, write_new
 from octavo.platform import FP8_MAX
 
 __all__ = ["SHARING", "New", "decode_attention", "decode_variant"]
@@ -46,13 +46,15 @@ MOST_COUNTERS = 1 << 14
 
 @triton.jit
 def _product(a, b, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr):
-    """a [M, K] times b [K, N] of FP32, which becomes CODE: over FP8 each value's code and what it leaves over, side by side."""
+    """a [M, K] times FP32 b [K, N], converted to CODE; for FP8, each value's code and the code of its residual are adjacent
+    columns.
+    """
     if CODE.primitive_bitwidth == 8:
         high = b.to(CODE).to(tl.float32)
-        # Rounded after the reshape, though it is done twice: the compiler turns a reshape just before a product into a layout
-        # of shared memory, which on sm_90 it either rejects or gets wrong (seen in Triton 3.6).
+        # Rounded after the reshape, although this rounds `high` twice: the compiler turns a reshape right before a product into
+        # a layout of shared memory, which on sm_90 it either rejects or gets wrong (seen in Triton 3.6).
         both = tl.reshape(tl.join(high, (b - high) * 16.0), (K, 2 * N)).to(CODE)
-        high_y, low_y = tl.split(tl.reshape(tl.dot(a, both), (M, N, 2)))  # neighbouring columns are one thread's
+        high_y, low_y = tl.split(tl.reshape(tl.dot(a, both), (M, N, 2)))  # adjacent columns are held by one thread
         return high_y + low_y * 0.0625
     return tl.dot(a, b.to(CODE), input_precision="ieee")
 
@@ -76,7 +78,7 @@ def _decode_attention(
     head = kv_head * GROUP + row
     release(PDL)
     wait(PDL)
-    length = tl.load(seq_lens + request)  # 0: the row pads a graph; there is no tile to read then
+    length = tl.load(seq_lens + request)  # 0 for a row that pads a graph: no tiles are read
     k_by, v_by = 1.0, 1.0
     if FP8:
         if not PER_HEAD:
@@ -90,7 +92,7 @@ def _decode_attention(
     if NEW:
         token = request.to(tl.int64)
         angles = cos_sin + tl.load(rotary_rows + request) * R
-        query = turned(q + token * q_stride + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
+        query = norm_rotate(q + token * q_stride + (head * D)[None, :], q_ok, q_norm, eps, angles, d, D, R, NORM)
         if (end > begin) & (end == tl.cdiv(length, TILE)):
             ok = (d < D)[:, None] & (tl.arange(0, 1) == 0)[None, :]
             slot = tl.load(slots + request).to(tl.int64)
@@ -99,17 +101,17 @@ def _decode_attention(
             place = block * scale_block_stride + offset * scale_token_stride + kv_head
             source = token * kv_stride + kv_head * D + tl.arange(0, 1)[None, :]
             at = base + offset * k_token_stride + kv_head * D + d[:, None]
-            key = turned(new_k + source, ok, k_norm, eps, angles, d, D, R, NORM)
+            key = norm_rotate(new_k + source, ok, k_norm, eps, angles, d, D, R, NORM)
             write_new(key, ok, k, at, k_by, k_scales + place, PER_HEAD, KV_LIMIT, FLOOR)
             at = base + offset * v_token_stride + kv_head * v_head_stride + d[:, None] * v_dim_stride
             value = tl.load(new_v + source + d[:, None], mask=ok, other=0.0).to(tl.float32)
             write_new(value, ok, v, at, v_by, v_scales + place, PER_HEAD, KV_LIMIT, FLOOR)
-        tl.debug_barrier()  # what was written is read below, by other threads
+        tl.debug_barrier()  # the new key and value are read below by other threads
     else:
         query = tl.load(q + q_at, mask=q_ok, other=0.0).to(tl.float32)
     factor = tl.full((ROWS,), 1.0, tl.float32) * (qk_scale * k_by)
     if FP8:
-        q_scale = tl.maximum(tl.max(tl.abs(query), 0) / (LIMIT * 0.5), 1e-12)  # room for 16 times what a code leaves
+        q_scale = tl.maximum(tl.max(tl.abs(query), 0) / (LIMIT * 0.5), 1e-12)  # headroom for 16 times the residual
         factor *= q_scale
         query = query / q_scale[None, :]
     acc = tl.zeros((DP, ROWS), tl.float32)
@@ -119,12 +121,12 @@ def _decode_attention(
     for tile in tl.range(begin, end, num_stages=STAGES):
         at = tile * TILE + tl.arange(0, TILE)
         index = at // BLOCK_SIZE
-        # No mask over tokens: what lies past the context is another's, or the scratch block, and finite; its weight is 0.
+        # No mask over tokens: memory past the context is another request's or the scratch block, and finite; its weight is 0.
         block = tl.load(tables + request.to(tl.int64) * table_width + index, mask=index < table_width, other=0).to(tl.int64)
         base, offset = block * block_stride, at % BLOCK_SIZE
         k_at = (base + offset * k_token_stride + kv_head * D)[:, None] + d[None, :]
         v_slot = base + offset * v_token_stride + kv_head * v_head_stride
-        if FP8:  # the values of a block's tokens are adjacent
+        if FP8:  # a block's tokens are contiguous in the values
             v_slot = tl.max_contiguous(tl.multiple_of(v_slot, run), run)
         v_at = v_slot[None, :] + d[:, None] * v_dim_stride
         if DP == D:
@@ -144,7 +146,7 @@ def _decode_attention(
         total = total * shrink[None, :] + p
         peak = higher
         gain = 1.0
-        if PER_HEAD:  # the largest scale of the tile stays outside, so that p keeps its codes' range
+        if PER_HEAD:  # the tile's largest scale is factored out, so that p keeps the codes' range
             by_token = tl.where(seen, tl.load(v_scales + place), 0.0)
             gain = tl.maximum(tl.max(by_token, 0), 1e-30)
             p *= (by_token / gain)[:, None]
@@ -153,27 +155,27 @@ def _decode_attention(
         else:
             acc = acc * shrink[None, :] + _product(values, p, DP, TILE, ROWS, CODE)
     sum_of_p = tl.sum(total, 0)
-    if SPLIT:  # the last program of a head to finish puts the parts together, in their order whoever that is
+    if SPLIT:  # the last CTA of a head to finish merges the parts, in a fixed order
         one = (request * tl.num_programs(0) + kv_head) * splits
         place = d[:, None] * ROWS + row[None, :]
         tl.store(parts + (one + split) * DP * ROWS + place, acc)
         tl.store(sums + (one + split) * 2 * ROWS + row, peak)
         tl.store(sums + (one + split) * 2 * ROWS + ROWS + row, sum_of_p)
-        tl.debug_barrier()  # all of the program's parts are written before it counts itself
+        tl.debug_barrier()  # all threads' partial sums are written before the CTA counts itself
         counter = counters + request * tl.num_programs(0) + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") != splits - 1:
             return
-        tl.store(counter, 0)  # for the next launch
+        tl.store(counter, 0)  # reset for the next launch
         acc = tl.zeros((DP, ROWS), tl.float32)
         peak = tl.full((ROWS,), -1e30, tl.float32)
         sum_of_p = tl.zeros((ROWS,), tl.float32)
         for part in range(splits):
-            theirs = tl.load(sums + (one + part) * 2 * ROWS + row, cache_modifier=".cg")
-            weighed = tl.load(sums + (one + part) * 2 * ROWS + ROWS + row, cache_modifier=".cg")
-            higher = tl.maximum(peak, theirs)
-            mine, its = tl.exp2(peak - higher), tl.exp2(theirs - higher)
-            sum_of_p = sum_of_p * mine + weighed * its
-            acc = acc * mine[None, :] + tl.load(parts + (one + part) * DP * ROWS + place, cache_modifier=".cg") * its[None, :]
+            part_peak = tl.load(sums + (one + part) * 2 * ROWS + row, cache_modifier=".cg")
+            part_sum = tl.load(sums + (one + part) * 2 * ROWS + ROWS + row, cache_modifier=".cg")
+            higher = tl.maximum(peak, part_peak)
+            old, new = tl.exp2(peak - higher), tl.exp2(part_peak - higher)
+            sum_of_p = sum_of_p * old + part_sum * new
+            acc = acc * old[None, :] + tl.load(parts + (one + part) * DP * ROWS + place, cache_modifier=".cg") * new[None, :]
             peak = higher
     sum_of_p = tl.where(length > 0, sum_of_p, 1.0)
     tl.store(out + q_at, (acc * (v_by / sum_of_p)[None, :]).to(out.dtype.element_ty), mask=q_ok)
@@ -182,39 +184,39 @@ def _decode_attention(
 _counters: dict[torch.device, Tensor] = {}
 
 
-def _workspace(device: torch.device, programs: int, rows: int, dp: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over parts of a context, their peaks and totals, and zeroed counters, which every launch leaves at zero."""
+def _workspace(device: torch.device, ctas: int, rows: int, dp: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split-KV workspace: partial sums, their maxima and totals, and zeroed counters, which every launch resets to zero."""
     if device not in _counters:
         _counters[device] = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-    assert programs <= 2 * MOST_COUNTERS, "a context is split where there are few programs"
-    parts = torch.empty(programs * rows * dp, dtype=torch.float32, device=device)
-    return parts, torch.empty(programs * rows * 2, dtype=torch.float32, device=device), _counters[device]
+    assert ctas <= 2 * MOST_COUNTERS, "a context is split only if there are few CTAs"
+    parts = torch.empty(ctas * rows * dp, dtype=torch.float32, device=device)
+    return parts, torch.empty(ctas * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
-SHARING = {128: 3, 64: 4}  # programs of such a tile that a multiprocessor runs at a time
+SHARING = {128: 3, 64: 4}  # CTAs resident per SM, by tile size
 
 
 def _tile(requests: int, kv_heads: int) -> int:
-    """Tokens of the context at a time: 64 where so many programs are just there at once, or waves of them without end."""
-    programs, units = requests * kv_heads, device_units()
+    """Context tokens per tile: 64 where that many CTAs are just resident at once, or where there are many waves of them."""
+    ctas, units = requests * kv_heads, device_units()
     large, small = SHARING[128] * units, SHARING[64] * units
-    return 128 if programs <= large or small < programs <= 2 * small else 64
+    return 128 if ctas <= large or small < ctas <= 2 * small else 64
 
 
 def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
-    """Parts of a context, so that all programs are there at once and none has less than a tile or two."""
+    """Number of splits of a context, so that all CTAs are resident at once and none has less than about two tiles."""
     wanted = max(1, SHARING[tile] * device_units() // (requests * kv_heads))
     return min(wanted, 64, -(-longest // (2 * tile)))
 
 
 def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
-    """The parts, with either tile."""
+    """The numbers of splits for both tile sizes, which determine the launch."""
     few, more = (splits_for(requests, kv_heads, longest, tile) for tile in SHARING)
     return few << 8 | more
 
 
 class New(NamedTuple):
-    """What a step's tokens bring: keys and values [T, H', D] that the cache has not yet; how heads are normed and turned."""
+    """A step's new tokens: keys and values [T, H', D] not yet in the cache, the rotary embedding and norms, and the slots."""
 
     k: Tensor
     v: Tensor
@@ -226,9 +228,10 @@ def decode_attention(
     q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, longest: int, scale: float,
     window: int | None, config: dict[str, int] | None = None, new: New | None = None,
 ) -> None:  # fmt: skip
-    """Rows [0, requests) of q and out [T, H, D]: the first `requests` requests of the batch, which have one token each.
+    """Compute rows [0, requests) of q and out [T, H, D]: the batch's first `requests` requests, which have one token each.
 
-    With `new`, q is not turned yet. The row of a request without a context becomes zeros."""
+    With `new`, q is not rotated yet. The row of a request without a context becomes zeros.
+    """
     heads, dim = q.shape[1:]
     views = cache.views
     k, v = views["k"], views["v"]
@@ -236,7 +239,7 @@ def decode_attention(
     fp8 = k.dtype in FP8_MAX
     scales = views.get("k_scale")
     dp = power_of_2(dim, 32)
-    large = 4 * 128 * dp * k.element_size() > shared_memory() // 2  # two stages of keys and values, two programs
+    large = 4 * 128 * dp * k.element_size() > shared_memory() // 2  # two stages of keys and values, two CTAs per SM
     c = {"TILE": 64 if large else _tile(requests, kv_heads), "warps": 4, "stages": 2} | (config or {})
     splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
     rows = power_of_2(group, 8 if fp8 else 16)

@@ -1,7 +1,7 @@
-"""RMSNorm, SiLU·mul and quantization of activations: one program a token, FP8 codes written in the same pass.
+"""RMSNorm, SiLU·mul and quantization of activations: one CTA a token, with FP8 codes written in the same pass.
 
-The scale of a token is amax / limit and its codes are round(x / scale), as `reference.quantize_activation` has it. Values are
-rounded to x's dtype where the reference rounds them, so that the codes are the reference's.
+The scale of a token is amax / limit and its codes are round(x / scale), as in `reference.quantize_activation`. Values are
+rounded to x's dtype where the reference rounds them, so that the codes are equal to the reference's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["made_for", "quantize", "rms_norm", "silu_mul"]
 
 @triton.jit
 def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """One token's codes and scale; columns that pad K are zero."""
+    """Quantize and store one token; columns that pad K are zero."""
     s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
     tl.store(scale + row, s)
     tl.store(codes + row * width + cols, to_fp8(y * (1.0 / s), LIMIT, codes.dtype.element_ty), mask=cols < width)
@@ -107,8 +107,11 @@ def _warps(block: int) -> int:
 
 
 def made_for(readers: Sequence[Reader], dtype: torch.dtype) -> tuple[bool, CodeFormat | None]:
-    """Whether dense values are made for the readers of results in `dtype`, and which codes. Those with a scale a group are
-    made by who reads them. Of an FP32 model the products would come out in BF16: its values stay values."""
+    """(whether to write dense values, the code format to write) for readers of results in `dtype`.
+
+    Readers with a scale per group quantize for themselves. In an FP32 model, products of codes would come out in BF16, so no
+    codes are written.
+    """
     dense, form = wanted(readers)
     if form is None or form.granularity is not Granularity.ROW or dtype is not torch.bfloat16:
         return True, None
@@ -116,14 +119,14 @@ def made_for(readers: Sequence[Reader], dtype: torch.dtype) -> tuple[bool, CodeF
 
 
 class _Outputs:
-    """What a kernel writes for the readers of results [rows, size] like `like`."""
+    """Output tensors for the readers of results [rows, size] with the dtype and device of `like`."""
 
     def __init__(self, readers: Sequence[Reader], rows: int, size: int, like: Tensor):
         dense, form = made_for(readers, like.dtype)
         self.dense = torch.empty(rows, size, dtype=like.dtype, device=like.device) if dense else None
         self.quantized = None if form is None else _codes(rows, form.dtype, form.width, like.device)
         self.block = power_of_2(max(size, form.width if form is not None else size))
-        out, scale = (self.dense, like) if self.quantized is None else self.quantized  # `like`, since a pointer must be there
+        out, scale = (self.dense, like) if self.quantized is None else self.quantized  # `like` is a dummy pointer
         both = dense and form is not None
         self.pointers = out, scale, self.dense if both else None
         self.options = {
@@ -170,7 +173,7 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
 
 
 def quantize(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
-    """Codes [M, width] and scales [M, 1] of x [M, K], a scale a token."""
+    """Quantize x [M, K]: codes [M, width] and scales [M, 1], one per token."""
     rows, size = x.shape
     codes, scale = made = _codes(rows, fp8, width, x.device)
     if rows:

@@ -1,8 +1,8 @@
-"""Attention of long prompts over keys and values that are made of MLA's latents: flash attention with 192 and 128 dimensions.
+"""MLA prefill over keys and values expanded from latents: flash attention with 192-dimensional keys and 128-dimensional values.
 
-The contexts of several requests, or a part of a long one, are laid out as dense latents; the library multiplies them by what
-makes keys and values of them; queries are rotated as they are loaded. What is made at a time is bounded, by tokens and, where
-sums of many queries are kept between the parts of a context, by heads too.
+The contexts of several requests, or a part of a long one, are staged as dense latents. The library's GEMM expands them to keys
+and values. Queries are rotated as they are loaded. The expansion at a time is bounded in tokens and, where accumulators of many
+queries are kept between the parts of a context, also in heads.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["expanded_attention"]
 
-ALIGN = 128  # each context's layout begins at a multiple of this
-MADE = 256 << 20  # bytes of keys and values at a time
-KEPT = 128 << 20  # bytes of FP32 sums of queries whose context comes in parts
+ALIGN = 128  # staged contexts are aligned to this many tokens
+EXPANDED_BYTES = 256 << 20  # bytes of expanded keys and values at a time
+SUMS_BYTES = 128 << 20  # bytes of FP32 accumulators of queries whose context is processed in parts
 
 
 @triton.jit
@@ -36,7 +36,9 @@ def _lay_out(
     LATENT_STRIDES: tl.constexpr, ROPE_STRIDES: tl.constexpr, SCALE_STRIDES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Latents to [length, RANK] and rotated parts to [length, D], codes as values; behind a context's end what is finite."""
+    """Stage latents as [length, RANK] and rope keys as [length, D], dequantized. Behind a context's end the data is finite but
+    undefined.
+    """
     chunk = chunks + tl.program_id(0) * 3
     request, start, target = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -61,30 +63,30 @@ def _lay_out(
 
 @triton.jit
 def _attend_tiles(
-    acc, total, peak, query, turned, k, rope, v, first, last, seen_to, qk_scale,
+    acc, total, peak, query, q_rope, k, rope, v, first, last, seen_to, qk_scale,
     N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BN: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles [first, last) of keys; seen_to: how many each row may see."""
+    """Online softmax over the key tiles [first, last); seen_to: number of keys that each row may see."""
     d, r, e, n = tl.arange(0, NP), tl.arange(0, DP), tl.arange(0, VP), tl.arange(0, BN)
     for tile in tl.range(first, last, num_stages=STAGES):
         at = (tile * BN + n).to(tl.int64)
         if NP == N and DP == D and VP == V:
-            key, rotated = tl.load(k + at[:, None] * N + d[None, :]), tl.load(rope + at[:, None] * D + r[None, :])
+            key, k_rope = tl.load(k + at[:, None] * N + d[None, :]), tl.load(rope + at[:, None] * D + r[None, :])
             value = tl.load(v + at[:, None] * V + e[None, :])
         else:
             key = tl.load(k + at[:, None] * N + d[None, :], mask=(d < N)[None, :], other=0.0)
-            rotated = tl.load(rope + at[:, None] * D + r[None, :], mask=(r < D)[None, :], other=0.0)
+            k_rope = tl.load(rope + at[:, None] * D + r[None, :], mask=(r < D)[None, :], other=0.0)
             value = tl.load(v + at[:, None] * V + e[None, :], mask=(e < V)[None, :], other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
-        score = tl.dot(turned, tl.trans(rotated), score, input_precision="ieee") * qk_scale
+        score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee") * qk_scale
         if MASKED:
             seen = at[None, :] < seen_to[:, None]
             score = tl.where(seen, score, -1e30)
         higher = tl.maximum(peak, tl.max(score, 1))
         p = tl.exp2(score - higher[:, None])
         if MASKED:
-            p = tl.where(seen, p, 0.0)  # of a row that sees nothing of this part
+            p = tl.where(seen, p, 0.0)  # a row may see nothing of this part
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 1)
         peak = higher
@@ -98,8 +100,11 @@ def _expanded_attention(
     HEADS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr,
     VP: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """k [heads, length, N] and v [heads, length, V] of some heads from first_head on, rope [length, D]. sums: FP32
-    [rows, heads, V + 2], what a row's earlier parts came to, their peak and total, for tiles whose context comes in parts."""
+    """k [heads, length, N] and v [heads, length, V] are of the heads from first_head on; rope [length, D].
+
+    sums: FP32 [rows, heads, V + 2], the accumulator, maximum and total over a row's earlier parts, for contexts processed in
+    parts.
+    """
     tile = tiles + tl.program_id(0) * 8
     row, count, start, at = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     keys, kept, begun, ends = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
@@ -121,7 +126,7 @@ def _expanded_attention(
     angles = cos_sin + tl.load(rotary_rows + row + m, mask=m < count, other=0)[:, None] * D + angle[None, :]
     cos = tl.load(angles, mask=inside, other=1.0)
     sin = tl.load(angles + half, mask=inside, other=0.0)
-    turned = (x * cos + tl.where(negative[None, :], -y, y) * sin).to(query.dtype)
+    q_rope = (x * cos + tl.where(negative[None, :], -y, y) * sin).to(query.dtype)
 
     acc = tl.zeros((BM, VP), tl.float32)
     peak = tl.full((BM,), -1e30, tl.float32)
@@ -138,10 +143,10 @@ def _expanded_attention(
     whole = tl.minimum((start + 1) // BN, keys // BN)
     whole = tl.maximum(whole, 0)
     acc, total, peak = _attend_tiles(
-        acc, total, peak, query, turned, k, rope, v, 0, whole, seen_to, qk_scale, N, NP, D, DP, V, VP, BN, False, STAGES
+        acc, total, peak, query, q_rope, k, rope, v, 0, whole, seen_to, qk_scale, N, NP, D, DP, V, VP, BN, False, STAGES
     )
     acc, total, peak = _attend_tiles(
-        acc, total, peak, query, turned, k, rope, v, whole, last, seen_to, qk_scale, N, NP, D, DP, V, VP, BN, True, STAGES
+        acc, total, peak, query, q_rope, k, rope, v, whole, last, seen_to, qk_scale, N, NP, D, DP, V, VP, BN, True, STAGES
     )
     release(PDL)
     if ends:
@@ -156,9 +161,12 @@ def _expanded_attention(
 
 @dataclass
 class _Part:
-    """What is made at a time: int32 tables of what is laid out, [n, 3]: request, first place, where to; and of tiles of queries
-    [n, 8]: first row in q, rows, the first one's place among the keys, where those begin, how many they are, first row of the
-    sums, whether there are such already, and whether the context ends here."""
+    """The work of one expansion, as int32 tables.
+
+    chunks [n, 3]: request, first position, staged position. tiles of queries [n, 8]: first row in q, rows, position of the
+    first row among the keys, start of the keys, number of keys, first row of the accumulators, whether accumulators exist
+    already, and whether this part ends the context.
+    """
 
     chunks: Tensor
     tiles: Tensor
@@ -172,7 +180,7 @@ class _PartsKey(Key[list[_Part]]):
 
 
 def _parts(batch: ForwardBatch, most: int, bm: int) -> list[_Part]:
-    """The batch's contexts in parts of `most` tokens; a request whose context is longer has parts of its own."""
+    """The batch's contexts in parts of `most` tokens; a longer context is split into parts of its own."""
 
     def make() -> list[_Part]:
         device = batch.seq_lens.device
@@ -210,13 +218,13 @@ def _plan(query_lens: list[int], context_lens: list[int], most: int, bm: int) ->
         yield chunks, sorted(tiles, key=lambda t: -t[2]), length
 
 
-# Queries and keys of a tile, warps, stages of the pipeline: the fastest first.
+# (queries and keys of a tile, warps, pipeline stages), fastest first.
 _DEEP = (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)
 _SHALLOW = (128, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)
 
 
 def _tiles(width: int, item: int) -> dict[str, int]:
-    """The first tiles that fit into a multiprocessor's memory, of keys and values that are `width` wide together."""
+    """The first tile sizes that fit into shared memory; `width` is the width of a key plus that of a value."""
     tried = _SHALLOW if pipeline(3) < 3 else _DEEP
     tried = tried[-1:] if item > 2 else tried
     fits = (t for t in tried if width * item * (t[0] + t[1] * t[3]) <= shared_memory())
@@ -237,9 +245,9 @@ def expanded_attention(
     sizes = dict(NP=power_of_2(nope, 16), DP=power_of_2(rope, 16), VP=power_of_2(v_dim, 16))
     c = _tiles(sum(sizes.values()), dtype.itemsize) | (config or {})
     at_a_time = heads
-    while at_a_time % 2 == 0 and max(batch.query_lens) * at_a_time * (v_dim + 2) * 4 > KEPT:
+    while at_a_time % 2 == 0 and max(batch.query_lens) * at_a_time * (v_dim + 2) * 4 > SUMS_BYTES:
         at_a_time //= 2
-    most = c.get("most") or max(ALIGN, MADE // (at_a_time * (nope + v_dim) * dtype.itemsize) // ALIGN * ALIGN)
+    most = c.get("most") or max(ALIGN, EXPANDED_BYTES // (at_a_time * (nope + v_dim) * dtype.itemsize) // ALIGN * ALIGN)
     parts = _parts(batch, most, c["BM"])
     kept = any(context > most for context in batch.context_lens)
     sums = torch.empty(max(batch.query_lens) * at_a_time * (v_dim + 2) if kept else 1, dtype=torch.float32, device=device)

@@ -1,8 +1,8 @@
-"""Products by a stack of experts' weights, of rows sorted by expert: a program multiplies a tile of one expert's rows.
+"""Grouped GEMM over a stack of experts' weights, for rows sorted by expert: a CTA computes a tile of one expert's rows.
 
-The host does not know how many rows an expert has, so there are as many programs as there can be tiles, and those without one
-return. The weight's rows take the matrix unit's tall side, as in `linear`: with few tokens an expert has a handful of rows,
-and reading the weights of the experts in use is all the time there is.
+The host does not know the number of rows per expert, so the grid has as many CTAs as tiles can exist, and CTAs without a tile
+return. The weight's rows are the M side of the tensor core's tile, as in `linear`: with few tokens an expert has a handful of
+rows, and the product is bound by reading the weights of the experts in use.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from octavo.quant.scheme import BLOCK
 
 __all__ = ["grouped_linear"]
 
-PROMOTE = 128  # products summed in the matrix unit, which keeps about 14 bits, before FP32 takes over
-NO_SCALES, ROWS, TILES = 0, 1, 2  # a weight's: none, one a channel (and one a row of x), one a 128x128 tile (and 1x128 group)
-TABLE_SLOTS = 64  # of a program that finds tiles for all
+PROMOTE = 128  # products accumulated in the tensor core, which keeps about 14 bits, before they are added in FP32
+NO_SCALES, ROWS, TILES = 0, 1, 2  # scales: none; one per channel and row of x; one per 128x128 tile and 1x128 group of x
+TABLE_SLOTS = 64  # slots per CTA of _find_tiles
 
 
 @triton.jit
 def _find_tile(starts, slot, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
-    """(expert, its tile) of each of slot [S, 1], which number the tiles of all experts' rows; behind the last: EXPERTS."""
+    """(expert, tile within the expert) of each slot [S, 1]; slots number the tiles of all experts. EXPERTS after the last."""
     e = tl.arange(0, EXPERTS)
     first = tl.load(starts + e, mask=e < experts, other=0)
     stop = tl.load(starts + e + 1, mask=e < experts, other=0)
@@ -36,7 +36,7 @@ def _find_tile(starts, slot, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots"])
 def _find_tiles(starts, table, slots, experts, SLOTS: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr):
-    """table [2, slots]: the expert and its tile of each slot."""
+    """Precompute the tile lookup: table [2, slots] holds each slot's expert and tile."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     release(PDL)
     wait(PDL)
@@ -88,7 +88,7 @@ def _grouped_linear(
             if SCALE_ROWS == 1:
                 by_channel = tl.load(w_scale + (expert.to(tl.int64) * n + channel) * groups + step, mask=channel_ok, other=0.0)
                 acc += tl.dot(a, tl.trans(b)) * (by_channel[:, None] * by_group[None, :])
-            else:  # a program's channels lie in one tile
+            else:  # a CTA's channels lie in one scale tile
                 of_tile = expert * tl.cdiv(n, SCALE_ROWS) + tl.program_id(0) * BN // SCALE_ROWS
                 acc += tl.dot(a, tl.trans(b)) * (tl.load(w_scale + of_tile * groups + step) * by_group)[None, :]
         else:
@@ -101,9 +101,10 @@ def _grouped_linear(
 
 
 def _shape(rows: float, itemsize: int, blocks: bool) -> dict[str, int]:
-    """Tile and pipeline where an expert has `rows` on average, as measured on an H200 over Qwen3-30B-A3B's layers.
+    """Tile sizes and pipeline stages for `rows` per expert on average, measured on an H200 over Qwen3-30B-A3B's layers.
 
-    Many rows of FP8 are summed in the tensor core, as the dense product's are; a sum that is scaled by tile would spill there.
+    Many rows of FP8 are accumulated in the tensor core alone, as in the dense product; per-tile scaling would spill registers
+    there.
     """
     bm = 16 if rows <= 8 else 32 if rows <= 20 else 64 if rows <= 80 or blocks else 128
     bk = BLOCK if blocks else max(32, 128 // itemsize)
@@ -119,11 +120,11 @@ def grouped_linear(
     x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, n: int, at: Dispatch, *, of_tokens: bool,
     by_tile: bool = False, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """[P, n] in sorted order, of codes x [T or P, K'] and w [E, N', K'] in FP8, or of values in a model's dtype.
+    """Grouped GEMM: [P, n] in sorted order for x [T or P, K'] and w [E, N', K'], FP8 codes or values in a model's dtype.
 
-    FP32 scales of codes: x's [rows, 1] and w's [E, n, 1]; or `by_tile`, x's of groups of 128, [rows, groups], and w's of
-    tiles, [E, ceil(n / 128), groups], or a row of these a channel, [E, n, groups]. The result of codes is BF16, else in x's
-    dtype. `config` overrides what `_shape` says.
+    FP32 scales of codes: x's [rows, 1] and w's [E, n, 1]; or with `by_tile` x's per group of 128, [rows, groups], and w's per
+    tile, [E, ceil(n / 128), groups], or per channel and group, [E, n, groups]. The result of codes is BF16, otherwise it has
+    x's dtype. config: overrides `_shape`.
     """
     experts, height, width = w.shape
     pairs, x = len(at.order), x.contiguous()
@@ -131,7 +132,7 @@ def grouped_linear(
     if not pairs:
         return out
     c = _shape(pairs / experts, x.dtype.itemsize, by_tile) | (config or {})
-    slots = min(pairs, pairs // c["BM"] + experts)  # tiles that there can be
+    slots = min(pairs, pairs // c["BM"] + experts)  # upper bound of the number of tiles
     table = _table(at, slots, experts, c["BM"]) if c["table"] else None
     copied = c["tma"] and width * w.dtype.itemsize % 16 == 0
     channels = by_tile and w_scale is not None and w_scale.shape[1] == n and n > 1

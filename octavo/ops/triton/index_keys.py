@@ -1,7 +1,8 @@
-"""The indexer's keys and queries as they are scored: normed (keys), rotated, and in codes after a Hadamard transform.
+"""The indexer's keys and queries in the form in which they are scored: normed (keys), rotated, and for codes
+Hadamard-transformed and quantized.
 
-A program makes tiles of rows, a row being a key or one head's query. The transform is a product by a matrix of signs in BF16,
-on which every product is exact: a row in FP32 is the sum of three rows in BF16.
+A CTA computes tiles of rows; a row is a key or one head's query. The transform is a product by a matrix of signs in BF16. It is
+exact: an FP32 row is split into a sum of three BF16 rows.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["scored_queries", "write_index_keys"]
 
-ROWS = 64  # of a tile
-SHARING = 4  # programs that a multiprocessor runs at a time
-PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # BF16 numbers whose sum is exact
+ROWS = 64  # rows of a tile
+SHARING = 4  # CTAs resident per SM
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # BF16 values whose sum is exact
 
 
 @triton.jit
 def _signs(D: tl.constexpr):
-    """Sylvester's Hadamard matrix [D, D], entries ± 1, BF16: the parity of the ones that the two indices share."""
+    """Sylvester's Hadamard matrix [D, D], entries ± 1, BF16: the sign is the parity of the bits set in both indices."""
     both = tl.arange(0, D)[:, None] & tl.arange(0, D)[None, :]
     both ^= both >> 8
     both ^= both >> 4
@@ -40,7 +41,7 @@ def _signs(D: tl.constexpr):
 
 @triton.jit
 def _transformed(x, signs, D: tl.constexpr, PARTS: tl.constexpr):
-    """x [rows, D] FP32 by the orthogonal Hadamard matrix."""
+    """x [rows, D] FP32 times the orthogonal Hadamard matrix."""
     left = x
     part = left.to(tl.bfloat16)
     acc = tl.dot(part, signs)
@@ -59,8 +60,9 @@ def _as_scored(
     BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """KEYS: rows are tokens, stored at their slots. Else queries of HEADS heads a token, stored row by row, and their heads'
-    weights, times the codes' scales. CODES: out is FP8, and has a scale a row."""
+    """KEYS: rows are tokens, stored at their slots. Otherwise rows are queries of HEADS heads per token, stored contiguously,
+    with their head weights times the codes' scales. CODES: out is FP8 with one scale per row.
+    """
     d = tl.arange(0, D)[None, :]
     other = partner(d, R, INTERLEAVED)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -83,11 +85,11 @@ def _as_scored(
             factor = tl.rsqrt(tl.sum((a - mean) * (a - mean), 1) / D + eps)[:, None]
             a = round_to((a - mean) * factor * by_gain + by_bias, dtype)
             b = round_to((b - mean) * factor * by_other + other_bias, dtype)
-        if HEADS % ROWS == 0:  # the tile's rows are of one token
-            turn = (cos_sin + tl.load(rotary_rows + tile * ROWS // HEADS) * R)[None, None]
+        if HEADS % ROWS == 0:  # all rows of the tile are of one token
+            row_cos_sin = (cos_sin + tl.load(rotary_rows + tile * ROWS // HEADS) * R)[None, None]
         else:
-            turn = (cos_sin + tl.load(rotary_rows + token, mask=ok, other=0) * R)[:, None]
-        y = round_to(rotated(a, b, d, turn, R, INTERLEAVED), dtype)
+            row_cos_sin = (cos_sin + tl.load(rotary_rows + token, mask=ok, other=0) * R)[:, None]
+        y = round_to(rotated(a, b, d, row_cos_sin, R, INTERLEAVED), dtype)
         if KEYS:
             y = finite(y)
             slot = tl.load(slots + token, mask=ok, other=0).to(tl.int64)
@@ -135,7 +137,7 @@ def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCach
 
 
 def scored_queries(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache) -> tuple[Tensor, Tensor]:
-    """Queries [T, H, D] as `select_keys` has them, in the keys' dtype, and FP32 [T, H], heads' weights times their scales."""
+    """(queries [T, H, D] in the dtype of the stored keys, head weights times the queries' scales, FP32 [T, H])."""
     tokens, heads, dim = q.shape
     if q.stride(2) != 1:
         q = q.contiguous()

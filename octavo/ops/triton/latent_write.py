@@ -1,7 +1,7 @@
-"""What lies between MLA's projections and its attention: latents into the paged cache, queries that meet latents.
+"""Between MLA's projections and its attention: latents are written to the paged cache, and queries are absorbed.
 
-A program writes one token: the norm of its latent, the rotation of its key's rope part, and their codes or values. Products
-head by head are the library's, which takes operands and results with any stride between their rows.
+A CTA writes one token: the norm of its latent, the rotation of its rope key, and their codes or values. Per-head products are
+the library's batched GEMM, which takes operands and results with any row stride.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["absorbed_queries", "finite", "head_linear", "partner", "power_of_two", "rotated", "write_latent"]
 
-HEADS = 16  # of a program that rotates queries
+HEADS = 16  # heads of a CTA that rotates queries
 
 
 @triton.jit
@@ -29,14 +29,14 @@ def finite(x):
 
 @triton.jit
 def power_of_two(most, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """The least power of two that brings a largest magnitude of `most`, taken to be FLOOR at least, to LIMIT or below."""
+    """The smallest power of two that brings the amax `most` (at least FLOOR) to LIMIT or below."""
     bits = tl.div_rn(tl.maximum(most, FLOOR, propagate_nan=tl.PropagateNan.ALL), LIMIT).to(tl.int32, bitcast=True)
     return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def partner(d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The dimension that d is rotated with; behind R itself."""
+    """The dimension that d is paired with in the rotation; d itself behind R."""
     half: tl.constexpr = R // 2
     if INTERLEAVED:
         other = d ^ 1
@@ -47,7 +47,7 @@ def partner(d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def rotated(x, y, d, cos_sin, R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """FP32 x at dimensions d, rotated with y at their partners, by the rows that begin at `cos_sin`; behind R x itself."""
+    """FP32 x at dimensions d, rotated with y at their partners, by the cos_sin row at `cos_sin`; x itself behind R."""
     half: tl.constexpr = R // 2
     if INTERLEAVED:
         angle, first = d // 2, d % 2 == 0
@@ -116,7 +116,7 @@ def _rotate_queries(
     q, out, cos_sin, rotary_rows, heads, q_token, q_head, out_token, out_head,
     HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The parts of queries that are rotated, from q to out: both begin at the first of them."""
+    """Rotate the rope part of queries, from q to out; both pointers begin at the rope part."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     d = tl.arange(0, RP)[None, :]
@@ -139,10 +139,10 @@ def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
     if q.stride(2) != 1:
         q = q.contiguous()
     _product(q[..., :nope], up_k, out[..., :rank])
-    per_program = min(HEADS, power_of_2(heads))
-    launch(_rotate_queries, (tokens, triton.cdiv(heads, per_program)),
+    per_cta = min(HEADS, power_of_2(heads))
+    launch(_rotate_queries, (tokens, triton.cdiv(heads, per_cta)),
         q[..., nope:], out[..., rank:], rotation.cos_sin, rotation.rows, heads, *q.stride()[:2], *out.stride()[:2],
-        HEADS=per_program, R=width, RP=power_of_2(width), INTERLEAVED=rotation.interleaved, num_warps=2,
+        HEADS=per_cta, R=width, RP=power_of_2(width), INTERLEAVED=rotation.interleaved, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -155,5 +155,5 @@ def head_linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """x [T, H, K] by w [H, K, N] into out [T, H, N]: the library takes the strides of all three, and copies none."""
+    """x [T, H, K] by w [H, K, N] into out [T, H, N]: a batched GEMM of the library on strided views, without copies."""
     torch.bmm(x.transpose(0, 1), w.to(x.dtype), out=out.transpose(0, 1))

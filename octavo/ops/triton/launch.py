@@ -1,8 +1,8 @@
-"""How kernels are launched: overlapped with the kernel before them where the chip can, and FP8 rounding that all share.
+"""Launching kernels, with programmatic dependent launch where the device has it; and the FP8 rounding that all kernels share.
 
-Programmatic dependent launch (sm_90 and newer): a kernel may start while the one before it still runs, up to the point where
-it needs that one's results. Every kernel here calls `wait` before it touches anything that another kernel writes or still
-reads, and `release` once its successor may begin to start. Weights depend on no kernel and may be read before `wait`.
+Programmatic dependent launch (sm_90 and newer): a kernel may start while its predecessor still runs, up to the point where it
+needs the predecessor's results. Every kernel here calls `wait` before it touches memory that another kernel writes or may still
+read, and `release` as soon as its successor may start. Weights depend on no kernel, so they may be read before `wait`.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ __all__ = [
     "wait",
 ]
 
-# Which device kernels are made for; until one is configured they are interpreted, as for a chip without dependent launches.
+# The device that kernels are compiled for. The default is for interpreted kernels: a device without dependent launch.
 _platform = Platform(torch.device("cpu"), "sm_89", multiprocessors=132, shared_memory=227 << 10)
-_compiled: set[Any] = set()  # within compile_ahead: what was compiled there
+_compiled: set[Any] = set()  # specializations compiled within compile_ahead
 
 
 def configure(platform: Platform) -> None:
-    """Settle which device this process's kernels are made for."""
+    """Set the device that this process's kernels are compiled for."""
     global _platform
     _platform = platform
 
 
 def pipeline(stages: int) -> int:
-    """Stages of a loop's pipeline: as many as are best where asynchronous copies are deep, fewer elsewhere."""
+    """Pipeline stages of a loop: `stages` where asynchronous copies are deep, fewer on other devices."""
     return min(stages, _platform.pipeline_depth)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Every launch of a kernel; within compile_ahead, its compilation instead."""
+    """Launch a kernel; within compile_ahead, compile it instead."""
     options |= {"PDL": True, "launch_pdl": True} if _platform.has_dependent_launch else {"PDL": False}
     if not ahead.is_on():
         kernel[grid](*args, **options)
@@ -74,14 +74,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def compile_ahead() -> Iterator[None]:
-    """The mode of `octavo.ops.ahead`. Leaving it waits for the compiler, which works on all cores."""
+    """The mode of `octavo.ops.ahead`. On exit it waits for the compilations, which use all cores."""
     _compiled.clear()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool), ahead.mode():
         yield
 
 
 def _specialized(x: Any) -> Any:
-    """What a kernel is compiled anew for, of an argument: a tensor's dtype, and what is a multiple of 16 or one."""
+    """The part of an argument that Triton specializes a kernel on: a tensor's dtype and alignment; an int's divisibility by 16
+    and whether it is 1.
+    """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16
     if isinstance(x, TensorDescriptor):
@@ -90,34 +92,37 @@ def _specialized(x: Any) -> Any:
 
 
 def device_units() -> int:
-    """Multiprocessors of the device."""
+    """Number of multiprocessors (SMs) of the device."""
     return _platform.multiprocessors
 
 
 def shared_memory() -> int:
-    """Bytes of a multiprocessor's memory that one program may have."""
+    """Bytes of shared memory available to one CTA."""
     return _platform.shared_memory
 
 
 def has_packed_arithmetic() -> bool:
-    """Whether kernels may hold instructions that compute two BF16 or four FP8 values of a register at once (PTX)."""
+    """Whether kernels may use PTX instructions on two BF16 or four FP8 values packed in a register."""
     return _platform.bounds_registers and not _platform.is_cpu
 
 
 def cache_strides(views: Views) -> tuple[int, ...]:
-    """What kernels address a cache by: strides of a block; of a key's token; of a value's token, head and dimension; of the
-    scales' block and token. A key's heads and dimensions are adjacent."""
+    """Strides by which kernels address a cache: of a block; of a key's token; of a value's token, head and dimension; of the
+    scales' block and token. A key's heads and dimensions are contiguous.
+    """
     k, v, scales = views["k"], views["v"], views.get("k_scale")
     return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
 
 
 def head_strides(cache: LayerCache) -> dict[str, int]:
-    """Whether a head's own scales of keys and of values lie beside the next one's (1), or all heads have the layer's (0)."""
+    """Stride between heads of the layer's KV scales: 1 for per-head scales, 0 for one scale per layer."""
     return {"K_STRIDE": int(cache.k_scale.numel() > 1), "V_STRIDE": int(cache.v_scale.numel() > 1)}
 
 
 def codes(cache: torch.dtype) -> dict[str, Any]:
-    """What queries and probabilities become beside a cache of that dtype, and its limit: over FP8 the codes of more bits."""
+    """The operand dtype of queries and probabilities for a cache of this dtype, and its limit. Over FP8 it is the E4M3 format,
+    which has more mantissa bits.
+    """
     if cache not in FP8_MAX:
         return {"CODE": getattr(tl, str(cache).removeprefix("torch.")), "LIMIT": 1.0}
     dtype = _platform.fp8_dtype
@@ -125,17 +130,17 @@ def codes(cache: torch.dtype) -> dict[str, Any]:
 
 
 def inline_ptx() -> bool:
-    """Whether kernels may hold instructions of NVIDIA's assembly."""
+    """Whether kernels may contain inline PTX."""
     return _platform.bounds_registers and not triton.knobs.runtime.interpret
 
 
 def registers(most: int) -> dict[str, int]:
-    """The launch option that bounds a thread's registers, so that more programs share a multiprocessor (NVIDIA's compiler)."""
+    """The launch option that limits registers per thread, so that more CTAs share an SM (NVIDIA only)."""
     return {"maxnreg": most} if _platform.bounds_registers and most < 255 else {}
 
 
 def tiled(x: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> TensorDescriptor:
-    """Contiguous x as a matrix that kernels load tile by tile: on sm_90 and newer its copy engine does."""
+    """A tensor descriptor of contiguous x as a matrix that kernels load by tiles; TMA loads them on sm_90 and newer."""
     return TensorDescriptor(x, list(shape), [shape[1], 1], list(tile))
 
 
@@ -145,21 +150,21 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """From here on the results of earlier kernels may be read, and what they read may be overwritten."""
+    """Wait for the previous kernel: after this, its results may be read and its inputs overwritten."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    """The next kernel may start as multiprocessors fall free; it still waits for this one's results."""
+    """Allow the next kernel to start on free SMs; it still waits for this kernel's results in its own `wait`."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def scale_of(most, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """The scale that gives a largest magnitude of `most` the largest code."""
+    """The scale that maps the amax `most` to the largest code."""
     return tl.maximum(tl.div_rn(most, LIMIT), FLOOR)
 
 
@@ -171,5 +176,5 @@ def to_fp8(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """FP32 x with the precision of `dtype`: where the reference stores a value, it is rounded."""
+    """FP32 x rounded to the precision of `dtype`, as the reference rounds where it stores a value."""
     return x.to(dtype).to(tl.float32)

@@ -1,8 +1,8 @@
-"""Attention of many new tokens. The context is first laid out once, head by head, from its blocks; then flash attention.
+"""Prefill attention: the context is staged once, head by head, from its blocks; then flash attention runs on it.
 
-Over an FP8 cache both products are FP8. Queries have a scale a row and head. Probabilities become codes in the very threads
-that hold them: those hold a row's sums in another order than an FP8 operand's, so the values' tokens are laid out in that
-order instead. What the FP8 unit sums over a tile of keys, with about 14 bits, is added up in FP32.
+Over an FP8 cache both products are FP8. Queries have a scale per row and head. Probabilities are quantized in the threads that
+hold them: the accumulator's register layout differs from an FP8 operand's, so the values' tokens are staged in the matching
+order instead. The FP8 tensor core's sum over a tile of keys, which has about 14 bits, is accumulated in FP32.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from octavo.platform import FP8_MAX
 
 __all__ = ["prefill_attention"]
 
-ALIGN = 128  # the staged contexts begin at multiples of this
+ALIGN = 128  # staged contexts are aligned to this many tokens
 
 
 @triton.jit
 def _operand_order(x, M: tl.constexpr, N: tl.constexpr):
-    """x [M, N] with each 16 columns in the order in which the threads that hold FP32 sums need them as an FP8 operand.
+    """Permute each 16 columns of x [M, N] from the accumulator's register layout to that of an FP8 operand.
 
-    In a group of four threads, thread t holds columns 2t, 2t+1, 2t+8, 2t+9 of the sums and 4t to 4t+3 of the operand (PTX ISA,
-    register fragments of wgmma). Any order is right if both factors have it.
+    In a group of four threads, thread t holds columns 2t, 2t+1, 2t+8, 2t+9 of the accumulator and 4t to 4t+3 of the operand
+    (PTX ISA, register fragments of wgmma). Any order is right if both factors have it.
     """
     return tl.reshape(tl.permute(tl.reshape(x, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, N))
 
@@ -55,7 +55,9 @@ def _stage_kv(
     D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PER_HEAD: tl.constexpr,
     BY_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Keys to [heads, length, DP], values too, or as FP8 to [heads, DP, length]; BY_DIM, a block's tokens are adjacent."""
+    """Stage keys as [heads, length, DP] and values likewise, or FP8 values as [heads, DP, length]. BY_DIM: a block's tokens are
+    contiguous.
+    """
     chunk, kv_head = tl.program_id(0), tl.program_id(1)
     request, start, target = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
     d = tl.arange(0, DP)
@@ -104,7 +106,7 @@ def _attend_tiles(
                 seen = seen & (at[None, :] > position[:, None] - window)
             score = tl.where(seen, score, -1e30)
         higher = tl.maximum(peak, tl.max(score, 1) * factor)
-        lift: tl.constexpr = 7.0 if FP8 else 0.0  # p up to 2**7: few below the least code, none over the largest
+        lift: tl.constexpr = 7.0 if FP8 else 0.0  # p up to 2**7: few values underflow, none overflows
         p = tl.exp2(score * factor[:, None] - (higher - lift)[:, None])
         if WINDOW:
             p = tl.where(seen, p, 0.0)
@@ -128,10 +130,10 @@ def _prefill_attention(
     WINDOW: tl.constexpr, CODE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, LIMIT: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """k and v: descriptors of the layouts that `_stage_kv` writes, by tiles [BN, DP], of FP8 values [DP, BN]."""
+    """k and v: tensor descriptors of the layouts that `_stage_kv` writes, in tiles [BN, DP], for FP8 values [DP, BN]."""
     which, head = tl.program_id(0), tl.program_id(1)
-    first_row, rows = tl.load(tiles + which * 4), tl.load(tiles + which * 4 + 1)  # in q, and how many
-    start, staged = tl.load(tiles + which * 4 + 2), tl.load(tiles + which * 4 + 3)  # of the first, and of its context's layout
+    first_row, rows = tl.load(tiles + which * 4), tl.load(tiles + which * 4 + 1)  # in q; number of rows
+    start, staged = tl.load(tiles + which * 4 + 2), tl.load(tiles + which * 4 + 3)  # position of the first row, of its context
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
     q_at = ((first_row + m).to(tl.int64)[:, None] * Q_HEADS + head) * D + d[None, :]
@@ -176,10 +178,10 @@ def _prefill_attention(
 
 @dataclass
 class _Plan:
-    """A step's prefills as the kernels see them: worked out once, used by every layer."""
+    """A step's prefills as tables for the kernels: computed once, used by every layer."""
 
-    chunks: Tensor  # int32 [n, 3]: request, first position, where it is staged
-    tiles: Tensor  # int32 [n, 4]: first row in q, rows, position of the first, where the context is staged; the longest first
+    chunks: Tensor  # int32 [n, 3]: request, first position, staged position
+    tiles: Tensor  # int32 [n, 4]: first row in q, rows, position of the first, start of the staged context; longest first
     length: int  # staged positions
 
 
@@ -209,18 +211,20 @@ def _make_plan(batch: ForwardBatch, first: int, stop: int, bm: int) -> _Plan:
     return _Plan(to_device(chunks, torch.int32, device), to_device(tiles, torch.int32, device), staged)
 
 
-# Queries and keys of a tile, warps, stages of the pipeline, registers of a thread: the fastest first, as measured on an H200.
+# (queries and keys of a tile, warps, pipeline stages, registers per thread), fastest first, as measured on an H200.
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 _DEEP: _Tiles = (
     (64, 128, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 2, 168), (64, 64, 8, 2, 255), (64, 64, 8, 1, 255),
     (32, 32, 4, 1, 255),
 )  # fmt: skip
-_SHALLOW: _Tiles = (128, 32, 8, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 1, 255)  # as compiled for AMD's chips: nothing spills
-SUMS = 64 * 32  # FP32 sums that the threads of a warp can hold without spilling
+_SHALLOW: _Tiles = (128, 32, 8, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 1, 255)  # no spills when compiled for AMD GPUs
+SUMS = 64 * 32  # FP32 accumulators that a warp's threads can hold without spilling
 
 
 def _tiles(dp: int, dtype: torch.dtype) -> dict[str, int]:
-    """The first tiles that fit into a multiprocessor's memory; FP32 is for small models and short of registers."""
+    """The first tile sizes that fit into shared memory. FP32, for small models, uses the smallest tile, being short of
+    registers.
+    """
 
     def fits(bm: int, bn: int, warps: int, stages: int, _: int) -> bool:
         held = dp * dtype.itemsize * (bm + 2 * stages * bn)
@@ -236,13 +240,13 @@ def prefill_attention(
     q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float, window: int | None,
     config: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """The rows of q and out [T, H, D] that belong to the requests [first, stop)."""
+    """Compute the rows of q and out [T, H, D] that belong to requests [first, stop)."""
     heads, dim = q.shape[1:]
     views = cache.views
     k, v = views["k"], views["v"]
     kv_heads, scales = k.shape[2], views.get("k_scale")
     by_dim = k.dtype in FP8_MAX
-    fp8 = by_dim and scales is None  # a scale a token and head is applied where the context is laid out, in q's dtype
+    fp8 = by_dim and scales is None  # per-token-and-head scales are applied while staging, in q's dtype
     dtype, dp = k.dtype if fp8 else q.dtype, power_of_2(dim, 32)
     c = _tiles(dp, dtype) | (config or {})
     plan = _plan(batch, first, stop, c["BM"])
@@ -253,9 +257,9 @@ def prefill_attention(
         D=dim, DP=dp, BLOCK_SIZE=k.shape[1], TILE=ALIGN, PER_HEAD=scales is not None, BY_DIM=by_dim, num_warps=8,
     )  # fmt: skip
     by_row, tile = (kv_heads * plan.length, dp), (c["BN"], dp)
-    by_dim_of_v, turned = (kv_heads * dp, plan.length), (dp, c["BN"])
+    by_dim_of_v, v_tile = (kv_heads * dp, plan.length), (dp, c["BN"])
     launch(_prefill_attention, (len(plan.tiles), heads),
-        q, tiled(k_staged, by_row, tile), tiled(v_staged, *((by_dim_of_v, turned) if fp8 else (by_row, tile))), out, plan.tiles,
+        q, tiled(k_staged, by_row, tile), tiled(v_staged, *((by_dim_of_v, v_tile) if fp8 else (by_row, tile))), out, plan.tiles,
         scale * LOG2E, cache.k_scale, cache.v_scale, plan.length,
         Q_HEADS=heads, GROUP=heads // kv_heads, D=dim, DP=dp, BM=c["BM"], BN=c["BN"], WINDOW=window or 0, **codes(dtype),
         **head_strides(cache), STAGES=c["stages"], num_warps=c["warps"], **registers(c["registers"]),

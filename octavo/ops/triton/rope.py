@@ -1,4 +1,4 @@
-"""Between the QKV product and attention, in one pass: head norms, rotary embedding, and the write into the paged cache."""
+"""Head norms, rotary embedding and the write into the paged cache, between the QKV projection and attention, in one pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import cache_strides, head_strides, launch, power_of_2, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["rope_write_kv", "turned", "write_new"]
+__all__ = ["norm_rotate", "rope_write_kv", "write_new"]
 
-TILES = ((512, 1, 4, 1), (1 << 31, 16, 2, 4))  # up to so many tokens: tokens and heads of a program, its warps
+TILES = ((512, 1, 4, 1), (1 << 31, 16, 2, 4))  # (up to this many tokens, tokens of a CTA, heads of a CTA, warps)
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _finite(x):
 
 @triton.jit
 def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
-    """x / by at the addresses `at`, as codes or as the values that they are."""
+    """Store x / by at the addresses `at`, as FP8 codes or in the cache's dtype."""
     dtype: tl.constexpr = cache.dtype.element_ty
     if dtype.primitive_bitwidth == 8:
         x = to_fp8(tl.div_rn(x, by), LIMIT, dtype)
@@ -36,7 +36,7 @@ def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
 
 @triton.jit
 def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """The scales of tokens and heads whose largest magnitudes are `most` [tokens, heads]."""
+    """Compute and store the scales of tokens and heads with amax `most` [tokens, heads]."""
     s = scale_of(most, LIMIT, FLOOR)
     tl.store(scales + at[:, None] + head[None, :], s, mask=ok[:, None])
     return s
@@ -44,7 +44,7 @@ def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.con
 
 @triton.jit
 def _head_scales(scale, head, STRIDE: tl.constexpr):
-    """The scale of all heads, or [1, heads, 1]."""
+    """The layer's scale, or per-head scales [1, heads, 1]."""
     if STRIDE:
         by = tl.load(scale + head)[None, :, None]
     else:
@@ -57,7 +57,9 @@ def _store_values(
     x, ok, cache, place, head_stride, dim_stride, head, d, by, D: tl.constexpr, TOKENS: tl.constexpr, BY_DIM: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, heads, DP] at the tokens' places; BY_DIM, turned, so that neighbouring threads write neighbouring tokens."""
+    """Store x [tokens, heads, DP] at the tokens' slots. BY_DIM: x is transposed, so that neighbouring threads write
+    neighbouring tokens.
+    """
     if BY_DIM:
         x = tl.trans(x, 1, 2, 0)
         rows = (head * head_stride)[:, None, None] + (d * dim_stride)[None, :, None]
@@ -65,7 +67,7 @@ def _store_values(
         start = tl.min(place, 0)
         token = tl.arange(0, TOKENS)
         apart = tl.sum(((place != start + token) | (ok == 0)).to(tl.int32), 0)
-        if apart == 0 and start % 16 == 0:  # a stretch of one block: several tokens at a time
+        if apart == 0 and start % 16 == 0:  # consecutive slots of one block: vectorized over tokens
             _store_codes(x, inside, cache, rows + (tl.multiple_of(start, 16) + token)[None, None, :], by, LIMIT)
         else:
             _store_codes(x, inside, cache, rows + place[None, None, :], by, LIMIT)
@@ -76,14 +78,16 @@ def _store_values(
 
 @triton.jit
 def _normed(x, factor, norm, d, n: tl.constexpr, dtype: tl.constexpr):
-    """A part of each head, whose dimensions d < n are left, times the head's factor and the norm's weight."""
+    """Part of each head's dimensions (d < n), times the head's RMS factor and the norm's weight."""
     gain = tl.load(norm + d, mask=d < n, other=0.0).to(tl.float32)[None, None, :]
     return round_to(round_to(x * factor, dtype) * gain, dtype)
 
 
 @triton.jit
-def turned(source, ok, norm, eps, cos_sin, d, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
-    """Heads [DP, N] of a token, each at source [1, N], normed and rotated; `cos_sin` is the token's, d [DP] the dimensions."""
+def norm_rotate(source, ok, norm, eps, cos_sin, d, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
+    """Heads [DP, N] of a token, loaded at source [1, N], normed and rotated. `cos_sin` is the token's row; d [DP] are
+    dimensions.
+    """
     half: tl.constexpr = R // 2
     dtype: tl.constexpr = source.dtype.element_ty
     first = d < half
@@ -104,7 +108,9 @@ def turned(source, ok, norm, eps, cos_sin, d, D: tl.constexpr, R: tl.constexpr, 
 
 @triton.jit
 def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """One head [DP, 1] of a token into the cache at `at`, by the layer's scale or, kept at `scale_at`, its own."""
+    """Store one head [DP, 1] of a token to the cache at `at`, with the layer's scale, or a scale of its own stored at
+    `scale_at`.
+    """
     x = _finite(x)
     if PER_HEAD:
         by = scale_of(tl.max(tl.abs(x)), LIMIT, FLOOR)
@@ -122,12 +128,12 @@ def _rope_write_kv(
     BY_DIM: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A head is rotated as its two halves [tokens, heads, HALF]; what is behind R is a third part, if there is any."""
-    first = tl.program_id(0) * HEADS  # of queries, then keys, then values: a program has one kind
+    """A head's rotated dimensions are two halves [tokens, heads, HALF]; dimensions behind R, if any, are a third part."""
+    first = tl.program_id(0) * HEADS  # heads of queries, then keys, then values; a CTA has one kind
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = token.to(tl.int64)[:, None, None]
     ok = token < tokens
-    wait(PDL)  # never released: attention would begin wherever there is room, and be spread unevenly (7% at 16 requests)
+    wait(PDL)  # without `release`: attention's CTAs, started early, would be spread unevenly over SMs (7% at 16 requests)
     slot = tl.load(slots + token, mask=ok, other=0).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     scale_at = block * scale_block_stride + offset * scale_token_stride
@@ -159,7 +165,7 @@ def _rope_write_kv(
     rest: tl.constexpr = D - R
     dtype: tl.constexpr = q.dtype.element_ty
     d = tl.arange(0, HALF)
-    e = tl.arange(0, DP)  # of what is behind R
+    e = tl.arange(0, DP)  # dimensions behind R
     inside = ok[:, None, None] & (d < half)[None, None, :]
     behind = ok[:, None, None] & (e < rest)[None, None, :]
     source += (head * D)[None, :, None]
@@ -176,9 +182,9 @@ def _rope_write_kv(
         if rest:
             z = _normed(z, factor, norm + R, e, rest, dtype)
     angle = tl.load(rotary_rows + token, mask=ok, other=0)[:, None] * R + d[None, :]
-    turned = ok[:, None] & (d < half)[None, :]
-    cos = tl.load(cos_sin + angle, mask=turned, other=1.0)[:, None, :]
-    sin = tl.load(cos_sin + half + angle, mask=turned, other=0.0)[:, None, :]
+    pair_ok = ok[:, None] & (d < half)[None, :]
+    cos = tl.load(cos_sin + angle, mask=pair_ok, other=1.0)[:, None, :]
+    sin = tl.load(cos_sin + half + angle, mask=pair_ok, other=0.0)[:, None, :]
     x, y = round_to(x * cos - y * sin, dtype), round_to(y * cos + x * sin, dtype)
     if is_q:
         to = q_out + row * Q_HEADS * D + (head * D)[None, :, None]
@@ -213,14 +219,14 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
         return out
     rotated = cos_sin.shape[1]
     k_cache, v_cache, scales = views["k"], views["v"], views.get("k_scale")
-    per_program, heads, warps = next(rest for most, *rest in TILES if tokens <= most)
+    per_cta, heads, warps = next(rest for most, *rest in TILES if tokens <= most)
     heads = math.gcd(heads, q_heads, kv_heads)
-    launch(_rope_write_kv, ((q_heads + 2 * kv_heads) // heads, triton.cdiv(tokens, per_program)),
+    launch(_rope_write_kv, ((q_heads + 2 * kv_heads) // heads, triton.cdiv(tokens, per_cta)),
         q, k, v, out, k_cache, v_cache, views.get("k_scale"), views.get("v_scale"),
         norms.q if norms else None, norms.k if norms else None, cos_sin, rows, slots, tokens, norms.eps if norms else 0.0,
         cache.k_scale, cache.v_scale, q.stride(0), k.stride(0), v.stride(0), *cache_strides(views),
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DP=power_of_2(dim), R=rotated, HALF=power_of_2(rotated // 2),
-        BLOCK_SIZE=k_cache.shape[1], TOKENS=per_program, HEADS=heads, NORM=norms is not None, PER_HEAD=scales is not None,
+        BLOCK_SIZE=k_cache.shape[1], TOKENS=per_cta, HEADS=heads, NORM=norms is not None, PER_HEAD=scales is not None,
         BY_DIM=v_cache.stride(3) != 1, **head_strides(cache), LIMIT=FP8_MAX.get(k_cache.dtype, 1.0), FLOOR=SCALE_FLOOR,
         num_warps=warps,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Which experts compute which token: scores and the best of them, pairs sorted by expert, the weighted sum of what they give.
+"""Expert routing: scores and top-k, sorting of (token, expert) pairs by expert, and the weighted sum of the experts' outputs.
 
-Nothing here waits for the host, and a decode step takes one launch each.
+No op synchronizes with the host, and each takes one launch in a decode step.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2,
 __all__ = ["combine", "dispatch", "route"]
 
 LOWEST = -(1 << 31)
-MOST_TILES = 1 << 14  # of tokens, whose sums are split over programs
+MOST_TILES = 1 << 14  # tiles of tokens whose K is split over CTAs
 MOST_SPLITS = 8
-STAGE_BYTES = 1 << 15  # of the router's weight in a stage of the product's pipeline
-FEW, MANY = 16, 64  # tokens of a program
-CHUNK = 512  # pairs of a program that sorts
-NO_PADDING, LIVE, LENGTHS = 0, 1, 2  # what says which tokens only pad a graph
+STAGE_BYTES = 1 << 15  # bytes of the router's weight per pipeline stage
+FEW, MANY = 16, 64  # tokens of a CTA
+CHUNK = 512  # pairs of a CTA that sorts
+NO_PADDING, LIVE, LENGTHS = 0, 1, 2  # source of the mask of tokens that pad a graph
 
 
 @triton.jit
 def _ordered(x):
-    """An integer that is larger where FP32 x, which is no NaN, is; the two zeros are equal."""
+    """An integer in the order of FP32 x (not NaN); both zeros are equal."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _outside(order, top, ROWS: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, groups, members, LOWEST: tl.constexpr):
-    """Whether each of order [ROWS, PARTS * MEMBERS] is in none of the `top` groups whose two best add up to most."""
+    """Mask of order [ROWS, PARTS * MEMBERS]: outside the `top` groups with the largest sum of their two best."""
     by_group = tl.reshape(order, (ROWS, PARTS, MEMBERS))
     best = tl.max(by_group, 2)
     if members > 1:
@@ -58,8 +58,9 @@ def _route(
     PARTS: tl.constexpr, MEMBERS: tl.constexpr, KP: tl.constexpr, PADDING: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, LOWEST: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits of BM tokens, whose K is split over programs; the last of these to finish adds up the parts, in their order, and
-    chooses."""
+    """Logits of BM tokens with K split over CTAs. The last CTA to finish adds the partial sums in a fixed order and chooses
+    experts.
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     e, depth = tl.arange(0, BE), tl.arange(0, BK)
     token = tile * BM + tl.arange(0, BM)
@@ -75,15 +76,15 @@ def _route(
             other=0.0,
         )
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    own = parts + tile.to(tl.int64) * SPLIT * BM * BE
-    tl.store(own + split * BM * BE + tl.arange(0, BM)[None, :] * BE + e[:, None], acc)
-    tl.debug_barrier()  # all of the program's sums are written before it counts itself, or reads them
+    partials = parts + tile.to(tl.int64) * SPLIT * BM * BE
+    tl.store(partials + split * BM * BE + tl.arange(0, BM)[None, :] * BE + e[:, None], acc)
+    tl.debug_barrier()  # all threads' partial sums are written before the CTA counts itself or reads them
     if SPLIT > 1:
         if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") != SPLIT - 1:
             return
-        tl.store(counters + tile, 0)  # for the next launch
+        tl.store(counters + tile, 0)  # reset for the next launch
     members = count // GROUPS
-    column = tl.arange(0, PARTS * MEMBERS)  # groups side by side, each padded to a power of 2
+    column = tl.arange(0, PARTS * MEMBERS)  # groups, each padded to a power of 2
     group, member = column // MEMBERS, column % MEMBERS
     valid = ((group < GROUPS) & (member < members))[None, :]
     number = group * members + member
@@ -96,7 +97,7 @@ def _route(
         logits = tl.zeros((ROWS, PARTS * MEMBERS), tl.float32)
         for part in tl.static_range(SPLIT):
             logits += tl.load(
-                own + part * BM * BE + row[:, None] * BE + number[None, :], mask=valid, other=0.0, cache_modifier=".cg"
+                partials + part * BM * BE + row[:, None] * BE + number[None, :], mask=valid, other=0.0, cache_modifier=".cg"
             )
         if SIGMOID:
             scores = 1.0 / (1.0 + tl.exp(-logits))
@@ -121,9 +122,9 @@ def _route(
         at = tile * BM + row
         inside = at < tokens
         if PADDING != 0:
-            awake = at < tl.load(padding) if PADDING == 1 else tl.load(padding + at, mask=inside, other=0) > 0
-            chosen = tl.where(awake[:, None], chosen, -1)
-            given = tl.where(awake[:, None], given, 0.0)
+            is_token = at < tl.load(padding) if PADDING == 1 else tl.load(padding + at, mask=inside, other=0) > 0
+            chosen = tl.where(is_token[:, None], chosen, -1)
+            given = tl.where(is_token[:, None], given, 0.0)
         to = at.to(tl.int64)[:, None] * TOP_K + rank
         tl.store(experts + to, chosen, mask=inside[:, None] & (rank < TOP_K))
         tl.store(weights + to, given * scale, mask=inside[:, None] & (rank < TOP_K))
@@ -133,21 +134,21 @@ _counters: dict[torch.device, Tensor] = {}
 
 
 def _counts(device: torch.device) -> Tensor:
-    """Zeroed counters, which a launch leaves as it found them."""
+    """Zeroed counters, which every launch resets to zero."""
     if device not in _counters:
         _counters[device] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
     return _counters[device]
 
 
 def _padding(batch: ForwardBatch) -> tuple[int, Tensor | None]:
-    """As `reference.padding` has it: what says so, and the numbers."""
+    """(kind of padding information, its tensor), as in `reference.padding`."""
     if batch.live is not None:
         return LIVE, batch.live
     return (LENGTHS, batch.seq_lens) if len(batch.seq_lens) == batch.num_tokens else (NO_PADDING, None)
 
 
 def _route_shape(tokens: int, experts: int, width: int, itemsize: int) -> dict[str, int]:
-    """Tile and split: about one program a multiprocessor, since each reads its part of the weight from the L2 cache."""
+    """Tile sizes and split: about one CTA per SM, since each reads its part of the weight from L2."""
     be = power_of_2(experts, 64)
     bm = MANY if tokens >= MANY * device_units() // 4 and be <= 128 else FEW
     bk = max(16, min(128, STAGE_BYTES // (be * itemsize)))
@@ -188,7 +189,7 @@ def route(
 
 @triton.jit(do_not_specialize=["pairs"])
 def _count_pairs(experts, counts, pairs, count, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr):
-    """How many of a chunk's pairs go to each expert; those that go to none are counted behind the last."""
+    """Histogram of a chunk's pairs by expert; pairs without an expert are counted last."""
     chunk = tl.program_id(0)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     release(PDL)
@@ -203,9 +204,9 @@ def _place_pairs(
     experts, counts, cursors, order, place, starts, pairs, count, chunks,
     CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Where each pair of a chunk goes: behind those of the experts before its own, and of its own expert in earlier chunks.
+    """Scatter a chunk's pairs: behind those of smaller experts, and of the same expert in earlier chunks.
 
-    Pairs of a chunk and an expert take places as they come, which is another order each time.
+    The order of pairs within a chunk and expert is not deterministic.
     """
     chunk = tl.program_id(0)
     at, bins = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BINS)
@@ -227,7 +228,7 @@ def _place_pairs(
     if chunk == 0:
         tl.store(starts + bins, begin, mask=bins <= count)
     tl.store(cursors + chunk * BINS + bins, begin + before)
-    tl.debug_barrier()  # every cursor is there before a pair takes a place from it
+    tl.debug_barrier()  # all cursors are initialized before a pair increments one
     found = tl.atomic_add(cursors + chunk * BINS + to, 1, mask=at < pairs, sem="relaxed")
     tl.store(place + at, found, mask=at < pairs)
     tl.store(order + found, at, mask=at < pairs)

@@ -1,9 +1,9 @@
-"""A draw of one token a row by temperature, top_k, top_p and min_p, without sorting.
+"""Sampling of one token a row with temperature, top_k, top_p and min_p, without sorting.
 
-Weights are exp((x - largest) / temperature). A row is shared out over programs, which count and sum the weights over a few
-edges; by these, all but what may be drawn from is left out of a list, in the order of places. In the list one program finds the
-least weight that is kept, by cutting the range of its bits into parts again and again; equal ones are kept by their places, the
-first ones first. What is kept is then walked through in the order of places up to u times its sum.
+Weights are exp((x - max) / temperature). A row is split over CTAs, which count and sum the weights above a few thresholds
+(edges). From these, a second kernel compacts the weights that may be sampled into a list, in index order. In the list one CTA
+finds the smallest weight that is kept, by repeatedly subdividing the range of its bits; ties are kept in index order. It then
+samples by inverse transform: the cumulative sum of the kept weights, in index order, up to u times their total.
 """
 
 from __future__ import annotations
@@ -13,52 +13,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Cut
-from octavo.ops.triton.argmax import likeliest
+from octavo.ops.contract import Filters
+from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.launch import launch, power_of_2, release, wait
 
-__all__ = ["draw"]
+__all__ = ["sample"]
 
-CHUNK = 2048  # values of a program that looks at a row; of a list, at a time
-EDGES = 8  # that are looked at at a time, which cut a range into one part more
+CHUNK = 2048  # values of a CTA of a row; values of the list per loop iteration
+EDGES = 8  # thresholds tested at a time, which divide a range into EDGES + 1 parts
 ROW_WARPS, LIST_WARPS = 8, 16
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-ONE: tl.constexpr = tl.constexpr(0x3F800000)  # bits of 1.0, the largest weight
-# Of a row's own parameters one is read at a time: where a tensor of them begins is nothing to compile anew for.
+ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, the largest weight
+# Per-row parameters are scalar loads, so the alignment of their tensors need not specialize the kernel.
 kernel = triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "u"])
 
 
 @triton.jit
 def _weights_of(logits, best, temperature, n, at, size, stride):
-    """Of row n, at `at`; 0 past the end. `best` is where its largest logit is."""
+    """Weights of row n at indices `at`; 0 past the end. `best` is the index of the row's largest logit."""
     row = logits + n.to(tl.int64) * stride
     most = tl.load(row + tl.load(best + n))
     most = tl.where(most == most, most, float("inf"))
     w = tl.exp2((tl.load(row + at, mask=at < size, other=0.0) - most) * (LOG2E / tl.load(temperature + n)))
-    w = tl.where(w < 1, w, 1.0)  # infinity less infinity: so NaN is as good as infinite
+    w = tl.where(w < 1, w, 1.0)  # inf - inf gives NaN: NaN ranks as infinity
     return tl.where(at < size, w, 0.0)
 
 
 @triton.jit
 def _first_edge(i, min_p, EDGES: tl.constexpr):
-    """Bits that weights are counted over: of 2 ** -1, -3, -6, -10 and so on from i = 1 on, and last what min_p leaves out."""
-    low = tl.maximum(min_p.to(tl.int32, bitcast=True), 0) - 1  # a zero may have a sign
+    """Threshold i, as the bits of a weight: 2 ** -1, -3, -6, -10 and so on from i = 1; the last is min_p's threshold."""
+    low = tl.maximum(min_p.to(tl.int32, bitcast=True), 0) - 1  # min_p may be -0.0
     return tl.maximum(tl.where(i == EDGES, -1, (127 - i * (i + 1) // 2) << 23), low)
 
 
 @kernel
-def _draw_look(
+def _sample_count(
     logits, best, temperature, min_p, counts, sums, size, stride,
-    CUT: tl.constexpr, CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
+    FILTERED: tl.constexpr, CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of a row: how many weights are over the first edges, and their sums; without a cut, the sum of all."""
+    """Per part of a row: count and sum of the weights above each first edge; without filters the FP64 sum of all weights."""
     n, part = tl.program_id(0), tl.program_id(1)
     to = n * tl.num_programs(1) + part
     release(PDL)
     wait(PDL)
     at = part * CHUNK + tl.arange(0, CHUNK)
     w = _weights_of(logits, best, temperature, n, at, size, stride)
-    if CUT:
+    if FILTERED:
         least = tl.load(min_p + n)
         for i in tl.static_range(EDGES):
             over = (w.to(tl.int32, bitcast=True) > _first_edge(EDGES - i, least, EDGES)) & (at < size)
@@ -69,19 +69,19 @@ def _draw_look(
 
 
 @kernel
-def _draw_pick(
+def _sample_unfiltered(
     logits, best, temperature, u, sums, out, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Without a cut: in which part the share of the sum is, and where in it."""
+    """Without filters: find the part in which the cumulative sum reaches u times the total, then the index within it."""
     n, parts = tl.program_id(0), tl.cdiv(size, CHUNK)
     release(PDL)
     wait(PDL)
     q = tl.arange(0, PARTS)
-    own = tl.load(sums + n * parts + q, mask=q < parts, other=0.0)
-    ends = tl.cumsum(own, 0)
+    part_count = tl.load(sums + n * parts + q, mask=q < parts, other=0.0)
+    ends = tl.cumsum(part_count, 0)
     target = tl.load(u + n) * tl.max(ends, 0)
-    part = tl.min(tl.where((own > 0) & (ends > target), q, tl.max(tl.where(own > 0, q, 0), 0)), 0)
+    part = tl.min(tl.where((part_count > 0) & (ends > target), q, tl.max(tl.where(part_count > 0, q, 0), 0)), 0)
     at = part * CHUNK + tl.arange(0, CHUNK)
     w = _weights_of(logits, best, temperature, n, at, size, stride)
     begin = tl.max(tl.where(q < part, ends, 0.0), 0)
@@ -90,19 +90,22 @@ def _draw_pick(
 
 @triton.jit
 def _place_over(w, begin, target, at):
-    """The first of `at` up to which `begin` and the weights sum up to more than `target`."""
+    """The first index in `at` at which `begin` plus the cumulative sum of the weights exceeds `target`."""
     ends = begin + tl.cumsum(w.to(tl.float64), 0)
-    last = tl.max(tl.where(w > 0, at, 0), 0)  # which rounding must not pass
+    last = tl.max(tl.where(w > 0, at, 0), 0)  # rounding must not pass the last nonzero weight
     return tl.min(tl.where((w > 0) & (ends > target), at, last), 0)
 
 
 @kernel
-def _draw_list(
+def _sample_compact(
     logits, best, temperature, top_k, top_p, min_p, counts, sums, weights, places, numbers, lefts, size, stride,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A part's share of the row's list: weights over the edge that nothing under can be drawn from, and their places. For the
-    row, int32 `numbers` [3] of entries, that edge, and one that too little is over; `lefts`, what top_p is a share of."""
+    """Compact one part of a row: weights above the lower edge, below which nothing can be kept, and their indices.
+
+    Per row: int32 `numbers` [3] = (entries of the list, the lower edge, an upper edge above which too little lies), and
+    `lefts`, the sum that top_p refers to.
+    """
     n, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     release(PDL)
     wait(PDL)
@@ -116,16 +119,16 @@ def _draw_list(
     over = tl.where(k < size, tl.sum(count, 0).to(tl.float32), total)
     enough = tl.where(k < size, k.to(tl.float32), tl.where(p < 1, p * left, float("inf")))
     low = tl.max(tl.where(over >= enough, edges, tl.min(edges, 0)), 0)
-    own = tl.max(tl.where((edges == low)[None, :], count, 0), 1)
+    part_count = tl.max(tl.where((edges == low)[None, :], count, 0), 1)
     at = part * CHUNK + tl.arange(0, CHUNK)
     w = _weights_of(logits, best, temperature, n, at, size, stride)
     keep = (w.to(tl.int32, bitcast=True) > low) & (at < size)
-    to = n.to(tl.int64) * size + tl.sum(tl.where(q < part, own, 0), 0) + tl.cumsum(keep.to(tl.int32), 0) - 1
+    to = n.to(tl.int64) * size + tl.sum(tl.where(q < part, part_count, 0), 0) + tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(weights + to, w, mask=keep)
     tl.store(places + to, at, mask=keep)
     if part == 0:
         high = tl.min(tl.where(over < enough, edges, ONE), 0)
-        tl.store(numbers + 3 * n, tl.sum(own, 0))
+        tl.store(numbers + 3 * n, tl.sum(part_count, 0))
         tl.store(numbers + 3 * n + 1, low)
         tl.store(numbers + 3 * n + 2, high)
         tl.store(lefts + n, tl.where(k < size, tl.max(tl.where(edges == low, total, 0.0), 0), left))
@@ -133,7 +136,7 @@ def _draw_list(
 
 @triton.jit
 def _over(row, size, edges, counted, CHUNK: tl.constexpr, EDGES: tl.constexpr):
-    """Of a list's weights whose bits are over each of `edges`: how many there are if `counted`, else their sum."""
+    """Over the list's weights whose bits exceed each of `edges`: their number if `counted`, else their sum."""
     found = ()
     for _ in tl.static_range(EDGES):
         found += (tl.zeros((CHUNK,), tl.float32),)
@@ -154,7 +157,9 @@ def _over(row, size, edges, counted, CHUNK: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def _least(row, size, low, high, counted, enough, CHUNK: tl.constexpr, EDGES: tl.constexpr):
-    """The least bits in (low, high] such that what the list has over them is less than `enough`, as it is over `high`."""
+    """The smallest bits in (low, high] such that the list has less than `enough` above them. Invariant: less than `enough` lies
+    above `high`.
+    """
     while high - low > 1:
         edges = ()
         for i in tl.static_range(EDGES):
@@ -169,7 +174,7 @@ def _least(row, size, low, high, counted, enough, CHUNK: tl.constexpr, EDGES: tl
 
 @triton.jit
 def _kept(row, start, size, least, kept, before, CHUNK: tl.constexpr):
-    """A list's weights from `start` on, 0 where not kept, and how many up to here have the bits `least`."""
+    """The list's weights from `start` on, with 0 for those not kept, and the number of weights equal to `least` so far."""
     at = start + tl.arange(0, CHUNK)
     w = tl.load(row + at, mask=at < size, other=0.0)
     bits = w.to(tl.int32, bitcast=True)
@@ -179,7 +184,7 @@ def _kept(row, start, size, least, kept, before, CHUNK: tl.constexpr):
 
 
 @kernel
-def _draw(
+def _sample(
     weights, places, numbers, lefts, top_k, top_p, u, out, size,
     CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -189,12 +194,12 @@ def _draw(
     wait(PDL)
     k, p, left = tl.load(top_k + n), tl.load(top_p + n), tl.load(lefts + n)
     entries, low, high = tl.load(numbers + 3 * n), tl.load(numbers + 3 * n + 1), tl.load(numbers + 3 * n + 2)
-    least, kept = low + 1, size  # all that have these bits
-    for turn in range(2):  # top_k and then top_p, by the same code
-        by_number = turn == 0
+    least, kept = low + 1, size  # initially all weights with these bits are kept
+    for phase in range(2):  # first top_k, then top_p, with the same code
+        by_number = phase == 0
         if (k < entries) if by_number else (p < 1):
             enough = tl.where(by_number, k.to(tl.float32), p * left)
-            highest = tl.where((k < size) & (turn == 1), ONE, high)
+            highest = tl.where((k < size) & (phase == 1), ONE, high)
             found = _least(row, entries, least - 1, highest, by_number, enough, CHUNK, EDGES)
             if found > least:
                 least, kept = found, size
@@ -220,7 +225,7 @@ def _draw(
     tl.store(out + n, tl.load(places + found).to(tl.int64))
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     rows, size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -232,19 +237,19 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, cut: Cut | None) -> Ten
     out = room(rows, dtype=torch.int64)
     if not rows:
         return out
-    row, sizes = (logits, likeliest(logits), temperature), (size, logits.stride(0))
+    row, sizes = (logits, argmax(logits), temperature), (size, logits.stride(0))
     tiles, warps = dict(CHUNK=CHUNK, EDGES=EDGES), dict(num_warps=ROW_WARPS)
-    if cut is None:
+    if filters is None:
         sums = room(rows, parts, dtype=torch.float64)
-        launch(_draw_look, (rows, parts), *row, temperature, out, sums, *sizes, CUT=False, **tiles, **warps)
-        launch(_draw_pick, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
+        launch(_sample_count, (rows, parts), *row, temperature, out, sums, *sizes, FILTERED=False, **tiles, **warps)
+        launch(_sample_unfiltered, (rows,), *row, u, sums, out, *sizes, CHUNK=CHUNK, PARTS=power_of_2(parts), **warps)
         return out
     counts, sums = room(rows, parts, EDGES), room(rows, parts, EDGES, dtype=torch.float32)
     weights, places = room(rows, size, dtype=torch.float32), room(rows, size)
     numbers, lefts = room(rows, 3), room(rows, dtype=torch.float32)
-    launch(_draw_look, (rows, parts), *row, cut.min_p, counts, sums, *sizes, CUT=True, **tiles, **warps)
-    launch(_draw_list, (rows, parts),
-        *row, *cut[:3], counts, sums, weights, places, numbers, lefts, *sizes, PARTS=power_of_2(parts), **tiles, **warps,
+    launch(_sample_count, (rows, parts), *row, filters.min_p, counts, sums, *sizes, FILTERED=True, **tiles, **warps)
+    launch(_sample_compact, (rows, parts),
+        *row, *filters[:3], counts, sums, weights, places, numbers, lefts, *sizes, PARTS=power_of_2(parts), **tiles, **warps,
     )  # fmt: skip
-    launch(_draw, (rows,), weights, places, numbers, lefts, *cut[:2], u, out, size, **tiles, num_warps=LIST_WARPS)
+    launch(_sample, (rows,), weights, places, numbers, lefts, *filters[:2], u, out, size, **tiles, num_warps=LIST_WARPS)
     return out

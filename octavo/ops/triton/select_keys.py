@@ -1,10 +1,11 @@
-"""The indexer's choice: scores of all keys that a token sees, and the places of the highest, exactly, in ascending order.
+"""The indexer's top-k: scores of all keys that a token sees, and the positions of the highest, exact and in ascending order.
 
-Scores are products of FP8 codes, key tiles by the queries of all heads of some tokens of a request, so that the sum over heads
-lies within a thread; they go to a scratch [rows, longest context] that is bounded by working on some rows at a time. A row is
-then cut into chunks that a program holds in registers, where it finds the least score that is kept between one that enough
-and one that too few others reach; other programs list the chosen. Lists of several chunks are chosen from again: of equal
-scores the first are kept, and so it is in lists of lists. Lengths are read on the device; those of the host bound them.
+Scores are FP8 products of key tiles by the queries of all heads of some tokens of a request, laid out so that the sum over
+heads is within a thread. They are written to a scratch buffer [rows, longest context], which is bounded by processing some rows
+at a time. Each row is divided into chunks that a CTA holds in registers. The CTA finds the chunk's threshold, the smallest
+score that is kept, by searching between a score that enough others reach and one that too few reach; other CTAs then compact
+the chosen positions into a list. Lists of several chunks are selected from again. Ties go to the earlier position, at each
+level. Lengths are read on the device; the host's lengths are upper bounds.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2,
 
 __all__ = ["select_keys"]
 
-SCRATCH = 1 << 26  # scores at a time, FP32
-CHUNK = 1 << 15  # scores of a program that finds the least that is kept
-SEGMENT = 1 << 11  # scores of a program that lists what is chosen, counted in 15 bits
-SECANTS = 16  # steps by which a threshold is guessed from counts, before its bits are halved
+SCRATCH = 1 << 26  # scores in the scratch buffer, FP32
+CHUNK = 1 << 15  # scores of a CTA that finds a threshold
+SEGMENT = 1 << 11  # scores of a CTA that compacts; counts fit into 15 bits
+SECANTS = 16  # secant steps for a threshold before it is bisected
 LOWEST: tl.constexpr = tl.constexpr(-0x80000000)
-DEPTH = 16  # of a product in FP32
+DEPTH = 16  # K step of the FP32 product
 
 
 @triton.jit
 def _group(groups, starts, seq_lens, live, number, which, SINGLE: tl.constexpr):
-    """Of a group of a request's tokens: the first, how many, its request, and the places that the one at `which` sees."""
+    """(first token, number of tokens, request) of a group of tokens of one request, and how many positions the token at `which`
+    sees.
+    """
     if SINGLE:
         token, count, request = number, 1, number
     else:
@@ -55,7 +58,9 @@ def _index_logits(
     HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr, SINGLE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a group's tokens, in rows [number * TOKENS, ...) of out [rows, width]; none where all it sees are chosen."""
+    """Scores of a group's tokens, in rows [number * TOKENS, ...) of out [rows, width]. Skipped if every visible position is
+    chosen.
+    """
     number = tl.program_id(0)
     release(PDL)
     wait(PDL)
@@ -112,7 +117,7 @@ def _index_logits(
 
 @triton.jit
 def _ordered(x):
-    """Integers in the order of FP32 x, in which the zeros are one and NaN is -infinity."""
+    """Integers in the order of FP32 x; both zeros are equal and NaN ranks as -infinity."""
     x = tl.where(x == x, x, float("-inf"))
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -126,7 +131,7 @@ def _value(key):
 
 @triton.jit
 def _keys(scores, places, row, at, length, LEVEL: tl.constexpr):
-    """Of a row's scores at `at`: integers in their order, LOWEST, which is under all of these, where there is none."""
+    """A row's scores at `at` as ordered integers; LOWEST, below all of them, where there is no score."""
     ok = at < length
     if LEVEL > 0:
         ok &= tl.load(places + row + at, mask=ok, other=-1) >= 0
@@ -135,10 +140,10 @@ def _keys(scores, places, row, at, length, LEVEL: tl.constexpr):
 
 @triton.jit
 def _threshold(key, valid, wanted, SECANTS: tl.constexpr):
-    """The largest number that at least `wanted` keys reach, or one that just so many do, of `valid` in all."""
+    """The largest number that at least `wanted` of the `valid` keys reach, or any number that exactly `wanted` keys reach."""
     low, high = tl.min(tl.where(key > LOWEST, key, 0x7FFFFFFF), 0), tl.max(key, 0) + 1
-    reach_low = valid  # how many reach it
-    above, under = (valid - wanted).to(tl.float32), (0 - wanted).to(tl.float32)  # by how much, halved as Illinois' rule has it
+    reach_low = valid  # number of keys >= low
+    above, under = (valid - wanted).to(tl.float32), (0 - wanted).to(tl.float32)  # errors, for the Illinois method
     step, side = 0, 0
     while (reach_low != wanted) & (low < high - 1):
         middle = (low & high) + ((low ^ high) >> 1)
@@ -167,9 +172,13 @@ def _find_least(
     TOKENS: tl.constexpr, SINGLE: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, SECANTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of a row, SEGMENTS segments of scores or, from level 1 on, of lists with places that hold TOP_K of each CHUNK
-    of the level below: the least key that is kept, how many of those equal to it are, and of each segment how many are higher
-    and equal, in 16 bits each. What `_list` will not write of `out` is written here: it has a row a token if FINAL."""
+    """Threshold of a chunk of a row: SEGMENTS segments of scores or, from level 1 on, of lists that hold TOP_K entries per
+    CHUNK of the level below.
+
+    Stored in `found`: the smallest key that is kept, how many keys equal to it are kept, and per segment the number of greater
+    and of equal keys, 16 bits each. Entries of `out` that `_list` will not write are set here. FINAL: `out` has one row per
+    token.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     release(PDL)
     wait(PDL)
@@ -199,8 +208,8 @@ def _find_least(
     tl.store(to + 1, wanted - tl.sum(counts & 0xFFFF, 0))
     tl.store(to + 2 + tl.arange(0, SEGMENTS), counts)
     if not FINAL:
-        behind = out + row.to(tl.int64) * out_width + part * TOP_K + i
-        tl.store(behind, tl.full((KP,), -1, tl.int32), mask=(i >= wanted) & (i < TOP_K))
+        unused = out + row.to(tl.int64) * out_width + part * TOP_K + i
+        tl.store(unused, tl.full((KP,), -1, tl.int32), mask=(i >= wanted) & (i < TOP_K))
 
 
 @triton.jit
@@ -209,7 +218,7 @@ def _list(
     TOP_K: tl.constexpr, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, TOKENS: tl.constexpr,
     SINGLE: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A segment's share of what is chosen, behind that of the segments before it."""
+    """Compact a segment's chosen positions, behind those of the segments before it."""
     row, segment = tl.program_id(0), tl.program_id(1)
     release(PDL)
     wait(PDL)
@@ -221,11 +230,11 @@ def _list(
         length = tl.cdiv(length, CHUNK) * TOP_K
     if segment * SEGMENT >= length:
         return
-    part, own = segment // SEGMENTS, segment % SEGMENTS
+    part, of_part = segment // SEGMENTS, segment % SEGMENTS
     given = found + (row * parts + part).to(tl.int64) * (2 + SEGMENTS)
     least, missing = tl.load(given), tl.load(given + 1)
     i = tl.arange(0, SEGMENTS)
-    before = tl.where(i < own, tl.load(given + 2 + i), 0)
+    before = tl.where(i < of_part, tl.load(given + 2 + i), 0)
     higher, alike = tl.sum(before & 0xFFFF, 0), tl.sum(before >> 16, 0)
     at = segment * SEGMENT + tl.arange(0, SEGMENT)
     key = _keys(scores, places, row.to(tl.int64) * width, at, length, LEVEL)
@@ -246,8 +255,9 @@ def _list(
 
 @dataclass(frozen=True)
 class _Groups(Key["tuple[Tensor, int]"]):
-    """Groups of up to `tokens` tokens of one request, of the requests from `first` on: INT32 [groups, 3], the first token, how
-    many, the request; and how many groups there are."""
+    """Groups of up to `tokens` tokens of one request, for the requests from `first` on: INT32 [groups, 3] (first token, number
+    of tokens, request), and the number of groups.
+    """
 
     tokens: int
     first: int
@@ -263,7 +273,7 @@ def _groups(batch: ForwardBatch, tokens: int, first: int) -> tuple[Tensor, int]:
 
 
 def _tiles(codes: bool, hp: int, single: bool) -> dict[str, int]:
-    """Tokens of a program, keys of a tile, warps, the pipeline's stages, and programs of a multiprocessor."""
+    """Tokens of a CTA, keys of a tile, warps, pipeline stages, and CTAs per SM."""
     if not codes:
         return {"TOKENS": 1, "BM": 32, "stages": 1, "warps": 4, "share": 8}
     if single:
@@ -300,7 +310,7 @@ def select_keys(
 def _choose(
     q: Tensor, by: Tensor, cache: IndexCache, batch: ForwardBatch, out: Tensor, first: int, stop: int, config: dict[str, int]
 ) -> None:
-    """Rows of `out` that belong to the requests [first, stop): those at the front, of one token each, or all behind them."""
+    """Compute the rows of `out` for requests [first, stop): the one-token requests at the front, or all requests after them."""
     heads, dim = q.shape[1:]
     top_k = out.shape[1]
     hp, single = power_of_2(heads, 16), first == 0 and max(batch.query_lens[:stop]) == 1
@@ -331,7 +341,7 @@ def _choose(
 def _highest(
     scores: Tensor, live: tuple[Any, ...], out: Tensor, first: int, rows: int, width: int, longest: int, fixed: dict[str, Any]
 ) -> None:
-    """The places of the highest of each of `rows` rows of scores, of at most `longest`, chunk by chunk and list by list."""
+    """Positions of the top_k of each of `rows` rows of at most `longest` scores, chunk by chunk and level by level."""
     top_k = out.shape[1]
     places: Tensor | None = None
     level = 0

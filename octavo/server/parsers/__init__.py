@@ -1,1 +1,1 @@
-"""What a model writes, taken apart: its reasoning, its content, its tool calls."""
+"""Parsers of model output: reasoning, content and tool calls."""

@@ -1,4 +1,4 @@
-"""Arguments that a model writes as plain text, made JSON by what the tool's schema says of each parameter."""
+"""Converts arguments that a model writes as plain text to JSON, by the types in the tool's schema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES: dict[type, str] = {
 
 
 class ArgumentTypes:
-    """What a request's tools say of their parameters. `schemas`: a function's name -> the JSON schema of its parameters."""
+    """Parameter types of a request's tools. `schemas`: function name -> JSON schema of its parameters."""
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any] | None]):
         self._schemas = schemas
@@ -33,15 +33,15 @@ class ArgumentTypes:
         self._found: dict[tuple[str, str], frozenset[str]] = {}
 
     def knows(self, function: str) -> bool:
-        """Whether there is such a function."""
+        """Whether the function exists."""
         return function in self._schemas
 
     def declares(self, function: str, key: str) -> bool:
-        """Whether the function lists such a parameter."""
+        """Whether the function has this parameter."""
         return bool(self._listed(function, key))
 
     def of(self, function: str, key: str) -> frozenset[str]:
-        """The JSON types that the parameter may have; empty if its schema does not say."""
+        """The JSON types of the parameter; empty if its schema does not say."""
         if (function, key) not in self._found:
             root = self._schemas.get(function)
             nodes = _nodes(self._listed(function, key), root)
@@ -57,9 +57,9 @@ class ArgumentTypes:
 
 
 def as_json(text: str, types: frozenset[str]) -> str:
-    """The JSON of a value written as `text`: of one of `types` if it reads as one, and else a string: nothing is lost.
+    """The JSON of a value written as `text`: a value of one of `types` if it parses as one, else a string.
 
-    Numbers, lists and objects stay as they are written, to the last digit. What the schema leaves open is read as JSON.
+    Numbers, lists and objects keep their spelling, to the last digit. A value of unknown type is read as JSON.
     """
     bare = text.strip()
     bare = _PYTHON.get(bare, bare)
@@ -73,11 +73,11 @@ def as_json(text: str, types: frozenset[str]) -> str:
 
 
 def _kind(bare: str) -> str | None:
-    """Which JSON it is, or None if it is none."""
+    """The JSON type of the text, or None if it is no JSON."""
     if bare in _WORDS:
         return _WORDS[bare]
     if bare[:1] in _BRACKETS:
-        try:  # numbers are kept as text: reading long ones is slow, and refused by Python
+        try:  # numbers stay text, because Python reads long ones slowly or refuses them
             json.loads(bare, parse_int=str, parse_float=str, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return None
@@ -92,7 +92,7 @@ def _refuse(constant: str) -> None:
 
 
 def _nodes(found: list[Any], root: Any) -> Iterator[Mapping[str, Any]]:
-    """The schemas in `found`, and what they refer to and branch into; each once, however they refer to each other."""
+    """The schemas in `found` with all that they refer to and branch into, each once, even with cyclic references."""
     seen: set[int] = set()
     waiting = list(found)
     while waiting:
@@ -108,7 +108,7 @@ def _nodes(found: list[Any], root: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _kinds(node: Mapping[str, Any]) -> set[str]:
-    """The types that one schema names by itself."""
+    """The types that one schema names directly."""
     said = node.get("type")
     kinds = (
         {said} if isinstance(said, str) else {one for one in said if isinstance(one, str)} if isinstance(said, list) else set()

@@ -1,4 +1,4 @@
-"""What parsers of tool calls give: parts of an answer, content and calls."""
+"""The output of tool-call parsers: parts of an answer, which are content or calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["CallParser", "NamedCall", "NoNumber", "Part", "ToolCall", "as_object
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call, or with `name` None more of the last call's arguments. `arguments` is JSON text, `id` the model's own, if any."""
+    """A call; with `name` None, more of the last call's arguments. `arguments` is JSON text, `id` the model's, if any."""
 
     name: str | None
     arguments: str
@@ -23,38 +23,38 @@ Part = str | ToolCall
 
 
 class CallParser(Protocol):
-    """Text in, parts out; `finish` gives what was held back."""
+    """Takes text and returns parts. `finish` returns what was held back."""
 
     def feed(self, text: str) -> list[Part]: ...
     def finish(self) -> list[Part]: ...
 
 
 class NamedCall:
-    """The parser of a call whose function the request has named: all the text is its arguments, given out as it comes."""
+    """The parser for a function named by the request: all text is its arguments, returned as it comes."""
 
     def __init__(self, name: str):
         self._name: str | None = name
 
     def feed(self, text: str) -> list[Part]:
-        """More arguments."""
+        """Returns the text as arguments."""
         if not text:
             return []
         name, self._name = self._name, None
         return [ToolCall(name, text)]
 
     def finish(self) -> list[Part]:
-        """Nothing is ever held back."""
+        """Nothing is held back."""
         return []
 
 
 def undecided(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
+    """The length of the longest suffix of `text` that is a prefix of `marker`."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 class NoNumber(ValueError):
-    """NaN, or what is infinite: Python's reader takes it, and JSON has no word for it."""
+    """NaN or infinity, which Python's reader accepts and JSON cannot express."""
 
 
 def _refuse(word: str) -> float:
@@ -69,7 +69,7 @@ decode: Any = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite).raw_
 
 
 def as_object(text: str) -> str | None:
-    """The JSON object that all of `text` is, as it is written; none at all is an empty one. None for what is no object."""
+    """`text` unchanged if all of it is one JSON object; "{}" for empty text; None for anything else."""
     text = text.strip()
     try:
         value, end = decode(text) if text else ({}, 0)

@@ -1,4 +1,4 @@
-"""An assistant's message out of the text that a model writes: its reasoning, its content and its tool calls."""
+"""Splits the text that a model writes into an assistant's message: reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ __all__ = [
 ]
 
 OPEN, CLOSE = "<think>", "</think>"
-REASONING_PARSERS = {  # whether the model thinks without an opening tag
+REASONING_PARSERS = {  # value: whether the model starts thinking without an opening tag
     **{"qwen3": False, "deepseek_r1": True, "deepseek_v3": False, "glm45": False, "kimi_k2": False},
     **{"minimax_m2": True, "minimax_m2_append_think": True},
 }
 KEEPERS = frozenset({"minimax_m2_append_think"})
-CALLS_END_THINKING = {"kimi_k2": TOKEN_FORMS["kimi_k2"].blocks[0]}  # it calls from within its thinking, and does not close that
+CALLS_END_THINKING = {"kimi_k2": TOKEN_FORMS["kimi_k2"].blocks[0]}  # it calls tools while thinking, and leaves it unclosed
 _ALPHABET = string.ascii_letters + string.digits
 
 
 def make_splitter(name: str, prompt: str) -> ThinkSplitter | ThinkKeeper:
-    """What takes an answer to `prompt` apart. The end of the prompt shows whether thinking is open, or over already."""
+    """The splitter of an answer to `prompt`. The end of the prompt shows whether thinking is open or over."""
     end = prompt.rstrip()
     inside = end.endswith(OPEN) or (REASONING_PARSERS[name] and not end.endswith(CLOSE))
     return ThinkKeeper(inside) if name in KEEPERS else ThinkSplitter(inside, CALLS_END_THINKING.get(name))
 
 
 class ThinkSplitter:
-    """Parts text at the think tags. `inside`: the prompt has opened the thinking already; `calls`: what ends it, too, and is
-    content.
+    """Splits text at the think tags. `inside`: the prompt has opened the thinking. `calls`: a marker of tool calls that also
+    ends the thinking, and is content.
     """
 
     def __init__(self, inside: bool, calls: str | None = None):
         self._inside, self._calls = inside, calls
         self._held = ""
-        self._blanks: list[str] = []  # before what is held, while there is no telling whether they count
+        self._blanks: list[str] = []  # leading blanks, until it is known whether they belong to the text
         self._state = "start"
 
     def feed(self, text: str) -> tuple[str, str]:
-        """The reasoning and the content that are sure now."""
+        """The reasoning and the content that are certain now."""
         if self._state == "content":
             return "", text
         if self._state == "between":
@@ -69,7 +69,7 @@ class ThinkSplitter:
         return (rest, "") if self._state == "thinking" or self._inside else ("", rest)
 
     def _begin(self) -> None:
-        """Leaves the start as soon as the text has an opening tag, or cannot get one any more."""
+        """Leaves the start state once the text has an opening tag or cannot have one."""
         text = self._held.lstrip()
         self._blanks.append(self._held[: len(self._held) - len(text)])
         self._held = text
@@ -93,7 +93,7 @@ class ThinkSplitter:
         return reasoning[: len(reasoning) - keep], ""
 
     def _first_content(self, text: str) -> str:
-        """Content without the blank lines that models put between it and their thinking."""
+        """Content without the blank lines between it and the thinking."""
         text = text.lstrip("\n")
         self._state = "content" if text else "between"
         return text
@@ -105,14 +105,14 @@ class ThinkSplitter:
 
 
 class ThinkKeeper:
-    """Leaves thinking in the content, between its tags, as MiniMax-M2 wants it back. Only what follows may hold calls."""
+    """Leaves thinking in the content between its tags, because MiniMax-M2 expects it back. Only later text may have calls."""
 
     def __init__(self, inside: bool):
         self._held = OPEN if inside else ""
         self._over = not inside
 
     def feed(self, text: str) -> tuple[str, str]:
-        """The thinking with its tags and the content that are sure now."""
+        """The thinking with its tags, and the content, that are certain now."""
         if self._over:
             return "", text
         thinking, closed, content = (self._held + text).partition(CLOSE)
@@ -128,7 +128,7 @@ class ThinkKeeper:
 
 
 class MessageReader:
-    """The deltas of one choice of a chat, as OpenAI's streams have them."""
+    """Makes the deltas of one chat choice, in the format of OpenAI's streams."""
 
     def __init__(
         self,
@@ -136,14 +136,14 @@ class MessageReader:
         thinking: ThinkSplitter | ThinkKeeper | None,
         make_id: Callable[[str, int], str] | None = None,
     ):
-        """`make_id`: of a function's name and its call's place among the message's, where the model has written none."""
+        """`make_id(function name, index of the call)`: the id of a call for which the model wrote none."""
         self._parser, self._thinking, self._make_id = calls, thinking, make_id or _call_id
         self.calls = 0
 
     def feed(self, text: str, final: bool) -> dict[str, Any]:
-        """What `text` adds to the message: content, reasoning_content, tool_calls. `final`: no more will come."""
+        """The additions of `text` to the message: content, reasoning_content, tool_calls. `final`: the last text."""
         if self._parser is None and self._thinking is None:
-            return {"content": text}  # most streams: nothing to look for
+            return {"content": text}  # the common case: nothing to parse
         reasoning = ""
         if self._thinking is not None:
             reasoning, text = self._thinking.feed(text)
@@ -173,12 +173,12 @@ class MessageReader:
 
 
 def _call_id(name: str, place: int) -> str:
-    # Mistral's templates refuse any id that is not nine letters and digits; no other family minds
+    # Mistral's templates refuse ids that are not nine letters and digits; other templates accept any id
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
 
 
 def join_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Adds one delta to the message of an answer that is not streamed. Texts stay lists until they are `joined`."""
+    """Adds a delta to a message that is not streamed. Texts stay lists until they are `joined`."""
     for key in ("content", "reasoning_content"):
         if delta.get(key):
             message.setdefault(key, []).append(delta[key])
@@ -192,7 +192,7 @@ def join_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def joined(message: dict[str, Any]) -> dict[str, Any]:
-    """The message that deltas were added to: content, reasoning_content and tool_calls, as far as there are any."""
+    """The message of the added deltas: content, reasoning_content and tool_calls, those that are present."""
     out: dict[str, Any] = {key: "".join(message[key]) for key in ("content", "reasoning_content") if key in message}
     calls = [
         {**call, "function": {**call["function"], "arguments": "".join(call["function"]["arguments"])}}

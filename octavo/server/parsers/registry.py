@@ -1,4 +1,4 @@
-"""Which parsers read a model's tool calls and thinking: those asked for, or those that its chat template or family shows."""
+"""Chooses the parsers of tool calls and thinking: the requested ones, or by the chat template or the model family."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _REASONING_FAMILIES = {
 
 
 def choose_parser(asked: str | None, template: str | None, model_type: str) -> str | None:
-    """The name of the format: the one asked for, or what the chat template shows, or the family's; None if unknown."""
+    """The name of the format: the requested one, else by the chat template, else the family's; None if unknown."""
     if asked:
         name = _ALIASES.get(asked, asked)
         if name not in TOOL_CALL_NAMES:
@@ -60,7 +60,7 @@ def choose_parser(asked: str | None, template: str | None, model_type: str) -> s
     for name, token_form in TOKEN_FORMS.items():
         if token_form.separator in template and ("```json" in template or not token_form.fenced):
             return name
-    for name, form in FORMS.items():  # first: they share tags with those of JSON
+    for name, form in FORMS.items():  # before PARSERS, because the JSON formats share their tags
         if all(tag in template for tag in (form.block, form.call, form.key)):
             return name
     for name, json_form in PARSERS.items():
@@ -70,7 +70,7 @@ def choose_parser(asked: str | None, template: str | None, model_type: str) -> s
 
 
 def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
-    """The name of what splits thinking from content: the one asked for, or the family's; None if none does."""
+    """The name of the reasoning parser: the requested one, or the family's; None without one."""
     if not asked:
         return _REASONING_FAMILIES.get(model_type)
     name = _REASONING_ALIASES.get(asked, asked)
@@ -80,26 +80,26 @@ def choose_reasoning_parser(asked: str | None, model_type: str) -> str | None:
 
 
 def make_parser(name: str, types: ArgumentTypes) -> CallParser:
-    """A parser for one answer. `types`: of the parameters of the request's tools, where the format writes values untyped."""
+    """A parser for one answer. `types`: the tools' parameter types, for formats that write values untyped."""
     if name in TOKEN_FORMS:
         return TokenCalls(TOKEN_FORMS[name])
     return XmlCalls(FORMS[name], types) if name in FORMS else json_parser(name)
 
 
 def call_form(name: str | None) -> CallForm:
-    """How a model is told to write calls that the parser reads, where its chat template does not say."""
+    """The call format that the parser reads, described to a model whose chat template does not describe one."""
     if name in FORMS:
         return Spelling(form=FORMS[name])
     if name in TOKEN_FORMS:
         return TokenSpelling(form=TOKEN_FORMS[name])
-    return PARSERS[name].told if name else PLAIN_CALLS
+    return PARSERS[name].call_form if name else PLAIN_CALLS
 
 
 def id_maker(name: str | None, earlier: int) -> Callable[[str, int], str] | None:
-    """How calls without an id of the model's own are numbered, where its template prints ids. `earlier`: calls before."""
+    """Makes ids of calls for which the model wrote none, if its template prints ids. `earlier`: calls in earlier messages."""
     return (lambda function, place: f"functions.{function}:{earlier + place}") if name == "kimi_k2" else None
 
 
 def keeps_special(name: str) -> bool:
-    """Whether the format's tags are special tokens, which text must keep."""
+    """Whether the format's tags are special tokens, which detokenization must keep."""
     return name in TOKEN_FORMS or (FORMS[name].special if name in FORMS else name in PARSERS and PARSERS[name].special)

@@ -1,4 +1,4 @@
-"""Text that comes in pieces, taken tag by tag. Between two pieces no more is held than what may be the beginning of a tag."""
+"""Scans text that arrives in pieces, tag by tag. Between pieces it holds back at most the beginning of a tag."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ _LONGEST = 64  # longer than any tag
 
 
 class TagScanner:
-    """`raw` gathers what is taken but by `search` and `drop_blanks`, until its reader is sure of what it means."""
+    """`raw` collects consumed text (except by `search` and `drop_blanks`) until its meaning is certain."""
 
     def __init__(self) -> None:
         self.text, self.at = "", 0
         self.raw: list[str] = []
-        self.word = 0  # where in `raw` a name begins
+        self.word = 0  # index in `raw` where a name begins
 
     def add(self, text: str) -> None:
-        """More text."""
+        """Appends text."""
         self.text, self.at = self.text[self.at :] + text, 0
 
     def rest(self) -> str:
-        """What was not taken; it is now."""
+        """Consumes and returns all remaining text."""
         rest, self.text, self.at = self.text[self.at :], "", 0
         return rest
 
     def taken(self) -> str:
-        """What was gathered, which begins anew."""
+        """Returns the collected text and clears it."""
         raw, self.raw = "".join(self.raw), []
         return raw
 
     def drop_blanks(self) -> None:
-        """Takes blanks and forgets them."""
+        """Consumes blanks without collecting them."""
         self.at = _end_of_blanks(self.text, self.at)
 
     def one(self) -> str:
-        """Takes one character; "" if there is none."""
+        """Consumes one character; "" if there is none."""
         taken = self.text[self.at : self.at + 1]
         self.at += len(taken)
         return taken
 
     def skip(self) -> bool:
-        """Takes blanks; whether something follows them already."""
+        """Consumes blanks. Whether something follows them already."""
         end = _end_of_blanks(self.text, self.at)
         self.raw.append(self.text[self.at : end])
         self.at = end
         return end < len(self.text)
 
     def expect(self, tags: Iterable[str]) -> str | None:
-        """Takes the one of `tags` that stands here, maybe after blanks; "" if none does, None if that is not known yet."""
+        """Consumes the one of `tags` that comes next, after optional blanks; "" if none does, None if it is undecided."""
         return self.here(tags) if self.skip() else None
 
     def here(self, tags: Iterable[str]) -> str | None:
-        """The same where no blanks may stand."""
+        """As `expect`, without blanks."""
         for tag in tags:
             if self.text.startswith(tag, self.at):
                 self.raw.append(tag)
@@ -69,7 +69,7 @@ class TagScanner:
         return None if any(tag.startswith(rest) for tag in tags) else ""
 
     def take_word(self, end: str, stops: re.Pattern[str]) -> str | None:
-        """Takes a name and its `end`; "" if this is no name, None if that is not known yet."""
+        """Consumes a name and its `end`; "" if it is no name, None if it is undecided."""
         stop = stops.search(self.text, self.at)
         place = stop.start() if stop else len(self.text)
         self.raw.append(self.text[self.at : place])
@@ -80,7 +80,7 @@ class TagScanner:
         return word if not end else self.here((end,)) and word
 
     def search(self, tags: tuple[str, ...], take: Callable[[str], None]) -> str:
-        """Takes text up to the first of `tags`, and that tag, or as far as none can have begun; the tag, or ""."""
+        """Consumes text up to and including the first of `tags`, or up to where one may begin; returns the tag, or ""."""
         match = _any_of(tags).search(self.text, self.at)
         if match is not None:
             place, found = match.start(), match[0]

@@ -1,8 +1,8 @@
-"""Tool calls whose arguments are JSON between special tokens: DeepSeek's up to V3.1, and Kimi's.
+"""Tool calls with JSON arguments between special tokens: DeepSeek's up to V3.1, and Kimi's.
 
-The tokens are those of the models' chat templates and of Moonshot's tool_call_guidance.md. A call is given out once it is
-whole; what is no call is content, with its tokens. A token in a string of JSON is text, but for strings that never end: what
-they have hidden is read once more. So each character is looked at a few times at most, however the text comes.
+The tokens are those of the models' chat templates and of Moonshot's tool_call_guidance.md. A call is returned once it is
+complete; text that is no call is content, with its tokens. A token inside a JSON string is text, unless the string never ends:
+then the text after its beginning is read again. So each character is read a few times at most, however the text is split.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ __all__ = ["TOKEN_FORMS", "TokenCalls", "TokenForm", "TokenSpelling"]
 
 _NAME = r"[^\s<>{}\"`]+"
 _NAMED = re.compile(rf"\s*({_NAME})\s*")
-_FENCED = re.compile(rf"({_NAME})\s*```(?:json)?\s*")  # DeepSeek-V3's arguments, with the name in front of them
+_FENCED = re.compile(rf"({_NAME})\s*```(?:json)?\s*")  # DeepSeek-V3's arguments, after the function's name
 _ID = re.compile(rf"\s*((?:functions\.)?({_NAME}):\d+)\s*")
 
 
 @dataclass(frozen=True)
 class TokenForm:
-    """The tokens of a family."""
+    """The tokens of a model family."""
 
-    blocks: tuple[str, ...]  # where calls begin: the first is the template's, the others are what models write by mistake
+    blocks: tuple[str, ...]  # openings of a block of calls: the template's, then those that models write by mistake
     block_ends: tuple[str, ...]
     call: str
     call_end: str
-    separator: str  # between a call's head and its arguments
-    fenced: bool = False  # the arguments are told in a fence, behind the name
-    kimi: bool = False  # the head is an id, which says the name: functions.NAME:NUMBER
-    words: str = ""  # about tools, which its template does not print
+    separator: str  # between a call's header and its arguments
+    fenced: bool = False  # the arguments are in a code fence after the name
+    kimi: bool = False  # the header is an id that contains the name: functions.NAME:NUMBER
+    words: str = ""  # description of the tools, for templates that do not print them
 
     @cached_property
     def openers(self) -> tuple[str, ...]:
-        """Where calls may begin: some models forget the block."""
+        """Where calls may begin. Some models omit the block."""
         return (*self.blocks, self.call)
 
     @cached_property
-    def enders(self) -> tuple[str, ...]:
-        """What ends a call: its end, and what can only stand behind one."""
+    def end_tokens(self) -> tuple[str, ...]:
+        """The tokens that end a call: its end token, and those that can only follow one."""
         return (self.call_end, self.call, *self.block_ends)
 
     def read(self, body: str) -> ToolCall | None:
-        """The call that stands between its two tokens; None if it is none."""
+        """The call between its two tokens; None if it is none."""
         head, found, text = body.partition(self.separator)
         if not found:
             return None
@@ -65,7 +65,7 @@ class TokenForm:
         return None if arguments is None else ToolCall(name, arguments, written)
 
     def write(self, name: str, arguments: str, number: int) -> str:
-        """One call, as the templates write it."""
+        """One call in the templates' format."""
         if self.fenced:
             return f"{self.call}function{self.separator}{name}\n```json\n{arguments}\n```{self.call_end}"
         head = f"functions.{name}:{number}" if self.kimi else name
@@ -73,7 +73,7 @@ class TokenForm:
 
 
 _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>")
-# As https://huggingface.co/deepseek-ai/DeepSeek-V3.1 has them, under ToolCall.
+# From https://huggingface.co/deepseek-ai/DeepSeek-V3.1, section ToolCall.
 _V31_WORDS = """## Tools
 You have access to the following tools:
 
@@ -101,7 +101,7 @@ TOKEN_FORMS = {  # each DeepSeek form reads the other's calls as well
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSpelling(CallForm):
-    """The family's calls as a CallForm."""
+    """The family's call format as a CallForm."""
 
     form: TokenForm
 
@@ -129,14 +129,14 @@ class TokenCalls:
         self._scan = TagScanner()
         self._state: Callable[[], bool] = self._content
         self._parts: list[Part] = []
-        self._called = False  # there was a call since the block began
-        self._trim = False  # blanks after a call belong to nobody
-        self._before = ""  # this call, content if it turns out to be none
-        self._body: list[str] = []  # of this call, as far as it is written
-        self._trusts = True  # strings of JSON: what stands in them is text
+        self._called = False  # whether the block had a call so far
+        self._trim = False  # whether to drop blanks, which follow a call
+        self._before = ""  # opening text of this call, which is content if it is no call
+        self._body: list[str] = []  # text of this call so far
+        self._trusts = True  # whether tokens inside JSON strings are text
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that are sure now."""
+        """The parts that are certain now."""
         self._scan.add(text)
         self._run()
         return self._taken()
@@ -146,9 +146,9 @@ class TokenCalls:
         if self._writing and not self._end_call(body := self._rest_of_body()):
             self._read_again(body)
             if self._writing and not self._end_call(body := self._rest_of_body()):
-                self._say(self._before + body)
+                self._add_content(self._before + body)
         rest = self._scan.taken() + self._scan.rest()
-        self._say(rest.lstrip() if self._called else rest)
+        self._add_content(rest.lstrip() if self._called else rest)
         self._called, self._trim, self._state = False, False, self._content
         return self._taken()
 
@@ -156,12 +156,12 @@ class TokenCalls:
     def _writing(self) -> bool:
         return self._state in (self._call, self._string, self._escape)
 
-    # The states. Each takes what it can of the text, and says whether the next one may go on with it.
+    # The states. Each consumes what it can, and returns whether the next state may continue with the text.
 
     def _content(self) -> bool:
         if self._trim:
             self._scan.drop_blanks()
-        found = self._scan.search(self._form.openers, self._say)
+        found = self._scan.search(self._form.openers, self._add_content)
         if not found:
             return False
         self._called = False
@@ -171,7 +171,7 @@ class TokenCalls:
         return self._go(self._between)
 
     def _between(self) -> bool:
-        """In a block, outside of calls. Its token and blanks are gathered: they are content if no call follows."""
+        """In a block, between calls. The block's token and blanks are collected, because they are content without a call."""
         found = self._scan.expect((self._form.call, *self._form.block_ends, *self._form.blocks))
         if found is None:
             return False
@@ -187,7 +187,7 @@ class TokenCalls:
 
     def _call(self) -> bool:
         """In a call, outside of strings."""
-        found = self._scan.search((*self._form.enders, '"') if self._trusts else self._form.enders, self._body.append)
+        found = self._scan.search((*self._form.end_tokens, '"') if self._trusts else self._form.end_tokens, self._body.append)
         if found == '"':
             self._body.append(found)
             return self._go(self._string)
@@ -197,7 +197,7 @@ class TokenCalls:
         if not self._end_call(body):
             if self._trusts and self._form.call_end in body:
                 return self._read_again(body + found)
-            self._say(self._before + body + (found if found == self._form.call_end else ""))
+            self._add_content(self._before + body + (found if found == self._form.call_end else ""))
         if found == self._form.call:
             self._scan.raw.append(found)
             return self._begin_call()
@@ -213,12 +213,12 @@ class TokenCalls:
         return bool(found) and self._go(self._call if found == '"' else self._escape)
 
     def _escape(self) -> bool:
-        """Behind a backslash in a string."""
+        """After a backslash in a string."""
         escaped = self._scan.one()
         self._body.append(escaped)
         return bool(escaped) and self._go(self._string)
 
-    # What the states share.
+    # Helpers of the states.
 
     def _run(self) -> None:
         while self._state():
@@ -229,7 +229,7 @@ class TokenCalls:
         return True
 
     def _begin_call(self) -> bool:
-        """Behind a call's token, which `raw` ends with, or which stands alone."""
+        """Starts a call after its token, which is the end of `raw` or stands alone."""
         self._before, self._body = self._scan.taken() or self._form.call, []
         return self._go(self._call)
 
@@ -238,7 +238,7 @@ class TokenCalls:
         return body
 
     def _end_call(self, body: str) -> bool:
-        """Gives out the call that stands in `body`; whether there is one."""
+        """Returns whether `body` is a call, and adds it to the parts."""
         call = self._form.read(body)
         self._body = []
         if call is None:
@@ -248,7 +248,7 @@ class TokenCalls:
         return True
 
     def _read_again(self, text: str) -> bool:
-        """Reads what stands behind a call's token without trust in strings: one without end has hidden the ends of calls."""
+        """Reads the text after a call's token again with tokens in strings counted: an unclosed string hid the calls' ends."""
         rest = self._scan.rest()
         self._trusts, self._state = False, self._call
         self._scan.add(text)
@@ -258,14 +258,14 @@ class TokenCalls:
         return True
 
     def _leave(self) -> None:
-        """Ends a block: what is gathered belongs to its calls, or is content if there are none."""
+        """Ends a block. The collected text belongs to its calls, or is content if there are none."""
         held = self._scan.taken()
         self._trim = self._called
         if not self._called:
-            self._say(held)
+            self._add_content(held)
         self._called = False
 
-    def _say(self, text: str) -> None:
+    def _add_content(self, text: str) -> None:
         self._trim = self._trim and not text
         if text:
             self._parts.append(text)

@@ -1,7 +1,7 @@
-"""Tool calls in what a model writes, in the formats of the model families.
+"""JSON tool calls in the formats of the model families.
 
-A parser takes text as it comes and gives back what is plain content and what is a call. A call is given out once it is
-whole, so that a call the model got wrong can still be shown as the content it then is.
+A parser takes text as it arrives and returns content and calls. A call is returned once it is complete, so that a malformed
+call can still be returned as content.
 """
 
 from __future__ import annotations
@@ -19,68 +19,68 @@ __all__ = ["PARSERS", "Format", "json_parser"]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a model family writes its calls."""
+    """The call format of a model family."""
 
-    opener: str  # where calls begin; empty: at the first character
-    closer: str = ""  # where one call ends; empty: where its JSON ends
-    bare: bool = False  # the opener may be left out if the answer begins with a JSON object
-    special: bool = False  # the opener is a special token: text must keep those
-    told: CallForm = PLAIN_CALLS  # how a model is told to write calls whose chat template says nothing of them
+    opener: str  # opening of the calls; empty: they begin at the first character
+    closer: str = ""  # end of a call; empty: the end of its JSON
+    bare: bool = False  # the opener may be missing if the answer begins with a JSON object
+    special: bool = False  # the opener is a special token, which detokenization must keep
+    call_form: CallForm = PLAIN_CALLS  # the format described to a model whose chat template does not describe it
 
 
 _IN_LIST = {"between": ", ", "closer": "]"}
 PARSERS = {
     # qwen2, qwen3 and NousResearch's models
-    "hermes": Format("<tool_call>", "</tool_call>", told=CallForm(before="<tool_call>\n", after="\n</tool_call>")),
-    "llama3_json": Format("<|python_tag|>", bare=True, special=True, told=CallForm(between="; ", key="parameters")),
+    "hermes": Format("<tool_call>", "</tool_call>", call_form=CallForm(before="<tool_call>\n", after="\n</tool_call>")),
+    "llama3_json": Format("<|python_tag|>", bare=True, special=True, call_form=CallForm(between="; ", key="parameters")),
     # a JSON array, or since v11 name{...}
-    "mistral": Format("[TOOL_CALLS]", special=True, told=CallForm("[TOOL_CALLS][", **_IN_LIST)),
-    # what tool_choice "required" makes the model write, whatever its family
-    "json": Format("", told=CallForm("[", **_IN_LIST, key="parameters")),
+    "mistral": Format("[TOOL_CALLS]", special=True, call_form=CallForm("[TOOL_CALLS][", **_IN_LIST)),
+    # the format that tool_choice "required" enforces for every family
+    "json": Format("", call_form=CallForm("[", **_IN_LIST, key="parameters")),
 }
 _BETWEEN = " \n\r\t;,[]"
 _BLANKS: Any = re.compile(r"\s*+").match
-_OBJECT = re.compile(r'\\.|["{}]', re.DOTALL)  # what tells where a JSON object ends
+_OBJECT = re.compile(r'\\.|["{}]', re.DOTALL)  # tokens that determine the end of a JSON object
 
 
 def json_parser(name: str) -> CallParser:
-    """A parser for one answer, in one of PARSERS."""
+    """A parser for one answer, in a format of PARSERS."""
     return _Parser(PARSERS[name])
 
 
 class _Parser:
-    """Each character is looked at once, or twice where a string of JSON turns out to have no end, however the text comes.
+    """Reads each character once, or twice where a JSON string turns out to be unclosed, however the text is split.
 
-    The markers of a format are looked for outside of JSON's strings only: inside, they are an argument's text.
+    Markers are recognized outside of JSON strings only: inside, they are part of an argument.
     """
 
     def __init__(self, form: Format):
         self._form = form
-        self._tail = ""  # text that was not looked at: what comes may make it a marker
-        self._held: list[str] = []  # text that was, and is not given out yet
-        self._length = 0  # of what is held
+        self._tail = ""  # unread text, which the next text may complete to a marker
+        self._held: list[str] = []  # read text that is not returned yet
+        self._length = 0  # of the held text
         self._in_calls = not form.opener
         self._opening = ""  # the text that began this run of calls
         self._calls = 0  # calls in this run
-        self._begun = False  # something was given out, or is sure to be content
+        self._begun = False  # whether content or a call is certain
         self._in_string = False
-        self._cut: int | None = None  # where in what is held the line's first closer in a string stands
-        self._unguarded = 0  # where in what is read strings begin to be trusted
-        self._depth = 0  # of the JSON object that is being written
-        self._hopeless = False  # no call can come of this run any more
-        self._head = re.compile(  # of a call; possessive: what one part has taken, no other part tries
+        self._cut: int | None = None  # offset in the held text of the line's first closer inside a string
+        self._unguarded = 0  # offset from which closers inside strings are text
+        self._depth = 0  # nesting depth of the JSON object being read
+        self._no_more_calls = False  # whether no call can follow in this run
+        self._head = re.compile(  # header of a call; possessive quantifiers, to avoid backtracking
             rf"[ \n\r\t;,\]]*+(?:{re.escape(form.opener)})?[ \n\r\t;,\[\]]*+"  # mistral repeats the opener before every call
             r"(?:([\w.\-/]++)\s*+(?:\[CALL_ID\]\w++)?(?:\[ARGS\])?\s*+)?(?=\{)"
         )
         self._marks = re.compile(rf'\\.|["\n]|{re.escape(form.closer)}', re.DOTALL)
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that are sure now."""
+        """The parts that are certain now."""
         data, self._tail = self._tail + text, ""
         return self._read(data, 0)
 
     def _read(self, data: str, unguarded: int) -> list[Part]:
-        """Up to `unguarded` a closer is one in a string too."""
+        """Before offset `unguarded` a closer ends the call even inside a string."""
         at, parts, self._unguarded = 0, list[Part](), unguarded
         while at < len(data):
             if not self._in_calls:
@@ -94,7 +94,7 @@ class _Parser:
         return parts
 
     def finish(self) -> list[Part]:
-        """What is left: a call without its closer, or text that turned out to be content."""
+        """The rest: a call without its closer, or content."""
         parts: list[Part] = []
         rest, at, self._tail = self._take_held() + self._tail, 0, ""
         if self._in_calls and (cut := self._cut) is not None and self._call(rest, 0) is None:
@@ -114,8 +114,8 @@ class _Parser:
         return [part for part in (*parts, rest) if part]
 
     def _content(self, data: str, at: int, parts: list[Part]) -> int:
-        """Gives out content up to where calls begin, or as far as they cannot have begun; where to go on."""
-        if self._calls:  # blanks after a call belong to nobody
+        """Returns content up to where calls begin or may begin, and the offset to continue from."""
+        if self._calls:  # blanks after a call are dropped
             at = _BLANKS(data, at).end()
         if self._form.bare and not self._begun:
             first: int = _BLANKS(data, at).end()
@@ -144,7 +144,7 @@ class _Parser:
         self._in_string, self._cut = False, None
 
     def _to_closer(self, data: str, at: int, parts: list[Part]) -> tuple[str, int]:
-        """Looks for the closer of a call, and gives it out if it is there; where to go on, and in what."""
+        """Looks for the closer of a call and adds the call. Returns the text and the offset to continue from."""
         closer, end = self._form.closer, at
         for mark in self._marks.finditer(data, at):
             end = mark.end()
@@ -156,7 +156,7 @@ class _Parser:
                 self._cut = self._length + mark.start() - at if self._cut is None else self._cut
             elif mark[0] == '"':
                 self._in_string = not self._in_string
-            elif mark[0] == "\n":  # a string of JSON ends at its line's end at the latest
+            elif mark[0] == "\n":  # a JSON string cannot contain a line end
                 if self._in_string and self._cut is not None:
                     return self._end_at_cut(data, at, mark.start(), parts)
                 self._in_string, self._cut = False, None
@@ -166,11 +166,11 @@ class _Parser:
         return data, len(data)
 
     def _end_at_cut(self, data: str, at: int, line: int, parts: list[Part]) -> tuple[str, int]:
-        """Ends the call at the first closer that stood in a string of a line with a string that has no end: the line ends at
-        `line` of the data, and no string in it is trusted any more."""
+        """Ends the call at the first closer inside a string of a line with an unclosed string. The line ends at offset `line`
+        of the data, and closers inside its strings count from now on."""
         assert self._cut is not None
         before = self._length
-        if before:  # else the data is long, and is not copied
+        if before:  # otherwise the data, which may be long, need not be copied
             held = self._take_held()
             data, at, line = held + data[at:], 0, before + line - at
         cut = at + self._cut
@@ -179,7 +179,7 @@ class _Parser:
         return data, cut + len(self._form.closer)
 
     def _close(self, body: str) -> Part:
-        """What stood before a closer: a call, or content after all."""
+        """The text before a closer, as a call or as content."""
         self._in_calls, self._cut = False, None
         if (taken := self._call(body, 0)) is None:
             return self._opening + body + self._form.closer
@@ -187,10 +187,10 @@ class _Parser:
         return taken[0]
 
     def _to_end_of_object(self, data: str, at: int, parts: list[Part]) -> int:
-        """Looks for the end of a call's JSON object, and gives the call out if it is there; where to go on."""
+        """Looks for the end of a call's JSON object and adds the call. Returns the offset to continue from."""
         end = at
         if not self._depth:
-            begin = -1 if self._hopeless else data.find("{", at)
+            begin = -1 if self._no_more_calls else data.find("{", at)
             if begin < 0:
                 self._hold(data[at:])
                 return len(data)
@@ -205,22 +205,22 @@ class _Parser:
                     self._hold(data[at:end])
                     self._end_object(parts)
                     return end
-        end = len(data) - (end < len(data) and data.endswith("\\"))  # what it escapes is still to come
+        end = len(data) - (end < len(data) and data.endswith("\\"))  # the escaped character has not arrived yet
         self._hold(data[at:end])
         self._tail = data[end:]
         return len(data)
 
     def _end_object(self, parts: list[Part]) -> None:
         text = self._take_held()
-        if (taken := self._call(text, 0)) is None:  # no call, and nothing that follows makes it one
+        if (taken := self._call(text, 0)) is None:  # no call, and no further text can make it one
             self._hold(text)
-            self._hopeless = True
+            self._no_more_calls = True
             return
         parts.append(taken[0])
         self._calls += 1
 
     def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
-        """The first call in `text` from `at` on and where it ends, or None if there is none."""
+        """The first call in `text` from `at` on and its end, or None."""
         if (head := self._head.match(text, at)) is None:
             return None
         try:
@@ -251,5 +251,5 @@ def _as_call(value: Any) -> ToolCall | None:
     except NoNumber:
         return None
     except (ValueError, RecursionError):
-        pass  # text is what the model wrote, and a client may make something of it
+        pass  # arguments that are no JSON are returned as the model wrote them
     return ToolCall(value["name"], arguments)

@@ -1,10 +1,9 @@
-"""Tool calls whose arguments stand between tags, each as plain text: Qwen3-Coder's, GLM's, MiniMax's and DeepSeek-V3.2's.
+"""Tool calls with arguments as plain text between tags: Qwen3-Coder's, GLM's, MiniMax's and DeepSeek-V3.2's.
 
-The formats are those of the models' chat templates. A call is given out when its first parameter, or its end, shows that it
-is one; then every string comes as the model writes it, and every other value once it is whole. What turns out to be no call is
-content; what stands between a call's parameters, and cannot, is content too. A call that is cut off stays open, as its JSON
-does at OpenAI's: one with invented ends could be mistaken for what the model meant. Each character is looked at a few times
-at most, however the text comes.
+The formats are those of the models' chat templates. A call is returned once its first parameter or its end shows that it is
+one. After that, strings are streamed, and other values returned once they are complete. Text that is no call is content, and so
+is stray text between parameters. A call that is cut off is left incomplete, as OpenAI does: closing its JSON could change what
+the model meant. Each character is read a few times at most, however the text is split.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ __all__ = ["XmlCalls"]
 
 
 class XmlCalls:
-    """The parser of one answer. `types`: of the parameters of the request's tools."""
+    """The parser of one answer. `types`: the parameter types of the request's tools."""
 
     def __init__(self, form: XmlForm, types: ArgumentTypes):
         self._form, self._types = form, types
         self._state: Callable[[], bool] = self._content
         self._scan = TagScanner()
-        self._bare = False  # this call has no block
-        self._trim = False  # blanks after a call belong to nobody
+        self._bare = False  # whether this call has no block
+        self._trim = False  # whether to drop blanks, which follow a call
         self._parts: list[Part] = []
-        self._name = self._key = self._ender = ""
-        self._keys: set[str] = set()  # parameters of this call so far
-        self._kinds = STRING  # the types that this parameter may have
-        self._whole: list[str] | None = None  # a value that is no string, as far as it is written
-        self._fresh = False  # no character of the value came yet
-        self._break = ""  # a line break that may be the one before the value's end
+        self._name = self._key = self._end_tag = ""
+        self._keys: set[str] = set()  # names of this call's parameters so far
+        self._kinds = STRING  # possible types of this parameter
+        self._whole: list[str] | None = None  # a non-string value so far
+        self._fresh = False  # whether the value is still empty
+        self._break = ""  # a held line break, which belongs to the value's end tag if that follows
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that are sure now."""
+        """The parts that are certain now."""
         self._scan.add(text)
         while self._state():
             pass
@@ -48,26 +47,26 @@ class XmlCalls:
         """What was held back."""
         rest = self._scan.rest()
         state, self._state = self._state, self._content
-        if state == self._closing and self._ender.startswith("</"):
+        if state == self._closing and self._end_tag.startswith("</"):
             self._end_value()
-            self._say(rest)
-            self._tell("}" if self._ender == self._form.call_end else "")
+            self._add_content(rest)
+            self._add_arguments("}" if self._end_tag == self._form.call_end else "")
         elif state in (self._value, self._closing):
             self._write(self._scan.taken() + rest)
             left = "".join(self._whole or ()) + self._break
-            self._tell(left if self._whole is not None else json.dumps(left)[1:-1])
+            self._add_arguments(left if self._whole is not None else json.dumps(left)[1:-1])
         else:
             rest = self._scan.taken() + rest
-            self._say(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
+            self._add_content(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
         self._trim = False
         return self._taken()
 
-    # The states. Each takes what it can of the text, and says whether the next one may go on with it.
+    # The states. Each consumes what it can, and returns whether the next state may continue with the text.
 
     def _content(self) -> bool:
         if self._trim:
             self._scan.drop_blanks()
-        found = self._scan.search(self._form.openers, self._say)
+        found = self._scan.search(self._form.openers, self._add_content)
         if not found:
             return False
         self._open(found)
@@ -79,7 +78,7 @@ class XmlCalls:
         self._begin_word(self._function if tag == self._form.call else self._head)
 
     def _head(self) -> bool:
-        """Between a block's tag and its call's."""
+        """Between a block's tag and its call's tag."""
         if not self._form.call:
             return self._scan.skip() and self._begin_word(self._function)
         found = self._scan.expect((self._form.call,))
@@ -93,11 +92,11 @@ class XmlCalls:
             return found is not None and self._no_call()
         self._name = found
         if self._bare and not self._types.knows(found):
-            return self._no_call()  # prose about the format is more likely
+            return self._no_call()  # probably prose about the format
         return self._go(self._first)
 
     def _first(self) -> bool:
-        """Behind a function's name: what stands here shows whether this is a call."""
+        """After a function's name: the next tag shows whether this is a call."""
         found = self._scan.expect((self._form.key, self._form.call_end))
         if not found:
             return found is not None and self._no_call()
@@ -106,7 +105,7 @@ class XmlCalls:
         return self._follow(found)
 
     def _no_call(self) -> bool:
-        self._say_raw()
+        self._add_raw()
         return self._go(self._content)
 
     def _between(self) -> bool:
@@ -121,7 +120,7 @@ class XmlCalls:
         if tag == form.key:
             self._scan.raw = [tag]
             return self._begin_word(self._parameter)
-        self._tell("}")
+        self._add_arguments("}")
         self._scan.raw, self._trim = [], True
         if tag == form.block_end:
             return self._go(self._content)
@@ -131,9 +130,9 @@ class XmlCalls:
         return True
 
     def _garbage(self) -> bool:
-        """Text where only tags may stand."""
-        self._say_raw()
-        found = self._scan.search(self._form.within, self._say)
+        """Stray text where only tags are expected."""
+        self._add_raw()
+        found = self._scan.search(self._form.within, self._add_content)
         self._scan.at -= len(found)
         return bool(found) and self._go(self._between)
 
@@ -157,27 +156,27 @@ class XmlCalls:
         return self._go(self._gap) if self._form.value else self._begin_value()
 
     def _begin_value(self) -> bool:
-        self._tell((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
+        self._add_arguments((", " if self._keys else "") + json.dumps(self._key, ensure_ascii=False) + ": ")
         self._keys.add(self._key)
         self._whole = [] if self._kinds != STRING else None
         if self._whole is None:
-            self._tell('"')
+            self._add_arguments('"')
         self._scan.raw, self._break, self._fresh = [], "", True
         return self._go(self._value)
 
     def _value(self) -> bool:
-        self._ender = self._scan.search(self._form.value_enders, self._write)
-        if not self._ender:
+        self._end_tag = self._scan.search(self._form.value_ends, self._write)
+        if not self._end_tag:
             return False
-        self._scan.raw = [self._ender]
+        self._scan.raw = [self._end_tag]
         return self._begin_word(self._closing)
 
     def _closing(self) -> bool:
-        """Behind what may have been the value's end: it was, if what follows is what must."""
+        """After a possible end of the value, which is confirmed by the tag that follows."""
         form = self._form
-        if not self._ender.startswith("</"):
+        if not self._end_tag.startswith("</"):
             return self._closing_by_key()
-        after = form.within if self._ender == form.value_end else (form.block_end, form.call)
+        after = form.within if self._end_tag == form.value_end else (form.block_end, form.call)
         found = self._scan.expect(after)
         if found is None:
             return False
@@ -187,7 +186,7 @@ class XmlCalls:
         return self._follow(found)
 
     def _closing_by_key(self) -> bool:
-        """Behind a line that begins as a parameter does: it is one if the function has it, and the call not yet."""
+        """After a line that begins like a parameter. It is one if the function declares it and the call has it not yet."""
         found = self._scan.take_word(*self._form.keys_end)
         if found is None:
             return False
@@ -202,7 +201,7 @@ class XmlCalls:
         return self._go(self._value)
 
     def _after(self) -> bool:
-        """Behind a call, in its block."""
+        """After a call, in its block."""
         found = self._scan.expect(tuple(tag for tag in (self._form.call, self._form.block_end, self._form.block) if tag))
         if found is None:
             return False
@@ -213,7 +212,7 @@ class XmlCalls:
         self._bare = False
         return True
 
-    # What the states share.
+    # Helpers of the states.
 
     def _go(self, state: Callable[[], bool]) -> bool:
         self._state = state
@@ -223,18 +222,18 @@ class XmlCalls:
         self._scan.word = len(self._scan.raw)
         return self._go(state)
 
-    def _say(self, text: str) -> None:
+    def _add_content(self, text: str) -> None:
         self._trim = self._trim and not text
         self._parts.append(text)
 
-    def _say_raw(self) -> None:
-        self._say(self._scan.taken())
+    def _add_raw(self) -> None:
+        self._add_content(self._scan.taken())
 
-    def _tell(self, arguments: str) -> None:
+    def _add_arguments(self, arguments: str) -> None:
         self._parts.append(ToolCall(None, arguments))
 
     def _write(self, text: str) -> None:
-        """More of the value."""
+        """Adds text to the value."""
         if self._form.lines and text:
             if self._fresh:
                 text = text.removeprefix("\n")
@@ -245,17 +244,17 @@ class XmlCalls:
         if self._whole is not None:
             self._whole.append(text)
         else:
-            self._tell(json.dumps(text, ensure_ascii=False)[1:-1])
+            self._add_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def _end_value(self) -> None:
         if self._whole is None:
-            self._tell('"')
+            self._add_arguments('"')
         else:
-            self._tell(as_json("".join(self._whole), self._kinds))
+            self._add_arguments(as_json("".join(self._whole), self._kinds))
         self._scan.raw = []
 
     def _taken(self) -> list[Part]:
-        """The parts so far, joined where they belong together."""
+        """The parts so far, with adjacent ones of one kind joined."""
         parts, self._parts = self._parts, []
         runs: list[tuple[bool, str | None, list[str]]] = []
         for part in parts:

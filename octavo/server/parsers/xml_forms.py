@@ -1,4 +1,4 @@
-"""The tags between which model families write tool calls, as their chat templates have them."""
+"""The tags of the model families' tool calls, from their chat templates."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ __all__ = ["FORMS", "Spelling", "XmlForm"]
 
 @dataclass(frozen=True)
 class XmlForm:
-    """The tags of a family. Tags that end with `=` have a name behind them."""
+    """The tags of a family. A tag that ends with `=` is followed by a name."""
 
-    block: str  # where calls begin
+    block: str  # opening of a block of calls
     block_end: str
-    call: str  # in front of a function's name; empty: the block's own tag is
+    call: str  # before a function's name; empty: the name follows the block's tag
     call_end: str
-    key: str  # in front of a parameter's name
+    key: str  # before a parameter's name
     key_end: str
-    value: str  # in front of its value; empty: the name's end is
+    value: str  # before its value; empty: the value follows the name's end
     value_end: str
-    lines: bool = False  # a value stands on lines of its own
-    bare: bool = False  # the model is known to leave out the block's tag
-    typed: bool = False  # behind a parameter's name stands whether its value is a string: string="true"
-    gap: str = ""  # between the content and the block, of which it is the beginning
-    special: bool = False  # the tags hold a token that text must keep
+    lines: bool = False  # a value is on separate lines
+    bare: bool = False  # the model may omit the block's tag
+    typed: bool = False  # an attribute after a parameter's name says whether its value is a string: string="true"
+    gap: str = ""  # between content and block; part of the block
+    special: bool = False  # the tags contain a special token, which detokenization must keep
 
     @cached_property
     def openers(self) -> tuple[str, ...]:
         """Where a call may begin outside of a block."""
-        gapped = (self.gap + self.block,) if self.gap else ()  # first: of two that begin at one place, the first is found
+        gapped = (self.gap + self.block,) if self.gap else ()  # first, because of two matches at one offset the first wins
         return (*gapped, self.block, self.call) if self.bare else (*gapped, self.block)
 
     @cached_property
     def within(self) -> tuple[str, ...]:
-        """What may stand after a value: the next parameter, or an end; and what can only begin another call."""
+        """The tags that may follow a value: the next parameter, an end, or the opening of another call."""
         return tuple(dict.fromkeys(tag for tag in (self.key, self.call_end, self.block_end, self.block, self.call) if tag))
 
     @cached_property
-    def value_enders(self) -> tuple[str, ...]:
-        """Where a value may end: at its tag, and where models forget that, at the call's or where a line begins the next."""
+    def value_ends(self) -> tuple[str, ...]:
+        """The ends of a value: its end tag or, because models forget it, the call's end or a line that begins a parameter."""
         forgotten = () if self.call_end == self.block_end else (self.call_end,)
         return (self.value_end, *forgotten, "\n" + self.key)
 
     @cached_property
     def names_end(self) -> tuple[str, re.Pattern[str]]:
-        """The end of a function's name, and the characters that no name holds. GLM's ends at a blank or a tag."""
+        """The end of a function's name, and the characters that no name contains. GLM's ends at a blank or a tag."""
         return (">", re.compile(r"[<>\n]")) if self.call else ("", re.compile(r"[<\s]"))
 
     @cached_property
     def keys_end(self) -> tuple[str, re.Pattern[str]]:
-        """The same of a parameter's name."""
+        """As `names_end`, for a parameter's name."""
         return self.key_end, re.compile(r"[<>\n]" if self.key_end == ">" else r"[<\n]")
 
     def key_of(self, word: str) -> tuple[str, frozenset[str] | None]:
-        """A parameter's name, and the types that `word` gives it: a string's, any JSON's (empty) or None, nothing."""
+        """A parameter's name, and the types that `word` declares: string, any JSON (empty), or None for no declaration."""
         if self.typed and (match := _TYPED.fullmatch(word)):
             return match[1], STRING if match[2] == "true" else frozenset()
         return word, None
@@ -95,7 +95,7 @@ FORMS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spelling(CallForm):
-    """The family's calls as a CallForm."""
+    """The family's call format as a CallForm."""
 
     form: XmlForm
 
@@ -104,7 +104,7 @@ class Spelling(CallForm):
 
 
 def _spelled(form: XmlForm, name: str, arguments: Any) -> str:
-    """One call. Arguments of an earlier turn that are no object, since the answer was cut off, are written as they are."""
+    """One call. Arguments of an earlier turn that are no object (the answer was cut off) are written unchanged."""
     quote = '"' if form.key.endswith(" name=") else ""
     lines = [form.block, f"{form.call}{quote}{name}{quote}>"] if form.call else [f"{form.block}{name}"]
     if not isinstance(arguments, Mapping):

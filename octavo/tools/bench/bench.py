@@ -1,4 +1,4 @@
-"""`octavo bench`: how fast a model is served, beside what the machine at hand could do at most."""
+"""`octavo bench`: measures serving speed, beside the limit of the machine."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _offline(
 
 
 def _stamp(args: argparse.Namespace) -> dict[str, Any]:
-    """What was run, by what, when."""
+    """Command, version, date and sampling of a measurement."""
     command = shlex.join(["octavo", *sys.argv[1:]])
     return {
         "mode": args.mode, "command": command, "date": time.strftime("%Y-%m-%d"), "octavo": __version__,
@@ -162,7 +162,7 @@ def _stamp(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _about(args: argparse.Namespace, config: EngineConfig, core: EngineCore, start_s: float) -> dict[str, Any]:
-    """What a figure is of."""
+    """Machine, model and settings of a measurement."""
     import torch
 
     from octavo import ops
@@ -184,7 +184,7 @@ def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, 
     from octavo.tools.bench.ceilings import measure_ceilings, peak_memory
     from octavo.tools.bench.limit import costs_of, limit
 
-    found["peak_memory_bytes"] = peak_memory(core.runner.platform)  # before the ceilings take some of their own
+    found["peak_memory_bytes"] = peak_memory(core.runner.platform)  # before measuring the ceilings, which takes memory
     ceilings, costs = measure_ceilings(core.runner.platform), costs_of(config)
     found["ceilings"] = ceilings.as_json
     found["workloads"] = {}

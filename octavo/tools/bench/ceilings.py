@@ -1,4 +1,4 @@
-"""The ceilings of the machine at hand, measured: what a copy moves and what a large product computes a second."""
+"""Measures the ceilings of the machine: copy bandwidth and the rate of a large matrix product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from octavo.tools.bench.limit import Ceilings
 
 __all__ = ["measure_ceilings", "peak_memory", "synchronize"]
 
-COPY_BYTES = (1 << 30, 1 << 28)  # on an accelerator, on a CPU: far larger than any cache
+COPY_BYTES = (1 << 30, 1 << 28)  # on an accelerator, on a CPU; far larger than any cache
 SIDE, TRIAL = (8192, 2048), 256
 ROUNDS, CALLS = 7, (10, 1)
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -26,7 +26,7 @@ def synchronize(platform: Platform) -> None:
 
 
 def peak_memory(platform: Platform) -> int:
-    """The most bytes that this process held on the device; on a CPU, in memory at all."""
+    """Peak bytes that this process held on the device; on a CPU, its peak memory."""
     if platform.is_cpu:
         import resource
 
@@ -35,10 +35,10 @@ def peak_memory(platform: Platform) -> int:
 
 
 def measure_ceilings(platform: Platform) -> Ceilings:
-    """Copy bandwidth (bytes read plus bytes written), and the rates of a large product in FP8 and, on a CPU the faster of
-    BF16 and FP32, in the other dtype.
+    """Copy bandwidth (bytes read plus bytes written), and the rates of a large product in FP8 and in the other dtype (on a CPU
+    the faster of BF16 and FP32).
 
-    Random data: on zeros a device draws less power and runs faster than it ever does at work.
+    The data is random: on zeros a device draws less power and runs faster than with real data.
     """
     on, cpu = platform.device, int(platform.is_cpu)
     bandwidth = _bandwidth(platform, torch.empty(COPY_BYTES[cpu], dtype=torch.uint8, device=on).random_())
@@ -55,7 +55,7 @@ def measure_ceilings(platform: Platform) -> Ceilings:
 
 
 def _worth_timing(platform: Platform, factors: dict[torch.dtype, Factors]) -> dict[torch.dtype, Factors]:
-    """Those whose small product is not far slower than another's: without BF16 instructions the large one takes minutes."""
+    """Drops dtypes whose small product is far slower than another's. Without BF16 instructions a large one takes minutes."""
     took = {
         dtype: _best(platform, partial(torch.matmul, *(x[:TRIAL, :TRIAL].clone() for x in pair)))
         for dtype, pair in factors.items()
@@ -69,7 +69,7 @@ def _bandwidth(platform: Platform, source: torch.Tensor) -> float:
 
 
 def _fp8_products(platform: Platform, a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
-    """With both ways of summing that torch offers."""
+    """FP8 products with both accumulation modes of torch."""
     codes, other, one = a.to(platform.fp8_dtype), b.to(platform.fp8_dtype).mT, torch.ones((), device=a.device)
 
     def product(fast: bool) -> Callable[[], object]:
@@ -79,10 +79,10 @@ def _fp8_products(platform: Platform, a: torch.Tensor, b: torch.Tensor) -> list[
 
 
 def _best(platform: Platform, call: Callable[[], object]) -> float:
-    """Seconds of one call, the best round: a ceiling is what the machine can do undisturbed."""
+    """Seconds per call in the best round, because a ceiling is the undisturbed speed."""
     calls = CALLS[int(platform.is_cpu)]
     times = []
-    for _ in range(ROUNDS + 1):  # the first is the warm-up
+    for _ in range(ROUNDS + 1):  # the first round is warm-up
         synchronize(platform)
         start = time.perf_counter()
         for _ in range(calls):

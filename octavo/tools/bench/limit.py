@@ -1,10 +1,10 @@
-"""The physical limit of a workload: what a machine's measured bandwidth and arithmetic allow a model, and nothing else.
+"""The roofline limit of a workload: the time that the machine's measured bandwidth and arithmetic permit.
 
-A step takes the longer of two times: its bytes over the bandwidth, its operations over the rates. Batching is ideal: all
-prompts in full steps, then all requests decode together. Weights are read once a step, as many bytes as are stored; keys and
-values, or latents, are written once, and read once a decode step, of sparse attention those that are attended to and all of
-the indexer's keys; activations stay on the chip. No launches, no sampling, no host. So no engine reaches it, and none passes
-it. Sliding windows are counted as full attention.
+A step takes the longer of two times: its bytes over the bandwidth, and its operations over the rates. Batching is ideal: all
+prompts in full steps, then all requests decode together. Weights are read once per step, as many bytes as are stored. Keys and
+values, or latents, are written once, and read once per decode step; sparse attention reads the selected ones and all indexer
+keys. Activations stay on the chip. There are no launches, no sampling and no host time. No engine can be faster than this.
+Sliding windows are counted as full attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Ceilings", "Limit", "costs_of", "limit", "step_seconds"]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine was measured to do: bytes read or written a second, operations a second in FP8 and in the other dtype."""
+    """Measured rates of a machine: bytes read or written per second, operations per second in FP8 and in the other dtype."""
 
     bandwidth: float
     fp8: float
@@ -40,8 +40,8 @@ class Ceilings:
 def step_seconds(
     costs: Costs, on: Ceilings, tokens: float, sampled: float, attention: tuple[float, float], read: float = 0.0
 ) -> float:
-    """One step: `tokens` through the layers, `sampled` through the head, attention's operations of one token in FP8 and in the
-    other dtype, and bytes that each token reads of the cache."""
+    """Seconds of a step: `tokens` through the layers, `sampled` through the head, attention's operations per token in FP8 and
+    in the other dtype, and the cache bytes that each token reads."""
     moved = costs.moved(tokens, sampled) + tokens * (costs.kv_bytes + costs.index_bytes + read)
     fp8, plain = (a + tokens * b for a, b in zip(costs.operations(tokens, sampled), attention, strict=True))
     # A machine without FP8 units computes FP8 products in the other dtype.
@@ -50,22 +50,22 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class Limit:
-    """Seconds at least, of the two parts of a workload."""
+    """Minimum seconds of a workload's prefill and decode."""
 
     prefill: float
     decode: float
 
     def of(self, workload: Workload) -> float:
-        """Seconds of the part that the workload times."""
+        """Seconds of the part of the workload that is timed."""
         return self.decode if workload.part == "decode" else self.prefill + self.decode
 
 
 def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = None) -> Limit:
-    """The limit of `workload`, of which at most `most` requests run at a time (all of them)."""
+    """The limit of `workload` with at most `most` requests at a time (default: all)."""
     n, length, output = workload.num_requests, workload.input_len, workload.output_len
     steps = -(-n * length // STEP_TOKENS)
     prefill = steps * step_seconds(costs, on, n * length / steps, n / steps, costs.prefilled(length))
-    first = 0 if workload.part == "decode" else 1  # the prefill brought the first token already
+    first = 0 if workload.part == "decode" else 1  # the prefill samples the first token
     together = min(n, most or n)
     waves = [together] * (n // together) + ([n % together] if n % together else [])
     decode = sum(
@@ -77,7 +77,7 @@ def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = Non
 
 
 def costs_of(config: EngineConfig, source: Source | None = None) -> Costs:
-    """What the engine of `config` has to move and compute, by its config.json and, where there are any, its headers."""
+    """The bytes and operations of the model of `config`, by its config.json and, if present, its checkpoint's headers."""
     source = source or find_source(config.model, dummy=config.load_format == "dummy")
     subject = Subject(source, config, Accelerator("any", "any", 0))
     variant = Variant(config.quantization or "bf16", subject.quantized, config.kv_cache_dtype, subject.itemsize)

@@ -1,4 +1,4 @@
-"""An engine in this process, driven with random token ids: no EOS, no text. What each workload took."""
+"""Drives an engine in this process with random token ids, without EOS or text, and measures each workload."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from octavo.tools.bench.workloads import Workload, prompts
 
 __all__ = ["Batch", "Measured", "engine_options", "measure", "warm_up"]
 
-STEP_TOKENS = 2048  # no engine's default has smaller steps; for how far a "decode" workload's first requests may run ahead
+STEP_TOKENS = 2048  # smallest default of max_num_batched_tokens; bounds how far first requests of "decode" workloads run ahead
 WARM_UP_LEN = 32
 
 
 @dataclass
 class Measured:
-    """What one workload took. Seconds; ttft and tpot of each request; tokens that the time counts."""
+    """Measurements of one workload: seconds in total, ttft and tpot of each request, tokens counted in that time."""
 
     workload: Workload
     wall: float
@@ -31,7 +31,7 @@ class Measured:
     ttft: list[float] = field(default_factory=list)
     tpot: list[float] = field(default_factory=list)
     preemptions: int = 0
-    walls: list[float] = field(default_factory=list)  # of all repetitions; `wall` is the best
+    walls: list[float] = field(default_factory=list)  # of all repeats; `wall` is the best
 
     def as_json(self) -> dict[str, Any]:
         w = self.workload
@@ -43,8 +43,8 @@ class Measured:
 
 
 def engine_options(config: EngineConfig, workloads: Sequence[Workload], given: dict[str, Any]) -> EngineConfig:
-    """`config` with room for all workloads where the user did not say; prefix caching is off unless asked for."""
-    # One more than the longest: the engine takes prompts shorter than max_model_len.
+    """`config` with room for all workloads where the user set no limits. Prefix caching is off unless asked for."""
+    # One more than the longest, because prompts must be shorter than max_model_len.
     room = max(w.room(min(STEP_TOKENS, config.max_num_batched_tokens or STEP_TOKENS)) for w in workloads) + 1
     wanted: dict[str, Any] = {
         "max_model_len": room,
@@ -55,7 +55,7 @@ def engine_options(config: EngineConfig, workloads: Sequence[Workload], given: d
 
 
 class Batch:
-    """A workload's requests in an engine. Drive it with `step`; counts and times are by request."""
+    """A workload's requests in an engine. Call `step` to run them. Counts and times are per request."""
 
     def __init__(
         self, core: EngineCore, w: Workload, token_ids: Sequence[list[int]], output_lens: Sequence[int], label: str = ""
@@ -81,7 +81,7 @@ class Batch:
         return all(self.counts)
 
     def step(self) -> None:
-        """One step of the engine. Raises OctavoError if a request fails in it."""
+        """Runs one engine step. Raises OctavoError if a request fails in it."""
         outputs, self.stats = self.core.step()
         now = time.perf_counter()
         self.preemptions += self.stats.num_preemptions
@@ -98,7 +98,7 @@ class Batch:
                 self._running.discard(output.request_id)
 
     def close(self) -> None:
-        """Ends what still runs, so that the next batch finds an idle engine."""
+        """Aborts the running requests, so that the next batch finds an idle engine."""
         for request_id in self._running:
             self.core.abort(request_id)
         self._running.clear()
@@ -107,9 +107,9 @@ class Batch:
 
 
 def warm_up(core: EngineCore, workload: Workload, seed: int) -> float:
-    """Runs short requests, as many as the workload's, and one of its length: time.time() of the first token of all.
+    """Warm-up: runs as many short requests as the workload has, and one of full length. Returns time.time() of the first token.
 
-    The short ones end one after another, so that batches of every size come by.
+    The short requests end one after another, so that batches of every size run.
     """
     short = replace(workload, input_len=min(WARM_UP_LEN, workload.input_len))
     ids = prompts(short, core.info.vocab_size, f"warm-up {seed}")
@@ -125,9 +125,9 @@ def warm_up(core: EngineCore, workload: Workload, seed: int) -> float:
 
 
 def measure(core: EngineCore, workloads: Sequence[Workload], seed: int, repeats: int = 1) -> list[Measured]:
-    """Every workload, one after another, the best of `repeats`. One that decodes from the cache runs with its prefill."""
+    """Measures every workload, the best of `repeats`. A workload that decodes from the cache runs with its prefill."""
     gc.collect()
-    gc.freeze()  # the collector need not walk the model in the middle of a step
+    gc.freeze()  # so that the collector does not walk the model during a step
     try:
         found: list[list[Measured]] = [_once(core, workloads, seed + r) for r in range(repeats)]
     finally:
@@ -171,7 +171,7 @@ def _whole(core: EngineCore, w: Workload, seed: int) -> Measured:
 
 
 def _from_cache(core: EngineCore, w: Workload, prefill: Workload, seed: int) -> tuple[Measured, Measured]:
-    """The prefill until every request has its first token, then `output_len` more of each, all decoding together."""
+    """Runs the prefill until every request has its first token, then `output_len` more of each, all decoding together."""
     held = core.info.num_blocks * core.info.block_size
     ahead = min(w.room(core.scheduler.max_num_batched_tokens), core.info.max_model_len) - w.input_len
     if (needed := w.num_requests * (w.input_len + ahead)) > held:
@@ -187,7 +187,7 @@ def _from_cache(core: EngineCore, w: Workload, prefill: Workload, seed: int) -> 
         prefill,
         boundary - batch.start,
         w.num_requests * w.input_len,
-        w.num_requests,  # tokens that requests brought while others were in their prefill are not counted
+        w.num_requests,  # tokens decoded while other requests were prefilling are not counted
         [at - batch.start for at in batch.first],
         preemptions=batch.preemptions,
     )
@@ -198,7 +198,7 @@ def _from_cache(core: EngineCore, w: Workload, prefill: Workload, seed: int) -> 
                 ends[i] = batch.last[i]
     extra = [count - b for count, b in zip(batch.counts, before, strict=True)]
     batch.close()
-    _expect(extra, w.output_len, w)  # all decode in every step, unless one was preempted
+    _expect(extra, w.output_len, w)  # all requests decode in every step, unless one was preempted
     tpot = [(end - boundary) / w.output_len for end in ends]
     decoded = w.num_requests * w.output_len
     return first, Measured(w, max(ends) - boundary, 0, decoded, [], tpot, batch.preemptions)

@@ -1,6 +1,6 @@
-"""A running server driven with streams: throughput and waits as its clients see them.
+"""Drives a running server with streams, and measures throughput and latency as clients see them.
 
-The client may share the server's cores, so it costs next to nothing: a protocol that counts bytes and parses one number.
+The client may share the server's cores, so it does almost no work: its protocol counts bytes and parses one number.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from octavo.tools.bench.workloads import GREEDY, Workload, prompts
 
 __all__ = ["Server", "bench"]
 
-VOCABULARY = 1000  # token ids below it: every served vocabulary has more, and which ones does not change the work
+VOCABULARY = 1000  # token ids are below this; every vocabulary is larger, and the ids do not change the work
 EVENT = b"data: {"
-TAIL = 2048  # bytes that hold the last event, the one with the usage
+TAIL = 2048  # bytes that contain the last event, which has the usage
 SPENT = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where requests go. Raises OctavoError where nobody answers, or not as OpenAI's API would."""
+    """The server under test. Raises OctavoError if it does not answer, or not as OpenAI's API would."""
 
     host: str
     port: int
@@ -73,7 +73,7 @@ class Server:
             raise OctavoError(f"{self.url} answered /v1/models with {response.status}, and not as OpenAI's API does.") from None
 
     def request(self, prompt: Sequence[int], w: Workload) -> bytes:
-        """The bytes of one streaming completion request, its tokens chosen as the workload says."""
+        """One streaming completion request as bytes, with the workload's sampling parameters."""
         body = {
             "model": self.model, "prompt": prompt, "max_tokens": w.output_len, **w.sampling,
             "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
@@ -85,7 +85,7 @@ class Server:
 
 
 class Stream(asyncio.Protocol):
-    """One request. `done` is set when the connection ends; times are of events, by time.perf_counter()."""
+    """One request. `done` is set when the connection ends. Times are of events, by time.perf_counter()."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -95,7 +95,7 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.start = time.perf_counter()
-        cast("asyncio.Transport", transport).write(self._request)  # uvloop's is one by its methods alone
+        cast("asyncio.Transport", transport).write(self._request)  # uvloop's transport does not subclass asyncio.Transport
 
     def data_received(self, data: bytes) -> None:
         if len(self.head) < TAIL:
@@ -103,7 +103,7 @@ class Stream(asyncio.Protocol):
         if EVENT in data:
             if not self.first:
                 self.first = time.perf_counter()
-            # The event after the last token, with the usage and no choice, is no token.
+            # The event after the last token, with the usage and no choices, is not a token.
             if b'"choices":[{' in data or b'"choices": [{' in data:
                 self.last = time.perf_counter()
         self.tail = (self.tail + data)[-TAIL:]
@@ -113,7 +113,7 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
     def tokens(self) -> int:
-        """How many tokens came. Raises OctavoError, with the server's words, where it refused."""
+        """The number of generated tokens. Raises OctavoError with the server's message if it refused the request."""
         status = self.head.split(b"\r\n", 1)[0].split(b" ")[1:2]
         if status != [b"200"] or not self.first:
             said = re.search(rb'"message":\s*"((?:[^"\\]|\\.)*)"', self.head)
@@ -161,14 +161,14 @@ def bench(
     offline_json: str | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Every workload against the server, the best of `repeats`; beside the offline figures, where there are any."""
+    """Measures every workload against the server, the best of `repeats`, beside the offline figures if given."""
     if most is not None and most <= 0:
         raise OctavoError(f"--max-concurrency must be positive, not {most}.")
     if decode := next((w for w in workloads if w.part == "decode"), None):
         raise OctavoError(f"workload {decode.name} times decoding alone, which a client cannot see; leave it out.")
     offline = _offline(offline_json, workloads)
     server = Server.at(url, key)
-    # Of the clock where no seed is given: the server may keep the prompts of an earlier run in its prefix cache.
+    # Random without --seed, because the server's prefix cache may hold the prompts of an earlier run.
     fresh = f"{seed}" if seed is not None else os.urandom(8).hex()
     found: dict[str, Any] = {"model": server.model, "machine": platform.node() or "this machine", "workloads": {}}
     for w in workloads:
@@ -199,7 +199,7 @@ def _run(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any
 
 
 def _offline(path: str | None, workloads: Sequence[Workload]) -> dict[str, Any]:
-    """Those of the workloads that are in a file which throughput mode wrote. One of the same name must be the same."""
+    """The workloads' results from a file that throughput mode wrote. Workloads of the same name must be equal."""
     if path is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's profiler around steady steps, kernels grouped by what they are for."""
+"""Where a step's time goes: torch's profiler around steady steps, with kernels grouped by role."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from octavo.tools.bench.workloads import Workload, prompts
 
 __all__ = ["ROLES", "check", "draw", "profile_into", "role_of"]
 
-# Of a kernel's name, the first that is found in it; on a CPU the names are torch's operators.
+# Matched against kernel names in order; the first match counts. On a CPU the names are those of torch's operators.
 ROLES = {
     "layers as one": r"between_attentions|decode_step",
     "indexer": r"index_(logits|keys)|select_keys|\b_(select|list|find_least)\b|_as_scored",
@@ -34,16 +34,16 @@ ROLES = {
     r"|rescale|w4a(16|8)",
     "routing": r"route|_pairs|combine|find_tiles",
     "quantize": r"quantize|quant|octavo_round|_planes",
-    "sampling": r"argmax|likeliest|_draw|sampl|multinomial|topk|sort|gumbel|exponential",
+    "sampling": r"argmax|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
 OTHER, GAPS = "other", "gaps"
-C_KERNEL = "octavo_"  # so their names begin
+C_KERNEL = "octavo_"  # prefix of their names
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of a step: microseconds and calls, of an average step."""
+    """One kernel: microseconds and calls per step, on average."""
 
     name: str
     role: str
@@ -58,14 +58,14 @@ def check() -> None:
 
 
 def role_of(name: str) -> str:
-    """What a kernel is for, by its name."""
+    """The role of a kernel, by its name."""
     return next((role for role, pattern in ROLES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def profile_into(
     found: dict[str, Any], core: EngineCore, workloads: Sequence[Workload], seed: int, steps: int, png: str | None
 ) -> dict[str, Any]:
-    """Adds the steps of every workload to `found`, and draws them."""
+    """Adds the profiled steps of every workload to `found`, and draws them."""
     found["steps"] = [step for w in workloads for step in _workload(core, w, seed, steps)]
     if png is not None:
         draw(found["steps"], Path(png), f"{found['model']} on {found['machine']}")
@@ -73,15 +73,15 @@ def profile_into(
 
 
 def _workload(core: EngineCore, w: Workload, seed: int, steps: int) -> list[dict[str, Any]]:
-    """A prefill step, the first of all, and `steps` decode steps after everything is prefilled."""
+    """Profiles the first prefill step, and `steps` decode steps after all requests are prefilled."""
     needed = 2 * steps + 1 if not w.prefill_only else 1
-    # The room that a "decode" workload's requests need is at least its output.
+    # A "decode" workload's requests need room for more than their output.
     output = min(w.room(core.scheduler.max_num_batched_tokens), core.info.max_model_len) - w.input_len
     batch = Batch(core, w, prompts(w, core.info.vocab_size, f"profile {seed}"), [output] * w.num_requests, "profile-")
     try:
         out = []
         if w.part != "decode":
-            depth, core.depth = core.depth, 1  # or the step after it would be launched, and counted, with it
+            depth, core.depth = core.depth, 1  # otherwise the next step would be launched, and counted, with it
             prefill = _profiled(core, f"{w.name}: a prefill step", batch.step, 1)
             core.depth = depth
             prefill["name"] += f" of {batch.stats.iteration_tokens:,} tokens"
@@ -100,10 +100,10 @@ def _workload(core: EngineCore, w: Workload, seed: int, steps: int) -> list[dict
 
 
 def _profiled(core: EngineCore, name: str, step: Callable[[], None], steps: int) -> dict[str, Any]:
-    """What `steps` calls of `step` spend, on average.
+    """The average time of `steps` calls of `step`, by kernel.
 
-    A device's kernels take the same time under the profiler, but the host does not: there the wall time is that of as many
-    steps without it, where there are several. Operators of a CPU are compared with the wall time of the same steps.
+    The profiler slows the host but not a device's kernels. For a device, the wall time is therefore measured without it, if
+    there are several steps. A CPU's operators are compared with the wall time of the same steps.
     """
     platform = core.runner.platform
     plain = _wall(platform, step, steps) if steps > 1 and not platform.is_cpu else None
@@ -141,7 +141,7 @@ def _wall(platform: Platform, step: Callable[[], None], steps: int) -> float:
 
 
 def _operators(events: Iterable[Any], steps: int) -> list[Kernel]:
-    """A CPU's operators, each without those that it calls, the longest first."""
+    """A CPU's operators, longest first. Times exclude the operators that they call."""
     out = []
     for event in events:
         annotation = getattr(event, "is_user_annotation", False) and not event.key.startswith(C_KERNEL)
@@ -151,9 +151,9 @@ def _operators(events: Iterable[Any], steps: int) -> list[Kernel]:
 
 
 def _kernels(events: Iterable[Any], steps: int) -> list[Kernel]:
-    """A device's kernels, the longest first.
+    """A device's kernels, longest first.
 
-    A kernel may start while the one before it still runs, and then waits for that one's end: its time is counted from there.
+    A kernel may start while the one before it still runs, and then waits for it. Its time counts from the end of that one.
     """
     ran = [e for e in events if e.device_type.name != "CPU" and not getattr(e, "is_user_annotation", False)]
     us: defaultdict[str, float] = defaultdict(float)
@@ -169,7 +169,7 @@ def _kernels(events: Iterable[Any], steps: int) -> list[Kernel]:
 
 
 def draw(steps: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """One bar a step, a part for each role, as PNG; whole or not there."""
+    """Draws one bar per step, with a part per role, as PNG. Writes the whole file or none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.6 + 0.7 * len(steps)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What `octavo bench` prints."""
+"""The output of `octavo bench`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from octavo.tools.rich_tables import console, table
 
 __all__ = ["show_offline", "show_profile", "show_serve"]
 
-WIDTH = 120  # columns that the tables are made for
+WIDTH = 120  # columns that the tables are designed for
 
 
 def show_offline(found: Mapping[str, Any]) -> None:
-    """The figures of throughput and latency mode."""
+    """Prints the results of throughput and latency mode."""
     out = console(WIDTH)
     _heading(out, found)
     ceilings = found["ceilings"]
@@ -50,7 +50,7 @@ def show_offline(found: Mapping[str, Any]) -> None:
 
 
 def show_serve(found: Mapping[str, Any]) -> None:
-    """The figures of serve mode."""
+    """Prints the results of serve mode."""
     out = console(WIDTH)
     out.print(f"[bold]{found['base_url']}[/]: {found['model']}, driven from {found['machine']}")
     columns = ["workload", "wall s", "out tok/s", "of offline", "TTFT mean", "p50", "p99", "TPOT mean", "p50", "p99"]
@@ -63,7 +63,7 @@ def show_serve(found: Mapping[str, Any]) -> None:
 
 
 def show_profile(found: Mapping[str, Any]) -> None:
-    """Where the time of steps goes, by role and by kernel."""
+    """Prints where the time of steps goes, by role and by kernel."""
     out = console(WIDTH)
     _heading(out, found)
     for step in found["steps"]:

@@ -1,4 +1,4 @@
-"""What `octavo bench` runs: named workloads, and the shapes of models that need no checkpoint. Nothing here imports torch."""
+"""Workloads of `octavo bench`: named ones, and model shapes that need no checkpoint. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "shape_config", "spread",
 ]  # fmt: skip
 
-# Said in full: what a checkpoint's generation_config.json recommends does not count.
+# All fields are set, so that a checkpoint's generation_config.json has no effect.
 GREEDY: dict[str, float] = {
     "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
@@ -33,8 +33,8 @@ GREEDY: dict[str, float] = {
 class Workload:
     """Requests that arrive together, with equal lengths in tokens.
 
-    part: "all", or "decode" for the time from the moment when every request has its first token; each then brings
-    `output_len` more. sampling: how tokens are chosen, by the names of an API request.
+    part: "all"; or "decode", which is timed from the moment when every request has its first token, for `output_len` further
+    tokens each. sampling: parameters by the names of an API request.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Workload:
     input_len: int
     output_len: int
     part: str = "all"
-    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False, hash=False)  # prompts do not depend on it
+    sampling: Mapping[str, float] = field(default_factory=lambda: GREEDY, repr=False, hash=False)  # not in the prompts' seed
 
     @property
     def prefill_only(self) -> bool:
@@ -50,7 +50,7 @@ class Workload:
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """What figures of it are written down with."""
+        """The workload's parameters, for results."""
         return {
             "num_requests": self.num_requests, "input_len": self.input_len, "output_len": self.output_len,
             "part": "prefill" if self.prefill_only else self.part, "sampling": dict(self.sampling),
@@ -59,7 +59,7 @@ class Workload:
     def figures(
         self, wall: float, input_tokens: int, output_tokens: int, ttft: Sequence[float], tpot: Sequence[float]
     ) -> dict[str, Any]:
-        """What a run of it is written down as. Seconds: in all; of each request to its first token, and a token after it."""
+        """The results of a run. Seconds: in total, of each request to its first token, and per token after it."""
         return self.as_json | {
             "input_tokens": input_tokens, "output_tokens": output_tokens, "wall_s": wall,
             "total_tok_s": (input_tokens + output_tokens) / wall, "out_tok_s": output_tokens / wall,
@@ -67,9 +67,9 @@ class Workload:
         }  # fmt: skip
 
     def room(self, step_tokens: int) -> int:
-        """Tokens that a request may come to hold, where a step computes at least `step_tokens`.
+        """Most tokens of a request, where a step computes at least `step_tokens`.
 
-        The first of a "decode" workload run ahead while the others are in their prefill, one token a step.
+        In a "decode" workload the first requests run ahead by one token per step while the others prefill.
         """
         ahead = self.num_requests * (-(-self.input_len // step_tokens) + 1) if self.part == "decode" else 0
         return self.input_len + self.output_len + ahead
@@ -89,7 +89,7 @@ WORKLOADS = {
 
 
 def parse_workloads(words: Sequence[str]) -> list[Workload]:
-    """["A,C", "D"] -> the three, each once, in that order. Raises OctavoError for a name that is not known."""
+    """["A,C", "D"] -> the three workloads, each once, in that order. Raises OctavoError for an unknown name."""
     names = [name.strip().upper() for word in words for name in word.split(",")]
     for name in names:
         if name not in WORKLOADS:
@@ -98,7 +98,7 @@ def parse_workloads(words: Sequence[str]) -> list[Workload]:
 
 
 def parse_sampling(words: str) -> dict[str, float]:
-    """ "temperature=0.7,top_k=40" -> these, and the rest as it is in GREEDY. Raises OctavoError."""
+    """ "temperature=0.7,top_k=40" -> these values, and GREEDY's for the rest. Raises OctavoError."""
     found = dict(GREEDY)
     for word in words.split(","):
         name, _, value = word.partition("=")
@@ -117,14 +117,14 @@ def parse_sampling(words: str) -> dict[str, float]:
 
 
 def prompts(workload: Workload, vocab_size: int, seed: int | str) -> list[list[int]]:
-    """Random token ids, the same for the same seed; 0 to 2 are left out, which many vocabularies keep for special tokens."""
+    """Random token ids, equal for equal seeds. Ids 0 to 2, often special tokens, are left out."""
     rng = random.Random(f"{seed} {workload}")
     low = min(3, vocab_size - 1)
     return [rng.choices(range(low, vocab_size), k=workload.input_len) for _ in range(workload.num_requests)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median and 99th percentile (the nearest rank)."""
+    """Mean, median and 99th percentile (nearest rank)."""
     if not values:
         return None
     ordered, last = sorted(values), len(values) - 1
@@ -140,7 +140,7 @@ def shape_config(name: str) -> dict[str, Any]:
 
 @contextmanager
 def model_directory(model: str, shape: str | None, num_layers: int | None) -> Iterator[Path]:
-    """A directory to load: `model` itself, or a temporary one that holds config.json alone, for dummy weights."""
+    """A directory to load: `model` itself, or a temporary one with only config.json, for dummy weights."""
     if shape is None and num_layers is None:
         yield Path(model)
         return

@@ -104,26 +104,26 @@ class Walker(Loader):
         shards: Sequence[Shard],
         *,
         is_head: bool = False,
-        looked_up: bool = False,
+        row_lookup: bool = False,
     ) -> PackedWeight:
         full = tuple(self.prefix + name for name in names)
-        packed = super().weight(names, shapes, shards, is_head=is_head, looked_up=looked_up)
+        packed = super().weight(names, shapes, shards, is_head=is_head, row_lookup=row_lookup)
         assert isinstance(packed, Planned)
         whole = sum(n for n, _ in shapes), shapes[0][1]
-        operand = self._operand(full, whole, packed.q, self._why(full[0], packed.q, is_head, looked_up))
+        operand = self._operand(full, whole, packed.q, self._why(full[0], packed.q, is_head, row_lookup))
         sharing = max(shard.copies for shard in shards)
-        self.operands.append(replace(operand, active=0 if looked_up else self.active, sharing=sharing))
+        self.operands.append(replace(operand, active=0 if row_lookup else self.active, sharing=sharing))
         return packed
 
-    def pack(self, q: QTensor, *, looked_up: bool = False) -> PackedWeight:
+    def pack(self, q: QTensor, *, row_lookup: bool = False) -> PackedWeight:
         return Planned(q)
 
-    def _why(self, name: str, q: QTensor, is_head: bool, looked_up: bool) -> str:
+    def _why(self, name: str, q: QTensor, is_head: bool, row_lookup: bool) -> str:
         if q.scheme.quantized:
             kept = any(f"{name}.{end}" in self.source.names for end in ("weight_scale", "weight_scale_inv", "weight_packed"))
             return "stored so: its codes are kept bit for bit" if kept else "quantized while it is loaded"
         if is_head and not self.rules.quantize_lm_head:
-            return TIED if looked_up else HEAD
+            return TIED if row_lookup else HEAD
         return self.kept or (LEFT_OUT if self.rules.scheme.quantized else "as stored")
 
     def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:

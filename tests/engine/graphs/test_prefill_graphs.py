@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, Span
-from octavo.engine.graphs.prefill import PromptGraphs
+from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.platform import Platform
 
 BLOCK, SCRATCH = 16, 60
@@ -41,7 +41,7 @@ class Model:
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 200, 512])
 def test_a_prompt_is_what_it_is_alone(length: int) -> None:
     model = Model()
-    graphs = PromptGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
+    graphs = PrefillGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
     for start in (3, 1):  # the second is not what the first left
         ids, blocks = list(range(start, start + length)), list(range(2, 2 + -(-length // BLOCK)))
         model.cache.fill_(-1)
@@ -60,7 +60,7 @@ def test_a_prompt_is_what_it_is_alone(length: int) -> None:
 @pytest.mark.parametrize("delta", [0, 7])
 def test_rotary_rows_and_what_is_live(delta: int) -> None:
     model = Model()
-    graphs = PromptGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
+    graphs = PrefillGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
     for length in (100, 70, 128):
         graphs.run(Span([3] * length, 0, list(range(9)), rotary_delta=delta))
         assert model.live == [length]
@@ -69,8 +69,8 @@ def test_rotary_rows_and_what_is_live(delta: int) -> None:
 
 
 def test_what_no_graph_takes() -> None:
-    graphs = PromptGraphs(Model(), DEVICE, BLOCK, 200, SCRATCH)
+    graphs = PrefillGraphs(Model(), DEVICE, BLOCK, 200, SCRATCH)
     assert graphs.sizes == [64, 128]
     assert graphs.run(Span([1] * 129, 0, list(range(9)))) is None
     assert graphs.run(Span([1] * 20, 16, [0, 1, 2])) is None  # the rest of a prompt whose beginning is known
-    assert PromptGraphs(Model(), DEVICE, BLOCK, 63, SCRATCH).run(Span([1] * 5, 0, [0])) is None
+    assert PrefillGraphs(Model(), DEVICE, BLOCK, 63, SCRATCH).run(Span([1] * 5, 0, [0])) is None

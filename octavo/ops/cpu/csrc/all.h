@@ -1,4 +1,4 @@
-/* Everything that is compiled for each instruction set. */
+/* All functions that are compiled once per instruction set. */
 #include "vector.h"
 #include "linear.h"
 #include "attention.h"
@@ -13,8 +13,8 @@
 #define PAIRS_PAY NULL
 #endif
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(likeliest),
-    NAME(draw), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), NAME(combine), NAME(write_latent),
+    STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(argmax),
+    NAME(sample), NAME(rotate), NAME(rope), NAME(widen), NAME(rescale), NAME(combine), NAME(write_latent),
     NAME(write_index_keys), NAME(heads), NAME(latent_attend), NAME(latent_join), NAME(select_prepare), NAME(select_score), PAIRS_PAY};
 
 #undef PAIRS_PAY
@@ -28,7 +28,7 @@ static const Functions NAME(functions) = {
 #undef UNIT
 #undef ONE_PANEL
 #undef TWO_PANELS
-#undef TURNS
+#undef WIDEN_STEPS
 #undef APART
 #undef NIBBLES
 #undef PARTS

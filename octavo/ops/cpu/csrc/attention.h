@@ -1,29 +1,29 @@
 /* Causal attention over a paged cache for one instruction set: included after vector.h.
 
-   A task is some query rows (tokens of a request, and the heads that share a key's head) over all of their context, TOKENS at
-   a time, with the largest score so far (Flash attention, arXiv:2205.14135). Few rows are multiplied along the head's
-   dimension; up to LANES of them lie across a vector. Values past a request's end are not read. */
+   A task computes some query rows (tokens of a request, and the query heads of one KV head) over their whole context, TOKENS
+   positions at a time, with online softmax (FlashAttention, arXiv:2205.14135). Few rows are multiplied along the head's
+   dimension; up to LANES rows are the lanes of a vector. Values past a request's end are not read. */
 #define TOKENS 32
 #define FEW_ROWS 4
 #define MAX_DIM 256
 
 typedef struct {
     int64_t count;
-    const char *k[TOKENS], *v[TOKENS];      /* where each token's key and value lie */
-    float k_scale[TOKENS], v_scale[TOKENS]; /* their own scales, if they have such */
+    const char *k[TOKENS], *v[TOKENS];      /* addresses of each token's key and value */
+    float k_scale[TOKENS], v_scale[TOKENS]; /* per-token scales, if the cache stores them */
 } NAME(Found);
 
 typedef struct {
-    NAME(Found) found[2]; /* those that are computed, and those after them */
+    NAME(Found) found[2]; /* those being computed, and the next ones */
     float k[TOKENS * MAX_DIM], v[TOKENS * MAX_DIM];
     float q[LANES * MAX_DIM], o[LANES * MAX_DIM]; /* [row][dim] for few rows, else [dim][LANES] */
     float scores[TOKENS * LANES];                 /* [row][TOKENS], or [token][LANES] */
-    float parts[FEW_ROWS * TOKENS * VL];          /* of scores that are still to be summed: [row][TOKENS][VL] */
+    float parts[FEW_ROWS * TOKENS * VL];          /* partial scores before the horizontal sum: [row][TOKENS][VL] */
     float most[LANES], total[LANES], shrink[LANES];
     int64_t position[LANES];
 } NAME(Flash);
 
-/* Finds keys and values of up to TOKENS tokens from `start` on. */
+/* Find keys and values of up to TOKENS tokens from `start` on. */
 INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64_t start, int64_t last, NAME(Found) *f) {
     int64_t entry = start / c->block_size, offset = start % c->block_size;
     f->count = start < last ? least(TOKENS, last - start) : 0;
@@ -38,7 +38,7 @@ INLINE void NAME(find)(const Cache *c, const int32_t *table, int64_t head, int64
     }
 }
 
-/* Blocks lie anywhere: a CPU's own prefetching does not see the next one. */
+/* Blocks are scattered, so the hardware prefetcher cannot predict the next one. */
 INLINE void NAME(expect)(const NAME(Found) *soon, int64_t t, int64_t bytes) {
     if (t >= soon->count) return;
     for (int64_t line = 0; line < bytes; line += 64) {
@@ -47,7 +47,7 @@ INLINE void NAME(expect)(const NAME(Found) *soon, int64_t t, int64_t bytes) {
     }
 }
 
-/* What was found as FP32 [count][padded], its own scales applied; it is then found there. */
+/* Dequantize what was found to FP32 [count][padded], with per-token scales applied; `found` then points there. */
 static void NAME(fetch)(const Cache *c, NAME(Found) *now, const NAME(Found) *soon, int64_t padded, NAME(Flash) *f) {
     for (int64_t t = 0; t < now->count; t++) {
         float *k = f->k + t * padded, *v = f->v + t * padded;
@@ -62,7 +62,7 @@ static void NAME(fetch)(const Cache *c, NAME(Found) *now, const NAME(Found) *soo
     }
 }
 
-/* Scores [row][TOKENS] of few rows, then their weighted values; keys and values of `kind` are widened as they are read. */
+/* Few rows: scores [row][TOKENS], then the weighted values; keys and values of `kind` are widened as they are read. */
 INLINE void NAME(few)(NAME(Flash) *f, const NAME(Found) *now, const NAME(Found) *soon, int rows, int kind, int scaled, int64_t start,
                       int64_t padded, int64_t window, float factor) {
     const int64_t size = size_of(kind), count = now->count;
@@ -141,8 +141,8 @@ static void (*const NAME(few_of)[])(NAME(Flash) *, const NAME(Found) *, const NA
                                     float) = {
     [F32] = NAME(few_F32), [BF16] = NAME(few_BF16), [E4M3] = NAME(few_E4M3), [E4M3FNUZ] = NAME(few_E4M3), [E5M2] = NAME(few_E5M2)};
 
-/* Scores [count][LANES] of places from `start` on, of up to LANES rows, one a lane, become weights; what was summed so far is
-   brought to the same largest score. */
+/* Online softmax over scores [count][LANES] of positions from `start` on, for up to LANES rows, one per lane: scores become
+   weights, and the accumulators are rescaled to the new maximum. */
 INLINE void NAME(soften)(float *scores, float *largest, float *totals, float *shrinks, const int64_t *positions, int64_t rows,
                          int64_t start, int64_t count, int64_t window, float factor, float *sums, int64_t dim) {
     int used = rows > LANES / 2 || PARTS == 1 ? PARTS : PARTS / 2;
@@ -181,7 +181,7 @@ INLINE void NAME(soften)(float *scores, float *largest, float *totals, float *sh
     }
 }
 
-/* `few` for up to LANES rows, one a lane. */
+/* `few` for up to LANES rows, one per lane. */
 INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
                        float factor) {
     NAME(product)(count, rows, dim, f->k, padded, 1, f->q, f->scores, 0);
@@ -194,10 +194,10 @@ static void NAME(attend)(void *argument, int64_t task) {
     const Attention *a = job->a;
     const Cache *c = job->cache;
     int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads;
-    int64_t request = owner_of(job->first, a->requests, block); /* that the block of queries is of */
+    int64_t request = owner_of(job->first, a->requests, block); /* the request of this block of queries */
     int64_t tokens = a->starts[request + 1] - a->starts[request], dim = c->dim, padded = (dim + LANES - 1) / LANES * LANES;
     int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
-    int64_t before = a->lengths[request] - tokens; /* context that was there already */
+    int64_t before = a->lengths[request] - tokens; /* context before this step's tokens */
     const int32_t *table = a->tables + request * a->table_stride;
     int few = rows <= FEW_ROWS, in_place = few && dim == padded;
     float k_factor = a->k_factor * k_scale_of(c, head), v_factor = a->v_factor * v_scale_of(c, head);
@@ -217,8 +217,8 @@ static void NAME(attend)(void *argument, int64_t task) {
     }
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
     NAME(find)(c, table, head, start, last, &f->found[0]);
-    for (int turn = 0; start < last; start += TOKENS, turn = !turn) {
-        NAME(Found) *now = &f->found[turn], *soon = &f->found[!turn];
+    for (int current = 0; start < last; start += TOKENS, current = !current) {
+        NAME(Found) *now = &f->found[current], *soon = &f->found[!current];
         NAME(find)(c, table, head, start + TOKENS, last, soon);
         if (!in_place) NAME(fetch)(c, now, soon, padded, f);
         if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, k_factor);

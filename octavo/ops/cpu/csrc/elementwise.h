@@ -1,4 +1,4 @@
-/* Norms, activations, rotary embedding and writing to the cache for one instruction set: included after vector.h. */
+/* Norms, activations, rotary embedding and cache writes for one instruction set: included after vector.h. */
 
 INLINE const char *NAME(row_of)(const Rows *r, int64_t row) {
     return (const char *)r->x + (row / r->inner * r->outer + row % r->inner * r->inside) * size_of(r->kind);
@@ -7,8 +7,8 @@ INLINE const char *NAME(row_of)(const Rows *r, int64_t row) {
 #define EACH_ROW(r, task) \
     for (int64_t row = (task) * (r)->per_task, end = least(row + (r)->per_task, (r)->rows); row < end; row++)
 
-/* y = norm(x + residual) * weight and sum = x + residual, of one row; without a residual no sum is stored. Rounded where a
-   model's own code rounds. */
+/* One row of y = norm(x + residual) * weight and sum = x + residual; without a residual no sum is stored. Rounds where the
+   models' reference code rounds. */
 static void NAME(norm_row)(const char *x, const char *residual, const char *weight, char *y, char *sum, int64_t width, float eps,
                            int kind) {
     vf square = {0};
@@ -49,8 +49,8 @@ static void NAME(rms_norm)(void *argument, int64_t task) {
     }
 }
 
-/* y [rows], int64: where the first of a row's largest values is; what is no number counts as infinite. */
-static void NAME(likeliest)(void *argument, int64_t task) {
+/* Argmax: y [rows], int64: the index of a row's first largest value; NaN ranks as infinity. */
+static void NAME(argmax)(void *argument, int64_t task) {
     const Rows *r = argument;
     float values[GROUP], lane[VL];
     EACH_ROW(r, task) {
@@ -89,7 +89,7 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
             NAME(widen_row)(gate, x + at * size_of(r->kind), r->kind, count);
             NAME(widen_row)(up, x + (r->width + at) * size_of(r->kind), r->kind, count);
             for (int64_t i = 0; i < count; i += VL) {
-                vf g = NAME(load)(gate + i), small = NAME(exp)(SELECT(g > 0, -g, g)); /* no exponential of what is large */
+                vf g = NAME(load)(gate + i), small = NAME(exp)(SELECT(g > 0, -g, g)); /* no exponential of large values */
                 vf part = SELECT(g > 0, NAME(splat)(1), small) / (1 + small);
                 NAME(store)(gate + i, g * part * NAME(load)(up + i));
             }
@@ -98,7 +98,7 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
     }
 }
 
-/* The first `rotated` of a head's values turned by the angles whose cosines and sines follow each other; y may be x. */
+/* Rotary embedding of the first `rotated` values of a head; cosines are followed by sines; y may be x. */
 static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
     int64_t half = rotated / 2, size = size_of(kind);
     float a[GROUP], b[GROUP], cosine[GROUP], sine[GROUP];
@@ -127,7 +127,7 @@ static void NAME(rotate)(void *argument, int64_t task) {
     }
 }
 
-/* What is no finite number becomes 0. */
+/* Replace NaN and infinity by 0. */
 INLINE void NAME(keep_finite)(float *values, int64_t count) {
     for (int64_t i = 0; i < count; i += VL) {
         vf v = NAME(load)(values + i);
@@ -135,7 +135,7 @@ INLINE void NAME(keep_finite)(float *values, int64_t count) {
     }
 }
 
-/* count finite values, divided by `scale`, to codes of `to_kind`. */
+/* Quantize count finite values, divided by `scale`, to codes of `to_kind`. */
 INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale, int64_t count) {
     const Format format = FORMATS[to_kind];
     int smallest = format.smallest, mantissa = format.mantissa;
@@ -146,12 +146,12 @@ INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale
         vi code = SELECT((vf)magnitude < normal, __builtin_convertvector((vf)magnitude * quantum, vi),
                          (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
         vi sign = (vi)((vu)v >> 24) & 0x80;
-        code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* which has no negative zero */
+        code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
         for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
     }
 }
 
-/* One head's values to its place; NaN and infinity as 0. */
+/* Store one head's values in the cache; NaN and infinity as 0. */
 static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale, float scale, int to_kind, int64_t dim) {
     float values[GROUP];
     for (int pass = own_scale ? 0 : 1; pass < 2; pass++) {
@@ -177,8 +177,8 @@ static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale
     }
 }
 
-/* A head normed and rotated, as far as that is wanted, into y. */
-INLINE void NAME(turn)(const Rope *r, const char *x, const void *norm, const float *cosines, char *y) {
+/* Norm (if there is a weight) and rotate a head into y. */
+INLINE void NAME(norm_rotate)(const Rope *r, const char *x, const void *norm, const float *cosines, char *y) {
     if (norm) NAME(norm_row)(x, NULL, norm, y, NULL, r->cache->dim, r->eps, r->kind);
     NAME(rotate_row)(norm ? y : x, y, cosines, r->rotated, r->cache->dim, r->kind);
 }
@@ -187,28 +187,28 @@ static void NAME(rope)(void *argument, int64_t task) {
     const Rope *r = argument;
     const Cache *c = r->cache;
     int64_t size = size_of(r->kind);
-    char turned[MAX_DIM * 4];
+    char rotated_key[MAX_DIM * 4];
     for (int64_t t = task * r->per_task; t < least((task + 1) * r->per_task, r->tokens); t++) {
         int64_t block = r->slots[t] / c->block_size, offset = r->slots[t] % c->block_size;
         int64_t token = block * c->block + offset * c->token, scale = block * c->scale_block + offset * c->scale_token;
         const float *cosines = r->q ? r->cos_sin + r->rotary_rows[t] * r->rotated : NULL;
         for (int64_t h = 0; r->q && h < r->heads; h++)
-            NAME(turn)(r, (const char *)r->q + (t * r->q_token + h * r->q_head) * size, r->q_norm, cosines,
+            NAME(norm_rotate)(r, (const char *)r->q + (t * r->q_token + h * r->q_head) * size, r->q_norm, cosines,
                        (char *)r->out + (t * r->heads + h) * c->dim * size);
         for (int64_t h = 0; h < c->kv_heads; h++) {
             const char *k = (const char *)r->k + (t * r->k_token + h * r->k_head) * size;
             const char *v = (const char *)r->v + (t * r->v_token + h * r->v_head) * size;
             float *k_scale = c->k_scale ? (float *)((char *)c->k_scale + scale) + h : NULL;
             float *v_scale = c->v_scale ? (float *)((char *)c->v_scale + scale) + h : NULL;
-            if (r->q) NAME(turn)(r, k, r->k_norm, cosines, turned), k = turned;
+            if (r->q) NAME(norm_rotate)(r, k, r->k_norm, cosines, rotated_key), k = rotated_key;
             NAME(write_head)(k, r->kind, (char *)c->k + token + h * c->head, k_scale, k_scale_of(c, h), c->kind, c->dim);
             NAME(write_head)(v, r->kind, (char *)c->v + token + h * c->head, v_scale, v_scale_of(c, h), c->kind, c->dim);
         }
     }
 }
 
-/* Task: one row of a weight to BF16, smaller by the power of two that its scale makes up for, in round()'s order; the width is a
-   multiple of CHUNK. */
+/* Task: widen one row of a weight to BF16, smaller by the power of two that its scale contains, in round()'s order; the
+   width is a multiple of CHUNK. */
 static void NAME(widen)(void *argument, int64_t row) {
     const TilesJob *job = argument;
     const char *from = (const char *)job->from + row * job->from_stride;
@@ -229,7 +229,7 @@ static void NAME(widen)(void *argument, int64_t row) {
 #endif
 }
 
-/* Task: one row of BF16 times its scale and its columns'. */
+/* Task: one row of BF16 times its scale and its columns' scales. */
 static void NAME(rescale)(void *argument, int64_t row) {
     const TilesJob *job = argument;
     float values[GROUP], scales[GROUP];
@@ -243,7 +243,7 @@ static void NAME(rescale)(void *argument, int64_t row) {
     }
 }
 
-/* Task: some tokens' sums of what their experts gave, times their weights. */
+/* Task: some tokens' weighted sums of their experts' outputs. */
 static void NAME(combine)(void *argument, int64_t task) {
     const Combine *c = argument;
     const int64_t first = task * c->per_task, last = least(first + c->per_task, c->tokens);

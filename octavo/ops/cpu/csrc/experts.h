@@ -1,14 +1,14 @@
-/* Mixtures of experts: which experts compute a token, products by a stack of their weights, and the sums of what they give.
-   Included by kernels.c.
+/* Mixture of experts: routing, grouped products by an expert stack, and the weighted sums. Included by kernels.c.
 
-   What an expert's product is made of are tasks of linear.h, as if it were called alone; those of all experts in use are shared
-   out at once, since one token's product by one of them is too short for that. Nothing is read of experts that are not in use. */
+   An expert's product consists of the same tasks as a single product of linear.h. The tasks of all experts in use are run as
+   one job, since one token's product by one expert is too short for that. Weights of experts that are not in use are not
+   read. */
 
-/* Products that are prepared, then computed, together; guarded by pool.call. */
+/* Products that are prepared, then computed, as one job; guarded by pool.call. */
 typedef struct {
     Linear weight[CHUNK_TOKENS];
     LinearJob job[CHUNK_TOKENS];
-    int64_t prepare[CHUNK_TOKENS], multiply[CHUNK_TOKENS]; /* the first task of each */
+    int64_t prepare[CHUNK_TOKENS], multiply[CHUNK_TOKENS]; /* first task of each */
     int64_t count;
 } Products;
 
@@ -42,9 +42,10 @@ static int32_t multiply_all(Products *all, int32_t threads) {
     return 0;
 }
 
-/* y [pairs, n], sorted by expert: rows of x times the transposed weight of the expert whose they are. `first` is the first of
-   `experts` weights, the others lie weight_bytes, and their scales scale_bytes, behind one another; expert e's rows are starts[e] to
-   starts[e + 1]. A pair's row of x is its place or, if there is an order, order[place] / each. 0, or -1 without memory. */
+/* Grouped product y [pairs, n], sorted by expert: each pair's row of x times the transposed weight of its expert. `first` is
+   the first of `experts` weights; consecutive weights are weight_bytes apart and their scales scale_bytes. Rows of expert e
+   are starts[e] to starts[e + 1]. The row of x is the sorted position itself or, with an order, order[position] / each.
+   Returns 0, or -1 without memory. */
 int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scale_bytes, const void *x, int64_t x_stride,
                        const int32_t *order, const int32_t *starts, int64_t experts, int64_t each, void *y, int32_t kind,
                        int32_t threads) {
@@ -78,7 +79,8 @@ int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scale_
     return status;
 }
 
-/* Pairs sorted by expert, those of none behind the last: order and place [pairs], starts [count + 1]; see ops/contract.py. */
+/* Sort pairs by expert, those without one last: order and place [pairs], starts [count + 1]; see Dispatch in
+   ops/contract.py. */
 void octavo_dispatch(const int32_t *experts, int32_t *order, int32_t *place, int32_t *starts, int64_t pairs, int64_t count) {
     int32_t behind = 0;
     memset(starts, 0, (size_t)(count + 1) * sizeof *starts);
@@ -89,11 +91,11 @@ void octavo_dispatch(const int32_t *experts, int32_t *order, int32_t *place, int
         place[p] = experts[p] >= 0 ? starts[experts[p]]++ : behind++;
         order[place[p]] = (int32_t)p;
     }
-    /* Each has become where the next one's begin. */
+    /* each start has advanced to the next expert's start */
     if (count) memmove(starts + 1, starts, (size_t)(count - 1) * sizeof *starts), starts[0] = 0;
 }
 
-/* The experts of a token that is awake, and their weights. What is no number is chosen last; of equal ones the first. */
+/* Choose the experts of a token that is not padding, and their weights. NaN ranks last; ties go to the smaller id. */
 static void choose(const Route *r, int64_t t) {
     float *scores = r->scores + t * r->count, *order = r->order + t * r->count, *best = r->best + t * r->groups;
     float most = -INFINITY, sum = 0;
@@ -125,7 +127,7 @@ static void choose(const Route *r, int64_t t) {
     float *weights = r->weights + t * r->top_k, total = 1e-20f;
     for (int64_t i = 0; i < r->top_k; i++) {
         int64_t found = -1;
-        for (int64_t e = 0; e < r->count; e++) /* what was found before is no number */
+        for (int64_t e = 0; e < r->count; e++) /* only NaN was found before */
             if (order[e] == order[e] && (found < 0 || order[e] > order[found])) found = e;
         order[found] = NAN;
         experts[i] = (int32_t)found, weights[i] = scores[found], total += scores[found];
@@ -144,8 +146,8 @@ static void route(void *argument, int64_t task) {
     }
 }
 
-/* experts and weights [tokens, top_k] of x [tokens, width] by a router's weight [count, width]; see Route, and Router in
-   ops/contract.py. scores: FP32 [tokens, 2 count + groups] of no value before or after. 0, or -1 without memory. */
+/* Routing: experts and weights [tokens, top_k] of x [tokens, width] by a router's weight [count, width]; see Route, and
+   Router in ops/contract.py. scores: FP32 scratch [tokens, 2 count + groups]. Returns 0, or -1 without memory. */
 int32_t octavo_route(const void *x, const void *weight, const float *bias, float *scores, int32_t *experts, float *weights,
                      const int32_t *live, const int32_t *lengths, int64_t tokens, int64_t width, int64_t x_stride,
                      int64_t weight_stride, int64_t count, int64_t top_k, int64_t groups, int64_t top_groups, float scale,
@@ -160,7 +162,7 @@ int32_t octavo_route(const void *x, const void *weight, const float *bias, float
     return status;
 }
 
-/* out [tokens, width], both of `kind`: the sums of each token's rows of y, times their weights; see Combine. */
+/* out [tokens, width], both of `kind`: each token's weighted sum of its rows of y; see Combine. */
 void octavo_combine(const void *y, void *out, const int32_t *experts, const float *weights, const int32_t *place, int64_t tokens,
                     int64_t top_k, int64_t width, int32_t kind, int32_t threads) {
     Combine c = {y, out, experts, place, weights, tokens, top_k, width, 1 + TASK_VALUES / (top_k * width + 1), kind};

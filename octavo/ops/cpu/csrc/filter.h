@@ -1,16 +1,18 @@
-/* Of weights between 0 and 1, which are kept, and which of those is drawn. A weight's bits are in the order of the weights. */
-#define DIGIT 10 /* bits that are looked at at a time; 1.0 has 30 */
+/* The top-k, top-p and min-p filters over weights in [0, 1], and sampling from the weights kept. The bits of nonnegative
+   floats are ordered like the floats. */
+#define DIGIT 10 /* bits per radix-select pass; 1.0 has 30 */
 #define BUCKETS (1 << DIGIT)
 #define MOST_BLOCKS 1024
 
-/* A row's weights, `size` at a time: the largest of a block, and the sum of those that min_p keeps. */
+/* A row's weights in blocks of `size`: each block's maximum, and the sum of its weights that min_p keeps. */
 typedef struct {
     int64_t size, count;
     double sum[MOST_BLOCKS];
     float most[MOST_BLOCKS];
 } Blocks;
 
-/* The weights whose bits are over `bits`, and the first `equal` of those that have these: `total` together. */
+/* The weights that are kept: those whose bits exceed `bits`, and the first `equal` of those with these bits; `total` is
+   their sum. */
 typedef struct {
     uint32_t bits;
     int64_t equal;
@@ -23,8 +25,9 @@ static inline uint32_t bits_of(float w) {
     return bits;
 }
 
-/* Of the weights that have at least the bits `floor`, the largest first: while there are fewer than `fewer` before one, of a sum
-   less than `less`, it is kept. Digit by digit: those of a bucket are kept or not together, but for one bucket. */
+/* Keep the largest weights whose bits are at least `floor`: a weight is kept while fewer than `fewer` weights with a sum
+   less than `less` precede it in descending order. Radix select: in each pass all buckets but one are kept or dropped as a
+   whole. */
 static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t floor, int64_t fewer, double less) {
     int64_t count[BUCKETS], before = 0;
     double sum[BUCKETS], total = 0;
@@ -59,8 +62,8 @@ static Kept keep(const float *w, int64_t width, const Blocks *blocks, uint32_t f
     return (Kept){prefix, equal, total + (double)equal * weight};
 }
 
-/* The first place at which the sum of what is kept exceeds u times its total. */
-static int64_t drawn(const float *w, const Blocks *blocks, const Draw *d, int64_t row) {
+/* The first index at which the cumulative sum of the kept weights exceeds u times their total. */
+static int64_t sampled(const float *w, const Blocks *blocks, const Sample *d, int64_t row) {
     int64_t width = d->width, fewer = d->top_k && d->top_k[row] < width ? d->top_k[row] : width + 1;
     float least_part = d->min_p ? d->min_p[row] : 0, share = d->top_p ? d->top_p[row] : 1;
     uint32_t floor = least_part > 0 ? bits_of(least_part) : 1;
@@ -71,11 +74,11 @@ static int64_t drawn(const float *w, const Blocks *blocks, const Draw *d, int64_
         uint32_t bits = keep(blocks->most, blocks->count, &largest, 1, fewer, INFINITY).bits;
         int64_t as_large = 0;
         for (int64_t i = 0; i < blocks->count; i++) as_large += bits_of(blocks->most[i]) >= bits;
-        if (as_large < fewer) bits = 0; /* else a smaller weight cannot be kept, and few have to be looked at */
+        if (as_large < fewer) bits = 0; /* otherwise no smaller weight is kept, and few weights are visited */
         kept = keep(w, width, blocks, floor > bits ? floor : bits, fewer, INFINITY);
         floor = kept.bits;
     }
-    if (share < 1) { /* all that is smaller than this is less than what is left out */
+    if (share < 1) { /* weights below this sum to less than the share that is dropped */
         uint32_t bits = bits_of((float)((1 - (double)share) * kept.total / (double)(2 * width)));
         kept = keep(w, width, blocks, floor > bits ? floor : bits, fewer, share * kept.total);
     }

@@ -1,7 +1,7 @@
-/* Octavo's CPU kernels: FP8 stays one byte a value in memory, packed INT4 half a byte, and both are widened in registers.
+/* Octavo's CPU kernels. FP8 stays one byte per value in memory, and packed INT4 half a byte; both are widened in registers.
 
-   One source for every instruction set, compiled once with each and chosen when the library is loaded. Called through ctypes:
-   pointers, counts and the structs of types.h. Nothing here knows of Python or of torch. */
+   There is one source for all instruction sets, compiled once for each; the library dispatches when it is loaded. Kernels
+   are called through ctypes with pointers, counts and the structs of types.h. Nothing here depends on Python or torch. */
 #define _GNU_SOURCE
 #include "pool.h"
 #include "types.h"
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-static float widened[2][256]; /* [is E5M2][code], as the half-precision number that has the code's bits */
+static float widened[2][256]; /* [is E5M2][code]: the half-precision number with the code's bits */
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -20,9 +20,9 @@ static float widened[2][256]; /* [is E5M2][code], as the half-precision number t
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, likeliest, draw, rotate, rope, widen, rescale, combine,
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, widen, rescale, combine,
         write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
-    int (*pairs_pay)(void); /* whether panels are multiplied faster in pairs; NULL where there is no such product */
+    int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
 } Functions;
 
 #if defined(__clang__)
@@ -40,7 +40,7 @@ typedef struct {
 #define ISA 0
 #define SHIFT 0
 #define TILE_ROWS 3
-#ifdef TEST_PAIRS /* the dot product's data flow, where no CPU with the instruction is at hand */
+#ifdef TEST_PAIRS /* the data flow of the dot product, for testing without a CPU that has the instruction */
 #define DOT 1
 #else
 #define DOT 0
@@ -58,7 +58,7 @@ BEGIN_TARGET("avx2,fma,f16c")
 #include "all.h"
 END_TARGET
 
-#define SUFFIX avx2_shift /* for a CPU that multiplies subnormal numbers as fast as others */
+#define SUFFIX avx2_shift /* for a CPU that multiplies subnormal numbers at full speed */
 #define VL 8
 #define ISA 2
 #define SHIFT 1
@@ -93,9 +93,9 @@ END_TARGET
 static const Functions *chosen;
 static int panels_of_pairs;
 
-/* The best instruction set that this CPU has, or the one of the given name: its name, or NULL if this CPU lacks it.
+/* Select the best instruction set of this CPU, or the named one. Returns its name, or NULL if this CPU lacks it.
 
-   One that is named has all its ways of multiplying used, whether they pay or not. */
+   A named set uses all of its code paths, whether they are faster or not. */
 const char *octavo_use(const char *name) {
     const Functions *have[5];
     int count = 0;
@@ -127,10 +127,10 @@ const char *octavo_use(const char *name) {
     return NULL;
 }
 
-/* The instruction set that is used now. */
+/* The name of the selected instruction set. */
 const char *octavo_used(void) { return chosen->name; }
 
-/* Memory of one call, kept for the next; guarded by pool.call. */
+/* Scratch memory of one call, reused by the next; guarded by pool.call. */
 static void *scratch(size_t bytes) {
     static void *memory;
     static size_t have;
@@ -143,14 +143,14 @@ static void *scratch(size_t bytes) {
     return memory;
 }
 
-/* Whether any of the codes is no finite number: eight at a time, such that those set their byte's highest bit. */
+/* Whether any code is NaN or infinite: eight codes at a time; such codes set the highest bit of their byte. */
 int32_t octavo_not_finite(const uint8_t *codes, int64_t count, int32_t kind) {
     const uint64_t each = 0x0101010101010101;
     uint64_t found = 0;
     for (int64_t at = 0; at < count; at += 8) {
         uint64_t x = 0;
         if (at + 8 <= count) memcpy(&x, codes + at, 8);
-        else memcpy(&x, codes + at, (size_t)(count - at)); /* zeros after them are finite */
+        else memcpy(&x, codes + at, (size_t)(count - at)); /* the zeros after them are finite */
         if (kind == E4M3) found |= (x & 0x7F * each) + each;
         else if (kind == E5M2) found |= (x & 0x7C * each) + 4 * each;
         else x ^= 0x80 * each, found |= ~(((x & 0x7F * each) + 0x7F * each) | x); /* the only such code is now zero */
@@ -164,12 +164,12 @@ static void each_of(task_fn run, void *job, int64_t tasks, int32_t threads) {
     pthread_mutex_unlock(&pool.call);
 }
 
-#define TASK_VALUES 4096 /* less is not worth a second thread */
+#define TASK_VALUES 4096 /* fewer values are not worth a second thread */
 
 #include "products.h"
 #include "experts.h"
 
-/* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. 0, or -1 without memory. */
+/* Causal attention of q [tokens, heads, dim] over `cache`; see Attention. Returns 0, or -1 without memory. */
 int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int32_t *tables, const int32_t *starts,
                          const int32_t *lengths, int64_t table_stride, int64_t requests, int64_t heads, int64_t q_token,
                          int64_t q_head, int64_t window, float k_factor, float v_factor, int32_t kind, int32_t threads) {
@@ -192,7 +192,7 @@ static void each_row(task_fn run, Rows *r, int32_t threads) {
     each_of(run, r, (r->rows + r->per_task - 1) / r->per_task, threads);
 }
 
-/* y = norm(x + residual) * weight, sum = x + residual; residual may be NULL, sum is then not written. All [rows, width]. */
+/* y = norm(x + residual) * weight, sum = x + residual, all [rows, width]; residual may be NULL, then sum is not written. */
 void octavo_rms_norm(const void *x, const void *residual, const void *weight, void *y, void *sum, int64_t rows, int64_t width,
                      int64_t inner, int64_t outer, int64_t inside, float eps, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .residual = residual, .weight = weight, .y = y, .sum = sum, .rows = rows, .width = width, .inner = inner,
@@ -200,26 +200,26 @@ void octavo_rms_norm(const void *x, const void *residual, const void *weight, vo
     each_row(chosen->rms_norm, &r, threads);
 }
 
-/* y [rows, width] = silu(gate) * up of x [rows, 2 width], whose rows are `stride` values apart. */
+/* y [rows, width] = silu(gate) * up of x [rows, 2 width], rows `stride` values apart. */
 void octavo_silu_mul(const void *x, void *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
     each_row(chosen->silu_mul, &r, threads);
 }
 
-/* y [rows]: where the first of the largest values of x [rows, width] is. */
-void octavo_likeliest(const void *x, int64_t *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
+/* Argmax: y [rows] = the index of the first largest value of x [rows, width]. */
+void octavo_argmax(const void *x, int64_t *y, int64_t rows, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .y = y, .rows = rows, .width = width, .inner = 1, .outer = stride, .kind = kind};
-    each_row(chosen->likeliest, &r, threads);
+    each_row(chosen->argmax, &r, threads);
 }
 
-/* out [rows]: a token of each row; see Draw. */
-void octavo_draw(float *logits, int64_t *out, const float *temperature, const double *u, const int32_t *top_k, const float *top_p,
+/* Sampling: out [rows] = a token of each row; see Sample. */
+void octavo_sample(float *logits, int64_t *out, const float *temperature, const double *u, const int32_t *top_k, const float *top_p,
                  const float *min_p, int64_t rows, int64_t width, int32_t threads) {
-    Draw d = {logits, out, temperature, u, top_k, top_p, min_p, width};
-    each_of(chosen->draw, &d, rows, threads);
+    Sample d = {logits, out, temperature, u, top_k, top_p, min_p, width};
+    each_of(chosen->sample, &d, rows, threads);
 }
 
-/* y [tokens, heads, dim]: x with its first `rotated` dimensions turned. */
+/* Rotary embedding: y [tokens, heads, dim] = x with its first `rotated` dimensions rotated. */
 void octavo_rotate(const void *x, void *y, const float *cos_sin, const int64_t *rotary_rows, int64_t tokens, int64_t heads, int64_t dim,
                    int64_t token, int64_t head, int64_t rotated, int32_t kind, int32_t threads) {
     Rows r = {.x = x, .y = y, .cos_sin = cos_sin, .rotary_rows = rotary_rows, .rows = tokens * heads, .width = dim, .inner = heads,
@@ -227,7 +227,7 @@ void octavo_rotate(const void *x, void *y, const float *cos_sin, const int64_t *
     each_row(chosen->rotate, &r, threads);
 }
 
-/* Norms and rotates queries into `out`, and keys, which it writes to the cache with the values; see Rope. */
+/* Norm and rotate queries into `out`, and keys, which are written to the cache with the values; see Rope. */
 void octavo_rope_write_kv(const void *q, const void *k, const void *v, const void *q_norm, const void *k_norm, void *out,
                           const float *cos_sin, const int64_t *rotary_rows, const int64_t *slots, const Cache *cache, int64_t tokens,
                           int64_t heads, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token,

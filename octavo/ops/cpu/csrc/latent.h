@@ -1,23 +1,24 @@
-/* Multi-head latent attention for one instruction set: included after elementwise.h. What reads and writes rows that all heads
-   share is here too, for select.h.
+/* Multi-head latent attention for one instruction set: included after elementwise.h. Reading and writing of rows that all
+   heads share is here too, for select.h.
 
-   All heads attend to the same latents, so that one latent, widened once, meets LANES query rows, one a lane. A latent is a key
-   and, but for its rope part, a value. A long context is computed in parts, whose sums are then brought together. */
-#define SOME 48 /* places that are widened, then multiplied, together: a multiple of LANES and of every TILE_ROWS */
-#define MAX_SHARED 1024 /* values of a row, the rope part among them; latent.py knows it too */
-#define PART 192        /* places at least that a part of a context has, so that bringing sums together is little beside them */
-#define MOST_PARTS 256  /* of a context, and of all contexts if these have so many panels or fewer */
-#define JOINS 8 /* tasks that bring the sums of a panel together */
+   All heads attend to the same latents, so a latent is widened once and multiplied with LANES query rows, one per lane. A
+   latent is a key and, without its rope part, a value. A long context is split into parts, whose partial sums are then
+   merged (split-KV). */
+#define SOME 48 /* positions that are widened, then multiplied, at a time: a multiple of LANES and of every TILE_ROWS */
+#define MAX_SHARED 1024 /* values of a row with its rope part; also in latent.py */
+#define PART 192        /* minimum positions of a part, so that merging is cheap in comparison */
+#define MOST_PARTS 256  /* parts of a context; with more panels than this, no context is split */
+#define JOINS 8 /* tasks that merge a panel's parts */
 
 typedef struct {
     float k[SOME * (MAX_SHARED + LANES)];
     float q[MAX_SHARED * LANES];           /* [dim][LANES] */
-    float sums[(MAX_SHARED + 2) * LANES];  /* each lane's largest score, its weights' sum, then its values' [dim][LANES] */
+    float sums[(MAX_SHARED + 2) * LANES];  /* each lane's maximum, sum of weights, then weighted values [dim][LANES] */
     float scores[SOME * LANES], shrink[LANES];
     int64_t position[LANES];
 } NAME(Panel);
 
-/* A row's values as FP32, those of its rope part behind them; up to a multiple of LANES zeros. */
+/* Load a row as FP32, followed by its rope part and zeros up to a multiple of LANES. */
 INLINE void NAME(shared_row)(const Shared *c, int64_t block, int64_t offset, float *to) {
     const char *at = (const char *)c->values + block * c->block + offset * c->token;
     if (!c->scale) {
@@ -34,14 +35,14 @@ INLINE void NAME(shared_row)(const Shared *c, int64_t block, int64_t offset, flo
     if (c->rope) NAME(widen_row)(to + c->width, (const char *)c->rope + block * c->rope_block + offset * c->rope_token, c->rope_kind, c->rope_width);
 }
 
-/* A row that is read soon, which a CPU's own prefetching does not see. */
+/* Prefetch a row that is read soon; the hardware prefetcher cannot predict it. */
 INLINE void NAME(expect_row)(const Shared *c, int64_t block, int64_t offset) {
     const char *at = (const char *)c->values + block * c->block + offset * c->token;
     for (int64_t line = 0; line < c->token; line += 64) __builtin_prefetch(at + line);
 }
 
-/* The first `rotated` of x's values turned, whatever lies in pairs; y may be x. */
-static void NAME(turn_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int interleaved, int kind) {
+/* Rotate the first `rotated` values of x, in either pairing; y may be x. */
+static void NAME(rotate_pairs)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int interleaved, int kind) {
     if (!interleaved) {
         NAME(rotate_row)(x, y, cosines, rotated, width, kind);
         return;
@@ -54,7 +55,7 @@ static void NAME(turn_row)(const char *x, char *y, const float *cosines, int64_t
     if (x != y) memcpy(y + rotated * size_of(kind), x + rotated * size_of(kind), (size_t)((width - rotated) * size_of(kind)));
 }
 
-/* The least power of two that brings values up to `peak` into the codes' range. */
+/* The smallest power of two that brings values up to `peak` into the codes' range. */
 INLINE float NAME(power_of_two)(float peak, int kind) {
     const float ratio = (peak < PEAK_FLOOR ? PEAK_FLOOR : peak) / FORMATS[kind].limit;
     uint32_t bits;
@@ -65,7 +66,7 @@ INLINE float NAME(power_of_two)(float peak, int kind) {
     return scale;
 }
 
-/* width finite values, with room up to a multiple of LANES behind them, to a row of the cache. */
+/* Store width finite values, with room up to a multiple of LANES behind them, to a row of the cache. */
 static void NAME(write_row)(const Shared *c, int64_t block, int64_t offset, const float *values) {
     char *to = (char *)c->values + block * c->block + offset * c->token;
     float *scale = c->scale ? (float *)((char *)c->scale + block * c->scale_block + offset * c->scale_token) : NULL;
@@ -79,7 +80,7 @@ static void NAME(write_row)(const Shared *c, int64_t block, int64_t offset, cons
     }
 }
 
-/* Task: some tokens' latents, and the rope part of their keys, to their slots. */
+/* Task: store some tokens' latents and rope keys at their slots. */
 static void NAME(write_latent)(void *argument, int64_t task) {
     const Store *s = argument;
     const Shared *c = s->cache;
@@ -92,7 +93,7 @@ static void NAME(write_latent)(void *argument, int64_t task) {
         NAME(widen_row)(values, row, s->kind, c->width);
         NAME(keep_finite)(values, c->width);
         NAME(write_row)(c, block, offset, values);
-        NAME(turn_row)(x + c->width * size_of(s->kind), row, s->cos_sin + s->rotary_rows[t] * s->rotated, s->rotated, c->rope_width,
+        NAME(rotate_pairs)(x + c->width * size_of(s->kind), row, s->cos_sin + s->rotary_rows[t] * s->rotated, s->rotated, c->rope_width,
                        s->interleaved, s->kind);
         NAME(widen_row)(values, row, s->kind, c->rope_width);
         NAME(keep_finite)(values, c->rope_width);
@@ -100,11 +101,11 @@ static void NAME(write_latent)(void *argument, int64_t task) {
     }
 }
 
-/* What is between two tasks of Heads: where the values of a token's head are. */
+/* Address of the values of a token's head. */
 #define X_AT(h, token, head) ((const char *)(h)->x + ((token) * (h)->x_token + (head) * (h)->x_head) * size_of((h)->kind))
 
-/* Columns [from, to) of up to ROWS_MODE tokens' products by a matrix whose rows, or columns if `across`, are one after another:
-   x [m][k] by w, read once, as it lies. */
+/* Columns [from, to) of the products of up to ROWS_MODE tokens by a matrix that is contiguous along k, or along columns if
+   `across`: x [m][k] by w, which is read once, in place. */
 INLINE void NAME(few_columns)(const Heads *h, const char *w, const float *x, int64_t k_padded, float *y, int64_t from, int64_t to,
                               int m, int kind, int across) {
     const int64_t size = size_of(kind);
@@ -163,7 +164,7 @@ FEW_COLUMNS(BF16, 0)
 FEW_COLUMNS(BF16, 1)
 #undef FEW_COLUMNS
 
-/* The same of up to LANES tokens, for any shape: x [k][LANES], y [columns][LANES]. */
+/* The same for up to LANES tokens and any shape: x [k][LANES], y [columns][LANES]. */
 static __attribute__((noinline)) void NAME(many_columns)(const Heads *h, const char *w, const float *x, float *y, int64_t from,
                                                          int64_t to) {
     float wide[SOME * (MAX_SHARED + LANES)];
@@ -173,7 +174,7 @@ static __attribute__((noinline)) void NAME(many_columns)(const Heads *h, const c
     NAME(product)(to - from, LANES, h->k, wide, across ? 1 : stride, across ? SOME : 1, x, y, 0);
 }
 
-/* Task: some columns of some tokens' products by a head's matrix; the first columns' task turns what lies behind. */
+/* Task: some columns of some tokens' products by a head's matrix. The task of the first columns also rotates the rope part. */
 static void NAME(heads)(void *argument, int64_t task) {
     const Heads *h = argument;
     const int64_t column_tasks = (h->n + h->columns - 1) / h->columns, head = task / column_tasks % h->heads;
@@ -193,22 +194,22 @@ static void NAME(heads)(void *argument, int64_t task) {
         for (int64_t k = 0; k < padded; k += LANES) NAME(transpose)(rows + k, padded, x + k * LANES);
         NAME(many_columns)(h, w, x, rows, from, to);
         for (int64_t n = 0; n < to - from; n += LANES) {
-            float turned[LANES * LANES];
-            NAME(transpose)(rows + n * LANES, LANES, turned);
-            for (int64_t i = 0; i < m; i++) memcpy(y + i * MAX_SHARED + n, turned + i * LANES, LANES * 4);
+            float transposed[LANES * LANES];
+            NAME(transpose)(rows + n * LANES, LANES, transposed);
+            for (int64_t i = 0; i < m; i++) memcpy(y + i * MAX_SHARED + n, transposed + i * LANES, LANES * 4);
         }
     }
     for (int64_t i = 0; i < m; i++) {
         char *at = (char *)h->y + ((first + i) * h->y_token + head * h->y_head) * size;
         NAME(narrow_row)(at, h->kind, from, y + i * MAX_SHARED, to - from);
         if (h->cos_sin && !from)
-            NAME(turn_row)(X_AT(h, first + i, head) + h->k * size, at + h->n * size,
+            NAME(rotate_pairs)(X_AT(h, first + i, head) + h->k * size, at + h->n * size,
                            h->cos_sin + h->rotary_rows[first + i] * h->rotated, h->rotated, h->rotated, h->interleaved, h->kind);
     }
 }
 #undef X_AT
 
-/* A panel's rows: `count` from `row` on of its request's, of which each token has one a head; and what they see. */
+/* A panel's rows: `count` from `row` on of its request's (token, head) rows; and the positions that they see. */
 typedef struct { int64_t request, panel, part, row, count, last; const int32_t *list; } NAME(Rows_of);
 
 INLINE NAME(Rows_of) NAME(rows_of)(const LatentJob *job, int64_t request, int64_t panel, int64_t part) {
@@ -216,11 +217,11 @@ INLINE NAME(Rows_of) NAME(rows_of)(const LatentJob *job, int64_t request, int64_
     const int64_t tokens = a->starts[request + 1] - a->starts[request], each = (a->heads + LANES - 1) / LANES;
     NAME(Rows_of) r = {.request = request, .panel = panel, .part = part, .row = panel * LANES};
     r.count = least(LANES, tokens * a->heads - r.row);
-    if (job->chosen) { /* each token's heads alone, since they attend to the same places */
+    if (job->chosen) { /* heads of one token only, since they attend to the same positions */
         const int64_t head = panel % each * LANES;
         r.row = panel / each * a->heads + head, r.count = least(LANES, a->heads - head);
         r.list = job->chosen + (a->starts[request] + panel / each) * job->top_k;
-        for (int64_t high = job->top_k; r.last < high;) { /* -1 are behind all others */
+        for (int64_t high = job->top_k; r.last < high;) { /* the padding of -1 is last */
             const int64_t middle = (r.last + high) / 2;
             if (r.list[middle] < 0) high = middle;
             else r.last = middle + 1;
@@ -231,7 +232,7 @@ INLINE NAME(Rows_of) NAME(rows_of)(const LatentJob *job, int64_t request, int64_
     return r;
 }
 
-/* Dimensions [from, to) of what a panel attends to, of the sums of its parts, which are `stride` values apart. */
+/* Output dimensions [from, to) of a panel, from the partial sums of its parts, which are `stride` values apart. */
 static void NAME(settle)(const LatentJob *job, const NAME(Rows_of) *r, const float *sums, int64_t stride, int64_t parts, int64_t from,
                          int64_t to) {
     const Attention *a = job->a;
@@ -248,7 +249,7 @@ static void NAME(settle)(const LatentJob *job, const NAME(Rows_of) *r, const flo
             total += by * NAME(load)(sums + i * stride + LANES + p);
             NAME(store)(weight + i * LANES + p, by);
         }
-        const vf factor = SELECT(total == 0, (vf){0}, 1 / total); /* 0: nothing is attended to, the row pads a graph */
+        const vf factor = SELECT(total == 0, (vf){0}, 1 / total); /* 0 for a row that pads a graph and attends to nothing */
         for (int64_t i = 0; i < parts; i++) NAME(store)(weight + i * LANES + p, NAME(load)(weight + i * LANES + p) * factor);
     }
     for (int64_t d = from; d < to; d += LANES) {
@@ -266,7 +267,7 @@ static void NAME(settle)(const LatentJob *job, const NAME(Rows_of) *r, const flo
     }
 }
 
-/* Task: a panel over a part of its context. */
+/* Task: a panel over one part of its context. */
 static void NAME(latent_attend)(void *argument, int64_t task) {
     const LatentJob *job = argument;
     const Attention *a = job->a;
@@ -310,7 +311,7 @@ static void NAME(latent_attend)(void *argument, int64_t task) {
     memcpy(job->sums + (job->sum[request] + at) * held, f->sums, (size_t)held * 4);
 }
 
-/* Task: some dimensions of a panel whose context was computed in parts. */
+/* Task: merge the parts of a panel, for some dimensions. */
 static void NAME(latent_join)(void *argument, int64_t task) {
     const LatentJob *job = argument;
     const int64_t rank = job->cache->width, groups = (rank + LANES - 1) / LANES, held = (2 + groups * LANES) * LANES;

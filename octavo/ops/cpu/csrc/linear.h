@@ -1,33 +1,33 @@
 /* y = x W^T for one instruction set: included after vector.h.
 
-   Weights stay as they are stored, row by row. Up to ROWS_MODE tokens, a weight is widened in registers and multiplied along
-   k: what bounds that is reading it. For more, some rows at a time are widened to FP32 in the cache, and a tile of them
-   times a panel of LANES tokens is summed in registers. */
+   Weights stay as stored, row by row. For up to ROWS_MODE tokens a weight is widened in registers and multiplied along k,
+   bound by reading it. For more tokens, some rows at a time are widened to FP32 in the cache, and tiles of them times a
+   panel of LANES tokens are accumulated in registers. */
 #define ROWS_MODE 4
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
-#define TASK_K 512   /* TASK_ROWS * TASK_K floats lie in the second-level cache */
+#define TASK_K 512   /* TASK_ROWS * TASK_K floats fit into the L2 cache */
 #define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
 #define CHUNK_TOKENS 512
-#define CHUNK 64   /* values of a row that are multiplied in one turn, */
-#define ROW_CHUNK 128 /* or of one that is multiplied along k in pairs */
-#define NIBBLES (8 * VL) /* values of packed INT4 that a vector has: nibbles.h */
-#define AHEAD 4096 /* bytes: rows are read in one stream, and a CPU's own prefetching stops at the end of each page */
+#define CHUNK 64   /* values of a row per step, */
+#define ROW_CHUNK 128 /* or per step of a product along k in pairs */
+#define NIBBLES (8 * VL) /* packed INT4 values in a vector: nibbles.h */
+#define AHEAD 4096 /* bytes to prefetch ahead: the hardware prefetcher stops at page boundaries */
 
-/* Where a panel's values of position k begin: [k][LANES] FP32, or [k / 2][LANES][2] BF16, which are as exact for codes. */
+/* Address of a panel's values of position k: [k][LANES] FP32, or [k / 2][LANES][2] BF16, which is as exact for codes. */
 INLINE float *NAME(panel_at)(const LinearJob *job, int64_t panel, int64_t k) {
     return job->panel + (panel * job->k_padded + k) * LANES / (job->pairs ? 2 : 1);
 }
 
-/* Whether pairs of values are of every other one, since that is how the codes they meet are widened: pairs.h. */
+/* Whether pairs hold every other value, to match the order in which codes are widened: pairs.h. */
 #define APART(kind) (DOT && (kind) >= E4M3)
 
-/* Where the values of a token begin. */
+/* Address of a token's values. */
 INLINE const char *NAME(token_at)(const LinearJob *job, int64_t token) {
     const int64_t row = job->order ? job->order[token] / job->each : token;
     return (const char *)job->x + row * job->x_stride * size_of(job->kind);
 }
 
-/* A token's scale where all its values share one, else 1. */
+/* A token's scale if it has a single one, else 1. */
 static float NAME(token_scale)(const LinearJob *job, const char *x) {
     const Linear *w = job->w;
     if (w->activation != PER_TOKEN) return 1;
@@ -35,7 +35,7 @@ static float NAME(token_scale)(const LinearJob *job, const char *x) {
     return scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
 }
 
-/* `count` values of a token, a group at most, as FP32, quantized as the weight's scheme says; zeros up to whole vectors. */
+/* `count` values of a token, at most one group, in FP32, quantized as the weight's scheme says; zeros up to whole vectors. */
 INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char *x, int64_t count, float scale) {
     const int activation = job->w->activation;
     const Format format = FORMATS[job->w->kind];
@@ -52,7 +52,7 @@ INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char
     }
 }
 
-/* The even ones of 4 * VL values, then the odd ones. */
+/* Permute 4 * VL values: even positions first, then odd ones. */
 INLINE void NAME(set_apart)(uint16_t *x) {
     vu words[2];
     memcpy(words, x, sizeof words);
@@ -63,14 +63,15 @@ INLINE void NAME(set_apart)(uint16_t *x) {
     }
 }
 
-/* LANES positions of k [LANES][LANES], the first of them `at`, as pairs of BF16 in `panel`, which begins at position 0. */
-INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *panel) {
-    const int64_t unit = 4 * VL; /* has its even values' pairs first, then the odd ones' */
-    float *even = panel + (apart ? at / unit * unit / 2 + at % unit / 4 : at / 2) * LANES, *odd = even + unit / 4 * LANES;
+/* Store LANES positions of k [LANES][LANES], the first of them `at`, as pairs of BF16 in `panel`, which begins at position
+   0. */
+INLINE void NAME(pair_up)(const float *columns, int64_t at, int interleaved, float *panel) {
+    const int64_t unit = 4 * VL; /* pairs of the unit's even values come first, then those of its odd ones */
+    float *even = panel + (interleaved ? at / unit * unit / 2 + at % unit / 4 : at / 2) * LANES, *odd = even + unit / 4 * LANES;
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
-        const int first = apart ? i / 2 * 4 + i % 2 : 2 * i, second = first + (apart ? 2 : 1);
-        float *to = !apart ? even + i * LANES : (i % 2 ? odd : even) + i / 2 * LANES;
+        const int first = interleaved ? i / 2 * 4 + i % 2 : 2 * i, second = first + (interleaved ? 2 : 1);
+        float *to = !interleaved ? even + i * LANES : (i % 2 ? odd : even) + i / 2 * LANES;
 #pragma GCC unroll 4
         for (int p = 0; p < LANES; p += VL) {
             vu low = (vu)NAME(load)(columns + first * LANES + p), high = (vu)NAME(load)(columns + second * LANES + p);
@@ -79,7 +80,7 @@ INLINE void NAME(pair_up)(const float *columns, int64_t at, int apart, float *pa
     }
 }
 
-/* A group's values in the order in which dot_of_nibbles() reads them. */
+/* Permute a group's values to the order in which dot_of_nibbles() reads them. */
 INLINE void NAME(mix_nibbles)(float *x, int pairs) {
     const int each = pairs ? 4 : 8; /* values of a lane */
     float mixed[GROUP];
@@ -87,7 +88,7 @@ INLINE void NAME(mix_nibbles)(float *x, int pairs) {
     memcpy(x, mixed, sizeof mixed);
 }
 
-/* The same of a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0. */
+/* The same for a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0. */
 INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float *panel) {
     for (int i = 0; i < LANES; i += 8) {
         const int64_t k = at + i, unit = k / NIBBLES * NIBBLES, lane = k % NIBBLES / 8;
@@ -102,7 +103,7 @@ INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float
     }
 }
 
-/* One token's values, one after another, in the order in which dot() reads them. */
+/* One token's values, contiguous, in the order in which dot() reads them. */
 static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = NAME(token_at)(job, token);
     const float scale = NAME(token_scale)(job, x);
@@ -121,7 +122,7 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     }
 }
 
-/* One of `parts` parts of a panel, a group of all its tokens at a time, so that it is written in one stream. */
+/* One of `parts` parts of a panel, one group of all its tokens at a time, so that it is written as one stream. */
 static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t part) {
     const int64_t k = job->w->k, size = size_of(job->kind), groups = (k + GROUP - 1) / GROUP;
     const int64_t lanes = least(LANES, job->m - panel * LANES);
@@ -147,7 +148,7 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
     }
 }
 
-/* Task: a part of a panel of tokens, or all of them where they are rows. */
+/* Task: prepare a part of a panel of tokens, or all of the tokens if they are rows. */
 static void NAME(prepare)(void *argument, int64_t task) {
     const LinearJob *job = argument;
     if (job->is_panel) {
@@ -157,10 +158,10 @@ static void NAME(prepare)(void *argument, int64_t task) {
     for (int64_t i = 0; i < job->m; i++) NAME(prepare_row)(job, i);
 }
 
-/* Task: one token's codes. */
+/* Task: quantize one token. */
 static void NAME(round)(void *argument, int64_t token) { NAME(prepare_row)(argument, token); }
 
-/* The scale of a row of the weight, or of its part that begins at k. */
+/* The scale of a row of the weight, or of the row's block that begins at k. */
 INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
     if (!w->scale) return 1;
     return w->scale_columns ? w->scale[row / w->scale_rows * w->scale_columns + k / GROUP] : w->scale[row];
@@ -191,9 +192,9 @@ static void NAME(finish_panel)(const LinearJob *job, int64_t panel, int64_t from
     }
 }
 
-/* Rows `from` to `to` times m tokens, each result a sum along k in vectors; grouped: a scale every 128 values of a row. */
+/* Rows `from` to `to` times m tokens; each result is a vector sum along k. grouped: one scale per 128 values of a row. */
 INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int kind, int grouped) {
-    enum { SUMS = CHUNK / LANES * PARTS }; /* few tokens have more than one each, to hide what an addition takes */
+    enum { SUMS = CHUNK / LANES * PARTS }; /* few tokens have several accumulators each, to hide the latency of additions */
     const Linear *w = job->w;
     const float *x = job->panel;
     const int64_t size = size_of(kind), whole = w->k / CHUNK * CHUNK, padded = job->k_padded;
@@ -223,7 +224,7 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
                 }
             }
             if (k == padded) break;
-            memset(tail, 0, sizeof tail); /* what lies after the last row is not ours to read */
+            memset(tail, 0, sizeof tail); /* memory after the last row may not be ours to read */
             memcpy(tail, at + whole * size, (size_t)((w->k - whole) * size));
             at = tail - whole * size;
         }
@@ -246,9 +247,9 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
 #if DOT
 #include "pairs.h"
 
-/* dot() over pairs. */
+/* dot() in pairs. */
 INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
-    enum { SUMS = ROW_CHUNK / VL / 2 }; /* of a token and row: several, to hide what a dot product takes */
+    enum { SUMS = ROW_CHUNK / VL / 2 }; /* accumulators per token and row: several, to hide the dot product's latency */
     const Linear *w = job->w;
     const int64_t size = size_of(kind), whole = w->k / ROW_CHUNK * ROW_CHUNK, padded = job->k_padded;
     for (int64_t row = from; row < to; row++) {
@@ -259,7 +260,7 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
 #pragma GCC unroll 64
         for (int i = 0; i < m * SUMS; i++) sum[i] = (vf){0};
         for (int64_t k = 0; k < padded; k += ROW_CHUNK, at += ROW_CHUNK * size, x += ROW_CHUNK) {
-            if (k == whole) { /* what lies after the last row is not ours to read */
+            if (k == whole) { /* memory after the last row may not be ours to read */
                 memset(tail, 0, sizeof tail);
                 memcpy(tail, at, (size_t)((w->k - whole) * size));
                 at = tail;
@@ -291,7 +292,7 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
 #include "nibbles.h"
 
 #if DOT
-/* Two panels are read again for each tile of rows and stay in the second-level cache meanwhile, as the rows do for the next. */
+/* Two panels are read again for each tile of rows and stay in L2 meanwhile, as the rows do for the next panels. */
 static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
     static void (*const one[])(const LinearJob *, int64_t, int64_t) = {
         [BF16] = NAME(one_panel_BF16), [INT4] = NAME(one_panel_INT4), [E4M3] = NAME(one_panel_E4M3),
@@ -304,7 +305,7 @@ static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to
 }
 #endif
 
-/* Task: a row of the weight, of codes times their scales, that a token is looked up as; m tokens' rows are job->x. */
+/* Task: embedding lookup of one row of the weight, dequantized; m ids are in job->x. */
 static void NAME(look_up)(void *argument, int64_t token) {
     const LinearJob *job = argument;
     const Linear *w = job->w;
@@ -389,7 +390,7 @@ static void NAME(multiply)(void *argument, int64_t task) {
 
 #if DOT
 #define TRIED 256 /* values along k */
-/* Whether a tile is multiplied faster in pairs than in FP32: some CPUs have half as many units for them. Takes 0.1 ms. */
+/* Measure whether a tile is faster in pairs than in FP32: some CPUs have half as many units for pairs. Takes 0.1 ms. */
 static int NAME(pairs_pay)(void) {
     uint16_t weight[TASK_ROWS * TRIED], y[2 * LANES * TASK_ROWS];
     float x[2 * TRIED * LANES], best[2] = {1, 1};

@@ -1,6 +1,6 @@
-/* Calls of what latent.h and select.h compute. Included by kernels.c. */
+/* Entry points for latent.h and select.h. Included by kernels.c. */
 
-/* Stores latents of x [tokens, width + rope_width], whose rows are `stride` values apart; see Store. */
+/* Store latents of x [tokens, width + rope_width], rows `stride` values apart; see Store. */
 void octavo_write_latent(const void *x, const void *weight, const float *cos_sin, const int64_t *rotary_rows, const int64_t *slots,
                          const Shared *cache, int64_t tokens, int64_t stride, int64_t rotated, float eps, int32_t interleaved,
                          int32_t kind, int32_t threads) {
@@ -9,7 +9,7 @@ void octavo_write_latent(const void *x, const void *weight, const float *cos_sin
     each_of(chosen->write_latent, &s, (tokens + s.per_task - 1) / s.per_task, threads);
 }
 
-/* Stores an indexer's keys of x [tokens, width]; bias may be NULL. */
+/* Store an indexer's keys of x [tokens, width]; bias may be NULL. */
 void octavo_write_index_keys(const void *x, const void *weight, const void *bias, const float *cos_sin, const int64_t *rotary_rows,
                              const int64_t *slots, const Shared *cache, int64_t tokens, int64_t stride, int64_t rotated, float eps,
                              int32_t interleaved, int32_t kind, int32_t threads) {
@@ -18,7 +18,7 @@ void octavo_write_index_keys(const void *x, const void *weight, const void *bias
     each_of(chosen->write_index_keys, &s, (tokens + s.per_task - 1) / s.per_task, threads);
 }
 
-/* y [tokens, heads, n] = each head's product of x [tokens, heads, k] by w [heads, k, n]; see Heads. */
+/* y [tokens, heads, n] = per-head products of x [tokens, heads, k] by w [heads, k, n]; see Heads. */
 void octavo_head_linear(const void *x, const void *w, void *y, const float *cos_sin, const int64_t *rotary_rows, int64_t x_token,
                         int64_t x_head, int64_t w_head, int64_t w_k, int64_t w_n, int64_t y_token, int64_t y_head, int64_t tokens,
                         int64_t heads, int64_t k, int64_t n, int64_t rotated, int32_t interleaved, int32_t kind, int32_t w_kind,
@@ -34,8 +34,9 @@ static int64_t panels_of(const Attention *a, const int32_t *chosen_places, int64
     return chosen_places ? tokens * ((a->heads + LANES - 1) / LANES) : (tokens * a->heads + LANES - 1) / LANES;
 }
 
-/* Causal attention of q [tokens, heads, dim] over latents: out [tokens, heads, rank], contiguous. `places`: LatentJob's chosen. It
-   depends on lengths and their number alone what is computed in parts, not on threads. 0, or -1 without memory. */
+/* Causal attention of q [tokens, heads, dim] over latents: out [tokens, heads, rank], contiguous. `places`: as LatentJob's
+   chosen. The split of contexts depends on the lengths and their number only, not on threads, so results do not depend on
+   threads either. Returns 0, or -1 without memory. */
 int32_t octavo_latent_attention(const void *q, void *out, const Shared *cache, const int32_t *tables, const int32_t *starts,
                                 const int32_t *lengths, const int32_t *places, int64_t table_stride, int64_t requests, int64_t heads,
                                 int64_t q_token, int64_t q_head, int64_t top_k, float scale, int32_t kind, int32_t threads) {
@@ -46,19 +47,19 @@ int32_t octavo_latent_attention(const void *q, void *out, const Shared *cache, c
     int64_t panels = 0, tasks = 0, sums = 0, *numbers = NULL;
     pthread_mutex_lock(&pool.call);
     for (int64_t r = 0; r < requests; r++) panels += panels_of(&a, places, r);
-    for (int fill = 0; fill < 2; fill++) { /* how much memory is needed, then what is in it */
+    for (int fill = 0; fill < 2; fill++) { /* first pass: size of the memory; second pass: its contents */
         int64_t *panel = numbers, *task = panel + requests + 1, *parts = task + requests + 1, *step = parts + requests, *sum = step + requests;
         int64_t before = tasks = sums = 0;
         for (int64_t r = 0; r < requests; r++) {
-            const int64_t own = panels_of(&a, places, r), seen = places ? least(top_k, lengths[r]) : lengths[r];
+            const int64_t count = panels_of(&a, places, r), seen = places ? least(top_k, lengths[r]) : lengths[r];
             int64_t in = least((seen + PART - 1) / PART, MOST_PARTS / (panels ? panels : 1));
             if (in < 1) in = 1;
             if (fill) {
                 panel[r] = before, task[r] = tasks, parts[r] = in, sum[r] = sums;
                 step[r] = ((seen + in - 1) / in + SOME - 1) / SOME * SOME;
             }
-            before += own, tasks += own * in;
-            if (in > 1) sums += own * in;
+            before += count, tasks += count * in;
+            if (in > 1) sums += count * in;
         }
         if (fill) {
             panel[requests] = before, task[requests] = tasks;
@@ -76,7 +77,7 @@ int32_t octavo_latent_attention(const void *q, void *out, const Shared *cache, c
     return job.sums ? 0 : -1;
 }
 
-/* Task: the places of a token that score highest, in ascending order. What the last of them scores is found digit by digit. */
+/* Task: the positions of a token's top_k scores, ascending. The smallest of these scores is found by radix select. */
 static void pick(void *argument, int64_t index) {
     const Select *s = argument;
     const int64_t token = s->first + index, top_k = s->top_k;
@@ -90,8 +91,8 @@ static void pick(void *argument, int64_t index) {
         return;
     }
     static const struct { int shift, bits; } digits[] = {{21, 11}, {10, 11}, {0, 10}};
-    uint32_t last = 0; /* the digits so far of the lowest score that is chosen */
-    int64_t wanted = top_k; /* of the scores that begin with these */
+    uint32_t last = 0; /* prefix of the smallest selected score */
+    int64_t wanted = top_k; /* number of selected scores among those with this prefix */
     for (int d = 0; d < 3; d++) {
         const int shift = digits[d].shift, bits = digits[d].bits;
         int32_t count[1 << 11] = {0};
@@ -108,11 +109,11 @@ static void pick(void *argument, int64_t index) {
     }
 }
 
-#define SCORES (1 << 22)  /* that are held at a time, */
-#define QUERIES 128       /* and tokens whose queries are */
+#define SCORES (1 << 22)  /* scores held at a time, */
+#define QUERIES 128       /* and tokens whose queries are held */
 
-/* out [tokens, top_k]: the places that an indexer's queries q [tokens, heads, dim] score highest; see Select. 0, or -1 without
-   memory. */
+/* out [tokens, top_k]: the positions with the highest scores for an indexer's queries q [tokens, heads, dim]; see Select.
+   Returns 0, or -1 without memory. */
 int32_t octavo_select_keys(const void *q, const void *weights, const float *cos_sin, const int64_t *rotary_rows, const Shared *cache,
                            const int32_t *tables, const int32_t *starts, const int32_t *lengths, int32_t *out, int64_t q_token,
                            int64_t q_head, int64_t weights_token, int64_t table_stride, int64_t tokens, int64_t requests, int64_t heads,

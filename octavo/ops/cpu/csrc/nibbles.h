@@ -1,12 +1,13 @@
-/* Packed INT4: codes -8 to 7, stored plus 8, two a byte, with a scale for each `group` values of a row. Included by linear.h.
+/* Packed INT4: codes -8 to 7, stored plus 8, two in a byte, with a scale for each `group` values of a row. Included by
+   linear.h.
 
-   A 32-bit lane of a row has eight values, and all of them one scale, which its sums are multiplied by. Shifted by 4 j, the lanes
-   of a vector have value j of each at their lowest bits; as 16-bit lanes, values j and 4 + j of each, a pair. Nothing crosses
-   lanes: it is activations that are put in that order, once. */
+   A 32-bit lane holds eight values of one row and one group, so its sums are multiplied by one scale. After a shift by 4 j,
+   the lowest bits of each lane hold its value j; as 16-bit lanes they hold values j and 4 + j, a pair. Weights never cross
+   lanes: instead activations are permuted to this order, once. */
 
-/* Value j of every 32-bit lane. */
+/* Value j of each 32-bit lane. */
 INLINE vf NAME(nibbles)(vu words, int j) {
-#if ISA >= 3 /* whose permutation looks at an index's lowest four bits */
+#if ISA >= 3 /* its permute uses an index's lowest four bits */
     const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     return (vf)_mm512_permutexvar_ps((__m512i)(words >> 4 * j), codes);
 #else
@@ -14,7 +15,7 @@ INLINE vf NAME(nibbles)(vu words, int j) {
 #endif
 }
 
-/* A row's values from k on, of which VL lanes have NIBBLES; zeros past the last, since what lies there is not ours to read. */
+/* A row's codes from k on, NIBBLES in VL lanes; zeros past the row's end, since memory there may not be ours to read. */
 INLINE vu NAME(words_at)(const Linear *w, const char *row, int64_t k) {
     vu words;
     if (k + NIBBLES <= w->k) {
@@ -27,10 +28,10 @@ INLINE vu NAME(words_at)(const Linear *w, const char *row, int64_t k) {
     return words;
 }
 
-/* How many places a position is shifted by to be its group's, or -1 where it has to be divided. */
+/* The shift that divides a position by the group size, or -1 if a division is needed. */
 INLINE int NAME(shift_of)(const Linear *w) { return w->group & (w->group - 1) ? -1 : __builtin_ctzll((uint64_t)w->group); }
 
-/* The lanes' scales from value k on, of a row whose first one is `first`. */
+/* The lanes' scales from value k on; `first` is the row's first scale. */
 INLINE vf NAME(group_scales)(const Linear *w, int64_t first, int64_t k, int shift) {
     if (w->group % NIBBLES == 0)
         return NAME(splat)(value_at(w->group_scale, w->group_kind, first + (shift < 0 ? k / w->group : k >> shift)));
@@ -55,7 +56,7 @@ INLINE vf NAME(group_scales)(const Linear *w, int64_t first, int64_t k, int shif
     return NAME(load)(lanes);
 }
 
-/* Values k to k + depth of a row in FP32, in the order in which they are multiplied. */
+/* Values k to k + depth of a row in FP32, in natural order. */
 static void NAME(widen_nibbles)(float *dst, const Linear *w, int64_t row, int64_t k, int64_t depth) {
     const char *at = (const char *)w->weight + row * w->stride / 2;
     const int64_t first = row * groups_of(w), end = least(k + depth, w->k);
@@ -70,9 +71,9 @@ static void NAME(widen_nibbles)(float *dst, const Linear *w, int64_t row, int64_
 }
 
 #if DOT
-/* The values j and 4 + j of every 32-bit lane, in BF16. */
+/* Values j and 4 + j of each 32-bit lane, in BF16. */
 INLINE vp NAME(nibble_pairs)(vu words, int j) {
-#if ISA == 4 /* whose permutation looks at five bits, the last of which is the next code's */
+#if ISA == 4 /* its permute uses five bits; the fifth is the next code's */
 #define CODES 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0
     static const uint16_t codes[32] = {CODES, CODES};
 #undef CODES
@@ -83,7 +84,7 @@ INLINE vp NAME(nibble_pairs)(vu words, int j) {
 }
 #endif
 
-/* Rows `from` to `to` times m tokens, as dot() and dot_of_pairs() have them. */
+/* Rows `from` to `to` times m tokens, as in dot() and dot_of_pairs(). */
 INLINE void NAME(dot_of_nibbles)(const LinearJob *job, int64_t from, int64_t to, int m, int pairs) {
     const Linear *w = job->w;
     const int64_t groups = groups_of(w), padded = job->k_padded;
@@ -131,9 +132,10 @@ INLINE void NAME(dot_of_nibbles)(const LinearJob *job, int64_t from, int64_t to,
 }
 
 #if DOT
-#define ROWS_OF_NIBBLES(panels) (8 / (panels)) /* of a tile: each sum has another one of its group, and all are in registers */
+#define ROWS_OF_NIBBLES(panels) (8 / (panels)) /* rows of a tile: two accumulators each, all in registers */
 
-/* The values of a row from k on, in BF16, and their lanes' scales. `next`: bytes to the row that is wanted after a tile is done. */
+/* Widen a row's values from k on to BF16, and load their lanes' scales. `next`: byte offset of the row to prefetch for the
+   next tile. */
 INLINE void NAME(widen_lanes)(const Linear *w, const char *at, int64_t first, int64_t k, int64_t next, int shift, uint16_t *wide,
                               float *scales) {
     __builtin_prefetch(at + k / 2 + NIBBLES);
@@ -147,7 +149,7 @@ INLINE void NAME(widen_lanes)(const Linear *w, const char *at, int64_t first, in
     NAME(store)(scales, NAME(group_scales)(w, first, k, shift));
 }
 
-/* tile_of_pairs() of packed INT4; lanes: how many of eight values share a scale, at least. */
+/* tile_of_pairs() for packed INT4; lanes: lower bound of the lanes that share a scale. */
 INLINE void NAME(tile_of_nibbles)(const LinearJob *job, int64_t from, int64_t panel, int panels, int lanes, float *sums) {
     enum { ROWS = 8 };
     const Linear *w = job->w;
@@ -167,13 +169,13 @@ INLINE void NAME(tile_of_nibbles)(const LinearJob *job, int64_t from, int64_t pa
     for (int i = 0; i < count; i++) sum[i] = (vf){0};
     for (int i = 0; i < rows; i++) NAME(widen_lanes)(w, at[i], first[i], 0, next, shift, wide_of[0] + i * NIBBLES, scales_of[0] + i * VL);
     for (int64_t k = 0; k < w->k; k += NIBBLES, x += NIBBLES * LANES * 2) {
-        const int turn = (int)(k / NIBBLES % 2);
-        const uint16_t *wide = wide_of[turn];
-        const float *scales = scales_of[turn];
+        const int current = (int)(k / NIBBLES % 2);
+        const uint16_t *wide = wide_of[current];
+        const float *scales = scales_of[current];
         for (int lane = 0; lane < VL; lane += lanes) {
-            /* Between products the next values are widened, some rows in a turn, so that the units for either wait for none. */
+            /* Widening of the next values is interleaved with the products, so that both kinds of execution units stay busy. */
             for (int i = rows * lane / VL; lane % step == 0 && k + NIBBLES < w->k && i < rows * (lane + step) / VL; i++)
-                NAME(widen_lanes)(w, at[i], first[i], k + NIBBLES, next, shift, wide_of[!turn] + i * NIBBLES, scales_of[!turn] + i * VL);
+                NAME(widen_lanes)(w, at[i], first[i], k + NIBBLES, next, shift, wide_of[!current] + i * NIBBLES, scales_of[!current] + i * VL);
             vf part[ROWS * PARTS];
 #pragma GCC unroll 32
             for (int i = 0; i < count; i++) part[i] = (vf){0};

@@ -1,20 +1,20 @@
-/* BF16 values two by two, as the dot product takes them: included by linear.h where there is one.
+/* Products of pairs of BF16 values by the dot-product instruction: included by linear.h where it exists.
 
-   A code is exact in BF16 too, and once widened at least 2^-17, far above what the instruction takes for zero. */
-#define UNIT (4 * VL) /* codes that a vector holds, values that two vectors of BF16 hold */
-#define ONE_PANEL 16  /* rows of a tile where there is one panel of tokens, */
-#define TWO_PANELS 8 /* and of two: more sums at a time than a dot product takes steps, and registers left for widening */
-#define TURNS 4       /* in which the next values are widened between products, so that the units for either wait for none */
+   A code is exact in BF16. Once widened it is at least 2^-17, far above what the instruction flushes to zero. */
+#define UNIT (4 * VL) /* codes in a vector; values in two vectors of BF16 */
+#define ONE_PANEL 16  /* rows of a tile with one panel of tokens, */
+#define TWO_PANELS 8 /* and with two: accumulators enough to hide the dot product's latency, and registers left for widening */
+#define WIDEN_STEPS 4       /* widening of the next values is interleaved with products, in this many steps */
 typedef uint16_t NAME(vp) __attribute__((vector_size(4 * VL)));
 typedef int16_t NAME(vs) __attribute__((vector_size(4 * VL)));
 #define vp NAME(vp)
 #define vs NAME(vs)
 
-/* sum += x[2 lane] * w[2 lane] + x[2 lane + 1] * w[2 lane + 1] in every lane. */
+/* sum += x[2 lane] * w[2 lane] + x[2 lane + 1] * w[2 lane + 1] in each lane. */
 INLINE vf NAME(dot_pairs)(vf sum, vp x, vp w) {
 #if ISA == 4
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-#else /* the same in C, for testing what is around it */
+#else /* the same in C, for testing the code around it */
     return sum + (vf)((vu)x << 16) * (vf)((vu)w << 16) + (vf)((vu)x & 0xFFFF0000) * (vf)((vu)w & 0xFFFF0000);
 #endif
 }
@@ -28,7 +28,7 @@ INLINE vp NAME(masked_or)(vs bits, uint16_t mask, uint16_t more) {
 #endif
 }
 
-/* Whether a byte of `codes` has none of the bits of `mask`. */
+/* Whether a byte of `codes` has no bit of `mask` set. */
 INLINE int NAME(any_without)(vp codes, uint8_t mask) {
 #if ISA == 4
     return _mm512_testn_epi8_mask((__m512i)codes, _mm512_set1_epi8((char)mask)) != 0;
@@ -40,7 +40,8 @@ INLINE int NAME(any_without)(vp codes, uint8_t mask) {
 #endif
 }
 
-/* `value`, but where `bits`, a code moved to BF16's places, have no exponent: such a number is its mantissa times the smallest. */
+/* Fix subnormal codes: where `bits` (a code in BF16's position) has no exponent, the number is its mantissa times the
+   smallest subnormal; elsewhere it is `value`. */
 INLINE vp NAME(without_leading_one)(vp bits, vp value, int e5m2) {
     const uint16_t exponent = e5m2 ? 0x0F80 : 0x0780;
 #if ISA == 4
@@ -58,11 +59,11 @@ INLINE vp NAME(without_leading_one)(vp bits, vp value, int e5m2) {
 #endif
 }
 
-/* UNIT values at p as BF16: exact, FP8 smaller by the same power of two as in widen16. Of codes the even ones come first, then
-   the odd ones: each is moved within its 16 bits, and nothing crosses lanes.
+/* Widen UNIT values at p to BF16: exact; FP8 is smaller by the same power of two as in widen16. Codes at even positions come
+   first, then those at odd ones: each is shifted within its 16 bits, and nothing crosses lanes.
 
-   A code's bits moved to BF16's places are right but for the exponent's bias, which is added, and for numbers without a leading
-   one, which are seldom. */
+   A code shifted to BF16's position needs the difference of exponent biases added. Subnormal codes, which are rare, are
+   fixed separately. */
 INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     if (kind == BF16) {
         memcpy(out, p, sizeof *out);
@@ -75,7 +76,7 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     vs even = (vs)(codes << 8) >> by, odd = (vs)codes >> by; /* the sign stays in bit 15 */
     if (kind == E5M2) {
         out[0] = ((vp)even & 0x8FE0) + (112 << 7), out[1] = ((vp)odd & 0x8FE0) + (112 << 7);
-    } else { /* no bit of the exponent is one of the bias */
+    } else { /* no bit of the exponent overlaps the bias */
         out[0] = NAME(masked_or)(even, 0x87F0, 112 << 7), out[1] = NAME(masked_or)(odd, 0x87F0, 112 << 7);
     }
     if (__builtin_expect(NAME(any_without)(codes, kind == E5M2 ? 0x7C : 0x78), 0)) {
@@ -85,7 +86,8 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     }
 }
 
-/* Values k to k + CHUNK of `rows` rows, zeros past their end. `next`: bytes to the row that is wanted after a tile is done. */
+/* Widen values k to k + CHUNK of `rows` rows, zeros past their end. `next`: byte offset of the row to prefetch for the next
+   tile. */
 INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t next, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
 #pragma GCC unroll 4
@@ -96,7 +98,7 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
             __builtin_prefetch(from + CHUNK * size + line * 64);
             __builtin_prefetch(from + next + line * 64, 0, 2);
         }
-        if (there < CHUNK) { /* what lies after the last row is not ours to read */
+        if (there < CHUNK) { /* memory after the last row may not be ours to read */
             memset(tail, 0, sizeof tail);
             memcpy(tail, from, (size_t)(there * size));
             from = tail;
@@ -110,8 +112,8 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
     }
 }
 
-/* sums [panels][LANES][LANES] of `rows` rows from `from` on (the last one again where there are fewer) times `panels` panels of
-   tokens. While some values of k are multiplied, the next are widened. */
+/* sums [panels][LANES][LANES] of `rows` rows from `from` on (the last one is repeated if there are fewer) times `panels`
+   panels of tokens. While some values of k are multiplied, the next are widened. */
 INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind, float *sums) {
     const Linear *w = job->w;
     const int64_t chunks = job->k_padded / CHUNK, next = rows * w->stride * size_of(kind);
@@ -124,11 +126,11 @@ INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
     NAME(widen_chunk)(w, at, rows, next, 0, kind, wide[0]);
     for (int64_t c = 0; c < chunks; c++) {
         const uint16_t *a = wide[c % 2];
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int row = rows / TURNS * turn;
+        for (int piece = 0; piece < WIDEN_STEPS; piece++) {
+            const int row = rows / WIDEN_STEPS * piece;
             if (c + 1 < chunks)
-                NAME(widen_chunk)(w, at + row, rows / TURNS, next, (c + 1) * CHUNK, kind, wide[(c + 1) % 2] + row * CHUNK);
-            for (int j = 0; j < CHUNK / 2 / TURNS; j++, a += 2, x += LANES * 4) {
+                NAME(widen_chunk)(w, at + row, rows / WIDEN_STEPS, next, (c + 1) * CHUNK, kind, wide[(c + 1) % 2] + row * CHUNK);
+            for (int j = 0; j < CHUNK / 2 / WIDEN_STEPS; j++, a += 2, x += LANES * 4) {
                 vp v[2 * PARTS];
 #pragma GCC unroll 2
                 for (int p = 0; p < panels; p++) memcpy(v + p * PARTS, x + p * job->k_padded * LANES * 2, PARTS * sizeof *v);

@@ -1,7 +1,7 @@
-/* Threads that share out the tasks of one call.
+/* A thread pool that runs the tasks of one call.
 
-   A job is a count of tasks, claimed one by one, so that a thread which the system has put aside holds up one task and not
-   its share. A worker looks for the next job for some microseconds, yielding the core to whoever wants it, then sleeps. */
+   A job is a number of tasks, claimed one by one, so a preempted thread delays one task and not its whole share. An idle
+   worker spins for some microseconds for the next job, yielding its core to other threads, and then sleeps. */
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -10,12 +10,12 @@
 #include <time.h>
 
 #define MAX_THREADS 256
-#define LOOK 100000 /* nanoseconds that a worker looks for a job before it sleeps: Python takes less between calls of a step */
+#define SPIN_NS 100000 /* time that a worker spins before it sleeps; Python takes less between the calls of a step */
 
 typedef void (*task_fn)(void *job, int64_t task);
 
 static struct {
-    pthread_mutex_t call;  /* one call at a time: scratch and job belong to it */
+    pthread_mutex_t call;  /* serializes calls: scratch memory and the job belong to the caller */
     pthread_mutex_t sleep;
     pthread_cond_t wake;
     int workers;
@@ -23,11 +23,11 @@ static struct {
     void *job;
     int64_t tasks;
     atomic_int wanted;         /* workers that this job takes */
-    atomic_int inside;         /* workers that may touch the job */
-    atomic_int asleep;
+    atomic_int inside;         /* workers that may access the job */
+    atomic_int sleeping;
     _Atomic uint64_t published; /* number of the newest job */
     atomic_bool open;
-    struct { _Atomic int64_t next; int64_t end; char apart[48]; } range[MAX_THREADS]; /* tasks, neighbours in one range */
+    struct { _Atomic int64_t next; int64_t end; char padding[48]; } range[MAX_THREADS]; /* a range of tasks, on a cache line */
     int ranges;
 } pool = {.call = PTHREAD_MUTEX_INITIALIZER, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
@@ -43,7 +43,7 @@ static int64_t now(void) {
     return t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* First one's own range, then what is left of others'. */
+/* Run the tasks of this thread's range, then those left in other ranges. */
 static void work(int self) {
     for (int i = 0; i < pool.ranges; i++) {
         int at = (self + i) % pool.ranges;
@@ -51,9 +51,9 @@ static void work(int self) {
     }
 }
 
-#define USUAL 0x1F80 /* nothing traps, subnormal numbers are numbers: FP8 codes may be such */
+#define DEFAULT_MXCSR 0x1F80 /* no traps; subnormal numbers are kept, since FP8 codes may be subnormal */
 
-/* Sets how this thread computes with floats; what it was before. */
+/* Set this thread's floating-point mode; returns the previous one. */
 static inline unsigned float_mode(unsigned mode) {
 #if defined(__x86_64__)
     unsigned before = __builtin_ia32_stmxcsr();
@@ -66,20 +66,21 @@ static inline unsigned float_mode(unsigned mode) {
 
 static void *worker(void *arg) {
     int index = (int)(intptr_t)arg;
-    float_mode(USUAL);
+    float_mode(DEFAULT_MXCSR);
     uint64_t seen = 0;
     for (;;) {
-        for (int64_t until = now() + LOOK; atomic_load(&pool.published) == seen && now() < until; sched_yield())
+        for (int64_t until = now() + SPIN_NS; atomic_load(&pool.published) == seen && now() < until; sched_yield())
             for (int i = 0; i < 64 && atomic_load(&pool.published) == seen; i++) relax();
         if (atomic_load(&pool.published) == seen) {
             pthread_mutex_lock(&pool.sleep);
-            atomic_fetch_add(&pool.asleep, 1);
+            atomic_fetch_add(&pool.sleeping, 1);
             while (atomic_load(&pool.published) == seen) pthread_cond_wait(&pool.wake, &pool.sleep);
-            atomic_fetch_sub(&pool.asleep, 1);
+            atomic_fetch_sub(&pool.sleeping, 1);
             pthread_mutex_unlock(&pool.sleep);
         }
         seen = atomic_load(&pool.published);
-        /* Entering comes before looking whether the job is still open; the caller closes it before looking for who is inside. */
+        /* A worker enters before it checks whether the job is open; the caller closes the job before it checks whether
+           workers are inside. */
         atomic_fetch_add(&pool.inside, 1);
         if (atomic_load(&pool.open) && index < atomic_load(&pool.wanted)) work(index + 1);
         atomic_fetch_sub(&pool.inside, 1);
@@ -93,7 +94,7 @@ static void forget_workers(void) { /* a forked child has none of its parent's th
     pthread_cond_init(&pool.wake, NULL);
     pool.workers = 0;
     atomic_store(&pool.inside, 0);
-    atomic_store(&pool.asleep, 0);
+    atomic_store(&pool.sleeping, 0);
     atomic_store(&pool.open, 0);
 }
 
@@ -126,7 +127,7 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
     atomic_store(&pool.wanted, threads - 1);
     atomic_store(&pool.open, 1);
     atomic_fetch_add(&pool.published, 1);
-    if (atomic_load(&pool.asleep)) {
+    if (atomic_load(&pool.sleeping)) {
         pthread_mutex_lock(&pool.sleep);
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.sleep);
@@ -139,9 +140,9 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
     }
 }
 
-/* Runs tasks 0 to tasks-1 on up to `threads` threads, the caller's among them. The caller holds pool.call. */
+/* Run tasks 0 to tasks-1 on up to `threads` threads, including the caller. The caller holds pool.call. */
 static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
-    unsigned before = float_mode(USUAL);
+    unsigned before = float_mode(DEFAULT_MXCSR);
     share_out(run, job, tasks, threads);
     float_mode(before);
 }

@@ -1,8 +1,8 @@
-/* Calls of kernels kept as numbers, to be made one after another without the caller's language between them: a call through
-   ctypes takes a microsecond or two, and a decode step of a small model has sixty that take ten. Included by kernels.c. */
+/* Replay of recorded kernel calls without returning to Python between them: a call through ctypes takes one or two
+   microseconds, and a decode step of a small model has sixty calls that take ten each. Included by kernels.c. */
 #define WORDS 24
 
-/* A kernel, by its place in the caller's list (library.py), and its arguments: a float is its bits. */
+/* A kernel, by its index in library.py's REPLAYED, and its arguments; a float is stored as its bits. */
 typedef struct { int64_t kernel, word[WORDS]; } Call;
 
 static inline float float_of(int64_t word) {
@@ -16,7 +16,7 @@ static inline float float_of(int64_t word) {
 #define I(i) ((int32_t)w[i])
 #define F(i) float_of(w[i])
 
-/* 0, or what the first call that failed returned. */
+/* Returns 0, or the status of the first call that failed. */
 int32_t octavo_replay(const Call *calls, int64_t count) {
     int32_t status = 0;
     for (int64_t i = 0; i < count && !status; i++) {
@@ -29,7 +29,7 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
             break;
         case 3: octavo_rms_norm(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], w[8], w[9], F(10), I(11), I(12)); break;
         case 4: octavo_silu_mul(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
-        case 5: octavo_likeliest(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
+        case 5: octavo_argmax(P(0), P(1), w[2], w[3], w[4], I(5), I(6)); break;
         case 6: octavo_rotate(P(0), P(1), P(2), P(3), w[4], w[5], w[6], w[7], w[8], w[9], I(10), I(11)); break;
         case 7:
             octavo_rope_write_kv(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), P(9), w[10], w[11], w[12], w[13], w[14], w[15],

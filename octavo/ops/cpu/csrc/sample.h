@@ -1,7 +1,7 @@
-/* A token of each row, drawn by its weight: for one instruction set, included after vector.h. */
+/* Sampling a token of each row, for one instruction set: included after vector.h. */
 
-/* x [width] becomes e^((x - most) / temperature), most being the largest, and 0 where that is under e^-87; of each block the
-   largest of these, and the sum of those that are at least `least_part`. */
+/* Softmax numerators in place: x [width] becomes e^((x - max) / temperature), or 0 where the exponent is under -87. Also
+   computes each block's maximum, and the sum of its weights that are at least `least_part`. */
 static void NAME(weigh)(float *x, int64_t width, float temperature, float least_part, Blocks *blocks) {
     vf top = NAME(splat)(-INFINITY), part;
     float most = -INFINITY, factor = 1 / temperature;
@@ -33,10 +33,10 @@ static void NAME(weigh)(float *x, int64_t width, float temperature, float least_
     }
 }
 
-static void NAME(draw)(void *argument, int64_t row) {
-    const Draw *d = argument;
+static void NAME(sample)(void *argument, int64_t row) {
+    const Sample *d = argument;
     Blocks blocks;
     float *w = d->logits + row * d->width;
     NAME(weigh)(w, d->width, d->temperature[row], d->min_p ? d->min_p[row] : 0, &blocks);
-    d->out[row] = drawn(w, &blocks, d, row);
+    d->out[row] = sampled(w, &blocks, d, row);
 }

@@ -1,9 +1,9 @@
-/* DeepSeek's indexer for one instruction set: included after latent.h. Writes its keys, and chooses the places of a context that
-   its queries score highest: LANES heads lie across a vector. */
+/* DeepSeek's indexer for one instruction set: included after latent.h. It writes index keys and selects the positions of a
+   context with the highest scores. LANES heads are the lanes of a vector. */
 
-#define SCORED 192 /* places that a task scores: a multiple of SOME */
+#define SCORED 192 /* positions that a task scores: a multiple of SOME */
 
-/* Times the orthogonal matrix of Sylvester's construction, in steps of sums and differences; dim is a power of two. */
+/* Multiply by the orthogonal Hadamard matrix (Sylvester's construction) with butterflies; dim is a power of two. */
 static void NAME(transform)(float *x, int64_t dim) {
     for (int64_t half = 1; half < dim; half *= 2) {
         for (int64_t from = 0; from < dim; from += 2 * half) {
@@ -25,7 +25,7 @@ static void NAME(transform)(float *x, int64_t dim) {
     for (int64_t i = 0; i < dim; i++) x[i] *= factor;
 }
 
-/* Task: some tokens' index keys to their slots. */
+/* Task: store some tokens' index keys at their slots. */
 static void NAME(write_index_keys)(void *argument, int64_t task) {
     const Store *s = argument;
     const Shared *c = s->cache;
@@ -43,7 +43,7 @@ static void NAME(write_index_keys)(void *argument, int64_t task) {
         const double factor = 1 / sqrt(square / (double)dim + s->eps);
         for (int64_t i = 0; i < dim; i++) values[i] = (float)((values[i] - mean) * factor) * weight[i] + bias[i];
         NAME(narrow_row)(row, s->kind, 0, values, dim);
-        NAME(turn_row)(row, row, s->cos_sin + s->rotary_rows[t] * s->rotated, s->rotated, dim, s->interleaved, s->kind);
+        NAME(rotate_pairs)(row, row, s->cos_sin + s->rotary_rows[t] * s->rotated, s->rotated, dim, s->interleaved, s->kind);
         NAME(widen_row)(values, row, s->kind, dim);
         NAME(keep_finite)(values, dim);
         if (c->scale) NAME(transform)(values, dim);
@@ -51,7 +51,7 @@ static void NAME(write_index_keys)(void *argument, int64_t task) {
     }
 }
 
-/* The request of a token, and how many places it sees. */
+/* The request of a token, and the number of positions it sees. */
 INLINE int64_t NAME(seen_by)(const Select *s, int64_t token, int64_t *request) {
     int64_t low = 0, high = s->requests;
     while (high - low > 1) {
@@ -67,7 +67,7 @@ INLINE int64_t NAME(seen_by)(const Select *s, int64_t token, int64_t *request) {
 #define PANELS(s) (((s)->heads + LANES - 1) / LANES)
 #define PANEL_AT(s, token, panel) ((s)->panels + ((token) * PANELS(s) + (panel)) * (DEPTH(s) + 1) * LANES)
 
-/* Task: LANES heads' queries of a token as they are scored, and their weights. */
+/* Task: queries of LANES heads of a token, as scored, and their weights. */
 static void NAME(select_prepare)(void *argument, int64_t task) {
     const Select *s = argument;
     const Shared *c = s->cache;
@@ -82,7 +82,7 @@ static void NAME(select_prepare)(void *argument, int64_t task) {
         weights[i] = head < s->heads ? value_at(s->weights, s->kind, token * s->weights_token + head) : 0;
         if (head >= s->heads) continue;
         float *values = rows + i * depth;
-        NAME(turn_row)((const char *)s->q + (token * s->q_token + head * s->q_head) * size_of(s->kind), row,
+        NAME(rotate_pairs)((const char *)s->q + (token * s->q_token + head * s->q_head) * size_of(s->kind), row,
                        s->cos_sin + s->rotary_rows[token] * s->rotated, s->rotated, dim, s->interleaved, s->kind);
         NAME(widen_row)(values, row, s->kind, dim);
         if (!c->scale) continue;
@@ -97,7 +97,7 @@ static void NAME(select_prepare)(void *argument, int64_t task) {
     for (int64_t d = 0; d < depth; d += LANES) NAME(transpose)(rows + d, depth, to + d * LANES);
 }
 
-/* Task: a token's scores of a part of its context, as integers of the same order, in which what is no number is the least. */
+/* Task: a token's scores over a part of its context, as ordered integers; NaN is the smallest. */
 static void NAME(select_score)(void *argument, int64_t task) {
     const Select *s = argument;
     const Shared *c = s->cache;

@@ -1,25 +1,25 @@
-/* What Python fills in and every instruction set's functions read. */
+/* Structs that Python fills in, read by the functions of every instruction set. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-enum { F32, BF16, INT4, E4M3, E4M3FNUZ, E5M2 }; /* what an array holds */
-enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* how activations are quantized */
+enum { F32, BF16, INT4, E4M3, E4M3FNUZ, E5M2 }; /* element types of arrays */
+enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
 
-/* An FP8 format's rounding: mantissa bits, exponent of its smallest normal number, largest magnitude, bias. */
+/* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
 typedef struct { int mantissa, smallest, bias; float limit; } Format;
 static const Format FORMATS[] = {[E4M3] = {3, -6, 7, 448}, [E4M3FNUZ] = {3, -7, 8, 224}, [E5M2] = {2, -14, 15, 57344}};
 #define SCALE_FLOOR (1.0f / (448 * 512))
-#define PEAK_FLOOR 1e-4f /* of values whose scale is a power of two */
-static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /* what widening makes codes smaller by */
+#define PEAK_FLOOR 1e-4f /* smallest amax of values with a power-of-two scale */
+static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /* a value over its widened code */
 
-/* A weight [n, k] whose rows are `stride` values apart. scale: FP32, times the power of two that widening leaves out;
-   scale_columns is 0 for one a row, or the width of a grid whose every value is for scale_rows rows and 128 columns.
-   INT4 has no such scale, but group_scale, of group_kind: one for each `group` values of a row, a multiple of 8. */
+/* A weight [n, k] with a row stride in values. scale: FP32, times the power of two that widening leaves out. scale_columns:
+   0 for one scale per row, else the width of a grid of scales for tiles of scale_rows rows and 128 columns. INT4 uses
+   group_scale instead, of type group_kind: one scale per `group` values of a row; group is a multiple of 8. */
 typedef struct {
     const void *weight;
     const float *scale;
@@ -28,9 +28,9 @@ typedef struct {
     int32_t kind, activation, group_kind;
 } Linear;
 
-/* Keys and values of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 a token and head,
-   or NULL; strides likewise. k_layer and v_layer: what codes are multiplied by where those are NULL, one a layer (its stride in
-   values is 0) or a head; NULL for a cache that holds values. They are read at each call. */
+/* KV cache of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 per token and head, or
+   NULL; strides likewise. k_layer and v_layer: scales used where those are NULL, one per layer (stride 0) or per head; NULL
+   for a cache of unquantized values. They are read at each call. */
 typedef struct {
     void *k, *v;
     float *k_scale, *v_scale;
@@ -43,25 +43,25 @@ typedef struct {
     const void *q; /* [tokens, heads, dim]; strides in values */
     void *out;     /* [tokens, heads, dim], contiguous */
     int64_t q_token, q_head;
-    const int32_t *tables, *starts, *lengths; /* block tables, first token of each request, context of each request */
+    const int32_t *tables, *starts, *lengths; /* block tables; per request: first token, context length */
     int64_t table_stride, requests, heads, window;
     float k_factor, v_factor; /* softmax scale and powers of two, without the cache's scales */
     int32_t kind;
 } Attention;
 
-/* A job as the pool runs it: what is wanted, and what was worked out for all of its tasks. The i-th of m tokens is x's
-   row i or, where there is an order of pairs of which every row has `each`, that of pair order[i]. */
+/* A product as a job of the pool: the arguments, and the values derived for all of its tasks. The i-th of m tokens is row i
+   of x, or, with a dispatch order, the row of pair order[i], where each row has `each` pairs. */
 typedef struct {
     const Linear *w;
     const void *x;
     void *y;
     const int32_t *order;
-    float *panel, *scale; /* x as FP32, quantized: rows, or panels of LANES tokens (for `pairs` BF16); a token's scale */
+    float *panel, *scale; /* x in FP32, quantized: rows, or panels of LANES tokens (BF16 for `pairs`); scale per token */
     int64_t m, each, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
     int32_t kind, y_kind, is_panel, pairs;
 } LinearJob;
 
-/* What comes before and after a product that a library does by the CPU's matrix tiles: rows `from` one type `to` BF16. */
+/* Work around a product that a library computes with AMX: rows `from` one type `to` BF16. */
 typedef struct {
     const void *from;
     uint16_t *to;
@@ -76,7 +76,7 @@ typedef struct {
     const int64_t *first; /* [requests + 1] first block of queries of each request */
 } AttentionJob;
 
-/* Rows [rows, width] of anything; a row is at (row / inner) * outer + (row % inner) * inside, in values. */
+/* Rows [rows, width] of an elementwise op; row r is at (r / inner) * outer + (r % inner) * inside, in values. */
 typedef struct {
     const void *x, *residual, *weight;
     void *y, *sum;
@@ -87,8 +87,8 @@ typedef struct {
     int32_t kind;
 } Rows;
 
-/* Rows [rows, width] of logits, which are overwritten; of each its temperature, a number u in [0, 1) and, or NULL, how many
-   tokens, what share of their sum, and how large a part of the largest are kept. */
+/* Logits [rows, width], which are overwritten. Per row: temperature, a uniform u in [0, 1), and the filters top_k, top_p and
+   min_p, or NULL without them. */
 typedef struct {
     float *logits;
     int64_t *out;
@@ -97,10 +97,11 @@ typedef struct {
     const int32_t *top_k;
     const float *top_p, *min_p;
     int64_t width;
-} Draw;
+} Sample;
 
-/* What routes a token: logits [tokens, count], which become scores; order [tokens, count], what is chosen by; best [tokens, groups].
-   live: how many tokens there are, or lengths: 0 for a token that only pads a graph; NULL where none does. */
+/* Routing of tokens: logits [tokens, count], which become scores; order [tokens, count], the selection keys (scores plus
+   bias); best [tokens, groups]. live: the number of tokens that are not padding; lengths: 0 for a token that pads a graph;
+   both NULL without padding. */
 typedef struct {
     float *scores, *order, *best;
     const float *bias;
@@ -112,7 +113,8 @@ typedef struct {
     int32_t is_sigmoid, normalize;
 } Route;
 
-/* out [tokens, width]: sums of y's rows `place` times their weights, [tokens, top_k]; of those whose expert is not negative. */
+/* out [tokens, width]: each token's sum of rows `place` of y times their weights [tokens, top_k], over experts that are not
+   negative. */
 typedef struct {
     const void *y;
     void *out;
@@ -122,8 +124,8 @@ typedef struct {
     int32_t kind;
 } Combine;
 
-/* Queries, keys and values [tokens, heads, dim] on their way to attention; strides in values. q_norm: NULL without norms;
-   q: NULL to write only, cos_sin then too. */
+/* Queries, keys and values [tokens, heads, dim] between the QKV projection and attention; strides in values. q_norm: NULL
+   without norms. q: NULL to write the cache only; then cos_sin is NULL too. */
 typedef struct {
     const void *q, *k, *v, *q_norm, *k_norm;
     void *out;
@@ -135,9 +137,9 @@ typedef struct {
     int32_t kind;
 } Rope;
 
-/* Rows of a paged cache that all heads share, latents or an indexer's keys: `width` values and, of a latent, `rope_width` of
-   the key behind them; strides in bytes of a block and a token. scale: what each GROUP of codes is multiplied by, powers of
-   two; NULL: the values are no codes. */
+/* A paged cache whose rows all heads share: latents, or an indexer's keys. A row has `width` values and, for a latent,
+   rope_width values of the rope key. Strides in bytes of a block and a token. scale: a power of two for each GROUP of codes;
+   NULL for values. */
 typedef struct {
     void *values, *rope;
     float *scale;
@@ -145,10 +147,10 @@ typedef struct {
     int32_t kind, rope_kind, block_size, width, rope_width;
 } Shared;
 
-/* Rows [tokens, width + rope_width], `stride` values apart, on their way to `slots` of a cache: normed, by LayerNorm for an
-   indexer, and `rotated` of their values turned, those of a pair beside each other if it is interleaved. */
+/* Rows [tokens, width + rope_width], `stride` values apart, to be stored at `slots` of a cache: normed (LayerNorm for an
+   indexer), with `rotated` of their values rotated; interleaved: rotary pairs are adjacent values. */
 typedef struct {
-    const void *x, *weight, *bias; /* bias: or NULL */
+    const void *x, *weight, *bias; /* bias may be NULL */
     const float *cos_sin;
     const int64_t *rotary_rows, *slots;
     const Shared *cache;
@@ -157,8 +159,8 @@ typedef struct {
     int32_t interleaved, kind;
 } Store;
 
-/* Each head's product of x [tokens, heads, k] by w [heads, k, n], of whose strides w_k or w_n is 1: y [tokens, heads, n]; strides
-   in values. With cos_sin, x has `rotated` values more, which are turned and put behind those of y. */
+/* Per-head products of x [tokens, heads, k] by w [heads, k, n], one of whose strides w_k and w_n is 1: y [tokens, heads, n];
+   strides in values. With cos_sin, x has `rotated` more values, which are rotated and stored behind those of y. */
 typedef struct {
     const void *x, *w;
     void *y;
@@ -169,19 +171,19 @@ typedef struct {
     int32_t interleaved, kind, w_kind;
 } Heads;
 
-/* Attention over latents. Of each request: the first of its panels of LANES query rows, the first of their tasks, in how many
-   parts of `step` places a panel's context is computed, and the first of their sums where those are several. */
+/* Attention over latents. Per request: its first panel of LANES query rows, its first task, the number of parts of `step`
+   positions into which a panel's context is split, and the first of its partial sums if it is split. */
 typedef struct {
     const Attention *a;
     const Shared *cache;
-    const int32_t *chosen; /* [tokens, top_k] ascending, -1 behind them, or NULL: all up to a token's own */
-    int64_t top_k, split;  /* requests' panels that are computed in parts */
+    const int32_t *chosen; /* [tokens, top_k] ascending, padded with -1; NULL: all positions up to a token's own */
+    int64_t top_k, split;  /* number of panels whose context is split */
     const int64_t *panel, *task, *parts, *step, *sum;
     float *sums;
 } LatentJob;
 
-/* An indexer's choice, of `count` tokens from `first` on at a time. panels: their queries as they are scored, [count, panels of
-   LANES heads, dim, LANES], and behind each panel its heads' weights; scores: [count, longest], in an integer's order. */
+/* An indexer's selection for `count` tokens from `first` on. panels: queries as scored, [count, panels of LANES heads, dim,
+   LANES], each panel followed by its heads' weights. scores: [count, longest] as ordered integers. */
 typedef struct {
     const void *q, *weights;
     const float *cos_sin;
@@ -195,7 +197,7 @@ typedef struct {
     int32_t interleaved, kind;
 } Select;
 
-/* The last of `count` owners whose first task is not behind this one. */
+/* The last of `count` owners whose first task is at or before this task. */
 static inline int64_t owner_of(const int64_t *first, int64_t count, int64_t task) {
     int64_t low = 0;
     while (count - low > 1) {
@@ -206,7 +208,7 @@ static inline int64_t owner_of(const int64_t *first, int64_t count, int64_t task
     return low;
 }
 
-/* What the codes of a head's keys, or values, are multiplied by, but for what each token has. */
+/* Per-layer or per-head scale of keys, and of values; 1 where each token has scales. */
 static inline float k_scale_of(const Cache *c, int64_t head) { return c->k_layer ? c->k_layer[head * c->k_layer_head] : 1; }
 static inline float v_scale_of(const Cache *c, int64_t head) { return c->v_layer ? c->v_layer[head * c->v_layer_head] : 1; }
 

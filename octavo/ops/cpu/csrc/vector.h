@@ -1,6 +1,8 @@
-/* Vectors of one instruction set: included once for each, with VL lanes, NAME(x) and, for x86, the intrinsics' level ISA.
+/* Vector primitives of one instruction set: included once for each, with VL lanes, the suffix of NAME(x), and on x86 the
+   level ISA of intrinsics.
 
-   GCC's vector types are arithmetic in portable C; the intrinsics are in what C cannot say: FP8 and BF16 to FP32. */
+   Arithmetic uses GCC's vector types, in portable C. Intrinsics are used for what C cannot express, like FP8 and BF16 to
+   FP32. */
 typedef float NAME(vf) __attribute__((vector_size(4 * VL)));
 typedef int32_t NAME(vi) __attribute__((vector_size(4 * VL)));
 typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VL)));
@@ -13,7 +15,7 @@ typedef uint8_t NAME(vb) __attribute__((vector_size(VL)));
 #define vb NAME(vb)
 #define PARTS (LANES / VL)
 #define HALF_UNDO (SHIFT ? 0x1p56f : 1.0f)
-#define UNDO (HALF_UNDO * HALF_UNDO) /* what FP8 is smaller by where widening is a shift */
+#define UNDO (HALF_UNDO * HALF_UNDO) /* factor by which FP8 is smaller where widening is a shift */
 #define SELECT(condition, yes, no) ((__typeof__(yes))(((condition) & (vi)(yes)) | (~(condition) & (vi)(no))))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -32,7 +34,7 @@ INLINE float NAME(sum)(vf v) {
 #endif
 }
 
-/* The sums of LANES vectors that lie one after another, to `to`: together they take a third of what each takes alone. */
+/* The horizontal sums of LANES consecutive vectors, to `to`: together they take a third of the time of single sums. */
 INLINE void NAME(sums)(const float *from, float *to) {
 #if ISA >= 3
     __m512 a[16];
@@ -54,7 +56,7 @@ INLINE void NAME(sums)(const float *from, float *to) {
 #endif
 }
 
-/* The largest lane, and of what is no number anything. */
+/* The largest lane; undefined if a lane is NaN. */
 INLINE float NAME(largest)(vf v) {
 #if ISA >= 3
     return _mm512_reduce_max_ps((__m512)v);
@@ -65,7 +67,7 @@ INLINE float NAME(largest)(vf v) {
 #endif
 }
 
-/* 16 values at p as FP32: exact, FP8 smaller by the power of two that its scale makes up for, and by UNDO's beside. */
+/* Widen 16 values at p to FP32: exact; FP8 is smaller by the power of two that its scale contains, and by UNDO. */
 INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     if (kind == F32) {
         for (int i = 0; i < PARTS; i++) out[i] = NAME(load)((const float *)p + i * VL);
@@ -77,7 +79,7 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
         }
     } else {
 #if SHIFT
-        /* A code moved to a float's bits is the float that is smaller by a power of two; its subnormals are the float's. */
+        /* A code shifted to a float's bits is a float smaller by a power of two; its subnormals are subnormal floats. */
         const int bits = kind == E5M2 ? 21 : 20;
         const __m256i mask = _mm256_set1_epi32((int)(0x80000000u | 0x7Fu << bits));
         for (int i = 0; i < PARTS; i++) {
@@ -85,7 +87,7 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
             out[i] = (vf)_mm256_and_si256(_mm256_slli_epi32(code, bits), mask);
         }
 #elif ISA >= 2
-        /* A code moved to a half's bits is the half that is smaller by a power of two; the conversion takes subnormals too. */
+        /* A code shifted to a half's bits is a half smaller by a power of two; the conversion handles subnormals too. */
         __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
         bits = kind == E5M2 ? _mm256_slli_epi16(bits, 8)
                             : _mm256_and_si256(_mm256_slli_epi16(bits, 7), _mm256_set1_epi16((short)0xBFFF));
@@ -104,11 +106,11 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     }
 }
 
-/* 32 values at p as widen16 has them, in the order that mix() puts the other factor's in. */
+/* Widen 32 values at p as widen16 does, in the order into which mix() permutes the other factor. */
 #define MIXED(kind) (SHIFT && (kind) >= E4M3)
 INLINE void NAME(widen32)(const void *p, int kind, vf out[2 * PARTS]) {
 #if SHIFT
-    if (MIXED(kind)) { /* as BF16, two to a lane, which is a float's upper half: fewer steps than a lane for each */
+    if (MIXED(kind)) { /* BF16, two in a lane, is a float's upper half: fewer steps */
         const int by = kind == E5M2 ? 3 : 4;
         const __m256i mask = _mm256_set1_epi16((short)(0x8000 | 0x7F << (8 - by))), upper = _mm256_set1_epi32((int)0xFFFF0000);
         const __m256i codes = _mm256_loadu_si256((const __m256i *)p);
@@ -123,7 +125,7 @@ INLINE void NAME(widen32)(const void *p, int kind, vf out[2 * PARTS]) {
     NAME(widen16)((const char *)p + LANES * size_of(kind), kind, out + PARTS);
 }
 
-/* The first of each four of 32 values, then the second ones, and so on. */
+/* Permute 32 values: the first of each four, then the second of each, and so on. */
 INLINE void NAME(mix)(float *x) {
     float mixed[32];
     for (int i = 0; i < 32; i++) mixed[i % 4 * 8 + i / 4] = x[i];
@@ -138,7 +140,7 @@ INLINE void NAME(widen_whole)(float *dst, const char *p, int kind, int64_t count
     }
 }
 
-/* count values at p to FP32, zeros up to a multiple of 16 after them, for which dst has room. */
+/* Widen count values at p to FP32, followed by zeros up to a multiple of 16, for which dst has room. */
 static void NAME(widen_row)(float *dst, const void *p, int kind, int64_t count) {
     int64_t whole = count / LANES * LANES;
     char tail[LANES * 4];
@@ -154,13 +156,13 @@ static void NAME(widen_row)(float *dst, const void *p, int kind, int64_t count) 
     }
 }
 
-/* Rounded to BF16, ties to even; NaN stays NaN. */
+/* Round to BF16, ties to even; NaN stays NaN. */
 INLINE vf NAME(round_bf16)(vf v) {
     vu bits = (vu)v, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
     return (vf)SELECT((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded);
 }
 
-/* count FP32 values at src, which has room for a multiple of 16, to FP32 or BF16 at y from value `at` on. */
+/* Store count FP32 values at src, which has room for a multiple of 16, as FP32 or BF16 from value `at` of y on. */
 INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, int64_t count) {
     if (kind == F32) {
         memcpy((float *)y + at, src, (size_t)count * 4);
@@ -178,7 +180,7 @@ INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, in
     }
 }
 
-/* Largest magnitude of count values, a multiple of VL; NaN if there is one, since as integers NaN are the largest. */
+/* Amax of count values, a multiple of VL. NaN if there is one: as integers, NaNs are the largest. */
 INLINE float NAME(amax)(const float *x, int64_t count) {
     vi most = {0};
     for (int64_t i = 0; i < count; i += VL) {
@@ -192,7 +194,7 @@ INLINE float NAME(amax)(const float *x, int64_t count) {
     return value;
 }
 
-/* The same of count values of `kind`, FP32 or BF16, any number of them. */
+/* Amax of any number of values of `kind`, FP32 or BF16. */
 static float NAME(amax_of)(const char *x, int kind, int64_t count) {
     float values[GROUP], peak = 0;
     int64_t at = 0;
@@ -219,10 +221,11 @@ static float NAME(amax_of)(const char *x, int kind, int64_t count) {
 
 /* v / scale, clamped and rounded to the nearest code's value, ties to even. NaN stays NaN.
 
-   Adding 1.5 * 2^(e + 23 - mantissa), e the value's exponent and at least the smallest normal's, leaves the mantissa's bits. */
+   Adding and subtracting 1.5 * 2^(e + 23 - mantissa) rounds to `mantissa` bits; e is the exponent of the value, at least
+   that of the smallest normal number. */
 INLINE vf NAME(round_to)(vf v, float scale, Format f) {
     v = v / scale;
-#if ISA >= 3 /* of a number and NaN, these give the second: what the compiler makes of SELECT takes twice as long */
+#if ISA >= 3 /* of a number and NaN these return the second operand; the compiler's code for SELECT takes twice as long */
     v = (vf)_mm512_min_ps(_mm512_set1_ps(f.limit), (__m512)v);
     v = (vf)_mm512_max_ps(_mm512_set1_ps(-f.limit), (__m512)v);
     vi exponent = (vi)_mm512_max_epi32((__m512i)v & 0x7F8000007F800000, _mm512_set1_epi32((f.smallest + 127) << 23));
@@ -233,10 +236,10 @@ INLINE vf NAME(round_to)(vf v, float scale, Format f) {
     exponent = SELECT(exponent > smallest, exponent, smallest);
 #endif
     vf magic = (vf)(((vu)exponent + ((23u - (uint32_t)f.mantissa) << 23)) | 0x400000);
-    return (vf)((vi)((v + magic) - magic) | ((vi)v & (int32_t)0x80000000)); /* what is rounded to zero keeps its sign */
+    return (vf)((vi)((v + magic) - magic) | ((vi)v & (int32_t)0x80000000)); /* values rounded to zero keep their sign */
 }
 
-/* e^x for x <= 0, to 2 units of the last place; what is under e^-87 is as good as 0. */
+/* e^x for x <= 0, to 2 ulp; results under e^-87 are treated as 0. */
 INLINE vf NAME(exp)(vf x) {
     x = SELECT(x < -87.0f, NAME(splat)(-87.0f), x);
     vf whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
@@ -252,7 +255,7 @@ INLINE vf NAME(exp)(vf x) {
     return (vf)((vu)p + power);
 }
 
-/* to [LANES][LANES] = the transposed LANES rows at `from`, `stride` values apart. */
+/* Transpose LANES rows at `from`, `stride` values apart: to [LANES][LANES]. */
 INLINE void NAME(transpose)(const float *from, int64_t stride, float *to) {
 #if ISA >= 3
     __m512 a[16], b[16];
@@ -261,7 +264,7 @@ INLINE void NAME(transpose)(const float *from, int64_t stride, float *to) {
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) { /* then a[4 i + j] has of four rows column j of each part of four */
+    for (int i = 0; i < 16; i += 2) { /* then a[4 i + j] holds, for four rows, column j of each group of four */
         const int of = i / 4 * 4 + i % 4 / 2;
         a[i] = (__m512)_mm512_unpacklo_pd((__m512d)b[of], (__m512d)b[of + 2]);
         a[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)b[of], (__m512d)b[of + 2]);
@@ -281,7 +284,7 @@ INLINE void NAME(transpose)(const float *from, int64_t stride, float *to) {
 #endif
 }
 
-/* c[rows][LANES] (+)= sum over k of a[row * rs + k * cs] * b[k * LANES + lane], for `parts` vectors of lanes. */
+/* Register tile: c[rows][LANES] (+)= sum over k of a[row * rs + k * cs] * b[k * LANES + lane], for `parts` vectors of lanes. */
 INLINE void NAME(tile)(int rows, int parts, int64_t k, const float *a, int64_t rs, int64_t cs, const float *b, float *c, int add) {
     vf sum[TILE_ROWS * PARTS];
 #pragma GCC unroll 32

@@ -1,12 +1,12 @@
-/* Attention of single new tokens over an FP8 cache in blocks, where reading keys and values is all the time there is.
+/* Decode attention (one new token per request) over an FP8 paged cache, bound by reading keys and values.
 
-   A program stays on a multiprocessor and has one KV head with the query heads that share it; the programs of different heads
-   read the same blocks at the same time. One warp asks the copy engine for keys and values, as far ahead as shared memory holds,
-   and, where this launch itself writes what the new tokens bring, before earlier kernels are done: the cache holds all older
-   tokens by then. Three groups of warps take tile after tile in turn. Other warps get the queries of the next request ready and
+   A persistent CTA on each SM handles one KV head with its query heads (GQA); CTAs of different heads read the same blocks
+   at the same time. A producer warp issues TMA loads of keys and values, as far ahead as shared memory allows. If this
+   launch itself writes the new tokens' keys and values, it starts before earlier kernels are done: the cache already holds
+   all older tokens. Three consumer warpgroups take tiles round-robin. Preparer warps quantize the next request's queries and
    write the new tokens' keys.
 
-   Compiled at run time with the most query heads of a KV head as a constant: HEADS, 4 or 8. */
+   Compile-time constant: HEADS (4 or 8), the maximum number of query heads per KV head. */
 
 #include "types.cuh"
 
@@ -25,40 +25,40 @@ struct Shared {
     u8 keys[SLOTS][TILE], values[SLOTS][TILE];
     Ready ready[SEGMENTS];
     Probabilities p[GROUPS];
-    Sums sums[2][GROUPS]; /* of this segment and the one before it */
+    Sums sums[2][GROUPS]; /* of the current segment and the previous one */
     Segment segments[SEGMENTS];
     OfWarps most[GROUPS], totals[GROUPS];
-    u64 full[SLOTS], empty[SLOTS], told[SEGMENTS], prepared[SEGMENTS], done[SEGMENTS];
-    float v_scale; /* there once a segment is prepared */
+    u64 full[SLOTS], empty[SLOTS], described[SEGMENTS], prepared[SEGMENTS], done[SEGMENTS];
+    float v_scale; /* valid once a segment is prepared */
     bool last;
 };
-static_assert(alignof(Shared) == 1024, "what the matrix unit reads swizzled");
+static_assert(alignof(Shared) == 1024, "swizzled shared memory that WGMMA reads");
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 
-/* Segment after segment: its queries, and, if it ends with the new token, that one's key and value. */
+/* Preparer warps: for each segment, quantize its queries and, if it ends with the new token, that token's key and value. */
 INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
-    const int own = threadIdx.x / 32 - CONSUMERS / 32 - 1, lane = threadIdx.x % 32;
+    const int preparer = threadIdx.x / 32 - CONSUMERS / 32 - 1, lane = threadIdx.x % 32;
     const float k_scale = __ldg(s.call.k_scale), v_scale = __ldg(s.call.v_scale);
-    for (Place<SEGMENTS> at;; at.next()) {
+    for (PipelineState<SEGMENTS> at;; at.next()) {
         Ready &to = m.ready[at.at];
-        wait(m.told + at.at, at.parity);
+        wait(m.described + at.at, at.parity);
         const Segment g = m.segments[at.at];
         if (g.tiles) {
-            for (int h = own; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h, k_scale);
-            const bool brings = ends_with_new_token(s.call, g) && own >= PREPARERS - 2, key = own == PREPARERS - 1;
+            for (int h = preparer; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h, k_scale);
+            const bool brings = ends_with_new_token(s.call, g) && preparer >= PREPARERS - 2, key = preparer == PREPARERS - 1;
             const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key, key ? k_scale : v_scale) : 0;
-            if (own == PREPARERS - 3 && lane == 0) m.v_scale = v_scale; /* the same each time; here it has come, and nobody waits for it */
-            show_matrix_unit();
+            if (preparer == PREPARERS - 3 && lane == 0) m.v_scale = v_scale; /* a constant; its load has completed by now */
+            fence_view_async_shared();
             __syncwarp();
             if (lane == 0) arrive(m.prepared + at.at);
-            if (brings && key) store_key(s.call, g.request, kv_head, codes); /* after that, for a fence waits until stores are done */
+            if (brings && key) store_key(s.call, g.request, kv_head, codes); /* last: a fence waits for stores */
         } else {
             if (lane == 0) arrive(m.prepared + at.at);
             break;
         }
     }
-    if (own == 0) clear_empty(s.call, kv_head);
+    if (preparer == 0) clear_empty(s.call, kv_head);
 }
 
 INLINE void consume(const Decode &s, Shared &m, int kv_head) {
@@ -66,7 +66,7 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
     const bool leads = threadIdx.x % 32 == 0;
     u32 before = 0; /* tiles of earlier segments */
     int even = 0;
-    for (Place<SEGMENTS> at;; at.next(), even ^= 1) {
+    for (PipelineState<SEGMENTS> at;; at.next(), even ^= 1) {
         const Ready &ready = m.ready[at.at];
         wait(m.prepared + at.at, at.parity);
         const Segment g = m.segments[at.at];
@@ -75,7 +75,7 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
 #pragma unroll 1
         for (int j = group; j < g.tiles; j += GROUPS) {
             const u32 number = before + j, slot = number % SLOTS;
-            const int left = g.length - (g.first + j) * BLOCK; /* tokens of the tile, or more */
+            const int left = g.length - (g.first + j) * BLOCK; /* context tokens from this tile's start on */
             const bool brings = s.call.k && left <= BLOCK;
             wait(m.full + slot, number / SLOTS % 2);
             if (brings) insert(s.call, s.values, ready, m.keys[slot], m.values[slot], left - 1, group, g.request, kv_head);
@@ -93,24 +93,24 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
     end_insertions();
 }
 
-/* One warp says what the program's segments are and fetches their tiles; blocks are looked up well before. */
-INLINE void ask(const Decode &s, Shared &m, int kv_head) {
+/* The producer warp publishes the CTA's segments and issues TMA loads of their tiles; block ids are loaded well ahead. */
+INLINE void produce(const Decode &s, Shared &m, int kv_head) {
     const int lane = threadIdx.x % 32;
     Dealer dealer(s.call);
-    Place<SEGMENTS> told;
-    Place<SLOTS> at, landing;
-    int asked = 0; /* and not there yet, at most AHEAD */
+    PipelineState<SEGMENTS> described;
+    PipelineState<SLOTS> at, landing;
+    int in_flight = 0; /* loads in flight, at most AHEAD */
     auto look_up = [&](const Segment &g, int from) { return from + lane < g.tiles ? s.call.tables[(i64)g.request * s.call.table_width + g.first + from + lane] : 0; };
     Segment g = dealer.next(s.call);
     int later = look_up(g, 0);
     while (g.tiles) {
         const Segment next = dealer.next(s.call);
-        wait(m.done + told.at, told.parity ^ 1);
+        wait(m.done + described.at, described.parity ^ 1);
         if (lane == 0) {
-            m.segments[told.at] = g;
-            arrive(m.told + told.at);
+            m.segments[described.at] = g;
+            arrive(m.described + described.at);
         }
-        told.next();
+        described.next();
 #pragma unroll 1
         for (int i = 0; i < g.tiles; i += 32) {
             const int blocks = later;
@@ -118,8 +118,8 @@ INLINE void ask(const Decode &s, Shared &m, int kv_head) {
 #pragma unroll 1
             for (int j = 0; j < min(32, g.tiles - i); j++, at.next()) {
                 const int block = __shfl_sync(~0u, blocks, j);
-                if (asked == AHEAD) wait(m.full + landing.at, landing.parity), landing.next();
-                else asked++;
+                if (in_flight == AHEAD) wait(m.full + landing.at, landing.parity), landing.next();
+                else in_flight++;
                 wait(m.empty + at.at, at.parity ^ 1);
                 if (lane == 0) copy_block(m.keys[at.at], m.values[at.at], s.keys, s.values, m.full + at.at, kv_head, block);
                 __syncwarp();
@@ -127,10 +127,10 @@ INLINE void ask(const Decode &s, Shared &m, int kv_head) {
         }
         g = next;
     }
-    wait(m.done + told.at, told.parity ^ 1);
+    wait(m.done + described.at, described.parity ^ 1);
     if (lane == 0) {
-        m.segments[told.at].tiles = 0;
-        arrive(m.told + told.at);
+        m.segments[described.at].tiles = 0;
+        arrive(m.described + described.at);
     }
 }
 
@@ -138,15 +138,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     Shared &m = shared_memory<Shared>();
     if (threadIdx.x == 0) {
         for (int i = 0; i < SLOTS; i++) init<1>(m.full + i), init<4>(m.empty + i);
-        for (int i = 0; i < SEGMENTS; i++) init<1>(m.told + i), init<PREPARERS>(m.prepared + i), init<CONSUMERS / 32>(m.done + i);
-        show_barriers();
+        for (int i = 0; i < SEGMENTS; i++) init<1>(m.described + i), init<PREPARERS>(m.prepared + i), init<CONSUMERS / 32>(m.done + i);
+        fence_barrier_init();
     }
     __syncthreads();
-    let_later_kernels_start();
+    launch_dependent_grids();
     const int kv_head = blockIdx.x % s.call.kv_heads;
-    const bool asking = threadIdx.x / 32 == CONSUMERS / 32;
-    if (!asking || !s.call.k) wait_for_earlier_kernels();
-    if (asking) ask(s, m, kv_head);
+    const bool is_producer = threadIdx.x / 32 == CONSUMERS / 32;
+    if (!is_producer || !s.call.k) wait_on_dependent_grids();
+    if (is_producer) produce(s, m, kv_head);
     else if (threadIdx.x >= CONSUMERS) prepare(s, m, kv_head);
     else consume(s, m, kv_head);
 }

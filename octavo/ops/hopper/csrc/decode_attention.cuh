@@ -1,34 +1,35 @@
-/* How decode_attention.cu deals out its work, gets queries ready and takes a tile. It defines HEADS, the most query heads of a KV head (4 or
-   8), and GROUPS of four warps, CONSUMERS threads in all, which take tiles of 64 tokens in turn.
+/* Work distribution, query preparation and the per-tile computation of decode_attention.cu. It defines HEADS, the maximum
+   number of query heads per KV head (4 or 8), and GROUPS consumer warpgroups (CONSUMERS threads in all), which take tiles of
+   64 tokens round-robin.
 
-   The context takes the matrix unit's tall side and the heads its narrow one. Queries and probabilities are split into a code
-   and the code of what it leaves over, which together keep 8 bits, as BF16 does; the two lie side by side in one product. What
-   the matrix unit sums over 64 tokens is added up in FP32. A context that several programs share is put together by the last of
-   them, in the order of its parts, whoever that is. */
+   The context is the M side of WGMMA and the query heads the narrow N side. Queries and probabilities are split into a code
+   and the code of the residual, which together keep 8 bits like BF16; the two are adjacent columns of one product. The
+   tensor core's sum over 64 tokens is accumulated in FP32. A context that several CTAs share (split-KV) is merged by the
+   last of them, in a fixed order of its parts. */
 
 struct Call {
-    const u16 *q, *k, *v; /* BF16 rows of heads of 128; k and v of the new tokens, not turned, nor q; none: the cache has them */
+    const u16 *q, *k, *v; /* BF16 heads of 128, q and k not rotated; k and v null: the cache already holds them */
     u16 *out; /* [requests, kv_heads * group, 128] */
     const int *tables, *lengths; /* [requests, table_width] blocks; [requests] */
     const i64 *rotary_rows, *slots; /* [requests], of the new tokens */
     const float *cos_sin; /* [rows, rotated], cosines first */
-    const u16 *q_norm, *k_norm; /* [128], or none */
+    const u16 *q_norm, *k_norm; /* [128], or null */
     u8 *k_cache;
-    float *parts; /* [programs, 2, PART] */
+    float *parts; /* [CTAs, 2, PART] */
     u32 *counters; /* [requests, kv_heads] zeros */
-    const float *k_scale, *v_scale; /* one each: what codes are multiplied by */
+    const float *k_scale, *v_scale; /* per-layer scales of the cache */
     i64 q_stride, kv_stride;
     int requests, table_width, kv_heads, group, rotated;
-    float eps, qk_scale; /* the last with log2(e) */
+    float eps, qk_scale; /* qk_scale includes log2(e) */
 };
 
 constexpr int DIM = 128, BLOCK = 64, TILE = BLOCK * DIM, COLUMNS = 2 * HEADS, SUMS = COLUMNS / 2, PART = HEADS * (DIM + 2);
-constexpr int PLACES = 2 * BLOCK / 16; /* a block in the map of keys: 16 tokens each of its keys, then as much of its values */
-constexpr float LEFT = 16.0f, Q_LIMIT = 224.0f, P_LIMIT = 128.0f; /* what a code leaves is kept times 16 */
+constexpr int PLACES = 2 * BLOCK / 16; /* 16-token units of a block in the tensor map: keys, then values */
+constexpr float LEFT = 16.0f, Q_LIMIT = 224.0f, P_LIMIT = 128.0f; /* residuals are scaled by 16 */
 
-/* Tiles of one request that a program has: its part of `parts`, the first of which program `owner` has. */
+/* Consecutive tiles of one request that a CTA computes: part `part` of `parts`, the first of which belongs to CTA `owner`. */
 struct Segment { int request, length, first, tiles, part, parts, owner; };
-/* Its queries, rows of code and remainder of a head as the matrix unit wants them, and what the new token brings. */
+/* A segment's prepared data: queries as code and residual rows in WGMMA's layout, and the new token's key and value. */
 struct __align__(1024) Ready {
     u8 queries[COLUMNS * DIM], key[DIM], value[DIM];
     float scale[HEADS];
@@ -37,7 +38,7 @@ struct __align__(512) Probabilities { u8 codes[COLUMNS * BLOCK]; };
 struct Sums { float o[HEADS][DIM], peak[HEADS], total[HEADS]; };
 typedef float OfWarps[4][HEADS];
 
-/* x [64, COLUMNS] (+)= a [64, 32] b [COLUMNS, 32]^T, of rows of 128 bytes, or of 64. */
+/* x [64, COLUMNS] (+)= a [64, 32] b [COLUMNS, 32]^T, with rows of 128 bytes, or of 64. */
 template <bool LONG> INLINE void multiply_heads(float (&x)[SUMS], u32 a, u32 b, int add) {
 #if HEADS == 4
     asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%4, %7}; mov.b64 b, {%5, %7}; setp.ne.b32 p, %6, 0;\n"
@@ -49,7 +50,7 @@ template <bool LONG> INLINE void multiply_heads(float (&x)[SUMS], u32 a, u32 b, 
                  : OUT4(x, 0), OUT4(x, 4) : "r"(a), "r"(b), "r"(add), "n"(LONG ? 0x40000040 : 0x80000020));
 #endif
 }
-INLINE float largest(float x, int least) { /* of the lanes that differ in bits from `least` on */
+INLINE float largest(float x, int least) { /* over the lanes that differ in bits from `least` on */
 #pragma unroll
     for (int lane = 16; lane >= 1; lane /= 2)
         if (lane >= least) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
@@ -71,8 +72,8 @@ struct Head {
         to[0] = low_of(a), to[1] = high_of(a), to[2] = low_of(b), to[3] = high_of(b);
     }
     INLINE void load(const u16 *from) { take(shared_load((const float2 *)(from + threadIdx.x % 32 * 4)), x); }
-    /* Normed and turned as reference.rotate has it: rounded to BF16 where that stores. */
-    INLINE void load_turned(const u16 *from, const Call &c, const u16 *norm, i64 row) {
+    /* Norm and rotate as reference.rotate does, rounding to BF16 where the reference stores BF16. */
+    INLINE void load_rotated(const u16 *from, const Call &c, const u16 *norm, i64 row) {
         const int d = threadIdx.x % 32 * 4, half = c.rotated / 2, other = d < half ? d + half : d < c.rotated ? d - half : d;
         float y[4];
         load(from);
@@ -89,7 +90,7 @@ struct Head {
 #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = rounded(x[i] * angles[i] + y[i] * (d < half ? -angles[half + i] : angles[half + i]));
     }
-    /* Finite, as codes of x / by. */
+    /* Finite values x / by as codes. */
     INLINE u32 codes(float by) const {
         float y[4];
 #pragma unroll
@@ -98,14 +99,14 @@ struct Head {
     }
 };
 
-/* By a warp: one head of a request's queries, as codes and what they leave. */
+/* By one warp: one head of a request's queries, as codes and residual codes. */
 INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int h, float k_scale) {
     const int lane = threadIdx.x % 32;
     u32 code = 0, left = 0;
     if (h < c.group) {
         Head head;
         const u16 *from = c.q + request * c.q_stride + (kv_head * c.group + h) * DIM;
-        if (c.k) head.load_turned(from, c, c.q_norm, c.rotary_rows[request]);
+        if (c.k) head.load_rotated(from, c, c.q_norm, c.rotary_rows[request]);
         else head.load(from);
         const float most = largest(fmaxf(fmaxf(fabsf(head.x[0]), fabsf(head.x[1])), fmaxf(fabsf(head.x[2]), fabsf(head.x[3]))), 1);
         const float scale = fmaxf(most / Q_LIMIT, 1e-12f);
@@ -123,51 +124,53 @@ INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int
     *(u32 *)(to.queries + (2 * h + 1) * DIM + ((lane / 4 ^ (2 * h + 1)) & 7) * 16 + lane % 4 * 4) = left;
 }
 INLINE bool ends_with_new_token(const Call &c, const Segment &g) { return c.k && (g.first + g.tiles) * BLOCK >= g.length; }
-/* By a warp: the new token's key, or its value, as codes; four of them in each lane. */
+/* By one warp: the new token's key, or its value, as codes, four per lane. */
 INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key, float by) {
     Head head;
     const i64 from = request * c.kv_stride + kv_head * DIM;
-    if (key) head.load_turned(c.k + from, c, c.k_norm, c.rotary_rows[request]);
+    if (key) head.load_rotated(c.k + from, c, c.k_norm, c.rotary_rows[request]);
     else head.load(c.v + from);
     const u32 codes = head.codes(by);
     *(u32 *)((key ? to.key : to.value) + threadIdx.x % 32 * 4) = codes;
     return codes;
 }
-/* By a warp: zeros for requests without a context, which pad a batch and have no tile; all programs of a KV head share them. */
+/* By one warp: zeros for requests without a context, which pad a batch and have no tile; all CTAs of a KV head share this
+   work. */
 INLINE void clear_empty(const Call &c, int kv_head) {
-    const int lane = threadIdx.x % 32, programs = gridDim.x / c.kv_heads;
-    for (int from = blockIdx.x / c.kv_heads; from < c.requests; from += 32 * programs) {
-        const int own = from + lane * programs;
-        for (u32 empty = __ballot_sync(~0u, own < c.requests && c.lengths[own] == 0); empty; empty &= empty - 1) {
-            const int request = from + (__ffs(empty) - 1) * programs;
+    const int lane = threadIdx.x % 32, ctas = gridDim.x / c.kv_heads;
+    for (int from = blockIdx.x / c.kv_heads; from < c.requests; from += 32 * ctas) {
+        const int candidate = from + lane * ctas;
+        for (u32 empty = __ballot_sync(~0u, candidate < c.requests && c.lengths[candidate] == 0); empty; empty &= empty - 1) {
+            const int request = from + (__ffs(empty) - 1) * ctas;
             u32 *to = (u32 *)(c.out + ((i64)request * c.kv_heads + kv_head) * c.group * DIM);
             for (int i = lane; i < c.group * (DIM / 2); i += 32) to[i] = 0;
         }
     }
 }
 INLINE void store_key(const Call &c, int request, int kv_head, u32 codes) {
-    const i64 slot = c.slots[request], token = slot / BLOCK * 2 * BLOCK + slot % BLOCK; /* a block's values take as much */
+    const i64 slot = c.slots[request], token = slot / BLOCK * 2 * BLOCK + slot % BLOCK; /* values of a block take the same size */
     *(u32 *)(c.k_cache + (token * c.kv_heads + kv_head) * DIM + threadIdx.x % 32 * 4) = codes;
 }
 
-/* What a group knows of a segment: in each thread, of the heads 4 * i + threadIdx.x % 4, rows and sums of its own. */
+/* A warpgroup's online-softmax state for a segment: each thread has rows and sums of heads 4 * i + threadIdx.x % 4. */
 struct State {
-    float o[2][SUMS / 2], peak[HEADS / 4], total[HEADS / 4]; /* o: of dimensions 64 * half + row + 8 * r, at [half][2 * i + r] */
+    float o[2][SUMS / 2], peak[HEADS / 4], total[HEADS / 4]; /* o: dimensions 64 * half + row + 8 * r, at [half][2 * i + r] */
     float factor[HEADS / 4];
     INLINE State(const Ready &ready, int group) : o{}, total{} {
 #pragma unroll
         for (int i = 0; i < HEADS / 4; i++) peak[i] = -1e30f, factor[i] = 4 * i + threadIdx.x % 4 < group ? ready.scale[4 * i + threadIdx.x % 4] : 0;
     }
 
-    /* A tile: the thread's rows are the tokens 2 apart that the copy engine put 8 apart. `left`: tokens of the context in it. */
+    /* One tile. A thread's rows are tokens 2 apart, which TMA has placed 8 apart. `left`: context tokens from the tile's
+       start on. */
     INLINE void take(const u8 *keys, const u8 *values, const u8 *queries, u8 *p, OfWarps &most_of, int group, int left) {
-        const int own = threadIdx.x % 128, warp = own / 32, part = own % 4, row = own % 32 / 4, token = 16 * warp + row / 2 * 4 + row % 2;
+        const int thread = threadIdx.x % 128, warp = thread / 32, part = thread % 4, row = thread % 32 / 4, token = 16 * warp + row / 2 * 4 + row % 2;
         float x[SUMS], s[HEADS / 4][2], shrink[HEADS / 4];
-        begin_matrices();
+        warpgroup_arrive();
 #pragma unroll
         for (int i = 0; i < 4; i++) multiply_heads<true>(x, descriptor(address(keys)) + 2 * i, descriptor(address(queries)) + 2 * i, i);
-        end_matrices();
-        await(x);
+        warpgroup_commit_batch();
+        warpgroup_wait(x);
 #pragma unroll
         for (int i = 0; i < HEADS / 4; i++) {
 #pragma unroll
@@ -195,29 +198,29 @@ struct State {
             const u32 left_over = codes_of((y[0] - back[0]) * LEFT, (y[1] - back[1]) * LEFT);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int at = token + 2 * r, place = ((at / 16 ^ head) & 3) * 16 + at % 16; /* both rows' parts are swizzled by row / 2 */
+                const int at = token + 2 * r, place = ((at / 16 ^ head) & 3) * 16 + at % 16; /* both rows' chunks are swizzled by row / 2 */
                 p[2 * head * BLOCK + place] = code >> 8 * r, p[(2 * head + 1) * BLOCK + place] = left_over >> 8 * r;
             }
         }
-        show_matrix_unit();
+        fence_view_async_shared();
         group_meets(group);
         float y[2][SUMS];
-        begin_matrices();
+        warpgroup_arrive();
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int i = 0; i < 2; i++) multiply_heads<false>(y[half], descriptor(address(values) + half * (TILE / 2)) + 2 * i, descriptor(address(p)) + 2 * i, i);
-        end_matrices();
+        warpgroup_commit_batch();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            await(y[half]);
+            warpgroup_wait(y[half]);
 #pragma unroll
             for (int v = 0; v < SUMS / 2; v++) o[half][v] = fmaf(o[half][v], shrink[v / 2], (y[half][2 * v] + y[half][2 * v + 1] * (1 / LEFT)) * (1 / P_LIMIT));
         }
     }
 
     INLINE void keep(Sums &to, OfWarps &totals, int group) const {
-        const int own = threadIdx.x % 128, warp = own / 32, part = own % 4, row = own % 32 / 4;
+        const int thread = threadIdx.x % 128, warp = thread / 32, part = thread % 4, row = thread % 32 / 4;
 #pragma unroll
         for (int i = 0; i < HEADS / 4; i++) {
             const float all = sum(total[i], 4);
@@ -229,57 +232,57 @@ struct State {
                 for (int r = 0; r < 2; r++) to.o[4 * i + part][half * 64 + warp * 16 + row + 8 * r] = o[half][2 * i + r];
         }
         group_meets(group);
-        if (own < HEADS) to.total[own] = totals[0][own] + totals[1][own] + totals[2][own] + totals[3][own];
+        if (thread < HEADS) to.total[thread] = totals[0][thread] + totals[1][thread] + totals[2][thread] + totals[3][thread];
     }
 };
 
-/* By a group: the new token's key and value into its tile. The cache gets all values of that: a token's own are bytes far apart,
-   for each of which memory would read and write a sector. */
+/* By a warpgroup: insert the new token's key and value into the tile in shared memory. The tile's values are then stored to
+   the cache as a whole: one token's values are bytes far apart, each of which would read and write a memory sector. */
 INLINE void insert(const Call &c, const Map &map, const Ready &from, u8 *keys, u8 *values, int token, int group, int request, int kv_head) {
     const int d = threadIdx.x % 128, row = token / 16 * 16 + token % 4 / 2 * 8 + token % 16 / 4 * 2 + token % 2;
     keys[row * DIM + ((d / 16 ^ row) & 7) * 16 + d % 16] = from.key[d];
     values[d * BLOCK + ((token / 16 ^ d / 2) & 3) * 16 + token % 16] = from.value[d];
-    show_matrix_unit();
+    fence_view_async_shared();
     group_meets(group);
     if (d == 0)
         asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
                      "cp.async.bulk.commit_group;" ::"l"(&map), "r"(0), "r"(kv_head * DIM), "r"((int)(c.slots[request] / BLOCK)), "r"(address(values)) : "memory");
 }
-INLINE void await_insertions() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); } /* until shared memory was read */
+INLINE void await_insertions() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); } /* until shared memory has been read */
 INLINE void end_insertions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-/* Sums over stretches of a context, one after another. */
+/* Accumulate online-softmax results over consecutive parts of a context. */
 struct Together {
     float peak = -1e30f, total = 0, o = 0;
     INLINE void add(float their_peak, float their_total, float their_o) {
-        const float higher = fmaxf(peak, their_peak), mine = exp2_of(peak - higher), its = exp2_of(their_peak - higher);
-        peak = higher, total = total * mine + their_total * its, o = o * mine + their_o * its;
+        const float higher = fmaxf(peak, their_peak), old_weight = exp2_of(peak - higher), new_weight = exp2_of(their_peak - higher);
+        peak = higher, total = total * old_weight + their_total * new_weight, o = o * old_weight + their_o * new_weight;
     }
 };
-/* The groups' sums together; of a context that is shared, the last program's and the others'. */
+/* Merge the warpgroups' results; for a shared context, the last CTA to finish merges those of all CTAs. */
 INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&sums)[GROUPS], const float &v_scale, bool &last) {
     constexpr int EACH = (HEADS * DIM + CONSUMERS - 1) / CONSUMERS;
-    meet();
+    consumers_sync();
     Together all[EACH];
-    float *mine = c.parts + ((i64)blockIdx.x * 2 + (g.part == 0)) * PART;
+    float *my_part = c.parts + ((i64)blockIdx.x * 2 + (g.part == 0)) * PART;
 #pragma unroll
     for (int at = threadIdx.x, i = 0; i < EACH; i++, at += CONSUMERS) {
         if (at >= c.group * DIM) break;
         const int head = at / DIM, d = at % DIM;
         for (int group = 0; group < min(GROUPS, g.tiles); group++) all[i].add(sums[group].peak[head], sums[group].total[head], sums[group].o[head][d]);
         if (g.parts > 1) {
-            mine[at] = all[i].o;
-            if (d == 0) mine[HEADS * DIM + head] = all[i].peak, mine[HEADS * DIM + HEADS + head] = all[i].total;
+            my_part[at] = all[i].o;
+            if (d == 0) my_part[HEADS * DIM + head] = all[i].peak, my_part[HEADS * DIM + HEADS + head] = all[i].total;
         }
     }
     if (g.parts > 1) {
-        meet();
+        consumers_sync();
         if (threadIdx.x == 0) {
             u32 *counter = c.counters + g.request * c.kv_heads + kv_head;
-            last = come_as(counter) == g.parts - 1;
-            if (last) *counter = 0; /* for the next launch */
+            last = signal_and_count(counter) == g.parts - 1;
+            if (last) *counter = 0; /* reset for the next launch */
         }
-        meet();
+        consumers_sync();
         if (!last) return;
     }
 #pragma unroll
@@ -289,15 +292,15 @@ INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&su
         if (g.parts > 1) {
             all[i] = Together();
             for (int part = 0; part < g.parts; part++) {
-                const float *theirs = c.parts + ((i64)((g.owner + part) * c.kv_heads + kv_head) * 2 + (part == 0)) * PART;
-                all[i].add(shared_load(theirs + HEADS * DIM + head), shared_load(theirs + HEADS * DIM + HEADS + head), shared_load(theirs + at));
+                const float *other = c.parts + ((i64)((g.owner + part) * c.kv_heads + kv_head) * 2 + (part == 0)) * PART;
+                all[i].add(shared_load(other + HEADS * DIM + head), shared_load(other + HEADS * DIM + HEADS + head), shared_load(other + at));
             }
         }
         c.out[((i64)g.request * c.kv_heads + kv_head) * c.group * DIM + at] = narrow(all[i].o * (v_scale / all[i].total));
     }
 }
 
-/* The keys of a block: 16 tokens at a time, tokens 4t + 2i + e at 8i + 2t + e; its values. */
+/* TMA loads of a block: keys 16 tokens at a time, with tokens 4t + 2i + e at 8i + 2t + e; then its values. */
 INLINE void copy_block(u8 *keys, u8 *values, const Map &key_map, const Map &value_map, const u64 *full, int kv_head, int block) {
     expect(full, 2 * TILE);
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%2, {%4, %6, %6, %6, %5}], [%8];\n"
@@ -306,12 +309,12 @@ INLINE void copy_block(u8 *keys, u8 *values, const Map &key_map, const Map &valu
                    "r"(block), "r"(address(full)) : "memory");
 }
 
-/* The tiles of all contexts, one request after another, are dealt out evenly: the programs of a KV head take a stretch each. A
-   program's segments, one after another, as a warp finds them. */
+/* Tile scheduler: the tiles of all contexts, concatenated, are divided evenly; each CTA of a KV head takes a contiguous
+   range. A warp enumerates the CTA's segments one by one. */
 struct Dealer {
     i64 shares, share;
-    int all = 0, begin, end, first = -32, base = 0, length, tiles, until; /* from `first` on each lane has a request: its tiles go up to `until` */
-    u32 mine = 0; /* lanes whose requests' tiles the program has some of */
+    int all = 0, begin, end, first = -32, base = 0, length, tiles, until; /* each lane has a request from `first` on, whose tiles end at `until` */
+    u32 owned = 0; /* mask of lanes whose requests have tiles in the CTA's range */
 
     INLINE int length_of(const Call &c, int request) { return request < c.requests ? c.lengths[request] : 0; }
     INLINE Dealer(const Call &c) {
@@ -324,7 +327,7 @@ struct Dealer {
     }
     INLINE Segment next(const Call &c) {
         const int lane = threadIdx.x % 32;
-        while (!mine) {
+        while (!owned) {
             first += 32;
             if (first >= c.requests || base >= end) return {};
             length = length_of(c, first + lane), until = tiles = (length + BLOCK - 1) / BLOCK;
@@ -335,12 +338,12 @@ struct Dealer {
             }
             until += base;
             base = __shfl_sync(~0u, until, 31);
-            mine = __ballot_sync(~0u, tiles && until > begin && until - tiles < end);
+            owned = __ballot_sync(~0u, tiles && until > begin && until - tiles < end);
         }
-        const int which = __ffs(mine) - 1, stop = __shfl_sync(~0u, until, which), start = stop - __shfl_sync(~0u, tiles, which);
-        mine &= mine - 1;
+        const int which = __ffs(owned) - 1, stop = __shfl_sync(~0u, until, which), start = stop - __shfl_sync(~0u, tiles, which);
+        owned &= owned - 1;
         const int from = max(start, begin) - start;
-        /* the share that a tile is of: the last that begins at it or before */
+        /* the CTA that owns a tile: the last whose range begins at or before it */
         const int owner = ((i64)(start + 1) * shares + all - 1) / all - 1, last = ((i64)stop * shares + all - 1) / all - 1;
         return {first + which, __shfl_sync(~0u, length, which), from, min(stop, end) - start - from, (int)share - owner, last - owner + 1, owner};
     }

@@ -1,17 +1,17 @@
-/* Between the QKV product and attention's output, as one phase of the step: included by decoder_megakernel.cu.
+/* The attention phase of decoder_megakernel.cu, from the QKV product to attention's output.
 
-   A program takes one token, one key head with the query heads that share it, and a part of the context. Each rotates the
-   queries that it needs; the one whose part ends with the new token stores its key and value too. The last part of a head to be
-   done puts the parts together, in their order. */
-constexpr int SIZE = KV_FP8 ? 1 : 2, EACH = 16 / SIZE; /* bytes of a cached value, and values that a thread reads at once */
-constexpr int PAIRS = (DIM / 4 + 31) / 32, PER_TOKEN = DIM / EACH, AT_ONCE = 32 / PER_TOKEN; /* threads of a token's key, tokens of a warp */
+   A CTA takes one token, one KV head with its query heads (GQA), and a part of the context (split-KV). Each CTA rotates the
+   queries that it needs; the CTA whose part ends with the new token also stores its key and value. The last part of a head
+   to finish merges the parts, in a fixed order. */
+constexpr int SIZE = KV_FP8 ? 1 : 2, EACH = 16 / SIZE; /* bytes of a cached value; values per 16-byte load */
+constexpr int PAIRS = (DIM / 4 + 31) / 32, PER_TOKEN = DIM / EACH, AT_ONCE = 32 / PER_TOKEN; /* threads per token's key, tokens per warp */
 
 struct Part {
-    int token, head, split, splits; /* splits: those that have a part */
-    int begin, end, low, length;    /* its tokens; `low` is the first that is seen */
+    int token, head, split, splits; /* splits: the number of nonempty parts */
+    int begin, end, low, length;    /* its tokens; `low` is the first visible one */
 };
 
-/* This program's part; false if there are more programs than parts. An empty context has one, which is empty. */
+/* This CTA's part; false if there are more CTAs than parts. An empty context has one empty part. */
 INLINE bool part_of(const Step &s, Part &p) {
     const int number = blockIdx.x;
     p.head = number % KV_HEADS, p.token = number / KV_HEADS % TOKENS, p.split = number / (KV_HEADS * TOKENS);
@@ -33,13 +33,13 @@ INLINE const u8 *value_of(const Step &s, const Part &p, const Layer &w, int at, 
     return block_of(s, p, w.v, at) + (at % BLOCK_SIZE * s.v_token_stride + p.head * s.v_head_stride + d * s.v_dim_stride) * SIZE;
 }
 
-/* Long parts' keys and values come near while the product before is computed. */
+/* Prefetch the keys and values of long parts to L2 while the previous product runs. */
 INLINE void expect_context(const Step &s, const Layer &w) {
     Part p;
     if (!part_of(s, p) || p.end - p.begin <= WARPS * AT_ONCE) return;
     constexpr int LINES = DIM * SIZE / 32;
     for (int i = threadIdx.x; i < (p.end - p.begin) * LINES; i += CONSUMERS) prefetch(key_of(s, p, w, p.begin + i / LINES) + i % LINES * 32);
-    if (KV_FP8) /* 32 tokens of a dimension are adjacent */
+    if (KV_FP8) /* 32 tokens of a dimension are contiguous */
         for (int i = threadIdx.x; i < (p.end - p.begin + 31) / 32 * DIM; i += CONSUMERS)
             prefetch(value_of(s, p, w, p.begin + i / DIM * 32, i % DIM));
     else
@@ -47,7 +47,7 @@ INLINE void expect_context(const Step &s, const Layer &w) {
             prefetch(value_of(s, p, w, p.begin + i / LINES, i % LINES * 16));
 }
 
-/* What a thread reads first of keys and values, asked for before the queries are there. */
+/* Each thread's first loads of keys and values, issued before the queries have arrived. */
 struct Ahead {
     uint4 key, value;
     float k_scale, v_scale;
@@ -62,7 +62,7 @@ INLINE Ahead look_ahead(const Step &s, const Layer &w, const Part &p) {
     return first;
 }
 
-/* As the cache has it, which holds finite values only. */
+/* Converted as stored in the cache, which holds finite values only. */
 INLINE u32 stored(float x, float scale) {
     x = fabsf(x) < __int_as_float(0x7F800000) ? x : 0;
     return KV_FP8 ? codes_of(x / scale, 0) & 0xFF : narrow(x);
@@ -72,9 +72,9 @@ INLINE void store(u8 *to, u32 bits) {
     else *(u16 *)to = (u16)bits;
 }
 
-/* Rotates the part's queries into `query` [GROUP, DIM], times what scores are multiplied by, and stores the new key and value,
-   in `fresh` [2, DIM] too. A warp a head; a thread has two dimensions of its first half and the two of its second that they are
-   turned with. */
+/* Rotate the part's queries into `query` [GROUP, DIM], times the score's scale, and store the new key and value, also in
+   `fresh` [2, DIM]. One warp per head; a thread has two dimensions of the head's first half and their rotary partners in the
+   second. */
 INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, u32 number, float *query, u8 *fresh) {
     const int lane = threadIdx.x % 32, heads = p.end == p.length ? GROUP + 2 : GROUP;
     const u64 *from = s.qkv + p.token * QKV / 2;
@@ -137,7 +137,7 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const
     }
 }
 
-/* Values of four bytes at `word`, of an FP8 or BF16 cache. */
+/* Four bytes of values at `word`, of an FP8 or BF16 cache. */
 INLINE void widen(u32 word, float *out) {
     if (KV_FP8) values_of(word, *(float (*)[4])out);
     else out[0] = low_of(word), out[1] = high_of(word);
@@ -166,7 +166,7 @@ INLINE void score(const Step &s, const Layer &w, const Part &p, const Ahead &ahe
     }
 }
 
-/* Scores become weights, zero up to a multiple of 16; `stats` [GROUP, 2] the largest score and the sum of weights. */
+/* Softmax: scores become weights, zero-padded to a multiple of 16; `stats` [GROUP, 2]: maximum score and sum of weights. */
 INLINE void weigh(const Part &p, float *scores, float *stats) {
     const int lane = threadIdx.x % 32, count = p.end - p.begin;
     for (int h = threadIdx.x / 32; h < GROUP; h += WARPS) {
@@ -184,7 +184,7 @@ INLINE void weigh(const Part &p, float *scores, float *stats) {
     }
 }
 
-/* `sums` [PER_DIM, GROUP, DIM]: values times weights, of every PER_DIM-th of the tokens. */
+/* `sums` [PER_DIM, GROUP, DIM]: weighted values, over every PER_DIM-th token. */
 INLINE void sum_values(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, const float *scores, const u8 *fresh, float *sums) {
     const int d = threadIdx.x % DIM, share = threadIdx.x / DIM, count = p.end - p.begin;
     float sum[GROUP] = {};
@@ -216,7 +216,7 @@ INLINE void sum_values(const Step &s, const Layer &w, const Part &p, const Ahead
     for (int h = 0; h < GROUP; h++) sums[(share * GROUP + h) * DIM + d] = sum[h];
 }
 
-INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Small &small) {
+INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, SmemState &smem) {
     Part p;
     if (!part_of(s, p)) return;
     constexpr int VALUES = GROUP * DIM, ALL = VALUES + 2 * GROUP;
@@ -230,15 +230,15 @@ INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Sm
     u8 *fresh = (u8 *)(sums + PER_DIM * VALUES);
     float *stats = (float *)(fresh + 2 * DIM * SIZE);
     rotate_and_store(s, w, p, ahead, number, query, fresh);
-    meet();
+    consumers_sync();
     score(s, w, p, ahead, query, fresh, scores);
-    meet();
+    consumers_sync();
     weigh(p, scores, stats);
-    meet();
+    consumers_sync();
     sum_values(s, w, p, ahead, scores, fresh, sums);
-    meet();
+    consumers_sync();
     const int pair = p.token * KV_HEADS + p.head;
-    float *parts = s.parts + (i64)pair * SPLITS * ALL, *own = parts + p.split * ALL;
+    float *parts = s.parts + (i64)pair * SPLITS * ALL, *my_part = parts + p.split * ALL;
     const float v_scale = ahead.v_scale;
     auto found = [&](int i) {
         float sum = 0;
@@ -253,31 +253,31 @@ INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Sm
         }
         return;
     }
-    for (int i = threadIdx.x; i < ALL; i += CONSUMERS) own[i] = i < VALUES ? found(i) : stats[i - VALUES];
-    meet();
+    for (int i = threadIdx.x; i < ALL; i += CONSUMERS) my_part[i] = i < VALUES ? found(i) : stats[i - VALUES];
+    consumers_sync();
     if (threadIdx.x == 0) {
-        u32 done; /* counts up to the last and then from zero */
+        u32 done; /* wraps to zero after the last part */
         asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(done) : "l"(s.counters + 2 + pair), "r"(p.splits - 1) : "memory");
-        small.last = done == (u32)p.splits - 1;
+        smem.last = done == (u32)p.splits - 1;
     }
-    meet();
-    if (!small.last) return;
-    constexpr int AT_A_TIME = 8; /* parts, all asked for before the first is used */
+    consumers_sync();
+    if (!smem.last) return;
+    constexpr int AT_A_TIME = 8; /* parts loaded before the first is used */
     for (int i = 2 * threadIdx.x; i < VALUES; i += 2 * CONSUMERS) {
         float peak = -1e30f, total = 0, sum[2] = {};
         for (int first = 0; first < p.splits; first += AT_A_TIME) {
             float2 value[AT_A_TIME], stat[AT_A_TIME];
 #pragma unroll
             for (int j = 0; j < AT_A_TIME; j++) {
-                const float *theirs = parts + min(first + j, p.splits - 1) * ALL;
-                value[j] = shared_load((const float2 *)(theirs + i)), stat[j] = shared_load((const float2 *)(theirs + VALUES + i / DIM * 2));
+                const float *part_at = parts + min(first + j, p.splits - 1) * ALL;
+                value[j] = shared_load((const float2 *)(part_at + i)), stat[j] = shared_load((const float2 *)(part_at + VALUES + i / DIM * 2));
             }
 #pragma unroll
             for (int j = 0; j < AT_A_TIME; j++) {
                 if (first + j >= p.splits) break;
-                const float higher = fmaxf(peak, stat[j].x), mine = exp2f(peak - higher), its = exp2f(stat[j].x - higher);
-                total = total * mine + stat[j].y * its, peak = higher;
-                sum[0] = sum[0] * mine + value[j].x * its, sum[1] = sum[1] * mine + value[j].y * its;
+                const float higher = fmaxf(peak, stat[j].x), old_weight = exp2f(peak - higher), part_weight = exp2f(stat[j].x - higher);
+                total = total * old_weight + stat[j].y * part_weight, peak = higher;
+                sum[0] = sum[0] * old_weight + value[j].x * part_weight, sum[1] = sum[1] * old_weight + value[j].y * part_weight;
             }
         }
         send(out + i / 2, narrow_two(sum[0] * (v_scale / total), sum[1] * (v_scale / total)), number);

@@ -1,6 +1,7 @@
-/* y [tokens, width] = silu(x gate^T) * (x up^T), of FP8 codes with a scale a token and a scale a row of the weight.
+/* y [tokens, width] = silu(x gate^T) * (x up^T) for FP8 codes with a scale per token and per row of the weight.
 
-   A tile's boxes are rows of gate and the same rows of up, so that a thread that holds a sum of gate holds its sum of up. */
+   A tile's two boxes are rows of gate and the same rows of up, so the thread that holds a sum of gate also holds the sum of
+   up. */
 
 constexpr int STEP = HALF;
 #include "gemm_mainloop.cuh"
@@ -43,7 +44,7 @@ struct End {
             if (i < 8) put(out[0], i, y);
             if (i >= (HALF - 64) / 8) put(out[1], i - (HALF - 64) / 8, y);
         }
-        show_matrix_unit();
+        fence_view_async_shared();
         __syncwarp();
         if (lane) return;
         store_box(s.out, first * 2, token, out[0]);
@@ -53,6 +54,6 @@ struct End {
 };
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gated_product(const __grid_constant__ Gated s) {
-    let_later_kernels_start();
+    launch_dependent_grids();
     product<End>(s);
 }

@@ -1,21 +1,22 @@
-/* Products of many tokens' FP8 codes by a weight's. Included by gate_up_silu_gemm.cu and qkv_rope_kv_write_gemm.cu, which say what becomes of the sums.
+/* Persistent warp-specialized GEMM of many tokens' FP8 codes by a weight's. Included by gate_up_silu_gemm.cu and
+   qkv_rope_kv_write_gemm.cu, which define the epilogues.
 
-   A tile is 128 tokens by two boxes of HALF rows of the weight, which lie `second` rows apart and STEP rows from those of the
-   next tile. A program stays on each multiprocessor. One warp asks the copy engine for codes, as far ahead as shared memory
-   holds; two groups of warps multiply, 64 tokens each. CLUSTER programs with tiles below one another share the weight's rows:
-   each asks for a part of them, for all. Sums stay in the matrix unit, with about 14 bits. */
+   A tile is 128 tokens by two boxes of HALF rows of the weight, which are `second` rows apart; boxes of consecutive tiles
+   are STEP rows apart. One persistent CTA runs on each SM. A producer warp issues TMA loads as far ahead as shared memory
+   allows; two consumer warpgroups multiply, 64 tokens each. CLUSTER CTAs with vertically adjacent tiles share the weight's
+   rows: each loads a part and multicasts it to all. Sums stay in the tensor core, with about 14 bits. */
 
 #include "types.cuh"
 
 struct Product {
     Map x, weight; /* boxes of 128 tokens by 128 codes, of HALF rows by 128 codes */
-    int tokens, across, steps, second; /* across: tiles of the weight; steps of 128 codes */
+    int tokens, across, steps, second; /* across: tiles along the weight; steps of 128 codes */
 };
 
 constexpr int DEPTH = 128, TOKENS = 128, TILES_TALL = 8, STAGES = HALF > 64 ? 4 : 6, GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
-constexpr int WARPS = CONSUMERS / 32, X = TOKENS * DEPTH, W = HALF * DEPTH; /* the last two in bytes */
+constexpr int WARPS = CONSUMERS / 32, X = TOKENS * DEPTH, W = HALF * DEPTH; /* X and W in bytes */
 
-/* A warp's results on their way out: 16 tokens by 64 values, twice, as the copy engine takes them. */
+/* A warp's staging buffer for results: 16 tokens by 64 values, twice, in the layout of TMA stores. */
 typedef u16 Out[2][16 * 64];
 struct Ring {
     u8 x[STAGES][X], weight[STAGES][2][W];
@@ -38,10 +39,10 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
                  "wgmma.mma_async.sync.aligned." shape ".f32.e4m3.e4m3 {" names "}, a, b, p, 1, 1;}"                       \
                  : __VA_ARGS__ : "r"(descriptor(x) + 2 * i), "r"(descriptor(weight) + 2 * i), "r"(i ? 1 : add))
 
-/* sums [64, 2 HALF] = (add ? sums : 0) + x [64, 128] weight [2 HALF, 128]^T, both of rows of 128 bytes: begun. Of a row a thread
-   has every fourth pair of columns; sum i of it is of row i / 2 % 2 of two that are 8 apart. */
+/* Issue sums [64, 2 HALF] = (add ? sums : 0) + x [64, 128] weight [2 HALF, 128]^T, both with rows of 128 bytes. A thread
+   holds every fourth pair of columns of two rows 8 apart; sum i is in row i / 2 % 2 of these. */
 INLINE void multiply(float (&sums)[HALF], u32 x, u32 weight, bool add) {
-    begin_matrices();
+    warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #if HALF == 128
@@ -52,7 +53,7 @@ INLINE void multiply(float (&sums)[HALF], u32 x, u32 weight, bool add) {
 #else
         MULTIPLY("m64n128k32", NAMES64, 64, 65, 66, OUT64(sums));
 #endif
-    end_matrices();
+    warpgroup_commit_batch();
 }
 
 INLINE u32 rank_in_cluster() {
@@ -60,11 +61,11 @@ INLINE u32 rank_in_cluster() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-INLINE void meet_cluster() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-/* The same barrier of another program of the cluster. Not a release: that would wait for all of the thread's writes. */
-INLINE void arrive_at(const u64 *barrier, u32 program) {
+INLINE void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+/* Arrive at the same mbarrier of another CTA of the cluster. Relaxed: a release would wait for all of the thread's writes. */
+INLINE void arrive_at(const u64 *barrier, u32 cta) {
     asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a];}" ::"r"(address(barrier)),
-                 "r"(program) : "memory");
+                 "r"(cta) : "memory");
 }
 #define COPY "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 INLINE void copy_box(const void *to, const Map &map, int column, int row, const u64 *barrier) {
@@ -75,9 +76,9 @@ INLINE void copy_box_to_cluster(const void *to, const Map &map, int column, int 
                  "r"(address(barrier)), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
 
-/* A program's tiles, one after another: some of the tall side by all of the wide one, so that what is read stays in the L2. */
+/* The tile scheduler: blocks of TILES_TALL tiles along the tokens by all tiles of the weight, so that operands stay in L2. */
 struct Tiles {
-    int tall, at, token, row; /* the first of a tile: of the tokens, of the weight's rows */
+    int tall, at, token, row; /* number of tiles along the tokens; current tile; its first token and weight row */
     u32 rank;
     INLINE Tiles(const Product &s) {
         rank = CLUSTER > 1 ? rank_in_cluster() : 0;
@@ -93,8 +94,8 @@ struct Tiles {
     }
 };
 
-INLINE void ask(const Product &s, Ring &m) {
-    Place<STAGES> at;
+INLINE void produce(const Product &s, Ring &m) {
+    PipelineState<STAGES> at;
     Tiles tile(s);
     while (tile.next(s))
 #pragma unroll 1
@@ -112,14 +113,15 @@ INLINE void ask(const Product &s, Ring &m) {
         }
 }
 
-/* Of a tile, end.prepare(token), then, with its sums, end.finish(sums, token, row): a warp's 16 tokens from `token` on. */
+/* Per tile: end.prepare(token), the mainloop, then the epilogue end.finish(sums, token, row), for a warp's 16 tokens from
+   `token` on. */
 template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &end) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    auto leave = [&](int stage) {
+    auto release = [&](int stage) {
         if (CLUSTER > 1 && lane < CLUSTER) arrive_at(m.empty + stage, lane);
         if (CLUSTER == 1 && lane == 0) arrive(m.empty + stage);
     };
-    Place<STAGES> at;
+    PipelineState<STAGES> at;
     Tiles tile(s);
     while (tile.next(s)) {
         float sums[HALF];
@@ -129,12 +131,12 @@ template <class End> INLINE void multiply_tiles(const Product &s, Ring &m, End &
         for (int k = 0; k < s.steps; k++, at.next()) {
             wait(m.full + at.at, at.parity);
             multiply(sums, address(m.x[at.at]) + warp / 4 * 64 * DEPTH, address(m.weight[at.at]), k > 0);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); /* all but the step that was just begun */
-            if (k > 0) leave(before);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); /* all but the step just issued are complete */
+            if (k > 0) release(before);
             before = at.at;
         }
-        await(sums);
-        leave(before);
+        warpgroup_wait(sums);
+        release(before);
         end.finish(sums, tile.token + warp * 16, tile.row);
     }
 }
@@ -144,18 +146,18 @@ INLINE void store_box(const Map &map, int byte, int row, const void *from) {
                  "r"(address(from)) : "memory");
 }
 INLINE void end_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-INLINE void await_stores() { /* what a warp stored has left its place */
+INLINE void await_stores() { /* the warp's staging buffer may be reused */
     if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     __syncwarp();
 }
-/* 16 tokens by 16 values, the i-th 8 of 64: of sum pairs 2j + r the columns 8j, the rows 8r. */
+/* Store 16 tokens by 16 values, chunk i of 8 (stmatrix): of sum pairs 2j + r, j selects 8 columns and r 8 rows. */
 INLINE void put(u16 *out, int i, const u32 (&y)[4]) {
     const int lane = threadIdx.x % 32;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(out) + lane % 16 * 128 + ((i + lane / 16) ^ lane % 8) * 16),
                  "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
 }
 
-/* A kernel: End(its arguments, a warp's place for what it stores) says what becomes of the sums. */
+/* The kernel: End(arguments, a warp's staging buffer) is the epilogue. */
 template <class End, class Arguments> INLINE void product(const Arguments &arguments) {
     Shared &shared = shared_memory<Shared>();
     const Product &s = arguments.product;
@@ -164,19 +166,19 @@ template <class End, class Arguments> INLINE void product(const Arguments &argum
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) init<1>(m.full + i), init<WARPS * CLUSTER>(m.empty + i);
-        show_barriers();
+        fence_barrier_init();
     }
     __syncthreads();
-    if (CLUSTER > 1) meet_cluster();
-    wait_for_earlier_kernels();
-    if (group == GROUPS) { /* 64,512 registers in all, the 168 of each thread at the launch */
+    if (CLUSTER > 1) cluster_sync();
+    wait_on_dependent_grids();
+    if (group == GROUPS) { /* 64,512 registers in all: 168 per thread at launch */
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == CONSUMERS) ask(s, m);
+        if (threadIdx.x == CONSUMERS) produce(s, m);
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         multiply_tiles(s, m, end);
         if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
-    if (CLUSTER > 1) meet_cluster(); /* nobody writes to the shared memory of a program that is gone */
+    if (CLUSTER > 1) cluster_sync(); /* no CTA may exit while another multicasts into its shared memory */
 }

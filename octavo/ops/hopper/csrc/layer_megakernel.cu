@@ -1,18 +1,17 @@
-/* What lies between a layer's attention and the next one's, for up to TOKENS tokens, in one launch: quantize, o, add and norm,
-   gate_up, SiLU, down, add and norm, the next layer's qkv.
+/* A persistent megakernel of everything between one layer's attention and the next one's, for up to TOKENS tokens: quantize,
+   o, add and norm, gate_up, SiLU, down, add and norm, the next layer's qkv.
 
-   As in decoder_megakernel.cu one program stays on each multiprocessor. One thread asks for the weights that the program will multiply by,
-   product after product, as far ahead as shared memory holds: the first of them before attention is done. While the tokens of
-   one product become the next one's, weights come in.
+   As in decoder_megakernel.cu, one persistent CTA runs on each SM. A producer thread issues TMA loads of the weights that
+   the CTA will multiply by, product after product, as far ahead as shared memory allows; the first of them before attention
+   is done. Weights stream in while the results of one product become the next one's inputs.
 
-   A unit is some rows of a weight by a share of K. Its rows take the tall side of the matrix unit and the tokens the narrow
-   one; both factors are laid out in shared memory by the copy engine, 128 values of K at a time, which are summed in the matrix
-   unit and from there on in FP32. What is computed does not depend on which program is first: shares of K are added up by their
-   reader, in their order.
+   A unit is some rows of a weight by a share of K (split-K). Its rows are the M side of WGMMA and the tokens the narrow N
+   side. TMA lays out both factors in shared memory, 128 values of K at a time; these are accumulated in the tensor core and
+   then in FP32. Results are deterministic: the reader adds up split-K shares in a fixed order.
 
-   Compiled at run time with the sizes as constants: TOKENS (8, 16 or 32), HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of
-   that weight), QKV_BIAS, PROGRAMS, SHARED, and the rows and shares of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of
-   gate and as many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS. */
+   Compile-time constants: TOKENS (8, 16 or 32), HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
+   QKV_BIAS, CTAS, SHARED, and the rows and split-K of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of gate and as
+   many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS. */
 
 #include "types.cuh"
 
@@ -20,60 +19,60 @@ enum { O, GATE_UP, DOWN, NEXT_QKV };
 
 struct Between {
     Map weights[4]; /* boxes of 128 bytes of K by a unit's rows */
-    const float *scales[4]; /* one a row */
+    const float *scales[4]; /* one per row */
     const u16 *attended; /* [tokens, WIDE] */
-    u16 *residual, *qkv; /* [tokens, HIDDEN] before and after; [tokens, QKV] */
-    const u16 *post_norm, *next_norm, *qkv_bias; /* without a next norm this is the last layer */
-    u8 *codes[3]; /* of attended, normed and act, as place_of() says, zeros at first */
-    float *input_scales; /* [4, TOKENS]; those of down are in amax */
+    u16 *residual, *qkv; /* [tokens, HIDDEN], updated; [tokens, QKV] */
+    const u16 *post_norm, *next_norm, *qkv_bias; /* next_norm is null in the last layer */
+    u8 *codes[3]; /* of attended, normed and act, laid out by place_of(), initially zeros */
+    float *input_scales; /* [4, TOKENS]; those of down are in SmemState */
     float *parts; /* [SPLITS, TOKENS, HIDDEN] */
-    u32 *meetings; /* [MEETINGS + PROGRAMS * TOKENS] zeros: arrivals, then the bits of each program's largest magnitudes of act */
+    u32 *grid_barriers; /* [GRID_BARRIERS + CTAS * TOKENS] zeros: arrivals, then the bits of each CTA's amax of act */
     int tokens;
     float eps;
 };
 
-constexpr int STEP = 128; /* values of K at a time */
+constexpr int STEP = 128; /* K step */
 __device__ constexpr int up(int a, int b) { return (a + b - 1) / b; }
 template <int P> struct Shape {
     static constexpr int ROWS = P == O ? O_ROWS : P == GATE_UP ? GATE_UP_ROWS : P == DOWN ? DOWN_ROWS : QKV_ROWS;
     static constexpr int SPLITS = P == O ? O_SPLITS : P == DOWN ? DOWN_SPLITS : 1, HALVES = P == GATE_UP ? 2 : 1;
     static constexpr int N = P == GATE_UP ? INTER : P == NEXT_QKV ? QKV : HIDDEN, K = P == O ? WIDE : P == DOWN ? INTER : HIDDEN;
-    static constexpr int UNITS = up(N, ROWS) * SPLITS, STEPS = up(K, STEP), SHARE = up(STEPS, SPLITS); /* steps, of all and of a unit */
-    static constexpr bool APART = HALVES == 2 || ROWS > 64; /* each group has its rows; if not, each takes every other step */
-    static constexpr int PACKED = APART ? 1 : 64 / ROWS * 2; /* steps of a box */
+    static constexpr int UNITS = up(N, ROWS) * SPLITS, STEPS = up(K, STEP), SHARE = up(STEPS, SPLITS); /* K steps, in all and per unit */
+    static constexpr bool SPLIT_ROWS = HALVES == 2 || ROWS > 64; /* the warpgroups split the rows; otherwise they alternate K steps */
+    static constexpr int PACKED = SPLIT_ROWS ? 1 : 64 / ROWS * 2; /* K steps per box */
     static_assert(ROWS % 8 == 0 && ROWS <= 128 && SHARE * (SPLITS - 1) < STEPS, "a unit's rows and share");
 };
 
-/* FETCHED steps of inputs are fetched at a time, an even number. */
-constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, in a thread */
-constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, TURNS = up(Shape<GATE_UP>::UNITS, PROGRAMS), BOXES = 24;
+/* Inputs are loaded FETCHED K steps at a time, an even number. */
+constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, per thread */
+constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
-constexpr int FEW = 2, MANY = 4; /* boxes asked for at a time: what waits in memory's queues holds up the loads that others wait for */
+constexpr int FEW = 2, MANY = 4; /* boxes in flight: longer memory queues would delay the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
-constexpr u32 IS_THERE = 1u << 31; /* the sign of a magnitude */
+constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
-struct Small {
+struct SmemState {
     u64 full[BOXES], empty[BOXES], input_full[INPUTS], input_empty[INPUTS];
     int begin[BOXES];
-    u32 own_amax[TOKENS], amax[TOKENS];
-    __align__(16) float input_scale[TOKENS]; /* of a product's inputs, but for down's */
-    float scale[TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* the first two of act */
+    u32 cta_amax[TOKENS], amax[TOKENS];
+    __align__(16) float input_scale[TOKENS]; /* of a product's inputs, except down's */
+    float scale[TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
     union __align__(16) {
-        float other[VALUES][128]; /* the other group's sums */
-        u16 act[TURNS][TOKENS][128 + 8]; /* a pitch of four banks more */
+        float other[VALUES][128]; /* the other warpgroup's sums */
+        u16 act[CTA_UNITS][TOKENS][128 + 8]; /* padded by four banks */
     };
 };
-constexpr int RING = (SHARED - 1024 - INPUTS * FETCHED * INPUT - (int)sizeof(Small)) / 1024 * 1024;
+constexpr int RING = (SHARED - 1024 - INPUTS * FETCHED * INPUT - (int)sizeof(SmemState)) / 1024 * 1024;
 
 extern "C" __device__ const int threads = THREADS;
-extern "C" __device__ const int shared_bytes = 1024 + RING + INPUTS * FETCHED * INPUT + (int)sizeof(Small);
+extern "C" __device__ const int shared_bytes = 1024 + RING + INPUTS * FETCHED * INPUT + (int)sizeof(SmemState);
 static_assert(RING >= 4 * 128 * STEP && GATE_UP_ROWS % 16 == 0 && INTER % 16 == 0, "shared memory, pieces");
 
 #include "ptx.cuh"
 #include "tma_pipeline.cuh"
 #include "wgmma_tiles.cuh"
 
-/* A number of all threads: its sum, or its largest. */
+/* All-reduce over the consumer threads: sum, or maximum. */
 template <bool MOST> INLINE float over_threads(float x, float (&room)[WARPS]) {
 #pragma unroll
     for (int i = 16; i; i /= 2) {
@@ -81,7 +80,7 @@ template <bool MOST> INLINE float over_threads(float x, float (&room)[WARPS]) {
         x = MOST ? fmaxf(x, other) : x + other;
     }
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
-    meet();
+    consumers_sync();
     x = room[0];
 #pragma unroll
     for (int w = 1; w < WARPS; w++) x = MOST ? fmaxf(x, room[w]) : x + room[w];
@@ -94,7 +93,7 @@ INLINE void unpack(uint4 w, float (&value)[8]) {
     for (int j = 0; j < 4; j++) value[2 * j] = low_of(words[j]), value[2 * j + 1] = high_of(words[j]);
 }
 
-/* A token's row of at most WIDEST values: eight adjacent ones in a thread, and eight CONSUMERS * 8 further on. */
+/* A token's row of at most WIDEST values: eight contiguous values per thread, repeated every CONSUMERS * 8. */
 struct Row {
     uint4 words[PARTS];
     INLINE static int place(int i) { return (threadIdx.x + i * CONSUMERS) * 8; }
@@ -102,12 +101,12 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < PARTS; i++) words[i] = place(i) < width ? shared_load((const void *)(from + place(i))) : uint4{};
     }
-    /* Its codes, which `codes` gets as place_of() says, and their scale. */
-    INLINE void quantize(u8 *codes, float *scale_to, int token, int width, Small &small) const {
+    /* Quantize the row to `codes`, laid out by place_of(), and its scale. */
+    INLINE void quantize(u8 *codes, float *scale_to, int token, int width, SmemState &smem) const {
         u32 most = 0;
 #pragma unroll
         for (int i = 0; i < PARTS * 4; i++) most = larger(most, ((const u32 *)words)[i] & 0x7FFF7FFF);
-        const float scale = fmaxf(over_threads<true>(fmaxf(low_of(most), high_of(most)), small.second) / LIMIT, FLOOR), by = 1.0f / scale;
+        const float scale = fmaxf(over_threads<true>(fmaxf(low_of(most), high_of(most)), smem.second) / LIMIT, FLOOR), by = 1.0f / scale;
         if (threadIdx.x == 0) *scale_to = scale;
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
@@ -119,7 +118,7 @@ struct Row {
             if (place(i) < width) *(uint2 *)(codes + place_of(token, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
         }
     }
-    /* The residual, to which a product's shares are added, and the sum of its squares. */
+    /* Add a product's split-K shares to the residual; returns this thread's sum of squares. */
     INLINE float add(const float *parts, int splits, u16 *residual) {
         float4 part[PARTS][SPLITS][2];
 #pragma unroll
@@ -159,88 +158,89 @@ struct Row {
     }
 };
 
-/* The codes of this program's token for a product: of what attention gave, or of the norm of the residual, to which the shares of
-   the product before are added. Without a norm there is no next product. One piece of code for all: reading it takes time. */
-__device__ __noinline__ void prepare(const Between &s, int product, Small &small) {
+/* Quantize this CTA's token as a product's input: attention's output, or the norm of the residual plus the previous
+   product's split-K shares. Without a norm there is no next product. Not inlined: one copy of the code for all products,
+   since instruction fetches take time. */
+__device__ __noinline__ void prepare(const Between &s, int product, SmemState &smem) {
     const int token = blockIdx.x, width = product == O ? WIDE : HIDDEN, before = product == GATE_UP ? O : DOWN;
     const u16 *norm = product == GATE_UP ? s.post_norm : s.next_norm;
     Row row, gain;
     row.load((product == O ? s.attended : s.residual) + (i64)token * width, width);
     if (product != O) {
         if (norm) gain.load(norm, HIDDEN);
-        if (threadIdx.x == 0) wait_for(s.meetings + done(before), PROGRAMS);
-        meet();
+        if (threadIdx.x == 0) wait_for(s.grid_barriers + done(before), CTAS);
+        consumers_sync();
         const float squares = row.add(s.parts + token * HIDDEN, before == O ? O_SPLITS : DOWN_SPLITS, s.residual + (i64)token * HIDDEN);
         if (!norm) return;
-        row.scale(rsqrtf(over_threads<false>(squares, small.first) / HIDDEN + s.eps), gain);
+        row.scale(rsqrtf(over_threads<false>(squares, smem.first) / HIDDEN + s.eps), gain);
     }
-    row.quantize(s.codes[product == O ? O : GATE_UP], s.input_scales + product * TOKENS + token, token, width, small);
-    meet();
-    if (threadIdx.x == 0) come(s.meetings + ready(product));
+    row.quantize(s.codes[product == O ? O : GATE_UP], s.input_scales + product * TOKENS + token, token, width, smem);
+    consumers_sync();
+    if (threadIdx.x == 0) signal(s.grid_barriers + ready(product));
 }
 
-/* 16 adjacent values of a token's act, of those that this program computed. */
+/* 16 contiguous values of a token's act, among those that this CTA computed. */
 struct Piece {
-    static constexpr int OF_TOKEN = GATE_UP_ROWS / 16, ALL = TURNS * TOKENS * OF_TOKEN;
-    int turn, token, row; /* within the unit */
-    INLINE Piece(int i) : turn(i / (TOKENS * OF_TOKEN)), token(i / OF_TOKEN % TOKENS), row(i % OF_TOKEN * 16) {}
-    INLINE int unit() const { return blockIdx.x + turn * PROGRAMS; }
+    static constexpr int OF_TOKEN = GATE_UP_ROWS / 16, ALL = CTA_UNITS * TOKENS * OF_TOKEN;
+    int round, token, row; /* row within the unit */
+    INLINE Piece(int i) : round(i / (TOKENS * OF_TOKEN)), token(i / OF_TOKEN % TOKENS), row(i % OF_TOKEN * 16) {}
+    INLINE int unit() const { return blockIdx.x + round * CTAS; }
     INLINE bool is_there(int tokens) const { return token < tokens && unit() < Shape<GATE_UP>::UNITS && unit() * GATE_UP_ROWS + row < INTER; }
 };
-/* use(piece, its values in pairs) for each piece that there is, in a thread of its own. */
-template <class Use> INLINE void for_pieces(const Between &s, const Small &small, Use use) {
+/* Call use(piece, its values in pairs) for each piece, each in its own thread. */
+template <class Use> INLINE void for_pieces(const Between &s, const SmemState &smem, Use use) {
     for (int i = threadIdx.x; i < Piece::ALL; i += CONSUMERS) {
         const Piece piece(i);
         if (!piece.is_there(s.tokens)) continue;
-        const u16 *act = small.act[piece.turn][piece.token] + piece.row;
+        const u16 *act = smem.act[piece.round][piece.token] + piece.row;
         const uint4 words[2] = {*(const uint4 *)act, *(const uint4 *)(act + 8)};
         use(piece, (const u32 *)words);
     }
 }
 
-/* Largest magnitudes over all programs, then the codes of this one's act. */
-INLINE void quantize_act(const Between &s, Small &small) {
-    meet();
-    for_pieces(s, small, [&](const Piece &piece, const u32 *pairs) {
+/* Grid-wide amax of each token's act, then quantize this CTA's part of act. */
+INLINE void quantize_act(const Between &s, SmemState &smem) {
+    consumers_sync();
+    for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
         u32 most = 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) most = larger(most, pairs[j] & 0x7FFF7FFF);
-        atomicMax(small.own_amax + piece.token, __float_as_uint(fmaxf(low_of(most), high_of(most)))); /* ordered as the bits are */
+        atomicMax(smem.cta_amax + piece.token, __float_as_uint(fmaxf(low_of(most), high_of(most)))); /* nonnegative floats are ordered like their bits */
     });
-    meet();
-    u32 *sent = s.meetings + MEETINGS;
+    consumers_sync();
+    u32 *sent = s.grid_barriers + GRID_BARRIERS;
     if (threadIdx.x < TOKENS)
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(sent + blockIdx.x * TOKENS + threadIdx.x), "r"(small.own_amax[threadIdx.x] | IS_THERE) : "memory");
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(sent + blockIdx.x * TOKENS + threadIdx.x), "r"(smem.cta_amax[threadIdx.x] | IS_THERE) : "memory");
     constexpr int QUADS = TOKENS / 4, AT_A_TIME = CONSUMERS / QUADS;
-    const int quad = threadIdx.x % QUADS, program = threadIdx.x / QUADS;
-    uint4 theirs[up(PROGRAMS, AT_A_TIME)], all = {};
+    const int quad = threadIdx.x % QUADS, cta = threadIdx.x / QUADS;
+    uint4 others[up(CTAS, AT_A_TIME)], all = {};
     do {
         all.x = all.y = all.z = all.w = IS_THERE;
 #pragma unroll
-        for (int i = 0; i < up(PROGRAMS, AT_A_TIME); i++)
-            if (program + i * AT_A_TIME < PROGRAMS) theirs[i] = look_at_four(sent + (program + i * AT_A_TIME) * TOKENS + quad * 4);
+        for (int i = 0; i < up(CTAS, AT_A_TIME); i++)
+            if (cta + i * AT_A_TIME < CTAS) others[i] = look_at_four(sent + (cta + i * AT_A_TIME) * TOKENS + quad * 4);
 #pragma unroll
-        for (int i = 0; i < up(PROGRAMS, AT_A_TIME); i++)
-            if (program + i * AT_A_TIME < PROGRAMS) all.x &= theirs[i].x, all.y &= theirs[i].y, all.z &= theirs[i].z, all.w &= theirs[i].w;
+        for (int i = 0; i < up(CTAS, AT_A_TIME); i++)
+            if (cta + i * AT_A_TIME < CTAS) all.x &= others[i].x, all.y &= others[i].y, all.z &= others[i].z, all.w &= others[i].w;
     } while (!((all.x & all.y & all.z & all.w) >> 31));
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         u32 largest = 0;
 #pragma unroll
-        for (int i = 0; i < up(PROGRAMS, AT_A_TIME); i++)
-            if (program + i * AT_A_TIME < PROGRAMS) largest = max(largest, ((const u32 *)&theirs[i])[j] & ~IS_THERE);
+        for (int i = 0; i < up(CTAS, AT_A_TIME); i++)
+            if (cta + i * AT_A_TIME < CTAS) largest = max(largest, ((const u32 *)&others[i])[j] & ~IS_THERE);
 #pragma unroll
         for (int i = QUADS; i < 32; i *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, i));
-        if (threadIdx.x % 32 < QUADS) atomicMax(small.amax + quad * 4 + j, largest);
+        if (threadIdx.x % 32 < QUADS) atomicMax(smem.amax + quad * 4 + j, largest);
     }
-    meet();
+    consumers_sync();
     if (threadIdx.x < TOKENS) {
-        const float scale = fmaxf(__uint_as_float(small.amax[threadIdx.x]) / LIMIT, FLOOR);
-        small.scale[threadIdx.x] = scale, small.inverse[threadIdx.x] = 1.0f / scale;
+        const float scale = fmaxf(__uint_as_float(smem.amax[threadIdx.x]) / LIMIT, FLOOR);
+        smem.scale[threadIdx.x] = scale, smem.inverse[threadIdx.x] = 1.0f / scale;
     }
-    meet();
-    for_pieces(s, small, [&](const Piece &piece, const u32 *pairs) {
-        const float by = small.inverse[piece.token];
+    consumers_sync();
+    for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
+        const float by = smem.inverse[piece.token];
         u32 c[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -249,41 +249,41 @@ INLINE void quantize_act(const Between &s, Small &small) {
         }
         *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.unit() * GATE_UP_ROWS + piece.row)) = uint4{c[0], c[1], c[2], c[3]};
     });
-    meet();
-    if (threadIdx.x == 0) come(s.meetings + ready(DOWN));
+    consumers_sync();
+    if (threadIdx.x == 0) signal(s.grid_barriers + ready(DOWN));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(const __grid_constant__ Between s) {
     extern __shared__ u8 memory[];
     u8 *ring = memory + (-address(memory) & 1023), *inputs = ring + RING;
-    Small &small = *(Small *)(inputs + INPUTS * FETCHED * INPUT);
+    SmemState &smem = *(SmemState *)(inputs + INPUTS * FETCHED * INPUT);
     if (threadIdx.x == 0) {
         for (int i = 0; i < BOXES + INPUTS; i++) {
-            const u64 *full = i < BOXES ? small.full + i : small.input_full + i - BOXES;
-            const u64 *empty = i < BOXES ? small.empty + i : small.input_empty + i - BOXES;
+            const u64 *full = i < BOXES ? smem.full + i : smem.input_full + i - BOXES;
+            const u64 *empty = i < BOXES ? smem.empty + i : smem.input_empty + i - BOXES;
             init<1>(full);
             init<WARPS>(empty);
         }
-        show_barriers();
+        fence_barrier_init();
     }
-    if (threadIdx.x < TOKENS) small.own_amax[threadIdx.x] = small.amax[threadIdx.x] = 0;
+    if (threadIdx.x < TOKENS) smem.cta_amax[threadIdx.x] = smem.amax[threadIdx.x] = 0;
     __syncthreads();
     if (threadIdx.x == CONSUMERS) {
-        Asker asker;
-        asker.ask<O>(s, ring, small);
-        asker.ask<GATE_UP>(s, ring, small);
-        asker.ask<DOWN>(s, ring, small);
-        if (s.next_norm) asker.ask<NEXT_QKV>(s, ring, small);
+        WeightProducer weight_producer;
+        weight_producer.produce<O>(s, ring, smem);
+        weight_producer.produce<GATE_UP>(s, ring, smem);
+        weight_producer.produce<DOWN>(s, ring, smem);
+        if (s.next_norm) weight_producer.produce<NEXT_QKV>(s, ring, smem);
     } else if (threadIdx.x == CONSUMERS + 32) {
-        wait_for_earlier_kernels();
-        Fetcher fetcher;
-        fetcher.fetch<O>(s, inputs, small);
-        fetcher.fetch<GATE_UP>(s, inputs, small);
-        fetcher.fetch<DOWN>(s, inputs, small);
-        if (s.next_norm) fetcher.fetch<NEXT_QKV>(s, inputs, small);
+        wait_on_dependent_grids();
+        InputProducer input_producer;
+        input_producer.fetch<O>(s, inputs, smem);
+        input_producer.fetch<GATE_UP>(s, inputs, smem);
+        input_producer.fetch<DOWN>(s, inputs, smem);
+        if (s.next_norm) input_producer.fetch<NEXT_QKV>(s, inputs, smem);
     }
     if (threadIdx.x >= CONSUMERS) return;
-    wait_for_earlier_kernels();
+    wait_on_dependent_grids();
     Consumer consumer;
     const bool has_token = blockIdx.x < s.tokens;
     auto keep_share = [&](int, int, int split, bool inside, int row, int token, float (&y)[1][2]) {
@@ -292,27 +292,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
             if (inside && token + c < s.tokens) s.parts[((i64)split * TOKENS + token + c) * HIDDEN + row] = y[0][c];
     };
     auto share_done = [&](int product) {
-        meet();
-        if (threadIdx.x == 0) come(s.meetings + done(product));
+        consumers_sync();
+        if (threadIdx.x == 0) signal(s.grid_barriers + done(product));
     };
-    if (has_token) prepare(s, O, small);
-    product<O>(s, consumer, ring, inputs, small, keep_share);
+    if (has_token) prepare(s, O, smem);
+    product<O>(s, consumer, ring, inputs, smem, keep_share);
     share_done(O);
-    if (has_token) prepare(s, GATE_UP, small);
-    product<GATE_UP>(s, consumer, ring, inputs, small, [&](int turn, int v, int, bool inside, int, int token, float (&y)[2][2]) {
+    if (has_token) prepare(s, GATE_UP, smem);
+    product<GATE_UP>(s, consumer, ring, inputs, smem, [&](int round, int v, int, bool inside, int, int token, float (&y)[2][2]) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const float gate = rounded(y[0][c]);
             const u32 act = narrow(rounded(__fdividef(gate, 1.0f + __expf(-gate))) * rounded(y[1][c]));
-            if (inside) small.act[turn][token + c][own_row() + v % 2 * 8] = act;
+            if (inside) smem.act[round][token + c][thread_row() + v % 2 * 8] = act;
         }
     });
-    quantize_act(s, small);
-    product<DOWN>(s, consumer, ring, inputs, small, keep_share);
+    quantize_act(s, smem);
+    product<DOWN>(s, consumer, ring, inputs, smem, keep_share);
     share_done(DOWN);
-    if (has_token) prepare(s, NEXT_QKV, small);
+    if (has_token) prepare(s, NEXT_QKV, smem);
     if (!s.next_norm) return;
-    product<NEXT_QKV>(s, consumer, ring, inputs, small, [&](int, int, int, bool inside, int row, int token, float (&y)[1][2]) {
+    product<NEXT_QKV>(s, consumer, ring, inputs, smem, [&](int, int, int, bool inside, int row, int token, float (&y)[1][2]) {
         const float bias = QKV_BIAS && inside ? wide(__ldg(s.qkv_bias + row)) : 0;
 #pragma unroll
         for (int c = 0; c < 2; c++)

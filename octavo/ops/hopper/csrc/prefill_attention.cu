@@ -1,35 +1,36 @@
-/* Attention of many new tokens over an FP8 cache in blocks: both products in FP8 matrix instructions of a group of warps.
+/* Prefill attention over an FP8 paged cache, with both products in FP8 WGMMA.
 
-   A program stays on each multiprocessor and takes one piece of work after another, the longest first: some rows of one
-   request and KV head, a row being a token and one of the query heads that share the KV head. Three groups of warps have 64 rows
-   each. One warp asks the copy engine for what they need, as far ahead as shared memory holds: the queries of the next piece, and
-   keys and values straight from the cache's blocks, which all groups share.
+   A persistent CTA on each SM takes one work item (piece) after another, longest first: some rows of one request and KV
+   head; a row is a token and one of the query heads of the KV head (GQA packing). Three consumer warpgroups compute 64 rows
+   each. A producer warp issues loads as far ahead as shared memory allows: the queries of the next piece, and by TMA keys
+   and values directly from the cache's blocks, which all warpgroups share.
 
-   Queries are rounded to FP8 with a scale a row. Probabilities become codes in the threads that hold them: those hold a row's sums
-   in another order than an FP8 operand's, so the copy engine lays the keys out in that order. What the matrix unit sums over 128
-   keys, with about 14 bits, is added up in FP32 (online softmax: Milakov and Gimelshein, 2018; Dao et al., 2022). */
+   Queries are quantized to FP8 with one scale per row. Probabilities are quantized in the threads that hold them: the
+   accumulator's register layout differs from an FP8 operand's, so TMA places the keys in the matching order. The tensor
+   core's sum over 128 keys, which has about 14 bits, is accumulated in FP32 (online softmax: Milakov and Gimelshein, 2018;
+   Dao et al., 2022). */
 
 #include "types.cuh"
 
-/* Rows of one request: from query head `skip` of its KV head's on, of the token whose row of q and position are these. */
+/* Rows of one request: they begin at query head `skip` of the KV head, of the token with this row of q and this position. */
 struct Tile { int request, token, position, skip, rows; };
 
 struct Prefill {
     Map keys, values; /* boxes of a block of one head: 64 tokens by 128, 128 by 64 tokens */
     const u16 *queries; /* BF16 [tokens, kv_heads * group, 128] */
-    u16 *out; /* the same */
+    u16 *out; /* likewise */
     const int *tables; /* [requests, table_width] blocks */
-    const Tile *tiles; /* the longest contexts first */
-    u32 *taken; /* [2] zeros: pieces taken beyond the first of each program, programs that are done */
-    const float *k_scale, *v_scale; /* one each: what codes are multiplied by */
-    int table_width, pieces, kv_heads, group; /* query heads of a KV head */
-    float qk_scale; /* with log2(e) */
+    const Tile *tiles; /* longest contexts first */
+    u32 *taken; /* [2] zeros: pieces claimed beyond the first of each CTA; CTAs that are done */
+    const float *k_scale, *v_scale; /* per-layer scales of the cache */
+    int table_width, pieces, kv_heads, group; /* query heads per KV head */
+    float qk_scale; /* includes log2(e) */
 };
 
 constexpr int DIM = 128, KEYS = 128, BLOCK = 64, GROUPS = 3, ROWS = 64 * GROUPS, TILE = KEYS * DIM, STAGES = 4;
-constexpr int PLACES = 2 * BLOCK / 16; /* a block in the map of keys: 16 tokens each of its keys, then as much of its values */
+constexpr int PLACES = 2 * BLOCK / 16; /* 16-token units of a block in the tensor map: keys, then values */
 constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
-constexpr float LIMIT = 448.0f, LIFT = 7.0f; /* probabilities up to 2**7: few below the least code, none over the largest */
+constexpr float LIMIT = 448.0f, LIFT = 7.0f; /* probabilities up to 2**7: few underflow, none overflows */
 
 struct Piece { Tile tile; int kv_head, tiles; float qk_scale, v_scale; };
 struct Shared {
@@ -52,41 +53,42 @@ struct Division {
     INLINE int of(int x) const { return x * factor >> 16; }
 };
 
-/* x [64, 128] = a [64, 128] b [128, 128]^T, both of rows of 128 bytes: begun. */
+/* Issue x [64, 128] = a [64, 128] b [128, 128]^T, both with rows of 128 bytes. */
 INLINE void begin_scores(float (&x)[64], u32 a, u32 b) {
-    begin_matrices();
+    warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < 4; i++)
         asm volatile("{.reg .pred p; .reg .b64 a, b; mov.b64 a, {%64, 0x40000040}; mov.b64 b, {%65, 0x40000040}; setp.ne.b32 p, %66, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, a, b, p, 1, 1;}"
                      : OUT64(x) : "r"(descriptor(a) + 2 * i), "r"(descriptor(b) + 2 * i), "r"(i));
-    end_matrices();
+    warpgroup_commit_batch();
 }
-/* x [64, 128] = p [64, 128] v [128, 128]^T, p in registers, v two blocks of 128 rows of 64 bytes: begun. */
+/* Issue x [64, 128] = p [64, 128] v [128, 128]^T; p in registers, v two blocks of 128 rows of 64 bytes. */
 INLINE void begin_values(float (&x)[64], const u32 (&p)[16], u32 v) {
-    begin_matrices();
+    warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < 4; i++)
         asm volatile("{.reg .pred p; .reg .b64 b; mov.b64 b, {%68, 0x80000020}; setp.ne.b32 p, %69, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES64 "}, {%64, %65, %66, %67}, b, p, 1, 1;}"
                      : OUT64(x) : "r"(p[4 * i]), "r"(p[4 * i + 1]), "r"(p[4 * i + 2]), "r"(p[4 * i + 3]),
                        "r"(descriptor(v + i / 2 * (TILE / 2)) + i % 2 * 2), "r"(i));
-    end_matrices();
+    warpgroup_commit_batch();
 }
 
-/* A thread's two rows of a group's 64: 8 apart, and of each every fourth pair of columns. Value i of 64 is of row i / 2 % 2. */
+/* A thread's two rows of a warpgroup's 64: 8 apart, with every fourth pair of columns. Value i of 64 is in row i / 2 % 2. */
 struct Rows {
     float peak[2], total[2], factor[2], shrink[2];
     int position[2];
 };
 
-/* Scores become probabilities over their row's peak, times 2**LIFT, and those codes. `hidden`: some keys come after some tokens. */
+/* Online softmax: scores become probabilities relative to the row's maximum, times 2**LIFT, and then codes. `hidden`: a
+   causal mask is needed. */
 INLINE void soften(float (&s)[64], u32 (&p)[16], Rows &rows, int key, bool hidden) {
     if (hidden) {
-        const int own = key + threadIdx.x % 4 * 4; /* four adjacent keys of each 16, as the copy engine laid them out */
+        const int first_key = key + threadIdx.x % 4 * 4; /* four adjacent keys of each 16, in the order in which TMA placed them */
 #pragma unroll
         for (int i = 0; i < 64; i++)
-            if (own + i / 8 * 16 + i % 8 / 4 * 2 + i % 2 > rows.position[i / 2 % 2]) s[i] = -1e30f;
+            if (first_key + i / 8 * 16 + i % 8 / 4 * 2 + i % 2 > rows.position[i / 2 % 2]) s[i] = -1e30f;
     }
     float most[2] = {s[0], s[2]}, less[2];
 #pragma unroll
@@ -114,10 +116,10 @@ INLINE void soften(float (&s)[64], u32 (&p)[16], Rows &rows, int key, bool hidde
 }
 
 struct Consumer {
-    Place<STAGES> at;
-    Place<2> piece;
+    PipelineState<STAGES> at;
+    PipelineState<2> piece;
 
-    /* A group's queries as codes, swizzled, with their scales. Each warp has its own 16 rows. */
+    /* Quantize a warpgroup's queries: codes, swizzled, and scales. Each warp has 16 rows. */
     INLINE void round_queries(Shared &m, int group) {
         const int lane = threadIdx.x % 16;
 #pragma unroll
@@ -137,30 +139,30 @@ struct Consumer {
             *(uint2 *)(m.codes + row * DIM + ((lane / 2 ^ row) & 7) * 16 + lane % 2 * 8) = c;
             if (lane == 0) m.scale[row] = scale;
         }
-        show_matrix_unit();
+        fence_view_async_shared();
         asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
     }
 
     INLINE void run(const Prefill &s, Shared &m, int group) {
-        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; /* of the piece's; and 8 more */
+        const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; /* of the piece's rows; and the row 8 below */
         const bool leads = threadIdx.x % 32 == 0;
         const Division by_group(s.group);
         const u32 q = address(m.codes) + group * 64 * DIM;
         for (;;) {
-            const Piece &own = m.pieces[piece.at];
-            const Tile &t = own.tile;
+            const Piece &work = m.pieces[piece.at];
+            const Tile &t = work.tile;
             wait(m.full + piece.at, piece.parity);
             if (t.rows == 0) break;
             round_queries(m, group);
             if (leads) arrive(&m.empty);
-            /* tiles of keys that all of the group's rows see, that any of them sees, and that the piece has */
+            /* number of key tiles that all of the warpgroup's rows see, that any of them sees, and of the piece */
             const int first = t.skip + group * 64, end = t.skip + min(group * 64 + 64, t.rows);
             const int whole = (t.position + by_group.of(first) + 1) / KEYS, seen = first < end ? (t.position + by_group.of(end - 1)) / KEYS + 1 : 0;
             Rows rows;
             float o[64];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                rows.peak[r] = -1e30f, rows.total[r] = 0, rows.factor[r] = m.scale[row + 8 * r] * own.qk_scale;
+                rows.peak[r] = -1e30f, rows.total[r] = 0, rows.factor[r] = m.scale[row + 8 * r] * work.qk_scale;
                 rows.position[r] = t.position + by_group.of(t.skip + row + 8 * r);
             }
 #pragma unroll
@@ -171,19 +173,19 @@ struct Consumer {
                 u32 p[16];
                 wait(m.full_k + at.at, at.parity);
                 begin_scores(x, q, address(m.keys[at.at]));
-                await(x);
+                warpgroup_wait(x);
                 if (leads) arrive(m.empty_k + at.at);
                 soften(x, p, rows, j * KEYS, j >= whole);
                 wait(m.full_v + at.at, at.parity);
                 begin_values(x, p, address(m.values[at.at]));
-                await(x);
+                warpgroup_wait(x);
                 if (leads) arrive(m.empty_v + at.at);
                 at.next();
 #pragma unroll
                 for (int i = 0; i < 64; i++) o[i] = fmaf(o[i], rows.shrink[i / 2 % 2], x[i]);
             }
 #pragma unroll 1
-            for (int j = seen; j < own.tiles; j++, at.next()) {
+            for (int j = seen; j < work.tiles; j++, at.next()) {
                 wait(m.full_k + at.at, at.parity);
                 wait(m.full_v + at.at, at.parity);
                 if (leads) arrive(m.empty_k + at.at), arrive(m.empty_v + at.at);
@@ -193,10 +195,10 @@ struct Consumer {
                 float total = rows.total[r];
                 total += __shfl_xor_sync(~0u, total, 1);
                 total += __shfl_xor_sync(~0u, total, 2);
-                const float by = own.v_scale / total;
+                const float by = work.v_scale / total;
                 const int head = t.skip + row + 8 * r, token = by_group.of(head);
                 if (row + 8 * r >= t.rows) continue;
-                u16 *to = s.out + (((i64)(t.token + token) * s.kv_heads + own.kv_head) * s.group + head - token * s.group) * DIM + threadIdx.x % 4 * 2;
+                u16 *to = s.out + (((i64)(t.token + token) * s.kv_heads + work.kv_head) * s.group + head - token * s.group) * DIM + threadIdx.x % 4 * 2;
 #pragma unroll
                 for (int i = 0; i < 16; i++) *(u32 *)(to + 8 * i) = narrow_two(o[4 * i + 2 * r] * by, o[4 * i + 2 * r + 1] * by);
             }
@@ -205,7 +207,7 @@ struct Consumer {
     }
 };
 
-/* The keys of a block: 16 tokens at a time in the order of a thread's sums, tokens 4t + 2i + e at 8i + 2t + e. */
+/* TMA loads of a block's keys, 16 tokens at a time in accumulator order: tokens 4t + 2i + e at 8i + 2t + e. */
 INLINE void copy_keys(u32 to, const Map &map, int column, int place, const u64 *barrier) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %3, %4}], [%5];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(0), "r"(place), "r"(address(barrier)) : "memory");
@@ -215,11 +217,11 @@ INLINE void copy_values(u32 to, const Map &map, int row, int block, const u64 *b
                  ::"r"(to), "l"(&map), "r"(0), "r"(row), "r"(block), "r"(address(barrier)) : "memory");
 }
 
-/* One warp says what the next piece is and fetches its queries; its first thread fetches keys and values. */
-INLINE void ask(const Prefill &s, Shared &m) {
-    Place<STAGES> at;
-    Place<2> piece;
-    Place<1> emptied; /* of the queries */
+/* The producer warp claims pieces and loads their queries; its first thread issues the TMA loads of keys and values. */
+INLINE void produce(const Prefill &s, Shared &m) {
+    PipelineState<STAGES> at;
+    PipelineState<2> piece;
+    PipelineState<1> emptied; /* release of the queries' buffer */
     const int lane = threadIdx.x % 32;
     const Division by_group(s.group);
     for (int which = blockIdx.x;; piece.next(), emptied.next()) {
@@ -261,7 +263,7 @@ INLINE void ask(const Prefill &s, Shared &m) {
     if (lane) return;
     m.pieces[piece.at].tile.rows = 0;
     arrive(m.full + piece.at);
-    if (atomicAdd(s.taken + 1, 1) == gridDim.x - 1) s.taken[0] = s.taken[1] = 0; /* for the next launch */
+    if (atomicAdd(s.taken + 1, 1) == gridDim.x - 1) s.taken[0] = s.taken[1] = 0; /* reset for the next launch */
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const __grid_constant__ Prefill s) {
@@ -270,13 +272,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) init<1>(m.full_k + i), init<GROUPS * 4>(m.empty_k + i), init<1>(m.full_v + i), init<GROUPS * 4>(m.empty_v + i);
         init<1>(m.full), init<1>(m.full + 1), init<GROUPS * 4>(&m.empty);
-        show_barriers();
+        fence_barrier_init();
     }
     __syncthreads();
-    wait_for_earlier_kernels();
+    wait_on_dependent_grids();
     if (group == GROUPS) { /* 65,536 registers in all */
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x / 32 == GROUPS * 4) ask(s, m);
+        if (threadIdx.x / 32 == GROUPS * 4) produce(s, m);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
         Consumer().run(s, m, group);

@@ -1,8 +1,8 @@
-/* Numbers, loads, barriers and copies: what CUDA C++ says in assembly. Included by all kernels. */
+/* PTX wrappers: conversions, loads, mbarriers and bulk copies. Included by all kernels. */
 #define INLINE __device__ __forceinline__
 
 INLINE float wide(u32 bf16) { return __uint_as_float(bf16 << 16); }
-INLINE float low_of(u32 two) { return wide(two & 0xFFFF); } /* of two BF16 */
+INLINE float low_of(u32 two) { return wide(two & 0xFFFF); } /* of two packed BF16 */
 INLINE float high_of(u32 two) { return __uint_as_float(two & 0xFFFF0000); }
 INLINE u32 narrow(float x) { /* to BF16, ties to even */
     u16 y;
@@ -14,9 +14,9 @@ INLINE u32 narrow_two(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-INLINE u32 times(u32 a, u32 b) { /* of two BF16 each */
+INLINE u32 times(u32 a, u32 b) { /* of two packed BF16 each */
     u32 y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u)); /* minus zero leaves a zero's sign */
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u)); /* -0 keeps a zero's sign */
     return y;
 }
 INLINE u32 larger(u32 a, u32 b) {
@@ -44,7 +44,7 @@ INLINE void values_of(u32 codes, float (&out)[4]) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[2]), "=f"(out[3]) : "r"(high));
 }
 
-/* What other programs wrote in this launch is read from the cache that all share. */
+/* Load from L2 what other CTAs wrote in this launch; L1 is not coherent. */
 INLINE uint4 shared_load(const void *p) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
@@ -65,7 +65,7 @@ INLINE u16 shared_load(const u16 *p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
     return v;
 }
-/* Two BF16 values and the number that says which phase they are of, written and read at once. */
+/* A flagged packet: two BF16 values and a 32-bit phase number, written and read atomically (as in NCCL's LL protocol). */
 INLINE void send(u64 *to, u32 values, u32 number) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)number << 32 | values) : "memory");
 }
@@ -79,7 +79,7 @@ INLINE ulonglong2 look_at_two(const u64 *from) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
     return v;
 }
-/* Four words that other programs may be writing: unlike shared_load, as they are now. */
+/* Four words that other CTAs may be writing concurrently: unlike shared_load, a relaxed load of their current values. */
 INLINE uint4 look_at_four(const u32 *from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
@@ -90,7 +90,7 @@ INLINE bool is_there(u64 sent, u32 number) { return (int)((u32)(sent >> 32) - nu
 INLINE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 INLINE u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-/* A program's, from the first multiple of 1,024 on: swizzled boxes begin there. */
+/* The CTA's dynamic shared memory, aligned to 1,024 bytes as swizzled boxes require. */
 template <class Shared> INLINE Shared &shared_memory() {
     extern __shared__ u8 raw[];
     return *(Shared *)(raw + (1024 - address(raw) % 1024) % 1024);
@@ -104,14 +104,14 @@ INLINE void wait(const u64 *barrier, u32 parity) {
 template <int ARRIVALS> INLINE void init(const u64 *barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "n"(ARRIVALS) : "memory");
 }
-INLINE void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); } /* the copy engine, once they are made */
-INLINE void expect(const u64 *barrier, u32 bytes) { /* and arrive */
+INLINE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); } /* visible to TMA */
+INLINE void expect(const u64 *barrier, u32 bytes) { /* arrive and expect bytes */
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
 INLINE void arrive(const u64 *barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory"); }
-/* A count of programs in the cache that all share: what each wrote before it came is there for whoever has seen it. */
-INLINE void come(u32 *counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
-INLINE u32 come_as(u32 *counter) { /* how many came before; what they wrote is there */
+/* Grid-wide counter in L2 with release semantics: what a CTA wrote before is visible to whoever has seen its arrival. */
+INLINE void signal(u32 *counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+INLINE u32 signal_and_count(u32 *counter) { /* number of earlier arrivals; acquires their writes */
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
@@ -121,17 +121,17 @@ INLINE u32 arrived(const u32 *counter) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     return seen;
 }
-INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* all warps but those that ask */
+INLINE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); } /* consumer warps only */
 
 INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                  "r"(full) : "memory");
 }
-INLINE void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-INLINE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+INLINE void launch_dependent_grids() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+INLINE void wait_on_dependent_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-/* A place in a ring of barriers. */
-template <int SIZE> struct Place {
+/* Position in a ring of mbarriers, as CUTLASS's PipelineState. */
+template <int SIZE> struct PipelineState {
     int at = 0;
     u32 parity = 0;
     INLINE void next() {

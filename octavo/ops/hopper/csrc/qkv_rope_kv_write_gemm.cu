@@ -1,6 +1,6 @@
-/* Queries, keys and values of many tokens: the product by the weight, then what lies between it and attention. Heads of queries
-   and keys may be normed, are rotated (dimension i with i + 64, by the cosine and sine of the token's row) and, as values are,
-   written: queries as BF16, keys and values as e4m3 into their tokens' slots of a cache in blocks.
+/* The QKV GEMM for many tokens with the following ops as its epilogue. Query and key heads are optionally normed, then
+   rotated (dimension i with i + 64, by the token's cosine and sine). Queries are written as BF16, keys and values as e4m3
+   into their tokens' slots of a paged cache.
 
    A tile is HALF / 64 heads of 128 rows of the weight. */
 
@@ -11,18 +11,19 @@ struct Qkv {
     Product product;
     Map queries; /* BF16 [tokens, q_heads * 128] in boxes of 16 tokens by 64 values */
     const float *by_token, *by_row;
-    const u16 *q_norm, *k_norm; /* BF16 [128]; null: none */
+    const u16 *q_norm, *k_norm; /* BF16 [128], or null */
     const float *cos_sin; /* [rows, 128], cosines first */
     const i64 *rotary_rows, *slots; /* a slot is 64 * block + offset */
     u8 *cache; /* [blocks, 2, kv_heads * 64 * 128]: keys [64, kv_heads, 128], values [kv_heads, 128, 64] */
-    const float *k_scale, *v_scale; /* one each: what the cache's codes are multiplied by */
+    const float *k_scale, *v_scale; /* per-layer scales of the cache */
     int q_heads, kv_heads;
     float eps;
 };
 
 constexpr int DIM = 128, BLOCK = 64;
 
-/* Of a head of 16 tokens a thread has two rows 8 apart: dimensions 8i + 2t + e of row 8r are y[4i + 2r + e], t its place in four. */
+/* Register layout of a head of 16 tokens: a thread has two rows 8 apart. Dimension 8i + 2t + e of row 8r is y[4i + 2r + e];
+   t is the thread's index in its quad. */
 INLINE void norm(float *y, const u16 *gains, float eps) {
     float by[2] = {0, 0};
 #pragma unroll
@@ -40,7 +41,7 @@ INLINE void norm(float *y, const u16 *gains, float eps) {
         for (int r = 0; r < 2; r++) y[4 * i + 2 * r] *= by[r] * low_of(gain), y[4 * i + 2 * r + 1] *= by[r] * high_of(gain);
     }
 }
-INLINE void turn(float *y, const float2 (&cosines)[2][8], const float2 (&sines)[2][8]) {
+INLINE void rotate(float *y, const float2 (&cosines)[2][8], const float2 (&sines)[2][8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
@@ -52,7 +53,7 @@ INLINE void turn(float *y, const float2 (&cosines)[2][8], const float2 (&sines)[
             high[0] = high[0] * cosine.x + a * sine.x, high[1] = high[1] * cosine.y + b * sine.y;
         }
 }
-INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0; } /* the cache holds no other */
+INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0; } /* the cache holds finite values only */
 INLINE u32 two_codes(const float *y, float by) { return codes_of(finite(y[0]) * by, finite(y[1]) * by); }
 
 INLINE void write_queries(const Map &map, Out &out, const float *y, int token, int head) {
@@ -63,13 +64,13 @@ INLINE void write_queries(const Map &map, Out &out, const float *y, int token, i
         for (int j = 0; j < 4; j++) two[j] = narrow_two(y[4 * i + 2 * j], y[4 * i + 2 * j + 1]);
         put(out[i / 8], i % 8, two);
     }
-    show_matrix_unit();
+    fence_view_async_shared();
     __syncwarp();
     if (threadIdx.x % 32) return;
     store_box(map, head * DIM * 2, token, out[0]), store_box(map, head * DIM * 2 + 128, token, out[1]);
     end_stores();
 }
-/* 16 bytes at a time, of a row of keys; 16-byte parts lie swizzled in between, that rows do not meet in a bank. */
+/* Store a row of keys, 16 bytes at a time; the staging buffer is swizzled to avoid bank conflicts between rows. */
 INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
     const int lane = threadIdx.x % 32;
     const float by = __frcp_rn(__ldg(s.k_scale));
@@ -89,7 +90,7 @@ INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int toke
     }
     __syncwarp();
 }
-/* 16 tokens of a dimension at a time, which mostly lie side by side in the cache. */
+/* Store 16 tokens of a dimension of values at a time; they are mostly contiguous in the cache. */
 INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
     const int lane = threadIdx.x % 32;
     const float by = __frcp_rn(__ldg(s.v_scale));
@@ -115,7 +116,7 @@ INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int to
     __syncwarp();
 }
 
-/* Where it stands: cosines and sines are asked for before a tile's products and are there after them. */
+/* Cosines and sines are loaded before a tile's mainloop, so that they have arrived by the epilogue. */
 INLINE float2 load_two(const float *p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
@@ -134,9 +135,9 @@ struct End {
         slot = s.slots[min(token + lane % 16, last)];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int own = min(token + lane / 4 + 8 * r, last);
-            by[r] = s.by_token[own];
-            const float *of = s.cos_sin + s.rotary_rows[own] * DIM + lane % 4 * 2;
+            const int clamped = min(token + lane / 4 + 8 * r, last);
+            by[r] = s.by_token[clamped];
+            const float *of = s.cos_sin + s.rotary_rows[clamped] * DIM + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < 8; i++) cosines[r][i] = load_two(of + 8 * i), sines[r][i] = load_two(of + 64 + 8 * i);
         }
@@ -161,7 +162,7 @@ struct End {
                 continue;
             }
             if (s.q_norm) norm(y, kv_head < 0 ? s.q_norm : s.k_norm, s.eps);
-            turn(y, cosines, sines);
+            rotate(y, cosines, sines);
             if (kv_head < 0) write_queries(s.queries, out, y, token, head);
             else write_keys(s, (u8 *)out, y, slot, s.product.tokens - token, kv_head);
         }
