@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import cases
 
 from octavo.cli import _with_dashes, engine_config, main, make_parser
 from octavo.config import EngineConfig, config_fields, flag_of
@@ -36,7 +37,7 @@ def test_every_field_has_its_flag() -> None:
         assert flag_of(field.name) in parser._option_string_actions
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "name", "value"),
     [
         ("M", "model", "M"),
@@ -55,7 +56,7 @@ def test_flags(line: str, name: str, value: object) -> None:
     assert getattr(parse(line)[1], name) == value
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "code", "sentence"),
     [
         ("sevre", 2, "octavo: 'sevre' is not a command; did you mean serve (see octavo --help)"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from cases import cases
 from server.api_client import Client
 
 from octavo.demo import MODEL_DIR
@@ -36,9 +37,7 @@ def test_completion_has_openais_shape(client: Client) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str
-)
+@cases(("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str)
 def test_prompt_forms(client: Client, prompt: Any, choices: int) -> None:
     answer = client.complete(prompt=prompt, n=2, max_tokens=2)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * choices))
@@ -255,7 +254,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=str)
+@cases(("path", "body", "status", "param"), BAD, ids=str)
 def test_bad_requests_get_one_sentence(client: Client, path: str, body: Any, status: int, param: str | None) -> None:
     for more in ({}, {"stream": True}) if path.startswith("/v1/c") and "stream" not in body else ({},):
         response = client.request("POST", path, content=json.dumps({**body, **more}))
@@ -270,7 +269,7 @@ def test_bad_requests_get_one_sentence(client: Client, path: str, body: Any, sta
     assert client.complete()["choices"]  # the server lives on
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b"1" * 10_000])
+@cases("body", [b"", b"nonsense", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b"1" * 10_000])
 def test_nonsense_json(client: Client, body: bytes) -> None:
     response = client.request("POST", COMPLETIONS, content=body)
     assert response.status_code == 400
@@ -280,7 +279,7 @@ def test_nonsense_json(client: Client, body: bytes) -> None:
 HALF = "\ud800\n\x1b[31m"
 
 
-@pytest.mark.parametrize(
+@cases(
     ("path", "body"),
     [
         *((path, {"model": HALF, "prompt": "a", "messages": [USER]}) for path in (COMPLETIONS, CHAT, "/tokenize")),

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cases import cases
 from server.processes import Server
 
 CEILING = 2.0  # seconds; on an idle machine the longest wait is some tens of milliseconds
@@ -80,7 +81,7 @@ def bystander() -> Iterator[Bystander]:
     server.stop()
 
 
-@pytest.mark.parametrize("name", HUGE)
+@cases("name", HUGE)
 def test_the_next_token_is_not_late(bystander: Bystander, name: str) -> None:
     path, body = HUGE[name]
     content = body if isinstance(body, str) else json.dumps(body)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from cases import cases
 from server.processes import Server
 
 from octavo.cli import main
@@ -65,7 +66,7 @@ def test_without_fp8_units_fp8_is_computed_in_the_other_dtype() -> None:
     assert slow == pytest.approx((20e6 + 4 * 20000 * 20001 / 2) / 100 + 0.5)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "output_rate", "within"),
     # Worked out by others for one H200. D's, 92,000, leaves attention's operations out: 7 of 100.
     [("A", 62_000 / 3, 0.03), ("B", 8_200, 0.03), ("C", 527, 0.01), ("F", 1_600, 0.01), ("D", 92_000 / 4096, 0.07)],
@@ -142,7 +143,7 @@ def test_costs_of_latents_and_sparse_attention() -> None:
     assert one.decode == pytest.approx(2 * step / 1e12, rel=1e-3)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("shape", "parameters"),  # as the models' cards count them
     [
         ("llama-3.1-8b", 8_030_261_248),
@@ -382,7 +383,7 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
+@cases(
     ("kernel", "role"),
     [
         ("_norm_quant", "norm"),
@@ -510,7 +511,7 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "code", "sentence"),
     [
         ("", 2, "the following arguments are required: MODE"),

@@ -1,6 +1,8 @@
-"""Thousands of requests that nobody should send, at a real server: none kills it, none stops another client's stream.
+"""Requests that nobody should send, hundreds of them, at a real server: none kills it, none stops another client's stream.
 
-A failure names its seed; FUZZ_SEED runs that one again, FUZZ_REQUESTS and FUZZ_SECONDS more of them.
+They are the same in each run. FUZZ_SEED makes others, FUZZ_REQUESTS and FUZZ_SECONDS more of them:
+
+    FUZZ_SEED=$RANDOM FUZZ_REQUESTS=30000 FUZZ_SECONDS=600 python -m pytest -s tests/server/fuzz
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from octavo.server.parsers.token_calls import TOKEN_FORMS
 from octavo.server.parsers.tools import PARSERS
 from octavo.server.parsers.xml_forms import FORMS
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "3000"))
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "35"))  # after which no further request is sent: a machine may be busy
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "120"))  # after which no further request is sent: a machine may be busy
 CEILING = 2.0  # seconds that the bystander ever waits for a token
 CLIENTS = 2
 FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--threads", "1", "--cpu-kv-cache-gib", "0.1")
@@ -68,7 +70,7 @@ def fault(status: int, body: bytes) -> str | None:
 
 
 def test_fuzz() -> None:
-    seed = int(os.environ.get("FUZZ_SEED", random.randrange(2**32)))
+    seed = int(os.environ.get("FUZZ_SEED", "9"))
     print(f"FUZZ_SEED={seed}")
     calls, thinking = (random.Random(seed).choice(names) for names in ([*PARSERS, *FORMS, *TOKEN_FORMS], [*REASONING_PARSERS]))
     server = Server(*FLAGS, "--tool-call-parser", calls, "--reasoning-parser", thinking)
