@@ -86,11 +86,11 @@ class Engine:
         self.script = None  # request id -> tokens that the model is made to say
         self.flight = deque()  # steps that were launched and not taken: schedule, tokens by request id
 
-    def add(self, prompt, script=None, **params):
+    def add(self, prompt, script=None, salt=None, **params):
         params = SamplingParams(**params)
         name = f"r{self.arrivals}"
         self.arrivals += 1
-        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS))
+        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS, cache_salt=salt))
         self.tracks[name] = self.live[name] = Track(request, list(prompt), params)
         if script is not None:
             self.script = {**(self.script or {}), name: script}
@@ -559,6 +559,15 @@ def test_prompt_logprobs_need_every_position():
     assert (schedule.prefix_queries, schedule.prefix_hits) == (0, 0)
 
 
+def test_requests_of_different_salts_share_nothing():
+    engine = Engine()
+    hits = []
+    for salt in (None, "a", "b", "a", None):
+        engine.add(range(10), salt=salt, max_tokens=1)
+        hits.append(engine.step()[0].prefix_hits)
+    assert hits == [0, 0, 0, 8, 8]
+
+
 def test_caching_can_be_off():
     engine = Engine(caching=False)
     for _ in range(2):
@@ -634,6 +643,16 @@ def test_no_ahead_step_takes_memory_from_a_running_request():
     assert (engine.waited, engine.preemptions) == (1, 1)
     engine.drain(ahead=True)
     assert [engine.tokens(name) for name in ("r0", "r1")] == [[5] * 4, [6] * 4]
+
+
+def test_a_request_that_waits_for_its_last_token_wants_no_memory():
+    engine = Engine(num_blocks=3, caching=False)
+    engine.add([1] * 3, script=[5] * 9, max_tokens=2)
+    engine.add([2] * 3, script=[6] * 9, max_tokens=3)
+    launched = [items(engine.launch()) for _ in range(3)]
+    assert launched[1:] == [[("r0", 3, 1, True), ("r1", 3, 1, True)], [("r1", 4, 1, True)]]  # with the last free block
+    while engine.flight:
+        engine.take()
 
 
 def test_a_block_is_not_cached_before_its_last_token_is_known():

@@ -61,7 +61,7 @@ def test_a_dense_weight_is_not_padded() -> None:
 
 
 @schemes
-@cases("heights", [(128, 256, 64), (130, 7, 128), (1, 1, 1), (64, 64), (200,), (1, 127, 130)], ids=str)
+@cases("heights", [(128, 256, 64), (130, 7, 128), (1, 1, 1), (64, 64), (200,), (1, 127, 130), (64, 128)], ids=str)
 @cases("k", [100, 300])
 def test_a_stack_keeps_every_matrix(scheme: Scheme, heights: tuple[int, ...], k: int, seed: int) -> None:
     parts = [quantize(torch.randn(n, k) * 10**i, scheme) for i, n in enumerate(heights)]

@@ -69,12 +69,14 @@ def test_huge_and_tiny_weights(size: float, scheme: Scheme, fmt: Format, seed: i
 
 
 @schemes
-def test_weights_too_small_for_a_scale_become_zeros(scheme: Scheme) -> None:
-    w = torch.full((3, 5), 1e-43)
-    w[0, 0] = 0.0
-    q = quantize(w, scheme)
-    assert dequantize(q).abs().max() <= 1e-43
-    assert torch.isfinite(q.data.float()).all()
+def test_weights_too_small_for_a_scale_stay_numbers(scheme: Scheme) -> None:
+    """Or, where the scale is FP32's smallest number and still too small for them, the largest codes."""
+    for size in (1e-43, 8e-43):
+        w = torch.full((3, 5), size)
+        w[0, 0] = 0.0
+        q = quantize(w, scheme)
+        assert dequantize(q).abs().max() <= w.max()
+        assert torch.isfinite(q.data.float()).all()
 
 
 @formats

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import torch
 from cases import cases
 from server.processes import Server
 
+from bench.ops.__main__ import main as bench_ops
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -39,6 +39,13 @@ BY_HAND = Costs(
     fp8_operations=1000, plain_operations=0, head_operations=50, kv_fp8=True,
 )  # fmt: skip
 ON = Ceilings(bandwidth=10, fp8=1000, plain=100)
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy and a product that take no time: no test asks how fast this machine is."""
+    monkeypatch.setattr(ceilings, "COPY_BYTES", (1 << 30, 1 << 22))
+    monkeypatch.setattr(ceilings, "SIDE", (8192, 128))
 
 
 @pytest.mark.parametrize(
@@ -489,12 +496,13 @@ def test_what_a_server_is_asked() -> None:
     assert all(wanted.items() <= body.items() for body in asked)
 
 
-def test_the_bench_of_ops(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.ops", "attention", "--device", "cpu", "--shape", "decode 1 x 1024", "--json"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(tmp_path / "ops.json")], cwd=root, capture_output=True, text=True, check=True)
+def test_the_bench_of_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["attention", "--device", "cpu", "--shape", "decode 1 x 1024", "--json", str(tmp_path / "ops.json")]
+    monkeypatch.setattr(sys, "argv", ["bench.ops", *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process
+    bench_ops()
     (row,) = json.loads((tmp_path / "ops.json").read_text())["ops"]
-    assert "decode 1 x 1024" in done.stdout
+    assert "decode 1 x 1024" in capsys.readouterr().out
     assert row["gb_s"] * row["us"] * 1e3 == pytest.approx(2 * 1024 * 8 * 128 + 2 * 2 * 32 * 128)  # codes read, q and o
     assert row["tflops"] * row["us"] * 1e6 == pytest.approx(4 * 1024 * 32 * 128)
     assert row["of_library"] == pytest.approx(row["library_us"] / row["us"])
