@@ -492,6 +492,20 @@ def test_preemption_with_a_prefix_cache_loses_little():
     engine.check_results()
 
 
+def test_a_preempted_request_that_sits_out_keeps_its_place():
+    engine = Engine(num_blocks=3, block_size=2, caching=False)
+    for token in (1, 2, 3):
+        engine.add([token], script=[5] * 9, max_tokens=4)
+    for _ in engine.until_idle():
+        engine.step()
+        if "r0" not in engine.live:
+            break
+    assert engine.preemptions == 1
+    assert engine.scheduler.schedule({"r1"}).items == []  # nor does r2 go before it, though all memory is free
+    assert items(engine.step()[0])[0][:2] == ("r1", 0)
+    engine.drain()
+
+
 # The prefix cache
 
 
