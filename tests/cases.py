@@ -83,7 +83,7 @@ def _looped(test: Test, lists: list[list[Case]]) -> Test:
         if failed:
             raise BaseExceptionGroup(f"{len(failed)} of {len(every)} cases failed", failed)
         if skipped:
-            pytest.skip(f"{skipped[0]} ({len(skipped)} of {len(every)} cases)")
+            raise pytest.skip.Exception(f"{skipped[0]} ({len(skipped)} of {len(every)} cases)")
 
     del run.__wrapped__  # type: ignore[attr-defined]  # pytest would ask for the arguments of the cases
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]

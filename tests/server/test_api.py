@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def test_completion_has_openais_shape(client: Client) -> None:
 
 
 @cases(("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str)
-def test_prompt_forms(client: Client, prompt: Any, choices: int) -> None:
+def test_prompt_forms(make_client: Callable[..., Client], prompt: Any, choices: int) -> None:
+    client = make_client()
     answer = client.complete(prompt=prompt, n=2, max_tokens=2)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * choices))
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}

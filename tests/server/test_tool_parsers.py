@@ -358,7 +358,8 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput("lark", 'start: "a"')),
     ],
 )
-def test_structured_output(client: Client, body: dict[str, Any], expected: StructuredOutput | None) -> None:
+def test_structured_output(make_client: Callable[..., Client], body: dict[str, Any], expected: StructuredOutput | None) -> None:
+    client = make_client()
     client.complete(**body)
     client.chat(**body)
     assert [params.structured for _, params, _ in client.engine.calls] == [expected, expected]

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import Any
 
 from server.fuzz.generator import Generator, Sent
-from server.processes import Server
+from server.processes import Server, slowness
 
 from bench.bystander import Bystander
 from octavo.server.parsers.reasoning import REASONING_PARSERS
@@ -27,7 +27,7 @@ from octavo.server.parsers.xml_forms import FORMS
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "120"))  # after which no further request is sent: a machine may be busy
-CEILING = 2.0  # seconds that the bystander ever waits for a token
+CEILING = 2.0  # seconds that the bystander ever waits for a token, where nothing else runs
 CLIENTS = 2
 FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--threads", "1", "--cpu-kv-cache-gib", "0.1")
 
@@ -80,7 +80,7 @@ def test_fuzz() -> None:
         log: list[tuple[float, float, Sent]] = []
         bystander = Bystander(server.port)
         time.sleep(1)  # for its stream to be under way
-        start = time.perf_counter()
+        start, slow = time.perf_counter(), slowness()
 
         def client(number: int) -> None:
             generator = Generator(seed * CLIENTS + number)
@@ -111,7 +111,7 @@ def test_fuzz() -> None:
         assert not faults, f"FUZZ_SEED={seed}: {len(faults)}, the first {faults[0]}"
         assert statuses[200] > 20, told
         assert statuses[400] > 20, told
-        assert waits[-1] < CEILING, told + culprits(gaps, log)
+        assert waits[-1] < CEILING * max(slow, slowness()), told + culprits(gaps, log)
         assert idle(server), f"FUZZ_SEED={seed}: blocks are not given back"
         assert server.process.poll() is None, "".join(server.log)
         assert not any("Traceback" in line for line in server.log), "".join(server.log)
