@@ -74,10 +74,11 @@ def test_a_stack_keeps_every_matrix(scheme: Scheme, heights: tuple[int, ...], k:
 
 
 def test_matrices_of_different_schemes_are_stacked_dense(seed: int) -> None:
-    parts = [quantize(torch.randn(20, 40), FP8_PER_CHANNEL), quantize(torch.randn(30, 40).bfloat16(), BF16)]
-    stack = concat(parts)
-    assert (stack.scheme, stack.scale, stack.shape) == (BF16, None, (50, 40))
-    assert torch.equal(stack.data, torch.cat([dequantize(parts[0]).bfloat16(), parts[1].data]))
+    for second in (BF16, FP8_PER_TENSOR, FP8_BLOCK):
+        parts = [quantize(torch.randn(20, 40), FP8_PER_CHANNEL), quantize(torch.randn(30, 40).bfloat16(), second)]
+        stack = concat(parts)
+        assert (stack.scheme, stack.scale, stack.shape) == (BF16, None, (50, 40))
+        assert torch.equal(stack.data, torch.cat([dequantize(part).bfloat16() for part in parts]))
 
 
 @pytest.mark.parametrize(("scheme", "dim"), [(FP8_PER_TENSOR, 0), (FP8_PER_TENSOR, 1), (FP8_PER_CHANNEL, 1)], ids=str)

@@ -338,6 +338,15 @@ def test_reasoning_is_split_from_content(make_client: MakeClient) -> None:
     assert "".join(delta.get("content", "") for delta in deltas).strip() == "because"
 
 
+def test_which_models_think_without_an_opening_tag() -> None:
+    thinking = dict(deepseek_r1=True, minimax_m2=True, qwen3=False, deepseek_v3=False, glm45=False)
+    for name, thinks in thinking.items():
+        splitter = make_splitter(name, "a prompt")
+        (reasoning, content), rest = splitter.feed("thought</think>answer"), splitter.finish()
+        expected = ("thought", "answer") if thinks else ("", "thought</think>answer")
+        assert (reasoning + rest[0], content + rest[1]) == expected, name
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 

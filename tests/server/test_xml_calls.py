@@ -176,6 +176,15 @@ def test_tags_inside_a_string_are_text(name: str, size: int) -> None:
             assert [json.loads(part[1]) for part in found if not isinstance(part, str)] == [arguments], said
 
 
+def test_a_forgotten_end_is_where_the_next_parameter_begins() -> None:
+    """One that the function has and the call does not have yet; else it is text."""
+    for key, arguments in (("text", {"more": "x", "text": "y"}), ("more", {"more": "x\n<parameter=more>\ny"})):
+        written = (
+            f"<tool_call>\n<function=f>\n<parameter=more>\nx\n<parameter={key}>\ny\n</parameter>\n</function>\n</tool_call>"
+        )
+        assert [json.loads(part[1]) for part in read("qwen3_coder", written, 3)] == [arguments]
+
+
 def q(*parameters: tuple[str, str], name: str = "f") -> str:
     written = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters)
     return f"<tool_call>\n<function={name}>\n{written}</function>\n</tool_call>"
