@@ -125,6 +125,14 @@ def test_chat_has_openais_shape(client: Client) -> None:
     assert len(token["top_logprobs"]) == 1
 
 
+def test_each_choice_of_a_chat_stream_begins_with_its_role(client: Client) -> None:
+    first: dict[int, Any] = {}
+    for event in client.events(CHAT, n=3):
+        for choice in event["choices"]:
+            first.setdefault(choice["index"], choice["delta"])
+    assert first == dict.fromkeys(range(3), {"role": "assistant", "content": ""})
+
+
 def test_chat_stream(client: Client) -> None:
     events = client.events(CHAT, stream_options={"include_usage": True})
     first, *tokens, last = events
