@@ -130,7 +130,7 @@ def test_each_choice_of_a_chat_stream_begins_with_its_role(client: Client) -> No
     for event in client.events(CHAT, n=3):
         for choice in event["choices"]:
             first.setdefault(choice["index"], choice["delta"])
-    assert first == dict.fromkeys(range(3), {"role": "assistant", "content": ""})
+    assert first == {index: {"role": "assistant", "content": ""} for index in range(3)}
 
 
 def test_chat_stream(client: Client) -> None:
@@ -418,7 +418,8 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error(client: Client, path:
 def test_api_key(client: Client) -> None:
     client.api_keys = ["secret", "other"]
     assert client.get("/health").status_code == 200
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer s\xe9cret"}):
+    wrong = ("Bearer wrong", "secret", "Bearer s\xe9cret", "Bearer secre", "Bearer ", "Bearer secrets", "Basic secret")
+    for headers in ({}, *({"Authorization": one} for one in wrong)):
         encoded = {name: value.encode("latin-1") for name, value in headers.items()}
         response = client.get("/v1/models", headers=encoded)
         assert response.status_code == 401
