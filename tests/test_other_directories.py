@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import cases
 from server.processes import Server
 
 from octavo.cli import engine_config, main, make_parser
@@ -47,7 +48,7 @@ def write(directory: Path, files: dict[str, str]) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@cases("kind", KINDS)
 def test_what_is_no_checkpoint_is_named(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files, told = KINDS[kind]
     given = write(tmp_path / "given", files)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import cases
 from transformers import LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
@@ -45,7 +46,7 @@ def test_bf16_is_the_model_itself(windows, dense):
     assert exact < 200, "the demo model has learnt nothing; the comparisons here would mean nothing"
 
 
-@pytest.mark.parametrize(
+@cases(
     ("scheme", "kv", "bound"),
     [
         ("bf16", "fp8", 0.01),

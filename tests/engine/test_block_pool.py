@@ -4,6 +4,7 @@ import hashlib
 import struct
 
 import pytest
+from cases import cases
 from engine.books import check_books
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -169,7 +170,7 @@ def test_without_prefix_caching_nothing_is_named():
     check_books(pool, [held])
 
 
-@pytest.mark.parametrize("held", [[], [[0]], [[0, 1], [1]], [[0, 1, 1]], [[0, 1, 2]]])
+@cases("held", [[], [[0]], [[0, 1], [1]], [[0, 1, 1]], [[0, 1, 2]]])
 def test_check_sees_wrong_books(held):
     pool = BlockPool(4, 2)
     pool.allocate(2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, tokens
 from engine.books import check_books
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -500,7 +501,7 @@ def test_what_is_left_out_of_quantization(make):
     assert some == other | {("attention", "bf16"), ("mlp", "bf16"), ("mlp", "ptpc_fp8"), ("lm_head", "bf16")}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("options", "sentence"),
     [
         (dict(quantization="fp8", quantization_ignore=("no_such_proj",)), "'no_such_proj' matches no layer"),
@@ -516,10 +517,8 @@ def test_options_that_cannot_be(make, options, sentence):
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
-@pytest.mark.parametrize(
-    ("kv", "experts"), [("auto", False), ("fp8_per_token_head", False), ("auto", True)], ids=["auto", "fp8", "experts"]
-)
-@pytest.mark.parametrize("scheme", [None, "ptpc_fp8", "fp8_block"])
+@cases(("kv", "experts"), [("auto", False), ("fp8_per_token_head", False), ("auto", True)], ids=["auto", "fp8", "experts"])
+@cases("scheme", [None, "ptpc_fp8", "fp8_block"])
 def test_recorded_steps_give_what_the_model_gives(
     scheme: str | None, kv: str, experts: bool, make, mixture: Path, reference
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -115,7 +116,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("stored", "name", "value"), DAMAGES, ids=lambda x: str(x).removeprefix("model."))
+@cases(("stored", "name", "value"), DAMAGES, ids=lambda x: str(x).removeprefix("model."))
 def test_what_is_no_number_is_refused_alike(
     stored: str, name: str, value: float, sound: Callable[[str], tuple[Path, Tensors]], tmp_path: Path
 ) -> None:
@@ -136,7 +137,7 @@ def test_what_is_no_number_is_refused_alike(
     assert not list(model.glob("out*/*.safetensors"))
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "int4", *FP8])
+@cases("stored", ["bfloat16", "float16", "float32", "int4", *FP8])
 def test_numbers_are_served(stored: str, sound: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> None:
     """Also the largest code, a matrix of zeros with scales of 0, as some tools write them, and codes that are -0."""
     config, tensors = sound(stored)

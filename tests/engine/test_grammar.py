@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON
 from llguidance import LLMatcher, LLTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,7 +115,7 @@ def test_a_finished_grammar_ends_before_min_tokens(llm):
         assert (out.text in ("ab", "cd"), out.finish_reason) == (True, "length")
 
 
-@pytest.mark.parametrize(
+@cases(
     ("kind", "grammar"),
     [
         ("json_schema", "not json"),
@@ -226,7 +227,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@cases("name", CALLS)
 def test_references_within_a_tool_are_its_own(name):
     """They count from the root of the tool's parameters, as JSON Schema has it, whatever other tools call alike."""
     tokenizer = LLTokenizer((MODEL_DIR / "tokenizer.json").read_text())
@@ -244,7 +245,7 @@ def test_odd_definitions_are_no_fault_of_the_server(odd):
     assert serialize(calls_of([tool("a", **item(x=TEXT), **odd)], False))  # nothing refers to them
 
 
-@pytest.mark.parametrize("character", ["\x7f", "\x01", "\n", '"', "\\", "\x9f", "\u2028", "\ufeff", "🌶", "/"], ids=ascii)
+@cases("character", ["\x7f", "\x01", "\n", '"', "\\", "\x9f", "\u2028", "\ufeff", "🌶", "/"], ids=ascii)
 def test_a_choice_may_hold_any_character(llm, character):
     _, kind, grammar = _choice("guided_choice", [f"a{character}b"])
     (out,) = outputs(llm, kind, grammar, count=1)

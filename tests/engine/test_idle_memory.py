@@ -24,7 +24,7 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 torch.set_num_threads(1)
-weights = [torch.ops.mkldnn._reorder_linear_weight(torch.randn(768, 256), 16) for _ in range(4)]
+weights = [torch.ops.mkldnn._reorder_linear_weight(torch.randn(768, 256), 16) for _ in range(2)]
 def run(lengths):
     for m in lengths:
         for weight in weights:
@@ -32,16 +32,16 @@ def run(lengths):
     return resident()
 
 first = run(range(1, 101))
-print((run(range(101, 1001)) - first) >> 20)
+print((run(range(101, 301)) - first) >> 20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_kernels_for_every_length_of_a_prompt_are_not_kept() -> None:
-    """Without a bound these grew by 369 MiB."""
+    """Without a bound these grew by 111 MiB."""
     env = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     told = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, env=env, timeout=120, check=True)
-    assert int(told.stdout) < 60
+    assert int(told.stdout) < 40
 
 
 def test_an_idle_engine_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -71,7 +72,7 @@ def no_writing(patch: pytest.MonkeyPatch) -> None:
 
 
 @devices
-@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+@cases("scheme", SCHEME_NAMES)
 def test_later_starts_read_what_the_first_wrote(
     scheme: str, device: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +206,7 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@cases("name", FAULTS)
 def test_a_directory_of_something_else_is_refused_and_left(name: str, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "saved"
     start(model, out=out)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON
 
 from octavo import LLM
@@ -170,7 +171,7 @@ def test_bf16_makes_no_claim_of_fp8(shape):
     assert "FP8" not in "\n".join(LLM(shape, **DUMMY).info.report)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("kv", "nbytes", "percent"),
     [("auto", 1024, 100), ("bf16", 1024, 100), ("fp8", 512, 50), ("fp8_e5m2", 512, 50), ("fp8_per_token_head", 544, 53.1)],
 )

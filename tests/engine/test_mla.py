@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import relative_error, tokens
 from engine.test_core import LENGTH, TWELVE, request, run, token_ids
 from models.test_logits import deepseek_v3, deepseek_v32, randomize
@@ -70,7 +71,7 @@ SAID = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model_type", "dtype", "kv", "expected"), SAID)
+@cases(("model_type", "dtype", "kv", "expected"), SAID)
 def test_what_a_start_says_of_the_cache(model_type: str, dtype: str, kv: str, expected: str, saved: Saved) -> None:
     """And it is what the cache holds; nothing is said of scales that it has not."""
     llm = LLM(saved(model_type)[1], dtype=dtype, kv_cache_dtype=kv, **ENGINE)
@@ -242,8 +243,8 @@ def test_weights_are_reloaded_and_an_engine_sleeps(options: dict[str, Any], save
 
 # DeepSeek's own attention in front of a small MLP
 SIZES = dict(
-    model_type="deepseek_v32", hidden_size=512, intermediate_size=64, num_hidden_layers=2, num_attention_heads=128,
-    num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    model_type="deepseek_v32", hidden_size=512, intermediate_size=64, num_hidden_layers=2, num_attention_heads=32,
+    num_key_value_heads=32, q_lora_rank=384, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
     n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=64, first_k_dense_replace=2, vocab_size=64,
     max_position_embeddings=2048, index_n_heads=64, index_head_dim=128, index_topk=32,
 )  # fmt: skip

@@ -50,11 +50,12 @@ import sys
 import octavo.engine, octavo.platform as platform
 platform.cpu_kernels = lambda: "no C compiler was found"
 from octavo import LLM, SamplingParams, ops
-llm = LLM(sys.argv[1], dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
-assert llm._core.runner.graphs is None
-assert ops.table()["latent_attention"] == ops.table()["select_keys"] == "reference_latent"
 params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-print([out.outputs[0].token_ids for out in llm.generate(eval(sys.argv[2]), params, use_tqdm=False)])
+for model in sys.argv[2:]:
+    llm = LLM(model, dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
+    assert llm._core.runner.graphs is None
+    assert ops.table()["latent_attention"] == ops.table()["select_keys"] == "reference_latent"
+    print([out.outputs[0].token_ids for out in llm.generate(eval(sys.argv[1]), params, use_tqdm=False)])
 """
 
 
@@ -63,13 +64,14 @@ def test_a_machine_without_a_compiler_chooses_the_same_tokens(tmp_path: Path) ->
     """A prompt of it is long enough for keys and values to be made of latents where all is attended to: V3, then V3.2."""
     prompts = [tokens(n, n) for n in (5, 60)]
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-    for name, make in (("v3", deepseek_v3), ("v32", deepseek_v32)):
+    models, expected = [str(tmp_path / name) for name in ("v3", "v32")], []
+    for path, make in zip(models, (deepseek_v3, deepseek_v32), strict=True):
         torch.manual_seed(0)
-        randomize(make()).save_pretrained(tmp_path / name)
-        llm = LLM(str(tmp_path / name), dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
-        expected = [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
-        done = subprocess.run(
-            [sys.executable, "-c", WITHOUT, str(tmp_path / name), repr(prompts)],
-            capture_output=True, text=True, cwd=Path(octavo.__file__).parents[1],
-        )  # fmt: skip
-        assert done.stdout.strip() == str(expected), done.stderr[-2000:]
+        randomize(make()).save_pretrained(path)
+        llm = LLM(path, dtype="float32", device="cpu", block_size=4, cpu_kv_cache_gib=0.05)
+        expected.append(str([out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, repr(prompts), *models],
+        capture_output=True, text=True, cwd=Path(octavo.__file__).parents[1],
+    )  # fmt: skip
+    assert done.stdout.splitlines() == expected, done.stderr[-2000:]

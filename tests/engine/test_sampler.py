@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from ops.sampled import drawn
 
 from octavo import ops
@@ -12,12 +13,13 @@ from octavo.engine import sampler
 from octavo.engine.sampler import logprobs_of, uniform
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories
+from octavo.engine.token_rules import TokenRules
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.ops import reference
 from octavo.platform import detect
 
 PLATFORM = detect()
-VOCAB, DRAWS, DEVICE = 40, 10_000, PLATFORM.device
+VOCAB, DRAWS, DEVICE = 40, 6_000, PLATFORM.device
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 INF = float("inf")
 
@@ -82,9 +84,12 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@cases("filters", FILTERS, ids=str)
 def test_distribution(filters):
-    tokens = sample(LOGITS.repeat(DRAWS, 1), [row(seed, **filters) for seed in range(DRAWS)])
+    params = SamplingParams(**filters)
+    rules = TokenRules(params, frozenset())
+    rows = [SamplingRow(params, [1], 1, seed, rules=rules) for seed in range(DRAWS)]
+    tokens = sample(LOGITS.repeat(DRAWS, 1), rows)
     assert_drawn_like(tokens, expected(LOGITS, **filters))
 
 
@@ -118,8 +123,8 @@ def test_what_holds_the_next_step_back():
     assert (bound.synchronous, bound.plain) == (True, False)
 
 
-@pytest.mark.parametrize("vocab", [300, 6000])
-@pytest.mark.parametrize("spread", [0.2, 1.5, 4.0], ids=["flat", "some", "few"])
+@cases("vocab", [300, 6000])
+@cases("spread", [0.2, 1.5, 4.0], ids=["flat", "some", "few"])
 def test_what_is_drawn_is_what_sorting_all_would_give(vocab, spread):
     """Also of equal logits, of which BF16 has many, and where top_p keeps more tokens than are looked at first."""
     params = [{}, *FILTERS[4:], dict(top_k=vocab - 1, top_p=0.99), dict(min_p=1e-4), dict(top_k=700, min_p=1e-3)]
@@ -200,7 +205,7 @@ ADJUSTMENTS = [
 ]
 
 
-@pytest.mark.parametrize("params", ADJUSTMENTS, ids=str)
+@cases("params", ADJUSTMENTS, ids=str)
 def test_adjustments_against_numpy(params):
     want = adjusted(LOGITS, row(**HISTORY, **params))
     logits = torch.tensor(want)

@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
+from cases import cases
 from engine.books import check_books
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -85,11 +86,11 @@ class Engine:
         self.script = None  # request id -> tokens that the model is made to say
         self.flight = deque()  # steps that were launched and not taken: schedule, tokens by request id
 
-    def add(self, prompt, script=None, **params):
+    def add(self, prompt, script=None, salt=None, **params):
         params = SamplingParams(**params)
         name = f"r{self.arrivals}"
         self.arrivals += 1
-        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS))
+        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS, cache_salt=salt))
         self.tracks[name] = self.live[name] = Track(request, list(prompt), params)
         if script is not None:
             self.script = {**(self.script or {}), name: script}
@@ -147,15 +148,20 @@ class Engine:
         return schedule, news
 
     def drain(self, limit=5000, ahead=False):
-        steps = 0
-        while self.has_work:
+        for _ in self.until_idle(limit):
             self.step(ahead=ahead)
-            steps += 1
-            assert steps < limit, "the scheduler does not come to an end"
         assert not self.live
         assert self.pool.num_free == self.pool.num_blocks
         assert self.pool.usage == 0
         return self
+
+    def until_idle(self, limit=5000):
+        """For a loop that makes a step each time."""
+        for _ in range(limit):
+            if not self.has_work:
+                return
+            yield
+        raise AssertionError("the scheduler does not come to an end")
 
     def tokens(self, name):
         return self.tracks[name].output
@@ -297,7 +303,7 @@ def test_no_more_than_max_num_seqs_and_first_come_first_served():
     for _ in range(4):
         engine.add([1, 2], script=[5] * 2, max_tokens=2)
     started = []
-    while engine.scheduler.has_work:
+    for _ in engine.until_idle():
         schedule, _ = engine.step()
         assert len(schedule.items) == 2
         started.append(schedule.started)
@@ -337,7 +343,7 @@ def test_a_request_that_does_not_fit_holds_up_those_behind_it():
 # Ends
 
 
-@pytest.mark.parametrize(
+@cases(
     ("params", "script", "length", "end"),
     [
         ({"max_tokens": 4}, [5, 0, 5, 5], 2, ("stop", None)),
@@ -436,6 +442,13 @@ def test_an_impossible_prompt_fails_alone(prompt, message):
     engine.drain()
 
 
+def test_a_prompt_may_fill_the_pool():
+    engine = Engine(num_blocks=4)
+    engine.add([1] * 16, script=[5], max_tokens=1)
+    assert items(engine.step()[0]) == [("r0", 0, 16, True)]
+    engine.drain()
+
+
 def test_a_request_that_outgrows_the_pool_fails_and_the_rest_goes_on():
     engine = Engine(num_blocks=3, block_size=2)
     engine.add([1, 2], script=[5] * 20, max_tokens=20)
@@ -455,7 +468,7 @@ def test_the_youngest_is_preempted_keeps_its_tokens_and_comes_back_first():
     engine.add([2], script=[6] * 7, max_tokens=7)
     engine.add([3], script=[7] * 7, max_tokens=7)
     preempted = []
-    while engine.scheduler.has_work:
+    for _ in engine.until_idle():
         schedule, _ = engine.step()
         if schedule.preempted:
             preempted += [r.request_id for r in schedule.preempted]
@@ -471,12 +484,26 @@ def test_preemption_with_a_prefix_cache_loses_little():
     engine.add([1, 2, 3], max_tokens=10, ignore_eos=True)
     engine.add([4, 5, 6], max_tokens=10, ignore_eos=True)
     starts = []
-    while engine.scheduler.has_work:
+    for _ in engine.until_idle():
         schedule, _ = engine.step()
         starts += [i.start for i in schedule.items if i.request.num_preemptions and i.num_tokens > 1]
     assert engine.preemptions >= 1
     assert any(starts), "nothing of the preempted request's cache was found again"
     engine.check_results()
+
+
+def test_a_preempted_request_that_sits_out_keeps_its_place():
+    engine = Engine(num_blocks=3, block_size=2, caching=False)
+    for token in (1, 2, 3):
+        engine.add([token], script=[5] * 9, max_tokens=4)
+    for _ in engine.until_idle():
+        engine.step()
+        if "r0" not in engine.live:
+            break
+    assert engine.preemptions == 1
+    assert engine.scheduler.schedule({"r1"}).items == []  # nor does r2 go before it, though all memory is free
+    assert items(engine.step()[0])[0][:2] == ("r1", 0)
+    engine.drain()
 
 
 # The prefix cache
@@ -544,6 +571,15 @@ def test_prompt_logprobs_need_every_position():
     schedule, _ = engine.step()
     assert items(schedule) == [("r1", 0, 10, True)]
     assert (schedule.prefix_queries, schedule.prefix_hits) == (0, 0)
+
+
+def test_requests_of_different_salts_share_nothing():
+    engine = Engine()
+    hits = []
+    for salt in (None, "a", "b", "a", None):
+        engine.add(range(10), salt=salt, max_tokens=1)
+        hits.append(engine.step()[0].prefix_hits)
+    assert hits == [0, 0, 0, 8, 8]
 
 
 def test_caching_can_be_off():
@@ -621,6 +657,16 @@ def test_no_ahead_step_takes_memory_from_a_running_request():
     assert (engine.waited, engine.preemptions) == (1, 1)
     engine.drain(ahead=True)
     assert [engine.tokens(name) for name in ("r0", "r1")] == [[5] * 4, [6] * 4]
+
+
+def test_a_request_that_waits_for_its_last_token_wants_no_memory():
+    engine = Engine(num_blocks=3, caching=False)
+    engine.add([1] * 3, script=[5] * 9, max_tokens=2)
+    engine.add([2] * 3, script=[6] * 9, max_tokens=3)
+    launched = [items(engine.launch()) for _ in range(3)]
+    assert launched[1:] == [[("r0", 3, 1, True), ("r1", 3, 1, True)], [("r1", 4, 1, True)]]  # with the last free block
+    while engine.flight:
+        engine.take()
 
 
 def test_a_block_is_not_cached_before_its_last_token_is_known():
@@ -735,9 +781,9 @@ def long_run(seed, steps, ahead=0.0, **kwargs):
     return engine, trace
 
 
-@pytest.mark.parametrize("ahead", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("budget", [5, 40])
+@cases("ahead", [0.0, 0.7, 1.0])
+@cases("caching", [True, False])
+@cases("budget", [5, 40])
 def test_a_long_life_in_little_memory(caching, budget, ahead):
     size = dict(num_blocks=18, block_size=4, seqs=6, max_model_len=64)
     engine, _ = long_run(budget, 1500, ahead, budget=budget, caching=caching, **size)

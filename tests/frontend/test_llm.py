@@ -1,6 +1,7 @@
 """The offline API, over a small deterministic core in this process."""
 
 import pytest
+from cases import cases
 
 from octavo.demo import MODEL_DIR
 from octavo.engine import worker
@@ -133,7 +134,7 @@ def test_the_checkpoint_s_sampling_is_the_default(llm):
     assert len(llm.generate([[1]])[0].outputs[0].token_ids) == 16
 
 
-@pytest.mark.parametrize(
+@cases(
     ("prompts", "given", "sentence"),
     [
         ([[]], {}, "empty"),

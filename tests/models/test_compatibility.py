@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import relative_error, tokens
 from models.test_kimi import kimi, write
 from models.test_logits import CASES, randomize
@@ -48,7 +49,7 @@ def test_the_page_is_what_the_script_prints(compatibility: Any, rows: list[Any])
     assert all(row.kv.startswith("yes: ") == (row.fp8 == "yes") for row in kinds.values())
 
 
-@pytest.mark.parametrize("model_type", SERVED)
+@cases("model_type", SERVED)
 def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], tmp_path: Path) -> None:
     """In the format that it says; log-probabilities are transformers' but for what eight bits cost."""
     if model_type == "kimi_k25":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import VOCAB, LoadModel, relative_error, tokens
 from models import toy
 from models.test_logits import CASES, randomize
@@ -65,8 +66,8 @@ def test_it_is_quantized_like_any_other(tmp_path: Path, options: dict[str, objec
     assert 1e-4 < error < 0.08, "rounding to FP8 is seen, and no more than that"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", CASES)
+@cases("ranks", [2, 4])
+@cases("case", CASES)
 def test_ranks_give_the_whole_models_logits(case: str, ranks: int, tmp_path: Path, load_model: LoadModel) -> None:
     torch.manual_seed(0)
     randomize(CASES[case]()).save_pretrained(tmp_path)
@@ -96,7 +97,7 @@ STAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", STAGES)
+@cases("case", STAGES)
 def test_stages_give_the_whole_models_logits(case: str, tmp_path: Path, load_model: LoadModel) -> None:
     """Three layers, of so many caches each, as two stages, each of which reads its own weights only; the state between them is
     plain tensors: two, and, from an indexer whose choice the next stage's layers share, that."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, LoadModel, relative_error, tokens
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,8 +55,8 @@ def add(path: Path, **tensors: torch.Tensor) -> None:
     save_file(stored | tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("on", [CPU, FNUZ], ids=["e4m3fn", "e4m3fnuz"])
-@pytest.mark.parametrize("kv", COST)
+@cases("on", [CPU, FNUZ], ids=["e4m3fn", "e4m3fnuz"])
+@cases("kv", COST)
 def test_decoding_costs_no_more_than_the_cache_rounds(kv: str, on: Platform, checkpoint: Path, load_model: LoadModel) -> None:
     full = load_model(checkpoint, on=on).logits(IDS)
     loaded = load_model(checkpoint, kv=kv, on=on)
@@ -67,7 +68,7 @@ def test_decoding_costs_no_more_than_the_cache_rounds(kv: str, on: Platform, che
     assert relative_error(loaded.logits(IDS, (5, 1, 20, 7)), tokenwise) < max(1e-5, least / 10)
 
 
-@pytest.mark.parametrize("kv", COST)
+@cases("kv", COST)
 def test_requests_decoded_together_are_those_decoded_alone(kv: str, checkpoint: Path, load_model: LoadModel) -> None:
     loaded = load_model(checkpoint, kv=kv, on=CPU)
     prompts = [tokens(n, seed=n) for n in (9, 4, 14)]
@@ -93,8 +94,8 @@ def test_an_fp8_cache_takes_half_of_bf16() -> None:
     assert nbytes("fp8_per_token_head") == bf16 / 2 + 3 * 10 * 16 * 8 * 4 * 2
 
 
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-@pytest.mark.parametrize(
+@cases("shape", [(), (1,)], ids=str)
+@cases(
     ("k_name", "v_name"),
     [
         ("k_scale", "v_scale"),
@@ -161,8 +162,8 @@ def test_other_scales_in_the_checkpoint_are_no_strangers(checkpoint: Path, load_
     load_model(checkpoint, on=CPU)
 
 
-@pytest.mark.parametrize("on", [CPU, FNUZ], ids=["e4m3fn", "e4m3fnuz"])
-@pytest.mark.parametrize("count", [2, 3, 8])
+@cases("on", [CPU, FNUZ], ids=["e4m3fn", "e4m3fnuz"])
+@cases("count", [2, 3, 8])
 def test_scales_of_heads_come_from_the_checkpoint(count: int, on: Platform, checkpoint: Path, load_model: LoadModel) -> None:
     """As many as the model has KV heads, which is 2, are kept; of another number the largest is the layer's."""
     stored = torch.rand(count, 1).double() * 0.1 + 0.01

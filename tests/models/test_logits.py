@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, LoadModel, relative_error, tokens
 from transformers import (
     DeepseekV3Config,
@@ -164,7 +165,7 @@ def randomize(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path, load_model: LoadModel) -> None:
     torch.manual_seed(0)
     reference = randomize(CASES[case]())
@@ -203,7 +204,7 @@ LENGTHS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", LENGTHS)
+@cases("kind", LENGTHS)
 def test_the_longest_context_and_what_is_beyond_the_positions(kind: str, tmp_path: Path) -> None:
     """Of 64 positions; prompts as long as the context is have transformers' log-probabilities."""
     rope, longest = LENGTHS[kind]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from conftest import Loaded, LoadModel, relative_error, tokens
 from models.test_logits import deepseek_v32, glm_moe_dsa, randomize
 from models.test_moe_quantized import STORED, Stacks, in_bytes, powers_of_two
@@ -99,7 +100,7 @@ def products(tensors: dict[str, Tensor], ranks: int, rank: int) -> Iterator[tupl
         yield in_bytes(torch.cat(own[0])), in_bytes(torch.cat(own[1]).float())
 
 
-@pytest.mark.parametrize("stored", STORED_IN_BYTES)
+@cases("stored", STORED_IN_BYTES)
 def test_stored_codes_are_kept_and_kv_b_proj_is_decoded(
     stored: str, tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

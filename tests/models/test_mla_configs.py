@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel, relative_error, tokens
 from models.test_kimi import INT4
 from models.test_logits import deepseek_v3, randomize
@@ -194,7 +195,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", REFUSED)
+@cases("said", REFUSED)
 def test_what_is_not_served_is_refused_in_a_sentence(said: str) -> None:
     config, change = REFUSED[said]
     with pytest.raises(OctavoError) as raised:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel
 from models.test_moe_quantized import tiny
 from models.test_quantized import octavo_logits, scaled
@@ -46,7 +47,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("said", FAULTS)
+@cases("said", FAULTS)
 def test_a_checkpoint_whose_experts_are_not_all_alike_is_refused(said: str, tmp_path: Path, load_model: LoadModel) -> None:
     tiny(tmp_path, "qwen3_moe")
     tensors = load_file(tmp_path / "model.safetensors")
@@ -79,7 +80,7 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("said", CONFIGS)
+@cases("said", CONFIGS)
 def test_a_config_that_is_not_served_is_refused(said: str, tmp_path: Path, load_model: LoadModel) -> None:
     family, changes = CONFIGS[said]
     tiny(tmp_path, family)

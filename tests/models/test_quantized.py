@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, Loaded, LoadModel, relative_error, tokens
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, Format, array
@@ -88,8 +89,8 @@ def fake_quantize(model: PreTrainedModel, scheme: str, fmt: Format = E4M3FN, but
             setattr(model.get_submodule(parent), child, FakeQuantized(module, scheme, fmt))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-@pytest.mark.parametrize(("on", "fmt"), [(CPU, E4M3FN), (FNUZ, E4M3FNUZ)], ids=["e4m3fn", "e4m3fnuz"])
+@cases("scheme", SCHEMES, ids=lambda s: s.name)
+@cases(("on", "fmt"), [(CPU, E4M3FN), (FNUZ, E4M3FNUZ)], ids=["e4m3fn", "e4m3fnuz"])
 def test_logits_equal_a_fake_quantized_model(
     scheme: Scheme, on: Platform, fmt: Format, tmp_path: Path, load_model: LoadModel
 ) -> None:
@@ -209,8 +210,8 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize("asked", [None, FP8_PER_TENSOR, FP8_BLOCK], ids=str)
+@cases("name", CHECKPOINTS)
+@cases("asked", [None, FP8_PER_TENSOR, FP8_BLOCK], ids=str)
 def test_stored_codes_are_kept(
     name: str, asked: Scheme | None, tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

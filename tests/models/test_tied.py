@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, Loaded, LoadModel, relative_error, tokens
 from models.test_quantized import BOUND, CPU, FNUZ, SCHEMES, error, fake_quantize, logits, octavo_logits, tiny
 from quant import float64
@@ -19,7 +20,7 @@ from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, QuantRules, Scheme, dequantize, quantize
 
 EMBEDDING = "model.embed_tokens.weight"
-schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+schemes = cases("scheme", SCHEMES, ids=lambda s: s.name)
 NATIVE = Platform(torch.device("cpu"), "test")  # the C kernels, where they were built
 
 
@@ -33,7 +34,7 @@ def embed(loaded: Loaded, ids: Tensor) -> Tensor:
 
 
 @schemes
-@pytest.mark.parametrize(("on", "fmt"), [(CPU, E4M3FN), (FNUZ, E4M3FNUZ), (NATIVE, E4M3FN)], ids=["fn", "fnuz", "native"])
+@cases(("on", "fmt"), [(CPU, E4M3FN), (FNUZ, E4M3FNUZ), (NATIVE, E4M3FN)], ids=["fn", "fnuz", "native"])
 def test_logits_equal_a_fake_quantized_model(
     scheme: Scheme, on: Platform, fmt: Format, tmp_path: Path, load_model: LoadModel
 ) -> None:
@@ -53,8 +54,8 @@ def test_logits_equal_a_fake_quantized_model(
 
 
 @schemes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("by", ["widened", "native", "reference"])
+@cases("dtype", [torch.bfloat16, torch.float32], ids=str)
+@cases("by", ["widened", "native", "reference"])
 def test_a_look_up_is_the_dequantized_row(
     scheme: Scheme, dtype: torch.dtype, by: str, tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

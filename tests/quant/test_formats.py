@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from quant.float64 import E4M3FN, array, codes_of
 
@@ -58,8 +59,8 @@ def read(stored: Stored, shape: tuple[int, int], shard: Shard = WHOLE) -> QTenso
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
+@cases("dtype", [torch.float32, torch.bfloat16])
+@cases(
     ("scale_shape", "scheme"),
     [((), FP8_PER_TENSOR), ((1,), FP8_PER_TENSOR), ((2,), FP8_PER_CHANNEL), ((2, 1), FP8_PER_CHANNEL)],
 )
@@ -77,8 +78,8 @@ def test_scaled_weights_are_kept(scale_shape: tuple[int, ...], scheme: Scheme, d
     assert "w.input_scale" in stored.skipped
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (300, 100), (100, 300), (1, 300)], ids=str)
-@pytest.mark.parametrize("spelling", ["weight_scale_inv", "weight_scale"])  # Hugging Face's and compressed-tensors'
+@cases("shape", [(300, 200), (300, 100), (100, 300), (1, 300)], ids=str)
+@cases("spelling", ["weight_scale_inv", "weight_scale"])  # Hugging Face's and compressed-tensors'
 def test_block_weights_are_kept(spelling: str, shape: tuple[int, int], seed: int) -> None:
     original = quantize(torch.randn(shape), FP8_BLOCK)
     assert original.scale is not None
@@ -108,8 +109,8 @@ def test_hugging_face_per_tensor_weights_are_kept() -> None:
     assert "w.activation_scale" in stored.skipped
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@cases("dim", [0, 1])
+@cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_ranks_read_their_part(scheme: Scheme, dim: int, seed: int) -> None:
     original = quantize(torch.randn(512, 256), scheme)
     assert original.scale is not None
@@ -156,7 +157,7 @@ def test_a_dense_weight_is_dense(seed: int) -> None:
 FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("stored", "shard", "sentence"),
     [
         (Stored(weight_packed=FP8, weight_zero_point=FP8), WHOLE, "layer.w is stored as packed INT4 with zero points"),
@@ -207,7 +208,7 @@ def expanded(stored: Stored, group: int) -> torch.Tensor:
     return stored.tensors["w.weight_scale"].double().repeat_interleave(group, 1)
 
 
-@pytest.mark.parametrize(("n", "k", "group"), [(3, 64, 32), (16, 96, 96), (5, 20, 4), (1, 8, 8), (7, 12, 12)])
+@cases(("n", "k", "group"), [(3, 64, 32), (16, 96, 96), (5, 20, 4), (1, 8, 8), (7, 12, 12)])
 def test_packed_int4(n: int, k: int, group: int, seed: int) -> None:
     stored, values = int4(n, k, group)
     q = read(stored, (n, k))
@@ -220,9 +221,9 @@ def test_packed_int4(n: int, k: int, group: int, seed: int) -> None:
     assert "w.weight_shape" in stored.skipped
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("k", "group"), [(96, 32), (64, 64), (48, 4)])
+@cases("ranks", [2, 4, 8])
+@cases("dim", [0, 1])
+@cases(("k", "group"), [(96, 32), (64, 64), (48, 4)])
 def test_ranks_read_their_part_of_int4(k: int, group: int, dim: int, ranks: int, seed: int) -> None:
     """Also where a part starts within a packed word or a group."""
     stored, values = int4(16, k, group)

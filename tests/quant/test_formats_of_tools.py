@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from conftest import LoadModel, relative_error
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ SCHEMES: dict[str, Scheme | None] = {
     "quark_fp8_tensor": FP8_PER_TENSOR,
     "quark_fp8_channel": FP8_PER_CHANNEL,
 }
-every = pytest.mark.parametrize("name", SCHEMES)
+every = cases("name", SCHEMES)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ def test_weights_are_code_times_scale(name: str) -> None:
 
 
 # llm_compressor_fp8_block is of another original; transformers reads it below.
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "llm_compressor_fp8_block"])
+@cases("name", [name for name in SCHEMES if name != "llm_compressor_fp8_block"])
 def test_weights_are_those_of_the_original(name: str) -> None:
     """The tools' scales multiply: dividing, or another order of INT4's elements, would be far off."""
     found, original = weights(DATA / name), weights(DATA / "original")
@@ -146,7 +147,7 @@ def test_packed_int4_has_the_logits_that_transformers_has(load_model: LoadModel)
 
 
 @every
-@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_quantize_reads_it(name: str, scheme: Scheme, tmp_path: Path, load_model: LoadModel) -> None:
     quantize_checkpoint(DATA / name, tmp_path / "out", QuantRules(scheme), say=lambda line: None, requantize_int4=True)
     old, new = weights(DATA / name), weights(tmp_path / "out")
@@ -176,7 +177,7 @@ def group(**args: Any) -> dict[str, Any]:
     return CT | dict(config_groups={"group_0": dict(targets=["Linear"], weights=args)})
 
 
-@pytest.mark.parametrize(
+@cases(
     ("quantization", "part"),
     [
         (dict(quant_method="awq", bits=4), "'awq'"),
@@ -201,7 +202,7 @@ def group(**args: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+@cases("place", ["quantization_config", "compression_config", "text_config"])
 def test_other_formats_are_refused(quantization: dict[str, Any], part: str, place: str) -> None:
     config = {place: {"quantization_config": quantization} if place == "text_config" else quantization}
     with pytest.raises(OctavoError) as raised:
@@ -223,7 +224,7 @@ def test_a_config_file_of_modelopts_own(tmp_path: Path) -> None:
         check_format({}, tmp_path)
 
 
-@pytest.mark.parametrize(
+@cases(
     "quantization",
     [
         None,

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from cases import cases
 from conftest import COMMON, LoadModel, relative_error, tokens
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,9 +28,9 @@ MODELOPT = [
 ]
 
 
-@pytest.mark.parametrize("quantization", MODELOPT, ids=str)
-@pytest.mark.parametrize("own_file", [True, False])
-@pytest.mark.parametrize("tiles", [True, False])
+@cases("quantization", MODELOPT, ids=str)
+@cases("own_file", [True, False])
+@cases("tiles", [True, False])
 def test_checkpoints_of_modelopts_forms(
     quantization: dict[str, Any], own_file: bool, tiles: bool, tmp_path: Path, load_model: LoadModel
 ) -> None:

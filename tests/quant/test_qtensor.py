@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import cases
 
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, concat, dequantize, quantize
 from octavo.quant.qtensor import weight_amax
 
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
-schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+schemes = cases("scheme", SCHEMES, ids=lambda s: s.name)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -17,8 +18,8 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @schemes
-@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 32), (16, 33), (538, 130), (130, 538)], ids=str)
-@pytest.mark.parametrize("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@cases("shape", [(1, 1), (16, 32), (17, 32), (16, 33), (538, 130), (130, 538)], ids=str)
+@cases("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
 def test_padding_is_invisible(scheme: Scheme, shape: tuple[int, int], fp8_dtype: torch.dtype, seed: int) -> None:
     q = quantize(torch.randn(shape), scheme, fp8_dtype)
     padded = q.padded(16)
@@ -32,8 +33,8 @@ def test_padding_is_invisible(scheme: Scheme, shape: tuple[int, int], fp8_dtype:
 
 
 @schemes
-@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (16, 32), (130, 130), (538, 300), (256, 128)], ids=str)
-@pytest.mark.parametrize("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+@cases("shape", [(1, 1), (1, 300), (16, 32), (130, 130), (538, 300), (256, 128)], ids=str)
+@cases("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
 def test_rows_are_those_of_the_dequantized_weight(
     scheme: Scheme, shape: tuple[int, int], fp8_dtype: torch.dtype, seed: int
 ) -> None:
@@ -60,8 +61,8 @@ def test_a_dense_weight_is_not_padded() -> None:
 
 
 @schemes
-@pytest.mark.parametrize("heights", [(128, 256, 64), (130, 7, 128), (1, 1, 1), (64, 64), (200,), (1, 127, 130)], ids=str)
-@pytest.mark.parametrize("k", [100, 300])
+@cases("heights", [(128, 256, 64), (130, 7, 128), (1, 1, 1), (64, 64), (200,), (1, 127, 130), (64, 128)], ids=str)
+@cases("k", [100, 300])
 def test_a_stack_keeps_every_matrix(scheme: Scheme, heights: tuple[int, ...], k: int, seed: int) -> None:
     parts = [quantize(torch.randn(n, k) * 10**i, scheme) for i, n in enumerate(heights)]
     stack = concat(parts)
@@ -73,10 +74,11 @@ def test_a_stack_keeps_every_matrix(scheme: Scheme, heights: tuple[int, ...], k:
 
 
 def test_matrices_of_different_schemes_are_stacked_dense(seed: int) -> None:
-    parts = [quantize(torch.randn(20, 40), FP8_PER_CHANNEL), quantize(torch.randn(30, 40).bfloat16(), BF16)]
-    stack = concat(parts)
-    assert (stack.scheme, stack.scale, stack.shape) == (BF16, None, (50, 40))
-    assert torch.equal(stack.data, torch.cat([dequantize(parts[0]).bfloat16(), parts[1].data]))
+    for second in (BF16, FP8_PER_TENSOR, FP8_BLOCK):
+        parts = [quantize(torch.randn(20, 40), FP8_PER_CHANNEL), quantize(torch.randn(30, 40).bfloat16(), second)]
+        stack = concat(parts)
+        assert (stack.scheme, stack.scale, stack.shape) == (BF16, None, (50, 40))
+        assert torch.equal(stack.data, torch.cat([dequantize(part).bfloat16() for part in parts]))
 
 
 @pytest.mark.parametrize(("scheme", "dim"), [(FP8_PER_TENSOR, 0), (FP8_PER_TENSOR, 1), (FP8_PER_CHANNEL, 1)], ids=str)

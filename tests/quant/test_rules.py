@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from cases import cases
 
 from octavo.errors import OctavoError
 from octavo.quant import BF16, FP8_PER_CHANNEL, QuantRules
@@ -10,7 +11,7 @@ from octavo.quant import BF16, FP8_PER_CHANNEL, QuantRules
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-@pytest.mark.parametrize(
+@cases(
     ("pattern", "hit", "miss"),
     [
         (DOWN, DOWN, "model.layers.1.mlp.down_proj"),

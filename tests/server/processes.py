@@ -24,6 +24,14 @@ def free_port() -> int:
         return port
 
 
+def slowness() -> float:
+    """How many times as long as alone on a core this process's work takes, now; at least 1. For limits in seconds."""
+    start, used = time.perf_counter(), time.thread_time()
+    while time.thread_time() - used < 0.05:
+        pass
+    return max(1.0, (time.perf_counter() - start) / (time.thread_time() - used))
+
+
 class Server:
     """A server process. `log` grows with all that it prints."""
 

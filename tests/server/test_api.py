@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tokenizers
+from cases import cases
 from server.api_client import Client
 
 from octavo.demo import MODEL_DIR
@@ -36,10 +38,9 @@ def test_completion_has_openais_shape(client: Client) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str
-)
-def test_prompt_forms(client: Client, prompt: Any, choices: int) -> None:
+@cases(("prompt", "choices"), [("a", 1), (["a", "b"], 2), ([5, 6], 1), ([[5, 6], [7]], 2), (["a", [5]], 2)], ids=str)
+def test_prompt_forms(make_client: Callable[..., Client], prompt: Any, choices: int) -> None:
+    client = make_client()
     answer = client.complete(prompt=prompt, n=2, max_tokens=2)
     assert [choice["index"] for choice in answer["choices"]] == list(range(2 * choices))
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
@@ -122,6 +123,14 @@ def test_chat_has_openais_shape(client: Client) -> None:
     token = choice["logprobs"]["content"][0]
     assert (token["token"], token["logprob"], token["bytes"]) == (" h", -0.5, [32, 104])
     assert len(token["top_logprobs"]) == 1
+
+
+def test_each_choice_of_a_chat_stream_begins_with_its_role(client: Client) -> None:
+    first: dict[int, Any] = {}
+    for event in client.events(CHAT, n=3):
+        for choice in event["choices"]:
+            first.setdefault(choice["index"], choice["delta"])
+    assert first == {index: {"role": "assistant", "content": ""} for index in range(3)}
 
 
 def test_chat_stream(client: Client) -> None:
@@ -255,7 +264,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=str)
+@cases(("path", "body", "status", "param"), BAD, ids=str)
 def test_bad_requests_get_one_sentence(client: Client, path: str, body: Any, status: int, param: str | None) -> None:
     for more in ({}, {"stream": True}) if path.startswith("/v1/c") and "stream" not in body else ({},):
         response = client.request("POST", path, content=json.dumps({**body, **more}))
@@ -270,7 +279,7 @@ def test_bad_requests_get_one_sentence(client: Client, path: str, body: Any, sta
     assert client.complete()["choices"]  # the server lives on
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b"1" * 10_000])
+@cases("body", [b"", b"nonsense", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b"1" * 10_000])
 def test_nonsense_json(client: Client, body: bytes) -> None:
     response = client.request("POST", COMPLETIONS, content=body)
     assert response.status_code == 400
@@ -280,7 +289,7 @@ def test_nonsense_json(client: Client, body: bytes) -> None:
 HALF = "\ud800\n\x1b[31m"
 
 
-@pytest.mark.parametrize(
+@cases(
     ("path", "body"),
     [
         *((path, {"model": HALF, "prompt": "a", "messages": [USER]}) for path in (COMPLETIONS, CHAT, "/tokenize")),
@@ -409,7 +418,8 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error(client: Client, path:
 def test_api_key(client: Client) -> None:
     client.api_keys = ["secret", "other"]
     assert client.get("/health").status_code == 200
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer s\xe9cret"}):
+    wrong = ("Bearer wrong", "secret", "Bearer s\xe9cret", "Bearer secre", "Bearer ", "Bearer secrets", "Basic secret")
+    for headers in ({}, *({"Authorization": one} for one in wrong)):
         encoded = {name: value.encode("latin-1") for name, value in headers.items()}
         response = client.get("/v1/models", headers=encoded)
         assert response.status_code == 401

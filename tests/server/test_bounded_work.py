@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cases import cases
 from server.api_client import Client
 
 from octavo.messages import MAX_GRAMMAR
@@ -35,7 +36,7 @@ TOO_MUCH: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "sentence"), TOO_MUCH, ids=[sentence[:40] for _, sentence in TOO_MUCH])
+@cases(("body", "sentence"), TOO_MUCH, ids=[sentence[:40] for _, sentence in TOO_MUCH])
 def test_too_much_is_refused(client: Client, body: dict[str, Any], sentence: str) -> None:
     response = client.post("/v1/completions", {"prompt": "a", **body})
     assert response.status_code == 400

@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from server.processes import Server
+from cases import cases
+from server.processes import Server, slowness
 
-CEILING = 2.0  # seconds; on an idle machine the longest wait is some tens of milliseconds
+CEILING = 2.0  # seconds where nothing else runs; the longest wait is then some tens of milliseconds
 WORDS = " ".join(f"w{i}x" for i in range(600_000))
 USER = {"role": "user", "content": "hi"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -80,14 +81,14 @@ def bystander() -> Iterator[Bystander]:
     server.stop()
 
 
-@pytest.mark.parametrize("name", HUGE)
+@cases("name", HUGE)
 def test_the_next_token_is_not_late(bystander: Bystander, name: str) -> None:
     path, body = HUGE[name]
     content = body if isinstance(body, str) else json.dumps(body)
-    began = time.perf_counter()
+    began, slow = time.perf_counter(), slowness()
     response = httpx.post(
         bystander.server.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=90
     )
     assert response.status_code in (200, 400), response.text[:200]
     time.sleep(0.1)
-    assert bystander.worst(began) < CEILING
+    assert bystander.worst(began) < CEILING * max(slow, slowness())

@@ -6,6 +6,7 @@ import json
 from typing import Any, NoReturn
 
 import pytest
+from cases import cases
 from server.api_client import Client
 
 from octavo.messages import Logprob
@@ -37,9 +38,9 @@ def numbers(value: Any, key: str = "") -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("value", [float("-inf"), float("nan")], ids=str)
+@cases("stream", [False, True], ids=["whole", "stream"])
+@cases("path", PATHS)
+@cases("value", [float("-inf"), float("nan")], ids=str)
 def test_logprobs_of_tokens_that_cannot_come(
     value: float, path: str, stream: bool, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

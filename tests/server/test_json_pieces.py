@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from cases import cases
 from server.api_client import Client
 
 from octavo.server import json_pieces
@@ -22,7 +23,7 @@ ANSWERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+@cases("answer", ANSWERS, ids=range(len(ANSWERS)))
 def test_it_is_the_same_json(answer: dict[str, Any]) -> None:
     expected = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
     assert asyncio.run(json_body(answer)) == expected

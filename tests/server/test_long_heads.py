@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from cases import cases
 from server.processes import Server
 
 LINE = b"POST /v1/completions HTTP/1.1\r\n"
@@ -51,7 +52,7 @@ def sent_until_closed(server: Server, start: bytes, piece: bytes, most: int) -> 
             return count, b""
 
 
-@pytest.mark.parametrize("name", HEADS)
+@cases("name", HEADS)
 def test_a_head_without_end(server: Server, name: str) -> None:
     """100 pieces are refused long before the end: what the two sockets hold may be some megabytes."""
     count, told = sent_until_closed(server, *HEADS[name], most=1600)

@@ -22,7 +22,6 @@ FP8, AUTO = ("--kv-cache-dtype", "fp8"), ()
 SAID = "KV cache: fp8_ds_mla (what --kv-cache-dtype {} means here)"
 CASES = [
     ("deepseek_v32", FP8, SAID.format("fp8") + " and FP8 index keys, 52 + 20 bytes a token a layer, 216 bytes a token"),
-    ("deepseek_v32", AUTO, SAID.format("auto") + " and FP8 index keys, 52 + 20 bytes a token a layer, 216 bytes a token"),
     ("deepseek_v3", FP8, SAID.format("fp8") + ", 52 bytes a token a layer, 156 bytes a token"),
     ("kimi_k2", AUTO, "KV cache: bfloat16, 80 bytes a token a layer, 240 bytes a token"),
 ]

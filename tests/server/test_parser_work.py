@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +93,7 @@ READERS: dict[str, Callable[[], MessageReader]] = {
     "thinking already": lambda: MessageReader(None, ThinkSplitter(True)),
     "both": lambda: MessageReader(json_parser("hermes"), ThinkSplitter(False)),
 }
+LITTLE = 0.02  # seconds, of which nothing is to be said
 
 
 def read(make: Callable[[], MessageReader], text: str, size: int) -> dict[str, Any]:
@@ -103,23 +104,25 @@ def read(make: Callable[[], MessageReader], text: str, size: int) -> dict[str, A
 
 
 def seconds(make: Callable[[], MessageReader], text: str, size: int) -> float:
-    """This thread's own, the best of two."""
-    times = []
+    """This thread's own, the best of two; one is enough where it is little."""
+    best = float("inf")
     for _ in range(2):
-        start = time.thread_time()
-        read(make, text, size)
-        times.append(time.thread_time() - start)
-    return min(times)
+        if best >= LITTLE:
+            start = time.thread_time()
+            read(make, text, size)
+            best = min(best, time.thread_time() - start)
+    return best
 
 
-@pytest.mark.parametrize("size", [4, 10**9], ids=["streamed", "whole"])
-@pytest.mark.parametrize("reader", READERS)
+@cases("size", [4, 10**9], ids=["streamed", "whole"])
+@cases("reader", READERS)
 def test_work_in_proportion_to_the_length(reader: str, size: int) -> None:
     """Four times the text is four times the work; where it was its square, 16,000 blanks took 4.4 s."""
     length = 2_000 if size < 10**9 else 8_000
     for name, text in ADVERSARIAL.items():
-        once, more = seconds(READERS[reader], text(length), size), seconds(READERS[reader], text(4 * length), size)
-        assert more < max(10 * once, 0.02), (name, once, more)
+        if (more := seconds(READERS[reader], text(4 * length), size)) >= LITTLE:
+            once = seconds(READERS[reader], text(length), size)
+            assert more < 10 * once, (name, once, more)
 
 
 @st.composite

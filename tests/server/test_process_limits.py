@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 
-import pytest
+from cases import cases
 from server.processes import free_port
 
 
@@ -20,7 +20,7 @@ def limited(*command: str, soft: int, hard: int) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("limit", [10, 12, 16, 20, 63])
+@cases("limit", [10, 12, 16, 20, 63])
 def test_too_few_files_are_told_in_a_sentence(limit: int) -> None:
     done = limited("-m", "octavo.cli", "serve", "--port", str(free_port()), soft=limit, hard=limit)
     assert done.returncode == 1

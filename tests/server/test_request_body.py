@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cases import cases
 from server.api_client import Client
 from server.processes import Server
 
@@ -42,7 +43,7 @@ def test_a_large_body_is_read_beside_the_server(client: Client, path: str, more:
 
 
 @pytest.mark.usefixtures("beside")
-@pytest.mark.parametrize(
+@cases(
     ("path", "body", "sentence"),
     [
         (COMPLETIONS, {"prompt": [[]] * (MOST_VALUES // 8)}, MANY),
@@ -75,8 +76,8 @@ def test_broken_json_of_every_size(client: Client, size: int) -> None:
         assert response.json()["error"]["message"].startswith("The body is not valid JSON: ")
 
 
-@pytest.mark.parametrize("size", [1, SMALL_BODY])
-@pytest.mark.parametrize("depth", [300, 800, 950])
+@cases("size", [1, SMALL_BODY])
+@cases("depth", [300, 800, 950])
 def test_deep_messages_are_no_fault_of_the_server(client: Client, size: int, depth: int) -> None:
     body = json.dumps({"messages": [{**USER, "extra": "DEEP"}], "user": "a" * size})
     response = client.request("POST", CHAT, content=body.replace('"DEEP"', "[" * depth + "]" * depth))
@@ -101,7 +102,7 @@ WRONG: dict[str, tuple[type[ApiModel], Callable[[int], dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@cases("name", WRONG)
 def test_of_many_faults_in_a_list_one_is_looked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, make = WRONG[name]
     counts = []
@@ -159,7 +160,7 @@ def test_memory_returns_after_huge_requests() -> None:
         server.stop()
 
 
-@pytest.mark.parametrize("depth", [200, 250, 300, 350, 400, 450])
+@cases("depth", [200, 250, 300, 350, 400, 450])
 def test_what_is_nested_too_deeply_to_be_walked_over(client: Client, depth: int) -> None:
     """JSON is read to a depth that what walks over a schema does not reach."""
     schema: dict[str, Any] = {"type": "string"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from openai.types import completion_create_params as openai_completions
 from openai.types.chat import completion_create_params as openai_chat
 from server.api_client import Client
@@ -64,7 +65,7 @@ def ask(client: Client, path: str, fields: dict[str, Any]) -> Any:
     return client.post(path, {**start, **fields})
 
 
-@pytest.mark.parametrize(("path", "where", "name", "fate"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+@cases(("path", "where", "name", "fate"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_not_served_is_refused_in_its_sentence(client: Client, path: str, where: str, name: str, fate: Refused) -> None:
     for value in ("something", 7, [3], {"a": 1}, ["text", "audio"], True):
         fields: dict[str, Any] = {name: value}
@@ -154,7 +155,7 @@ def test_what_reaches_the_engine(client: Client) -> None:
     assert set(request.bad_words) == {tuple(encode("size")), tuple(encode(" size"))}
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields",
     [{"bad_words": [""]}, {"bad_words": "size"}, {"bad_words": ["a"] * 1025}, {"allowed_token_ids": []},
      {"allowed_token_ids": [4096]}, {"allowed_token_ids": [-1]}, {"cache_salt": ""}, {"cache_salt": 3}, {"request_id": "\n"}],

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from cases import cases
 from server.api_client import Client
 
 from octavo.errors import InvalidRequest, OctavoError
@@ -50,7 +51,7 @@ def fails(side: SideProcesses, function: Callable[..., object], *args: object) -
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@cases("name", TEMPLATES)
 def test_a_template_without_end(make_client: Callable[..., Client], name: str) -> None:
     """It is ended, and meanwhile the event loop never waits."""
     template, sentence = TEMPLATES[name]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cases import cases
 from server.api_client import Client
 
 from octavo.errors import OctavoError
@@ -66,8 +67,8 @@ CASES = {
 FLAT = [(name, text, parts) for name, cases in CASES.items() for text, parts in cases]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 1000])
-@pytest.mark.parametrize(("name", "text", "parts"), FLAT)
+@cases("size", [1, 3, 7, 1000])
+@cases(("name", "text", "parts"), FLAT)
 def test_formats(name: str, text: str, parts: list[Any], size: int) -> None:
     parser = json_parser(name)
     found = [part for i in range(0, len(text), size) for part in parser.feed(text[i : i + size])]
@@ -84,8 +85,8 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 4, 1000])
-@pytest.mark.parametrize("name", PARSERS)
+@cases("size", [1, 4, 1000])
+@cases("name", PARSERS)
 def test_markers_inside_a_string_are_text(name: str, size: int) -> None:
     """Of this parser and of all others, with quotes and backslashes around them."""
     assert set(WRITTEN) == set(PARSERS)
@@ -110,8 +111,8 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("value", NO_JSON)
-@pytest.mark.parametrize("name", PARSERS)
+@cases("value", NO_JSON)
+@cases("name", PARSERS)
 def test_arguments_are_json_or_the_call_is_content(make_client: MakeClient, name: str, value: str) -> None:
     """In each way to write a call, at once and streamed; a string that says NaN is one like any other."""
     form, arguments = PARSERS[name], f'{{"x": {value}, "y": 1.5}}'
@@ -176,8 +177,8 @@ THINKING = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 4, 1000])
-@pytest.mark.parametrize(("text", "inside", "reasoning", "content"), THINKING)
+@cases("size", [1, 4, 1000])
+@cases(("text", "inside", "reasoning", "content"), THINKING)
 def test_thinking(text: str, inside: bool, reasoning: str, content: str, size: int) -> None:
     reader = MessageReader(None, ThinkSplitter(inside))
     message: dict[str, Any] = {}
@@ -215,8 +216,8 @@ PROMPTED = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 4, 1000])
-@pytest.mark.parametrize(("name", "prompt", "text", "reasoning", "content"), PROMPTED)
+@cases("size", [1, 4, 1000])
+@cases(("name", "prompt", "text", "reasoning", "content"), PROMPTED)
 def test_thinking_that_the_prompt_begins(name: str, prompt: str, text: str, reasoning: str, content: str, size: int) -> None:
     reader = MessageReader(json_parser("hermes"), make_splitter(name, prompt))
     message: dict[str, Any] = {}
@@ -337,10 +338,19 @@ def test_reasoning_is_split_from_content(make_client: MakeClient) -> None:
     assert "".join(delta.get("content", "") for delta in deltas).strip() == "because"
 
 
+def test_which_models_think_without_an_opening_tag() -> None:
+    thinking = dict(deepseek_r1=True, minimax_m2=True, qwen3=False, deepseek_v3=False, glm45=False)
+    for name, thinks in thinking.items():
+        splitter = make_splitter(name, "a prompt")
+        (reasoning, content), rest = splitter.feed("thought</think>answer"), splitter.finish()
+        expected = ("thought", "answer") if thinks else ("", "thought</think>answer")
+        assert (reasoning + rest[0], content + rest[1]) == expected, name
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("body", "expected"),
     [
         ({"response_format": {"type": "text"}}, None),
@@ -357,7 +367,8 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutput("lark", 'start: "a"')),
     ],
 )
-def test_structured_output(client: Client, body: dict[str, Any], expected: StructuredOutput | None) -> None:
+def test_structured_output(make_client: Callable[..., Client], body: dict[str, Any], expected: StructuredOutput | None) -> None:
+    client = make_client()
     client.complete(**body)
     client.chat(**body)
     assert [params.structured for _, params, _ in client.engine.calls] == [expected, expected]

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cases import cases
 from server.api_client import Client
 from server.processes import Server
 
@@ -59,7 +60,7 @@ HIDDEN = {
 }
 
 
-@pytest.mark.parametrize("template", SHOWN.values(), ids=SHOWN)
+@cases("template", SHOWN.values(), ids=SHOWN)
 def test_a_template_that_prints_tools_is_left_alone(template: str) -> None:
     assert shows_tools(template)
     messages = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "a"}, USER]
@@ -131,7 +132,7 @@ def test_deepseek_v31_is_told_in_the_words_of_its_card() -> None:
     assert "Call wind now" in named
 
 
-@pytest.mark.parametrize("name", [*PARSERS, *FORMS, *TOKEN_FORMS])
+@cases("name", [*PARSERS, *FORMS, *TOKEN_FORMS])
 def test_calls_are_told_as_they_are_read(name: str) -> None:
     parser = make_parser(name, ArgumentTypes({}))
     parts = parser.feed(call_form(name).spell(CALLS)) + parser.finish()
@@ -163,8 +164,8 @@ CHOICES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("choice", "told"), CHOICES, ids=str)
-@pytest.mark.parametrize("stream", [False, True])
+@cases(("choice", "told"), CHOICES, ids=str)
+@cases("stream", [False, True])
 def test_the_server_s_model_sees_them(make_client: Callable[..., Client], choice: Any, told: str, stream: bool) -> None:
     client = make_client('[{"name": "wind", "parameters": {"city": "x"}}]')
     body = {"messages": [USER], "tools": TOOLS, "tool_choice": choice, "stream": stream}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cases import cases
 from server.api_client import Client
 from server.fake_engine import FakeEngine
 
@@ -147,8 +148,8 @@ def values(rng: random.Random) -> dict[str, Any]:
     return {key: made[key] for key in keys}
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 10_000])
-@pytest.mark.parametrize("name", FORMS)
+@cases("size", [1, 3, 7, 10_000])
+@cases("name", FORMS)
 def test_what_the_template_prints_is_read_back(name: str, size: int) -> None:
     rng = random.Random(size)
     for _ in range(40):
@@ -162,8 +163,8 @@ def test_what_the_template_prints_is_read_back(name: str, size: int) -> None:
         assert [(f, json.loads(a)) for f, a in (p for p in found if not isinstance(p, str))] == calls, text
 
 
-@pytest.mark.parametrize("size", [1, 4, 10_000])
-@pytest.mark.parametrize("name", FORMS)
+@cases("size", [1, 4, 10_000])
+@cases("name", FORMS)
 def test_tags_inside_a_string_are_text(name: str, size: int) -> None:
     """Each tag of every family alone, at both ends of lines and values, and JSON's own marks."""
     for tag in TAGS:
@@ -173,6 +174,15 @@ def test_tags_inside_a_string_are_text(name: str, size: int) -> None:
             arguments = {"text": said, "more": said}
             found = read(name, render(name, "", [("f", arguments)]), size)
             assert [json.loads(part[1]) for part in found if not isinstance(part, str)] == [arguments], said
+
+
+def test_a_forgotten_end_is_where_the_next_parameter_begins() -> None:
+    """One that the function has and the call does not have yet; else it is text."""
+    for key, arguments in (("text", {"more": "x", "text": "y"}), ("more", {"more": "x\n<parameter=more>\ny"})):
+        written = (
+            f"<tool_call>\n<function=f>\n<parameter=more>\nx\n<parameter={key}>\ny\n</parameter>\n</function>\n</tool_call>"
+        )
+        assert [json.loads(part[1]) for part in read("qwen3_coder", written, 3)] == [arguments]
 
 
 def q(*parameters: tuple[str, str], name: str = "f") -> str:
@@ -342,8 +352,8 @@ def test_strings_come_as_they_are_written(name: str) -> None:
         assert got >= at - text.index(said) - 40
 
 
-@pytest.mark.parametrize("size", [1, 5, 10**6])
-@pytest.mark.parametrize("name", FORMS)
+@cases("size", [1, 5, 10**6])
+@cases("name", FORMS)
 def test_hostile_text_takes_linear_time(name: str, size: int) -> None:
     """What is held between two pieces stays short, and 200,000 characters of each kind at once take no second."""
     form, long = FORMS[name], {1: 1_000, 5: 4_000}.get(size, 200_000)
@@ -361,7 +371,7 @@ def test_hostile_text_takes_linear_time(name: str, size: int) -> None:
             assert time.process_time() - begun < 2, (start, bit)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("key", "text", "expected"),
     [
         ("text", "5", '"5"'),

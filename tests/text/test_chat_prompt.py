@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from cases import cases
 
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
@@ -44,7 +45,7 @@ def render(template: str, *messages: dict[str, Any], **how: Any) -> str:
     return render_conversation(template, messages, {}, **how)
 
 
-@pytest.mark.parametrize(("template", "form"), TEMPLATES.items())
+@cases(("template", "form"), TEMPLATES.items())
 def test_the_form_of_content_is_found_in_the_template(template: str, form: str) -> None:
     assert content_format(template) == form
     for content in ("Hello", [{"type": "text", "text": "Hello"}], ["Hello"], [{"type": "input_text", "text": "Hello"}]):
@@ -74,7 +75,7 @@ def test_no_tool_calls_are_none() -> None:
     assert render(template, {"role": "assistant", "content": "", "tool_calls": [call]}) == "[CALL]"
 
 
-@pytest.mark.parametrize("content", ["```json\n", "The answer: ", "", "I say", " \n "])
+@cases("content", ["```json\n", "The answer: ", "", "I say", " \n "])
 def test_a_continued_message_ends_where_it_ends(content: str) -> None:
     template = Tokenizer(MODEL_DIR).chat_template
     assert template is not None
@@ -127,8 +128,8 @@ CALLS_OF_NO_CONTENT = (
 )
 
 
-@pytest.mark.parametrize("arguments", ['{"city": "Zürich"}', {"city": "Zürich"}])
-@pytest.mark.parametrize("content", ["", None, []])
+@cases("arguments", ['{"city": "Zürich"}', {"city": "Zürich"}])
+@cases("content", ["", None, []])
 def test_calls_of_earlier_turns_as_the_template_reads_them(arguments: Any, content: Any) -> None:
     """DeepSeek's templates join arguments with text; V3's prints calls only of a message whose content is none."""
     made = {"role": "assistant", "content": content, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}

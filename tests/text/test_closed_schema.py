@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from cases import cases
 from llguidance import LLMatcher, LLTokenizer
 
 from octavo.demo import MODEL_DIR
@@ -61,7 +62,7 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("schema", "allowed", "refused"), CASES, ids=lambda value: json.dumps(value)[:60])
+@cases(("schema", "allowed", "refused"), CASES, ids=lambda value: json.dumps(value)[:60])
 def test_objects_are_closed(tokenizer: Any, schema: Any, allowed: list[str], refused: list[str]) -> None:
     before = json.dumps(schema)
     for text in allowed:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from cases import cases
 from server.api_client import Client
 from server.fake_engine import FakeEngine
 
@@ -133,7 +134,7 @@ CASES: list[tuple[list[dict[str, Any]], Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("messages", "tools", "switches", "expected"), CASES)
+@cases(("messages", "tools", "switches", "expected"), CASES)
 def test_conversations(messages: list[dict[str, Any]], tools: Any, switches: dict[str, Any], expected: str) -> None:
     assert render_conversation(DEEPSEEK_V32, messages, {}, tools, switches=switches) == expected
 

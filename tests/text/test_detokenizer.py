@@ -5,6 +5,7 @@ import time
 
 import pytest
 import tokenizers
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def letters(tokenizer, text):
     return [by_bytes[bytes([byte])] for byte in text.encode()]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("text", "stop", "include", "shown", "reason"),
     [
         ("one END two", "END", False, "one ", "END"),
@@ -111,7 +112,7 @@ def letters(tokenizer, text):
         ("grü世界!", "界", True, "grü世界", "界"),
     ],
 )
-@pytest.mark.parametrize("split", [True, False])
+@cases("split", [True, False])
 def test_stop_strings(tokenizer, text, stop, include, shown, reason, split):
     ids = letters(tokenizer, text) if split else tokenizer.encode(text)
     pieces, stopped = run(tokenizer, ids, stop=stop, include_stop_str_in_output=include)
@@ -124,7 +125,7 @@ def test_the_start_of_a_stop_string_is_held_back(tokenizer):
     assert pieces == ["a", "", "", "ENx", "", "", ""]
 
 
-@pytest.mark.parametrize(("least", "shown"), [(0, ""), (2, ""), (3, "abc"), (5, "abc"), (6, "abcabc!")])
+@cases(("least", "shown"), [(0, ""), (2, ""), (3, "abc"), (5, "abc"), (6, "abcabc!")])
 def test_no_stop_string_within_min_tokens(tokenizer, least, shown):
     assert "".join(run(tokenizer, letters(tokenizer, "abcabc!"), stop="abc", min_tokens=least)[0]) == shown
 

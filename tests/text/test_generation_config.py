@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 
 from octavo import LLM
 from octavo.demo import MODEL_DIR
@@ -28,15 +29,15 @@ def test_names_of_sampling_params(tmp_path: Path) -> None:
     assert default_sampling(tmp_path / "nowhere") == {}
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"])
-@pytest.mark.parametrize("value", ["0.5", [1], {"a": 1}, True, float("nan"), -7, 1e400])
+@cases("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"])
+@cases("value", ["0.5", [1], {"a": 1}, True, float("nan"), -7, 1e400])
 def test_wrong_values_are_one_sentence(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(OctavoError, match=rf"generation_config.json: {name} must be [^\n]+\.$"):
         default_sampling(write(tmp_path, **{name: value}))
 
 
-@pytest.mark.parametrize("value", ["0", [1, "2"], 1.5, True, -1, {"a": 1}, [[1]], [None]])
-@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@cases("value", ["0", [1, "2"], 1.5, True, -1, {"a": 1}, [[1]], [None]])
+@cases("name", ["generation_config.json", "config.json"])
 def test_ends_that_are_no_ids(tmp_path: Path, name: str, value: Any) -> None:
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(OctavoError, match=rf"{name}: eos_token_id must be a token id or a list of them, not [^\n]+\.$"):

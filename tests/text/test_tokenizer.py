@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizers
+from cases import cases
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from octavo.demo import MODEL_DIR
@@ -49,7 +50,7 @@ def test_every_token_has_the_bytes_that_decoding_shows(demo):
     assert demo.token_bytes(10**6) == b""
 
 
-@pytest.mark.parametrize("word", ["đem", "čaj", "ilÖveyou", "naïve", "<ñ>", "日本"])
+@cases("word", ["đem", "čaj", "ilÖveyou", "naïve", "<ñ>", "日本"])
 def test_an_added_token_reads_as_it_is_spelled(tmp_path, word):
     """Its letters may be those that byte-level BPE spells bytes with."""
     backend = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
@@ -99,9 +100,9 @@ def test_what_the_files_say(tmp_path):
     assert Tokenizer(tmp_path).chat_template == "F"
 
 
-@pytest.mark.parametrize("added", ["$A", "<s> $A", "<s> $A </s>"])
-@pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
-@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", None])
+@cases("added", ["$A", "<s> $A", "<s> $A </s>"])
+@cases("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
+@cases("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", None])
 def test_special_tokens_are_added_as_transformers_adds_them(tmp_path, added, says, kind):
     sentencepiece(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -169,8 +170,8 @@ MESSAGES = [
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"type": "object"}}}]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("tools", [None, TOOLS])
+@cases("name", TEMPLATES)
+@cases("tools", [None, TOOLS])
 def test_chat_templates_read_as_in_transformers(demo, name, tools):
     from transformers import PreTrainedTokenizerFast
 
@@ -181,7 +182,7 @@ def test_chat_templates_read_as_in_transformers(demo, name, tools):
     assert render_chat(TEMPLATES[name], MESSAGES, special, tools, **switches) == expected
 
 
-@pytest.mark.parametrize(
+@cases(
     ("template", "sentence"),
     [
         ("{{ raise_exception('Only user turns.') }}", "^Only user turns.$"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -15,8 +14,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from cases import cases
 from server.processes import Server
 
+from bench.ops.__main__ import main as bench_ops
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -38,6 +39,13 @@ BY_HAND = Costs(
     fp8_operations=1000, plain_operations=0, head_operations=50, kv_fp8=True,
 )  # fmt: skip
 ON = Ceilings(bandwidth=10, fp8=1000, plain=100)
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy and a product that take no time: no test asks how fast this machine is."""
+    monkeypatch.setattr(ceilings, "COPY_BYTES", (1 << 30, 1 << 22))
+    monkeypatch.setattr(ceilings, "SIDE", (8192, 128))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,7 @@ def test_without_fp8_units_fp8_is_computed_in_the_other_dtype() -> None:
     assert slow == pytest.approx((20e6 + 4 * 20000 * 20001 / 2) / 100 + 0.5)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "output_rate", "within"),
     # Worked out by others for one H200. D's, 92,000, leaves attention's operations out: 7 of 100.
     [("A", 62_000 / 3, 0.03), ("B", 8_200, 0.03), ("C", 527, 0.01), ("F", 1_600, 0.01), ("D", 92_000 / 4096, 0.07)],
@@ -142,7 +150,7 @@ def test_costs_of_latents_and_sparse_attention() -> None:
     assert one.decode == pytest.approx(2 * step / 1e12, rel=1e-3)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("shape", "parameters"),  # as the models' cards count them
     [
         ("llama-3.1-8b", 8_030_261_248),
@@ -382,7 +390,7 @@ def test_kernels_that_overlap_add_up_to_the_time_that_they_took() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
+@cases(
     ("kernel", "role"),
     [
         ("_norm_quant", "norm"),
@@ -488,12 +496,13 @@ def test_what_a_server_is_asked() -> None:
     assert all(wanted.items() <= body.items() for body in asked)
 
 
-def test_the_bench_of_ops(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.ops", "attention", "--device", "cpu", "--shape", "decode 1 x 1024", "--json"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(tmp_path / "ops.json")], cwd=root, capture_output=True, text=True, check=True)
+def test_the_bench_of_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["attention", "--device", "cpu", "--shape", "decode 1 x 1024", "--json", str(tmp_path / "ops.json")]
+    monkeypatch.setattr(sys, "argv", ["bench.ops", *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process
+    bench_ops()
     (row,) = json.loads((tmp_path / "ops.json").read_text())["ops"]
-    assert "decode 1 x 1024" in done.stdout
+    assert "decode 1 x 1024" in capsys.readouterr().out
     assert row["gb_s"] * row["us"] * 1e3 == pytest.approx(2 * 1024 * 8 * 128 + 2 * 2 * 32 * 128)  # codes read, q and o
     assert row["tflops"] * row["us"] * 1e6 == pytest.approx(4 * 1024 * 32 * 128)
     assert row["of_library"] == pytest.approx(row["library_us"] / row["us"])
@@ -510,7 +519,7 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
+@cases(
     ("line", "code", "sentence"),
     [
         ("", 2, "a mode is missing; the modes are throughput, latency, serve, profile"),

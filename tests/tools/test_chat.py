@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
+from cases import cases
 
 from octavo.cli import main
 
@@ -89,7 +90,7 @@ def test_no_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Handler.asked
 
 
-@pytest.mark.parametrize("models", [b"<html>", b"", b"[]", b'{"data": []}', b'{"data": 5}', b"\xff"])
+@cases("models", [b"<html>", b"", b"[]", b'{"data": []}', b'{"data": 5}', b"\xff"])
 def test_no_server_of_this_api(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], models: bytes
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import relative_error
 from models.test_moe_quantized import FakeExperts, tiny
 from tools.test_compare import IDS, WINDOW, _fp32_sums, changed, compared, config  # noqa: F401
@@ -69,8 +70,8 @@ def by_path(found: Sequence[LayerError | Sensitivity]) -> dict[str, Any]:
     return {one.path: one for one in found}
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "ptpc_fp8", "fp8_block"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@cases("scheme", ["fp8", "ptpc_fp8", "fp8_block"])
+@cases("family", ["qwen3_moe", "mixtral"])
 def test_each_stack_by_itself_is_as_in_transformers(family: str, scheme: str, tmp_path: Path) -> None:
     tiny(tmp_path, family)
     found = compared(tmp_path, [scheme], ["auto"], dtype="float32")

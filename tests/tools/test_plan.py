@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import cases
 from tools.planner import answer, checkpoint, plan_of
 
 from octavo.cli import main
@@ -21,7 +22,7 @@ from octavo.tools.plan.explain import command, groups, notes, refusals
 DEMO_BYTES = 11_540_992
 
 
-@pytest.mark.parametrize(
+@cases(
     ("words", "options"),
     [
         ((), {}),
@@ -112,7 +113,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
     assert plan.asked.rank_weights[2] == plan.asked.fit.weights  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("words", "sentence"),
     [
         (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
@@ -151,7 +152,7 @@ def test_packed_int4_takes_what_is_stored() -> None:
         assert all(o.stored * 8 == o.values * 4.5 for o in packed)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("words", "message"),
     [
         (("--accelerator", "MI-355"), "--accelerator 'MI-355' is not known; did you mean 'mi355x'?"),
@@ -198,7 +199,7 @@ def test_what_fits() -> None:
     assert fits["PTPC + FP8 KV"]["request_percent"] == pytest.approx(50.5, abs=0.1)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("accelerator", "memory", "scheme", "weights"),  # GB of a rank: an eighth of what is split, all of the latents' projections
     [
         ("mi300x", 192 << 30, (), 86.15), ("mi325x", 256 << 30, (), 86.15), ("h200", int(139.8 * (1 << 30)), (), 86.15),
@@ -255,7 +256,7 @@ def test_the_host_has_the_memory_that_the_engine_sees() -> None:
     assert host.free == pytest.approx(free, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-405B", "DeepSeek-V3.2", "Kimi-K2.5", "Qwen3-VL-235B-A22B", ""])
+@cases("name", ["Llama-3.1-405B", "DeepSeek-V3.2", "Kimi-K2.5", "Qwen3-VL-235B-A22B", ""])
 def test_tables_are_readable_at_100_columns(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

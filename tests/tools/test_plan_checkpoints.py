@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+from cases import cases
 from tools.planner import TINY_LLAMA, answer, checkpoint, llama_tensors, plan_of, write_headers
 
 from octavo.errors import OctavoError
 from octavo.tools.plan.explain import groups
 
 
-@pytest.mark.parametrize(
+@cases(
     ("scheme", "label"),
     [("bf16", "bf16"), ("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "int4")],
 )
@@ -41,8 +42,8 @@ def test_what_is_still_bf16_follows_the_option(tmp_path: Path) -> None:
     assert {g.component: g.format for g in groups(plan)}["mlp"] == "ptpc_fp8"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("scheme", "label"), [("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "")])
+@cases("tied", [False, True])
+@cases(("scheme", "label"), [("fp8", "fp8"), ("channel", "ptpc_fp8"), ("block", "fp8_block"), ("int4", "")])
 def test_a_quantized_head_takes_the_scheme_of_the_checkpoint(tmp_path: Path, scheme: str, label: str, tied: bool) -> None:
     tensors = llama_tensors(scheme)
     if tied:
@@ -95,7 +96,7 @@ def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
             plan_of(str(tmp_path), "--accelerator", "h200")
 
 
-@pytest.mark.parametrize(
+@cases(
     ("config", "message"),
     [
         ({"model_type": "lama"}, "did you mean 'llama'?"),

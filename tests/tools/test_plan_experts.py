@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel
 from models.test_moe_quantized import FAMILIES, tiny
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@cases("name", PUBLISHED)
 def test_parameters_of_the_published_models(name: str) -> None:
     import transformers
 
@@ -96,7 +97,7 @@ def test_parameters_of_the_published_models(name: str) -> None:
     assert found["router"] == routers + corrections
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@cases("name", PUBLISHED)
 def test_bytes_of_the_published_models(name: str) -> None:
     """Linear layers take half of BF16's bytes and their scales; routers, embeddings and the head stay as they are."""
     config, _, exact, corrections, _ = PUBLISHED[name]
@@ -118,7 +119,7 @@ def test_bytes_of_the_published_models(name: str) -> None:
     assert sum(o.stored for o in operands) == stored + 2 * (exact + corrections - values) + 2 * corrections
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@cases("name", PUBLISHED)
 def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
     config, *_ = PUBLISHED[name]
     subject = subject_of(config)
@@ -134,7 +135,7 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
         assert costs.moved(tokens, 1) == pytest.approx(others + experts * reached)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "said"),
     [
         ("Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"),
@@ -171,7 +172,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@cases("name", SIZES)
 def test_the_sizes_that_the_page_of_memory_gives(name: str) -> None:
     subject = subject_of(PUBLISHED[name][0])
     stored = [subject.walk(Variant(s, False, "auto"), 1).total("stored") for s in ("bf16", "ptpc_fp8", "fp8_block")]
@@ -229,7 +230,7 @@ WRONG: dict[str, tuple[bool, Callable[[dict[str, Tensor]], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@cases("wrong", WRONG)
 def test_what_loading_refuses_is_refused_in_its_words(wrong: str, tmp_path: Path, load_model: LoadModel) -> None:
     is_quantized, change, part = WRONG[wrong]
     tiny(tmp_path / "model", "qwen3_moe")

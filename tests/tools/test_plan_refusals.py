@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from safetensors.torch import save_file
 from tools.planner import TINY_LLAMA, Tensors, checkpoint, llama_tensors, plan_of, write_headers
 
@@ -87,7 +88,7 @@ def planned(*words: str) -> list[str]:
         return [str(error)]
 
 
-@pytest.mark.parametrize("what", WRONG)
+@cases("what", WRONG)
 def test_what_the_engine_refuses(what: str, tmp_path: Path) -> None:
     config, tensors, words, part = WRONG[what]
     if tensors is None:
@@ -150,9 +151,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("scheme", ["bf16", "fp8", "ptpc_fp8", "fp8_block"])
-@pytest.mark.parametrize("how", ["while loading", "stored", "dummy"])
+@cases("model_type", MODELS)
+@cases("scheme", ["bf16", "fp8", "ptpc_fp8", "fp8_block"])
+@cases("how", ["while loading", "stored", "dummy"])
 def test_a_rank_holds_the_bytes_that_were_planned(
     how: str, scheme: str, model_type: str, written: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -221,7 +222,7 @@ def test_stored_codes_are_weighed_as_codes(scheme: str, fp8: bool, tmp_path: Pat
 FORMATS = sorted(path.parent for path in (Path(__file__).parents[1] / "data/formats").glob("*/config.json"))
 
 
-@pytest.mark.parametrize("directory", FORMATS, ids=lambda path: path.name)
+@cases("directory", FORMATS, ids=lambda path: path.name)
 def test_what_other_tools_wrote(directory: Path) -> None:
     line = [str(directory), "--device", "cpu", "--kv-cache-dtype", "auto", "--cpu-kv-cache-gib", "0.01", "-q", "bf16"]
     plan = plan_of(*line)

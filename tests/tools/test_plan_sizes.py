@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from tools.planner import answer
 
 from octavo.config import EngineConfig
@@ -42,7 +43,7 @@ def assert_printed(value: float, printed: str) -> None:
     assert abs(value - float(printed)) <= max(half * 1.0001, 1e-3 * float(printed)), (value, printed)
 
 
-@pytest.mark.parametrize(("name", "parameters", "bf16", "fp8", "kv", "index"), PUBLISHED, ids=lambda text: str(text))
+@cases(("name", "parameters", "bf16", "fp8", "kv", "index"), PUBLISHED, ids=lambda text: str(text))
 def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: str, index: str) -> None:
     found = answer(name, "--accelerator", "mi355x", "-q", "fp8_block", "--kv-cache-dtype", "auto")
     variants = found["variants"]
@@ -60,7 +61,7 @@ def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: st
     assert_printed(index_bytes / 1024, index)
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-405B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-VL-235B-A22B"])
+@cases("name", ["Llama-3.1-8B", "Llama-3.1-405B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-VL-235B-A22B"])
 def test_scales_are_all_that_the_schemes_differ_by(name: str) -> None:
     """`fp8` and `ptpc_fp8` hold an FP32 scale a row: for 512 columns or more, within 0.3% of a scale for 128x128 values."""
     variants = answer(name, "--accelerator", "mi355x", "-q", "fp8_block")["variants"]
@@ -145,7 +146,7 @@ def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, A
     return count
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@cases("name", CONFIGS)
 def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) -> None:
     parameters, config = count_parameters(*CONFIGS[name])
     assert config["model_type"] == name.split(",")[0]
@@ -168,9 +169,9 @@ def test_the_known_names_are_known_by_their_aliases() -> None:
     assert all(known_config(name) == (name, config) for name, config in KNOWN.items())
 
 
-@pytest.mark.parametrize("kv", ["auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@cases("kv", ["auto", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
+@cases("dtype", [torch.bfloat16, torch.float32])
+@cases("family", ["qwen3", "qwen3_moe"])
 def test_bytes_of_a_token_are_the_caches(kv: str, dtype: torch.dtype, family: str) -> None:
     heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=64, hidden_size=512)
     subject = subject_of(COMMON | EXPERTS | heads | {"model_type": family})

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, LoadModel, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +33,7 @@ from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Qu
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
-schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+schemes = cases("scheme", SCHEMES, ids=lambda s: s.name)
 ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)
 # transformers says that a config of its own overrides the checkpoint's
 dequantized = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -89,10 +90,8 @@ def assert_sentence(error: BaseException, *parts: str) -> None:
 
 
 @schemes
-@pytest.mark.parametrize(
-    "changes", [{}, dict(hidden_size=156, intermediate_size=300, head_dim=38), dict(hidden_size=256)], ids=str
-)
-@pytest.mark.parametrize("chunk", [1000, 1 << 19])
+@cases("changes", [{}, dict(hidden_size=156, intermediate_size=300, head_dim=38), dict(hidden_size=256)], ids=str)
+@cases("chunk", [1000, 1 << 19])
 def test_bits_are_those_of_the_online_quantizer(
     scheme: Scheme, changes: dict[str, Any], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +114,7 @@ def test_bits_are_those_of_the_online_quantizer(
 
 @dequantized
 @schemes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@cases("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transformers_reads_the_same_weights(scheme: Scheme, dtype: torch.dtype, checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "out", scheme)
     theirs, info = AutoModelForCausalLM.from_pretrained(
@@ -132,7 +131,7 @@ def test_transformers_reads_the_same_weights(scheme: Scheme, dtype: torch.dtype,
 
 
 @schemes
-@pytest.mark.parametrize("ignore", [(), ("re:.*layers.0.mlp", "o_proj")], ids=str)
+@cases("ignore", [(), ("re:.*layers.0.mlp", "o_proj")], ids=str)
 def test_logits_are_the_same_online_and_offline(
     scheme: Scheme, ignore: tuple[str, ...], checkpoint: Path, tmp_path: Path, load_model: LoadModel
 ) -> None:
@@ -256,7 +255,7 @@ def errors(model: Path, out: Path) -> dict[str, float]:
 
 
 @schemes
-@pytest.mark.parametrize("chunk", [5000, 1 << 19])
+@cases("chunk", [5000, 1 << 19])
 def test_the_search_lowers_every_layers_error(
     scheme: Scheme, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,7 +500,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@cases("name", FAULTS)
 def test_faults_are_said_and_leave_nothing(name: str, checkpoint: Path, tmp_path: Path) -> None:
     damage, options, parts = FAULTS[name]
     damage(checkpoint)
@@ -572,8 +571,8 @@ def stored(model: Path, scheme: Scheme, path: Path, name: str = "weight_scale") 
     return path
 
 
-@pytest.mark.parametrize("asked", SCHEMES, ids=lambda s: s.name)
-@pytest.mark.parametrize("have", SCHEMES, ids=lambda s: s.name)
+@cases("asked", SCHEMES, ids=lambda s: s.name)
+@cases("have", SCHEMES, ids=lambda s: s.name)
 def test_stored_codes_are_kept_or_converted(have: Scheme, asked: Scheme, tmp_path: Path) -> None:
     model = llama(tmp_path / "model", **ODD)
     before = stored(model, have, tmp_path / "stored", "weight_scale_inv" if have is FP8_BLOCK else "weight_scale")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel, tokens
 from models.test_moe_quantized import FAMILIES, NAMES, STORED, WIDE, Stacks, in_bytes, inner, store_quantized, tiny
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from octavo.errors import OctavoError
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme, dequantize, quantize
 
 LEFT = re.compile(r"\.gate\.|e_score_correction_bias|norm|embed|lm_head|\.bias$")
-families = pytest.mark.parametrize("family", FAMILIES)
+families = cases("family", FAMILIES)
 
 
 def moe(path: Path, family: str, **changes: Any) -> PreTrainedModel:
@@ -108,7 +109,7 @@ def test_transformers_reads_the_same_weights(scheme: Scheme, family: str, tmp_pa
 
 
 @families
-@pytest.mark.parametrize("turned", [False, True], ids=["as transformers", "turned"])
+@cases("turned", [False, True], ids=["as transformers", "turned"])
 def test_a_stacked_checkpoint_gives_the_same_files(family: str, turned: bool, tmp_path: Path) -> None:
     moe(tmp_path / "model", family)
     both = tmp_path / "model", stacked(tmp_path / "model", tmp_path / "stacked", family, turned)
@@ -164,7 +165,7 @@ def test_tokens_are_the_same_online_and_offline(tmp_path: Path) -> None:
 
 
 @families
-@pytest.mark.parametrize("stored", [name for name in STORED if name.startswith("block")])
+@cases("stored", [name for name in STORED if name.startswith("block")])
 def test_codes_of_an_official_block_checkpoint_are_kept(stored: str, family: str, tmp_path: Path) -> None:
     tiny(tmp_path / "model", family, **(WIDE | dict(intermediate_size=256) | inner(family, 256)))
     config, store, _ = STORED[stored]

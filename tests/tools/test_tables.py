@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from cases import cases
 from rich.console import Console
 
 from octavo.cli import main
@@ -25,7 +26,7 @@ def shown(made: Any, width: int, terminal: bool = True) -> list[str]:
     return [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in out.getvalue().splitlines()]
 
 
-@pytest.mark.parametrize("width", [30, 48, 60, 80, 100, 132])
+@cases("width", [30, 48, 60, 80, 100, 132])
 def test_no_number_and_no_label_is_cut(width: int) -> None:
     lines = shown(table("A title", COLUMNS, ROWS, words=(0, 1)), width)
     assert "…" not in "".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from models.test_logits import qwen3_moe
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights import loader as loader_module
 
 AS_STORED = replace(CPU, widened_dtype=None)  # a machine that multiplies weights as they are stored
-SIZES = dict(hidden_size=256, moe_intermediate_size=192, num_experts=32, num_experts_per_tok=2, num_hidden_layers=2)
+SIZES = dict(hidden_size=256, moe_intermediate_size=192, num_experts=20, num_experts_per_tok=2, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("hoard", [False, True], ids=["as it is", "dense copies kept"])
-@pytest.mark.parametrize("stored", ["one by one", "stacked", "turned"])
-@pytest.mark.parametrize("scheme", [BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@cases(("stored", "hoard"), [("one by one", False), ("stacked", False), ("turned", False), ("stacked", True)])
+@cases("scheme", [BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_loading_takes_the_model_and_one_expert(
     scheme: Scheme, stored: str, hoard: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

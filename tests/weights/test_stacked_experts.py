@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel, tokens
 from models.test_moe_quantized import FAMILIES, NAMES, STORED, WIDE, Stacks, inner, store_quantized, tiny
 from models.test_quantized import CPU
@@ -24,7 +25,7 @@ from octavo.tools.quantize.quantize import quantize_checkpoint
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 from octavo.weights.transfer import Transfer
 
-ways = pytest.mark.parametrize("turned", [False, True], ids=["as products read it", "turned"])
+ways = cases("turned", [False, True], ids=["as products read it", "turned"])
 
 
 def stack(tensors: dict[str, Tensor], family: str, turned: bool, *, spelled: str = "{part}{end}") -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def rewritten(path: Path, other: Path, change: Callable[[dict[str, Tensor]], dic
 
 
 @ways
-@pytest.mark.parametrize("family", FAMILIES)
+@cases("family", FAMILIES)
 def test_they_load_as_those_with_one_each(family: str, turned: bool, tmp_path: Path, load_model: LoadModel) -> None:
     """Whole and over ranks, as they are and quantized. Equal codes give equal logits, to the bit."""
     tiny(tmp_path, family)
@@ -88,9 +89,8 @@ def test_what_transformers_writes_in_its_own_names(family: str, tmp_path: Path, 
     assert torch.equal(load_model(tmp_path).logits(ids), load_model(tmp_path / "own").logits(ids))
 
 
-@ways
-@pytest.mark.parametrize("spelled", ["{part}{end}", "{part}.weight{end}"])
-@pytest.mark.parametrize("stored", STORED)
+@cases(("spelled", "turned"), [("{part}{end}", False), ("{part}.weight{end}", True)])
+@cases("stored", STORED)
 def test_codes_are_kept_bit_for_bit(
     stored: str, spelled: str, turned: bool, tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], str], None], int]] = {
 }
 
 
-@pytest.mark.parametrize("said", FAULTS)
+@cases("said", FAULTS)
 def test_stacks_that_contradict_config_are_refused(said: str, tmp_path: Path, load_model: LoadModel) -> None:
     change, size = FAULTS[said]
     tiny(tmp_path, "qwen3_moe", moe_intermediate_size=size)

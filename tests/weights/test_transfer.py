@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def parts_of(tensor: Tensor) -> list[tuple[int, slice]]:
 
 
 @devices
-@pytest.mark.parametrize("chunk", [96, 1 << 10, 8 << 20])
+@cases("chunk", [96, 1 << 10, 8 << 20])
 def test_every_part_arrives(device: str, chunk: int, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More chunks than buffers, and fewer; rows that chunks cut in two, and rows longer than a chunk."""
     monkeypatch.setattr(transfer, "CHUNK", chunk)
@@ -145,7 +146,7 @@ def test_the_order_is_that_of_the_modules() -> None:
 
 
 @devices
-@pytest.mark.parametrize("shape", [(3, 5), (1200, 1000), (1, DummySource.POOL), (2, DummySource.POOL)], ids=str)
+@cases("shape", [(3, 5), (1200, 1000), (1, DummySource.POOL), (2, DummySource.POOL)], ids=str)
 def test_dummy_weights_walk_through_the_pool_on_every_device(device: str, shape: tuple[int, int]) -> None:
     source = DummySource()
     pool, count = source._pools[CPU], shape[0] * shape[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, tokens
 from safetensors.torch import load_file, save_file
 from tools.planner import plan_of
@@ -61,8 +62,8 @@ def logprobs(llm: LLM) -> list[float]:
     return [entry[token].logprob for entry, token in zip(found.logprobs, found.token_ids, strict=True)]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", EXTRA)
+@cases("tied", [False, True])
+@cases("name", EXTRA)
 def test_what_no_model_needs_is_skipped(name: str, tied: bool, tmp_path: Path) -> None:
     expected = logprobs(LLM(write(tmp_path, tie_word_embeddings=tied), **HOW))
     add(tmp_path, EXTRA[name])
@@ -73,7 +74,7 @@ def test_what_no_model_needs_is_skipped(name: str, tied: bool, tmp_path: Path) -
     assert refusals(plan_of(str(tmp_path), "--accelerator", "cpu")) == []
 
 
-@pytest.mark.parametrize("name", EXTRA)
+@cases("name", EXTRA)
 def test_quantize_takes_it_too(name: str, tmp_path: Path) -> None:
     source, plain, out = (tmp_path / part for part in ("source", "plain", "out"))
     write(source)
@@ -90,8 +91,8 @@ def test_a_scale_beside_a_layer_that_is_not_quantized_is_no_stray(tmp_path: Path
         LLM(tmp_path, **HOW)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@cases("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+@cases("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_codes_are_no_values(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Read as numbers they would be wrong by their scale, without a word."""
     stored = load_file(write(tmp_path) / "model.safetensors")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import LoadModel, relative_error, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,8 +99,8 @@ class Accounting(TorchDispatchMode):
         return sum(size for _, size in self.storages.values()) + sum(self.opaque.values())
 
 
-@pytest.mark.parametrize("scheme", [BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
-@pytest.mark.parametrize("hoard", [False, True], ids=["as it is", "dense copies kept"])
+@cases("scheme", [BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@cases("hoard", [False, True], ids=["as it is", "dense copies kept"])
 def test_loading_takes_the_model_and_one_layer(
     scheme: Scheme, hoard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,8 +126,8 @@ def test_loading_takes_the_model_and_one_layer(
     assert (accounting.peak > finished + one_layer + converted) is hoard
 
 
-@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
-@pytest.mark.parametrize("on", [CPU, Platform(torch.device("cpu"), "test")], ids=["widened", "native"])
+@cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
+@cases("on", [CPU, Platform(torch.device("cpu"), "test")], ids=["widened", "native"])
 def test_a_tied_matrix_is_held_once(scheme: Scheme, on: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As codes, which are both looked up and multiplied by where nothing has to be widened; no BF16 copy is left of it."""
     sizes = CONFIG | dict(
@@ -290,7 +291,7 @@ def assert_one_sentence(text: str, parts: list[str]) -> None:
         assert part in text
 
 
-@pytest.mark.parametrize("name", FILES)
+@cases("name", FILES)
 def test_damaged_files_are_named(name: str, checkpoint: Path, load_model: LoadModel) -> None:
     damage, parts = FILES[name]
     load_model(checkpoint)
@@ -347,7 +348,7 @@ CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "parts"), CONFIGS, ids=lambda x: str(x)[:60])
+@cases(("changes", "parts"), CONFIGS, ids=lambda x: str(x)[:60])
 def test_wrong_configs_are_named(changes: dict[str, Any], parts: list[str], tmp_path: Path, load_model: LoadModel) -> None:
     write(tmp_path, **changes)
     with pytest.raises(OctavoError) as raised:
@@ -355,10 +356,8 @@ def test_wrong_configs_are_named(changes: dict[str, Any], parts: list[str], tmp_
     assert_one_sentence(str(raised.value), parts)
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(layer_types=5), dict(layer_types=["full_attention"]), dict(sliding_window="7")], ids=str
-)
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@cases("changes", [dict(layer_types=5), dict(layer_types=["full_attention"]), dict(sliding_window="7")], ids=str)
+@cases("model_type", ["qwen2", "qwen3"])
 def test_wrong_windows_are_named(model_type: str, changes: dict[str, Any], tmp_path: Path, load_model: LoadModel) -> None:
     write(tmp_path, model_type=model_type, **changes)
     with pytest.raises(OctavoError) as raised:

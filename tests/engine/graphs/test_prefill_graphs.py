@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import cases
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, Span
@@ -38,7 +39,7 @@ class Model:
         return torch.stack([seen, last], 1), seen + 1
 
 
-@pytest.mark.parametrize("length", [2, 63, 64, 65, 200, 512])
+@cases("length", [2, 63, 64, 65, 200, 512])
 def test_a_prompt_is_what_it_is_alone(length: int) -> None:
     model = Model()
     graphs = PrefillGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)

@@ -1,6 +1,8 @@
-"""Thousands of requests that nobody should send, at a real server: none kills it, none stops another client's stream.
+"""Requests that nobody should send, hundreds of them, at a real server: none kills it, none stops another client's stream.
 
-A failure names its seed; FUZZ_SEED runs that one again, FUZZ_REQUESTS and FUZZ_SECONDS more of them.
+They are the same in each run. FUZZ_SEED makes others, FUZZ_REQUESTS and FUZZ_SECONDS more of them:
+
+    FUZZ_SEED=$RANDOM FUZZ_REQUESTS=30000 FUZZ_SECONDS=600 python -m pytest -s tests/server/fuzz
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections import Counter
 from typing import Any
 
 from server.fuzz.generator import Generator, Sent
-from server.processes import Server
+from server.processes import Server, slowness
 
 from bench.bystander import Bystander
 from octavo.server.parsers.reasoning import REASONING_PARSERS
@@ -23,9 +25,9 @@ from octavo.server.parsers.token_calls import TOKEN_FORMS
 from octavo.server.parsers.tools import PARSERS
 from octavo.server.parsers.xml_forms import FORMS
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "3000"))
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "35"))  # after which no further request is sent: a machine may be busy
-CEILING = 2.0  # seconds that the bystander ever waits for a token
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "120"))  # after which no further request is sent: a machine may be busy
+CEILING = 2.0  # seconds that the bystander ever waits for a token, where nothing else runs
 CLIENTS = 2
 FLAGS = ("--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8", "--threads", "1", "--cpu-kv-cache-gib", "0.1")
 
@@ -68,7 +70,7 @@ def fault(status: int, body: bytes) -> str | None:
 
 
 def test_fuzz() -> None:
-    seed = int(os.environ.get("FUZZ_SEED", random.randrange(2**32)))
+    seed = int(os.environ.get("FUZZ_SEED", "9"))
     print(f"FUZZ_SEED={seed}")
     calls, thinking = (random.Random(seed).choice(names) for names in ([*PARSERS, *FORMS, *TOKEN_FORMS], [*REASONING_PARSERS]))
     server = Server(*FLAGS, "--tool-call-parser", calls, "--reasoning-parser", thinking)
@@ -78,7 +80,7 @@ def test_fuzz() -> None:
         log: list[tuple[float, float, Sent]] = []
         bystander = Bystander(server.port)
         time.sleep(1)  # for its stream to be under way
-        start = time.perf_counter()
+        start, slow = time.perf_counter(), slowness()
 
         def client(number: int) -> None:
             generator = Generator(seed * CLIENTS + number)
@@ -109,7 +111,7 @@ def test_fuzz() -> None:
         assert not faults, f"FUZZ_SEED={seed}: {len(faults)}, the first {faults[0]}"
         assert statuses[200] > 20, told
         assert statuses[400] > 20, told
-        assert waits[-1] < CEILING, told + culprits(gaps, log)
+        assert waits[-1] < CEILING * max(slow, slowness()), told + culprits(gaps, log)
         assert idle(server), f"FUZZ_SEED={seed}: blocks are not given back"
         assert server.process.poll() is None, "".join(server.log)
         assert not any("Traceback" in line for line in server.log), "".join(server.log)
