@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import on_each_instruction_set, over
 from ops.shapes import EXPERTS, LINEAR, ROUTINGS
 from ops.test_experts import chosen
 from ops.test_linear import activations
@@ -41,9 +42,10 @@ def bound(*dtypes: torch.dtype) -> float:
     return 4e-3 if torch.bfloat16 in dtypes else 2e-6
 
 
+@on_each_instruction_set
 @needs_kernels
-@pytest.mark.parametrize("group", GROUPS)
-def test_products_by_the_kernels(group: int, instructions: str) -> None:
+@over("group", GROUPS)
+def test_products_by_the_kernels(group: int) -> None:
     """With few tokens and many, in FP32 and, where there is such an instruction, in pairs of BF16; codes are not copied."""
     for m, n, k in [*LINEAR, (4, 33, 384), (9, 24, 512), (48, 20, 1152), (530, 18, 70)]:
         for scales in SCALES:
@@ -60,8 +62,9 @@ def test_products_by_the_kernels(group: int, instructions: str) -> None:
                     assert relative_error(y, x.double() @ values.mT) < bound(dtype), (m, n, k, scales, dtype)
 
 
+@on_each_instruction_set
 @needs_kernels
-def test_experts_by_the_kernels(instructions: str) -> None:
+def test_experts_by_the_kernels() -> None:
     """Of tokens' rows and of pairs' rows, by the same arithmetic as one weight's; what is captured reads them again."""
     for group in GROUPS:
         for (tokens, hidden, inner, count, top_k), scales in zip(EXPERTS, SCALES * len(EXPERTS), strict=False):
@@ -86,8 +89,9 @@ def test_experts_by_the_kernels(instructions: str) -> None:
                     assert relative_error(of_tokens[: len(awake)], expected) < 2 * bound(dtype), (group, routing, hidden)
 
 
+@on_each_instruction_set
 @needs_kernels
-def test_a_recorded_step_multiplies_by_them(instructions: str) -> None:
+def test_a_recorded_step_multiplies_by_them() -> None:
     """One weight and a mixture's, joined in one call of the library; its replay reads what is there then."""
     one, _ = packed_int4((96, 256), 32, torch.bfloat16)
     stack, _ = packed_int4((5, 64, 96), 32, torch.bfloat16)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import relative_error
 from ops import test_latent as contract
+from ops.cases import on_each_instruction_set, over
 from ops.latents import attended, index_scene, latent_scene, stored
-from ops.shapes import INDEXERS, LATENTS
 
 from octavo import ops
 from octavo.kvcache import IndexCache
@@ -19,27 +19,21 @@ from octavo.ops import Rotation, reference_latent
 from octavo.ops.cpu import latent, library, native
 from octavo.platform import Platform
 
-pytestmark = [
-    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
-    pytest.mark.usefixtures("instructions"),
-]
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 
 
+@on_each_instruction_set
 def test_the_contract() -> None:
     """All that test_latent.py asks, of a library that it would have bound with the best instructions alone."""
     contract.test_the_bytes_are_those_that_flashmla_and_deepgemm_read(CPU)
     contract.test_products_of_heads(CPU)
-    contract.test_of_equal_scores_the_first_are_chosen_and_nan_last(ops, CPU)
-    for shape in LATENTS:
-        contract.test_latents_are_stored(shape, ops, CPU)
-        for rows in ("mixed", "decode"):
-            contract.test_attention_over_latents(rows, shape, ops, CPU)
-    for index in INDEXERS:
-        for dtype in (torch.float32, torch.bfloat16):
-            for wide in (True, False):
-                contract.test_the_highest_scores_are_chosen(index, wide, dtype, ops, CPU)
+    contract.check_equal_scores(ops, CPU)
+    contract.check_stored(op=ops, platform=CPU)
+    for rows in ("mixed", "decode"):
+        contract.check_attention(rows=rows, op=ops, platform=CPU)
+    contract.check_choices(op=ops, platform=CPU)
     assert {ops.table()[name] for name in latent.__all__} == {"cpu.latent"}
 
 
@@ -52,7 +46,8 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_ds_mla"])
+@on_each_instruction_set
+@over("kv", ["auto", "fp8_ds_mla"])
 def test_long_contexts(kv: str) -> None:
     for shape, rows in LONG:
         heads, rank, _, rope, _ = shape
@@ -79,6 +74,7 @@ def test_long_contexts(kv: str) -> None:
         assert spoiled[1:].isfinite().all()
 
 
+@on_each_instruction_set
 def test_keys_and_values_are_made_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few places and a few queries at a time give what all together give."""
     shape = (3, 64, 16, 8, 12)
@@ -96,7 +92,8 @@ def scored_exactly(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -
     return torch.einsum("qhk,qh->qk", torch.einsum("qhd,kd->qhk", q.long(), keys.long()).clamp_(min=0), weights.long())
 
 
-@pytest.mark.parametrize("heads", [3, 20, 64])
+@on_each_instruction_set
+@over("heads", [3, 20, 64])
 def test_choices_are_exact(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many equal scores, negative ones and zeros of either sign, over prompts and single tokens with long contexts."""
     scene = index_scene([(500, 1), (90, 30), (0, 1), (0, 4), (480, 3)], 32, ops, CPU, wide=True)
@@ -126,6 +123,7 @@ def test_choices_are_exact(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert spoiled[31].tolist() == [-1] * 50
 
 
+@on_each_instruction_set
 def test_products_of_any_shape() -> None:
     """Of matrices whose rows, or columns, lie one after another, in either dtype, by few tokens and by many."""
     for tokens in (1, 2, 4, 5, 37):
@@ -139,6 +137,7 @@ def test_products_of_any_shape() -> None:
                         assert relative_error(latent.head_linear(x, w), expected) < bound
 
 
+@on_each_instruction_set
 def test_the_number_of_threads_changes_no_bit() -> None:
     before = torch.get_num_threads()
     scene = latent_scene([(450, 1), (200, 1)], (18, 144, 24, 16, 20), "fp8_ds_mla", ops, CPU)

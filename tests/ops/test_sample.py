@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from ops.sampled import SPREADS, check_draw
 from torch import Tensor
@@ -24,14 +25,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sample, "CHUNK", 128)
 
 
-@pytest.mark.parametrize("vocab", [1, 15, 40, 1023, 16_391, *([128_256] if HAS_GPU else [])])
-@pytest.mark.parametrize("spread", SPREADS)
+@over("vocab", [1, 15, 40, 1023, 16_391, *([128_256] if HAS_GPU else [])])
+@over("spread", SPREADS)
 def test_reference(vocab: int, spread: float) -> None:
     check_draw(reference.draw, vocab, spread, DEVICE, each=1 if vocab > 20_000 else 4)
 
 
-@pytest.mark.parametrize("vocab", [1, 15, 40, 700, *([16_391, 128_256] if HAS_GPU else [])])
-@pytest.mark.parametrize("spread", SPREADS)
+@over("vocab", [1, 15, 40, 700, *([16_391, 128_256] if HAS_GPU else [])])
+@over("spread", SPREADS)
 def test_triton(vocab: int, spread: float, short: None) -> None:
     check_draw(sample.draw, vocab, spread, DEVICE, each=1 if vocab > 40 else 2)
 
@@ -67,7 +68,7 @@ def test_rare_tokens(short: None) -> None:
     rare(sample.draw)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@over("value", [float("nan"), float("inf"), -float("inf")])
 def test_whatever_the_logits_are_a_token_comes(value: float, short: None) -> None:
     one = torch.ones(2, device=DEVICE)
     for x in (torch.full((2, 500), value), torch.randn(2, 500).index_fill(1, torch.tensor([7, 300]), value)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import relative_error
 from ops.caches import with_padding
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from ops.latents import Scene, index_scene, latent_scene
 from ops.shapes import BATCHES, INDEXERS, LATENTS
@@ -56,8 +57,8 @@ def assert_same(ours: tuple[Any, ...], theirs: tuple[Any, ...], name: str) -> No
             assert relative_error(x, y) < 0.02, name
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["pairs", "halves"])
-@pytest.mark.parametrize("shape", LATENTS, ids=str)
+@over("interleaved", [True, False])
+@over("shape", LATENTS)
 def test_latents_are_stored(shape: tuple[int, int, int, int, int], interleaved: bool, platform: Platform) -> None:
     """As the reference stores them, from rows of a wider product; what was there before, written of NaN, is finite too."""
     for kv, dtype in (("auto", torch.float32), ("bfloat16", torch.float32), ("fp8_ds_mla", torch.bfloat16)):
@@ -72,8 +73,8 @@ def test_latents_are_stored(shape: tuple[int, int, int, int, int], interleaved: 
         assert_same(ours.cache, theirs.cache, f"{kv} {dtype}")
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["pairs", "halves"])
-@pytest.mark.parametrize("shape", LATENTS, ids=str)
+@over("interleaved", [True, False])
+@over("shape", LATENTS)
 def test_queries_that_meet_latents(shape: tuple[int, int, int, int, int], interleaved: bool, platform: Platform) -> None:
     heads, rank, nope, rope, v = shape
     for dtype in DTYPES:
@@ -91,8 +92,8 @@ def test_queries_that_meet_latents(shape: tuple[int, int, int, int, int], interl
         assert latent_write.head_linear(latent[:0], up[:, nope:].mT).shape == (0, heads, v)
 
 
-@pytest.mark.parametrize("wide", [True, False], ids=["FP32 keys", "FP8 keys"])
-@pytest.mark.parametrize("shape", INDEXERS, ids=str)
+@over("wide", [True, False])
+@over("shape", INDEXERS)
 def test_index_keys_and_choices(shape: tuple[int, int, int], wide: bool, platform: Platform) -> None:
     """Keys as the reference stores them; of the same keys, what it chooses, but where two scores are next to each other."""
     heads, dim, top_k = shape
@@ -128,7 +129,7 @@ def assert_chosen(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert shared >= 0.98 * (expected >= 0).sum()
 
 
-@pytest.mark.parametrize(("chunk", "top_k"), [(1 << 15, 40), (256, 100), (256, 1)])
+@over("chunk, top_k", [(1 << 15, 40), (256, 100), (256, 1)])
 def test_the_highest_of_a_row(chunk: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly those of a stable sort, by one chunk and by lists of lists, of scores that are alike, zeros with signs, huge,
     infinite, tiny and NaN."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from ops.shapes import EXPERTS, LINEAR, ROUTINGS
 from ops.test_experts import chosen
@@ -62,7 +63,7 @@ def spoil(rows: int, n: int, dtype: torch.dtype) -> None:
 WAYS: list[dict[str, int]] = [{}, {"apart": 1, "BM": 64, "split": 1}, {"split": 3, "apart": 0}]
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
+@over("group", int4.GROUPS)
 def test_dense(group: int) -> None:
     """W4A16 the ways that numbers of tokens are multiplied, and W4A8; weights with FP32 scales too, which are rounded."""
     for number, (m, n, k) in enumerate(LINEAR):
@@ -83,7 +84,7 @@ def test_dense(group: int) -> None:
             assert relative_error(y, x.double() @ w.mT) < W4A8, (m, n, k)
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
+@over("group", int4.GROUPS)
 def test_experts(group: int) -> None:
     """Each shape with the next routing; of tokens' rows and of pairs', which past the last expert's are not numbers."""
     for number, (tokens, hidden, inner, count, top_k) in enumerate(EXPERTS if HAS_GPU else EXPERTS[:5]):
@@ -126,7 +127,7 @@ def test_what_is_bound() -> None:
             assert any(reason in str(i.supports(wrong, ON)) for i in preferred)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
+@over("group", int4.GROUPS)
 def test_the_number_of_rows_decides(group: int) -> None:
     """W4A16 or W4A8, as `quantizes` says, each within its error."""
     q = weight(group, 1, 24, 256)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 from ops.caches import with_padding
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from ops.latents import latent_scene
 from ops.shapes import BATCHES, LATENTS
@@ -21,8 +22,8 @@ CASES = [(rows, shape, config) for rows in ROWS for shape in LATENTS[:2] for con
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's, of infinities that the kernels mask
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_ds_mla"])
-@pytest.mark.parametrize(("rows", "shape", "config"), [*CASES, ("long", LATENTS[2], {})], ids=str)
+@over("kv", ["auto", "fp8_ds_mla"])
+@over("rows, shape, config", [*CASES, ("long", LATENTS[2], {})])
 def test_attention_over_latents(rows: str, shape: tuple[int, ...], kv: str, config: dict[str, int]) -> None:
     """In one part of the context and in several, rows first and the context first, rows that pad a graph among them."""
     heads, rank, _, rope, _ = shape
@@ -46,8 +47,8 @@ def test_attention_over_latents(rows: str, shape: tuple[int, ...], kv: str, conf
             assert not out[-2:].any()
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_ds_mla"])
-@pytest.mark.parametrize("shape", LATENTS[:2], ids=str)
+@over("kv", ["auto", "fp8_ds_mla"])
+@over("shape", LATENTS[:2])
 def test_attention_over_what_latents_expand_to(shape: tuple[int, ...], kv: str) -> None:
     """Contexts side by side, and one that comes in parts."""
     heads, rank, nope, rope, v = shape
