@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from ops.interpreter import HAS_GPU
 
 from octavo.ops.cpu import library
 
-__all__ = ["INSTRUCTION_SETS", "case", "instruction_sets", "on_each_instruction_set", "over"]
+__all__ = ["INSTRUCTION_SETS", "case", "combined", "instruction_sets", "on_each_instruction_set", "over", "pairwise"]
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx2_shift", "avx512", "avx512_bf16")
 
@@ -41,12 +43,17 @@ def _said(x: object) -> str:
 
 
 def over(names: str, values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """As pytest.mark.parametrize, but within one test: of several such decorators every combination is a case."""
+    """As pytest.mark.parametrize, but within one test: of several such decorators every combination is a case.
+
+    A caller that gives `names` itself runs the test with that value alone.
+    """
     keys, rows = [name.strip() for name in names.split(",")], list(values)
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def each(*args: Any, **given: Any) -> None:
+            if keys[0] in given:
+                return test(*args, **given)
             for row in rows:
                 with case(f"{names} = {_said(row)}"):
                     test(*args, **given, **dict(zip(keys, row if len(keys) > 1 else [row], strict=True)))
@@ -63,6 +70,24 @@ def _without(each: Callable[..., None], test: Callable[..., None], keys: list[st
     others = [p for name, p in signature.parameters.items() if name not in keys]
     each.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
     return each
+
+
+def pairwise(*lists: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """So few of the lists' combinations that each two values of two lists meet in one."""
+    held = [list(values) for values in lists]
+    every = list(itertools.product(*(range(len(values)) for values in held)))
+    pairs = [set(itertools.combinations(enumerate(row), 2)) for row in every]
+    left, chosen = set().union(*pairs), []
+    while left:
+        best = max(range(len(every)), key=lambda i: len(pairs[i] & left))
+        left -= pairs[best]
+        chosen.append(tuple(values[i] for values, i in zip(held, every[best], strict=True)))
+    return chosen
+
+
+def combined(*lists: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """What Triton's kernels are tried over: every combination on a GPU, `pairwise` where numpy interprets them."""
+    return list(itertools.product(*lists)) if HAS_GPU else pairwise(*lists)
 
 
 def instruction_sets() -> Iterator[str]:

@@ -48,30 +48,30 @@ LONG = [
 
 @on_each_instruction_set
 @over("kv", ["auto", "fp8_ds_mla"])
-def test_long_contexts(kv: str) -> None:
-    for shape, rows in LONG:
-        heads, rank, _, rope, _ = shape
-        scene = latent_scene(rows, shape, kv, ops, CPU)
-        batch, cache = scene.batch, scene.cache
-        q = torch.randn(batch.num_tokens, 2 * heads, rank + rope)[:, ::2]
-        chosen = torch.full((batch.num_tokens, 230), -1, dtype=torch.int32)
-        every, picked, start = [], [], 0
-        for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            part = slice(start, start + count)
-            for token in range(count):
-                places = torch.randperm(context - count + token + 1)[:230].sort().values
-                chosen[start + token, : len(places)] = places.int()
-            keys = stored(scene, request)
-            every.append(attended(q[part].double(), keys, rank, 0.07))
-            picked.append(attended(q[part].double(), keys, rank, 0.07, chosen[part]))
-            start += count
-        assert relative_error(latent.latent_attention(q, cache, batch, 0.07), torch.cat(every)) < 3e-6
-        assert relative_error(latent.latent_attention(q, cache, batch, 0.07, chosen), torch.cat(picked)) < 3e-6
-        q[0, 0, 3] = float("nan")
-        spoiled = latent.latent_attention(q, cache, batch, 0.07)
-        assert spoiled[0, 0].isnan().all()
-        assert spoiled[0, 1:].isfinite().all()
-        assert spoiled[1:].isfinite().all()
+@over("shape, rows", LONG)
+def test_long_contexts(kv: str, shape: tuple[int, ...], rows: list[tuple[int, int]]) -> None:
+    heads, rank, _, rope, _ = shape
+    scene = latent_scene(rows, shape, kv, ops, CPU)
+    batch, cache = scene.batch, scene.cache
+    q = torch.randn(batch.num_tokens, 2 * heads, rank + rope)[:, ::2]
+    chosen = torch.full((batch.num_tokens, 230), -1, dtype=torch.int32)
+    every, picked, start = [], [], 0
+    for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        part = slice(start, start + count)
+        for token in range(count):
+            places = torch.randperm(context - count + token + 1)[:230].sort().values
+            chosen[start + token, : len(places)] = places.int()
+        keys = stored(scene, request)
+        every.append(attended(q[part].double(), keys, rank, 0.07))
+        picked.append(attended(q[part].double(), keys, rank, 0.07, chosen[part]))
+        start += count
+    assert relative_error(latent.latent_attention(q, cache, batch, 0.07), torch.cat(every)) < 3e-6
+    assert relative_error(latent.latent_attention(q, cache, batch, 0.07, chosen), torch.cat(picked)) < 3e-6
+    q[0, 0, 3] = float("nan")
+    spoiled = latent.latent_attention(q, cache, batch, 0.07)
+    assert spoiled[0, 0].isnan().all()
+    assert spoiled[0, 1:].isfinite().all()
+    assert spoiled[1:].isfinite().all()
 
 
 @on_each_instruction_set
@@ -123,18 +123,22 @@ def test_choices_are_exact(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert spoiled[31].tolist() == [-1] * 50
 
 
-@on_each_instruction_set
 def test_products_of_any_shape() -> None:
     """Of matrices whose rows, or columns, lie one after another, in either dtype, by few tokens and by many."""
     for tokens in (1, 2, 4, 5, 37):
         for k, n in ((16, 32), (24, 144), (128, 512), (20, 12)):
-            for dtype in (torch.float32, torch.bfloat16):
-                for held in (torch.float32, torch.bfloat16):
-                    wide = torch.randn(tokens, 3, 2 * k).to(dtype)
-                    x, bound = wide[..., k // 2 : k // 2 + k], 2e-6 if dtype is torch.float32 else 4e-3
-                    for w in (torch.randn(3, k, n).to(held), torch.randn(3, n, k).to(held).mT):
-                        expected = torch.einsum("thk,hkn->thn", x.double(), w.double())
-                        assert relative_error(latent.head_linear(x, w), expected) < bound
+            products_of(tokens, k, n)
+
+
+@on_each_instruction_set
+def products_of(tokens: int, k: int, n: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for held in (torch.float32, torch.bfloat16):
+            wide = torch.randn(tokens, 3, 2 * k).to(dtype)
+            x, bound = wide[..., k // 2 : k // 2 + k], 2e-6 if dtype is torch.float32 else 4e-3
+            for w in (torch.randn(3, k, n).to(held), torch.randn(3, n, k).to(held).mT):
+                expected = torch.einsum("thk,hkn->thn", x.double(), w.double())
+                assert relative_error(latent.head_linear(x, w), expected) < bound, (tokens, k, n, dtype, held)
 
 
 @on_each_instruction_set

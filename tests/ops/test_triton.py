@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import relative_error
 from ops.caches import SCALES, Scale, layer_cache, with_padding
-from ops.cases import over
+from ops.cases import combined, over
 from ops.interpreter import HAS_GPU
 from ops.shapes import BATCHES, HEADS, LINEAR
 
@@ -174,23 +174,23 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
         assert relative_error(found, widened @ dequantize(q).double().mT) < 4e-3
 
 
-@over("kv", KV_DTYPES)
-@over("normed", [False, True])
-@over("dim, rotated, tokens", [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)])
-def test_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str) -> None:
-    check_rope_write_kv(dim, rotated, tokens, normed, kv, (0.3, 0.2))
+@over("kv, normed, shape", combined(KV_DTYPES, [False, True], [(16, 16, 5), (24, 24, 5), (32, 16, 34), (24, 12, 3)]))
+def test_rope_write_kv(shape: tuple[int, int, int], normed: bool, kv: str) -> None:
+    check_rope_write_kv(*shape, normed, kv, (0.3, 0.2))
 
 
-@over("kv", ["fp8_e4m3", "fp8_per_token_head", "auto"])
-@over("scales", [([0.3, 0.71, 1.3, 0.09], [0.2, 0.037, 0.9, 2.1]), ([0.3, 0.71, 1.3, 0.09], 0.2)])
-@over("tokens", [5, 34])
+BY_HEAD = [([0.3, 0.71, 1.3, 0.09], [0.2, 0.037, 0.9, 2.1]), ([0.3, 0.71, 1.3, 0.09], 0.2)]
+
+
+@over("kv, scales, tokens", combined(["fp8_e4m3", "fp8_per_token_head", "auto"], BY_HEAD, [5, 34]))
 def test_rope_write_kv_by_scales_of_heads(
     tokens: int, scales: tuple[Scale, Scale], kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By programs of one head and of several."""
     check_rope_write_kv(24, 12, tokens, False, kv, scales)
-    monkeypatch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
-    check_rope_write_kv(32, 32, tokens, True, kv, scales)
+    with monkeypatch.context() as patch:
+        patch.setattr(rope, "TILES", ((1 << 31, 16, 2, 4),))
+        check_rope_write_kv(32, 32, tokens, True, kv, scales)
 
 
 def check_rope_write_kv(dim: int, rotated: int, tokens: int, normed: bool, kv: str, scales: tuple[Scale, Scale]) -> None:
@@ -229,17 +229,12 @@ def test_values_of_a_stretch_of_a_block(monkeypatch: pytest.MonkeyPatch, first: 
         assert torch.equal(ours[name].float() != 0, theirs[name].float() != 0), name
 
 
-@over("kv", KV_DTYPES)
-@over("window", [None, 5])
-@over("heads", HEADS)
-@over("rows", BATCHES.values())
+@over("kv, window, heads, rows", combined(KV_DTYPES, [None, 5], HEADS, BATCHES.values()))
 def test_attention(rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, kv: str) -> None:
     check_attention(rows, heads, window, kv, (0.04, 0.03))
 
 
-@over("kv", ["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"])
-@over("scales", SCALES)
-@over("rows", ["decode", "mixed"])
+@over("kv, scales, rows", combined(["fp8_e4m3", "fp8_e5m2", "fp8_per_token_head"], SCALES, ["decode", "mixed"]))
 def test_attention_by_scales_of_heads(rows: str, scales: str, kv: str) -> None:
     check_attention(BATCHES[rows], (4, 2, 16), None, kv, SCALES[scales])
 
@@ -267,11 +262,13 @@ def check_attention(
     assert relative_error(found, expected) < (0.04 if rounded else 6e-3)  # rounding to 3 bits is 2.6% of random values
 
 
-@over("block_size, dim, splits", [(16, 32, 1), (16, 32, 2), (64, 32, 8), (64, 128, 1), (64, 128, 2)])
-@over("window", [None, 70])
-@over("kv", KV_DTYPES)
-def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, splits: int) -> None:
+@over(
+    "kv, window, shape",
+    combined(KV_DTYPES, [None, 70], [(16, 32, 1), (16, 32, 2), (64, 32, 8), (64, 128, 1), (64, 128, 2)]),
+)
+def test_decode_splits(kv: str, window: int | None, shape: tuple[int, int, int]) -> None:
     """Contexts of one tile and of many, over parts of which some get nothing."""
+    block_size, dim, splits = shape
     lengths = [1, 63, 64, 65, 300]
     count = -(-max(lengths) // block_size)
     tables = torch.randperm(len(lengths) * count).add(1).view(len(lengths), count).tolist()
@@ -288,23 +285,18 @@ def test_decode_splits(kv: str, window: int | None, block_size: int, dim: int, s
     assert relative_error(out, reference.attention(q, layer, batch, 0.2, window)) < 6e-3
 
 
-@over("dim, rotated", [(64, 64), (80, 80), (128, 64)])
-@over("normed", [False, True])
-@over("splits", [1, 3])
-@over("kv", KV_DTYPES)
-def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, dim: int, rotated: int) -> None:
+@over("kv, splits, normed, head", combined(KV_DTYPES, [1, 3], [False, True], [(64, 64), (80, 80), (128, 64)]))
+def test_decode_of_new_tokens(kv: str, splits: int, normed: bool, head: tuple[int, int]) -> None:
     """As `rope_write_kv` and attention one after the other; the new token is a block's first, its last, alone."""
-    check_new_tokens([1, 64, 65, 300], 0, kv, splits, normed, dim, rotated, (0.04, 0.03))
+    check_new_tokens([1, 64, 65, 300 if HAS_GPU else 150], 0, kv, splits, normed, *head, (0.04, 0.03))
 
 
-@over("scales", SCALES)
-@over("splits", [1, 3])
+@over("scales, splits", zip(SCALES, [1, 3, 3, 1], strict=True))
 def test_decode_of_new_tokens_by_scales_of_heads(splits: int, scales: str) -> None:
     check_new_tokens([1, 65, 130], 0, "fp8_e4m3", splits, False, 64, 64, SCALES[scales])
 
 
-@over("splits", [1, 3])
-@over("kv", KV_DTYPES)
+@over("kv, splits", zip(KV_DTYPES, [1, 3, 1, 3], strict=True))
 def test_rows_without_a_context_are_zeros(kv: str, splits: int) -> None:
     """As a graph has them; they bring tokens, which are not written, not even to the scratch block."""
     check_new_tokens([1, 65, 130], 3, kv, splits, True, 64, 64, (0.04, 0.03))
@@ -381,9 +373,7 @@ def test_single_tokens_in_one_launch_or_two(lengths: list[int], monkeypatch: pyt
     assert all(relative_error(a, b) < 3e-3 for a, b in zip(*found, strict=True))
 
 
-@over("dim", [64, 80, 128])
-@over("window", [None, 70])
-@over("kv", KV_DTYPES)
+@over("kv, window, dim", combined(KV_DTYPES, [None, 70], [64, 80, 128]))
 def test_long_prefill(kv: str, window: int | None, dim: int) -> None:
     """More than one tile of queries and of keys, a chunk that goes on, and a second request beside it."""
     rows, block_size = [(70, 150), (0, 130)], 16
