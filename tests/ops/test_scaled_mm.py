@@ -38,7 +38,7 @@ def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -
     on_codes[:, 0] = 448  # so that the scale of each token is a power of two
     q = quantize(w, scheme).padded(PLATFORM.fp8_alignment)
     packed = ScaledMM().pack(q, PLATFORM)
-    for x, most in ((on_codes * 2.0 ** torch.randint(-9, 9, (m, 1)), 4e-3), (torch.randn(m, k).bfloat16(), 1e-2)):
+    for x, most in (((on_codes * 2.0 ** torch.randint(-9, 9, (m, 1))).bfloat16(), 4e-3), (torch.randn(m, k).bfloat16(), 1e-2)):
         expected = torch.from_numpy(float64.linear(array(x), array(w), scheme.name, E4M3FN))
         for y in (packed(x), scaled(packed.unscaled(x))):
             assert y.shape == (m, n)
