@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from ops.cases import case
 from torch import Tensor
 
 from octavo.ops import Filters
@@ -34,14 +35,12 @@ def drawn(weights: Tensor, u: Tensor, cut: Filters | None) -> Tensor:
 
 
 def check_draw(
-    draw: Callable[[Tensor, Tensor, Tensor, Filters | None], Tensor],
-    vocab: int,
-    spread: float,
-    device: str = "cpu",
+    draw: Callable[[Tensor, Tensor, Tensor, Filters | None], Tensor], vocab: int, spread: float, device: str = "cpu",
     each: int = 4,
-) -> None:
+    ways: Callable[[], Iterable[object]] = lambda: ["as it is"],
+) -> None:  # fmt: skip
     """The token that float64 draws of all of them, sorted: of equal ones, too, of which there are many, and of banned ones; but
-    that the last bit of a sum may move where the sum ends. `each` rows of every cut."""
+    that the last bit of a sum may move where the sum ends. `each` rows of every cut; in all the `ways` that `draw` has."""
     rows = each * len(CUTS)
     x = (torch.randn(rows, vocab) * spread).bfloat16().float()
     x[:, vocab // 3 : vocab // 2] = -float("inf")
@@ -53,10 +52,13 @@ def check_draw(
     weights = ((x.double() - x.double().amax(1, keepdim=True)) / temperature.double().unsqueeze(1)).exp()
     weights[weights < 1e-36] = 0
     there = Filters(*(of.to(device) for of in cut[:3]), cut.max_top_k)
-    wrong = 0
-    for given, own in ((cut, there), (None, None)):
-        found = draw(x.clone().to(device), temperature.to(device), u.to(device), own).cpu()
-        assert x.gather(1, found.unsqueeze(1)).isfinite().all()
-        wrong += int((found != drawn(weights, u, given)).sum())
-    assert wrong <= 2, f"{wrong} of {2 * rows} are others"
-    assert draw(x[:0].to(device), temperature[:0].to(device), u[:0].to(device), None).shape == (0,)
+    wanted = [(own, drawn(weights, u, given)) for given, own in ((cut, there), (None, None))]
+    for way in ways():
+        with case(way):
+            wrong = 0
+            for own, expected in wanted:
+                found = draw(x.clone().to(device), temperature.to(device), u.to(device), own).cpu()
+                assert x.gather(1, found.unsqueeze(1)).isfinite().all()
+                wrong += int((found != expected).sum())
+            assert wrong <= 2, f"{wrong} of {2 * rows} are others"
+            assert draw(x[:0].to(device), temperature[:0].to(device), u[:0].to(device), None).shape == (0,)

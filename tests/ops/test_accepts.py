@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -62,9 +63,9 @@ def weight(scheme: Scheme, shape: tuple[int, int], fp8: torch.dtype = E4M3) -> Q
     return QTensor(q.data, q.scale, scheme, shape).padded(GPU.fp8_alignment)
 
 
-@pytest.mark.parametrize("fp8", [E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{type(row[0]).__name__}-{row[1].fp8_dtype}-{row[1].widened_dtype}")
+@over("fp8", [E4M3, E5M2])
+@over("shape", SHAPES)
+@over("row", TABLE)
 def test_who_takes_what(
     row: tuple[LinearImplementation, Platform, set[Scheme], set[Scheme]], shape: tuple[int, int], fp8: torch.dtype
 ) -> None:
@@ -102,8 +103,8 @@ def test_codes_that_are_no_codes() -> None:
         assert all(implementation.supports(q, on) is not None for implementation, on, *_ in TABLE)
 
 
-@pytest.mark.parametrize("scheme", [UNSCALED], ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("preferred", [cpu.LINEAR, gpu.LINEAR], ids=["cpu", "gpu"])
+@over("scheme", [UNSCALED])
+@over("preferred", [cpu.LINEAR, gpu.LINEAR])
 def test_what_nobody_takes_is_refused_with_all_reasons(
     scheme: Scheme, preferred: list[LinearImplementation], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import relative_error
 from ops.caches import SCALES, Scale, layer_cache, with_padding
+from ops.cases import over
 from ops.shapes import BATCHES, HEADS
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, Array, Format, array, dequantize, quantize
 
@@ -133,16 +134,18 @@ def dense(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Arr
     return out
 
 
+def expected_of(made: Scene, kv: str, fp8: Format, window: int | None) -> torch.Tensor:
+    """float64 [tokens, heads, dim] of the values that the cache's codes should have."""
+    scales = made.layer.k_scale, made.layer.v_scale
+    parts = [
+        dense(array(q), cached(k, kv, fp8, scales[0]), cached(v, kv, fp8, scales[1]), 0.3, window)
+        for q, k, v in zip(made.queries, made.keys, made.values, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
 def check(made: Scene, kv: str, fp8: Format, window: int | None, bound: float) -> None:
-    out = array(made.attend(0.3, window))
-    expected = np.concatenate(
-        [
-            dense(array(q), cached(k, kv, fp8, made.layer.k_scale), cached(v, kv, fp8, made.layer.v_scale), 0.3, window)
-            for q, k, v in zip(made.queries, made.keys, made.values, strict=True)
-        ]
-    )
-    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
-    assert error < bound
+    assert relative_error(made.attend(0.3, window), expected_of(made, kv, fp8, window)) < bound
 
 
 def within(exact: float, kv: str, op: ModuleType, platform: Platform) -> float:
@@ -152,31 +155,31 @@ def within(exact: float, kv: str, op: ModuleType, platform: Platform) -> float:
     return max(exact, 0.06 if kv in FP8 else 6e-3 if kv == "bfloat16" else 0)
 
 
-implementations = pytest.mark.parametrize("op", [ops, reference], ids=["bound", "reference"])
+implementations = over("op", [ops, reference])
 
 
 @implementations
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("rows", BATCHES)
+@over("kv", KV_DTYPES)
+@over("window", [None, 5])
+@over("rows", BATCHES)
 def test_batches(rows: str, window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
     fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
     check(scene(BATCHES[rows], (4, 2, 16), kv, platform, op), kv, fp8, window, within(2e-6, kv, op, platform))
 
 
 @implementations
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("rows", ["decode", "mixed"])
+@over("kv", KV_DTYPES)
+@over("scales", SCALES)
+@over("rows", ["decode", "mixed"])
 def test_scales_of_a_layer_and_of_heads(rows: str, scales: str, kv: str, op: ModuleType, platform: Platform) -> None:
     fp8 = E4M3FNUZ if platform.fp8_dtype is torch.float8_e4m3fnuz and kv != "fp8_e5m2" else FP8.get(kv, E4M3FN)
     made = scene(BATCHES[rows], (4, 2, 16), kv, platform, op, scales=SCALES[scales])
     check(made, kv, fp8, None, within(2e-6, kv, op, platform))
 
 
-@pytest.mark.parametrize("op", [ops, reference, CPU_ATTENTION], ids=["bound", "reference", "torch on a CPU"])
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("window", [None, 5])
+@over("op", [ops, reference, CPU_ATTENTION])
+@over("kv", KV_DTYPES)
+@over("window", [None, 5])
 def test_rows_without_a_context_are_zeros(window: int | None, kv: str, op: ModuleType, platform: Platform) -> None:
     """Rows that pad a graph, whose queries are anything, change nothing for the others."""
     made = scene(BATCHES["decode"], (4, 2, 16), kv, detect("cpu") if op is CPU_ATTENTION else platform, op)
@@ -189,34 +192,34 @@ def test_rows_without_a_context_are_zeros(window: int | None, kv: str, op: Modul
 
 
 @implementations
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@over("kv", KV_DTYPES)
+@over("heads", HEADS)
 def test_grouped_queries(heads: tuple[int, int, int], kv: str, op: ModuleType) -> None:
     check(scene(BATCHES["mixed"], heads, kv, detect("cpu"), op), kv, FP8.get(kv, E4M3FN), 1, 2e-6)
 
 
 @implementations
-@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_per_token_head"])
+@over("kv", ["fp8_e4m3", "fp8_per_token_head"])
 def test_fnuz(kv: str, op: ModuleType) -> None:
     on = Platform(torch.device("cpu"), "test", fp8_dtype=torch.float8_e4m3fnuz, widened_dtype=torch.float32)
     check(scene(BATCHES["mixed"], (4, 2, 16), kv, on, op), kv, E4M3FNUZ, None, 2e-6)
 
 
 @implementations
-@pytest.mark.parametrize("kv", KV_DTYPES)
+@over("kv", KV_DTYPES)
 def test_bf16_queries(kv: str, op: ModuleType, platform: Platform) -> None:
     bound = within(5e-3, kv, op, platform)
     check(scene(BATCHES["mixed"], (4, 2, 16), kv, platform, op, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, bound)
 
 
-@pytest.mark.parametrize("budget", [1, 300, 2000])
-@pytest.mark.parametrize("rows", ["decode", "mixed", "many"])
+@over("budget", [1, 300, 2000])
+@over("rows", ["decode", "mixed", "many"])
 def test_splitting_groups_changes_nothing(budget: int, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CPU_ATTENTION, "GROUP_VALUES", budget)
     check(scene(BATCHES[rows], (4, 2, 16), "fp8_e4m3", detect("cpu"), ops), "fp8_e4m3", E4M3FN, 5, 2e-6)
 
 
-@pytest.mark.parametrize("rows", BATCHES)
+@over("rows", BATCHES)
 def test_groups_cover_every_row_once_within_bounds(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CPU_ATTENTION, "GROUP_VALUES", 1500)
     made = scene(BATCHES[rows], (4, 2, 16), "auto", detect("cpu"), ops)
@@ -230,7 +233,7 @@ def test_groups_cover_every_row_once_within_bounds(rows: str, monkeypatch: pytes
 
 
 @implementations
-@pytest.mark.parametrize("kv", KV_DTYPES)
+@over("kv", KV_DTYPES)
 def test_writing_touches_its_slots_only(kv: str, op: ModuleType, platform: Platform) -> None:
     made = scene(BATCHES["prefill"], (4, 2, 16), kv, platform, op)
     before = {name: as_bytes(view) for name, view in made.views.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
@@ -111,8 +112,8 @@ def test_a_graph_has_one_kind_of_attention() -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@over("heads, kv_heads", GROUPS)
+@over("lengths", LENGTHS.values())
 def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) -> None:
     """As Triton's kernel does, and the same bits each time; counters are left at zero."""
     cache, batch, q = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
@@ -132,10 +133,10 @@ def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) ->
 
 
 @needs_hopper
-@pytest.mark.parametrize("rotated", [128, 64])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@over("rotated", [128, 64])
+@over("normed", [False, True])
+@over("heads, kv_heads", GROUPS)
+@over("lengths", LENGTHS.values())
 def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int) -> None:
     """The cache is afterwards what `rope_write_kv` leaves, byte for byte, and attention that over it."""
     cache, batch, _ = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
@@ -162,9 +163,9 @@ def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, norm
 
 
 @needs_hopper
-@pytest.mark.parametrize("new", [False, True], ids=["there", "new"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (14, 2)])
-@pytest.mark.parametrize("lengths", [[], *LENGTHS.values()], ids=["nothing else", *LENGTHS])
+@over("new", [False, True])
+@over("heads, kv_heads", [(32, 8), (14, 2)])
+@over("lengths", [[], *LENGTHS.values()])
 def test_rows_without_a_context_are_zeros(lengths: list[int], heads: int, kv_heads: int, new: bool) -> None:
     """They take no tile from the others, bit for bit, and write nothing, not even to the scratch block."""
     cache, real, _ = scene([(length - 1, 1) for length in lengths or [1]], heads, kv_heads)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 
 from octavo import ops
 from octavo.ops import reference
 from octavo.platform import Platform
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+dtypes = over("dtype", [torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(params=["bound", "reference"])
@@ -24,8 +25,8 @@ def bound(dtype: torch.dtype) -> float:
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 1), (5, 100), (3, 4, 17), (0, 8)], ids=str)
-@pytest.mark.parametrize("with_residual", [False, True])
+@over("shape", [(1, 1), (5, 100), (3, 4, 17), (0, 8)])
+@over("with_residual", [False, True])
 def test_rms_norm(op: object, shape: tuple[int, ...], with_residual: bool, dtype: torch.dtype, platform: Platform) -> None:
     x, residual = (torch.randn(shape, dtype=dtype, device=platform.device) * size for size in (0.01, 0.02))
     weight = torch.randn(shape[-1], dtype=dtype, device=platform.device)
@@ -43,7 +44,7 @@ def test_rms_norm(op: object, shape: tuple[int, ...], with_residual: bool, dtype
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(0, 6), (1, 2), (7, 34)], ids=str)
+@over("shape", [(0, 6), (1, 2), (7, 34)])
 def test_silu_mul(op: object, shape: tuple[int, int], dtype: torch.dtype, platform: Platform) -> None:
     x = torch.randn(shape, dtype=dtype, device=platform.device) * 4
     y = op.silu_mul(x).values()  # type: ignore[attr-defined]
@@ -55,7 +56,7 @@ def test_silu_mul(op: object, shape: tuple[int, int], dtype: torch.dtype, platfo
 
 
 @dtypes
-@pytest.mark.parametrize(("dim", "rotated"), [(2, 2), (16, 16), (16, 8)])
+@over("dim, rotated", [(2, 2), (16, 16), (16, 8)])
 def test_rotate(op: object, dim: int, rotated: int, dtype: torch.dtype, platform: Platform) -> None:
     x = torch.randn(6, 3, dim, dtype=dtype, device=platform.device)
     angles = torch.rand(50, rotated // 2, dtype=torch.float64, device=platform.device) * 7

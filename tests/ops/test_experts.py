@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 from ops.shapes import EXPERTS, ROUTINGS
 from ops.test_linear import CASES, FORMATS, PLATFORMS, bound
 from quant import float64
@@ -64,9 +65,9 @@ def products(x: Array, w: Array, scheme: Scheme, on: Platform) -> Array:
     return (x @ w.reshape(-1, k).T).reshape(-1, experts, n)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
-@pytest.mark.parametrize(("platform", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("shape", EXPERTS, ids=str)
+@over("scheme", SCHEMES.values())
+@over("platform, dtype", CASES)
+@over("shape", EXPERTS)
 def test_products(shape: Shape, platform: str, scheme: Scheme, dtype: torch.dtype) -> None:
     """Of tokens' rows, and of pairs' rows in sorted order."""
     tokens, hidden, inner, experts, count = shape
@@ -97,8 +98,8 @@ def test_products(shape: Shape, platform: str, scheme: Scheme, dtype: torch.dtyp
                     assert error < most, (name, routing, error)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", EXPERTS, ids=str)
+@over("scheme", SCHEMES.values())
+@over("shape", EXPERTS)
 def test_the_whole_is_one_mlp_an_expert(shape: Shape, scheme: Scheme) -> None:
     """The platform's own ops, against `linear` and `silu_mul` for each expert and its tokens."""
     tokens, hidden, inner, experts, count = shape
@@ -129,8 +130,8 @@ def test_the_whole_is_one_mlp_an_expert(shape: Shape, scheme: Scheme) -> None:
             assert relative_error(y, expected) < most, routing
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("shape", [*EXPERTS, (700, 8, 8, 130, 6)], ids=str)
+@over("routing", ROUTINGS)
+@over("shape", [*EXPERTS, (700, 8, 8, 130, 6)])
 def test_dispatch(shape: Shape, routing: str) -> None:
     tokens, _, _, experts, count = shape
     on = detect()
@@ -162,9 +163,9 @@ def decode_batch(tokens: int, device: torch.device) -> ForwardBatch:
     return batches.build([Span([1], 4, [0, 1]) for _ in range(tokens)], 4, device)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over("biased", [False, True])
+@over("name", ROUTERS)
+@over("dtype", [torch.float32, torch.bfloat16])
 def test_routes(name: str, biased: bool, dtype: torch.dtype) -> None:
     """Against float64 arithmetic, token by token."""
     on, router, experts, tokens = detect(), ROUTERS[name], 12, 37
@@ -208,7 +209,7 @@ def test_rows_that_pad_wake_no_expert() -> None:
         assert (found.weights[real:] == 0).all()
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@over("name", ROUTERS)
 def test_a_token_that_is_not_a_number_wakes_experts_that_exist(name: str) -> None:
     """And harms no other."""
     on, router = detect(), ROUTERS[name]
@@ -245,8 +246,8 @@ def test_a_stack_holds_what_was_put() -> None:
             assert q.scale is None or torch.equal(q.expert(e).scale, one[e].scale)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+@over("held", [torch.float32, torch.bfloat16])
+@over("scheme", SCHEMES.values())
 def test_widened_experts_take_what_each_takes_alone(scheme: Scheme, held: torch.dtype) -> None:
     on = Platform(torch.device("cpu"), "test", widened_dtype=held)
     q = stack(torch.randn(3, 40, 200).bfloat16(), scheme, on)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from ops.cases import over
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
@@ -119,8 +120,8 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("variant", gate_up_silu.VARIANTS)
-@pytest.mark.parametrize(("tokens", "width", "depth"), SHAPES)
+@over("variant", gate_up_silu.VARIANTS)
+@over("tokens, width, depth", SHAPES)
 def test_it_multiplies_and_gates(tokens: int, width: int, depth: int, variant: Variant) -> None:
     """As exact as its BF16 results and the 14 bits of the matrix unit's sums are, and the same bits each time."""
     x, w, _ = factors(tokens, width, depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from ops.shapes import EXPERTS, ROUTINGS
 from ops.test_experts import Shape, chosen, stack
@@ -20,7 +21,7 @@ from octavo.quant.qtensor import Stacker
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ON = Platform(DEVICE, "sm_90" if HAS_GPU else "test")
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
-schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+schemes = over("scheme", SCHEMES.values())
 
 ROUTERS = {
     "softmax": Router(3),
@@ -46,9 +47,9 @@ def check_route(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rou
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize(("dtype", "split"), [(torch.float32, 1), (torch.bfloat16, 4)], ids=str)
+@over("biased", [False, True])
+@over("name", ROUTERS)
+@over("dtype, split", [(torch.float32, 1), (torch.bfloat16, 4)])
 def test_route(dtype: torch.dtype, name: str, biased: bool, split: int) -> None:
     """The last row pads; twice, since a launch leaves its counters as the next one needs them."""
     x, w = torch.randn(19, 70, device=DEVICE).to(dtype), (torch.randn(12, 70, device=DEVICE) / 8).to(dtype)
@@ -57,14 +58,14 @@ def test_route(dtype: torch.dtype, name: str, biased: bool, split: int) -> None:
         check_route(x, w, bias, ROUTERS[name], split=split, BK=16)
 
 
-@pytest.mark.parametrize(("count", "router"), [
+@over("count, router", [
     (1, Router(1)), (130, Router(8)), (257, Router(8, sigmoid=True)), (512, Router(9, sigmoid=True, groups=8, top_groups=4)),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_routes_to_many_experts(count: int, router: Router) -> None:
     check_route(torch.randn(5, 48, device=DEVICE), torch.randn(count, 48, device=DEVICE) / 7, None, router)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@over("name", ROUTERS)
 def test_scores_that_are_not_numbers(name: str) -> None:
     """They choose as the reference does, whose rows hold distinct experts."""
     x, w = torch.randn(5, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
@@ -95,8 +96,8 @@ def check_dispatch(to: torch.Tensor, count: int, at: Dispatch) -> None:
     assert torch.equal(to.flatten()[at.order.long()], to.flatten()[expected.order.long()])
 
 
-@pytest.mark.parametrize("routing_of", ROUTINGS)
-@pytest.mark.parametrize("shape", [*EXPERTS, (300, 8, 8, 20, 3)], ids=str)
+@over("routing_of", ROUTINGS)
+@over("shape", [*EXPERTS, (300, 8, 8, 20, 3)])
 def test_dispatch(shape: Shape, routing_of: str) -> None:
     """In one launch, and in chunks."""
     tokens, _, _, count, top_k = shape
@@ -105,7 +106,7 @@ def test_dispatch(shape: Shape, routing_of: str) -> None:
         check_dispatch(to, count, routing.dispatch(to, count, chunk))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over("dtype", [torch.float32, torch.bfloat16])
 def test_combine(dtype: torch.dtype) -> None:
     """Rows of pairs that wake no expert are not read; of rows wider than what is summed, neither is the rest."""
     to, weights = chosen("some rows pad", 10, 7, 3).to(DEVICE), torch.rand(10, 3, device=DEVICE)
@@ -145,7 +146,7 @@ def check_product(q: QTensor, tokens: int, top_k: int, routing_of: str, dtype: t
 
 
 @schemes
-@pytest.mark.parametrize("shape", [s for s in EXPERTS if s[0] < 70], ids=str)
+@over("shape", [s for s in EXPERTS if s[0] < 70])
 def test_products(shape: Shape, scheme: Scheme) -> None:
     """Each shape with the next routing under the next scheme; all of them meet on a GPU, in test_experts.py."""
     tokens, hidden, inner, count, top_k = shape
@@ -163,7 +164,7 @@ LARGE = {"BM": 64, "BN": 128, "table": 1, "tma": 1, "promote": 0, "stages": 3, "
 
 
 @schemes
-@pytest.mark.parametrize("routing_of", ["skewed", "none"])
+@over("routing_of", ["skewed", "none"])
 def test_tiles_of_many_rows(scheme: Scheme, routing_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tokens have them: tiles found beforehand, weights copied tile by tile; they straddle experts."""
     before = experts._shape
@@ -197,7 +198,7 @@ def test_codes_are_made_once() -> None:
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU, whose graphs hold launches")
 @schemes
-@pytest.mark.parametrize("tokens", [3, 300])
+@over("tokens", [3, 300])
 def test_in_a_graph(tokens: int, scheme: Scheme) -> None:
     """Captured with one routing, replayed with others."""
     from octavo import ops

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 from conftest import relative_error
 from ops.caches import with_padding
+from ops.cases import over
 from ops.latents import attended, double_keys, double_latents, index_scene, latent_scene, stored
 from ops.shapes import BATCHES, INDEXERS, LATENTS
 from quant.float64 import E4M3FN, E4M3FNUZ
@@ -20,8 +20,7 @@ from octavo.platform import Platform
 
 SCALE = 0.11
 FORMATS = [(kv, dtype) for kv in ("auto", "bfloat16", "fp8_ds_mla") for dtype in (torch.float32, torch.bfloat16)]
-implementations = pytest.mark.parametrize("op", [ops, reference_latent], ids=["bound", "reference"])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+implementations = over("op", [ops, reference_latent])
 
 
 def rounding(op: ModuleType, platform: Platform, dtype: torch.dtype, kv: str = "auto") -> float:
@@ -64,12 +63,12 @@ def test_the_bytes_are_those_that_flashmla_and_deepgemm_read(platform: Platform)
 
 
 @implementations
-@pytest.mark.parametrize("shape", LATENTS, ids=str)
-def test_latents_are_stored(shape: tuple[int, ...], op: ModuleType, platform: Platform) -> None:
-    for kv, dtype in FORMATS:
-        check_stored(shape, kv, dtype, op, platform)
+def test_latents_are_stored(op: ModuleType, platform: Platform) -> None:
+    check_stored(op=op, platform=platform)
 
 
+@over("shape", LATENTS)
+@over("kv, dtype", FORMATS)
 def check_stored(shape: tuple[int, ...], kv: str, dtype: torch.dtype, op: ModuleType, platform: Platform) -> None:
     bound = {"fp8_ds_mla": 0.04}.get(kv, 4e-3 if kv == "bfloat16" or dtype is torch.bfloat16 else 1e-6)
     for interleaved in (True, False):
@@ -79,14 +78,14 @@ def check_stored(shape: tuple[int, ...], kv: str, dtype: torch.dtype, op: Module
 
 
 @implementations
-@pytest.mark.parametrize("shape", LATENTS, ids=str)
-@pytest.mark.parametrize("rows", BATCHES)
-def test_attention_over_latents(rows: str, shape: tuple[int, ...], op: ModuleType, platform: Platform) -> None:
+@over("rows", BATCHES)
+def test_attention_over_latents(rows: str, op: ModuleType, platform: Platform) -> None:
     """Over all of a context, over chosen places, and over keys and values made of latents: float64 of the same codes."""
-    for kv, dtype in FORMATS:
-        check_attention(rows, shape, kv, dtype, op, platform)
+    check_attention(rows=rows, op=op, platform=platform)
 
 
+@over("shape", LATENTS)
+@over("kv, dtype", FORMATS)
 def check_attention(rows: str, shape: tuple[int, ...], kv: str, dtype: torch.dtype, op: ModuleType, platform: Platform) -> None:
     heads, rank, nope, rope, v = shape
     scene = latent_scene(BATCHES[rows], shape, kv, op, platform, dtype)  # type: ignore[arg-type]
@@ -146,12 +145,14 @@ def test_products_of_heads(platform: Platform) -> None:
 
 
 @implementations
-@dtypes
-@pytest.mark.parametrize("wide", [True, False], ids=["FP32 keys", "FP8 keys"])
-@pytest.mark.parametrize("shape", INDEXERS, ids=str)
-def test_the_highest_scores_are_chosen(
-    shape: tuple[int, int, int], wide: bool, dtype: torch.dtype, op: ModuleType, platform: Platform
-) -> None:
+def test_the_highest_scores_are_chosen(op: ModuleType, platform: Platform) -> None:
+    check_choices(op=op, platform=platform)
+
+
+@over("dtype", [torch.float32, torch.bfloat16])
+@over("wide", [True, False])
+@over("shape", INDEXERS)
+def check_choices(shape: tuple[int, int, int], wide: bool, dtype: torch.dtype, op: ModuleType, platform: Platform) -> None:
     """Each chosen place scores, in float64 of the same keys, at least what any that is not chosen does, but for rounding."""
     heads, dim, top_k = shape
     for interleaved, name in ((False, "mixed"), (True, "decode"), (False, "prefill"), (False, "many")):
@@ -193,6 +194,10 @@ def test_the_highest_scores_are_chosen(
 
 @implementations
 def test_of_equal_scores_the_first_are_chosen_and_nan_last(op: ModuleType, platform: Platform) -> None:
+    check_equal_scores(op, platform)
+
+
+def check_equal_scores(op: ModuleType, platform: Platform) -> None:
     scene = index_scene([(19, 2), (0, 3)], 32, op, platform)
     batch = scene.batch
     q = torch.randn(5, 4, 32, device=platform.device)

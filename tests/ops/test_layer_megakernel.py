@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.cases import over
 from torch import Tensor
 
 from octavo.config import EngineConfig
@@ -49,8 +50,8 @@ def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monke
         assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)) >= 8
 
 
-@pytest.mark.parametrize("programs", [78, 114, 132])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672), (528, 1472), (16, 16)])
+@over("programs", [78, 114, 132])
+@over("n, k", [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672), (528, 1472), (16, 16)])
 def test_units_cover_a_product(n: int, k: int, programs: int) -> None:
     """Every row and step is in one unit; no share of K is empty; the busiest program reads at most twice the average."""
     for most in (1, 8):

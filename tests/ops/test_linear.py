@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 from ops.shapes import LINEAR
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, Array, Format, array
@@ -59,9 +59,9 @@ def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
-@pytest.mark.parametrize(("platform", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("shape", LINEAR, ids=str)
+@over("scheme", QUANTIZED)
+@over("platform, dtype", CASES)
+@over("shape", LINEAR)
 def test_quantized(shape: tuple[int, int, int], platform: str, scheme: Scheme, dtype: torch.dtype) -> None:
     m, n, k = shape
     on = PLATFORMS[platform]
@@ -70,8 +70,8 @@ def test_quantized(shape: tuple[int, int, int], platform: str, scheme: Scheme, d
     check(quantize(w.to(on.device), scheme, on.fp8_dtype), x, expected, on)
 
 
-@pytest.mark.parametrize(("platform", "dtype"), CASES[:2], ids=str)
-@pytest.mark.parametrize("shape", LINEAR, ids=str)
+@over("platform, dtype", CASES[:2])
+@over("shape", LINEAR)
 def test_dense(shape: tuple[int, int, int], platform: str, dtype: torch.dtype) -> None:
     m, n, k = shape
     on = PLATFORMS[platform]
@@ -79,8 +79,8 @@ def test_dense(shape: tuple[int, int, int], platform: str, dtype: torch.dtype) -
     check(quantize(w.to(on.device), BF16), x, array(x) @ array(w).T, on)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
+@over("platform", PLATFORMS)
+@over("scheme", QUANTIZED)
 def test_a_stack_is_its_matrices(scheme: Scheme, platform: str) -> None:
     """Query, key and value in one product, each with its own scales, though tiles of 128 would straddle them."""
     on = PLATFORMS[platform]
@@ -91,7 +91,7 @@ def test_a_stack_is_its_matrices(scheme: Scheme, platform: str) -> None:
     check(stack, x, torch.cat(parts, 1).numpy(), on)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+@over("scheme", SCHEMES.values())
 def test_bias_is_added_once_and_inputs_stay(scheme: Scheme) -> None:
     on = detect()
     x, w, b = (torch.randn(*size).to(on.device) for size in ((5, 64), (32, 64), (32,)))
@@ -104,7 +104,7 @@ def test_bias_is_added_once_and_inputs_stay(scheme: Scheme) -> None:
         assert torch.equal(b, before[1]), name
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
+@over("scheme", QUANTIZED)
 def test_a_token_does_not_depend_on_its_neighbours(scheme: Scheme) -> None:
     """Not even on one that is infinite or not a number."""
     on = detect()
@@ -118,7 +118,7 @@ def test_a_token_does_not_depend_on_its_neighbours(scheme: Scheme) -> None:
         assert relative_error(together, alone) < 1e-6, name
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+@over("scheme", SCHEMES.values())
 def test_the_preferred_one_is_chosen_and_said(scheme: Scheme) -> None:
     on = PLATFORMS["here"]
     ops.bind(on)
@@ -130,7 +130,7 @@ def test_the_preferred_one_is_chosen_and_said(scheme: Scheme) -> None:
     assert all(reason.startswith("not ") for reason in reasons)
 
 
-@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ], ids=lambda f: str(f.dtype))
+@over("fmt", [E4M3FN, E4M3FNUZ])
 def test_activations_are_quantized_as_float64_does(fmt: Format) -> None:
     from octavo.ops.reference import quantize_activation
 

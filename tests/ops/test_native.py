@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import relative_error
 from ops.caches import SCALES, Scale, layer_cache, with_padding
+from ops.cases import INSTRUCTION_SETS, case, instruction_sets, on_each_instruction_set, over
 from ops.sampled import SPREADS, check_draw
 from ops.shapes import BATCHES, HEADS, LINEAR
-from ops.test_attention import FP8, KV_DTYPES, check, scene
+from ops.test_attention import FP8, KV_DTYPES, expected_of, scene
 from ops.test_linear import activations
 from quant import float64
 from quant.float64 import E4M3FN, E4M3FNUZ, E5M2, FORMATS, Format, array
@@ -25,16 +26,14 @@ from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
-pytestmark = [
-    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
-    pytest.mark.usefixtures("instructions"),
-]
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
 # More tokens than a row at a time takes, than a panel holds, than one pass takes.
 SHAPES = [*LINEAR, (2, 40, 64), (4, 7, 65), (5, 25, 31), (8, 24, 512), (9, 50, 513), (17, 100, 1100), (530, 30, 70)]
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16]
+dtypes = over("dtype", DTYPES)
 
 
 @pytest.fixture
@@ -48,26 +47,42 @@ def bound(dtype: torch.dtype) -> float:
     return 4e-3 if dtype is torch.bfloat16 else 2e-6
 
 
-@dtypes
-@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ], ids=lambda f: str(f.dtype))
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_an_instruction_set_is_there(name: str) -> None:
+    """What each test here goes through are those that this CPU has."""
+    if library.use(name) is None:
+        pytest.skip(f"needs a CPU with {name}")
+    assert name in instruction_sets()
+
+
+@over("shape", SHAPES)
+@over("scheme", QUANTIZED)
+@over("fmt", [E4M3FN, E4M3FNUZ])
+def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
     m, n, k = shape
-    x, w = activations(m, k, dtype), torch.randn(n, k)
+    w = torch.randn(n, k)
     q = quantize(w, scheme, fmt.dtype).padded(16)
+    for dtype in DTYPES:
+        x = activations(m, k, dtype)
+        expected = torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt)) if m else None
+        for name in instruction_sets():
+            with case(dtype, name):
+                check_linear(q, x, expected)
+
+
+def check_linear(q: QTensor, x: torch.Tensor, expected: torch.Tensor | None) -> None:
     assert native.Native().supports(q, CPU) is None
     packed = native.Native().pack(q, CPU)
     assert packed.held_bytes == q.nbytes
     y = packed(x)
-    assert (y.dtype, y.shape) == (dtype, (m, n))
-    if m:
-        assert relative_error(y, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(dtype)
+    assert (y.dtype, y.shape) == (x.dtype, (len(x), q.shape[0]))
+    assert expected is None or relative_error(y, expected) < bound(x.dtype)
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("m", [1, 3, 20])
+@on_each_instruction_set
+@over("scheme", QUANTIZED)
+@over("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2])
+@over("m", [1, 3, 20])
 def test_subnormal_codes_count(m: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """A matrix of nothing else, for a caller whose own floats have no subnormal numbers."""
     k, n = 384, 40
@@ -86,9 +101,10 @@ def test_subnormal_codes_count(m: int, dtype: torch.dtype, scheme: Scheme) -> No
     assert relative_error(y, x.double() @ codes.view(dtype).double().mT) < 2e-6
 
 
-@pytest.mark.parametrize("power", [2.0**16, 2.0**-60])
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
-@pytest.mark.parametrize("m", [1, 4, 20])
+@on_each_instruction_set
+@over("power", [2.0**16, 2.0**-60])
+@over("scheme", QUANTIZED)
+@over("m", [1, 4, 20])
 def test_scales_of_any_size(m: int, scheme: Scheme, power: float) -> None:
     """A power of two in them is one in the result, bit for bit."""
     q, x = quantize(torch.randn(24, 384), scheme), torch.randn(m, 384)
@@ -97,8 +113,9 @@ def test_scales_of_any_size(m: int, scheme: Scheme, power: float) -> None:
     assert torch.equal(native.Native().pack(other, CPU)(x), native.Native().pack(q, CPU)(x) * power)
 
 
-@pytest.mark.parametrize("power", [2.0**40, 2.0**-40])
-@pytest.mark.parametrize("rows", [[(0, 1), (300, 1)], [(5, 40)]], ids=["few", "many"])
+@on_each_instruction_set
+@over("power", [2.0**40, 2.0**-40])
+@over("rows", [[(0, 1), (300, 1)], [(5, 40)]])
 def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], power: float) -> None:
     made = scene(rows, (4, 2, 32), "fp8_per_token_head", CPU, native)
     before = made.attend(0.2, None)
@@ -106,9 +123,10 @@ def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], 
     assert torch.equal(made.attend(0.2, None), before * power)
 
 
-@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
-@pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(67, 538, 128), (64, 1100, 192), (130, 3, 64)], ids=str)
+@on_each_instruction_set
+@over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
+@over("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL])
+@over("shape", [(67, 538, 128), (64, 1100, 192), (130, 3, 64)])
 def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
     """What a CPU with such does, which torch can compute on any; weights small enough that some codes have no leading one."""
     m, n, k = shape
@@ -126,10 +144,11 @@ def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt
         )
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(1, 300), (130, 130), (538, 20)], ids=str)
+@over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
+@over("scheme", QUANTIZED)
+@over("shape", [(1, 300), (130, 130), (538, 20)])
 def test_rows_are_the_stored_weights(shape: tuple[int, int], scheme: Scheme, fmt: Format, dtype: torch.dtype) -> None:
     q = quantize(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], scheme, fmt.dtype)
     packed = native.Native().pack(q, CPU)
@@ -137,19 +156,22 @@ def test_rows_are_the_stored_weights(shape: tuple[int, int], scheme: Scheme, fmt
         assert torch.equal(packed.rows(ids, dtype), q.rows(ids, dtype))
 
 
+@over("shape", SHAPES)
+@over("held", [torch.bfloat16, torch.float32])
 @dtypes
-@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense(shape: tuple[int, int, int], held: torch.dtype, dtype: torch.dtype) -> None:
     m, n, k = shape
     x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(held)
-    y = native.Native().pack(quantize(w, BF16), CPU)(x)
-    if m:
-        assert relative_error(y, torch.from_numpy(array(x) @ array(w).T)) < bound(dtype)
+    q, expected = quantize(w, BF16), torch.from_numpy(array(x) @ array(w).T)
+    for name in instruction_sets():
+        with case(name):
+            y = native.Native().pack(q, CPU)(x)
+            assert not m or relative_error(y, expected) < bound(dtype)
 
 
-@pytest.mark.parametrize("m", [4, 16])
-@pytest.mark.parametrize("name", FORMATS)
+@on_each_instruction_set
+@over("m", [4, 16])
+@over("name", FORMATS)
 def test_every_code_is_exact(name: str, m: int) -> None:
     """Weights of one code each, times tokens of one code each at a scale of 1: each result is one product."""
     fmt = FORMATS[name]
@@ -163,9 +185,10 @@ def test_every_code_is_exact(name: str, m: int) -> None:
         np.testing.assert_array_equal(array(y), expected)
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("m", [3, 40])
-@pytest.mark.parametrize("fmt", [E4M3FN, E4M3FNUZ, E5M2], ids=lambda f: str(f.dtype))
+@over("m", [3, 40])
+@over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
 def test_activations_have_the_reference_codes(fmt: Format, m: int, dtype: torch.dtype) -> None:
     """Times the identity, bit for bit; what is not a number stays within its token."""
     k = 150
@@ -183,7 +206,8 @@ def test_activations_have_the_reference_codes(fmt: Format, m: int, dtype: torch.
     assert reference.ReferenceLinear().pack(one, CPU)(x)[~finite].isnan().all()
 
 
-@pytest.mark.parametrize("m", [1, 4, 5, 40])
+@on_each_instruction_set
+@over("m", [1, 4, 5, 40])
 def test_zero_rows_strides_and_e5m2(m: int) -> None:
     w = torch.randn(33, 70)
     w[4] = 0
@@ -197,7 +221,7 @@ def test_zero_rows_strides_and_e5m2(m: int) -> None:
         assert m == 1 or relative_error(y, expected) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2], ids=str)
+@over("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2])
 def test_codes_that_are_not_numbers_are_found(dtype: torch.dtype) -> None:
     """Each code, wherever it lies among finite ones."""
     codes = torch.arange(256, dtype=torch.uint8)
@@ -219,31 +243,47 @@ def test_weights_that_are_not_theirs_are_refused() -> None:
     assert native.Native().supports(quantize(torch.randn(4, 4).half(), BF16), CPU) is not None
 
 
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 33])
-@pytest.mark.parametrize("rows", [*BATCHES.values(), [(200, 1), (70, 40), (0, 100), (63, 3), (31, 2)]], ids=[*BATCHES, "long"])
+def check_attention(
+    rows: list[tuple[int, int]], heads: tuple[int, int, int], kv: str, window: int | None = None,
+    dtype: torch.dtype = torch.float32, scales: tuple[Scale, Scale] = (0.04, 0.02),
+) -> None:  # fmt: skip
+    """The same requests with every instruction set, which writes the cache and attends over it, against float64."""
+    seed, expected = int(torch.randint(1 << 30, ())), None
+    for name in instruction_sets():
+        with case(name):
+            torch.manual_seed(seed)
+            made = scene(rows, heads, kv, CPU, native, dtype, scales)
+            if expected is None:
+                expected = expected_of(made, kv, FP8.get(kv, E4M3FN), window)
+            assert relative_error(made.attend(0.3, window), expected) < (2e-6 if dtype is torch.float32 else 5e-3)
+
+
+@over("rows", [*BATCHES.values(), [(200, 1), (70, 40), (0, 100), (63, 3), (31, 2)]])
+@over("window", [None, 5, 33])
+@over("kv", KV_DTYPES)
 def test_attention(rows: list[tuple[int, int]], window: int | None, kv: str) -> None:
-    check(scene(rows, (4, 2, 16), kv, CPU, native), kv, FP8.get(kv, E4M3FN), window, 2e-6)
+    check_attention(rows, (4, 2, 16), kv, window)
 
 
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("heads", [*HEADS, (3, 1, 10), (16, 1, 80), (2, 2, 256), (20, 1, 6)], ids=str)
-def test_heads(heads: tuple[int, int, int], kv: str) -> None:
-    check(scene(BATCHES["mixed"], heads, kv, CPU, native), kv, FP8.get(kv, E4M3FN), None, 2e-6)
-    check(scene(BATCHES["mixed"], heads, kv, CPU, native, torch.bfloat16), kv, FP8.get(kv, E4M3FN), None, 5e-3)
+@over("heads", [*HEADS, (3, 1, 10), (16, 1, 80), (2, 2, 256), (20, 1, 6)])
+@over("kv", KV_DTYPES)
+@dtypes
+def test_heads(heads: tuple[int, int, int], kv: str, dtype: torch.dtype) -> None:
+    check_attention(BATCHES["mixed"], heads, kv, dtype=dtype)
 
 
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("rows", [BATCHES["mixed"], [(200, 1), (70, 40)]], ids=["mixed", "long"])
-def test_scales_of_a_layer_and_of_heads(rows: list[tuple[int, int]], scales: str, kv: str) -> None:
-    check(scene(rows, (4, 2, 16), kv, CPU, native, scales=SCALES[scales]), kv, FP8.get(kv, E4M3FN), None, 2e-6)
-    check(scene(rows, (10, 2, 20), kv, CPU, native, scales=SCALES[scales]), kv, FP8.get(kv, E4M3FN), None, 2e-6)
+@over("rows", [BATCHES["mixed"], [(200, 1), (70, 40)]])
+@over("heads", [(4, 2, 16), (10, 2, 20)])
+@over("scales", SCALES)
+@over("kv", KV_DTYPES)
+def test_scales_of_a_layer_and_of_heads(rows: list[tuple[int, int]], heads: tuple[int, int, int], scales: str, kv: str) -> None:
+    check_attention(rows, heads, kv, scales=SCALES[scales])
 
 
-@pytest.mark.parametrize("kv", KV_DTYPES)
-@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (12, 20)])
-@pytest.mark.parametrize("window", [None, 5])
+@on_each_instruction_set
+@over("kv", KV_DTYPES)
+@over("heads, dim", [(4, 16), (12, 20)])
+@over("window", [None, 5])
 def test_rows_without_a_context_are_zeros(window: int | None, heads: int, dim: int, kv: str) -> None:
     """As a graph has them, whose host knows no more of a context than a bound."""
     made = scene(BATCHES["decode"], (heads, 2, dim), kv, CPU, native)
@@ -256,13 +296,14 @@ def test_rows_without_a_context_are_zeros(window: int | None, heads: int, dim: i
 
 
 def test_heads_too_wide_go_to_torch() -> None:
-    check(scene(BATCHES["mixed"], (2, 1, 300), "fp8_e4m3", CPU, native), "fp8_e4m3", E4M3FN, None, 2e-6)
+    check_attention(BATCHES["mixed"], (2, 1, 300), "fp8_e4m3")
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("kv", [*KV_DTYPES, "fnuz"])
-@pytest.mark.parametrize("layout", [Layout.PLAIN, Layout.BY_HEAD])
-@pytest.mark.parametrize("scales", [(0.04, 0.02), ([0.04, 1.7, 0.013], [0.02, 0.31, 1.1])], ids=["layer", "heads"])
+@over("kv", [*KV_DTYPES, "fnuz"])
+@over("layout", [Layout.PLAIN, Layout.BY_HEAD])
+@over("scales", [(0.04, 0.02), ([0.04, 1.7, 0.013], [0.02, 0.31, 1.1])])
 def test_the_cache_holds_what_the_reference_writes(
     scales: tuple[Scale, Scale], layout: Layout, kv: str, dtype: torch.dtype
 ) -> None:
@@ -277,9 +318,10 @@ def test_the_cache_holds_what_the_reference_writes(
     assert torch.equal(*(cache.buffers[0] for cache in caches))
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("dim", "rotated"), [(2, 2), (80, 80), (64, 16), (256, 256), (300, 300)])
+@over("normed", [False, True])
+@over("dim, rotated", [(2, 2), (80, 80), (64, 16), (256, 256), (300, 300)])
 def test_from_the_product_to_attention(dim: int, rotated: int, normed: bool, dtype: torch.dtype) -> None:
     spec = spec_for("fp8_e4m3", 2, dim, dtype, torch.float8_e4m3fn)
     caches = [KVCache([spec], 6, 4, CPU.device) for _ in range(2)]
@@ -300,8 +342,9 @@ def test_from_the_product_to_attention(dim: int, rotated: int, normed: bool, dty
     assert torch.equal(*values)
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("width", [1, 6, 128, 300])
+@over("width", [1, 6, 128, 300])
 def test_norms_and_activations(width: int, dtype: torch.dtype) -> None:
     x, residual, weight = torch.randn(7, width).to(dtype), torch.randn(7, width).to(dtype), torch.randn(width).to(dtype)
     for more in (None, residual):
@@ -319,7 +362,8 @@ def test_norms_and_activations(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(*(op.silu_mul(spoiled).values().isfinite() for op in (native, reference)))
 
 
-@pytest.mark.parametrize("m", [1, 40])
+@on_each_instruction_set
+@over("m", [1, 40])
 def test_the_number_of_threads_changes_no_bit(m: int, threads: None) -> None:
     x, q = torch.randn(m, 700), quantize(torch.randn(301, 700), FP8_PER_CHANNEL)
     packed = native.Native().pack(q, CPU)
@@ -331,6 +375,7 @@ def test_the_number_of_threads_changes_no_bit(m: int, threads: None) -> None:
     assert all(torch.equal(y, results[0][0]) and torch.equal(o, results[0][1]) for y, o in results)
 
 
+@on_each_instruction_set
 def test_calls_from_several_threads_and_after_a_fork(threads: None) -> None:
     torch.set_num_threads(2)
     packed = native.Native().pack(quantize(torch.randn(640, 512), FP8_PER_CHANNEL), CPU)
@@ -355,8 +400,9 @@ def test_calls_from_several_threads_and_after_a_fork(threads: None) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("vocab", [1, 15, 77, 128, 300, 16_391])
+@over("vocab", [1, 15, 77, 128, 300, 16_391])
 def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     """The first of equal ones; NaN as if infinite; rows that lie apart; nothing but minus infinity."""
     x = torch.randn(9, vocab + 3).to(dtype)[:, :vocab]
@@ -370,12 +416,13 @@ def test_the_likeliest_token(vocab: int, dtype: torch.dtype) -> None:
     assert native.argmax(x.half()).tolist() == x.half().float().argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("vocab", [1, 15, 40, 1023, 16_391, 33_000])
-@pytest.mark.parametrize("spread", SPREADS)
+@over("vocab", [1, 15, 40, 1023, 16_391, 33_000])
+@over("spread", SPREADS)
 def test_a_token_that_is_drawn(vocab: int, spread: float) -> None:
-    check_draw(native.sample, vocab, spread)
+    check_draw(native.sample, vocab, spread, ways=instruction_sets)
 
 
+@on_each_instruction_set
 def test_tokens_that_lie_close_together_are_kept_one_by_one() -> None:
     """Though there are more of them than blocks that have any."""
     x = torch.full((50, 4096), -float("inf"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import on_each_instruction_set, over
 from ops.test_experts import ROUTERS, decode_batch
 from ops.test_linear import activations
 
@@ -22,14 +23,11 @@ from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QTensor, Scheme, concat, quantize
 from octavo.quant.qtensor import Stacker
 
-pytestmark = [
-    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
-    pytest.mark.usefixtures("instructions"),
-]
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 FORMATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+dtypes = over("dtype", [torch.float32, torch.bfloat16])
 
 
 def stacks(n: int, k: int, count: int) -> Iterator[QTensor]:
@@ -54,8 +52,9 @@ def stacks(n: int, k: int, count: int) -> Iterator[QTensor]:
     yield made.finished()
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("shape", [(40, 200), (33, 64), (130, 257)], ids=str)
+@over("shape", [(40, 200), (33, 64), (130, 257)])
 def test_each_expert_has_what_it_alone_gives(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Bit for bit: no rows, a few, a panel's, more than a panel's; of tokens and of pairs; some pairs wake none."""
     n, k = shape
@@ -77,7 +76,8 @@ def test_each_expert_has_what_it_alone_gives(shape: tuple[int, int], dtype: torc
                 assert torch.equal(y[part], native.PackedNative(q.expert(e))(rows[part])), (q.scheme.name, q.data.dtype, e)
 
 
-@pytest.mark.parametrize("sizes", [(600, 3), (1, 1023, 20), (520, 0, 520), tuple(range(90))], ids=["one", "odd", "two", "many"])
+@on_each_instruction_set
+@over("sizes", [(600, 3), (1, 1023, 20), (520, 0, 520), tuple(range(90))])
 def test_more_rows_than_are_computed_together(sizes: tuple[int, ...]) -> None:
     q = next(iter(stacks(18, 70, len(sizes))))
     at = experts.dispatch(torch.cat([torch.full((size, 1), e) for e, size in enumerate(sizes)]).int(), len(sizes))
@@ -88,6 +88,7 @@ def test_more_rows_than_are_computed_together(sizes: tuple[int, ...]) -> None:
         start += size
 
 
+@on_each_instruction_set
 def test_the_number_of_threads_changes_no_bit() -> None:
     q, pairs, before = next(iter(stacks(130, 257, 9))), torch.randint(9, (20, 3)).int(), torch.get_num_threads()
     at, x, found = experts.dispatch(pairs, 9), torch.randn(20, 257), []
@@ -99,9 +100,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(y, found[0]) for y in found)
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ROUTERS)
+@over("held", [torch.float32, torch.bfloat16])
+@over("name", ROUTERS)
 def test_routes(name: str, held: torch.dtype, dtype: torch.dtype) -> None:
     """Scores are of FP32 sums whatever the dtypes are, so near ones, which BF16 would make equal, keep their order."""
     router, x, w = ROUTERS[name], torch.randn(21, 300).to(dtype), torch.randn(12, 300).to(held) / 300**0.5
@@ -114,7 +116,7 @@ def test_routes(name: str, held: torch.dtype, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("pairs", [(0, 3), (1, 1), (5, 8), (200, 4)], ids=str)
+@over("pairs", [(0, 3), (1, 1), (5, 8), (200, 4)])
 def test_dispatches_as_the_reference_does(pairs: tuple[int, int]) -> None:
     to = torch.randint(-1, 13, pairs).int()
     for asked in (to, to.repeat(1, 2)[:, : pairs[1]], torch.full(pairs, -1, dtype=torch.int32)):
@@ -123,8 +125,9 @@ def test_dispatches_as_the_reference_does(pairs: tuple[int, int]) -> None:
         assert found.top_k == expected.top_k
 
 
+@on_each_instruction_set
 @dtypes
-@pytest.mark.parametrize("width", [1, 24, 128, 300])
+@over("width", [1, 24, 128, 300])
 def test_sums(width: int, dtype: torch.dtype) -> None:
     """What lies behind the pairs that wake an expert is not read, and a weight that is no number spoils its token alone."""
     to = torch.randint(0, 6, (40, 3)).int()
@@ -165,8 +168,7 @@ print("read one")
 """
 
 
-@pytest.mark.parametrize("instructions", ["portable"], indirect=True)
-def test_only_experts_in_use_are_read(instructions: str) -> None:
+def test_only_experts_in_use_are_read() -> None:
     """With every instruction set, one after another."""
     root = Path(octavo.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, cwd=root)

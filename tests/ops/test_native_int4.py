@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import on_each_instruction_set, over
 from ops.shapes import EXPERTS, LINEAR, ROUTINGS
 from ops.test_experts import chosen
 from ops.test_linear import activations
@@ -42,26 +43,32 @@ def bound(*dtypes: torch.dtype) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("group", GROUPS)
-def test_products_by_the_kernels(group: int, instructions: str) -> None:
+@over("group", GROUPS)
+def test_products_by_the_kernels(group: int) -> None:
     """With few tokens and many, in FP32 and, where there is such an instruction, in pairs of BF16; codes are not copied."""
-    for m, n, k in [*LINEAR, (4, 33, 384), (9, 24, 512), (48, 20, 1152), (530, 18, 70)]:
-        for scales in SCALES:
-            q, values = packed_int4((n, k), group, scales)
-            assert native.Native().supports(q, CPU) is None
-            packed = native.Native().pack(q, CPU)
-            assert packed.data.data_ptr() == q.data.data_ptr()
-            assert packed.held_bytes == q.nbytes
-            for dtype in DTYPES:
-                x = activations(m, k, dtype)
-                y = packed(x)
-                assert (y.dtype, y.shape) == (dtype, (m, n))
-                if m:
-                    assert relative_error(y, x.double() @ values.mT) < bound(dtype), (m, n, k, scales, dtype)
+    for shape in [*LINEAR, (4, 33, 384), (9, 24, 512), (48, 20, 1152), (530, 18, 70)]:
+        products_of(shape, group)
 
 
+@on_each_instruction_set
+def products_of(shape: tuple[int, int, int], group: int) -> None:
+    m, n, k = shape
+    for scales in SCALES:
+        q, values = packed_int4((n, k), group, scales)
+        assert native.Native().supports(q, CPU) is None
+        packed = native.Native().pack(q, CPU)
+        assert packed.data.data_ptr() == q.data.data_ptr()
+        assert packed.held_bytes == q.nbytes
+        for dtype in DTYPES:
+            x = activations(m, k, dtype)
+            y = packed(x)
+            assert (y.dtype, y.shape) == (dtype, (m, n))
+            assert not m or relative_error(y, x.double() @ values.mT) < bound(dtype), (shape, group, scales, dtype)
+
+
+@on_each_instruction_set
 @needs_kernels
-def test_experts_by_the_kernels(instructions: str) -> None:
+def test_experts_by_the_kernels() -> None:
     """Of tokens' rows and of pairs' rows, by the same arithmetic as one weight's; what is captured reads them again."""
     for group in GROUPS:
         for (tokens, hidden, inner, count, top_k), scales in zip(EXPERTS, SCALES * len(EXPERTS), strict=False):
@@ -86,8 +93,9 @@ def test_experts_by_the_kernels(instructions: str) -> None:
                     assert relative_error(of_tokens[: len(awake)], expected) < 2 * bound(dtype), (group, routing, hidden)
 
 
+@on_each_instruction_set
 @needs_kernels
-def test_a_recorded_step_multiplies_by_them(instructions: str) -> None:
+def test_a_recorded_step_multiplies_by_them() -> None:
     """One weight and a mixture's, joined in one call of the library; its replay reads what is there then."""
     one, _ = packed_int4((96, 256), 32, torch.bfloat16)
     stack, _ = packed_int4((5, 64, 96), 32, torch.bfloat16)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import relative_error
 from ops import test_latent as contract
+from ops.cases import on_each_instruction_set, over
 from ops.latents import attended, index_scene, latent_scene, stored
-from ops.shapes import INDEXERS, LATENTS
 
 from octavo import ops
 from octavo.kvcache import IndexCache
@@ -19,27 +19,21 @@ from octavo.ops import Rotation, reference_latent
 from octavo.ops.cpu import latent, library, native
 from octavo.platform import Platform
 
-pytestmark = [
-    pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}"),
-    pytest.mark.usefixtures("instructions"),
-]
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
 
 
+@on_each_instruction_set
 def test_the_contract() -> None:
     """All that test_latent.py asks, of a library that it would have bound with the best instructions alone."""
     contract.test_the_bytes_are_those_that_flashmla_and_deepgemm_read(CPU)
     contract.test_products_of_heads(CPU)
-    contract.test_of_equal_scores_the_first_are_chosen_and_nan_last(ops, CPU)
-    for shape in LATENTS:
-        contract.test_latents_are_stored(shape, ops, CPU)
-        for rows in ("mixed", "decode"):
-            contract.test_attention_over_latents(rows, shape, ops, CPU)
-    for index in INDEXERS:
-        for dtype in (torch.float32, torch.bfloat16):
-            for wide in (True, False):
-                contract.test_the_highest_scores_are_chosen(index, wide, dtype, ops, CPU)
+    contract.check_equal_scores(ops, CPU)
+    contract.check_stored(op=ops, platform=CPU)
+    for rows in ("mixed", "decode"):
+        contract.check_attention(rows=rows, op=ops, platform=CPU)
+    contract.check_choices(op=ops, platform=CPU)
     assert {ops.table()[name] for name in latent.__all__} == {"cpu.latent"}
 
 
@@ -52,33 +46,35 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_ds_mla"])
-def test_long_contexts(kv: str) -> None:
-    for shape, rows in LONG:
-        heads, rank, _, rope, _ = shape
-        scene = latent_scene(rows, shape, kv, ops, CPU)
-        batch, cache = scene.batch, scene.cache
-        q = torch.randn(batch.num_tokens, 2 * heads, rank + rope)[:, ::2]
-        chosen = torch.full((batch.num_tokens, 230), -1, dtype=torch.int32)
-        every, picked, start = [], [], 0
-        for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            part = slice(start, start + count)
-            for token in range(count):
-                places = torch.randperm(context - count + token + 1)[:230].sort().values
-                chosen[start + token, : len(places)] = places.int()
-            keys = stored(scene, request)
-            every.append(attended(q[part].double(), keys, rank, 0.07))
-            picked.append(attended(q[part].double(), keys, rank, 0.07, chosen[part]))
-            start += count
-        assert relative_error(latent.latent_attention(q, cache, batch, 0.07), torch.cat(every)) < 3e-6
-        assert relative_error(latent.latent_attention(q, cache, batch, 0.07, chosen), torch.cat(picked)) < 3e-6
-        q[0, 0, 3] = float("nan")
-        spoiled = latent.latent_attention(q, cache, batch, 0.07)
-        assert spoiled[0, 0].isnan().all()
-        assert spoiled[0, 1:].isfinite().all()
-        assert spoiled[1:].isfinite().all()
+@on_each_instruction_set
+@over("kv", ["auto", "fp8_ds_mla"])
+@over("shape, rows", LONG)
+def test_long_contexts(kv: str, shape: tuple[int, ...], rows: list[tuple[int, int]]) -> None:
+    heads, rank, _, rope, _ = shape
+    scene = latent_scene(rows, shape, kv, ops, CPU)
+    batch, cache = scene.batch, scene.cache
+    q = torch.randn(batch.num_tokens, 2 * heads, rank + rope)[:, ::2]
+    chosen = torch.full((batch.num_tokens, 230), -1, dtype=torch.int32)
+    every, picked, start = [], [], 0
+    for request, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        part = slice(start, start + count)
+        for token in range(count):
+            places = torch.randperm(context - count + token + 1)[:230].sort().values
+            chosen[start + token, : len(places)] = places.int()
+        keys = stored(scene, request)
+        every.append(attended(q[part].double(), keys, rank, 0.07))
+        picked.append(attended(q[part].double(), keys, rank, 0.07, chosen[part]))
+        start += count
+    assert relative_error(latent.latent_attention(q, cache, batch, 0.07), torch.cat(every)) < 3e-6
+    assert relative_error(latent.latent_attention(q, cache, batch, 0.07, chosen), torch.cat(picked)) < 3e-6
+    q[0, 0, 3] = float("nan")
+    spoiled = latent.latent_attention(q, cache, batch, 0.07)
+    assert spoiled[0, 0].isnan().all()
+    assert spoiled[0, 1:].isfinite().all()
+    assert spoiled[1:].isfinite().all()
 
 
+@on_each_instruction_set
 def test_keys_and_values_are_made_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few places and a few queries at a time give what all together give."""
     shape = (3, 64, 16, 8, 12)
@@ -96,7 +92,8 @@ def scored_exactly(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -
     return torch.einsum("qhk,qh->qk", torch.einsum("qhd,kd->qhk", q.long(), keys.long()).clamp_(min=0), weights.long())
 
 
-@pytest.mark.parametrize("heads", [3, 20, 64])
+@on_each_instruction_set
+@over("heads", [3, 20, 64])
 def test_choices_are_exact(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many equal scores, negative ones and zeros of either sign, over prompts and single tokens with long contexts."""
     scene = index_scene([(500, 1), (90, 30), (0, 1), (0, 4), (480, 3)], 32, ops, CPU, wide=True)
@@ -130,15 +127,21 @@ def test_products_of_any_shape() -> None:
     """Of matrices whose rows, or columns, lie one after another, in either dtype, by few tokens and by many."""
     for tokens in (1, 2, 4, 5, 37):
         for k, n in ((16, 32), (24, 144), (128, 512), (20, 12)):
-            for dtype in (torch.float32, torch.bfloat16):
-                for held in (torch.float32, torch.bfloat16):
-                    wide = torch.randn(tokens, 3, 2 * k).to(dtype)
-                    x, bound = wide[..., k // 2 : k // 2 + k], 2e-6 if dtype is torch.float32 else 4e-3
-                    for w in (torch.randn(3, k, n).to(held), torch.randn(3, n, k).to(held).mT):
-                        expected = torch.einsum("thk,hkn->thn", x.double(), w.double())
-                        assert relative_error(latent.head_linear(x, w), expected) < bound
+            products_of(tokens, k, n)
 
 
+@on_each_instruction_set
+def products_of(tokens: int, k: int, n: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for held in (torch.float32, torch.bfloat16):
+            wide = torch.randn(tokens, 3, 2 * k).to(dtype)
+            x, bound = wide[..., k // 2 : k // 2 + k], 2e-6 if dtype is torch.float32 else 4e-3
+            for w in (torch.randn(3, k, n).to(held), torch.randn(3, n, k).to(held).mT):
+                expected = torch.einsum("thk,hkn->thn", x.double(), w.double())
+                assert relative_error(latent.head_linear(x, w), expected) < bound, (tokens, k, n, dtype, held)
+
+
+@on_each_instruction_set
 def test_the_number_of_threads_changes_no_bit() -> None:
     before = torch.get_num_threads()
     scene = latent_scene([(450, 1), (200, 1)], (18, 144, 24, 16, 20), "fp8_ds_mla", ops, CPU)

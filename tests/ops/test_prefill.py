@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
@@ -47,8 +48,8 @@ def test_division_by_a_factor_is_exact() -> None:
         assert [x * (65536 // by + 1) >> 16 for x in range(256)] == [x // by for x in range(256)]
 
 
-@pytest.mark.parametrize("group", [1, 4, 7, 64])
-@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+@over("group", [1, 4, 7, 64])
+@over("rows", STEPS.values())
 def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> None:
     queries, contexts = [n for _, n in rows], [before + n for before, n in rows]
     found = prefill.pieces(queries, contexts, 1, len(rows), group)
@@ -63,8 +64,8 @@ def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> 
 
 
 @needs_hopper
-@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
-@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+@over("heads, kv_heads", GROUPS)
+@over("rows", STEPS.values())
 def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads: int) -> None:
     """As exact as rounding queries and probabilities to FP8 lets it be, and the same bits each time."""
     cache, batch, q = scene(rows, heads, kv_heads)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
@@ -94,10 +95,10 @@ class Scene:
 
 
 @needs_hopper
-@pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@over("variant", qkv_rope_kv_write.VARIANTS)
+@over("normed", [False, True])
+@over("heads, kv_heads", HEADS)
+@over("spans", SPANS.values())
 def test_it_computes_and_writes(
     spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, variant: Variant
 ) -> None:
@@ -130,7 +131,7 @@ def test_what_is_not_finite_is_stored_as_zero() -> None:
 
 
 @needs_hopper
-@pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
+@over("variant", qkv_rope_kv_write.VARIANTS)
 def test_it_reads_the_scales_that_are_there(variant: Variant) -> None:
     """Codes are those of round(x / scale), as another launch writes them, whatever the scale."""
     s = Scene(SPANS["places of all kinds"], 14, 2)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import over
 from ops.interpreter import HAS_GPU
 from torch import Tensor
 
@@ -108,8 +109,8 @@ def test_dense_values_and_codes_in_one_launch(step: Step, monkeypatch: pytest.Mo
     assert (codes[:, :100].cpu().float() != again.float()).float().mean() < 0.02  # a last bit of a division
 
 
-@pytest.mark.parametrize(
-    ("readers", "dense", "codes"),
+@over(
+    "readers, dense, codes",
     [
         ((), True, None),
         ((None,), True, None),
@@ -149,8 +150,7 @@ def packed(scheme: Scheme, n: int) -> tuple[PackedWeight, Tensor]:
     return make.pack(q, ON), dequantize(q).double()
 
 
-@pytest.mark.parametrize("schemes", [(BF16, FP8_PER_CHANNEL), (FP8_PER_CHANNEL, FP8_BLOCK), (BF16, FP8_BLOCK, FP8_PER_CHANNEL)],
-                         ids=lambda schemes: "-".join(scheme.name for scheme in schemes))  # fmt: skip
+@over("schemes", [(BF16, FP8_PER_CHANNEL), (FP8_PER_CHANNEL, FP8_BLOCK), (BF16, FP8_BLOCK, FP8_PER_CHANNEL)])  # fmt: skip
 def test_a_router_and_experts(step: Step, schemes: tuple[Scheme, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reader's product is as exact as its own format, whatever the others read; only a dense product is BF16's."""
     weights = [packed(scheme, 16 * (1 + i)) for i, scheme in enumerate(schemes)]
@@ -180,7 +180,7 @@ def test_codes_with_a_scale_a_group_are_taken() -> None:
     assert torch.equal(weight(Activation(x, by_token)), weight(x))  # codes of another format are not taken for its own
 
 
-@pytest.mark.parametrize("op", [RMSNORM, SILU])
+@over("op", [RMSNORM, SILU])
 def test_on_a_cpu_everyone_reads_dense_values(op: str) -> None:
     """Of the reference and, where they are, the C kernels, which quantize within the product."""
     modules = [reference]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from ops.cases import combined, over
 from ops.interpreter import HAS_GPU
 from ops.shapes import EXPERTS, LINEAR, ROUTINGS
 from ops.test_experts import chosen
@@ -62,19 +63,25 @@ def spoil(rows: int, n: int, dtype: torch.dtype) -> None:
 WAYS: list[dict[str, int]] = [{}, {"planar": 1, "BM": 64, "split": 1}, {"split": 3, "planar": 0}]
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
+@over("group", int4.GROUPS)
 def test_dense(group: int) -> None:
-    """W4A16 the ways that numbers of tokens are multiplied, and W4A8; weights with FP32 scales too, which are rounded."""
+    """W4A16 the ways that numbers of tokens are multiplied, and W4A8; weights with FP32 scales too, which are rounded.
+
+    Where kernels are interpreted each shape meets one of them in groups of 32 and the other in groups of 128.
+    """
     for number, (m, n, k) in enumerate(LINEAR):
         q = weight(group, n, k, scales=torch.float32 if number % 3 == 2 else torch.bfloat16)
         codes, scale = int4.laid_out(q.data, q.scale, group)  # type: ignore[arg-type]
         dtype = torch.float32 if number % 4 == 3 else torch.bfloat16
         x, w = torch.randn(m, k, device=DEVICE).bfloat16().to(dtype), values(q)
-        for way in WAYS if HAS_GPU else WAYS[number % 3 :][:1]:
+        turn = None if HAS_GPU else (number + int4.GROUPS.index(group)) % 2
+        for way in WAYS if HAS_GPU else WAYS[number % 3 :][:turn]:
             spoil(m, n, dtype)
             y = int4.int4_product(x, codes[None], scale[None], group, config=way)
             assert (y.shape, y.dtype) == ((m, n), dtype)
             assert not m or relative_error(y, x.double() @ w.mT) < ROUNDED, (m, n, k, way)
+        if turn == 1:
+            continue
         spoil(m, n, dtype)
         y = int4.int4_product(x, codes[None], scale[None], group, fp8=FP8)
         assert y.shape == (m, n)
@@ -83,29 +90,30 @@ def test_dense(group: int) -> None:
             assert relative_error(y, x.double() @ w.mT) < W4A8, (m, n, k)
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
-def test_experts(group: int) -> None:
+EXPERTS_HERE = EXPERTS if HAS_GPU else EXPERTS[:5]
+EXPERTS_WAYS: list[tuple[torch.dtype | None, dict[str, int]]] = [(None, {}), (None, {"planar": 1, "BM": 64}), (FP8, {"BM": 16})]
+
+
+@over("group, shape, of_tokens, way", combined(int4.GROUPS, EXPERTS_HERE, [True, False], EXPERTS_WAYS))
+def test_experts(group: int, shape: tuple[int, ...], of_tokens: bool, way: tuple[torch.dtype | None, dict[str, int]]) -> None:
     """Each shape with the next routing; of tokens' rows and of pairs', which past the last expert's are not numbers."""
-    for number, (tokens, hidden, inner, count, top_k) in enumerate(EXPERTS if HAS_GPU else EXPERTS[:5]):
-        q = weight(group, count, 2 * inner, hidden)
-        codes, scale = int4.laid_out(q.data, q.scale, group)  # type: ignore[arg-type]
-        to = chosen(ROUTINGS[(number + group) % len(ROUTINGS)], tokens, count, top_k).to(DEVICE)
-        at, w = routing.dispatch(to, count), values(q)
-        awake = at.order[: int(at.starts[-1])].long()
-        x, by_pair = (torch.randn(rows, hidden, device=DEVICE).bfloat16() for rows in (tokens, tokens * top_k))
-        by_pair[len(awake) :] = torch.nan
-        for of_tokens, rows in ((True, x), (False, by_pair)):
-            given = rows[awake // top_k] if of_tokens else rows[: len(awake)]
-            of = to.flatten()[awake].long()
-            for fp8, config in ((None, {}), (None, {"planar": 1, "BM": 64}), (FP8, {"BM": 16})):
-                spoil(tokens * top_k, 2 * inner, x.dtype)
-                y = int4.int4_product(rows, codes, scale, group, at, of_tokens=of_tokens, fp8=fp8, config=config)
-                assert (y.shape, y.dtype) == ((tokens * top_k, 2 * inner), torch.bfloat16)
-                if len(awake):
-                    met = given.double() if fp8 is None else rounded(given)
-                    expected = torch.einsum("pk,pnk->pn", met, w[of])
-                    most = 2e-2 if HAS_GPU and fp8 is not None else ROUNDED
-                    assert relative_error(y[: len(awake)], expected) < most, (number, of_tokens, fp8, config)
+    (tokens, hidden, inner, count, top_k), (fp8, config) = shape, way
+    q = weight(group, count, 2 * inner, hidden)
+    codes, scale = int4.laid_out(q.data, q.scale, group)  # type: ignore[arg-type]
+    to = chosen(ROUTINGS[(EXPERTS.index(shape) + group) % len(ROUTINGS)], tokens, count, top_k).to(DEVICE)  # type: ignore[arg-type]
+    at = routing.dispatch(to, count)
+    awake = at.order[: int(at.starts[-1])].long()
+    rows = torch.randn(tokens if of_tokens else tokens * top_k, hidden, device=DEVICE).bfloat16()
+    if not of_tokens:
+        rows[len(awake) :] = torch.nan
+    given = rows[awake // top_k] if of_tokens else rows[: len(awake)]
+    spoil(tokens * top_k, 2 * inner, rows.dtype)
+    y = int4.int4_product(rows, codes, scale, group, at, of_tokens=of_tokens, fp8=fp8, config=config)
+    assert (y.shape, y.dtype) == ((tokens * top_k, 2 * inner), torch.bfloat16)
+    if len(awake):
+        met = given.double() if fp8 is None else rounded(given)
+        expected = torch.einsum("pk,pnk->pn", met, values(q)[to.flatten()[awake].long()])
+        assert relative_error(y[: len(awake)], expected) < (2e-2 if HAS_GPU and fp8 is not None else ROUNDED)
 
 
 def test_what_is_bound() -> None:
@@ -126,7 +134,7 @@ def test_what_is_bound() -> None:
             assert any(reason in str(i.supports(wrong, ON)) for i in preferred)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("group", int4.GROUPS)
+@over("group", int4.GROUPS)
 def test_the_number_of_rows_decides(group: int) -> None:
     """W4A16 or W4A8, as `quantizes` says, each within its error."""
     q = weight(group, 1, 24, 256)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
+from ops.cases import over
 from quant.float64 import FORMATS, array
 
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8, widen
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@over("name", FORMATS)
 def test_every_finite_code_is_exact(name: str) -> None:
     fmt = FORMATS[name]
     codes = torch.arange(256, dtype=torch.uint8)
@@ -20,14 +20,14 @@ def test_every_finite_code_is_exact(name: str) -> None:
     assert torch.equal(codes, torch.arange(256, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@over("name", FORMATS)
 def test_widened_codes_are_exact_in_bf16(name: str) -> None:
     fmt = FORMATS[name]
     values = widen(torch.arange(256, dtype=torch.uint8)[np.isfinite(fmt.values)], fmt.dtype)
     assert torch.equal(values.bfloat16().float(), values)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@over("name", FORMATS)
 def test_rounding_is_to_the_nearest_code(name: str) -> None:
     fmt = FORMATS[name]
     x = (torch.randn(4000) * torch.logspace(-12, 2, 4000)).clamp(-fmt.limit, fmt.limit)

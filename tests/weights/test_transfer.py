@@ -149,7 +149,7 @@ def test_the_order_is_that_of_the_modules() -> None:
 @cases("shape", [(3, 5), (1200, 1000), (1, DummySource.POOL), (2, DummySource.POOL)], ids=str)
 def test_dummy_weights_walk_through_the_pool_on_every_device(device: str, shape: tuple[int, int]) -> None:
     source = DummySource()
-    pool, count = source._pools[CPU], shape[0] * shape[1]
+    pool, count = source._pools["BF16", CPU], shape[0] * shape[1]
     for name in ("model.layers.0.mlp.up_proj.weight", "x"):
         found = source.read(name, shape, 0, slice(0, shape[0]), torch.device(device))
         assert found.device.type == device
