@@ -24,6 +24,7 @@ __all__ = [
     "AxialAngles",
     "FusedQKVLinear",
     "Grid",
+    "ImageInput",
     "PatchEmbedding",
     "VisionAttention",
     "VisionMLP",
@@ -31,6 +32,7 @@ __all__ = [
     "layer_norm",
     "positions_of",
     "resampled",
+    "splice",
 ]
 
 
@@ -44,6 +46,13 @@ class Grid(NamedTuple):
     @property
     def patches(self) -> int:
         return self.frames * self.rows * self.columns
+
+
+class ImageInput(NamedTuple):
+    """What images bring to a step: features [F, ...] of its image tokens, positions int64 [3, T] of all of its tokens."""
+
+    features: Tensor
+    positions: Tensor
 
 
 class AxialAngles(NamedTuple):
@@ -96,6 +105,11 @@ def resampled(table: Tensor, grid: Grid, mode: str, *, align_corners: bool) -> T
 
 def layer_norm(x: Tensor, norm: ops.Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def splice(x: Tensor, at: Tensor, features: Tensor) -> Tensor:
+    """x [T, hidden] with the rows `at`, bool [T], replaced by `features`, in x's dtype."""
+    return x.index_copy(0, at.nonzero()[:, 0], features.to(x.dtype))
 
 
 class PatchEmbedding(nn.Module):

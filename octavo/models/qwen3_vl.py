@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
     AxialAngles,
     Grid,
+    ImageInput,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
@@ -28,6 +29,7 @@ from octavo.layers.vision import (
     layer_norm,
     positions_of,
     resampled,
+    splice,
 )
 from octavo.models import qwen3
 from octavo.models.common import Decoder, LayerStack
@@ -36,7 +38,7 @@ from octavo.models.dense import DenseDecoder
 from octavo.models.interface import ModelInput, StageState
 from octavo.weights import Loader
 
-__all__ = ["Config", "Deepstack", "ImageInput", "Model", "WithTower", "positions", "text_of"]
+__all__ = ["Config", "Deepstack", "Model", "WithTower", "positions", "text_of"]
 
 NORM_EPS = 1e-6  # of the tower's norms, which config.json does not say
 THETA = 10000.0  # of the tower's rotation, likewise
@@ -176,13 +178,6 @@ class Config(qwen3.Config):
         return super().from_json(text_of(config))
 
 
-class ImageInput(NamedTuple):
-    """What images bring to a step: features [F, ...] of its image tokens, positions int64 [3, T] of all of its tokens."""
-
-    features: Tensor
-    positions: Tensor
-
-
 class Deepstack(Decoder):
     """Adds features of the tower's layers behind the first text layers."""
 
@@ -219,10 +214,10 @@ def positions(ids: Sequence[int], grids: Sequence[Grid], c: Any) -> tuple[Tensor
 def with_images(model: Any, x: Tensor, ids: Tensor, given: ImageInput) -> ModelInput:
     """Embeddings, features in the places of image tokens; beside them rows of cosines and sines, and what text layers add."""
     c = model.config
-    at = ((ids == c.image_token_id) | (ids == c.video_token_id)).nonzero()[:, 0]
-    first, *deep = given.features.to(x.dtype).split(c.vision.out_hidden_size, 1)
-    x = x.index_copy(0, at, first)
-    added = [torch.zeros_like(x).index_copy(0, at, one) for one in deep]
+    at = (ids == c.image_token_id) | (ids == c.video_token_id)
+    first, *deep = given.features.split(c.vision.out_hidden_size, 1)
+    x = splice(x, at, first)
+    added = [splice(torch.zeros_like(x), at, one) for one in deep]
     table = model.attention_layers()[0].rotary.cos_sin
     pair = torch.arange(table.shape[1], device=ids.device) % (table.shape[1] // 2)
     axis = torch.zeros_like(pair)
