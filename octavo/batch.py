@@ -68,6 +68,7 @@ class ForwardBatch:
     [B, max blocks], rows padded with the scratch block.
     query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph
     context_lens are upper bounds.
+    rotary_table: FP32 [rows, R], which rotary_rows index instead of the model's own table; None: the model's.
     live: int32 [1], the number of real tokens, which come before those that pad a graph; None: all are real.
     """
 
@@ -82,6 +83,7 @@ class ForwardBatch:
     context_lens: list[int]
     block_size: int
     live: Tensor | None = None
+    rotary_table: Tensor | None = None
     cache: StepCache = field(default_factory=StepCache)
 
     @property
@@ -98,7 +100,7 @@ class ForwardBatch:
         return ForwardBatch(
             self.input_ids[tokens], self.positions[tokens], self.rotary_rows[tokens], self.slot_mapping[tokens],
             self.query_start_loc[first : stop + 1] - start, self.seq_lens[requests], self.block_tables[requests],
-            self.query_lens[requests], self.context_lens[requests], self.block_size,
+            self.query_lens[requests], self.context_lens[requests], self.block_size, rotary_table=self.rotary_table,
         )  # fmt: skip
 
 

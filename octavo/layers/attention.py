@@ -113,7 +113,7 @@ class PagedAttention(nn.Module):
         return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
 
     def _rope(self, batch: ForwardBatch) -> ops.Rope:
-        return ops.Rope(self.norms, self.rotary.cos_sin, batch.rotary_rows)
+        return ops.Rope(self.norms, self.rotary.table(batch), batch.rotary_rows)
 
     def _fit(self, scale: Tensor, x: Tensor) -> None:
         """Sets a scale in place so that the largest magnitude in x maps to the largest code."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
 from octavo.weights import Loader
 
@@ -66,6 +67,10 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.head_dim, self.settings = head_dim, parameters
         self.max_position_embeddings, self.max_positions = max_position_embeddings, max_model_len
+
+    def table(self, batch: ForwardBatch) -> Tensor:
+        """What `batch.rotary_rows` are rows of."""
+        return self.cos_sin if batch.rotary_table is None else batch.rotary_table
 
     def load(self, loader: Loader) -> None:
         frequencies = _INV_FREQ[self.settings["rope_type"]]

@@ -66,9 +66,14 @@ class Decoder(nn.Module):
         """The last layer's output, and the residual to add to it; None if it has been added."""
         x: ops.Product = state.x
         residual = state.residual if isinstance(state, StageState) else None
-        for layer in self.layers:
+        for number, layer in zip(self.layers.stage, self.layers, strict=True):
             x, residual = layer(x, residual, batch)
+            residual = self.after_layer(number, residual, state)
         return x, residual
+
+    def after_layer(self, number: int, residual: Tensor | None, state: ModelInput | StageState) -> Tensor | None:
+        """The residual behind layer `number`, to which a model may add what `state.extras` has for that place."""
+        return residual
 
 
 class DecoderLM(nn.Module):

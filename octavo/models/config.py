@@ -6,13 +6,13 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase", "check_experts", "expert_activations", "text_config"]
+__all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "text_config"]
 
 LARGEST = 1 << 31  # upper bound of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
@@ -75,24 +75,7 @@ class ConfigBase:
             values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         except (KeyError, TypeError, ZeroDivisionError):
             pass  # reported below
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if field.name not in values:
-                if required:
-                    raise OctavoError(f"config.json has no {field.name}, which this architecture needs.")
-                continue
-            value, kind = values[field.name], _plain(hints[field.name])
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                values[field.name] = float(value)
-            elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-                raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
-            elif kind is int and value > _MOST.get(field.name, LARGEST):
-                raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
-            elif kind is int and value < (0 if field.name in cls.may_be_zero else 1):
-                raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
-            if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
-                raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
+        check_fields(cls, values, cls.may_be_zero)
         made = cls(**values, rope=rope_parameters({"rope_theta": cls.default_theta, **config}))
         made.check()
         return made
@@ -123,6 +106,31 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise OctavoError("config.json has no text_config, which this architecture needs.")
     return found
+
+
+def check_fields(cls: type, values: dict[str, Any], may_be_zero: Collection[str] = ()) -> None:
+    """Raises OctavoError, naming the field, for one of a dataclass that is missing in `values`, or whose value is wrong.
+
+    Integers where a float is wanted become one.
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name not in values:
+            if required:
+                raise OctavoError(f"config.json has no {field.name}, which this architecture needs.")
+            continue
+        value, kind = values[field.name], _plain(hints[field.name])
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            values[field.name] = float(value)
+        elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
+        elif kind is int and value > _MOST.get(field.name, LARGEST):
+            raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
+        elif kind is int and value < (0 if field.name in may_be_zero else 1):
+            raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
+        if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
+            raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
 
 
 def expert_activations(chosen: int, inner: int, hidden: int) -> int:

@@ -28,7 +28,7 @@ class DenseDecoder(Decoder):
         return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
-        single = self.fused and max(batch.query_lens) == 1
+        single = self.fused and not state.extras and max(batch.query_lens) == 1
         if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
             return fused(state.x, batch), None
         return super().run_layers(batch, state)

@@ -1,28 +1,201 @@
-"""Kimi-K2.5: its text model, which has DeepSeek-V3's architecture. Its vision tower is not supported yet.
+"""Kimi-K2.5: DeepSeek-V3's architecture for text, beside MoonViT, a vision tower whose tokens see all frames of a clip.
 
-config.json has the text model's fields in `text_config`, and checkpoints store its tensors below `language_model.`.
+config.json has the text model's fields within `text_config`, checkpoints its tensors below `language_model.`. The hub's
+config.json prefixes fields of the tower with `vt_` and others with `init_`; transformers' does not. Queries' and keys' rows are
+in the order of complex numbers, so that pairs of neighbours are rotated. Source of the tower: arXiv:2504.07491.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor, nn
+
+from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
+from octavo.layers.norm import LayerNorm
+from octavo.layers.vision import (
+    AxialAngles,
+    Grid,
+    ImageInput,
+    PatchEmbedding,
+    VisionAttention,
+    VisionMLP,
+    axial_angles,
+    layer_norm,
+    positions_of,
+    resampled,
+    splice,
+)
 from octavo.models import deepseek_v3
-from octavo.models.config import text_config
+from octavo.models.config import check_fields, text_config
+from octavo.models.interface import ModelInput
+from octavo.weights import Loader
 
-__all__ = ["Config", "Model"]
+__all__ = ["Config", "Model", "VisionConfig"]
+
+NORM_EPS = 1e-5  # of the tower's norms and, where config.json does not say it, the projector's
+THETA = 10000.0  # of the rotation, and of the sines that tell frames apart
 
 
-class Config(deepseek_v3.Config):
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    pos_emb_height: int
+    pos_emb_width: int
+    pos_emb_time: int = 4
+    merge_kernel_size: Sequence[int] = (2, 2)
+    projector_ln_eps: float = NORM_EPS
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        return super().from_json(text_config(config))
+        """Raises OctavoError, naming the field, for one that is missing or wrong."""
+        names = {f.name: (f"vt_{f.name}", f"init_{f.name}", f.name) for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, others in names.items():
+            for other in others:
+                if config.get(other) is not None:
+                    values[name] = config[other]
+        check_fields(cls, values)
+        made = cls(**values)
+        merge = made.merge_kernel_size
+        if not (isinstance(merge, list | tuple) and len(merge) == 2 and merge[0] == merge[1] and type(merge[0]) is int):
+            raise OctavoError(f"config.json: merge_kernel_size must be two equal integers, not {merge!r}.")
+        if made.hidden_size % (4 * made.num_attention_heads):
+            raise OctavoError("config.json: the vision tower needs heads whose dimensions are a multiple of 4.")
+        return made
+
+
+class Block(VisionAttention):
+    """Its attention's products are the block's own in checkpoints."""
+
+    def __init__(self, c: VisionConfig, tp: TensorParallel):
+        super().__init__("wqkv", "wo", c.hidden_size, c.num_attention_heads, tp)
+        self.norm0, self.norm1 = LayerNorm(c.hidden_size, NORM_EPS), LayerNorm(c.hidden_size, NORM_EPS)
+        self.mlp = VisionMLP("fc0", "fc1", (c.hidden_size, c.intermediate_size, c.hidden_size), "tanh", tp)
+
+    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
+        x = x + super().forward(layer_norm(x, self.norm0.norm), segments, angles)
+        y: Tensor = x + self.mlp(layer_norm(x, self.norm1.norm))
+        return y
+
+
+class PositionTable(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.shape = c.pos_emb_height, c.pos_emb_width, c.hidden_size
+
+    def load(self, loader: Loader) -> None:
+        self.weight = loader.vector("weight", self.shape)
+
+
+class Embedding(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.proj = PatchEmbedding((c.hidden_size, 3, c.patch_size, c.patch_size))
+        self.pos_emb = PositionTable(c)
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Patches of a clip's frames differ by sines of the frame's number; an image alone has none."""
+        x: Tensor = self.proj(patches)
+        inv_freq = THETA ** -(torch.arange(0, x.shape[1], 2, device=x.device).float() / x.shape[1])
+        learned = []
+        for grid in grids:
+            frame = resampled(self.pos_emb.weight, grid, "bicubic", align_corners=False).flatten(0, 1)
+            phases = torch.arange(grid.frames, device=x.device)[:, None] * inv_freq
+            times = torch.cat([phases.sin(), phases.cos()], 1) if grid.frames > 1 else x.new_zeros(1, x.shape[1])
+            learned.append((frame[None] + times[:, None]).flatten(0, 1))
+        return x + torch.cat(learned).to(x.dtype)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VisionConfig, tp: TensorParallel):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(c, tp) for _ in range(c.num_hidden_layers))
+        self.final_layernorm = LayerNorm(c.hidden_size, NORM_EPS)
+
+
+class Tower(nn.Module):
+    def __init__(self, c: VisionConfig, tp: TensorParallel):
+        super().__init__()
+        self.config = c
+        self.patch_embed, self.encoder = Embedding(c), Encoder(c, tp)
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """[F, merged, hidden] of patches [P, values], frame by frame and row by row: a clip's frames are averaged."""
+        c = self.config
+        angles = axial_angles(
+            positions_of(grids, 1, patches.device), c.hidden_size // c.num_attention_heads, THETA, interleaved=True
+        )
+        x = self.patch_embed(patches, grids)
+        segments = [grid.patches for grid in grids]
+        for block in self.encoder.blocks:
+            x = block(x, segments, angles)
+        x = layer_norm(x, self.encoder.final_layernorm.norm)
+        merge, found = c.merge_kernel_size[0], []
+        for part, grid in zip(x.split(segments), grids, strict=True):
+            squares = part.view(grid.frames, grid.rows // merge, merge, grid.columns // merge, merge, -1)
+            found.append(squares.mean(0).transpose(1, 2).flatten(0, 1).flatten(1, 2))
+        return torch.cat(found)
+
+
+class Projector(VisionMLP):
+    def __init__(self, c: VisionConfig, text: int, tp: TensorParallel):
+        joined = c.hidden_size * c.merge_kernel_size[0] ** 2
+        super().__init__("proj.0", "proj.2", (joined, joined, text), "none", tp)
+        self.pre_norm = LayerNorm(c.hidden_size, c.projector_ln_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[F, text's hidden] of x [F, merged, hidden]."""
+        return super().forward(layer_norm(x, self.pre_norm.norm).flatten(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(deepseek_v3.Config):
+    vision: VisionConfig
+    media_placeholder_token_id: int = 163605
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
+        vision = config.get("vision_config")
+        if not isinstance(vision, Mapping):
+            raise OctavoError("config.json has no vision_config, which this architecture needs.")
+        token = config.get("media_placeholder_token_id", config.get("image_token_id"))
+        own = {"vision": VisionConfig.from_json(vision), "media_placeholder_token_id": token}
+        return super().from_json({**text_config(config), **own})
 
 
 class Model(deepseek_v3.Model):
+    """`vision`: with the tower; else the checkpoint's is not loaded."""
+
+    config: Config
     stored_at: ClassVar[Mapping[str, str]] = {"model": "language_model.model", "lm_head": "language_model.lm_head"}
+
+    def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None, *, vision: bool = False):
+        super().__init__(c, tp, max_len, layers)
+        if vision:
+            self.vision_tower, self.mm_projector = Tower(c.vision, tp), Projector(c.vision, c.hidden_size, tp)
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, "vision_tower.*", "mm_projector.*"
+        tower = () if hasattr(self, "vision_tower") else ("vision_tower.*", "mm_projector.*")
+        return *super().ignored, *tower
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features [F, hidden] of patches [P, 3, patch_size, patch_size], a token for each square of them."""
+        found: Tensor = self.mm_projector(self.vision_tower(patches, grids))
+        return found
+
+    def embed(self, ids: Tensor, features: Any = None) -> ModelInput:
+        found = super().embed(ids)
+        if features is None:
+            return found
+        given: ImageInput = features
+        return ModelInput(splice(found.x, ids == self.config.media_placeholder_token_id, given.features))

@@ -1,25 +1,32 @@
-"""Qwen3-VL with a mixture of experts: its text model, which is Qwen3-MoE; see models/qwen3_vl.py."""
+"""Qwen3-VL with a mixture of experts: Qwen3-MoE beside the tower of models/qwen3_vl.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from octavo.models import qwen3_moe
-from octavo.models.qwen3_vl import LAYERS, TOWER, text_of
+from octavo.models.common import Decoder, LayerStack
+from octavo.models.qwen3_vl import IMAGE, SECTIONS, VIDEO, Deepstack, VisionConfig, WithTower, text_of
 
 __all__ = ["Config", "Model"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Config(qwen3_moe.Config):
+    vision: VisionConfig
+    image_token_id: int = IMAGE
+    video_token_id: int = VIDEO
+    sections: Sequence[int] = SECTIONS
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         return super().from_json({"norm_topk_prob": True, **text_of(config)})
 
 
-class Model(qwen3_moe.Model):
-    stored_at: ClassVar[Mapping[str, str]] = LAYERS
+class Model(WithTower, qwen3_moe.Model):
+    config: Config
 
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        return *super().ignored, TOWER
+    def make_decoder(self, layers: LayerStack) -> Decoder:
+        return Deepstack(self.config, self.tp, layers)

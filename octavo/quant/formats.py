@@ -49,6 +49,7 @@ class Shard:
     """One rank's part of a dimension. `copies` ranks hold the same part (KV heads where there are more ranks than heads).
 
     `unit`: 0 where all parts must be equal; else part lengths are multiples of it, and the last ones may be shorter.
+    `within`: (start, length) of the rows that are split, for a matrix that stacks several; None: all rows.
     """
 
     dim: int = 0
@@ -56,6 +57,7 @@ class Shard:
     size: int = 1
     copies: int = 1
     unit: int = 0
+    within: tuple[int, int] | None = None
 
     def longest(self, length: int) -> int:
         """The longest part of a dimension of `length`."""
@@ -64,12 +66,13 @@ class Shard:
 
     def slice(self, length: int) -> slice:
         """This rank's part of a dimension of `length`. Raises OctavoError if the dimension does not split evenly."""
+        first, length = self.within or (0, length)
         parts, step, at = self.size // self.copies, self.longest(length), self.rank // self.copies
         if (step * (parts - 1) >= length) if self.unit else length % parts:
             raise OctavoError(
                 f"a dimension of {length} does not split over {parts} ranks; use a --tensor-parallel-size that divides it."
             )
-        return slice(at * step, min((at + 1) * step, length))
+        return slice(first + at * step, first + min((at + 1) * step, length))
 
 
 WHOLE = Shard()

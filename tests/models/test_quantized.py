@@ -77,8 +77,8 @@ class FakeQuantized(nn.Module):
         self.group, self.fmt, self.bias = float64.group_of(scheme, k), fmt, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = float64.quantized_activation(array(x.flatten(0, 1)), self.group, self.fmt)
-        y = (torch.from_numpy(flat) @ self.weight.mT).to(x.dtype).view(*x.shape[:2], -1)
+        flat = float64.quantized_activation(array(x.reshape(-1, x.shape[-1])), self.group, self.fmt)
+        y = (torch.from_numpy(flat) @ self.weight.mT).to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

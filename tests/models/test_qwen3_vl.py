@@ -23,7 +23,7 @@ from transformers import (
 from octavo.quant import FP8_PER_CHANNEL
 
 TOWER = dict(
-    depth=2, hidden_size=32, intermediate_size=34, num_heads=2, out_hidden_size=64, patch_size=4, spatial_merge_size=2,
+    depth=2, hidden_size=32, intermediate_size=36, num_heads=4, out_hidden_size=64, patch_size=4, spatial_merge_size=2,
     temporal_patch_size=2, num_position_embeddings=16, deepstack_visual_indexes=[0],
 )  # fmt: skip
 TEXT = COMMON | dict(head_dim=16, rope_theta=5e6)

@@ -1,0 +1,172 @@
+"""Layers of vision transformers: attention over images of any sizes at once, without a cache, and what surrounds it.
+
+Patches of all images of a step lie one behind the other, [P, hidden]. An image is a grid (frames, rows, columns) of patches.
+Heads and the MLP's inner dimension are split over ranks; weights are quantized and padded as those of text layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.distributed import TensorParallel
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear, query_heads
+from octavo.ops.reference import scaled
+from octavo.weights import Loader
+
+__all__ = [
+    "AxialAngles",
+    "FusedQKVLinear",
+    "Grid",
+    "ImageInput",
+    "PatchEmbedding",
+    "VisionAttention",
+    "VisionMLP",
+    "axial_angles",
+    "layer_norm",
+    "positions_of",
+    "resampled",
+    "splice",
+]
+
+
+class Grid(NamedTuple):
+    """An image or clip in patches: so many frames, rows and columns."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+class ImageInput(NamedTuple):
+    """What images bring to a step: features [F, ...] of its image tokens, positions int64 [3, T] of all of its tokens."""
+
+    features: Tensor
+    positions: Tensor
+
+
+class AxialAngles(NamedTuple):
+    """Cosines and sines of patches, FP32 [P, head_dim / 2].
+
+    interleaved: dimensions 2i and 2i + 1 of a head are a pair, not i and i + head_dim / 2.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [P, heads, D] rotated in FP32, in x's dtype."""
+        cos, sin, wide = self.cos[:, None], self.sin[:, None], x.float()
+        a, b = (wide[..., ::2], wide[..., 1::2]) if self.interleaved else wide.chunk(2, -1)
+        first, second = a * cos - b * sin, b * cos + a * sin
+        joined = torch.stack([first, second], -1).flatten(-2) if self.interleaved else torch.cat([first, second], -1)
+        return joined.to(x.dtype)
+
+
+def positions_of(grids: Sequence[Grid], merge: int, device: torch.device) -> Tensor:
+    """int64 [P, 2]: row and column of each patch. The `merge` x `merge` patches that become one token are adjacent."""
+    found = []
+    for grid in grids:
+        rows = torch.arange(grid.rows, device=device)[:, None].expand(grid.rows, grid.columns)
+        columns = torch.arange(grid.columns, device=device).expand(grid.rows, grid.columns)
+        both = torch.stack([rows, columns], -1).view(grid.rows // merge, merge, grid.columns // merge, merge, 2)
+        found.append(both.transpose(1, 2).reshape(-1, 2).repeat(grid.frames, 1))
+    return torch.cat(found)
+
+
+def axial_angles(positions: Tensor, head_dim: int, theta: float, *, interleaved: bool = False) -> AxialAngles:
+    """Half of a head's pairs are rotated by the row, half by the column, of `positions` [P, 2].
+
+    Half-split heads have the rows' pairs first, then the columns'; interleaved ones a column's and a row's in turn.
+    """
+    half = head_dim // 2
+    inv_freq = 1.0 / theta ** (torch.arange(0, half, 2, device=positions.device).float() / half)
+    angles = positions[..., None].float() * inv_freq
+    angles = angles.flip(1).transpose(1, 2).flatten(1) if interleaved else angles.flatten(1)
+    return AxialAngles(angles.cos(), angles.sin(), interleaved)
+
+
+def resampled(table: Tensor, grid: Grid, mode: str, *, align_corners: bool) -> Tensor:
+    """[rows, columns, hidden] of a learned table of positions [height, width, hidden], resampled in FP32."""
+    image = table.float().permute(2, 0, 1)[None]
+    return F.interpolate(image, (grid.rows, grid.columns), mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)
+
+
+def layer_norm(x: Tensor, norm: ops.Norm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def splice(x: Tensor, at: Tensor, features: Tensor) -> Tensor:
+    """x [T, hidden] with the rows `at`, bool [T], replaced by `features`, in x's dtype."""
+    return x.index_copy(0, at.nonzero()[:, 0], features.to(x.dtype))
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose kernel is its stride: one product a patch, not quantized. shape: the kernel's, [hidden, ...]."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+
+    def load(self, loader: Loader) -> None:
+        self.weight = loader.vector("weight", self.shape).flatten(1)
+        self.bias = loader.vector("bias", self.shape[:1])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[P, hidden] of the values of patches [P, ...]."""
+        return F.linear(patches.flatten(1).to(self.weight.dtype), self.weight, self.bias)
+
+
+class FusedQKVLinear(ColumnParallelLinear):
+    """Queries, keys and values, which checkpoints stack in one matrix `name`; each is split by heads."""
+
+    def __init__(self, name: str, hidden: int, heads: int, tp: TensorParallel):
+        query_heads(heads, tp)
+        super().__init__([name] * 3, hidden, [3 * hidden] * 3, bias=True, tp=tp, heads=[heads] * 3)
+        self.shards = [replace(shard, within=(i * hidden, hidden)) for i, shard in enumerate(self.shards)]
+
+
+class VisionAttention(nn.Module):
+    """Each patch attends to its segment, an image's frame or a clip; `qkv` and `out` are the checkpoint's names."""
+
+    def __init__(self, qkv: str, out: str, hidden: int, heads: int, tp: TensorParallel):
+        super().__init__()
+        self.heads, self.head_dim = query_heads(heads, tp), hidden // heads
+        self.qkv = FusedQKVLinear(qkv, hidden, heads, tp)
+        self.out = RowParallelLinear(out, hidden, hidden, bias=True, tp=tp)
+
+    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
+        """[P, hidden] of x [P, hidden]; segments: their lengths, P together."""
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
+        q, k = angles.rotate(q), angles.rotate(k)
+        parts = [tensor.transpose(0, 1)[None].split(list(segments), 2) for tensor in (q, k, v)]
+        out = [F.scaled_dot_product_attention(*one)[0] for one in zip(*parts, strict=True)]
+        return scaled(self.out(torch.cat(out, 1).transpose(0, 1).flatten(1)))
+
+
+class VisionMLP(nn.Module):
+    """down(gelu(up(x))), both with biases; `up` and `down` are the checkpoint's names, gelu torch's `approximate`.
+
+    sizes: of what comes in, is between and goes out.
+    """
+
+    def __init__(self, up: str, down: str, sizes: tuple[int, int, int], gelu: str, tp: TensorParallel):
+        super().__init__()
+        hidden, inner, out = sizes
+        self.up = ColumnParallelLinear([up], hidden, [inner], bias=True, tp=tp)
+        self.down = RowParallelLinear(down, inner, out, bias=True, tp=tp)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(self.down(F.gelu(self.up(x), approximate=self.gelu)))
