@@ -185,7 +185,7 @@ def test_a_profiler_sees_the_kernels_of_a_capture_and_of_its_replays() -> None:
     def octavo_kernel() -> None:
         pass
 
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:  # without it torch 2.11 warns on a GPU
         replay, _, _ = capture(lambda: launch(octavo_kernel))
         replay()
     assert {event.key: event.count for event in profiler.key_averages()}["octavo_kernel"] == 2
