@@ -43,7 +43,7 @@ def _inline(url: str, rules: FetchRules) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidRequest("What follows ;base64, in an image's data: URL is not valid base64; was it cut off?") from None
+        raise InvalidRequest("What follows ;base64, in an image's data: URL is not valid base64; it may be cut off.") from None
 
 
 def _local(url: str, rules: FetchRules) -> bytes:
@@ -60,9 +60,8 @@ def _local(url: str, rules: FetchRules) -> bytes:
         raise outside
     try:
         # A pipe would wait for ever; a link that took the file's place since may lead anywhere.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InvalidRequest(f"{told(url)} is not a file.")
             data = file.read(rules.max_bytes + 1)
     except OSError as error:
