@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.vision.decode_image import MAX_PIXELS, decode
-from octavo.vision.fetch import FetchRules, fetch
+from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.kimi_images import KimiImages
 from octavo.vision.patches import ImagePatches, ImageProcessor, read_config
 from octavo.vision.qwen_images import QwenImages
@@ -73,12 +73,15 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
     return found
 
 
-async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[bytes]:
-    """The files that parts name, in their order, fetched at once. Raises InvalidRequest for the first that fails, and ends the
-    others.
+async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[bytes | str]:
+    """The files that parts name, in their order, fetched at once; data: URLs stay as they are, since decoding them computes.
+
+    Raises InvalidRequest for the first that fails, and ends the others.
     """
 
-    async def one(part: ImagePart) -> bytes:
+    async def one(part: ImagePart) -> bytes | str:
+        if part.url[:5].lower() == "data:":
+            return part.url
         try:
             return await fetch(part.url, rules)
         except InvalidRequest as error:
@@ -92,6 +95,11 @@ async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[byt
             task.cancel()
 
 
-def prepare(data: bytes, processor: ImageProcessor, max_pixels: int = MAX_PIXELS) -> ImagePatches:
-    """What a tower reads of an image's file. Raises InvalidRequest, one sentence, for what is no image that can be read."""
+def prepare(
+    source: bytes | str, processor: ImageProcessor, max_bytes: int = FetchRules.max_bytes, max_pixels: int = MAX_PIXELS
+) -> ImagePatches:
+    """What a tower reads of an image, of its file or data: URL. Raises InvalidRequest, one sentence, for what is no image that
+    can be read.
+    """
+    data = decode_data_url(source, max_bytes) if isinstance(source, str) else source
     return processor(decode(data, max_pixels))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,14 +14,14 @@ from octavo.errors import InvalidRequest
 from octavo.vision.fetch_rules import FetchRules, split, told, too_large
 from octavo.vision.public_http import get_public
 
-__all__ = ["FetchRules", "fetch"]
+__all__ = ["FetchRules", "decode_data_url", "fetch"]
 
 
 async def fetch(url: str, rules: FetchRules) -> bytes:
     """The bytes that `url` stands for. Raises InvalidRequest, one sentence, for whatever may not or cannot be fetched."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
-        return _inline(url, rules)
+        return decode_data_url(url, rules.max_bytes)
     if scheme == "file":
         return await asyncio.to_thread(_local, url, rules)
     if scheme not in ("http", "https"):
@@ -33,16 +33,18 @@ async def fetch(url: str, rules: FetchRules) -> bytes:
         raise InvalidRequest(f"{told(url)} did not arrive within {rules.seconds:g} seconds; send it as a data: URL.") from None
 
 
-def _inline(url: str, rules: FetchRules) -> bytes:
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """The bytes within a data: URL. Raises InvalidRequest, one sentence, for what is none, or is larger."""
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise InvalidRequest("An image's data: URL should read data:image/png;base64, followed by the file in base64.")
-    if len(payload) > rules.max_bytes * 4 // 3 + 4:  # line ends and escapes count too: nobody needs many
-        raise too_large(head + comma, rules)
-    text = "".join((unquote(payload) if "%" in payload else payload).split())
+    if len(payload) > max_bytes * 4 // 3 + 4:  # line ends and escapes count too: nobody needs many
+        raise too_large(head + comma, max_bytes)
+    with suppress(ValueError):
+        return binascii.a2b_base64(payload, strict_mode=True)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return binascii.a2b_base64("".join(unquote(payload).split()), strict_mode=True)
+    except ValueError:
         raise InvalidRequest("What follows ;base64, in an image's data: URL is not valid base64; it may be cut off.") from None
 
 
@@ -67,5 +69,5 @@ def _local(url: str, rules: FetchRules) -> bytes:
     except OSError as error:
         raise InvalidRequest(f"{told(url)} cannot be read: {error.strerror}.") from None
     if len(data) > rules.max_bytes:
-        raise too_large(url, rules)
+        raise too_large(url, rules.max_bytes)
     return data

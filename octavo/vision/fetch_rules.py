@@ -42,8 +42,8 @@ def told(url: str) -> str:
     return printable if len(url) <= 100 else printable[:97] + "..."
 
 
-def too_large(url: str, rules: FetchRules) -> InvalidRequest:
-    return InvalidRequest(f"{told(url)} has more than {rules.max_bytes >> 20} MiB; send a smaller image.")
+def too_large(url: str, max_bytes: int) -> InvalidRequest:
+    return InvalidRequest(f"{told(url)} has more than {max_bytes >> 20} MiB; send a smaller image.")
 
 
 def split(url: str) -> SplitResult:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import OctavoError
 from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, positive, resized, triple
+from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
 
 __all__ = ["KimiImages"]
 
@@ -100,8 +100,6 @@ class KimiImages:
         pixels = np.zeros((grid.rows * side, grid.columns * side, 3), np.uint8)
         # Columns first, as torch does; newer Pillow chooses by the shape, and rounds to bytes between.
         pixels[:high, :wide] = resized(resized(image, image.shape[0], wide), high, wide)
-        squares = pixels.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
-        patches = np.empty(squares.shape, np.float32)
-        for color in range(3):
-            patches[:, color] = self._values[color][squares[:, color]]
+        squares = pixels.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
+        patches = looked_up(squares.reshape(-1, 3, side * side), self._values).reshape(-1, 3, side, side)
         return ImagePatches(patches, grid, self.tokens(grid), digest(image))

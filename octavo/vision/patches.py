@@ -18,7 +18,17 @@ from octavo import files
 from octavo.errors import OctavoError
 from octavo.grid import Grid
 
-__all__ = ["ImagePatches", "ImageProcessor", "check_steps", "digest", "positive", "read_config", "resized", "triple"]
+__all__ = [
+    "ImagePatches",
+    "ImageProcessor",
+    "check_steps",
+    "digest",
+    "looked_up",
+    "positive",
+    "read_config",
+    "resized",
+    "triple",
+]
 
 
 class ImagePatches(NamedTuple):
@@ -56,6 +66,16 @@ def resized(image: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uin
     if image.shape[:2] == (rows, columns):
         return image
     return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def looked_up(squares: NDArray[np.uint8], values: NDArray[np.float32], frames: int = 1) -> NDArray[np.float32]:
+    """[P, 3, frames, S], every frame alike: `values` [3, 256] of the bytes of patches [P, 3, S]."""
+    found = np.empty((len(squares), 3, frames, squares.shape[2]), np.float32)
+    for start in range(0, len(squares), 1024):  # numpy widens indices to eight bytes; few of them stay in the processor's cache
+        rows = slice(start, start + 1024)
+        for color in range(3):
+            found[rows, color] = np.take(values[color], squares[rows, color], mode="clip")[:, None]
+    return found
 
 
 def read_config(directory: str | Path) -> Mapping[str, Any]:

@@ -194,9 +194,9 @@ async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) 
             raise InvalidRequest(f"{told(place.url)} is sent compressed, though it was asked for as it is; send a data: URL.")
         length = answer.headers.get(b"content-length", b"0")
         if len(answer.body) > rules.max_bytes or (length.isdigit() and int(length[:20]) > rules.max_bytes):
-            raise too_large(place.url, rules)
+            raise too_large(place.url, rules.max_bytes)
         if not answer.headed and received > _HEADER_BYTES:
             raise InvalidRequest(f"{told(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
         if received > 2 * rules.max_bytes + _HEADER_BYTES:  # chunks of a byte, each with its own lines
-            raise too_large(place.url, rules)
+            raise too_large(place.url, rules.max_bytes)
     return answer

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, positive, resized, triple
+from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
 
 __all__ = ["QwenImages"]
 
@@ -100,8 +100,6 @@ class QwenImages:
         side, merge = self.patch_size, self.merge_size
         pixels = resized(image, grid.rows * side, grid.columns * side)
         squares = pixels.reshape(grid.rows // merge, merge, side, grid.columns // merge, merge, side, 3)
-        squares = squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side, side)
-        patches = np.empty((len(squares), 3, self.temporal_patch_size, side, side), np.float32)
-        for color in range(3):
-            patches[:, color] = self._values[color][squares[:, color]]
+        squares = squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side * side)
+        patches = looked_up(squares, self._values, self.temporal_patch_size)
         return ImagePatches(patches.reshape(len(patches), -1), grid, self.tokens(grid), digest(image))

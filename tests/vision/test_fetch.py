@@ -63,7 +63,7 @@ class Internet:
         }  # fmt: skip
         self.resolved, self.connected, self.requests = list[str](), list[tuple[str, int]](), list[bytes]()
         self.tls = list[tuple[Any, str]]()
-        self.port = 0
+        self.writers, self.port = list[asyncio.StreamWriter](), 0
         self._resolve, self._connect = socket.getaddrinfo, asyncio.open_connection
         patch.setattr(socket, "getaddrinfo", self.getaddrinfo)
         patch.setattr(asyncio, "open_connection", self.open_connection)
@@ -91,6 +91,7 @@ class Internet:
         return await self._connect("127.0.0.1", self.port)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         request = await reader.readuntil(b"\r\n\r\n")
         self.requests.append(request)
         path = request.split()[1].decode().partition("?")[0]
@@ -114,6 +115,9 @@ class Internet:
             self.port = server.sockets[0].getsockname()[1]
             await work()
             server.close()
+            for writer in self.writers:
+                writer.transport.abort()
+            await asyncio.sleep(0.01)  # for the loop to close their sockets
 
         asyncio.run(all_of_it())
 
