@@ -92,7 +92,10 @@ class Internet:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
-        request = await reader.readuntil(b"\r\n\r\n")
+        try:
+            request = await reader.readuntil(b"\r\n\r\n")
+        except (EOFError, ConnectionError):  # whoever asked has been cancelled
+            return writer.transport.abort()
         self.requests.append(request)
         path = request.split()[1].decode().partition("?")[0]
         try:
@@ -115,9 +118,11 @@ class Internet:
             self.port = server.sockets[0].getsockname()[1]
             await work()
             server.close()
-            for writer in self.writers:
-                writer.transport.abort()
-            await asyncio.sleep(0.01)  # for the loop to close their sockets
+            for _ in range(2):  # first what was accepted begins, then the loop closes its sockets
+                await asyncio.sleep(0.1)
+                for writer in self.writers:
+                    writer.transport.abort()
+            await asyncio.sleep(0.1)
 
         asyncio.run(all_of_it())
 
