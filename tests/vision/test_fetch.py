@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from octavo.vision.fetch import fetch
 from octavo.vision.public_http import is_public
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:220:1::1"
+RULES = FetchRules(max_bytes=1 << 20, seconds=20)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nimage"
 
 
@@ -61,8 +63,8 @@ class Internet:
             "mapped.test": [["::ffff:127.0.0.1"]], "none.test": [[]], "down.test": [["8.8.4.4"]],
             "rebinding.test": [[PUBLIC], ["127.0.0.1"]], "xn--bcher-kva.test": [[PUBLIC]],
         }  # fmt: skip
-        self.resolved, self.connected, self.requests = list[str](), list[tuple[str, int]](), list[bytes]()
-        self.tls = list[tuple[Any, str]]()
+        self.resolved, self.connected = list[str](), list[tuple[str, int]]()
+        self.requests, self.tls = list[bytes](), list[tuple[Any, str]]()
         self.writers, self.port = list[asyncio.StreamWriter](), 0
         self._resolve, self._connect = socket.getaddrinfo, asyncio.open_connection
         patch.setattr(socket, "getaddrinfo", self.getaddrinfo)
@@ -137,9 +139,6 @@ async def refusal_of(url: str, rules: FetchRules) -> str:
     sentence = str(caught.value)
     assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 300  # noqa: PT018
     return sentence
-
-
-RULES = FetchRules(max_bytes=1 << 20, seconds=20)
 
 
 def test_which_addresses_are_public() -> None:
@@ -264,8 +263,7 @@ def test_data_urls_and_files(tmp_path: Path) -> None:
     (root / "circle").symlink_to(root / "circle")
     (root / "large").write_bytes(bytes((1 << 20) + 1))
     os.mkfifo(root / "pipe")
-    rules = FetchRules.of_options(str(root), None)
-    rules = FetchRules(rules.local_path, None, 1 << 20)
+    rules = replace(FetchRules.of_options(str(root), None), max_bytes=1 << 20)
     encoded = base64.b64encode(b"image").decode()
     good = [
         f"data:image/png;base64,{encoded}", f"DATA:;BASE64,{encoded}",
