@@ -21,14 +21,14 @@ FILES = {
 TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 
 # Who may import whom: a part, and the parts right below it; what those may import, it may too. The API side (server, frontend,
-# text) reaches the engine by one listed lazy import alone.
+# text, vision) reaches the engine by one listed lazy import alone.
 BELOW = {
     "__main__": {"cli"},
     "cli": {"flags", "tools", "server"},
     "flags": {"files"},
     "tools": {"server", "frontend", "engine", "convert"},
     "server": {"frontend", "host"},
-    "frontend": {"text", "messages"},
+    "frontend": {"text", "vision", "messages"},
     "engine": {"convert", "models", "text", "messages"},
     "convert": {"models"},
     "models": {"layers"},
@@ -39,12 +39,13 @@ BELOW = {
     "quant": {"platform", "distributed"},
     "platform": {"host", "files"},
     "text": {"messages", "files"},
+    "vision": {"messages", "files"},
     "messages": set(),
     "distributed": set(),
     "host": set(),
     "files": set(),
 }
-FOR_ALL = {"errors", "batch", "demo", "version"}  # leaves
+FOR_ALL = {"errors", "batch", "demo", "grid", "version"}  # leaves
 # Lazy imports that go up, or close a circle of folders -> why each must be.
 LAZY = {
     ("octavo.frontend.engine_start", "octavo.engine.worker"): "what starts an engine; its worker imports no torch",
@@ -63,7 +64,9 @@ RECURRING = {
     "engine/graphs/decode.py": "the steps whose graphs it keeps are named so, as their kernels are",
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
-API_SIDE = re.compile(r"octavo(\.cli|\.flags|\.config|\.files|\.host|\.messages|\.(text|frontend|server)(\..*)?)?")
+API_SIDE = re.compile(
+    r"octavo(\.cli|\.flags|\.config|\.files|\.grid|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
+)
 
 
 class Import(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.distributed import TensorParallel
+from octavo.grid import Grid
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear, query_heads
 from octavo.ops.reference import scaled
 from octavo.weights import Loader
@@ -34,18 +35,6 @@ __all__ = [
     "resampled",
     "splice",
 ]
-
-
-class Grid(NamedTuple):
-    """An image or clip in patches: so many frames, rows and columns."""
-
-    frames: int
-    rows: int
-    columns: int
-
-    @property
-    def patches(self) -> int:
-        return self.frames * self.rows * self.columns
 
 
 class ImageInput(NamedTuple):

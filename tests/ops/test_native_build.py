@@ -126,12 +126,18 @@ def test_weights_take_what_is_stored() -> None:
 
 
 def sanitizer_runtime() -> str | None:
-    """What a process that is not built for it loads first; gcc's and clang's have names of their own."""
-    for name in ("libasan.so", f"libclang_rt.asan-{machine()}.so", "libclang_rt.asan.so"):
+    """What a process that is not built for it loads first; gcc's and clang's have names of their own.
+
+    The C++ library goes along: the sanitizer looks for its exceptions, which torch throws where it finds no driver, at start.
+    """
+
+    def path_of(name: str) -> str | None:
         asked = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        if Path(found := asked.stdout.strip()).is_absolute():
-            return found
-    return None
+        return found if Path(found := asked.stdout.strip()).is_absolute() else None
+
+    names = ("libasan.so", f"libclang_rt.asan-{machine()}.so", "libclang_rt.asan.so")
+    runtime = next((found for name in names if (found := path_of(name))), None)
+    return runtime and " ".join(filter(None, (runtime, path_of("libstdc++.so.6"))))
 
 
 # Checks are calls, and there are none of null and of sizes, which the address sanitizer sees itself, nor of alignment: with all

@@ -1,0 +1,105 @@
+"""Images in: what a chat's image parts name is fetched, decoded and made into patches. By Pillow and numpy, without torch.
+
+Fetching waits and belongs on the event loop; decoding and preprocessing compute and belong in a process of their own:
+`image_parts` -> `fetch_parts` -> for each `prepare`, whose processor `image_processor` made once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.vision.decode_image import MAX_PIXELS, decode
+from octavo.vision.fetch import FetchRules, decode_data_url, fetch
+from octavo.vision.kimi_images import KimiImages
+from octavo.vision.patches import ImagePatches, ImageProcessor, read_config
+from octavo.vision.qwen_images import QwenImages
+
+__all__ = [
+    "FetchRules",
+    "ImagePart",
+    "ImagePatches",
+    "ImageProcessor",
+    "fetch_parts",
+    "image_parts",
+    "image_processor",
+    "prepare",
+]
+
+# config.json's model_type -> what makes its images.
+_FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ImageProcessor]] = {
+    "qwen3_vl": QwenImages.from_json,
+    "qwen3_vl_moe": QwenImages.from_json,
+    "kimi_k25": KimiImages.from_json,
+}
+
+
+class ImagePart(NamedTuple):
+    """where: its place in the request, such as messages.0.content.1."""
+
+    url: str
+    where: str
+
+
+def image_processor(model_type: str, directory: str | Path) -> ImageProcessor:
+    """Of the checkpoint in `directory`. Raises OctavoError for models without images, and for configs that are wrong."""
+    if model_type not in _FAMILIES:
+        raise OctavoError(f"Models of type {model_type} read no images; those that do are {', '.join(_FAMILIES)}.")
+    return _FAMILIES[model_type](read_config(directory))
+
+
+def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[ImagePart]:
+    """The images of a chat in their order, of parts as OpenAI's chats and responses have them.
+
+    Raises InvalidRequest for a part without a URL, and for more images than `limit`.
+    """
+    found = []
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, Mapping) and part.get("type") in ("image_url", "input_image"):
+                where, given = f"messages.{number}.content.{place}", part.get("image_url")
+                url = given.get("url") if isinstance(given, Mapping) else given
+                if not isinstance(url, str):
+                    raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
+                found.append(ImagePart(url, where))
+    if limit is not None and len(found) > limit:
+        raise InvalidRequest(
+            f"A request may have {limit} images here (--limit-mm-per-prompt), and this has {len(found)}.", "messages"
+        )
+    return found
+
+
+async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[bytes | str]:
+    """The files that parts name, in their order, fetched at once; data: URLs stay as they are, since decoding them computes.
+
+    Raises InvalidRequest for the first that fails, and ends the others.
+    """
+
+    async def one(part: ImagePart) -> bytes | str:
+        if part.url[:5].lower() == "data:":
+            return part.url
+        try:
+            return await fetch(part.url, rules)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), part.where) from None
+
+    tasks = [asyncio.ensure_future(one(part)) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def prepare(
+    source: bytes | str, processor: ImageProcessor, max_bytes: int = FetchRules.max_bytes, max_pixels: int = MAX_PIXELS
+) -> ImagePatches:
+    """What a tower reads of an image, of its file or data: URL. Raises InvalidRequest, one sentence, for what is no image that
+    can be read.
+    """
+    data = decode_data_url(source, max_bytes) if isinstance(source, str) else source
+    return processor(decode(data, max_pixels))

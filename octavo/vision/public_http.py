@@ -1,0 +1,202 @@
+"""GET over http(s) from hosts of the internet alone.
+
+Whoever sends a request names the URL, so the server must not become a way into the network that it stands in. A host's name is
+resolved once, all of its addresses must be public, and the connection goes to an address that was checked: a name that resolves
+otherwise the next time ("DNS rebinding") is never asked again. Each redirect is checked as the first URL was. Proxies that the
+environment names are not used, since what they connect to could not be checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ipaddress
+import re
+import socket
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple
+from urllib.parse import quote, urljoin
+
+import httptools
+
+from octavo.errors import InvalidRequest
+from octavo.version import __version__
+from octavo.vision.fetch_rules import FetchRules, split, told, too_large
+
+__all__ = ["get_public", "is_public"]
+
+_HEADER_BYTES = 64 << 10
+_REDIRECTS = (301, 302, 303, 307, 308)
+# Resolving blocks a thread until the system gives up, which may be after our time is over.
+_RESOLVERS = ThreadPoolExecutor(8, "resolve")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet's: not private, shared, link-local, loopback, multicast or reserved, nor an
+    IPv6 address that stands for an IPv4 address, which a gateway could turn into any of those.
+    """
+    with suppress(ValueError):
+        ip = ipaddress.ip_address(address)
+        if isinstance(ip, ipaddress.IPv4Address):
+            return ip.is_global and not ip.is_multicast
+        unicast = ip in ipaddress.IPv6Network("2000::/3") and ip.scope_id is None
+        return unicast and ip.is_global and ip.sixtofour is None and ip.teredo is None
+    return False
+
+
+class _Place(NamedTuple):
+    """Where a URL leads: host and port, and the target to ask for there."""
+
+    url: str
+    secure: bool
+    host: str
+    port: int
+    target: str
+
+    @property
+    def header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
+
+
+def _place(url: str, rules: FetchRules) -> _Place:
+    """Raises InvalidRequest where no connection may be made."""
+    parts = split(url)
+    if parts.scheme not in ("http", "https"):
+        raise InvalidRequest(f"A redirect leads to {told(url)}, which is not an http(s) URL.")
+    secure = parts.scheme == "https"
+    try:
+        host = (parts.hostname or "").rstrip(".")
+        host = host if ":" in host else host.encode("idna").decode()
+        port = parts.port or (443 if secure else 80)
+    except ValueError:
+        host, port = "", 0
+    if not host or not re.fullmatch(r"[0-9a-z_.:%-]+", host):
+        raise InvalidRequest(f"{told(url)} is not a valid URL.")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidRequest(f"The URL of an image at {host} has a user name or password, which are not sent; leave them out.")
+    if rules.domains is not None and host not in {domain.lower().rstrip(".") for domain in rules.domains}:
+        raise InvalidRequest(f"This server fetches images from the hosts of --allowed-media-domains alone, and {host} is none.")
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+    if parts.query:
+        target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?")
+    return _Place(url, secure, host, port, target)
+
+
+async def get_public(url: str, rules: FetchRules) -> bytes:
+    """The body that `url` is answered with. Raises InvalidRequest, one sentence; how long it takes is the caller's to limit."""
+    first = url
+    for _ in range(rules.redirects + 1):
+        place = _place(url, rules)
+        answer = await _get(place, rules)
+        if answer.status == 200:
+            return bytes(answer.body)
+        location = answer.headers.get(b"location")
+        if answer.status not in _REDIRECTS or location is None:
+            raise InvalidRequest(f"{told(url)} was answered with HTTP status {answer.status} instead of an image.")
+        try:
+            url = urljoin(url, location.decode("latin-1"))
+        except ValueError:
+            raise InvalidRequest(f"{told(url)} is redirected to what is not a valid URL.") from None
+    raise InvalidRequest(f"{told(first)} is redirected more than {rules.redirects} times; give the URL that it leads to.")
+
+
+async def _addresses(place: _Place) -> list[str]:
+    """Of the host. All must be public: a name that is partly of this network is not the internet's."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.run_in_executor(
+            _RESOLVERS, lambda: socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        )
+    except (OSError, UnicodeError):
+        raise InvalidRequest(f"The host {place.host} of an image's URL cannot be found.") from None
+    addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
+    if not addresses or not all(map(is_public, addresses)):
+        raise InvalidRequest(f"The host {place.host} has no public address, and images are fetched from such alone.")
+    return addresses
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _Answer:
+    """What a server answers, as httptools' parser tells it."""
+
+    def __init__(self) -> None:
+        self.status, self.headers, self.body = 0, dict[bytes, bytes](), bytearray()
+        self.headed = self.complete = False
+        self.parser = httptools.HttpResponseParser(self)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+        self.headed = self.status >= 200  # what comes before is of the kind of 103 Early Hints
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_message_complete(self) -> None:
+        self.complete = self.headed
+        if not self.complete:
+            self.headers.clear()
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether the end of the connection is the body's, which then has no length."""
+        return self.headed and not {b"content-length", b"transfer-encoding"} & set(self.headers)
+
+
+async def _get(place: _Place, rules: FetchRules) -> _Answer:
+    reader, writer = await _connect(place)
+    try:
+        writer.write(
+            f"GET {place.target} HTTP/1.1\r\nHost: {place.header}\r\nUser-Agent: octavo/{__version__}\r\n"
+            "Accept: image/*, */*;q=0.1\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n".encode()
+        )
+        return await _read(reader, place, rules)
+    except (OSError, EOFError, httptools.HttpParserError):
+        raise InvalidRequest(f"{told(place.url)} was not answered as HTTP says, or only in part.") from None
+    finally:
+        writer.transport.abort()  # closing TLS politely would wait for the other side
+
+
+async def _connect(place: _Place) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    for address in await _addresses(place):
+        with suppress(OSError):
+            if place.secure:
+                return await asyncio.open_connection(address, place.port, ssl=_tls(), server_hostname=place.host)
+            return await asyncio.open_connection(address, place.port)
+    raise InvalidRequest(f"{told(place.url)} cannot be reached" + (", or its certificate is not valid." * place.secure or "."))
+
+
+async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) -> _Answer:
+    """The answer; of one that is not a 200, the headers. Raises InvalidRequest when it grows too large, EOFError when it ends
+    early.
+    """
+    answer, received = _Answer(), 0
+    while not answer.complete:
+        data = await reader.read(1 << 16)
+        if not data and answer.to_the_end:
+            break
+        if not data:
+            raise EOFError
+        received += len(data)
+        answer.parser.feed_data(data)
+        if answer.headed and answer.status != 200:
+            break
+        if answer.headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise InvalidRequest(f"{told(place.url)} is sent compressed, though it was asked for as it is; send a data: URL.")
+        length = answer.headers.get(b"content-length", b"0")
+        if len(answer.body) > rules.max_bytes or (length.isdigit() and int(length[:20]) > rules.max_bytes):
+            raise too_large(place.url, rules.max_bytes)
+        if not answer.headed and received > _HEADER_BYTES:
+            raise InvalidRequest(f"{told(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
+        if received > 2 * rules.max_bytes + _HEADER_BYTES:  # chunks of a byte, each with its own lines
+            raise too_large(place.url, rules.max_bytes)
+    return answer
