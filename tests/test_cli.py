@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -216,7 +217,10 @@ def test_ctrl_c_while_modules_are_imported(module: str, line: str, tmp_path: Pat
     (tmp_path / f"{module}.py").write_text(code)
     path = os.pathsep.join([str(tmp_path), str(Path(octavo.__file__).parents[1])])
     command = [sys.executable, "-m", "octavo", *line.split()]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -92,7 +92,7 @@ def offline(model: Path, quantization: str | None) -> None:
 
 def convert(model: Path, quantization: str | None) -> None:
     scheme = FP8[quantization or "ptpc_fp8"]
-    quantize_checkpoint(model, model / f"out-{scheme.name}", QuantRules(scheme), say=lambda _: None)
+    quantize_checkpoint(model, model / f"out-{scheme.name}", QuantRules(scheme), say=lambda _: None, requantize_int4=True)
 
 
 def poke(tensors: Tensors, name: str, value: float) -> None:

@@ -85,7 +85,9 @@ def test_who_takes_what(
             codes, scale = quantize_activation(x, scheme.activation, q.data.dtype)
             given = codes.float() * (scale.repeat_interleave(128, 1)[:, : shape[1]] if scheme is FP8_BLOCK else scale)
         if not (isinstance(implementation, gpu.Blocks | gpu.ScaledMM | gpu.Int4) and torch.cuda.is_available()):
-            assert relative_error(implementation.pack(q, on)(x), given.double() @ dequantize(q).double().mT) < 6e-3
+            assert (
+                relative_error(implementation.pack(q, on)(x), given.double() @ dequantize(q).double().mT) < 1e-2
+            )  # sums and results in BF16
 
 
 def test_sides_that_are_not_padded() -> None:
