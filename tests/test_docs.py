@@ -90,7 +90,7 @@ def test_a_fresh_reader_of_the_architecture_finds_by_name() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     for name in (
         "octavo/ops/triton/rope.py::rope_write_kv",
-        "octavo/ops/hopper/csrc/decode_attention.cu::store_key",
+        "octavo/ops/hopper/csrc/decode_attention.cuh::store_key",
         "octavo/text/detokenizer.py::Detokenizer",
         "octavo/quant/formats.py",
     ):
