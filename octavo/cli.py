@@ -21,19 +21,19 @@ def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lam
     imported: is called once the command's modules are imported, before it runs.
     """
     _open_standard_streams()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if arguments[0] in ("--version", "-V"):
-        print(f"octavo {__version__}")
-        return 0
-    name, rest = command_of(arguments)
-    if name not in COMMANDS:
-        return _no_command(name, rest)
     try:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if arguments[:1] == ["help"]:
+            arguments = ["--help"] if arguments[1:] == ["help"] else [*arguments[1:], "--help"]
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        if arguments[0] in ("--version", "-V"):
+            print(f"octavo {__version__}")
+            return 0
+        name, rest = command_of(arguments)
+        if name not in COMMANDS:
+            return _no_command(name, rest)
         command, given = COMMANDS[name], with_dashes(rest)
         module = importlib.import_module(command.module)
         # Intermixed, or flags before MODEL that take several values would hide it.

@@ -168,6 +168,8 @@ class EngineConfig:
         if isinstance(self.quantization_ignore, str):
             put("quantization_ignore", (self.quantization_ignore,))
         put("quantization_ignore", tuple(self.quantization_ignore))
+        if self.save_quantized == "":
+            raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
         if self.save_quantized is not None and self.quantization in (None, "bf16"):
             raise OctavoError("--save-quantized needs --quantization fp8, ptpc_fp8 or fp8_block: it saves what that makes.")
         if self.save_quantized is not None and self.load_format == "dummy":

@@ -20,6 +20,7 @@ from cases import cases
 import octavo
 from octavo.cli import engine_config, main, make_parser
 from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, config_fields, flag_of
+from octavo.errors import OctavoError
 from octavo.flags import COMMANDS, with_dashes
 from octavo.server import serve
 from octavo.server.parsers.registry import REASONING_NAMES, TOOL_CALL_NAMES, choose_parser, choose_reasoning_parser
@@ -191,6 +192,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert overview == 3 * overview[: len(overview) // 3]
     for name in {full.split()[0] for full in COMMANDS}:
         assert f"\n  {name} " in overview
+    assert main(["help", "help"]) == 0
+    assert "usage: octavo" in capsys.readouterr().out
     assert main(["help", "bench"]) == 0
     assert "\n  profile " in capsys.readouterr().out
     for name in ("plan", "bench serve"):
@@ -222,6 +225,11 @@ def test_ctrl_c_while_modules_are_imported(module: str, line: str, tmp_path: Pat
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_directory_without_a_name_is_refused() -> None:
+    with pytest.raises(OctavoError, match="--save-quantized needs the name of a directory"):
+        EngineConfig(quantization="fp8", save_quantized="")
 
 
 def test_closed_standard_streams_stay_nobody_elses(tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def load_model(
     source = open_source(config, directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        check_weights(platform, source.checkpoint.matrix_values(), fp8=scheme.dtype is WeightDType.FP8 or stored)
+        values, packed = source.checkpoint.matrix_values(), source.checkpoint.packed_bytes()
+        check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):

@@ -31,11 +31,14 @@ class CacheBudget:
     notes: tuple[str, ...] = ()
 
 
-def check_weights(platform: Platform, matrix_values: int, *, fp8: bool) -> None:
-    """Raises OctavoError, before any weight is read, if matrices of `matrix_values` values cannot fit even without a cache."""
+def check_weights(platform: Platform, matrix_values: int, packed_bytes: int = 0, *, fp8: bool) -> None:
+    """Raises OctavoError, before any weight is read, if the matrices cannot fit even without a cache.
+
+    packed_bytes: of packed INT4, whose values are not among `matrix_values`.
+    """
     free, _ = platform.memory()
     itemsize = platform.widened_dtype.itemsize if platform.widened_dtype else 1 if fp8 else 2
-    if (needed := matrix_values * itemsize) <= free:
+    if (needed := matrix_values * itemsize + packed_bytes) <= free:
         return
     smaller = "" if fp8 or platform.is_cpu else "use --quantization ptpc_fp8 (half of the bytes), "
     more = "a machine with more memory" if platform.is_cpu else "--tensor-parallel-size to split it over more accelerators"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "text_config"]
+__all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "part_of", "text_config"]
 
 LARGEST = 1 << 31  # upper bound of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
@@ -102,9 +102,16 @@ class ConfigBase:
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's part of a multimodal config.json. Raises OctavoError without one."""
-    found = config.get("text_config")
+    return part_of(config, "text_config")
+
+
+def part_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object `name` within config.json. Raises OctavoError where it is missing or is no object."""
+    found = config.get(name)
+    if found is None:
+        raise OctavoError(f"config.json has no {name}, which this architecture needs.")
     if not isinstance(found, Mapping):
-        raise OctavoError("config.json has no text_config, which this architecture needs.")
+        raise OctavoError(f"config.json: {name} must be an object, not {found!r}.")
     return found
 
 

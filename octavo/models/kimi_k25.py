@@ -31,7 +31,7 @@ from octavo.layers.vision import (
     splice,
 )
 from octavo.models import deepseek_v3
-from octavo.models.config import check_fields, text_config
+from octavo.models.config import check_fields, part_of, text_config
 from octavo.models.interface import ModelInput
 from octavo.weights import Loader
 
@@ -164,12 +164,10 @@ class Config(deepseek_v3.Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        vision = config.get("vision_config")
-        if not isinstance(vision, Mapping):
-            raise OctavoError("config.json has no vision_config, which this architecture needs.")
+        text, vision = text_config(config), part_of(config, "vision_config")
         token = config.get("media_placeholder_token_id", config.get("image_token_id"))
         own = {"vision": VisionConfig.from_json(vision), "media_placeholder_token_id": token}
-        return super().from_json({**text_config(config), **own})
+        return super().from_json({**text, **own})
 
 
 class Model(deepseek_v3.Model):

@@ -33,7 +33,7 @@ from octavo.layers.vision import (
 )
 from octavo.models import qwen3
 from octavo.models.common import Decoder, LayerStack
-from octavo.models.config import check_fields, text_config
+from octavo.models.config import check_fields, part_of, text_config
 from octavo.models.dense import DenseDecoder
 from octavo.models.interface import ModelInput, StageState
 from octavo.weights import Loader
@@ -155,10 +155,7 @@ class Tower(nn.Module):
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's fields and the tower's; whether its head is its embedding is said beside them. Raises OctavoError."""
-    vision = config.get("vision_config")
-    if not isinstance(vision, Mapping):
-        raise OctavoError("config.json has no vision_config, which this architecture needs.")
-    text = text_config(config)
+    text, vision = text_config(config), part_of(config, "vision_config")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     sections = rope.get("mrope_section") if isinstance(rope, Mapping) else None
     return {

@@ -79,6 +79,8 @@ def _place(url: str, rules: FetchRules) -> _Place:
         raise InvalidRequest(f"The URL of an image at {host} has a user name or password, which are not sent; leave them out.")
     if rules.domains is not None and host not in {domain.lower().rstrip(".") for domain in rules.domains}:
         raise InvalidRequest(f"This server fetches images from the hosts of --allowed-media-domains alone, and {host} is none.")
+    if re.search(r"[\ud800-\udfff]", url):
+        raise InvalidRequest("The URL of an image holds half of a surrogate pair, which is no character.")
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?")

@@ -74,8 +74,12 @@ class Checkpoint:
             )
 
     def matrix_values(self) -> int:
-        """The number of values in all matrices, from the headers alone."""
-        return sum(prod(tensor.shape) for tensor in self.tensors.values() if len(tensor.shape) > 1)
+        """The number of values in all matrices but packed ones, from the headers alone."""
+        return sum(prod(t.shape) for t in self.tensors.values() if len(t.shape) > 1 and not t.name.endswith("_packed"))
+
+    def packed_bytes(self) -> int:
+        """The bytes of packed INT4, without scales, from the headers alone."""
+        return sum(t.nbytes for t in self.tensors.values() if t.name.endswith("_packed"))
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
         """Fills `buffer` (uint8) from the tensor's byte `start` on. Thread-safe; releases the interpreter's lock."""

@@ -226,6 +226,9 @@ def test_a_cache_is_for_no_more_than_the_model():
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read():
     check_weights(cuda(free=20), 19 << 30, fp8=True)
+    check_weights(cuda(free=20), 9 << 30, 10 << 30, fp8=True)  # packed INT4 takes its bytes, whatever the rest is
+    with pytest.raises(OctavoError, match=r"the weights alone would take 21\.00 GiB"):
+        check_weights(cuda(free=20), 9 << 30, 12 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"would take 19\.00 GiB.*1 byte.*18\.00 GiB is free.*--tensor-parallel-size"):
         check_weights(cuda(free=18), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
