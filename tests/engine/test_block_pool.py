@@ -94,6 +94,8 @@ def test_a_block_is_known_by_everything_before_it():
     assert pool.match(names_of(pool, [3, 4])) == []
     assert pool.match(names_of(pool, [9, 9, 3, 4])) == []
     assert pool.match(names_of(pool, [1])) == []
+    first, second = names_of(pool, [1, 2, 3, 4])
+    assert len(pool.match([first, b"unknown", second])) == 1, "a prefix ends at the first block that is not cached"
 
 
 def test_hash_depends_on_parent_tokens_and_their_order_alone():

@@ -306,6 +306,11 @@ def test_no_more_than_max_num_seqs_and_first_come_first_served():
     for _ in engine.until_idle():
         schedule, _ = engine.step()
         assert len(schedule.items) == 2
+        waiting = len(engine.scheduler.waiting)
+        running = len(engine.scheduler.running)
+        assert running <= 2
+        stats = engine.scheduler.stats(schedule)
+        assert (stats.num_running, stats.num_waiting) == (running, waiting)
         started.append(schedule.started)
     assert started == [["r0", "r1"], [], ["r2", "r3"], []]
 
