@@ -162,7 +162,8 @@ def test_in_a_graph() -> None:
             to = chosen("random", tokens, 12, 4).to(DEVICE)
 
             def whole(held=held, x=x, to=to) -> torch.Tensor:  # type: ignore[no-untyped-def]
-                return held(x, routing.dispatch(to, 12), of_tokens=True)
+                at = routing.dispatch(to, 12)
+                return held(x, at, of_tokens=True)[at.place.long()]  # an expert's rows lie in any order
 
             whole()
             replay, out, _ = ops.capture(whole)
