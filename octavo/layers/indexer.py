@@ -100,7 +100,7 @@ class Indexer(nn.Module):
         x [T, hidden]: the layer's input. q [T, q_rank]: the normed query latent.
         """
         (rotary,) = self._shared
-        rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
+        rotation = ops.Rotation(rotary.table(batch), batch.rotary_rows, self.interleaved)
         ops.write_index_keys(self.wk(x), self.k_norm.norm, rotation, self.cache, batch.slot_mapping)
         chosen = None
         if self.is_sparse(batch):

@@ -98,7 +98,7 @@ class LatentAttention(nn.Module):
         `chosen`: as in `ops.latent_attention`.
         """
         rotary, norm = self._shared
-        rotation = ops.Rotation(rotary.cos_sin, batch.rotary_rows, self.interleaved)
+        rotation = ops.Rotation(rotary.table(batch), batch.rotary_rows, self.interleaved)
         ops.write_latent(kv, ops.Norm(norm.weight, norm.eps), rotation, self.cache, batch.slot_mapping)
         first = self._first_expanded(batch) if chosen is None else len(batch.query_lens)
         split = sum(batch.query_lens[:first])

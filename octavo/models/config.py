@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from octavo.errors import OctavoError
 from octavo.layers.rope import longest_context, rope_parameters
 
-__all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "part_of", "text_config"]
+__all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "part_of"]
 
 LARGEST = 1 << 31  # upper bound of any size
 _MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
@@ -98,11 +98,6 @@ class ConfigBase:
             raise OctavoError(f"config.json: layer_types must list one type for each of the {self.num_hidden_layers} layers.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise OctavoError("config.json: num_attention_heads must be a multiple of num_key_value_heads.")
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text model's part of a multimodal config.json. Raises OctavoError without one."""
-    return part_of(config, "text_config")
 
 
 def part_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ from octavo.layers.vision import (
     splice,
 )
 from octavo.models import deepseek_v3
-from octavo.models.config import check_fields, part_of, text_config
+from octavo.models.config import check_fields, part_of
 from octavo.models.interface import ModelInput
 from octavo.weights import Loader
 
@@ -164,7 +164,7 @@ class Config(deepseek_v3.Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        text, vision = text_config(config), part_of(config, "vision_config")
+        text, vision = part_of(config, "text_config"), part_of(config, "vision_config")
         token = config.get("media_placeholder_token_id", config.get("image_token_id"))
         own = {"vision": VisionConfig.from_json(vision), "media_placeholder_token_id": token}
         return super().from_json({**text, **own})

@@ -33,12 +33,12 @@ from octavo.layers.vision import (
 )
 from octavo.models import qwen3
 from octavo.models.common import Decoder, LayerStack
-from octavo.models.config import check_fields, part_of, text_config
+from octavo.models.config import check_fields, part_of
 from octavo.models.dense import DenseDecoder
 from octavo.models.interface import ModelInput, StageState
 from octavo.weights import Loader
 
-__all__ = ["Config", "Deepstack", "Model", "WithTower", "positions", "text_of"]
+__all__ = ["Config", "Deepstack", "ImageFields", "Model", "WithTower", "positions", "text_of"]
 
 NORM_EPS = 1e-6  # of the tower's norms, which config.json does not say
 THETA = 10000.0  # of the tower's rotation, likewise
@@ -155,7 +155,7 @@ class Tower(nn.Module):
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's fields and the tower's; whether its head is its embedding is said beside them. Raises OctavoError."""
-    text, vision = text_config(config), part_of(config, "vision_config")
+    text, vision = part_of(config, "text_config"), part_of(config, "vision_config")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     sections = rope.get("mrope_section") if isinstance(rope, Mapping) else None
     return {
@@ -165,12 +165,17 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(qwen3.Config):
+class ImageFields:
+    """What `text_of` adds to a text model's fields."""
+
     vision: VisionConfig
     image_token_id: int = IMAGE
     video_token_id: int = VIDEO
     sections: Sequence[int] = SECTIONS
 
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ImageFields, qwen3.Config):
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         return super().from_json(text_of(config))
@@ -202,8 +207,7 @@ def positions(ids: Sequence[int], grids: Sequence[Grid], c: Any) -> tuple[Tensor
             continue
         grid = next(left)
         rows, columns = grid.rows // merge, grid.columns // merge
-        row = torch.arange(rows)[:, None].expand(rows, columns).flatten()
-        column = torch.arange(columns).expand(rows, columns).flatten()
+        row, column = positions_of([Grid(1, rows, columns)], 1, torch.device("cpu")).unbind(1)
         found.append(torch.stack([torch.zeros_like(row), row, column]) + start)
         at, start = at + rows * columns, start + max(rows, columns)
     return torch.cat(found, 1), start - len(ids)

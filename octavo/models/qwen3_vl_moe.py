@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from octavo.models import qwen3_moe
 from octavo.models.common import Decoder, LayerStack
-from octavo.models.qwen3_vl import IMAGE, SECTIONS, VIDEO, Deepstack, VisionConfig, WithTower, text_of
+from octavo.models.qwen3_vl import Deepstack, ImageFields, WithTower, text_of
 
 __all__ = ["Config", "Model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(qwen3_moe.Config):
-    vision: VisionConfig
-    image_token_id: int = IMAGE
-    video_token_id: int = VIDEO
-    sections: Sequence[int] = SECTIONS
-
+class Config(ImageFields, qwen3_moe.Config):
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         return super().from_json({"norm_topk_prob": True, **text_of(config)})

@@ -112,12 +112,11 @@ class DummySource:
         self.promised, self.std = promised, std
         self._stored: dict[str, tuple[str, tuple[int, ...], float]] = {}  # dtype, shape, standard deviation of codes
         pool = torch.randn(self.POOL, generator=torch.Generator().manual_seed(0))
-        words = torch.randint(-(1 << 31), 1 << 31, (self.POOL,), generator=torch.Generator().manual_seed(1)).int()
-        made = {
-            "BF16": pool.mul(std).bfloat16(),
-            "F8_E4M3": pool.mul(self.SPREAD["F8_E4M3"]).to(torch.float8_e4m3fn),
-            "I32": words,
-        }
+        made = {"BF16": pool.mul(std).bfloat16()}
+        if promised is not None:
+            made["F8_E4M3"] = pool.mul(self.SPREAD["F8_E4M3"]).to(torch.float8_e4m3fn)
+            words = torch.randint(-(1 << 31), 1 << 31, (self.POOL,), generator=torch.Generator().manual_seed(1))
+            made["I32"] = words.int()
         # a device gets a copy once, and then writes its weights itself
         self._pools = {(kind, pool.device): values for kind, values in made.items()}
 

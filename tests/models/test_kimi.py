@@ -145,20 +145,25 @@ def _through_int4(w: Tensor) -> Tensor:
     return (w / scale).round().clamp(-7, 7) * scale
 
 
-def whole(loaded: Any, tp: TensorParallel, ids: list[int], parts: tuple[int, ...] = ()) -> Tensor:
-    return Vocabulary(VOCAB, tp).whole(loaded.logits(ids, parts))
+def check_ranks(path: Path, model: PreTrainedModel, load_model: LoadModel) -> None:
+    """The logits of text are the model's on 1, 2 and 4 ranks, in uneven parts, of the checkpoint at `path`."""
+    ids = tokens(40)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+
+    def run(tp: TensorParallel) -> Tensor:
+        return Vocabulary(VOCAB, tp).whole(load_model(path, tp=tp).logits(ids, (30, 1, 9)))
+
+    for ranks in (1, 2, 4):
+        for out in run_ranks(ranks, run):
+            assert relative_error(out, expected) < 1e-4, ranks
 
 
 @pytest.mark.parametrize("int4", [False, True], ids=["bf16", "int4 experts"])
 def test_logits_equal_transformers_on_any_number_of_ranks(int4: bool, tmp_path: Path, load_model: LoadModel) -> None:
     model = kimi()
     write(tmp_path, model, int4=int4)
-    ids = tokens(40)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids])).logits[0]
-    for ranks in (1, 2, 4):
-        for out in run_ranks(ranks, lambda tp: whole(load_model(tmp_path, tp=tp), tp, ids, (30, 1, 9))):
-            assert relative_error(out, expected) < 1e-4, ranks
+    check_ranks(tmp_path, model, load_model)
 
 
 def test_codes_are_kept_bit_for_bit_and_the_tower_is_left_out(

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON, LoadModel, relative_error, tokens
-from models.test_kimi import whole
+from conftest import COMMON, LoadModel
+from models.test_kimi import check_ranks
 from models.test_logits import randomize
 from models.test_quantized import BOUND, CPU, error, fake_quantize, logits, octavo_logits
-from ranks import run_ranks
 from transformers import (
     PreTrainedModel,
     Qwen3VLConfig,
@@ -51,12 +50,7 @@ def test_logits_of_text_equal_transformers_on_any_number_of_ranks(case: str, tmp
     torch.manual_seed(0)
     model = CASES[case]()
     model.save_pretrained(tmp_path)
-    ids = tokens(40)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids])).logits[0]
-    for ranks in (1, 2, 4):
-        for out in run_ranks(ranks, lambda tp: whole(load_model(tmp_path, tp=tp), tp, ids, (30, 1, 9))):
-            assert relative_error(out, expected) < 1e-4, ranks
+    check_ranks(tmp_path, model, load_model)
 
 
 def test_text_in_fp8_is_what_float64_makes_of_it(tmp_path: Path, load_model: LoadModel) -> None:

@@ -22,7 +22,6 @@ from octavo.tools.rich_tables import gb
 
 __all__ = ["Group", "asked_variant", "command", "groups", "notes", "refusals", "verdict"]
 
-VISION = "the vision tower is BF16 by default: few bytes, and the published FP8 checkpoints leave it so"
 ALIGNMENT = 16  # octavo.platform.Platform.fp8_alignment
 
 
@@ -47,8 +46,7 @@ def groups(plan: Plan) -> list[Group]:
     except OctavoError:  # said where refusals are
         parts = []
     for operand, part in zip_longest(operands, parts):
-        why = VISION if operand.component == "vision" and not operand.quantized else operand.why
-        key = operand.component, operand.form, why
+        key = operand.component, operand.form, operand.why
         group = found.setdefault(key, Group(*key))
         group.tensors += operand.experts * len(operand.names)
         group.nbytes += operand.stored

@@ -189,10 +189,6 @@ class Walker(Loader):
                     self.refuse(error)
         return PackedStack()
 
-    def promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-        if self.kept in ("", LEFT_OUT):
-            super().promise(names, shapes)
-
 
 def walk(
     model: Any,
