@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.media_limits import MAX_MEDIA, read_media_limits
 
 __all__ = ["IGNORED", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
@@ -42,6 +43,7 @@ DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32":
 CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "gptq", "awq", "bitsandbytes", "gguf", "mxfp4")
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
+IMAGES = "images and videos"
 IGNORED = "taken from vLLM's command line, without effect"
 
 
@@ -131,7 +133,22 @@ class EngineConfig:
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", group=MEMORY)
     seed: int = option(0, "seed of the requests that bring none", group=MEMORY)
     trust_remote_code: bool = option(False, "Octavo never runs a model's code", group=IGNORED)
-    limit_mm_per_prompt: str | None = option(None, "text models have no images to limit", group=IGNORED, metavar="JSON")
+    limit_mm_per_prompt: str | Mapping[str, int] | None = option(
+        None,
+        'most images and videos of a request, such as \'{"image": 4, "video": 0}\' (default: 999)',
+        group=IMAGES,
+        metavar="JSON",
+    )
+    language_model_only: bool = option(False, "serve text alone: the vision tower is not loaded", group=IMAGES)
+    mm_processor_cache_gb: float | None = option(
+        None, "GiB of outputs of the vision tower to keep for images that come again (default: 4, on a CPU 0.5)", group=IMAGES
+    )
+    allowed_local_media_path: str | None = option(
+        None, "directory below which file:// URLs of images may lie (default: none are read)", group=IMAGES, metavar="DIR"
+    )
+    allowed_media_domains: tuple[str, ...] = option(
+        (), "the only hosts that URLs of images may name (default: all public ones)", group=IMAGES, metavar="HOST"
+    )
 
     def block_size_on(self, cpu: bool) -> int:
         """Tokens per block: a GPU reads a block of 64 whole; a CPU gains nothing from more than 16."""
@@ -140,6 +157,24 @@ class EngineConfig:
     def step_tokens_on(self, cpu: bool) -> int:
         """Most tokens in one step (max_num_batched_tokens)."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
+
+    @property
+    def media_limits(self) -> Mapping[str, int]:
+        """Most images and videos of a request, by "image" and "video"."""
+        found = self.limit_mm_per_prompt
+        assert not isinstance(found, str)
+        limits = {"image": MAX_MEDIA, "video": MAX_MEDIA, **(found or {})}
+        return dict.fromkeys(limits, 0) if self.language_model_only else limits
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the vision tower is wanted, if the model has one."""
+        return any(self.media_limits.values())
+
+    def encoder_cache_bytes(self, cpu: bool) -> int:
+        """Bytes of the vision tower's outputs that are kept (mm_processor_cache_gb)."""
+        given = self.mm_processor_cache_gb
+        return int((given if given is not None else 0.5 if cpu else 4.0) * 2**30)
 
     def sampling_bytes(self, vocab: int) -> int:
         """An upper bound on the memory of a step's logits and of sampling."""
@@ -168,6 +203,12 @@ class EngineConfig:
         if isinstance(self.quantization_ignore, str):
             put("quantization_ignore", (self.quantization_ignore,))
         put("quantization_ignore", tuple(self.quantization_ignore))
+        if isinstance(self.allowed_media_domains, str):
+            put("allowed_media_domains", (self.allowed_media_domains,))
+        put("allowed_media_domains", tuple(self.allowed_media_domains))
+        put("limit_mm_per_prompt", read_media_limits(self.limit_mm_per_prompt))
+        if self.mm_processor_cache_gb is not None and not 0 <= self.mm_processor_cache_gb < float("inf"):
+            raise OctavoError(f"--mm-processor-cache-gb must be 0 or more, not {self.mm_processor_cache_gb}.")
         if self.save_quantized == "":
             raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
         if self.save_quantized is not None and self.quantization in (None, "bf16"):

@@ -23,7 +23,7 @@ WEIGHTS = ("model", "revision", "quantization_ignore", "quantize_lm_head")
 LOADING = (*WEIGHTS, "dtype", "device", "load_format", "max_model_len", "gpu_memory_utilization", "cpu_kv_cache_gib")
 SCHEME = ("quantization", "quantization_config", "kv_cache_dtype", "calculate_kv_scales", "tensor_parallel_size")
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
-OF_A_SERVER = ("trust_remote_code", "limit_mm_per_prompt")
+OF_A_SERVER = ("trust_remote_code", "limit_mm_per_prompt", "allowed_local_media_path", "allowed_media_domains")
 BENCHED = tuple(name for name in ENGINE if name not in OF_A_SERVER)
 
 
@@ -74,7 +74,7 @@ COMMANDS = {
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
-        (*LOADING, *SCHEME, *STEPS),
+        (*LOADING, *SCHEME, *STEPS, "language_model_only"),
         "checkpoint directory, config.json, or a name such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(

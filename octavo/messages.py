@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from octavo.errors import InvalidRequest
+from octavo.images import PlacedImage
 
 __all__ = [
     "EngineInfo",
@@ -196,6 +197,7 @@ class EngineRequest:
     rotary_delta: int = 0  # rotary row minus position of its output tokens
     bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words in token ids
     cache_salt: str | None = None  # only requests with the same salt share prefixes
+    images: tuple[PlacedImage, ...] = ()  # in the order of their places in the prompt
 
 
 @dataclass(slots=True)
@@ -235,4 +237,5 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     model_type: str
+    image_tokens: int = 0  # the most tokens of one image; 0: the model reads no images
     report: list[str] = field(default_factory=list)  # lines to print: quantization and memory

@@ -45,7 +45,7 @@ BELOW = {
     "host": set(),
     "files": set(),
 }
-FOR_ALL = {"errors", "batch", "demo", "grid", "version"}  # leaves
+FOR_ALL = {"errors", "batch", "demo", "images", "media_limits", "version"}  # leaves
 # Lazy imports that go up, or close a circle of folders -> why each must be.
 LAZY = {
     ("octavo.frontend.engine_start", "octavo.engine.worker"): "what starts an engine; its worker imports no torch",
@@ -65,7 +65,7 @@ RECURRING = {
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
 API_SIDE = re.compile(
-    r"octavo(\.cli|\.flags|\.config|\.files|\.grid|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
+    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.media_limits|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
 )
 
 

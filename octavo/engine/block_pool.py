@@ -10,20 +10,22 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["ROOT", "BlockPool", "block_hash", "root_of"]
 
 ROOT = b""  # parent hash of a first block; requests with different roots have separate prefix caches
 
 
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def block_hash(parent: bytes, token_ids: Sequence[int], extra: bytes = b"") -> bytes:
     """The hash, 32 bytes, of a full block of `token_ids` that follows the block with hash `parent`.
+
+    extra: what else its contents depend on, such as the images whose tokens it has.
 
     Equal hashes are taken for equal contents, across users. The hash must therefore be cryptographic: with a weaker one a
     collision could be constructed, which would give one user another's cache. Unlike Python's hash it is equal on every rank.
     """
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+    return hashlib.sha256(parent + array("q", token_ids).tobytes() + extra).digest()
 
 
 def root_of(salt: str | None) -> bytes:
@@ -87,15 +89,23 @@ class BlockPool:
                 if self._hashes[block] is None:  # not cached: allocate it before any cached block
                     self._free.move_to_end(block, last=False)
 
-    def hash_blocks(self, hashes: list[bytes], token_ids: Sequence[int], count: int, root: bytes = ROOT) -> None:
+    def hash_blocks(
+        self,
+        hashes: list[bytes],
+        token_ids: Sequence[int],
+        count: int,
+        root: bytes = ROOT,
+        extra: Callable[[int, int], bytes] = lambda start, stop: b"",
+    ) -> None:
         """Extends `hashes`, the hashes of a request's first blocks, to its first `count` blocks, all full of `token_ids`.
 
-        Requests with different `root` share no hashes. Does nothing without prefix caching.
+        Requests with different `root` share no hashes. `extra(start, stop)`: of the block with these tokens, see block_hash.
+        Does nothing without prefix caching.
         """
         if self.prefix_caching:
             for i in range(len(hashes), count):
-                tokens = token_ids[i * self.block_size : (i + 1) * self.block_size]
-                hashes.append(block_hash(hashes[-1] if hashes else root, tokens))
+                start, stop = i * self.block_size, (i + 1) * self.block_size
+                hashes.append(block_hash(hashes[-1] if hashes else root, token_ids[start:stop], extra(start, stop)))
 
     def commit(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Adds full, computed blocks to the prefix cache under their hashes. Of two equal blocks the first stays cached."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
+from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.grammar_work import GrammarWork
 from octavo.engine.runner import ModelRunner
@@ -73,13 +74,16 @@ class EngineCore:
         """Makes the scheduler and an empty block pool for the runner's blocks."""
         runner = self.runner
         pool = BlockPool(runner.num_blocks, runner.block_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(pool, self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len)
+        room = 0 if runner.encoder is None else runner.encoder.capacity
+        limits = self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len
+        self.scheduler = Scheduler(pool, *limits, EncoderCache(room))
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.limits.vocab_size,
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,
+            image_tokens=room,
             report=runner.describe(),
         )
 
@@ -95,6 +99,9 @@ class EngineCore:
                 seed = request.params.seed
             words = BadWords(rules) if rules.restricted else None
             self.generations[request.request_id] = _Generation(seed, None, rules, words)
+        if first.images and self.runner.encoder is not None:
+            delta = self.runner.encoder.rotary_delta(first.images)
+            requests = tuple(replace(request, rotary_delta=delta) for request in requests)
         if first.grammar is not None:
             self.grammars.compile(requests)
             return
@@ -149,6 +156,8 @@ class EngineCore:
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
         rows = [self._row(item) for item in schedule.items]
         previous = self.in_flight[-1].result if self.in_flight else None
+        if self.runner.encoder is not None:
+            self.runner.encoder.run(schedule.images, schedule.evicted)
         step = _Step(schedule, self.runner.run(schedule.items, rows, previous), any(row.synchronous for row in rows))
         if schedule.items:
             self.in_flight.append(step)
@@ -171,6 +180,9 @@ class EngineCore:
         """
         self._check_idle("weights are reloaded")
         self.scheduler.pool.reset_prefix_cache()
+        if self.runner.encoder is not None:
+            self.scheduler.encoder_cache = EncoderCache(self.runner.encoder.capacity)
+            self.runner.encoder.features.clear()
         self.runner.reload(model)
 
     def sleep(self) -> None:

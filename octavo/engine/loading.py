@@ -61,7 +61,8 @@ def make_model(
 
     The model is built for at most the length that a cache can hold, because a longer rotary table could take all memory.
     """
-    model = build_model(json_config, tp, config.max_model_len)
+    build = partial(build_model, json_config, tp, vision=config.reads_images)
+    model = build(config.max_model_len)
     limits = model.limits()
     token, fp8 = (
         sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
@@ -69,7 +70,7 @@ def make_model(
     )
     check_kv_scales(model, config)
     length = length_held(config, platform, token, limits.positions, fp8)
-    return model if length == limits.positions else build_model(json_config, tp, length), limits
+    return model if length == limits.positions else build(length), limits
 
 
 def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform) -> list[KVCacheSpec]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.engine.vocabulary import Vocabulary
+from octavo.layers.vision import ImageInput
 from octavo.models.interface import Model
 
 __all__ = ["ModelStep"]
@@ -21,9 +22,9 @@ class ModelStep:
     def __init__(self, model: Model, vocabulary: Vocabulary):
         self.model, self.vocabulary = model, vocabulary
 
-    def hidden(self, batch: ForwardBatch) -> Tensor:
-        """Hidden states [T, hidden]."""
-        hidden = self.model(batch, self.model.embed(batch.input_ids))
+    def hidden(self, batch: ForwardBatch, images: ImageInput | None = None) -> Tensor:
+        """Hidden states [T, hidden]. `images`: what images bring to the step."""
+        hidden = self.model(batch, self.model.embed(batch.input_ids, images))
         assert isinstance(hidden, Tensor), "one stage computes all layers"
         return hidden
 

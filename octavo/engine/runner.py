@@ -18,6 +18,7 @@ from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
+from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
@@ -33,6 +34,7 @@ from octavo.engine.token_history import Histories
 from octavo.engine.vocabulary import Vocabulary
 from octavo.host import keep
 from octavo.kvcache import KVCache
+from octavo.layers.vision import ImageInput
 from octavo.messages import Logprobs
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
@@ -80,6 +82,7 @@ class ModelRunner:
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
+        self.encoder = make_encoder(self.model, self.platform)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
         self.histories = Histories(self.platform.device)
         self._start()
@@ -106,6 +109,8 @@ class ModelRunner:
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
+        if self.encoder is not None:
+            working += self.encoder.plan(config.encoder_cache_bytes(cpu), self.limits.positions, self.dtype)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
@@ -156,6 +161,8 @@ class ModelRunner:
     def sleep(self) -> None:
         """Frees weights, cache and graphs, and keeps compiled kernels. `wake` restores them; nothing may run before."""
         self.graphs = self.prompts = None
+        if self.encoder is not None:
+            self.encoder.features.clear()
         if hasattr(self.model, "unfuse"):
             cast("FusedModel", self.model).unfuse()
         self.model.bind_cache([{} for _ in self.cache.views])
@@ -171,6 +178,8 @@ class ModelRunner:
         """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
+        if self.encoder is not None:
+            self.encoder.warm_up()
         warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
     def _graph_key(self, requests: int, longest: int) -> Hashable:
@@ -186,9 +195,9 @@ class ModelRunner:
         return self._batch([batches.Span(token_ids, 0, range(-(-len(token_ids) // self.block_size)))])
 
     @torch.inference_mode()
-    def forward(self, batch: batches.ForwardBatch) -> Tensor:
+    def forward(self, batch: batches.ForwardBatch, images: ImageInput | None = None) -> Tensor:
         """Hidden states [T, hidden] of a batch. Writes its keys and values to the cache."""
-        return self.step.hidden(batch)
+        return self.step.hidden(batch, images)
 
     @torch.inference_mode()
     def run(
@@ -201,14 +210,15 @@ class ModelRunner:
         out = StepTokens()
         if not items:
             return out
-        if (decoded := self._replay(items, rows, previous)) is not None:
+        images = None if self.encoder is None else self.encoder.input(items)
+        if images is None and (decoded := self._replay(items, rows, previous)) is not None:
             logits, tokens = decoded
             if len(sampling := [n for n, item in enumerate(items) if item.samples]) < len(items):
                 at = self._indices(sampling)
                 logits, tokens = logits[at], tokens[at]
             self._sample(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
             return out
-        hidden, ends = self._hidden(items, previous), list(accumulate(item.num_tokens for item in items))
+        hidden, ends = self._hidden(items, previous, images), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
             if _wants_prompt_logprobs(item, row):
                 found = self._prompt_logprobs(hidden[end - item.num_tokens :], item, row)
@@ -232,7 +242,7 @@ class ModelRunner:
         known = None if previous is None else previous.tokens
         return self.graphs.run([_span(item) for item in items], known, _sources(items, previous))
 
-    def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None) -> Tensor:
+    def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None, images: ImageInput | None) -> Tensor:
         """Hidden states of all tokens of `items`."""
         batch = self._batch([_span(item) for item in items])
         last = [end - 1 for end in accumulate(item.num_tokens for item in items)]
@@ -241,7 +251,7 @@ class ModelRunner:
             assert previous.tokens is not None
             at, source = (self._indices(part) for part in zip(*pending, strict=True))
             batch.input_ids[at] = previous.tokens[source]
-        return self.forward(batch)
+        return self.forward(batch, images)
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)

@@ -10,6 +10,10 @@ in the middle of its prefill: decodes get the budget first, and the prefill the 
 A step may be scheduled while the one before it still runs. The token that the earlier step samples counts as `num_pending`: it
 gets a block and is computed, and its value passes from step to step on the device.
 
+The vision tower encodes an image before the step that computes its first tokens, at most `IMAGE_TOKENS` a step, so that images
+do not stall decoding. Where the tower or the cache of its outputs has no room, a prefill stops in front of the image, and with
+it the step's budget ends.
+
 The scheduler reads no clock and no random numbers, so every rank decides alike.
 """
 
@@ -19,10 +23,13 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from octavo.engine.block_pool import BlockPool
+from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.sequence import NewToken, Request, ScheduledRequest, SchedulerOutput, Status
 from octavo.messages import EngineRequest, EngineStats
 
-__all__ = ["Scheduler"]
+__all__ = ["IMAGE_TOKENS", "Scheduler"]
+
+IMAGE_TOKENS = 2048  # of the images that one step encodes, unless a single one has more: two of 1024 x 1024 pixels
 
 
 class Scheduler:
@@ -32,8 +39,16 @@ class Scheduler:
     `max_model_len` tokens. A request that outgrows the pool fails alone.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int):
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        encoder_cache: EncoderCache | None = None,
+    ):
         self.pool = pool
+        self.encoder_cache = encoder_cache or EncoderCache(0)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -73,12 +88,13 @@ class Scheduler:
         A request with a pending token cannot be preempted, because the value to recompute is unknown. Where preemption would be
         needed there are no items, and the step can be scheduled after the `update` of the one before.
         """
-        schedule = SchedulerOutput(self.max_num_batched_tokens)
+        schedule = SchedulerOutput(self.max_num_batched_tokens, IMAGE_TOKENS)
         if any(request.num_pending for request in self.running) and self._missing_blocks() > self.pool.num_free:
             return schedule
         self._continue_running(schedule, skipped)
         if not schedule.preempted:  # a request preempted in this step would be admitted again at once
             self._admit_waiting(schedule, skipped)
+        schedule.evicted = self.encoder_cache.take_evicted()
         return schedule
 
     def update(self, schedule: SchedulerOutput, sampled: Sequence[int]) -> list[NewToken]:
@@ -90,6 +106,7 @@ class Scheduler:
         for item in schedule.items:
             if item.request.status is Status.RUNNING:
                 self._cache_full_blocks(item)
+                self._release_images(item.request, item.start + item.num_tokens)
         pairs = zip(schedule.sampling, sampled, strict=True)
         return [self._append(item.request, token) for item, token in pairs if item.request.status is Status.RUNNING]
 
@@ -180,12 +197,14 @@ class Scheduler:
         if not self._may_share(request):
             return []
         count = (len(request.token_ids) - 1) // self.pool.block_size  # leaves at least one token to compute
-        self.pool.hash_blocks(request.block_hashes, request.token_ids, count, request.cache_root)
+        self.pool.hash_blocks(request.block_hashes, request.token_ids, count, request.cache_root, request.block_extra)
         return self.pool.match(request.block_hashes[:count])
 
     def _compute(self, request: Request, schedule: SchedulerOutput) -> None:
         start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
-        num_tokens = min(missing, schedule.budget)
+        num_tokens = self._before_unready_image(request, start, min(missing, schedule.budget), schedule)
+        if not num_tokens:
+            return
         samples = num_tokens == missing
         # A pending token is scheduled alone: the step that samples it computes all tokens before it.
         schedule.items.append(ScheduledRequest(request, start, num_tokens, samples, pending=request.num_pending > 0))
@@ -193,6 +212,30 @@ class Scheduler:
         # Counted here, not in `update`, so that the next step can be scheduled before this step's tokens are known.
         request.num_computed_tokens += num_tokens
         request.num_pending += samples
+
+    def _before_unready_image(self, request: Request, start: int, num_tokens: int, schedule: SchedulerOutput) -> int:
+        """How many of `num_tokens` tokens from `start` can be computed with images that are encoded by then, and has those
+        encoded. Ends the step's budget if that is not all of them."""
+        cache = self.encoder_cache
+        for found in request.images_within(start, start + num_tokens):
+            tokens = found.image.tokens
+            if found.key in cache:
+                cache.hold(found.key, request.request_id)
+            elif (tokens <= schedule.image_budget or not schedule.images) and cache.fits(tokens):
+                cache.add(found.key, tokens, request.request_id)
+                schedule.images.append(found)
+                schedule.image_budget -= tokens
+            else:
+                num_tokens = max(0, found.start - start)
+                schedule.budget = num_tokens  # younger requests must not overtake this one
+                break
+        return num_tokens
+
+    def _release_images(self, request: Request, stop: int) -> None:
+        """Releases the images whose tokens are all below `stop`."""
+        for found in request.images:
+            if found.stop <= stop:
+                self.encoder_cache.release(found.key, request.request_id)
 
     def _cache_full_blocks(self, item: ScheduledRequest) -> None:
         """Adds the blocks that the step has filled to the prefix cache.
@@ -202,7 +245,7 @@ class Scheduler:
         size, request = self.pool.block_size, item.request
         first, stop = item.start // size, (item.start + item.num_tokens) // size
         if first < stop:
-            self.pool.hash_blocks(request.block_hashes, request.token_ids, stop, request.cache_root)
+            self.pool.hash_blocks(request.block_hashes, request.token_ids, stop, request.cache_root, request.block_extra)
             self.pool.commit(request.block_ids[first:stop], request.block_hashes[first:stop])
 
     def _append(self, request: Request, token: int) -> NewToken:
@@ -229,6 +272,9 @@ class Scheduler:
             return f"A prompt must have 1 to {self.max_model_len - 1} tokens; this one has {request.num_prompt_tokens}."
         if self.pool.blocks_for(len(request.token_ids)) > self.pool.num_blocks:
             return "The request has outgrown the KV cache."
+        most = self.encoder_cache.capacity
+        if (largest := max((found.image.tokens for found in request.images), default=0)) > most:
+            return f"An image has {largest} tokens, and {most} fit into the encoder cache (--mm-processor-cache-gb)."
         return None
 
     def _fail(self, request: Request, reason: str, schedule: SchedulerOutput) -> None:
@@ -243,6 +289,7 @@ class Scheduler:
         self._drop_blocks(request)
 
     def _drop_blocks(self, request: Request) -> None:
+        self._release_images(request, len(request.token_ids))
         self.pool.free(request.block_ids)
         request.block_ids = []
         request.num_computed_tokens = 0

@@ -7,15 +7,25 @@ from enum import Enum
 from typing import NamedTuple
 
 from octavo.engine.block_pool import root_of
+from octavo.images import ImagePatches
 from octavo.messages import EngineRequest, FinishReason
 
-__all__ = ["NewToken", "Request", "ScheduledRequest", "SchedulerOutput", "Status"]
+__all__ = ["NewToken", "Request", "RequestImage", "ScheduledRequest", "SchedulerOutput", "Status"]
 
 
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class RequestImage(NamedTuple):
+    """An image whose tokens are [start, stop) of a request. key: equal for equal images of requests that may share."""
+
+    start: int
+    stop: int
+    key: bytes
+    image: ImagePatches
 
 
 class Request:
@@ -36,6 +46,10 @@ class Request:
         self.num_preemptions = 0
         self.block_ids: list[int] = []  # block i holds the tokens [i * block_size, (i + 1) * block_size)
         self.cache_root = root_of(request.cache_salt)
+        self.images = tuple(
+            RequestImage(placed.start, placed.stop, self.cache_root + placed.image.digest, placed.image)
+            for placed in request.images
+        )
         self.block_hashes: list[bytes] = []  # hashes of its first full blocks, computed on demand; they outlive the blocks
         self.status = Status.WAITING
         limit = max_model_len if self.params.max_tokens is None else self.num_prompt_tokens + self.params.max_tokens
@@ -44,6 +58,17 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def images_within(self, start: int, stop: int) -> list[RequestImage]:
+        """The images some of whose tokens are among [start, stop)."""
+        return [image for image in self.images if image.start < stop and start < image.stop]
+
+    def block_extra(self, start: int, stop: int) -> bytes:
+        """What a block of the tokens [start, stop) is hashed with beside their ids, which do not tell images apart."""
+        return b"".join(
+            image.image.digest + (start - image.start).to_bytes(8, "little", signed=True)
+            for image in self.images_within(start, stop)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -82,9 +107,12 @@ class SchedulerOutput:
     """Scheduler output: the work of one step, and what scheduling it changed. Items are in order of arrival."""
 
     budget: int  # tokens that the step has room for
+    image_budget: int = 0  # image tokens that the vision tower has room for
     items: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)  # lost their blocks and wait again
     failed: list[tuple[Request, str]] = field(default_factory=list)  # finished, each with an error sentence
+    images: list[RequestImage] = field(default_factory=list)  # to encode before the step
+    evicted: list[bytes] = field(default_factory=list)  # keys of images whose features are dropped before that
     started: list[str] = field(default_factory=list)  # ids of requests scheduled for the first time
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # prompt tokens found there

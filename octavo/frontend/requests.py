@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.errors import InvalidRequest
+from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineRequest, SamplingParams
 from octavo.text.llguidance_grammar import serialize
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["check_request", "engine_requests"]
+__all__ = ["check_images", "check_request", "engine_requests"]
 
 
 def engine_requests(
@@ -22,15 +23,18 @@ def engine_requests(
     params: SamplingParams,
     eos_token_ids: frozenset[int],
     cache_salt: str | None = None,
+    images: Sequence[PlacedImage] = (),
 ) -> list[EngineRequest]:
     """The n sequences of one request in the engine's form, each with its seed.
 
-    Raises InvalidRequest as check_request does.
+    Raises InvalidRequest as check_request and check_images do.
     """
+    check_images(info, images)
     grammar = check_request(info, tokenizer, prompt_token_ids, params)
     if grammar is not None:
         params = replace(params, structured=None)  # the grammar is sent once, in the validated form
     more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
+    more["images"] = tuple(images)
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
     return [
@@ -56,6 +60,16 @@ def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             spelled[spaced] = None
     return tuple(spelled)
+
+
+def check_images(info: EngineInfo, images: Sequence[PlacedImage]) -> None:
+    """Raises InvalidRequest for images that the engine cannot encode."""
+    if images and not info.image_tokens:
+        raise InvalidRequest("This model reads no images here; send text alone.", "messages")
+    if (largest := max((placed.image.tokens for placed in images), default=0)) > info.image_tokens:
+        raise InvalidRequest(
+            f"An image has {largest} tokens, and at most {info.image_tokens} are read here; make it smaller.", "messages"
+        )
 
 
 def check_request(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.distributed import TensorParallel
-from octavo.grid import Grid
+from octavo.images import Grid
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear, query_heads
 from octavo.ops.reference import scaled
 from octavo.weights import Loader
@@ -31,6 +31,7 @@ __all__ = [
     "VisionMLP",
     "axial_angles",
     "layer_norm",
+    "patch_values",
     "positions_of",
     "resampled",
     "splice",
@@ -38,10 +39,15 @@ __all__ = [
 
 
 class ImageInput(NamedTuple):
-    """What images bring to a step: features [F, ...] of its image tokens, positions int64 [3, T] of all of its tokens."""
+    """What images bring to a step of T tokens.
+
+    features: [F, W], the tower's outputs for the F image tokens among them. places: int64 [F], which of the T tokens those are,
+    ascending. positions: int64 [3, T], in time, rows and columns; None for a model whose tokens have one position.
+    """
 
     features: Tensor
-    positions: Tensor
+    places: Tensor
+    positions: Tensor | None
 
 
 class AxialAngles(NamedTuple):
@@ -96,9 +102,19 @@ def layer_norm(x: Tensor, norm: ops.Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def splice(x: Tensor, at: Tensor, features: Tensor) -> Tensor:
-    """x [T, hidden] with the rows `at`, bool [T], replaced by `features`, in x's dtype."""
-    return x.index_copy(0, at.nonzero()[:, 0], features.to(x.dtype))
+def splice(x: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """x [T, hidden] with the rows `places`, int64 [F], replaced by `features`, in x's dtype."""
+    return x.index_copy(0, places, features.to(x.dtype))
+
+
+def patch_values(pixels: Tensor, values: Tensor, frames: int) -> Tensor:
+    """FP32 [P, 3 * frames * S], a tower's input, from the bytes of patches, uint8 [P, 3, F, S]; F is 1 or `frames`.
+
+    values: FP32 [3, 256], what a byte of each color becomes.
+    """
+    rows = pixels.int() + 256 * torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+    found = values.flatten().index_select(0, rows.flatten()).view(pixels.shape)
+    return found.expand(-1, -1, frames, -1).flatten(1)
 
 
 class PatchEmbedding(nn.Module):

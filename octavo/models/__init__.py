@@ -53,16 +53,25 @@ def check_length(max_model_len: int | None, limit: int) -> None:
         )
 
 
-def build_model(config: Mapping[str, Any], tp: TensorParallel, max_model_len: int | None, layers: range | None = None) -> Model:
+def build_model(
+    config: Mapping[str, Any],
+    tp: TensorParallel,
+    max_model_len: int | None,
+    layers: range | None = None,
+    *,
+    vision: bool = False,
+) -> Model:
     """The unloaded model of a config.json, for contexts of `max_model_len` tokens (None: the longest that it was made for).
 
+    vision: with the vision tower, if the architecture has one.
     Raises OctavoError for an unsupported architecture or value, and for a context that is too long.
     """
     arch = architecture(config)
     c = arch.Config.from_json(config)
     limit: int = c.longest_context
     check_length(max_model_len, limit)
-    model: Model = arch.Model(c, tp, max_model_len or limit, layers)
+    towers = {"vision": True} if vision and hasattr(arch.Model, "encode") else {}
+    model: Model = arch.Model(c, tp, max_model_len or limit, layers, **towers)
     return model
 
 

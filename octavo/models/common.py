@@ -16,6 +16,7 @@ from octavo.layers.attention import PagedAttention
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import LMHead
 from octavo.layers.norm import RMSNorm
+from octavo.layers.vision import ImageInput
 from octavo.models.config import ConfigBase
 from octavo.models.interface import Head, Limits, ModelInput, StageState
 from octavo.ops.reference import scaled
@@ -122,8 +123,8 @@ class DecoderLM(nn.Module):
         """Bytes of the MLP's activations and the residual, in FP32."""
         return tokens * (self.config.mlp_activations + 8 * self.config.hidden_size) * 4
 
-    def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
-        assert features is None, "a model of text has no places for features"
+    def embed(self, ids: Tensor, images: ImageInput | None = None) -> ModelInput:
+        assert images is None, "a text model reads no images"
         return ModelInput(self.model.embed_tokens(ids))
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:

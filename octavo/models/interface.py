@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.images import Grid
 from octavo.kvcache import KVCacheSpec, Layout, Views
+from octavo.layers.vision import ImageInput
 from octavo.platform import Platform
 
-__all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInput", "StageState"]
+__all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInput", "StageState", "VisionModel"]
 
 
 class Limits(NamedTuple):
@@ -76,8 +78,8 @@ class Model(Protocol):
     def bind_cache(self, views: Sequence[Views]) -> None:
         """Binds the caches, in the order of `kv_specs`."""
 
-    def embed(self, ids: Tensor, features: Tensor | None = None) -> ModelInput:
-        """The input of token ids int64 [T]. `features`: encoder outputs for the prompt's placeholder tokens."""
+    def embed(self, ids: Tensor, images: ImageInput | None = None) -> ModelInput:
+        """The input of token ids int64 [T]. `images`: what images bring to the step; a VisionModel's alone."""
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         """Hidden states [T, hidden] after the final norm; from a stage that is not the last, the next one's input."""
@@ -100,6 +102,32 @@ class CalibratedModel(Protocol):
 
     def kv_scales(self) -> tuple[list[Tensor], bool]:
         """The scales, and whether all of them come from the checkpoint."""
+
+
+class VisionModel(Model, Protocol):
+    """A model of text and images. An image's tokens stand in the prompt; what the tower makes of it takes their places."""
+
+    has_tower: bool  # whether it was made with its tower; without, it serves text alone
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features [F, W] in the model's dtype of the patches of images, FP32 [P, values], one behind the other."""
+
+    @property
+    def feature_width(self) -> int:
+        """W of `encode`: values of one image token."""
+
+    def encoder_workspace_bytes(self, tokens: int) -> int:
+        """An upper bound in bytes on the activations of `encode` for images of so many tokens."""
+
+    def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
+        """int64 [3, stop - start], on the host: positions in time, rows and columns of the tokens [start, stop) of a request.
+
+        `images`: index of the first token, and grid, of each of the request's images in order. None: a token has one position,
+        its index.
+        """
+
+    def warm_up_image(self) -> tuple[Tensor, Grid]:
+        """Patches and grid of an image with which every kernel of the tower is launched."""
 
 
 class FusedModel(Protocol):

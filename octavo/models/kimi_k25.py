@@ -20,7 +20,6 @@ from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
     AxialAngles,
     Grid,
-    ImageInput,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
@@ -28,11 +27,10 @@ from octavo.layers.vision import (
     layer_norm,
     positions_of,
     resampled,
-    splice,
 )
 from octavo.models import deepseek_v3
 from octavo.models.config import check_fields, part_of
-from octavo.models.interface import ModelInput
+from octavo.models.with_images import WithImages
 from octavo.weights import Loader
 
 __all__ = ["Config", "Model", "VisionConfig"]
@@ -170,30 +168,18 @@ class Config(deepseek_v3.Config):
         return super().from_json({**text, **own})
 
 
-class Model(deepseek_v3.Model):
-    """`vision`: with the tower; else the checkpoint's is not loaded."""
-
+class Model(WithImages, deepseek_v3.Model):
     config: Config
+    vision_tower: Tower
+    mm_projector: Projector
     stored_at: ClassVar[Mapping[str, str]] = {"model": "language_model.model", "lm_head": "language_model.lm_head"}
+    tower_names = ("vision_tower", "mm_projector")
 
-    def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None, *, vision: bool = False):
-        super().__init__(c, tp, max_len, layers)
-        if vision:
-            self.vision_tower, self.mm_projector = Tower(c.vision, tp), Projector(c.vision, c.hidden_size, tp)
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        tower = () if hasattr(self, "vision_tower") else ("vision_tower.*", "mm_projector.*")
-        return *super().ignored, *tower
+    @staticmethod
+    def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
+        return [Tower(c.vision, tp), Projector(c.vision, c.hidden_size, tp)]
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features [F, hidden] of patches [P, 3, patch_size, patch_size], a token for each square of them."""
+        """Features [F, hidden], a token for each square of patches."""
         found: Tensor = self.mm_projector(self.vision_tower(patches, grids))
         return found
-
-    def embed(self, ids: Tensor, features: Any = None) -> ModelInput:
-        found = super().embed(ids)
-        if features is None:
-            return found
-        given: ImageInput = features
-        return ModelInput(splice(found.x, ids == self.config.media_placeholder_token_id, given.features))

@@ -36,9 +36,10 @@ from octavo.models.common import Decoder, LayerStack
 from octavo.models.config import check_fields, part_of
 from octavo.models.dense import DenseDecoder
 from octavo.models.interface import ModelInput, StageState
+from octavo.models.with_images import WithImages
 from octavo.weights import Loader
 
-__all__ = ["Config", "Deepstack", "ImageFields", "Model", "WithTower", "positions", "text_of"]
+__all__ = ["Config", "Deepstack", "ImageFields", "Model", "WithTower", "image_positions", "text_of"]
 
 NORM_EPS = 1e-6  # of the tower's norms, which config.json does not say
 THETA = 10000.0  # of the tower's rotation, likewise
@@ -193,40 +194,38 @@ class DenseDeepstack(Deepstack, DenseDecoder):
     pass
 
 
-def positions(ids: Sequence[int], grids: Sequence[Grid], c: Any) -> tuple[Tensor, int]:
-    """int64 [3, T], a token's positions in time, rows and columns, and what later tokens' positions are more than their places.
+def image_positions(images: Sequence[tuple[int, Grid]], merge: int, start: int, stop: int) -> Tensor:
+    """int64 [3, stop - start]: positions in time, rows and columns of a request's tokens [start, stop).
 
-    grids: of the images in the order in which their tokens stand; each frame of a clip is an image of its own.
+    Text counts on by one a token. An image's tokens, of `merge` x `merge` patches, share the time of its first and count rows
+    and columns on from it; the text behind goes on after the larger of both.
     """
-    merge, found, start, at = c.vision.spatial_merge_size, [], 0, 0
-    left = iter(grids)
-    while at < len(ids):
-        if ids[at] not in (c.image_token_id, c.video_token_id):
-            found.append(torch.full((3, 1), start))
-            at, start = at + 1, start + 1
-            continue
-        grid = next(left)
+    found = torch.arange(start, stop).expand(3, -1).clone()
+    delta = 0  # position minus index of the text after the images seen so far
+    for first, grid in images:
         rows, columns = grid.rows // merge, grid.columns // merge
-        row, column = positions_of([Grid(1, rows, columns)], 1, torch.device("cpu")).unbind(1)
-        found.append(torch.stack([torch.zeros_like(row), row, column]) + start)
-        at, start = at + rows * columns, start + max(rows, columns)
-    return torch.cat(found, 1), start - len(ids)
+        last = first + rows * columns
+        low, high = (min(max(at, start), stop) for at in (first, last))
+        inside = torch.arange(low - first, high - first)
+        own = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
+        found[:, low - start : high - start] = own + first + delta
+        delta += max(rows, columns) - rows * columns
+        found[:, high - start :] = torch.arange(high, stop) + delta
+    return found
 
 
-def with_images(model: Any, x: Tensor, ids: Tensor, given: ImageInput) -> ModelInput:
-    """Embeddings, features in the places of image tokens; beside them rows of cosines and sines, and what text layers add."""
-    c = model.config
-    at = (ids == c.image_token_id) | (ids == c.video_token_id)
-    first, *deep = given.features.split(c.vision.out_hidden_size, 1)
-    x = splice(x, at, first)
-    added = [splice(torch.zeros_like(x), at, one) for one in deep]
-    table = model.attention_layers()[0].rotary.cos_sin
-    pair = torch.arange(table.shape[1], device=ids.device) % (table.shape[1] // 2)
+def rotary_rows(table: Tensor, positions: Tensor, sections: Sequence[int]) -> Tensor:
+    """FP32 [T, R]: each token's cosines and sines, of the rows of `table` at its `positions`, int64 [3, T].
+
+    Of each three pairs of a head, one is rotated by time, one by the row, one by the column, as far as the sections of rows and
+    columns reach; further pairs are rotated by time.
+    """
+    places = torch.arange(table.shape[1], device=table.device)
+    pair = places % (table.shape[1] // 2)
     axis = torch.zeros_like(pair)
     for number in (1, 2):
-        axis[(pair % 3 == number) & (pair < 3 * c.sections[number])] = number
-    rows = table[given.positions.to(ids.device)[axis].T, torch.arange(table.shape[1], device=ids.device)]
-    return ModelInput(x, (rows, *added))
+        axis[(pair % 3 == number) & (pair < 3 * sections[number])] = number
+    return table[positions.to(table.device, non_blocking=True)[axis].T, places]
 
 
 def rotated(batch: ForwardBatch, state: ModelInput | StageState) -> ForwardBatch:
@@ -236,29 +235,38 @@ def rotated(batch: ForwardBatch, state: ModelInput | StageState) -> ForwardBatch
     return replace(batch, rotary_table=state.extras[0], rotary_rows=torch.arange(batch.num_tokens, device=state.x.device))
 
 
-class WithTower:
-    """A text model's class is made one of images by this one before it. `vision`: with the tower, which else is not loaded."""
+class WithTower(WithImages):
+    """What Qwen3-VL's dense model and its mixture add to their text models."""
 
     stored_at: ClassVar[Mapping[str, str]] = {"model": "model.language_model", "visual": "model.visual"}
+    tower_names = ("visual",)
+    config: Any
 
-    def __init__(self, c: Any, tp: TensorParallel, max_len: int, layers: range | None = None, *, vision: bool = False):
-        super().__init__(c, tp, max_len, layers)  # type: ignore[call-arg]
-        if vision:
-            self.visual = Tower(c.vision, tp)
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = super().ignored  # type: ignore[misc]
-        return found if hasattr(self, "visual") else (*found, "model.visual.*")
+    @staticmethod
+    def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
+        return [Tower(c.vision, tp)]
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features of images, as `Tower` gives them."""
-        found: Tensor = self.visual(patches, grids)
+        found: Tensor = self.visual(patches, grids)  # type: ignore[attr-defined]
         return found
 
-    def embed(self, ids: Tensor, features: Any = None) -> ModelInput:
-        found: ModelInput = super().embed(ids)  # type: ignore[misc]
-        return found if features is None else with_images(self, found.x, ids, features)
+    @property
+    def feature_width(self) -> int:
+        vision = self.config.vision
+        return int((1 + len(vision.deepstack_visual_indexes)) * vision.out_hidden_size)
+
+    def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
+        return image_positions(images, self.config.vision.spatial_merge_size, start, stop)
+
+    def with_features(self, x: Tensor, images: ImageInput) -> ModelInput:
+        """Beside the embeddings: rows of cosines and sines, and for each of the first layers what is added behind it."""
+        first, *deep = images.features.split(self.config.vision.out_hidden_size, 1)
+        assert images.positions is not None
+        table = self.attention_layers()[0].rotary.cos_sin  # type: ignore[attr-defined]
+        rows = rotary_rows(table, images.positions, self.config.sections)
+        added = [splice(torch.zeros_like(x), images.places, one) for one in deep]
+        return ModelInput(splice(x, images.places, first), (rows, *added))
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         out: Tensor | StageState = super().forward(rotated(batch, state), state)  # type: ignore[misc]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.images import ImagePatches
 from octavo.vision.decode_image import MAX_PIXELS, decode
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.kimi_images import KimiImages
-from octavo.vision.patches import ImagePatches, ImageProcessor, read_config
+from octavo.vision.patches import ImageProcessor, read_config
 from octavo.vision.qwen_images import QwenImages
 
 __all__ = [

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import OctavoError
-from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
+from octavo.images import Grid, ImagePatches
+from octavo.vision.patches import check_steps, digest, positive, resized, triple
 
 __all__ = ["KimiImages"]
 
@@ -94,12 +94,11 @@ class KimiImages:
         return found
 
     def __call__(self, image: NDArray[np.uint8]) -> ImagePatches:
-        """Patches [P, 3, patch_size, patch_size] of an RGB image [rows, columns, 3]."""
+        """The patches of an RGB image [rows, columns, 3]."""
         grid, side = self.grid(image.shape[0], image.shape[1]), self.patch_size
         high, wide = self._size(image.shape[0], image.shape[1])
         pixels = np.zeros((grid.rows * side, grid.columns * side, 3), np.uint8)
         # Columns first, as torch does; newer Pillow chooses by the shape, and rounds to bytes between.
         pixels[:high, :wide] = resized(resized(image, image.shape[0], wide), high, wide)
         squares = pixels.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
-        patches = looked_up(squares.reshape(-1, 3, side * side), self._values).reshape(-1, 3, side, side)
-        return ImagePatches(patches, grid, self.tokens(grid), digest(image))
+        return ImagePatches(squares.reshape(-1, 3, 1, side * side), self._values, 1, grid, self.tokens(grid), digest(image))

@@ -1,4 +1,4 @@
-"""What a processor makes of an image for its tower, and what the processors share: resizing, and pixels' values.
+"""What image processors share: reading their config, resizing, and digests.
 
 Sizes are (rows, columns) here; Pillow's are (columns, rows).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,30 +16,17 @@ from PIL import Image
 
 from octavo import files
 from octavo.errors import OctavoError
-from octavo.grid import Grid
+from octavo.images import Grid, ImagePatches
 
 __all__ = [
-    "ImagePatches",
     "ImageProcessor",
     "check_steps",
     "digest",
-    "looked_up",
     "positive",
     "read_config",
     "resized",
     "triple",
 ]
-
-
-class ImagePatches(NamedTuple):
-    """patches: float32 [P, ...], P the product of `grid`, in the order and shape that the family's tower reads. tokens: of the
-    prompt, that the image takes. digest: of the decoded image, equal for equal pixels.
-    """
-
-    patches: NDArray[np.float32]
-    grid: Grid
-    tokens: int
-    digest: bytes
 
 
 class ImageProcessor(Protocol):
@@ -66,16 +53,6 @@ def resized(image: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uin
     if image.shape[:2] == (rows, columns):
         return image
     return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
-
-
-def looked_up(squares: NDArray[np.uint8], values: NDArray[np.float32], frames: int = 1) -> NDArray[np.float32]:
-    """[P, 3, frames, S], every frame alike: `values` [3, 256] of the bytes of patches [P, 3, S]."""
-    found = np.empty((len(squares), 3, frames, squares.shape[2]), np.float32)
-    for start in range(0, len(squares), 1024):  # numpy widens indices to eight bytes; few of them stay in the processor's cache
-        rows = slice(start, start + 1024)
-        for color in range(3):
-            found[rows, color] = np.take(values[color], squares[rows, color], mode="clip")[:, None]
-    return found
 
 
 def read_config(directory: str | Path) -> Mapping[str, Any]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
+from octavo.images import Grid, ImagePatches
+from octavo.vision.patches import check_steps, digest, positive, resized, triple
 
 __all__ = ["QwenImages"]
 
@@ -95,11 +95,10 @@ class QwenImages:
         return found
 
     def __call__(self, image: NDArray[np.uint8]) -> ImagePatches:
-        """Patches [P, 3 * temporal_patch_size * patch_size**2] of an RGB image [rows, columns, 3]."""
+        """The patches of an RGB image [rows, columns, 3]."""
         grid = self.grid(image.shape[0], image.shape[1])
         side, merge = self.patch_size, self.merge_size
         pixels = resized(image, grid.rows * side, grid.columns * side)
         squares = pixels.reshape(grid.rows // merge, merge, side, grid.columns // merge, merge, side, 3)
-        squares = squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side * side)
-        patches = looked_up(squares, self._values, self.temporal_patch_size)
-        return ImagePatches(patches.reshape(len(patches), -1), grid, self.tokens(grid), digest(image))
+        squares = squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side)
+        return ImagePatches(squares, self._values, self.temporal_patch_size, grid, self.tokens(grid), digest(image))

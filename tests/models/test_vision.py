@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
+from octavo.images import Grid
 from octavo.kvcache import KVCache, Layout
-from octavo.layers.vision import Grid, ImageInput
+from octavo.layers.vision import ImageInput
 from octavo.models import architecture, read_config
-from octavo.models.qwen3_vl import positions
 from octavo.quant import BF16, FP8_PER_CHANNEL, QuantRules, Scheme
 from octavo.weights import Loader, SafetensorsSource, load
 
@@ -94,18 +94,20 @@ def octavo_logits(name: str, path: Path, tp: TensorParallel, scheme: Scheme = BF
     model.bind_cache(cache.views)
     (ids, patches), grids = CASES[name].prompt(), CASES[name].grids
     last = max(place for place, token in enumerate(ids) if token == IMAGE)
-    places, delta = torch.arange(len(ids)).expand(3, -1), 0
-    if name != "kimi_k25":
-        places, delta = positions(ids, grids, model.config)
+    firsts = [place for place, token in enumerate(ids) if token == IMAGE and ids[place - 1] != IMAGE]
+    images = list(zip(firsts, grids, strict=True))
+    after = model.image_positions(images, len(ids), len(ids) + 1)
+    delta = 0 if after is None else int(after[0, 0]) - len(ids)
     found, start = [], 0
     with torch.inference_mode():
         features = model.encode(patches, grids)
         for length in parts or (len(ids),):
             stop = start + length
-            images = slice(ids[:start].count(IMAGE), ids[:stop].count(IMAGE))
-            given: Any = (
-                ImageInput(features[images], places[:, start:stop]) if start <= last else None
-            )  # else as decode steps go
+            given = None  # behind the last image it goes as decode steps go
+            if start <= last:
+                part = features[ids[:start].count(IMAGE) : ids[:stop].count(IMAGE)]
+                places = torch.tensor([at for at, token in enumerate(ids[start:stop]) if token == IMAGE], dtype=torch.int64)
+                given = ImageInput(part, places, model.image_positions(images, start, stop))
             span = batch.Span(ids[start:stop], start, list(range(1, 20)), 0 if given else delta)
             built = batch.build([span], 4, CPU.device)
             found.append(model.logits(model(built, model.embed(built.input_ids, given))))

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from octavo.errors import InvalidRequest
+from octavo.layers.vision import patch_values
 from octavo.vision import FetchRules, ImagePart, fetch_parts, image_parts, image_processor, prepare
 
 
@@ -44,7 +46,8 @@ def test_images_of_a_chat_become_patches_in_their_order(tmp_path: Path) -> None:
     assert first.grid == second.grid == (1, 4, 6)
     assert first.tokens == 6
     for image, color in ((first, 0), (second, 2), (third, 0)):
-        values = image.patches.reshape(24, 3, 2, 16, 16)
+        pixels, table = torch.from_numpy(image.pixels), torch.from_numpy(image.values)
+        values = patch_values(pixels, table, image.frames).view(24, 3, 2, 16, 16)
         assert (
             [values[:, one].min() for one in range(3)] == [values[:, one].max() for one in range(3)] == list(np.eye(3)[color])
         )

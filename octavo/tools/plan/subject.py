@@ -99,7 +99,9 @@ class Subject:
 
     def _build(self, tp: int) -> Any:
         """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
-        return build_model(self.source.config, TensorParallel(0, tp), 1)  # a rotary table of one position
+        return build_model(
+            self.source.config, TensorParallel(0, tp), 1, vision=self.config.reads_images
+        )  # a rotary table of one position
 
     @property
     def model_type(self) -> str:

@@ -1,0 +1,112 @@
+"""Runs the vision tower, and keeps its outputs for the steps that compute the image's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from octavo.batch import to_device
+from octavo.engine.sequence import RequestImage, ScheduledRequest
+from octavo.images import Grid, ImagePatches, PlacedImage
+from octavo.layers.vision import ImageInput, patch_values
+from octavo.models.interface import Model, VisionModel
+from octavo.platform import Platform
+
+__all__ = ["Encoder", "make_encoder"]
+
+LARGEST = 16_384  # tokens of an image that the cache has room for, whatever its size: 16 million pixels of Qwen3-VL
+
+
+class Encoder:
+    """The features of images on the device, by the keys of the scheduler's EncoderCache, which says what to keep."""
+
+    def __init__(self, model: VisionModel, platform: Platform):
+        self.model, self.platform = model, platform
+        self.features: dict[bytes, Tensor] = {}
+        self.capacity = 0  # image tokens
+
+    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype) -> int:
+        """Sets `capacity`, image tokens whose features are kept, and returns the bytes that they and the tower's activations
+        take at most. The cache has room for one image at least."""
+        largest, token = min(LARGEST, max_model_len), self.model.feature_width * dtype.itemsize
+        self.capacity = max(cache_bytes // token, largest)
+        return self.capacity * token + self.model.encoder_workspace_bytes(largest)
+
+    @torch.inference_mode()
+    def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:
+        """Drops the features of `evicted` and encodes `images`, all of them in one pass of the tower."""
+        for key in evicted:
+            del self.features[key]
+        if not images:
+            return
+        patches = torch.cat([self._patches(found.image) for found in images])
+        encoded = self.model.encode(patches, [found.image.grid for found in images])
+        for found, features in zip(images, encoded.split([found.image.tokens for found in images]), strict=True):
+            self.features[found.key] = features.clone()  # a view would keep those of all images
+
+    def _patches(self, image: ImagePatches) -> Tensor:
+        pixels, values = (torch.from_numpy(array) for array in (image.pixels, image.values))
+        if not self.platform.is_cpu:
+            pixels, values = (array.pin_memory().to(self.platform.device, non_blocking=True) for array in (pixels, values))
+        return patch_values(pixels, values, image.frames)
+
+    def input(self, items: Sequence[ScheduledRequest]) -> ImageInput | None:
+        """What images bring to the step of `items`; None where no item is before or within an image of its request.
+
+        The tokens behind a request's last image need nothing: their rotary rows follow from its rotary_delta.
+        """
+        if not any(_has_images(item) for item in items):
+            return None
+        features: list[Tensor] = []
+        places: list[int] = []
+        positions: list[Tensor] = []
+        at = 0
+        for item in items:
+            start, stop = item.start, item.start + item.num_tokens
+            for found in item.request.images_within(start, stop):
+                low, high = max(start, found.start), min(stop, found.stop)
+                features.append(self.features[found.key][low - found.start : high - found.start])
+                places.extend(range(at + low - start, at + high - start))
+            placed = self.model.image_positions(_grids(item.request.images), start, stop)
+            if placed is not None:
+                positions.append(placed)
+            at += item.num_tokens
+        device = self.platform.device
+        none = torch.empty(0, self.model.feature_width, device=device)
+        return ImageInput(
+            torch.cat(features) if features else none,
+            to_device(places, torch.int64, device),
+            _to(torch.cat(positions, 1), self.platform) if positions else None,
+        )
+
+    def rotary_delta(self, images: Sequence[PlacedImage]) -> int:
+        """Rotary row minus index of the tokens behind a request's images, one at least."""
+        stop = images[-1].stop
+        found = self.model.image_positions(_grids(images), stop, stop + 1)
+        return 0 if found is None else int(found[0, 0]) - stop
+
+    def warm_up(self) -> None:
+        """Launches every kernel of the tower."""
+        patches, grid = self.model.warm_up_image()
+        self.model.encode(patches.to(self.platform.device), [grid])
+
+
+def make_encoder(model: Model, platform: Platform) -> Encoder | None:
+    """The encoder of a model that has a vision tower."""
+    return Encoder(cast("VisionModel", model), platform) if getattr(model, "has_tower", False) else None
+
+
+def _has_images(item: ScheduledRequest) -> bool:
+    images = item.request.images
+    return bool(images) and item.start < images[-1].stop
+
+
+def _grids(images: Sequence[RequestImage | PlacedImage]) -> list[tuple[int, Grid]]:
+    return [(found.start, found.image.grid) for found in images]
+
+
+def _to(tensor: Tensor, platform: Platform) -> Tensor:
+    return tensor if platform.is_cpu else tensor.pin_memory().to(platform.device, non_blocking=True)

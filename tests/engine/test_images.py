@@ -1,0 +1,174 @@
+"""The whole engine on tiny models of text and images: two pictures give two answers, whatever company and parts they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine.test_core import LENGTH, run, token_ids
+from models.test_kimi import kimi, write
+from models.test_qwen3_vl import qwen3_vl
+from transformers import PreTrainedModel
+
+from octavo.config import EngineConfig
+from octavo.engine.block_pool import BlockPool
+from octavo.engine.core import EngineCore
+from octavo.engine.encoder_cache import EncoderCache
+from octavo.engine.scheduler import Scheduler
+from octavo.images import Grid, ImagePatches
+from octavo.layers.vision import patch_values
+from octavo.messages import EngineRequest, SamplingParams
+from octavo.vision.patches import digest
+from octavo.vision.placement import place_images
+
+IMAGE = 250
+ENGINE: dict[str, Any] = dict(dtype="float32", device="cpu", threads=1, block_size=4, max_model_len=LENGTH)
+SIDES = {"qwen3_vl": (4, 2), "kimi_k25": (14, 1)}  # a patch's side, and frames
+
+
+def image(family: str, seed: int, rows: int = 4, columns: int = 6) -> ImagePatches:
+    side, frames = SIDES[family]
+    pixels = np.random.default_rng(seed).integers(0, 256, (rows * columns, 3, 1, side * side), dtype=np.uint8)
+    values = np.linspace([-1, -1.5, -2], [1, 1.5, 2], 256, dtype=np.float32).T.copy()
+    return ImagePatches(pixels, values, frames, Grid(1, rows, columns), rows * columns // 4, digest(pixels))
+
+
+def prompt(name: str, ids: list[int], *images: ImagePatches, **params: Any) -> EngineRequest:
+    """`ids` with one IMAGE for each image."""
+    placed, at = place_images(ids, images, IMAGE)
+    return EngineRequest(name, placed, SamplingParams(**{"max_tokens": 12, "temperature": 0} | params), images=at)
+
+
+Saved = dict[str, tuple[PreTrainedModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    found: Saved = {}
+    for family, make in {"qwen3_vl": qwen3_vl, "kimi_k25": kimi}.items():
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp(family)
+        model = make()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.mul_(3 if family == "qwen3_vl" and p.ndim > 1 and "layers" in name else 1)
+        if family == "kimi_k25":
+            write(path, model, int4=False)
+        else:
+            model.save_pretrained(path)
+        found[family] = model, path
+    return found
+
+
+@pytest.fixture
+def make(saved: Saved) -> Callable[..., EngineCore]:
+    def core(family: str, blocks: int | None = None, room: int | None = None, **options: Any) -> EngineCore:
+        made = EngineCore(EngineConfig(model=str(saved[family][1]), **ENGINE | options))
+        assert made.runner.encoder is not None
+        if blocks is not None or room is not None:
+            pool = made.scheduler.pool if blocks is None else BlockPool(blocks, 4, made.scheduler.pool.prefix_caching)
+            cache = EncoderCache(room or made.runner.encoder.capacity)
+            made.scheduler = Scheduler(pool, 256, made.runner.max_num_batched_tokens, LENGTH, cache)
+        return made
+
+    return core
+
+
+def greedy(family: str, model: PreTrainedModel, asked: EngineRequest) -> list[int]:
+    """What transformers says, one forward pass over everything a token."""
+    patches = [
+        patch_values(torch.from_numpy(p.image.pixels), torch.from_numpy(p.image.values), p.image.frames) for p in asked.images
+    ]
+    ids = list(asked.prompt_token_ids)
+    for _ in range(asked.params.max_tokens or 0):
+        more: dict[str, Any] = {}
+        if patches:
+            shape = (-1, 3, 14, 14) if family == "kimi_k25" else (-1, 96)
+            more = dict(
+                pixel_values=torch.cat(patches).view(shape), image_grid_thw=torch.tensor([p.image.grid for p in asked.images])
+            )
+            if family != "kimi_k25":
+                kinds = torch.zeros(1, len(ids), dtype=torch.int64)
+                for placed in asked.images:
+                    kinds[0, placed.start : placed.stop] = 1
+                more["mm_token_type_ids"] = kinds
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), **more).logits[0, -1].argmax()))
+    return ids[len(asked.prompt_token_ids) :]
+
+
+def requests(family: str) -> list[EngineRequest]:
+    """Texts, pictures, the same text with another picture, the same picture in another text, several pictures."""
+    a, b, c = image(family, 1), image(family, 2), image(family, 3, 2, 8)
+    text = [10, 11, IMAGE, 12, 13]
+    return [
+        prompt("a", text, a),
+        prompt("b", text, b),
+        prompt("text", [20, 21, 22, 23, 24, 25]),
+        prompt("abc", [30, IMAGE, 36, IMAGE, 31, 32, 33, 34, IMAGE, 35], a, b, c),
+        prompt("later", [40, 41, 42, 43, 44, 45, 46, IMAGE, 47, 48], b),
+        prompt("last", [50, 51, IMAGE], c),
+    ]
+
+
+@pytest.mark.parametrize("family", SIDES)
+def test_the_engine_says_what_transformers_says_alone_and_in_company(family: str, saved: Saved, make: Any) -> None:
+    asked = requests(family)
+    expected = {one.request_id: greedy(family, saved[family][0], one) for one in asked}
+    assert expected["a"] != expected["b"]
+    assert len({token for ids in expected.values() for token in ids}) > 12, "outputs too dull to tell a mistake by"
+    core = make(family)
+    for one in asked:
+        assert token_ids(run(core, [one])[0]) == {one.request_id: expected[one.request_id]}
+    assert token_ids(run(make(family), asked)[0]) == expected
+    assert token_ids(run(make(family, max_num_batched_tokens=5), asked, apart=2)[0]) == expected  # in parts that cut images
+    assert token_ids(run(make(family, room=6), asked)[0]) == expected  # of two images one is always evicted
+    preempted, sums = run(make(family, blocks=12), asked)
+    assert token_ids(preempted) == expected
+    assert sums.num_preemptions
+
+
+@pytest.mark.parametrize("family", SIDES)
+def test_equal_pictures_are_encoded_once_and_share_their_prefix(family: str, make: Any) -> None:
+    core = make(family)
+    encoded: list[list[Grid]] = []
+    encode = core.runner.model.encode
+    core.runner.encoder.model.encode = lambda patches, grids: encoded.append(grids) or encode(patches, grids)
+    asked = requests(family)
+    first, sums = run(core, [asked[0]])
+    assert sums.prefix_cache_hits == 0
+    again, sums = run(core, [asked[0]])
+    assert token_ids(again) == token_ids(first)
+    assert sums.prefix_cache_hits == 8  # two blocks of four: 10, 11 and the six tokens of the image
+    assert len(encoded) == 1
+    _, sums = run(core, [asked[1]])
+    assert sums.prefix_cache_hits == 0, "another picture in the same words"
+    assert len(encoded) == 2
+    run(core, [asked[4]])
+    assert len(encoded) == 2, "a picture of an earlier request"
+    salted = replace(asked[0], cache_salt="mine")
+    _, sums = run(core, [salted])
+    assert sums.prefix_cache_hits == 0
+    assert len(encoded) == 3, "salts share nothing, so that nobody can tell what others have sent"
+
+
+def test_a_placeholder_in_a_text_is_a_token_like_others(saved: Saved, make: Any) -> None:
+    one = EngineRequest("plain", [10, IMAGE, 11, IMAGE], SamplingParams(max_tokens=5, temperature=0))
+    mixed = requests("qwen3_vl")[:1]
+    core = make("qwen3_vl")
+    alone = token_ids(run(core, [one])[0])["plain"]
+    assert token_ids(run(make("qwen3_vl"), [one, *mixed])[0])["plain"] == alone
+
+
+def test_an_image_larger_than_the_cache_fails_alone(make: Any) -> None:
+    core = make("qwen3_vl", room=5)
+    outputs, _ = run(core, [requests("qwen3_vl")[0], prompt("text", [20, 21])])
+    assert [o.error for o in outputs["a"]] == [
+        "An image has 6 tokens, and 5 fit into the encoder cache (--mm-processor-cache-gb)."
+    ]
+    assert len(token_ids({"text": outputs["text"]})["text"]) == 12
