@@ -1,4 +1,4 @@
-"""The whole engine on tiny models of text and images: two pictures give two answers, whatever company and parts they come in."""
+"""The whole engine on tiny models of text and images: each picture has its answer, whatever company and parts it comes in."""
 
 from __future__ import annotations
 
