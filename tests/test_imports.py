@@ -43,9 +43,11 @@ BELOW = {
     "messages": set(),
     "distributed": set(),
     "host": set(),
+    "config": {"media_limits"},
+    "media_limits": set(),
     "files": set(),
 }
-FOR_ALL = {"errors", "batch", "demo", "images", "media_limits", "version"}  # leaves
+FOR_ALL = {"errors", "batch", "demo", "images", "version"}  # leaves
 # Lazy imports that go up, or close a circle of folders -> why each must be.
 LAZY = {
     ("octavo.frontend.engine_start", "octavo.engine.worker"): "what starts an engine; its worker imports no torch",

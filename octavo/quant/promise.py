@@ -16,6 +16,9 @@ from octavo.quant.scheme import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Sche
 __all__ = ["Promise", "promise_of"]
 
 
+ALL_BUT_TEXT = "re:(?!.*language_model).*"  # the text model's path in checkpoints of multimodal models
+
+
 @dataclass(frozen=True)
 class Promise:
     """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out.
@@ -51,6 +54,8 @@ def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Prom
     found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
     keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
     ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))
+    if found and not quantization_configs({**config, "text_config": None}, directory):
+        ignore += (ALL_BUT_TEXT,)  # said within text_config, of the text model alone
     method = found.get("quant_method")
     if method == "compressed-tensors" or "config_groups" in found:
         groups = [group for group in (found.get("config_groups") or {}).values() if isinstance(group, dict)]

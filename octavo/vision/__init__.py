@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.files import read_json
 from octavo.images import ImagePatches
 from octavo.vision.decode_image import MAX_PIXELS, decode
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.kimi_images import KimiImages
 from octavo.vision.patches import ImageProcessor, read_config
+from octavo.vision.placement import place_images
 from octavo.vision.qwen_images import QwenImages
 
 __all__ = [
@@ -24,18 +26,36 @@ __all__ = [
     "ImagePart",
     "ImagePatches",
     "ImageProcessor",
+    "ImageReader",
     "fetch_parts",
     "image_parts",
     "image_processor",
+    "image_reader",
+    "place_images",
     "prepare",
 ]
 
-# config.json's model_type -> what makes its images.
-_FAMILIES: Mapping[str, Callable[[Mapping[str, Any]], ImageProcessor]] = {
-    "qwen3_vl": QwenImages.from_json,
-    "qwen3_vl_moe": QwenImages.from_json,
-    "kimi_k25": KimiImages.from_json,
-}
+
+class _Family(NamedTuple):
+    """make: the processor of preprocessor_config.json. placeholders: the fields of config.json that may have the token which a
+    chat template writes for an image. token: where none of them is there.
+    """
+
+    make: Callable[[Mapping[str, Any]], ImageProcessor]
+    placeholders: tuple[str, ...]
+    token: int
+
+
+_QWEN = _Family(QwenImages.from_json, ("image_token_id",), 151655)
+_KIMI = _Family(KimiImages.from_json, ("media_placeholder_token_id", "image_token_id"), 163605)
+_FAMILIES: Mapping[str, _Family] = {"qwen3_vl": _QWEN, "qwen3_vl_moe": _QWEN, "kimi_k25": _KIMI}  # by config.json's model_type
+
+
+class ImageReader(NamedTuple):
+    """How a checkpoint's images are prepared, and the token that stands for one in a chat template's text."""
+
+    processor: ImageProcessor
+    placeholder: int
 
 
 class ImagePart(NamedTuple):
@@ -49,7 +69,18 @@ def image_processor(model_type: str, directory: str | Path) -> ImageProcessor:
     """Of the checkpoint in `directory`. Raises OctavoError for models without images, and for configs that are wrong."""
     if model_type not in _FAMILIES:
         raise OctavoError(f"Models of type {model_type} read no images; those that do are {', '.join(_FAMILIES)}.")
-    return _FAMILIES[model_type](read_config(directory))
+    return _FAMILIES[model_type].make(read_config(directory))
+
+
+def image_reader(directory: str | Path) -> ImageReader | None:
+    """Of the checkpoint in `directory`; None for a model of text alone. Raises OctavoError for configs that are wrong."""
+    config = read_json(Path(directory) / "config.json") or {}
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        return None
+    given = (config.get(name) for name in family.placeholders)
+    token = next((one for one in given if type(one) is int), family.token)
+    return ImageReader(family.make(read_config(directory)), token)
 
 
 def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[ImagePart]:

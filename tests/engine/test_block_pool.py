@@ -111,7 +111,7 @@ def test_hash_depends_on_parent_tokens_and_their_order_alone():
 def test_names_are_extended_not_computed_anew(monkeypatch):
     pool = BlockPool(8, 2)
     calls = []
-    monkeypatch.setattr("octavo.engine.block_pool.block_hash", lambda p, t: calls.append(t) or block_hash(p, t))
+    monkeypatch.setattr("octavo.engine.block_pool.block_hash", lambda p, t, extra: calls.append(t) or block_hash(p, t, extra))
     names, tokens = [], list(range(8))
     for count in range(5):
         pool.hash_blocks(names, tokens, count)

@@ -154,7 +154,7 @@ def notes(plan: Plan) -> list[str]:
         rest = f"; {' and '.join(kept)} stay BF16 and add to it." if kept else "."
         out.append(f"FP8 halves what it stores, so nothing here is under 50%{rest}")
     if "vision_config" in q.subject.source.config and not any(o.component == "vision" for o in q.subject.base.operands):
-        out.append("The vision tower is not loaded, since images are not served yet: every number is the text model's.")
+        out.append("The vision tower is left out (--language-model-only): every number is the text model's.")
     if not q.subject.source.tensors:
         out.append("Octavo downloads nothing: the command takes the directory that the checkpoint is downloaded into.")
     if q.on.arch == "gfx942" and asked.variant.label != "BF16":
