@@ -1,18 +1,24 @@
-"""Sources of tensors on torch's meta device, for finding out what loading would do or refuse before any weight is read."""
+"""What loading would do or refuse, found out before any weight is read: tensors on torch's meta device, and their sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from octavo.ops import PackedStack, PackedWeight
+from octavo.platform import Platform
+from octavo.quant import QuantRules
 from octavo.quant.promise import Promise
 from octavo.weights.checkpoint import StoredTensor
 from octavo.weights.finite import SCALES_OF_CACHES
+from octavo.weights.loader import WHOLE, Loader, Matrices, Shard, is_tied, places_of
 from octavo.weights.sources import check_shape
 
-__all__ = ["MetaSource"]
+__all__ = ["MatrixSizes", "MetaSource", "matrix_sizes"]
 
 Beside = Sequence[tuple[str, str, tuple[int, ...]]]
 
@@ -63,3 +69,69 @@ class MetaSource:
             return torch.ones(tuple(stored), dtype=dtype)
         size = [len(range(*part.indices(n))) if i == dim else n for i, n in enumerate(stored)]
         return torch.empty(size, dtype=dtype, device="meta")
+
+
+@dataclass
+class MatrixSizes:
+    """The number of values in all matrices but packed ones, and the bytes of packed INT4, scales left out of both."""
+
+    values: int = 0
+    packed_bytes: int = 0
+
+
+@dataclass
+class _SizeLoader(Loader):
+    """Adds up the matrices that a model's layers ask for, whole ones and not a rank's part, and reads none."""
+
+    promised: Promise | None = None
+    sizes: MatrixSizes = field(default_factory=MatrixSizes)
+
+    def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
+        if len(shape) > 1:
+            self.sizes.values += prod(shape)
+        return torch.empty(tuple(shape), dtype=dtype or self.dtype, device="meta" if len(shape) > 1 else "cpu")
+
+    def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
+        self._count(self.prefix + name, shape)
+        part = shard.slice(shape[shard.dim])
+        own = [part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape)]
+        return torch.empty(own, dtype=self.dtype, device="meta")
+
+    def weight(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, int]],
+        shards: Sequence[Shard],
+        *,
+        is_head: bool = False,
+        row_lookup: bool = False,
+    ) -> PackedWeight:
+        for name, shape in zip(names, shapes, strict=True):
+            self._count(self.prefix + name, shape, is_head=is_head)
+        return PackedWeight()
+
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[PackedStack]:
+        for stack in stacks:
+            for name, shape in zip(stack.names, stack.shapes, strict=True):
+                self._count(f"{self.prefix}0.{name}", shape, count)
+        return [PackedStack() for _ in stacks]
+
+    def tied(self, module: str) -> PackedWeight:
+        return PackedWeight()
+
+    def _count(self, module: str, shape: tuple[int, int], copies: int = 1, *, is_head: bool = False) -> None:
+        announced = self.promised is not None and not is_head and not self.promised.leaves_out(module)
+        if announced and self.promised is not None and self.promised.of(module).scheme is None:
+            self.sizes.packed_bytes += copies * prod(shape) // 2
+        else:
+            self.sizes.values += copies * prod(shape)
+
+
+def matrix_sizes(model: nn.Module, promised: Promise | None, rules: QuantRules, platform: Platform) -> MatrixSizes:
+    """The sizes of a model's matrices in a checkpoint of the announced format. `model` holds no weights afterwards."""
+    places = places_of(model)
+    source = MetaSource({}, promised, has_any=True)
+    loader = _SizeLoader(source, platform, rules, torch.bfloat16, tied_head=is_tied(places), promised=promised)
+    for path, module in places:
+        module.load(loader.at(path))
+    return loader.sizes
