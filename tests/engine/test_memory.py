@@ -219,7 +219,7 @@ def test_no_table_is_made_for_positions_that_no_cache_holds(shape, tmp_path):
     assert llm.info.max_model_len == 4096
     assert any("note: max_model_len lowered from 1000000000 to 4096" in line for line in llm.info.report)
     assert llm._core.runner.model.model.layers[0].self_attn.rotary_emb.cos_sin.shape[0] == 4096
-    with pytest.raises(OctavoError, match=r"one request of 1000000000 tokens needs .* lower --max-model-len to 4096"):
+    with pytest.raises(OctavoError, match=r"one request of 1000000000 tokens needs .* lower max_model_len to 4096"):
         LLM(tmp_path, **small | dict(max_model_len=10**9))
     assert LLM(tmp_path, **small | dict(max_model_len=100)).info.max_model_len == 100
 
