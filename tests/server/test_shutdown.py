@@ -54,7 +54,9 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(serve: MakeServer) ->
         with post(server) as refused:
             assert refused.status == 503
             assert json.loads(refused.read())["error"]["code"] == "shutting_down"
-        assert stream.read().endswith(b"data: [DONE]\n\n")
+        *events, done, _ = stream.read().split(b"\n\n")
+        choices = [json.loads(event.strip().removeprefix(b"data: "))["choices"] for event in events]  # an error has none
+        assert (choices[-1][0]["finish_reason"], done) == ("stop", b"data: [DONE]")
     assert server.end() == 0
 
 
