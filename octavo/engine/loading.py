@@ -26,7 +26,7 @@ from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
-from octavo.quant.promise import promise_of
+from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
 from octavo.weights.meta import MatrixSizes, matrix_sizes
@@ -183,15 +183,15 @@ def _check_room(model: Model, source: SafetensorsSource | DummySource, platform:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
         sizes = MatrixSizes(source.checkpoint.matrix_values(), source.checkpoint.packed_bytes())
     else:
-        stored = source.promised is not None
-        sizes = matrix_sizes(cast("nn.Module", model), source.promised, QuantRules(), platform)
+        stored = source.stored_format is not None
+        sizes = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform)
     check_weights(platform, sizes.values, sizes.packed_bytes, fp8=scheme.dtype is WeightDType.FP8 or stored)
 
 
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:
     """Opens a checkpoint directory, or dummy weights stored in the formats that its config.json names. Raises OctavoError."""
     if config.load_format == "dummy":
-        return DummySource(promise_of(read_config(directory), directory))
+        return DummySource(stored_format_of(read_config(directory), directory))
     return SafetensorsSource(directory)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from octavo.errors import InvalidRequest, OctavoError
 
-__all__ = ["FetchRules", "ascii_host", "split", "told", "too_large"]
+__all__ = ["FetchRules", "ascii_host", "printable", "split", "too_large"]
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ def _host_and_port(domain: str) -> tuple[str, int | None]:
     return host, parts.port
 
 
-def told(url: str) -> str:
+def printable(url: str) -> str:
     """A URL for a sentence: short, and nothing but printable ASCII."""
-    printable = "".join(c if " " < c < "\x7f" else "?" for c in url[:101])
-    return printable if len(url) <= 100 else printable[:97] + "..."
+    shown = "".join(c if " " < c < "\x7f" else "?" for c in url[:101])
+    return shown if len(url) <= 100 else shown[:97] + "..."
 
 
 def too_large(url: str, max_bytes: int) -> InvalidRequest:
-    return InvalidRequest(f"{told(url)} has more than {max_bytes >> 20} MiB; send a smaller image.")
+    return InvalidRequest(f"{printable(url)} has more than {max_bytes >> 20} MiB; send a smaller image.")
 
 
 def split(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError:
-        raise InvalidRequest(f"{told(url)} is not a valid URL.") from None
+        raise InvalidRequest(f"{printable(url)} is not a valid URL.") from None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import OctavoError
 from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
+from octavo.vision.patches import ImagePatches, check_steps, digest, lookup, positive, resized, triple
 
 __all__ = ["KimiImages"]
 
@@ -101,5 +101,5 @@ class KimiImages:
         # Columns first, as torch does; newer Pillow chooses by the shape, and rounds to bytes between.
         pixels[:high, :wide] = resized(resized(image, image.shape[0], wide), high, wide)
         squares = pixels.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
-        patches = looked_up(squares.reshape(-1, 3, side * side), self._values).reshape(-1, 3, side, side)
+        patches = lookup(squares.reshape(-1, 3, side * side), self._values).reshape(-1, 3, side, side)
         return ImagePatches(patches, grid, self.tokens(grid), digest(image))

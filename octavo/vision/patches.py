@@ -23,7 +23,7 @@ __all__ = [
     "ImageProcessor",
     "check_steps",
     "digest",
-    "looked_up",
+    "lookup",
     "positive",
     "read_config",
     "resized",
@@ -68,7 +68,7 @@ def resized(image: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uin
     return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
 
 
-def looked_up(squares: NDArray[np.uint8], values: NDArray[np.float32], frames: int = 1) -> NDArray[np.float32]:
+def lookup(squares: NDArray[np.uint8], values: NDArray[np.float32], frames: int = 1) -> NDArray[np.float32]:
     """[P, 3, frames, S], every frame alike: `values` [3, 256] of the bytes of patches [P, 3, S]."""
     found = np.empty((len(squares), 3, frames, squares.shape[2]), np.float32)
     for start in range(0, len(squares), 1024):  # numpy widens indices to eight bytes; few of them stay in the processor's cache

@@ -25,7 +25,7 @@ import httptools
 
 from octavo.errors import InvalidRequest
 from octavo.version import __version__
-from octavo.vision.fetch_rules import FetchRules, ascii_host, split, told, too_large
+from octavo.vision.fetch_rules import FetchRules, ascii_host, printable, split, too_large
 
 __all__ = ["get_public", "is_public"]
 
@@ -72,7 +72,7 @@ def _place(url: str, rules: FetchRules) -> _Place:
     """Raises InvalidRequest where no connection may be made."""
     parts = split(url)
     if parts.scheme not in ("http", "https"):
-        raise InvalidRequest(f"A redirect leads to {told(url)}, which is not an http(s) URL.")
+        raise InvalidRequest(f"A redirect leads to {printable(url)}, which is not an http(s) URL.")
     secure = parts.scheme == "https"
     try:
         host = ascii_host(parts.hostname or "")
@@ -80,7 +80,7 @@ def _place(url: str, rules: FetchRules) -> _Place:
     except ValueError:
         host, port = "", 0
     if not host or not port or not re.fullmatch(r"[0-9a-z_.:%-]+", host):
-        raise InvalidRequest(f"{told(url)} is not a valid URL.")
+        raise InvalidRequest(f"{printable(url)} is not a valid URL.")
     if parts.username is not None or parts.password is not None:
         raise InvalidRequest(f"The URL of an image at {host} has a user name or password, which are not sent; leave them out.")
     if not rules.allows(host, port):
@@ -103,12 +103,12 @@ async def get_public(url: str, rules: FetchRules) -> bytes:
             return bytes(answer.body)
         location = answer.headers.get(b"location")
         if answer.status not in _REDIRECTS or location is None:
-            raise InvalidRequest(f"{told(url)} was answered with HTTP status {answer.status} instead of an image.")
+            raise InvalidRequest(f"{printable(url)} was answered with HTTP status {answer.status} instead of an image.")
         try:
             url = urljoin(url, location.decode("latin-1"))
         except ValueError:
-            raise InvalidRequest(f"{told(url)} is redirected to what is not a valid URL.") from None
-    raise InvalidRequest(f"{told(first)} is redirected more than {rules.redirects} times; give the URL that it leads to.")
+            raise InvalidRequest(f"{printable(url)} is redirected to what is not a valid URL.") from None
+    raise InvalidRequest(f"{printable(first)} is redirected more than {rules.redirects} times; give the URL that it leads to.")
 
 
 async def _addresses(place: _Place, rules: FetchRules) -> list[str]:
@@ -199,7 +199,7 @@ async def _get(place: _Place, rules: FetchRules) -> _Answer:
         )
         return await _read(reader, place, rules)
     except (OSError, EOFError, httptools.HttpParserError):
-        raise InvalidRequest(f"{told(place.url)} was not answered as HTTP says, or only in part.") from None
+        raise InvalidRequest(f"{printable(place.url)} was not answered as HTTP says, or only in part.") from None
     finally:
         writer.transport.abort()  # closing TLS politely would wait for the other side
 
@@ -210,7 +210,9 @@ async def _connect(place: _Place, rules: FetchRules) -> tuple[asyncio.StreamRead
             if place.secure:
                 return await asyncio.open_connection(address, place.port, ssl=_tls(), server_hostname=place.host)
             return await asyncio.open_connection(address, place.port)
-    raise InvalidRequest(f"{told(place.url)} cannot be reached" + (", or its certificate is not valid." * place.secure or "."))
+    raise InvalidRequest(
+        f"{printable(place.url)} cannot be reached" + (", or its certificate is not valid." * place.secure or ".")
+    )
 
 
 async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) -> _Answer:
@@ -229,12 +231,14 @@ async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) 
         if answer.headed and answer.status != 200:
             break
         if answer.headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise InvalidRequest(f"{told(place.url)} is sent compressed, though it was asked for as it is; send a data: URL.")
+            raise InvalidRequest(
+                f"{printable(place.url)} is sent compressed, though it was asked for as it is; send a data: URL."
+            )
         length = answer.headers.get(b"content-length", b"0")
         if len(answer.body) > rules.max_bytes or (length.isdigit() and int(length[:20]) > rules.max_bytes):
             raise too_large(place.url, rules.max_bytes)
         if not answer.headed and received > _HEADER_BYTES:
-            raise InvalidRequest(f"{told(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
+            raise InvalidRequest(f"{printable(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
         if received > 2 * rules.max_bytes + _HEADER_BYTES:  # chunks of a byte, each with its own lines
             raise too_large(place.url, rules.max_bytes)
     return answer

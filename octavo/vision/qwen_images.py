@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.grid import Grid
-from octavo.vision.patches import ImagePatches, check_steps, digest, looked_up, positive, resized, triple
+from octavo.vision.patches import ImagePatches, check_steps, digest, lookup, positive, resized, triple
 
 __all__ = ["QwenImages"]
 
@@ -101,5 +101,5 @@ class QwenImages:
         pixels = resized(image, grid.rows * side, grid.columns * side)
         squares = pixels.reshape(grid.rows // merge, merge, side, grid.columns // merge, merge, side, 3)
         squares = squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side * side)
-        patches = looked_up(squares, self._values, self.temporal_patch_size)
+        patches = lookup(squares, self._values, self.temporal_patch_size)
         return ImagePatches(patches.reshape(len(patches), -1), grid, self.tokens(grid), digest(image))

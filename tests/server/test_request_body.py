@@ -17,7 +17,7 @@ from server.processes import Server
 from octavo.server import error_responses, request_body
 from octavo.server.error_responses import ApiError
 from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest
-from octavo.server.request_body import MOST_VALUES, SMALL_BODY, as_request, read_body
+from octavo.server.request_body import MAX_VALUES, SMALL_BODY, as_request, read_body
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -47,12 +47,12 @@ def test_a_large_body_is_read_beside_the_server(client: Client, path: str, more:
 @cases(
     ("path", "body", "sentence"),
     [
-        (COMPLETIONS, {"prompt": [[]] * (MOST_VALUES // 8)}, MANY),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 0 for i in range(MOST_VALUES // 4)}}, MANY),
-        (CHAT, {"messages": [{"role": "user", "content": [{}] * MOST_VALUES}]}, MANY),
+        (COMPLETIONS, {"prompt": [[]] * (MAX_VALUES // 8)}, MANY),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 0 for i in range(MAX_VALUES // 4)}}, MANY),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * MAX_VALUES}]}, MANY),
         (CHAT, {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 100_000}, MANY),
-        (CHAT, {"messages": [USER], "chat_template_kwargs": {"a": [0] * MOST_VALUES}}, MANY),
-        ("/detokenize", {"tokens": [1] * MOST_VALUES}, MANY),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": {"a": [0] * MAX_VALUES}}, MANY),
+        ("/detokenize", {"tokens": [1] * MAX_VALUES}, MANY),
         (
             CHAT,
             {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 4097},
