@@ -52,8 +52,8 @@ def seconds(turns: list[Callable[[], object]], at_least: float = 0.4) -> float:
         start = time.perf_counter()
         for turn in turns:
             turn()
-        taken = time.perf_counter() - start
-        best, spent, goes = min(best, taken), spent + taken, goes + 1
+        elapsed = time.perf_counter() - start
+        best, spent, goes = min(best, elapsed), spent + elapsed, goes + 1
     return best / len(turns)
 
 
@@ -92,11 +92,11 @@ def products(shape: tuple[int, int], tokens: list[int], read: float, flops: floa
                 print(f"  m={m:<4} {name:<28} does not run here: {str(error).splitlines()[0][:60]}")
                 continue
             used = turns if m < 64 else turns[:4]
-            taken = seconds([lambda turn=turn, x=x: turn(x) for turn in used])
-            first = first or taken
+            elapsed = seconds([lambda turn=turn, x=x: turn(x) for turn in used])
+            first = first or elapsed
             print(
-                f"  m={m:<4} {name:<28} {taken * 1e6:10.1f}  {size * n * k / taken / 1e9:6.1f} GB/s"
-                f"  {2 * m * n * k / taken / 1e9:7.1f} GFLOP/s  {taken / first:6.2f}x",
+                f"  m={m:<4} {name:<28} {elapsed * 1e6:10.1f}  {size * n * k / elapsed / 1e9:6.1f} GB/s"
+                f"  {2 * m * n * k / elapsed / 1e9:7.1f} GFLOP/s  {elapsed / first:6.2f}x",
                 flush=True,
             )
 
@@ -159,11 +159,11 @@ def experts(shape: str, tokens: list[int], read: float) -> None:
             x, rows = torch.randn(m, k).bfloat16(), torch.randn(m * active, k).bfloat16()
             sent = [dispatch(torch.rand(m, count).argsort(1)[:, :active].int().contiguous(), count) for _ in range(16)]
             used = sum(int((at.starts[1:] > at.starts[:-1]).sum()) for at in sent) / len(sent)
-            taken = seconds([partial(stack, x if of_tokens else rows, at, of_tokens=of_tokens) for at in sent])
+            elapsed = seconds([partial(stack, x if of_tokens else rows, at, of_tokens=of_tokens) for at in sent])
             one = seconds([partial(turn, x) for turn in dense])
             print(
-                f"  m={m:<4} {name:<12} {used:5.1f} experts {taken * 1e6:9.1f}  {used * n * k / taken / 1e9:6.1f} GB/s"
-                f"  {2 * m * active * n * k / taken / 1e9:6.1f} GFLOP/s   one weight of {active} experts' bytes"
+                f"  m={m:<4} {name:<12} {used:5.1f} experts {elapsed * 1e6:9.1f}  {used * n * k / elapsed / 1e9:6.1f} GB/s"
+                f"  {2 * m * active * n * k / elapsed / 1e9:6.1f} GFLOP/s   one weight of {active} experts' bytes"
                 f" {one * 1e6:9.1f}  {active * n * k / one / 1e9:6.1f} GB/s",
                 flush=True,
             )

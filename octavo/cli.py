@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from octavo.errors import OctavoError, shortage
-from octavo.flags import BENCH, COMMANDS, command_of, engine_config, make_parser, nearest, with_dashes
+from octavo.flags import BENCH, COMMANDS, command_of, engine_config, make_parser, nearest, refuse_empty, with_dashes
 from octavo.version import __version__
 
 __all__ = ["engine_config", "main", "make_parser"]
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lam
             return _no_command(name, rest)
         command, given = COMMANDS[name], with_dashes(rest)
         module = importlib.import_module(command.module)
-        # Intermixed, or flags before MODEL that take several values would hide it.
-        args = make_parser(name, module.add_arguments).parse_intermixed_args(given)
+        parser = make_parser(name, module.add_arguments)
+        args = parser.parse_intermixed_args(given)  # or flags before MODEL that take several values would hide it
+        refuse_empty(parser, args)
         if command.needs is not None:
             importlib.import_module(command.needs)
         imported()

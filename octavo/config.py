@@ -185,6 +185,8 @@ class EngineConfig:
             object.__setattr__(self, name, value)
 
         if not self.model:
+            if self.revision is not None:
+                raise OctavoError("--revision is for a model's folder in the hub's cache; give that too, or leave it out.")
             from octavo.demo import MODEL_DIR
 
             put("model", str(MODEL_DIR))

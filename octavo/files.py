@@ -100,23 +100,40 @@ def unread_weights(directory: Path) -> str | None:
 def snapshot_of(model: str, revision: str | None = None) -> str:
     """The snapshot to read where `model` is a model's folder in the hub's cache (models--org--name); else `model` unchanged.
 
-    Raises OctavoError where the snapshot is ambiguous.
+    Raises OctavoError where the snapshot is ambiguous, and for a revision of what has none, which vLLM would ignore.
     """
     folder = Path(model)
     snapshots = folder / "snapshots"
-    if not os.path.isdir(snapshots) or (folder / "config.json").exists():
+    if not model or not os.path.isdir(snapshots) or (folder / "config.json").exists():
+        if model and revision is not None and os.path.exists(folder) and not _is_revision(folder, revision):
+            raise OctavoError(
+                f"--revision {revision} is for a model's folder in the hub's cache, and {model} is none, so it has no "
+                "revisions; leave it out."
+            )
         return model
     there = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
-    wanted = revision or "main"
+    wanted = "main" if revision is None else revision
     if wanted in there:
         return str(snapshots / wanted)
-    named = (read_text(folder / "refs" / wanted) or "").strip()
-    if named and named in there:
+    named = _commit_of(folder, wanted)
+    if named in there:
         return str(snapshots / named)
     if revision is None and len(there) == 1:
         return str(snapshots / there[0])
     listed = f"it has {', '.join(there)}" if there else "it has none; was the download interrupted?"
     raise OctavoError(f"{model} is a model in the hub's cache, and which of its snapshots is '{wanted}' is not said: {listed}.")
+
+
+def _commit_of(folder: Path, revision: str) -> str:
+    """The commit that a branch or tag names in a model's folder of the hub's cache; empty where it is not known."""
+    return (read_text(folder / "refs" / revision) or "").strip() if revision else ""
+
+
+def _is_revision(directory: Path, revision: str) -> bool:
+    """Whether a directory is the snapshot of this name, or of the commit that the name stands for."""
+    snapshot = Path(os.path.abspath(directory))
+    named = snapshot.parent.name == "snapshots"
+    return named and snapshot.name in (revision, _commit_of(snapshot.parents[1], revision))
 
 
 def _format_of(suffix: str) -> str | None:

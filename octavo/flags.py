@@ -16,7 +16,9 @@ from octavo.config import IGNORED, EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
 from octavo.files import snapshot_of
 
-__all__ = ["COMMANDS", "Command", "command_of", "engine_config", "make_parser", "nearest", "with_dashes"]
+__all__ = [
+    "COMMANDS", "Command", "command_of", "engine_config", "make_parser", "nearest", "refuse_empty", "with_dashes",
+]  # fmt: skip
 
 ENGINE = tuple(field.name for field in config_fields())
 WEIGHTS = ("model", "revision", "quantization_ignore", "quantize_lm_head")
@@ -211,6 +213,20 @@ def _count(text: str) -> int:
 
 
 _count.__name__ = "integer"  # argparse says "invalid integer value"
+
+
+def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raises OctavoError for a flag whose value is empty, as an unset variable of a shell is; it would pass for not given.
+
+    A model's name has its own sentence, and an empty --system says nothing, which is its meaning.
+    """
+    for action in parser._actions:
+        given = getattr(args, action.dest, None)
+        if not action.option_strings or action.dest in ("model", "system") or given == action.default:
+            continue
+        if any(isinstance(value, str) and not value.strip() for value in (given if isinstance(given, list) else [given])):
+            rest = "." if action.required else ", or leave it out."
+            raise OctavoError(f"{max(action.option_strings, key=len)} is empty; give it a value{rest}")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -17,7 +17,7 @@ from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import MODEL_TYPES, build_model
 from octavo.models.published import KNOWN
-from octavo.quant.promise import promise_of
+from octavo.quant.stored_format import stored_format_of
 
 HEAD = """\
 # Which models, in FP8
@@ -88,10 +88,10 @@ def rows() -> Iterator[Row]:
         fp8, bf16 = (
             model.kv_specs(asked, torch.bfloat16, torch.float8_e4m3fn, Layout.PLAIN) for asked in ("fp8_e4m3", "bfloat16")
         )
-        promised = promise_of(config)
-        notes = [NOTES.get(kind), promised and (BLOCKS if promised.scheme else INT4)]
-        taken = f"{_kib(fp8)} of {_kib(bf16)} KiB a token"
-        yield Row(name, f"`{kind}`", "yes", f"yes: `{next(_names(fp8))}`, {taken}", "; ".join(filter(None, notes)))
+        stored_format = stored_format_of(config)
+        notes = [NOTES.get(kind), stored_format and (BLOCKS if stored_format.scheme else INT4)]
+        size = f"{_kib(fp8)} of {_kib(bf16)} KiB a token"
+        yield Row(name, f"`{kind}`", "yes", f"yes: `{next(_names(fp8))}`, {size}", "; ".join(filter(None, notes)))
 
 
 def _names(specs: list[KVCacheSpec]) -> Iterator[str]:

@@ -101,6 +101,24 @@ def test_a_models_folder_in_the_hub_s_cache_is_its_snapshot(tmp_path: Path) -> N
         config_of(str(folder), "--revision", "v2")
 
 
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    """A snapshot has its own name, and those that stand for it."""
+    folder = cached(tmp_path, "abc", "def", main="def")
+    snapshot = str(folder / "snapshots" / "def")
+    for revision in ("def", "main"):
+        assert config_of(snapshot, "--revision", revision).model == snapshot
+    for model, revision in ((snapshot, "abc"), (snapshot, "v2"), (str(MODEL_DIR), "main")):
+        with pytest.raises(OctavoError, match=f"--revision {revision} is for a model's folder .* and {model} is none"):
+            config_of(model, "--revision", revision)
+        with pytest.raises(OctavoError, match="has no revisions; leave it out"):
+            LLM(model, revision=revision)
+    for demo in (lambda: config_of("--revision", "main"), lambda: LLM(revision="main")):
+        with pytest.raises(OctavoError, match="revision is for a model's folder in the hub's cache; give that too"):
+            demo()
+    with pytest.raises(OctavoError, match="which of its snapshots is '' is not said"):
+        snapshot_of(str(folder), "")
+
+
 def test_a_snapshot_that_is_the_only_one_or_none(tmp_path: Path) -> None:
     one = cached(tmp_path / "one", "abc")
     assert snapshot_of(str(one)) == str(one / "snapshots" / "abc")

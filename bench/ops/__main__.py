@@ -31,7 +31,7 @@ from octavo.tools.bench.ceilings import measure_ceilings
 from octavo.tools.bench.limit import Ceilings
 
 ROTATE = 128 << 20  # bytes that the sets of a case hold together: past the L2 of every GPU at hand
-MOST_SETS, CALLS, ROUNDS = 64, 64, 9
+MAX_SETS, CALLS, ROUNDS = 64, 64, 9
 
 
 def microseconds(p: Platform, calls: Sequence[Callable[[], Any]]) -> float:
@@ -55,7 +55,7 @@ def measure(p: Platform, case: Case, on: Ceilings) -> dict[str, Any]:
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "library": case.library}
     try:
         sets: list[Set] = [case.make()]
-        wanted = 2 if p.is_cpu else min(MOST_SETS, -(-ROTATE // max(1, sets[0].nbytes)))
+        wanted = 2 if p.is_cpu else min(MAX_SETS, -(-ROTATE // max(1, sets[0].nbytes)))
         sets += [case.make() for _ in range(wanted - 1)]
         us = microseconds(p, [s.op for s in sets])
         one = sets[0]

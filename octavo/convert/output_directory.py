@@ -40,6 +40,10 @@ class OutputDirectory:
         self, path: Path, source: Checkpoint, files: Mapping[str, OutputFile], job: Mapping[str, Any], flag: str = "-o"
     ):
         self.path, self.source, self.flag = path, source, flag
+        there = self._nearest()
+        if not there.is_dir():
+            below = "" if there == path.absolute() else f", so there can be no {path}"
+            raise OctavoError(f"{there if below else path} is a file{below}; give {flag} a new directory.")
         self.files = {name: file for name, file in files.items() if file.tensors}
         stats = {name: os.stat(source.directory / name) for name in ("config.json", *source.files)}
         self.job = {
@@ -50,8 +54,6 @@ class OutputDirectory:
         }
 
     def __enter__(self) -> Self:
-        if self.path.exists() and not self.path.is_dir():
-            raise OctavoError(f"{self.path} is a file; give {self.flag} a new directory.")
         self._check_room()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,11 @@ class OutputDirectory:
             raise OctavoError(f"{self.path / damaged[0]} is missing or cut short; remove {self.path}, and it is written anew.")
         return True
 
+    def _nearest(self) -> Path:
+        """The path, or of those above it the first that exists."""
+        path = self.path.absolute()
+        return next(place for place in (path, *path.parents) if place.exists())
+
     def _check_contents(self) -> None:
         names = {path.name for path in self.path.iterdir()}
         if names and MARKER not in names:
@@ -132,8 +139,7 @@ class OutputDirectory:
     def _check_room(self) -> None:
         needed = sum(self.files[name].nbytes for name in self.unfinished())
         left = sum(file.partial.stat().st_size for file in self.files.values() if file.partial.exists())
-        there = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
-        free = shutil.disk_usage(there).free + left
+        free = shutil.disk_usage(self._nearest()).free + left
         if free < needed:
             raise OctavoError(
                 f"{self.path} needs {needed:,} bytes and its disk has {free:,} free; free {needed - free:,} more, "

@@ -15,7 +15,7 @@ from octavo.errors import InvalidRequest, OctavoError
 from octavo.text.checkpoint_text import no_tokenizer
 from octavo.text.tokenizer import read_tokenizer
 
-__all__ = ["Grammar", "GrammarCompiler", "Pace"]
+__all__ = ["Grammar", "GrammarCompiler", "GrammarSpeed"]
 
 
 # Alternatives become items. 2,000 tools need more than the library's default of 2,000, and take milliseconds a step.
@@ -50,7 +50,7 @@ class GrammarCompiler:
 
 
 @dataclass(slots=True)
-class Pace:
+class GrammarSpeed:
     """Whether a request's grammar is slow, shared by its n sequences."""
 
     slow: bool = False  # computing a token mask once took more than SLOW seconds
@@ -59,15 +59,15 @@ class Pace:
 class Grammar:
     """The grammar state of one sequence."""
 
-    def __init__(self, matcher: Any, vocab_size: int, pace: Pace | None = None):
-        self._matcher, self.pace = matcher, pace or Pace()
+    def __init__(self, matcher: Any, vocab_size: int, speed: GrammarSpeed | None = None):
+        self._matcher, self.speed = matcher, speed or GrammarSpeed()
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         self._forbidden: Tensor | None = None  # the mask of the present state, if computed
         self.vocab_size = vocab_size
 
     def copy(self) -> Grammar:
         """A copy in the same state."""
-        other = Grammar(self._matcher.deep_copy(), self.vocab_size, self.pace)
+        other = Grammar(self._matcher.deep_copy(), self.vocab_size, self.speed)
         other._forbidden = self._forbidden
         return other
 
@@ -95,7 +95,7 @@ class Grammar:
         """Computes the mask for `forbidden`. It may take a second, during which the interpreter's lock is free."""
         start = time.monotonic()
         self._forbidden = self._find()
-        self.pace.slow |= time.monotonic() - start > SLOW
+        self.speed.slow |= time.monotonic() - start > SLOW
 
     def _find(self) -> Tensor:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)

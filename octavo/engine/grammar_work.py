@@ -89,7 +89,7 @@ class GrammarWork:
     def find(self, request_id: str, grammar: Grammar) -> None:
         """Computes the mask of the next tokens: at once if the grammar is fast and the step has time left, else in a thread,
         which would start too late for a fast one."""
-        if grammar.pace.slow or self._spent > PATIENCE:
+        if grammar.speed.slow or self._spent > PATIENCE:
             self._finding[request_id] = self._begin(grammar.find)
             return
         start = time.monotonic()

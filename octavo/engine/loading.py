@@ -26,9 +26,10 @@ from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
-from octavo.quant.promise import promise_of
+from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import held
+from octavo.weights.meta import MatrixSizes, matrix_sizes
 
 __all__ = [
     "cache_specs",
@@ -152,10 +153,8 @@ def load_model(
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
         directory = output
     source = open_source(config, directory)
-    if isinstance(source, SafetensorsSource) and not in_place:
-        stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        values, packed = source.checkpoint.matrix_values(), source.checkpoint.packed_bytes()
-        check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
+    if not in_place:
+        _check_room(model, source, platform, scheme)
     loader = Loader(source, platform, rules, dtype)
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
@@ -179,10 +178,21 @@ def load_model(
     return loader.report, complete
 
 
+def _check_room(model: Model, source: SafetensorsSource | DummySource, platform: Platform, scheme: Scheme) -> None:
+    """Raises OctavoError where the matrices cannot fit: those of the files, or those that dummy weights would be."""
+    if isinstance(source, SafetensorsSource):
+        stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
+        sizes = MatrixSizes(source.checkpoint.matrix_values(), source.checkpoint.packed_bytes())
+    else:
+        stored = source.stored_format is not None
+        sizes = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform)
+    check_weights(platform, sizes.values, sizes.packed_bytes, fp8=scheme.dtype is WeightDType.FP8 or stored)
+
+
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:
     """Opens a checkpoint directory, or dummy weights stored in the formats that its config.json names. Raises OctavoError."""
     if config.load_format == "dummy":
-        return DummySource(promise_of(read_config(directory), directory))
+        return DummySource(stored_format_of(read_config(directory), directory))
     return SafetensorsSource(directory)
 
 

@@ -61,10 +61,13 @@ def length_held(
 ) -> int:
     """The part of `wanted` tokens that a cache could hold if the model took no memory, so that the model is not made for more.
 
-    Raises OctavoError if the user asked for a longer length.
+    Raises OctavoError if the user asked for a longer length, or on a CPU for a larger cache than memory is free.
     """
     block_size = config.block_size_on(platform.is_cpu)
     most = int(cache_room(config, platform, 0) // (bytes_per_token * block_size)) * block_size
+    if most > 0:
+        tokens = min(most, -(-wanted // block_size) * block_size * config.max_num_seqs)
+        _check_cpu_cache(config, platform, tokens * bytes_per_token)
     if 0 < most < wanted and config.max_model_len is not None:
         plan_blocks(config, platform, bytes_per_token, wanted, 0, 0, None, fp8_bytes_per_token)
     return min(wanted, max(most, 1))
@@ -99,6 +102,7 @@ def plan_blocks(
     needed = -(-model_len // block_size)
     useful = needed * config.max_num_seqs  # more blocks could never be in use at once
     most = model_len if most is None else most
+    _check_cpu_cache(config, platform, min(blocks, useful) * block_bytes)
     if blocks >= needed and model_len <= most:
         return CacheBudget(min(blocks, useful), model_len)
     fits = min(max(blocks, 0) * block_size, most)
@@ -113,6 +117,16 @@ def plan_blocks(
         f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
         f"of {gib(total)} is left for it: {fewer}, {smaller}, or {larger}."
     )
+
+
+def _check_cpu_cache(config: EngineConfig, platform: Platform, cache_bytes: int) -> None:
+    """Raises OctavoError for --cpu-kv-cache-gib where the cache of so many bytes is more than the memory that is free."""
+    free, _ = platform.memory()
+    if platform.is_cpu and config.cpu_kv_cache_gib is not None and cache_bytes > free:
+        raise OctavoError(
+            f"--cpu-kv-cache-gib {config.cpu_kv_cache_gib:g} makes a KV cache of {gib(cache_bytes)}, and {gib(max(free, 0))} "
+            f"is free: lower it, or lower --max-num-seqs (now {config.max_num_seqs}) or --max-model-len."
+        )
 
 
 def _smaller(config: EngineConfig, now: int, fp8: int) -> str:

@@ -176,7 +176,7 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Warm-up: runs every kernel that prefills and sampling launch."""
-        for length in self.limits.prompts:
+        for length in self.limits.warmup_lengths:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
         if self.encoder is not None:
             self.encoder.warm_up()

@@ -16,6 +16,7 @@ from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, snapshot_of
 from octavo.frontend.engine_start import worker
+from octavo.frontend.keywords import names_keywords
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
@@ -45,6 +46,7 @@ class LLM:
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text)
     """
 
+    @names_keywords()
     def __init__(self, model: str | Path = "", **options: Any):
         known = [field.name for field in config_fields()]
         for name in options:
@@ -71,6 +73,7 @@ class LLM:
         """The token ids of `text`."""
         return self.get_tokenizer().encode(text, add_special_tokens)
 
+    @names_keywords()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -17,7 +17,7 @@ from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import Operand
 from octavo.weights import Loader
 
-__all__ = ["Choice", "Indexer", "IndexerShape", "IndexerWeights", "SharedIndexer"]
+__all__ = ["Indexer", "IndexerShape", "IndexerWeights", "SharedIndexer", "TopkIndices"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class IndexerShape:
     top_k: int
 
 
-class Choice:
-    """places: the selection of the step's last indexer, in Indexer's format. One per model, because it takes 64 MiB for 8,192
+class TopkIndices:
+    """indices: the selection of the step's last indexer, in Indexer's format. One per model, because it takes 64 MiB for 8,192
     tokens."""
 
-    places: Tensor | None = None
+    indices: Tensor | None = None
 
 
 class IndexerWeights(nn.Module):
@@ -55,13 +55,13 @@ class IndexerWeights(nn.Module):
 class Indexer(nn.Module):
     """Writes its keys to its cache and selects the tokens that each token attends to. It is replicated on every rank.
 
-    `choice`: where `forward` stores its result, if later layers reuse it.
+    `topk`: where `forward` stores its result, if later layers reuse it.
     """
 
     cache: IndexCache
 
     def __init__(
-        self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, choice: Choice | None = None,
+        self, hidden: int, q_rank: int, shape: IndexerShape, rotary: RotaryEmbedding, topk: TopkIndices | None = None,
         *, interleaved: bool = False,
     ):  # fmt: skip
         super().__init__()
@@ -71,7 +71,7 @@ class Indexer(nn.Module):
         self.k_norm = LayerNorm(shape.dim, 1e-6)
         self.weights_proj = IndexerWeights(hidden, shape.heads)
         self._shared = (rotary,)  # in a tuple, so that torch does not register it: the model loads it
-        self.shape, self.choice, self.interleaved = shape, choice, interleaved
+        self.shape, self.topk, self.interleaved = shape, topk, interleaved
 
     @property
     def input_readers(self) -> tuple[ops.Reader, ...]:
@@ -106,8 +106,8 @@ class Indexer(nn.Module):
         if self.is_sparse(batch):
             heads, weights = self.wq_b(q).unflatten(1, (self.shape.heads, -1)), self.weights_proj(x.values())
             chosen = ops.select_keys(heads, weights, rotation, self.cache, batch, self.shape.top_k)
-        if self.choice is not None:
-            self.choice.places = chosen
+        if self.topk is not None:
+            self.topk.indices = chosen
         return chosen
 
 
@@ -117,10 +117,10 @@ class SharedIndexer(nn.Module):
     input_readers: tuple[ops.Reader, ...] = ()
     latent_readers: tuple[ops.Reader, ...] = ()
 
-    def __init__(self, choice: Choice):
+    def __init__(self, topk: TopkIndices):
         super().__init__()
-        self.choice = choice
+        self.topk = topk
 
     def forward(self, x: ops.Activation, q: Operand, batch: ForwardBatch) -> Tensor | None:
         """As `Indexer.forward`."""
-        return self.choice.places
+        return self.topk.indices

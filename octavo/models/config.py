@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from octavo.errors import OctavoError
@@ -15,7 +15,7 @@ from octavo.layers.rope import longest_context, rope_parameters
 __all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "part_of"]
 
 LARGEST = 1 << 31  # upper bound of any size
-_MOST = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
+_MAX_SIZES = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
     "num_hidden_layers": 4096
 }  # far more than any model has: larger numbers would take minutes before the checkpoint could contradict them
 
@@ -110,29 +110,32 @@ def part_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def check_fields(cls: type, values: dict[str, Any], may_be_zero: Collection[str] = ()) -> None:
+def check_fields(
+    cls: type, values: dict[str, Any], may_be_zero: Collection[str] = (), spelled: Callable[[str], str] = str
+) -> None:
     """Raises OctavoError, naming the field, for one of a dataclass that is missing in `values`, or whose value is wrong.
 
-    Integers where a float is wanted become one.
+    Integers where a float is wanted become one. spelled: where config.json has a field, and under which name.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        name = spelled(field.name)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name not in values:
             if required:
-                raise OctavoError(f"config.json has no {field.name}, which this architecture needs.")
+                raise OctavoError(f"config.json has no {name}, which this architecture needs.")
             continue
         value, kind = values[field.name], _plain(hints[field.name])
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             values[field.name] = float(value)
         elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise OctavoError(f"config.json: {field.name} must be of type {kind.__name__}, not {value!r}.")
-        elif kind is int and value > _MOST.get(field.name, LARGEST):
-            raise OctavoError(f"config.json: {field.name} is {value}, which no model has.")
+            raise OctavoError(f"config.json: {name} must be of type {kind.__name__}, not {value!r}.")
+        elif kind is int and value > _MAX_SIZES.get(field.name, LARGEST):
+            raise OctavoError(f"config.json: {name} is {value}, which no model has.")
         elif kind is int and value < (0 if field.name in may_be_zero else 1):
-            raise OctavoError(f"config.json: {field.name} must be positive, not {value}.")
+            raise OctavoError(f"config.json: {name} must be positive, not {value}.")
         if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
-            raise OctavoError(f"config.json: {field.name} must be a positive number, not {value}.")
+            raise OctavoError(f"config.json: {name} must be a positive number, not {value}.")
 
 
 def expert_activations(chosen: int, inner: int, hidden: int) -> int:

@@ -163,8 +163,8 @@ class Model(DecoderLM):
         captured = ops.captures(self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.packed_weights(), latent=True)
         eager = None if captured else "an op of it looks at values on the host"
         limits = Limits(self.max_len, self.config.vocab_size, eager)
-        sparse = tuple(one.shape.top_k + limits.prompts[-1] for one in self._caches() if isinstance(one, Indexer))[:1]
-        return limits._replace(prompts=(*limits.prompts, *sparse))
+        sparse = tuple(one.shape.top_k + limits.warmup_lengths[-1] for one in self._caches() if isinstance(one, Indexer))[:1]
+        return limits._replace(warmup_lengths=(*limits.warmup_lengths, *sparse))
 
     def workspace_bytes(self, tokens: int) -> int:
         """Bytes in FP32 of attention, the indexer or the MLP, whichever needs most, plus latents, indexer selections and the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.layers.indexer import Choice, Indexer, IndexerShape, SharedIndexer
+from octavo.layers.indexer import Indexer, IndexerShape, SharedIndexer, TopkIndices
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import deepseek_v3
 
@@ -40,7 +40,7 @@ class Model(deepseek_v3.Model):
         return lambda layer: make_indexer(c, rotary)
 
 
-def make_indexer(c: Config, rotary: RotaryEmbedding, choice: Choice | None = None) -> Indexer:
+def make_indexer(c: Config, rotary: RotaryEmbedding, topk: TopkIndices | None = None) -> Indexer:
     assert c.q_lora_rank is not None
     shape = IndexerShape(c.index_n_heads, c.index_head_dim, c.index_topk)
-    return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, choice, interleaved=c.indexer_rope_interleave)
+    return Indexer(c.hidden_size, c.q_lora_rank, shape, rotary, topk, interleaved=c.indexer_rope_interleave)

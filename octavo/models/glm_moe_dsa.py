@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
-from octavo.layers.indexer import Choice, Indexer, SharedIndexer
+from octavo.layers.indexer import Indexer, SharedIndexer, TopkIndices
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import deepseek_v32
 from octavo.models.deepseek_v32 import make_indexer
@@ -70,16 +70,16 @@ class Model(deepseek_v32.Model):
     config: Config
 
     def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
-        kinds, choice = c.kinds_of_indexers, Choice()
-        return lambda layer: make_indexer(c, rotary, choice) if kinds[layer] == "full" else SharedIndexer(choice)
+        kinds, topk = c.kinds_of_indexers, TopkIndices()
+        return lambda layer: make_indexer(c, rotary, topk) if kinds[layer] == "full" else SharedIndexer(topk)
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         """Between pipeline stages, a selection that the next stage's first layer shares is passed on, in sparse steps."""
         layers: list[Any] = list(self.model.layers)
-        choice: Choice = layers[0].self_attn.indexer.choice
-        choice.places = state.extras[0] if state.extras else None
+        topk: TopkIndices = layers[0].self_attn.indexer.topk
+        topk.indices = state.extras[0] if state.extras else None
         out = super().forward(batch, state)
-        chosen, choice.places = choice.places, None
+        chosen, topk.indices = topk.indices, None
         if not isinstance(out, StageState):
             return out
         wanted = self.config.kinds_of_indexers[self.model.layers.stage.stop] == "shared"

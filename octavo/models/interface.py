@@ -25,13 +25,13 @@ __all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInp
 class Limits(NamedTuple):
     """positions: the longest context. vocab_size: token ids are below it. eager: why decode steps cannot be captured, or None.
 
-    prompts: prompt lengths for warm-up. Together they launch every prefill kernel: few tokens, more, enough for other tiles.
+    warmup_lengths: of prompts. Together they launch every prefill kernel: few tokens, more, enough for other tiles.
     """
 
     positions: int
     vocab_size: int
     eager: str | None
-    prompts: tuple[int, ...] = (16, 40, 600)
+    warmup_lengths: tuple[int, ...] = (16, 40, 600)
 
 
 class ModelInput(NamedTuple):

@@ -54,20 +54,20 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        """Raises OctavoError, naming the field, for one that is missing or wrong."""
-        names = {f.name: (f"vt_{f.name}", f"init_{f.name}", f.name) for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, others in names.items():
-            for other in others:
+        """Of config.json's `vision_config`. Raises OctavoError, naming the field, for one that is missing or wrong."""
+        spelled = {f.name: f.name for f in fields(cls)}
+        for name in spelled:
+            for other in (f"vt_{name}", f"init_{name}", name):
                 if config.get(other) is not None:
-                    values[name] = config[other]
-        check_fields(cls, values)
+                    spelled[name] = other
+        values = {name: config[other] for name, other in spelled.items() if config.get(other) is not None}
+        check_fields(cls, values, spelled=lambda name: f"vision_config.{spelled[name]}")
         made = cls(**values)
         merge = made.merge_kernel_size
         if not (isinstance(merge, list | tuple) and len(merge) == 2 and merge[0] == merge[1] and type(merge[0]) is int):
-            raise OctavoError(f"config.json: merge_kernel_size must be two equal integers, not {merge!r}.")
+            raise OctavoError(f"config.json: vision_config.merge_kernel_size must be two equal integers, not {merge!r}.")
         if made.hidden_size % (4 * made.num_attention_heads):
-            raise OctavoError("config.json: the vision tower needs heads whose dimensions are a multiple of 4.")
+            raise OctavoError("config.json: the heads of vision_config must have dimensions that are a multiple of 4.")
         return made
 
 
@@ -98,10 +98,15 @@ class Embedding(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.proj = PatchEmbedding((c.hidden_size, 3, c.patch_size, c.patch_size))
-        self.pos_emb = PositionTable(c)
+        self.pos_emb, self.max_frames = PositionTable(c), c.pos_emb_time
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Patches of a clip's frames differ by sines of the frame's number; an image alone has none."""
+        """Patches of a clip's frames differ by sines of the frame's number; an image alone has none.
+
+        Raises OctavoError for a clip of more frames than the tower has learned to tell apart (pos_emb_time).
+        """
+        if (longest := max(grid.frames for grid in grids)) > self.max_frames:
+            raise OctavoError(f"A clip of {longest} frames is over the {self.max_frames} that this model reads at a time.")
         x: Tensor = self.proj(patches)
         inv_freq = THETA ** -(torch.arange(0, x.shape[1], 2, device=x.device).float() / x.shape[1])
         learned = []

@@ -63,17 +63,17 @@ class VisionConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        """Raises OctavoError, naming the field, for one that is missing or wrong."""
+        """Of config.json's `vision_config`. Raises OctavoError, naming the field, for one that is missing or wrong."""
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        check_fields(cls, values)
+        check_fields(cls, values, spelled="vision_config.{}".format)
         made = cls(**values)
         indexes, side = made.deepstack_visual_indexes, math.isqrt(made.num_position_embeddings)
         if not (isinstance(indexes, list | tuple) and all(type(i) is int and 0 <= i < made.depth for i in indexes)):
-            raise OctavoError(f"config.json: deepstack_visual_indexes must list numbers of layers, not {indexes!r}.")
-        if made.hidden_size % (4 * made.num_heads) or side**2 != made.num_position_embeddings:
-            raise OctavoError(
-                "config.json: the vision tower needs heads whose dimensions are a multiple of 4, and a square of positions."
-            )
+            raise OctavoError(f"config.json: vision_config.deepstack_visual_indexes must list layers, not {indexes!r}.")
+        if made.hidden_size % (4 * made.num_heads):
+            raise OctavoError("config.json: vision_config.hidden_size must be a multiple of 4 times its num_heads.")
+        if side**2 != made.num_position_embeddings:
+            raise OctavoError("config.json: vision_config.num_position_embeddings must be a square number.")
         return made
 
     @property

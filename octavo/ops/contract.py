@@ -307,8 +307,8 @@ FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)
 
 def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
     """None if the scheme is one of these kinds; otherwise a description of the weight."""
-    taken = (scheme.dtype, scheme.weight, scheme.activation) in kinds
-    return None if taken else f"the weight is {scheme.kind}"
+    supported = (scheme.dtype, scheme.weight, scheme.activation) in kinds
+    return None if supported else f"the weight is {scheme.kind}"
 
 
 class StackImplementation(Protocol):

@@ -34,7 +34,7 @@ from octavo.ops.triton.index_keys import write_index_keys
 from octavo.ops.triton.int4 import GROUPS, int4_product, laid_out, uses_w4a8
 from octavo.ops.triton.latent_attention import latent_attention
 from octavo.ops.triton.latent_write import absorbed_queries, head_linear, write_latent
-from octavo.ops.triton.linear import MOST_TOKENS, small_linear
+from octavo.ops.triton.linear import MAX_TOKENS, small_linear
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import sample
@@ -115,14 +115,14 @@ class PackedScaledMM(PackedWeight):
             return self(x)
         codes, scale = given = self.codes(x)
         faster = codes.shape[0] <= UNSCALED_TOKENS or self.reads.width > UNSCALED_DEPTH
-        if codes.shape[0] <= MOST_TOKENS or not faster or self.n != self.weight.shape[0]:
+        if codes.shape[0] <= MAX_TOKENS or not faster or self.n != self.weight.shape[0]:
             return self._product(given)
         return Unscaled(self._scaled_mm(codes, self.one, self.one), scale, self.scale)
 
     def _product(self, given: Quantized) -> Tensor:
         """The scaled product in BF16, [M, N]."""
         codes, scale = given
-        if codes.shape[0] <= MOST_TOKENS:
+        if codes.shape[0] <= MAX_TOKENS:
             return small_linear(given, self.weight, self.scale, self.n)
         return self._scaled_mm(codes, scale, self.scale)[:, : self.n]
 

@@ -6,6 +6,7 @@ Tools write `quantization_config` (older ones `compression_config`) at the top l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,23 @@ READ = ("fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
 
 
 def quantization_configs(config: Mapping[str, Any], directory: Path | None = None) -> list[dict[str, Any]]:
-    """Every quantization config in a config.json, and in hf_quant_config.json of `directory`."""
+    """Every quantization config in a config.json, and in hf_quant_config.json of `directory`.
+
+    null is none, and so is an empty object. Raises OctavoError for anything else that is no object.
+    """
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
-    found = [place[key] for place in places for key in ("quantization_config", "compression_config") if place.get(key)]
+    described = [(key, place.get(key)) for place in places for key in ("quantization_config", "compression_config")]
+    for key, value in described:
+        if value is not None and not isinstance(value, dict):
+            raise OctavoError(f"config.json: {key} must be an object, not {json.dumps(value)[:80]}; download it again.")
+    found = [value for _, value in described if value]
     modelopt_file = directory / "hf_quant_config.json" if directory else None
     if modelopt_file and (content := read_json(modelopt_file)) is not None:
         try:
             found.append({"quant_method": "modelopt", **content["quantization"]})
         except (KeyError, TypeError):
             raise OctavoError(f"{modelopt_file} is not a quantization config of ModelOpt's; download it again.") from None
-    return [_flat(entry) for entry in found if isinstance(entry, dict)]
+    return [_flat(entry) for entry in found]
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +58,12 @@ def check_format(config: Mapping[str, Any], directory: Path | None = None) -> No
         if method not in READ:
             raise _unread(f"quantized with '{method}'")
         if method in checks:
-            checks[method](entry)
+            try:
+                checks[method](entry)
+            except (AttributeError, LookupError, TypeError):
+                raise OctavoError(
+                    f"config.json: the quantization_config of '{method}' has a field of the wrong type; download it again."
+                ) from None
 
 
 def _unread(what: str) -> OctavoError:

@@ -10,7 +10,7 @@ from octavo.errors import OctavoError
 
 __all__ = ["set_limits"]
 
-FEWEST_FILES, MOST_FILES = 64, 65536  # a server and its engine need about twenty
+FEWEST_FILES, MAX_FILES = 64, 65536  # a server and its engine need about twenty
 KEPT = 2**20  # bytes; after one huge request glibc would keep that much in each thread
 
 
@@ -21,7 +21,7 @@ def set_limits() -> None:
     """
     host.keep(KEPT)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft < most:
         with suppress(OSError, ValueError):  # some systems allow less than their hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -25,7 +25,7 @@ __all__ = [
     "Tool",
 ]
 
-MOST_TOOLS = 4096  # the server processes their schemas at every request
+MAX_TOOLS = 4096  # the server processes their schemas at every request
 
 # Validation of a list stops at the first error, because finding all could take long.
 Strings = Annotated[list[str], Field(fail_fast=True)]
@@ -162,7 +162,7 @@ class FunctionName(ApiModel):
     name: str
 
 
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 
 
 class NamedToolChoice(ApiModel):

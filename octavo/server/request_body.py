@@ -18,10 +18,10 @@ from starlette.types import Receive, Scope
 from octavo.server.error_responses import ApiError, from_validation
 from octavo.server.protocol import ApiModel
 
-__all__ = ["MOST_VALUES", "SMALL_BODY", "ClientLeft", "as_request", "read_body"]
+__all__ = ["MAX_VALUES", "SMALL_BODY", "ClientLeft", "as_request", "read_body"]
 
 SMALL_BODY = 2**16  # bytes
-MOST_VALUES = 2**20  # numbers and strings; an object or list counts as 8 and a key as 4, because they take longer
+MAX_VALUES = 2**20  # numbers and strings; an object or list counts as 8 and a key as 4, because they take longer
 R = TypeVar("R", bound=ApiModel)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # part of a pair, which is a character, or alone
 
@@ -93,7 +93,7 @@ def _check_values(model: type[ApiModel], data: Any) -> None:
             waiting += [one for one in value if isinstance(one, (dict, list))]
         else:
             found += 1
-        if found > MOST_VALUES:
+        if found > MAX_VALUES:
             raise ApiError(400, "The request holds over a million values, lists and objects; send it in several requests.")
 
 

@@ -37,8 +37,6 @@ KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server tha
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     set_limits()
-    if any(not name.strip() for name in args.served_model_name or ()):
-        raise OctavoError("--served-model-name is empty; give a name, or leave it out.")
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
@@ -94,13 +92,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def api_keys(given: Sequence[str] | None) -> list[str]:
-    """The keys of --api-key, or else of VLLM_API_KEY. Raises OctavoError for one that is empty: it would lock nothing."""
+    """The keys of --api-key, or else of VLLM_API_KEY. Raises OctavoError where that is empty: it would lock nothing."""
     variable = os.environ.get("VLLM_API_KEY")
-    keys = list(given if given is not None else [] if variable is None else [variable])
-    if any(not key.strip() for key in keys):
-        name = "VLLM_API_KEY" if given is None else "--api-key"
-        raise OctavoError(f"{name} is empty, which would leave the server open; give a key, or leave {name} out.")
-    return [key.strip() for key in keys]
+    if given is None and variable is not None and not variable.strip():
+        raise OctavoError("VLLM_API_KEY is empty, which would leave the server open; give it a key, or unset it.")
+    return [key.strip() for key in (given if given is not None else [] if variable is None else [variable])]
 
 
 def read_template(given: str | None) -> str | None:

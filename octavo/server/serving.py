@@ -36,7 +36,7 @@ _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
 _GRAMMAR_SECONDS = 10.0
 _LONG_TEXT = 2_000  # characters, a millisecond or two; more is encoded in a thread, to keep other streams going
-_MOST_RENDERED = 2**24  # characters of a rendered chat template
+_MAX_RENDERED = 2**24  # characters of a rendered chat template
 
 
 def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
@@ -44,7 +44,7 @@ def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
         text = render_conversation(*conversation, **how)
     except OctavoError as error:  # includes an invalid template
         raise InvalidRequest(str(error), getattr(error, "param", "messages")) from error
-    if len(text) > _MOST_RENDERED:
+    if len(text) > _MAX_RENDERED:
         raise InvalidRequest(f"The chat template makes {len(text)} characters of these messages; send less.", "messages")
     return text
 

@@ -62,8 +62,8 @@ def rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
 
 
 def _damaged(error: Exception) -> InvalidRequest:
-    told = (str(error).strip() or type(error).__name__).splitlines()[0][:100].rstrip(".")
-    return InvalidRequest(f"An image is damaged or cut off ({told}); send it again.")
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:100].rstrip(".")
+    return InvalidRequest(f"An image is damaged or cut off ({detail}); send it again.")
 
 
 def _upright(image: Image.Image) -> Image.Image:

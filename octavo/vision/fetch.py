@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from octavo.errors import InvalidRequest
-from octavo.vision.fetch_rules import FetchRules, split, told, too_large
+from octavo.vision.fetch_rules import FetchRules, printable, split, too_large
 from octavo.vision.public_http import get_public
 
 __all__ = ["FetchRules", "decode_data_url", "fetch"]
@@ -25,12 +25,14 @@ async def fetch(url: str, rules: FetchRules) -> bytes:
     if scheme == "file":
         return await asyncio.to_thread(_local, url, rules)
     if scheme not in ("http", "https"):
-        raise InvalidRequest(f"An image's URL should begin with data:, https:// or http://, and {told(url)} does not.")
+        raise InvalidRequest(f"An image's URL should begin with data:, https:// or http://, and {printable(url)} does not.")
     try:
         async with asyncio.timeout(rules.seconds):
             return await get_public(url, rules)
     except TimeoutError:
-        raise InvalidRequest(f"{told(url)} did not arrive within {rules.seconds:g} seconds; send it as a data: URL.") from None
+        raise InvalidRequest(
+            f"{printable(url)} did not arrive within {rules.seconds:g} seconds; send it as a data: URL."
+        ) from None
 
 
 def decode_data_url(url: str, max_bytes: int) -> bytes:
@@ -53,7 +55,7 @@ def _local(url: str, rules: FetchRules) -> bytes:
         raise InvalidRequest("This server reads no file:// URLs; it would have to be started with --allowed-local-media-path.")
     parts = split(url)
     root = rules.local_path.resolve()
-    outside = InvalidRequest(f"{told(url)} is not below the directory that --allowed-local-media-path names.")
+    outside = InvalidRequest(f"{printable(url)} is not below the directory that --allowed-local-media-path names.")
     try:
         path = Path(unquote(parts.path)).resolve()
     except (OSError, ValueError, RuntimeError):  # a circle of links, a null byte
@@ -64,10 +66,10 @@ def _local(url: str, rules: FetchRules) -> bytes:
         # A pipe would wait for ever; a link that took the file's place since may lead anywhere.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InvalidRequest(f"{told(url)} is not a file.")
+                raise InvalidRequest(f"{printable(url)} is not a file.")
             data = file.read(rules.max_bytes + 1)
     except OSError as error:
-        raise InvalidRequest(f"{told(url)} cannot be read: {error.strerror}.") from None
+        raise InvalidRequest(f"{printable(url)} cannot be read: {error.strerror}.") from None
     if len(data) > rules.max_bytes:
         raise too_large(url, rules.max_bytes)
     return data

@@ -14,23 +14,27 @@ import ipaddress
 import re
 import socket
 import ssl
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin
 
 import httptools
 
 from octavo.errors import InvalidRequest
 from octavo.version import __version__
-from octavo.vision.fetch_rules import FetchRules, split, told, too_large
+from octavo.vision.fetch_rules import FetchRules, ascii_host, printable, split, too_large
 
 __all__ = ["get_public", "is_public"]
 
 _HEADER_BYTES = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Resolving blocks a thread until the system gives up, which may be after our time is over.
-_RESOLVERS = ThreadPoolExecutor(8, "resolve")
+MAX_LOOKUPS = 256  # at a time; the system may take half a minute to give one up
+_LOOKUPS = threading.BoundedSemaphore(MAX_LOOKUPS)
+# Which not every version of Python knows: anycast relays of 6to4 (RFC 7526), documentation (RFC 9637).
+_RESERVED = ipaddress.IPv4Network("192.88.99.0/24"), ipaddress.IPv6Network("3fff::/20")
 
 
 def is_public(address: str) -> bool:
@@ -39,10 +43,13 @@ def is_public(address: str) -> bool:
     """
     with suppress(ValueError):
         ip = ipaddress.ip_address(address)
+        if not ip.is_global or any(ip in network for network in _RESERVED):
+            return False
         if isinstance(ip, ipaddress.IPv4Address):
-            return ip.is_global and not ip.is_multicast
+            return not ip.is_multicast
+        isatap = (int(ip) >> 32) & 0xFCFFFFFF == 0x5EFE  # RFC 5214, whatever its universal and group bits are
         unicast = ip in ipaddress.IPv6Network("2000::/3") and ip.scope_id is None
-        return unicast and ip.is_global and ip.sixtofour is None and ip.teredo is None
+        return unicast and ip.sixtofour is None and ip.teredo is None and not isatap
     return False
 
 
@@ -65,19 +72,18 @@ def _place(url: str, rules: FetchRules) -> _Place:
     """Raises InvalidRequest where no connection may be made."""
     parts = split(url)
     if parts.scheme not in ("http", "https"):
-        raise InvalidRequest(f"A redirect leads to {told(url)}, which is not an http(s) URL.")
+        raise InvalidRequest(f"A redirect leads to {printable(url)}, which is not an http(s) URL.")
     secure = parts.scheme == "https"
     try:
-        host = (parts.hostname or "").rstrip(".")
-        host = host if ":" in host else host.encode("idna").decode()
-        port = parts.port or (443 if secure else 80)
+        host = ascii_host(parts.hostname or "")
+        port = (443 if secure else 80) if parts.port is None else parts.port
     except ValueError:
         host, port = "", 0
-    if not host or not re.fullmatch(r"[0-9a-z_.:%-]+", host):
-        raise InvalidRequest(f"{told(url)} is not a valid URL.")
+    if not host or not port or not re.fullmatch(r"[0-9a-z_.:%-]+", host):
+        raise InvalidRequest(f"{printable(url)} is not a valid URL.")
     if parts.username is not None or parts.password is not None:
         raise InvalidRequest(f"The URL of an image at {host} has a user name or password, which are not sent; leave them out.")
-    if rules.domains is not None and host not in {domain.lower().rstrip(".") for domain in rules.domains}:
+    if not rules.allows(host, port):
         raise InvalidRequest(f"This server fetches images from the hosts of --allowed-media-domains alone, and {host} is none.")
     if re.search(r"[\ud800-\udfff]", url):
         raise InvalidRequest("The URL of an image holds half of a surrogate pair, which is no character.")
@@ -97,27 +103,57 @@ async def get_public(url: str, rules: FetchRules) -> bytes:
             return bytes(answer.body)
         location = answer.headers.get(b"location")
         if answer.status not in _REDIRECTS or location is None:
-            raise InvalidRequest(f"{told(url)} was answered with HTTP status {answer.status} instead of an image.")
+            raise InvalidRequest(f"{printable(url)} was answered with HTTP status {answer.status} instead of an image.")
         try:
             url = urljoin(url, location.decode("latin-1"))
         except ValueError:
-            raise InvalidRequest(f"{told(url)} is redirected to what is not a valid URL.") from None
-    raise InvalidRequest(f"{told(first)} is redirected more than {rules.redirects} times; give the URL that it leads to.")
+            raise InvalidRequest(f"{printable(url)} is redirected to what is not a valid URL.") from None
+    raise InvalidRequest(f"{printable(first)} is redirected more than {rules.redirects} times; give the URL that it leads to.")
 
 
-async def _addresses(place: _Place) -> list[str]:
+async def _addresses(place: _Place, rules: FetchRules) -> list[str]:
     """Of the host. All must be public: a name that is partly of this network is not the internet's."""
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.run_in_executor(
-            _RESOLVERS, lambda: socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-        )
+        async with asyncio.timeout(rules.lookup_seconds):
+            found = await _in_own_thread(partial(socket.getaddrinfo, place.host, place.port, type=socket.SOCK_STREAM))
+    except TimeoutError:
+        seconds = f"{rules.lookup_seconds:g} seconds"
+        raise InvalidRequest(f"The host {place.host} of an image's URL was not found within {seconds}.") from None
     except (OSError, UnicodeError):
         raise InvalidRequest(f"The host {place.host} of an image's URL cannot be found.") from None
     addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
     if not addresses or not all(map(is_public, addresses)):
         raise InvalidRequest(f"The host {place.host} has no public address, and images are fetched from such alone.")
     return addresses
+
+
+async def _in_own_thread(lookup: Callable[[], Any]) -> Any:
+    """What `lookup` returns or raises. Nothing can end it early: no other waits for its thread, nor does the process's end."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    def settle(put: Callable[[Any], None], value: Any) -> None:
+        if not answer.done():  # nobody waits any more
+            put(value)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = answer.set_result, lookup()
+        except Exception as error:
+            outcome = answer.set_exception, error
+        finally:
+            _LOOKUPS.release()
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    if not _LOOKUPS.acquire(blocking=False):
+        raise InvalidRequest("Too many hosts of images are being looked up now; try again, or send data: URLs.")
+    try:
+        threading.Thread(target=run, name="lookup", daemon=True).start()
+    except RuntimeError:  # of the system: no more threads
+        _LOOKUPS.release()
+        raise InvalidRequest("No thread is left to look up the host of an image; try again, or send data: URLs.") from None
+    return await answer
 
 
 @functools.cache
@@ -155,7 +191,7 @@ class _Answer:
 
 
 async def _get(place: _Place, rules: FetchRules) -> _Answer:
-    reader, writer = await _connect(place)
+    reader, writer = await _connect(place, rules)
     try:
         writer.write(
             f"GET {place.target} HTTP/1.1\r\nHost: {place.header}\r\nUser-Agent: octavo/{__version__}\r\n"
@@ -163,18 +199,20 @@ async def _get(place: _Place, rules: FetchRules) -> _Answer:
         )
         return await _read(reader, place, rules)
     except (OSError, EOFError, httptools.HttpParserError):
-        raise InvalidRequest(f"{told(place.url)} was not answered as HTTP says, or only in part.") from None
+        raise InvalidRequest(f"{printable(place.url)} was not answered as HTTP says, or only in part.") from None
     finally:
         writer.transport.abort()  # closing TLS politely would wait for the other side
 
 
-async def _connect(place: _Place) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    for address in await _addresses(place):
+async def _connect(place: _Place, rules: FetchRules) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    for address in await _addresses(place, rules):
         with suppress(OSError):
             if place.secure:
                 return await asyncio.open_connection(address, place.port, ssl=_tls(), server_hostname=place.host)
             return await asyncio.open_connection(address, place.port)
-    raise InvalidRequest(f"{told(place.url)} cannot be reached" + (", or its certificate is not valid." * place.secure or "."))
+    raise InvalidRequest(
+        f"{printable(place.url)} cannot be reached" + (", or its certificate is not valid." * place.secure or ".")
+    )
 
 
 async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) -> _Answer:
@@ -193,12 +231,14 @@ async def _read(reader: asyncio.StreamReader, place: _Place, rules: FetchRules) 
         if answer.headed and answer.status != 200:
             break
         if answer.headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise InvalidRequest(f"{told(place.url)} is sent compressed, though it was asked for as it is; send a data: URL.")
+            raise InvalidRequest(
+                f"{printable(place.url)} is sent compressed, though it was asked for as it is; send a data: URL."
+            )
         length = answer.headers.get(b"content-length", b"0")
         if len(answer.body) > rules.max_bytes or (length.isdigit() and int(length[:20]) > rules.max_bytes):
             raise too_large(place.url, rules.max_bytes)
         if not answer.headed and received > _HEADER_BYTES:
-            raise InvalidRequest(f"{told(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
+            raise InvalidRequest(f"{printable(place.url)} is answered with headers of more than {_HEADER_BYTES >> 10} KiB.")
         if received > 2 * rules.max_bytes + _HEADER_BYTES:  # chunks of a byte, each with its own lines
             raise too_large(place.url, rules.max_bytes)
     return answer

@@ -75,10 +75,10 @@ class Loader:
         length = (shape or self.source.shape(full) or [1])[shard.dim]
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
-    def promise(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
-        """Announces matrices [N, K] that will be read (Source.promise)."""
+    def declare(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+        """Announces matrices [N, K] that will be read (Source.declare)."""
         for name, shape in zip(names, shapes, strict=True):
-            self.source.promise(self.prefix + name, shape)
+            self.source.declare(self.prefix + name, shape)
 
     def vector(self, name: str, shape: Sequence[int], shard: Shard = WHOLE, *, dtype: torch.dtype | None = None) -> Tensor:
         """A norm, bias, router or embedding in the model's dtype, or in `dtype`; never quantized."""
@@ -94,7 +94,7 @@ class Loader:
 
     def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
         """This rank's part of the matrix `name` [N, K] in the model's dtype, dequantized if stored in codes."""
-        self.promise([name], [shape])
+        self.declare([name], [shape])
         self.rules.ignored(self.prefix + name)  # marks patterns that match it as used
         found = read_weight(self, name, shape, shard)
         tensor = (dequantize(found) if isinstance(found, QTensor) else found).to(self.dtype)
@@ -115,7 +115,7 @@ class Loader:
         `row_lookup`: single rows are read too, as in an embedding.
         """
         if not is_head:
-            self.promise(names, shapes)
+            self.declare(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
         packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
@@ -135,7 +135,7 @@ class Loader:
         for e in range(count):
             one = self.at(f"{self.prefix}{e}")
             for i, (stack, scheme) in enumerate(zip(stacks, schemes, strict=True)):
-                one.promise(stack.names, stack.shapes)
+                one.declare(stack.names, stack.shapes)
                 q = one.stacked(*stack, scheme)
                 stored[i] += q.nbytes
                 made[i].put(e, q.padded(self.platform.fp8_alignment))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.quant.promise import Promise
+from octavo.quant.stored_format import StoredFormat
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.transfer import ReadAhead, Transfer
 
@@ -29,7 +29,7 @@ class Source(Protocol):
 
     def shape(self, name: str) -> list[int]: ...
 
-    def promise(self, module: str, shape: tuple[int, int]) -> None:
+    def declare(self, module: str, shape: tuple[int, int]) -> None:
         """The matrix `module` [N, K] will be asked for: what has no files makes it up as config.json says that it is stored."""
 
     def expect(self, names: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ class SafetensorsSource:
     def shape(self, name: str) -> list[int]:
         return list(self.checkpoint.tensors[name].shape)
 
-    def promise(self, module: str, shape: tuple[int, int]) -> None: ...
+    def declare(self, module: str, shape: tuple[int, int]) -> None: ...
 
     def expect(self, names: Sequence[str]) -> None:
         self._ahead = ReadAhead(self.checkpoint, [self.checkpoint.tensors[name] for name in names])
@@ -100,30 +100,30 @@ def check_shape(name: str, stored: Sequence[int], shape: Sequence[int] | None) -
 class DummySource:
     """Random weights of any shape that is asked for, the same for the same name on every device. For benchmarks.
 
-    `promised`: how linear layers are stored; BF16 without it.
+    `stored_format`: how linear layers are stored; BF16 without it.
     """
 
     POOL = 1_000_003  # prime, so that no two rows of a matrix start at the same place
     SPREAD: ClassVar = {"F8_E4M3": 64.0, "I32": 4.61}  # standard deviation of codes; of INT4's, eight a word, all are as likely
     has_any = True
 
-    def __init__(self, promised: Promise | None = None, std: float = 0.02) -> None:
+    def __init__(self, stored_format: StoredFormat | None = None, std: float = 0.02) -> None:
         self.names: set[str] = set()
-        self.promised, self.std = promised, std
+        self.stored_format, self.std = stored_format, std
         self._stored: dict[str, tuple[str, tuple[int, ...], float]] = {}  # dtype, shape, standard deviation of codes
         pool = torch.randn(self.POOL, generator=torch.Generator().manual_seed(0))
         made = {"BF16": pool.mul(std).bfloat16()}
-        if promised is not None:
+        if stored_format is not None:
             made["F8_E4M3"] = pool.mul(self.SPREAD["F8_E4M3"]).to(torch.float8_e4m3fn)
             words = torch.randint(-(1 << 31), 1 << 31, (self.POOL,), generator=torch.Generator().manual_seed(1))
             made["I32"] = words.int()
         # a device gets a copy once, and then writes its weights itself
         self._pools = {(kind, pool.device): values for kind, values in made.items()}
 
-    def promise(self, module: str, shape: tuple[int, int]) -> None:
-        if self.promised is None or self.promised.leaves_out(module):
+    def declare(self, module: str, shape: tuple[int, int]) -> None:
+        if self.stored_format is None or self.stored_format.leaves_out(module):
             return
-        tensors = self.promised.of(module).tensors(*shape)
+        tensors = self.stored_format.of(module).tensors(*shape)
         spread = self.SPREAD[tensors[0][1]]
         self._stored |= {f"{module}.{end}": (dtype, size, spread) for end, dtype, size in tensors}
         self.names.update(f"{module}.{end}" for end, *_ in tensors)

@@ -19,7 +19,7 @@ from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
-from octavo.engine.grammar import Pace
+from octavo.engine.grammar import GrammarSpeed
 from octavo.engine.runner import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import OctavoError
@@ -303,7 +303,7 @@ class Chain:
 
     finished = False
     error = None
-    pace = Pace()
+    speed = GrammarSpeed()
 
     def __init__(self, *_):
         self.last = 0

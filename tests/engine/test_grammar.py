@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo import LLM
 from octavo.demo import MODEL_DIR
 from octavo.engine import grammar_work
-from octavo.engine.grammar import Grammar, GrammarCompiler, Pace
+from octavo.engine.grammar import Grammar, GrammarCompiler, GrammarSpeed
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest, SamplingParams, StructuredOutput
 from octavo.server.protocol import Function, Tool
@@ -278,7 +278,7 @@ class Slow:
     finished, error = False, None
 
     def __init__(self, seconds: float):
-        self.seconds, self.found, self.pace = seconds, 0, Pace(slow=seconds > grammar_work.PATIENCE)
+        self.seconds, self.found, self.speed = seconds, 0, GrammarSpeed(slow=seconds > grammar_work.PATIENCE)
 
     def find(self) -> None:
         time.sleep(self.seconds)
@@ -356,7 +356,7 @@ def test_a_grammar_that_takes_too_long(llm, monkeypatch, where):
         if len(calls) > 1:  # the first is part of compiling
             hang()
 
-    grammar.pace.slow = True
+    grammar.speed.slow = True
     monkeypatch.setattr(GrammarCompiler, "compile", hang if where == "compile" else lambda *_: grammar)
     monkeypatch.setattr(Slow, "find", find)
     core.add(EngineRequest("slow", [7], SamplingParams(max_tokens=3), EOS, "slow"))
@@ -396,7 +396,7 @@ def test_a_grammar_that_turns_slow_costs_one_wait_for_all_its_sequences(llm, mon
             time.sleep(0.15)
             slow.append(threading.current_thread() is threading.main_thread())
         find(self)
-        self.pace.slow |= bool(slow)
+        self.speed.slow |= bool(slow)
 
     def accept(self, token):
         self.tokens += 1

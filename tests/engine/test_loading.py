@@ -122,7 +122,7 @@ def test_a_tied_head_stays_bf16_where_it_is_saved(model: Path, tmp_path: Path, m
 def test_a_quantized_head_needs_a_scheme(options: dict[str, Any], model: Path) -> None:
     options = dict(scheme=None) | options
     with pytest.raises(
-        OctavoError, match=r"^--quantize-lm-head needs a scheme, and the checkpoint has none of its own; add .*\.$"
+        OctavoError, match=r"^quantize_lm_head=True needs a scheme, and the checkpoint has none of its own; add .*\.$"
     ):
         start(model, quantize_lm_head=True, **options)
 

@@ -58,6 +58,22 @@ def test_blocks_on_a_cpu():
     assert plan(cpu(), cpu_kv_cache_gib=2.001, block_size=32).num_blocks == 512
 
 
+def test_a_cache_that_is_asked_for_is_compared_with_what_is_free():
+    """Before the weights are read, and again beside them; what the requests could never use is no part of it."""
+    told = r"--cpu-kv-cache-gib 500 makes a KV cache of (\S+) GiB, and (\S+) GiB is free: lower it"
+    asked = EngineConfig(model="x", cpu_kv_cache_gib=500)
+    for wrong, free in (
+        (lambda: length_held(asked, cpu(free=16), PER_TOKEN, 4096), "16.00"),
+        (lambda: plan(cpu(free=12), cpu_kv_cache_gib=500), "12.00"),
+    ):
+        with pytest.raises(OctavoError, match=told) as caught:
+            wrong()
+        assert re.search(told, str(caught.value)).groups() == ("128.00", free)  # 256 requests of 4096 tokens
+    assert plan(cpu(free=1), length=160, max_num_seqs=3, cpu_kv_cache_gib=500).num_blocks == 30
+    assert length_held(asked, cpu(free=129), PER_TOKEN, 4096) == 4096
+    assert length_held(asked, cuda(free=1), PER_TOKEN, 4096) == 1  # an accelerator's cache is in its own memory
+
+
 def test_blocks_on_an_accelerator():
     a_gib = 512 // 4  # blocks there hold 64 tokens, not 16
     assert plan(cuda()).num_blocks == int((80 * 0.9 - 10) * a_gib)
@@ -203,7 +219,7 @@ def test_no_table_is_made_for_positions_that_no_cache_holds(shape, tmp_path):
     assert llm.info.max_model_len == 4096
     assert any("note: max_model_len lowered from 1000000000 to 4096" in line for line in llm.info.report)
     assert llm._core.runner.model.model.layers[0].self_attn.rotary_emb.cos_sin.shape[0] == 4096
-    with pytest.raises(OctavoError, match=r"one request of 1000000000 tokens needs .* lower --max-model-len to 4096"):
+    with pytest.raises(OctavoError, match=r"one request of 1000000000 tokens needs .* lower max_model_len to 4096"):
         LLM(tmp_path, **small | dict(max_model_len=10**9))
     assert LLM(tmp_path, **small | dict(max_model_len=100)).info.max_model_len == 100
 

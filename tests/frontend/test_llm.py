@@ -6,6 +6,7 @@ from cases import cases
 from octavo.demo import MODEL_DIR
 from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.keywords import in_keywords
 from octavo.frontend.llm import LLM
 from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, TokenOutput
 
@@ -169,6 +170,37 @@ def test_one_that_fails_has_its_error_and_the_others_their_answers(llm, n, caplo
         }
     assert f"{n} of {3 * n} sequences ended with an error: The cache is too small" in caplog.text
     assert not llm._core.running
+
+
+@cases(
+    ("sentence", "told"),
+    [
+        ("--max-model-len 4096 is over the 64 positions.", "max_model_len=4096 is over the 64 positions."),
+        ("lower --max-model-len to 64, or raise --block-size (16).", "lower max_model_len to 64, or raise block_size (16)."),
+        ("use --kv-cache-dtype fp8 (half of it).", 'use kv_cache_dtype="fp8" (half of it).'),
+        ("--quantization 'pttc' is not known.", "quantization='pttc' is not known."),
+        ("add --quantization ptpc_fp8, fp8 or fp8_block", 'add quantization="ptpc_fp8", fp8 or fp8_block'),
+        ("or decode without graphs (--enforce-eager).", "or decode without graphs (enforce_eager=True)."),
+        ("leave out --no-enable-prefix-caching.", "leave out enable_prefix_caching=False."),
+        ("--gpu-memory-utilization must be at most 1, not 2.5.", "gpu_memory_utilization must be at most 1, not 2.5."),
+        ("--device cuda: torch sees none; use --device cpu.", 'device="cuda": torch sees none; use device="cpu".'),
+        ("a smaller --max-model-len, or --seed 3.", "a smaller max_model_len, or seed=3."),
+        ("--api-key and `octavo compare --auto` stay.", "--api-key and `octavo compare --auto` stay."),
+    ],
+)
+def test_a_flag_is_a_keyword_to_python(sentence, told):
+    assert in_keywords(sentence) == told
+
+
+def test_errors_name_keyword_arguments():
+    for options, told in (
+        (dict(max_model_len=0), "^max_model_len must be positive, not 0.$"),
+        (dict(quantization="pttc_fp8"), "^quantization='pttc_fp8' is not known; did you mean 'ptpc_fp8'"),
+        (dict(tensor_parallel_size=2), "^tensor_parallel_size=2 is not served yet"),
+        (dict(max_model_len=10**6), r"^max_model_len=1000000 is over the \d+ positions"),
+    ):
+        with pytest.raises(OctavoError, match=told):
+            LLM(**options)
 
 
 def test_other_errors(llm, tmp_path):

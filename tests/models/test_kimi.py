@@ -24,8 +24,8 @@ from octavo.engine.vocabulary import Vocabulary
 from octavo.errors import OctavoError
 from octavo.models import build_model
 from octavo.quant import BF16, FP8_PER_CHANNEL, QuantRules, dequantize
-from octavo.quant.promise import promise_of
 from octavo.quant.qtensor import int4_codes
+from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader
 from octavo.weights.loader import WHOLE
 
@@ -220,9 +220,9 @@ def test_random_weights_are_stored_as_config_json_says(tmp_path: Path) -> None:
         config["text_config"]["quantization_config"],
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
     ):
-        source = DummySource(promise_of({"quantization_config": quantization}))
+        source = DummySource(stored_format_of({"quantization_config": quantization}))
         loader = Loader(source, CPU, QuantRules(), torch.bfloat16)
-        loader.promise(["x"], [(256, 512)])
+        loader.declare(["x"], [(256, 512)])
         found = loader.stored("x", (256, 512), WHOLE, BF16)
         assert found.scheme.quantized
         assert dequantize(found).std().item() == pytest.approx(source.std, rel=0.02)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import cases
 from conftest import VOCAB, relative_error
+from models import test_kimi, test_qwen3_vl
 from models.test_kimi import kimi, write
 from models.test_moe_quantized import FakeExperts
 from models.test_quantized import CPU, fake_quantize
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
+from octavo.errors import OctavoError
 from octavo.images import Grid
 from octavo.kvcache import KVCache, Layout
 from octavo.layers.vision import ImageInput
@@ -136,6 +139,39 @@ def test_kimis_tokens_see_all_frames_of_a_clip(tmp_path: Path) -> None:
     for ranks in (1, 2, 4):
         for out in run_ranks(ranks, lambda tp: loaded(tmp_path, tp).encode(patches, clips)):
             assert relative_error(out, expected) < 1e-4, ranks
+    ours = loaded(tmp_path, TensorParallel())
+    assert len(ours.encode(torch.randn(16, 3, 14, 14), [Grid(4, 2, 2)])) == 1  # pos_emb_time is 4
+    with pytest.raises(IndexError):
+        model.model.vision_tower(torch.randn(20, 3, 14, 14), grid_thw=torch.tensor([[5, 2, 2]]))
+    with pytest.raises(OctavoError, match="A clip of 5 frames is over the 4 that this model reads at a time"):
+        ours.encode(torch.randn(20, 3, 14, 14), [Grid(5, 2, 2)])
+
+
+TOWERS = {"qwen3_vl": test_qwen3_vl.TOWER, "kimi_k25": test_kimi.TOWER}
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen3_vl", {"depth": None}, "config.json has no vision_config.depth, which this architecture needs."),
+    ("qwen3_vl", {"hidden_size": "64"}, "config.json: vision_config.hidden_size must be of type int, not '64'."),
+    ("qwen3_vl", {"num_heads": 0}, "config.json: vision_config.num_heads must be positive, not 0."),
+    ("qwen3_vl", {"num_heads": 5}, "config.json: vision_config.hidden_size must be a multiple of 4 times its num_heads."),
+    ("qwen3_vl", {"num_position_embeddings": 5}, "config.json: vision_config.num_position_embeddings must be a square number."),
+    ("qwen3_vl", {"deepstack_visual_indexes": [99]}, "config.json: vision_config.deepstack_visual_indexes must list layers, "),
+    ("kimi_k25", {"patch_size": None}, "config.json has no vision_config.patch_size, which this architecture needs."),
+    ("kimi_k25", {"vt_hidden_size": "64"}, "config.json: vision_config.vt_hidden_size must be of type int, not '64'."),
+    ("kimi_k25", {"pos_emb_time": 1 << 40}, "config.json: vision_config.pos_emb_time is 1099511627776, which no model has."),
+    ("kimi_k25", {"merge_kernel_size": [2]}, "config.json: vision_config.merge_kernel_size must be two equal integers, not"),
+    ("kimi_k25", {"num_attention_heads": 5}, "config.json: the heads of vision_config must have dimensions that are a multi"),
+]
+
+
+@cases(("name", "changes", "told"), WRONG)
+def test_a_field_of_the_tower_is_named_with_its_place(name: str, changes: dict[str, Any], told: str) -> None:
+    """The text model has fields of the same names."""
+    config = TOWERS[name] | changes
+    for field in changes:  # the hub's own name of it
+        config.pop(field.removeprefix("vt_") if field.startswith("vt_") else "", None)
+    with pytest.raises(OctavoError) as caught:
+        architecture({"model_type": name}).VisionConfig.from_json(config)
+    assert str(caught.value).startswith(told)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "kimi_k25"])

@@ -100,8 +100,8 @@ def test_the_first_that_takes_a_step_computes_it() -> None:
         (1, 700): one,
         (1, 5000): few,
         (2, 700): few,
-        (layer_megakernel.MOST_TOKENS, 1): few,
-        (layer_megakernel.MOST_TOKENS + 1, 1): None,
+        (layer_megakernel.MAX_TOKENS, 1): few,
+        (layer_megakernel.MAX_TOKENS + 1, 1): None,
     }
     assert {step: model.fused_for(*step) for step in steps} == steps
     assert (one.attends, few.attends) == (True, False)  # whose graphs depend on how attention splits a context

@@ -44,7 +44,7 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_division_by_a_factor_is_exact() -> None:
     """As prefill_attention.cu divides a row's place by the heads of its KV head."""
-    for by in range(1, prefill.MOST_GROUP + 1):
+    for by in range(1, prefill.MAX_GROUP + 1):
         assert [x * (65536 // by + 1) >> 16 for x in range(256)] == [x // by for x in range(256)]
 
 

@@ -141,7 +141,7 @@ def test_quantize(rows: int, size: int, fp8: torch.dtype) -> None:
 
 @fp8_dtypes
 @over("split", [None, 1, 3])
-@over("shape", [s for s in LINEAR if s[0] <= linear.MOST_TOKENS])
+@over("shape", [s for s in LINEAR if s[0] <= linear.MAX_TOKENS])
 def test_small_linear(shape: tuple[int, int, int], split: int | None, fp8: torch.dtype) -> None:
     m, n, k = shape
     q = quantize(torch.randn(n, k, device=DEVICE), FP8_PER_CHANNEL, fp8).padded(16)

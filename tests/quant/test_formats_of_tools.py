@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,25 @@ def test_other_formats_are_refused(quantization: dict[str, Any], part: str, plac
     assert part in str(raised.value)
     assert "which Octavo does not read" in str(raised.value)
     assert str(raised.value).endswith(".")
+
+
+@cases(
+    "wrong",
+    [
+        [dict(quant_method="awq")], "fp8", 8, True, [], "", 0, dict(quant_method="quark", layer_quant_config=["a"]),
+        dict(quant_method="compressed-tensors", sparsity_config=[1]), CT | dict(config_groups={"group_0": dict(weights=[8])}),
+    ],
+    ids=str,
+)  # fmt: skip
+@cases("place", ["quantization_config", "compression_config", "text_config"])
+def test_what_is_no_object_is_refused(wrong: Any, place: str) -> None:
+    """It would be taken for no quantization at all."""
+    config = {place: {"quantization_config": wrong} if place == "text_config" else wrong}
+    key = "quantization_config" if place == "text_config" else place
+    told = "a field of the wrong type" if isinstance(wrong, dict) else f"{key} must be an object, not {json.dumps(wrong)};"
+    with pytest.raises(OctavoError, match=re.escape(told)):
+        check_format(config)
+    check_format({place: {} if place == "text_config" else None})
 
 
 def test_a_config_file_of_modelopts_own(tmp_path: Path) -> None:

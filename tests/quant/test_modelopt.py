@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.cli import main
 from octavo.quant import FP8_BLOCK, FP8_PER_TENSOR, dequantize, quantize
 from octavo.quant.checks import check_format
-from octavo.quant.promise import promise_of
+from octavo.quant.stored_format import stored_format_of
 
 MODELOPT = [
     dict(quant_method="modelopt", quant_algo="FP8"),
@@ -65,8 +65,8 @@ def test_checkpoints_of_modelopts_forms(
     assert relative_error(load_model(tmp_path).logits(ids), expected) < (0.06 if said.get("quant_algo") else 1e-4)
     if not said.get("quant_algo"):
         return
-    (promise,) = {promise_of(described, tmp_path if own_file else None)}
-    assert promise is not None
+    (stored,) = {stored_format_of(described, tmp_path if own_file else None)}
+    assert stored is not None
     out = tmp_path / "out"
     scheme = "fp8_block" if tiles else "fp8"
     assert main(["quantize", str(tmp_path), "--scheme", scheme, "--output", str(out), "--verify"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from server.processes import Server
 from octavo.server import error_responses, request_body
 from octavo.server.error_responses import ApiError
 from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest
-from octavo.server.request_body import MOST_VALUES, SMALL_BODY, as_request
+from octavo.server.request_body import MAX_VALUES, SMALL_BODY, as_request, read_body
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -46,12 +47,12 @@ def test_a_large_body_is_read_beside_the_server(client: Client, path: str, more:
 @cases(
     ("path", "body", "sentence"),
     [
-        (COMPLETIONS, {"prompt": [[]] * (MOST_VALUES // 8)}, MANY),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 0 for i in range(MOST_VALUES // 4)}}, MANY),
-        (CHAT, {"messages": [{"role": "user", "content": [{}] * MOST_VALUES}]}, MANY),
+        (COMPLETIONS, {"prompt": [[]] * (MAX_VALUES // 8)}, MANY),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 0 for i in range(MAX_VALUES // 4)}}, MANY),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * MAX_VALUES}]}, MANY),
         (CHAT, {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 100_000}, MANY),
-        (CHAT, {"messages": [USER], "chat_template_kwargs": {"a": [0] * MOST_VALUES}}, MANY),
-        ("/detokenize", {"tokens": [1] * MOST_VALUES}, MANY),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": {"a": [0] * MAX_VALUES}}, MANY),
+        ("/detokenize", {"tokens": [1] * MAX_VALUES}, MANY),
         (
             CHAT,
             {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 4097},
@@ -117,6 +118,21 @@ def test_of_many_faults_in_a_list_one_is_looked_for(name: str, monkeypatch: pyte
         with pytest.raises(ApiError, match=f"^{name}"):
             as_request(model, json.dumps(make(many)).encode())
     assert counts[0] == counts[1]
+
+
+@cases("sizes", [[2001], [2000, 1], [1] * 2001, [1500, 1500]], ids=len)
+def test_a_body_that_does_not_say_its_length_is_read_up_to_the_bound(sizes: list[int]) -> None:
+    """It has no end: whoever read on would never answer."""
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 1
+        assert read <= len(sizes), "what follows the bound was read"
+        return {"type": "http.request", "body": b" " * sizes[read - 1], "more_body": True}
+
+    with pytest.raises(ApiError, match="over 2000 bytes, the most that this server reads"):
+        asyncio.run(read_body({"type": "http", "headers": []}, receive, 2000))
 
 
 def test_max_request_bytes() -> None:

@@ -54,7 +54,9 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(serve: MakeServer) ->
         with post(server) as refused:
             assert refused.status == 503
             assert json.loads(refused.read())["error"]["code"] == "shutting_down"
-        assert stream.read().endswith(b"data: [DONE]\n\n")
+        *events, done, _ = stream.read().split(b"\n\n")
+        choices = [json.loads(event.strip().removeprefix(b"data: "))["choices"] for event in events]  # an error has none
+        assert (choices[-1][0]["finish_reason"], done) == ("stop", b"data: [DONE]")
     assert server.end() == 0
 
 
@@ -161,9 +163,9 @@ def test_an_empty_key_is_refused(serve: MakeServer, monkeypatch: pytest.MonkeyPa
     if flags is None:
         monkeypatch.setenv("VLLM_API_KEY", "")
     server = serve(*(["--api-key", *flags] if flags else []), ready=False)
-    name = "--api-key" if flags else "VLLM_API_KEY"
+    told = "VLLM_API_KEY is empty, which would leave the server open; give it a key, or unset it."
     assert server.end() == 1
-    assert server.log == [f"octavo: {name} is empty, which would leave the server open; give a key, or leave {name} out.\n"]
+    assert server.log == [f"octavo: {'--api-key is empty; give it a value, or leave it out.' if flags else told}\n"]
 
 
 def test_unknown_variables_are_named_once(serve: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -538,6 +538,7 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
         ("throughput --sampling top_p=1.5", 1, "--sampling: top_p must be between 0 and 1, not 1.5."),
         ("throughput --shape llama-3.1-9b", 1, "--shape 'llama-3.1-9b' is not known; did you mean 'llama-3.1-8b'?"),
         ("throughput --shape llama-3.1-8b --num-layers 0", 1, "--num-layers must be positive, not 0."),
+        ("throughput --shape llama-3.1-8b --num-layers 33", 1, "--num-layers 33 is more than the model has; use at most 32."),
         ("throughput -q bf16 M --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
         ("throughput --num-layers 2", 1, "--num-layers is for random weights; add --load-format dummy, or use --shape."),
         ("throughput --shape qwen3-8b --load-format auto", 1, "are for random weights; leave out --load-format"),

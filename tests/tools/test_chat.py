@@ -22,11 +22,13 @@ class Handler(BaseHTTPRequestHandler):
     models: ClassVar[bytes] = b'{"data": [{"id": "m"}]}'
     answer: ClassVar[bytes] = TOLD + b": a comment\n\ndata: [DONE]\n\n"
     asked: ClassVar[list[dict[str, object]]] = []
+    keys: ClassVar[set[str | None]] = set()
 
     def do_GET(self) -> None:
         self.send(self.models)
 
     def do_POST(self) -> None:
+        self.keys.add(self.headers["Authorization"])
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send(self.answer)
 
@@ -42,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Handler, "asked", [])
+    monkeypatch.setattr(Handler, "keys", set())
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -88,6 +91,34 @@ def test_no_standard_input(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", url]) == 0
     assert not Handler.asked
+
+
+def test_a_scheme_in_capitals(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"hi")
+    assert main(["chat", url.replace("http", "HTTP")]) == 0
+    assert len(Handler.asked) == 1
+
+
+@cases("key", ["a\r\nHost: b", "a\nb", "sch\u00f6n", "\u2026", "a\x7f", "a\udc80"])
+def test_a_key_that_no_header_holds(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """It is not printed: whoever sees the terminal need not see it."""
+    for words in (["chat", url], ["bench", "serve", "--base-url", url]):
+        for flags, variable in ((["--api-key", key], "fine"), ([], key)):
+            monkeypatch.setenv("OPENAI_API_KEY", variable)
+            pipe(monkeypatch, b"hi")
+            assert main([*words, *flags]) == 1
+            told = capsys.readouterr().err
+            assert "a header holds printable ASCII alone; look at --api-key or $OPENAI_API_KEY." in told
+            assert told.count("\n") == 1
+            assert key not in told
+
+
+def test_white_space_around_a_key_is_no_part_of_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"hi")
+    assert main(["chat", url, "--api-key", " secret\n"]) == 0
+    assert Handler.keys == {"Bearer secret"}
 
 
 @cases("models", [b"<html>", b"", b"[]", b'{"data": []}', b'{"data": 5}', b"\xff"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from tools.planner import answer, checkpoint, plan_of
 
 from octavo.cli import main
 from octavo.demo import MODEL_DIR
+from octavo.errors import OctavoError
 from octavo.models.published import FP8_BLOCKS, known_config
 from octavo.platform import detect
 from octavo.tools.plan import accelerators
@@ -119,7 +122,8 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
-        (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there are 1"),
+        (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there is one."),
+        (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "4"), "needs 8 accelerators, and there are 4."),
         (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads do not split over 3 ranks"),
         (("Llama-3.1-8B", "--max-model-len", "200k"), "over the 131072 positions"),
         (("Llama-3.1-8B", "--accelerator", "a100"), "(sm_80) has no FP8 units"),
@@ -163,6 +167,8 @@ def test_packed_int4_takes_what_is_stored() -> None:
         (("--num-accelerators", "0"), "--num-accelerators must be positive, not 0."),
         (("DeepSeek-V3.2", "--kv-cache-dtype", "fp8_e5m2"), "is not for MLA models, whose FP8 cache is fp8_ds_mla; use fp8,"),
         (("Llama-3.1-8B", "--kv-cache-dtype", "fp8_ds_mla"), "--kv-cache-dtype fp8_ds_mla is for MLA models"),
+        (("--device", "cpu", "--accelerator", "h200"), "--device cpu and --accelerator h200 contradict each other; give one"),
+        (("--device", "cuda", "--accelerator", "CPU"), "--device cuda and --accelerator CPU contradict each other; give one"),
         (("--quantization-ignore", "no_such_layer"), "'no_such_layer' matches no layer of this model"),
         (("--quantization-ignore", "re:("), "is not a regular expression"),
     ],
@@ -251,6 +257,20 @@ def test_the_machines_accelerators_are_found(tmp_path: Path, monkeypatch: pytest
     assert (number, found.arch, found.memory, found.bandwidth) == (8, "gfx942", 206141652992, 5.3e12)
 
 
+def test_a_device_is_planned_for_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for tool in ("nvidia-smi", "rocm-smi"):
+        (tmp_path / tool).write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / tool).chmod(0o755)
+    for words in ([], ["--device", "cpu"], ["--accelerator", "cpu"], ["--device", "cpu", "--accelerator", "cpu"]):
+        assert plan_of(*words).question.on.is_cpu
+    with pytest.raises(OctavoError, match="--device cuda: this machine has no accelerator; name the one that is meant"):
+        plan_of("--device", "cuda")
+    assert plan_of("--device", "cuda", "--accelerator", "h200").question.on.name == "NVIDIA H200 SXM"
+    fake_tool(tmp_path, "nvidia-smi", "NVIDIA H100 80GB HBM3, 81559, 9.0")
+    assert plan_of("--device", "cuda").question.on.arch == "sm_90"
+
+
 def test_the_host_has_the_memory_that_the_engine_sees() -> None:
     host = accelerators.find("cpu")
     free, total = detect("cpu").memory()
@@ -279,6 +299,15 @@ def test_the_command_keeps_what_was_typed(capsys: pytest.CaptureFixture[str]) ->
         "octavo serve path/to/Llama-3.1-8B --quantization fp8 --quantization-ignore o_proj 're:.*layers.0.*' "
         "--quantize-lm-head --max-model-len 8192 --block-size 32"
     )
+
+
+def test_the_table_of_the_page_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    (block,) = re.findall(r"```\n\$ octavo (plan .*?)\n```", page, re.DOTALL)
+    command, shown = block.replace("\\\n", " ").split("\n", 1)
+    assert main(shlex.split(command)) == 0
+    printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}
+    assert [line for line in shown.splitlines() if line not in {*printed, "…"}] == []
 
 
 def test_a_plan_is_quick() -> None:

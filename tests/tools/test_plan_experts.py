@@ -149,15 +149,15 @@ def test_a_step_reads_the_experts_that_its_tokens_reach(name: str) -> None:
 def test_the_published_names_are_of_these_numbers(name: str, said: str) -> None:
     known = known_config(said)
     assert known is not None
-    promised = known[1].get("quantization_config")
-    assert bool(promised) == (name in ("MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3.2"))
+    described = known[1].get("quantization_config")
+    assert bool(described) == (name in ("MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3.2"))
     plain = {key: value for key, value in known[1].items() if key != "quantization_config"}
     theirs = subject_of(PUBLISHED[name][0])
     assert subject_of(plain).base.operands == theirs.base.operands
     assert subject_of(plain).longest == theirs.longest
     by_name = subject_of(known[1]).base
     assert by_name.parameters() == theirs.base.parameters()
-    assert {o.form for o in by_name.operands if o.component == "experts"} == {"fp8_block" if promised else "bf16"}
+    assert {o.form for o in by_name.operands if o.component == "experts"} == {"fp8_block" if described else "bf16"}
     assert {o.form for o in by_name.operands if o.component == "router"} <= {"bf16", "float32"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,10 +21,13 @@ from octavo.config import EngineConfig
 from octavo.engine import loading
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
+from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.tools.plan import plan as tool
 from octavo.tools.plan.explain import refusals
 from octavo.tools.quantize.quantize import quantize_checkpoint
+from octavo.weights import DummySource
+from octavo.weights.checkpoint import Checkpoint
 
 INT4 = dict(num_bits=4, type="int", strategy="group", group_size=32)
 
@@ -217,6 +221,40 @@ def test_stored_codes_are_weighed_as_codes(scheme: str, fp8: bool, tmp_path: Pat
     monkeypatch.setattr(loading, "check_weights", lambda *_, fp8: seen.append(fp8))
     ModelRunner(EngineConfig(model=checkpoint(tmp_path, llama_tensors(scheme)), device="cpu", cpu_kv_cache_gib=0.05))
     assert seen == [fp8]
+
+
+@pytest.mark.parametrize(("scheme", "described"), [("bf16", {}), ("int4", ct(**INT4))])
+def test_dummy_weights_that_cannot_fit(
+    scheme: str, described: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are weighed as those of files are, but for the scales, and refused before one is made."""
+    write = tmp_path / "files"
+    write.mkdir()
+    files = Checkpoint(Path(checkpoint(write, llama_tensors(scheme), **described)))
+    scales = sum(math.prod(t.shape) for name, t in files.tensors.items() if name.endswith("_scale") and len(t.shape) > 1)
+    values, packed = files.matrix_values() - scales, files.packed_bytes()
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | described))
+    widened = detect("cpu").widened_dtype
+    itemsize = widened.itemsize if widened is not None else 2 if scheme == "bf16" else 1
+
+    def start(free: int) -> str:
+        """What the engine says of the directory, and the plan too."""
+        monkeypatch.setattr("octavo.platform.host_memory", lambda: (free, free))
+        monkeypatch.setattr("octavo.tools.plan.accelerators.memory", lambda: (free, free))
+        line = [str(tmp_path), "--load-format", "dummy", "--device", "cpu", "--kv-cache-dtype", "auto", "-q", "bf16"]
+        with pytest.raises(OctavoError, match="the weights alone would take") as raised:
+            ModelRunner(engine_config(make_parser("plan", tool.add_arguments).parse_args(line)))
+        if widened is None:
+            assert str(raised.value) in planned(*line)
+        return str(raised.value)
+
+    monkeypatch.setattr(DummySource, "read", lambda *_: pytest.fail("a weight was made"))
+    start(needed := itemsize * values + packed - 1)
+    with pytest.raises(pytest.fail.Exception, match="a weight was made"):
+        start(needed + 1)
+    whole_groups = MLA | dict(model_type="deepseek_v3", moe_intermediate_size=64, q_lora_rank=64, v_head_dim=16)
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | whole_groups | described))
+    start(1000)  # every expert counts, in both
 
 
 FORMATS = sorted(path.parent for path in (Path(__file__).parents[1] / "data/formats").glob("*/config.json"))

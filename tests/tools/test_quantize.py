@@ -532,6 +532,10 @@ def test_existing_output_is_not_touched(what: str, checkpoint: Path, tmp_path: P
         run(checkpoint, out)
     assert_sentence(raised.value, str(out))
     assert (files_of(out) if out.is_dir() else out.read_bytes()) == before
+    if what == "a plain file":
+        with pytest.raises(OctavoError) as raised:
+            run(checkpoint, out / "x")
+        assert_sentence(raised.value, f"{out} is a file, so there can be no {out}/x; give -o a new directory.")
     empty = tmp_path / "empty"
     empty.mkdir()
     run(checkpoint, empty)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.vision import FetchRules, ImagePart, fetch_parts
+from octavo.vision import FetchRules, ImagePart, fetch_parts, public_http
 from octavo.vision.fetch import fetch
 from octavo.vision.public_http import is_public
 
@@ -143,6 +144,7 @@ async def refusal_of(url: str, rules: FetchRules) -> str:
 
 def test_which_addresses_are_public() -> None:
     public = ["8.8.8.8", PUBLIC, "1.1.1.1", "172.15.0.1", "2606:4700::1111", "2a00:1450:4001::200e"]
+    public += ["192.88.98.255", "192.88.100.0", "2606:4700::400:5efe:a00:1", "2606:4700::5eff:a00:1"]
     others = [
         "127.0.0.1", "127.9.9.9", "0.0.0.0", "0.1.2.3", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254",
         "100.64.0.1",
@@ -151,6 +153,8 @@ def test_which_addresses_are_public() -> None:
         "fe80::1%eth0", "fc00::1", "fd12::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "::127.0.0.1",
         "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:db8::1", "100::1",
         "2606:4700::1111%lo", "localhost", "", "8.8.8.8.8",
+        "192.88.99.1", "192.88.99.255", "3fff::1", "3fff:fff:ffff::1",
+        *(f"2606:4700::{bits}5efe:a00:1" for bits in ("", "200:", "100:", "300:")),  # ISATAP: 10.0.0.1
     ]  # fmt: skip
     assert [one for one in public if not is_public(one)] == []
     assert [one for one in others if is_public(one)] == []
@@ -228,7 +232,7 @@ def test_what_goes_wrong_is_one_sentence(internet: Internet) -> None:
     urls = {
         "ftp://pictures.test/ok": "should begin with", "pictures.test/ok": "should begin with", "": "should begin with",
         "http:///ok": "not a valid URL", "http://[::1/ok": "not a valid URL",
-        "http://pictures.test:99999/ok": "not a valid URL",
+        "http://pictures.test:99999/ok": "not a valid URL", "http://pictures.test:0/ok": "not a valid URL",
         "http://a b/ok": "not a valid URL", "http://" + "a" * 5000: "not a valid URL",
         "http://me:secret@pictures.test/": "password",
         "http://pictures.test\\@other.test/ok": "password", "http://down.test/ok": "cannot be reached",
@@ -247,8 +251,64 @@ def test_what_goes_wrong_is_one_sentence(internet: Internet) -> None:
         assert await fetch("http://pictures.test/ok", few) == b"image"
         for url in ("http://other.test/ok", "http://pictures.test/absolute", "http://a.pictures.test/ok"):
             assert "--allowed-media-domains" in await refusal_of(url, few)
+        for domains, good, bad in (
+            (["BÜCHER.test"], ["http://bücher.test/ok", "http://xn--bcher-kva.test:81/ok"], ["http://pictures.test/ok"]),
+            (["xn--bcher-kva.test."], ["http://Bücher.test./ok"], ["http://xn--bcher.test/ok"]),
+            (
+                ["pictures.test:8080"],
+                ["http://pictures.test:8080/ok"],
+                ["http://pictures.test/ok", "http://pictures.test:81/ok"],
+            ),
+            (["a.test", "pictures.test:443"], ["https://pictures.test/ok"], ["http://pictures.test/ok"]),
+        ):
+            rules = FetchRules.of_options(None, domains)
+            for url in good:
+                assert await fetch(url, rules) == b"image", (domains, url)
+            for url in bad:
+                assert "--allowed-media-domains" in await refusal_of(url, rules), (domains, url)
+        for domains, url in (
+            (["private.test", "127.0.0.1:80"], "http://private.test/ok"), (["127.0.0.1"], "http://127.0.0.1/ok"),
+            (["[fd00:0::1]:80"], "http://[fd00::1]/ok"), (["fd00::1"], "http://[FD00:0:0::1]:81/ok"),
+        ):  # fmt: skip
+            told = await refusal_of(url, FetchRules.of_options(None, domains))
+            assert "no public address" in told, "an allowed host must be public too"
 
     internet.run(work)
+
+
+def test_a_lookup_that_stalls_holds_no_other_up(internet: Internet, monkeypatch: pytest.MonkeyPatch) -> None:
+    stalled, resolve = threading.Event(), socket.getaddrinfo
+
+    def slow(host: Any, *args: Any, **given: Any) -> Any:
+        if str(host).startswith("slow"):
+            stalled.wait(20)
+            return resolve("pictures.test", *args, **given)
+        return resolve(host, *args, **given)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    rules, free = replace(RULES, lookup_seconds=1), public_http.MAX_LOOKUPS
+
+    async def work() -> None:
+        waiting = [asyncio.ensure_future(refusal_of(f"http://slow{i}.test/ok", rules)) for i in range(free - 1)]
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        for _ in range(3):
+            assert await fetch("http://pictures.test/ok", rules) == b"image"
+        assert time.monotonic() - start < 0.9
+        last = asyncio.ensure_future(refusal_of("http://slow.test/ok", rules))
+        await asyncio.sleep(0)
+        assert "Too many hosts" in await refusal_of("http://pictures.test/ok", rules)
+        for told in await asyncio.gather(last, *waiting):
+            assert "was not found within 1 seconds" in told
+        stalled.set()
+        while any(thread.name == "lookup" for thread in threading.enumerate()):
+            await asyncio.sleep(0.01)
+        assert await fetch("http://slow.test/ok", rules) == b"image"  # all threads are free again
+
+    try:
+        internet.run(work)
+    finally:
+        stalled.set()
 
 
 def test_data_urls_and_files(tmp_path: Path) -> None:
@@ -294,6 +354,17 @@ def test_data_urls_and_files(tmp_path: Path) -> None:
     asyncio.run(work())
     with pytest.raises(OctavoError, match="must be a directory"):
         FetchRules.of_options(str(root / "in"), None)
-    for domain in ("*.test", "http://a.test", "a.test/b", ""):
+    for domain in (
+        "*.test",
+        "http://a.test",
+        "a.test/b",
+        "",
+        "a.test:0",
+        "a.test:99999",
+        "a.test:x",
+        "a@b.test",
+        "a.test?b",
+        ":80",
+    ):
         with pytest.raises(OctavoError, match="names of hosts"):
             FetchRules.of_options(None, [domain])

@@ -14,7 +14,7 @@ from octavo.ops import reference
 from octavo.ops.contract import Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, rounded, widened
-from octavo.ops.cpu.native import Native, held_scale, struct_of, taken, unsupported
+from octavo.ops.cpu.native import Native, held_scale, is_readable, struct_of, unsupported
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -48,7 +48,7 @@ class PackedNativeStack(PackedStack):
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         x = values_of(x)
-        if not taken(x):
+        if not is_readable(x):
             x = x.contiguous()
         y = x.new_empty(len(dispatch.order), self.n)
         launch(kernels().octavo_experts,
@@ -107,7 +107,7 @@ class PackedWidenedStack(PackedStack):
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed:
-    if not (taken(x) and taken(weight)):
+    if not (is_readable(x) and is_readable(weight)):
         return reference.route(x, weight, bias, router, batch)
     (tokens, width), count, k = x.shape, len(weight), router.top_k
     lengths = batch.seq_lens if len(batch.seq_lens) == tokens else None

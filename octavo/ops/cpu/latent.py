@@ -17,7 +17,7 @@ from octavo.kvcache import IndexCache, LatentCache
 from octavo.ops import reference_latent
 from octavo.ops.contract import Norm, Rotation
 from octavo.ops.cpu.library import KINDS, Shared, kernels
-from octavo.ops.cpu.native import MAX_SHARED, taken
+from octavo.ops.cpu.native import MAX_SHARED, is_readable
 from octavo.ops.cpu.op_recorder import launch
 
 __all__ = [
@@ -34,7 +34,7 @@ VALUES = 1 << 22  # keys, values or scores computed at a time; bounds memory for
 
 
 def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
-    if not (taken(kv) and norm.weight.dtype is kv.dtype and kv.shape[1] <= MAX_SHARED):
+    if not (is_readable(kv) and norm.weight.dtype is kv.dtype and kv.shape[1] <= MAX_SHARED):
         return reference_latent.write_latent(kv, norm, rotation, cache, slots)
     cos_sin, rows, slots = rotation.cos_sin.contiguous(), rotation.rows.contiguous(), slots.contiguous()
     launch(kernels().octavo_write_latent,
@@ -45,7 +45,7 @@ def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache,
 
 
 def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:
-    if not (taken(k) and norm.weight.dtype is k.dtype and k.shape[1] <= MAX_SHARED):
+    if not (is_readable(k) and norm.weight.dtype is k.dtype and k.shape[1] <= MAX_SHARED):
         return reference_latent.write_index_keys(k, norm, rotation, cache, slots)
     cos_sin, rows, slots = rotation.cos_sin.contiguous(), rotation.rows.contiguous(), slots.contiguous()
     launch(kernels().octavo_write_index_keys,
@@ -74,7 +74,7 @@ def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
 def _multiplied(x: Tensor, w: Tensor) -> bool:
     """Whether the kernels multiply each head of x by its matrix of w without copies."""
     lies = 1 in w.stride()[1:] and w.dtype in (torch.float32, torch.bfloat16)
-    return taken(x) and lies and max(*x.shape[2:], *w.shape[1:]) <= MAX_SHARED
+    return is_readable(x) and lies and max(*x.shape[2:], *w.shape[1:]) <= MAX_SHARED
 
 
 def _multiply(x: Tensor, w: Tensor, y: Tensor, rotation: Rotation | None) -> None:
@@ -91,7 +91,7 @@ def _multiply(x: Tensor, w: Tensor, y: Tensor, rotation: Rotation | None) -> Non
 
 
 def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
-    if not (taken(q) and q.shape[2] <= MAX_SHARED):
+    if not (is_readable(q) and q.shape[2] <= MAX_SHARED):
         return reference_latent.latent_attention(q, cache, batch, scale, chosen)
     out, tables = q.new_empty(*q.shape[:2], cache.latent.shape[-1]), batch.block_tables
     places, top_k = None, 0
@@ -107,7 +107,7 @@ def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: 
 
 
 def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache, batch: ForwardBatch, top_k: int) -> Tensor:
-    if not (taken(q) and taken(weights) and weights.dtype is q.dtype and q.shape[2] <= MAX_SHARED):
+    if not (is_readable(q) and is_readable(weights) and weights.dtype is q.dtype and q.shape[2] <= MAX_SHARED):
         return reference_latent.select_keys(q, weights, rotation, cache, batch, top_k)
     cos_sin, rows, tables = rotation.cos_sin.contiguous(), rotation.rows.contiguous(), batch.block_tables
     out = q.new_empty(len(q), top_k, dtype=torch.int32)

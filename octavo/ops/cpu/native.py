@@ -45,13 +45,13 @@ __all__ = [
     "attention",
     "captures",
     "held_scale",
+    "is_readable",
     "rms_norm",
     "rope_write_kv",
     "rotate",
     "sample",
     "silu_mul",
     "struct_of",
-    "taken",
     "unsupported",
     "write_kv",
 ]
@@ -204,7 +204,7 @@ def captures(head_dim: int, weights: Iterable[PackedWeight], latent: bool = Fals
     return fits and not any(isinstance(w, reference.Dequantized) and w.q.scheme.quantized for w in weights)
 
 
-def taken(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether the kernels read x without a copy."""
     return (x.dtype is torch.bfloat16 or x.dtype is torch.float32) and (x.is_contiguous() or x.stride(-1) == 1)
 
@@ -214,7 +214,7 @@ def rms_norm(
 ) -> tuple[Activation, Tensor]:
     """As `ops.rms_norm`, with dense results; x is [M, width] or a view [T, H, width]."""
     dims = x.dim()
-    if not (2 <= dims <= 3 and taken(x) and weight.dtype is x.dtype):
+    if not (2 <= dims <= 3 and is_readable(x) and weight.dtype is x.dtype):
         return reference.rms_norm(x, weight, eps, residual)
     *rows, width = x.shape
     inner, inside = (1, 0) if dims == 2 else (rows[1], x.stride(1))
@@ -230,7 +230,7 @@ def rms_norm(
 
 
 def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
-    if x.dim() != 2 or not taken(x):
+    if x.dim() != 2 or not is_readable(x):
         return reference.silu_mul(x)
     rows, width = x.shape
     y = x.new_empty(rows, width // 2)
@@ -241,7 +241,7 @@ def silu_mul(x: Tensor, readers: Sequence[Reader] = ()) -> Activation:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    if logits.dim() != 2 or not taken(logits):
+    if logits.dim() != 2 or not is_readable(logits):
         return reference.argmax(logits)
     (rows, vocab), found = logits.shape, logits.new_empty(logits.shape[0], dtype=torch.int64)
     launch(kernels().octavo_argmax,
@@ -261,7 +261,7 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | No
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
-    if not taken(x):
+    if not is_readable(x):
         return reference.rotate(x, cos_sin, rows)
     (tokens, heads, dim), cos_sin, rows = x.shape, cos_sin.contiguous(), rows.contiguous()
     y = x.new_empty(*x.shape)
@@ -273,7 +273,7 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    if not (taken(k) and taken(v) and k.dtype is v.dtype):
+    if not (is_readable(k) and is_readable(v) and k.dtype is v.dtype):
         return reference.write_kv(cache, slots, k, v)
     slots = slots.contiguous()
     launch(kernels().octavo_rope_write_kv,
@@ -284,7 +284,7 @@ def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
 
 def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
     (tokens, heads, dim), norms = q.shape, rope.norms
-    if not (dim <= _MAX_DIM and taken(q) and taken(k) and taken(v) and q.dtype is k.dtype is v.dtype):
+    if not (dim <= _MAX_DIM and is_readable(q) and is_readable(k) and is_readable(v) and q.dtype is k.dtype is v.dtype):
         return reference.rope_write_kv(q, k, v, rope, cache, slots)
     q_norm = k_norm = None
     eps = 0.0
@@ -303,7 +303,7 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
-    if q.shape[2] > _MAX_DIM or not taken(q):
+    if q.shape[2] > _MAX_DIM or not is_readable(q):
         return attention_by_torch(q, cache, batch, scale, window)
     factor = WIDEN_FACTOR.get(cache.views["k"].dtype, 1.0)
     out, tables = q.new_empty(*q.shape), batch.block_tables

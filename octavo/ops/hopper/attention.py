@@ -13,8 +13,8 @@ from octavo.ops import gpu
 from octavo.ops.contract import Rope
 from octavo.ops.hopper import cache_blocks
 from octavo.ops.hopper.compile import Kernels
-from octavo.ops.hopper.decode import HEADS, MOST_COUNTERS, DecodeAttention
-from octavo.ops.hopper.prefill import MOST_GROUP, PrefillAttention
+from octavo.ops.hopper.decode import HEADS, MAX_COUNTERS, DecodeAttention
+from octavo.ops.hopper.prefill import MAX_GROUP, PrefillAttention
 from octavo.ops.triton import decode, launch
 from octavo.ops.triton.attention import prefills
 from octavo.ops.triton.decode import New
@@ -27,7 +27,7 @@ __all__ = [
 # decode_attention.cu is the faster kernel for up to this many (request, KV head) pairs per SM: by 14% of attention at 32
 # requests, by 4 to 7% at 128 to 224. At 248 requests, writing the new values while others are read costs it 1% more than two
 # launches (one H100, 700 to 1,280 tokens each).
-MOST_ITEMS = 14
+MAX_ITEMS = 14
 
 # Total context from which decode_attention.cu is the faster kernel between launches of layer_megakernel.cu, too. It reads 3%
 # faster but starts later, since the two do not fit into shared memory together (H100: 3% of a step slower at 36,864 tokens, 4%
@@ -59,8 +59,8 @@ def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
 
 def prefill_refusal(q: Tensor, cache: LayerCache, window: int | None) -> str | None:
     """None, or the reason why Triton computes prefills of these queries [T, H, D] over this cache."""
-    if q.shape[1] > MOST_GROUP * cache.views["k"].shape[2]:
-        return f"more than {MOST_GROUP} query heads of a KV head"
+    if q.shape[1] > MAX_GROUP * cache.views["k"].shape[2]:
+        return f"more than {MAX_GROUP} query heads of a KV head"
     return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window)
 
 
@@ -69,9 +69,9 @@ def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: i
     kv_heads = cache.views["k"].shape[2]
     if q.shape[1] > HEADS[-1] * kv_heads:
         return f"more than {HEADS[-1]} query heads of a KV head"
-    if kv_heads > launch.device_units() or requests * kv_heads > MOST_COUNTERS:
+    if kv_heads > launch.device_units() or requests * kv_heads > MAX_COUNTERS:
         return "more KV heads than CTAs, or more requests than counters"
-    if new is not None and requests * kv_heads > MOST_ITEMS * launch.device_units():
+    if new is not None and requests * kv_heads > MAX_ITEMS * launch.device_units():
         return "so many requests that writing and reading are better apart"
     if new is not None and new.rope.cos_sin.shape[1] % 8:
         return "rotated dimensions that are not a multiple of 8"

@@ -15,10 +15,10 @@ from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E, New
 
-__all__ = ["HEADS", "MOST_COUNTERS", "DecodeAttention"]
+__all__ = ["HEADS", "MAX_COUNTERS", "DecodeAttention"]
 
 HEADS = (4, 8)  # query heads per KV head that the kernel is compiled for
-MOST_COUNTERS = 1 << 14  # requests times KV heads
+MAX_COUNTERS = 1 << 14  # requests times KV heads
 
 
 class _Decode(ctypes.Structure):
@@ -39,7 +39,7 @@ class DecodeAttention:
         self.kernel = kernel
         ctas = launch.device_units()
         self.parts = torch.empty(ctas * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
-        self.counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float,

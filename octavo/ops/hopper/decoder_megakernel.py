@@ -20,7 +20,7 @@ from octavo.platform import Platform
 __all__ = ["DecoderMegakernel", "refusal"]
 
 # Maximum number of tokens, as in decoder_megakernel.cu. For 2, layer_megakernel.cu is faster (2,914 µs instead of 3,075).
-MOST_TOKENS = 4
+MAX_TOKENS = 4
 LONGEST = 4096  # tokens of context; for longer ones a dedicated kernel reads the cache faster
 
 
@@ -86,7 +86,7 @@ class DecoderMegakernel:
         self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # without the strides of scales
         self.table = self._layers()
         self.kernel = Kernel(compile_cubin("decoder_megakernel.cu", platform.arch, self.options()), "decode_step")
-        most, group, dim = MOST_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
+        most, group, dim = MAX_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
         room, zeros = partial(torch.empty, device=self.device), partial(torch.zeros, device=self.device)
         qkv = (parts.heads + 2 * parts.kv_heads) * dim  # 8-byte packets: two values and a flag
         self.sent = [zeros(most, w // 2, dtype=torch.int64) for w in (qkv, parts.heads * dim, parts.hidden, parts.hidden)]

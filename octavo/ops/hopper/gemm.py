@@ -15,7 +15,7 @@ from octavo.ops import gpu
 from octavo.ops.contract import Operand, PackedWeight
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.triton import launch
-from octavo.ops.triton.linear import MOST_TOKENS
+from octavo.ops.triton.linear import MAX_TOKENS
 from octavo.platform import Platform
 
 __all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "num_ctas", "refusal", "tokens_of"]
@@ -62,8 +62,8 @@ def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
     dense = x if isinstance(x, Tensor) else x.dense
     if dense is not None and dense.dtype is not torch.bfloat16:
         return "not BF16 activations"
-    if tokens_of(x) <= MOST_TOKENS:
-        return f"not more than {MOST_TOKENS} tokens"
+    if tokens_of(x) <= MAX_TOKENS:
+        return f"not more than {MAX_TOKENS} tokens"
     return None
 
 

@@ -26,8 +26,8 @@ from octavo.platform import Platform
 __all__ = ["LayerMegakernels", "refusal", "units"]
 
 COLUMNS = (8, 16, 32)  # tokens that a kernel is compiled for
-MOST_TOKENS = COLUMNS[-1]
-MOST_CTA_UNITS = 4  # units of gate_up whose results a CTA keeps in shared memory
+MAX_TOKENS = COLUMNS[-1]
+MAX_CTA_UNITS = 4  # units of gate_up whose results a CTA keeps in shared memory
 GRID_BARRIERS = 8 * 32  # as in tma_pipeline.cuh
 STEP = 128  # K step
 
@@ -47,10 +47,10 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return "a dimension is not a multiple of 16"
-    if platform.multiprocessors < MOST_TOKENS:
+    if platform.multiprocessors < MAX_TOKENS:
         return "fewer multiprocessors than tokens"
     rows, _ = units(parts.inter, parts.hidden, platform.multiprocessors, most_shares=1)
-    if parts.inter > MOST_CTA_UNITS * platform.multiprocessors * rows:
+    if parts.inter > MAX_CTA_UNITS * platform.multiprocessors * rows:
         return "an MLP too wide for the multiprocessors"
     return None
 
@@ -64,7 +64,7 @@ def units(n: int, k: int, ctas: int, *, most_shares: int) -> tuple[int, int]:
         if share * (shares - 1) >= steps:
             return float("inf")
         rounds = -(-(-(-n // rows) * shares) // ctas)
-        return rounds * share * (rows + MOST_TOKENS / 2)  # inputs come from L2
+        return rounds * share * (rows + MAX_TOKENS / 2)  # inputs come from L2
 
     fits = [(busiest(rows, shares), rows, shares) for rows in range(16, 129, 16) for shares in range(1, most_shares + 1)]
     return min(fits)[1:]
@@ -77,7 +77,7 @@ def weight_map(weight: Tensor, rows: int) -> bytes:
 
 
 class LayerMegakernels:
-    """A decoder's layers for steps of up to MOST_TOKENS one-token requests.
+    """A decoder's layers for steps of up to MAX_TOKENS one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
@@ -94,10 +94,10 @@ class LayerMegakernels:
         zeros = partial(torch.zeros, device=platform.device)
         widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
         self.codes = {n: [zeros(-(-width // STEP), n, STEP, dtype=torch.uint8) for width in widths] for n in COLUMNS}
-        self.scales = zeros(4, MOST_TOKENS, dtype=torch.float32)
+        self.scales = zeros(4, MAX_TOKENS, dtype=torch.float32)
         shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
-        self.shares = zeros(shares, MOST_TOKENS, parts.hidden, dtype=torch.float32)
-        self.grid_barriers = zeros(layers, GRID_BARRIERS + self.ctas * MOST_TOKENS, dtype=torch.int32)
+        self.shares = zeros(shares, MAX_TOKENS, parts.hidden, dtype=torch.float32)
+        self.grid_barriers = zeros(layers, GRID_BARRIERS + self.ctas * MAX_TOKENS, dtype=torch.int32)
         self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
         self.weights = [packed_weights(layer) for layer in parts.layers]
         rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
@@ -105,7 +105,7 @@ class LayerMegakernels:
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of this many one-token requests is supported, whatever the contexts."""
-        return requests <= MOST_TOKENS
+        return requests <= MAX_TOKENS
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""

@@ -16,16 +16,16 @@ from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E
 
-__all__ = ["MOST_GROUP", "ROWS", "PrefillAttention", "pieces"]
+__all__ = ["MAX_GROUP", "ROWS", "PrefillAttention", "pieces"]
 
 ROWS = 192  # rows of a piece, as in prefill_attention.cu
-MOST_GROUP = 64  # query heads per KV head: prefill_attention.cu divides small numbers by it
+MAX_GROUP = 64  # query heads per KV head: prefill_attention.cu divides small numbers by it
 
 
 class _Prefill(ctypes.Structure):
     _fields_ = [
         ("maps", c_ubyte * 128 * 2),
-        *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "taken", "k_scale", "v_scale")),
+        *((name, c_void_p) for name in ("queries", "out", "tables", "tiles", "claimed", "k_scale", "v_scale")),
         *((name, c_int32) for name in ("table_width", "pieces", "kv_heads", "group")), ("qk_scale", c_float),
         ("padding", c_ubyte * 52),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
@@ -59,7 +59,7 @@ class PrefillAttention:
 
     def __init__(self, kernel: Kernel, device: torch.device):
         self.kernel = kernel
-        self.taken = torch.zeros(2, dtype=torch.int32, device=device)
+        self.claimed = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float
@@ -75,7 +75,7 @@ class PrefillAttention:
         tiles = batch.cache.get(_Pieces(first, stop, group), made)
         arguments = _Prefill(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
-            tiles.data_ptr(), self.taken.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), tables.stride(0),
+            tiles.data_ptr(), self.claimed.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), tables.stride(0),
             len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units(), arguments, early=True)

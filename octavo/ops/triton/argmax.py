@@ -12,7 +12,7 @@ from octavo.ops.triton.launch import launch, release, wait
 __all__ = ["argmax"]
 
 BLOCK = 4096  # values of a CTA
-MOST_ROWS = 1 << 14
+MAX_ROWS = 1 << 14
 LOWEST = -(1 << 63)
 
 
@@ -47,9 +47,9 @@ def argmax(logits: Tensor) -> Tensor:
         logits = logits.contiguous()
     device = logits.device
     if device not in _workspaces:
-        best = torch.full((MOST_ROWS,), LOWEST, dtype=torch.int64, device=device)
-        _workspaces[device] = best, torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
-    assert rows <= MOST_ROWS, "a graph may hold the workspace, so it cannot grow"
+        best = torch.full((MAX_ROWS,), LOWEST, dtype=torch.int64, device=device)
+        _workspaces[device] = best, torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+    assert rows <= MAX_ROWS, "a graph may hold the workspace, so it cannot grow"
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if rows:
         launch(_argmax, (rows, triton.cdiv(size, BLOCK)),

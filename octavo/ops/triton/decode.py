@@ -41,7 +41,7 @@ from octavo.platform import FP8_MAX
 __all__ = ["SHARING", "New", "decode_attention", "decode_variant"]
 
 LOG2E = 1.4426950408889634
-MOST_COUNTERS = 1 << 14
+MAX_COUNTERS = 1 << 14
 
 
 @triton.jit
@@ -187,8 +187,8 @@ _counters: dict[torch.device, Tensor] = {}
 def _workspace(device: torch.device, ctas: int, rows: int, dp: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split-KV workspace: partial sums, their maxima and totals, and zeroed counters, which every launch resets to zero."""
     if device not in _counters:
-        _counters[device] = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-    assert ctas <= 2 * MOST_COUNTERS, "a context is split only if there are few CTAs"
+        _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+    assert ctas <= 2 * MAX_COUNTERS, "a context is split only if there are few CTAs"
     parts = torch.empty(ctas * rows * dp, dtype=torch.float32, device=device)
     return parts, torch.empty(ctas * rows * 2, dtype=torch.float32, device=device), _counters[device]
 

@@ -314,13 +314,13 @@ def _shape(rows: int, item: int) -> dict[str, int]:
     return dict(ROWS=64, TILE=64, chunk=256 if item == 2 else 128, warps=8, stages=2, first=1, sharing=1)
 
 
-MOST_SPLITS = 64
+MAX_SPLITS = 64
 
 
 def splits_for(ctas: int, longest: int, tile: int, sharing: int = 1) -> int:
     """Number of splits of a context, so that the CTAs fill whole waves of the device and none has less than two tiles."""
     units = sharing * device_units()
-    most = max(1, min(MOST_SPLITS, longest // (2 * tile), 2 * units // ctas))
+    most = max(1, min(MAX_SPLITS, longest // (2 * tile), 2 * units // ctas))
     waves = [-(-ctas * splits // units) / splits for splits in range(1, most + 1)]  # time in units of a whole context
     best = min(waves)
     return next(i for i, time in enumerate(waves, 1) if time <= 1.03 * best)

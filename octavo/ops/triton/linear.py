@@ -1,4 +1,4 @@
-"""FP8 products for few tokens (at most MOST_TOKENS), which are bound by reading the weight.
+"""FP8 products for few tokens (at most MAX_TOKENS), which are bound by reading the weight.
 
 The weight's rows are the M side of the tensor core's tile and the tokens the narrow N side, so 16 tokens waste little. K is
 split over CTAs (split-K) until the device is full. The last CTA of a tile to finish adds up the partial sums in a fixed order,
@@ -15,10 +15,10 @@ from torch import Tensor
 from octavo.ops.contract import Quantized
 from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
-__all__ = ["MOST_PARTS", "MOST_TILES", "MOST_TOKENS", "small_linear", "workspace"]
+__all__ = ["MAX_PARTS", "MAX_TILES", "MAX_TOKENS", "small_linear", "workspace"]
 
-MOST_TOKENS = 32  # for more tokens the library's compute-bound GEMM is faster (1 to 3% of a step at 40 to 64)
-MOST_PARTS, MOST_TILES = 1 << 23, 1 << 14
+MAX_TOKENS = 32  # for more tokens the library's compute-bound GEMM is faster (1 to 3% of a step at 40 to 64)
+MAX_PARTS, MAX_TILES = 1 << 23, 1 << 14
 PROMOTE = 128  # products accumulated in the tensor core, which keeps about 14 bits, before they are added in FP32
 
 
@@ -77,10 +77,10 @@ _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 def workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
     """Memory for partial sums and zeroed counters, shared by all products of the device, which run one after another."""
     if device not in _workspaces:
-        parts = torch.empty(MOST_PARTS, dtype=torch.float32, device=device)
-        _workspaces[device] = parts, torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
-    assert values <= MOST_PARTS, "a graph may hold the workspace, so it cannot grow"
-    assert tiles <= MOST_TILES
+        parts = torch.empty(MAX_PARTS, dtype=torch.float32, device=device)
+        _workspaces[device] = parts, torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    assert values <= MAX_PARTS, "a graph may hold the workspace, so it cannot grow"
+    assert tiles <= MAX_TILES
     return _workspaces[device]
 
 
@@ -112,7 +112,7 @@ def _split(n: int, width: int, c: dict[str, int]) -> tuple[int, int]:
 
 
 def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None) -> Tensor:
-    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MOST_TOKENS."""
+    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MAX_TOKENS."""
     tokens, width = x.codes.shape
     out = torch.empty(tokens, n, dtype=torch.bfloat16, device=w.device)
     if not tokens:

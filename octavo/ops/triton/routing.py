@@ -17,8 +17,8 @@ from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2,
 __all__ = ["combine", "dispatch", "route"]
 
 LOWEST = -(1 << 31)
-MOST_TILES = 1 << 14  # tiles of tokens whose K is split over CTAs
-MOST_SPLITS = 8
+MAX_TILES = 1 << 14  # tiles of tokens whose K is split over CTAs
+MAX_SPLITS = 8
 STAGE_BYTES = 1 << 15  # bytes of the router's weight per pipeline stage
 FEW, MANY = 16, 64  # tokens of a CTA
 CHUNK = 512  # pairs of a CTA that sorts
@@ -45,9 +45,9 @@ def _outside(order, top, ROWS: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.co
     keys = tl.where(group < groups, _ordered(best), LOWEST)
     inside = tl.zeros((ROWS, PARTS), tl.int32)
     for _ in range(top):
-        taken = group == tl.argmax(keys, 1)[:, None]
-        inside = tl.where(taken, 1, inside)
-        keys = tl.where(taken, LOWEST, keys)
+        winner = group == tl.argmax(keys, 1)[:, None]
+        inside = tl.where(winner, 1, inside)
+        keys = tl.where(winner, LOWEST, keys)
     return tl.reshape(tl.broadcast_to(inside[:, :, None], (ROWS, PARTS, MEMBERS)), (ROWS, PARTS * MEMBERS)) == 0
 
 
@@ -113,10 +113,10 @@ def _route(
         keys = tl.where(valid, _ordered(order), LOWEST)
         chosen, given = tl.zeros((ROWS, KP), tl.int32), tl.zeros((ROWS, KP), tl.float32)
         for i in range(TOP_K):
-            taken = column[None, :] == tl.argmax(keys, 1)[:, None]
-            keys = tl.where(taken, LOWEST, keys)
-            chosen = tl.where(rank == i, tl.sum(tl.where(taken, number[None, :], 0), 1)[:, None], chosen)
-            given = tl.where(rank == i, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], given)
+            winner = column[None, :] == tl.argmax(keys, 1)[:, None]
+            keys = tl.where(winner, LOWEST, keys)
+            chosen = tl.where(rank == i, tl.sum(tl.where(winner, number[None, :], 0), 1)[:, None], chosen)
+            given = tl.where(rank == i, tl.sum(tl.where(winner, scores, 0.0), 1)[:, None], given)
         if NORMALIZE:
             given = given / (tl.sum(given, 1)[:, None] + 1e-20)
         at = tile * BM + row
@@ -136,7 +136,7 @@ _counters: dict[torch.device, Tensor] = {}
 def _counts(device: torch.device) -> Tensor:
     """Zeroed counters, which every launch resets to zero."""
     if device not in _counters:
-        _counters[device] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        _counters[device] = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
     return _counters[device]
 
 
@@ -154,7 +154,7 @@ def _route_shape(tokens: int, experts: int, width: int, itemsize: int) -> dict[s
     bk = max(16, min(128, STAGE_BYTES // (be * itemsize)))
     tiles, steps = triton.cdiv(tokens, bm), triton.cdiv(width, bk)
     split = 1
-    while 2 * split <= min(MOST_SPLITS, steps) and 2 * split * tiles <= device_units():
+    while 2 * split <= min(MAX_SPLITS, steps) and 2 * split * tiles <= device_units():
         split *= 2
     return {"BE": be, "BM": bm, "BK": bk, "split": split, "warps": 4 if be <= 128 else 8, "stages": 3}
 
@@ -172,7 +172,7 @@ def route(
         return Routed(experts, weights)
     c = _route_shape(tokens, count, width, x.dtype.itemsize) | (config or {})
     tiles = triton.cdiv(tokens, c["BM"])
-    assert c["split"] == 1 or tiles <= MOST_TILES
+    assert c["split"] == 1 or tiles <= MAX_TILES
     members, padding = power_of_2(count // router.groups), _padding(batch)
     columns = power_of_2(router.groups) * members
     parts = torch.empty(tiles * c["split"] * c["BM"] * c["BE"], dtype=torch.float32, device=x.device)

@@ -32,7 +32,7 @@ class TagScanner:
         rest, self.text, self.at = self.text[self.at :], "", 0
         return rest
 
-    def taken(self) -> str:
+    def take_raw(self) -> str:
         """Returns the collected text and clears it."""
         raw, self.raw = "".join(self.raw), []
         return raw
@@ -43,9 +43,9 @@ class TagScanner:
 
     def one(self) -> str:
         """Consumes one character; "" if there is none."""
-        taken = self.text[self.at : self.at + 1]
-        self.at += len(taken)
-        return taken
+        character = self.text[self.at : self.at + 1]
+        self.at += len(character)
+        return character
 
     def skip(self) -> bool:
         """Consumes blanks. Whether something follows them already."""

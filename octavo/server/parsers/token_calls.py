@@ -147,7 +147,7 @@ class TokenCalls:
             self._read_again(body)
             if self._writing and not self._end_call(body := self._rest_of_body()):
                 self._add_content(self._before + body)
-        rest = self._scan.taken() + self._scan.rest()
+        rest = self._scan.take_raw() + self._scan.rest()
         self._add_content(rest.lstrip() if self._called else rest)
         self._called, self._trim, self._state = False, False, self._content
         return self._taken()
@@ -230,7 +230,7 @@ class TokenCalls:
 
     def _begin_call(self) -> bool:
         """Starts a call after its token, which is the end of `raw` or stands alone."""
-        self._before, self._body = self._scan.taken() or self._form.call, []
+        self._before, self._body = self._scan.take_raw() or self._form.call, []
         return self._go(self._call)
 
     def _rest_of_body(self) -> str:
@@ -259,7 +259,7 @@ class TokenCalls:
 
     def _leave(self) -> None:
         """Ends a block. The collected text belongs to its calls, or is content if there are none."""
-        held = self._scan.taken()
+        held = self._scan.take_raw()
         self._trim = self._called
         if not self._called:
             self._add_content(held)

@@ -102,8 +102,8 @@ class _Parser:
             parts += [self._close(rest[:cut]), *self._read(after, len(after))]
             rest, self._tail = self._take_held() + self._tail, ""
         self._cut = None
-        while self._in_calls and self._form.closer and (taken := self._call(rest, at)) is not None:
-            part, at = taken
+        while self._in_calls and self._form.closer and (parsed := self._call(rest, at)) is not None:
+            part, at = parsed
             parts.append(part)
             self._calls += 1
         rest = rest[at:]
@@ -181,10 +181,10 @@ class _Parser:
     def _close(self, body: str) -> Part:
         """The text before a closer, as a call or as content."""
         self._in_calls, self._cut = False, None
-        if (taken := self._call(body, 0)) is None:
+        if (parsed := self._call(body, 0)) is None:
             return self._opening + body + self._form.closer
         self._calls += 1
-        return taken[0]
+        return parsed[0]
 
     def _to_end_of_object(self, data: str, at: int, parts: list[Part]) -> int:
         """Looks for the end of a call's JSON object and adds the call. Returns the offset to continue from."""
@@ -212,11 +212,11 @@ class _Parser:
 
     def _end_object(self, parts: list[Part]) -> None:
         text = self._take_held()
-        if (taken := self._call(text, 0)) is None:  # no call, and no further text can make it one
+        if (parsed := self._call(text, 0)) is None:  # no call, and no further text can make it one
             self._hold(text)
             self._no_more_calls = True
             return
-        parts.append(taken[0])
+        parts.append(parsed[0])
         self._calls += 1
 
     def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:

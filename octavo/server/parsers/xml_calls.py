@@ -52,11 +52,11 @@ class XmlCalls:
             self._add_content(rest)
             self._add_arguments("}" if self._end_tag == self._form.call_end else "")
         elif state in (self._value, self._closing):
-            self._write(self._scan.taken() + rest)
+            self._write(self._scan.take_raw() + rest)
             left = "".join(self._whole or ()) + self._break
             self._add_arguments(left if self._whole is not None else json.dumps(left)[1:-1])
         else:
-            rest = self._scan.taken() + rest
+            rest = self._scan.take_raw() + rest
             self._add_content(rest.lstrip() if self._trim or state in (self._between, self._after) else rest)
         self._trim = False
         return self._taken()
@@ -197,7 +197,7 @@ class XmlCalls:
         return self._begin_key(found)
 
     def _text_after_all(self) -> bool:
-        self._write(self._scan.taken())
+        self._write(self._scan.take_raw())
         return self._go(self._value)
 
     def _after(self) -> bool:
@@ -227,7 +227,7 @@ class XmlCalls:
         self._parts.append(text)
 
     def _add_raw(self) -> None:
-        self._add_content(self._scan.taken())
+        self._add_content(self._scan.take_raw())
 
     def _add_arguments(self, arguments: str) -> None:
         self._parts.append(ToolCall(None, arguments))

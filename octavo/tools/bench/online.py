@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from octavo.errors import OctavoError
 from octavo.server.serve import loop_factory
 from octavo.tools.bench.workloads import GREEDY, Workload, prompts
+from octavo.tools.client_headers import client_headers
 
 __all__ = ["Server", "bench"]
 
@@ -54,7 +55,7 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        return client_headers(self.key)
 
     def _first_model(self) -> str:
         make = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection

@@ -151,6 +151,8 @@ def model_directory(model: str, shape: str | None, num_layers: int | None) -> It
         text = config
         if isinstance(nested := config.get("text_config"), dict):
             config["text_config"] = text = dict(nested)
+        if isinstance(layers := text.get("num_hidden_layers"), int) and num_layers > layers:
+            raise OctavoError(f"--num-layers {num_layers} is more than the model has; use at most {layers}.")
         text["num_hidden_layers"] = num_layers
         if isinstance(kinds := text.get("layer_types"), list):
             text["layer_types"] = kinds[:num_layers]

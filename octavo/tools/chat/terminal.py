@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
+from octavo.tools.client_headers import client_headers
 
 __all__ = ["Local", "Remote", "add_arguments", "run"]
 
@@ -65,7 +66,7 @@ def _url(model: str | None) -> str | None:
     """The URL that MODEL is; None for a directory. localhost:8000 is one, unless there is a directory of that name."""
     if model is None:
         return DEFAULT_URL
-    if model.startswith(("http://", "https://")):
+    if model.lower().startswith(("http://", "https://")):
         return model
     is_address = re.fullmatch(r"(localhost|[\w-]+(\.[\w-]+)*|\[[\da-fA-F:]+\]):\d+(/.*)?", model)
     return f"http://{model}" if is_address and not os.path.exists(model) else None
@@ -171,7 +172,7 @@ class Remote:
         self._url = f"{parts.scheme}://{parts.netloc}"
         self._secure, self._host = parts.scheme == "https", parts.netloc
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = client_headers(api_key)
         try:
             self._model = json.loads(self._request("GET", "/v1/models").read())["data"][0]["id"]
         except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException) as error:

@@ -38,7 +38,7 @@ from octavo.weights.loader import stored_modules
 
 __all__ = ["LayerError", "Sensitivity", "ignore_list", "layer_errors", "sensitivities", "worth_keeping"]
 
-MOST_NAMES = 8  # of a proposed list; nobody types more
+MAX_NAMES = 8  # of a proposed list; nobody types more
 MOST = 0.5  # the part of the loss that a proposed ignore list should take away
 Linear = ColumnParallelLinear | RowParallelLinear
 Operand = ops.PackedWeight | ops.PackedStack
@@ -234,7 +234,7 @@ def _kl_of(core: EngineCore, window: Sequence[int], reference: Reference) -> flo
 def worth_keeping(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:
     """Those that together hold MOST of the loss, in the fewest bytes: single layers, or all of a kind where these are many."""
     kept = _most(ranked)
-    return kept if len(ignore_list(kept)) <= MOST_NAMES else _most(_kinds(ranked))
+    return kept if len(ignore_list(kept)) <= MAX_NAMES else _most(_kinds(ranked))
 
 
 def _kinds(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:

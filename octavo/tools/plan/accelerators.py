@@ -17,7 +17,7 @@ from octavo.errors import OctavoError, refusal
 from octavo.host import memory
 from octavo.platform import check_fp8_units
 
-__all__ = ["ACCELERATORS", "Accelerator", "find", "in_this_machine"]
+__all__ = ["ACCELERATORS", "Accelerator", "choose", "find", "in_this_machine"]
 
 GIB = 1 << 30
 
@@ -87,6 +87,18 @@ def find(name: str) -> Accelerator:
         known = ", ".join([*ACCELERATORS, "cpu"])
         raise OctavoError(f"--accelerator '{name}' is not known; did you mean '{near[0]}'? Known are: {known}.")
     return ACCELERATORS[plain]
+
+
+def choose(name: str | None, device: str) -> tuple[Accelerator, int]:
+    """What --accelerator and --device mean, and how many of it there are. Raises OctavoError where no machine could be both."""
+    if name is None and device == "cpu":
+        return host(), 1
+    found, number = in_this_machine() if name is None else (find(name), 1)
+    if name is not None and device != "auto" and found.is_cpu != (device == "cpu"):
+        raise OctavoError(f"--device {device} and --accelerator {name} contradict each other; give one of them.")
+    if device == "cuda" and found.is_cpu:
+        raise OctavoError("--device cuda: this machine has no accelerator; name the one that is meant with --accelerator.")
+    return found, number
 
 
 def in_this_machine() -> tuple[Accelerator, int]:

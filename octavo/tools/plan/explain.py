@@ -109,7 +109,8 @@ def refusals(plan: Plan) -> list[str]:
     out += [text for text in subject.walk(asked.variant, 1).problems if text not in problems][:1]
     out.append(refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
     if q.tp > q.number:
-        out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and there are {q.number}.")
+        there = f"there are {q.number}" if q.number > 1 else "there is one"
+        out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and {there}.")
     out.append(refusal(lambda: subject.walk(asked.variant, q.tp)))
     if asked.fit is not None and not asked.fit.max_model_len:
         out += asked.fit.said
@@ -119,7 +120,7 @@ def refusals(plan: Plan) -> list[str]:
 def verdict(plan: Plan, refused: Sequence[str]) -> str:
     """Whether the asked variant fits, whether Octavo would start it, and what to do where it does not fit."""
     q, asked = plan.question, plan.asked
-    where = f"{q.tp} of {q.number} x {q.on.name}" if q.tp != q.number else f"{q.number} x {q.on.name}"
+    where = f"{q.tp} of {q.number} x {q.on.name}" if q.tp < q.number else f"{q.tp} x {q.on.name}"
     if (fit := asked.fit) is None:
         return f"It does not split over {q.tp} accelerators."
     if fit.max_model_len:

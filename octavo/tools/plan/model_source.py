@@ -12,7 +12,7 @@ from octavo.files import check_directory, read_json
 from octavo.models import read_config
 from octavo.models.published import known_config, unknown_model
 from octavo.quant.checks import check_format
-from octavo.quant.promise import Promise, promise_of
+from octavo.quant.stored_format import StoredFormat, stored_format_of
 from octavo.weights.checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["Source", "find_source", "source_of_config"]
@@ -26,7 +26,7 @@ class Source:
     by: str
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
-    promised: Promise | None = None
+    stored_format: StoredFormat | None = None
     refused: str | None = None
 
     @property
@@ -58,4 +58,4 @@ def find_source(target: str, *, dummy: bool = False) -> Source:
 
 def source_of_config(name: str, by: str, config: Mapping[str, Any], refused: str | None = None) -> Source:
     """The source of a model of which there is a config.json alone."""
-    return Source(name, by, config, {}, None if refused else promise_of(config), refused)
+    return Source(name, by, config, {}, None if refused else stored_format_of(config), refused)

@@ -12,7 +12,7 @@ from typing import Any
 from octavo.config import EngineConfig, config_fields
 from octavo.errors import OctavoError
 from octavo.tools.json_numbers import json_text
-from octavo.tools.plan.accelerators import ACCELERATORS, find, in_this_machine
+from octavo.tools.plan.accelerators import ACCELERATORS, choose
 from octavo.tools.plan.explain import asked_variant, command, groups, notes, refusals, verdict
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
@@ -60,8 +60,7 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
         if (value := getattr(args, name)) is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
     source = find_source(config.model, dummy=config.load_format == "dummy")
-    named = args.accelerator or ("cpu" if config.device == "cpu" else None)
-    on, there = (find(named), 1) if named else in_this_machine()
+    on, there = choose(args.accelerator, config.device)
     number = args.num_accelerators or there
     subject = Subject(source, config, on, CONTEXT_BYTES)
     variant = asked_variant(subject, given)

@@ -94,7 +94,7 @@ class Subject:
         self._walked = cache(self._walk)
         self._known: Known = {}
         self.model(1)  # says what cannot be made
-        self.stored = MetaSource(source.tensors, source.promised, has_any=not source.tensors)
+        self.stored = MetaSource(source.tensors, source.stored_format, has_any=not source.tensors)
         self.plain = MetaSource({}, has_any=True)
 
     def _build(self, tp: int) -> Any:
@@ -134,7 +134,7 @@ class Subject:
 
     def head_scheme(self) -> Scheme:
         """What --quantize-lm-head means without --quantization. Raises OctavoError where the checkpoint has no one scheme."""
-        assert self.base  # what is promised is there once it was asked for
+        assert self.base  # what config.json declares is there once it was asked for
         return checkpoint_scheme(Loader(self.stored, self.machine, QuantRules(), torch.bfloat16))
 
     def walk(self, variant: Variant, tp: int) -> Walk:

@@ -165,11 +165,10 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     tokens = room // (token * block) * block
     config = replace(config, kv_cache_dtype=variant.kv)
     try:
-        if config.load_format != "dummy":
-            matrices = [o for o in found.operands if not o.is_vector]
-            values = sum(o.values for o in matrices if o.scheme.dtype is not WeightDType.INT4)
-            packed = sum(o.values // 2 for o in matrices if o.scheme.dtype is WeightDType.INT4)
-            check_weights(machine, values, packed, fp8=variant.scheme != "bf16" or variant.native)
+        matrices = [o for o in found.operands if not o.is_vector]
+        values = sum(o.values for o in matrices if o.scheme.dtype is not WeightDType.INT4)
+        packed = sum(o.values // 2 for o in matrices if o.scheme.dtype is WeightDType.INT4)
+        check_weights(machine, values, packed, fp8=variant.scheme != "bf16" or variant.native)
         fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
         budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8)
     except OctavoError as error:

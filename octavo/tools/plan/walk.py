@@ -179,7 +179,7 @@ class Walker(Loader):
         stacker.put(0, cast("Planned", one.at(f"{self.prefix}0").weight(*stack)).q)
         for e in range(1, count) if every else unlike:
             here = one.at(f"{self.prefix}{e}")
-            here.promise(stack.names, stack.shapes)
+            here.declare(stack.names, stack.shapes)
             try:
                 stacker.put(e, here.stacked(*stack, rules.scheme).padded(self.platform.fp8_alignment))
             except OctavoError as error:

@@ -49,8 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Quantizes, or continues where an earlier run of the same command was stopped."""
-    if not args.output.strip():  # such as an unset variable of a shell
-        raise OctavoError("--output is empty; give the directory that the FP8 checkpoint is written to.")
     asked, *more = args.scheme or ["ptpc_fp8"]
     scheme = SCHEMES[canonical("--scheme", asked, QUANTIZATIONS)]
     if other := next((name for name in more if canonical("--scheme", name, QUANTIZATIONS) != scheme.name), None):

@@ -2,13 +2,13 @@
    floats are ordered like the floats. */
 #define DIGIT 10 /* bits per radix-select pass; 1.0 has 30 */
 #define BUCKETS (1 << DIGIT)
-#define MOST_BLOCKS 1024
+#define MAX_BLOCKS 1024
 
 /* A row's weights in blocks of `size`: each block's maximum, and the sum of its weights that min_p keeps. */
 typedef struct {
     int64_t size, count;
-    double sum[MOST_BLOCKS];
-    float most[MOST_BLOCKS];
+    double sum[MAX_BLOCKS];
+    float most[MAX_BLOCKS];
 } Blocks;
 
 /* The weights that are kept: those whose bits exceed `bits`, and the first `equal` of those with these bits; `total` is

@@ -7,7 +7,7 @@
 #define SOME 48 /* positions that are widened, then multiplied, at a time: a multiple of LANES and of every TILE_ROWS */
 #define MAX_SHARED 1024 /* values of a row with its rope part; also in latent.py */
 #define PART 192        /* minimum positions of a part, so that merging is cheap in comparison */
-#define MOST_PARTS 256  /* parts of a context; with more panels than this, no context is split */
+#define MAX_PARTS 256  /* parts of a context; with more panels than this, no context is split */
 #define JOINS 8 /* tasks that merge a panel's parts */
 
 typedef struct {
@@ -237,7 +237,7 @@ static void NAME(settle)(const LatentJob *job, const NAME(Rows_of) *r, const flo
                          int64_t to) {
     const Attention *a = job->a;
     const int64_t rank = job->cache->width;
-    float weight[MOST_PARTS * LANES], sum[LANES * LANES], rows[LANES * LANES];
+    float weight[MAX_PARTS * LANES], sum[LANES * LANES], rows[LANES * LANES];
     for (int p = 0; p < LANES; p += VL) {
         vf most = NAME(splat)(-INFINITY), total = {0};
         for (int64_t i = 0; i < parts; i++) {

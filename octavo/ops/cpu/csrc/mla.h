@@ -52,7 +52,7 @@ int32_t octavo_latent_attention(const void *q, void *out, const Shared *cache, c
         int64_t before = tasks = sums = 0;
         for (int64_t r = 0; r < requests; r++) {
             const int64_t count = panels_of(&a, places, r), seen = places ? least(top_k, lengths[r]) : lengths[r];
-            int64_t in = least((seen + PART - 1) / PART, MOST_PARTS / (panels ? panels : 1));
+            int64_t in = least((seen + PART - 1) / PART, MAX_PARTS / (panels ? panels : 1));
             if (in < 1) in = 1;
             if (fill) {
                 panel[r] = before, task[r] = tasks, parts[r] = in, sum[r] = sums;

@@ -12,7 +12,7 @@ static void NAME(weigh)(float *x, int64_t width, float temperature, float least_
     }
     for (int i = 0; i < VL; i++) most = top[i] > most ? top[i] : most;
     for (int64_t i = whole; i < width; i++) most = x[i] > most ? x[i] : most;
-    blocks->size = (width + MOST_BLOCKS * LANES - 1) / (MOST_BLOCKS * LANES) * LANES;
+    blocks->size = (width + MAX_BLOCKS * LANES - 1) / (MAX_BLOCKS * LANES) * LANES;
     blocks->count = (width + blocks->size - 1) / blocks->size;
     for (int64_t block = 0; block < blocks->count; block++) {
         int64_t end = least((block + 1) * blocks->size, width);

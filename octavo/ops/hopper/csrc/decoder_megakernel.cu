@@ -33,7 +33,7 @@ struct Step {
     u16 *residual;     /* [TOKENS, HIDDEN] the last layer's output */
     u64 *qkv, *attended, *between, *after; /* [TOKENS, width / 2] flagged packets; the residual after o and after down */
     u16 *act;          /* [TOKENS, INTER] */
-    u32 *amax;         /* [4, MOST_TOKENS] bits of act's amax, in rotation over layers */
+    u32 *amax;         /* [4, MAX_TOKENS] bits of act's amax, in rotation over layers */
     float *parts;      /* [TOKENS, KV_HEADS, SPLITS, GROUP * (DIM + 2)] */
     u32 *counters;     /* [2 + TOKENS * KV_HEADS] initially zeros: launches, grid barrier, finished parts */
     const i64 *rotary_rows, *slots;
@@ -48,14 +48,14 @@ struct Step {
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, GROUP = HEADS / KV_HEADS, WIDE = HEADS * DIM, QKV = (HEADS + 2 * KV_HEADS) * DIM;
 constexpr int ROWS = 16, CHUNK = 1024, PITCH = CHUNK + 64; /* padded by 16 banks: reads of two rows have no bank conflict */
 constexpr int STAGE = ROWS * PITCH, SLICE = CHUNK / WARPS;
-constexpr int MOST_K = HIDDEN > INTER ? (HIDDEN > WIDE ? HIDDEN : WIDE) : (INTER > WIDE ? INTER : WIDE);
-constexpr int X_PITCH = (MOST_K + 127) / 128 * 128 + 64;
+constexpr int MAX_K = HIDDEN > INTER ? (HIDDEN > WIDE ? HIDDEN : WIDE) : (INTER > WIDE ? INTER : WIDE);
+constexpr int X_PITCH = (MAX_K + 127) / 128 * 128 + 64;
 constexpr int PER_DIM = CONSUMERS / DIM; /* threads that share a value's dimension */
 constexpr int SPLITS = CTAS / (TOKENS * KV_HEADS); /* maximum parts of a context */
 constexpr int SPLIT_TOKENS = ((LONGEST + 16 + SPLITS - 1) / SPLITS + 31) / 32 * 32;
 constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM, CODES = TOKENS * X_PITCH;
 constexpr int OPERAND = ((SCRATCH > CODES ? SCRATCH : CODES) + 127) / 128 * 128;
-constexpr int MOST_TOKENS = 4, IN_FLIGHT = 2, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS; /* producer warps */
+constexpr int MAX_TOKENS = 4, IN_FLIGHT = 2, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS; /* producer warps */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
 
 constexpr int OTHER_SMEM = 4 * 2 * WARPS * TOKENS * ROWS + 4 * (2 * WARPS + 1) * TOKENS + 2 * (int)sizeof(Layer) + 64;
@@ -373,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const Step 
         const int l = step / 4, kind = step % 4;
         const Layer &w = smem.layer[l % 2];
         const u32 number = before + l + 1;
-        u32 *amax = s.amax + number % 4 * MOST_TOKENS;
+        u32 *amax = s.amax + number % 4 * MAX_TOKENS;
         if (kind == QKV_PRODUCT || kind == GATE_UP_PRODUCT) {
             Row<HIDDEN> rows[TOKENS];
 #pragma unroll
@@ -387,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const Step 
             gain.load<false>(w.post_norm);
             quantize_attended(s.attended, number, operand, smem);
         } else {
-            if (blockIdx.x == 0 && threadIdx.x < MOST_TOKENS) s.amax[(number + 1) % 4 * MOST_TOKENS + threadIdx.x] = 0; /* for the next layer */
+            if (blockIdx.x == 0 && threadIdx.x < MAX_TOKENS) s.amax[(number + 1) % 4 * MAX_TOKENS + threadIdx.x] = 0; /* for the next layer */
             if (l + 1 < s.num_layers) {
                 expect_context(s, smem.layer[(l + 1) % 2]);
                 gain.load<false>(smem.layer[(l + 1) % 2].input_norm);

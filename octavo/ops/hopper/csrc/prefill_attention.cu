@@ -21,7 +21,7 @@ struct Prefill {
     u16 *out; /* likewise */
     const int *tables; /* [requests, table_width] blocks */
     const Tile *tiles; /* longest contexts first */
-    u32 *taken; /* [2] zeros: pieces claimed beyond the first of each CTA; CTAs that are done */
+    u32 *claimed; /* [2] zeros: pieces claimed beyond the first of each CTA; CTAs that are done */
     const float *k_scale, *v_scale; /* per-layer scales of the cache */
     int table_width, pieces, kv_heads, group; /* query heads per KV head */
     float qk_scale; /* includes log2(e) */
@@ -232,7 +232,7 @@ INLINE void produce(const Prefill &s, Shared &m) {
         if (lane == 0) {
             m.pieces[piece.at] = {t, kv_head, tiles, s.qk_scale * __ldg(s.k_scale), __ldg(s.v_scale)};
             expect(m.full + piece.at, t.rows * DIM * 2);
-            which = gridDim.x + atomicAdd(s.taken, 1);
+            which = gridDim.x + atomicAdd(s.claimed, 1);
         }
         __syncwarp();
         for (int i = lane; i < tokens; i += 32) {
@@ -263,7 +263,7 @@ INLINE void produce(const Prefill &s, Shared &m) {
     if (lane) return;
     m.pieces[piece.at].tile.rows = 0;
     arrive(m.full + piece.at);
-    if (atomicAdd(s.taken + 1, 1) == gridDim.x - 1) s.taken[0] = s.taken[1] = 0; /* reset for the next launch */
+    if (atomicAdd(s.claimed + 1, 1) == gridDim.x - 1) s.claimed[0] = s.claimed[1] = 0; /* reset for the next launch */
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(const __grid_constant__ Prefill s) {

@@ -13,14 +13,14 @@ from octavo.quant.qtensor import scale_shape
 from octavo.quant.rules import QuantRules
 from octavo.quant.scheme import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
 
-__all__ = ["Promise", "promise_of"]
+__all__ = ["StoredFormat", "stored_format_of"]
 
 
 ALL_BUT_TEXT = "re:(?!.*language_model).*"  # the text model's path in checkpoints of multimodal models
 
 
 @dataclass(frozen=True)
-class Promise:
+class StoredFormat:
     """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out.
 
     others: modules that are stored otherwise, by name or re:, and how.
@@ -29,9 +29,9 @@ class Promise:
     scheme: Scheme | None
     group: int
     ignore: tuple[str, ...]
-    others: tuple[tuple[tuple[str, ...], Promise], ...] = ()
+    others: tuple[tuple[tuple[str, ...], StoredFormat], ...] = ()
 
-    def of(self, module: str) -> Promise:
+    def of(self, module: str) -> StoredFormat:
         """What is said of the weights of this module."""
         return next((own for names, own in self.others if QuantRules(ignore=names).ignored(module)), self)
 
@@ -49,7 +49,7 @@ class Promise:
         return [("weight", "F8_E4M3", (n, k)), ("weight_scale", "F32", shape)]
 
 
-def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Promise | None:
+def stored_format_of(config: Mapping[str, Any], directory: Path | None = None) -> StoredFormat | None:
     """The format that `quantization_config` announces, which must be a readable one; None for a BF16 checkpoint."""
     found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
     keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
@@ -66,21 +66,22 @@ def promise_of(config: Mapping[str, Any], directory: Path | None = None) -> Prom
     if method == "quark":
         weight = (found.get("global_quant_config") or {}).get("weight") or {}
         weight = weight[0] if isinstance(weight, list) else weight
-        return Promise(_by_strategy(str(weight.get("qscheme", "per_tensor"))), 0, ignore)
+        return StoredFormat(_by_strategy(str(weight.get("qscheme", "per_tensor"))), 0, ignore)
     if method == "fp8" and found.get("weight_block_size"):
-        return Promise(FP8_BLOCK, 0, ignore)
+        return StoredFormat(FP8_BLOCK, 0, ignore)
     if method == "modelopt":
         algorithm = str(found.get("quant_algo") or "").upper()
-        return Promise(FP8_BLOCK if "_PB_" in algorithm else _by_strategy(algorithm.lower()), 0, ignore) if algorithm else None
-    return Promise(FP8_PER_CHANNEL if method == "fbgemm_fp8" else FP8_PER_TENSOR, 0, ignore) if found else None
+        scheme = FP8_BLOCK if "_PB_" in algorithm else _by_strategy(algorithm.lower())
+        return StoredFormat(scheme, 0, ignore) if algorithm else None
+    return StoredFormat(FP8_PER_CHANNEL if method == "fbgemm_fp8" else FP8_PER_TENSOR, 0, ignore) if found else None
 
 
-def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> Promise:
+def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> StoredFormat:
     """Of one of compressed-tensors' groups."""
     weights = group.get("weights") or {}
     if weights.get("type") == "int":
-        return Promise(None, int(weights.get("group_size") or 32), ignore)
-    return Promise(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
+        return StoredFormat(None, int(weights.get("group_size") or 32), ignore)
+    return StoredFormat(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
 
 
 def _by_strategy(strategy: str) -> Scheme:
