@@ -20,7 +20,7 @@ class FakeEngine:
 
     def __init__(self, text: str = " hello world") -> None:
         self.tokenizer = Tokenizer(MODEL_DIR)
-        self.info = EngineInfo(1024, 4096, 64, 16, "llama", ["report"])
+        self.info = EngineInfo(1024, 4096, 64, 16, "llama", report=["report"])
         self.text = text
         self.healthy = True
         self.fail_after: int | None = None  # tokens, then the engine dies
