@@ -93,8 +93,8 @@ class ChatImages:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
+            while tasks:  # none is kept: its error would hold this frame, and megabytes, until the collector looks
+                tasks.pop().cancel()
         return place_images(prompt, [images[number] for number in range(len(parts))], reader.placeholder)
 
     async def _prepare(self, waiting: Iterator[tuple[int, ImagePart]], images: dict[int, ImagePatches]) -> None:
