@@ -52,8 +52,14 @@ def test_images_of_a_chat_become_patches_in_their_order(tmp_path: Path) -> None:
             [values[:, one].min() for one in range(3)] == [values[:, one].max() for one in range(3)] == list(np.eye(3)[color])
         )
     assert first.digest == third.digest != second.digest
+    picture = Image.new("RGB", (70, 40), "blue")
+    pictures = [{"role": "user", "content": [{"type": "image_pil", "image_pil": picture}, {"type": "image", "image": blue}]}]
+    for source in asyncio.run(fetch_parts(image_parts(pictures), FetchRules())):
+        assert prepare(source, processor).digest == second.digest
     with pytest.raises(InvalidRequest, match=r"may have 2 images here .* this has 3"):
         image_parts(messages, limit=2)
+    with pytest.raises(InvalidRequest, match=r"has 20014 characters; at most 16384 are read"):
+        image_parts([{"role": "user", "content": [{"type": "input_image", "image_url": "http://a.test/" + "ü" * 20_000}]}])
     for given in (None, 5, {}, {"url": None}, {"url": ["a"]}, []):
         with pytest.raises(InvalidRequest, match=r"^messages\.0\.content\.0 should be like") as caught:
             image_parts([{"role": "user", "content": [{"type": "image_url", "image_url": given}]}])
