@@ -17,8 +17,8 @@ from engine.test_images import ENGINE, IMAGE, Saved, greedy, save, saved  # noqa
 from frontend.test_llm import FakeCore
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.image_transforms import convert_to_rgb
+from vision.tiny_tokenizer import SPECIAL, write_tokenizer
 
 from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
@@ -29,19 +29,8 @@ from octavo.vision import image_reader, place_images
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
-SPECIAL = {"<|image_pad|>": IMAGE, "<|video_pad|>": 251, "<|vision_start|>": 252, "<|vision_end|>": 253}
 QWEN = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 1024}
 KIMI = {"media_proc_cfg": {"in_patch_limit": 24, "patch_size": 14, "merge_kernel_size": 2, "patch_limit_on_one_side": 12}}
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A token a byte, and those of images."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: IMAGE - 4]
-    made = Tokenizer(models.BPE({char: number + 4 for number, char in enumerate(alphabet)} | SPECIAL, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    made.save(str(directory / "tokenizer.json"))
 
 
 def picture(rows: int, columns: int, seed: int = 0, channels: int = 3, dtype: Any = np.uint8) -> NDArray[Any]:
