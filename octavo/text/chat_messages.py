@@ -35,7 +35,7 @@ def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(_is_image(part) for message in messages for part in _parts_of(message))
 
 
-def without_images(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def without_images(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The messages with {"type": "image"} in the place of each image, which is all that a chat template reads of it: an image
     may be megabytes of base64.
     """

@@ -201,7 +201,7 @@ def test_an_image_is_refused_in_a_sentence(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
-    assert "Only text is served yet, of any model, and messages.0.content holds a part of type 'image_url'" in str(raised.value)
+    assert "preprocessor_config.json is missing, and images cannot be prepared without it" in str(raised.value)
 
 
 def test_calls_end_thinking(tmp_path: Path) -> None:
