@@ -16,10 +16,9 @@ from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, snapshot_of
 from octavo.frontend.engine_start import worker
-from octavo.frontend.offline_images import OfflineImages
+from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
-from octavo.images import ImagePatches
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
@@ -27,7 +26,7 @@ from octavo.text.checkpoint_text import no_tokenizer
 from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 from octavo.text.tool_prompt import shows_tools
-from octavo.vision import FetchRules, place_images
+from octavo.vision import FetchRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +59,7 @@ class LLM:
         rules = FetchRules.of_options(self.config.allowed_local_media_path, self.config.allowed_media_domains or None)
         self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
-        self._images = OfflineImages(self.config, self.info, rules)
+        self._media = OfflineMedia(self.config, self.info, rules)
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
         self._numbers = count()
 
@@ -86,7 +85,8 @@ class LLM:
 
         A prompt with images is a dict whose `multi_modal_data` is {"image": image} or {"image": [image, ...]}: of PIL, or
         arrays uint8 [rows, columns, 3]. Its text has one of the model's placeholders for each, such as Qwen3-VL's
-        <|vision_start|><|image_pad|><|vision_end|>.
+        <|vision_start|><|image_pad|><|vision_end|>. "video" has a list of images or an array [frames, rows, columns, 3], or
+        either with its clock, by which frames are chosen, as in vLLM: (frames, {"fps": 30}).
 
         A sequence that the engine cannot continue (say, a grammar became too complex) has its `error` set, and the others are
         complete. Raises InvalidRequest if all sequences failed.
@@ -94,8 +94,8 @@ class LLM:
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
         recommended = sampling_params is None
-        prepared = zip(listed, params, self._images.of_prompts(listed), strict=True)
-        accepted = [self._accept(prompt, one, images, recommended) for prompt, one, images in prepared]
+        prepared = zip(listed, params, self._media.of_prompts(listed), strict=True)
+        accepted = [self._accept(prompt, one, media, recommended) for prompt, one, media in prepared]
         with _bar(len(accepted), use_tqdm) as advance:
             self._run(accepted, advance)
         results = [result for result, _ in accepted]
@@ -121,8 +121,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """The answers to one conversation, or to several.
 
-        A message's content may have parts of images: `image_url` as the server takes it, {"type": "image_pil", "image_pil":
-        image} or {"type": "image", "image": image}, where `generate` says what an image is.
+        A message's content may have parts of images and videos: `image_url` and `video_url` as the server takes them, or
+        {"type": "image_pil", "image_pil": image}, {"type": "image", "image": image} and {"type": "video", "video": video},
+        where `generate` says what they are.
         """
         tokenizer = self.get_tokenizer()
         template = chat_template or tokenizer.template_for(tools is not None)
@@ -140,10 +141,10 @@ class LLM:
         special = tokenizer.special_tokens
         prompts: list[Prompt] = []
         for chat in conversations:
-            images, image_text = self._images.of_chat(chat)
-            text = render_conversation(template, chat, special, tools, add_generation_prompt, **how, image_text=image_text)
+            media, texts = self._media.of_chat(chat)
+            text = render_conversation(template, chat, special, tools, add_generation_prompt, **{**how, **texts})
             ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens out
-            prompts.append({"prompt": text, "prompt_token_ids": ids, "multi_modal_data": {"image": images}})
+            prompts.append({"prompt": text, "prompt_token_ids": ids, "multi_modal_data": media})
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _params_of(self, given: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
@@ -154,7 +155,7 @@ class LLM:
         return list(given)
 
     def _accept(
-        self, prompt: Prompt, params: SamplingParams, images: Sequence[ImagePatches], recommended: bool
+        self, prompt: Prompt, params: SamplingParams, media: PromptMedia, recommended: bool
     ) -> tuple[RequestOutput, list[EngineRequest]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -175,7 +176,7 @@ class LLM:
             ids = list(map(operator.index, ids))  # accepts numpy integers
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
-        ids, placed = place_images(ids, images, self._images.reader.placeholder) if images else (ids, ())
+        ids, placed = self._media.place(ids, media, lambda text: self.encode(text, add_special_tokens=False))
         if recommended and params.max_tokens is not None:  # a recommended max_tokens is lowered to what fits
             params = replace(params, max_tokens=max(1, min(params.max_tokens, self.info.max_model_len - len(ids))))
         result = RequestOutput(str(next(self._numbers)), text, ids)

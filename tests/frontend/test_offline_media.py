@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,24 @@ from engine.test_images import ENGINE, IMAGE, Saved, greedy, save, saved  # noqa
 from frontend.test_llm import FakeCore
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from transformers import PreTrainedModel
 from transformers.image_transforms import convert_to_rgb
+from vision.test_videos import file_of
 from vision.tiny_tokenizer import SPECIAL, write_tokenizer
 
 from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.llm import LLM
 from octavo.images import ImagePatches
+from octavo.layers.vision import patch_values
 from octavo.messages import EngineInfo, EngineRequest, SamplingParams
-from octavo.vision import image_reader, place_images
+from octavo.vision import VideoFrames, image_reader, place_images, prepare_frames, prepare_video, video_reader
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 1024}
+SIZES = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+VIDEO = {**SIZES, "size": {"shortest_edge": 1024, "longest_edge": 4096}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+QWEN = {**SIZES, "min_pixels": 256, "max_pixels": 1024}
 KIMI = {"media_proc_cfg": {"in_patch_limit": 24, "patch_size": 14, "merge_kernel_size": 2, "patch_limit_on_one_side": 12}}
 
 
@@ -46,6 +51,7 @@ def readable(saved: Saved) -> Saved:  # noqa: F811
             model.lm_head.weight[list(SPECIAL.values())] = 0  # nobody answers with the token of an image
         save(family, path, model)
         (path / "preprocessor_config.json").write_text(json.dumps(config))
+        (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO))
         write_tokenizer(path)
     return saved
 
@@ -76,6 +82,78 @@ def test_generate_says_what_transformers_says(family: str, readable: Saved) -> N
         expected = greedy(family, model, EngineRequest("", expanded, GREEDY, images=placed))
         assert result.outputs[0].token_ids == expected, prompt
     assert found[1].outputs[0].token_ids != found[2].outputs[0].token_ids
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+CLIP_PLACE = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def answer(
+    model: PreTrainedModel, prompt: list[int], images: Sequence[ImagePatches], videos: Sequence[VideoFrames]
+) -> list[int]:
+    """What transformers says, one forward pass over everything a token."""
+
+    def values(patches: Sequence[ImagePatches]) -> torch.Tensor:
+        listed = [patch_values(torch.from_numpy(one.pixels), torch.from_numpy(one.values), one.frames) for one in patches]
+        return torch.cat(listed).view(-1, 96)
+
+    more: dict[str, torch.Tensor] = {}
+    if images:
+        more |= dict(pixel_values=values(images), image_grid_thw=torch.tensor([one.grid for one in images]))
+    more["pixel_values_videos"] = values([one for video in videos for one in video.images])
+    more["video_grid_thw"] = torch.tensor([[len(video.images), *video.images[0].grid[1:]] for video in videos])
+    ids = list(prompt)
+    for _ in range(GREEDY.max_tokens or 0):
+        kinds = [[1 if one == IMAGE else 2 if one == SPECIAL["<|video_pad|>"] else 0 for one in ids]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), mm_token_type_ids=torch.tensor(kinds), **more).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_generate_and_chat_say_of_videos_what_transformers_says(readable: Saved) -> None:
+    """Frames as an array and as pictures, with a clock and without; two videos, two answers; beside images; a file."""
+    model, path = readable["qwen3_vl"]
+    llm = LLM(path, **ENGINE | {"max_model_len": 400})
+    frames, others = (np.stack([picture(16, 24, seed + number) for number in range(7)]) for seed in (50, 70))
+    data = file_of("libx264", "mp4", frames=10, rate=5, size=(32, 48))
+    reader, still = video_reader(path), picture(18, 50, 3)
+    images = image_reader(path)
+    assert reader is not None
+    assert images is not None
+    p = reader.processor
+    clips = [prepare_frames(frames, p), prepare_frames(others, p), prepare_frames(frames, p, 2.0), prepare_video(data, p)]
+    chosen = prepare_frames(frames[:3], p, 10.0, [4, 9, 20])
+    clock = {"fps": 10, "frames_indices": [4, 9, 20], "do_sample_frames": False, "total_num_frames": 30}
+    listed = [Image.fromarray(one) for one in frames]
+    given: list[tuple[str, dict[str, Any], list[VideoFrames]]] = [
+        (f"{CLIP_PLACE}what", {"video": frames}, [clips[0]]),
+        (f"{CLIP_PLACE}what", {"video": others}, [clips[1]]),
+        (f"{CLIP_PLACE}what", {"video": listed}, [clips[0]]),
+        (f"a{CLIP_PLACE}b{CLIP_PLACE}", {"video": [(listed, {"fps": 2.0}), others]}, [clips[2], clips[1]]),
+        (f"a{CLIP_PLACE}b", {"video": (frames[:3], clock)}, [chosen]),
+        (f"{PLACE}x{CLIP_PLACE}y{PLACE}", {"video": [frames], "image": [still, still]}, [clips[0]]),
+    ]
+    found = llm.generate([{"prompt": text, "multi_modal_data": media} for text, media, _ in given], GREEDY)
+    template = TEMPLATE.replace("{% else %}", "{% elif p.type == 'video' %}" + CLIP_PLACE + "{% else %}")
+    url = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    parts: list[list[dict[str, Any]]] = [
+        [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "what"}],
+        [{"type": "image", "image": still}, {"type": "video", "video": frames}, {"type": "image_pil", "image_pil": listed[0]}],
+    ]
+    found += llm.chat([[{"role": "user", "content": one}] for one in parts], GREEDY, chat_template=template)
+    given += [("", {}, [clips[3]]), ("", {"image": [still, frames[0]]}, [clips[0]])]
+    for result, (text, media, videos) in zip(found, given, strict=True):
+        pictures = [images.processor(one) for one in media.get("image", ())]
+        assert result.prompt_token_ids.count(IMAGE) == sum(one.tokens for one in pictures)
+        assert result.prompt_token_ids.count(SPECIAL["<|video_pad|>"]) == sum(video.tokens for video in videos)
+        assert result.outputs[0].token_ids == answer(model, result.prompt_token_ids, pictures, videos), (text, media)
+    answers = [result.outputs[0].token_ids for result in found]
+    assert answers[0] == answers[2] != answers[1]
+    assert "a<0.7 seconds><|vision_start|>" in llm.get_tokenizer().decode(found[4].prompt_token_ids, skip_special_tokens=False)
 
 
 class Recorder(FakeCore):
@@ -142,7 +220,14 @@ def test_pictures_of_every_mode_are_read_as_transformers_converts_them(make: Cal
         ({"image": Image.new("F", (9, 9))}, PLACE, {}, "pixels of 32 bits"),
         ({"image": picture(201, 1)}, PLACE, {}, "more than 200 times as long"),
         ({"image": picture(300, 300)}, PLACE, {}, "An image has 16 tokens, and at most 12 are read here"),
-        ({"audio": b""}, PLACE, {}, "multi_modal_data has 'audio'"),
+        ({"video": picture(9, 9)}, CLIP_PLACE, {}, r"A video must be a list of images, .* not an array uint8 \[9, 9, 3\]"),
+        ({"video": "a.mp4"}, CLIP_PLACE, {}, "A video must be a list of images, .* not str"),
+        ({"video": ([picture(9, 9)], {"rate": 3})}, CLIP_PLACE, {}, "A video's 'rate' is not known"),
+        ({"video": ([picture(9, 9)], {"fps": 0})}, CLIP_PLACE, {}, "an fps over 0"),
+        ({"video": [picture(9, 9)]}, CLIP_PLACE * 2, {}, "has 1 videos and 2 places"),
+        ({"video": [[picture(9, 9)]] * 2}, CLIP_PLACE * 2, {"limit_mm_per_prompt": {"video": 1}}, "may have 1 videos here"),
+        ({"video": [picture(9, 9)]}, CLIP_PLACE, {"language_model_only": True}, "switched off here"),
+        ({"audio": b""}, PLACE, {}, "multi_modal_data has 'audio', and only images and videos"),
         (picture(9, 9), PLACE, {}, "multi_modal_data must be like"),
     ],
 )
@@ -167,14 +252,12 @@ def test_models_without_images(make: Callable[..., Any], tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(InvalidRequest, match="reads text alone; leave images out"):
         make().generate(asked, GREEDY)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(KIMI))
+    with pytest.raises(InvalidRequest, match=r"videos are not read here; send some of the frames as images\."):
+        make().generate({"prompt": CLIP_PLACE, "multi_modal_data": {"video": [picture(9, 9)]}}, GREEDY)
     with pytest.raises(OctavoError, match="allowed-local-media-path must be a directory"):
         make(allowed_local_media_path=str(tmp_path / "no"))
-
-
-TEMPLATE = (
-    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 def test_a_chat_reads_pictures_in_every_form(make: Callable[..., Any], tmp_path: Path) -> None:
