@@ -144,7 +144,7 @@ def test_what_happened_to_each_group_of_layers_is_printed(served: tuple[Path, Se
     assert {scheme for role, scheme in found if role in ("mlp", "shared experts")} == {rest}
     assert {scheme for role, scheme in found if role == "attention"} == {rest, "bf16"}  # kv_b_proj
     assert not [role for role, scheme in found if scheme == "int4" and role != "experts"]
-    assert "vision_tower.* not loaded" in log
+    assert "not loaded" not in log
     assert "does not print tools" not in log
 
 
