@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import files
-from octavo.errors import InvalidRequest, OctavoError
+from octavo.errors import InvalidRequest
 from octavo.images import VIDEO_PARTS
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.patches import read_config
@@ -107,10 +107,20 @@ def prepare_video(source: bytes | str, processor: QwenVideos, limits: VideoLimit
     can be read.
     """
     limits = limits or VideoLimits()
-    data = decode_data_url(source, limits.bytes) if isinstance(source, str) else source
+    data = _decoded(source, limits) if isinstance(source, str) else source
     with open_video(data, limits) as video:
         numbers = processor.sample(video.frames, video.fps)
         return processor(video.read(numbers), numbers, video.fps)
+
+
+def _decoded(url: str, limits: VideoLimits) -> bytes:
+    try:
+        return decode_data_url(url, limits.bytes)
+    except InvalidRequest:
+        raise InvalidRequest(
+            "A video's data: URL should read data:video/mp4;base64, followed by the file in base64, which has at most "
+            f"{limits.bytes >> 20} MiB."
+        ) from None
 
 
 def prepare_frames(
@@ -119,11 +129,11 @@ def prepare_frames(
     """What a model reads of frames in memory, RGB [rows, columns, 3], of `fps` a second; where that is not known, of 24, as in
     transformers. `numbers`: of frames that were chosen already, their places in the whole video.
 
-    Raises OctavoError for values that cannot be.
+    Raises InvalidRequest for values that cannot be.
     """
     fps = DEFAULT_FPS if fps is None else float(fps)
     if not len(frames) or not 0 < fps < float("inf") or (numbers is not None and len(numbers) != len(frames)):
-        raise OctavoError("A video of frames needs one at least, an fps over 0, and a number for each frame if for any.")
+        raise InvalidRequest("A video of frames needs one at least, an fps over 0, and a number for each frame if for any.")
     if numbers is not None:
         return processor(frames, numbers, fps)
     chosen = processor.sample(len(frames), fps)

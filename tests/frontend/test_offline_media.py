@@ -171,7 +171,8 @@ class Recorder(FakeCore):
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "image_token_id": IMAGE}))
+    tokens = {"image_token_id": IMAGE, "video_token_id": SPECIAL["<|video_pad|>"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", **tokens}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN))
     write_tokenizer(tmp_path)
     monkeypatch.setattr(worker, "engine_core", Recorder)

@@ -223,7 +223,7 @@ CLIP = file_of("libx264", "mp4")
         (lambda: file_of("libx264", "mp4", size=(200, 200)), "200 x 200 pixels; at most 20,000"),
         (lambda: file_of("libx264", "mp4", size=(2, 500)), "more than 200 times as long"),
         (lambda: file_of("msmpeg4", "avi"), r"codec \(msmpeg4\) is not read here"),
-        (lambda: "data:video/mp4,x", "should read data:"),
+        (lambda: "data:video/mp4,x", "A video's data: URL should read data:video/mp4"),
     ],
 )
 def test_a_sentence_for_what_is_not_read(make: Callable[[], bytes | str], sentence: str) -> None:
