@@ -51,8 +51,10 @@ class LoadReport:
 
 
 def role_of(path: str) -> str:
-    """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms; vision for
-    all of a vision tower."""
+    """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms.
+
+    All of a vision tower is vision.
+    """
     roles = {
         "attention": "attn", "experts": ".experts.", "shared experts": ".shared_experts.", "router": ".gate.", "mlp": "mlp",
         "embedding": "embed", "lm_head": "lm_head",

@@ -56,9 +56,8 @@ def test_towers_are_quantized_as_a_start_quantizes_them(scheme: Scheme, checkpoi
     """Every linear layer and nothing else; transformers reads the same values; outputs for a picture are equal to the bit."""
     run(checkpoint, tmp_path / "out", scheme)
     before, after = tensors_of(checkpoint), tensors_of(tmp_path / "out")
-    theirs, info = Qwen3VLForConditionalGeneration.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True, quantization_config=CompressedTensorsConfig(dequantize=True)
-    )  # fmt: skip
+    how: dict[str, Any] = dict(dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs, info = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True, **how)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     read = theirs.state_dict()
