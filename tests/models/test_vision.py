@@ -167,7 +167,7 @@ def test_the_tower_in_fp8_is_what_float64_makes_of_it(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl, 8 heads", "kimi_k25, 8 heads"])
-@cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL], ids=lambda s: s.name)
+@cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_a_sharded_tower_in_fp8_errs_as_a_whole_one_does(scheme: Scheme, name: str, tmp_path: Path) -> None:
     """Ranks have the same codes, and scales of their own for what they read, so the error is as large and another."""
     saved(name, tmp_path)
