@@ -157,10 +157,8 @@ class Loader:
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
     ) -> QTensor:
-        """This rank's parts of the matrices, stacked into one weight, in their stored scheme or quantized to `scheme`.
-
-        One name several times: parts of one matrix, which share its scales.
-        """
+        """This rank's parts of the matrices, stacked into one weight, in their stored scheme or quantized to `scheme`. Parts of
+        one matrix, whose name is then given for each, share its scales."""
         if len(names) > 1 and len(set(names)) == 1:
             rows = [shard.slice(shapes[0][0]) for shard in shards]
             if sum(part.stop - part.start for part in rows) == shapes[0][0]:
@@ -246,6 +244,8 @@ def load(
     check_read(loader, ignore)
     for pattern in ignore:
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
+        for name in left:
+            loader.rules.ignored(name.rpartition(".")[0])  # marks patterns that name it as used
         if left and "rotary_emb" not in pattern:  # rotary tables follow from config.json
             loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: what is served does not compute with them")
     loader.rules.check_used()

@@ -142,7 +142,10 @@ def compare(
             "whatever the scheme: BF16 here means the checkpoint as stored"
         )
     if hasattr(core.runner.model, "has_tower"):
-        found.notes.append("the vision tower is not loaded: a text is measured, and every number is the text model's")
+        found.notes.append(
+            "the vision tower is not loaded: a text is measured, and every number is the text model's; a scheme holds for the "
+            "tower too, unless --quantization-ignore names it"
+        )
     if "fp8_e4m3" in kvs and (stored := stored_as(config, "fp8_e4m3")) != "fp8_e4m3":
         found.notes.append(f"a KV cache of fp8_e4m3 is {stored} on this model")
     found.machine = core.runner.platform.name
