@@ -16,12 +16,14 @@ from engine.test_images import ENGINE, IMAGE, image, prompt
 from models.test_kimi import kimi, write
 from models.test_moe_quantized import in_bytes
 from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
+from tools.planner import plan_of
 from tools.test_quantize import SCHEMES, dequantized, run, tensors_of
 from transformers import CompressedTensorsConfig, Qwen3VLForConditionalGeneration
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.quant import Scheme, dequantize, quantize
+from octavo.tools.plan.explain import refusals
 from octavo.weights.load_report import role_of
 
 LINEAR = re.compile(r"(_proj|attn\.qkv|attn\.proj|linear_fc[12])\.weight$")
@@ -72,6 +74,10 @@ def test_towers_are_quantized_as_a_start_quantizes_them(scheme: Scheme, checkpoi
             assert in_bytes(after[name]) == in_bytes(w), name
             assert torch.equal(read[name], w.float()), name
     assert after.keys() == {*before, *(f"{name}_scale" for name in linears)}
+    words = ("--accelerator", "h200", "--kv-cache-dtype", "auto")
+    by_headers, by_config = (plan_of(str(path), *words) for path in (tmp_path / "out", tmp_path / "out/config.json"))
+    assert refusals(by_headers) == refusals(by_config) == []
+    assert by_headers.asked.components == by_config.asked.components
 
     ids, features, report = served(checkpoint, quantization=scheme.name)
     saved = str(tmp_path / "saved")
@@ -118,6 +124,11 @@ def test_a_tower_left_in_bf16(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(found[0][1], served(checkpoint)[1])
     assert {role for role, scheme in found[0][2].groups if scheme == "ptpc_fp8"} == {"attention", "mlp"}
     assert found[0][2].groups == found[1][2].groups == found[2][2].groups
+    # the pattern is no typing error where the tower is not loaded
+    words = ("-q", "ptpc_fp8", "--quantization-ignore", "model.visual.*", "--language-model-only", "--accelerator", "h200")
+    assert refusals(plan_of(str(checkpoint), *words)) == []
+    text = dict(quantization="ptpc_fp8", quantization_ignore=["model.visual.*"], language_model_only=True)
+    assert EngineCore(EngineConfig(model=str(checkpoint), **ENGINE | text)).runner.encoder is None
 
 
 def test_a_tower_has_a_role_of_its_own_in_the_load_report(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def build(question: Question, asked: Variant) -> Plan:
     usual += [Variant("ptpc_fp8", False, kv, size) for kv in kvs[: 1 if native else 2]]
     usual += [Variant("bf16", True, kv, size) for kv in kvs] if native else []
     chosen = usual if asked in usual else [*usual, asked]
-    question.subject.walk(asked, 1).rules.check_used()
+    question.subject.check_patterns(asked)
     base = _weigh(question, chosen[0], None)
     plans = [base, *(_weigh(question, variant, base) for variant in chosen[1:])]
     return Plan(question, plans, plans[chosen.index(asked)])

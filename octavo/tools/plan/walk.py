@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -210,9 +209,6 @@ def walk(
             module.load(loader.at(path))
         except OctavoError as error:
             loader.refuse(error)
-    for pattern in model.ignored if rules.ignore else ():
-        for name in fnmatch.filter(source.names - loader.seen, pattern):
-            rules.ignored(name.rpartition(".")[0])  # as loading does
     try:
         if every:
             check_read(loader, model.ignored)
