@@ -256,10 +256,17 @@ def test_what_is_not_divisible_by_16(tmp_path: Path) -> None:
         one = torch.ones((), device="meta")
         return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
+    packed: list[torch.Size] = []
+
+    class Watched(Loader):
+        def pack(self, q: QTensor, *, row_lookup: bool = False) -> ops.PackedWeight:
+            packed.append(q.data.shape)
+            return super().pack(q, row_lookup=row_lookup)
+
     def octavo(tp: TensorParallel) -> Tensor:
         ops.bind(CPU)
         held = Held(tp)
-        load(held, Loader(SafetensorsSource(tmp_path), CPU, QuantRules(FP8_PER_CHANNEL), torch.float32, tp))
+        load(held, Watched(SafetensorsSource(tmp_path), CPU, QuantRules(FP8_PER_CHANNEL), torch.float32, tp))
         return held.mlp(x)  # type: ignore[no-any-return]
 
     dense = float64_mlp(tensors, x, 1, fp8=False)
@@ -276,3 +283,7 @@ def test_what_is_not_divisible_by_16(tmp_path: Path) -> None:
         for out in run_ranks(ranks, octavo):
             assert relative_error(out, expected) < 0.01, ranks  # a rounding of FP32 sums turns some codes into their neighbours
         assert 0.03 < relative_error(expected, dense) < 0.08
+        assert {scaled_mm(70, k, n).shape for n, k in packed} == {(70, 1152), (70, -(-inner // 16) * 16)}, (
+            "what it packs is taken"
+        )
+        packed.clear()
