@@ -12,7 +12,7 @@ from typing import Any
 from octavo.errors import OctavoError
 from octavo.media_limits import MAX_MEDIA, read_media_limits
 
-__all__ = ["IGNORED", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
+__all__ = ["IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
 # Accepted spelling -> scheme name. The spellings are those of peers.
 QUANTIZATIONS = {

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Grid", "ImagePatches", "PlacedImage"]
+__all__ = ["IMAGE_PARTS", "Grid", "ImagePatches", "PlacedImage"]
+
+# Types of a message's parts that are images: of OpenAI's chats and responses, transformers' own, and of vLLM's LLM.chat.
+IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil")
 
 
 class Grid(NamedTuple):

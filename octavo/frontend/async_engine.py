@@ -10,9 +10,8 @@ import asyncio
 import atexit
 import logging
 import multiprocessing
-import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory
-from octavo.frontend.engine_start import worker
+from octavo.frontend.engine_start import EngineDead, how_it_ended, worker
+from octavo.frontend.image_support import ImageSupport, image_support
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
+from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
 from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
@@ -37,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.005  # for which a request may hold the event loop before it yields
 EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
-
-
-class EngineDead(OctavoError):
-    """The engine process is gone. Only a restart helps."""
 
 
 class _Stream:
@@ -59,6 +56,7 @@ class AsyncEngine:
     info: EngineInfo
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
+    images: ImageSupport
 
     def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None):
         """Starts the process without waiting for it. Use `start` to get an engine that is ready."""
@@ -93,6 +91,7 @@ class AsyncEngine:
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
             engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else eos_token_ids(config.model)
             engine.info = await engine._ready
+            engine.images = await asyncio.to_thread(image_support, config, engine.info)
         except BaseException:  # a cancelled start must not leave a process behind
             engine._kill()
             raise
@@ -122,7 +121,12 @@ class AsyncEngine:
         self._listeners.append(listener)
 
     def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str,
+        cache_salt: str | None = None,
+        images: Sequence[PlacedImage] = (),
     ) -> AsyncGenerator[Delta]:
         """The deltas of one request, one per sequence and step, never merged.
 
@@ -130,8 +134,8 @@ class AsyncEngine:
         EngineDead when the engine dies. Closing the generator early aborts the request.
         """
         self._raise_if_gone()
-        eos = self.eos_token_ids
-        return self._generate(engine_requests(self.info, self.tokenizer, request_id, prompt_token_ids, params, eos, cache_salt))
+        given = (request_id, prompt_token_ids, params, self.eos_token_ids, cache_salt, images)
+        return self._generate(engine_requests(self.info, self.tokenizer, *given))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
         self._raise_if_gone()  # again, because the first delta may be awaited much later
@@ -141,7 +145,9 @@ class AsyncEngine:
         for index, request in enumerate(requests):
             self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
         self._send(("add", requests))  # one message, so that the parts they share are sent once
-        running, turn = len(requests), self._loop.time()
+        ids = [request.request_id for request in requests]
+        del request, requests  # its images are megabytes
+        running, turn = len(ids), self._loop.time()
         try:
             while running:  # deltas of many sequences arrive together, so `get` may never yield to the loop
                 if self._loop.time() - turn > TURN_SECONDS:
@@ -153,7 +159,7 @@ class AsyncEngine:
                 running -= delta.finish_reason is not None
                 yield delta
         finally:
-            left = [request.request_id for request in requests if self._streams.pop(request.request_id, None)]
+            left = [one for one in ids if self._streams.pop(one, None)]
             if left:
                 self._send(("abort", left))
 
@@ -211,6 +217,7 @@ class AsyncEngine:
         try:
             while (message := self._outbox.get()) is not None:
                 self._connection.send(message)
+                del message  # may hold images
         except OSError:
             pass  # the process is gone, which the reader thread reports
         except Exception as error:
@@ -221,7 +228,7 @@ class AsyncEngine:
             while True:
                 self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
         except (EOFError, OSError):
-            sentence = _how_it_ended(self._exit_code())
+            sentence = how_it_ended(self._exit_code())
         except RuntimeError:
             return  # the loop is closed
         except Exception as error:
@@ -289,12 +296,3 @@ class AsyncEngine:
         self.fail_running(EngineDead(sentence))
         for listener in self._listeners:
             listener(EngineStats())
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code == -signal.SIGKILL:
-        return "The engine process was killed; the machine may have run out of memory."
-    if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
-        name = signal.Signals(-code).name
-        return f"The engine process crashed ({name}); if memory is limited (ulimit -v), it may have been too little."
-    return f"The engine process ended unexpectedly (exit code {code})."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -22,6 +22,9 @@ from octavo.server.http import Answer, Gate, JsonEndpoint
 from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.version import __version__
+
+if TYPE_CHECKING:
+    from octavo.vision import ImagePart
 
 __all__ = ["make_app"]
 
@@ -96,13 +99,15 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
     served.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Send either a prompt or messages.", "prompt")
+    images: list[ImagePart] = []
     if request.prompt is not None:
         text, special = request.prompt, request.add_special_tokens is not False
     else:
+        images = served.images.take(request)
         text = await chat_prompt(served, request)
         special = bool(request.add_special_tokens)
     most = _most_tokens(served)
-    ids = await served.encode(text, special, most)
+    ids = (await served.images.place(await served.encode(text, special, most), images))[0]
     if len(ids) > most:
         raise InvalidRequest(f"The text has {len(ids)} tokens; at most {most} are listed.", "prompt")
     strings = [served.tokenizer.piece(i) for i in ids] if request.return_token_strs else None

@@ -31,15 +31,21 @@ _THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
+    job = await _begin(served, request, f"chatcmpl-{request.request_id or request_id}")
+    return job.stream() if request.stream else await job.whole()
+
+
+async def _begin(served: Served, request: ChatRequest, response_id: str) -> _Job:
+    """Sends the request to the engine. What it holds here of images ends with this call and not with the answer."""
     tools = _Tools(served, request)
+    images = served.images.take(request)
     text = await chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
+    prompt, placed = await served.images.place(prompt, images)
     params = _params(served, request, tools, len(prompt))
     await served.validate(params.structured)
-    response_id = f"chatcmpl-{request.request_id or request_id}"
-    deltas = served.generate(prompt, params, response_id, request.cache_salt)
-    job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
-    return job.stream() if request.stream else await job.whole()
+    deltas = served.generate(prompt, params, response_id, request.cache_salt, placed)
+    return _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
 
 
 async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:

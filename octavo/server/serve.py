@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
     check_directory(Path(config.model))
+    check_media(config)
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     if ignored := ignored_flags(args):
@@ -60,6 +61,14 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(serve(args, config, listener, keys, template, started))
+
+
+def check_media(config: EngineConfig) -> None:
+    """Raises OctavoError for wrong flags of what images may be fetched, before the model is loaded."""
+    if config.allowed_local_media_path is not None or config.allowed_media_domains:
+        from octavo.vision import FetchRules
+
+        FetchRules.of_options(config.allowed_local_media_path, config.allowed_media_domains)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -142,7 +151,7 @@ async def serve(
     finally:
         progress.close()
     try:
-        await _serve(args, engine, listener, keys, template, ending, started)
+        await _serve(args, config, engine, listener, keys, template, ending, started)
         return ending.exit_code
     finally:
         ending.close()
@@ -151,6 +160,7 @@ async def serve(
 
 async def _serve(
     args: argparse.Namespace,
+    config: EngineConfig,
     engine: AsyncEngine,
     listener: socket.socket,
     keys: Sequence[str],
@@ -161,6 +171,7 @@ async def _serve(
     import uvicorn
 
     from octavo.server.app import make_app
+    from octavo.server.chat_images import ChatImages, image_note
     from octavo.server.connections import protocol_class
 
     served = make_served(
@@ -170,6 +181,9 @@ async def _serve(
     served.gate.body_seconds = args.client_timeout or None
     served.gate.body_bytes = args.max_request_bytes
     served.content_format = args.chat_template_content_format
+    served.images = ChatImages.of(config, engine.info, engine.images)
+    if (note := image_note(config, engine.images)) is not None:
+        say(f"octavo: {note}")
     for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
         if note is not None:
             say(f"octavo: {note}")
@@ -194,6 +208,7 @@ async def _serve(
     finally:
         greeting.cancel()
         served.side.close()
+        served.images.side.close()
         await asyncio.gather(greeting, return_exceptions=True)
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.outputs import Delta
+from octavo.images import PlacedImage
 from octavo.messages import SamplingParams, StructuredOutput
+from octavo.server.chat_images import ChatImages
 from octavo.server.error_responses import ApiError
 from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
@@ -62,6 +64,7 @@ class Served:
     reasoning_parser: str | None = None
     engine_timeout: float = 0.0  # seconds without a step after which a busy engine is considered stalled; 0: never
     side: SideProcesses = field(default_factory=side_processes)
+    images: ChatImages = field(default_factory=ChatImages)
     gate: GateState = field(default_factory=GateState)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -134,6 +137,7 @@ class Served:
         variables = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
         conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
         how = {"continue_final_message": continues, "content": self.content_format, "switches": variables, "calls": calls}
+        how["image_text"] = self.images.text
         return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:
@@ -190,14 +194,20 @@ class Served:
             ) from None
 
     def generate(
-        self, prompt: list[int], params: SamplingParams, response_id: str, cache_salt: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        response_id: str,
+        cache_salt: str | None = None,
+        images: Sequence[PlacedImage] = (),
     ) -> AsyncGenerator[Delta, None]:
         """The engine's deltas, with metrics. Closing the generator aborts the request.
 
         Raises InvalidRequest at the call for what the engine would refuse, before any of the answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
-        return self._counted(self.engine.generate(prompt, params, request_id, cache_salt), request_id, len(prompt), params.n)
+        generated = self.engine.generate(prompt, params, request_id, cache_salt, images)
+        return self._counted(generated, request_id, len(prompt), params.n)
 
     async def _counted(
         self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int

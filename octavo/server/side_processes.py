@@ -22,26 +22,34 @@ from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from octavo.errors import InvalidRequest, OctavoError, shortage
 
-__all__ = ["SideProcesses", "side_processes", "work"]
+__all__ = ["Limits", "SideProcesses", "side_processes", "work"]
 
-CPU_SECONDS = 3.0  # per call
 WALL_SECONDS = 60.0  # per call, for a very busy machine
-MEMORY = 2**30  # bytes of address space per process
-LARGE = 256 * 2**20  # bytes at peak, after which a process exits
 
 T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """Of one process. cpu_seconds: of computing per call. memory: bytes of address space. large: bytes at peak, after which it
+    exits.
+    """
+
+    cpu_seconds: float = 3.0
+    memory: int = 2**30
+    large: int = 256 * 2**20
 
 
 class _Process:
     """One side process and the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.connection, theirs = Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from octavo.server.side_processes import work; work({theirs.fileno()})"
+        call = f"work({theirs.fileno()}, {', '.join(map(repr, limits))})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from octavo.server.side_processes import work; {call}"
         try:
             self.popen = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         except BaseException:
@@ -62,7 +70,8 @@ class _Process:
 class SideProcesses:
     """At most `most` processes, started on demand. Calls wait for a free process."""
 
-    def __init__(self, most: int = 2):
+    def __init__(self, most: int = 2, limits: Limits | None = None):
+        self._limits = limits or Limits()
         self._threads = ThreadPoolExecutor(most, "octavo-side")  # one per process
         self._local = threading.local()
         self._all: set[_Process] = set()
@@ -93,7 +102,7 @@ class SideProcesses:
             return known
         if known is not None:
             self._end(known)
-        self._local.process = known = _Process()
+        self._local.process = known = _Process(self._limits)
         self._all.add(known)
         return known
 
@@ -117,7 +126,9 @@ class SideProcesses:
             raise _refusal(error) from error
         except (EOFError, OSError):
             if (code := self._end(process, 0.0 if late else 1.0)) == -signal.SIGPROF or late:
-                raise InvalidRequest(f"{what} takes more than {CPU_SECONDS:g} s of computing, which is not allowed.") from None
+                raise InvalidRequest(
+                    f"{what} takes more than {self._limits.cpu_seconds:g} s of computing, which is not allowed."
+                ) from None
             raise InvalidRequest(f"{what} failed (exit code {code}); it may need too much memory.") from None
         if last:
             self._end(process, 1.0)
@@ -133,7 +144,7 @@ def side_processes() -> SideProcesses:
     return SideProcesses()
 
 
-def work(handle: int) -> None:
+def work(handle: int, cpu_seconds: float, memory: int, most_at_peak: int) -> None:
     """Main function of a side process: handles calls until the pipe is closed or the process has grown large."""
     connection = Connection(handle)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
@@ -141,7 +152,7 @@ def work(handle: int) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with suppress(OSError, ValueError):  # not on every system
         _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most), most))
+        resource.setrlimit(resource.RLIMIT_AS, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
     with suppress(OSError):
         os.nice(5)  # streams have priority
     large = False
@@ -150,10 +161,10 @@ def work(handle: int) -> None:
             payload = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         answer = _answer(payload)
         del payload
-        large = _peak() > LARGE
+        large = _peak() > most_at_peak
         try:
             sent = pickle.dumps((answer, large), pickle.HIGHEST_PROTOCOL)
         except (MemoryError, RecursionError) as error:

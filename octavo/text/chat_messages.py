@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.images import IMAGE_PARTS
 
-__all__ = ["CONTENT_FORMATS", "ContentFormat", "check_content_format", "plain_messages"]
+__all__ = [
+    "CONTENT_FORMATS",
+    "ContentFormat",
+    "check_content_format",
+    "has_images",
+    "plain_messages",
+    "without_images",
+]
 
 ContentFormat = Literal["string", "openai", "either"]
 CONTENT_FORMATS = ("auto", "string", "openai")
@@ -22,21 +30,41 @@ def check_content_format(name: str) -> str:
     return name
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]], content: ContentFormat = "string") -> list[dict[str, Any]]:
-    """The messages, with tool-call arguments as objects and content in one form. `string`: one string; `openai`: list of parts;
-    `either`: as the client sent it. Raises InvalidRequest for invalid messages, and for content other than text.
+def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a part of a message is an image."""
+    return any(_is_image(part) for message in messages for part in _parts_of(message))
+
+
+def without_images(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The messages with {"type": "image"} in the place of each image, which is all that a chat template reads of it: an image
+    may be megabytes of base64.
     """
-    form = {"openai": _parts, "string": _text, "either": _as_sent}[content]
-    return [_plain(message, f"messages.{number}", form) for number, message in enumerate(messages)]
+    return [
+        {**message, "content": [{"type": "image"} if _is_image(part) else part for part in _parts_of(message)]}
+        if any(map(_is_image, _parts_of(message)))
+        else message
+        for message in messages
+    ]
 
 
-def _plain(message: Mapping[str, Any], where: str, form: Callable[[Any, str], Any]) -> dict[str, Any]:
+def plain_messages(
+    messages: Sequence[Mapping[str, Any]], content: ContentFormat = "string", image_text: str | None = None
+) -> list[dict[str, Any]]:
+    """The messages, with tool-call arguments as objects and content in one form. `string`: one string; `openai`: list of parts;
+    `either`: as the client sent it. `image_text`: what stands for an image in a string; None: images are refused.
+
+    Raises InvalidRequest for invalid messages, and for content that is not served.
+    """
+    return [_plain(message, f"messages.{number}", content, image_text) for number, message in enumerate(messages)]
+
+
+def _plain(message: Mapping[str, Any], where: str, form: ContentFormat, image_text: str | None) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where} needs a role, such as 'user'.", f"{where}.role")
     plain = {key: value for key, value in message.items() if value is not None}
     plain["role"] = "system" if role == "developer" else role  # OpenAI's newer name; templates know the older one
-    plain["content"] = form(message.get("content"), f"{where}.content")
+    plain["content"] = _content(message.get("content"), f"{where}.content", form, image_text)
     if "tool_calls" in plain:
         calls = [_call(call, f"{where}.tool_calls") for call in _list(plain.pop("tool_calls"), f"{where}.tool_calls")]
         if calls:  # templates test for the key, and then print calls instead of content
@@ -44,35 +72,40 @@ def _plain(message: Mapping[str, Any], where: str, form: Callable[[Any, str], An
     return plain
 
 
-def _text(content: Any, where: str) -> str:
+def _content(content: Any, where: str, form: ContentFormat, image_text: str | None) -> str | list[dict[str, str]]:
     if content is None or isinstance(content, str):
-        return content or ""
-    return "\n".join(_part(part, where) for part in _list(content, where))
-
-
-def _parts(content: Any, where: str) -> list[dict[str, str]]:
-    if content is None or isinstance(content, str):
+        if form != "openai":
+            return content or ""
         content = [content] if content else []
-    return [{"type": "text", "text": _part(part, where)} for part in _list(content, where)]
+    parts = [_part(part, where, image_text is not None) for part in _list(content, where)]
+    return parts if form != "string" else "\n".join(part.get("text", image_text or "") for part in parts)
 
 
-def _as_sent(content: Any, where: str) -> str | list[dict[str, str]]:
-    return _parts(content, where) if isinstance(content, list) else _text(content, where)
-
-
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, images: bool) -> dict[str, str]:
+    """As templates read it."""
     if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
+        return {"type": "text", "text": part}
+    if _is_image(part):
+        if not images:
+            raise InvalidRequest(f"This model reads no images here, and {where} holds one; send text alone.", where)
+        return {"type": "image"}
+    kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("text", "input_text", "refusal"):
         text = part.get("text", part.get("refusal"))
         if isinstance(text, str):
-            return text
-    if isinstance(kind, str) and kind.split("_")[0] in ("image", "input", "video", "audio"):
-        raise InvalidRequest(
-            f"Only text is served yet, of any model, and {where} holds a part of type '{kind}'; leave it out.", where
-        )
+            return {"type": "text", "text": text}
+    if isinstance(kind, str) and kind.split("_")[0] in ("input", "video", "audio", "image"):
+        raise InvalidRequest(f"{where} holds a part of type '{kind}', which is not served; leave it out.", where)
     raise InvalidRequest(f"{where} should be a string or a list of parts like {{'type': 'text', 'text': ...}}.", where)
+
+
+def _parts_of(message: Any) -> Sequence[Any]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content if isinstance(content, list) else ()
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

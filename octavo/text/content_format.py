@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TypeGuard
 
 from jinja2 import nodes
 
@@ -26,12 +27,18 @@ def content_format(template: str) -> ContentFormat:
 
 
 def key_read(node: nodes.Node) -> str | None:
-    """The attribute or key that the expression reads, by a dot or brackets."""
+    """The attribute or key that the expression reads, by a dot, brackets or `get`."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
         return node.arg.value
+    if _is_get(node) and isinstance(key := node.args[0], nodes.Const) and isinstance(key.value, str):
+        return key.value
     return None
+
+
+def _is_get(node: nodes.Node) -> TypeGuard[nodes.Call]:
+    return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get" and bool(node.args)
 
 
 class _Reader:
@@ -56,7 +63,9 @@ class _Reader:
         node = _inner(node)
         if (name := self._name(node)) is not None:
             return name in self._content
-        return key_read(node) == "content" and self._is_message(node.node)  # type: ignore[attr-defined]
+        if key_read(node) != "content":
+            return False
+        return self._is_message(node.node.node if _is_get(node) else node.node)  # type: ignore[attr-defined]
 
     def _is_message(self, node: nodes.Node) -> bool:
         if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice) and self._is_messages(node.node):

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL.Image import Image
+
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import read_json
-from octavo.images import ImagePatches
-from octavo.vision.decode_image import MAX_PIXELS, decode
+from octavo.images import IMAGE_PARTS, ImagePatches
+from octavo.vision.decode_image import MAX_PIXELS, decode, rgb
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.kimi_images import KimiImages
 from octavo.vision.patches import ImageProcessor, read_config
@@ -36,32 +38,45 @@ __all__ = [
 ]
 
 
+Source = bytes | str | Image  # of an image: a file, a data: URL, a picture
+_SOURCES = ("image_url", "image_pil", "image", "url")  # where a part has it
+
+
 class _Family(NamedTuple):
     """make: the processor of preprocessor_config.json. placeholders: the fields of config.json that may have the token which a
-    chat template writes for an image. token: where none of them is there.
+    chat template writes for an image. token: where none of them is there. text: what a template writes for an image.
     """
 
     make: Callable[[Mapping[str, Any]], ImageProcessor]
     placeholders: tuple[str, ...]
     token: int
+    text: str
 
 
-_QWEN = _Family(QwenImages.from_json, ("image_token_id",), 151655)
-_KIMI = _Family(KimiImages.from_json, ("media_placeholder_token_id", "image_token_id"), 163605)
+_QWEN = _Family(QwenImages.from_json, ("image_token_id",), 151655, "<|vision_start|><|image_pad|><|vision_end|>")
+_KIMI = _Family(
+    KimiImages.from_json,
+    ("media_placeholder_token_id", "image_token_id"),
+    163605,
+    "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+)
 _FAMILIES: Mapping[str, _Family] = {"qwen3_vl": _QWEN, "qwen3_vl_moe": _QWEN, "kimi_k25": _KIMI}  # by config.json's model_type
 
 
 class ImageReader(NamedTuple):
-    """How a checkpoint's images are prepared, and the token that stands for one in a chat template's text."""
+    """How a checkpoint's images are prepared, the token that stands for one in a prompt, and the text with that token, for chat
+    templates that read text alone.
+    """
 
     processor: ImageProcessor
     placeholder: int
+    text: str
 
 
 class ImagePart(NamedTuple):
-    """where: its place in the request, such as messages.0.content.1."""
+    """url: or the picture itself, from Python. where: its place in the request, such as messages.0.content.1."""
 
-    url: str
+    url: str | Image
     where: str
 
 
@@ -80,11 +95,11 @@ def image_reader(directory: str | Path) -> ImageReader | None:
         return None
     given = (config.get(name) for name in family.placeholders)
     token = next((one for one in given if type(one) is int), family.token)
-    return ImageReader(family.make(read_config(directory)), token)
+    return ImageReader(family.make(read_config(directory)), token, family.text)
 
 
 def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[ImagePart]:
-    """The images of a chat in their order, of parts as OpenAI's chats and responses have them.
+    """The images of a chat in their order, of parts as OpenAI's chats and responses have them, or with Pillow's images.
 
     Raises InvalidRequest for a part without a URL, and for more images than `limit`.
     """
@@ -92,10 +107,11 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         for place, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, Mapping) and part.get("type") in ("image_url", "input_image"):
-                where, given = f"messages.{number}.content.{place}", part.get("image_url")
+            if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
+                where = f"messages.{number}.content.{place}"
+                given = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
                 url = given.get("url") if isinstance(given, Mapping) else given
-                if not isinstance(url, str):
+                if not isinstance(url, str | Image):
                     raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
                 found.append(ImagePart(url, where))
     if limit is not None and len(found) > limit:
@@ -105,14 +121,15 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
     return found
 
 
-async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[bytes | str]:
-    """The files that parts name, in their order, fetched at once; data: URLs stay as they are, since decoding them computes.
+async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[Source]:
+    """The files that parts name, in their order, fetched at once; data: URLs and pictures stay as they are, since decoding
+    them computes.
 
     Raises InvalidRequest for the first that fails, and ends the others.
     """
 
-    async def one(part: ImagePart) -> bytes | str:
-        if part.url[:5].lower() == "data:":
+    async def one(part: ImagePart) -> Source:
+        if not isinstance(part.url, str) or part.url[:5].lower() == "data:":
             return part.url
         try:
             return await fetch(part.url, rules)
@@ -128,10 +145,12 @@ async def fetch_parts(parts: Sequence[ImagePart], rules: FetchRules) -> list[byt
 
 
 def prepare(
-    source: bytes | str, processor: ImageProcessor, max_bytes: int = FetchRules.max_bytes, max_pixels: int = MAX_PIXELS
+    source: Source, processor: ImageProcessor, max_bytes: int = FetchRules.max_bytes, max_pixels: int = MAX_PIXELS
 ) -> ImagePatches:
-    """What a tower reads of an image, of its file or data: URL. Raises InvalidRequest, one sentence, for what is no image that
-    can be read.
+    """What a tower reads of an image, of its file, data: URL or picture. Raises InvalidRequest, one sentence, for what is no
+    image that can be read.
     """
+    if isinstance(source, Image):
+        return processor(rgb(source, max_pixels))
     data = decode_data_url(source, max_bytes) if isinstance(source, str) else source
     return processor(decode(data, max_pixels))

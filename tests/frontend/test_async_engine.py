@@ -40,7 +40,7 @@ class FakeCore:
             os._exit(7)
         if config.seed == 4:
             time.sleep(60)
-        self.info = EngineInfo(100, 4096, 10, 16, "fake", ["a line"])
+        self.info = EngineInfo(100, 4096, 10, 16, "fake", report=["a line"])
         self.running = {}
 
     def add(self, *requests):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.frontend.async_engine import EngineDead
+from octavo.frontend.image_support import ImageSupport
 from octavo.frontend.outputs import Delta
 from octavo.frontend.requests import engine_requests
+from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprob, SamplingParams
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.tokenizer import Tokenizer
@@ -20,7 +22,8 @@ class FakeEngine:
 
     def __init__(self, text: str = " hello world") -> None:
         self.tokenizer = Tokenizer(MODEL_DIR)
-        self.info = EngineInfo(1024, 4096, 64, 16, "llama", ["report"])
+        self.info = EngineInfo(1024, 4096, 64, 16, "llama", report=["report"])
+        self.images = ImageSupport()
         self.text = text
         self.healthy = True
         self.fail_after: int | None = None  # tokens, then the engine dies
@@ -37,12 +40,17 @@ class FakeEngine:
         self.listeners.append(listener)
 
     def generate(
-        self, prompt: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        cache_salt: str | None = None,
+        images: Sequence[PlacedImage] = (),
     ) -> AsyncGenerator[Delta, None]:
         if not self.healthy:
             raise EngineDead("The engine is dead.")
         eos = self.tokenizer.eos_token_ids
-        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, eos, cache_salt)
+        self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, eos, cache_salt, images)
         self.calls.append((prompt, params, request_id))
         return self._generate(prompt, params, request_id)
 

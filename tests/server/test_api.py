@@ -248,7 +248,7 @@ BAD = [
     (CHAT, {"messages": "hi"}, 400, "messages"),
     (CHAT, {"messages": [{"content": "hi"}]}, 400, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
     (CHAT, {"messages": [USER], "top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 30}, 400, "logprobs"),
     (CHAT, {"messages": [USER], "chat_template": "{{ 1 }}"}, 400, "chat_template"),

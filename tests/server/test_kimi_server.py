@@ -144,7 +144,7 @@ def test_what_happened_to_each_group_of_layers_is_printed(served: tuple[Path, Se
     assert {scheme for role, scheme in found if role in ("mlp", "shared experts")} == {rest}
     assert {scheme for role, scheme in found if role == "attention"} == {rest, "bf16"}  # kv_b_proj
     assert not [role for role, scheme in found if scheme == "int4" and role != "experts"]
-    assert "vision_tower.* not loaded" in log
+    assert "not loaded" not in log
     assert "does not print tools" not in log
 
 
@@ -201,7 +201,7 @@ def test_an_image_is_refused_in_a_sentence(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
-    assert "Only text is served yet, of any model, and messages.0.content holds a part of type 'image_url'" in str(raised.value)
+    assert "preprocessor_config.json is missing, and images cannot be prepared without it" in str(raised.value)
 
 
 def test_calls_end_thinking(tmp_path: Path) -> None:

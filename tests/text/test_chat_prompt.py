@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from cases import cases
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.text.chat_messages import check_content_format
+from octavo.text.chat_messages import check_content_format, has_images, without_images
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
 from octavo.text.content_format import content_format
@@ -22,6 +23,7 @@ MESSAGES = "{% for m in messages %}<{{ m.role }}>BODY{% endfor %}"
 TEMPLATES = {
     MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m.content")): "openai",
     MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m['content']")): "openai",
+    MESSAGES.replace("BODY", LOOP.replace("CONTENT", "m.get('content')")): "openai",
     MESSAGES.replace("BODY", "{% set c = m['content'] %}" + LOOP.replace("CONTENT", "c")): "openai",
     MESSAGES.replace("BODY", "{% set c = m.content if m.content else [] %}" + LOOP.replace("CONTENT", "c")): "openai",
     "{% set rest = messages[1:] if false else messages %}"
@@ -139,3 +141,65 @@ def test_calls_of_earlier_turns_as_the_template_reads_them(arguments: Any, conte
     assert render(CALLS_OF_NO_CONTENT, {"role": "user", "content": content}, made) == '.{"city": "Zürich"}'
     assert render(CALLS_OF_NO_CONTENT, {**made, "content": "Well"}) == "Well."
     assert render(CALLS_OF_NO_CONTENT, made, continue_final_message=True) == ""
+
+
+# Of the form of Qwen3-VL's and of Kimi-K2.5's templates.
+QWEN = """
+{%- set count = namespace(images=0) %}
+{%- macro shown(content) %}
+  {%- if content is string %}{{- content }}
+  {%- else %}
+    {%- for part in content %}
+      {%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
+        {%- set count.images = count.images + 1 %}
+        {%- if add_vision_id %}Picture {{ count.images }}: {% endif -%}<|vision_start|><|image_pad|><|vision_end|>
+      {%- elif 'text' in part %}{{- part.text }}{%- endif %}
+    {%- endfor %}
+  {%- endif %}
+{%- endmacro %}
+{%- for m in messages %}{{- '<' + m.role + '>' + shown(m.content) }}{%- endfor %}"""
+KIMI = """
+{%- macro shown(m) -%}
+  {%- set content = m.get('content') -%}
+  {%- if content is string -%}{{ content }}
+  {%- elif content is not none -%}
+    {%- for part in content -%}
+      {%- if part['type'] == 'image' or part['type'] == 'image_url' -%}
+        <|media_begin|>image<|media_content|><|media_pad|><|media_end|>
+      {%- else -%}{{ part['text'] }}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for m in messages -%}<{{ m.role }}>{{ shown(m) }}{%- endfor -%}"""
+PICTURES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:,1"}},
+                                 {"type": "image", "image": "data:,2"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,3"}}]},
+]  # fmt: skip
+
+
+@cases(("template", "switches"), [(QWEN, {}), (QWEN, {"add_vision_id": True}), (KIMI, {})])
+def test_images_stand_where_transformers_has_them(template: str, switches: dict[str, Any]) -> None:
+    """Without their URLs, which the template's process never sees."""
+    (expected,), _ = render_jinja_template([PICTURES], chat_template=template, **switches)
+    bare = without_images(PICTURES)
+    assert has_images(PICTURES)
+    assert "data:" not in repr(bare)
+    assert bare[0] is PICTURES[0]
+    assert render(template, *bare, switches=switches, image_text="?") == expected
+    assert expected.count("_pad|>") == 3
+    continued = render(template, *bare, switches=switches, image_text="?", continue_final_message=True)
+    assert continued == expected
+
+
+def test_images_in_a_template_of_strings() -> None:
+    template = MESSAGES.replace("BODY", "{{ m.content }}")
+    assert render(template, *PICTURES, image_text="[I]") == "<system>Be short.<user>a\n[I]\n[I]\nb<assistant>c<user>[I]"
+    for content in ("string", "openai"):
+        with pytest.raises(InvalidRequest, match=r"reads no images here, and messages\.1\.content holds one"):
+            render(template, *PICTURES, content=content)
+    for kind in ("video_url", "input_audio", "image_embeds"):
+        with pytest.raises(InvalidRequest, match=f"part of type '{kind}', which is not served"):
+            render(template, {"role": "user", "content": [{"type": kind}]}, image_text="[I]")

@@ -52,6 +52,10 @@ def test_images_of_a_chat_become_patches_in_their_order(tmp_path: Path) -> None:
             [values[:, one].min() for one in range(3)] == [values[:, one].max() for one in range(3)] == list(np.eye(3)[color])
         )
     assert first.digest == third.digest != second.digest
+    picture = Image.new("RGB", (70, 40), "blue")
+    pictures = [{"role": "user", "content": [{"type": "image_pil", "image_pil": picture}, {"type": "image", "image": blue}]}]
+    for source in asyncio.run(fetch_parts(image_parts(pictures), FetchRules())):
+        assert prepare(source, processor).digest == second.digest
     with pytest.raises(InvalidRequest, match=r"may have 2 images here .* this has 3"):
         image_parts(messages, limit=2)
     for given in (None, 5, {}, {"url": None}, {"url": ["a"]}, []):
