@@ -282,7 +282,7 @@ class Engine:
         """The books agree, and the order of arrival is kept."""
         s = self.scheduler
         check_books(self.pool, (r.block_ids for r in s.running))
-        check_images(self.cache, self.features, [need for schedule, _ in self.flight for need in self._needs(schedule)])
+        check_images(self.cache, self.features, self._begun())
         assert len(s.running) <= s.max_num_seqs
         assert all(r.status is Status.RUNNING for r in s.running)
         assert all(r.status is Status.WAITING and not r.block_ids and not r.num_pending for r in s.waiting)
@@ -295,14 +295,12 @@ class Engine:
         if len(s.running) <= s.max_num_batched_tokens:
             assert all(r.num_tokens - r.num_computed_tokens <= 1 for r in s.running[:-1])
 
-    def _needs(self, schedule):
-        """The images that the requests of a step in flight have begun and not ended."""
-        for item in schedule.items:
-            stop = item.start + item.num_tokens
-            if item.request.status is Status.RUNNING and item.request.num_computed_tokens == stop:
-                for one in item.request.images_within(stop - 1, stop):
-                    if one.stop > stop:
-                        yield item.request.request_id, one.key
+    def _begun(self):
+        """The images in the middle of which a request's last step has ended."""
+        for request in self.scheduler.running:
+            stop = self.tracks[request.request_id].next_position
+            if stop is not None:
+                yield from ((request.request_id, one.key) for one in request.images if one.start < stop < one.stop)
 
     def flight_of(self, request):
         """How many steps in flight choose a token for `request`."""
@@ -790,7 +788,7 @@ def test_the_tower_has_a_budget_and_whoever_waits_for_it_is_not_overtaken():
 def test_an_image_stays_until_its_last_part_is_computed_and_goes_when_room_is_needed():
     engine = Engine(budget=4, image_room=8)
     engine.add([5] * 12, images=[(2, 1, 8)], max_tokens=1)
-    assert encoded(engine.launch()) == [1]
+    assert encoded(engine.step()[0]) == [1]
     engine.add([5] * 4, images=[(0, 2, 3)], max_tokens=1)
     engine.launch()
     engine.launch()
