@@ -44,7 +44,8 @@ class ChatImages:
         self.support = support or ImageSupport()
         self.limit, self.max_tokens, self._rules = limit, max_tokens, rules
         self._fetched = asyncio.Semaphore(FETCHED)
-        self.side = SideProcesses(min(4, os.cpu_count() or 1), LIMITS)  # its own: a photograph must hold up no chat template
+        # Its own, since a photograph must hold up no chat template; few, since each may take gigabytes.
+        self.side = SideProcesses(max(2, min(4, (os.cpu_count() or 1) // 4)), LIMITS)
 
     @classmethod
     def of(cls, config: EngineConfig, info: EngineInfo, support: ImageSupport) -> ChatImages:
@@ -93,8 +94,8 @@ class ChatImages:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
+            while tasks:  # none is kept: its error would hold this frame, and megabytes, until the collector looks
+                tasks.pop().cancel()
         return place_images(prompt, [images[number] for number in range(len(parts))], reader.placeholder)
 
     async def _prepare(self, waiting: Iterator[tuple[int, ImagePart]], images: dict[int, ImagePatches]) -> None:
