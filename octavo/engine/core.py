@@ -83,7 +83,7 @@ class EngineCore:
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,
-            image_tokens=room,
+            image_tokens=0 if runner.encoder is None else runner.encoder.largest,
             report=runner.describe(),
         )
 

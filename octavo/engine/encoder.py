@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import to_device
+from octavo.engine.scheduler import IMAGE_TOKENS
 from octavo.engine.sequence import RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.layers.vision import ImageInput, patch_values
@@ -17,7 +18,7 @@ from octavo.platform import Platform
 
 __all__ = ["Encoder", "make_encoder"]
 
-LARGEST = 16_384  # tokens of an image that the cache has room for, whatever its size: 16 million pixels of Qwen3-VL
+LARGEST = 16_384  # tokens of an image that is read, where a request may be so long: 16 million pixels of Qwen3-VL
 
 
 class Encoder:
@@ -26,14 +27,16 @@ class Encoder:
     def __init__(self, model: VisionModel, platform: Platform):
         self.model, self.platform = model, platform
         self.features: dict[bytes, Tensor] = {}
-        self.capacity = 0  # image tokens
+        self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
 
-    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype) -> int:
-        """Sets `capacity`, image tokens whose features are kept, and returns the bytes that they and the tower's activations
-        take at most. The cache has room for one image at least."""
-        largest, token = min(LARGEST, max_model_len), self.model.feature_width * dtype.itemsize
-        self.capacity = max(cache_bytes // token, largest)
-        return self.capacity * token + self.model.encoder_workspace_bytes(largest)
+    def plan(self, cache_bytes: int, max_model_len: int, step_tokens: int, dtype: torch.dtype) -> int:
+        """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
+        are kept, the tower's activations, and features of a step of `step_tokens`, as they are and in the places of tokens."""
+        token = self.model.feature_width * dtype.itemsize
+        self.largest = min(LARGEST, max_model_len)
+        self.capacity = max(cache_bytes // token, self.largest)
+        encoded = max(self.largest, IMAGE_TOKENS)
+        return (self.capacity + 2 * step_tokens) * token + self.model.encoder_workspace_bytes(encoded)
 
     @torch.inference_mode()
     def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:

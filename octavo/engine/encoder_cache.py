@@ -15,7 +15,8 @@ class EncoderCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.used = 0
+        self.used = 0  # tokens of the images that it has
+        self.held = 0  # of those that a request needs
         self._tokens: dict[bytes, int] = {}
         self._holders: dict[bytes, set[str]] = {}
         self._free: OrderedDict[bytes, None] = OrderedDict()  # held by no request, least recently used first
@@ -26,7 +27,7 @@ class EncoderCache:
 
     def fits(self, tokens: int) -> bool:
         """Whether `add` would find room for so many tokens."""
-        return tokens <= self.capacity - self.used + sum(self._tokens[key] for key in self._free)
+        return tokens <= self.capacity - self.held
 
     def add(self, key: bytes, tokens: int, request_id: str) -> None:
         """Makes room for an image and holds it for the request. Check `fits` first."""
@@ -36,12 +37,15 @@ class EncoderCache:
             del self._holders[oldest]
             self._evicted.append(oldest)
         self.used += tokens
+        self.held += tokens
         self._tokens[key], self._holders[key] = tokens, {request_id}
 
     def hold(self, key: bytes, request_id: str) -> None:
         """Keeps an image that the cache has until the request releases it."""
         self._holders[key].add(request_id)
-        self._free.pop(key, None)
+        if key in self._free:
+            del self._free[key]
+            self.held += self._tokens[key]
 
     def release(self, key: bytes, request_id: str) -> None:
         """The request does not need the image any more. Nothing happens if it did not hold it."""
@@ -49,6 +53,7 @@ class EncoderCache:
             self._holders[key].remove(request_id)
             if not self._holders[key]:
                 self._free[key] = None
+                self.held -= self._tokens[key]
 
     def take_evicted(self) -> list[bytes]:
         """The images evicted since the last call, whose features can be dropped."""

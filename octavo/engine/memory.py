@@ -82,12 +82,13 @@ def plan_blocks(
     working_bytes: int,
     most: int | None = None,
     fp8_bytes_per_token: int | None = None,
+    image_bytes: int = 0,
 ) -> CacheBudget:
     """Computes the number of blocks for `config` on `platform`, whose memory already holds the model.
 
     bytes_per_token: summed over layers. model_len: the wanted length. working_bytes: workspace of a step beside weights and
     cache. most: the length that the model was made for, where `length_held` lowered it. fp8_bytes_per_token: bytes_per_token
-    with --kv-cache-dtype fp8; None: half of bytes_per_token.
+    with --kv-cache-dtype fp8; None: half of bytes_per_token. image_bytes: of the working_bytes, what images take.
     Raises OctavoError, with numbers and three remedies, where not even one request of `model_len` fits. If the length came from
     the model and not from the user, it is lowered instead and a note says so.
     """
@@ -113,9 +114,13 @@ def plan_blocks(
     fewer = (
         f"lower --max-model-len to {fits}" if fits else f"use a smaller model or quantization (weights take {gib(model_bytes)})"
     )
+    images = ""
+    if have + image_bytes >= needed * block_bytes > have and not platform.is_cpu:
+        now = config.encoder_cache_bytes(platform.is_cpu) / GIB
+        images = f"lower --mm-processor-cache-gb (now {now:g}; images take {gib(image_bytes)}), use --language-model-only, "
     raise OctavoError(
         f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
-        f"of {gib(total)} is left for it: {fewer}, {smaller}, or {larger}."
+        f"of {gib(total)} is left for it: {images}{fewer}, {smaller}, or {larger}."
     )
 
 

@@ -109,12 +109,14 @@ class ModelRunner:
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
+        images, step_tokens = 0, self.max_num_batched_tokens
         if self.encoder is not None:
-            working += self.encoder.plan(config.encoder_cache_bytes(cpu), self.limits.positions, self.dtype)
+            images = self.encoder.plan(config.encoder_cache_bytes(cpu), self.limits.positions, step_tokens, self.dtype)
+            working += images
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
-        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8)
+        budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
         self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
         self.report.notes.extend(budget.notes)
         self.captures = not config.enforce_eager and self.model.limits().eager is None

@@ -36,7 +36,8 @@ class Scheduler:
     """The waiting queue, the running requests and their blocks.
 
     A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests. The pool should hold
-    `max_model_len` tokens. A request that outgrows the pool fails alone.
+    `max_model_len` tokens. A request that outgrows the pool fails alone. image_tokens: of the images that a step encodes at
+    most, unless a single one has more.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         encoder_cache: EncoderCache | None = None,
+        image_tokens: int = IMAGE_TOKENS,
     ):
         self.pool = pool
         self.encoder_cache = encoder_cache or EncoderCache(0)
+        self.image_tokens = image_tokens
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -88,7 +91,7 @@ class Scheduler:
         A request with a pending token cannot be preempted, because the value to recompute is unknown. Where preemption would be
         needed there are no items, and the step can be scheduled after the `update` of the one before.
         """
-        schedule = SchedulerOutput(self.max_num_batched_tokens, IMAGE_TOKENS)
+        schedule = SchedulerOutput(self.max_num_batched_tokens, self.image_tokens)
         if any(request.num_pending for request in self.running) and self._missing_blocks() > self.pool.num_free:
             return schedule
         self._continue_running(schedule, skipped)
@@ -106,7 +109,7 @@ class Scheduler:
         for item in schedule.items:
             if item.request.status is Status.RUNNING:
                 self._cache_full_blocks(item)
-                self._release_images(item.request, item.start + item.num_tokens)
+                self._release_images(item.request, item.start, item.start + item.num_tokens)
         pairs = zip(schedule.sampling, sampled, strict=True)
         return [self._append(item.request, token) for item, token in pairs if item.request.status is Status.RUNNING]
 
@@ -231,10 +234,11 @@ class Scheduler:
                 break
         return num_tokens
 
-    def _release_images(self, request: Request, stop: int) -> None:
-        """Releases the images whose tokens are all below `stop`."""
-        for found in request.images:
-            if found.stop <= stop:
+    def _release_images(self, request: Request, start: int, stop: int) -> None:
+        """Releases the images whose last tokens are among [start, stop), unless the request has begun with one again."""
+        for found in request.images_within(start, stop):
+            again = request.images_within(found.stop, request.num_computed_tokens)
+            if found.stop <= stop and all(other.key != found.key for other in again):
                 self.encoder_cache.release(found.key, request.request_id)
 
     def _cache_full_blocks(self, item: ScheduledRequest) -> None:
@@ -289,7 +293,8 @@ class Scheduler:
         self._drop_blocks(request)
 
     def _drop_blocks(self, request: Request) -> None:
-        self._release_images(request, len(request.token_ids))
+        for found in request.images:
+            self.encoder_cache.release(found.key, request.request_id)
         self.pool.free(request.block_ids)
         request.block_ids = []
         request.num_computed_tokens = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -59,9 +61,10 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def images_within(self, start: int, stop: int) -> list[RequestImage]:
-        """The images some of whose tokens are among [start, stop)."""
-        return [image for image in self.images if image.start < stop and start < image.stop]
+    def images_within(self, start: int, stop: int) -> Sequence[RequestImage]:
+        """The images some of whose tokens are among [start, stop). A step asks for each request, which may have many."""
+        first = bisect_right(self.images, start, key=lambda image: image.stop)
+        return self.images[first : bisect_left(self.images, stop, first, key=lambda image: image.start)]
 
     def block_extra(self, start: int, stop: int) -> bytes:
         """What a block of the tokens [start, stop) is hashed with beside their ids, which do not tell images apart."""

@@ -200,17 +200,21 @@ def image_positions(images: Sequence[tuple[int, Grid]], merge: int, start: int, 
     Text counts on by one a token. An image's tokens, of `merge` x `merge` patches, share the time of its first and count rows
     and columns on from it; the text behind goes on after the larger of both.
     """
-    found = torch.arange(start, stop).expand(3, -1).clone()
-    delta = 0  # position minus index of the text after the images seen so far
+    found = torch.empty(3, stop - start, dtype=torch.int64)
+    done, delta = start, 0  # tokens before `done` have their positions; position minus index of the text behind the last image
     for first, grid in images:
         rows, columns = grid.rows // merge, grid.columns // merge
-        last = first + rows * columns
-        low, high = (min(max(at, start), stop) for at in (first, last))
-        inside = torch.arange(low - first, high - first)
-        own = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
-        found[:, low - start : high - start] = own + first + delta
+        low, high = max(first, start), min(first + rows * columns, stop)
+        if low < high:
+            found[:, done - start : low - start] = torch.arange(done, low) + delta
+            inside = torch.arange(low - first, high - first)
+            own = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
+            found[:, low - start : high - start] = own + first + delta
+            done = high
+        elif first >= stop:
+            break
         delta += max(rows, columns) - rows * columns
-        found[:, high - start :] = torch.arange(high, stop) + delta
+    found[:, done - start :] = torch.arange(done, stop) + delta
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine.books import check_images
 from engine.test_core import LENGTH, run, token_ids
 from models.test_kimi import kimi, write
 from models.test_qwen3_vl import qwen3_vl
@@ -19,7 +20,8 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.encoder_cache import EncoderCache
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.memory import CacheBudget, plan_blocks
+from octavo.engine.scheduler import IMAGE_TOKENS, Scheduler
 from octavo.images import Grid, ImagePatches
 from octavo.layers.vision import patch_values
 from octavo.messages import EngineRequest, SamplingParams
@@ -83,26 +85,32 @@ def make(saved: Saved) -> Callable[..., EngineCore]:
     return core
 
 
-def greedy(family: str, model: PreTrainedModel, asked: EngineRequest) -> list[int]:
-    """What transformers says, one forward pass over everything a token."""
+def logits(family: str, model: PreTrainedModel, asked: EngineRequest, ids: list[int]) -> torch.Tensor:
+    """transformers', [len(ids), vocab], of the request's prompt and what follows it."""
     patches = [
         patch_values(torch.from_numpy(p.image.pixels), torch.from_numpy(p.image.values), p.image.frames) for p in asked.images
     ]
+    more: dict[str, Any] = {}
+    if patches:
+        shape = (-1, 3, 14, 14) if family == "kimi_k25" else (-1, 96)
+        more = dict(
+            pixel_values=torch.cat(patches).view(shape), image_grid_thw=torch.tensor([p.image.grid for p in asked.images])
+        )
+        if family != "kimi_k25":
+            kinds = torch.zeros(1, len(ids), dtype=torch.int64)
+            for placed in asked.images:
+                kinds[0, placed.start : placed.stop] = 1
+            more["mm_token_type_ids"] = kinds
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([ids]), **more).logits[0]
+    return found
+
+
+def greedy(family: str, model: PreTrainedModel, asked: EngineRequest) -> list[int]:
+    """What transformers says, one forward pass over everything a token."""
     ids = list(asked.prompt_token_ids)
     for _ in range(asked.params.max_tokens or 0):
-        more: dict[str, Any] = {}
-        if patches:
-            shape = (-1, 3, 14, 14) if family == "kimi_k25" else (-1, 96)
-            more = dict(
-                pixel_values=torch.cat(patches).view(shape), image_grid_thw=torch.tensor([p.image.grid for p in asked.images])
-            )
-            if family != "kimi_k25":
-                kinds = torch.zeros(1, len(ids), dtype=torch.int64)
-                for placed in asked.images:
-                    kinds[0, placed.start : placed.stop] = 1
-                more["mm_token_type_ids"] = kinds
-        with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids]), **more).logits[0, -1].argmax()))
+        ids.append(int(logits(family, model, asked, ids)[-1].argmax()))
     return ids[len(asked.prompt_token_ids) :]
 
 
@@ -117,6 +125,7 @@ def requests(family: str) -> list[EngineRequest]:
         prompt("abc", [30, IMAGE, 36, IMAGE, 31, 32, 33, 34, IMAGE, 35], a, b, c),
         prompt("later", [40, 41, 42, 43, 44, 45, 46, IMAGE, 47, 48], b),
         prompt("last", [50, 51, IMAGE], c),
+        prompt("alone", [IMAGE], a),
     ]
 
 
@@ -135,6 +144,57 @@ def test_the_engine_says_what_transformers_says_alone_and_in_company(family: str
     preempted, sums = run(make(family, blocks=12), asked)
     assert token_ids(preempted) == expected
     assert sums.num_preemptions
+    ahead = make(family, room=6, max_num_batched_tokens=5, enforce_eager=True)
+    ahead.depth = 2  # a step is launched before the tokens of the one before are read
+    ahead.add(asked[3])
+    ahead.step()
+    ahead.abort("abc")  # two steps with its images are in flight, or one
+    assert token_ids(run(ahead, asked)[0]) == expected
+    check_images(ahead.scheduler.encoder_cache, ahead.runner.encoder.features, [])
+    assert ahead.scheduler.encoder_cache.held == 0
+
+
+@pytest.mark.parametrize("family", SIDES)
+def test_images_after_a_sleep_and_a_reload_and_without_a_cache(family: str, saved: Saved, make: Any) -> None:
+    core, asked = make(family, mm_processor_cache_gb=0, max_model_len=40), requests(family)[:3]
+    assert (core.info.image_tokens, core.runner.encoder.capacity) == (40, 40)  # an image of a prompt's length always has room
+    first = token_ids(run(core, asked)[0])
+    for change in (lambda: (core.sleep(), core.wake()), lambda: core.reload(str(saved[family][1]))):
+        change()
+        assert not core.runner.encoder.features, "features of other weights, perhaps"
+        assert token_ids(run(core, asked)[0]) == first
+
+
+def test_memory_for_images_is_planned(saved: Saved, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []  # working bytes of a plan, and what images take of them
+
+    def noted(*given: Any) -> CacheBudget:
+        asked.append((given[5], given[8]))
+        return plan_blocks(*given)
+
+    monkeypatch.setattr("octavo.engine.runner.plan_blocks", noted)
+    encoder = make("qwen3_vl", max_model_len=LENGTH, mm_processor_cache_gb=0.5).runner.encoder
+    EngineCore(EngineConfig(model=str(saved["qwen3_vl"][1]), language_model_only=True, **ENGINE))
+    (working, images), (text, none) = asked
+    assert (working - text, none) == (images, 0)
+    kept, token = 2**29, encoder.model.feature_width * 4
+    assert encoder.capacity == kept // token
+    assert encoder.largest == LENGTH  # what one image may have, whatever the cache holds: the tower's memory is bounded
+    at_once = max(LENGTH, IMAGE_TOKENS)
+    assert images == kept // token * token + 2 * 2048 * token + encoder.model.encoder_workspace_bytes(at_once)
+
+
+@pytest.mark.parametrize("family", SIDES)
+def test_log_probabilities_of_a_prompt_with_images(family: str, saved: Saved, make: Any) -> None:
+    asked = [replace(one, params=replace(one.params, prompt_logprobs=0, max_tokens=1)) for one in requests(family)]
+    for outputs in (run(make(family), asked)[0], run(make(family, max_num_batched_tokens=5, room=6), asked)[0]):
+        for one in asked:
+            ids = list(one.prompt_token_ids)
+            expected = logits(family, saved[family][0], one, ids).log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+            found = [entry for output in outputs[one.request_id] for entry in output.prompt_logprobs or ()]
+            assert found[0] is None
+            actual = torch.tensor([entry[0].logprob for entry in found[1:] if entry is not None])
+            assert (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("family", SIDES)

@@ -151,6 +151,20 @@ def test_fp8_is_not_advised_to_those_who_have_it():
     assert "--kv-cache-dtype" not in str(caught.value)
 
 
+def test_images_that_take_too_much_are_named():
+    def told(free: float, images: float) -> str:
+        config = EngineConfig(model="x", max_model_len=4096, mm_processor_cache_gb=5)
+        with pytest.raises(OctavoError) as caught:
+            plan_blocks(config, cuda(free), PER_TOKEN, 4096, 8 * GIB, int(6 * GIB), None, None, int(images * GIB))
+        return str(caught.value)
+
+    assert "left for it: lower --mm-processor-cache-gb (now 5; images take 5.50 GiB), use --language-model-only" in told(
+        14, 5.5
+    )
+    assert "--mm-processor" not in told(14, 0.2)  # where the request would not fit without them either
+    assert "--mm-processor" not in told(8, 5.5)
+
+
 def test_bytes_for_a_person():
     counts = [0, 4096, 1 << 20, GIB // 10 + 1, GIB * 3 / 2]
     assert [gib(count) for count in counts] == ["0.0 KiB", "4.0 KiB", "1.0 MiB", "0.10 GiB", "1.50 GiB"]

@@ -3,7 +3,8 @@
 The judge is `Engine`, whose cache holds, in the slot of each computed token, a digest of the prefix that ends there. A step
 writes digests through the block tables, then reads every position of every scheduled request back: a block that was given
 to two requests, evicted too early, or found under a wrong name shows at once. The "model" makes the next token of the digest
-that it reads at the last position.
+that it reads at the last position. An image's tokens are alike to the scheduler; the digest has what the image shows instead,
+and only if the device has encoded the image and not evicted it.
 
 A step is computed when it is launched, as a device runs its queue in order. What it chose is shown to the scheduler when it is
 taken, at will after the next one was launched; a pending token reaches that one from the step before.
@@ -15,18 +16,21 @@ from dataclasses import dataclass, field
 
 import pytest
 from cases import cases
-from engine.books import check_books
+from engine.books import check_books, check_images
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from octavo.engine.block_pool import BlockPool
+from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Status
+from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.messages import EngineRequest, SamplingParams
 
 VOCAB = 11
 EOS = frozenset({0})
+IMAGE = 9  # the token in an image's places
 
 
 def digest(before, token):
@@ -38,6 +42,18 @@ def digests(tokens):
     for token in tokens:
         result.append(digest(result[-1], token))
     return result[1:]
+
+
+def picture(name, tokens):
+    return ImagePatches(None, None, 1, Grid(1, 2, 2 * tokens), tokens, bytes([name]) * 32)
+
+
+def shown(prompt, images):
+    """What a model sees: in the places of an image's tokens, parts of the image."""
+    seen = list(prompt)
+    for start, image in images:
+        seen[start : start + image.tokens] = [VOCAB + 100 * image.digest[0] + n for n in range(image.tokens)]
+    return seen
 
 
 def predict(last_digest):
@@ -64,7 +80,7 @@ class Track:
     """What the test knows of one request."""
 
     request: object
-    prompt: list
+    prompt: list  # as the model sees it
     params: SamplingParams
     output: list = field(default_factory=list)
     chosen: list = field(default_factory=list)  # the output and what the device chose after it
@@ -75,9 +91,15 @@ class Track:
 class Engine:
     """A scheduler, a cache and a model, checked at every step."""
 
-    def __init__(self, num_blocks=64, block_size=4, seqs=8, budget=64, max_model_len=64, caching=True):
+    def __init__(
+        self, num_blocks=64, block_size=4, seqs=8, budget=64, max_model_len=64, caching=True, image_room=40, image_budget=16
+    ):
         self.pool = BlockPool(num_blocks, block_size, caching)
-        self.scheduler = Scheduler(self.pool, seqs, budget, max_model_len)
+        self.cache = EncoderCache(image_room)
+        self.scheduler = Scheduler(self.pool, seqs, budget, max_model_len, self.cache, image_budget)
+        self.features = set()  # keys of the images that the device has encoded
+        self.encoded = 0
+        self.started = set()  # names of the requests that have had blocks
         self.slots = [None] * (num_blocks * block_size)
         self.tracks = {}
         self.live = {}
@@ -86,12 +108,17 @@ class Engine:
         self.script = None  # request id -> tokens that the model is made to say
         self.flight = deque()  # steps that were launched and not taken: schedule, tokens by request id
 
-    def add(self, prompt, script=None, salt=None, **params):
+    def add(self, prompt, script=None, salt=None, images=(), **params):
+        """`images`: (place in the prompt, name, tokens) of each."""
         params = SamplingParams(**params)
         name = f"r{self.arrivals}"
         self.arrivals += 1
-        request = self.scheduler.add(EngineRequest(name, list(prompt), params, EOS, cache_salt=salt))
-        self.tracks[name] = self.live[name] = Track(request, list(prompt), params)
+        placed = tuple(PlacedImage(place, picture(image, tokens)) for place, image, tokens in images)
+        ids = list(prompt)
+        for place, image in placed:
+            ids[place : place + image.tokens] = [IMAGE] * image.tokens
+        request = self.scheduler.add(EngineRequest(name, ids, params, EOS, cache_salt=salt, images=placed))
+        self.tracks[name] = self.live[name] = Track(request, shown(ids, placed), params)
         if script is not None:
             self.script = {**(self.script or {}), name: script}
         return name
@@ -127,6 +154,8 @@ class Engine:
             assert request.num_computed_tokens == 0
         for request, reason in schedule.failed:
             self.live.pop(request.request_id).end = ("failed", reason)
+        self.started |= set(schedule.started)
+        self._encode(schedule)
         self._check_schedule(schedule)
         if schedule.items or not self.flight:
             self.flight.append((schedule, self._run(schedule)))
@@ -153,6 +182,7 @@ class Engine:
         assert not self.live
         assert self.pool.num_free == self.pool.num_blocks
         assert self.pool.usage == 0
+        assert self.cache.held == 0
         return self
 
     def until_idle(self, limit=5000):
@@ -166,6 +196,17 @@ class Engine:
     def tokens(self, name):
         return self.tracks[name].output
 
+    def _encode(self, schedule):
+        """What the vision tower does before the step."""
+        assert len(set(schedule.evicted)) == len(schedule.evicted)
+        self.features -= set(schedule.evicted)
+        for found in schedule.images:
+            assert found.key not in self.features, "an image is encoded that the device has"
+            self.features.add(found.key)
+        self.encoded += len(schedule.images)
+        tokens = sum(found.image.tokens for found in schedule.images)
+        assert tokens <= self.scheduler.image_tokens or len(schedule.images) == 1
+
     def _run(self, schedule):
         size, written = self.pool.block_size, set()
         before = self.flight[-1][1] if self.flight else {}
@@ -174,7 +215,10 @@ class Engine:
             request, stop = item.request, item.start + item.num_tokens
             track = self.tracks[request.request_id]
             known[request] = (track.prompt + track.chosen)[:stop]
-            inputs = [before[request.request_id]] if item.pending else request.token_ids[item.start : stop]
+            within = request.images_within(item.start, stop)
+            assert within == tuple(one for one in request.images if one.start < stop and item.start < one.stop)
+            assert self.features >= {one.key for one in within}, "an image's tokens are computed without the image"
+            inputs = [before[request.request_id]] if item.pending else self._seen(request)[item.start : stop]
             assert inputs == known[request][item.start :]
             expected = digests(known[request])
             for p in range(item.start, stop):
@@ -195,8 +239,15 @@ class Engine:
                 self.tracks[request.request_id].chosen.append(token)
         return sampled
 
+    def _seen(self, request):
+        return shown(request.token_ids, [(one.start, one.image) for one in request.images if one.key in self.features])
+
     def _check_schedule(self, schedule):
         s = self.scheduler
+        arrivals = [int(i.request.request_id[1:]) for i in schedule.items]
+        assert arrivals == sorted(arrivals)
+        if s.running and not self.flight and not schedule.failed:
+            assert schedule.items[0].request is s.running[0], "the oldest request does not advance"
         stats = s.stats(schedule)
         assert stats.iteration_tokens == sum(i.num_tokens for i in schedule.items) <= s.max_num_batched_tokens
         assert stats.num_preemptions == len(schedule.preempted)
@@ -213,7 +264,7 @@ class Engine:
                 assert not schedule.preempted, "admitted in a step that preempted"
                 assert item.start % self.pool.block_size == 0
                 if not request.num_preemptions:
-                    assert request.request_id in schedule.started
+                    assert request.request_id in self.started
                     assert request.num_cached_tokens == item.start < request.num_prompt_tokens
                 if track.params.prompt_logprobs is not None:
                     assert item.start == 0
@@ -231,6 +282,7 @@ class Engine:
         """The books agree, and the order of arrival is kept."""
         s = self.scheduler
         check_books(self.pool, (r.block_ids for r in s.running))
+        check_images(self.cache, self.features, self._begun())
         assert len(s.running) <= s.max_num_seqs
         assert all(r.status is Status.RUNNING for r in s.running)
         assert all(r.status is Status.WAITING and not r.block_ids and not r.num_pending for r in s.waiting)
@@ -243,6 +295,13 @@ class Engine:
         if len(s.running) <= s.max_num_batched_tokens:
             assert all(r.num_tokens - r.num_computed_tokens <= 1 for r in s.running[:-1])
 
+    def _begun(self):
+        """The images in the middle of which a request's last step has ended."""
+        for request in self.scheduler.running:
+            stop = self.tracks[request.request_id].next_position
+            if stop is not None:
+                yield from ((request.request_id, one.key) for one in request.images if one.start < stop < one.stop)
+
     def flight_of(self, request):
         """How many steps in flight choose a token for `request`."""
         return sum(item.request is request for schedule, _ in self.flight for item in schedule.sampling)
@@ -251,10 +310,12 @@ class Engine:
         """Everything that ended of itself has the tokens it would have alone."""
         roomy = self.pool.num_blocks * self.pool.block_size >= self.scheduler.max_model_len
         for track in self.tracks.values():
-            names = []
-            self.pool.hash_blocks(names, track.prompt + track.output, len(track.request.block_hashes))
-            assert track.request.block_hashes == names
-            prompt_fits = 0 < len(track.prompt) < self.scheduler.max_model_len
+            names, request = [], track.request
+            count = len(request.block_hashes)
+            self.pool.hash_blocks(names, request.token_ids, count, request.cache_root, request.block_extra)
+            assert request.block_hashes == names
+            largest = max((one.image.tokens for one in track.request.images), default=0)
+            prompt_fits = 0 < len(track.prompt) < self.scheduler.max_model_len and largest <= self.cache.capacity
             if not prompt_fits:
                 assert track.end[0] in ("failed", "abort")
                 assert track.output == []
@@ -701,9 +762,78 @@ def test_abort_with_two_steps_in_flight():
     engine.check_results()
 
 
+# Images
+
+
+def encoded(schedule):
+    return [found.key[0] for found in schedule.images]
+
+
+def test_the_tower_has_a_budget_and_whoever_waits_for_it_is_not_overtaken():
+    engine = Engine(image_budget=8, image_room=24)
+    prompts = [[(2, 1, 4)], [(0, 2, 4), (6, 3, 4)], [], [(1, 4, 9)], [(1, 1, 4)]]
+    for images in prompts:
+        engine.add([5] * 12, images=images, max_tokens=3, ignore_eos=True)
+    first, second, third = (engine.step()[0] for _ in range(3))
+    assert (encoded(first), items(first)) == ([1, 2], [("r0", 0, 12, True), ("r1", 0, 6, False)])
+    assert encoded(second) == [3]  # the image of nine is more than the budget, but for one alone
+    assert items(second) == [("r0", 12, 1, True), ("r1", 6, 6, True), ("r2", 0, 12, True), ("r3", 0, 1, False)]
+    assert encoded(third) == [4]
+    assert items(third)[-2:] == [("r3", 1, 11, True), ("r4", 0, 12, True)]  # whose image is the first request's
+    engine.drain()
+    engine.check_results()
+    assert engine.encoded == 4
+
+
+def test_an_image_stays_until_its_last_part_is_computed_and_goes_when_room_is_needed():
+    engine = Engine(budget=4, image_room=8)
+    engine.add([5] * 12, images=[(2, 1, 8)], max_tokens=1)
+    assert encoded(engine.step()[0]) == [1]
+    engine.add([5] * 4, images=[(0, 2, 3)], max_tokens=1)
+    engine.launch()
+    engine.launch()
+    assert engine.launch().items == []  # the first image's tokens are scheduled; their steps are not over
+    engine.drain()
+    assert engine.features == {bytes([2]) * 32}
+    engine.add([5] * 4, images=[(0, 2, 3)], max_tokens=1, prompt_logprobs=0)
+    assert engine.launch().images == []
+    engine.drain()
+    engine.check_results()
+
+
+def test_the_image_that_was_not_needed_for_longest_is_evicted():
+    engine = Engine(image_room=9)
+    for name in (1, 2, 3, 1, 4):
+        engine.add([5] * 4, images=[(0, name, 3)], max_tokens=1, salt="a", prompt_logprobs=0)
+        engine.drain()
+    assert {key[-1] for key in engine.features} == {1, 3, 4}
+    assert engine.encoded == 4
+
+
+def test_a_cached_prefix_may_end_within_an_image():
+    engine = Engine(image_room=6)
+    for images, tail in [([(1, 1, 6)], []), ([(1, 1, 6)], []), ([(2, 1, 6)], []), ([(1, 2, 6)], []), ([(1, 1, 6)], [5, 5])]:
+        engine.add([5] * 7 + tail, images=images, max_tokens=1)
+        hits = engine.step()[0].prefix_hits
+        assert hits == (4 if images == [(1, 1, 6)] and engine.arrivals > 1 else 0)  # in another place it is another prefix
+    assert engine.encoded == 3  # the last request's image was gone, and half of its tokens were cached
+    engine.check_results()
+
+
 # Everything at once
 
-PREFIXES = [[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 4, 4, 4, 4, 4, 4, 4]]
+PICTURES = dict(enumerate([1, 3, 4, 6, 11], 1))  # tokens by name; a number below 0 in a prompt stands for one
+PREFIXES = [[-2, 5, 5], [1, -4, -4], [], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 4, 4, 4, 4, 4, 4, 4]]
+
+
+def with_pictures(parts):
+    """A prompt with the pictures in `parts`, whose ids are below 0, and their places."""
+    prompt, images = [], []
+    for part in parts:
+        if part < 0:
+            images.append((len(prompt), -part, PICTURES[-part]))
+        prompt += [part] if part >= 0 else [IMAGE] * PICTURES[-part]
+    return prompt, images
 
 
 class Machine(RuleBasedStateMachine):
@@ -717,24 +847,30 @@ class Machine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         caching=st.booleans(),
         ahead_at_last=st.booleans(),
+        image_room=st.sampled_from([6, 6, 11, 17, 30]),
+        image_budget=st.sampled_from([3, 7, 12]),
     )
-    def start(self, block_size, max_model_len, extra_blocks, seqs, budget, caching, ahead_at_last):
+    def start(self, block_size, max_model_len, extra_blocks, seqs, budget, caching, ahead_at_last, image_room, image_budget):
         self.ahead_at_last = ahead_at_last
         num_blocks = max(1, -(-max_model_len // block_size) + extra_blocks)
-        self.engine = Engine(num_blocks, block_size, seqs, budget, max_model_len, caching)
+        self.engine = Engine(num_blocks, block_size, seqs, budget, max_model_len, caching, image_room, image_budget)
 
     @rule(
         prefix=st.sampled_from(PREFIXES),
-        rest=st.lists(st.integers(0, 2), max_size=6),
+        rest=st.lists(st.one_of(st.integers(0, 2), st.integers(-5, 2)), max_size=6),
         max_tokens=st.one_of(st.none(), st.integers(1, 20)),
         min_tokens=st.sampled_from([0, 0, 5]),
         ignore_eos=st.booleans(),
         stop=st.sampled_from([(), (3,)]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        salt=st.sampled_from([None, None, None, "a"]),
     )
-    def add(self, prefix, rest, max_tokens, min_tokens, ignore_eos, stop, prompt_logprobs):
+    def add(self, prefix, rest, max_tokens, min_tokens, ignore_eos, stop, prompt_logprobs, salt):
+        prompt, images = with_pictures(prefix + rest)
         self.engine.add(
-            prefix + rest,
+            prompt,
+            images=images,
+            salt=salt,
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens or 5),
             ignore_eos=ignore_eos,
@@ -773,11 +909,12 @@ def long_run(seed, steps, ahead=0.0, **kwargs):
     before are taken; returns the engine and the trace of its schedules."""
     rng = random.Random(seed)
     engine, trace = Engine(**kwargs), []
-    documents = [[rng.randrange(VOCAB) for _ in range(24)] for _ in range(4)]
+    documents = [[rng.randrange(VOCAB) if rng.random() < 0.9 else -rng.randrange(1, 6) for _ in range(24)] for _ in range(4)]
     for _ in range(steps):
         if rng.random() < 0.35 and len(engine.live) < 20:
-            prompt = rng.choice(documents)[: rng.randrange(24)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
-            engine.add(prompt, max_tokens=rng.choice([None, 1, 4, 16]), ignore_eos=rng.random() < 0.7)
+            parts = rng.choice(documents)[: rng.randrange(24)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
+            prompt, images = with_pictures(parts)
+            engine.add(prompt, images=images, max_tokens=rng.choice([None, 1, 4, 16]), ignore_eos=rng.random() < 0.7)
         if engine.has_work:
             unlucky = [rng.choice(sorted(engine.live))] if engine.live and rng.random() < 0.03 else []
             trace.append(items(engine.step(abort_meanwhile=unlucky, ahead=rng.random() < ahead)[0]))
@@ -790,12 +927,13 @@ def long_run(seed, steps, ahead=0.0, **kwargs):
 @cases("caching", [True, False])
 @cases("budget", [5, 40])
 def test_a_long_life_in_little_memory(caching, budget, ahead):
-    size = dict(num_blocks=18, block_size=4, seqs=6, max_model_len=64)
+    size = dict(num_blocks=18, block_size=4, seqs=6, max_model_len=64, image_room=12, image_budget=7)
     engine, _ = long_run(budget, 1500, ahead, budget=budget, caching=caching, **size)
     assert len(engine.tracks) > 150
     assert engine.preemptions > 20
     assert (engine.hits > 300) == caching
     assert (engine.waited > 20) == bool(ahead)
+    assert engine.encoded > 30
 
 
 def test_every_rank_decides_alike():
