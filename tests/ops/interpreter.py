@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import FunctionType, ModuleType, SimpleNamespace
 
@@ -90,17 +91,30 @@ def _once(interpreter: ModuleType) -> None:
         return known[name]
 
     @cache
+    def block_of(*sizes: int) -> tuple[tl.tuple, int]:
+        if not sizes:
+            raise TypeError("a block without dimensions")
+        return tl.tuple(sizes), tl.core.validate_block_shape(sizes)
+
+    def of_a_block(self: tl.block_type, element_ty: tl.dtype, shape: Sequence[int | tl.constexpr]) -> None:
+        """As Triton's own, which checks each shape again, and writes a name that is read in messages only."""
+        sizes = [size.value if isinstance(size, tl.constexpr) else size for size in shape]
+        self.element_ty, (self.shape, self.numel) = element_ty, block_of(*sizes)
+
+    @cache
     def shape_of(*sizes: int) -> tl.tuple:
         return tl.tuple([tl.constexpr(size) for size in sizes])
 
-    def init(self: tl.tensor, handle: object, type: tl.dtype) -> None:
-        """As Triton's own, which makes a type and its name, which nobody reads, of each tensor's shape."""
+    def of_a_tensor(self: tl.tensor, handle: object, type: tl.dtype) -> None:
+        """As Triton's own, which makes a tuple of each tensor's shape."""
         self.handle, self.type, self.dtype = handle, type, type.scalar
         sizes = type.shape if type.is_block() else ()
         self.shape, self.numel = shape_of(*sizes), tl.constexpr(math.prod(sizes))
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, np_dtype
-    tl.tensor.__init__ = init
+    tl.block_type.__init__, tl.tensor.__init__ = of_a_block, of_a_tensor
+    tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    tl.core._type_for_tuple_values = lambda values, fields=None: None  # which only the compiler reads
 
 
 if not HAS_GPU:
