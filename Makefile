@@ -4,21 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test check coverage setup setup-test clean
+.PHONY: demo test run-tests check lint types coverage setup setup-test clean
 
 demo: setup
 	exec $(BIN)/octavo serve --quantization ptpc_fp8 --kv-cache-dtype fp8 $(ARGS)
 
-test: setup-test check
-	$(BIN)/python -m pytest $(ARGS)
+# mypy runs beside the tests, and the tests in two processes (in one where there is a GPU: tests/conftest.py).
+test: lint
+	$(MAKE) --no-print-directory -j2 types run-tests
+
+run-tests: setup-test
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # Which lines the tests run, as a table and as pages in build/coverage; ARGS chooses tests. It takes longer than `make test`.
 coverage: setup-test
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
 
-check: setup-test
+check: lint types
+
+lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup-test
 	$(BIN)/mypy
 
 setup: $(VENV)/.setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,12 @@ class Loaded:
         assert start == len(ids)
         with torch.inference_mode():
             return self.model.logits(torch.cat(parts)).float()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: a GPU is one process's at a time, and a process's models and kernels take up to 2 GB of memory."""
+    return 0 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from octavo.quant import Scheme
 from octavo.quant.scheme import WeightDType
@@ -50,6 +51,7 @@ class LoadReport:
         return sum(getattr(g, what) for g in self.groups.values() if dtype in (None, g.dtype))
 
 
+@lru_cache(maxsize=1 << 16)  # a plan asks for the same names once a variant
 def role_of(path: str) -> str:
     """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms.
 

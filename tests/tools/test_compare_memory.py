@@ -34,11 +34,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_more_variants_take_no_more_memory(large: Path) -> None:
     peaks = []
-    for schemes, kvs in (("fp8", "auto"), ("fp8,ptpc_fp8,fp8_block", "fp8_e4m3,auto")):
+    for schemes, kvs in (("fp8", "auto"), ("fp8,ptpc_fp8", "fp8_e4m3,auto")):
         ran = subprocess.run([sys.executable, "-c", COMPARED, str(large), schemes, kvs], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
         peaks.append(int(ran.stdout) * 1024)
     model = (large / "model.safetensors").stat().st_size
-    print(f"one scheme {peaks[0] / 1e6:.0f} MB, six variants {peaks[1] / 1e6:.0f} MB, the model {model / 1e6:.0f} MB")
+    print(f"one scheme {peaks[0] / 1e6:.0f} MB, four variants {peaks[1] / 1e6:.0f} MB, the model {model / 1e6:.0f} MB")
     assert model > 60e6
     assert peaks[1] < peaks[0] + model / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 from octavo.quant import QuantRules, Scheme
 from octavo.quant.scheme import WeightDType
@@ -16,6 +17,7 @@ COMPONENTS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=1 << 16)
 def component_of(name: str) -> str:
     """One of COMPONENTS, by a tensor's name in the checkpoint."""
     if ".indexer." in name and "norm" not in name:

@@ -92,7 +92,7 @@ class Subject:
         free = on.free if on.is_cpu else on.memory - context
         self.machine = Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory)
         self.model = cache(self._build)
-        self._walked = cache(self._walk)
+        self._walked, self._cached = cache(self._walk), cache(self._caches)
         self._known: Known = {}
         self.model(1)  # says what cannot be made
         self.stored = MetaSource(source.tensors, source.stored_format, has_any=not source.tensors)
@@ -164,8 +164,11 @@ class Subject:
 
     def caches(self, variant: Variant, tp: int) -> list[KVCacheSpec]:
         """All caches of one rank. Raises OctavoError for a format that the model has not."""
+        return self._cached(variant.kv, variant.dtype, tp)
+
+    def _caches(self, kv: str, dtype: torch.dtype, tp: int) -> list[KVCacheSpec]:
         layout = Layout.on(self.machine.is_cpu)
-        found: list[KVCacheSpec] = self.model(tp).kv_specs(variant.kv, variant.dtype, self.machine.fp8_dtype, layout)
+        found: list[KVCacheSpec] = self.model(tp).kv_specs(kv, dtype, self.machine.fp8_dtype, layout)
         return found
 
     def token_bytes(self, variant: Variant, tp: int) -> tuple[int, int]:

@@ -78,8 +78,9 @@ class Walker(Loader):
         why = whys.get(component, VECTOR if is_vector else PATCHES if component == "vision" else "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
         name = full if is_vector else full.removesuffix(".weight")
-        operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
-        self.operands.append(replace(operand, is_vector=is_vector, active=int(component != "embeddings")))
+        self._note(
+            (name,), whole, QTensor(found, None, BF16, own), why, is_vector=is_vector, active=int(component != "embeddings")
+        )
         # Biases are put one behind the other, for which torch would import its compiler if they were on the meta device.
         return found if found.dim() > 1 else torch.empty(found.shape, dtype=self.dtype)
 
@@ -93,9 +94,7 @@ class Walker(Loader):
             part = shard.slice(shape[shard.dim])
             own = [part.stop - part.start if dim == shard.dim else side for dim, side in enumerate(shape)]
             found = torch.empty(own, dtype=self.dtype, device="meta")
-        self.operands.append(
-            self._operand((full,), shape, QTensor(found, None, BF16, (found.shape[0], found.shape[1])), BY_HEAD)
-        )
+        self._note((full,), shape, QTensor(found, None, BF16, (found.shape[0], found.shape[1])), BY_HEAD)
         return found
 
     def weight(
@@ -111,9 +110,8 @@ class Walker(Loader):
         packed = super().weight(names, shapes, shards, is_head=is_head, row_lookup=row_lookup)
         assert isinstance(packed, Planned)
         whole = sum(n for n, _ in dict(zip(names, shapes, strict=True)).values()), shapes[0][1]
-        operand = self._operand(full, whole, packed.q, self._why(full[0], packed.q, is_head, row_lookup))
-        sharing = max(shard.copies for shard in shards)
-        self.operands.append(replace(operand, active=0 if row_lookup else self.active, sharing=sharing))
+        why, sharing = self._why(full[0], packed.q, is_head, row_lookup), max(shard.copies for shard in shards)
+        self._note(full, whole, packed.q, why, active=0 if row_lookup else self.active, sharing=sharing)
         return packed
 
     def pack(self, q: QTensor, *, row_lookup: bool = False) -> PackedWeight:
@@ -127,15 +125,25 @@ class Walker(Loader):
             return TIED if row_lookup else HEAD
         return self.kept or (LEFT_OUT if self.rules.scheme.quantized else "as stored")
 
-    def _operand(self, names: tuple[str, ...], whole: tuple[int, int], q: QTensor, why: str) -> Operand:
+    def _note(
+        self,
+        names: tuple[str, ...],
+        whole: tuple[int, int],
+        q: QTensor,
+        why: str,
+        is_vector: bool = False,
+        active: int = 1,
+        sharing: int = 1,
+    ) -> None:
         dense = "float32" if q.data.dtype is torch.float32 else "bf16"
         form, values, n = q.scheme.name if q.scheme.quantized else dense, prod(q.shape), self.copies
         own = q.shape[0], prod(q.shape[1:])
         padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
-        return Operand(
+        operand = Operand(
             component_of(names[0]), names, whole, own, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
-            q.nbytes, n * values, experts=n,
+            q.nbytes, n * values, is_vector, n, active, sharing,
         )  # fmt: skip
+        self.operands.append(operand)
 
     def tied(self, module: str) -> PackedWeight:
         table = next(o for o in self.operands if o.component == "embeddings")
