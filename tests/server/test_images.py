@@ -129,7 +129,7 @@ def test_answers_are_those_of_the_engine(flags: tuple[str, ...], saved: tuple[Pr
     core = EngineCore(EngineConfig(model=str(path), max_model_len=1024, threads=1, cpu_kv_cache_gib=0.1, device="cpu", **how))  # type: ignore[arg-type]
     expected = {seed: engine_says(core, path, text_of(ask(picture(seed))), picture(seed)) for seed in (1, 2)}
     assert expected[1] != expected[2]
-    server = Server("--model", str(path), *FLAGS, *flags)
+    server = Server("--model", str(path), *FLAGS, *flags, "--mm-processor-cache-gb", "0")
     try:
         with client_of(server) as client:
             for seed in (1, 2):
