@@ -29,7 +29,7 @@ class Encoder:
         self.features: dict[bytes, Tensor] = {}
         self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
 
-    def plan(self, cache_bytes: int, max_model_len: int, step_tokens: int, dtype: torch.dtype) -> int:
+    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype, *, step_tokens: int) -> int:
         """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
         are kept, the tower's activations, and features of a step of `step_tokens`, as they are and in the places of tokens."""
         token = self.model.feature_width * dtype.itemsize

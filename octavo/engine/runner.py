@@ -108,11 +108,11 @@ class ModelRunner:
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
-        working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
-        images, step_tokens = 0, self.max_num_batched_tokens
+        images, tokens = 0, self.max_num_batched_tokens
         if self.encoder is not None:
-            images = self.encoder.plan(config.encoder_cache_bytes(cpu), self.limits.positions, step_tokens, self.dtype)
-            working += images
+            kept = config.encoder_cache_bytes(cpu)
+            images = self.encoder.plan(kept, self.limits.positions, self.dtype, step_tokens=tokens)
+        working = self.model.workspace_bytes(tokens) + config.sampling_bytes(self.limits.vocab_size) + images
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions

@@ -801,6 +801,23 @@ def test_an_image_stays_until_its_last_part_is_computed_and_goes_when_room_is_ne
     engine.check_results()
 
 
+def test_an_image_is_held_from_its_first_token_to_its_last():
+    engine = Engine(budget=8, image_room=8)
+    engine.add([5] * 12, images=[(0, 1, 4), (6, 1, 4)], max_tokens=5, ignore_eos=True)
+    engine.step()  # its second place is begun
+    assert engine.cache.held == 4
+    engine.step()
+    assert (engine.cache.held, engine.encoded) == (0, 1)
+    engine.add([5] * 12, images=[(1, 2, 8)], max_tokens=1)
+    assert encoded(engine.step()[0]) == [2]
+    assert engine.cache.held == 8
+    engine.abort("r1")
+    assert engine.cache.held == 0
+    engine.add([5] * 3, images=[(0, 3, 9)])
+    engine.drain()
+    assert engine.tracks["r2"].end[1] == "An image has 9 tokens, and 8 fit into the encoder cache (--mm-processor-cache-gb)."
+
+
 def test_the_image_that_was_not_needed_for_longest_is_evicted():
     engine = Engine(image_room=9)
     for name in (1, 2, 3, 1, 4):

@@ -155,7 +155,8 @@ class ImageGenerator:
         pick, kinds = self.random, list[str]()
         body: dict[str, Any] = {"max_tokens": 3, "stream": pick.random() < 0.4}
         if pick.random() < 0.1:
-            body |= pick.choice(({"n": 8}, {"prompt_logprobs": 1}, {"logprobs": True, "top_logprobs": 3}, {"cache_salt": "s"}))
+            how = ({"n": 8}, {"prompt_logprobs": 1}, {"logprobs": True, "top_logprobs": 3}, {"cache_salt": "s"})
+            body |= pick.choice((*how, {"guided_choice": ["yes", "no"]}, {"response_format": {"type": "json_object"}}))
         body["messages"] = [self._message(kinds) for _ in range(pick.choice((1, 1, 1, 1, 2, 3)))]
         path = "/tokenize" if pick.random() < 0.05 else "/v1/chat/completions"
         data = json.dumps(body, ensure_ascii=pick.random() < 0.5).encode("utf-8", "surrogatepass")
