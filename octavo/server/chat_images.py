@@ -53,7 +53,8 @@ class ChatImages:
         self.support = support or ImageSupport()
         self.limit, self.videos, self.max_tokens, self._rules, self._tokenizer = limit, videos, max_tokens, rules, tokenizer
         self._fetched = asyncio.Semaphore(FETCHED)
-        self.side = SideProcesses(min(4, os.cpu_count() or 1), LIMITS)  # its own: a photograph must hold up no chat template
+        # Its own, since a photograph must hold up no chat template; few, since each may take gigabytes.
+        self.side = SideProcesses(max(2, min(4, (os.cpu_count() or 1) // 4)), LIMITS)
 
     @classmethod
     def of(
@@ -110,8 +111,8 @@ class ChatImages:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
+            while tasks:  # none is kept: its error would hold this frame, and megabytes, until the collector looks
+                tasks.pop().cancel()
         ordered = [found[number] for number in range(len(parts))]
         images = [one for one in ordered if isinstance(one, ImagePatches)]
         videos = [one for one in ordered if not isinstance(one, ImagePatches)]

@@ -55,7 +55,7 @@ def _served(names: str) -> dict[str, Fate]:
 
 
 _RENDERING = Harmless("vLLM, too, looks at it only where prompts are rendered and nothing is generated")
-_NO_MEDIA = Harmless("it is of images, audio and video, and text models read none")
+_MEDIA_AS_STORED = "is not served: images are prepared as the checkpoint's preprocessor_config.json says; leave it out."
 _BOOKKEEPING = Harmless("a client's own label, which no answer depends on")
 _SPEED = Harmless("it may make an answer quicker, never another")
 
@@ -118,8 +118,8 @@ CHAT: dict[str, Fate] = {
     "web_search_options": Refused("Nothing is searched on the web; leave web_search_options out."),
     "moderation": Refused("Answers are not moderated; leave moderation out."),
     "verbosity": Refused("verbosity is not served; say in a message how long the answer should be.", ("medium",)),
-    "media_io_kwargs": _NO_MEDIA,
-    "mm_processor_kwargs": _NO_MEDIA,
+    "media_io_kwargs": Refused(f"media_io_kwargs {_MEDIA_AS_STORED}", ({},)),
+    "mm_processor_kwargs": Refused(f"mm_processor_kwargs {_MEDIA_AS_STORED}", ({},)),
     "metadata": _BOOKKEEPING,
     "safety_identifier": _BOOKKEEPING,
     "store": Harmless("nothing is stored, and an answer is the same stored or not"),

@@ -133,7 +133,10 @@ class SideProcesses:
         if last:
             self._end(process, 1.0)
         if isinstance(answer, Exception):
-            raise answer
+            try:
+                raise answer
+            finally:
+                del answer  # the error holds this frame, whose arguments may be megabytes
         result: T = answer
         return result
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from octavo.config import EngineConfig
@@ -21,6 +23,7 @@ from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
 from octavo.frontend.llm import LLM
 from octavo.frontend.outputs import OutputProcessor
+from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, StructuredOutput, TokenOutput
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the engine's process finds FakeCore by its module's name
@@ -40,7 +43,7 @@ class FakeCore:
             os._exit(7)
         if config.seed == 4:
             time.sleep(60)
-        self.info = EngineInfo(100, 4096, 10, 16, "fake", report=["a line"])
+        self.info = EngineInfo(100, 4096, 10, 16, "fake", image_tokens=9, report=["a line"])
         self.running = {}
 
     def add(self, *requests):
@@ -498,3 +501,22 @@ def alive(pid):
 def test_the_api_process_never_imports_torch():
     program = "import sys, octavo.frontend.async_engine; sys.exit('torch' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_images_are_not_kept_once_they_are_sent():
+    async def test(engine):
+        pixels, values = np.zeros((8, 3, 1, 16), np.uint8), np.zeros((3, 256), np.float32)
+        image = ImagePatches(pixels, values, 2, Grid(1, 2, 4), 2, bytes(32))
+        sent = weakref.ref(pixels)
+        params = SamplingParams(max_tokens=60, n=2)
+        async with aclosing(engine.generate([SLOW, 5, 5], params, "r", images=[PlacedImage(1, image)])) as deltas:
+            del pixels, image
+            assert sent() is not None
+            await anext(deltas)
+            assert sent() is None
+            assert len([delta async for delta in deltas]) == 119
+        large = ImagePatches(np.zeros((40, 3, 1, 16), np.uint8), values, 2, Grid(1, 4, 10), 10, bytes(32))
+        with pytest.raises(InvalidRequest, match="An image has 10 tokens, and at most 9 are read here"):
+            engine.generate([5] * 20, params, "s", images=[PlacedImage(1, large)])
+
+    with_engine(test)

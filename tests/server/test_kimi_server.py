@@ -16,25 +16,33 @@ from models.test_kimi import kimi, write
 from server.api_client import Client
 from server.fake_engine import FakeEngine
 from server.processes import Server
+from server.vision_checkpoints import ask, engine_says, picture
 from text import test_tiktoken_model
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from octavo import LLM, SamplingParams
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
 from octavo.server.parsers.token_calls import TOKEN_FORMS
 from octavo.server.serve import make_served
+from octavo.text.chat_template import render_chat
 from octavo.text.tokenizer import Tokenizer
 
 FORM = TOKEN_FORMS["kimi_k2"]
 TOKENS = (
     "[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<think>", "</think>",
     FORM.blocks[0], FORM.block_ends[0], FORM.call, FORM.separator, FORM.call_end,
+    "<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>",
 )  # fmt: skip
 # Of the form of the hub's: tools first, ids and arguments between tokens, results under their ids, thinking of the last turn
 # alone, which goes on after calls; an answer begins with thinking unless that is switched off.
 TEMPLATE = """
 {%- macro said(m) -%}
   {%- if m.get('content') is string -%}{{ m.content }}
-  {%- elif m.get('content') is not none -%}{%- for part in m.content -%}{{ part.text }}{%- endfor -%}{%- endif -%}
+  {%- elif m.get('content') is not none -%}{%- for part in m.content -%}
+    {%- if part.type == 'image' or part.type == 'image_url' -%}<|media_begin|>image<|media_content|><|media_pad|><|media_end|>
+    {%- else -%}{{ part.text }}{%- endif -%}
+  {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 {%- macro called(m) -%}
   <|tool_calls_section_begin|>
@@ -110,7 +118,12 @@ def checkpoint(path: Path) -> Path:
     write(path, kimi(**SIZES, bos_token_id=ids["[BOS]"], eos_token_id=ids["[EOS]"], pad_token_id=None), int4=True)
     config = json.loads((path / "config.json").read_text())
     assert config["text_config"]["eos_token_id"] == ids["[EOS]"]
-    (path / "config.json").write_text(json.dumps(config | dict(eos_token_id=ids["[EOS]"], bos_token_id=ids["[BOS]"])))
+    (path / "config.json").write_text(
+        json.dumps(
+            config | dict(eos_token_id=ids["[EOS]"], bos_token_id=ids["[BOS]"], media_placeholder_token_id=ids["<|media_pad|>"])
+        )
+    )
+    (path / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": {"in_patch_limit": 60, "patch_size": 14}}))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids["<|im_end|>"]}))
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
@@ -141,7 +154,8 @@ def test_what_happened_to_each_group_of_layers_is_printed(served: tuple[Path, Se
     values, size, unit = found["experts", "int4"]
     assert unit == "MiB"
     assert 4.25 <= 8 * size * 2**20 / values <= 4.7  # 4.5, printed to 0.1 MiB
-    assert {scheme for role, scheme in found if role in ("mlp", "shared experts")} == {rest}
+    matrices = {key for key, (count, _, _) in found.items() if count > 1e4}  # the tower has biases besides
+    assert {scheme for role, scheme in matrices if role in ("mlp", "shared experts")} == {rest}
     assert {scheme for role, scheme in found if role == "attention"} == {rest, "bf16"}  # kv_b_proj
     assert not [role for role, scheme in found if scheme == "int4" and role != "experts"]
     assert "not loaded" not in log
@@ -196,12 +210,22 @@ def test_calls_that_the_model_writes_are_read(client: openai.OpenAI) -> None:
     assert f"<think></think>{text}<|im_end|>" in found
 
 
-def test_an_image_is_refused_in_a_sentence(client: openai.OpenAI) -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    messages: Any = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
-    with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
-    assert "preprocessor_config.json is missing, and images cannot be prepared without it" in str(raised.value)
+def test_two_pictures_and_two_answers(served: tuple[Path, Server, str], client: openai.OpenAI) -> None:
+    """Which are the engine's."""
+    path, _, rest = served
+    options: dict[str, Any] = dict(quantization=None if rest == "bf16" else rest, max_model_len=1024)
+    core = EngineCore(EngineConfig(model=str(path), device="cpu", threads=1, cpu_kv_cache_gib=0.05, **options))
+    off = {"chat_template_kwargs": {"thinking": False}, "return_token_ids": True, "ignore_eos": True, "cache_salt": "own"}
+    found, expected = [], []
+    for images in ([picture(1, 40, 100)], [picture(2, 100, 40)], [picture(3, 30, 30), picture(1, 40, 100)]):
+        messages: Any = ask(*images)
+        text = render_chat(TEMPLATE, messages, {}, thinking=False)
+        assert text.count("<|media_pad|>") == len(images)
+        expected.append(engine_says(core, path, text, *images))
+        asked: dict[str, Any] = dict(model="tiny", max_tokens=16, temperature=0, extra_body=off)
+        found.append(client.chat.completions.create(messages=messages, **asked).choices[0].model_dump()["token_ids"])
+    assert found == expected
+    assert len({*map(tuple, expected)}) == 3
 
 
 def test_calls_end_thinking(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from octavo.demo import MODEL_DIR
+from octavo.engine.core import EngineCore
+from octavo.messages import EngineRequest, SamplingParams
+from octavo.text.tokenizer import Tokenizer
+from octavo.vision import image_reader, place_images, prepare
 
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")  # from 4096 on
 PAD = 4097
@@ -91,3 +95,19 @@ def image_part(image: Image.Image | bytes | str) -> dict[str, Any]:
 def ask(*images: Image.Image | bytes | str, text: str = "What is this?") -> list[dict[str, Any]]:
     """A chat of one message: the pictures, then the question."""
     return [{"role": "user", "content": [*map(image_part, images), {"type": "text", "text": text}]}]
+
+
+def engine_says(core: EngineCore, path: Path, text: str, *images: Image.Image, count: int = 16) -> list[int]:
+    """The tokens that the engine answers a rendered chat with, without a server."""
+    reader = image_reader(path)
+    assert reader is not None
+    ids = Tokenizer(path).encode(text, add_special_tokens=False)
+    made = [prepare(file_of(image), reader.processor) for image in images]
+    prompt, placed = place_images(ids, made, reader.placeholder)
+    params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+    core.add(EngineRequest("a", prompt, params, images=placed))
+    found = list[int]()
+    while core.has_work():
+        found += [token for output in core.step()[0] for token in output.token_ids]
+    assert len(found) == count
+    return found
