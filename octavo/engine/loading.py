@@ -32,7 +32,7 @@ from octavo.weights.in_place import held
 
 __all__ = [
     "cache_specs",
-    "check_ranks",
+    "check_devices",
     "checkpoint_scheme",
     "describe_weights",
     "drop",
@@ -43,14 +43,17 @@ __all__ = [
 ]
 
 
+ALONE = TensorParallel()
 ProgressCallback = Callable[[str, float], None] | None
 
 
-def check_ranks(config: EngineConfig) -> None:
-    """Raises OctavoError for a number of ranks that this version does not support."""
-    if config.tensor_parallel_size > 1:
+def check_devices(platform: Platform, ranks: int) -> None:
+    """Raises OctavoError for more ranks than this machine has accelerators."""
+    count = ranks if platform.is_cpu else torch.accelerator.device_count()
+    if ranks > count:
         raise OctavoError(
-            f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
+            f"--tensor-parallel-size {ranks} needs as many accelerators, and {count} {'is' if count == 1 else 'are'} seen here "
+            "(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); lower it."
         )
 
 
@@ -85,6 +88,7 @@ def reload_model(
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback = None,
+    tp: TensorParallel = ALONE,
 ) -> tuple[LoadReport, bool]:
     """Loads weights in place into `model`, which holds those of `loaded`. False where not all could be written in place.
 
@@ -97,9 +101,9 @@ def reload_model(
     if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
-        return load_model(model, config, platform, dtype, progress, in_place=True)
+        return load_model(model, config, platform, dtype, progress, tp, in_place=True)
     except OctavoError:
-        load_model(model, loaded, platform, dtype, None, in_place=True)
+        load_model(model, loaded, platform, dtype, None, tp, in_place=True)
         raise
 
 
@@ -136,6 +140,7 @@ def load_model(
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback,
+    tp: TensorParallel = ALONE,
     *,
     in_place: bool = False,
 ) -> tuple[LoadReport, bool]:
@@ -146,17 +151,20 @@ def load_model(
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
-    if config.save_quantized is not None:
+    if config.save_quantized is not None and not tp.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
         save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
-        directory = output
+    if config.save_quantized is not None:
+        tp.least(0)  # the others wait until rank 0 has written it
+        directory = Path(config.save_quantized)
     source = open_source(config, directory)
     if isinstance(source, SafetensorsSource) and not in_place:
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
         values, packed = source.checkpoint.matrix_values(), source.checkpoint.packed_bytes()
+        values, packed = (n if platform.is_cpu else n // tp.size for n in (values, packed))  # a CPU's ranks share its memory
         check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
-    loader = Loader(source, platform, rules, dtype)
+    loader = Loader(source, platform, rules, dtype, tp)
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
         loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")

@@ -7,13 +7,10 @@ loop as a whole.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import multiprocessing
-import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory
-from octavo.frontend.engine_start import worker
+from octavo.frontend.engine_processes import EngineProcesses
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
@@ -36,7 +33,6 @@ __all__ = ["AsyncEngine", "EngineDead"]
 logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.005  # for which a request may hold the event loop before it yields
-EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
 
 
 class EngineDead(OctavoError):
@@ -72,15 +68,10 @@ class AsyncEngine:
         self._closing = False
         self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
-        context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self._connection, child_end = context.Pipe()
-        self._process = context.Process(target=worker().run_engine, args=(config, child_end, make_core), name="octavo-engine")
-        self._process.start()
-        self._reaping = threading.Lock()
-        child_end.close()  # otherwise the end of the process would never be noticed
-        atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
+        self._processes = EngineProcesses(config, make_core)
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
-        threading.Thread(target=self._read, name="octavo-read", daemon=True).start()
+        for connection in self._processes.connections:
+            threading.Thread(target=self._read, args=(connection,), name="octavo-read", daemon=True).start()
 
     @classmethod
     async def start(
@@ -165,7 +156,7 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._fail_all("The engine was shut down.")
         self._outbox.put(("shutdown",))
-        await asyncio.to_thread(self._exit_code)
+        await asyncio.to_thread(self._processes.wait)
         self._kill()
 
     def fail_running(self, error: OctavoError) -> None:
@@ -189,39 +180,24 @@ class AsyncEngine:
             raise EngineDead("The engine is shutting down.")
 
     def _kill(self) -> None:
-        atexit.unregister(self._kill)
         self._outbox.put(None)
-        with self._reaping:
-            if self._process.is_alive():
-                self._process.kill()
-        self._exit_code()
-
-    def _exit_code(self) -> int | None:
-        """Waits for the process to end. Returns its exit code, or None after EXIT_SECONDS.
-
-        The lock is needed because the kernel reports the exit to one waiter only: a second thread would see a live process.
-        """
-        if not wait([self._process.sentinel], EXIT_SECONDS):
-            return None
-        with self._reaping:
-            self._process.join(EXIT_SECONDS)
-            return self._process.exitcode
+        self._processes.kill()
 
     def _write(self) -> None:
         try:
             while (message := self._outbox.get()) is not None:
-                self._connection.send(message)
+                self._processes.connections[0].send(message)
         except OSError:
             pass  # the process is gone, which the reader thread reports
         except Exception as error:
             self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
-    def _read(self) -> None:
+    def _read(self, connection: Connection) -> None:
         try:
             while True:
-                self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
+                self._loop.call_soon_threadsafe(self._receive, connection.recv())
         except (EOFError, OSError):
-            sentence = _how_it_ended(self._exit_code())
+            sentence = self._processes.how_it_ended()
         except RuntimeError:
             return  # the loop is closed
         except Exception as error:
@@ -289,12 +265,3 @@ class AsyncEngine:
         self.fail_running(EngineDead(sentence))
         for listener in self._listeners:
             listener(EngineStats())
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code == -signal.SIGKILL:
-        return "The engine process was killed; the machine may have run out of memory."
-    if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
-        name = signal.Signals(-code).name
-        return f"The engine process crashed ({name}); if memory is limited (ulimit -v), it may have been too little."
-    return f"The engine process ended unexpectedly (exit code {code})."

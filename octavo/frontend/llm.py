@@ -17,6 +17,7 @@ from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, snapshot_of
 from octavo.frontend.engine_start import worker
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
+from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
@@ -54,7 +55,10 @@ class LLM:
         self.tokenizer = load_tokenizer(self.config.model)
         if (lacking := no_tokenizer(self.config.model)) is not None:
             log.warning("%s", lacking)
-        self._core = worker().engine_core(self.config, lambda stage, fraction: None)
+        if self.config.tensor_parallel_size > 1:
+            self._core: Any = RemoteCore(self.config)
+        else:
+            self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
         self._numbers = count()
