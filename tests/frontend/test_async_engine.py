@@ -30,7 +30,7 @@ CRASH, SLOW, REFUSED, SEED = 666, 667, 668, 669  # prompt tokens that ask the co
 class FakeCore:
     """Counts on from the prompt's last token, one token a step."""
 
-    def __init__(self, config, progress):
+    def __init__(self, config, progress, place=None):
         progress("weights", 0.5)
         if config.seed == 1:
             raise OctavoError("There is no such model.")
