@@ -52,10 +52,13 @@ WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint
 def join(rank: int, size: int, store: str, device: torch.device) -> TensorParallel:
     """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
 
-    store: path of a file that all of them can write, and that no earlier group has used.
+    store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
+    give the same group.
     """
     if size == 1:
         return TensorParallel()
+    if torch.distributed.is_initialized():  # an earlier engine of this process
+        return TensorParallel(rank, size, ProcessGroup())
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cpu = device.type == "cpu"
