@@ -32,7 +32,7 @@ class Place:
     def share(self, value: T) -> T:
         """Rank 0's value on every rank; the others' is not looked at. Every rank calls it at the same place.
 
-        EOFError where rank 0 has ended.
+        EOFError where a rank has ended.
         """
         if self.size == 1:
             return value
@@ -40,5 +40,8 @@ class Place:
             return cast("T", pickle.loads(self.links[0].recv_bytes()))
         data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         for link in self.links:
-            link.send_bytes(data)
+            try:
+                link.send_bytes(data)
+            except BrokenPipeError:
+                raise EOFError from None
         return value

@@ -5,6 +5,7 @@ An engine of several ranks has a process for each. All of them run the same loop
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import signal
@@ -63,12 +64,13 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
 
     connection: to the API process. Those of ranks over 0 carry errors alone.
     """
+    line = _Line(connection)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Message] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(line, inbox), daemon=True).start()
     try:
-        core = _load(config, connection, make_core or engine_core, place)
+        core = _load(config, line, make_core or engine_core, place)
         if core is None:
             sys.exit(1)
         gc.collect()
@@ -76,32 +78,50 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
         if place.rank:
             _follow(core, place)
         else:
-            _serve(core, inbox, connection, place)
+            _serve(core, inbox, line, place)
     except BrokenPipeError:
         return  # the parent is gone, so nobody can be notified
+    except EOFError:
+        sys.exit(1)  # another rank is gone, which the parent sees
     except Exception as error:
         if place.size > 1:
             time.sleep(ALONE_SECONDS)
         _trace(error)
-        connection.send(("dead", f"The engine stopped: {_sentence(error)}"))
+        line.send(("dead", f"The engine stopped: {_sentence(error)}"))
         sys.exit(1)
 
 
-def _receive(connection: Connection, inbox: SimpleQueue[Message]) -> None:
+class _Line:
+    """The connection to the API process, to which two threads send."""
+
+    def __init__(self, connection: Connection):
+        self.connection, self._sending = connection, threading.Lock()
+
+    def send(self, message: Message) -> None:
+        with self._sending:
+            self.connection.send(message)
+
+
+def _receive(line: _Line, inbox: SimpleQueue[Message]) -> None:
     """Runs in a thread, so that an idle engine blocks on its inbox and a busy one never waits for the pipe."""
     try:
         while True:
-            inbox.put(connection.recv())
+            message = line.connection.recv()
+            if message[0] == "ping":  # asked where it hangs
+                faulthandler.dump_traceback(all_threads=True)
+                line.send(("pong",))
+            else:
+                inbox.put(message)
     except (EOFError, OSError):
         inbox.put(("shutdown",))
     time.sleep(ORPHAN_GRACE)
     os._exit(1)  # a step that hangs must not hold the accelerator's memory
 
 
-def _load(config: EngineConfig, connection: Connection, make_core: MakeCore, place: Place) -> Core | None:
+def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) -> Core | None:
     def progress(stage: str, fraction: float) -> None:
         if not place.rank:  # ranks load side by side, and one bar shows it
-            connection.send(("progress", stage, fraction))
+            line.send(("progress", stage, fraction))
 
     try:
         core = make_core(config, progress, place)
@@ -111,21 +131,17 @@ def _load(config: EngineConfig, connection: Connection, make_core: MakeCore, pla
         if place.size > 1 and not isinstance(error, OctavoError):
             time.sleep(ALONE_SECONDS)
         _trace(error)
-        connection.send(("failed", _sentence(error)))
+        line.send(("failed", _sentence(error)))
         return None
     if not place.rank:
-        connection.send(("ready", core.info))
+        line.send(("ready", core.info))
     return core
 
 
 def _follow(core: Core, place: Place) -> None:
     """The loop of ranks over 0: as `_serve`, with the messages that rank 0 hands on. Nobody reads their outputs."""
     while True:
-        try:
-            messages = place.share(NOTHING)
-        except EOFError:
-            return  # rank 0 has ended, which the parent sees
-        for message in messages:
+        for message in place.share(NOTHING):
             if message[0] == "shutdown":
                 return
             _handle(core, message)
@@ -133,7 +149,7 @@ def _follow(core: Core, place: Place) -> None:
             core.step()
 
 
-def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection, place: Place) -> None:
+def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -> None:
     while True:
         outputs: list[TokenOutput] = []
         for message in place.share(_drain(inbox) if core.has_work() else _wait(inbox)):
@@ -144,7 +160,7 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection, plac
         if core.has_work():
             stepped, stats = core.step()
             outputs += stepped
-        connection.send(("step", outputs, stats))
+        line.send(("step", outputs, stats))
 
 
 def _wait(inbox: SimpleQueue[Message]) -> list[Message]:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -70,8 +69,8 @@ class AsyncEngine:
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         self._processes = EngineProcesses(config, make_core)
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
-        for connection in self._processes.connections:
-            threading.Thread(target=self._read, args=(connection,), name="octavo-read", daemon=True).start()
+        for rank in range(config.tensor_parallel_size):
+            threading.Thread(target=self._read, args=(rank,), name="octavo-read", daemon=True).start()
 
     @classmethod
     async def start(
@@ -107,6 +106,14 @@ class AsyncEngine:
     def default_sampling(self) -> dict[str, Any]:
         """The sampling parameters that the checkpoint recommends, by SamplingParams' names."""
         return self.tokenizer.default_sampling if self.tokenizer else {}
+
+    async def end_if_a_rank_hangs(self) -> None:
+        """Asks each of several ranks whether it is there, and ends the engine if one is not: the others would wait for ever."""
+        ranks = len(self._processes.connections)
+        if ranks > 1 and (silent := await asyncio.to_thread(self._processes.silent)):
+            named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+            self._die(f"Of the engine's {ranks} ranks {named} hangs; where the others wait for it stands above.")
+            await asyncio.to_thread(self._processes.kill)
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         """Calls `listener` in the event loop with the statistics of each step."""
@@ -186,16 +193,16 @@ class AsyncEngine:
     def _write(self) -> None:
         try:
             while (message := self._outbox.get()) is not None:
-                self._processes.connections[0].send(message)
+                self._processes.send(message)
         except OSError:
             pass  # the process is gone, which the reader thread reports
         except Exception as error:
             self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
-    def _read(self, connection: Connection) -> None:
+    def _read(self, rank: int) -> None:
         try:
             while True:
-                self._loop.call_soon_threadsafe(self._receive, connection.recv())
+                self._loop.call_soon_threadsafe(self._receive, self._processes.receive(rank))
         except (EOFError, OSError):
             sentence = self._processes.how_it_ended()
         except RuntimeError:

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig
 from octavo.frontend.engine_start import worker
+from octavo.messages import Message
 
 if TYPE_CHECKING:
     from octavo.engine.worker import MakeCore
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineProcesses"]
 
 EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
+ANSWER_SECONDS = 3.0  # for which a rank may take to answer that it is there
 LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, to send what it did
 
 
@@ -43,7 +46,8 @@ class EngineProcesses:
         theirs: list[Connection] = []
         self.connections: list[Connection] = []
         self._processes = []
-        self._reaping = threading.Lock()
+        self._reaping, self._sending = threading.Lock(), threading.Lock()
+        self._answered: set[int] = set()
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
         try:
@@ -69,6 +73,29 @@ class EngineProcesses:
         atexit.register(self.kill)  # multiprocessing's own exit hook would wait for the processes
         if size > 1:
             threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
+
+    def send(self, message: Message, rank: int = 0) -> None:
+        """Raises OSError if the process is gone."""
+        with self._sending:
+            self.connections[rank].send(message)
+
+    def receive(self, rank: int) -> Message:
+        """The next message of a rank; one thread asks for each. Raises EOFError or OSError when the process is gone."""
+        while (message := self.connections[rank].recv())[0] == "pong":
+            self._answered.add(rank)
+        found: Message = message
+        return found
+
+    def silent(self) -> list[int]:
+        """The ranks that do not answer within ANSWER_SECONDS; those that do print where they wait to standard error."""
+        self._answered.clear()
+        for rank in range(len(self.connections)):
+            with suppress(OSError):
+                self.send(("ping",), rank)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while len(self._answered) < len(self.connections) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [rank for rank in range(len(self.connections)) if rank not in self._answered]
 
     def kill(self) -> None:
         """Ends every process at once."""
@@ -107,8 +134,9 @@ class EngineProcesses:
         if self._ended is None:
             ended = [n for n, process in enumerate(self._processes) if wait([process.sentinel], 0)]
             if ended:
-                rank = ended[0] if len(ended) == 1 else max(ended, key=lambda n: self._exit_code(self._processes[n]) != 1)
-                self._ended = rank, self._exit_code(self._processes[rank])
+                codes = {rank: self._exit_code(self._processes[rank]) or 0 for rank in ended}
+                rank = max(ended, key=lambda rank: (codes[rank] < 0, codes[rank] > 1))  # 0 and 1 may be another's doing
+                self._ended = rank, codes[rank]
 
     def _watch(self) -> None:
         """Runs in a thread: when a rank ends, ends the others."""

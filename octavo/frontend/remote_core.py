@@ -56,7 +56,7 @@ class RemoteCore:
 
     def _send(self, message: Message) -> None:
         try:
-            self._processes.connections[0].send(message)
+            self._processes.send(message)
         except OSError:
             raise OctavoError(self._processes.how_it_ended()) from None
 
@@ -64,8 +64,9 @@ class RemoteCore:
         """The next message of this kind."""
         while True:
             for connection in wait(self._processes.connections):
+                rank = self._processes.connections.index(cast("Connection", connection))
                 try:
-                    message = cast("Connection", connection).recv()
+                    message = self._processes.receive(rank)
                 except (EOFError, OSError):
                     raise OctavoError(self._processes.how_it_ended()) from None
                 if message[0] == kind:
