@@ -129,6 +129,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
     tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
+    enable_expert_parallel: bool = option(
+        False, "with several ranks, each has some of the experts whole, not a part of each", group=MEMORY, short="-ep"
+    )
     enforce_eager: bool = option(False, "never capture graphs", group=MEMORY)
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", group=MEMORY)
     seed: int = option(0, "seed of the requests that bring none", group=MEMORY)

@@ -49,7 +49,7 @@ class ProcessGroup:
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
-def join(rank: int, size: int, store: str, device: torch.device) -> TensorParallel:
+def join(rank: int, size: int, store: str, device: torch.device, expert_parallel: bool = False) -> TensorParallel:
     """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
 
     store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
@@ -58,7 +58,7 @@ def join(rank: int, size: int, store: str, device: torch.device) -> TensorParall
     if size == 1:
         return TensorParallel()
     if torch.distributed.is_initialized():  # an earlier engine of this process
-        return TensorParallel(rank, size, ProcessGroup())
+        return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cpu = device.type == "cpu"
@@ -70,7 +70,7 @@ def join(rank: int, size: int, store: str, device: torch.device) -> TensorParall
         timeout=WAIT,
         device_id=None if cpu else device,
     )
-    return TensorParallel(rank, size, ProcessGroup())
+    return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
 
 
 # Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
@@ -85,15 +85,25 @@ def leave() -> None:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among `size`. With one rank every collective is the identity."""
+    """This rank among `size`. With one rank every collective is the identity.
+
+    expert_parallel: a rank has some of the routed experts whole, instead of a part of each.
+    """
 
     rank: int = 0
     size: int = 1
     group: Collectives | None = None
+    expert_parallel: bool = False
 
     def part(self, n: int) -> int:
         """This rank's share of `n` heads or channels; at least one, for KV heads that are replicated."""
         return max(1, n // self.size)
+
+    def local_experts(self, count: int) -> range:
+        """Which of `count` routed experts this rank has, whole or a part of each."""
+        if not self.expert_parallel:
+            return range(count)
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def _exchange(self) -> Collectives:
         assert self.group is not None, "ranks that exchange need a group"

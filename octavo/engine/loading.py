@@ -32,7 +32,6 @@ from octavo.weights.in_place import held
 
 __all__ = [
     "cache_specs",
-    "check_devices",
     "checkpoint_scheme",
     "describe_weights",
     "drop",
@@ -45,16 +44,6 @@ __all__ = [
 
 ALONE = TensorParallel()
 ProgressCallback = Callable[[str, float], None] | None
-
-
-def check_devices(platform: Platform, ranks: int) -> None:
-    """Raises OctavoError for more ranks than this machine has accelerators."""
-    count = ranks if platform.is_cpu else torch.accelerator.device_count()
-    if ranks > count:
-        raise OctavoError(
-            f"--tensor-parallel-size {ranks} needs as many accelerators, and {count} {'is' if count == 1 else 'are'} seen here "
-            "(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); lower it."
-        )
 
 
 def make_model(

@@ -24,7 +24,7 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
-from octavo.engine.loading import cache_specs, check_devices, describe_weights, drop, load_model, make_model, reload_model
+from octavo.engine.loading import cache_specs, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.place import Place
@@ -72,9 +72,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // place.size))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device, place.rank)
-        check_devices(self.platform, place.size)
-        self.tp = tp = join(place.rank, place.size, place.store, self.platform.device)
+        self.platform: Platform = detect(config.device, place.rank, place.size)
+        self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
         self.block_size = config.block_size_on(self.platform.is_cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
