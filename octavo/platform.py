@@ -107,8 +107,10 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
 
 
 def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
-    """The Platform of one of `ranks` ranks on this machine. Raises OctavoError where `device` is asked for and is not there, and
-    for more ranks than there are accelerators."""
+    """The Platform of one of `ranks` ranks on this machine.
+
+    Raises OctavoError where `device` is asked for and is not there, and for more ranks than there are accelerators.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise OctavoError(
             "--device cuda: torch sees no accelerator here; use --device cpu, or install torch for this accelerator."

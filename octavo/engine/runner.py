@@ -47,7 +47,6 @@ __all__ = ["ModelRunner", "StepTokens"]
 LOGIT_ROWS = 256  # prompt positions per chunk of logits, which bounds their memory
 
 ALONE = Place()
-
 log = logging.getLogger(__name__)
 
 
