@@ -54,7 +54,9 @@ class EngineCore:
     """Runs requests together. Not thread-safe: the caller makes one call of add, abort or step at a time."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place | None = None):
-        place = place or Place(0, config.tensor_parallel_size)
+        if place is None and config.tensor_parallel_size > 1:
+            raise OctavoError("--tensor-parallel-size is for octavo serve, chat, bench and LLM here; leave it out.")
+        place = place or Place()
         self.runner = runner = ModelRunner(config, progress, place)
         self.config, self.asleep = config, False
         self._make_scheduler()

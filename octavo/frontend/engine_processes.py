@@ -35,9 +35,12 @@ LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, 
 
 
 class EngineProcesses:
-    """Started engine processes. `connections`: to each rank; rank 0 answers messages, the others send errors alone."""
+    """Started engine processes. `connections`: to each rank; rank 0 answers messages, the others send errors alone.
 
-    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None):
+    leads: rank 0 is in this process, at `place`, and the processes are those of the other ranks.
+    """
+
+    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False):
         size = config.tensor_parallel_size
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self._directory = tempfile.mkdtemp(prefix="octavo-") if size > 1 else None
@@ -50,9 +53,10 @@ class EngineProcesses:
         self._answered: set[int] = set()
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
+        self.place = Place(0, size, store, [first for first, _ in links])
         try:
             with _without_main():
-                for rank in range(size):
+                for rank in range(int(leads), size):
                     mine, child_end = context.Pipe()
                     self.connections.append(mine)
                     theirs.append(child_end)
@@ -68,10 +72,11 @@ class EngineProcesses:
             self.kill()
             raise
         finally:
-            for end in (*theirs, *(end for link in links for end in link)):
+            held = [] if leads else [first for first, _ in links]
+            for end in (*theirs, *held, *(second for _, second in links)):
                 end.close()  # otherwise the end of a process would never be noticed
         atexit.register(self.kill)  # multiprocessing's own exit hook would wait for the processes
-        if size > 1:
+        if size > 1 and not leads:
             threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
 
     def send(self, message: Message, rank: int = 0) -> None:
