@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -10,54 +9,14 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.media_limits import MAX_MEDIA, read_media_limits
+from octavo.option_values import DTYPES, KV_CACHE_DTYPES, MAX_MEDIA, QUANTIZATIONS, canonical, read_media_limits
 
 __all__ = ["IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 
-# Accepted spelling -> scheme name. The spellings are those of peers.
-QUANTIZATIONS = {
-    "none": "bf16",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp8": "fp8",
-    "fp8_per_tensor": "fp8",
-    "ptpc_fp8": "ptpc_fp8",
-    "fp8_per_channel": "ptpc_fp8",
-    "fp8_block": "fp8_block",
-    "fp8_per_block": "fp8_block",
-}
-KV_CACHE_DTYPES = {
-    "auto": "auto",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp8": "fp8_e4m3",
-    "fp8_e4m3": "fp8_e4m3",
-    "fp8_e5m2": "fp8_e5m2",
-    "fp8_per_token_head": "fp8_per_token_head",
-    "fp8_ds_mla": "fp8_ds_mla",
-}
-DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
-
-
-# What vLLM's users pass for a checkpoint that is quantized already.
-CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "gptq", "awq", "bitsandbytes", "gguf", "mxfp4")
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
 IMAGES = "images and videos"
 IGNORED = "taken from vLLM's command line, without effect"
-
-
-def canonical(option: str, value: str, known: dict[str, str]) -> str:
-    """The name that `value` stands for, or an OctavoError that suggests the nearest known one."""
-    if (name := known.get(value, known.get(value.lower()))) is not None:
-        return name
-    if option == "--quantization" and value.lower() in CHECKPOINT_FORMATS:
-        raise OctavoError(
-            f"{option} {value} is a format of checkpoints, and the checkpoint says itself which it has: leave {option} out."
-        )
-    near = difflib.get_close_matches(value.lower(), known, n=1)
-    hint = f"; did you mean '{near[0]}'? Known" if near else "; known"
-    raise OctavoError(f"{option} '{value}' is not known{hint} are: {', '.join(known)}.")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -129,6 +88,12 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
     tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
+    data_parallel_size: int = option(
+        1, "engines that share the requests out, each with devices, weights and a cache of its own", group=MEMORY, short="-dp"
+    )
+    enable_expert_parallel: bool = option(
+        False, "with several ranks, each has some of the experts whole, not a part of each", group=MEMORY, short="-ep"
+    )
     enforce_eager: bool = option(False, "never capture graphs", group=MEMORY)
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", group=MEMORY)
     seed: int = option(0, "seed of the requests that bring none", group=MEMORY)
@@ -157,6 +122,11 @@ class EngineConfig:
     def step_tokens_on(self, cpu: bool) -> int:
         """Most tokens in one step (max_num_batched_tokens)."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
+
+    @property
+    def num_devices(self) -> int:
+        """Accelerators that all engines take together."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     @property
     def media_limits(self) -> Mapping[str, int]:
@@ -225,6 +195,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "tensor_parallel_size",
+            "data_parallel_size",
             "threads",
             "cpu_kv_cache_gib",
         ):

@@ -1,17 +1,19 @@
 """Tensor parallelism: this process's rank, and the group for collectives.
 
-The group is torch.distributed's, or a group of threads in tests.
+The group is torch.distributed's (NCCL, RCCL, or gloo on CPUs), or a group of threads in tests. NVLink multicast is not used.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Collectives", "ProcessGroup", "TensorParallel"]
+__all__ = ["Collectives", "ProcessGroup", "TensorParallel", "join", "leave"]
 
 
 class Collectives(Protocol):
@@ -44,17 +46,64 @@ class ProcessGroup:
         return found
 
 
+WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
+
+
+def join(rank: int, size: int, store: str, device: torch.device, expert_parallel: bool = False) -> TensorParallel:
+    """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
+
+    store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
+    give the same group.
+    """
+    if size == 1:
+        return TensorParallel()
+    if torch.distributed.is_initialized():  # an earlier engine of this process
+        return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    cpu = device.type == "cpu"
+    torch.distributed.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=WAIT,
+        device_id=None if cpu else device,
+    )
+    return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
+
+
+# Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
+_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
+def leave() -> None:
+    """Ends this process's membership, if it has any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among `size`. With one rank every collective is the identity."""
+    """This rank among `size`. With one rank every collective is the identity.
+
+    expert_parallel: a rank has some of the routed experts whole, instead of a part of each.
+    """
 
     rank: int = 0
     size: int = 1
     group: Collectives | None = None
+    expert_parallel: bool = False
 
     def part(self, n: int) -> int:
         """This rank's share of `n` heads or channels; at least one, for KV heads that are replicated."""
         return max(1, n // self.size)
+
+    def local_experts(self, count: int) -> range:
+        """Which of `count` routed experts this rank has, whole or a part of each."""
+        if not self.expert_parallel:
+            return range(count)
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def _exchange(self) -> Collectives:
         assert self.group is not None, "ranks that exchange need a group"
@@ -67,6 +116,13 @@ class TensorParallel:
     def max_reduce(self, x: Tensor) -> Tensor:
         """Largest `x` over ranks. Scales that span ranks are agreed on by it, so weight bytes do not depend on the size."""
         return x if self.size == 1 else self._exchange().max_reduce(x)
+
+    def least(self, *numbers: int) -> list[int]:
+        """The smallest of each number over ranks, on the host."""
+        if self.size == 1:
+            return list(numbers)
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+        return [-n for n in self.max_reduce(torch.tensor(numbers, device=device).neg()).tolist()]
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `x`, concatenated along `dim` in rank order."""

@@ -23,9 +23,22 @@ __all__ = [
 ENGINE = tuple(field.name for field in config_fields())
 WEIGHTS = ("model", "revision", "quantization_ignore", "quantize_lm_head")
 LOADING = (*WEIGHTS, "dtype", "device", "load_format", "max_model_len", "gpu_memory_utilization", "cpu_kv_cache_gib")
-SCHEME = ("quantization", "quantization_config", "kv_cache_dtype", "calculate_kv_scales", "tensor_parallel_size")
+SCHEME = (
+    "quantization",
+    "quantization_config",
+    "kv_cache_dtype",
+    "calculate_kv_scales",
+    "tensor_parallel_size",
+    "enable_expert_parallel",
+)
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
-OF_A_SERVER = ("trust_remote_code", "limit_mm_per_prompt", "allowed_local_media_path", "allowed_media_domains")
+OF_A_SERVER = (
+    "trust_remote_code",
+    "data_parallel_size",
+    "limit_mm_per_prompt",
+    "allowed_local_media_path",
+    "allowed_media_domains",
+)
 BENCHED = tuple(name for name in ENGINE if name not in OF_A_SERVER)
 
 

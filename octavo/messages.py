@@ -1,8 +1,9 @@
 """Messages between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
 A message is a tuple whose first item is its kind. To the engine: ("add", the EngineRequests of one request's sequences),
-("abort", request ids), ("shutdown",). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or
-("failed", sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Nothing here imports torch.
+("abort", request ids), ("shutdown",). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed",
+sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers ("ping",) with ("pong",).
+Nothing here imports torch.
 """
 
 from __future__ import annotations

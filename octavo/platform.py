@@ -106,14 +106,22 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return graph.replay, out, graph.pool()
 
 
-def detect(device: str = "auto", rank: int = 0) -> Platform:
-    """The Platform of this machine. Raises OctavoError where `device` is asked for and is not there."""
+def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
+    """The Platform of one of `ranks` ranks on this machine.
+
+    Raises OctavoError where `device` is asked for and is not there, and for more ranks than there are accelerators.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise OctavoError(
             "--device cuda: torch sees no accelerator here; use --device cpu, or install torch for this accelerator."
         )
     if device == "cpu" or not torch.cuda.is_available():
         return _cpu()
+    if ranks > (count := torch.cuda.device_count()):
+        raise OctavoError(
+            f"--tensor-parallel-size times --data-parallel-size is {ranks}, and {count} accelerator(s) are seen here "
+            "(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); lower it."
+        )
     props = torch.cuda.get_device_properties(rank)
     shared = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)  # some vendors need an opt-in
     found = Platform(

@@ -43,8 +43,8 @@ BELOW = {
     "messages": set(),
     "distributed": set(),
     "host": set(),
-    "config": {"media_limits"},
-    "media_limits": set(),
+    "config": {"option_values"},
+    "option_values": set(),
     "files": set(),
 }
 FOR_ALL = {"errors", "batch", "demo", "images", "version"}  # leaves
@@ -67,7 +67,7 @@ RECURRING = {
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
 API_SIDE = re.compile(
-    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.media_limits|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
+    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
 )
 
 

@@ -16,6 +16,7 @@ from octavo.engine.block_pool import BlockPool
 from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.grammar_work import GrammarWork
+from octavo.engine.place import Place
 from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
@@ -52,11 +53,14 @@ class _Step:
 class EngineCore:
     """Runs requests together. Not thread-safe: the caller makes one call of add, abort or step at a time."""
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
-        self.runner = runner = ModelRunner(config, progress)
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place | None = None):
+        if place is None and config.tensor_parallel_size > 1:
+            raise OctavoError("--tensor-parallel-size is for octavo serve, chat, bench and LLM here; leave it out.")
+        place = place or Place()
+        self.runner = runner = ModelRunner(config, progress, place)
         self.config, self.asleep = config, False
         self._make_scheduler()
-        self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size))
+        self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size), place)
         self.generations: dict[str, _Generation] = {}
         self.depth = 1 if runner.platform.is_cpu else 2  # most steps in flight; on a CPU a second one would only waste work
         self.in_flight: deque[_Step] = deque()  # launched and not yet read, oldest first
@@ -167,11 +171,11 @@ class EngineCore:
         """Ids of requests whose allowed next tokens are not computed yet. `outputs` gets those that exceeded the time limit."""
         if not self.grammars.busy:
             return ()
-        unready, late = self.grammars.unready(self.scheduler.request_ids)
-        if late:
+        self.grammars.decide(self.scheduler.request_ids)
+        if late := self.grammars.late:
             outputs += self._failed(late, _ENDED.format("finding its next tokens takes too long."))
         self._queue_compiled(outputs)
-        return unready
+        return self.grammars.unready
 
     def reload(self, model: str) -> None:
         """Loads the weights of another checkpoint directory with the same config.json and schemes; else OctavoError.

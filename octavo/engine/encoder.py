@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import to_device
+from octavo.config import EngineConfig
 from octavo.engine.scheduler import IMAGE_TOKENS
 from octavo.engine.sequence import RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
@@ -29,10 +30,11 @@ class Encoder:
         self.features: dict[bytes, Tensor] = {}
         self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
 
-    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype, *, step_tokens: int) -> int:
+    def plan(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
-        are kept, the tower's activations, and features of a step of `step_tokens`, as they are and in the places of tokens."""
-        token = self.model.feature_width * dtype.itemsize
+        are kept, the tower's activations, and features of a step, as they are and in the places of tokens."""
+        cpu, token = self.platform.is_cpu, self.model.feature_width * dtype.itemsize
+        cache_bytes, step_tokens = config.encoder_cache_bytes(cpu), config.step_tokens_on(cpu)
         self.largest = min(LARGEST, max_model_len)
         self.capacity = max(cache_bytes // token, self.largest)
         encoded = max(self.largest, IMAGE_TOKENS)

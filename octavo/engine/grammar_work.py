@@ -4,7 +4,8 @@ Each can take a second for a grammar of some kilobytes, and llguidance frees the
 queued once its grammar is compiled, and a sequence whose mask is not computed yet skips a step, so that no other request waits
 for it. A grammar that has been fast so far is computed without a thread; if it turns out slow, the others wait once.
 
-This module reads a clock, as the scheduler does not: with several ranks, one rank must tell the others which requests skip.
+This module reads a clock, as the scheduler does not. With several ranks, rank 0's view decides which grammars are done and
+which sequences skip (`decide`); the other ranks wait for their own threads where those are behind.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from octavo.engine.grammar import Grammar, GrammarCompiler
+from octavo.engine.place import Place
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest
 
@@ -45,11 +47,24 @@ class _Job:
         return self.began is not None and not self.future.done() and time.monotonic() - self.began > LIMIT
 
 
+class _Decision(NamedTuple):
+    """unready: ids of requests whose masks are not computed yet; late: those of them that exceeded LIMIT. compiled: places in
+    the queue of compilations that ended, and the error where one took longer than LIMIT."""
+
+    unready: set[str]
+    late: list[str]
+    compiled: list[tuple[int, OctavoError | None]]
+
+
 class GrammarWork:
     """Grammar work in progress. All methods must be called from one thread."""
 
-    def __init__(self, compiler: GrammarCompiler):
-        self.compiler = compiler
+    def __init__(self, compiler: GrammarCompiler, place: Place | None = None):
+        self.compiler, self.place = compiler, place or Place()
+        self.unready: set[str] = set()  # requests whose masks were not computed yet at the last `decide`
+        self.late: list[str] = []  # those of them that exceeded LIMIT
+        self._done: list[tuple[list[EngineRequest], list[Grammar] | OctavoError]] = []
+        self._known: set[str] = set()  # requests with grammars
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="octavo-grammar")
         self._compiling: list[tuple[_Job, dict[str, EngineRequest]]] = []
         self._finding: dict[str, _Job] = {}
@@ -57,7 +72,8 @@ class GrammarWork:
 
     @property
     def busy(self) -> bool:
-        return bool(self._finding) or bool(self._compiling)
+        """Whether `decide` has something to decide; with several ranks it is the same on all."""
+        return bool(self._finding or self._compiling) if self.place.size == 1 else bool(self._known)
 
     @property
     def compiling(self) -> bool:
@@ -67,24 +83,27 @@ class GrammarWork:
         """Begins to compile the grammar of `requests`, the n sequences of one request; `compiled` returns the result."""
         job = self._begin(partial(self._compile, requests[0], len(requests)))
         self._compiling.append((job, {request.request_id: request for request in requests}))
+        self._known.update(request.request_id for request in requests)
 
     def compiled(self) -> list[tuple[list[EngineRequest], list[Grammar] | OctavoError]]:
-        """Requests whose compilation ended since the last call, each with a grammar per sequence or the error."""
-        done: list[tuple[list[EngineRequest], list[Grammar] | OctavoError]] = []
-        left = []
-        for job, requests in self._compiling:
-            if job.late:
-                error = InvalidRequest(
-                    f"The grammar of the structured output was not compiled within {LIMIT:g} s; make it simpler.",
-                    "response_format",
-                )
-                done.append((list(requests.values()), error))
-            elif not job.future.done():
-                left.append((job, requests))
-            else:
-                done.append((list(requests.values()), job.future.result()))
-        self._compiling = left
+        """Requests whose compilation ended by the last `decide`, each with a grammar per sequence or the error."""
+        done, self._done = self._done, []
         return done
+
+    def decide(self, others: Collection[str]) -> None:
+        """Decides which requests skip the next step (`unready`), which have failed (`late`), and what is `compiled`.
+
+        Waits up to PATIENCE, and up to IDLE_PATIENCE before that if none of the requests `others` can run meanwhile.
+        """
+        decision = self.place.share(self._look(others) if not self.place.rank else _Decision(set(), [], []))
+        self.unready, self.late = decision.unready, decision.late
+        for request_id in [name for name in self._finding if name not in decision.unready]:
+            self._finding.pop(request_id).future.result()  # an exception here is a bug and stops the engine
+        left = dict(enumerate(self._compiling))
+        for place, error in decision.compiled:
+            job, requests = left.pop(place)
+            self._done.append((list(requests.values()), error or job.future.result()))
+        self._compiling = list(left.values())
 
     def find(self, request_id: str, grammar: Grammar) -> None:
         """Computes the mask of the next tokens: at once if the grammar is fast and the step has time left, else in a thread,
@@ -100,21 +119,29 @@ class GrammarWork:
         """Resets the time that a step may spend on masks."""
         self._spent = 0.0
 
-    def unready(self, others: Collection[str]) -> tuple[set[str], list[str]]:
-        """Requests whose masks are not computed yet, and those among them that exceeded LIMIT. Waits up to PATIENCE, and up to
-        IDLE_PATIENCE before that if none of the requests `others` can run meanwhile."""
+    def _look(self, others: Collection[str]) -> _Decision:
         idle = all(request_id in self._finding for request_id in others)
         if idle:
             jobs = [*self._finding.values(), *(job for job, _ in self._compiling)]
             wait([job.future for job in jobs], IDLE_PATIENCE, FIRST_COMPLETED)
         wait([job.future for job in self._finding.values()], PATIENCE)
-        for request_id in [name for name, job in self._finding.items() if job.future.done()]:
-            self._finding.pop(request_id).future.result()  # an exception here is a bug and stops the engine
-        late = [name for name, job in self._finding.items() if job.late]
-        return set(self._finding), late
+        unready = {name for name, job in self._finding.items() if not job.future.done()}
+        late = [name for name, job in self._finding.items() if name in unready and job.late]
+        compiled: list[tuple[int, OctavoError | None]] = []
+        for place, (job, _) in enumerate(self._compiling):
+            if job.future.done():
+                compiled.append((place, None))
+            elif job.late:
+                error = InvalidRequest(
+                    f"The grammar of the structured output was not compiled within {LIMIT:g} s; make it simpler.",
+                    "response_format",
+                )
+                compiled.append((place, error))
+        return _Decision(unready, late, compiled)
 
     def forget(self, request_id: str) -> None:
         """Drops the work in progress for a request. An unknown request is no error."""
+        self._known.discard(request_id)
         if (job := self._finding.pop(request_id, None)) is not None:
             job.future.cancel()
         for job, requests in self._compiling:

@@ -33,7 +33,6 @@ from octavo.weights.meta import MatrixSizes, matrix_sizes
 
 __all__ = [
     "cache_specs",
-    "check_ranks",
     "checkpoint_scheme",
     "describe_weights",
     "drop",
@@ -44,15 +43,8 @@ __all__ = [
 ]
 
 
+ALONE = TensorParallel()
 ProgressCallback = Callable[[str, float], None] | None
-
-
-def check_ranks(config: EngineConfig) -> None:
-    """Raises OctavoError for a number of ranks that this version does not support."""
-    if config.tensor_parallel_size > 1:
-        raise OctavoError(
-            f"--tensor-parallel-size {config.tensor_parallel_size} is not served yet: this version runs on 1 device."
-        )
 
 
 def make_model(
@@ -86,6 +78,7 @@ def reload_model(
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback = None,
+    tp: TensorParallel = ALONE,
 ) -> tuple[LoadReport, bool]:
     """Loads weights in place into `model`, which holds those of `loaded`. False where not all could be written in place.
 
@@ -98,9 +91,9 @@ def reload_model(
     if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
-        return load_model(model, config, platform, dtype, progress, in_place=True)
+        return load_model(model, config, platform, dtype, progress, tp, in_place=True)
     except OctavoError:
-        load_model(model, loaded, platform, dtype, None, in_place=True)
+        load_model(model, loaded, platform, dtype, None, tp, in_place=True)
         raise
 
 
@@ -137,6 +130,7 @@ def load_model(
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback,
+    tp: TensorParallel = ALONE,
     *,
     in_place: bool = False,
 ) -> tuple[LoadReport, bool]:
@@ -147,15 +141,17 @@ def load_model(
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
-    if config.save_quantized is not None:
+    if config.save_quantized is not None and not tp.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
         save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
-        directory = output
+    if config.save_quantized is not None:
+        tp.least(0)  # the others wait until rank 0 has written it
+        directory = Path(config.save_quantized)
     source = open_source(config, directory)
     if not in_place:
-        _check_room(model, source, platform, scheme)
-    loader = Loader(source, platform, rules, dtype)
+        _check_room(model, source, platform, scheme, tp)
+    loader = Loader(source, platform, rules, dtype, tp)
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
         loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
@@ -178,7 +174,9 @@ def load_model(
     return loader.report, complete
 
 
-def _check_room(model: Model, source: SafetensorsSource | DummySource, platform: Platform, scheme: Scheme) -> None:
+def _check_room(
+    model: Model, source: SafetensorsSource | DummySource, platform: Platform, scheme: Scheme, tp: TensorParallel
+) -> None:
     """Raises OctavoError where the matrices cannot fit: those of the files, or those that dummy weights would be."""
     if isinstance(source, SafetensorsSource):
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
@@ -186,7 +184,8 @@ def _check_room(model: Model, source: SafetensorsSource | DummySource, platform:
     else:
         stored = source.stored_format is not None
         sizes = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform)
-    check_weights(platform, sizes.values, sizes.packed_bytes, fp8=scheme.dtype is WeightDType.FP8 or stored)
+    values, packed = (n if platform.is_cpu else n // tp.size for n in (sizes.values, sizes.packed_bytes))  # a CPU has all ranks
+    check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
 
 
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:

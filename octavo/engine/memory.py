@@ -51,8 +51,9 @@ def check_weights(platform: Platform, matrix_values: int, packed_bytes: int = 0,
 def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> float:
     """Bytes left for the cache on `platform`, whose memory already holds the model; negative if the model took too much."""
     free, total = platform.memory()
-    if platform.is_cpu:
-        return config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
+    if platform.is_cpu:  # whose ranks share its memory
+        room = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
+        return room / config.num_devices
     return total * config.gpu_memory_utilization - (total - free) - working_bytes
 
 

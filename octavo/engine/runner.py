@@ -17,16 +17,17 @@ from torch import Tensor
 from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
-from octavo.distributed import TensorParallel
+from octavo.distributed import join
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
-from octavo.engine.loading import cache_specs, check_ranks, describe_weights, drop, load_model, make_model, reload_model
+from octavo.engine.loading import cache_specs, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
+from octavo.engine.place import Place
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
@@ -45,6 +46,7 @@ __all__ = ["ModelRunner", "StepTokens"]
 
 LOGIT_ROWS = 256  # prompt positions per chunk of logits, which bounds their memory
 
+ALONE = Place()
 log = logging.getLogger(__name__)
 
 
@@ -66,11 +68,11 @@ def _wants_prompt_logprobs(item: ScheduledRequest, row: SamplingRow) -> bool:
 class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None):
-        check_ranks(config)
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device)
+        self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
+        self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
         self.block_size = config.block_size_on(self.platform.is_cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
@@ -78,7 +80,6 @@ class ModelRunner:
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        tp = TensorParallel()
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
@@ -90,7 +91,7 @@ class ModelRunner:
     def _start(self) -> None:
         """Loads weights, makes the cache and captures graphs, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
-        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress)
+        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
         self._make_cache()
         self._set_kv_scales()
         if hasattr(self.model, "fuse"):
@@ -108,18 +109,18 @@ class ModelRunner:
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
-        images, tokens = 0, self.max_num_batched_tokens
-        if self.encoder is not None:
-            kept = config.encoder_cache_bytes(cpu)
-            images = self.encoder.plan(kept, self.limits.positions, self.dtype, step_tokens=tokens)
-        working = self.model.workspace_bytes(tokens) + config.sampling_bytes(self.limits.vocab_size) + images
+        images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
+        working = (
+            self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size) + images
+        )
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
         budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
-        self.max_model_len, self.num_blocks = budget.max_model_len, budget.num_blocks
+        self.max_model_len, self.num_blocks = self.tp.least(budget.max_model_len, budget.num_blocks)
         self.report.notes.extend(budget.notes)
-        self.captures = not config.enforce_eager and self.model.limits().eager is None
+        alone = self.tp.size == 1 or not cpu  # a recording has no calls of gloo
+        self.captures = not config.enforce_eager and alone and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)
@@ -153,7 +154,7 @@ class ModelRunner:
         Raises OctavoError where config.json, shapes or schemes differ; the old weights are then loaded again.
         """
         config = replace(self.config, model=model, save_quantized=None)
-        self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress)
+        self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress, self.tp)
         self.config, self.directory = config, Path(model)
         self._set_kv_scales()
         if not complete and self.graphs is not None:

@@ -1,7 +1,11 @@
-"""The engine process: a loop that receives messages, runs steps and sends back each step's outputs."""
+"""The engine process: a loop that receives messages, runs steps and sends back each step's outputs.
+
+An engine of several ranks has a process for each. All of them run the same loop; rank 0 receives and sends.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import signal
@@ -15,14 +19,19 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from octavo.config import EngineConfig
+from octavo.engine.place import Place
 from octavo.errors import OctavoError, shortage
 from octavo.host import release
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
 
-__all__ = ["Core", "MakeCore", "engine_core", "run_engine"]
+__all__ = ["Core", "MakeCore", "Place", "engine_core", "run_engine"]
 
 IDLE_SECONDS = 2.0  # idle time after which freed memory is returned to the system
+ALONE_SECONDS = 1.0  # for which a rank waits with its error, in case that another's end is the reason, which ends it
 ORPHAN_GRACE = 5.0  # seconds that a running step or load may take to end after the parent died
+
+
+ALONE = Place()
 
 
 class Core(Protocol):
@@ -36,68 +45,114 @@ class Core(Protocol):
     def step(self) -> tuple[list[TokenOutput], EngineStats]: ...
 
 
-MakeCore = Callable[[EngineConfig, Progress], Core]
+NOTHING: list[Message] = []
+MakeCore = Callable[[EngineConfig, Progress, Place], Core]
 
 
-def engine_core(config: EngineConfig, progress: Progress) -> Core:
+def engine_core(config: EngineConfig, progress: Progress, place: Place = ALONE) -> Core:
     """The real core. Imported lazily, because it imports torch."""
     imported = "octavo.engine.core" in sys.modules
     from octavo.engine.core import EngineCore
 
     if not imported:  # importing torch.fx leaves a reference cycle through its callers' frames, which keeps their objects alive
         gc.collect()
-    return EngineCore(config, progress)
+    return EngineCore(config, progress, place)
 
 
-def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None) -> None:
-    """Main function of the engine process. Ends on a shutdown message, when a step fails, or when the parent is gone."""
+def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None, place: Place = ALONE) -> None:
+    """Main function of an engine process. Ends on a shutdown message, when a step fails, or when the parent is gone.
+
+    connection: to the API process. Those of ranks over 0 carry errors alone.
+    """
+    line = _Line(connection)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Message] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(line, inbox), daemon=True).start()
     try:
-        core = _load(config, connection, make_core or engine_core)
+        core = _load(config, line, make_core or engine_core, place)
         if core is None:
             sys.exit(1)
         gc.collect()
         gc.freeze()  # the model lives as long as the process, so the collector need not walk it during a step
-        _serve(core, inbox, connection)
+        if place.rank:
+            _follow(core, place)
+        else:
+            _serve(core, inbox, line, place)
     except BrokenPipeError:
         return  # the parent is gone, so nobody can be notified
+    except EOFError:
+        sys.exit(1)  # another rank is gone, which the parent sees
     except Exception as error:
+        if place.size > 1:
+            time.sleep(ALONE_SECONDS)
         _trace(error)
-        connection.send(("dead", f"The engine stopped: {_sentence(error)}"))
+        line.send(("dead", f"The engine stopped: {_sentence(error)}"))
         sys.exit(1)
 
 
-def _receive(connection: Connection, inbox: SimpleQueue[Message]) -> None:
+class _Line:
+    """The connection to the API process, to which two threads send."""
+
+    def __init__(self, connection: Connection):
+        self.connection, self._sending = connection, threading.Lock()
+
+    def send(self, message: Message) -> None:
+        with self._sending:
+            self.connection.send(message)
+
+
+def _receive(line: _Line, inbox: SimpleQueue[Message]) -> None:
     """Runs in a thread, so that an idle engine blocks on its inbox and a busy one never waits for the pipe."""
     try:
         while True:
-            inbox.put(connection.recv())
+            message = line.connection.recv()
+            if message[0] == "ping":  # asked where it hangs
+                faulthandler.dump_traceback(all_threads=True)
+                line.send(("pong",))
+            else:
+                inbox.put(message)
     except (EOFError, OSError):
         inbox.put(("shutdown",))
     time.sleep(ORPHAN_GRACE)
     os._exit(1)  # a step that hangs must not hold the accelerator's memory
 
 
-def _load(config: EngineConfig, connection: Connection, make_core: MakeCore) -> Core | None:
+def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) -> Core | None:
+    def progress(stage: str, fraction: float) -> None:
+        if not place.rank:  # ranks load side by side, and one bar shows it
+            line.send(("progress", stage, fraction))
+
     try:
-        core = make_core(config, lambda stage, fraction: connection.send(("progress", stage, fraction)))
+        core = make_core(config, progress, place)
     except BrokenPipeError:
         raise
     except Exception as error:
+        if place.size > 1 and not isinstance(error, OctavoError):
+            time.sleep(ALONE_SECONDS)
         _trace(error)
-        connection.send(("failed", _sentence(error)))
+        line.send(("failed", _sentence(error)))
         return None
-    connection.send(("ready", core.info))
+    if not place.rank:
+        line.send(("ready", core.info))
     return core
 
 
-def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> None:
+def _follow(core: Core, place: Place) -> None:
+    """The loop of ranks over 0: as `_serve`, with the messages that rank 0 hands on. Nobody reads their outputs."""
+    while True:
+        for message in place.share(NOTHING):
+            if message[0] == "shutdown":
+                return
+            _handle(core, message)
+        if core.has_work():
+            core.step()
+
+
+def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -> None:
     while True:
         outputs: list[TokenOutput] = []
-        for message in _drain(inbox) if core.has_work() else _wait(inbox):
+        for message in place.share(_drain(inbox) if core.has_work() else _wait(inbox)):
             if message[0] == "shutdown":
                 return
             outputs += _handle(core, message)
@@ -105,7 +160,7 @@ def _serve(core: Core, inbox: SimpleQueue[Message], connection: Connection) -> N
         if core.has_work():
             stepped, stats = core.step()
             outputs += stepped
-        connection.send(("step", outputs, stats))
+        line.send(("step", outputs, stats))
 
 
 def _wait(inbox: SimpleQueue[Message]) -> list[Message]:

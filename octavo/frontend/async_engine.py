@@ -7,12 +7,9 @@ loop as a whole.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import multiprocessing
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from multiprocessing.connection import wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -20,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory
-from octavo.frontend.engine_start import EngineDead, how_it_ended, worker
+from octavo.frontend.engine_processes import EngineProcesses
+from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.image_support import ImageSupport, image_support
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
@@ -37,7 +35,6 @@ __all__ = ["AsyncEngine", "EngineDead"]
 logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.005  # for which a request may hold the event loop before it yields
-EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
 
 
 class _Stream:
@@ -58,8 +55,10 @@ class AsyncEngine:
     eos_token_ids: frozenset[int]
     images: ImageSupport
 
-    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None):
-        """Starts the process without waiting for it. Use `start` to get an engine that is ready."""
+    def __init__(
+        self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None, replica: int = 0
+    ):
+        """Starts the processes without waiting for them. Use `start` to get an engine that is ready."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._on_progress = on_progress
@@ -70,23 +69,25 @@ class AsyncEngine:
         self._closing = False
         self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
-        context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self._connection, child_end = context.Pipe()
-        self._process = context.Process(target=worker().run_engine, args=(config, child_end, make_core), name="octavo-engine")
-        self._process.start()
-        self._reaping = threading.Lock()
-        child_end.close()  # otherwise the end of the process would never be noticed
-        atexit.register(self._kill)  # multiprocessing's own exit hook would wait for the process
+        self._processes = EngineProcesses(config, make_core, replica=replica)
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
-        threading.Thread(target=self._read, name="octavo-read", daemon=True).start()
+        for rank in range(config.tensor_parallel_size):
+            threading.Thread(target=self._read, args=(rank,), name="octavo-read", daemon=True).start()
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
+        cls,
+        config: EngineConfig,
+        on_progress: Progress | None = None,
+        make_core: MakeCore | None = None,
+        replica: int = 0,
     ) -> AsyncEngine:
-        """A ready engine. `on_progress(stage, fraction)` is called while loading. Raises OctavoError if loading fails."""
+        """A ready engine, number `replica` of the configuration's. `on_progress(stage, fraction)` is called while loading.
+
+        Raises OctavoError if loading fails.
+        """
         check_directory(Path(config.model))  # reports a wrong path at once, where the process would take seconds
-        engine = cls(config, make_core, on_progress)
+        engine = cls(config, make_core, on_progress, replica)
         try:
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
             engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else eos_token_ids(config.model)
@@ -116,9 +117,23 @@ class AsyncEngine:
         """The sampling parameters that the checkpoint recommends, by SamplingParams' names."""
         return self.tokenizer.default_sampling if self.tokenizer else {}
 
+    async def end_if_a_rank_hangs(self) -> None:
+        """Asks each of several ranks whether it is there, and ends the engine if one is not: the others would wait for ever."""
+        ranks = len(self._processes.connections)
+        if ranks > 1 and (silent := await asyncio.to_thread(self._processes.silent)):
+            named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+            self._die(f"Of the engine's {ranks} ranks {named} hangs; where the others wait for it stands above.")
+            await asyncio.to_thread(self._processes.kill)
+
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         """Calls `listener` in the event loop with the statistics of each step."""
         self._listeners.append(listener)
+
+    count = 1  # engines; see octavo.frontend.router
+
+    def route(self, token_ids: Sequence[int], salt: str | None = None) -> int:
+        """The number of the engine that a prompt goes to; see octavo.frontend.router."""
+        return 0
 
     def generate(
         self,
@@ -127,6 +142,7 @@ class AsyncEngine:
         request_id: str,
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
+        number: int = 0,
     ) -> AsyncGenerator[Delta]:
         """The deltas of one request, one per sequence and step, never merged.
 
@@ -171,7 +187,7 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._fail_all("The engine was shut down.")
         self._outbox.put(("shutdown",))
-        await asyncio.to_thread(self._exit_code)
+        await asyncio.to_thread(self._processes.wait)
         self._kill()
 
     def fail_running(self, error: OctavoError) -> None:
@@ -195,40 +211,25 @@ class AsyncEngine:
             raise EngineDead("The engine is shutting down.")
 
     def _kill(self) -> None:
-        atexit.unregister(self._kill)
         self._outbox.put(None)
-        with self._reaping:
-            if self._process.is_alive():
-                self._process.kill()
-        self._exit_code()
-
-    def _exit_code(self) -> int | None:
-        """Waits for the process to end. Returns its exit code, or None after EXIT_SECONDS.
-
-        The lock is needed because the kernel reports the exit to one waiter only: a second thread would see a live process.
-        """
-        if not wait([self._process.sentinel], EXIT_SECONDS):
-            return None
-        with self._reaping:
-            self._process.join(EXIT_SECONDS)
-            return self._process.exitcode
+        self._processes.kill()
 
     def _write(self) -> None:
         try:
             while (message := self._outbox.get()) is not None:
-                self._connection.send(message)
+                self._processes.send(message)
                 del message  # may hold images
         except OSError:
             pass  # the process is gone, which the reader thread reports
         except Exception as error:
             self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
-    def _read(self) -> None:
+    def _read(self, rank: int) -> None:
         try:
             while True:
-                self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
+                self._loop.call_soon_threadsafe(self._receive, self._processes.receive(rank))
         except (EOFError, OSError):
-            sentence = how_it_ended(self._exit_code())
+            sentence = self._processes.how_it_ended()
         except RuntimeError:
             return  # the loop is closed
         except Exception as error:

@@ -19,6 +19,7 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.keywords import names_keywords
 from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
+from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
@@ -59,7 +60,12 @@ class LLM:
         if (lacking := no_tokenizer(self.config.model)) is not None:
             log.warning("%s", lacking)
         rules = FetchRules.of_options(self.config.allowed_local_media_path, self.config.allowed_media_domains or None)
-        self._core = worker().engine_core(self.config, lambda stage, fraction: None)
+        if self.config.data_parallel_size > 1:
+            raise OctavoError("data_parallel_size is for a server; make an LLM in each of several processes, or octavo serve.")
+        if self.config.tensor_parallel_size > 1:
+            self._core: Any = RemoteCore(self.config)
+        else:
+            self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
         self._media = OfflineMedia(self.config, self.info, rules)
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)

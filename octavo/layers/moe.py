@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
+from octavo.errors import OctavoError
 from octavo.layers.linear import GatedMLP
-from octavo.quant.formats import Shard
+from octavo.quant.formats import WHOLE, Shard
 from octavo.weights import Loader
 from octavo.weights.loader import Matrices
 
@@ -41,7 +42,8 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """`count` gated MLPs, `active` of them per token. Each is split over ranks as an MLP is; the output is a partial sum.
+    """`count` gated MLPs, `active` of them per token. Each is split over ranks as an MLP is, or, expert-parallel, each rank has
+    some of them whole; either way the output is a partial sum.
 
     `names`: the checkpoint's names of an expert's gate, up and down projections.
     """
@@ -56,7 +58,12 @@ class Experts(nn.Module):
         names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     ):
         super().__init__()
-        rows, columns = (Shard(dim, tp.rank, tp.size) for dim in (0, 1))
+        rows, columns = (WHOLE if tp.expert_parallel else Shard(dim, tp.rank, tp.size) for dim in (0, 1))
+        self.local = tp.local_experts(count)
+        if not self.local:
+            raise OctavoError(
+                f"--enable-expert-parallel needs an expert for each rank, and {count} are fewer than {tp.size}; leave it out."
+            )
         gate, up, down = names
         self.matrices = (
             Matrices((gate, up), ((intermediate, hidden),) * 2, (rows, rows)),
@@ -65,9 +72,12 @@ class Experts(nn.Module):
         self.count, self.active = count, active
 
     def load(self, loader: Loader) -> None:
-        self.gate_up, self.down = loader.experts(self.matrices, self.count, self.active)
+        self.gate_up, self.down = loader.experts(self.matrices, self.count, self.active, self.local)
 
     def forward(self, x: ops.Operand, routed: ops.Routed) -> Tensor:
+        if len(self.local) < self.count:
+            own = routed.experts - self.local.start
+            routed = ops.Routed(own.masked_fill((own < 0) | (own >= len(self.local)), -1), routed.weights)
         return ops.experts(x, routed, self.gate_up, self.down)
 
 

@@ -99,6 +99,7 @@ async def _report_stalls(served: Served) -> None:
         await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)
         if served.stalled and not reported:
             say(f"octavo: the engine has had work for {served.engine.silent_seconds:.0f} s and made no step; /health says 503.")
+            await served.engine.end_if_a_rank_hangs()
         elif reported and not served.stalled:
             say("octavo: the engine goes on.")
         reported = served.stalled

@@ -122,23 +122,27 @@ class Loader:
         self.report.add(self.prefix + names[0], q.scheme, prod(q.shape), q.nbytes, packed.held_bytes)
         return packed
 
-    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[ops.PackedStack]:
-        """For each of `stacks` the weights [count, N, K] of the experts at this path, `active` of them per token.
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int, local: range) -> list[ops.PackedStack]:
+        """For each of `stacks` the weights [E, N, K] of the E experts `local` of the `count` at this path, `active` per token.
 
         They are quantized one by one as they are read. A module that is excluded is excluded for every expert.
         """
-        made, stored = [Stacker(count, self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
+        for name in self.source.names - self.seen if len(local) < count else ():
+            inner = name.removeprefix(self.prefix).partition(".")[0]
+            if name.startswith(self.prefix) and inner.isdecimal() and int(inner) not in local:
+                self.seen.add(name)  # another rank reads it
+        made, stored = [Stacker(len(local), self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [
             self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])
             for stack in stacks
         ]
-        for e in range(count):
+        for at, e in enumerate(local):
             one = self.at(f"{self.prefix}{e}")
             for i, (stack, scheme) in enumerate(zip(stacks, schemes, strict=True)):
                 one.declare(stack.names, stack.shapes)
                 q = one.stacked(*stack, scheme)
                 stored[i] += q.nbytes
-                made[i].put(e, q.padded(self.platform.fp8_alignment))
+                made[i].put(at, q.padded(self.platform.fp8_alignment))
         packed = []
         for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
             q = stacker.finished()

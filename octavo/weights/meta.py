@@ -112,7 +112,7 @@ class _SizeLoader(Loader):
             self._count(self.prefix + name, shape, is_head=is_head)
         return PackedWeight()
 
-    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[PackedStack]:
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int, local: range) -> list[PackedStack]:
         for stack in stacks:
             for name, shape in zip(stack.names, stack.shapes, strict=True):
                 self._count(f"{self.prefix}0.{name}", shape, count)

@@ -506,7 +506,7 @@ def test_what_is_left_out_of_quantization(make):
     [
         (dict(quantization="fp8", quantization_ignore=("no_such_proj",)), "'no_such_proj' matches no layer"),
         (dict(quantization="fp8", quantization_ignore=("re:(",)), "not a regular expression"),
-        (dict(tensor_parallel_size=2), "--tensor-parallel-size 2 is not served yet"),
+        (dict(tensor_parallel_size=2), "--tensor-parallel-size is for octavo serve, chat, bench and LLM"),
         (dict(max_model_len=513), "--max-model-len 513 is over the 512 positions .* at most 512"),
         (dict(quantization="ptcp_fp8"), "did you mean 'ptpc_fp8'"),
     ],

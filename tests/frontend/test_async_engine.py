@@ -21,6 +21,7 @@ from octavo.config import EngineConfig
 from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
+from octavo.frontend.engine_processes import EngineProcesses
 from octavo.frontend.llm import LLM
 from octavo.frontend.outputs import OutputProcessor
 from octavo.images import Grid, ImagePatches, PlacedImage
@@ -33,7 +34,7 @@ CRASH, SLOW, REFUSED, SEED = 666, 667, 668, 669  # prompt tokens that ask the co
 class FakeCore:
     """Counts on from the prompt's last token, one token a step."""
 
-    def __init__(self, config, progress):
+    def __init__(self, config, progress, place=None):
         progress("weights", 0.5)
         if config.seed == 1:
             raise OctavoError("There is no such model.")
@@ -93,7 +94,7 @@ def with_engine(test):
             await asyncio.wait_for(test(engine), 20)
         finally:
             await engine.shutdown()
-        assert not engine._process.is_alive()
+        assert not engine._processes._processes[0].is_alive()
 
     asyncio.run(main())
 
@@ -184,7 +185,7 @@ def test_a_crash_reaches_every_request(capfd):
         with pytest.raises(EngineDead):
             engine.generate([1], SamplingParams(), "r")
         await engine.shutdown(drain_seconds=5)
-        assert engine._process.exitcode == 1
+        assert engine._processes._processes[0].exitcode == 1
 
     asyncio.run(main())
     assert "Traceback" in capfd.readouterr().err
@@ -203,11 +204,11 @@ def test_one_thread_at_a_time_asks_how_the_process_ended():
             time.sleep(0.02)
             one_at_a_time.release()
 
-    engine = object.__new__(AsyncEngine)
-    engine._process, engine._reaping = Process(), threading.Lock()
+    engine = object.__new__(EngineProcesses)
+    engine._reaping = threading.Lock()
     Process.theirs.close()
     with ThreadPoolExecutor() as pool:
-        assert [call.result() for call in [pool.submit(engine._exit_code) for _ in range(4)]] == [3] * 4
+        assert [call.result() for call in [pool.submit(engine._exit_code, Process()) for _ in range(4)]] == [3] * 4
     Process.sentinel.close()
 
 
@@ -222,7 +223,7 @@ def test_a_killed_process_is_noticed():
             while not stats or stats[-1].num_running < 2:
                 await asyncio.sleep(0.01)
         assert not death.done()
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine._processes._processes[0].pid, signal.SIGKILL)
         for task in tasks:
             with pytest.raises(EngineDead, match="killed"):
                 await task
@@ -237,14 +238,14 @@ def test_a_killed_process_is_noticed():
 def test_an_engine_that_owes_a_step_is_counted_silent():
     async def test(engine):
         assert engine.silent_seconds == 0
-        os.kill(engine._process.pid, signal.SIGSTOP)
+        os.kill(engine._processes._processes[0].pid, signal.SIGSTOP)
         task = asyncio.create_task(collect(engine, [SLOW], max_tokens=5))
         await asyncio.sleep(0.3)
         assert engine.silent_seconds > 0.25
         task.cancel()
         await asyncio.sleep(0.1)
         assert engine.silent_seconds > 0.35, "a client that gave up is no sign of life"
-        os.kill(engine._process.pid, signal.SIGCONT)
+        os.kill(engine._processes._processes[0].pid, signal.SIGCONT)
         assert len(await collect(engine, [SLOW], "again", max_tokens=10)) == 10
         assert engine.silent_seconds == 0
 
@@ -291,7 +292,7 @@ def test_a_message_that_cannot_cross_ends_the_engine(message):
         if message[0] == "add":
             engine._outbox.put(message)
         else:
-            engine._connection.recv = lambda: pickle.loads(pickle.dumps(message))
+            engine._processes.connections[0].recv = lambda: pickle.loads(pickle.dumps(message))
         with pytest.raises(EngineDead, match="cannot be"):
             await asyncio.wait_for(task, 5)
         await engine.shutdown()
@@ -420,7 +421,7 @@ def test_shutdown_lets_requests_end():
         await ending
         assert len(await task) == 20
         assert not engine.healthy
-        assert engine._process.exitcode == 0
+        assert engine._processes._processes[0].exitcode == 0
 
     asyncio.run(main())
 
@@ -470,7 +471,7 @@ from test_async_engine import start, collect, SLOW
 
 async def main():
     engine = await start()
-    print(engine._process.pid, flush=True)
+    print(engine._processes._processes[0].pid, flush=True)
     if {how!r} == "kill":
         await collect(engine, [SLOW], max_tokens=90)
         await asyncio.sleep(60)

@@ -16,7 +16,7 @@ REFUSED, FAILS = 668, 669
 class FakeCore:
     """Counts on from the prompt's last token, one token a step and request."""
 
-    def __init__(self, config, progress):
+    def __init__(self, config, progress, place=None):
         progress("weights", 1.0)
         self.info = EngineInfo(200, 4096, 10, 16, "fake")
         self.running = {}

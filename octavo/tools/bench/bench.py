@@ -126,6 +126,8 @@ def _offline(
     args: argparse.Namespace, config: EngineConfig, given: dict[str, Any], workloads: Sequence[Workload], started: float
 ) -> dict[str, Any]:
     """throughput, latency and profile: one engine in this process."""
+    if args.mode == "profile" and config.tensor_parallel_size > 1:
+        raise OctavoError("octavo bench profile looks into one rank; leave --tensor-parallel-size out.")
     if args.mode == "profile" and args.png is not None:
         from octavo.tools.bench import profiling
 
@@ -134,13 +136,13 @@ def _offline(
         config = replace(config, model=str(directory))
         if args.shape is not None:
             config = replace(config, load_format="dummy")
-        from octavo.engine.core import EngineCore
         from octavo.server.console import LoadingBar
         from octavo.tools.bench import offline
+        from octavo.tools.bench.leading import make_core
 
         config = offline.engine_options(config, workloads, given)
         with closing(LoadingBar()) as progress:
-            core = EngineCore(config, progress.update)
+            core = make_core(config, progress.update)
         found = _about(args, config, core, time.time() - started)
         first = [offline.warm_up(core, w, config.seed) for w in workloads]
         found["first_token_s"] = first[0] - started

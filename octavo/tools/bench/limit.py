@@ -77,8 +77,10 @@ def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = Non
 
 
 def costs_of(config: EngineConfig, source: Source | None = None) -> Costs:
-    """The bytes and operations of the model of `config`, by its config.json and, if present, its checkpoint's headers."""
+    """The bytes and operations of one rank of the model of `config`, by its config.json and, if present, its checkpoint's
+    headers."""
     source = source or find_source(config.model, dummy=config.load_format == "dummy")
     subject = Subject(source, config, Accelerator("any", "any", 0))
     variant = Variant(config.quantization or "bf16", subject.quantized, config.kv_cache_dtype, subject.itemsize)
-    return Costs.of(subject.walk(variant, 1).operands, subject.attention, subject.caches(variant, 1))
+    ranks = config.tensor_parallel_size
+    return Costs.of(subject.walk(variant, ranks).operands, subject.attention, subject.caches(variant, ranks))

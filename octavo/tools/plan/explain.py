@@ -6,12 +6,11 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from octavo.demo import MODEL_DIR
 from octavo.engine.kv_setup import check_kv_scales
-from octavo.engine.loading import check_ranks
 from octavo.errors import OctavoError, refusal
 from octavo.models import architecture, check_length
 from octavo.tools.plan.operands import COMPONENTS, Operand, Walk
@@ -99,9 +98,8 @@ def _caches(plan: Plan) -> list[Group]:
 def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
-    out = [refusal(lambda: check_ranks(replace(q.config, tensor_parallel_size=q.tp)))]
     unserved = refusal(lambda: architecture(subject.source.config))
-    out += [q.on.refusal, subject.source.refused, unserved or refusal(lambda: check_kv_scales(subject.model(1), q.config))]
+    out = [q.on.refusal, subject.source.refused, unserved or refusal(lambda: check_kv_scales(subject.model(1), q.config))]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
         out.append(refusal(subject.head_scheme))
     problems = subject.base.problems

@@ -100,9 +100,9 @@ class Subject:
 
     def _build(self, tp: int) -> Any:
         """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
-        return build_model(
-            self.source.config, TensorParallel(0, tp), 1, vision=self.config.reads_images
-        )  # a rotary table of one position
+        ranks = TensorParallel(0, tp, expert_parallel=self.config.enable_expert_parallel and tp > 1)
+        one = 1  # position: a longer rotary table is not needed
+        return build_model(self.source.config, ranks, one, vision=self.config.reads_images)
 
     @property
     def model_type(self) -> str:

@@ -164,7 +164,7 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     vocab = next(o.whole[0] for o in found.operands if o.component == "embeddings")
     working = model.workspace_bytes(config.step_tokens_on(machine.is_cpu)) + config.sampling_bytes(vocab)
     encoder = make_encoder(model, machine)
-    images = 0 if encoder is None else encoder.plan(config.encoder_cache_bytes(machine.is_cpu), length, variant.dtype)
+    images = 0 if encoder is None else encoder.plan(config, length, variant.dtype)
     working += images
     loaded = replace(machine, free=machine.free - weights)
     room, block = max(0, int(cache_room(config, loaded, working))), config.block_size_on(machine.is_cpu)
@@ -176,7 +176,7 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
         packed = sum(o.values // 2 for o in matrices if o.scheme.dtype is WeightDType.INT4)
         check_weights(machine, values, packed, fp8=variant.scheme != "bf16" or variant.native)
         fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
-        budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8)
+        budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8, image_bytes=images)
     except OctavoError as error:
         return Fit(weights, room, 0, tokens, tokens / length, 0, images, (str(error),))
     cache = budget.num_blocks * token * block

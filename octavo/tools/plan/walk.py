@@ -172,9 +172,9 @@ class Walker(Loader):
         self.seen.update(name + end for name, ends in zip(full, seen, strict=True) for end in ends)
         return q
 
-    def experts(self, stacks: Sequence[Matrices], count: int, active: int) -> list[PackedStack]:
-        """Notes one of `count` equal experts for all; `every` one is looked at where they are stored."""
-        return [self._experts(stack, count, active) for stack in stacks]
+    def experts(self, stacks: Sequence[Matrices], count: int, active: int, local: range) -> list[PackedStack]:
+        """Notes one of `local` equal experts for all; `every` one is looked at where they are stored."""
+        return [self._experts(stack, len(local), active) for stack in stacks]
 
     def _experts(self, stack: Matrices, count: int, active: int) -> PackedStack:
         names_of_all = [f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names] if self.rules.ignore else []

@@ -1,0 +1,178 @@
+"""The processes of one engine, one a rank: starting them, noticing that one has ended, ending all.
+
+Ranks compute together, so when one ends the others cannot go on; they would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.config import EngineConfig
+from octavo.frontend.engine_start import worker
+from octavo.messages import Message
+
+if TYPE_CHECKING:
+    from octavo.engine.worker import MakeCore
+
+__all__ = ["EngineProcesses"]
+
+EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
+ANSWER_SECONDS = 3.0  # for which a rank may take to answer that it is there
+LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, to send what it did
+
+
+class EngineProcesses:
+    """Started engine processes. `connections`: to each rank; rank 0 answers messages, the others send errors alone.
+
+    leads: rank 0 is in this process, at `place`, and the processes are those of the other ranks. replica: the engine's number
+    among those of --data-parallel-size, each of which has the devices behind those of the one before.
+    """
+
+    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False, replica: int = 0):
+        size = config.tensor_parallel_size
+        context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
+        self._directory = tempfile.mkdtemp(prefix="octavo-") if size > 1 else None
+        store = str(Path(self._directory) / "ranks") if self._directory else ""
+        links = [context.Pipe() for _ in range(1, size)]
+        theirs: list[Connection] = []
+        self.connections: list[Connection] = []
+        self._processes = []
+        self._reaping, self._sending = threading.Lock(), threading.Lock()
+        self._answered: set[int] = set()
+        self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
+        Place, run_engine = worker().Place, worker().run_engine
+        self.place = Place(0, size, store, [first for first, _ in links], replica * size)
+        try:
+            with _without_main():
+                for rank in range(int(leads), size):
+                    mine, child_end = context.Pipe()
+                    self.connections.append(mine)
+                    theirs.append(child_end)
+                    own = [first for first, _ in links] if rank == 0 else [links[rank - 1][1]]
+                    process = context.Process(
+                        target=run_engine,
+                        args=(config, child_end, make_core, Place(rank, size, store, own, replica * size)),
+                        name=f"octavo-rank-{rank}" if size > 1 else "octavo-engine",
+                    )
+                    self._processes.append(process)
+                    process.start()
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            held = [] if leads else [first for first, _ in links]
+            for end in (*theirs, *held, *(second for _, second in links)):
+                end.close()  # otherwise the end of a process would never be noticed
+        atexit.register(self.kill)  # multiprocessing's own exit hook would wait for the processes
+        if size > 1 and not leads:
+            threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
+
+    def send(self, message: Message, rank: int = 0) -> None:
+        """Raises OSError if the process is gone."""
+        with self._sending:
+            self.connections[rank].send(message)
+
+    def receive(self, rank: int) -> Message:
+        """The next message of a rank; one thread asks for each. Raises EOFError or OSError when the process is gone."""
+        while (message := self.connections[rank].recv())[0] == "pong":
+            self._answered.add(rank)
+        found: Message = message
+        return found
+
+    def silent(self) -> list[int]:
+        """The ranks that do not answer within ANSWER_SECONDS; those that do print where they wait to standard error."""
+        self._answered.clear()
+        for rank in range(len(self.connections)):
+            with suppress(OSError):
+                self.send(("ping",), rank)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while len(self._answered) < len(self.connections) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [rank for rank in range(len(self.connections)) if rank not in self._answered]
+
+    def kill(self) -> None:
+        """Ends every process at once."""
+        atexit.unregister(self.kill)
+        with self._reaping:
+            for process in self._processes:
+                with suppress(ValueError, AttributeError):  # one that was never started
+                    if process.is_alive():
+                        process.kill()
+        self.wait()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Waits for all processes to end, EXIT_SECONDS at most."""
+        for process in self._processes:
+            with suppress(ValueError, AttributeError):
+                self._exit_code(process)
+
+    def how_it_ended(self) -> str:
+        """Why the engine is gone, in a sentence, once a process has ended."""
+        if self._ended is None:
+            wait([process.sentinel for process in self._processes], EXIT_SECONDS)
+            self._note_first()
+        rank, code = self._ended or (0, None)
+        who = "The engine process" if len(self._processes) == 1 else f"Rank {rank} of the engine"
+        if code == -signal.SIGKILL:
+            return f"{who} was killed; the machine may have run out of memory."
+        if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+            name = signal.Signals(-code).name
+            return f"{who} crashed ({name}); if memory is limited (ulimit -v), it may have been too little."
+        return f"{who} ended unexpectedly (exit code {code})."
+
+    def _note_first(self) -> None:
+        """Notes which rank has ended, before others are ended for it."""
+        if self._ended is None:
+            ended = [n for n, process in enumerate(self._processes) if wait([process.sentinel], 0)]
+            if ended:
+                codes = {rank: self._exit_code(self._processes[rank]) or 0 for rank in ended}
+                rank = max(ended, key=lambda rank: (codes[rank] < 0, codes[rank] > 1))  # 0 and 1 may be another's doing
+                self._ended = rank, codes[rank]
+
+    def _watch(self) -> None:
+        """Runs in a thread: when a rank ends, ends the others."""
+        wait([process.sentinel for process in self._processes])
+        self._note_first()
+        wait([self._processes[0].sentinel], LAST_WORDS)
+        with self._reaping:
+            for process in self._processes:
+                if process.is_alive():
+                    process.kill()
+
+    def _exit_code(self, process: multiprocessing.process.BaseProcess) -> int | None:
+        """Waits for a process to end. Its exit code, or None after EXIT_SECONDS.
+
+        The lock is needed because the kernel reports the exit to one waiter only: a second thread would see a live process.
+        """
+        if not wait([process.sentinel], EXIT_SECONDS):
+            return None
+        with self._reaping:
+            process.join(EXIT_SECONDS)
+            return process.exitcode
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hides the main module, which a spawned process would otherwise import: a script that makes an LLM without asking for
+    __name__ == "__main__" would run anew in each."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,80 @@
+"""An engine in processes of its own for one thread that waits for it: what LLM uses for several ranks."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from octavo.config import EngineConfig
+from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.engine_processes import EngineProcesses
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
+
+__all__ = ["RemoteCore"]
+
+
+class RemoteCore:
+    """The methods of an EngineCore over processes of their own, one a rank. Raises OctavoError when the engine dies."""
+
+    def __init__(self, config: EngineConfig):
+        self._processes = EngineProcesses(config)
+        self._running: set[str] = set()
+        self.info: EngineInfo = cast("EngineInfo", self._until("ready")[1])
+
+    def __del__(self) -> None:
+        if (processes := vars(self).get("_processes")) is not None:
+            processes.kill()
+
+    def add(self, *requests: EngineRequest) -> None:
+        self._running.update(request.request_id for request in requests)
+        self._send(("add", list(requests)))
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._running:
+            self._running.remove(request_id)
+            self._send(("abort", [request_id]))
+
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> tuple[list[TokenOutput], EngineStats]:
+        """Waits for the next step of the engine, which runs on by itself."""
+        _, outputs, stats = self._until("step")
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._running.discard(output.request_id)
+        return outputs, stats
+
+    def reload(self, model: str) -> None:
+        raise _alone("reload")
+
+    def sleep(self) -> None:
+        raise _alone("sleep")
+
+    def wake(self) -> None:
+        raise _alone("wake")
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._processes.send(message)
+        except OSError:
+            raise OctavoError(self._processes.how_it_ended()) from None
+
+    def _until(self, kind: str) -> Any:
+        """The next message of this kind."""
+        while True:
+            for connection in wait(self._processes.connections):
+                rank = self._processes.connections.index(cast("Connection", connection))
+                try:
+                    message = self._processes.receive(rank)
+                except (EOFError, OSError):
+                    raise OctavoError(self._processes.how_it_ended()) from None
+                if message[0] == kind:
+                    return message
+                if message[0] in ("failed", "dead"):
+                    self._processes.kill()
+                    raise OctavoError(message[1])
+
+
+def _alone(what: str) -> InvalidRequest:
+    return InvalidRequest(f"{what} is for an engine of one rank; make the LLM anew.")

@@ -1,0 +1,41 @@
+"""An engine of several ranks whose rank 0 is in this process, so that it can be measured from within."""
+
+from __future__ import annotations
+
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.frontend.engine_processes import EngineProcesses
+from octavo.messages import EngineRequest, EngineStats, Message, Progress, TokenOutput
+
+__all__ = ["LeadingCore", "make_core"]
+
+
+class LeadingCore(EngineCore):
+    """Hands on what it is told before each step, as octavo.engine.worker does. Call `close` in the end."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None):
+        self._processes = EngineProcesses(config, leads=True)
+        self._place, self._told = self._processes.place, list[Message]()
+        super().__init__(config, progress, self._place)
+
+    def add(self, *requests: EngineRequest) -> None:
+        super().add(*requests)
+        self._told.append(("add", list(requests)))
+
+    def abort(self, request_id: str) -> None:
+        super().abort(request_id)
+        self._told.append(("abort", [request_id]))
+
+    def step(self) -> tuple[list[TokenOutput], EngineStats]:
+        self._place.share(self._told)
+        self._told = []
+        return super().step()
+
+    def close(self) -> None:
+        """Ends the other ranks' processes."""
+        self._processes.kill()
+
+
+def make_core(config: EngineConfig, progress: Progress) -> EngineCore:
+    """An engine in this process, of any number of ranks."""
+    return LeadingCore(config, progress) if config.tensor_parallel_size > 1 else EngineCore(config, progress)

@@ -1,0 +1,113 @@
+"""An engine of several ranks, each a process: when one dies or hangs, the engine ends and says which."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frontend.test_async_engine import CRASH, SLOW, FakeCore, collect
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.frontend.async_engine import AsyncEngine, EngineDead
+
+
+async def start(ranks: int, seed: int = 0) -> AsyncEngine:
+    return await AsyncEngine.start(EngineConfig(seed=seed, tensor_parallel_size=ranks), make_core=OnRank)
+
+
+class OnRank(FakeCore):
+    """Fails to load on rank 2 alone with seed 12."""
+
+    def __init__(self, config: EngineConfig, progress: Any, place: Any):
+        if config.seed == 12 and place.rank == 2:
+            raise OctavoError("Rank 2 has no memory.")
+        super().__init__(config, progress)
+
+
+def with_ranks(ranks: int, test: Callable[[AsyncEngine], Awaitable[None]]) -> None:
+    """Afterwards no process and no file of the engine is left."""
+    before = set(Path(tempfile.gettempdir()).glob("octavo-*"))
+
+    async def main() -> None:
+        engine = await start(ranks)
+        try:
+            await test(engine)
+        finally:
+            await engine.shutdown()
+
+    asyncio.run(main())
+    assert not multiprocessing.active_children()
+    assert set(Path(tempfile.gettempdir()).glob("octavo-*")) == before
+
+
+def pids(engine: AsyncEngine) -> list[int]:
+    return [process.pid or 0 for process in engine._processes._processes]
+
+
+def test_ranks_answer_as_one_does() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        assert len(pids(engine)) == 3
+        found = await asyncio.gather(*(collect(engine, [n], str(n), max_tokens=20) for n in (5, 50, 500)))
+        tokens = [[token for delta in one for token in delta.token_ids] for one in found]
+        assert tokens == [list(range(n + 1, n + 21)) for n in (5, 50, 500)]
+
+    with_ranks(3, test)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_killed_rank_ends_every_stream(rank: int) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        tasks = [asyncio.create_task(collect(engine, [SLOW], str(n), max_tokens=90)) for n in range(3)]
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        os.kill(pids(engine)[rank], signal.SIGKILL)
+        for task in tasks:
+            with pytest.raises(EngineDead, match=rf"^Rank {rank} of the engine was killed"):
+                await asyncio.wait_for(task, 20)
+        assert time.monotonic() - began < 20
+        assert not engine.healthy
+
+    with_ranks(3, test)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_hangs_is_named(rank: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those that wait say where: rank 0 for messages of its pipe, the others for rank 0's."""
+
+    async def test(engine: AsyncEngine) -> None:
+        os.kill(pids(engine)[rank], signal.SIGSTOP)
+        task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
+        await asyncio.sleep(0.2)
+        await engine.end_if_a_rank_hangs()
+        assert (await engine.death()).startswith(f"Of the engine's 3 ranks rank {rank} hangs")
+        await asyncio.wait([task], timeout=5)
+
+    with_ranks(3, test)
+    stacks = capfd.readouterr().err
+    assert stacks.count("in run_engine") == 2, stacks
+
+
+def test_what_one_rank_alone_cannot_load_is_said() -> None:
+    async def main() -> None:
+        with pytest.raises(OctavoError, match=r"^Rank 2 has no memory\.$"):
+            await start(3, seed=12)
+
+    asyncio.run(main())
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_step_of_every_rank_is_said_once() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        with pytest.raises(EngineDead, match=r"^The engine stopped: RuntimeError: the device fell off$"):
+            await collect(engine, [CRASH], max_tokens=9)
+
+    with_ranks(2, test)
