@@ -85,6 +85,7 @@ class ModelRunner:
         self.step = ModelStep(self.model, self.vocabulary)
         self.encoder = make_encoder(self.model, self.platform)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
+        self.sampling_bytes = config.sampling_bytes(self.limits.vocab_size)
         self.histories = Histories(self.platform.device)
         self._start()
 
@@ -119,8 +120,8 @@ class ModelRunner:
         budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
         self.max_model_len, self.num_blocks = self.tp.least(budget.max_model_len, budget.num_blocks)
         self.report.notes.extend(budget.notes)
-        alone = self.tp.size == 1 or not cpu  # a recording has no calls of gloo
-        self.captures = not config.enforce_eager and alone and self.model.limits().eager is None
+        eager = config.enforce_eager or (cpu and self.tp.size > 1)  # a recording has no calls of gloo
+        self.captures = not eager and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)
