@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["IMAGE_PARTS", "Grid", "ImagePatches", "PlacedImage"]
+__all__ = ["IMAGE_PARTS", "VIDEO_PARTS", "Grid", "ImagePatches", "PlacedImage"]
 
 # Types of a message's parts that are images: of OpenAI's chats and responses, transformers' own, and of vLLM's LLM.chat.
 IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil")
+VIDEO_PARTS = ("video_url", "video")
 
 
 class Grid(NamedTuple):

@@ -16,6 +16,7 @@ from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, snapshot_of
 from octavo.frontend.engine_start import worker
+from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.requests import engine_requests
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
@@ -25,6 +26,7 @@ from octavo.text.checkpoint_text import no_tokenizer
 from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 from octavo.text.tool_prompt import shows_tools
+from octavo.vision import FetchRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "Prompt"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or a dict with PROMPT_KEYS as in vLLM
-PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "cache_salt"))
+PROMPT_KEYS = frozenset(("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt"))
 Messages = Sequence[Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ class LLM:
         self.tokenizer = load_tokenizer(self.config.model)
         if (lacking := no_tokenizer(self.config.model)) is not None:
             log.warning("%s", lacking)
+        rules = FetchRules.of_options(self.config.allowed_local_media_path, self.config.allowed_media_domains or None)
         self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
+        self._media = OfflineMedia(self.config, self.info, rules)
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
         self._numbers = count()
 
@@ -79,13 +83,19 @@ class LLM:
     ) -> list[RequestOutput]:
         """One output per prompt, in order. One SamplingParams serves all prompts; a list has one per prompt.
 
+        A prompt with images is a dict whose `multi_modal_data` is {"image": image} or {"image": [image, ...]}: of PIL, or
+        arrays uint8 [rows, columns, 3]. Its text has one of the model's placeholders for each, such as Qwen3-VL's
+        <|vision_start|><|image_pad|><|vision_end|>. "video" has a list of images or an array [frames, rows, columns, 3], or
+        either with its clock, by which frames are chosen, as in vLLM: (frames, {"fps": 30}).
+
         A sequence that the engine cannot continue (say, a grammar became too complex) has its `error` set, and the others are
         complete. Raises InvalidRequest if all sequences failed.
         """
         listed = _listed(prompts)
         params = self._params_of(sampling_params, len(listed))
         recommended = sampling_params is None
-        accepted = [self._accept(prompt, one, recommended) for prompt, one in zip(listed, params, strict=True)]
+        prepared = zip(listed, params, self._media.of_prompts(listed), strict=True)
+        accepted = [self._accept(prompt, one, media, recommended) for prompt, one, media in prepared]
         with _bar(len(accepted), use_tqdm) as advance:
             self._run(accepted, advance)
         results = [result for result, _ in accepted]
@@ -109,7 +119,12 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one conversation, or to several."""
+        """The answers to one conversation, or to several.
+
+        A message's content may have parts of images and videos: `image_url` and `video_url` as the server takes them, or
+        {"type": "image_pil", "image_pil": image}, {"type": "image", "image": image} and {"type": "video", "video": video},
+        where `generate` says what they are.
+        """
         tokenizer = self.get_tokenizer()
         template = chat_template or tokenizer.template_for(tools is not None)
         if template is None:
@@ -124,10 +139,13 @@ class LLM:
             "switches": chat_template_kwargs,
         }
         special = tokenizer.special_tokens
-        texts = [render_conversation(template, chat, special, tools, add_generation_prompt, **how) for chat in conversations]
-        # encoded without special tokens, because the template wrote them out
-        ids = [{"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
-        return self.generate(ids, sampling_params, use_tqdm)
+        prompts: list[Prompt] = []
+        for chat in conversations:
+            media, texts = self._media.of_chat(chat)
+            text = render_conversation(template, chat, special, tools, add_generation_prompt, **{**how, **texts})
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens out
+            prompts.append({"prompt": text, "prompt_token_ids": ids, "multi_modal_data": media})
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def _params_of(self, given: SamplingParams | Sequence[SamplingParams] | None, number: int) -> list[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
@@ -137,7 +155,7 @@ class LLM:
         return list(given)
 
     def _accept(
-        self, prompt: Prompt, params: SamplingParams, recommended: bool = False
+        self, prompt: Prompt, params: SamplingParams, media: PromptMedia, recommended: bool
     ) -> tuple[RequestOutput, list[EngineRequest]]:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -158,11 +176,13 @@ class LLM:
             ids = list(map(operator.index, ids))  # accepts numpy integers
         except TypeError as error:
             raise InvalidRequest("prompt_token_ids must be a list of integers.", "prompt") from error
+        ids, placed = self._media.place(ids, media, lambda text: self.encode(text, add_special_tokens=False))
         if recommended and params.max_tokens is not None:  # a recommended max_tokens is lowered to what fits
             params = replace(params, max_tokens=max(1, min(params.max_tokens, self.info.max_model_len - len(ids))))
         result = RequestOutput(str(next(self._numbers)), text, ids)
         result.outputs = [CompletionOutput(index) for index in range(params.n)]
-        return result, engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos, salt)
+        made = engine_requests(self.info, self.tokenizer, result.request_id, ids, params, self._eos, salt, placed)
+        return result, made
 
     def _run(self, accepted: list[tuple[RequestOutput, list[EngineRequest]]], advance: Callable[[], None]) -> None:
         running: dict[str, tuple[RequestOutput, OutputProcessor]] = {}

@@ -24,7 +24,7 @@ from octavo.server.serving import Served
 from octavo.version import __version__
 
 if TYPE_CHECKING:
-    from octavo.vision import ImagePart
+    from octavo.server.chat_images import Part
 
 __all__ = ["make_app"]
 
@@ -99,7 +99,7 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
     served.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Send either a prompt or messages.", "prompt")
-    images: list[ImagePart] = []
+    images: list[Part] = []
     if request.prompt is not None:
         text, special = request.prompt, request.add_special_tokens is not False
     else:

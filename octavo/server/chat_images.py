@@ -1,4 +1,4 @@
-"""A chat's images on their way to the engine: fetched, prepared in side processes and put in their places of the prompt.
+"""A chat's images and videos on their way to the engine: fetched, prepared in side processes, put into the prompt.
 
 Whatever a client sends, memory and computing are bounded: a request has few images in work at a time, the server few fetched
 files, and a process that prepares one few seconds.
@@ -22,40 +22,52 @@ from octavo.server.side_processes import Limits, SideProcesses
 from octavo.text.chat_messages import has_images, without_images
 
 if TYPE_CHECKING:
-    from octavo.vision import FetchRules, ImagePart
+    from octavo.text.tokenizer import Tokenizer
+    from octavo.vision import FetchRules, ImagePart, VideoFrames, VideoPart
+
+    Part = ImagePart | VideoPart
 
 __all__ = ["ChatImages", "image_note"]
 
 # A photograph of 64 megapixels takes up to 5 s and 1.6 GiB: Pillow's image, one without transparency, the bytes of both.
 LIMITS = Limits(cpu_seconds=20.0, memory=3 * 2**30, large=2**29)
 AT_ONCE = 4  # images of a request in work
-FETCHED = 32  # files of all requests that are fetched or wait to be prepared, each of at most FetchRules.max_bytes
+FETCHED = 32  # files of all requests that are fetched or wait to be prepared, of 32 MiB at most, of videos 64
 
 
 class ChatImages:
-    """How a server's chats get their images. As it is made by default, they get none.
+    """How a server's chats get their images and videos. As it is made by default, they get none.
 
-    limit: most images of a request. max_tokens: more than a prompt may have.
+    limit: most images of a request. max_tokens: more than a prompt may have. videos: most of a request.
     """
 
     def __init__(
-        self, support: ImageSupport | None = None, limit: int = 0, max_tokens: int = 0, rules: FetchRules | None = None
+        self,
+        support: ImageSupport | None = None,
+        limit: int = 0,
+        max_tokens: int = 0,
+        rules: FetchRules | None = None,
+        videos: int = 0,
+        tokenizer: Tokenizer | None = None,
     ):
         self.support = support or ImageSupport()
-        self.limit, self.max_tokens, self._rules = limit, max_tokens, rules
+        self.limit, self.videos, self.max_tokens, self._rules, self._tokenizer = limit, videos, max_tokens, rules, tokenizer
         self._fetched = asyncio.Semaphore(FETCHED)
         # Its own, since a photograph must hold up no chat template; few, since each may take gigabytes.
         self.side = SideProcesses(max(2, min(4, (os.cpu_count() or 1) // 4)), LIMITS)
 
     @classmethod
-    def of(cls, config: EngineConfig, info: EngineInfo, support: ImageSupport) -> ChatImages:
+    def of(
+        cls, config: EngineConfig, info: EngineInfo, support: ImageSupport, tokenizer: Tokenizer | None = None
+    ) -> ChatImages:
         """Of a loaded engine. Raises OctavoError for flags that are wrong."""
         if support.reader is None:
             return cls(support)
         from octavo.vision import FetchRules
 
         rules = FetchRules.of_options(config.allowed_local_media_path, config.allowed_media_domains or None)
-        made = cls(support, config.media_limits["image"], info.max_model_len, rules)
+        limits = config.media_limits
+        made = cls(support, limits["image"], info.max_model_len, rules, limits["video"], tokenizer)
         made.side.start()
         return made
 
@@ -64,59 +76,76 @@ class ChatImages:
         """What stands for an image in a chat template that reads text alone; None where no images are read."""
         return None if self.support.reader is None else self.support.reader.text
 
-    def take(self, request: ChatRequest | TokenizeRequest) -> list[ImagePart]:
-        """The images of a request, whose messages keep their places alone: it lives as long as its answer takes.
+    @property
+    def video_text(self) -> str | None:
+        """The same of a video."""
+        return None if self.support.reader is None or self.support.videos is None else self.support.videos.text
 
-        Raises InvalidRequest for images that are not read, and for too many.
+    def take(self, request: ChatRequest | TokenizeRequest) -> list[Part]:
+        """The images and videos of a request, whose messages keep their places alone: it lives as long as its answer takes.
+
+        Raises InvalidRequest for those that are not read, and for too many.
         """
         messages = request.messages or []
         if not has_images(messages):
             return []
         if self.support.reader is None:
             raise InvalidRequest(self.support.refusal, "messages")
-        from octavo.vision import image_parts
+        from octavo.vision import image_parts, video_parts
 
-        parts = image_parts(messages, self.limit)
+        parts, videos = image_parts(messages, self.limit), video_parts(messages, self.videos)
+        if videos and self.support.videos is None:
+            raise InvalidRequest(self.support.video_refusal, videos[0].where)
         request.messages = without_images(messages)
-        return parts
+        return [*parts, *videos]
 
-    async def place(self, prompt: list[int], parts: list[ImagePart]) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    async def place(self, prompt: list[int], parts: list[Part]) -> tuple[list[int], tuple[PlacedImage, ...]]:
         """The prompt with every token of its images, and the images in their places. Raises InvalidRequest for what may not be
         fetched or is no image, for more tokens than a prompt may have, and for a prompt without a place for each image.
         """
-        if not parts or (reader := self.support.reader) is None:
+        if not parts:
             return prompt, ()
-        from octavo.vision import place_images
-
-        images: dict[int, ImagePatches] = {}
+        found: dict[int, ImagePatches | VideoFrames] = {}
         waiting = iter(enumerate(parts))
-        tasks = [asyncio.ensure_future(self._prepare(waiting, images)) for _ in parts[:AT_ONCE]]
+        tasks = [asyncio.ensure_future(self._prepare(waiting, found)) for _ in parts[:AT_ONCE]]
         try:
             await asyncio.gather(*tasks)
         finally:
             while tasks:  # none is kept: its error would hold this frame, and megabytes, until the collector looks
                 tasks.pop().cancel()
-        return place_images(prompt, [images[number] for number in range(len(parts))], reader.placeholder)
+        ordered = [found[number] for number in range(len(parts))]
+        images = [one for one in ordered if isinstance(one, ImagePatches)]
+        videos = [one for one in ordered if not isinstance(one, ImagePatches)]
+        return self.support.place(prompt, images, videos, self._encode)
 
-    async def _prepare(self, waiting: Iterator[tuple[int, ImagePart]], images: dict[int, ImagePatches]) -> None:
+    def _encode(self, text: str) -> list[int]:
+        assert self._tokenizer is not None
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    async def _prepare(self, waiting: Iterator[tuple[int, Part]], found: dict[int, ImagePatches | VideoFrames]) -> None:
         for number, part in waiting:
-            images[number] = await self._patches(part)
-            if (tokens := sum(image.tokens for image in images.values())) >= self.max_tokens:
+            found[number] = await self._patches(part)
+            if (tokens := sum(one.tokens for one in found.values())) >= self.max_tokens:
                 raise InvalidRequest(
                     f"The request's images alone have {tokens} tokens or more; at most {self.max_tokens - 1} fit beside one to "
                     "generate: send fewer, or smaller ones.",
                     "messages",
                 )
 
-    async def _patches(self, part: ImagePart) -> ImagePatches:
-        from octavo.vision import fetch_parts, prepare
+    async def _patches(self, part: Part) -> ImagePatches | VideoFrames:
+        from octavo.vision import ImagePart, fetch_parts, fetch_video, prepare, prepare_video
 
-        assert self.support.reader is not None and self._rules is not None  # noqa: PT018
+        reader, videos, rules = self.support.reader, self.support.videos, self._rules
+        assert reader is not None and rules is not None  # noqa: PT018
         sent = isinstance(part.url, str) and part.url[:5].lower() == "data:"
         async with nullcontext() if sent else self._fetched:
-            (source,) = await fetch_parts([part], self._rules)
             try:
-                return await self.side.run("Preparing an image", prepare, source, self.support.reader.processor)
+                if isinstance(part, ImagePart):
+                    (source,) = await fetch_parts([part], rules)
+                    return await self.side.run("Preparing an image", prepare, source, reader.processor)
+                assert videos is not None
+                file = await fetch_video(part, rules)
+                return await self.side.run("Preparing a video", prepare_video, file, videos.processor)
             except InvalidRequest as error:
                 raise InvalidRequest(str(error), part.where) from None
 

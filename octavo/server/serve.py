@@ -181,7 +181,7 @@ async def _serve(
     served.gate.body_seconds = args.client_timeout or None
     served.gate.body_bytes = args.max_request_bytes
     served.content_format = args.chat_template_content_format
-    served.images = ChatImages.of(config, engine.info, engine.images)
+    served.images = ChatImages.of(config, engine.info, engine.images, engine.tokenizer)
     if (note := image_note(config, engine.images)) is not None:
         say(f"octavo: {note}")
     for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):

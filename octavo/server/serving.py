@@ -137,7 +137,7 @@ class Served:
         variables = {name: value for name, value in switches.items() if name not in _TEMPLATE_ARGUMENTS}
         conversation = (chosen, messages, self.tokenizer.special_tokens, tools, add_generation_prompt)
         how = {"continue_final_message": continues, "content": self.content_format, "switches": variables, "calls": calls}
-        how["image_text"] = self.images.text
+        how |= {"image_text": self.images.text, "video_text": self.images.video_text}
         return await self.side.run("Rendering the chat template", _rendered, conversation, how)
 
     def template_for(self, tools: bool) -> str | None:

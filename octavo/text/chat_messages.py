@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.images import IMAGE_PARTS
+from octavo.images import IMAGE_PARTS, VIDEO_PARTS
 
 __all__ = [
     "CONTENT_FORMATS",
@@ -31,40 +31,47 @@ def check_content_format(name: str) -> str:
 
 
 def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a part of a message is an image."""
-    return any(_is_image(part) for message in messages for part in _parts_of(message))
+    """Whether a part of a message is an image or a video."""
+    return any(_medium(part) for message in messages for part in _parts_of(message))
 
 
 def without_images(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The messages with {"type": "image"} in the place of each image, which is all that a chat template reads of it: an image
-    may be megabytes of base64.
+    """The messages with {"type": "image"} in the place of each image, and "video" of each video, which is all that a chat
+    template reads of it: it may be megabytes of base64.
     """
     return [
-        {**message, "content": [{"type": "image"} if _is_image(part) else part for part in _parts_of(message)]}
-        if any(map(_is_image, _parts_of(message)))
+        {**message, "content": [{"type": kind} if (kind := _medium(part)) else part for part in _parts_of(message)]}
+        if any(map(_medium, _parts_of(message)))
         else message
         for message in messages
     ]
 
 
 def plain_messages(
-    messages: Sequence[Mapping[str, Any]], content: ContentFormat = "string", image_text: str | None = None
+    messages: Sequence[Mapping[str, Any]],
+    content: ContentFormat = "string",
+    image_text: str | None = None,
+    video_text: str | None = None,
 ) -> list[dict[str, Any]]:
     """The messages, with tool-call arguments as objects and content in one form. `string`: one string; `openai`: list of parts;
-    `either`: as the client sent it. `image_text`: what stands for an image in a string; None: images are refused.
+    `either`: as the client sent it. `image_text`, `video_text`: what stands for one in a string; None: they are refused.
 
     Raises InvalidRequest for invalid messages, and for content that is not served.
     """
-    return [_plain(message, f"messages.{number}", content, image_text) for number, message in enumerate(messages)]
+    texts = {"image": image_text, "video": video_text}
+    return [_plain(message, f"messages.{number}", content, texts) for number, message in enumerate(messages)]
 
 
-def _plain(message: Mapping[str, Any], where: str, form: ContentFormat, image_text: str | None) -> dict[str, Any]:
+_Texts = Mapping[str, str | None]
+
+
+def _plain(message: Mapping[str, Any], where: str, form: ContentFormat, texts: _Texts) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where} needs a role, such as 'user'.", f"{where}.role")
     plain = {key: value for key, value in message.items() if value is not None}
     plain["role"] = "system" if role == "developer" else role  # OpenAI's newer name; templates know the older one
-    plain["content"] = _content(message.get("content"), f"{where}.content", form, image_text)
+    plain["content"] = _content(message.get("content"), f"{where}.content", form, texts)
     if "tool_calls" in plain:
         calls = [_call(call, f"{where}.tool_calls") for call in _list(plain.pop("tool_calls"), f"{where}.tool_calls")]
         if calls:  # templates test for the key, and then print calls instead of content
@@ -72,23 +79,24 @@ def _plain(message: Mapping[str, Any], where: str, form: ContentFormat, image_te
     return plain
 
 
-def _content(content: Any, where: str, form: ContentFormat, image_text: str | None) -> str | list[dict[str, str]]:
+def _content(content: Any, where: str, form: ContentFormat, texts: _Texts) -> str | list[dict[str, str]]:
     if content is None or isinstance(content, str):
         if form != "openai":
             return content or ""
         content = [content] if content else []
-    parts = [_part(part, where, image_text is not None) for part in _list(content, where)]
-    return parts if form != "string" else "\n".join(part.get("text", image_text or "") for part in parts)
+    parts = [_part(part, where, texts) for part in _list(content, where)]
+    return parts if form != "string" else "\n".join(part.get("text") or texts.get(part["type"]) or "" for part in parts)
 
 
-def _part(part: Any, where: str, images: bool) -> dict[str, str]:
+def _part(part: Any, where: str, texts: _Texts) -> dict[str, str]:
     """As templates read it."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if _is_image(part):
-        if not images:
-            raise InvalidRequest(f"This model reads no images here, and {where} holds one; send text alone.", where)
-        return {"type": "image"}
+    medium = _medium(part)
+    if medium is not None and texts[medium] is not None:
+        return {"type": medium}
+    if medium == "image":
+        raise InvalidRequest(f"This model reads no images here, and {where} holds one; send text alone.", where)
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("text", "input_text", "refusal"):
         text = part.get("text", part.get("refusal"))
@@ -104,8 +112,10 @@ def _parts_of(message: Any) -> Sequence[Any]:
     return content if isinstance(content, list) else ()
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
+def _medium(part: Any) -> str | None:
+    """Which of the two the part is: "image", "video", or neither."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return "image" if kind in IMAGE_PARTS else "video" if kind in VIDEO_PARTS else None
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

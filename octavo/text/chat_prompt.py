@@ -28,16 +28,17 @@ def render_conversation(
     switches: Mapping[str, Any] | None = None,
     calls: CallForm = PLAIN_CALLS,
     image_text: str | None = None,
+    video_text: str | None = None,
 ) -> str:
     """The prompt's text. `content`: the content format that the template reads; `auto` detects it. `switches`: variables of the
-    template. `calls`: the call format to describe, if the template does not. `image_text`: what stands for an image where the
-    template reads strings; None refuses images. With `continue_final_message` the text ends exactly where the last message
-    does, including trailing blanks.
+    template. `calls`: the call format to describe, if the template does not. `image_text`, `video_text`: what stands for one
+    where the template reads strings; None refuses them. With `continue_final_message` the text ends exactly where the last
+    message does, including trailing blanks.
 
     Raises InvalidRequest for messages that cannot be rendered.
     """
     form: ContentFormat = content_format(template) if content == "auto" else "openai" if content == "openai" else "string"
-    plain = spell_calls(template, plain_messages(messages, form, image_text), calls)
+    plain = spell_calls(template, plain_messages(messages, form, image_text, video_text), calls)
     if tools and is_kimis_template(template):
         tools = as_kimi_has_them(tools)
         if "tools_ts_str" in template and (text := as_typescript(tools)) is not None:

@@ -1,7 +1,7 @@
 """Images in: what a chat's image parts name is fetched, decoded and made into patches. By Pillow and numpy, without torch.
 
 Fetching waits and belongs on the event loop; decoding and preprocessing compute and belong in a process of their own:
-`image_parts` -> `fetch_parts` -> for each `prepare`, whose processor `image_processor` made once.
+`image_parts` -> `fetch_parts` -> for each `prepare`, whose processor `image_processor` made once. Videos: see video.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ from octavo.vision.kimi_images import KimiImages
 from octavo.vision.patches import ImageProcessor, read_config
 from octavo.vision.placement import place_images
 from octavo.vision.qwen_images import QwenImages
+from octavo.vision.video import (
+    VideoPart,
+    VideoReader,
+    fetch_video,
+    prepare_frames,
+    prepare_video,
+    video_parts,
+    video_reader,
+)
+from octavo.vision.video_placement import place_videos
+from octavo.vision.video_qwen import VideoFrames
 
 __all__ = [
     "FetchRules",
@@ -29,16 +40,24 @@ __all__ = [
     "ImagePatches",
     "ImageProcessor",
     "ImageReader",
+    "VideoFrames",
+    "VideoPart",
+    "VideoReader",
     "fetch_parts",
+    "fetch_video",
     "image_parts",
     "image_processor",
     "image_reader",
     "place_images",
+    "place_videos",
     "prepare",
+    "prepare_frames",
+    "prepare_video",
+    "video_parts",
+    "video_reader",
 ]
 
 
-LONGEST_URL = 1 << 14  # characters; nobody has longer ones, and parsing megabytes would hold up an event loop
 Source = bytes | str | Image  # of an image: a file, a data: URL, a picture
 _SOURCES = ("image_url", "image_pil", "image", "url")  # where a part has it
 
@@ -114,11 +133,6 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
                 url = given.get("url") if isinstance(given, Mapping) else given
                 if not isinstance(url, str | Image):
                     raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
-                if isinstance(url, str) and len(url) > LONGEST_URL and url[:5].lower() != "data:":
-                    raise InvalidRequest(
-                        f"The URL of an image has {len(url)} characters; at most {LONGEST_URL} are read, but for data: URLs.",
-                        where,
-                    )
                 found.append(ImagePart(url, where))
     if limit is not None and len(found) > limit:
         raise InvalidRequest(

@@ -49,6 +49,13 @@ def prompt(name: str, ids: list[int], *images: ImagePatches, **params: Any) -> E
 Saved = dict[str, tuple[PreTrainedModel, Path]]
 
 
+def save(family: str, path: Path, model: PreTrainedModel) -> None:
+    if family == "kimi_k25":
+        write(path, model, int4=False)
+    else:
+        model.save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     found: Saved = {}
@@ -59,10 +66,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.mul_(3 if family == "qwen3_vl" and p.ndim > 1 and "layers" in name else 1)
-        if family == "kimi_k25":
-            write(path, model, int4=False)
-        else:
-            model.save_pretrained(path)
+        save(family, path, model)
         found[family] = model, path
     return found
 

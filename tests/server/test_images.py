@@ -221,7 +221,7 @@ def test_wrong_images_get_one_sentence(server: Server, client: openai.OpenAI, tm
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content.0 should be like"),
         ([{"role": "user", "content": [{"type": "image"}]}], "messages.0.content.0 should be like"),
         ([{"role": "user", "content": [{"type": "image_pil", "image_pil": {}}]}], "messages.0.content.0 should be like"),
-        ([{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}], "type 'video_url', which is"),
+        ([{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}], "A video's data: URL should"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             client.chat.completions.create(messages=messages, **GREEDY)
