@@ -643,9 +643,10 @@ def test_requests_of_different_salts_share_nothing():
     engine = Engine()
     hits = []
     for salt in (None, "a", "b", "a", None):
-        engine.add(range(10), salt=salt, max_tokens=1)
+        engine.add(range(10), salt=salt, images=[(2, 1, 3)], max_tokens=1)
         hits.append(engine.step()[0].prefix_hits)
     assert hits == [0, 0, 0, 8, 8]
+    assert engine.encoded == 3  # nor what the tower made of an image: how long it takes tells whether another has sent it
 
 
 def test_caching_can_be_off():
@@ -834,6 +835,9 @@ def test_a_cached_prefix_may_end_within_an_image():
         hits = engine.step()[0].prefix_hits
         assert hits == (4 if images == [(1, 1, 6)] and engine.arrivals > 1 else 0)  # in another place it is another prefix
     assert engine.encoded == 3  # the last request's image was gone, and half of its tokens were cached
+    for place in (0, 1):  # beside a token of text that is the image's
+        engine.add([IMAGE] * 4 + [5], images=[(place, 3, 3)], max_tokens=1)
+        assert engine.step()[0].prefix_hits == 0
     engine.check_results()
 
 

@@ -185,8 +185,12 @@ class ImageGenerator:
             kinds.append("form")
             return self._odd_form()
         url = self._url(kinds)
-        if pick.random() < 0.9:
+        if pick.random() < 0.85:
             return {"type": "image_url", "image_url": {"url": url}}
+        if pick.random() < 0.4:
+            kinds.append("video")
+            frames = [url, *[self._url(kinds) for _ in range(pick.choice((0, 1, 3)))]] * pick.choice((1, 1, 20))
+            return pick.choice(({"type": "video_url", "video_url": {"url": url}}, {"type": "video", "video": frames}))
         return pick.choice((
             {"type": "image_url", "image_url": url}, {"type": "input_image", "image_url": url}, {"image_url": {"url": url}},
             {"type": "image", "image": url}, {"type": "image_url", "image_url": {"url": url, "detail": self.values.value()}},
