@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 
-LONGEST_URL = 1 << 14  # characters; nobody has longer ones, and parsing megabytes would hold up an event loop
 Source = bytes | str | Image  # of an image: a file, a data: URL, a picture
 _SOURCES = ("image_url", "image_pil", "image", "url")  # where a part has it
 
@@ -134,11 +133,6 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
                 url = given.get("url") if isinstance(given, Mapping) else given
                 if not isinstance(url, str | Image):
                     raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
-                if isinstance(url, str) and len(url) > LONGEST_URL and url[:5].lower() != "data:":
-                    raise InvalidRequest(
-                        f"The URL of an image has {len(url)} characters; at most {LONGEST_URL} are read, but for data: URLs.",
-                        where,
-                    )
                 found.append(ImagePart(url, where))
     if limit is not None and len(found) > limit:
         raise InvalidRequest(

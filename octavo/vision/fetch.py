@@ -16,12 +16,16 @@ from octavo.vision.public_http import get_public
 
 __all__ = ["FetchRules", "decode_data_url", "fetch"]
 
+LONGEST_URL = 1 << 14  # characters; nobody has longer ones, and parsing megabytes would hold up the event loop
+
 
 async def fetch(url: str, rules: FetchRules) -> bytes:
     """The bytes that `url` stands for. Raises InvalidRequest, one sentence, for whatever may not or cannot be fetched."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         return decode_data_url(url, rules.max_bytes)
+    if len(url) > LONGEST_URL:
+        raise InvalidRequest(f"{told(url)} has {len(url)} characters; at most {LONGEST_URL} are read, but of data: URLs.")
     if scheme == "file":
         return await asyncio.to_thread(_local, url, rules)
     if scheme not in ("http", "https"):

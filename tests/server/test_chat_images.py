@@ -121,6 +121,8 @@ def test_images_of_the_internet_reach_the_engine_and_private_ones_do_not(served:
                 told = answer.json()["error"]
                 assert (answer.status_code, told["param"]) == (400, "messages.0.content.1"), path
                 assert sentence in told["message"], path
+            answer = await client.post(CHAT, json={"messages": ask("file:///etc/hostname")})
+            assert "started with --allowed-local-media-path" in answer.json()["error"]["message"]
             served.images._rules = FetchRules.of_options(None, ["other.test"])
             answer = await client.post(CHAT, json={"messages": ask("http://pictures.test/moved.png")})
             assert "from the hosts of --allowed-media-domains alone" in answer.json()["error"]["message"]

@@ -230,6 +230,7 @@ def test_what_goes_wrong_is_one_sentence(internet: Internet) -> None:
         "http:///ok": "not a valid URL", "http://[::1/ok": "not a valid URL",
         "http://pictures.test:99999/ok": "not a valid URL",
         "http://a b/ok": "not a valid URL", "http://" + "a" * 5000: "not a valid URL",
+        "http://pictures.test/" + "ü" * 20_000: "has 20021 characters", "file:///" + "a" * 20_000: "has 20008 characters",
         "http://me:secret@pictures.test/": "password",
         "http://pictures.test\\@other.test/ok": "password", "http://down.test/ok": "cannot be reached",
     }  # fmt: skip

@@ -58,8 +58,6 @@ def test_images_of_a_chat_become_patches_in_their_order(tmp_path: Path) -> None:
         assert prepare(source, processor).digest == second.digest
     with pytest.raises(InvalidRequest, match=r"may have 2 images here .* this has 3"):
         image_parts(messages, limit=2)
-    with pytest.raises(InvalidRequest, match=r"has 20014 characters; at most 16384 are read"):
-        image_parts([{"role": "user", "content": [{"type": "input_image", "image_url": "http://a.test/" + "ü" * 20_000}]}])
     for given in (None, 5, {}, {"url": None}, {"url": ["a"]}, []):
         with pytest.raises(InvalidRequest, match=r"^messages\.0\.content\.0 should be like") as caught:
             image_parts([{"role": "user", "content": [{"type": "image_url", "image_url": given}]}])
