@@ -26,7 +26,7 @@ What `octavo serve MODEL --quantization fp8 --kv-cache-dtype fp8` does with the 
 `model_type` are served alike. "FP8" means every scheme (`fp8`, `ptpc_fp8`, `fp8_block`), experts included, but those that are
 stored in INT4; "FP8 KV" is the format of the cache and what a token takes in it, in all layers, beside what it takes in BF16.
 Printed by `python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both
-flags.
+flags, and those that read images with a picture: with both flags, with either and with none.
 
 This version runs on one device: where a model needs several (`octavo plan` says), yes is of its architecture and formats.
 
@@ -34,6 +34,20 @@ This version runs on one device: where a model needs several (`octavo plan` says
 |---|---|---|---|---|
 """
 TAIL = """
+## Qwen3-VL in FP8
+
+Yes, with its vision tower, and so is Kimi-K2.5. The MLP of both towers has 4,304 inner dimensions, which over 8 ranks are 538
+for each. Libraries' FP8 products take multiples of 16 alone, and an engine that hands them such a part fails with `mat2 shape
+(1152x538) must be divisible by 16`. Octavo pads the codes inside the stored weight: 538 become 544, and no layer above knows.
+`tests/models/test_vision.py::test_what_is_not_divisible_by_16` has the library's refusal for 2, 4 and 8 ranks beside Octavo's
+result. An FP8 KV cache is the text model's: image tokens have keys and values as others have.
+
+- `--quantization-ignore 'model.visual.*'` leaves Qwen3-VL's tower in BF16, `'vision_tower.*' 'mm_projector.*'` Kimi's: 0.6 GB
+  more on one device.
+- `--language-model-only` serves text alone and loads no tower.
+- With `fp8_block`, tiles of a rank's part are its own; a tower that a checkpoint *stores* in tiles does not split over ranks
+  where a part would begin within a tile (4,304 is no multiple of 128), and a sentence says so.
+
 ## MLA models with `--kv-cache-dtype fp8`
 
 They are served. All heads' keys and values in an MLA model (DeepSeek-V3, R1, V3.2, Kimi-K2, K2.5) are made of one latent a
@@ -55,14 +69,14 @@ NOTES = {
     "deepseek_v32": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "mixtral": "routers stay in BF16",
     "qwen3_moe": "routers stay in BF16",
-    "qwen3_vl": "text alone, images are not served yet",
-    "qwen3_vl_moe": "text alone, images are not served yet; routers stay in BF16",
+    "qwen3_vl": "images, the tower in FP8 too",
+    "qwen3_vl_moe": "images, the tower in FP8 too; routers stay in BF16",
     "glm4_moe": "routers stay in BF16; MTP layers are not loaded",
     "minimax_m2": "routers stay in BF16; MTP layers are not loaded",
     "deepseek_v3": "MLA; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "glm_moe_dsa": "`auto` is `fp8_ds_mla`, too; MLA, sparse; routers and kv_b_proj stay in BF16; MTP layers are not loaded",
     "kimi_k2": "MLA; routers and kv_b_proj stay in BF16",
-    "kimi_k25": "text alone, images are not served yet; MLA; routers and kv_b_proj stay in BF16",
+    "kimi_k25": "images, the tower in FP8 with `--quantization`; MLA; routers and kv_b_proj stay in BF16",
 }
 BLOCKS = "published in FP8 blocks, whose codes are kept"
 INT4 = "experts published in INT4, whose codes are kept, with `--quantization` and without"

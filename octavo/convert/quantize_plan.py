@@ -25,13 +25,12 @@ __all__ = ["Piece", "Plan"]
 BESIDE_INT4 = ("weight_scale", "weight_shape")
 CHUNK = 1 << 20  # values converted at a time: enough to outweigh the cost of calling torch, little enough for a cache
 # A module's name does not say whether it is a linear layer, but these are what architectures call theirs. The last component
-# of the name is asked. GPT-2's c_proj holds its matrix transposed, and the indexer's weights_proj is too small to gain.
+# of the name is asked; Kimi's projector has a number behind it. GPT-2's c_proj holds its matrix transposed, and the indexer's
+# weights_proj is too small to gain. A tower's patch embedding is a `proj` too, but no matrix: its kernel has 4 or 5 dimensions.
 LINEAR = re.compile(
-    r"(?!weights_proj$|c_proj$)(.*_proj|.*_proj_with_mqa|wq_b|wk|wqkv|wo|w[123]|fc[012]|linear_fc[12]|qkv|proj|dense"
-    r"|query_key_value|dense_h_to_4h|dense_4h_to_h)"
+    r"(^|\.)(?!weights_proj$|c_proj$)([^.]*_proj|[^.]*_proj_with_mqa|wq_b|wk|wqkv|wo|w[123]|fc[012]|linear_fc[12]|qkv"
+    r"|proj(\.\d+)?|dense|query_key_value|dense_h_to_4h|dense_4h_to_h)$"
 )
-# Few bytes, which the published FP8 checkpoints leave as they are, too.
-TOWER = re.compile(r"(^|\.)(visual|vision_tower|mm_projector)\.")
 EMBEDDING = re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$")
 # MLA's, which makes keys and values of latents. Engines multiply it head by head into queries and outputs that are in no codes
 # ("absorbed"), so codes of it would be decoded when loaded: error for nothing. Octavo's own --quantization leaves it, too.
@@ -132,7 +131,7 @@ class Plan:
 
     def _matrix(self, tensor: StoredTensor, module: str) -> Piece:
         quantized, last = module in self.scaled, module.rpartition(".")[2]
-        if not quantized and (not (LINEAR.fullmatch(last) or last == "lm_head") or TOWER.search(module)):
+        if not quantized and not (LINEAR.search(module) or last == "lm_head"):
             return Piece(tensor)
         shape = stored_shape(self.reader, module)
         if module in self.int4:

@@ -55,7 +55,7 @@ def _qwen_vl(text: Config) -> Config:
         "out_hidden_size": text["hidden_size"], "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "deepstack_visual_indexes": [8, 16, 24],
     }  # fmt: skip
-    return {"model_type": text["model_type"], "text_config": text, "vision_config": vision}
+    return {"model_type": text["model_type"], "text_config": text | {"rope_theta": 5e6}, "vision_config": vision}
 
 
 def _mla(

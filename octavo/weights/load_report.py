@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from octavo.quant import Scheme
 from octavo.quant.scheme import WeightDType
 
 __all__ = ["GroupReport", "LoadReport", "role_of"]
+
+TOWER = re.compile(r"(^|\.)(visual|vision_tower|mm_projector)\.")  # in paths of what reads images
 
 
 @dataclass
@@ -48,11 +51,16 @@ class LoadReport:
 
 
 def role_of(path: str) -> str:
-    """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms."""
+    """The role of the weight at `path`: attention, experts, shared experts, router, mlp, embedding, lm_head or norms.
+
+    All of a vision tower is vision.
+    """
     roles = {
         "attention": "attn", "experts": ".experts.", "shared experts": ".shared_experts.", "router": ".gate.", "mlp": "mlp",
         "embedding": "embed", "lm_head": "lm_head",
     }  # fmt: skip
+    if TOWER.search(path):
+        return "vision"
     if path.endswith("e_score_correction_bias"):
         return "router"
     return next((role for role, word in roles.items() if word in path and "norm" not in path), "norms")

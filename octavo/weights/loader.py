@@ -157,7 +157,15 @@ class Loader:
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
     ) -> QTensor:
-        """This rank's parts of the matrices, stacked into one weight, in their stored scheme or quantized to `scheme`."""
+        """This rank's parts of the matrices, stacked into one weight, in their stored scheme or quantized to `scheme`. Parts of
+        one matrix, whose name is then given for each, share its scales."""
+        if len(names) > 1 and len(set(names)) == 1:
+            rows = [shard.slice(shapes[0][0]) for shard in shards]
+            if sum(part.stop - part.start for part in rows) == shapes[0][0]:
+                shards = [WHOLE]  # stored tiles may reach over two parts
+            parts = [read_weight(self, names[0], shapes[0], shard) for shard in shards]
+            whole = concat([p if isinstance(p, QTensor) else QTensor(p, None, BF16, (len(p), p.shape[1])) for p in parts])
+            return self.in_scheme(whole if whole.scheme.quantized else whole.data, shards[0], scheme)
         return concat(
             [self.stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)]
         )
@@ -189,7 +197,10 @@ class Loader:
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
         """This rank's part of one matrix: its stored codes, or the matrix quantized to `scheme`."""
-        found = read_weight(self, name, shape, shard)
+        return self.in_scheme(read_weight(self, name, shape, shard), shard, scheme)
+
+    def in_scheme(self, found: QTensor | Tensor, shard: Shard, scheme: Scheme) -> QTensor:
+        """What was read of one matrix: stored codes as they are, or values quantized to `scheme`."""
         if isinstance(found, QTensor):  # already quantized, so its codes are kept bit for bit
             if scheme.quantized and scheme is not found.scheme:
                 self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
@@ -233,8 +244,10 @@ def load(
     check_read(loader, ignore)
     for pattern in ignore:
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
+        for name in left:
+            loader.rules.ignored(name.rpartition(".")[0])  # marks patterns that name it as used
         if left and "rotary_emb" not in pattern:  # rotary tables follow from config.json
-            loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: this version does not compute with them")
+            loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: what is served does not compute with them")
     loader.rules.check_used()
     return complete
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,23 @@ import pytest
 import torch
 from cases import cases
 from conftest import relative_error, tokens
+from engine.test_core import run, token_ids
+from engine.test_images import ENGINE, IMAGE, image, prompt
 from models.test_kimi import kimi, write
 from models.test_logits import CASES, randomize
 from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
 
 from octavo import LLM, SamplingParams
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.layers.vision import patch_values
+from octavo.messages import EngineRequest
 from octavo.models import MODEL_TYPES
 from octavo.models.published import KNOWN
 
 ROOT = Path(__file__).parents[2]
 SERVED = sorted({config["model_type"] for config in KNOWN.values()} & set(MODEL_TYPES))
+MAKE = {"qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe, "kimi_k25": kimi}
 AS_ANOTHER = {"kimi_k2": "deepseek_v3"}  # of which transformers has the class under another name
 
 
@@ -80,6 +88,58 @@ def test_what_the_page_says_yes_of_is_served(model_type: str, rows: list[Any], t
         expected = reference(input_ids=torch.tensor([every])).logits[0, :-1].log_softmax(-1)
     exact = expected.gather(1, torch.tensor(every[1:])[:, None])[:, 0]
     assert relative_error(found - exact.mean(), exact - exact.mean()) < 0.4
+
+
+@cases("model_type", sorted({"qwen3_vl", "qwen3_vl_moe", "kimi_k25"} & set(SERVED)))
+def test_what_the_page_says_reads_images_is_served_with_one(model_type: str, rows: list[Any], tmp_path: Path) -> None:
+    """FP8, an FP8 cache, both, none: log-probabilities behind a picture are transformers', and not those of another picture."""
+    family = model_type.removesuffix("_moe")
+    torch.manual_seed(0)
+    reference = MAKE[model_type]()
+    if family == "kimi_k25":
+        write(tmp_path, reference, int4=True)
+    else:
+        reference.save_pretrained(tmp_path)
+    (row,) = {(row.kv.split("`")[1], "images, " in row.note) for row in rows if row.model_type == f"`{model_type}`"}
+    assert row[1]
+    text = [10, 11, IMAGE, *tokens(20)]
+    params = dict(max_tokens=12, temperature=1.0, seed=1, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    asked, other = (prompt(name, text, image(family, seed), **params) for seed, name in enumerate("ab"))
+    for quantization in (None, "fp8"):
+        for kv in ("auto", "fp8"):
+            options = ENGINE | dict(dtype="bfloat16", quantization=quantization, kv_cache_dtype=kv)
+            core = EngineCore(EngineConfig(model=str(tmp_path), **options))
+            report = "\n".join(core.info.report)
+            assert (f"KV cache: {row[0]}" in report) == (kv == "fp8")
+            assert (re.search(r"^  vision +fp8 ", report, re.MULTILINE) is not None) == (quantization == "fp8")
+            outputs = run(core, [asked])[0]["a"]
+            every = [*asked.prompt_token_ids, *token_ids({"a": outputs})["a"]]
+            entries = [*(outputs[0].prompt_logprobs or [])[1:], *(one for o in outputs for one in o.logprobs or [])]
+            found = torch.tensor([entry[0].logprob for entry in entries])
+            errors = []
+            for each in (asked, other):
+                exact = _with_image(family, reference, each, every).log_softmax(-1)[:-1]
+                exact = exact.gather(1, torch.tensor(every[1:])[:, None])[:, 0]
+                errors.append(relative_error(found - exact.mean(), exact - exact.mean()))
+            own, of_another = errors
+            assert own < (0.05 if (quantization, kv) == (None, "auto") else 0.35), (quantization, kv)
+            assert own < 0.75 * of_another, (quantization, kv)
+
+
+def _with_image(family: str, model: Any, asked: EngineRequest, ids: list[int]) -> torch.Tensor:
+    """transformers' logits [positions, vocabulary] of `ids`, which begin with the prompt and its image."""
+    (placed,) = asked.images
+    found = placed.image
+    patches = patch_values(torch.from_numpy(found.pixels), torch.from_numpy(found.values), found.frames)
+    more: dict[str, Any] = dict(image_grid_thw=torch.tensor([found.grid]))
+    if family == "kimi_k25":
+        more["pixel_values"] = patches.view(-1, 3, 14, 14)
+    else:
+        kinds = [[int(placed.start <= at < placed.stop) for at in range(len(ids))]]
+        more |= dict(pixel_values=patches, mm_token_type_ids=torch.tensor(kinds))
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids]), **more).logits[0]
+    return logits
 
 
 def _written(model_type: str, directory: Path) -> Any:

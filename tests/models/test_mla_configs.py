@@ -14,7 +14,13 @@ from conftest import LoadModel, relative_error, tokens
 from models.test_kimi import INT4
 from models.test_logits import deepseek_v3, randomize
 from tools.test_plan_sizes import subject_of
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GlmMoeDsaConfig
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GlmMoeDsaConfig,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
+)
 
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
@@ -57,6 +63,11 @@ THINKING = K2 | {
     "max_position_embeddings": 262144, "rms_norm_eps": 1e-05, "rope_scaling": K2["rope_scaling"] | {"factor": 64.0},
     "quantization_config": INT4,
 }  # fmt: skip
+# transformers' names for the fields of K25's vision_config
+TOWER = dict(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14, pos_emb_height=64,
+    pos_emb_width=64, pos_emb_time=4, merge_kernel_size=[2, 2],
+)  # fmt: skip
 K25: dict[str, Any] = {
     "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "media_placeholder_token_id": 163605,
     "text_config": THINKING | {"rope_scaling": THINKING["rope_scaling"] | {"beta_fast": 32.0}},
@@ -106,16 +117,25 @@ def test_published_configs_build_their_models(name: str) -> None:
     assert (f"model.layers.{c.num_hidden_layers}.*" in model.ignored) == bool(config["num_nextn_predict_layers"])
 
 
-def test_kimi_k25_has_the_parameters_of_transformers_text_class() -> None:
+def test_kimi_k25_has_the_parameters_of_transformers_classes() -> None:
     """Of the published config.json, which the built-in one is as far as it matters, and Kimi-K2-Thinking's too."""
     text = {name: value for name, value in K25["text_config"].items() if name not in ("quantization_config", "model_type")}
     with torch.device("meta"):
         theirs = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(text))
+        one_layer = {name: text[name] for name in ("hidden_size", "num_attention_heads")} | dict(num_hidden_layers=1)
+        with_tower = Kimi_K25ForConditionalGeneration(
+            Kimi_K25Config(
+                text_config=one_layer | dict(model_type="deepseek_v3"), vision_config=TOWER, projection_hidden_size=1152
+            )
+        ).model
+    tower = sum(p.numel() for part in (with_tower.vision_tower, with_tower.mm_projector) for p in part.parameters())
     corrections = [b.numel() for name, b in theirs.named_buffers() if name.endswith("e_score_correction_bias")]
     assert (theirs.num_parameters(), sum(corrections)) == (1_026_408_209_408, 60 * 384)
     for config, name in ((K25, "Kimi-K2.5"), (THINKING, "Kimi-K2-Thinking")):
         walked, known = subject_of(config), subject_of(KNOWN[name])
-        assert walked.base.total("values") == theirs.num_parameters() + sum(corrections)
+        found = walked.base.parameters()
+        assert found.pop("vision", 0) == (tower if config is K25 else 0)
+        assert sum(found.values()) == theirs.num_parameters() + sum(corrections)
         assert walked.base.operands == known.base.operands
         assert walked.model(1).config == known.model(1).config
         experts = [o for o in walked.base.operands if o.component == "experts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ EXPERTS = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=40, n
 SPECIAL = dict(image_token_id=250, video_token_id=251, vision_start_token_id=252, vision_end_token_id=253)
 
 
-def qwen3_vl(**changes: Any) -> PreTrainedModel:
+def qwen3_vl(tower: Mapping[str, Any] = TOWER, **changes: Any) -> PreTrainedModel:
     tied = dict(tie_word_embeddings=changes.pop("tied", False))
     return randomize(
-        Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=TEXT | changes, vision_config=TOWER, **SPECIAL, **tied))
+        Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=TEXT | changes, vision_config=tower, **SPECIAL, **tied))
     )
 
 
-def qwen3_vl_moe(**changes: Any) -> PreTrainedModel:
+def qwen3_vl_moe(tower: Mapping[str, Any] = TOWER, **changes: Any) -> PreTrainedModel:
     text = TEXT | EXPERTS | changes
-    return randomize(Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=TOWER, **SPECIAL)))
+    return randomize(Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=tower, **SPECIAL)))
 
 
 CASES = {"dense": lambda: qwen3_vl(), "tied": lambda: qwen3_vl(tied=True), "experts": lambda: qwen3_vl_moe()}

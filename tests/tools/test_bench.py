@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -21,8 +21,10 @@ from bench.ops.__main__ import main as bench_ops
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.runner import ModelRunner
 from octavo.messages import SamplingParams
 from octavo.models import MODEL_TYPES, architecture
+from octavo.models.interface import VisionModel
 from octavo.models.published import KNOWN
 from octavo.platform import Platform, detect
 from octavo.tools.bench import ceilings, offline, online, workloads
@@ -348,6 +350,31 @@ def test_a_shape_of_mla(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     prefill, decode = bench(tmp_path, "profile", *words, "--steps", "3")["steps"]
     assert prefill["roles_us"]["linear"] > 0
     assert decode["roles_us"]["linear"] > 0
+
+
+def test_a_shape_with_a_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tower is made up and counted, and reads a picture: text alone is measured."""
+    published = shape_config("qwen3-vl-8b")
+    text = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=48, vocab_size=300)
+    vision = dict(hidden_size=64, intermediate_size=36, num_heads=4, out_hidden_size=64, num_position_embeddings=64)
+    parts = {"text_config": text, "vision_config": vision}
+    tiny = published | {name: published[name] | change for name, change in parts.items()}
+    monkeypatch.setitem(KNOWN, "tiny", tiny)
+    words = "throughput --shape tiny --num-layers 4 --num-requests 2 --input-len 12 --output-len 6 -q ptpc_fp8"
+    found = bench(tmp_path, *words.split())
+    check_figures("custom", found["workloads"]["custom"])
+    (line,) = [line for line in found["engine"] if line.split()[:2] == ["vision", "ptpc_fp8"]]
+    linears = 27 * (4 * 64 * 64 + 2 * 64 * 36) + 4 * (256 * 256 + 256 * 64)
+    assert f"{linears / 1e6:.2f} M" in line
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", device="cpu", dtype="float32", max_model_len=64)
+    model = cast("VisionModel", ModelRunner(config).model)
+    patches, grid = model.warm_up_image()
+    with torch.inference_mode():
+        features = model.encode(patches, [grid])
+    assert features.shape == (256, 4 * 64)
+    assert torch.isfinite(features).all()
+    assert all(one.std() > 1e-3 for one in features.split(64, 1))
 
 
 def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

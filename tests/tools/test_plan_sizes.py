@@ -19,7 +19,7 @@ from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import source_of_config
 from octavo.tools.plan.subject import Subject, Variant
 
-# Of the models as published: parameters in 1e9, GB in BF16, GB with the text model's linears in FP8 of 128x128 tiles (or as
+# Of the models as published: parameters in 1e9, GB in BF16, GB with linears in FP8 of 128x128 tiles (or as
 # the hub has them), KiB of BF16 cache a token, of which the indexer's. As printed: half of the last digit is their precision.
 PUBLISHED = [
     ("Llama-3.1-8B", "8.03", "16.1", "9.1", "128", "0"),
@@ -27,9 +27,9 @@ PUBLISHED = [
     ("Llama-3.1-405B", "405.9", "811.7", "410.2", "504", "0"),
     ("Qwen3-8B", "8.19", "16.4", "9.4", "144", "0"),
     ("Qwen3-30B-A3B", "30.5", "61.1", "31.2", "96", "0"),
-    ("Qwen3-VL-235B-A22B", "235.1", "470.2", "236.4", "188", "0"),  # of its text: all of it has 0.6 more
+    ("Qwen3-VL-235B-A22B", "235.7", "471.3", "237.0", "188", "0"),  # its tower, 0.58, in FP8 too
     ("DeepSeek-V3.2", "671.9", "1343.8", "674.0", "68.6", "7.9"),
-    ("Kimi-K2.5", "1026.4", "2052.8", "594.2", "68.6", "0"),  # of its text: all of it has 0.5 more
+    ("Kimi-K2.5", "1026.9", "2053.8", "595.1", "68.6", "0"),  # its tower, 0.47, is in BF16 on the hub
 ]
 
 
@@ -128,11 +128,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, Any]]]:
-    """(transformers' own count, its config.json) of a model that is never given memory; with a router's corrections, and
-    without a vision tower, which is not served yet."""
+    """(transformers' own count, of which a vision tower's, its config.json) of a model that is never given memory; with a
+    router's corrections."""
     import transformers
 
-    def count(family: str, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def count(family: str, values: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
         config = getattr(transformers, f"{family}Config")(**values)
         kind = "ForConditionalGeneration" if "vision_config" in values else "ForCausalLM"
         with torch.device("meta"):
@@ -141,16 +141,49 @@ def count_parameters() -> Callable[[str, dict[str, Any]], tuple[int, dict[str, A
         tower = [
             p.numel() for name, p in model.named_parameters() if re.search(r"visual\.|vision_tower\.|mm_projector\.", name)
         ]
-        return model.num_parameters() + sum(corrections) - sum(tower), json.loads(config.to_json_string(use_diff=False))
+        return model.num_parameters() + sum(corrections), sum(tower), json.loads(config.to_json_string(use_diff=False))
 
     return count
 
 
-@cases("name", CONFIGS)
+@cases("name", [*CONFIGS, "Qwen3-VL-8B", "Qwen3-VL-235B-A22B"])
 def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) -> None:
-    parameters, config = count_parameters(*CONFIGS[name])
-    assert config["model_type"] == name.split(",")[0]
-    assert subject_of(config).base.total("values") == parameters
+    """The tower's on any number of ranks, too: what is split, times the ranks, and what is whole on each."""
+    if (published := KNOWN.get(name)) is not None:
+        family = "Qwen3VLMoe" if "moe" in published["model_type"] else "Qwen3VL"
+        parameters, tower, _ = count_parameters(family, {key: published[key] for key in ("text_config", "vision_config")})
+        config = published
+    else:
+        parameters, tower, config = count_parameters(*CONFIGS[name])
+        assert config["model_type"] == name.split(",")[0]
+    subject = subject_of(config)
+    assert subject.base.total("values") == parameters
+    for tp in (1, 2, 4, 8) if published else (1, 2, 4) if tower else ():
+        parts = [o for o in subject.walk(Variant("fp8", False, "auto"), tp).operands if o.component == "vision"]
+        assert sum(o.values * (1 if o.whole == o.shape else tp) for o in parts) == tower, tp
+
+
+def test_the_page_s_no_is_a_yes() -> None:
+    """Qwen3-VL-235B-A22B in FP8 on eight MI300X: the tower splits and is FP8, and memory has room for what images need."""
+    words = ["Qwen3-VL-235B-A22B", "--accelerator", "mi300x", "--num-accelerators", "8", "-q", "fp8", "--kv-cache-dtype", "fp8"]
+    found, text = answer(*words), answer(*words, "--language-model-only")
+    assert found["verdict"].startswith("It fits: FP8 + FP8 KV on 8 x AMD Instinct MI300X holds ")
+    assert found["refused"] == ["--tensor-parallel-size 8 is not served yet: this version runs on 1 device."]
+    (tower,) = [g for g in found["groups"] if (g["component"], g["format"]) == ("vision", "fp8")]
+    assert "4304 / 8 = 538 is padded to 544" in tower["remarks"]
+    # 4 GiB of features, of 4 x 4,096 BF16 values a token; a tower's step of 16,384 tokens takes some bytes more
+    asked, without = (plan["variants"][plan["asked"]] for plan in (found, text))
+    kept = 4 * 2**30
+    assert kept < asked["fit"]["images"] < 2.5 * kept
+    assert without["fit"]["images"] == 0
+    assert asked["fit"]["weights"] - without["fit"]["weights"] == asked["rank_weights"]["8"] - without["rank_weights"]["8"] > 0
+    assert without["fit"]["room"] - asked["fit"]["room"] == pytest.approx(
+        asked["fit"]["images"] + asked["fit"]["weights"] - without["fit"]["weights"], abs=2
+    )
+    fewer = answer(*words, "--mm-processor-cache-gb", "0")["variants"][found["asked"]]["fit"]["images"]
+    assert asked["fit"]["images"] - fewer == kept - 16_384 * 4 * 4096 * 2  # one image of any size always has room
+    assert "vision" not in text["parameters_by_component"]
+    assert any("--language-model-only" in note for note in text["notes"])
 
 
 def test_the_known_names_are_known_by_their_aliases() -> None:

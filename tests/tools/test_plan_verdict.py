@@ -70,6 +70,7 @@ def test_what_fits_and_is_refused_has_no_command(capsys: pytest.CaptureFixture[s
 
 def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
     (tmp_path / "found.json").write_text('{"quantization": "fp8_block"}')
+    of_images = ["Qwen3-VL-8B", "--accelerator", "h200"]
     of_a_gpu, of_a_cpu = ["Llama-3.1-8B", "--accelerator", "h200"], ["--accelerator", "cpu", "--max-num-seqs", "4096"]
     base = [*of_a_gpu, "-q", "fp8"]
     lines: dict[str, tuple[list[str], list[str]]] = {
@@ -88,6 +89,9 @@ def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
         "block_size": (base, ["48"]),
         "max_num_seqs": (base, ["7"]),
         "max_num_batched_tokens": (base, ["77"]),
+        "limit_mm_per_prompt": (of_images, ['{"image": 0, "video": 0}']),
+        "language_model_only": (of_images, []),
+        "mm_processor_cache_gb": (of_images, ["9"]),
     }
     elsewhere = {"model", "revision", "device"}  # what is planned, and on what
     assert set(lines) == {*COMMANDS["plan"].engine} - elsewhere

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,10 @@ from octavo.errors import OctavoError
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, dequantize, quantize
 from octavo.quant.checks import quantization_configs
 from octavo.tools.plan.explain import refusals
+from octavo.weights.load_report import role_of
 
 K2, K25 = "kimi_k2", "kimi_k25"
-BLOCK = "vision_tower.encoder.blocks.0"
+FUSED = re.compile(r"vision_tower.*attn\.[qkv]_proj\.weight")  # transformers' names for parts of the hub's wqkv
 both = pytest.mark.parametrize("model_type", [K2, K25])
 
 
@@ -39,10 +41,7 @@ def checkpoint(path: Path, model_type: str) -> Any:
     model = kimi()
     write(path, model, int4=True)
     tensors = load_file(path / "model.safetensors")
-    tower = {f"{BLOCK}.{name}.weight": torch.randn(n, 32).bfloat16() for name, n in (("wqkv", 96), ("mlp.fc0", 36))}
-    if model_type == K25:
-        save_file(tensors | tower, path / "model.safetensors", {"format": "pt"})
-    else:
+    if model_type == K2:
         config = json.loads((path / "config.json").read_text())["text_config"] | dict(model_type=K2, tie_word_embeddings=False)
         (path / "config.json").write_text(json.dumps(config))
         text = {n.removeprefix("language_model."): t for n, t in tensors.items() if n.startswith("language_model.")}
@@ -52,13 +51,16 @@ def checkpoint(path: Path, model_type: str) -> Any:
 
 def is_linear(name: str) -> bool:
     """Of a weight that becomes FP8."""
-    return name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight")
+    return re.search(r"(_proj|_proj_with_mqa|wqkv|wo|mlp\.fc[01]|mm_projector\.proj\.[02])\.weight$", name) is not None
+
+
+LINEARS = {K2: 21, K25: 21 + 2 * 4 + 2}  # of which the tower's and its projector's
 
 
 @both
 @pytest.mark.parametrize("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_int4_stays_and_the_rest_becomes_fp8(scheme: Scheme, model_type: str, tmp_path: Path) -> None:
-    """Codes bit for bit, bytes as counted from the shapes; the tower is left alone; what is said names both."""
+    """Codes bit for bit, bytes as counted from the shapes; what is said names both."""
     checkpoint(tmp_path / "model", model_type)
     said = "\n".join(run(tmp_path / "model", tmp_path / "out", scheme))
     before, after = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "out")
@@ -76,7 +78,7 @@ def test_int4_stays_and_the_rest_becomes_fp8(scheme: Scheme, model_type: str, tm
         assert in_bytes(after.pop(name)) == in_bytes(w), name
     assert not after
     assert packed == 48
-    assert "21 matrices to " in said
+    assert f"{LINEARS[model_type]} matrices to " in said
     assert "48 matrices are stored in INT4 and stay so, bit for bit: " in said
     assert "rounded a second time" not in said
 
@@ -100,7 +102,8 @@ def test_what_is_written_is_read_by_transformers_and_says_what_it_is(model_type:
     assert refusals(by_headers) == refusals(by_config) == []
     assert by_headers.asked.components == by_config.asked.components
     forms = {(o.component, o.form) for o in by_config.question.subject.base.operands if o.quantized}
-    assert forms == {("experts", "int4"), *((part, "ptpc_fp8") for part in ("attention", "mlp", "shared experts"))}
+    parts = ["attention", "mlp", "shared experts", *(["vision"] if model_type == K25 else [])]
+    assert forms == {("experts", "int4"), *((part, "ptpc_fp8") for part in parts)}
 
     if model_type == K2:  # of which transformers has the class under another name
         (out / "config.json").write_text(json.dumps(config | dict(model_type="deepseek_v3")))
@@ -108,19 +111,20 @@ def test_what_is_written_is_read_by_transformers_and_says_what_it_is(model_type:
     theirs, info = family.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    assert not info["unexpected_keys"]
-    assert not [name for name in info["missing_keys"] if "vision_tower" not in name and "mm_projector" not in name]
+    assert all(map(FUSED.search, info["unexpected_keys"])), "it takes codes of a fused matrix apart, and not its scales"
+    assert not info["missing_keys"]
     found = {name.replace("model.language_model.", "model."): w for name, w in theirs.state_dict().items()}
     seen = 0
     for full, w in model.state_dict().items():
-        if "vision_tower" in full or "mm_projector" in full:
+        if FUSED.search(full) or (model_type == K2 and role_of(full) == "vision"):
             continue
         name = full.replace("model.language_model.", "model.")
-        is_fp8 = is_linear(name) and "kv_b_proj" not in name
+        of_tower = re.search(r"vision_tower\..*(attn\.proj|fc[12])\.weight$|mm_projector\..*_proj\.weight$", full)
+        is_fp8 = (is_linear(name) or of_tower is not None) and "kv_b_proj" not in name
         expected = dequantize(quantize(w, FP8_PER_CHANNEL)) if is_fp8 else w
         assert torch.equal(found[name], expected.float()), name
         seen += is_fp8
-    assert seen == 21
+    assert seen == LINEARS[model_type] - (2 if model_type == K25 else 0)
 
 
 @both

@@ -58,4 +58,4 @@ def _of(subject: Subject, name: str) -> str:
 @cache
 def _subject(model: str, dtype: str) -> Subject:
     source = source_of_config(model, "config.json", read_config(Path(model)))
-    return Subject(source, EngineConfig(model=model, dtype=dtype), Accelerator("any", "any", 0))
+    return Subject(source, EngineConfig(model=model, dtype=dtype, language_model_only=True), Accelerator("any", "any", 0))

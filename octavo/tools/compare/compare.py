@@ -121,6 +121,7 @@ def compare(
 
     if set(schemes) == {"bf16"} and set(kvs) == {"auto"}:
         raise OctavoError("bf16 with a BF16 KV cache is what everything is compared with; name another --scheme or --kv.")
+    config = replace(config, language_model_only=True)  # a text is measured, which never reaches a vision tower
     context = _context(config)
     text = cut(ids, window, tokens, context)
     quantized = [scheme for scheme in schemes if scheme != "bf16"]
@@ -139,6 +140,11 @@ def compare(
         found.notes.append(
             f"{sum(group.tensors for group in stored_so.values())} layers are stored in codes already ({kinds}) and keep them "
             "whatever the scheme: BF16 here means the checkpoint as stored"
+        )
+    if hasattr(core.runner.model, "has_tower"):
+        found.notes.append(
+            "the vision tower is not loaded: a text is measured, and every number is the text model's; a scheme holds for the "
+            "tower too, unless --quantization-ignore names it"
         )
     if "fp8_e4m3" in kvs and (stored := stored_as(config, "fp8_e4m3")) != "fp8_e4m3":
         found.notes.append(f"a KV cache of fp8_e4m3 is {stored} on this model")

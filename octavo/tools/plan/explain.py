@@ -155,6 +155,12 @@ def notes(plan: Plan) -> list[str]:
         out.append(f"FP8 halves what it stores, so nothing here is under 50%{rest}")
     if "vision_config" in q.subject.source.config and not any(o.component == "vision" for o in q.subject.base.operands):
         out.append("The vision tower is left out (--language-model-only): every number is the text model's.")
+    if (fit := asked.fit) and fit.images:
+        where = "a rank's memory" if q.tp > 1 else "the memory"
+        out.append(
+            f"{gb(fit.images)} of {where} are for images: what the vision tower makes of them is kept "
+            "(--mm-processor-cache-gb), and it computes; --language-model-only leaves all of it out."
+        )
     if not q.subject.source.tensors:
         out.append("Octavo downloads nothing: the command takes the directory that the checkpoint is downloaded into.")
     if q.on.arch == "gfx942" and asked.variant.label != "BF16":

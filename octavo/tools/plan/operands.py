@@ -18,8 +18,6 @@ COMPONENTS = (
 
 def component_of(name: str) -> str:
     """One of COMPONENTS, by a tensor's name in the checkpoint."""
-    if any(word in name for word in ("model.visual.", "vision_tower.", "mm_projector.")):
-        return "vision"
     if ".indexer." in name and "norm" not in name:
         return "indexer"
     if name.endswith(".gate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -143,6 +144,14 @@ class Subject:
         if tp > 1 and (new := [text for text in found.problems if text not in self.base.problems]):
             raise OctavoError(new[0])
         return found
+
+    def check_patterns(self, variant: Variant) -> None:
+        """Raises OctavoError, as loading does, for a pattern of --quantization-ignore that names no layer of the checkpoint."""
+        rules = self.walk(variant, 1).rules
+        for pattern in self.model(1).ignored if rules.ignore else ():
+            for name in fnmatch.filter(self.stored.names, pattern):
+                rules.ignored(name.rpartition(".")[0])
+        rules.check_used()
 
     def _walk(self, variant: Variant, tp: int) -> Walk:
         config, scheme, head = self.config, SCHEMES[variant.scheme], None

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from octavo.config import EngineConfig
+from octavo.engine.encoder import make_encoder
 from octavo.engine.memory import cache_room, check_weights, plan_blocks
 from octavo.errors import OctavoError
 from octavo.quant.scheme import WeightDType
@@ -48,6 +49,7 @@ class Question:
 class Fit:
     """One rank's memory. weights, room, cache: bytes; room is what is left for the cache, cache what the engine takes of it.
 
+    images: bytes kept for what the vision tower makes of images, and for its activations; 0 without one.
     tokens: that the room holds; requests: of the length wanted, at a time. max_model_len: the longest request that the
     engine would take: the length wanted, a lowered one, or 0 where it would refuse. said: its refusal, or its notes.
     """
@@ -58,6 +60,7 @@ class Fit:
     tokens: int
     requests: float
     max_model_len: int
+    images: int
     said: tuple[str, ...] = ()
 
 
@@ -110,7 +113,7 @@ def build(question: Question, asked: Variant) -> Plan:
     usual += [Variant("ptpc_fp8", False, kv, size) for kv in kvs[: 1 if native else 2]]
     usual += [Variant("bf16", True, kv, size) for kv in kvs] if native else []
     chosen = usual if asked in usual else [*usual, asked]
-    question.subject.walk(asked, 1).rules.check_used()
+    question.subject.check_patterns(asked)
     base = _weigh(question, chosen[0], None)
     plans = [base, *(_weigh(question, variant, base) for variant in chosen[1:])]
     return Plan(question, plans, plans[chosen.index(asked)])
@@ -160,6 +163,9 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     weights, token = found.total("held"), sum(q.subject.token_bytes(variant, tp))
     vocab = next(o.whole[0] for o in found.operands if o.component == "embeddings")
     working = model.workspace_bytes(config.step_tokens_on(machine.is_cpu)) + config.sampling_bytes(vocab)
+    encoder = make_encoder(model, machine)
+    images = 0 if encoder is None else encoder.plan(config.encoder_cache_bytes(machine.is_cpu), length, variant.dtype)
+    working += images
     loaded = replace(machine, free=machine.free - weights)
     room, block = max(0, int(cache_room(config, loaded, working))), config.block_size_on(machine.is_cpu)
     tokens = room // (token * block) * block
@@ -173,9 +179,9 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
         fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
         budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8)
     except OctavoError as error:
-        return Fit(weights, room, 0, tokens, tokens / length, 0, (str(error),))
+        return Fit(weights, room, 0, tokens, tokens / length, 0, images, (str(error),))
     cache = budget.num_blocks * token * block
-    return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, budget.notes)
+    return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, images, budget.notes)
 
 
 def _speed(q: Question, variant: Variant, fitted: Fit | None) -> Speed | None:

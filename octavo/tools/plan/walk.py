@@ -29,6 +29,7 @@ VECTOR = "vectors: no matrix product to speed up"
 ROUTER = "small, and it decides which experts run"
 INDEX_WEIGHTS = "few weights a token that decide what attention sees"
 BY_HEAD = "multiplied head by head with queries and latents, in the model's dtype"
+PATCHES = "the embedding of patches and the positions: few weights"
 LEFT_OUT = "left out by --quantization-ignore"
 
 
@@ -74,7 +75,7 @@ class Walker(Loader):
             found = torch.empty(tuple(shape), dtype=self.dtype, device="meta")
         is_vector, component = len(shape) < 2, component_of(full)
         whys = {"embeddings": TIED if self.tied_head else EMBEDDINGS, "router": ROUTER, "indexer": INDEX_WEIGHTS}
-        why = whys.get(component, VECTOR if is_vector else "as stored")
+        why = whys.get(component, VECTOR if is_vector else PATCHES if component == "vision" else "as stored")
         whole, own = (shape[0], prod(shape[1:])), (found.shape[0], prod(found.shape[1:]))
         name = full if is_vector else full.removesuffix(".weight")
         operand = self._operand((name,), whole, QTensor(found, None, BF16, own), why)
@@ -106,10 +107,10 @@ class Walker(Loader):
         is_head: bool = False,
         row_lookup: bool = False,
     ) -> PackedWeight:
-        full = tuple(self.prefix + name for name in names)
+        full = tuple(dict.fromkeys(self.prefix + name for name in names))  # one may be named for each of its parts
         packed = super().weight(names, shapes, shards, is_head=is_head, row_lookup=row_lookup)
         assert isinstance(packed, Planned)
-        whole = sum(n for n, _ in shapes), shapes[0][1]
+        whole = sum(n for n, _ in dict(zip(names, shapes, strict=True)).values()), shapes[0][1]
         operand = self._operand(full, whole, packed.q, self._why(full[0], packed.q, is_head, row_lookup))
         sharing = max(shard.copies for shard in shards)
         self.operands.append(replace(operand, active=0 if row_lookup else self.active, sharing=sharing))
