@@ -66,32 +66,45 @@ class VideoFile:
             )
 
     def _counted(self) -> int:
-        """Of the packets, without decoding: many headers do not say. Raises InvalidRequest where MP4 promises more."""
+        """Of the packets, without decoding: many headers do not say, or count what an edit list leaves out. Raises
+        InvalidRequest where a packet is there in part, or none is.
+        """
         found = 0
         for packet in self._container.demux(self._stream):
+            if packet.is_corrupt:
+                raise InvalidRequest(f"A video is cut off after {found} frames; send it again.")
             found += bool(packet.size) and not packet.is_discard
             if found > self._limits.frames:
                 break
-        if not found or ("mp4" in self._container.format.name and found < min(self._stream.frames, self._limits.frames)):
-            raise InvalidRequest(f"A video is cut off: {found} of {self._stream.frames} frames are there; send it again.")
+        if not found:
+            raise InvalidRequest("A video has no frames, or is cut off before the first; send it again.")
         self._container.seek(0)
         return found
 
     def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """The frames of the given numbers, which do not go down, RGB [rows, columns, 3]. Raises InvalidRequest for damage."""
-        left = list(indices)
+        """The frames of the given numbers, which do not go down, RGB [rows, columns, 3]. Where a few at the end cannot be
+        decoded, the last that can stands for them. Raises InvalidRequest for more damage.
+        """
+        left, number, frame = list(indices), -1, None
         with _one_sentence():
             for number, frame in enumerate(self._container.decode(self._stream)):
-                if not left or number != left[0]:
-                    continue
-                self._check_pixels(frame.width, frame.height)
-                pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-                while left and left[0] == number:
-                    yield pixels
-                    left.pop(0)
-                if not left:
-                    return
-        raise InvalidRequest(f"A video is damaged or cut off: {len(left)} of {len(indices)} frames cannot be decoded.")
+                if number == left[0]:
+                    pixels = self._pixels(frame)
+                    while left and left[0] == number:
+                        yield pixels
+                        left.pop(0)
+                    if not left:
+                        return
+            if frame is not None and number + 1 >= 0.9 * self.frames:
+                yield from [self._pixels(frame)] * len(left)
+                return
+        raise InvalidRequest(
+            f"A video is damaged or cut off: {number + 1} of {self.frames} frames can be decoded; send it again."
+        )
+
+    def _pixels(self, frame: Any) -> NDArray[np.uint8]:
+        self._check_pixels(frame.width, frame.height)
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 @contextmanager

@@ -161,6 +161,18 @@ def test_a_phone_s_video_stands_upright() -> None:
     assert found.digest == expected.images[0].digest
 
 
+def test_a_trimmed_video_begins_where_its_edit_list_says() -> None:
+    """Its header counts the frames that are left out too."""
+    data = file_of("libx264", "mp4")
+    at = data.index(b"elst") + 12  # the edit's duration in milliseconds, and its start in 1/15360 s
+    trimmed = data[:at] + struct.pack(">2I", 2333, struct.unpack(">I", data[at + 4 : at + 8])[0] + 10 * 1024) + data[at + 8 :]
+    with av.open(io.BytesIO(data)) as container:
+        pixels = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    found, expected = prepare_video(trimmed, QwenVideos()), prepare_frames(pixels[10:], QwenVideos(), 15.0)
+    assert found.seconds == expected.seconds
+    assert [image.digest for image in found.images] == [image.digest for image in expected.images]
+
+
 @pytest.mark.usefixtures("torchvision")
 def test_prompts_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare placeholder exactly; of one between start and end, as chat templates write it, the two go: the processor that the
