@@ -85,7 +85,6 @@ class ModelRunner:
         self.step = ModelStep(self.model, self.vocabulary)
         self.encoder = make_encoder(self.model, self.platform)
         self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
-        self.sampling_bytes = config.sampling_bytes(self.limits.vocab_size)
         self.histories = Histories(self.platform.device)
         self._start()
 
@@ -110,6 +109,7 @@ class ModelRunner:
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
+        sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
         working = (
             self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size) + images
