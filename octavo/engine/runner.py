@@ -111,9 +111,7 @@ class ModelRunner:
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
-        working = (
-            self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size) + images
-        )
+        working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + sampling
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions

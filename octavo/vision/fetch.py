@@ -25,7 +25,7 @@ async def fetch(url: str, rules: FetchRules) -> bytes:
     if scheme == "data":
         return decode_data_url(url, rules.max_bytes)
     if len(url) > LONGEST_URL:
-        raise InvalidRequest(f"{told(url)} has {len(url)} characters; at most {LONGEST_URL} are read, but of data: URLs.")
+        raise InvalidRequest(f"{printable(url)} has {len(url)} characters; at most {LONGEST_URL} are read, but of data: URLs.")
     if scheme == "file":
         return await asyncio.to_thread(_local, url, rules)
     if scheme not in ("http", "https"):
