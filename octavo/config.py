@@ -9,7 +9,14 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.option_values import DTYPES, KV_CACHE_DTYPES, MAX_MEDIA, QUANTIZATIONS, canonical, read_media_limits
+from octavo.option_values import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    MAX_MEDIA,
+    QUANTIZATIONS,
+    canonical,
+    read_media_limits,
+)
 
 __all__ = ["IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
 

@@ -125,7 +125,8 @@ def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) 
 
     try:
         core = make_core(config, progress, place)
-    except BrokenPipeError:
+        place.wait_for_all()
+    except (BrokenPipeError, EOFError):
         raise
     except Exception as error:
         if place.size > 1 and not isinstance(error, OctavoError):

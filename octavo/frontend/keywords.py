@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from octavo.config import config_fields, flag_of
+from octavo.config import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS, config_fields, flag_of
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.option_values import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS
 
 __all__ = ["in_keywords", "names_keywords"]
 

@@ -127,10 +127,8 @@ class Loader:
 
         They are quantized one by one as they are read. A module that is excluded is excluded for every expert.
         """
-        for name in self.source.names - self.seen if len(local) < count else ():
-            inner = name.removeprefix(self.prefix).partition(".")[0]
-            if name.startswith(self.prefix) and inner.isdecimal() and int(inner) not in local:
-                self.seen.add(name)  # another rank reads it
+        others = [f"{self.prefix}{e}." for e in range(count) if e not in local]  # which other ranks read
+        self.seen.update(name for name in self.source.names if name.startswith(tuple(others)))
         made, stored = [Stacker(len(local), self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [
             self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])

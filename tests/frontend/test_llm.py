@@ -196,7 +196,7 @@ def test_errors_name_keyword_arguments():
     for options, told in (
         (dict(max_model_len=0), "^max_model_len must be positive, not 0.$"),
         (dict(quantization="pttc_fp8"), "^quantization='pttc_fp8' is not known; did you mean 'ptpc_fp8'"),
-        (dict(tensor_parallel_size=2), "^tensor_parallel_size=2 is not served yet"),
+        (dict(data_parallel_size=2), "^data_parallel_size is for a server"),
         (dict(max_model_len=10**6), r"^max_model_len=1000000 is over the \d+ positions"),
     ):
         with pytest.raises(OctavoError, match=told):

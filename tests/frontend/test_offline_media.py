@@ -257,7 +257,7 @@ def test_models_without_images(make: Callable[..., Any], tmp_path: Path) -> None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(KIMI))
     with pytest.raises(InvalidRequest, match=r"videos are not read here; send some of the frames as images\."):
         make().generate({"prompt": CLIP_PLACE, "multi_modal_data": {"video": [picture(9, 9)]}}, GREEDY)
-    with pytest.raises(OctavoError, match="allowed-local-media-path must be a directory"):
+    with pytest.raises(OctavoError, match="allowed_local_media_path must be a directory"):
         make(allowed_local_media_path=str(tmp_path / "no"))
 
 

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -35,10 +34,12 @@ class OnRank(FakeCore):
 
 def with_ranks(ranks: int, test: Callable[[AsyncEngine], Awaitable[None]]) -> None:
     """Afterwards no process and no file of the engine is left."""
-    before = set(Path(tempfile.gettempdir()).glob("octavo-*"))
+    directories: list[Path] = []
 
     async def main() -> None:
         engine = await start(ranks)
+        directories.append(Path(engine._processes._directory or ""))
+        assert directories[0].is_dir()
         try:
             await test(engine)
         finally:
@@ -46,7 +47,7 @@ def with_ranks(ranks: int, test: Callable[[AsyncEngine], Awaitable[None]]) -> No
 
     asyncio.run(main())
     assert not multiprocessing.active_children()
-    assert set(Path(tempfile.gettempdir()).glob("octavo-*")) == before
+    assert not directories[0].exists()
 
 
 def pids(engine: AsyncEngine) -> list[int]:

@@ -17,6 +17,7 @@ class LeadingCore(EngineCore):
         self._processes = EngineProcesses(config, leads=True)
         self._place, self._told = self._processes.place, list[Message]()
         super().__init__(config, progress, self._place)
+        self._place.wait_for_all()
 
     def add(self, *requests: EngineRequest) -> None:
         super().add(*requests)
