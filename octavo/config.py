@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.option_values import (
+    CHECKPOINT_FORMATS,
     DTYPES,
     KV_CACHE_DTYPES,
     MAX_MEDIA,
@@ -18,7 +19,16 @@ from octavo.option_values import (
     read_media_limits,
 )
 
-__all__ = ["IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "EngineConfig", "canonical", "flag_of"]
+__all__ = [
+    "CHECKPOINT_FORMATS",
+    "IGNORED",
+    "IMAGES",
+    "KV_CACHE_DTYPES",
+    "QUANTIZATIONS",
+    "EngineConfig",
+    "canonical",
+    "flag_of",
+]
 
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
