@@ -3,8 +3,8 @@
     python -m bench.vision                                 # 1, 2, 4 and 8 images of 1024 x 1024 pixels at once
     python -m bench.vision --images 8 --side 512 --profile
 
-The limit is what the products' and attention's operations would take at the card's measured rates: products at the rate of their
-scheme, attention (heads of 72 values) at BF16's. Needs an accelerator.
+The limit is what the operations of products and attention would take at the card's measured rates: products at the rate of
+their scheme, attention (heads of 72 values) at BF16's. Needs an accelerator.
 """
 
 from __future__ import annotations

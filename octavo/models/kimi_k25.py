@@ -14,19 +14,19 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
-    AxialAngles,
     Grid,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
     axial_angles,
-    layer_norm,
     positions_of,
     resampled,
+    segments_of,
 )
 from octavo.models import deepseek_v3
 from octavo.models.config import check_fields, part_of
@@ -79,10 +79,14 @@ class Block(VisionAttention):
         self.norm0, self.norm1 = LayerNorm(c.hidden_size, NORM_EPS), LayerNorm(c.hidden_size, NORM_EPS)
         self.mlp = VisionMLP("fc0", "fc1", (c.hidden_size, c.intermediate_size, c.hidden_size), "tanh", tp)
 
-    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
-        x = x + super().forward(layer_norm(x, self.norm0.norm), segments, angles)
-        y: Tensor = x + self.mlp(layer_norm(x, self.norm1.norm))
-        return y
+    def layer(
+        self, x: Tensor, residual: Tensor | None, segments: ops.Segments, rotation: ops.Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """The output, to which the residual, the second result, is still to be added."""
+        normed, residual = ops.layer_norm(x, self.norm0.norm, residual, self.readers)
+        x = self(normed, segments, rotation)
+        normed, residual = ops.layer_norm(x, self.norm1.norm, residual, self.mlp.readers)
+        return self.mlp(normed), residual
 
 
 class PositionTable(nn.Module):
@@ -129,16 +133,18 @@ class Tower(nn.Module):
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[F, merged, hidden] of patches [P, values], frame by frame and row by row: a clip's frames are averaged."""
         c = self.config
-        angles = axial_angles(
+        rotation = axial_angles(
             positions_of(grids, 1, patches.device), c.hidden_size // c.num_attention_heads, THETA, interleaved=True
         )
-        x = self.patch_embed(patches, grids)
-        segments = [grid.patches for grid in grids]
+        x: Tensor = self.patch_embed(patches, grids)
+        lengths, residual = [grid.patches for grid in grids], None
+        segments = segments_of(lengths, patches.device)
         for block in self.encoder.blocks:
-            x = block(x, segments, angles)
-        x = layer_norm(x, self.encoder.final_layernorm.norm)
+            assert isinstance(block, Block)
+            x, residual = block.layer(x, residual, segments, rotation)
+        normed, _ = ops.layer_norm(x, self.encoder.final_layernorm.norm, residual)
         merge, found = c.merge_kernel_size[0], []
-        for part, grid in zip(x.split(segments), grids, strict=True):
+        for part, grid in zip(normed.values().split(lengths), grids, strict=True):
             squares = part.view(grid.frames, grid.rows // merge, merge, grid.columns // merge, merge, -1)
             found.append(squares.mean(0).transpose(1, 2).flatten(0, 1).flatten(1, 2))
         return torch.cat(found)
@@ -150,9 +156,10 @@ class Projector(VisionMLP):
         super().__init__("proj.0", "proj.2", (joined, joined, text), "none", tp)
         self.pre_norm = LayerNorm(c.hidden_size, c.projector_ln_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[F, text's hidden] of x [F, merged, hidden]."""
-        return super().forward(layer_norm(x, self.pre_norm.norm).flatten(1))
+        normed, _ = ops.layer_norm(x, self.pre_norm.norm)
+        return super().forward(normed.values().flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)

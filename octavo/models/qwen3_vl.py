@@ -14,21 +14,21 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
-    AxialAngles,
     Grid,
     ImageInput,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
     axial_angles,
-    layer_norm,
     positions_of,
     resampled,
+    segments_of,
     splice,
 )
 from octavo.models import qwen3
@@ -90,10 +90,14 @@ class Block(nn.Module):
         self.attn = VisionAttention("qkv", "proj", c.hidden_size, c.num_heads, tp)
         self.mlp = VisionMLP("linear_fc1", "linear_fc2", sizes, "tanh", tp)
 
-    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
-        x = x + self.attn(layer_norm(x, self.norm1.norm), segments, angles)
-        y: Tensor = x + self.mlp(layer_norm(x, self.norm2.norm))
-        return y
+    def forward(
+        self, x: Tensor, residual: Tensor | None, segments: ops.Segments, rotation: ops.Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """The output, to which the residual, the second result, is still to be added."""
+        normed, residual = ops.layer_norm(x, self.norm1.norm, residual, self.attn.readers)
+        x = self.attn(normed, segments, rotation)
+        normed, residual = ops.layer_norm(x, self.norm2.norm, residual, self.mlp.readers)
+        return self.mlp(normed), residual
 
 
 class PatchMerger(VisionMLP):
@@ -102,13 +106,17 @@ class PatchMerger(VisionMLP):
     def __init__(self, c: VisionConfig, tp: TensorParallel, *, after: bool):
         joined = c.hidden_size * c.spatial_merge_size**2
         super().__init__("linear_fc1", "linear_fc2", (joined, joined, c.out_hidden_size), "none", tp)
-        self.joined = joined
+        self.joined, self.after = joined, after
         self.norm = LayerNorm(joined if after else c.hidden_size, NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[P / merged, out_hidden_size] of x [P, hidden]."""
-        normed = layer_norm(x.reshape(-1, self.norm.size), self.norm.norm)
-        return super().forward(normed.view(-1, self.joined))
+    def merge(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[P / merged, out_hidden_size] of the sum of x and residual [P, hidden], and the sum."""
+        readers = self.readers if self.after else ()  # codes of patches would have a scale each, not one for the joined row
+        rows, added = (None if given is None else given.reshape(-1, self.norm.size) for given in (x, residual))
+        assert rows is not None
+        normed, total = ops.layer_norm(rows, self.norm.norm, added, readers)
+        joined = normed if self.after else normed.values().view(-1, self.joined)
+        return self(joined), total.view(x.shape)
 
 
 class PositionTable(nn.Module):
@@ -139,19 +147,23 @@ class Tower(nn.Module):
         """Features [P / merged, (1 + deepstack) * out_hidden_size] of patches [P, values] in the order of `positions_of`."""
         c = self.config
         places = positions_of(grids, c.spatial_merge_size, patches.device)
-        angles = axial_angles(places, c.hidden_size // c.num_heads, THETA)
-        x = self.patch_embed.proj(patches)
+        rotation = axial_angles(places, c.hidden_size // c.num_heads, THETA)
+        x: Tensor = self.patch_embed.proj(patches)
         tables = [resampled(self.pos_embed.weight, grid, "bilinear", align_corners=True) for grid in grids]
         own = places.split([grid.patches for grid in grids])
         learned = [table[at[:, 0], at[:, 1]] for table, at in zip(tables, own, strict=True)]
         x = x + torch.cat(learned).to(x.dtype)
-        segments = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+        segments = segments_of([grid.rows * grid.columns for grid in grids for _ in range(grid.frames)], patches.device)
+        residual: Tensor | None = None
         deep = []
         for number, block in enumerate(self.blocks):
-            x = block(x, segments, angles)
+            x, residual = block(x, residual, segments, rotation)
             if number in c.deepstack_visual_indexes:
-                deep.append(self.deepstack_merger_list[c.deepstack_visual_indexes.index(number)](x))
-        return torch.cat([self.merger(x), *deep], 1)
+                merger = self.deepstack_merger_list[c.deepstack_visual_indexes.index(number)]
+                assert isinstance(merger, PatchMerger)
+                (features, x), residual = merger.merge(x, residual), None
+                deep.append(features)
+        return torch.cat([self.merger.merge(x, residual)[0], *deep], 1)
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
