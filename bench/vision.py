@@ -21,6 +21,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.distributed import TensorParallel
+from octavo.engine.encoder import Encoder
 from octavo.images import Grid
 from octavo.models import architecture, read_config
 from octavo.platform import Platform, detect
@@ -54,7 +55,7 @@ def operations(c: Any, grids: list[Grid], merged: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def timed(model: Any, patches: Tensor, grids: list[Grid], rounds: int) -> tuple[float, float]:
+def timed(encoder: Encoder, patches: Tensor, grids: list[Grid], rounds: int) -> tuple[float, float]:
     """Milliseconds of a pass: on the device, and of the host until all is launched."""
     device, host = [], []
     for _ in range(rounds + 3):
@@ -62,7 +63,7 @@ def timed(model: Any, patches: Tensor, grids: list[Grid], rounds: int) -> tuple[
         torch.cuda.synchronize()
         start.record()
         began = time.perf_counter()
-        model.encode(patches, grids)
+        encoder.encode(patches, grids)
         host.append(1e3 * (time.perf_counter() - began))
         end.record()
         end.synchronize()
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--schemes", nargs="*", default=["bf16", "ptpc_fp8"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a pass of the most images")
     args = parser.parse_args()
     platform = detect()
@@ -90,25 +92,28 @@ def main() -> None:
     for scheme in args.schemes:
         with model_directory("", args.shape, None) as directory:
             model = tower(directory, scheme, platform)
+        encoder = Encoder(model, platform)
+        if not args.enforce_eager:
+            encoder.capture()
         c = model.config.vision
         side = args.side // c.patch_size
         for count in args.images:
             grids = [Grid(1, side, side)] * count
             generator = torch.Generator(platform.device).manual_seed(0)
             patches = torch.rand(count * side**2, model.patch_size_values, generator=generator, device=platform.device) * 2 - 1
-            found, host = timed(model, patches, grids, args.rounds)
+            found, host = timed(encoder, patches, grids, args.rounds)
             products, attention = operations(c, grids, 2)
             rate = ceilings.plain if scheme == "bf16" else ceilings.fp8
             limit = 1e3 * (products / rate + attention / ceilings.plain)
             with torch.inference_mode():
-                out = model.encode(patches, grids).float()
+                out = encoder.encode(patches, grids).float()
             other = features.setdefault(count, out)
             apart = float((out - other).norm() / other.norm())
             row = f"{scheme:10} {count:6} {found:7.2f} {1e3 * count / found:10.1f} {100 * limit / found:13.0f}% {host:10.2f}"
             print(f"{row} {100 * apart:10.2f}%", flush=True)
         if args.profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, torch.inference_mode():
-                model.encode(patches, grids)
+                encoder.encode(patches, grids)
             print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=70))
 
 

@@ -8,7 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.batch import to_device
+from octavo.engine.graphs.encoder import LARGEST as LARGEST_GRAPH
+from octavo.engine.graphs.encoder import EncoderGraphs
 from octavo.engine.sequence import RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.layers.vision import ImageInput, patch_values
@@ -18,6 +21,7 @@ from octavo.platform import Platform
 __all__ = ["Encoder", "make_encoder"]
 
 LARGEST = 16_384  # tokens of an image that the cache has room for, whatever its size: 16 million pixels of Qwen3-VL
+GRAPH_TOKENS = LARGEST_GRAPH // 4  # image tokens are squares of 2 x 2 patches
 
 
 class Encoder:
@@ -27,13 +31,15 @@ class Encoder:
         self.model, self.platform = model, platform
         self.features: dict[bytes, Tensor] = {}
         self.capacity = 0  # image tokens
+        self.graphs: EncoderGraphs | None = None
 
-    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype) -> int:
+    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype, *, graphs: bool) -> int:
         """Sets `capacity`, image tokens whose features are kept, and returns the bytes that they and the tower's activations
-        take at most. The cache has room for one image at least."""
+        take at most, those in graphs too. The cache has room for one image at least."""
         largest, token = min(LARGEST, max_model_len), self.model.feature_width * dtype.itemsize
         self.capacity = max(cache_bytes // token, largest)
-        return self.capacity * token + self.model.encoder_workspace_bytes(largest)
+        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS) if graphs else 0
+        return self.capacity * token + self.model.encoder_workspace_bytes(largest) + captured
 
     @torch.inference_mode()
     def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:
@@ -43,9 +49,15 @@ class Encoder:
         if not images:
             return
         patches = torch.cat([self._patches(found.image) for found in images])
-        encoded = self.model.encode(patches, [found.image.grid for found in images])
+        encoded = self.encode(patches, [found.image.grid for found in images])
         for found, features in zip(images, encoded.split([found.image.tokens for found in images]), strict=True):
             self.features[found.key] = features.clone()  # a view would keep those of all images
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """`model.encode`, its layers from a graph where there is one; valid until the next call."""
+        given = self.model.encoder_input(patches, grids)
+        found = None if self.graphs is None else self.graphs.run(given)
+        return self.model.encoder_output(self.model.encoder_layers(given) if found is None else found, grids)
 
     def _patches(self, image: ImagePatches) -> Tensor:
         pixels, values = (torch.from_numpy(array) for array in (image.pixels, image.values))
@@ -87,6 +99,19 @@ class Encoder:
         stop = images[-1].stop
         found = self.model.image_positions(_grids(images), stop, stop + 1)
         return 0 if found is None else int(found[0, 0]) - stop
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Captures graphs, where they can be."""
+        patches, grid = self.model.warm_up_image()
+        given = self.model.encoder_input(patches.to(self.platform.device), [grid])
+        if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):
+            self.graphs = EncoderGraphs(self.model, given)
+
+    def drop(self) -> None:
+        """Frees features and graphs."""
+        self.features.clear()
+        self.graphs = None
 
     def warm_up(self) -> None:
         """Launches every kernel of the tower."""

@@ -110,7 +110,8 @@ class ModelRunner:
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
         if self.encoder is not None:
-            working += self.encoder.plan(config.encoder_cache_bytes(cpu), self.limits.positions, self.dtype)
+            graphs, room = not (config.enforce_eager or cpu), config.encoder_cache_bytes(cpu)
+            working += self.encoder.plan(room, self.limits.positions, self.dtype, graphs=graphs)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
@@ -144,6 +145,8 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
         self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
+        if self.encoder is not None:
+            self.encoder.capture()
 
     def reload(self, model: str) -> None:
         """Loads the weights of another checkpoint directory with the same shapes and schemes. Graphs and kernels stay.
@@ -162,7 +165,7 @@ class ModelRunner:
         """Frees weights, cache and graphs, and keeps compiled kernels. `wake` restores them; nothing may run before."""
         self.graphs = self.prompts = None
         if self.encoder is not None:
-            self.encoder.features.clear()
+            self.encoder.drop()
         if hasattr(self.model, "unfuse"):
             cast("FusedModel", self.model).unfuse()
         self.model.bind_cache([{} for _ in self.cache.views])

@@ -24,6 +24,7 @@ from octavo.ops.reference import scaled
 from octavo.weights import Loader
 
 __all__ = [
+    "EncoderInput",
     "FusedQKVLinear",
     "Grid",
     "ImageInput",
@@ -49,6 +50,14 @@ class ImageInput(NamedTuple):
     features: Tensor
     places: Tensor
     positions: Tensor | None
+
+
+class EncoderInput(NamedTuple):
+    """The input of a tower's layers: embedded patches x [P, hidden], rotation and segments of them."""
+
+    x: Tensor
+    rotation: ops.Rotation
+    segments: ops.Segments
 
 
 def positions_of(grids: Sequence[Grid], merge: int, device: torch.device) -> Tensor:

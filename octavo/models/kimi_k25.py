@@ -19,6 +19,7 @@ from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
+    EncoderInput,
     Grid,
     PatchEmbedding,
     VisionAttention,
@@ -130,21 +131,29 @@ class Tower(nn.Module):
         self.config = c
         self.patch_embed, self.encoder = Embedding(c), Encoder(c, tp)
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[F, merged, hidden] of patches [P, values], frame by frame and row by row: a clip's frames are averaged."""
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        """Of patches [P, values], frame by frame and row by row."""
         c = self.config
         rotation = axial_angles(
             positions_of(grids, 1, patches.device), c.hidden_size // c.num_attention_heads, THETA, interleaved=True
         )
-        x: Tensor = self.patch_embed(patches, grids)
-        lengths, residual = [grid.patches for grid in grids], None
-        segments = segments_of(lengths, patches.device)
+        segments = segments_of([grid.patches for grid in grids], patches.device)
+        return EncoderInput(self.patch_embed(patches, grids), rotation, segments)
+
+    def forward(self, given: EncoderInput) -> Tensor:
+        """[P, hidden]."""
+        x, rotation, segments = given
+        residual = None
         for block in self.encoder.blocks:
             assert isinstance(block, Block)
             x, residual = block.layer(x, residual, segments, rotation)
         normed, _ = ops.layer_norm(x, self.encoder.final_layernorm.norm, residual)
-        merge, found = c.merge_kernel_size[0], []
-        for part, grid in zip(normed.values().split(lengths), grids, strict=True):
+        return normed.values()
+
+    def merged(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """[F, merged, hidden] of the layers' result [P, hidden]: a clip's frames are averaged."""
+        merge, found, lengths = self.config.merge_kernel_size[0], [], [grid.patches for grid in grids]
+        for part, grid in zip(x[: sum(lengths)].split(lengths), grids, strict=True):
             squares = part.view(grid.frames, grid.rows // merge, merge, grid.columns // merge, merge, -1)
             found.append(squares.mean(0).transpose(1, 2).flatten(0, 1).flatten(1, 2))
         return torch.cat(found)
@@ -186,7 +195,7 @@ class Model(WithImages, deepseek_v3.Model):
     def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
         return [Tower(c.vision, tp), Projector(c.vision, c.hidden_size, tp)]
 
-    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features [F, hidden], a token for each square of patches."""
-        found: Tensor = self.mm_projector(self.vision_tower(patches, grids))
-        return found
+        features: Tensor = self.mm_projector(self.vision_tower.merged(found, grids))
+        return features

@@ -20,6 +20,7 @@ from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
+    EncoderInput,
     Grid,
     ImageInput,
     PatchEmbedding,
@@ -143,8 +144,8 @@ class Tower(nn.Module):
         self.merger = PatchMerger(c, tp, after=False)
         self.deepstack_merger_list = nn.ModuleList(PatchMerger(c, tp, after=True) for _ in c.deepstack_visual_indexes)
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features [P / merged, (1 + deepstack) * out_hidden_size] of patches [P, values] in the order of `positions_of`."""
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        """Of patches [P, values] in the order of `positions_of`."""
         c = self.config
         places = positions_of(grids, c.spatial_merge_size, patches.device)
         rotation = axial_angles(places, c.hidden_size // c.num_heads, THETA)
@@ -153,13 +154,19 @@ class Tower(nn.Module):
         own = places.split([grid.patches for grid in grids])
         learned = [table[at[:, 0], at[:, 1]] for table, at in zip(tables, own, strict=True)]
         x = x + torch.cat(learned).to(x.dtype)
-        segments = segments_of([grid.rows * grid.columns for grid in grids for _ in range(grid.frames)], patches.device)
+        segments = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+        return EncoderInput(x, rotation, segments_of(segments, x.device))
+
+    def forward(self, given: EncoderInput) -> Tensor:
+        """Features [P / merged, (1 + deepstack) * out_hidden_size]."""
+        x, rotation, segments = given
+        indexes = self.config.deepstack_visual_indexes
         residual: Tensor | None = None
         deep = []
         for number, block in enumerate(self.blocks):
             x, residual = block(x, residual, segments, rotation)
-            if number in c.deepstack_visual_indexes:
-                merger = self.deepstack_merger_list[c.deepstack_visual_indexes.index(number)]
+            if number in indexes:
+                merger = self.deepstack_merger_list[indexes.index(number)]
                 assert isinstance(merger, PatchMerger)
                 (features, x), residual = merger.merge(x, residual), None
                 deep.append(features)
@@ -258,10 +265,8 @@ class WithTower(WithImages):
     def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
         return [Tower(c.vision, tp)]
 
-    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features of images, as `Tower` gives them."""
-        found: Tensor = self.visual(patches, grids)  # type: ignore[attr-defined]
-        return found
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return found[: sum(grid.patches for grid in grids) // self.config.vision.spatial_merge_size**2]
 
     @property
     def feature_width(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.distributed import TensorParallel
 from octavo.images import Grid
-from octavo.layers.vision import ImageInput, splice
+from octavo.layers.vision import EncoderInput, ImageInput, splice
 from octavo.models.interface import ModelInput
 
 __all__ = ["WithImages"]
@@ -34,6 +34,24 @@ class WithImages:
     def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
         """The modules of `tower_names`."""
         raise NotImplementedError
+
+    @property
+    def tower(self) -> Any:
+        return getattr(self, self.tower_names[0])
+
+    def encoder_input(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        found: EncoderInput = self.tower.embed(patches, grids)
+        return found
+
+    def encoder_layers(self, given: EncoderInput) -> Tensor:
+        found: Tensor = self.tower(given)
+        return found
+
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return self.encoder_output(self.encoder_layers(self.encoder_input(patches, grids)), grids)
 
     @property
     def ignored(self) -> tuple[str, ...]:

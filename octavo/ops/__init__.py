@@ -53,19 +53,18 @@ __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
     "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
     "Routed", "Router", "Segments", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend",
-    "attention", "bind", "capture", "captures", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention",
-    "experts", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled",
-    "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
-    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch",
+    "expanded_attention", "experts", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear",
+    "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "argmax", "attention", "combine", "decode_variant", "dispatch", "expanded_attention", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
-    "segment_attention", "select_keys", "silu_mul",
-    "write_index_keys", "write_kv", "write_latent",
+    "absorbed_queries", "argmax", "attention", "captures_segments", "combine", "decode_variant", "dispatch",
+    "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate",
+    "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
 
@@ -277,6 +276,11 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) 
     interleaved: as in Rotation.
     """
     return _bound["rotate"](x, cos_sin, rows, interleaved)  # type: ignore[no-any-return]
+
+
+def captures_segments(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `segment_attention` of such heads can be in a graph: it then reads lengths on the device alone."""
+    return _bound["captures_segments"](dtype, head_dim)  # type: ignore[no-any-return]
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

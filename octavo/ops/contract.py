@@ -130,10 +130,11 @@ class Rotation(NamedTuple):
 class Segments(NamedTuple):
     """Parts of T tokens that lie one behind the other and do not attend to one another.
 
-    lengths: on the host, T together. starts: INT32 [parts + 1], on the device, where each begins, and T.
+    lengths: on the host, T together; None in a graph, where they change from replay to replay. starts: INT32 [parts + 1], on
+    the device, where each begins, and T.
     """
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | None
     starts: Tensor
 
 

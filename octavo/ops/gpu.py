@@ -39,7 +39,7 @@ from octavo.ops.triton.rope import rope_write_kv
 from octavo.ops.triton.rotate import rotate
 from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import sample
-from octavo.ops.triton.segment_attention import segment_attention
+from octavo.ops.triton.segment_attention import captures_segments, segment_attention
 from octavo.ops.triton.select_keys import select_keys
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -54,6 +54,7 @@ __all__ = [
     "argmax",
     "attend",
     "attention",
+    "captures_segments",
     "combine",
     "decode_variant",
     "dispatch",

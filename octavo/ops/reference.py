@@ -43,6 +43,7 @@ __all__ = [
     "ReferenceStack",
     "argmax",
     "attention",
+    "captures_segments",
     "combine",
     "dispatch",
     "gelu",
@@ -247,7 +248,12 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) 
     return out
 
 
+def captures_segments(dtype: torch.dtype, head_dim: int) -> bool:
+    return False
+
+
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    assert segments.lengths is not None, "captures_segments says so"
     parts = [x.transpose(0, 1)[None].split(list(segments.lengths), 2) for x in (q, k, v)]
     return torch.cat([F.scaled_dot_product_attention(*one)[0] for one in zip(*parts, strict=True)], 1).transpose(0, 1)
 

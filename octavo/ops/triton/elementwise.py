@@ -97,27 +97,38 @@ def _silu_mul_quant(
 
 
 @triton.jit
+def _gelu(source, inside, TANH: tl.constexpr):
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if TANH:  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return round_to(y, source.dtype.element_ty)
+
+
+@triton.jit
 def _gelu_quant(
     x, out, scale, dense, size, stride, width,
     TANH: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A row is BLOCK columns and REST more: arithmetic on 8,192 lanes for 4,304 columns would take twice the time."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < size
+    cols, more = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
     release(PDL)
     wait(PDL)
-    value = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
-    if TANH:  # (1 + tanh(u)) / 2 is the sigmoid of 2u
-        y = value / (1.0 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
-    else:
-        y = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+    a = _gelu(x + row * stride + cols, cols < size, TANH)
+    b = _gelu(x + row * stride + more, more < size, TANH)
     if QUANT:
-        _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, LIMIT, FLOOR)
-        if BOTH:
-            tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
-    else:
-        tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
+        s = scale_of(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), LIMIT, FLOOR)
+        tl.store(scale + row, s)
+        to, code = out + row * width, out.dtype.element_ty
+        tl.store(to + cols, to_fp8(a * (1.0 / s), LIMIT, code), mask=cols < width)
+        tl.store(to + more, to_fp8(b * (1.0 / s), LIMIT, code), mask=more < width)
+    if BOTH or not QUANT:
+        to = (dense if BOTH else out) + row * size
+        tl.store(to + cols, a.to(x.dtype.element_ty), mask=cols < size)
+        tl.store(to + more, b.to(x.dtype.element_ty), mask=more < size)
 
 
 @triton.jit
@@ -213,7 +224,11 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
 def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
     (rows, size), to = x.shape, _Outputs(readers, *x.shape, x)
     if rows:
-        launch(_gelu_quant, (rows,), x, *to.pointers, size, x.stride(0), to.width, TANH=approximate == "tanh", **to.options)
+        block = 1 << (to.width.bit_length() - 1)
+        launch(_gelu_quant, (rows,),
+            x, *to.pointers, size, x.stride(0), to.width, TANH=approximate == "tanh", REST=power_of_2(to.width - block, 16),
+            **to.options | {"BLOCK": block, "num_warps": _warps(block)},
+        )  # fmt: skip
     return Activation(to.dense, to.quantized)
 
 

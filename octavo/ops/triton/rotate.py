@@ -11,7 +11,7 @@ from octavo.ops.triton.launch import launch, power_of_2, release, wait
 
 __all__ = ["rotate"]
 
-TOKENS, HEADS = 4, 8  # of a CTA
+TOKENS, HEADS = 1, 32  # of a CTA
 
 
 @triton.jit(do_not_specialize=["tokens"])

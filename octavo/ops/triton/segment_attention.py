@@ -19,24 +19,38 @@ from octavo.ops import reference
 from octavo.ops.contract import Segments
 from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, wait
 
-__all__ = ["segment_attention"]
+__all__ = ["captures_segments", "segment_attention"]
 
+GROUP = 128  # segments that a CTA looks at together
 TILES = {"BM": 128, "BN": 64, "num_warps": 4}
-STAGES = 4
+STAGES = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _segment_attention(
-    q, k, k_rest, v, v_rest, out, starts, qk_scale, q_stride,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    q, k, k_rest, v, v_rest, out, starts, segments, qk_scale, q_stride,
+    GROUP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A CTA has BM queries of a head. k and v: descriptors of their first D0 columns; *_rest: of the D1 behind them, if any."""
+    """A CTA has BM queries of a head. k and v: descriptors of their first D0 columns; *_rest: of the D1 behind them, if any.
+
+    Each CTA finds its tile of a segment itself, so that launches depend on the numbers of tokens and segments alone.
+    """
     release(PDL)
     wait(PDL)
-    head, segment = tl.program_id(1), tl.program_id(2)
-    start, stop = tl.load(starts + segment), tl.load(starts + segment + 1)
-    first = start + tl.program_id(0) * BM
+    tile, head = tl.program_id(0), tl.program_id(1)
+    seen, start, stop, first = 0, 0, 0, 0
+    for group in range(0, segments, GROUP):
+        part = group + tl.arange(0, GROUP)
+        begin = tl.load(starts + part, mask=part < segments, other=0)
+        end = tl.load(starts + part + 1, mask=part < segments, other=0)
+        tiles = (end - begin + BM - 1) // BM
+        before = seen + tl.cumsum(tiles, 0) - tiles
+        mine = (before <= tile) & (tile < before + tiles)
+        start += tl.sum(tl.where(mine, begin, 0), 0)
+        stop += tl.sum(tl.where(mine, end, 0), 0)
+        first += tl.sum(tl.where(mine, begin + (tile - before) * BM, 0), 0)
+        seen += tl.sum(tiles, 0)
     if first < stop:
         row = (first + tl.arange(0, BM)).to(tl.int64)
         inside = (row < stop)[:, None]
@@ -77,17 +91,21 @@ def widths(dim: int) -> tuple[int, int]:
     return whole, power_of_2(dim - whole, 16) if dim > whole else 0
 
 
+def captures_segments(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype is torch.bfloat16 and head_dim % 8 == 0
+
+
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    (tokens, heads, dim), lengths = q.shape, segments.lengths
+    (tokens, heads, dim), count = q.shape, len(segments.starts) - 1
     aligned = all(x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and x.stride()[1:] == (dim, 1) for x in (k, v))
-    if q.dtype is not torch.bfloat16 or dim % 8 or q.stride()[1:] != (dim, 1) or not aligned or not tokens:
+    if not captures_segments(q.dtype, dim) or q.stride()[1:] != (dim, 1) or not aligned or not tokens:
         return reference.segment_attention(q, k, v, segments)
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     d0, d1 = widths(dim)
     operands = [_columns(x, TILES["BN"], width or d0) for x in (k, v) for width in (d0, d1)]
-    launch(_segment_attention, (triton.cdiv(max(lengths), TILES["BM"]), heads, len(lengths)),
-        q, *operands, out, segments.starts, dim**-0.5 * math.log2(math.e), q.stride(0), H=heads, D=dim, D0=d0, D1=d1, **TILES,
-        STAGES=pipeline(STAGES),
+    launch(_segment_attention, (tokens // TILES["BM"] + count, heads),
+        q, *operands, out, segments.starts, count, dim**-0.5 * math.log2(math.e), q.stride(0), GROUP=GROUP,
+        H=heads, D=dim, D0=d0, D1=d1, STAGES=pipeline(STAGES), **TILES,
     )  # fmt: skip
     return out
 
