@@ -122,9 +122,9 @@ def _gelu_quant(
     if QUANT:
         s = scale_of(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), LIMIT, FLOOR)
         tl.store(scale + row, s)
-        to, code = out + row * width, out.dtype.element_ty
-        tl.store(to + cols, to_fp8(a * (1.0 / s), LIMIT, code), mask=cols < width)
-        tl.store(to + more, to_fp8(b * (1.0 / s), LIMIT, code), mask=more < width)
+        to = out + row * width
+        tl.store(to + cols, to_fp8(a * (1.0 / s), LIMIT, out.dtype.element_ty), mask=cols < width)
+        tl.store(to + more, to_fp8(b * (1.0 / s), LIMIT, out.dtype.element_ty), mask=more < width)
     if BOTH or not QUANT:
         to = (dense if BOTH else out) + row * size
         tl.store(to + cols, a.to(x.dtype.element_ty), mask=cols < size)
