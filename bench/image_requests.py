@@ -110,7 +110,8 @@ def largest(core: EngineCore) -> str:
         torch.cuda.synchronize()
     took = 1e3 * (time.perf_counter() - began)
     kept = encoder.features[b"largest"].nbytes
-    peak, planned = torch.cuda.max_memory_allocated() - before - kept, encoder.model.encoder_workspace_bytes(16_384)
+    peak = torch.cuda.max_memory_allocated() - before - kept
+    planned = encoder.model.encoder_workspace_bytes(16_384, torch.bfloat16)
     encoder.features.clear()
     return f"{took:.0f} ms, peak {peak / 2**30:.2f} GiB beside its features, planned {planned / 2**30:.2f} GiB"
 

@@ -38,8 +38,8 @@ class Encoder:
         take at most, those in graphs too. The cache has room for one image at least."""
         largest, token = min(LARGEST, max_model_len), self.model.feature_width * dtype.itemsize
         self.capacity = max(cache_bytes // token, largest)
-        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS) if graphs else 0
-        return self.capacity * token + self.model.encoder_workspace_bytes(largest) + captured
+        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS, dtype) if graphs else 0
+        return self.capacity * token + self.model.encoder_workspace_bytes(largest, dtype) + captured
 
     @torch.inference_mode()
     def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:

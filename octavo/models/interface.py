@@ -128,8 +128,8 @@ class VisionModel(Model, Protocol):
     def feature_width(self) -> int:
         """W of `encode`: values of one image token."""
 
-    def encoder_workspace_bytes(self, tokens: int) -> int:
-        """An upper bound in bytes on the activations of `encode` for images of so many tokens."""
+    def encoder_workspace_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """An upper bound in bytes on patches and activations of `encode` for images of so many tokens, on an accelerator."""
 
     def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
         """int64 [3, stop - start], on the host: positions in time, rows and columns of the tokens [start, stop) of a request.

@@ -77,11 +77,13 @@ class WithImages:
         c = self.config.vision  # type: ignore[attr-defined]
         return int(3 * getattr(c, "temporal_patch_size", 1) * c.patch_size**2)
 
-    def encoder_workspace_bytes(self, tokens: int) -> int:
-        """Bytes of a layer's activations, of which some are FP32, and of the pixels and the rows of their lookup."""
+    def encoder_workspace_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Of a patch: its values, which are FP32; in the last layer's MLP, the residual, what attention gave and its norm, and
+        both sides of the GELU; the features."""
         c = self.config.vision  # type: ignore[attr-defined]
         merged = getattr(c, "spatial_merge_size", 0) or c.merge_kernel_size[0]
-        return int(tokens * merged**2 * (28 * c.hidden_size + 4 * c.intermediate_size + 8 * self.patch_size_values))
+        layer = merged**2 * (3 * c.hidden_size + 2 * c.intermediate_size)
+        return int(tokens * (4 * merged**2 * self.patch_size_values + dtype.itemsize * (layer + self.feature_width)))
 
     def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,9 @@ def check_shape(name: str, stored: Sequence[int], shape: Sequence[int] | None) -
         )
 
 
+IS_NORM = re.compile(r"norm\d*\.weight$")
+
+
 class DummySource:
     """Random weights of any shape that is asked for, the same for the same name on every device. For benchmarks.
 
@@ -144,7 +148,7 @@ class DummySource:
         if "weight_scale" in name:
             return torch.full(size, self.std / spread, dtype=torch.float32 if kind == "F32" else torch.bfloat16, device=device)
         if len(size) == 1:
-            fill = torch.ones if name.endswith("norm.weight") else torch.zeros
+            fill = torch.ones if IS_NORM.search(name) else torch.zeros
             return fill(size, dtype=torch.bfloat16, device=device)
         if (kind, device) not in self._pools:
             self._pools[kind, device] = self._pools[kind, torch.device("cpu")].to(device)
