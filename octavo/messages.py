@@ -237,5 +237,5 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     model_type: str
-    image_tokens: int = 0  # the most tokens of one image; 0: the model reads no images
     report: list[str] = field(default_factory=list)  # lines to print: quantization and memory
+    image_tokens: int = 0  # the most tokens of one image; 0: the model reads no images
