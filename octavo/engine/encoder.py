@@ -10,8 +10,9 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.batch import to_device
-from octavo.engine.graphs.encoder import LARGEST as LARGEST_GRAPH
-from octavo.engine.graphs.encoder import EncoderGraphs
+from octavo.config import EngineConfig
+from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
+from octavo.engine.graphs.tower import TowerGraphs
 from octavo.engine.sequence import RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.layers.vision import ImageInput, patch_values
@@ -31,14 +32,15 @@ class Encoder:
         self.model, self.platform = model, platform
         self.features: dict[bytes, Tensor] = {}
         self.capacity = 0  # image tokens
-        self.graphs: EncoderGraphs | None = None
+        self.graphs: TowerGraphs | None = None
 
-    def plan(self, cache_bytes: int, max_model_len: int, dtype: torch.dtype, *, graphs: bool) -> int:
+    def plan(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """Sets `capacity`, image tokens whose features are kept, and returns the bytes that they and the tower's activations
         take at most, those in graphs too. The cache has room for one image at least."""
         largest, token = min(LARGEST, max_model_len), self.model.feature_width * dtype.itemsize
-        self.capacity = max(cache_bytes // token, largest)
-        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS, dtype) if graphs else 0
+        cpu = self.platform.is_cpu
+        self.capacity = max(config.encoder_cache_bytes(cpu) // token, largest)
+        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS, dtype) if not (cpu or config.enforce_eager) else 0
         return self.capacity * token + self.model.encoder_workspace_bytes(largest, dtype) + captured
 
     @torch.inference_mode()
@@ -106,7 +108,7 @@ class Encoder:
         patches, grid = self.model.warm_up_image()
         given = self.model.encoder_input(patches.to(self.platform.device), [grid])
         if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):
-            self.graphs = EncoderGraphs(self.model, given)
+            self.graphs = TowerGraphs(self.model, given)
 
     def drop(self) -> None:
         """Frees features and graphs."""

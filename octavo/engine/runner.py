@@ -71,20 +71,18 @@ class ModelRunner:
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device)
-        self.block_size = config.block_size_on(self.platform.is_cpu)
+        cpu = self.platform.is_cpu
+        self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
-        self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        tp = TensorParallel()
+        self.dtype, tp = torch.float32 if config.dtype == "float32" else torch.bfloat16, TensorParallel()
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
-        self.encoder = make_encoder(self.model, self.platform)
-        self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
-        self.histories = Histories(self.platform.device)
+        self.encoder, self.histories = make_encoder(self.model, self.platform), Histories(self.platform.device)
         self._start()
 
     def _start(self) -> None:
@@ -109,9 +107,7 @@ class ModelRunner:
         )
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         working = self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.limits.vocab_size)
-        if self.encoder is not None:
-            graphs, room = not (config.enforce_eager or cpu), config.encoder_cache_bytes(cpu)
-            working += self.encoder.plan(room, self.limits.positions, self.dtype, graphs=graphs)
+        working += 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
@@ -181,6 +177,9 @@ class ModelRunner:
         """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
+        for context in (1, min(4096, self.max_model_len - 1)):  # a decode beside a prefill, with split-KV and without
+            spans = [batches.Span([0] * tokens, at, [0] * (at + tokens)) for at, tokens in ((context, 1), (0, 16))]
+            self.step.hidden(self._batch(spans))
         if self.encoder is not None:
             self.encoder.warm_up()
         warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())

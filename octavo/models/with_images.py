@@ -78,11 +78,11 @@ class WithImages:
         return int(3 * getattr(c, "temporal_patch_size", 1) * c.patch_size**2)
 
     def encoder_workspace_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Of a patch: its values, which are FP32; in the last layer's MLP, the residual, what attention gave and its norm, and
-        both sides of the GELU; the features."""
+        """Of a patch: its values, which are FP32; in the last layer's MLP both sides of the GELU, and in the hidden size the
+        embedding, the layer's input and its residual, what attention gave, its residual and its norm; the features."""
         c = self.config.vision  # type: ignore[attr-defined]
         merged = getattr(c, "spatial_merge_size", 0) or c.merge_kernel_size[0]
-        layer = merged**2 * (3 * c.hidden_size + 2 * c.intermediate_size)
+        layer = merged**2 * (6 * c.hidden_size + 2 * c.intermediate_size)
         return int(tokens * (4 * merged**2 * self.patch_size_values + dtype.itemsize * (layer + self.feature_width)))
 
     def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:

@@ -17,14 +17,14 @@ from octavo import ops
 from octavo.layers.vision import EncoderInput
 from octavo.models.interface import VisionModel
 
-__all__ = ["LARGEST", "EncoderGraphs"]
+__all__ = ["LARGEST", "TowerGraphs"]
 
 SIZES = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # patches; kernels of more take longer than their launches
 LARGEST = SIZES[-1]
 SEGMENTS = 16  # images or frames that a graph takes at once
 
 
-class EncoderGraphs:
+class TowerGraphs:
     """Graphs of `model.encoder_layers`. `given`: its input for the images of the warm-up, whose shapes it has."""
 
     def __init__(self, model: VisionModel, given: EncoderInput):
