@@ -177,9 +177,9 @@ class ModelRunner:
         """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.prompts:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
-        for context in (1, min(4096, self.max_model_len - 1)):  # a decode beside a prefill, with split-KV and without
-            spans = [batches.Span([0] * tokens, at, [0] * (at + tokens)) for at, tokens in ((context, 1), (0, 16))]
-            self.step.hidden(self._batch(spans))
+        for context, length in ((1, 16), (1, 80), (4096, 80)):  # a decode beside a prefill
+            both = ((min(context, self.max_model_len - 1), 1), (0, min(length, self.max_model_len)))
+            self.step.hidden(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
         if self.encoder is not None:
             self.encoder.warm_up()
         warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())

@@ -70,20 +70,25 @@ def image(seed: int, grid: Grid) -> ImagePatches:
 @pytest.mark.parametrize(("scheme", "bound"), [("bf16", 0.02), ("ptpc_fp8", 0.06)])
 def test_the_tower_gives_the_cpus_features(saved: Path, scheme: str, bound: float) -> None:
     """From graphs and without; each graph is replayed for other images than before."""
-    cpu, gpu = (engine(saved, device=device, quantization=scheme).runner.encoder for device in ("cpu", "cuda"))
+    cpu = engine(saved, device="cpu", quantization=scheme).runner.encoder
     assert cpu is not None
+    given = []
+    for name, grids in GRIDS.items():
+        for seed in range(2):
+            count = sum(grid.patches for grid in grids)
+            patches = torch.randn(count, 96, generator=torch.Generator().manual_seed(seed))
+            with torch.inference_mode():
+                given.append((f"{name} {seed}", patches, grids, cpu.encode(patches, grids)))
+    gpu = engine(saved, quantization=scheme).runner.encoder
     assert gpu is not None
     graphs = gpu.graphs
     assert graphs is not None
-    with torch.inference_mode():
-        for name, grids in GRIDS.items():
-            for seed in range(2):
-                count = sum(grid.patches for grid in grids)
-                patches = torch.randn(count, 96, generator=torch.Generator().manual_seed(seed))
-                expected = cpu.encode(patches, grids)
-                for gpu.graphs in (graphs, None):
-                    found = gpu.encode(patches.cuda(), grids)
-                    assert relative_error(found.cpu(), expected) < bound, (name, seed, gpu.graphs)
+    for gpu.graphs in (graphs, None):
+        for name, patches, grids, expected in given:
+            with torch.inference_mode():
+                error = relative_error(gpu.encode(patches.cuda(), grids).cpu(), expected)
+            print(f"{scheme}, {name}: {error:.4f}")
+            assert error < bound, (name, gpu.graphs)
 
 
 def prompt(name: str, parts: list[int | ImagePatches], tokens: int = 24, **params: Any) -> EngineRequest:
@@ -124,7 +129,7 @@ def behind(core: EngineCore, asked: list[EngineRequest], tokens: dict[str, list[
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kv", "most", "apart"), [("bf16", "auto", 0.15, 0.02), ("ptpc_fp8", "fp8", 1.0, 0.2)], ids=["bf16", "fp8"]
+    ("scheme", "kv", "most", "apart"), [("bf16", "auto", 0.15, 0.02), ("ptpc_fp8", "fp8", 1.0, 0.4)], ids=["bf16", "fp8"]
 )
 def test_tokens_are_those_of_a_prefill_without_graphs(saved: Path, scheme: str, kv: str, most: float, apart: float) -> None:
     """With graphs and without, in parts that cut images, alone and in company, two steps in flight; decoding after images takes
