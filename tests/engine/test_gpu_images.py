@@ -93,7 +93,7 @@ def test_the_tower_is_as_close_to_fp32_as_the_cpus(saved: Path, scheme: str) -> 
         plain = name.removesuffix(", graph")
         error, usual = relative_error(made, exact[plain]), relative_error(cpu[plain], exact[plain])
         print(f"{scheme}, {name}: {error:.4f}, the CPU's {usual:.4f}")
-        assert error < 1.1 * usual, name
+        assert error < 1.25 * usual, name
     assert usual < (0.02 if scheme == "bf16" else 0.2)
 
 
