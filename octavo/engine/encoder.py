@@ -8,8 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.batch import to_device
 from octavo.config import EngineConfig
+from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
+from octavo.engine.graphs.tower import TowerGraphs
 from octavo.engine.scheduler import IMAGE_TOKENS
 from octavo.engine.sequence import RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
@@ -20,6 +23,7 @@ from octavo.platform import Platform
 __all__ = ["Encoder", "make_encoder"]
 
 LARGEST = 16_384  # tokens of an image that is read, where a request may be so long: 16 million pixels of Qwen3-VL
+GRAPH_TOKENS = LARGEST_GRAPH // 4  # image tokens are squares of 2 x 2 patches
 
 
 class Encoder:
@@ -29,16 +33,18 @@ class Encoder:
         self.model, self.platform = model, platform
         self.features: dict[bytes, Tensor] = {}
         self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
+        self.graphs: TowerGraphs | None = None
 
     def plan(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
-        are kept, the tower's activations, and features of a step, as they are and in the places of tokens."""
+        are kept, the tower's activations, those in graphs too, and features of a step, as they are and in the places of tokens.
+        """
         cpu, token = self.platform.is_cpu, self.model.feature_width * dtype.itemsize
-        cache_bytes, step_tokens = config.encoder_cache_bytes(cpu), config.step_tokens_on(cpu)
         self.largest = min(LARGEST, max_model_len)
-        self.capacity = max(cache_bytes // token, self.largest)
-        encoded = max(self.largest, IMAGE_TOKENS)
-        return (self.capacity + 2 * step_tokens) * token + self.model.encoder_workspace_bytes(encoded)
+        self.capacity = max(config.encoder_cache_bytes(cpu) // token, self.largest)
+        encoded = self.model.encoder_workspace_bytes(max(self.largest, IMAGE_TOKENS), dtype)
+        captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS, dtype) if not (cpu or config.enforce_eager) else 0
+        return (self.capacity + 2 * config.step_tokens_on(cpu)) * token + encoded + captured
 
     @torch.inference_mode()
     def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:
@@ -48,9 +54,15 @@ class Encoder:
         if not images:
             return
         patches = torch.cat([self._patches(found.image) for found in images])
-        encoded = self.model.encode(patches, [found.image.grid for found in images])
+        encoded = self.encode(patches, [found.image.grid for found in images])
         for found, features in zip(images, encoded.split([found.image.tokens for found in images]), strict=True):
             self.features[found.key] = features.clone()  # a view would keep those of all images
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """`model.encode`, its layers from a graph where there is one; valid until the next call."""
+        given = self.model.encoder_input(patches, grids)
+        found = None if self.graphs is None else self.graphs.run(given)
+        return self.model.encoder_output(self.model.encoder_layers(given) if found is None else found, grids)
 
     def _patches(self, image: ImagePatches) -> Tensor:
         pixels, values = (torch.from_numpy(array) for array in (image.pixels, image.values))
@@ -92,6 +104,19 @@ class Encoder:
         stop = images[-1].stop
         found = self.model.image_positions(_grids(images), stop, stop + 1)
         return 0 if found is None else int(found[0, 0]) - stop
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Captures graphs, where they can be."""
+        patches, grid = self.model.warm_up_image()
+        given = self.model.encoder_input(patches.to(self.platform.device), [grid])
+        if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):
+            self.graphs = TowerGraphs(self.model, given)
+
+    def drop(self) -> None:
+        """Frees features and graphs."""
+        self.features.clear()
+        self.graphs = None
 
     def warm_up(self) -> None:
         """Launches every kernel of the tower."""

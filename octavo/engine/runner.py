@@ -28,6 +28,7 @@ from octavo.engine.loading import cache_specs, describe_weights, drop, load_mode
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.place import Place
+from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
@@ -36,7 +37,6 @@ from octavo.engine.vocabulary import Vocabulary
 from octavo.host import keep
 from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
-from octavo.messages import Logprobs
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
 from octavo.platform import Platform, detect
@@ -44,7 +44,6 @@ from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
 
-LOGIT_ROWS = 256  # prompt positions per chunk of logits, which bounds their memory
 
 ALONE = Place()
 log = logging.getLogger(__name__)
@@ -61,10 +60,6 @@ def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> 
     return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
 
 
-def _wants_prompt_logprobs(item: ScheduledRequest, row: SamplingRow) -> bool:
-    return row.params.prompt_logprobs is not None and not row.num_output_tokens and item.start + 1 < row.num_prompt_tokens
-
-
 class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
@@ -73,7 +68,8 @@ class ModelRunner:
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
         self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
-        self.block_size = config.block_size_on(self.platform.is_cpu)
+        cpu = self.platform.is_cpu
+        self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
         json_config = read_config(self.directory)
@@ -83,9 +79,7 @@ class ModelRunner:
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
-        self.encoder = make_encoder(self.model, self.platform)
-        self.max_num_batched_tokens = config.step_tokens_on(self.platform.is_cpu)
-        self.histories = Histories(self.platform.device)
+        self.encoder, self.histories = make_encoder(self.model, self.platform), Histories(self.platform.device)
         self._start()
 
     def _start(self) -> None:
@@ -146,6 +140,8 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
         self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
+        if self.encoder is not None:
+            self.encoder.capture()
 
     def reload(self, model: str) -> None:
         """Loads the weights of another checkpoint directory with the same shapes and schemes. Graphs and kernels stay.
@@ -164,7 +160,7 @@ class ModelRunner:
         """Frees weights, cache and graphs, and keeps compiled kernels. `wake` restores them; nothing may run before."""
         self.graphs = self.prompts = None
         if self.encoder is not None:
-            self.encoder.features.clear()
+            self.encoder.drop()
         if hasattr(self.model, "unfuse"):
             cast("FusedModel", self.model).unfuse()
         self.model.bind_cache([{} for _ in self.cache.views])
@@ -180,6 +176,9 @@ class ModelRunner:
         """Warm-up: runs every kernel that prefills and sampling launch."""
         for length in self.limits.warmup_lengths:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
+        for context, length in ((1, 16), (1, 80), (4096, 80)):  # a decode beside a prefill
+            both = ((min(context, self.max_model_len - 1), 1), (0, min(length, self.max_model_len)))
+            self.step.hidden(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
         if self.encoder is not None:
             self.encoder.warm_up()
         warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
@@ -222,8 +221,8 @@ class ModelRunner:
             return out
         hidden, ends = self._hidden(items, previous, images), list(accumulate(item.num_tokens for item in items))
         for item, row, end in zip(items, rows, ends, strict=True):
-            if _wants_prompt_logprobs(item, row):
-                found = self._prompt_logprobs(hidden[end - item.num_tokens :], item, row)
+            if wants_prompt_logprobs(item, row):
+                found = prompt_logprobs(self.model, self.vocabulary, hidden[end - item.num_tokens :], item, row)
                 out.prompt_logprobs[item.request.request_id] = found
         if sampling := [n for n, item in enumerate(items) if item.samples]:
             every = len(sampling) == hidden.shape[0]
@@ -235,7 +234,7 @@ class ModelRunner:
         self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
     ) -> tuple[Tensor, Tensor] | None:
         """Logits and argmax of a decode step, or of a single prefill, by replaying a graph; None where no graph fits."""
-        if self.graphs is None or any(map(_wants_prompt_logprobs, items, rows)):
+        if self.graphs is None or any(map(wants_prompt_logprobs, items, rows)):
             return None
         if self.prompts is not None and len(items) == 1 and items[0].num_tokens > 1 and items[0].samples:
             return self.prompts.run(_span(items[0]))
@@ -275,17 +274,6 @@ class ModelRunner:
         if raw is not None:
             found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
             out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
-
-    def _prompt_logprobs(self, hidden: Tensor, item: ScheduledRequest, row: SamplingRow) -> list[Logprobs]:
-        """Log-probabilities of the prompt tokens that follow this step's positions."""
-        stop = min(item.start + item.num_tokens, row.num_prompt_tokens - 1)
-        targets = torch.tensor(row.token_ids[item.start + 1 : stop + 1], device=hidden.device)
-        found: list[Logprobs] = []
-        for at in range(0, len(targets), LOGIT_ROWS):
-            part = targets[at : at + LOGIT_ROWS]
-            logits = self.vocabulary.whole(self.model.logits(hidden[at : at + len(part)])).float()
-            found += logprobs_of(logits, part, [row.params.prompt_logprobs or 0] * len(part))
-        return found
 
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""

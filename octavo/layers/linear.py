@@ -126,8 +126,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: ops.Operand) -> ops.Product:
         if self.partial:
             return ops.linear(x, self.weight)
-        if self.tp.size == 1 and self.bias is None:
-            return ops.linear_unscaled(x, self.weight)
+        if self.tp.size == 1:
+            return ops.linear_unscaled(x, self.weight) if self.bias is None else ops.linear(x, self.weight, self.bias)
         y = ops.all_reduce(ops.linear(x, self.weight), self.tp)
         return y if self.bias is None else y.add_(self.bias)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.images import Grid
 from octavo.kvcache import KVCacheSpec, Layout, Views
-from octavo.layers.vision import ImageInput
+from octavo.layers.vision import EncoderInput, ImageInput
 from octavo.platform import Platform
 
 __all__ = ["CalibratedModel", "FusedModel", "Head", "Limits", "Model", "ModelInput", "StageState", "VisionModel"]
@@ -110,14 +110,26 @@ class VisionModel(Model, Protocol):
     has_tower: bool  # whether it was made with its tower; without, it serves text alone
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features [F, W] in the model's dtype of the patches of images, FP32 [P, values], one behind the other."""
+        """Features [F, W] in the model's dtype of the patches of images, FP32 [P, values], one behind the other.
+
+        It is encoder_output(encoder_layers(encoder_input(patches, grids)), grids).
+        """
+
+    def encoder_input(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput: ...
+
+    def encoder_layers(self, given: EncoderInput) -> Tensor:
+        """The tower's layers, whose launches depend on the numbers of patches and segments alone. The rows of further patches
+        are behind those of the images'."""
+
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features of what the layers gave, with or without the rows of further patches."""
 
     @property
     def feature_width(self) -> int:
         """W of `encode`: values of one image token."""
 
-    def encoder_workspace_bytes(self, tokens: int) -> int:
-        """An upper bound in bytes on the activations of `encode` for images of so many tokens."""
+    def encoder_workspace_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """An upper bound in bytes on patches and activations of `encode` for images of so many tokens, on an accelerator."""
 
     def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
         """int64 [3, stop - start], on the host: positions in time, rows and columns of the tokens [start, stop) of a request.

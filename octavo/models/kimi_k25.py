@@ -14,19 +14,20 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
-    AxialAngles,
+    EncoderInput,
     Grid,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
     axial_angles,
-    layer_norm,
     positions_of,
     resampled,
+    segments_of,
 )
 from octavo.models import deepseek_v3
 from octavo.models.config import check_fields, part_of
@@ -79,10 +80,14 @@ class Block(VisionAttention):
         self.norm0, self.norm1 = LayerNorm(c.hidden_size, NORM_EPS), LayerNorm(c.hidden_size, NORM_EPS)
         self.mlp = VisionMLP("fc0", "fc1", (c.hidden_size, c.intermediate_size, c.hidden_size), "tanh", tp)
 
-    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
-        x = x + super().forward(layer_norm(x, self.norm0.norm), segments, angles)
-        y: Tensor = x + self.mlp(layer_norm(x, self.norm1.norm))
-        return y
+    def layer(
+        self, x: Tensor, residual: Tensor | None, segments: ops.Segments, rotation: ops.Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """The output, to which the residual, the second result, is still to be added."""
+        normed, residual = ops.layer_norm(x, self.norm0.norm, residual, self.readers)
+        x = self(normed, segments, rotation)
+        normed, residual = ops.layer_norm(x, self.norm1.norm, residual, self.mlp.readers)
+        return self.mlp(normed), residual
 
 
 class PositionTable(nn.Module):
@@ -131,19 +136,29 @@ class Tower(nn.Module):
         self.config = c
         self.patch_embed, self.encoder = Embedding(c), Encoder(c, tp)
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """[F, merged, hidden] of patches [P, values], frame by frame and row by row: a clip's frames are averaged."""
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        """Of patches [P, values], frame by frame and row by row."""
         c = self.config
-        angles = axial_angles(
+        rotation = axial_angles(
             positions_of(grids, 1, patches.device), c.hidden_size // c.num_attention_heads, THETA, interleaved=True
         )
-        x = self.patch_embed(patches, grids)
-        segments = [grid.patches for grid in grids]
+        segments = segments_of([grid.patches for grid in grids], patches.device)
+        return EncoderInput(self.patch_embed(patches, grids), rotation, segments)
+
+    def forward(self, given: EncoderInput) -> Tensor:
+        """[P, hidden]."""
+        x, rotation, segments = given
+        residual = None
         for block in self.encoder.blocks:
-            x = block(x, segments, angles)
-        x = layer_norm(x, self.encoder.final_layernorm.norm)
-        merge, found = c.merge_kernel_size[0], []
-        for part, grid in zip(x.split(segments), grids, strict=True):
+            assert isinstance(block, Block)
+            x, residual = block.layer(x, residual, segments, rotation)
+        normed, _ = ops.layer_norm(x, self.encoder.final_layernorm.norm, residual)
+        return normed.values()
+
+    def merged(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """[F, merged, hidden] of the layers' result [P, hidden]: a clip's frames are averaged."""
+        merge, found, lengths = self.config.merge_kernel_size[0], [], [grid.patches for grid in grids]
+        for part, grid in zip(x[: sum(lengths)].split(lengths), grids, strict=True):
             squares = part.view(grid.frames, grid.rows // merge, merge, grid.columns // merge, merge, -1)
             found.append(squares.mean(0).transpose(1, 2).flatten(0, 1).flatten(1, 2))
         return torch.cat(found)
@@ -155,9 +170,10 @@ class Projector(VisionMLP):
         super().__init__("proj.0", "proj.2", (joined, joined, text), "none", tp)
         self.pre_norm = LayerNorm(c.hidden_size, c.projector_ln_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[F, text's hidden] of x [F, merged, hidden]."""
-        return super().forward(layer_norm(x, self.pre_norm.norm).flatten(1))
+        normed, _ = ops.layer_norm(x, self.pre_norm.norm)
+        return super().forward(normed.values().flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +200,7 @@ class Model(WithImages, deepseek_v3.Model):
     def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
         return [Tower(c.vision, tp), Projector(c.vision, c.hidden_size, tp)]
 
-    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features [F, hidden], a token for each square of patches."""
-        found: Tensor = self.mm_projector(self.vision_tower(patches, grids))
-        return found
+        features: Tensor = self.mm_projector(self.vision_tower.merged(found, grids))
+        return features

@@ -14,21 +14,23 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
+from octavo.layers.mrope import image_positions, rotary_rows
 from octavo.layers.norm import LayerNorm
 from octavo.layers.vision import (
-    AxialAngles,
+    EncoderInput,
     Grid,
     ImageInput,
     PatchEmbedding,
     VisionAttention,
     VisionMLP,
     axial_angles,
-    layer_norm,
     positions_of,
     resampled,
+    segments_of,
     splice,
 )
 from octavo.models import qwen3
@@ -39,7 +41,7 @@ from octavo.models.interface import ModelInput, StageState
 from octavo.models.with_images import WithImages
 from octavo.weights import Loader
 
-__all__ = ["Config", "Deepstack", "ImageFields", "Model", "WithTower", "image_positions", "text_of"]
+__all__ = ["Config", "Deepstack", "ImageFields", "Model", "WithTower", "text_of"]
 
 NORM_EPS = 1e-6  # of the tower's norms, which config.json does not say
 THETA = 10000.0  # of the tower's rotation, likewise
@@ -90,10 +92,14 @@ class Block(nn.Module):
         self.attn = VisionAttention("qkv", "proj", c.hidden_size, c.num_heads, tp)
         self.mlp = VisionMLP("linear_fc1", "linear_fc2", sizes, "tanh", tp)
 
-    def forward(self, x: Tensor, segments: Sequence[int], angles: AxialAngles) -> Tensor:
-        x = x + self.attn(layer_norm(x, self.norm1.norm), segments, angles)
-        y: Tensor = x + self.mlp(layer_norm(x, self.norm2.norm))
-        return y
+    def forward(
+        self, x: Tensor, residual: Tensor | None, segments: ops.Segments, rotation: ops.Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """The output, to which the residual, the second result, is still to be added."""
+        normed, residual = ops.layer_norm(x, self.norm1.norm, residual, self.attn.readers)
+        x = self.attn(normed, segments, rotation)
+        normed, residual = ops.layer_norm(x, self.norm2.norm, residual, self.mlp.readers)
+        return self.mlp(normed), residual
 
 
 class PatchMerger(VisionMLP):
@@ -102,13 +108,17 @@ class PatchMerger(VisionMLP):
     def __init__(self, c: VisionConfig, tp: TensorParallel, *, after: bool):
         joined = c.hidden_size * c.spatial_merge_size**2
         super().__init__("linear_fc1", "linear_fc2", (joined, joined, c.out_hidden_size), "none", tp)
-        self.joined = joined
+        self.joined, self.after = joined, after
         self.norm = LayerNorm(joined if after else c.hidden_size, NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[P / merged, out_hidden_size] of x [P, hidden]."""
-        normed = layer_norm(x.reshape(-1, self.norm.size), self.norm.norm)
-        return super().forward(normed.view(-1, self.joined))
+    def merge(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[P / merged, out_hidden_size] of the sum of x and residual [P, hidden], and the sum."""
+        readers = self.readers if self.after else ()  # codes of patches would have a scale each, not one for the joined row
+        rows, added = (None if given is None else given.reshape(-1, self.norm.size) for given in (x, residual))
+        assert rows is not None
+        normed, total = ops.layer_norm(rows, self.norm.norm, added, readers)
+        joined = normed if self.after else normed.values().view(-1, self.joined)
+        return self(joined), total.view(x.shape)
 
 
 class PositionTable(nn.Module):
@@ -135,23 +145,33 @@ class Tower(nn.Module):
         self.merger = PatchMerger(c, tp, after=False)
         self.deepstack_merger_list = nn.ModuleList(PatchMerger(c, tp, after=True) for _ in c.deepstack_visual_indexes)
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features [P / merged, (1 + deepstack) * out_hidden_size] of patches [P, values] in the order of `positions_of`."""
+    def embed(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        """Of patches [P, values] in the order of `positions_of`."""
         c = self.config
         places = positions_of(grids, c.spatial_merge_size, patches.device)
-        angles = axial_angles(places, c.hidden_size // c.num_heads, THETA)
-        x = self.patch_embed.proj(patches)
+        rotation = axial_angles(places, c.hidden_size // c.num_heads, THETA)
+        x: Tensor = self.patch_embed.proj(patches)
         tables = [resampled(self.pos_embed.weight, grid, "bilinear", align_corners=True) for grid in grids]
         own = places.split([grid.patches for grid in grids])
         learned = [table[at[:, 0], at[:, 1]] for table, at in zip(tables, own, strict=True)]
         x = x + torch.cat(learned).to(x.dtype)
         segments = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+        return EncoderInput(x, rotation, segments_of(segments, x.device))
+
+    def forward(self, given: EncoderInput) -> Tensor:
+        """Features [P / merged, (1 + deepstack) * out_hidden_size]."""
+        x, rotation, segments = given
+        indexes = self.config.deepstack_visual_indexes
+        residual: Tensor | None = None
         deep = []
         for number, block in enumerate(self.blocks):
-            x = block(x, segments, angles)
-            if number in c.deepstack_visual_indexes:
-                deep.append(self.deepstack_merger_list[c.deepstack_visual_indexes.index(number)](x))
-        return torch.cat([self.merger(x), *deep], 1)
+            x, residual = block(x, residual, segments, rotation)
+            if number in indexes:
+                merger = self.deepstack_merger_list[indexes.index(number)]
+                assert isinstance(merger, PatchMerger)
+                (features, x), residual = merger.merge(x, residual), None
+                deep.append(features)
+        return torch.cat([self.merger.merge(x, residual)[0], *deep], 1)
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -194,44 +214,6 @@ class DenseDeepstack(Deepstack, DenseDecoder):
     pass
 
 
-def image_positions(images: Sequence[tuple[int, Grid]], merge: int, start: int, stop: int) -> Tensor:
-    """int64 [3, stop - start]: positions in time, rows and columns of a request's tokens [start, stop).
-
-    Text counts on by one a token. An image's tokens, of `merge` x `merge` patches, share the time of its first and count rows
-    and columns on from it; the text behind goes on after the larger of both.
-    """
-    found = torch.empty(3, stop - start, dtype=torch.int64)
-    done, delta = start, 0  # tokens before `done` have their positions; position minus index of the text behind the last image
-    for first, grid in images:
-        rows, columns = grid.rows // merge, grid.columns // merge
-        low, high = max(first, start), min(first + rows * columns, stop)
-        if low < high:
-            found[:, done - start : low - start] = torch.arange(done, low) + delta
-            inside = torch.arange(low - first, high - first)
-            own = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
-            found[:, low - start : high - start] = own + first + delta
-            done = high
-        elif first >= stop:
-            break
-        delta += max(rows, columns) - rows * columns
-    found[:, done - start :] = torch.arange(done, stop) + delta
-    return found
-
-
-def rotary_rows(table: Tensor, positions: Tensor, sections: Sequence[int]) -> Tensor:
-    """FP32 [T, R]: each token's cosines and sines, of the rows of `table` at its `positions`, int64 [3, T].
-
-    Of each three pairs of a head, one is rotated by time, one by the row, one by the column, as far as the sections of rows and
-    columns reach; further pairs are rotated by time.
-    """
-    places = torch.arange(table.shape[1], device=table.device)
-    pair = places % (table.shape[1] // 2)
-    axis = torch.zeros_like(pair)
-    for number in (1, 2):
-        axis[(pair % 3 == number) & (pair < 3 * sections[number])] = number
-    return table[positions.to(table.device, non_blocking=True)[axis].T, places]
-
-
 def rotated(batch: ForwardBatch, state: ModelInput | StageState) -> ForwardBatch:
     """The batch whose tokens have the rows that images brought."""
     if not state.extras:
@@ -250,10 +232,8 @@ class WithTower(WithImages):
     def make_tower(c: Any, tp: TensorParallel) -> Sequence[nn.Module]:
         return [Tower(c.vision, tp)]
 
-    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Features of images, as `Tower` gives them."""
-        found: Tensor = self.visual(patches, grids)  # type: ignore[attr-defined]
-        return found
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return found[: sum(grid.patches for grid in grids) // self.config.vision.spatial_merge_size**2]
 
     @property
     def feature_width(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.distributed import TensorParallel
 from octavo.images import Grid
-from octavo.layers.vision import ImageInput, splice
+from octavo.layers.vision import EncoderInput, ImageInput, splice
 from octavo.models.interface import ModelInput
 
 __all__ = ["WithImages"]
@@ -36,6 +36,24 @@ class WithImages:
         raise NotImplementedError
 
     @property
+    def tower(self) -> Any:
+        return getattr(self, self.tower_names[0])
+
+    def encoder_input(self, patches: Tensor, grids: Sequence[Grid]) -> EncoderInput:
+        found: EncoderInput = self.tower.embed(patches, grids)
+        return found
+
+    def encoder_layers(self, given: EncoderInput) -> Tensor:
+        found: Tensor = self.tower(given)
+        return found
+
+    def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return self.encoder_output(self.encoder_layers(self.encoder_input(patches, grids)), grids)
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         found: tuple[str, ...] = super().ignored  # type: ignore[misc]
         left_out = [f"{name}.*" for name in self.tower_names if not hasattr(self, name)]
@@ -59,11 +77,13 @@ class WithImages:
         c = self.config.vision  # type: ignore[attr-defined]
         return int(3 * getattr(c, "temporal_patch_size", 1) * c.patch_size**2)
 
-    def encoder_workspace_bytes(self, tokens: int) -> int:
-        """Bytes of a layer's activations, of which some are FP32, and of the pixels and the rows of their lookup."""
+    def encoder_workspace_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Of a patch: its values, which are FP32; in the last layer's MLP both sides of the GELU, and in the hidden size the
+        embedding, the layer's input and its residual, what attention gave, its residual and its norm; the features."""
         c = self.config.vision  # type: ignore[attr-defined]
         merged = getattr(c, "spatial_merge_size", 0) or c.merge_kernel_size[0]
-        return int(tokens * merged**2 * (28 * c.hidden_size + 4 * c.intermediate_size + 8 * self.patch_size_values))
+        layer = merged**2 * (6 * c.hidden_size + 2 * c.intermediate_size)
+        return int(tokens * (4 * merged**2 * self.patch_size_values + dtype.itemsize * (layer + self.feature_width)))
 
     def image_positions(self, images: Sequence[tuple[int, Grid]], start: int, stop: int) -> Tensor | None:
         return None

@@ -42,6 +42,7 @@ from octavo.ops.contract import (
     Rotation,
     Routed,
     Router,
+    Segments,
     StackImplementation,
     Unscaled,
 )
@@ -51,19 +52,19 @@ from octavo.quant import QTensor
 __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
     "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
-    "Routed", "Router", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend", "attention", "bind",
-    "capture", "captures", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "fuse",
-    "gated_linear", "head_linear", "latent_attention", "linear", "linear_unscaled", "pack", "pack_experts", "project",
-    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul", "table", "write_index_keys",
-    "write_kv", "write_latent",
+    "Routed", "Router", "Segments", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend",
+    "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch",
+    "expanded_attention", "experts", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear",
+    "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "argmax", "attention", "combine", "decode_variant", "dispatch", "expanded_attention", "head_linear",
-    "latent_attention", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul",
-    "write_index_keys", "write_kv", "write_latent",
+    "absorbed_queries", "argmax", "attention", "captures_segments", "combine", "decode_variant", "dispatch",
+    "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate",
+    "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
 
@@ -190,8 +191,7 @@ def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     For an FP8 weight, x is quantized as the weight's scheme says, unless it already holds codes in this format. Products of
     codes are accumulated in FP32.
     """
-    y = w(x)
-    return y if bias is None else y.add_(bias)
+    return w(x) if bias is None else w.biased(x, bias)
 
 
 def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
@@ -219,6 +219,18 @@ def rms_norm(
     and dense values. If readers take different formats, only dense values are made, and each reader quantizes for itself.
     """
     return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
+
+
+def layer_norm(
+    x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """`rms_norm` with the mean subtracted first and a bias added: (the norm of x + residual, x + residual)."""
+    return _bound["layer_norm"](x, norm, residual, readers)  # type: ignore[no-any-return]
+
+
+def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
+    """GELU of x [M, I], computed in FP32: `approximate` is torch's, "none" or "tanh". readers: as in `rms_norm`."""
+    return _bound["gelu"](x, approximate, readers)  # type: ignore[no-any-return]
 
 
 def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
@@ -258,9 +270,25 @@ def experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack)
     return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
 
 
-def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
-    """Rotary embedding of the first R dimensions of x [T, H, D] by rows [T] of cos_sin, FP32 [rows, R], cosines first."""
-    return _bound["rotate"](x, cos_sin, rows)  # type: ignore[no-any-return]
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of the first R dimensions of x [T, H, D] by rows [T] of cos_sin, FP32 [rows, R], cosines first.
+
+    interleaved: as in Rotation.
+    """
+    return _bound["rotate"](x, cos_sin, rows, interleaved)  # type: ignore[no-any-return]
+
+
+def captures_segments(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `segment_attention` of such heads can be in a graph: it then reads lengths on the device alone."""
+    return _bound["captures_segments"](dtype, head_dim)  # type: ignore[no-any-return]
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attention without a cache: each of T tokens attends to all of its segment. q, k, v [T, H, D]: [T, H, D].
+
+    Scores are scaled by D^-1/2. A query or key that is not finite may spoil the neighbouring head of its token.
+    """
+    return _bound["segment_attention"](q, k, v, segments)  # type: ignore[no-any-return]
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -18,8 +18,8 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
     "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
-    "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "StackImplementation",
-    "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
+    "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -127,6 +127,17 @@ class Rotation(NamedTuple):
     interleaved: bool
 
 
+class Segments(NamedTuple):
+    """Parts of T tokens that lie one behind the other and do not attend to one another.
+
+    lengths: on the host, T together; None in a graph, where they change from replay to replay. starts: INT32 [parts + 1], on
+    the device, where each begins, and T.
+    """
+
+    lengths: Sequence[int] | None
+    starts: Tensor
+
+
 class Norm(NamedTuple):
     """RMSNorm with a weight; LayerNorm if a bias is given."""
 
@@ -149,6 +160,10 @@ class PackedWeight:
     def unscaled(self, x: Operand) -> Product:
         """The same product, with scales left to a reader that can apply them."""
         return self(x)
+
+    def biased(self, x: Operand, bias: Tensor) -> Tensor:
+        """The product plus bias [N], which may be added before the product is rounded."""
+        return self(x).add_(bias)
 
     def keep(self, q: QTensor) -> None:
         """Keep the stored weight `q` for `rows`. Memory that `q` shares with this packed weight is counted once."""

@@ -14,15 +14,20 @@ from octavo.ops.gpu import (
     STACKS,
     absorbed_queries,
     argmax,
+    captures_segments,
     combine,
     dispatch,
     expanded_attention,
+    gelu,
     head_linear,
     latent_attention,
+    layer_norm,
     rms_norm,
     rope_write_kv,
+    rotate,
     route,
     sample,
+    segment_attention,
     select_keys,
     silu_mul,
     write_index_keys,
@@ -40,9 +45,10 @@ from octavo.platform import Platform, capture
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "combine", "compile_ahead",
-    "configure", "decode_variant", "dispatch", "expanded_attention", "fuse", "gated_linear", "head_linear", "latent_attention",
-    "project", "rms_norm", "rope_write_kv", "route", "sample", "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "captures_segments", "combine",
+    "compile_ahead", "configure", "decode_variant", "dispatch", "expanded_attention", "fuse", "gated_linear", "gelu",
+    "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from octavo.ops.contract import (
     Activation,
     Dispatch,
     Filters,
+    Norm,
     Operand,
     PackedStack,
     PackedWeight,
@@ -27,6 +28,7 @@ from octavo.ops.contract import (
     Rope,
     Routed,
     Router,
+    Segments,
     Unscaled,
     not_taken,
     values_of,
@@ -41,8 +43,11 @@ __all__ = [
     "ReferenceStack",
     "argmax",
     "attention",
+    "captures_segments",
     "combine",
     "dispatch",
+    "gelu",
+    "layer_norm",
     "normed_and_rotated",
     "quantize_activation",
     "rms_norm",
@@ -50,6 +55,7 @@ __all__ = [
     "rotate",
     "route",
     "sample",
+    "segment_attention",
     "silu_mul",
     "write_kv",
 ]
@@ -205,6 +211,19 @@ def rms_norm(
     return Activation(normed(x, weight, eps)), x
 
 
+def layer_norm(
+    x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    x = scaled(x)
+    if residual is not None:
+        x = x + residual
+    return Activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)), x
+
+
+def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
+    return Activation(F.gelu(x, approximate=approximate))
+
+
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = x.float()
     mean_square = torch.linalg.vecdot(values, values).div_(x.shape[-1]).unsqueeze(-1)
@@ -217,15 +236,26 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
     return Activation(F.silu(gate) * up)
 
 
-def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[rows].unsqueeze(1).chunk(2, -1)
-    a, b = x[..., : 2 * half].float().chunk(2, -1)
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    a, b = x[..., first].float(), x[..., second].float()
     out = torch.empty_like(x)
-    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
-    out[..., half : 2 * half] = (b * cos).addcmul_(a, sin)
+    out[..., first] = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., second] = (b * cos).addcmul_(a, sin)
     out[..., 2 * half :] = x[..., 2 * half :]
     return out
+
+
+def captures_segments(dtype: torch.dtype, head_dim: int) -> bool:
+    return False
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    assert segments.lengths is not None, "captures_segments says so"
+    parts = [x.transpose(0, 1)[None].split(list(segments.lengths), 2) for x in (q, k, v)]
+    return torch.cat([F.scaled_dot_product_attention(*one)[0] for one in zip(*parts, strict=True)], 1).transpose(0, 1)
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:

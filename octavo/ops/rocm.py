@@ -9,16 +9,21 @@ from octavo.ops.gpu import (
     argmax,
     attend,
     attention,
+    captures_segments,
     combine,
     decode_variant,
     dispatch,
     expanded_attention,
+    gelu,
     head_linear,
     latent_attention,
+    layer_norm,
     rms_norm,
     rope_write_kv,
+    rotate,
     route,
     sample,
+    segment_attention,
     select_keys,
     silu_mul,
     write_index_keys,
@@ -29,9 +34,10 @@ from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "combine", "compile_ahead",
-    "configure", "decode_variant", "dispatch", "expanded_attention", "head_linear", "latent_attention", "rms_norm",
-    "rope_write_kv", "route", "sample", "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "captures_segments", "combine",
+    "compile_ahead", "configure", "decode_variant", "dispatch", "expanded_attention", "gelu", "head_linear",
+    "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
+    "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ reads a slice, quantizes it on the device and drops the dense copy, so the peak 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple, Self
@@ -25,6 +25,7 @@ from octavo.quant.qtensor import Stacker, dequantize
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights.in_place import held, refill
 from octavo.weights.load_report import LoadReport
+from octavo.weights.reading_order import reading_order
 from octavo.weights.sources import Source
 
 __all__ = ["WHOLE", "Loader", "Matrices", "Shard", "check_read", "is_tied", "load", "places_of", "stored_modules"]
@@ -227,7 +228,7 @@ def load(
     """
     places = places_of(model)
     loader = replace(loader, tied_head=is_tied(places))
-    loader.source.expect(_order([path for path, _ in places], loader.source.names))
+    loader.source.expect(reading_order([path for path, _ in places], loader.source.names))
     complete = True
     try:
         for done, (path, module) in enumerate(places, 1):
@@ -284,19 +285,3 @@ def check_read(loader: Loader, ignore: Sequence[str]) -> None:
             f"the checkpoint holds {len(extra)} tensor(s) that a model of this config.json does not have, "
             f"the first is {extra[0]}; they are of different models."
         )
-
-
-def _order(paths: Sequence[str], names: Collection[str]) -> list[str]:
-    """The tensors in approximately the order in which the modules at `paths` read them."""
-    below: dict[str, list[str]] = {}
-    for name in sorted(names, key=_in_numbers):  # experts are read in numerical order
-        owner = name.rpartition(".")[0]
-        while owner:
-            below.setdefault(owner, []).append(name)
-            owner = owner.rpartition(".")[0]
-    # A tied or fused layer at the top has the path "", which contains everything: unclaimed names come last.
-    return list(dict.fromkeys([name for path in paths for name in below.get(path, ())] + sorted(names)))
-
-
-def _in_numbers(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -201,8 +201,8 @@ def test_log_probabilities_of_a_prompt_with_images(family: str, saved: Saved, ma
 def test_equal_pictures_are_encoded_once_and_share_their_prefix(family: str, make: Any) -> None:
     core = make(family)
     encoded: list[list[Grid]] = []
-    encode = core.runner.model.encode
-    core.runner.encoder.model.encode = lambda patches, grids: encoded.append(grids) or encode(patches, grids)
+    begin = core.runner.model.encoder_input
+    core.runner.encoder.model.encoder_input = lambda patches, grids: encoded.append(grids) or begin(patches, grids)
     asked = requests(family)
     first, sums = run(core, [asked[0]])
     assert sums.prefix_cache_hits == 0

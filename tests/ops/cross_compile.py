@@ -31,8 +31,10 @@ from octavo.ops.triton import (
     linear,
     prefill,
     rope,
+    rotate,
     routing,
     sample,
+    segment_attention,
     select_keys,
 )
 from octavo.platform import Platform
@@ -70,12 +72,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"norm_quant{kind}", elementwise._norm_quant,
             dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
                  **product),
-            dict(SCALED=scaled, ADD=True, QUANT=True, BOTH=both, BLOCK=4096, **unread, **limit), {"num_warps": 8},
+            dict(SCALED=scaled, ADD=True, CENTER=False, QUANT=True, BOTH=both, BLOCK=4096, shift=None, **unread, **limit),
+            {"num_warps": 8},
         )  # fmt: skip
         yield (
             f"silu_mul_quant{kind}", elementwise._silu_mul_quant, product,
             dict(SCALED=scaled, QUANT=True, BOTH=both, BLOCK=16384, **unread, **limit), {"num_warps": 16},
         )  # fmt: skip
+    yield from of_towers(fp8, limit)
     yield (
         "quantize", elementwise._quantize,
         dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"),
@@ -174,6 +178,41 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  **(by_head if "by_head" in kind else by_layer), STAGES=c["stages"], PDL=pdl),
             {"num_warps": c["warps"]} | ({"maxnreg": c["registers"]} if pdl else {}),
         )  # fmt: skip
+
+
+def of_towers(fp8: str, limit: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """As `kernels`, for the vision towers of Qwen3-VL and Kimi-K2.5."""
+    fp32, bf16, i32, pdl = "*fp32", "*bf16", "*i32", limit["PDL"]
+    written = dict(x=bf16, out=fp8, scale=fp32, size="i32", width="i32")
+    yield (
+        "layer_norm_quant", elementwise._norm_quant,
+        dict(residual=bf16, weight=bf16, shift=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32",
+             inner_stride="i32", **written),
+        dict(x_row=None, x_column=None, dense=None, SCALED=False, ADD=True, CENTER=True, QUANT=True, BOTH=False, BLOCK=2048,
+             **limit), {"num_warps": 4},
+    )  # fmt: skip
+    for kind, tanh in (("tanh", True), ("erf", False)):
+        yield (
+            f"gelu_quant_{kind}", elementwise._gelu_quant, dict(stride="i32", **written),
+            dict(dense=None, TANH=tanh, QUANT=True, BOTH=False, BLOCK=4096, REST=256, **limit), {"num_warps": 8},
+        )  # fmt: skip
+    for kind, interleaved in (("", False), ("_interleaved", True)):
+        yield (
+            f"rotate{kind}", rotate._rotate,
+            dict(x=bf16, out=bf16, cos_sin=fp32, rows="*i64", tokens="i32", token_stride="i32", head_stride="i32"),
+            dict(H=32, D=72, R=72, PAIRS=64, REST=1, INTERLEAVED=interleaved, TOKENS=rotate.TOKENS, HEADS=rotate.HEADS,
+                 PDL=pdl), {"num_warps": 4},
+        )  # fmt: skip
+    tiles = dict(segment_attention.TILES)
+    warps, rows = tiles.pop("num_warps"), tiles["BN"]
+    columns = {"": segment_attention.widths(72)[0], "_rest": segment_attention.widths(72)[1]}
+    given = {f"{x}{kind}": f"tensordesc<bf16[{rows}, {width}]>" for x in "kv" for kind, width in columns.items()}
+    yield (
+        "segment_attention", segment_attention._segment_attention,
+        dict(q=bf16, out=bf16, starts=i32, segments="i32", qk_scale="fp32", q_stride="i32", **given),
+        dict(GROUP=segment_attention.GROUP, H=16, D=72, D0=columns[""], D1=columns["_rest"],
+             STAGES=launch.pipeline(segment_attention.STAGES) if pdl else 2, PDL=pdl, **tiles), {"num_warps": warps},
+    )  # fmt: skip
 
 
 def of_experts(fp8: str, fp8_name: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

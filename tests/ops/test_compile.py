@@ -33,7 +33,7 @@ MULTIPLIES_BF16 = {
     "latent_attention_bf16_chosen", "latent_attention_bf16_many", "expanded_attention",
     "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
     *(f"w4a16_{group}_{kind}" for group in (32, 128) for kind in (16, 32, 64, "split")),
-    "index_keys_codes", "index_queries_codes",
+    "index_keys_codes", "index_queries_codes", "segment_attention",
 }  # fmt: skip
 # Its registers are bounded so that three programs share a multiprocessor, which pays for ten values that go to memory.
 SPILLS = {("sm_90", "prefill_attention_fp8"): 48, ("sm_90", "prefill_attention_fp8_by_head"): 48}  # bytes

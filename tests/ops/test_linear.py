@@ -99,7 +99,7 @@ def test_bias_is_added_once_and_inputs_stay(scheme: Scheme) -> None:
     for name, packed in implementations(quantize(w, scheme, on.fp8_dtype), on).items():
         plain = ops.linear(x, packed)
         again = ops.linear(x, packed, b)
-        assert torch.equal(again, plain + b), name
+        torch.testing.assert_close(again, plain + b, msg=name)  # a product may add it before it rounds
         assert torch.equal(x, before[0]), name
         assert torch.equal(b, before[1]), name
 

@@ -40,9 +40,10 @@ def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -
     packed = ScaledMM().pack(q, PLATFORM)
     for x, most in (((on_codes * 2.0 ** torch.randint(-9, 9, (m, 1))).bfloat16(), 4e-3), (torch.randn(m, k).bfloat16(), 1e-2)):
         expected = torch.from_numpy(float64.linear(array(x), array(w), scheme.name, E4M3FN))
-        for y in (packed(x), scaled(packed.unscaled(x))):
+        bias = torch.randn(n).bfloat16()
+        for y, added in ((packed(x), 0), (scaled(packed.unscaled(x)), 0), (packed.biased(x, bias), bias.double())):
             assert y.shape == (m, n)
-            assert relative_error(y, expected) < most
+            assert relative_error(y, expected + added) < most
 
 
 def test_without_padding_the_library_refuses() -> None:

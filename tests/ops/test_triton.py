@@ -16,7 +16,17 @@ from octavo import batch as batches
 from octavo.kvcache import KVCache, KVCacheSpec, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.contract import Activation, CodeFormat, HeadNorms, PackedWeight, Quantized, Rope, Unscaled
-from octavo.ops.triton import argmax, attention, block_linear, decode, elementwise, launch, linear, prefill, rope
+from octavo.ops.triton import (
+    argmax,
+    attention,
+    block_linear,
+    decode,
+    elementwise,
+    launch,
+    linear,
+    prefill,
+    rope,
+)
 from octavo.platform import FP8_MAX, Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
 from octavo.quant.scheme import Granularity

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.weights import DummySource, SafetensorsSource, transfer
 from octavo.weights.checkpoint import Checkpoint
-from octavo.weights.loader import _order
+from octavo.weights.reading_order import reading_order
 from octavo.weights.transfer import ReadAhead, Transfer
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_the_order_is_that_of_the_modules() -> None:
     layers = [f"model.layers.{i}" for i in (2, 10)]
     names = ["lm_head.weight", "model.norm.weight", *(f"{p}.{n}.weight" for p in layers for n in ("mlp.up", "attn.q"))]
     paths = ["model.embed_tokens", *(f"{p}.{n}" for p in layers for n in ("attn", "mlp")), ""]
-    assert _order(paths, names) == [
+    assert reading_order(paths, names) == [
         "model.layers.2.attn.q.weight", "model.layers.2.mlp.up.weight", "model.layers.10.attn.q.weight",
         "model.layers.10.mlp.up.weight", "lm_head.weight", "model.norm.weight",
     ]  # fmt: skip

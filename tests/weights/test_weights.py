@@ -408,3 +408,10 @@ def test_dummy_matrices_differ() -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(matrices) for b in matrices[:i])
     large = source.read("large", (1200, 1000), 0, slice(0, 1200), CPU.device)  # more values than the pool
     assert len({row[:8].float().numpy().tobytes() for row in large}) == 1200
+
+
+def test_dummy_norms_keep_what_they_are_given() -> None:
+    """Of zeros all that follows would be zeros, and run faster than values do."""
+    for name in ("input_layernorm.weight", "model.norm.weight", "blocks.0.norm1.weight", "norm0.weight"):
+        assert torch.equal(DummySource().read(name, (8,), 0, slice(0, 8), CPU.device), torch.ones(8).bfloat16()), name
+    assert not DummySource().read("blocks.0.norm1.bias", (8,), 0, slice(0, 8), CPU.device).any()

@@ -260,9 +260,9 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | No
     return found
 
 
-def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor) -> Tensor:
-    if not is_readable(x):
-        return reference.rotate(x, cos_sin, rows)
+def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
+    if interleaved or not is_readable(x):
+        return reference.rotate(x, cos_sin, rows, interleaved)
     (tokens, heads, dim), cos_sin, rows = x.shape, cos_sin.contiguous(), rows.contiguous()
     y = x.new_empty(*x.shape)
     launch(kernels().octavo_rotate,

@@ -1,4 +1,4 @@
-"""RMSNorm, SiLU·mul and quantization of activations: one CTA a token, with FP8 codes written in the same pass.
+"""RMSNorm, LayerNorm, SiLU·mul, GELU and quantization of activations: one CTA a token, with FP8 codes written in the same pass.
 
 The scale of a token is amax / limit and its codes are round(x / scale), as in `reference.quantize_activation`. Values are
 rounded to x's dtype where the reference rounds them, so that the codes are equal to the reference's.
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Activation, CodeFormat, Product, Quantized, Reader, Unscaled, wanted
+from octavo.ops.contract import Activation, CodeFormat, Norm, Product, Quantized, Reader, Unscaled, wanted
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import Granularity
 
-__all__ = ["made_for", "quantize", "rms_norm", "silu_mul"]
+__all__ = ["gelu", "layer_norm", "made_for", "quantize", "rms_norm", "silu_mul"]
 
 
 @triton.jit
@@ -32,14 +32,16 @@ def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: 
 
 @triton.jit
 def _norm_quant(
-    x, x_row, x_column, residual, weight, out, scale, dense, carried, eps, size, inner, outer_stride, inner_stride, width,
-    SCALED: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_row, x_column, residual, weight, shift, out, scale, dense, carried, eps, size, inner, outer_stride, inner_stride,
+    width, SCALED: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr,
+    LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
     gain = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    if CENTER:
+        bias = tl.load(shift + cols, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         column = tl.load(x_column + cols, mask=inside, other=0.0)
     release(PDL)
@@ -53,8 +55,13 @@ def _norm_quant(
         value = round_to(value, x.dtype.element_ty)
     if ADD or SCALED:
         tl.store(carried + row * size + cols, value.to(x.dtype.element_ty), mask=inside)
+    if CENTER:
+        value = tl.where(inside, value - tl.sum(value, 0) / size, 0.0)
     factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
-    y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
+    if CENTER:
+        y = round_to(value * factor * gain + bias, x.dtype.element_ty)
+    else:
+        y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
     if QUANT:
         _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
         if BOTH:
@@ -87,6 +94,41 @@ def _silu_mul_quant(
             tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
     else:
         tl.store(out + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu(source, inside, TANH: tl.constexpr):
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if TANH:  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return round_to(y, source.dtype.element_ty)
+
+
+@triton.jit
+def _gelu_quant(
+    x, out, scale, dense, size, stride, width,
+    TANH: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A row is BLOCK columns and REST more: arithmetic on 8,192 lanes for 4,304 columns would take twice the time."""
+    row = tl.program_id(0).to(tl.int64)
+    cols, more = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    release(PDL)
+    wait(PDL)
+    a = _gelu(x + row * stride + cols, cols < size, TANH)
+    b = _gelu(x + row * stride + more, more < size, TANH)
+    if QUANT:
+        s = scale_of(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), LIMIT, FLOOR)
+        tl.store(scale + row, s)
+        to = out + row * width
+        tl.store(to + cols, to_fp8(a * (1.0 / s), LIMIT, out.dtype.element_ty), mask=cols < width)
+        tl.store(to + more, to_fp8(b * (1.0 / s), LIMIT, out.dtype.element_ty), mask=more < width)
+    if BOTH or not QUANT:
+        to = (dense if BOTH else out) + row * size
+        tl.store(to + cols, a.to(x.dtype.element_ty), mask=cols < size)
+        tl.store(to + more, b.to(x.dtype.element_ty), mask=more < size)
 
 
 @triton.jit
@@ -144,6 +186,13 @@ def _codes(rows: int, fp8: torch.dtype, width: int, device: torch.device) -> Qua
 def rms_norm(
     x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
+    return layer_norm(x, Norm(weight, eps), residual, readers)
+
+
+def layer_norm(
+    x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """LayerNorm, or RMSNorm where `norm` has no bias."""
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x, None, None)
     size = x.shape[-1]
     if x.stride(-1) != 1 or x.dim() not in (2, 3):
@@ -154,9 +203,9 @@ def rms_norm(
     carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         launch(_norm_quant, (rows,),
-            x, by_row, by_column, residual, weight, *to.pointers, carried, eps, size, inner,
+            x, by_row, by_column, residual, norm.weight, norm.bias, *to.pointers, carried, norm.eps, size, inner,
             x.stride(0), x.stride(1) if x.dim() == 3 else 0, to.width, SCALED=by_row is not None, ADD=residual is not None,
-            **to.options,
+            CENTER=norm.bias is not None, **to.options,
         )  # fmt: skip
     return Activation(None if to.dense is None else to.dense.view(x.shape), to.quantized), carried
 
@@ -168,6 +217,18 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
     if rows:
         launch(_silu_mul_quant, (rows,),
             x, by_row, by_column, *to.pointers, size, to.width, SCALED=by_row is not None, **to.options,
+        )  # fmt: skip
+    return Activation(to.dense, to.quantized)
+
+
+def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
+    rows, size = x.shape
+    to = _Outputs(readers, rows, size, x)
+    if rows:
+        block = 1 << (to.width.bit_length() - 1)
+        launch(_gelu_quant, (rows,),
+            x, *to.pointers, size, x.stride(0), to.width, TANH=approximate == "tanh", REST=power_of_2(to.width - block, 16),
+            **to.options | {"BLOCK": block, "num_warps": _warps(block)},
         )  # fmt: skip
     return Activation(to.dense, to.quantized)
 

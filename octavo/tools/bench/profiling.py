@@ -28,7 +28,7 @@ ROLES = {
     "indexer": r"index_(logits|keys)|select_keys|\b_(select|list|find_least)\b|_as_scored",
     "attention": r"attention|stage_kv|fmha|flash|softmax|bmm|baddbmm|\b_(merge|lay_out)\b",
     "norm": r"norm|vecdot",
-    "activation": r"silu",
+    "activation": r"silu|gelu",
     "rope, cache": r"rope|rotate|write_kv|write_latent|reshape_and_cache|index_put",
     "linear": r"linear|product|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn|widen"
     r"|rescale|w4a(16|8)",
