@@ -241,7 +241,7 @@ def test_an_answer_holds_no_image(served: Served) -> None:
     async def work(stream: bool) -> None:
         async with http(served) as client:
             sent = asyncio.ensure_future(client.post(CHAT, json={"messages": ask(GOOD, GOOD), "stream": stream}))
-            while len(alive) < 2:
+            while len(alive) < 2 and not sent.done():
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             assert not sent.done()
