@@ -20,7 +20,7 @@ from octavo.engine.place import Place
 from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import IMAGE_TOKENS, Scheduler
 from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_rules import BadWords, TokenRules
@@ -80,7 +80,8 @@ class EngineCore:
         pool = BlockPool(runner.num_blocks, runner.block_size, self.config.enable_prefix_caching)
         room = 0 if runner.encoder is None else runner.encoder.capacity
         limits = self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len
-        self.scheduler = Scheduler(pool, *limits, EncoderCache(room))
+        at_once = IMAGE_TOKENS if runner.encoder is None else runner.encoder.step_tokens
+        self.scheduler = Scheduler(pool, *limits, EncoderCache(room), at_once)
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.limits.vocab_size,

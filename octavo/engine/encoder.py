@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import cast
 
 import torch
@@ -13,10 +13,10 @@ from octavo.batch import to_device
 from octavo.config import EngineConfig
 from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
 from octavo.engine.graphs.tower import TowerGraphs
-from octavo.engine.scheduler import IMAGE_TOKENS
-from octavo.engine.sequence import RequestImage, ScheduledRequest
+from octavo.engine.scheduler import IMAGE_TOKENS, IMAGE_TOKENS_ON_CPU
+from octavo.engine.sequence import EncoderPart, RequestImage, ScheduledRequest
 from octavo.images import Grid, ImagePatches, PlacedImage
-from octavo.layers.vision import ImageInput, patch_values
+from octavo.layers.vision import ImageInput, finish, patch_values
 from octavo.models.interface import Model, VisionModel
 from octavo.platform import Platform
 
@@ -34,6 +34,7 @@ class Encoder:
         self.features: dict[bytes, Tensor] = {}
         self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
         self.graphs: TowerGraphs | None = None
+        self._begun: dict[bytes, Generator[None, None, Tensor]] = {}  # images of which some layers are computed
 
     def plan(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
         """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
@@ -46,17 +47,36 @@ class Encoder:
         captured = self.model.encoder_workspace_bytes(GRAPH_TOKENS, dtype) if not (cpu or config.enforce_eager) else 0
         return (self.capacity + 2 * config.step_tokens_on(cpu)) * token + encoded + captured
 
+    @property
+    def step_tokens(self) -> int:
+        """Image tokens that a step encodes."""
+        return IMAGE_TOKENS_ON_CPU if self.platform.is_cpu else IMAGE_TOKENS
+
     @torch.inference_mode()
-    def run(self, images: Sequence[RequestImage], evicted: Sequence[bytes]) -> None:
-        """Drops the features of `evicted` and encodes `images`, all of them in one pass of the tower."""
+    def run(self, parts: Sequence[EncoderPart], evicted: Sequence[bytes]) -> None:
+        """Drops the features of `evicted` and encodes `parts`; whole images in one pass of the tower."""
         for key in evicted:
-            del self.features[key]
-        if not images:
+            self.features.pop(key, None)
+            self._begun.pop(key, None)
+        for part in parts:
+            if part.parts > 1:
+                self._run_part(part)
+        if not (images := [part.image for part in parts if part.parts == 1]):
             return
         patches = torch.cat([self._patches(found.image) for found in images])
         encoded = self.encode(patches, [found.image.grid for found in images])
         for found, features in zip(images, encoded.split([found.image.tokens for found in images]), strict=True):
             self.features[found.key] = features.clone()  # a view would keep those of all images
+
+    def _run_part(self, part: EncoderPart) -> None:
+        """Runs as many of the tower's layers as a part has. What is between them waits in the generator's frame."""
+        (key, image), depth = (part.image.key, part.image.image), self.model.encoder_depth
+        if part.part == 0:
+            self._begun[key] = self.model.encoder_steps(self.model.encoder_input(self._patches(image), [image.grid]))
+        for _ in range(depth * part.part // part.parts, depth * (part.part + 1) // part.parts):
+            next(self._begun[key])
+        if part.part + 1 == part.parts:
+            self.features[key] = self.model.encoder_output(finish(self._begun.pop(key)), [image.grid]).clone()
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """`model.encode`, its layers from a graph where there is one; valid until the next call."""
@@ -116,6 +136,7 @@ class Encoder:
     def drop(self) -> None:
         """Frees features and graphs."""
         self.features.clear()
+        self._begun.clear()
         self.graphs = None
 
     def warm_up(self) -> None:

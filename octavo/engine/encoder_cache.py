@@ -1,11 +1,14 @@
 """Which images' features (outputs of the vision tower) the device holds. The scheduler's book; the Encoder has the tensors.
 
-Features stay, by content, until room is needed: the same picture in the next turn, or in another request, is not encoded again.
+A large image is encoded in parts, some of the tower's layers a step, so that decoding goes on meanwhile. Features stay, by
+content, until room is needed: the same picture in the next turn, or in another request, is not encoded again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+
+from octavo.engine.sequence import EncoderPart, RequestImage
 
 __all__ = ["EncoderCache"]
 
@@ -21,6 +24,7 @@ class EncoderCache:
         self._holders: dict[bytes, set[str]] = {}
         self._free: OrderedDict[bytes, None] = OrderedDict()  # held by no request, least recently used first
         self._evicted: list[bytes] = []
+        self._left: dict[bytes, tuple[int, int]] = {}  # of those that are being encoded: parts left, and all parts
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._tokens
@@ -29,13 +33,22 @@ class EncoderCache:
         """Whether `add` would find room for so many tokens."""
         return tokens <= self.capacity - self.held
 
-    def add(self, key: bytes, tokens: int, request_id: str) -> None:
-        """Makes room for an image and holds it for the request. Check `fits` first."""
+    def ready(self, key: bytes) -> bool:
+        """Whether the cache has the image, and the step encodes its last part at the latest."""
+        return key in self._tokens and key not in self._left
+
+    def next_part(self, image: RequestImage) -> EncoderPart:
+        """The part of an image that is not ready which this step encodes."""
+        left, parts = self._left.pop(image.key)
+        if left > 1:
+            self._left[image.key] = left - 1, parts
+        return EncoderPart(image, parts - left, parts)
+
+    def add(self, key: bytes, tokens: int, request_id: str, parts: int = 1) -> None:
+        """Makes room for an image, which `parts` steps encode, and holds it for the request. Check `fits` first."""
+        self._left[key] = parts, parts
         while self.used + tokens > self.capacity:
-            oldest, _ = self._free.popitem(last=False)
-            self.used -= self._tokens.pop(oldest)
-            del self._holders[oldest]
-            self._evicted.append(oldest)
+            self._evict(next(iter(self._free)))
         self.used += tokens
         self.held += tokens
         self._tokens[key], self._holders[key] = tokens, {request_id}
@@ -54,6 +67,14 @@ class EncoderCache:
             if not self._holders[key]:
                 self._free[key] = None
                 self.held -= self._tokens[key]
+                if key in self._left:  # a part is of no use to others
+                    self._evict(key)
+
+    def _evict(self, key: bytes) -> None:
+        self.used -= self._tokens.pop(key)
+        self._left.pop(key, None)
+        del self._free[key], self._holders[key]
+        self._evicted.append(key)
 
     def take_evicted(self) -> list[bytes]:
         """The images evicted since the last call, whose features can be dropped."""

@@ -27,17 +27,17 @@ from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.sequence import NewToken, Request, ScheduledRequest, SchedulerOutput, Status
 from octavo.messages import EngineRequest, EngineStats
 
-__all__ = ["IMAGE_TOKENS", "Scheduler"]
+__all__ = ["IMAGE_TOKENS", "IMAGE_TOKENS_ON_CPU", "Scheduler"]
 
-IMAGE_TOKENS = 2048  # of the images that one step encodes, unless a single one has more: two of 1024 x 1024 pixels
+IMAGE_TOKENS = 2048  # of the images that one step encodes, two of 1024 x 1024 pixels; larger ones take several steps
+IMAGE_TOKENS_ON_CPU = 128
 
 
 class Scheduler:
     """The waiting queue, the running requests and their blocks.
 
     A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests. The pool should hold
-    `max_model_len` tokens. A request that outgrows the pool fails alone. image_tokens: of the images that a step encodes at
-    most, unless a single one has more.
+    `max_model_len` tokens. A request that outgrows the pool fails alone. image_tokens: of the images that a step encodes.
     """
 
     def __init__(
@@ -49,9 +49,7 @@ class Scheduler:
         encoder_cache: EncoderCache | None = None,
         image_tokens: int = IMAGE_TOKENS,
     ):
-        self.pool = pool
-        self.encoder_cache = encoder_cache or EncoderCache(0)
-        self.image_tokens = image_tokens
+        self.pool, self.encoder_cache, self.image_tokens = pool, encoder_cache or EncoderCache(0), image_tokens
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -221,14 +219,16 @@ class Scheduler:
         encoded. Ends the step's budget if that is not all of them."""
         cache = self.encoder_cache
         for found in request.images_within(start, start + num_tokens):
-            tokens = found.image.tokens
-            if found.key in cache:
+            if known := found.key in cache:
                 cache.hold(found.key, request.request_id)
-            elif (tokens <= schedule.image_budget or not schedule.images) and cache.fits(tokens):
-                cache.add(found.key, tokens, request.request_id)
-                schedule.images.append(found)
-                schedule.image_budget -= tokens
-            else:
+            size, most = found.image.tokens, self.image_tokens
+            room = min(size, most) <= schedule.image_budget or not schedule.images
+            if not cache.ready(found.key) and room and (known or cache.fits(size)):
+                if not known:
+                    cache.add(found.key, size, request.request_id, parts=-(-size // most))
+                schedule.images.append(cache.next_part(found))
+                schedule.image_budget -= min(size, most)
+            if not cache.ready(found.key):
                 num_tokens = max(0, found.start - start)
                 schedule.budget = num_tokens  # younger requests must not overtake this one
                 break

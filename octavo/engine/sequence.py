@@ -12,7 +12,7 @@ from octavo.engine.block_pool import root_of
 from octavo.images import ImagePatches
 from octavo.messages import EngineRequest, FinishReason
 
-__all__ = ["NewToken", "Request", "RequestImage", "ScheduledRequest", "SchedulerOutput", "Status"]
+__all__ = ["EncoderPart", "NewToken", "Request", "RequestImage", "ScheduledRequest", "SchedulerOutput", "Status"]
 
 
 class Status(Enum):
@@ -28,6 +28,14 @@ class RequestImage(NamedTuple):
     stop: int
     key: bytes
     image: ImagePatches
+
+
+class EncoderPart(NamedTuple):
+    """What a step encodes of an image: part `part` of `parts`, the last of which makes its features."""
+
+    image: RequestImage
+    part: int = 0
+    parts: int = 1
 
 
 class Request:
@@ -114,7 +122,7 @@ class SchedulerOutput:
     items: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)  # lost their blocks and wait again
     failed: list[tuple[Request, str]] = field(default_factory=list)  # finished, each with an error sentence
-    images: list[RequestImage] = field(default_factory=list)  # to encode before the step
+    images: list[EncoderPart] = field(default_factory=list)  # to encode before the step
     evicted: list[bytes] = field(default_factory=list)  # keys of images whose features are dropped before that
     started: list[str] = field(default_factory=list)  # ids of requests scheduled for the first time
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache

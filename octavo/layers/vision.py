@@ -6,7 +6,7 @@ Heads and the MLP's inner dimension are split over ranks; weights are quantized 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -32,6 +32,7 @@ __all__ = [
     "VisionAttention",
     "VisionMLP",
     "axial_angles",
+    "finish",
     "patch_values",
     "positions_of",
     "resampled",
@@ -58,6 +59,16 @@ class EncoderInput(NamedTuple):
     x: Tensor
     rotation: ops.Rotation
     segments: ops.Segments
+
+
+def finish(steps: Generator[None, None, Tensor]) -> Tensor:
+    """What a generator returns that is run to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Tensor = end.value
+            return found
 
 
 def positions_of(grids: Sequence[Grid], merge: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from the paths that its method `path` maps them to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -120,6 +120,12 @@ class VisionModel(Model, Protocol):
     def encoder_layers(self, given: EncoderInput) -> Tensor:
         """The tower's layers, whose launches depend on the numbers of patches and segments alone. The rows of further patches
         are behind those of the images'."""
+
+    def encoder_steps(self, given: EncoderInput) -> Generator[None, None, Tensor]:
+        """`encoder_layers`, which pauses behind each of `encoder_depth` layers."""
+
+    @property
+    def encoder_depth(self) -> int: ...
 
     def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features of what the layers gave, with or without the rows of further patches."""

@@ -7,7 +7,7 @@ in the order of complex numbers, so that pairs of neighbours are rotated. Source
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -145,13 +145,18 @@ class Tower(nn.Module):
         segments = segments_of([grid.patches for grid in grids], patches.device)
         return EncoderInput(self.patch_embed(patches, grids), rotation, segments)
 
-    def forward(self, given: EncoderInput) -> Tensor:
-        """[P, hidden]."""
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.encoder.blocks
+
+    def steps(self, given: EncoderInput) -> Generator[None, None, Tensor]:
+        """[P, hidden], of a generator that pauses behind each layer."""
         x, rotation, segments = given
         residual = None
         for block in self.encoder.blocks:
             assert isinstance(block, Block)
             x, residual = block.layer(x, residual, segments, rotation)
+            yield
         normed, _ = ops.layer_norm(x, self.encoder.final_layernorm.norm, residual)
         return normed.values()
 

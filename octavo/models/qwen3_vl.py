@@ -7,7 +7,7 @@ three positions, in time, rows and columns; in text they are one, so text alone 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -158,8 +158,12 @@ class Tower(nn.Module):
         segments = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
         return EncoderInput(x, rotation, segments_of(segments, x.device))
 
-    def forward(self, given: EncoderInput) -> Tensor:
-        """Features [P / merged, (1 + deepstack) * out_hidden_size]."""
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def steps(self, given: EncoderInput) -> Generator[None, None, Tensor]:
+        """Features [P / merged, (1 + deepstack) * out_hidden_size], of a generator that pauses behind each layer."""
         x, rotation, segments = given
         indexes = self.config.deepstack_visual_indexes
         residual: Tensor | None = None
@@ -171,6 +175,7 @@ class Tower(nn.Module):
                 assert isinstance(merger, PatchMerger)
                 (features, x), residual = merger.merge(x, residual), None
                 deep.append(features)
+            yield
         return torch.cat([self.merger.merge(x, residual)[0], *deep], 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.distributed import TensorParallel
 from octavo.images import Grid
-from octavo.layers.vision import EncoderInput, ImageInput, splice
+from octavo.layers.vision import EncoderInput, ImageInput, finish, splice
 from octavo.models.interface import ModelInput
 
 __all__ = ["WithImages"]
@@ -43,9 +43,16 @@ class WithImages:
         found: EncoderInput = self.tower.embed(patches, grids)
         return found
 
-    def encoder_layers(self, given: EncoderInput) -> Tensor:
-        found: Tensor = self.tower(given)
+    def encoder_steps(self, given: EncoderInput) -> Generator[None, None, Tensor]:
+        found: Generator[None, None, Tensor] = self.tower.steps(given)
         return found
+
+    def encoder_layers(self, given: EncoderInput) -> Tensor:
+        return finish(self.encoder_steps(given))
+
+    @property
+    def encoder_depth(self) -> int:
+        return sum(1 for _ in self.tower.layers)
 
     def encoder_output(self, found: Tensor, grids: Sequence[Grid]) -> Tensor:
         raise NotImplementedError

@@ -23,7 +23,8 @@ def check_books(pool: BlockPool, held: Iterable[Sequence[int]]) -> None:
 def check_images(cache: EncoderCache, features: Iterable[bytes], needed: Iterable[tuple[str, bytes]]) -> None:
     """AssertionError unless the cache knows the images whose `features` the device has, and holds those that requests need."""
     holders = {(name, key) for key, names in cache._holders.items() for name in names}
-    assert set(cache._tokens) == set(cache._holders) == set(features), "the device has other images"
+    assert set(cache._tokens) == set(cache._holders) == set(features) - set(cache._evicted), "the device has other images"
+    assert cache._left.keys() <= {key for key, names in cache._holders.items() if names}, "a part is kept that nobody needs"
     assert set(needed) <= holders, "an image that a request still needs may be evicted"
     assert set(cache._free) == {key for key, names in cache._holders.items() if not names}
     assert cache.held == sum(cache._tokens[key] for key, names in cache._holders.items() if names)

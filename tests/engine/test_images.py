@@ -181,7 +181,7 @@ def test_memory_for_images_is_planned(saved: Saved, make: Any, monkeypatch: pyte
     assert encoder.capacity == kept // token
     assert encoder.largest == LENGTH  # what one image may have, whatever the cache holds: the tower's memory is bounded
     at_once = max(LENGTH, IMAGE_TOKENS)
-    assert images == kept // token * token + 2 * 2048 * token + encoder.model.encoder_workspace_bytes(at_once)
+    assert images == kept // token * token + 2 * 2048 * token + encoder.model.encoder_workspace_bytes(at_once, torch.float32)
 
 
 @pytest.mark.parametrize("family", SIDES)
@@ -236,3 +236,35 @@ def test_an_image_larger_than_the_cache_fails_alone(make: Any) -> None:
         "An image has 6 tokens, and 5 fit into the encoder cache (--mm-processor-cache-gb)."
     ]
     assert len(token_ids({"text": outputs["text"]})["text"]) == 12
+
+
+@pytest.mark.parametrize("family", SIDES)
+def test_an_image_encoded_in_parts_is_the_same(family: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 tokens, two a step; a request of text goes on meanwhile, and an aborted image leaves nothing."""
+    large = image(family, 5, 6, 8)
+    asked = prompt("large", [10, 11, IMAGE, 12, 13], large)
+    whole = token_ids(run(make(family), [asked])[0])
+    core = make(family)
+    core.scheduler.image_tokens = 2
+    core.add(prompt("text", [20, 21, 22], max_tokens=40))
+    core.step()
+    core.add(asked)
+    parts: list[int] = []
+    encode = core.runner.encoder.run
+    monkeypatch.setattr(core.runner.encoder, "run", lambda given, evicted: parts.append(len(given)) or encode(given, evicted))
+    said: list[str] = []
+    while core.scheduler.has_work and "large" not in said:
+        said += [output.request_id for output in core.step()[0]]
+    assert parts[:6] == [1] * 6
+    assert said[:5] == ["text"] * 5, "text waits for no picture"
+    assert core.runner.encoder._begun == {}
+    while core.has_work():
+        core.step()
+    assert token_ids(run(core, [asked])[0]) == whole
+    other = prompt("other", [10, IMAGE], image(family, 6, 6, 8))
+    core.add(other)
+    core.step()
+    assert len(core.runner.encoder._begun) == 1
+    core.abort("other")
+    run(core, [prompt("text", [20, 21, 22])])
+    assert core.runner.encoder._begun == {}
