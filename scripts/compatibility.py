@@ -28,7 +28,7 @@ stored in INT4; "FP8 KV" is the format of the cache and what a token takes in it
 Printed by `python scripts/compatibility.py`; a test serves a tiny random model of each architecture that says yes, with both
 flags, and those that read images with a picture: with both flags, with either and with none.
 
-Where a model needs several devices (`octavo plan` says), yes is of its architecture and formats: several ranks ran on CPUs alone.
+Where a model needs several devices (`octavo plan` says), yes is of its architecture and formats: ranks ran on CPUs.
 
 | model | `model_type` | FP8 | FP8 KV | note |
 |---|---|---|---|---|

@@ -129,7 +129,7 @@ class Person:
         self.server = Server(*given)
 
     def _over_ranks(self, words: list[str]) -> list[str]:
-        """With a model of eight heads, and the cores' memory in place of a GPU's; PTPC over two ranks alone, which is quicker."""
+        """With a model of eight heads; PTPC over two ranks alone, which is quicker."""
         config = json.loads((self.model / "config.json").read_text())
         wide = self.place / "wide"
         shutil.copytree(self.model, wide)
