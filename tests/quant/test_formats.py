@@ -170,7 +170,7 @@ FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
         (Stored(weight=FP8, weight_scale=torch.ones(1, 1, 1)), WHOLE, r"w.weight_scale has shape \[1, 1, 1\]"),
         (Stored(weight=FP8.view(torch.uint8).view(torch.float8_e5m2), weight_scale=torch.ones(1)), WHOLE, "float8_e5m2"),
         (Stored(weight=FP8.view(torch.int8), weight_scale=torch.ones(1)), WHOLE, "torch.int8"),
-        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(0, 1, 4), "layer.w: a part that starts at 64 splits"),
+        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(1, 1, 4), "layer.w: a part that starts at 64 splits"),
         (Stored(weight=FP8, weight_scale=torch.ones(1)), Shard(0, 0, 3), "256 does not split over 3 ranks"),
     ],
 )

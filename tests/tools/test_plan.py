@@ -108,10 +108,10 @@ def test_the_fp8_list_in_config_json_is_enough() -> None:
 
 
 def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, {}, intermediate_size=1000)
+    directory = checkpoint(tmp_path, {}, intermediate_size=24)
     plan = plan_of(directory + "/config.json", "--accelerator", "h200", "--num-accelerators", "2")
     mlp = next(g for g in groups(plan) if g.component == "mlp")
-    assert mlp.remarks == ["2000 / 2 = 1000 is padded to 1008", "1000 / 2 = 500 is padded to 512"]
+    assert mlp.remarks == ["48 / 2 = 24 is padded to 32", "24 / 2 = 12 is padded to 16"]
     assert plan.asked.rank_weights[2] == plan.asked.fit.weights  # type: ignore[union-attr]
 
 
@@ -120,7 +120,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
     [
         (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
         (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there are 1"),
-        (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads do not split over 3 ranks"),
+        (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads with 8 of keys do not split over 3 ranks"),
         (("Llama-3.1-8B", "--max-model-len", "200k"), "over the 131072 positions"),
         (("Llama-3.1-8B", "--accelerator", "a100"), "(sm_80) has no FP8 units"),
         (("Llama-3.1-8B", "--accelerator", "mi250x"), "(gfx90a) has no FP8 units"),
@@ -132,7 +132,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
             ("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"),
             ", use --kv-cache-dtype fp8 (half of it)",
         ),
-        (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
+        (("Qwen3-30B-A3B-FP8", "-tp", "64", "--num-accelerators", "64"), "32 heads with 4 of keys do not split over 64 ranks"),
         (("Llama-3.1-8B", "-q", "bf16", "--quantize-lm-head"), "--quantize-lm-head needs a scheme"),
     ],
 )
