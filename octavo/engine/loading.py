@@ -90,10 +90,14 @@ def reload_model(
     if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
-        return load_model(model, config, platform, dtype, progress, tp, in_place=True)
-    except OctavoError:
+        found = load_model(model, config, platform, dtype, progress, tp, in_place=True)
+        failed = None
+    except OctavoError as error:
+        failed = error
+    if not tp.least(int(failed is None))[0]:  # ranks read parts of their own, of which one alone may be damaged
         load_model(model, loaded, platform, dtype, None, tp, in_place=True)
-        raise
+        raise failed or OctavoError(f"another rank could not load its part of {directory}.")
+    return found
 
 
 def drop(model: Model) -> None:
