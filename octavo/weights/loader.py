@@ -130,7 +130,7 @@ class Loader:
         """
         for name in self.source.names - self.seen if len(local) < count else ():
             inner = name.removeprefix(self.prefix).partition(".")[0]
-            if name.startswith(self.prefix) and inner.isdecimal() and int(inner) not in local:
+            if name.startswith(self.prefix) and inner.isdecimal() and int(inner) in range(count) and int(inner) not in local:
                 self.seen.add(name)  # another rank reads it
         made, stored = [Stacker(len(local), self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [

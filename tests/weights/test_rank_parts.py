@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from weights.test_stacked_experts import rewritten, stack
 
 from octavo import batch, ops
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
+from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, Layout
 from octavo.models import build_model, read_config
 from octavo.quant import BF16, FP8_BLOCK, QTensor, QuantRules, Scheme, quantize
@@ -83,10 +86,10 @@ class Noting(Loader):
         return found
 
 
-def loaded(directory: Path, tp: TensorParallel, scheme: Scheme = BF16, *, vision: bool = False) -> tuple[Noting, Tensor]:
+def loaded(directory: Path, tp: TensorParallel, rules: QuantRules, *, vision: bool = False) -> tuple[Noting, Tensor]:
     """The loader, after it gave one rank's parts, and logits of all of the vocabulary."""
     model = build_model(read_config(directory), tp, 512, vision=vision)
-    loader = Noting(SafetensorsSource(directory), CPU, QuantRules(scheme), torch.float32, tp)
+    loader = Noting(SafetensorsSource(directory), CPU, rules, torch.float32, tp)
     load(model, loader, model.ignored)  # type: ignore[arg-type]
     cache = KVCache(model.kv_specs("auto", torch.float32, CPU.fp8_dtype, Layout.on(True)), 20, 4, CPU.device)
     model.bind_cache(cache.views)
@@ -123,13 +126,22 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def check(
-    directory: Path, sizes: Sequence[int], scheme: Scheme = BF16, *, whole_experts: bool = False, vision: bool = False
+    path: Path,
+    sizes: Sequence[int],
+    scheme: Scheme = BF16,
+    *,
+    whole_experts: bool = False,
+    vision: bool = False,
+    ignore: tuple[str, ...] = (),
 ) -> None:
+    def on(tp: TensorParallel) -> tuple[Noting, Tensor]:
+        return loaded(path, replace(tp, expert_parallel=whole_experts), QuantRules(scheme, ignore), vision=vision)
+
     ops.bind(CPU)
-    one, logits = loaded(directory, TensorParallel(), scheme, vision=vision)
+    one, logits = on(TensorParallel())
     bound = 1e-5 if all(part.scale is None for part in one.parts.values()) else 5e-2  # a last bit of a sum may turn a code
     for size in sizes:
-        found = run_ranks(size, lambda tp: loaded(directory, replace(tp, expert_parallel=whole_experts), scheme, vision=vision))
+        found = run_ranks(size, on)
         assert_parts_are_the_whole(one.parts, [loader.parts for loader, _ in found])
         for rank, (loader, theirs) in enumerate(found):
             assert loader.report.total("parameters") == one.report.total("values"), (size, rank)
@@ -189,3 +201,21 @@ def test_groups_of_int4_stay_whole(tmp_path: Path) -> None:
 
 def test_towers_and_odd_widths_are_split(tmp_path: Path) -> None:
     check(saved(lambda: qwen3_vl(intermediate_size=137), tmp_path), (2, 4), vision=True)
+
+
+def test_experts_whole_as_checkpoints_store_them(tmp_path: Path) -> None:
+    """Stacked either way round; left out by a pattern that names one of another rank; and those that no rank has are not taken
+    for another's."""
+    path = saved(lambda: qwen3_moe(), tmp_path / "one")
+    for turned in (False, True):
+        other = rewritten(path, tmp_path / f"turned {turned}", lambda found: stack(found, "qwen3_moe", turned))  # noqa: B023
+        for whole_experts in (False, True):
+            check(other, (2, 4), whole_experts=whole_experts)
+    check(path, (2,), SCHEMES["ptpc_fp8"], whole_experts=True, ignore=("experts.6.down_proj",))
+    extra = rewritten(path, tmp_path / "extra", lambda found: found | {EXTRA: torch.ones(40, 64).bfloat16()})
+    for rank in range(2):
+        with pytest.raises(OctavoError, match=rf"does not have, the first is {re.escape(EXTRA)}"):
+            loaded(extra, TensorParallel(rank, 2, None, True), QuantRules())
+
+
+EXTRA = "model.layers.0.mlp.experts.7.gate_proj.weight"
