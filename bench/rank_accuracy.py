@@ -3,8 +3,8 @@
     python -m bench.rank_accuracy [--windows 24] [--dtype bfloat16]
 
 Twice where a token has one scale: as it is served, each rank with a scale of its part ("own"), and with the scale of the whole
-token, for which ranks would exchange their largest magnitudes. Products are of dequantized codes. The last column is one rank whose
-embeddings are changed by a millionth, to itself: what a last bit does.
+token, for which ranks would exchange their largest magnitudes. Products are of dequantized codes. The last column is
+one rank whose embeddings are changed by a millionth, to itself: what a last bit does.
 """
 
 from __future__ import annotations
