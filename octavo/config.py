@@ -129,6 +129,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
     tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
+    data_parallel_size: int = option(
+        1, "engines that share the requests out, each with devices, weights and a cache of its own", group=MEMORY, short="-dp"
+    )
     enable_expert_parallel: bool = option(
         False, "with several ranks, each has some of the experts whole, not a part of each", group=MEMORY, short="-ep"
     )
@@ -160,6 +163,11 @@ class EngineConfig:
     def step_tokens_on(self, cpu: bool) -> int:
         """Most tokens in one step (max_num_batched_tokens)."""
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
+
+    @property
+    def num_devices(self) -> int:
+        """Accelerators that all engines take together."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     @property
     def media_limits(self) -> Mapping[str, int]:
@@ -226,6 +234,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "tensor_parallel_size",
+            "data_parallel_size",
             "threads",
             "cpu_kv_cache_gib",
         ):

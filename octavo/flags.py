@@ -30,7 +30,13 @@ SCHEME = (
     "enable_expert_parallel",
 )
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
-OF_A_SERVER = ("trust_remote_code", "limit_mm_per_prompt", "allowed_local_media_path", "allowed_media_domains")
+OF_A_SERVER = (
+    "trust_remote_code",
+    "data_parallel_size",
+    "limit_mm_per_prompt",
+    "allowed_local_media_path",
+    "allowed_media_domains",
+)
 BENCHED = tuple(name for name in ENGINE if name not in OF_A_SERVER)
 
 

@@ -119,7 +119,7 @@ def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
         return _cpu()
     if ranks > (count := torch.cuda.device_count()):
         raise OctavoError(
-            f"--tensor-parallel-size {ranks} needs as many accelerators, and {count} {'is' if count == 1 else 'are'} seen here "
+            f"--tensor-parallel-size times --data-parallel-size is {ranks}, and {count} accelerator(s) are seen here "
             "(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); lower it."
         )
     props = torch.cuda.get_device_properties(rank)

@@ -53,7 +53,7 @@ def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> 
     free, total = platform.memory()
     if platform.is_cpu:  # whose ranks share its memory
         room = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
-        return room / config.tensor_parallel_size
+        return room / config.num_devices
     return total * config.gpu_memory_utilization - (total - free) - working_bytes
 
 

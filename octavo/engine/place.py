@@ -21,13 +21,15 @@ T = TypeVar("T")
 class Place:
     """Rank `rank` of `size`. store: path of the file over which torch.distributed's processes find one another.
 
-    links: pipes; rank 0 has one to each other rank, in their order, the others one to rank 0.
+    links: pipes; rank 0 has one to each other rank, in their order, the others one to rank 0. first_device: the number of
+    rank 0's accelerator.
     """
 
     rank: int = 0
     size: int = 1
     store: str = ""
     links: Sequence[Connection] = ()
+    first_device: int = 0
 
     def share(self, value: T) -> T:
         """Rank 0's value on every rank; the others' is not looked at. Every rank calls it at the same place.

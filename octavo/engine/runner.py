@@ -69,9 +69,9 @@ class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // place.size))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device, place.rank, place.size)
+        self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
         self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
         self.block_size = config.block_size_on(self.platform.is_cpu)
         ops.bind(self.platform)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,14 @@ class AsyncEngine:
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
 
-    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None):
-        """Starts the process without waiting for it. Use `start` to get an engine that is ready."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_core: MakeCore | None = None,
+        on_progress: Progress | None = None,
+        replica: int = 0,
+    ):
+        """Starts the processes without waiting for them. Use `start` to get an engine that is ready."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._on_progress = on_progress
@@ -67,18 +73,25 @@ class AsyncEngine:
         self._closing = False
         self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
-        self._processes = EngineProcesses(config, make_core)
+        self._processes = EngineProcesses(config, make_core, replica=replica)
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
         for rank in range(config.tensor_parallel_size):
             threading.Thread(target=self._read, args=(rank,), name="octavo-read", daemon=True).start()
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
+        cls,
+        config: EngineConfig,
+        on_progress: Progress | None = None,
+        make_core: MakeCore | None = None,
+        replica: int = 0,
     ) -> AsyncEngine:
-        """A ready engine. `on_progress(stage, fraction)` is called while loading. Raises OctavoError if loading fails."""
+        """A ready engine, number `replica` of the configuration's. `on_progress(stage, fraction)` is called while loading.
+
+        Raises OctavoError if loading fails.
+        """
         check_directory(Path(config.model))  # reports a wrong path at once, where the process would take seconds
-        engine = cls(config, make_core, on_progress)
+        engine = cls(config, make_core, on_progress, replica)
         try:
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
             engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else eos_token_ids(config.model)
@@ -119,8 +132,19 @@ class AsyncEngine:
         """Calls `listener` in the event loop with the statistics of each step."""
         self._listeners.append(listener)
 
+    count = 1  # engines; see octavo.frontend.router
+
+    def route(self, token_ids: Sequence[int], salt: str | None = None) -> int:
+        """The number of the engine that a prompt goes to; see octavo.frontend.router."""
+        return 0
+
     def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, cache_salt: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str,
+        cache_salt: str | None = None,
+        number: int = 0,
     ) -> AsyncGenerator[Delta]:
         """The deltas of one request, one per sequence and step, never merged.
 

@@ -37,10 +37,11 @@ LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, 
 class EngineProcesses:
     """Started engine processes. `connections`: to each rank; rank 0 answers messages, the others send errors alone.
 
-    leads: rank 0 is in this process, at `place`, and the processes are those of the other ranks.
+    leads: rank 0 is in this process, at `place`, and the processes are those of the other ranks. replica: the engine's number
+    among those of --data-parallel-size, each of which has the devices behind those of the one before.
     """
 
-    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False):
+    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False, replica: int = 0):
         size = config.tensor_parallel_size
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self._directory = tempfile.mkdtemp(prefix="octavo-") if size > 1 else None
@@ -53,7 +54,7 @@ class EngineProcesses:
         self._answered: set[int] = set()
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
-        self.place = Place(0, size, store, [first for first, _ in links])
+        self.place = Place(0, size, store, [first for first, _ in links], replica * size)
         try:
             with _without_main():
                 for rank in range(int(leads), size):
@@ -63,7 +64,7 @@ class EngineProcesses:
                     own = [first for first, _ in links] if rank == 0 else [links[rank - 1][1]]
                     process = context.Process(
                         target=run_engine,
-                        args=(config, child_end, make_core, Place(rank, size, store, own)),
+                        args=(config, child_end, make_core, Place(rank, size, store, own, replica * size)),
                         name=f"octavo-rank-{rank}" if size > 1 else "octavo-engine",
                     )
                     self._processes.append(process)

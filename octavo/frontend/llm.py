@@ -55,6 +55,8 @@ class LLM:
         self.tokenizer = load_tokenizer(self.config.model)
         if (lacking := no_tokenizer(self.config.model)) is not None:
             log.warning("%s", lacking)
+        if self.config.data_parallel_size > 1:
+            raise OctavoError("data_parallel_size is for a server; make an LLM in each of several processes, or octavo serve.")
         if self.config.tensor_parallel_size > 1:
             self._core: Any = RemoteCore(self.config)
         else:

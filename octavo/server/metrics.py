@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -20,12 +23,39 @@ _STEP = (1, *(2**e for e in range(3, 15)))
 
 
 class Metrics:
-    """All metrics of one engine, in a separate registry."""
+    """All metrics of a server, in a separate registry. The label `engine` is an engine's number."""
 
-    def __init__(self, model_name: str):
+    def __init__(self, model_name: str, engines: int = 1):
         disable_created_metrics()  # type: ignore[no-untyped-call]  # otherwise every series appears twice
         self._registry = CollectorRegistry()
         self._model_name = model_name
+        self._families: dict[str, Any] = {}
+        self._engines = [EngineMetrics(partial(self._child, str(number))) for number in range(engines)]
+
+    def watch(self, request_id: str, prompt_tokens: int, n: int, engine: int = 0) -> RequestWatch:
+        """Starts timing a request. The caller must `close` the watch."""
+        return self._engines[engine].watch(request_id, prompt_tokens, n)
+
+    def on_step(self, stats: EngineStats, engine: int = 0) -> None:
+        """Updates the metrics from the statistics of one step."""
+        self._engines[engine].on_step(stats)
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _child(self, engine: str, kind: type[Any], name: str, help: str, labels: Mapping[str, str], **options: Any) -> Any:
+        """The series of an engine and of further labels; their family is made the first time."""
+        if name not in self._families:
+            self._families[name] = kind(f"vllm:{name}", help, (*_LABELS, *labels), registry=self._registry, **options)
+        return self._families[name].labels(self._model_name, engine, *labels.values())
+
+
+class EngineMetrics:
+    """The metrics of one engine. child(kind, name, help, further labels, **options) makes a series."""
+
+    def __init__(self, child: Callable[..., Any]):
+        self._child = child
         self._waiting: dict[str, RequestWatch] = {}
 
         self._running = self._gauge("num_requests_running", "Requests in the step now running.")
@@ -46,9 +76,6 @@ class Metrics:
         self.decode = self._histogram("request_decode_time_seconds", "First token to last token.", _LONG)
         self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
-        self._success = Counter(
-            "vllm:request_success", "Finished requests.", (*_LABELS, "finished_reason"), registry=self._registry
-        )
         for reason in ("stop", "length", "abort"):
             self.success(reason, 0)
 
@@ -64,10 +91,11 @@ class Metrics:
 
     def success(self, reason: str, amount: int = 1) -> None:
         """Counts finished sequences."""
-        self._success.labels(self._model_name, "0", reason).inc(amount)
+        found: Counter = self._child(Counter, "request_success", "Finished requests.", {"finished_reason": reason})
+        found.inc(amount)
 
     def on_step(self, stats: EngineStats) -> None:
-        """Updates the metrics from the statistics of one step."""
+        """As Metrics.on_step."""
         self._running.set(stats.num_running)
         self._queued.set(stats.num_waiting)
         self._cache.set(stats.kv_cache_usage)
@@ -80,24 +108,23 @@ class Metrics:
             if watch := self._waiting.pop(request_id, None):
                 watch.scheduled()
 
-    def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
-
     def _gauge(self, name: str, help: str) -> Gauge:
-        return Gauge(f"vllm:{name}", help, _LABELS, registry=self._registry).labels(self._model_name, "0")
+        found: Gauge = self._child(Gauge, name, help, {})
+        return found
 
     def _counter(self, name: str, help: str) -> Counter:
-        return Counter(f"vllm:{name}", help, _LABELS, registry=self._registry).labels(self._model_name, "0")
+        found: Counter = self._child(Counter, name, help, {})
+        return found
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"vllm:{name}", help, _LABELS, registry=self._registry, buckets=buckets).labels(self._model_name, "0")
+        found: Histogram = self._child(Histogram, name, help, {}, buckets=buckets)
+        return found
 
 
 class RequestWatch:
     """Times one request: a prompt and its n sequences."""
 
-    def __init__(self, metrics: Metrics, request_id: str, prompt_tokens: int, n: int):
+    def __init__(self, metrics: EngineMetrics, request_id: str, prompt_tokens: int, n: int):
         self._metrics, self._id, self._prompt_tokens = metrics, request_id, prompt_tokens
         self._arrived = self._first_step = time.monotonic()
         self._last: list[float | None] = [None] * n  # time of each sequence's latest token

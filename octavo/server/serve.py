@@ -25,7 +25,7 @@ from octavo.text.chat_messages import check_content_format
 from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_note
 
 if TYPE_CHECKING:
-    from octavo.frontend.async_engine import AsyncEngine
+    from octavo.frontend.router import Engine
     from octavo.server.serving import Served
 
 __all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
@@ -123,10 +123,10 @@ async def serve(
     started: float,
 ) -> int:
     """Loads, serves and ends. The exit code."""
-    from octavo.frontend.async_engine import AsyncEngine
+    from octavo.frontend.router import start_engine
 
     progress = LoadingBar()
-    loading = asyncio.ensure_future(AsyncEngine.start(config, progress.update))
+    loading = asyncio.ensure_future(start_engine(config, progress.update))
     ending = Ending(loading, args.shutdown_timeout)
     await asyncio.sleep(0)  # the engine process starts here, and loads while this one imports the server
     import octavo.server.app  # noqa: F401
@@ -151,7 +151,7 @@ async def serve(
 
 async def _serve(
     args: argparse.Namespace,
-    engine: AsyncEngine,
+    engine: Engine,
     listener: socket.socket,
     keys: Sequence[str],
     template: str | None,
@@ -198,7 +198,7 @@ async def _serve(
 
 
 def make_served(
-    engine: AsyncEngine,
+    engine: Engine,
     names: Sequence[str],
     template: str | None = None,
     tool_parser: str | None = None,
@@ -208,7 +208,7 @@ def make_served(
     from octavo.server.metrics import Metrics
     from octavo.server.serving import Served
 
-    metrics = Metrics(names[0])
+    metrics = Metrics(names[0], engine.count)
     engine.add_stats_listener(metrics.on_step)
     served = Served(engine, names, metrics, template)
     known = served.template_for(tools=True) if engine.tokenizer else template

@@ -28,7 +28,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, shows_tools
 
 if TYPE_CHECKING:
-    from octavo.frontend.async_engine import AsyncEngine
+    from octavo.frontend.router import Engine
 
 __all__ = ["Served"]
 
@@ -53,7 +53,7 @@ def _rendered(conversation: tuple[Any, ...], how: dict[str, Any]) -> str:
 class Served:
     """One model under one or more names."""
 
-    engine: AsyncEngine
+    engine: Engine
     names: Sequence[str]
     metrics: Metrics
     chat_template: str | None = None  # replaces the checkpoint's
@@ -197,12 +197,14 @@ class Served:
         Raises InvalidRequest at the call for what the engine would refuse, before any of the answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
-        return self._counted(self.engine.generate(prompt, params, request_id, cache_salt), request_id, len(prompt), params.n)
+        number = self.engine.route(prompt, cache_salt)
+        generated = self.engine.generate(prompt, params, request_id, cache_salt, number=number)
+        return self._counted(generated, request_id, len(prompt), params.n, number)
 
     async def _counted(
-        self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int
+        self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int, number: int
     ) -> AsyncGenerator[Delta, None]:
-        watch = self.metrics.watch(request_id, num_prompt_tokens, n)
+        watch = self.metrics.watch(request_id, num_prompt_tokens, n, number)
         try:
             async with aclosing(generated) as deltas:
                 async for delta in deltas:
