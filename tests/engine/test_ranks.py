@@ -87,7 +87,7 @@ class Answers:
             "tokens": self.tokens == one.tokens,
             "probabilities": self.ids == one.ids and torch.allclose(*values, atol=1e-4),
             "parameters": self.model == one.model,
-            "ranks": self.each.endswith(f" on each of {size} ranks"),
+            "ranks": f" stored on rank 0 of {size}, " in self.each and self.each.endswith(f" on each of {size} ranks"),
         }
         return [what for what, is_so in right.items() if not is_so]
 
@@ -111,8 +111,8 @@ def answers(place: Place, path: str, wanted: list[EngineRequest], options: dict[
         entry for out in outputs["probabilities"] for entry in [*(out.prompt_logprobs or ()), *(out.logprobs or ())] if entry
     ]
     ids, values = [[one.token_id for one in entry] for entry in said], [one.logprob for entry in said for one in entry]
-    model, each = core.info.report[0], next(line for line in core.info.report if line.startswith("KV cache"))
-    return Answers(found, ids, values, model, each)
+    each = [line for line in core.info.report if line.startswith(("weights: ", "KV cache: "))]
+    return Answers(found, ids, values, core.info.report[0], "\n".join(each))
 
 
 def test_every_architecture_says_what_one_rank_says(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, relative_error, tokens
+from conftest import relative_error, tokens
 from models.test_kimi import kimi, write
 from models.test_logits import deepseek_v3, glm4_moe, llama, minimax_m2, mixtral, qwen3_moe, randomize
 from models.test_quantized import CPU
@@ -97,7 +97,7 @@ def loaded(directory: Path, tp: TensorParallel, rules: QuantRules, *, vision: bo
     with torch.inference_mode():
         built = batch.build([batch.Span(ids, 0, range(1, 12))], 4, CPU.device)
         hidden = model(built, model.embed(built.input_ids))
-        return loader, Vocabulary(VOCAB, tp).whole(model.logits(hidden)).float()  # type: ignore[arg-type]
+        return loader, Vocabulary(model.limits().vocab_size, tp).whole(model.logits(hidden)).float()  # type: ignore[arg-type]
 
 
 def assert_parts_are_the_whole(one: dict[str, Part], ranks: list[dict[str, Part]]) -> None:
@@ -133,9 +133,10 @@ def check(
     whole_experts: bool = False,
     vision: bool = False,
     ignore: tuple[str, ...] = (),
+    head: bool = False,
 ) -> None:
     def on(tp: TensorParallel) -> tuple[Noting, Tensor]:
-        return loaded(path, replace(tp, expert_parallel=whole_experts), QuantRules(scheme, ignore), vision=vision)
+        return loaded(path, replace(tp, expert_parallel=whole_experts), QuantRules(scheme, ignore, head), vision=vision)
 
     ops.bind(CPU)
     one, logits = on(TensorParallel())
@@ -196,11 +197,19 @@ def test_groups_of_int4_stay_whole(tmp_path: Path) -> None:
     """Three groups of 32 over two and four ranks."""
     write(tmp_path, kimi(moe_intermediate_size=96), int4=True)
     for whole_experts in (False, True):
-        check(tmp_path, (2, 4), whole_experts=whole_experts)
+        check(tmp_path, (2, 4), whole_experts=whole_experts, vision=True)
 
 
 def test_towers_and_odd_widths_are_split(tmp_path: Path) -> None:
     check(saved(lambda: qwen3_vl(intermediate_size=137), tmp_path), (2, 4), vision=True)
+
+
+def test_vocabularies_that_do_not_divide_are_split(tmp_path: Path) -> None:
+    """In whole tiles, which the head has; of a head of its own, and of one that is the embedding."""
+    for tied in (False, True):
+        path = saved(lambda: llama(**WIDE, vocab_size=523, tie_word_embeddings=tied), tmp_path / str(tied))  # noqa: B023
+        for scheme in SCHEMES.values():
+            check(path, (2, 4), scheme, head=True)
 
 
 def test_experts_whole_as_checkpoints_store_them(tmp_path: Path) -> None:
