@@ -112,12 +112,12 @@ def test_hugging_face_per_tensor_weights_are_kept() -> None:
 @cases("dim", [0, 1])
 @cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_ranks_read_their_part(scheme: Scheme, dim: int, seed: int) -> None:
-    original = quantize(torch.randn(512, 256), scheme)
+    original = quantize(torch.randn(384, 256), scheme)
     assert original.scale is not None
     scale = original.scale[:1] if scheme is FP8_PER_TENSOR else original.scale
     stored = Stored(weight=original.data, **{"weight_scale_inv" if scheme is FP8_BLOCK else "weight_scale": scale})
-    for ranks in (2, 8) if dim == 0 else (2,):  # parts of rows may split a tile
-        parts = [read(stored, (512, 256), Shard(dim, rank, ranks)) for rank in range(ranks)]
+    for ranks in (3, 4) if dim == 0 else (2,):  # parts of rows may split a tile
+        parts = [read(stored, (384, 256), Shard(dim, rank, ranks)) for rank in range(ranks)]
         assert all(part.scheme is scheme for part in parts)
         assert torch.equal(torch.cat([dequantize(part) for part in parts], dim), dequantize(original))
         if dim == 0:
