@@ -100,10 +100,12 @@ class TensorParallel:
         return max(1, n // self.size)
 
     def local_experts(self, count: int) -> range:
-        """Which of `count` routed experts this rank has, whole or a part of each."""
+        """Which of `count` routed experts this rank has, whole or a part of each; the first ranks may have one more."""
         if not self.expert_parallel:
             return range(count)
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        each, more = divmod(count, self.size)
+        start, stop = (rank * each + min(rank, more) for rank in (self.rank, self.rank + 1))
+        return range(start, stop)
 
     def _exchange(self) -> Collectives:
         assert self.group is not None, "ranks that exchange need a group"

@@ -1,7 +1,8 @@
 """Messages between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
 A message is a tuple whose first item is its kind. To the engine: ("add", the EngineRequests of one request's sequences),
-("abort", request ids), ("shutdown",). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed",
+("abort", request ids), ("shutdown",), and while none runs ("reload", directory), ("sleep",), ("wake",), which are answered by
+("done", sentence or None, EngineInfo). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed",
 sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers ("ping",) with ("pong",).
 Nothing here imports torch.
 """

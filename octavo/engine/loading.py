@@ -91,10 +91,14 @@ def reload_model(
     if not same_architecture(json_config, read_config(Path(loaded.model))):
         raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
-        return load_model(model, config, platform, dtype, progress, tp, in_place=True)
-    except OctavoError:
+        found = load_model(model, config, platform, dtype, progress, tp, in_place=True)
+        failed = None
+    except OctavoError as error:
+        failed = error
+    if not tp.least(int(failed is None))[0]:  # ranks read parts of their own, of which one alone may be damaged
         load_model(model, loaded, platform, dtype, None, tp, in_place=True)
-        raise
+        raise failed or OctavoError(f"another rank could not load its part of {directory}.")
+    return found
 
 
 def drop(model: Model) -> None:
@@ -104,16 +108,19 @@ def drop(model: Model) -> None:
             delattr(module, name)
 
 
-def describe_weights(report: LoadReport, platform: Platform) -> list[str]:
-    """One line per role and scheme, then the total size."""
+def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1) -> list[str]:
+    """One line per role and scheme, then the total size. Of several ranks, rank 0 holds the most, and reports its own."""
+    where = "" if ranks == 1 else f" on rank 0 of {ranks}"
     width = max(10, *(len(role) for role, _ in report.groups))
     lines = [
         f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
         for (role, scheme), g in sorted(report.groups.items())
         if g.stored  # a tied head is stored elsewhere
     ]
+    if where:
+        lines.insert(0, f"weights{where}, whose parts are the largest:")
     stored, dense = report.total("stored"), 2 * report.total("values")
-    lines.append(f"weights: {gib(stored)} stored, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+    lines.append(f"weights: {gib(stored)} stored{where}, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
     if fp8 := report.total("dense", WeightDType.FP8):
         part = report.total("stored", WeightDType.FP8)
         lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")

@@ -277,12 +277,12 @@ class ModelRunner:
 
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""
-        r, p = self.report, self.platform
+        r, p, each = self.report, self.platform, f" on each of {self.tp.size} ranks" if self.tp.size > 1 else ""
         return [
-            f"model: {self.model_type}, {r.total('values') / 1e6:,.1f} M parameters, on {p.name}",
-            *describe_weights(r, p),
+            f"model: {self.model_type}, {r.total('parameters') / 1e6:,.1f} M parameters, on {p.name}",
+            *describe_weights(r, p, self.tp.size),
             f"KV cache: {self.cache_format}, {self.bytes_per_token} bytes a token "
             f"({100 * self.bytes_per_token / self.dense_bytes_per_token:.1f}% of BF16's), "
-            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}",
+            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}{each}",
             *(f"note: {note}" for note in r.notes),
         ]

@@ -46,6 +46,7 @@ class Core(Protocol):
 
 
 NOTHING: list[Message] = []
+CONTROLS = ("reload", "sleep", "wake")  # messages that are methods of EngineCore
 MakeCore = Callable[[EngineConfig, Progress, Place], Core]
 
 
@@ -145,7 +146,10 @@ def _follow(core: Core, place: Place) -> None:
         for message in place.share(NOTHING):
             if message[0] == "shutdown":
                 return
-            _handle(core, message)
+            if message[0] in CONTROLS:
+                _control(core, message)
+            else:
+                _handle(core, message)
         if core.has_work():
             core.step()
 
@@ -156,7 +160,10 @@ def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -
         for message in place.share(_drain(inbox) if core.has_work() else _wait(inbox)):
             if message[0] == "shutdown":
                 return
-            outputs += _handle(core, message)
+            if message[0] in CONTROLS:
+                line.send(("done", _control(core, message), core.info))
+            else:
+                outputs += _handle(core, message)
         stats = EngineStats()  # of an idle engine, so that no gauge stays at its last busy value
         if core.has_work():
             stepped, stats = core.step()
@@ -195,6 +202,17 @@ def _handle(core: Core, message: Message) -> list[TokenOutput]:
         for request_id in message[1]:
             core.abort(request_id)
     return []
+
+
+def _control(core: Core, message: Message) -> str | None:
+    """Reloads the engine's weights, or frees or restores them, once what was aborted has ended. An error, as a sentence."""
+    while core.has_work():
+        core.step()
+    try:
+        getattr(core, message[0])(*message[1:])
+    except OctavoError as error:  # the same on every rank
+        return str(error)
+    return None
 
 
 def _trace(error: Exception) -> None:

@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from octavo.config import EngineConfig
-from octavo.errors import InvalidRequest, OctavoError
+from octavo.errors import OctavoError
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
 
@@ -46,13 +46,24 @@ class RemoteCore:
         return outputs, stats
 
     def reload(self, model: str) -> None:
-        raise _alone("reload")
+        """As EngineCore's, as are `sleep` and `wake`."""
+        self._control("reload", model)
 
     def sleep(self) -> None:
-        raise _alone("sleep")
+        self._control("sleep")
 
     def wake(self) -> None:
-        raise _alone("wake")
+        self._control("wake")
+
+    def _control(self, *message: str) -> None:
+        if self._running:
+            raise OctavoError(
+                "weights are reloaded or freed only while no request runs; wait for the running ones, or abort them."
+            )
+        self._send(message)
+        _, error, self.info = self._until("done")
+        if error is not None:
+            raise OctavoError(error)
 
     def _send(self, message: Message) -> None:
         try:
@@ -74,7 +85,3 @@ class RemoteCore:
                 if message[0] in ("failed", "dead"):
                     self._processes.kill()
                     raise OctavoError(message[1])
-
-
-def _alone(what: str) -> InvalidRequest:
-    return InvalidRequest(f"{what} is for an engine of one rank; make the LLM anew.")

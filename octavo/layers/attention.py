@@ -65,6 +65,7 @@ class PagedAttention(nn.Module):
         return ops.HeadNorms(layers[0].weight, layers[1].weight, layers[0].eps) if layers else None
 
     def load(self, loader: Loader) -> None:
+        self.tp = loader.tp
         self.k_scale, self.v_scale = (torch.ones(1, dtype=torch.float32, device=loader.platform.device) for _ in range(2))
         self.scales_from_checkpoint = False
         for spelling in _SPELLINGS:
@@ -116,6 +117,7 @@ class PagedAttention(nn.Module):
         return ops.Rope(self.norms, self.rotary.table(batch), batch.rotary_rows)
 
     def _fit(self, scale: Tensor, x: Tensor) -> None:
-        """Sets a scale in place so that the largest magnitude in x maps to the largest code."""
+        """Sets a scale in place so that the largest magnitude in x maps to the largest code, of all ranks' heads."""
         limit = FP8_MAX[self.cache.views["k"].dtype]
-        scale.copy_((x.nan_to_num(0).abs().amax().float() / limit).clamp(min=1e-6))
+        peak = self.tp.max_reduce(x.nan_to_num(0).abs().amax().float().view(1))
+        scale.copy_((peak / limit).clamp(min=1e-6))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import lcm
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +14,7 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.quant.formats import WHOLE, Shard
+from octavo.quant.formats import WHOLE, Shard, whole_unit
 from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader
 
@@ -18,6 +22,7 @@ __all__ = [
     "ColumnParallelLinear",
     "GateUpLinear",
     "GatedMLP",
+    "InnerSplit",
     "LMHead",
     "QKVLinear",
     "RowParallelLinear",
@@ -28,26 +33,58 @@ __all__ = [
 
 def query_heads(heads: int, tp: TensorParallel) -> int:
     """This rank's query heads, split as the output projection is. Raises OctavoError where they do not divide evenly."""
-    if heads % tp.size:
-        raise _do_not_split(heads, tp)
+    _check_heads(heads, heads, tp, f"{heads} heads")
     return heads // tp.size
 
 
-def _copies(heads: int, tp: TensorParallel) -> int:
-    """The number of ranks that share a head. Raises OctavoError where a rank would have part of one."""
-    if max(tp.size, heads) % min(tp.size, heads):
-        raise _do_not_split(heads, tp)
-    return max(1, tp.size // heads)
+def _check_heads(heads: int, kv_heads: int, tp: TensorParallel, what: str) -> None:
+    """Raises OctavoError where ranks cannot have as many query heads each, and whole key heads; it names the sizes that do."""
+    sizes = [n for n in range(1, heads + 1) if heads % n == 0 and max(n, kv_heads) % min(n, kv_heads) == 0]
+    if tp.size not in sizes:
+        *others, last = map(str, sizes)
+        some = f"{', '.join(others)} or {last}" if others else last
+        raise OctavoError(f"{what} do not split over {tp.size} ranks; use a --tensor-parallel-size of {some}.")
 
 
-def _do_not_split(heads: int, tp: TensorParallel) -> OctavoError:
-    return OctavoError(f"{heads} heads do not split over {tp.size} ranks; use a --tensor-parallel-size that does.")
+UNIT = 16  # a multiple that FP8 units take, and BF16 ones are fastest with
+
+
+@dataclass(frozen=True)
+class InnerSplit:
+    """How ranks split the inner dimension of an MLP, `size`: rows of its matrices `into`, columns of its matrix `out`.
+
+    outer: the dimensions of what comes in and goes out. Parts differ by one unit at most: a tile, or a group, where one of the
+    matrices has scales of them, so that codes are kept and bytes do not depend on the number of ranks; else UNIT, or 1 where
+    that would leave a rank without any. With fewer tiles than ranks, the last ranks have none.
+    """
+
+    size: int
+    into: tuple[str, ...]
+    out: str
+    outer: tuple[int, int]
+    tp: TensorParallel
+
+    def shards(self, loader: Loader, experts: Collection[str] = ("",)) -> tuple[Shard, Shard]:
+        """This rank's part of the rows and of the columns. experts: paths, with a dot, of those that are split alike."""
+        if self.tp.size == 1:
+            return WHOLE, WHOLE
+        unit, first = 1, next(iter(experts))
+        sides = (self.into, (self.size, self.outer[0])), ((self.out,), (self.outer[1], self.size))
+        for dim, (names, shape) in enumerate(sides):
+            scheme = loader.rules.scheme_for([loader.prefix + expert + name for expert in experts for name in names])
+            loader.declare([first + name for name in names], [shape] * len(names))
+            unit = lcm(unit, *(whole_unit(loader, first + name, shape, dim, scheme) for name in names))
+        if unit == 1 and self.size >= UNIT * self.tp.size:
+            unit = UNIT
+        rows, columns = (Shard(dim, self.tp.rank, self.tp.size, unit=unit, balanced=True) for dim in (0, 1))
+        return rows, columns
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b, with W [N, K] the stack of the matrices `names`, whose rows are split over ranks.
 
-    `heads[i]`, if given: the number of heads of matrix i. With more ranks than heads, ranks share a head.
+    `heads[i]`, if given: the number of heads of matrix i. With more ranks than heads, ranks share a head. `inner`: the rows are
+    an MLP's inner dimension.
     """
 
     reads_siblings = True  # the checkpoint has its parts' names beside the path of this module (qkv_proj), not below it
@@ -61,14 +98,17 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         tp: TensorParallel,
         heads: list[int] | None = None,
+        inner: InnerSplit | None = None,
     ):
         super().__init__()
-        self.names, self.has_bias = names, bias
+        self.names, self.has_bias, self.inner = names, bias, inner
         self.shapes = [(n, in_features) for n in out_features]
-        copies = [_copies(h, tp) for h in heads] if heads else [1] * len(names)
-        self.shards = [Shard(0, tp.rank, tp.size, c) for c in copies]
+        copies = [max(1, tp.size // h) for h in heads] if heads else [1] * len(names)
+        self.shards: Sequence[Shard] = [Shard(0, tp.rank, tp.size, c) for c in copies]
 
     def load(self, loader: Loader) -> None:
+        if self.inner is not None:
+            self.shards = [self.inner.shards(loader)[0]] * len(self.names)
         self.weight = loader.weight(self.names, self.shapes, self.shards)
         self.bias: Tensor | None = None
         if self.has_bias:
@@ -86,7 +126,7 @@ class QKVLinear(ColumnParallelLinear):
     """The query, key and value projections as one product. `forward` returns the three, [T, heads, head_dim] each."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel):
-        local_heads = query_heads(heads, tp)  # keys and values may be shared by ranks
+        _check_heads(heads, kv_heads, tp, f"{heads} heads with {kv_heads} of keys")
         super().__init__(
             ["q_proj", "k_proj", "v_proj"],
             hidden,
@@ -96,7 +136,7 @@ class QKVLinear(ColumnParallelLinear):
             heads=[heads, kv_heads, kv_heads],
         )
         self.head_dim = head_dim
-        self.parts = [local_heads, tp.part(kv_heads), tp.part(kv_heads)]
+        self.parts = [heads // tp.size, tp.part(kv_heads), tp.part(kv_heads)]
 
     def forward(self, x: ops.Operand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = ops.linear(x, self.weight, self.bias)
@@ -107,20 +147,31 @@ class QKVLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y = x W^T + b, W's columns split over ranks. Partial products are summed over ranks, and b is added once.
 
-    The output goes into an RMSNorm, which may apply the output's scales. `partial`: the caller sums over ranks.
+    The output goes into an RMSNorm, which may apply the output's scales. `partial`: the caller sums over ranks. `inner`: the
+    columns are an MLP's inner dimension.
     """
 
     reads_siblings = True
 
     def __init__(
-        self, name: str, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel, partial: bool = False
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        tp: TensorParallel,
+        partial: bool = False,
+        inner: InnerSplit | None = None,
     ):
         super().__init__()
         assert not (bias and partial), "each rank would add the bias"
         self.name, self.shape, self.has_bias, self.tp, self.partial = name, (out_features, in_features), bias, tp, partial
+        self.inner = inner
 
     def load(self, loader: Loader) -> None:
-        self.weight = loader.weight([self.name], [self.shape], [Shard(1, self.tp.rank, self.tp.size)])
+        shard = Shard(1, self.tp.rank, self.tp.size) if self.inner is None else self.inner.shards(loader)[1]
+        self.weight = loader.weight([self.name], [self.shape], [shard])
         self.bias = loader.vector(f"{self.name}.bias", self.shape[:1]) if self.has_bias else None
 
     def forward(self, x: ops.Operand) -> ops.Product:
@@ -135,10 +186,12 @@ class RowParallelLinear(nn.Module):
 class GateUpLinear(ColumnParallelLinear):
     """The gate and up projections as one product. `forward` returns silu(gate) * up in the forms that its readers need."""
 
-    def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel):
-        super().__init__(["gate_proj", "up_proj"], hidden, [intermediate] * 2, bias=bias, tp=tp)
+    def __init__(self, inner: InnerSplit, *, bias: bool):
+        super().__init__(list(inner.into), inner.outer[0], [inner.size] * 2, bias=bias, tp=inner.tp, inner=inner)
 
     def forward(self, x: ops.Operand, *readers: ops.Reader) -> ops.Activation:  # type: ignore[override]
+        if isinstance(self.weight, ops.reference.EmptyWeight):
+            return ops.Activation(self.weight(x))
         if self.bias is None:
             return ops.gated_linear(x, self.weight, readers)
         return ops.silu_mul(super().forward(x), readers)
@@ -149,8 +202,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, tp: TensorParallel, partial: bool = False):
         super().__init__()
-        self.gate_up_proj = GateUpLinear(hidden, intermediate, bias=bias, tp=tp)
-        self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp, partial=partial)
+        inner = InnerSplit(intermediate, ("gate_proj", "up_proj"), "down_proj", (hidden, hidden), tp)
+        self.gate_up_proj = GateUpLinear(inner, bias=bias)
+        self.down_proj = RowParallelLinear("down_proj", intermediate, hidden, bias=bias, tp=tp, partial=partial, inner=inner)
 
     @property
     def readers(self) -> tuple[ops.Reader, ...]:

@@ -11,8 +11,7 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.layers.linear import GatedMLP
-from octavo.quant.formats import WHOLE, Shard
+from octavo.layers.linear import GatedMLP, InnerSplit
 from octavo.weights import Loader
 from octavo.weights.loader import Matrices
 
@@ -58,20 +57,24 @@ class Experts(nn.Module):
         names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     ):
         super().__init__()
-        rows, columns = (WHOLE if tp.expert_parallel else Shard(dim, tp.rank, tp.size) for dim in (0, 1))
         self.local = tp.local_experts(count)
         if not self.local:
             raise OctavoError(
                 f"--enable-expert-parallel needs an expert for each rank, and {count} are fewer than {tp.size}; leave it out."
             )
         gate, up, down = names
-        self.matrices = (
-            Matrices((gate, up), ((intermediate, hidden),) * 2, (rows, rows)),
-            Matrices((down,), ((hidden, intermediate),), (columns,)),
-        )
+        over = TensorParallel() if tp.expert_parallel else tp
+        self.inner = InnerSplit(intermediate, (gate, up), down, (hidden, hidden), over)
+        self.matrices: tuple[Matrices, ...] = ()
         self.count, self.active = count, active
 
     def load(self, loader: Loader) -> None:
+        rows, columns = self.inner.shards(loader, [f"{e}." for e in range(self.count)])
+        size, (hidden, _) = self.inner.size, self.inner.outer
+        self.matrices = (
+            Matrices(self.inner.into, ((size, hidden),) * 2, (rows, rows)),
+            Matrices((self.inner.out,), ((hidden, size),), (columns,)),
+        )
         self.gate_up, self.down = loader.experts(self.matrices, self.count, self.active, self.local)
 
     def forward(self, x: ops.Operand, routed: ops.Routed) -> Tensor:

@@ -19,7 +19,7 @@ from octavo import ops
 from octavo.batch import to_device
 from octavo.distributed import TensorParallel
 from octavo.images import Grid
-from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear, query_heads
+from octavo.layers.linear import ColumnParallelLinear, InnerSplit, RowParallelLinear, query_heads
 from octavo.ops.reference import scaled
 from octavo.weights import Loader
 
@@ -182,8 +182,9 @@ class VisionMLP(nn.Module):
     def __init__(self, up: str, down: str, sizes: tuple[int, int, int], gelu: str, tp: TensorParallel):
         super().__init__()
         hidden, inner, out = sizes
-        self.up = ColumnParallelLinear([up], hidden, [inner], bias=True, tp=tp)
-        self.down = RowParallelLinear(down, inner, out, bias=True, tp=tp)
+        split = InnerSplit(inner, (up,), down, (hidden, out), tp)
+        self.up = ColumnParallelLinear([up], hidden, [inner], bias=True, tp=tp, inner=split)
+        self.down = RowParallelLinear(down, inner, out, bias=True, tp=tp, inner=split)
         self.gelu = gelu
 
     @property

@@ -45,6 +45,7 @@ from octavo.ops.contract import (
     Segments,
     StackImplementation,
     Unscaled,
+    values_of,
 )
 from octavo.platform import Platform
 from octavo.quant import QTensor
@@ -161,6 +162,8 @@ def pack(q: QTensor, platform: Platform, *, row_lookup: bool = False) -> PackedW
 
     Raises OctavoError with every implementation's reason if none supports it.
     """
+    if not all(q.shape):
+        return reference.EmptyWeight(q)
     packed = _first_to_support("linear", _linear, q, platform).pack(q, platform)
     if row_lookup:
         packed.keep(q)
@@ -169,6 +172,8 @@ def pack(q: QTensor, platform: Platform, *, row_lookup: bool = False) -> PackedW
 
 def pack_experts(q: QTensor, platform: Platform) -> PackedStack:
     """Pack a stack of experts' weights [E, N, K] for a grouped GEMM, as `pack` does for one weight."""
+    if not all(q.shape):
+        return reference.EmptyStack(q)
     return _first_to_support("experts", _stacks, q, platform).pack(q, platform)
 
 
@@ -266,6 +271,9 @@ def experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack)
 
     gate_up: [E, 2I, H] = [gate, up]; down: [E, H, I]. Does not synchronize with the host.
     """
+    if not down.k:  # a rank without a part of these experts
+        values = values_of(x)
+        return values.new_zeros(len(values), down.n)
     at = dispatch(routed.experts, gate_up.experts)
     return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
 

@@ -39,6 +39,8 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = [
     "Dequantized",
+    "EmptyStack",
+    "EmptyWeight",
     "ReferenceLinear",
     "ReferenceStack",
     "argmax",
@@ -99,6 +101,34 @@ class Dequantized(PackedWeight):
 
     def shared_bytes(self, q: QTensor) -> int:
         return q.nbytes if q is self.q else 0
+
+
+class EmptyWeight(PackedWeight):
+    """A weight [N, K] without values, a rank's part where there are fewer tiles than ranks. Its product is zeros."""
+
+    held_bytes = 0
+
+    def __init__(self, q: QTensor):
+        self.n = q.shape[0]
+
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
+        return x.new_zeros(len(x), self.n)
+
+    def shared_bytes(self, q: QTensor) -> int:
+        return 0
+
+
+class EmptyStack(PackedStack):
+    """As EmptyWeight, of experts."""
+
+    held_bytes = 0
+
+    def __init__(self, q: QTensor):
+        self.experts, self.n, self.k = q.shape
+
+    def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
+        return values_of(x).new_zeros(len(dispatch.order), self.n)
 
 
 class StackOfDequantized(PackedStack):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import lcm, prod
 from typing import Protocol
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor, int4_codes
-from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, int4_of
+from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Granularity, Scheme, int4_of
 
 __all__ = [
     "COMPANIONS",
@@ -36,6 +37,7 @@ __all__ = [
     "stored_scheme",
     "stored_shape",
     "to_device_fp8",
+    "whole_unit",
 ]
 
 # Tensors that may stand beside a quantized `weight`. The last five are for activations (AutoFP8 was first with act_scale).
@@ -49,6 +51,7 @@ class Shard:
     """One rank's part of a dimension. `copies` ranks hold the same part (KV heads where there are more ranks than heads).
 
     `unit`: 0 where all parts must be equal; else part lengths are multiples of it, and the last ones may be shorter.
+    `balanced`: parts differ by one unit at most, the first ones being longer; with fewer units than parts some are empty.
     `within`: (start, length) of the rows that are split, for a matrix that stacks several; None: all rows.
     """
 
@@ -58,6 +61,7 @@ class Shard:
     copies: int = 1
     unit: int = 0
     within: tuple[int, int] | None = None
+    balanced: bool = False
 
     def longest(self, length: int) -> int:
         """The longest part of a dimension of `length`."""
@@ -68,11 +72,19 @@ class Shard:
         """This rank's part of a dimension of `length`. Raises OctavoError if the dimension does not split evenly."""
         first, length = self.within or (0, length)
         parts, step, at = self.size // self.copies, self.longest(length), self.rank // self.copies
+        if self.balanced:
+            each, more = divmod(-(-length // self.unit), parts)
+            start, stop = (min(length, (i * each + min(i, more)) * self.unit) for i in (at, at + 1))
+            return slice(first + start, first + stop)
         if (step * (parts - 1) >= length) if self.unit else length % parts:
             raise OctavoError(
                 f"a dimension of {length} does not split over {parts} ranks; use a --tensor-parallel-size that divides it."
             )
         return slice(first + at * step, first + min((at + 1) * step, length))
+
+    def whole(self, shape: Sequence[int]) -> int:
+        """The number of values of the matrix of which this is a part, stored alone or within one of `shape`."""
+        return prod(shape) if self.within is None else self.within[1] * prod(shape[1:])
 
 
 WHOLE = Shard()
@@ -144,22 +156,37 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     )
 
 
+def whole_unit(reader: Reader, name: str, shape: tuple[int, int], dim: int, scheme: Scheme) -> int:
+    """What parts of dimension `dim` of the matrix `name` must be multiples of, so that values that share a scale stay together.
+    scheme: what it gets if it is not stored in codes."""
+    if reader.has(f"{name}.weight_packed"):
+        group = int4_group(reader, name, shape)
+        return lcm(group, INT4_IN_INT32) if dim == 1 and group < shape[1] else 1
+    found = stored_scheme(reader, name, shape) or scheme
+    return BLOCK if found.weight is Granularity.BLOCK else 1
+
+
 def fp8_block(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | None:
-    """DeepSeek's format and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale per 128x128 tile."""
+    """DeepSeek's format and compressed-tensors' FP8_BLOCK: e4m3 `weight` [N, K] and a scale per 128x128 tile.
+
+    A part of the rows that splits a tile has a row of scales per channel.
+    """
     scale_name = _scale_name(reader, name)
     if scale_name is None or stored_scheme(reader, name, shape) is not FP8_BLOCK:
         return None
     part = shard.slice(shape[shard.dim])
-    if at := next((at for at in (part.start, part.stop) if at % BLOCK and at < shape[shard.dim]), 0):  # same on all ranks
+    at = next((at for at in (part.start, part.stop) if at % BLOCK and at < shape[shard.dim]), 0)
+    if at and shard.dim == 1:  # on all ranks
         raise OctavoError(
             f"{reader.prefix}{name}: a part that starts at {at} splits a 128x128 tile; "
             f"tiles do not split into parts of {part.stop - part.start}, use a smaller --tensor-parallel-size."
         )
-    tiles = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     data = _codes(reader, name, shape, shard)
     along = shard if len(reader.stored_shape(scale_name)) == 2 else replace(shard, dim=2 * shard.dim)  # [n, 1, k, 1]
-    scale = _scale(reader.read(scale_name, None, along, tiles))
-    scale = scale.view(scale.shape[0], -1)
+    scale = _scale(reader.read(scale_name, None, along, _covering(part, BLOCK)))
+    scale = scale.flatten(1)
+    if at:
+        scale = scale.repeat_interleave(BLOCK, 0)[part.start % BLOCK :][: len(data)]
     return to_device_fp8(QTensor(data, scale, FP8_BLOCK, (data.shape[0], data.shape[1])), reader.platform.fp8_dtype)
 
 
@@ -245,8 +272,8 @@ def _bytes(words: Tensor) -> Tensor:
 
 
 def _covering(columns: slice, unit: int) -> slice:
-    """The units that cover the columns."""
-    return slice(columns.start // unit, -(-columns.stop // unit))
+    """The units that cover the rows or columns; none for none."""
+    return slice(columns.start // unit, -(-columns.stop // unit) if columns.stop > columns.start else columns.start // unit)
 
 
 def _scale_name(reader: Reader, name: str) -> str | None:

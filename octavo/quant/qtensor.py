@@ -103,7 +103,10 @@ def quantize(
         scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
         return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))
     peak = weight_amax(w, scheme.weight)
-    if max_reduce is not None:
+    if max_reduce is not None and scheme.weight is Granularity.TENSOR:  # ranks may have unequal parts, one of them none
+        one = peak[:1].clone() if n else peak.new_zeros(1, 1)
+        peak = max_reduce(one).expand(n, 1).contiguous()
+    elif max_reduce is not None:
         peak = max_reduce(peak)
     scale = scale_of(peak, fp8_dtype)
     data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
@@ -134,6 +137,9 @@ def scale_of(peak: Tensor, fp8_dtype: torch.dtype) -> Tensor:
 
 def weight_amax(w: Tensor, granularity: Granularity | None) -> Tensor:
     """Largest magnitude of the values that share a scale, FP32, in the scale's shape."""
+    n, k = w.shape
+    if not n * k:  # a rank's part, where there are fewer tiles than ranks
+        return torch.zeros(scale_shape((n, k), granularity), device=w.device)
     peak = torch.cat([_amax(w[rows], granularity) for rows in _row_chunks(w)])
     return peak.amax(0, keepdim=True).expand(len(w), 1).contiguous() if granularity is Granularity.TENSOR else peak
 
@@ -213,8 +219,10 @@ def concat(parts: Sequence[QTensor]) -> QTensor:
     if not scales:
         return QTensor(_cat([p.data for p in parts]), None, scheme, shape)
     data = _cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
-    if scheme.weight is Granularity.BLOCK and any(p.shape[0] % BLOCK for p in parts[:-1]):  # tiles would span two matrices
-        scales = [s.repeat_interleave(BLOCK, 0)[: p.shape[0]] for s, p in zip(scales, parts, strict=True)]
+    heights = [p.shape[0] for p in parts]
+    split = any(len(s) > -(-n // BLOCK) for s, n in zip(scales, heights, strict=True))  # a row of scales per channel already
+    if scheme.weight is Granularity.BLOCK and (split or any(n % BLOCK for n in heights[:-1])):  # tiles would span two matrices
+        scales = [s if len(s) == n else s.repeat_interleave(BLOCK, 0)[:n] for s, n in zip(scales, heights, strict=True)]
     return QTensor(data, _cat(scales), scheme, shape)
 
 

@@ -20,7 +20,8 @@ class GroupReport:
 
     dtype: WeightDType
     tensors: int = 0
-    values: int = 0  # parameters; a tied head's are counted at the embedding, here and below
+    parameters: int = 0  # of the model; a tied head's are counted at the embedding, here and below
+    values: int = 0  # those that this rank holds
     dense: int = 0  # bytes in BF16 of the weights stored here
     stored: int = 0
     held: int = 0
@@ -28,14 +29,15 @@ class GroupReport:
 
 @dataclass
 class LoadReport:
-    """The loaded weights: (role, scheme name) -> GroupReport."""
+    """The weights that a rank has loaded: (role, scheme name) -> GroupReport."""
 
     groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, path: str, scheme: Scheme, values: int, stored: int, held: int) -> None:
+    def add(self, path: str, scheme: Scheme, parameters: int, values: int, stored: int, held: int) -> None:
         group = self.groups.setdefault((role_of(path), scheme.name), GroupReport(scheme.dtype))
         group.tensors += 1
+        group.parameters += parameters
         group.values += values
         group.dense += 2 * values
         group.stored += stored

@@ -90,7 +90,7 @@ class Loader:
                 "take a checkpoint in which embeddings, norms, routers and biases are not quantized."
             )
         tensor = stored.to(dtype or self.dtype)
-        self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
+        self.report.add(self.prefix + name, BF16, shard.whole(shape), tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 
     def dense(self, name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor:
@@ -99,7 +99,7 @@ class Loader:
         self.rules.ignored(self.prefix + name)  # marks patterns that match it as used
         found = read_weight(self, name, shape, shard)
         tensor = (dequantize(found) if isinstance(found, QTensor) else found).to(self.dtype)
-        self.report.add(self.prefix + name, BF16, tensor.numel(), tensor.nbytes, tensor.nbytes)
+        self.report.add(self.prefix + name, BF16, shard.whole(shape), tensor.numel(), tensor.nbytes, tensor.nbytes)
         return tensor
 
     def weight(
@@ -120,7 +120,8 @@ class Loader:
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
         packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
-        self.report.add(self.prefix + names[0], q.scheme, prod(q.shape), q.nbytes, packed.held_bytes)
+        whole = sum(shard.whole(shape) for shape, shard in zip(shapes, shards, strict=True))
+        self.report.add(self.prefix + names[0], q.scheme, whole, prod(q.shape), q.nbytes, packed.held_bytes)
         return packed
 
     def experts(self, stacks: Sequence[Matrices], count: int, active: int, local: range) -> list[ops.PackedStack]:
@@ -146,7 +147,8 @@ class Loader:
         for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
             q = stacker.finished()
             packed.append(self.pack_experts(q))
-            self.report.add(f"{self.prefix}0.{stack.names[0]}", q.scheme, prod(q.shape), nbytes, packed[-1].held_bytes)
+            whole, path = count * sum(map(prod, stack.shapes)), f"{self.prefix}0.{stack.names[0]}"
+            self.report.add(path, q.scheme, whole, prod(q.shape), nbytes, packed[-1].held_bytes)
         return packed
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:
@@ -195,7 +197,7 @@ class Loader:
             return matrix
         q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
         packed = self.pack(q)
-        self.report.add("lm_head", BF16, 0, 0, packed.held_bytes - packed.shared_bytes(q))
+        self.report.add("lm_head", BF16, 0, 0, 0, packed.held_bytes - packed.shared_bytes(q))
         return packed
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
@@ -208,7 +210,9 @@ class Loader:
             if scheme.quantized and scheme is not found.scheme:
                 self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
             return found
-        spans_ranks = scheme.weight is Granularity.TENSOR or (scheme.weight is Granularity.ROW and shard.dim == 1)
+        # of a whole matrix, such as an expert that is another's on other ranks, no scale spans ranks
+        of_columns = scheme.weight is Granularity.ROW and shard.dim == 1
+        spans_ranks = shard.size > 1 and (scheme.weight is Granularity.TENSOR or of_columns)
         dense = found if scheme.quantized else found.to(self.dtype)
         return quantize(dense, scheme, self.platform.fp8_dtype, self.tp.max_reduce if spans_ranks else None)
 

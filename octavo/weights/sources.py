@@ -66,6 +66,9 @@ class SafetensorsSource:
     def read(self, name: str, shape: Sequence[int] | None, dim: int, part: slice, device: torch.device) -> Tensor:
         tensor = self.checkpoint.tensors[name]
         check_shape(name, tensor.shape, shape)
+        if tensor.shape and part.start >= part.stop:  # a rank's part, where there are fewer tiles than ranks
+            size = (*tensor.shape[:dim], 0, *tensor.shape[dim + 1 :])
+            return torch.empty(size, dtype=tensor.torch_dtype, device=device)
         if device.type == "cpu":
             found = self.checkpoint.mapped(tensor, dim, part)
         else:

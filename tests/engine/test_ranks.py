@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON
-from engine.test_core import ENGINE, LENGTH, TWELVE, run, token_ids
-from models.test_logits import randomize
+from conftest import tokens
+from engine.test_core import ENGINE, LENGTH, TWELVE, request, run, token_ids
+from engine.test_images import SIDES, requests
+from models.test_kimi import kimi, write
+from models.test_logits import CASES, randomize
+from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
+from ops.cases import case
 from rank_processes import RankProcesses
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
+from octavo.demo import MODEL_DIR
+from octavo.engine import grammar
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
+from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.place import Place
 from octavo.engine.scheduler import Scheduler
+from octavo.errors import OctavoError
+from octavo.messages import EngineRequest, StructuredOutput
+from octavo.models import MODEL_TYPES
+from octavo.text.llguidance_grammar import serialize
 
 SIZES = (2, 4)
+MIXTURES = ("qwen3_moe", "mixtral", "glm4_moe", "minimax_m2", "deepseek_v3", "kimi_k25", "qwen3_vl_moe")
+EXPERTS_WHOLE: dict[str, Any] = dict(enable_expert_parallel=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +48,175 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPr
         one.close()
 
 
-def answers(place: Place, path: str, blocks: int | None = None, **options: Any) -> tuple[dict[str, list[int]], int, int]:
-    """Tokens of TWELVE, preemptions, and tokens found in the prefix cache, of an engine of this process's place."""
-    core = EngineCore(EngineConfig(**dict(model=path, tensor_parallel_size=place.size) | ENGINE | options), None, place)
-    if blocks is not None:
-        pool = BlockPool(blocks, 4, core.scheduler.pool.prefix_caching)
-        core.scheduler = Scheduler(pool, 256, core.runner.max_num_batched_tokens, LENGTH)
-    outputs, sums = run(core, TWELVE)
-    return token_ids(outputs), sums.num_preemptions, sums.prefix_cache_hits
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("llama")
-    randomize(LlamaForCausalLM(LlamaConfig(**COMMON))).save_pretrained(path)
+def checkpoint(model_type: str, path: Path, seed: int = 0) -> str:
+    """A tiny one of this type; of Kimi-K2.5 with experts in INT4."""
+    torch.manual_seed(seed)
+    if model_type == "kimi_k25":
+        write(path, kimi(), int4=True)
+    elif model_type in ("qwen3_vl", "qwen3_vl_moe"):
+        (qwen3_vl if model_type == "qwen3_vl" else qwen3_vl_moe)().save_pretrained(path)
+    else:
+        randomize(CASES[model_type if model_type != "kimi_k2" else "deepseek_v3"]()).save_pretrained(path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | dict(model_type=model_type)))
     return str(path)
 
 
-def test_ranks_say_what_one_says(ranks: dict[int, RankProcesses], llama: str) -> None:
-    """Whole, in parts, and preempted; greedy and sampled, with penalties and logprobs."""
-    expected, *_ = answers(Place(), llama)
-    assert len({token for ids in expected.values() for token in ids}) > 50
+def asked(model_type: str) -> list[EngineRequest]:
+    """Greedy and sampled, with penalties, of all lengths, with shared prefixes; images, where the model sees them."""
+    found = [replace(TWELVE[i], params=replace(TWELVE[i].params, max_tokens=14)) for i in (0, 2, 3, 4, 6, 9)]
+    found.append(request("probabilities", tokens(30, seed=5), temperature=0, logprobs=2, prompt_logprobs=2, max_tokens=5))
+    family = {"qwen3_vl_moe": "qwen3_vl"}.get(model_type, model_type)
+    return found + (requests(family) if family in SIDES else [])
+
+
+@dataclass
+class Answers:
+    """Tokens; which tokens' probabilities were said, and these; what the start says of the model, and of each rank."""
+
+    tokens: dict[str, list[int]]
+    ids: list[list[int]]
+    logprobs: list[float]
+    model: str
+    each: str
+
+    def differences(self, one: Answers, size: int) -> list[str]:
+        """What is not as `one` rank says it."""
+        values = torch.tensor(self.logprobs), torch.tensor(one.logprobs)
+        right = {
+            "tokens": self.tokens == one.tokens,
+            "probabilities": self.ids == one.ids and torch.allclose(*values, atol=1e-4),
+            "parameters": self.model == one.model,
+            "ranks": f" stored on rank 0 of {size}, " in self.each and self.each.endswith(f" on each of {size} ranks"),
+        }
+        return [what for what, is_so in right.items() if not is_so]
+
+
+def answers(place: Place, path: str, wanted: list[EngineRequest], options: dict[str, Any]) -> Answers:
+    """Of an engine of this process's place. What it says whole it says again from its prefix cache, and in parts and preempted;
+    the last two are tried without `options`."""
+    core = EngineCore(EngineConfig(**dict(model=path, tensor_parallel_size=place.size) | ENGINE | options), None, place)
+    outputs, _ = run(core, wanted)
+    found = token_ids(outputs)
+    if not options:
+        again, sums = run(core, wanted)
+        assert sums.prefix_cache_hits > 50
+        assert token_ids(again) == found
+        room = EncoderCache(0 if core.runner.encoder is None else core.runner.encoder.capacity)
+        core.scheduler = Scheduler(BlockPool(26, 4, True), 256, 23, LENGTH, room)
+        parts, sums = run(core, wanted, apart=1)
+        assert sums.num_preemptions
+        assert token_ids(parts) == found
+    said = [
+        entry for out in outputs["probabilities"] for entry in [*(out.prompt_logprobs or ()), *(out.logprobs or ())] if entry
+    ]
+    ids, values = [[one.token_id for one in entry] for entry in said], [one.logprob for entry in said for one in entry]
+    each = [line for line in core.info.report if line.startswith(("weights: ", "KV cache: "))]
+    return Answers(found, ids, values, core.info.report[0], "\n".join(each))
+
+
+def test_every_architecture_says_what_one_rank_says(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """Weights split over ranks, and experts whole, of which ranks have unequal numbers."""
+    failed: list[str] = []
+    for model_type in MODEL_TYPES:
+        path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
+        one = answers(Place(), path, wanted, {})
+        assert len({token for ids in one.tokens.values() for token in ids}) > 12, "outputs too dull to tell a mistake by"
+        for size in SIZES:
+            for options in ({}, EXPERTS_WHOLE) if model_type in MIXTURES else ({},):
+                where = f"{model_type}, {size} ranks, {options}"
+                try:
+                    found = ranks[size].run(answers, path, wanted, options)
+                except AssertionError as error:
+                    failed.append(f"{where}: {error}")
+                else:
+                    failed += [f"{where}: {wrong}" for each in found if (wrong := each.differences(one, size))]
+    assert not failed, "\n".join(failed)
+
+
+GRAMMAR = StructuredOutput("regex", r"(yes|no), [0-9]{2,4}: (true|maybe)")
+
+
+def structured(place: Place, slow: int) -> dict[str, list[int]]:
+    """Three requests of a grammar and one without; compiling it, and finding its tokens, takes long on rank `slow`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((grammar.GrammarCompiler, "compile"), (grammar.Grammar, "find")) if place.rank == slow else ():
+            patch.setattr(owner, name, _late(getattr(owner, name)))
+        config = EngineConfig(**dict(model=str(MODEL_DIR), tensor_parallel_size=place.size) | ENGINE)
+        core, text = EngineCore(config, None, place), serialize(GRAMMAR)
+        wanted = [request(str(i), tokens(9), (0,), text, seed=i, max_tokens=30) for i in range(3)]
+        return token_ids(run(core, [*wanted, request("free", tokens(20), temperature=0)], apart=1)[0])
+
+
+def _late(before: Callable[..., Any]) -> Callable[..., Any]:
+    def late(*args: Any) -> Any:
+        time.sleep(0.03)
+        return before(*args)
+
+    return late
+
+
+def test_structured_output(ranks: dict[int, RankProcesses]) -> None:
+    """Whichever rank is behind."""
+    expected = structured(Place(), 1)
+    text = LLM(MODEL_DIR, load_format="dummy", device="cpu").get_tokenizer().decode
+    for i in range(3):
+        assert re.fullmatch(GRAMMAR.grammar, text(expected[str(i)])), expected
     for size in SIZES:
-        for options in ({}, {"max_num_batched_tokens": 11}, {"blocks": 26, "max_num_batched_tokens": 30}):
-            for found, preemptions, _ in ranks[size].run(answers_of, llama, options):
-                assert found == expected, (size, options)
-                assert bool(preemptions) == ("blocks" in options)
+        for slow in (0, size - 1):
+            with case(size, slow):
+                assert ranks[size].run(structured, slow) == [expected] * size
 
 
-def answers_of(place: Place, path: str, options: dict[str, Any]) -> tuple[dict[str, list[int]], int, int]:
-    return answers(place, path, **options)
+def lives(place: Place, first: str, second: str) -> list[Any]:
+    """Tokens before and after sleep, after a reload, and after one that was refused; measured KV scales."""
+    options = dict(tensor_parallel_size=place.size, kv_cache_dtype="fp8", calculate_kv_scales=True)
+    core = EngineCore(EngineConfig(**dict(model=first) | ENGINE | options), None, place)
+    wanted = [request(str(n), tokens(n, seed=n), temperature=0) for n in (3, 20, 60)]
+    found, scales = [token_ids(run(core, wanted)[0])], torch.cat(core.runner.model.kv_scales()[0])  # type: ignore[attr-defined]
+    core.sleep()
+    core.wake()
+    found.append(token_ids(run(core, wanted)[0]))
+    core.reload(second)
+    found.append(token_ids(run(core, wanted)[0]))
+    with pytest.raises(OctavoError, match="nowhere"):
+        core.reload("/nowhere")
+    return [*found, token_ids(run(core, wanted)[0]), scales]
+
+
+def test_weights_are_freed_restored_and_reloaded_on_every_rank(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """And KV scales are those of the largest key and value of all heads, as one rank measures them."""
+    first, second = (checkpoint("llama", tmp_path / str(seed), seed) for seed in range(2))
+    *expected, scales = lives(Place(), first, second)
+    assert expected[0] == expected[1] != expected[2] == expected[3]
+    for size in SIZES:
+        for *found, theirs in ranks[size].run(lives, first, second):
+            torch.testing.assert_close(theirs, scales, rtol=1e-4, atol=0)
+            differ = [(i, name) for i, each in enumerate(found) for name in each if each[name] != expected[i][name]]
+            assert len(differ) <= 2, differ  # a key between two codes
+
+
+def test_an_llm_of_two_ranks(tmp_path: Path) -> None:
+    first, second = (checkpoint("llama", tmp_path / str(seed), seed) for seed in range(2))
+    options: dict[str, Any] = dict(dtype="float32", device="cpu", threads=1, max_model_len=LENGTH)
+    params = SamplingParams(n=3, seed=1, max_tokens=12, prompt_logprobs=1, logprobs=1)
+
+    def said(llm: LLM) -> list[list[int]]:
+        (out,) = llm.generate([tokens(20)], params, use_tqdm=False)
+        assert len([entry for entry in out.prompt_logprobs or () if entry]) == 19
+        return [one.token_ids for one in out.outputs]
+
+    want, other = (said(LLM(path, **options)) for path in (first, second))
+    assert want != other
+    llm = LLM(first, tensor_parallel_size=2, **options)
+    assert said(llm) == want
+    llm._core.sleep()
+    with pytest.raises(OctavoError, match="sleeps"):
+        said(llm)
+    llm._core.wake()
+    assert said(llm) == want
+    llm._core.reload(second)
+    assert said(llm) == other
+    with pytest.raises(OctavoError, match="nowhere"):
+        llm._core.reload("/nowhere")
+    assert said(llm) == other

@@ -41,7 +41,7 @@ EXPERTS = [
 ]
 
 # How tokens are sent to experts: name -> experts [T, chosen] of (tokens, experts, chosen), -1 for none.
-ROUTINGS = ("random", "one expert has all", "skewed", "none", "some rows pad")
+ROUTINGS = ("random", "one expert has all", "skewed", "none", "some rows pad", "other ranks have some")
 
 # (heads, latent, not rotated, rotated, value) of MLA: one head, odd numbers of them, latents that 128 does not divide, and
 # DeepSeek's own with a rank's heads.

@@ -39,6 +39,8 @@ def chosen(routing: str, tokens: int, experts: int, count: int) -> torch.Tensor:
         found.fill_(-1)
     if routing == "some rows pad":
         found[tokens // 2 :] = -1
+    if routing == "other ranks have some":
+        found[torch.rand(tokens, count) < 0.4] = -1
     return found
 
 

@@ -13,7 +13,7 @@ from quant.float64 import E4M3FN, array, codes_of
 
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, dequantize, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, concat, dequantize, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight, stored_shape, to_device_fp8
 from octavo.quant.scheme import WeightDType
 
@@ -112,12 +112,26 @@ def test_hugging_face_per_tensor_weights_are_kept() -> None:
 @cases("dim", [0, 1])
 @cases("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK], ids=lambda s: s.name)
 def test_ranks_read_their_part(scheme: Scheme, dim: int, seed: int) -> None:
-    original = quantize(torch.randn(512, 256), scheme)
+    original = quantize(torch.randn(384, 256), scheme)
     assert original.scale is not None
     scale = original.scale[:1] if scheme is FP8_PER_TENSOR else original.scale
     stored = Stored(weight=original.data, **{"weight_scale_inv" if scheme is FP8_BLOCK else "weight_scale": scale})
-    parts = [dequantize(read(stored, (512, 256), Shard(dim, rank, 2))) for rank in range(2)]
-    assert torch.equal(torch.cat(parts, dim), dequantize(original))
+    for ranks in (3, 4) if dim == 0 else (2,):  # parts of rows may split a tile
+        parts = [read(stored, (384, 256), Shard(dim, rank, ranks)) for rank in range(ranks)]
+        assert all(part.scheme is scheme for part in parts)
+        assert torch.equal(torch.cat([dequantize(part) for part in parts], dim), dequantize(original))
+        if dim == 0:
+            assert torch.equal(dequantize(concat(parts)), dequantize(original))
+
+
+@cases(("length", "unit", "parts"), [
+    (768, 128, [256, 256, 128, 128]), (300, 128, [128, 128, 44, 0]), (96, 32, [32, 32, 32, 0]), (137, 16, [48, 32, 32, 25]),
+    (3, 1, [1, 1, 1, 0]),
+])  # fmt: skip
+def test_parts_that_do_not_divide_differ_by_a_unit(length: int, unit: int, parts: list[int]) -> None:
+    found = [Shard(0, rank, 4, unit=unit, balanced=True).slice(length) for rank in range(4)]
+    assert [at.stop - at.start for at in found] == parts
+    assert [at.start for at in found] == [sum(parts[:i]) for i in range(4)]
 
 
 def test_ranks_that_share_a_head_read_the_same_part() -> None:
@@ -170,7 +184,7 @@ FP8 = torch.ones(256, 256).to(torch.float8_e4m3fn)
         (Stored(weight=FP8, weight_scale=torch.ones(1, 1, 1)), WHOLE, r"w.weight_scale has shape \[1, 1, 1\]"),
         (Stored(weight=FP8.view(torch.uint8).view(torch.float8_e5m2), weight_scale=torch.ones(1)), WHOLE, "float8_e5m2"),
         (Stored(weight=FP8.view(torch.int8), weight_scale=torch.ones(1)), WHOLE, "torch.int8"),
-        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(0, 1, 4), "layer.w: a part that starts at 64 splits"),
+        (Stored(weight=FP8, weight_scale_inv=torch.ones(2, 2)), Shard(1, 1, 4), "layer.w: a part that starts at 64 splits"),
         (Stored(weight=FP8, weight_scale=torch.ones(1)), Shard(0, 0, 3), "256 does not split over 3 ranks"),
     ],
 )

@@ -20,6 +20,8 @@ from octavo.text.tokenizer import Tokenizer
 class FakeEngine:
     """Answers every prompt with `text`, one token a step."""
 
+    count = 1
+
     def __init__(self, text: str = " hello world") -> None:
         self.tokenizer = Tokenizer(MODEL_DIR)
         self.info = EngineInfo(1024, 4096, 64, 16, "llama", report=["report"])
@@ -36,8 +38,14 @@ class FakeEngine:
         self._failure: OctavoError | None = None
         self._death: asyncio.Queue[str] = asyncio.Queue()
 
+    async def end_if_a_rank_hangs(self) -> None:
+        pass
+
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
+
+    def route(self, prompt: Sequence[int], salt: str | None = None) -> int:
+        return 0
 
     def generate(
         self,
@@ -46,7 +54,9 @@ class FakeEngine:
         request_id: str,
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
+        number: int = 0,
     ) -> AsyncGenerator[Delta, None]:
+        assert number == 0
         if not self.healthy:
             raise EngineDead("The engine is dead.")
         eos = self.tokenizer.eos_token_ids

@@ -105,26 +105,25 @@ def test_the_fp8_list_in_config_json_is_enough() -> None:
         assert ("vision" in kimi) == (name == "Kimi-K2.5")
         alone = answer(name, "--accelerator", "mi355x", "--num-accelerators", "8", "--language-model-only")
         assert any("The vision tower is left out" in note for note in alone["notes"]) == (name == "Kimi-K2.5")
-        assert found["refused"] == ["--tensor-parallel-size 8 is not served yet: this version runs on 1 device."]
+        assert found["refused"] == []
     qwen = {g["component"]: g["format"] for g in answer("Qwen3-30B-A3B-FP8", "--accelerator", "h200")["groups"]}
     assert {name for name, form in qwen.items() if form == "fp8_block"} == {"attention", "experts"}
 
 
 def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, {}, intermediate_size=1000)
+    directory = checkpoint(tmp_path, {}, intermediate_size=24)
     plan = plan_of(directory + "/config.json", "--accelerator", "h200", "--num-accelerators", "2")
     mlp = next(g for g in groups(plan) if g.component == "mlp")
-    assert mlp.remarks == ["2000 / 2 = 1000 is padded to 1008", "1000 / 2 = 500 is padded to 512"]
+    assert mlp.remarks == ["48 / 2 = 24 is padded to 32", "24 / 2 = 12 is padded to 16"]
     assert plan.asked.rank_weights[2] == plan.asked.fit.weights  # type: ignore[union-attr]
 
 
 @cases(
     ("words", "sentence"),
     [
-        (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "8"), "--tensor-parallel-size 8 is not served yet"),
         (("Llama-3.1-8B", "-tp", "8"), "--tensor-parallel-size 8 needs 8 accelerators, and there is one."),
         (("Llama-3.1-8B", "-tp", "8", "--num-accelerators", "4"), "needs 8 accelerators, and there are 4."),
-        (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads do not split over 3 ranks"),
+        (("Llama-3.1-8B", "-tp", "3", "--num-accelerators", "3"), "32 heads with 8 of keys do not split over 3 ranks"),
         (("Llama-3.1-8B", "--max-model-len", "200k"), "over the 131072 positions"),
         (("Llama-3.1-8B", "--accelerator", "a100"), "(sm_80) has no FP8 units"),
         (("Llama-3.1-8B", "--accelerator", "mi250x"), "(gfx90a) has no FP8 units"),
@@ -136,7 +135,7 @@ def test_shapes_that_fp8_units_do_not_take_are_padded(tmp_path: Path) -> None:
             ("Llama-3.1-8B", "--accelerator", "rtx4090", "-q", "fp8", "--max-model-len", "131072"),
             ", use --kv-cache-dtype fp8 (half of it)",
         ),
-        (("Qwen3-30B-A3B-FP8", "-tp", "4", "--num-accelerators", "4"), "tiles do not split into parts of 192"),
+        (("Qwen3-30B-A3B-FP8", "-tp", "64", "--num-accelerators", "64"), "32 heads with 4 of keys do not split over 64 ranks"),
         (("Llama-3.1-8B", "-q", "bf16", "--quantize-lm-head"), "--quantize-lm-head needs a scheme"),
     ],
 )

@@ -49,12 +49,12 @@ def groups(plan: Plan) -> list[Group]:
         group = found.setdefault(key, Group(*key))
         group.tensors += operand.experts * len(operand.names)
         group.nbytes += operand.stored
-        group.remarks += [remark for remark in _remarks(part, q.tp) if remark not in group.remarks]
+        group.remarks += [remark for remark in _remarks(part, q.tp, operand.experts) if remark not in group.remarks]
     return [*sorted(found.values(), key=lambda group: COMPONENTS.index(group.component)), *_caches(plan)]
 
 
-def _remarks(part: Operand | None, tp: int) -> list[str]:
-    """How a matrix is split over `tp` ranks and what FP8 units need of its shape."""
+def _remarks(part: Operand | None, tp: int, experts: int) -> list[str]:
+    """How a matrix, one of `experts`, is split over `tp` ranks and what FP8 units need of its shape."""
     if part is None or part.is_vector:
         return []
     out = []
@@ -64,9 +64,11 @@ def _remarks(part: Operand | None, tp: int) -> list[str]:
             if padding := -own % ALIGNMENT:
                 split = f"{whole} / {tp} = " if tp > 1 else ""
                 out.append(f"{condition}{split}{own} is padded to {own + padding}")
-    if part.whole == part.shape and tp > 1:
+    if part.experts < experts:
+        out.append(f"a rank holds at most {part.experts} of {experts}, whole")
+    elif part.whole == part.shape and tp > 1:
         out.append("whole on every rank" if part.component != "attention" else "the latent projections whole on every rank")
-    if part.experts > 1 and tp > 1:
+    if part.experts == experts > 1 and tp > 1:
         out.append("every rank holds a part of each")
     if part.sharing > 1:
         out.append(f"{part.sharing} ranks share a KV head")
