@@ -38,7 +38,8 @@ TAIL = """
 
 Yes, with its vision tower, and so is Kimi-K2.5. The MLP of both towers has 4,304 inner dimensions, which over 8 ranks are 538
 for each. Libraries' FP8 products take multiples of 16 alone, and an engine that hands them such a part fails with `mat2 shape
-(1152x538) must be divisible by 16`. Octavo pads the codes inside the stored weight: 538 become 544, and no layer above knows.
+(1152x538) must be divisible by 16`. Octavo splits the rows in units of 16, five ranks have 544 and three 528; what is
+no such multiple even so is padded inside the stored weight, and no layer above knows.
 `tests/models/test_vision.py::test_what_is_not_divisible_by_16` has the library's refusal for 2, 4 and 8 ranks beside Octavo's
 result. An FP8 KV cache is the text model's: image tokens have keys and values as others have.
 

@@ -76,7 +76,6 @@ WRONG: dict[str, tuple[dict[str, Any], Tensors | None, list[str], str]] = {
     "tensor missing": ({}, put("bf16", **{f"{NORM}__weight": None}), [], "has no tensor model.norm.weight"),
     "tensor of another shape": ({}, put("bf16", **{f"{NORM}__weight": ("BF16", (7,))}), [], "config.json makes it [256]"),
     "too long": ({}, None, ["--max-model-len", "4096"], "over the 2048 positions"),
-    "two ranks": ({}, None, ["-tp", "2"], "--tensor-parallel-size 2 is not served yet"),
     "no scheme for the head": ({}, llama_tensors(), ["--quantize-lm-head"], "needs a scheme"),
     "a pattern for nothing": ({}, None, ["-q", "fp8", "--quantization-ignore", "nothing"], "'nothing' matches no layer"),
     "no expression": ({}, None, ["-q", "fp8", "--quantization-ignore", "re:("], "is not a regular expression"),

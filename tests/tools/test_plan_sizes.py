@@ -160,7 +160,8 @@ def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) 
     assert subject.base.total("values") == parameters
     for tp in (1, 2, 4, 8) if published else (1, 2, 4) if tower else ():
         parts = [o for o in subject.walk(Variant("fp8", False, "auto"), tp).operands if o.component == "vision"]
-        assert sum(o.values * (1 if o.whole == o.shape else tp) for o in parts) == tower, tp
+        split = sum(o.values * (1 if o.whole == o.shape else tp) for o in parts)
+        assert tower <= split <= 1.02 * tower, tp  # the first rank's part, the largest where rows are split unevenly
 
 
 def test_the_page_s_no_is_a_yes() -> None:
@@ -170,7 +171,7 @@ def test_the_page_s_no_is_a_yes() -> None:
     assert found["verdict"].startswith("It fits: FP8 + FP8 KV on 8 x AMD Instinct MI300X holds ")
     assert found["refused"] == []
     (tower,) = [g for g in found["groups"] if (g["component"], g["format"]) == ("vision", "fp8")]
-    assert "4304 / 8 = 538 is padded to 544" in tower["remarks"]
+    assert tower["remarks"] == []  # 4304 rows over 8 ranks: five have 544, three 528, and none is padded
     # 4 GiB of features, of 4 x 4,096 BF16 values a token; a tower's step of 16,384 tokens takes some bytes more
     asked, without = (plan["variants"][plan["asked"]] for plan in (found, text))
     kept = 4 * 2**30
