@@ -318,7 +318,6 @@ def test_what_is_not_divisible_by_16(tmp_path: Path) -> None:
         for out in run_ranks(ranks, octavo):
             assert relative_error(out, expected) < 0.01, ranks  # a rounding of FP32 sums turns some codes into their neighbours
         assert 0.03 < relative_error(expected, dense) < 0.08
-        assert {scaled_mm(70, k, n).shape for n, k in packed} == {(70, 1152), (70, -(-inner // 16) * 16)}, (
-            "what it packs is taken"
-        )
+        taken = [scaled_mm(70, k, n).shape[1] for n, k in packed]  # the library takes what Octavo packs
+        assert sum(taken) == 4304 + 1152 * ranks, "parts of 16 rows each, none of them padded"
         packed.clear()

@@ -161,7 +161,9 @@ def test_parameters_are_those_of_transformers(name: str, count_parameters: Any) 
     for tp in (1, 2, 4, 8) if published else (1, 2, 4) if tower else ():
         parts = [o for o in subject.walk(Variant("fp8", False, "auto"), tp).operands if o.component == "vision"]
         split = sum(o.values * (1 if o.whole == o.shape else tp) for o in parts)
-        assert tower <= split <= 1.02 * tower, tp  # the first rank's part, the largest where rows are split unevenly
+        assert tower <= split <= (1.02 if published else 1.4) * tower, (
+            tp
+        )  # the first rank's part, the largest where rows are split unevenly
 
 
 def test_the_page_s_no_is_a_yes() -> None:
