@@ -265,7 +265,9 @@ def float64_mlp(tensors: dict[str, Tensor], x: Tensor, ranks: int, *, fp8: bool)
 
     up, down = (codes(tensors[f"mlp.fc{n}.weight"].double()) for n in (1, 2))
     inner = F.gelu(codes(x.double()) @ up.mT + tensors["mlp.fc1.bias"].double(), approximate="tanh")
-    parts = [codes(part) @ w.mT for part, w in zip(inner.chunk(ranks, 1), down.chunk(ranks, 1), strict=True)]
+    units = inner.shape[1] // 16  # of which each rank has as many as another, or one more
+    sizes = [16 * (units // ranks + (rank < units % ranks)) for rank in range(ranks)]
+    parts = [codes(part) @ w.mT for part, w in zip(inner.split(sizes, 1), down.split(sizes, 1), strict=True)]
     return torch.stack(parts).sum(0) + tensors["mlp.fc2.bias"].double()
 
 
