@@ -15,15 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import count
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import torch
 
 from octavo.config import EngineConfig
-from octavo.engine import scheduler
 from octavo.engine.core import EngineCore
+from octavo.engine.scheduler import IMAGE_TOKENS
+from octavo.engine.sequence import EncoderPart, RequestImage
 from octavo.images import Grid, ImagePatches
 from octavo.messages import EngineRequest, SamplingParams
 from octavo.platform import detect
@@ -72,7 +71,7 @@ def first_token(core: EngineCore, with_image: bool, rounds: int = 12) -> float:
     return statistics.median(took[2:])
 
 
-def beside(core: EngineCore, images: Sequence[int]) -> list[float]:
+def beside(core: EngineCore, images: Sequence[int], grid: Grid = USUAL) -> list[float]:
     """Milliseconds between the tokens of running requests; images[i] arrive in step i, each in a request of its own."""
     for number in range(DECODES):
         core.add(request(f"decode {number}", [], STEPS + 100))
@@ -80,7 +79,7 @@ def beside(core: EngineCore, images: Sequence[int]) -> list[float]:
         core.step()
     for _ in range(10):
         core.step()
-    arriving = [[image(next(SEEDS)) for _ in range(number)] for number in images]
+    arriving = [[image(next(SEEDS), grid) for _ in range(number)] for number in images]
     took = []
     for step, found in enumerate(arriving):
         for n, one in enumerate(found):
@@ -102,13 +101,14 @@ def largest(core: EngineCore) -> str:
     """Peak memory of encoding the largest image, beside what is planned for it."""
     encoder = core.runner.encoder
     assert encoder is not None
-    given = [SimpleNamespace(image=image(1, LARGEST), key=b"largest")]
+    found = image(1, LARGEST)
+    given = [EncoderPart(RequestImage(0, found.tokens, b"largest", found))]
     for _ in range(2):  # the first compiles
         encoder.features.clear()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, began = torch.cuda.memory_allocated(), time.perf_counter()
-        encoder.run(cast("Any", given), [])
+        encoder.run(given, [])
         torch.cuda.synchronize()
     took = 1e3 * (time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() - before
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-vl-8b")
     parser.add_argument("--schemes", nargs="*", default=["bf16", "ptpc_fp8"])
-    parser.add_argument("--budgets", type=int, nargs="*", default=[scheduler.IMAGE_TOKENS])
+    parser.add_argument("--budgets", type=int, nargs="*", default=[IMAGE_TOKENS])
     args = parser.parse_args()
     if detect().is_cpu:
         sys.exit("there is no accelerator here")
@@ -139,11 +139,13 @@ def main() -> None:
         print(f"  first token: {pictures:.1f} ms with an image; {texts:.1f} ms with text of as many tokens", flush=True)
         print(f"  tokens of {DECODES} requests: {told(beside(core, [0] * STEPS))}")
         for budget in args.budgets:
-            scheduler.IMAGE_TOKENS = budget
+            core.scheduler.image_tokens = budget
             one_by_one = beside(core, [int(step % 15 == 3) for step in range(STEPS)])
             at_once = beside(core, [8 * (step == 3) for step in range(STEPS)])
             print(f"  {budget} image tokens a step: an image every 15 steps {told(one_by_one)}")
             print(f"  {budget} image tokens a step: 8 at once {told(at_once)}", flush=True)
+            huge = beside(core, [int(step == 3) for step in range(STEPS)], LARGEST)
+            print(f"  {budget} image tokens a step: one of {LARGEST.patches // 4:,} tokens {told(huge)}", flush=True)
         del core
 
 
