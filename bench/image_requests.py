@@ -23,11 +23,10 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import IMAGE_TOKENS
 from octavo.engine.sequence import EncoderPart, RequestImage
-from octavo.images import Grid, ImagePatches
+from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.messages import EngineRequest, SamplingParams
 from octavo.platform import detect
 from octavo.tools.bench.workloads import model_directory
-from octavo.vision.placement import place_images
 
 IMAGE = 151655
 USUAL = Grid(1, 64, 64)
@@ -45,8 +44,13 @@ def image(seed: int, grid: Grid = USUAL) -> ImagePatches:
 
 def request(name: str, images: Sequence[ImagePatches], tokens: int = 1) -> EngineRequest:
     text = np.random.default_rng(len(name)).integers(5, 100_000, 64).tolist()
-    placed, at = place_images([*text[:32], *[IMAGE] * len(images), *text[32:]], images, IMAGE)
-    return EngineRequest(name, placed, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), images=at)
+    ids = text[:32]
+    placed = []
+    for one in images:
+        placed.append(PlacedImage(len(ids), one))
+        ids += [IMAGE] * one.tokens
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    return EngineRequest(name, ids + text[32:], params, images=tuple(placed))
 
 
 def finish(core: EngineCore) -> None:

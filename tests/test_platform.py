@@ -34,7 +34,10 @@ def test_a_device_is_asked_once(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    found = detect("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(OctavoError, match=r"is 4, and 2 accelerator\(s\) are seen here"):
+        detect("cuda", 1, 4)
+    found = detect("cuda", 1, 2)
     assert found.device == torch.device("cuda", 1)
     assert (found.arch, found.multiprocessors, found.shared_memory, found.fp8_dtype) == expected
 

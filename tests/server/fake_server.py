@@ -21,7 +21,7 @@ from octavo.cli import main
 from octavo.frontend.async_engine import AsyncEngine
 
 
-async def start(config: Any, on_progress: Any = None) -> FakeEngine:
+async def start(config: Any, on_progress: Any = None, make_core: Any = None) -> FakeEngine:
     on_progress("loading", 0.5)
     await asyncio.sleep(float(os.environ.get("FAKE_LOAD", "0")))
     engine = FakeEngine(" word" * int(os.environ.get("FAKE_WORDS", "60")))
