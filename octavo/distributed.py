@@ -62,6 +62,8 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cpu = device.type == "cpu"
+    if not cpu:
+        torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     torch.distributed.init_process_group(
         "gloo" if cpu else "nccl",
         store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from octavo.errors import OctavoError
 from octavo.platform import Platform, detect
 
 CPU = torch.device("cpu")
