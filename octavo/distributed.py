@@ -55,15 +55,15 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
     store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
     give the same group.
     """
+    cpu = device.type == "cpu"
+    if not cpu:
+        torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
     if torch.distributed.is_initialized():  # an earlier engine of this process
         return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    cpu = device.type == "cpu"
-    if not cpu:
-        torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     torch.distributed.init_process_group(
         "gloo" if cpu else "nccl",
         store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
