@@ -69,6 +69,8 @@ def read_media_limits(given: str | Mapping[str, Any] | None) -> dict[str, int] |
         except (ValueError, RecursionError):
             raise wrong from None
         given = read
+    if not isinstance(given, Mapping):
+        raise wrong
     found = {}
     for name, value in given.items():
         count = value.get("count") if isinstance(value, Mapping) else value

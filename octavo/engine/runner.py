@@ -86,6 +86,8 @@ class ModelRunner:
         """Loads weights, makes the cache and captures graphs, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
+        if self.config.enable_expert_parallel and self.tp.size == 1:
+            self.report.note("--enable-expert-parallel is without effect: an engine of one rank has all experts")
         self._make_cache()
         self._set_kv_scales()
         if hasattr(self.model, "fuse"):

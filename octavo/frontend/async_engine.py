@@ -131,7 +131,7 @@ class AsyncEngine:
 
     count = 1  # engines; see octavo.frontend.router
 
-    def route(self, token_ids: Sequence[int], salt: str | None = None) -> int:
+    def route(self, token_ids: Sequence[int], salt: str | None = None, images: Sequence[PlacedImage] = ()) -> int:
         """The number of the engine that a prompt goes to; see octavo.frontend.router."""
         return 0
 

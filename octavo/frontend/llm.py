@@ -115,6 +115,7 @@ class LLM:
             log.warning("%d of %d sequences ended with an error: %s", len(failed), len(errors), failed[0])
         return results
 
+    @names_keywords()
     def chat(
         self,
         messages: Messages | Sequence[Messages],

@@ -198,7 +198,11 @@ def _video(video: object, reader: VideoReader) -> VideoFrames:
     frames = _frames(video)
     numbers = None  # frames are chosen here
     if clock.get("do_sample_frames") is False:
-        numbers = [int(number) for number in clock.get("frames_indices") or range(len(frames))]
+        given = clock.get("frames_indices")
+        try:
+            numbers = [int(number) for number in (range(len(frames)) if given is None else given)]
+        except (TypeError, ValueError):
+            raise InvalidRequest("A video's frames_indices must be a list of integers.", _PARAM) from None
     return prepare_frames(frames, reader.processor, clock.get("fps"), numbers)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, Self, cast
@@ -57,11 +57,15 @@ class _Prefixes:
             self._seen.popitem(last=False)
 
 
-def chunks_of(token_ids: Sequence[int], salt: str | None = None) -> list[bytes]:
-    """A hash for each whole chunk of a prompt, of it and all before it."""
-    found, parent = [], (salt or "").encode()
+def chunks_of(token_ids: Sequence[int], salt: str | None = None, images: Sequence[PlacedImage] = ()) -> list[bytes]:
+    """A hash for each whole chunk of a prompt, of it and all before it; of images, their contents."""
+    found, parent, left = [], (salt or "").encode(), deque(images)
     for start in range(0, len(token_ids) - CHUNK + 1, CHUNK):
-        parent = hashlib.blake2b(parent + array("q", token_ids[start : start + CHUNK]).tobytes(), digest_size=16).digest()
+        begun = b""
+        while left and left[0].start < start + CHUNK:
+            begun += left.popleft().image.digest
+        chunk = array("q", token_ids[start : start + CHUNK]).tobytes()
+        parent = hashlib.blake2b(parent + chunk + begun, digest_size=16).digest()
         found.append(parent)
     return found
 
@@ -156,12 +160,12 @@ class Replicas:
             if engine is not None:
                 engine.add_stats_listener(partial(_numbered, listener, number))
 
-    def route(self, token_ids: Sequence[int], salt: str | None = None) -> int:
+    def route(self, token_ids: Sequence[int], salt: str | None = None, images: Sequence[PlacedImage] = ()) -> int:
         """The number of the engine that a prompt goes to. Raises EngineDead if none is left."""
         alive = [number for number, engine in enumerate(self.engines) if engine is not None and engine.healthy]
         if not alive:
             raise EngineDead("No engine is left; they are being started again.")
-        chunks, least = chunks_of(token_ids, salt), min(self._load[number] for number in alive)
+        chunks, least = chunks_of(token_ids, salt, images), min(self._load[number] for number in alive)
         busy = [number for number in alive if self._load[number] <= least + MORE]
         best = max(busy, key=lambda number: (self._prefixes[number].length(chunks), -self._load[number]))
         self._prefixes[best].add(chunks)

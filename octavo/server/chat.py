@@ -11,6 +11,7 @@ from typing import Any
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
 from octavo.messages import SamplingParams, StructuredOutput
+from octavo.server.chat_images import HeldImages
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
@@ -41,11 +42,13 @@ async def _begin(served: Served, request: ChatRequest, response_id: str) -> _Job
     images = served.images.take(request)
     text = await chat_prompt(served, request, tools.form)
     prompt = await served.encode(text, bool(request.add_special_tokens))
-    prompt, placed = await served.images.place(prompt, images)
+    prompt, placed, held = await served.images.place(prompt, images)
     params = _params(served, request, tools, len(prompt))
     await served.validate(params.structured)
     deltas = served.generate(prompt, params, response_id, request.cache_salt, placed)
-    return _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
+    job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
+    job.held = held
+    return job
 
 
 async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:
@@ -126,6 +129,8 @@ class _Prompt:
 
 class _Job:
     """One chat request in progress."""
+
+    held: HeldImages  # of the engine's memory, until the job is dropped
 
     def __init__(
         self,

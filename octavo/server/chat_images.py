@@ -17,6 +17,7 @@ from octavo.errors import InvalidRequest
 from octavo.frontend.image_support import ImageSupport
 from octavo.images import ImagePatches, PlacedImage
 from octavo.messages import EngineInfo
+from octavo.server.error_responses import ApiError
 from octavo.server.protocol import ChatRequest, TokenizeRequest
 from octavo.server.side_processes import Limits, SideProcesses
 from octavo.text.chat_messages import has_images, without_images
@@ -32,7 +33,27 @@ __all__ = ["ChatImages", "image_note"]
 # A photograph of 64 megapixels takes up to 5 s and 1.6 GiB: Pillow's image, one without transparency, the bytes of both.
 LIMITS = Limits(cpu_seconds=20.0, memory=3 * 2**30, large=2**29)
 AT_ONCE = 4  # images of a request in work
+MAX_HELD = 4 * 2**30  # bytes of the patches of all running requests, which their engine keeps until they end
 FETCHED = 32  # files of all requests that are fetched or wait to be prepared, of 32 MiB at most, of videos 64
+
+
+class HeldImages:
+    """The bytes that a request's images take in the engine. They are given back when this is dropped, with the request."""
+
+    def __init__(self, owner: ChatImages):
+        self._owner, self._bytes = owner, 0
+
+    def add(self, one: ImagePatches | VideoFrames) -> None:
+        """Raises ApiError 503 where all requests together would hold more than MAX_HELD."""
+        images = [one] if isinstance(one, ImagePatches) else one.images
+        count = sum(image.pixels.nbytes for image in images)
+        if self._owner.held + count > MAX_HELD:
+            raise ApiError(503, "The images of the requests that run take all the room there is; send this one later.")
+        self._owner.held += count
+        self._bytes += count
+
+    def __del__(self) -> None:
+        self._owner.held -= self._bytes
 
 
 class ChatImages:
@@ -52,7 +73,7 @@ class ChatImages:
     ):
         self.support = support or ImageSupport()
         self.limit, self.videos, self.max_tokens, self._rules, self._tokenizer = limit, videos, max_tokens, rules, tokenizer
-        self._fetched = asyncio.Semaphore(FETCHED)
+        self._fetched, self.held = asyncio.Semaphore(FETCHED), 0
         # Its own, since a photograph must hold up no chat template; few, since each may take gigabytes.
         self.side = SideProcesses(max(2, min(4, (os.cpu_count() or 1) // 4)), LIMITS)
 
@@ -99,15 +120,16 @@ class ChatImages:
         request.messages = without_images(messages)
         return [*parts, *videos]
 
-    async def place(self, prompt: list[int], parts: list[Part]) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    async def place(self, prompt: list[int], parts: list[Part]) -> tuple[list[int], tuple[PlacedImage, ...], HeldImages]:
         """The prompt with every token of its images, and the images in their places. Raises InvalidRequest for what may not be
         fetched or is no image, for more tokens than a prompt may have, and for a prompt without a place for each image.
         """
         if not parts:
-            return prompt, ()
+            return prompt, (), HeldImages(self)
+        held = HeldImages(self)
         found: dict[int, ImagePatches | VideoFrames] = {}
         waiting = iter(enumerate(parts))
-        tasks = [asyncio.ensure_future(self._prepare(waiting, found)) for _ in parts[:AT_ONCE]]
+        tasks = [asyncio.ensure_future(self._prepare(waiting, found, held)) for _ in parts[:AT_ONCE]]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -116,15 +138,18 @@ class ChatImages:
         ordered = [found[number] for number in range(len(parts))]
         images = [one for one in ordered if isinstance(one, ImagePatches)]
         videos = [one for one in ordered if not isinstance(one, ImagePatches)]
-        return self.support.place(prompt, images, videos, self._encode)
+        return *self.support.place(prompt, images, videos, self._encode), held
 
     def _encode(self, text: str) -> list[int]:
         assert self._tokenizer is not None
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    async def _prepare(self, waiting: Iterator[tuple[int, Part]], found: dict[int, ImagePatches | VideoFrames]) -> None:
+    async def _prepare(
+        self, waiting: Iterator[tuple[int, Part]], found: dict[int, ImagePatches | VideoFrames], held: HeldImages
+    ) -> None:
         for number, part in waiting:
             found[number] = await self._patches(part)
+            held.add(found[number])
             if (tokens := sum(one.tokens for one in found.values())) >= self.max_tokens:
                 raise InvalidRequest(
                     f"The request's images alone have {tokens} tokens or more; at most {self.max_tokens - 1} fit beside one to "

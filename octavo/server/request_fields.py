@@ -79,7 +79,7 @@ _BOTH: dict[str, Fate] = {
     "watermarking": Refused("watermarking is not served; leave it out.", (False,)),
     "vllm_xargs": Refused("vllm_xargs are for extensions of vLLM, and there are none here; leave them out.", ({},)),
     "kv_transfer_params": Refused("kv_transfer_params is not served: prefill and decode run in one engine.", ({},)),
-    "ec_transfer_params": Refused("ec_transfer_params is not served: there is no encoder cache.", ({},)),
+    "ec_transfer_params": Refused("ec_transfer_params is not served: images are encoded in the engine that reads them.", ({},)),
     "stream_interval": Refused("stream_interval is not served: every token is a chunk of its own.", (1,)),
     "structural_tag": Refused("structural_tag is not served; use structured_outputs.json or .grammar."),
     "guided_whitespace_pattern": Refused("guided_whitespace_pattern is not served; JSON's white space is bounded already."),

@@ -206,7 +206,7 @@ class Served:
         Raises InvalidRequest at the call for what the engine would refuse, before any of the answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
-        number = self.engine.route(prompt, cache_salt)
+        number = self.engine.route(prompt, cache_salt, images)
         generated = self.engine.generate(prompt, params, request_id, cache_salt, images, number)
         return self._counted(generated, request_id, len(prompt), params.n, number)
 

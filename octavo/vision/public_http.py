@@ -33,8 +33,14 @@ _HEADER_BYTES = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 MAX_LOOKUPS = 256  # at a time; the system may take half a minute to give one up
 _LOOKUPS = threading.BoundedSemaphore(MAX_LOOKUPS)
-# Which not every version of Python knows: anycast relays of 6to4 (RFC 7526), documentation (RFC 9637).
-_RESERVED = ipaddress.IPv4Network("192.88.99.0/24"), ipaddress.IPv6Network("3fff::/20")
+# Which not every version of Python knows: protocol assignments (RFC 6890, a cloud's metadata among them), anycast relays of
+# 6to4 (RFC 7526), documentation (RFC 9637); and an address of the internet's at which machines of a cloud see their host.
+_RESERVED = (
+    ipaddress.IPv4Network("192.0.0.0/24"),
+    ipaddress.IPv4Network("192.88.99.0/24"),
+    ipaddress.IPv4Network("168.63.129.16/32"),
+    ipaddress.IPv6Network("3fff::/20"),
+)
 
 
 def is_public(address: str) -> bool:

@@ -131,7 +131,10 @@ def prepare_frames(
 
     Raises InvalidRequest for values that cannot be.
     """
-    fps = DEFAULT_FPS if fps is None else float(fps)
+    try:
+        fps = DEFAULT_FPS if fps is None else float(fps)
+    except (TypeError, ValueError):
+        raise InvalidRequest("A video's fps must be a number.") from None
     if not len(frames) or not 0 < fps < float("inf") or (numbers is not None and len(numbers) != len(frames)):
         raise InvalidRequest("A video of frames needs one at least, an fps over 0, and a number for each frame if for any.")
     if numbers is not None:

@@ -290,13 +290,13 @@ def test_a_chat_reads_pictures_in_every_form(make: Callable[..., Any], tmp_path:
 
     asyncio.run(notebook())
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        (forms[2], {}, "--allowed-local-media-path"),
+        (forms[2], {}, "allowed_local_media_path"),
         ({"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}, {}, "no public address"),
         ({"type": "image_url", "image_url": {"url": "a.png"}}, {}, "should begin with data:"),
         ({"type": "image", "image": [first]}, {}, r"messages\.0\.content\.1 should be like"),
         ({"type": "image", "image": picture(9, 9) / 255}, {}, "not an array float64"),
         (forms[0], {"limit_mm_per_prompt": {"image": 0, "video": 1}}, "may have 0 images here"),
-        (forms[0], {"language_model_only": True}, "switched off here"),
+        (forms[0], {"language_model_only": True}, r"switched off here .*language_model_only"),
     ]
     for form, options, sentence in refused:
         with pytest.raises(InvalidRequest, match=sentence):

@@ -44,7 +44,7 @@ class FakeEngine:
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
         self.listeners.append(listener)
 
-    def route(self, prompt: Sequence[int], salt: str | None = None) -> int:
+    def route(self, prompt: Sequence[int], salt: str | None = None, images: Sequence[PlacedImage] = ()) -> int:
         return 0
 
     def generate(

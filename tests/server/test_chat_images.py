@@ -271,3 +271,25 @@ def test_an_answer_holds_no_image(served: Served) -> None:
         asyncio.run(refused())
     finally:
         gc.enable()
+
+
+def test_images_of_all_requests_together_have_a_bound(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine keeps an image's patches while its request runs; what is given back can be had by others."""
+    engine: Any = served.engine
+    engine.delay = 0.05
+    one = {"messages": ask(file_of(picture(1, 80, 80))), "max_tokens": 9}
+
+    async def work() -> list[int]:
+        async with http(served) as client:
+            first = asyncio.create_task(client.post(CHAT, json=one))
+            while not engine.calls:
+                await asyncio.sleep(0.01)
+            assert served.images.held > 0
+            monkeypatch.setattr(chat_images, "MAX_HELD", served.images.held)
+            second = await client.post(CHAT, json=one)
+            assert "all the room there is" in second.json()["error"]["message"]
+            codes = [(await first).status_code, second.status_code]
+            return [*codes, (await client.post(CHAT, json=one)).status_code]
+
+    assert asyncio.run(work()) == [200, 503, 200]
+    assert served.images.held == 0
