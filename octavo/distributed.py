@@ -46,6 +46,7 @@ class ProcessGroup:
         return found
 
 
+CPU = torch.device("cpu")
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
@@ -61,7 +62,7 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
     if size == 1:
         return TensorParallel()
     if torch.distributed.is_initialized():  # an earlier engine of this process
-        return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
+        return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group(
@@ -72,7 +73,7 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
         timeout=WAIT,
         device_id=None if cpu else device,
     )
-    return TensorParallel(rank, size, ProcessGroup(), expert_parallel)
+    return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
 
 
 # Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
@@ -96,6 +97,7 @@ class TensorParallel:
     size: int = 1
     group: Collectives | None = None
     expert_parallel: bool = False
+    device: torch.device = CPU  # of tensors that are exchanged
 
     def part(self, n: int) -> int:
         """This rank's share of `n` heads or channels; at least one, for KV heads that are replicated."""
@@ -125,8 +127,7 @@ class TensorParallel:
         """The smallest of each number over ranks, on the host."""
         if self.size == 1:
             return list(numbers)
-        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
-        return [-n for n in self.max_reduce(torch.tensor(numbers, device=device).neg()).tolist()]
+        return [-n for n in self.max_reduce(torch.tensor(numbers, device=self.device).neg()).tolist()]
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `x`, concatenated along `dim` in rank order."""

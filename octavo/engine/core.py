@@ -187,7 +187,7 @@ class EngineCore:
         self.scheduler.pool.reset_prefix_cache()
         if self.runner.encoder is not None:
             self.scheduler.encoder_cache = EncoderCache(self.runner.encoder.capacity)
-            self.runner.encoder.features.clear()
+            self.runner.encoder.forget()
         self.runner.reload(model)
 
     def sleep(self) -> None:

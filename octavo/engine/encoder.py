@@ -133,10 +133,14 @@ class Encoder:
         if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):
             self.graphs = TowerGraphs(self.model, given)
 
-    def drop(self) -> None:
-        """Frees features and graphs."""
+    def forget(self) -> None:
+        """Frees features, also of images of which some layers are computed."""
         self.features.clear()
         self._begun.clear()
+
+    def drop(self) -> None:
+        """Frees features and graphs."""
+        self.forget()
         self.graphs = None
 
     def warm_up(self) -> None:

@@ -128,6 +128,7 @@ def plan_blocks(
 def _check_cpu_cache(config: EngineConfig, platform: Platform, cache_bytes: int) -> None:
     """Raises OctavoError for --cpu-kv-cache-gib where the cache of so many bytes is more than the memory that is free."""
     free, _ = platform.memory()
+    cache_bytes *= config.num_devices  # whose parts are all in this memory
     if platform.is_cpu and config.cpu_kv_cache_gib is not None and cache_bytes > free:
         raise OctavoError(
             f"--cpu-kv-cache-gib {config.cpu_kv_cache_gib:g} makes a KV cache of {gib(cache_bytes)}, and {gib(max(free, 0))} "

@@ -114,6 +114,8 @@ class ModelRunner:
         budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
         self.max_model_len, self.num_blocks = self.tp.least(budget.max_model_len, budget.num_blocks)
         self.report.notes.extend(budget.notes)
+        if self.max_model_len < budget.max_model_len:
+            self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
         eager = config.enforce_eager or (cpu and self.tp.size > 1)  # a recording has no calls of gloo
         self.captures = not eager and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write

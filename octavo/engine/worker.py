@@ -147,7 +147,7 @@ def _follow(core: Core, place: Place) -> None:
             if message[0] == "shutdown":
                 return
             if message[0] in CONTROLS:
-                _control(core, message)
+                _control(core, message, place)
             else:
                 _handle(core, message)
         if core.has_work():
@@ -161,7 +161,7 @@ def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -
             if message[0] == "shutdown":
                 return
             if message[0] in CONTROLS:
-                line.send(("done", _control(core, message), core.info))
+                line.send(("done", _control(core, message, place), core.info))
             else:
                 outputs += _handle(core, message)
         stats = EngineStats()  # of an idle engine, so that no gauge stays at its last busy value
@@ -204,13 +204,15 @@ def _handle(core: Core, message: Message) -> list[TokenOutput]:
     return []
 
 
-def _control(core: Core, message: Message) -> str | None:
+def _control(core: Core, message: Message, place: Place) -> str | None:
     """Reloads the engine's weights, or frees or restores them, once what was aborted has ended. An error, as a sentence."""
     while core.has_work():
         core.step()
     try:
         getattr(core, message[0])(*message[1:])
     except OctavoError as error:  # the same on every rank
+        if message[0] == "wake" and place.size > 1:  # its memory is a rank's own: one that fails alone must end the others
+            raise
         return str(error)
     return None
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from octavo.config import EngineConfig
 from octavo.frontend.engine_start import worker
@@ -50,8 +50,9 @@ class EngineProcesses:
         theirs: list[Connection] = []
         self.connections: list[Connection] = []
         self._processes = []
-        self._reaping, self._sending = threading.Lock(), threading.Lock()
+        self._reaping, self._sending = threading.Lock(), [threading.Lock() for _ in range(size)]
         self._answered: set[int] = set()
+        self.killed = False
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
         self.place = Place(0, size, store, [first for first, _ in links], replica * size)
@@ -82,7 +83,7 @@ class EngineProcesses:
 
     def send(self, message: Message, rank: int = 0) -> None:
         """Raises OSError if the process is gone."""
-        with self._sending:
+        with self._sending[rank]:
             self.connections[rank].send(message)
 
     def receive(self, rank: int) -> Message:
@@ -95,16 +96,20 @@ class EngineProcesses:
     def silent(self) -> list[int]:
         """The ranks that do not answer within ANSWER_SECONDS; those that do print where they wait to standard error."""
         self._answered.clear()
-        for rank in range(len(self.connections)):
-            with suppress(OSError):
-                self.send(("ping",), rank)
+        for rank in range(len(self.connections)):  # a message to one that hangs may block its pipe for ever
+            threading.Thread(target=self._ping, args=(rank,), name="octavo-ping", daemon=True).start()
         deadline = time.monotonic() + ANSWER_SECONDS
         while len(self._answered) < len(self.connections) and time.monotonic() < deadline:
             time.sleep(0.02)
         return [rank for rank in range(len(self.connections)) if rank not in self._answered]
 
+    def _ping(self, rank: int) -> None:
+        with suppress(OSError):
+            self.send(("ping",), rank)
+
     def kill(self) -> None:
         """Ends every process at once."""
+        self.killed = True
         atexit.unregister(self.kill)
         with self._reaping:
             for process in self._processes:
@@ -120,6 +125,13 @@ class EngineProcesses:
         for process in self._processes:
             with suppress(ValueError, AttributeError):
                 self._exit_code(process)
+
+    def last_words(self) -> str:
+        """Waits until a rank has ended or says that it must, and returns why."""
+        for connection in wait(self.connections):
+            with suppress(EOFError, OSError):
+                return str(cast("Connection", connection).recv()[1])
+        return self.how_it_ended()
 
     def how_it_ended(self) -> str:
         """Why the engine is gone, in a sentence, once a process has ended."""

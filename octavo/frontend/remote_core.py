@@ -19,6 +19,7 @@ class RemoteCore:
     def __init__(self, config: EngineConfig):
         self._processes = EngineProcesses(config)
         self._running: set[str] = set()
+        self._dead: str | None = None  # why the engine is gone
         self.info: EngineInfo = cast("EngineInfo", self._until("ready")[1])
 
     def __del__(self) -> None:
@@ -66,10 +67,19 @@ class RemoteCore:
             raise OctavoError(error)
 
     def _send(self, message: Message) -> None:
+        if self._dead is not None:
+            raise OctavoError(self._dead)
         try:
             self._processes.send(message)
         except OSError:
-            raise OctavoError(self._processes.how_it_ended()) from None
+            raise self._gone(self._processes.how_it_ended()) from None
+
+    def _gone(self, sentence: str) -> OctavoError:
+        """The engine has ended, and with it every request."""
+        self._dead = sentence
+        self._running.clear()
+        self._processes.kill()
+        return OctavoError(sentence)
 
     def _until(self, kind: str) -> Any:
         """The next message of this kind."""
@@ -79,9 +89,8 @@ class RemoteCore:
                 try:
                     message = self._processes.receive(rank)
                 except (EOFError, OSError):
-                    raise OctavoError(self._processes.how_it_ended()) from None
+                    raise self._gone(self._processes.how_it_ended()) from None
                 if message[0] == kind:
                     return message
                 if message[0] in ("failed", "dead"):
-                    self._processes.kill()
-                    raise OctavoError(message[1])
+                    raise self._gone(message[1])

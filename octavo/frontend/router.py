@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Self, cast
 
 from octavo.config import EngineConfig
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, shortage
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.outputs import Delta
@@ -104,8 +104,8 @@ class Replicas:
         self._load = [0] * len(engines)  # running sequences
         self._prefixes = [_Prefixes() for _ in engines]
         self._listeners: list[Listener] = []
-        self._closing = False
-        first = engines[0]
+        self._given_up = 0  # engines that are not started any more
+        first = min(engines, key=lambda engine: engine.info.max_model_len)  # what fits there fits everywhere
         self.info, self.tokenizer, self.eos_token_ids = first.info, first.tokenizer, first.eos_token_ids
         self.images = first.images
         self._all_dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -116,11 +116,13 @@ class Replicas:
         cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None
     ) -> Replicas:
         """All engines, ready. They load side by side; `on_progress` tells of the first. Raises OctavoError if one fails."""
-        starting = [
-            asyncio.ensure_future(AsyncEngine.start(config, on_progress if number == 0 else None, make_core, number))
-            for number in range(config.data_parallel_size)
-        ]
+        starting: list[asyncio.Task[AsyncEngine]] = []
         try:
+            for number in range(config.data_parallel_size):
+                progress = on_progress if number == 0 else None
+                starting.append(asyncio.ensure_future(AsyncEngine.start(config, progress, make_core, number)))
+                if config.save_quantized is not None:  # the first writes what the others read
+                    await starting[0]
             return cls(config, list(await asyncio.gather(*starting)), make_core)
         except BaseException:
             for task in starting:
@@ -187,7 +189,6 @@ class Replicas:
         return cast("AsyncGenerator[Delta]", _Counted(deltas, self._load, number, params.n))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
-        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -204,30 +205,32 @@ class Replicas:
     async def _keep_alive(self, number: int) -> None:
         """Starts the engine again when it dies, some times."""
         waits, sentence = list(WAITS), ""
-        while waits:
+        while True:
             if (engine := self.engines[number]) is not None:
                 began = time.monotonic()
                 sentence = await engine.death()
                 self.engines[number], self._prefixes[number] = None, _Prefixes()
-                logger.error("engine %d: %s It is started again; the others go on.", number, sentence)
+                logger.error("engine %d: %s The others go on.", number, sentence)
                 await engine.shutdown()
                 waits = list(WAITS) if time.monotonic() - began > LIVED else waits
+            if not waits:
+                break
             await asyncio.sleep(waits.pop(0))
             try:
                 fresh = await AsyncEngine.start(self.config, None, self._make_core, number)
-            except OctavoError as error:
-                logger.error("engine %d cannot be started again: %s", number, error)
-                sentence = str(error)
+            except Exception as error:  # the system's too: no file or thread may be left just now
+                sentence = (
+                    str(error) if isinstance(error, OctavoError) else shortage(error) or f"{type(error).__name__}: {error}"
+                )
+                logger.error("engine %d cannot be started again: %s", number, sentence)
                 continue
             for listener in self._listeners:
                 fresh.add_stats_listener(partial(_numbered, listener, number))
             self.engines[number] = fresh
             logger.error("engine %d serves again.", number)
-        if (engine := self.engines[number]) is not None:
-            sentence = await engine.death()
-            self.engines[number] = None
         logger.error("engine %d is not started any more: %s", number, sentence)
-        if not any(self.engines) and not self._all_dead.done():
+        self._given_up += 1
+        if self._given_up == len(self.engines):
             self._all_dead.set_result(sentence)
 
 

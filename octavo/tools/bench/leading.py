@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.frontend.engine_processes import EngineProcesses
@@ -16,6 +20,7 @@ class LeadingCore(EngineCore):
     def __init__(self, config: EngineConfig, progress: Progress | None = None):
         self._processes = EngineProcesses(config, leads=True)
         self._place, self._told = self._processes.place, list[Message]()
+        threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
         super().__init__(config, progress, self._place)
         self._place.wait_for_all()
 
@@ -31,6 +36,14 @@ class LeadingCore(EngineCore):
         self._place.share(self._told)
         self._told = []
         return super().step()
+
+    def _watch(self) -> None:
+        """Runs in a thread: another rank's end is this process's, which may wait for it within a collective."""
+        sentence = self._processes.last_words()
+        if not self._processes.killed:
+            print(f"octavo: {sentence}", file=sys.stderr, flush=True)
+            self._processes.kill()
+            os._exit(1)
 
     def close(self) -> None:
         """Ends the other ranks' processes."""
