@@ -122,9 +122,10 @@ class EngineProcesses:
 
     def wait(self) -> None:
         """Waits for all processes to end, EXIT_SECONDS at most."""
+        deadline = time.monotonic() + EXIT_SECONDS
         for process in self._processes:
             with suppress(ValueError, AttributeError):
-                self._exit_code(process)
+                self._exit_code(process, max(0.0, deadline - time.monotonic()))
 
     def last_words(self) -> str:
         """Waits until a rank has ended or says that it must, and returns why."""
@@ -166,12 +167,12 @@ class EngineProcesses:
                 if process.is_alive():
                     process.kill()
 
-    def _exit_code(self, process: multiprocessing.process.BaseProcess) -> int | None:
-        """Waits for a process to end. Its exit code, or None after EXIT_SECONDS.
+    def _exit_code(self, process: multiprocessing.process.BaseProcess, seconds: float = EXIT_SECONDS) -> int | None:
+        """Waits for a process to end. Its exit code, or None after so many seconds.
 
         The lock is needed because the kernel reports the exit to one waiter only: a second thread would see a live process.
         """
-        if not wait([process.sentinel], EXIT_SECONDS):
+        if not wait([process.sentinel], seconds):
             return None
         with self._reaping:
             process.join(EXIT_SECONDS)
