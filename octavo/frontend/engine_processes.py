@@ -94,13 +94,14 @@ class EngineProcesses:
         return found
 
     def silent(self) -> list[int]:
-        """The ranks that do not answer within ANSWER_SECONDS; those that do print where they wait to standard error."""
+        """The ranks that do not answer within ANSWER_SECONDS each; those that do print where they wait to standard error, one
+        after another."""
         self._answered.clear()
         for rank in range(len(self.connections)):  # a message to one that hangs may block its pipe for ever
             threading.Thread(target=self._ping, args=(rank,), name="octavo-ping", daemon=True).start()
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while len(self._answered) < len(self.connections) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            deadline = time.monotonic() + ANSWER_SECONDS
+            while rank not in self._answered and time.monotonic() < deadline:
+                time.sleep(0.02)
         return [rank for rank in range(len(self.connections)) if rank not in self._answered]
 
     def _ping(self, rank: int) -> None:

@@ -90,7 +90,7 @@ def test_a_rank_that_hangs_is_named(rank: int, capfd: pytest.CaptureFixture[str]
         await asyncio.sleep(0.2)
         await engine.end_if_a_rank_hangs()
         assert (await engine.death()).startswith(f"Of the engine's 3 ranks rank {rank} hangs")
-        await asyncio.wait([task], timeout=5)
+        await asyncio.gather(task, return_exceptions=True)
 
     with_ranks(3, test)
     stacks = capfd.readouterr().err
