@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
+import torch
+
 from octavo.ops import hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import (
@@ -70,7 +72,8 @@ def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | st
             log.warning("decode steps of few requests go op by op: %s", error)
             return str(error).splitlines()[0]
 
-    with ThreadPoolExecutor(2) as pool:  # in parallel: most of the time is the compiler's
+    on = torch.accelerator.set_device_index, (platform.device.index or 0,)  # a new thread's device is the first one
+    with ThreadPoolExecutor(2, "octavo-fuse", *on) as pool:  # in parallel: most of the time is the compiler's
         one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
         few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)
     return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}
