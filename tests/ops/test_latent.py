@@ -207,3 +207,13 @@ def check_equal_scores(op: ModuleType, platform: Platform) -> None:
     weights[1] = float("nan")
     found = op.select_keys(q, weights, scene.rotation, scene.cache, batch, 4).cpu().tolist()
     assert found[1] == [0, 1, 2, 3], "a request's NaN chooses what exists"
+
+
+def test_a_group_s_scale_is_the_smallest_power_of_two_that_holds_it() -> None:
+    """Its largest value over 448, where that is a power of two itself, too; by logarithms in float64."""
+    peaks = torch.tensor([448.0, 448.0 * 2**-9, 7.0, 7.0001, 6.9999, 1e-4, 0.0, 3.5e3], dtype=torch.float64)
+    x = (peaks[:, None] * torch.linspace(-1, 1, 128, dtype=torch.float64)).float()
+    codes, scale = reference_latent.power_of_two_codes(x, torch.float8_e4m3fn)
+    expected = 2.0 ** torch.ceil(torch.log2(peaks.clamp(min=1e-4) / 448))
+    assert torch.equal(scale[:, 0].double(), expected)
+    assert codes.float().abs().max() == 448
