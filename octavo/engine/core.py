@@ -172,11 +172,11 @@ class EngineCore:
         """Ids of requests whose allowed next tokens are not computed yet. `outputs` gets those that exceeded the time limit."""
         if not self.grammars.busy:
             return ()
-        self.grammars.decide(self.scheduler.request_ids)
-        if late := self.grammars.late:
+        unready, late = self.grammars.decide(self.scheduler.request_ids)
+        if late:
             outputs += self._failed(late, _ENDED.format("finding its next tokens takes too long."))
         self._queue_compiled(outputs)
-        return self.grammars.unready
+        return unready
 
     def reload(self, model: str) -> None:
         """Loads the weights of another checkpoint directory with the same config.json and schemes; else OctavoError.

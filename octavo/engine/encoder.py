@@ -85,9 +85,7 @@ class Encoder:
         return self.model.encoder_output(self.model.encoder_layers(given) if found is None else found, grids)
 
     def _patches(self, image: ImagePatches) -> Tensor:
-        pixels, values = (torch.from_numpy(array) for array in (image.pixels, image.values))
-        if not self.platform.is_cpu:
-            pixels, values = (array.pin_memory().to(self.platform.device, non_blocking=True) for array in (pixels, values))
+        pixels, values = (_to(torch.from_numpy(array), self.platform) for array in (image.pixels, image.values))
         return patch_values(pixels, values, image.frames)
 
     def input(self, items: Sequence[ScheduledRequest]) -> ImageInput | None:

@@ -61,8 +61,6 @@ class GrammarWork:
 
     def __init__(self, compiler: GrammarCompiler, place: Place | None = None):
         self.compiler, self.place = compiler, place or Place()
-        self.unready: set[str] = set()  # requests whose masks were not computed yet at the last `decide`
-        self.late: list[str] = []  # those of them that exceeded LIMIT
         self._done: list[tuple[list[EngineRequest], list[Grammar] | OctavoError]] = []
         self._known: set[str] = set()  # requests with grammars
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="octavo-grammar")
@@ -90,13 +88,13 @@ class GrammarWork:
         done, self._done = self._done, []
         return done
 
-    def decide(self, others: Collection[str]) -> None:
-        """Decides which requests skip the next step (`unready`), which have failed (`late`), and what is `compiled`.
+    def decide(self, others: Collection[str]) -> tuple[set[str], list[str]]:
+        """Which requests skip the next step, since their masks are not computed yet, and which of them exceeded LIMIT. Decides
+        what is `compiled`, too.
 
         Waits up to PATIENCE, and up to IDLE_PATIENCE before that if none of the requests `others` can run meanwhile.
         """
         decision = self.place.share(self._look(others) if not self.place.rank else _Decision(set(), [], []))
-        self.unready, self.late = decision.unready, decision.late
         for request_id in [name for name in self._finding if name not in decision.unready]:
             self._finding.pop(request_id).future.result()  # an exception here is a bug and stops the engine
         left = dict(enumerate(self._compiling))
@@ -104,6 +102,7 @@ class GrammarWork:
             job, requests = left.pop(place)
             self._done.append((list(requests.values()), error or job.future.result()))
         self._compiling = list(left.values())
+        return decision.unready, decision.late
 
     def find(self, request_id: str, grammar: Grammar) -> None:
         """Computes the mask of the next tokens: at once if the grammar is fast and the step has time left, else in a thread,

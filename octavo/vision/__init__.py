@@ -19,6 +19,7 @@ from octavo.images import IMAGE_PARTS, ImagePatches
 from octavo.vision.decode_image import MAX_PIXELS, decode, rgb
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.kimi_images import KimiImages
+from octavo.vision.parts import check_number, given_parts
 from octavo.vision.patches import ImageProcessor, read_config
 from octavo.vision.placement import place_images
 from octavo.vision.qwen_images import QwenImages
@@ -124,20 +125,11 @@ def image_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
     Raises InvalidRequest for a part without a URL, and for more images than `limit`.
     """
     found = []
-    for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for place, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
-                where = f"messages.{number}.content.{place}"
-                given = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
-                url = given.get("url") if isinstance(given, Mapping) else given
-                if not isinstance(url, str | Image):
-                    raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
-                found.append(ImagePart(url, where))
-    if limit is not None and len(found) > limit:
-        raise InvalidRequest(
-            f"A request may have {limit} images here (--limit-mm-per-prompt), and this has {len(found)}.", "messages"
-        )
+    for url, where in given_parts(messages, IMAGE_PARTS, _SOURCES):
+        if not isinstance(url, str | Image):
+            raise InvalidRequest(f"{where} should be like {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", where)
+        found.append(ImagePart(url, where))
+    check_number(len(found), limit, "images")
     return found
 
 

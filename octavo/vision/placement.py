@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from octavo.errors import InvalidRequest
 from octavo.images import ImagePatches, PlacedImage
 
-__all__ = ["place_images"]
+__all__ = ["find_places", "place_images"]
+
+
+def find_places(token_ids: Sequence[int], placeholder: int, count: int, kind: str) -> list[int]:
+    """Where the placeholders stand, of which there must be `count`, else InvalidRequest; `kind`: such as images."""
+    found = [at for at, token in enumerate(token_ids) if token == placeholder]
+    if len(found) != count:
+        raise InvalidRequest(
+            f"The prompt has {count} {kind} and {len(found)} places for them (token {placeholder}); each needs one, and "
+            "no text may spell it.",
+            "messages",
+        )
+    return found
 
 
 def place_images(
@@ -18,13 +30,7 @@ def place_images(
     Raises InvalidRequest where there are not as many placeholders as images: a chat template left images out, or the text of a
     message spells the placeholder.
     """
-    found = [at for at, token in enumerate(token_ids) if token == placeholder]
-    if len(found) != len(images):
-        raise InvalidRequest(
-            f"The prompt has {len(images)} images and {len(found)} places for them (token {placeholder}); each needs one, and "
-            "no text may spell it.",
-            "messages",
-        )
+    found = find_places(token_ids, placeholder, len(images), "images")
     out: list[int] = []
     placed, done = [], 0
     for at, image in zip(found, images, strict=True):

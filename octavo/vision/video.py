@@ -16,6 +16,7 @@ from octavo import files
 from octavo.errors import InvalidRequest
 from octavo.images import VIDEO_PARTS
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
+from octavo.vision.parts import check_number, given_parts
 from octavo.vision.patches import read_config
 from octavo.vision.video_decode import VideoLimits, open_video
 from octavo.vision.video_placement import VideoTokens
@@ -70,20 +71,11 @@ def video_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None)
     Raises InvalidRequest for a part without a video, and for more than `limit`.
     """
     found = []
-    for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for place, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, Mapping) and part.get("type") in VIDEO_PARTS:
-                where = f"messages.{number}.content.{place}"
-                given = next((part[key] for key in VIDEO_PARTS if part.get(key) is not None), None)
-                url = given.get("url") if isinstance(given, Mapping) else given
-                if url is None:
-                    raise InvalidRequest(f"{where} should be like {{'type': 'video_url', 'video_url': {{'url': ...}}}}.", where)
-                found.append(VideoPart(url, where))
-    if limit is not None and len(found) > limit:
-        raise InvalidRequest(
-            f"A request may have {limit} videos here (--limit-mm-per-prompt), and this has {len(found)}.", "messages"
-        )
+    for url, where in given_parts(messages, VIDEO_PARTS, VIDEO_PARTS):
+        if url is None:
+            raise InvalidRequest(f"{where} should be like {{'type': 'video_url', 'video_url': {{'url': ...}}}}.", where)
+        found.append(VideoPart(url, where))
+    check_number(len(found), limit, "videos")
     return found
 
 

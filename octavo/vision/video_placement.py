@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from octavo.errors import InvalidRequest
 from octavo.images import PlacedImage
+from octavo.vision.placement import find_places
 from octavo.vision.video_qwen import VideoFrames
 
 __all__ = ["VideoTokens", "place_videos"]
@@ -35,13 +35,7 @@ def place_videos(
 
     Raises InvalidRequest where there are not as many placeholders as videos.
     """
-    found = [at for at, token in enumerate(token_ids) if token == tokens.placeholder]
-    if len(found) != len(videos):
-        raise InvalidRequest(
-            f"The prompt has {len(videos)} videos and {len(found)} places for them (token {tokens.placeholder}); each needs "
-            "one, and no text may spell it.",
-            "messages",
-        )
+    found = find_places(token_ids, tokens.placeholder, len(videos), "videos")
     out: list[int] = []
     placed, left, done = list[PlacedImage](), list(images), 0
 
