@@ -48,11 +48,14 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class EngineConfig:
     """All settings of an engine. Raises OctavoError on a wrong value."""
 
-    model: str = option("", "the same as MODEL", group=MODEL, metavar="DIR")
+    model: str = option("", "the same as MODEL", group=MODEL, metavar="MODEL")
     revision: str | None = option(
         None,
-        "which snapshot of a model's folder in the hub's cache (default: main); no other directory has any",
+        "branch, tag or commit of a name of the hub, or of a model's folder in its cache (default: main)",
         group=MODEL,
+    )
+    download_dir: str | None = option(
+        None, "cache that names of the hub are downloaded to (default: the hub's own)", group=MODEL, metavar="DIR"
     )
     dtype: str = option("auto", "of activations and unquantized weights", group=MODEL, values=("auto", "bfloat16", "float32"))
     device: str = option("auto", "where the model runs", group=MODEL, values=("auto", "cuda", "cpu"))
@@ -173,7 +176,7 @@ class EngineConfig:
 
         if not self.model:
             if self.revision is not None:
-                raise OctavoError("--revision is for a model's folder in the hub's cache; give that too, or leave it out.")
+                raise OctavoError("--revision is for a name of the hub; give that too, or leave it out.")
             from octavo.demo import MODEL_DIR
 
             put("model", str(MODEL_DIR))

@@ -11,7 +11,9 @@ from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["check_directory", "check_regular", "read_json", "read_text", "snapshot_of", "unread_weights"]
+__all__ = ["INDEX", "check_directory", "check_regular", "read_json", "read_text", "unread_weights", "weight_format"]
+
+INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds each tensor
 
 _POINTER = b"version https://git-lfs.github.com/"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -69,10 +71,10 @@ def check_directory(directory: Path) -> None:
     """Raises OctavoError for anything but a checkpoint directory. The error names what users often give instead."""
     if not os.path.exists(directory):  # also false for a name that is too long
         raise OctavoError(
-            f"there is no model at '{directory}'; give the path of a checkpoint directory (Octavo downloads nothing)."
+            f"there is no model at '{directory}'; give the path of a checkpoint directory, or a name of the hub (OWNER/NAME)."
         )
     if not directory.is_dir():
-        if (what := _format_of(directory.suffix)) is not None:
+        if (what := weight_format(directory.suffix)) is not None:
             raise OctavoError(f"'{directory}' is a file of {what}; give the directory of the model's safetensors checkpoint.")
         raise OctavoError(f"'{directory}' is a file; give the checkpoint's directory, the one that holds config.json.")
     if (base := _base_of_adapter(directory)) is not None:
@@ -94,49 +96,10 @@ def check_directory(directory: Path) -> None:
 def unread_weights(directory: Path) -> str | None:
     """The other weight format that a directory holds, for an error message; None if no known one."""
     suffixes = sorted({path.suffix for path in directory.iterdir() if path.name != "training_args.bin"})
-    return next((found for suffix in suffixes if (found := _format_of(suffix)) is not None), None)
+    return next((found for suffix in suffixes if (found := weight_format(suffix)) is not None), None)
 
 
-def snapshot_of(model: str, revision: str | None = None) -> str:
-    """The snapshot to read where `model` is a model's folder in the hub's cache (models--org--name); else `model` unchanged.
-
-    Raises OctavoError where the snapshot is ambiguous, and for a revision of what has none, which vLLM would ignore.
-    """
-    folder = Path(model)
-    snapshots = folder / "snapshots"
-    if not model or not os.path.isdir(snapshots) or (folder / "config.json").exists():
-        if model and revision is not None and os.path.exists(folder) and not _is_revision(folder, revision):
-            raise OctavoError(
-                f"--revision {revision} is for a model's folder in the hub's cache, and {model} is none, so it has no "
-                "revisions; leave it out."
-            )
-        return model
-    there = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
-    wanted = "main" if revision is None else revision
-    if wanted in there:
-        return str(snapshots / wanted)
-    named = _commit_of(folder, wanted)
-    if named in there:
-        return str(snapshots / named)
-    if revision is None and len(there) == 1:
-        return str(snapshots / there[0])
-    listed = f"it has {', '.join(there)}" if there else "it has none; was the download interrupted?"
-    raise OctavoError(f"{model} is a model in the hub's cache, and which of its snapshots is '{wanted}' is not said: {listed}.")
-
-
-def _commit_of(folder: Path, revision: str) -> str:
-    """The commit that a branch or tag names in a model's folder of the hub's cache; empty where it is not known."""
-    return (read_text(folder / "refs" / revision) or "").strip() if revision else ""
-
-
-def _is_revision(directory: Path, revision: str) -> bool:
-    """Whether a directory is the snapshot of this name, or of the commit that the name stands for."""
-    snapshot = Path(os.path.abspath(directory))
-    named = snapshot.parent.name == "snapshots"
-    return named and snapshot.name in (revision, _commit_of(snapshot.parents[1], revision))
-
-
-def _format_of(suffix: str) -> str | None:
+def weight_format(suffix: str) -> str | None:
     """The weight format of a file by its suffix, for an error message; None for an unknown suffix."""
     suffix = suffix.lower()
     if suffix == ".gguf":

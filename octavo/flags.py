@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 
 from octavo.config import IGNORED, EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
-from octavo.files import snapshot_of
+from octavo.hub.snapshots import snapshot_of
 
 __all__ = [
     "COMMANDS", "Command", "command_of", "engine_config", "make_parser", "nearest", "refuse_empty", "with_dashes",
 ]  # fmt: skip
 
 ENGINE = tuple(field.name for field in config_fields())
-WEIGHTS = ("model", "revision", "quantization_ignore", "quantize_lm_head")
+WEIGHTS = ("model", "revision", "download_dir", "quantization_ignore", "quantize_lm_head")
 LOADING = (*WEIGHTS, "dtype", "device", "load_format", "max_model_len", "gpu_memory_utilization", "cpu_kv_cache_gib")
 SCHEME = (
     "quantization",
@@ -55,7 +55,7 @@ class Command:
     help: str
     example: str
     engine: tuple[str, ...]
-    model: str = "checkpoint directory (default: the embedded demo model)"
+    model: str = "checkpoint directory, or a name of the hub, OWNER/NAME (default: the embedded demo model)"
     mode: str | None = None
     needs: str | None = None
 
@@ -83,14 +83,14 @@ COMMANDS = {
         "talk to a running server or to a model",
         "octavo chat localhost:8000",
         (*LOADING, *SCHEME, "save_quantized", "enforce_eager", "threads", "seed"),
-        "URL of a server (default: http://localhost:8000), or a checkpoint directory",
+        "URL of a server (default: http://localhost:8000), a checkpoint directory, or a name of the hub",
     ),
     "plan": Command(
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
         (*LOADING, *SCHEME, *STEPS, "limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb"),
-        "checkpoint directory, config.json, or a name such as Llama-3.1-405B (default: the embedded demo model)",
+        "checkpoint directory, config.json, name of the hub, or one such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(
         "octavo.tools.compare.compare",
@@ -251,7 +251,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     elif target not in (None, model):
         raise OctavoError(f"Two models were given, {target} and --model {model}; give one.")
     if model is not None and not model.strip():  # such as an unset variable of a shell
-        raise OctavoError("The model's name is empty; give a checkpoint directory, or nothing at all for the demo model.")
+        raise OctavoError(
+            "The model's name is empty; give a checkpoint directory or a name of the hub, or nothing at all for the demo model."
+        )
     args.model = model
     given = {f.name: value for f in config_fields() if (value := getattr(args, f.name, None)) is not None}
     if "model" in given:

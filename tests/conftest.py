@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test asks the network
+
 import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch is loaded)
 
 import torch  # isort: skip

@@ -25,10 +25,11 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 BELOW = {
     "__main__": {"cli"},
     "cli": {"flags", "tools", "server"},
-    "flags": {"files"},
+    "flags": {"hub"},
+    "hub": {"files"},
     "tools": {"server", "frontend", "engine", "convert"},
     "server": {"frontend", "host"},
-    "frontend": {"text", "vision", "messages"},
+    "frontend": {"text", "vision", "messages", "hub"},
     "engine": {"convert", "models", "text", "messages"},
     "convert": {"models"},
     "models": {"layers"},
@@ -67,7 +68,7 @@ RECURRING = {
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
 API_SIDE = re.compile(
-    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
+    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.(text|vision|hub|frontend|server)(\..*)?)?"
 )
 
 

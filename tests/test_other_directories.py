@@ -17,8 +17,9 @@ from octavo.cli import engine_config, main, make_parser
 from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
-from octavo.files import check_directory, snapshot_of
+from octavo.files import check_directory
 from octavo.frontend.llm import LLM
+from octavo.hub.snapshots import snapshot_of
 from octavo.messages import SamplingParams
 from octavo.models import read_config
 from octavo.server import serve
@@ -108,12 +109,12 @@ def test_a_revision_of_what_has_none_is_refused(tmp_path: Path) -> None:
     for revision in ("def", "main"):
         assert config_of(snapshot, "--revision", revision).model == snapshot
     for model, revision in ((snapshot, "abc"), (snapshot, "v2"), (str(MODEL_DIR), "main")):
-        with pytest.raises(OctavoError, match=f"--revision {revision} is for a model's folder .* and {model} is none"):
+        with pytest.raises(OctavoError, match=f"--revision {revision} is for a name of the hub, .* and {model} is a directory"):
             config_of(model, "--revision", revision)
         with pytest.raises(OctavoError, match="has no revisions; leave it out"):
             LLM(model, revision=revision)
     for demo in (lambda: config_of("--revision", "main"), lambda: LLM(revision="main")):
-        with pytest.raises(OctavoError, match="revision is for a model's folder in the hub's cache; give that too"):
+        with pytest.raises(OctavoError, match="revision is for a name of the hub; give that too"):
             demo()
     with pytest.raises(OctavoError, match="which of its snapshots is '' is not said"):
         snapshot_of(str(folder), "")

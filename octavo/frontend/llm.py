@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.config import EngineConfig, canonical, config_fields
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.files import check_directory, snapshot_of
+from octavo.files import check_directory
 from octavo.frontend.engine_start import worker
 from octavo.frontend.keywords import names_keywords
+from octavo.frontend.model_files import with_files
 from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
+from octavo.hub.snapshots import snapshot_of
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 class LLM:
     """A model for offline generation. `options` are EngineConfig's fields. Raises OctavoError on a wrong one.
 
+    model: a checkpoint directory, or a name of the Hugging Face hub, OWNER/NAME.
+
     llm = LLM("path/to/checkpoint", quantization="ptpc_fp8")
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text)
     """
@@ -54,7 +58,7 @@ class LLM:
         known = [field.name for field in config_fields()]
         for name in options:
             canonical("LLM's option", name, dict.fromkeys(known, name))
-        self.config = EngineConfig(model=snapshot_of(str(model), options.get("revision")), **options)
+        self.config = with_files(EngineConfig(model=snapshot_of(str(model), options.get("revision")), **options))
         check_directory(Path(self.config.model))
         self.tokenizer = load_tokenizer(self.config.model)
         if (lacking := no_tokenizer(self.config.model)) is not None:

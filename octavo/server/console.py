@@ -1,4 +1,4 @@
-"""Terminal output of a server: loading progress, and the load report once it is ready."""
+"""Terminal output of a server: the load report once it is ready."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    import rich.progress
-
     from octavo.server.serving import Served
 
-__all__ = ["DEMO_PROMPT", "LoadingBar", "greet", "say"]
+__all__ = ["DEMO_PROMPT", "greet", "say"]
 
 DEMO_PROMPT = "def read(self"
 DEMO_SEED = 3  # gives the same answer at every start
@@ -61,43 +59,3 @@ async def _show(served: Served) -> None:
             tokens += len(delta.token_ids)
             print(delta.text, end="", flush=True)
     print(f"\n\n({tokens} tokens in {time.monotonic() - began:.2f} s)")
-
-
-class LoadingBar:
-    """Shows `update(stage, fraction)` on stderr: a bar on a terminal, else a line per stage."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
-
-    def update(self, stage: str, fraction: float) -> None:
-        """Sets the finished part of `stage`, 0 to 1."""
-        if sys.stderr.isatty():
-            self._draw(stage, fraction)
-        elif stage != self._stage:
-            print(f"octavo: {stage}", file=sys.stderr, flush=True)
-        self._stage = stage
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _draw(self, stage: str, fraction: float) -> None:
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}%"),
-                TimeElapsedColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(stage, total=1.0)
-            self._bar.start()
-        if self._task is not None:
-            self._bar.update(self._task, description=stage, completed=fraction)

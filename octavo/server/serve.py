@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
-from octavo.server.console import LoadingBar, greet, say
+from octavo.frontend.loading_bar import LoadingBar
+from octavo.frontend.model_files import with_files
+from octavo.hub.snapshots import is_hub_name
+from octavo.server.console import greet, say
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.process_limits import set_limits
 from octavo.server.serve_arguments import add_arguments, ignored_flags
@@ -40,15 +43,17 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
-    check_directory(Path(config.model))
     check_media(config)
+    template, keys = read_template(args.chat_template), api_keys(args.api_key)
+    if is_hub_name(config.model):
+        bind(args.host, args.port).close()  # a port that is taken should not be found out after the download
+    config = with_files(config)
+    check_directory(Path(config.model))
     if unknown := unknown_environment(KNOWN_VARIABLES):
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     if ignored := ignored_flags(args):
         say(f"octavo: taken without effect: {', '.join(ignored)}.")
-    template = read_template(args.chat_template)
     check_templates(config.model, template)
-    keys = api_keys(args.api_key)
     listener = bind(args.host, args.port)
     if (lacking := no_tokenizer(config.model)) is not None:
         say(f"octavo: {lacking}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.files import check_regular, read_json, unread_weights
+from octavo.files import INDEX, check_regular, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import COMPANIONS, WHOLE, Shard
 from octavo.weights.finite import FiniteCheck
@@ -28,8 +28,6 @@ from octavo.weights.stacked_experts import one_by_one
 from octavo.weights.stored_tensor import DTYPES, StoredTensor
 
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
-
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:

@@ -132,11 +132,14 @@ def _offline(
         from octavo.tools.bench import profiling
 
         profiling.check()
+    from octavo.frontend.model_files import with_files
+
+    config = with_files(config)
     with model_directory(config.model, args.shape, args.num_layers) as directory:
         config = replace(config, model=str(directory))
         if args.shape is not None:
             config = replace(config, load_format="dummy")
-        from octavo.server.console import LoadingBar
+        from octavo.frontend.loading_bar import LoadingBar
         from octavo.tools.bench import offline
         from octavo.tools.bench.leading import make_core
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if url is not None:
         _refuse_engine_flags(args, url)
     elif args.api_key is not None:
-        raise OctavoError(f"--api-key is for a server, and {args.model} is a directory; leave it out.")
+        raise OctavoError(f"--api-key is for a server, and {args.model} is none; leave it out.")
     backend: Backend = Remote(url, args.api_key or os.environ.get("OPENAI_API_KEY")) if url is not None else Local(args, config)
     with closing(backend):
         if sys.stdin is not None and sys.stdin.isatty():
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
 
 
 def _url(model: str | None) -> str | None:
-    """The URL that MODEL is; None for a directory. localhost:8000 is one, unless there is a directory of that name."""
+    """The URL that MODEL is; None for a directory or a name of the hub. localhost:8000 is one, unless it is a directory."""
     if model is None:
         return DEFAULT_URL
     if model.lower().startswith(("http://", "https://")):
@@ -224,9 +224,11 @@ class Local:
 
     def __init__(self, args: argparse.Namespace, config: EngineConfig):
         from octavo.frontend.async_engine import AsyncEngine
-        from octavo.server.console import LoadingBar
+        from octavo.frontend.loading_bar import LoadingBar
+        from octavo.frontend.model_files import with_files
         from octavo.server.serve import make_served
 
+        config = with_files(config)
         self._runner = asyncio.Runner()
         with closing(LoadingBar()) as progress:
             self._engine = self._run(AsyncEngine.start(config, progress.update))

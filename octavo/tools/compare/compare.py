@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, canonical
 from octavo.errors import OctavoError
-from octavo.server.console import LoadingBar, say
+from octavo.frontend.loading_bar import LoadingBar
+from octavo.frontend.model_files import with_files
+from octavo.server.console import say
 from octavo.tools.json_numbers import json_text
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         if value < least:
             raise OctavoError(f"{flag} must be at least {least}, not {value}.")
     schemes = _canonical("--scheme", args.scheme or ["bf16", *SCHEME_NAMES], QUANTIZATIONS, SCHEME_NAMES)
+    config = with_files(config)
     kvs = kv_names(config, [canonical("--kv", name, KV_CACHE_DTYPES) for name in args.kv or []])
     name, ids = _read(config, args.text)
     with closing(LoadingBar()) as bar:

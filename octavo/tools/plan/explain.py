@@ -162,8 +162,12 @@ def notes(plan: Plan) -> list[str]:
             f"{gb(fit.images)} of {where} are for images: what the vision tower makes of them is kept "
             "(--mm-processor-cache-gb), and it computes; --language-model-only leaves all of it out."
         )
-    if not q.subject.source.tensors:
-        out.append("Octavo downloads nothing: the command takes the directory that the checkpoint is downloaded into.")
+    source = q.subject.source
+    if source.download is not None:
+        there = f"downloads {gb(source.download)} first" if source.download else "downloads nothing: the cache has it"
+        out.append(f"The command {there}. This plan read headers and config.json alone.")
+    elif not source.tensors:
+        out.append("The command takes a name of the hub or the checkpoint's directory; nothing was downloaded for this plan.")
     if q.on.arch == "gfx942" and asked.variant.label != "BF16":
         out.append(
             "gfx942 computes in e4m3fnuz: weights are quantized to it, clamped at 224; stored e4m3fn codes are converted."
@@ -188,7 +192,7 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
     """The `octavo serve` line of the asked variant; `given` are the other options that were typed."""
     q, variant = plan.question, plan.asked.variant
     name = q.subject.source.name
-    place = name if os.path.exists(name) else f"path/to/{name}"  # which name is known says nothing of where it is
+    place = q.subject.source.on_hub or (name if os.path.exists(name) else f"path/to/{name}")  # a known name tells no place
     words = ["octavo", "serve", *([] if name == str(MODEL_DIR) else [place]), *_options(variant)]
     words += ["--tensor-parallel-size", str(q.tp)] if q.tp > 1 else []
     for name, value in given.items():

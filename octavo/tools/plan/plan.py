@@ -59,7 +59,12 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     for name in ("num_accelerators", "context", "requests"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
-    source = find_source(config.model, dummy=config.load_format == "dummy")
+    source = find_source(
+        config.model,
+        dummy=config.load_format == "dummy",
+        revision=config.revision,
+        download_dir=config.download_dir,
+    )
     on, there = choose(args.accelerator, config.device)
     number = args.num_accelerators or there
     subject = Subject(source, config, on, CONTEXT_BYTES)
@@ -92,6 +97,7 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
         "parameters_by_component": subject.base.parameters(),
         "parameters_in_headers": subject.base.parameters(subject.stored.names) if source.tensors else None,
         "bytes_on_disk": source.nbytes or None,
+        "bytes_to_download": source.download,
         "accelerator": asdict(q.on),
         "num_accelerators": q.number,
         "tensor_parallel_size": q.tp,

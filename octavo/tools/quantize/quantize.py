@@ -17,6 +17,7 @@ from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.errors import OctavoError
+from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, read_config
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         raise OctavoError(f"Two schemes were given, {asked} and {other}; give one of them.")
     if not scheme.quantized:
         raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
+    config = with_files(config)
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
     quantize_checkpoint(

@@ -1,0 +1,58 @@
+"""Progress of what a start waits for: a download, and loading."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.progress
+
+__all__ = ["LoadingBar"]
+
+LINE_SECONDS = 30.0  # between two lines of one stage, where there is no terminal
+
+
+class LoadingBar:
+    """Shows `update(stage, fraction, detail)` on stderr: a bar on a terminal, else a line per stage, and now and then one of
+    how far it is, where the stage has details.
+    """
+
+    def __init__(self) -> None:
+        self._stage, self._told = "", 0.0
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+
+    def update(self, stage: str, fraction: float, detail: str = "") -> None:
+        """Sets the finished part of `stage`, 0 to 1. detail: how much that is, such as `3.2 of 16.1 GB`."""
+        shown, now = f"{stage}: {detail}" if detail else stage, time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(shown, fraction)
+        elif stage != self._stage or (detail and now - self._told >= LINE_SECONDS):
+            print(f"octavo: {shown}", file=sys.stderr, flush=True)
+            self._told = now
+        self._stage = stage
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, stage: str, fraction: float) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(stage, total=1.0)
+            self._bar.start()
+        if self._task is not None:
+            self._bar.update(self._task, description=stage, completed=fraction)

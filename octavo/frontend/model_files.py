@@ -1,0 +1,40 @@
+"""The directory of the model that a configuration names."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+from octavo.config import EngineConfig
+from octavo.frontend.loading_bar import LoadingBar
+from octavo.hub.snapshots import is_hub_name
+
+__all__ = ["with_files"]
+
+
+def with_files(config: EngineConfig) -> EngineConfig:
+    """The configuration with a directory in place of a name of the hub, which is downloaded first where the cache lacks it.
+
+    Raises OctavoError, one sentence, for what cannot be had. What is no name of the hub stays as it is.
+    """
+    if not is_hub_name(config.model):
+        if config.download_dir is not None:
+            _say(f"octavo: --download-dir has no effect: {config.model} is no name of the hub, so nothing is downloaded.")
+        return config
+    from octavo.hub.download import fetch  # takes a quarter of a second, and a start from a directory needs none of it
+
+    with closing(LoadingBar()) as bar:
+        found = fetch(
+            config.model,
+            config.revision,
+            config.download_dir,
+            weights=config.load_format != "dummy",
+            tell=bar.update,
+            say=_say,
+        )
+    return replace(config, model=str(found))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
