@@ -93,7 +93,7 @@ def test_flags(line: str, name: str, value: object) -> None:
         ("compare -q fp8", 2, "-q is a flag of octavo serve that this command has no use for"),
         ("bench serve --shape qwen3-8b", 2, "unrecognized arguments: --shape"),
         ("chat --device cpu 127.0.0.1:9", 1, "octavo: --device is for a model that this command loads, and the server at"),
-        ("chat . --api-key K", 1, "octavo: --api-key is for a server, and . is a directory; leave it out."),
+        ("chat . --api-key K", 1, "octavo: --api-key is for a server, and . is none; leave it out."),
         ("chat localhost:9/v1", 1, "octavo: No server answers at http://localhost:9; start one with"),
         ("help sevre", 2, "octavo: 'sevre' is not a command; did you mean serve (see octavo --help)"),
         ("chat http://127.0.0.1:9", 1, "octavo: No server answers at http://127.0.0.1:9; start one with"),
@@ -175,9 +175,9 @@ def test_an_example_is_a_line_that_its_command_takes() -> None:
 
 
 def test_quantize_takes_of_the_engines_flags_what_it_reads() -> None:
-    """Of the configuration it is given; the revision is part of what the model's path comes from."""
+    """Of the configuration it is given; revision and cache are part of what the model's path comes from."""
     read = set(re.findall(r"\bconfig\.(\w+)", inspect.getsource(quantize.run)))
-    assert read == {*COMMANDS["quantize"].engine} - {"revision"}
+    assert read == {*COMMANDS["quantize"].engine} - {"revision", "download_dir"}
 
 
 def test_values_that_the_help_lists_are_taken() -> None:

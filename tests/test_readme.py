@@ -17,6 +17,7 @@ import pytest
 from server.processes import Server
 
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.hub.snapshots import is_hub_name
 from octavo.models import MODEL_TYPES
 
 ROOT = Path(__file__).parents[1]
@@ -71,11 +72,10 @@ class Person:
         self.server: Server | None = None
 
     def words(self, command: str) -> list[str]:
-        """Of a command line, with the small model for any other, and a text for FILE."""
+        """Of a command line, with the small model for any other, of this machine or the hub, and a text for FILE."""
         known = {"MODEL": str(self.model), "FILE": str(HELDOUT)}
-        return [
-            str(self.model) if word.startswith("./") else known.get(word, word) for word in shlex.split(command, comments=True)
-        ]
+        given = shlex.split(command, comments=True)
+        return [str(self.model) if word.startswith("./") or is_hub_name(word) else known.get(word, word) for word in given]
 
     def type(self, command: str) -> None:
         for part in command.split(" && "):

@@ -44,15 +44,15 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
     check_media(config)
+    if unknown := unknown_environment(KNOWN_VARIABLES):
+        say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
+    if ignored := ignored_flags(args):
+        say(f"octavo: taken without effect: {', '.join(ignored)}.")
     template, keys = read_template(args.chat_template), api_keys(args.api_key)
     if is_hub_name(config.model):
         bind(args.host, args.port).close()  # a port that is taken should not be found out after the download
     config = with_files(config)
     check_directory(Path(config.model))
-    if unknown := unknown_environment(KNOWN_VARIABLES):
-        say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
-    if ignored := ignored_flags(args):
-        say(f"octavo: taken without effect: {', '.join(ignored)}.")
     check_templates(config.model, template)
     listener = bind(args.host, args.port)
     if (lacking := no_tokenizer(config.model)) is not None:

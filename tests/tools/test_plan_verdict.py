@@ -98,7 +98,7 @@ def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
         "language_model_only": (of_images, []),
         "mm_processor_cache_gb": (of_images, ["9"]),
     }
-    elsewhere = {"model", "revision", "device"}  # what is planned, and on what
+    elsewhere = {"model", "revision", "download_dir", "device"}  # what is planned, and on what
     assert set(lines) == {*COMMANDS["plan"].engine} - elsewhere
     without = {tuple(words): answer(*words) for words, _ in lines.values()}
     same = [name for name, (words, more) in lines.items()
