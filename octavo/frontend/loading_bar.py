@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["LoadingBar"]
+__all__ = ["LoadingBar", "say"]
 
 LINE_SECONDS = 30.0  # between two lines of one stage, where there is no terminal
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class LoadingBar:
@@ -55,4 +60,6 @@ class LoadingBar:
             self._task = self._bar.add_task(stage, total=1.0)
             self._bar.start()
         if self._task is not None:
+            if fraction < 1 and self._bar.tasks[0].finished:  # by an earlier stage, which has stopped its clock
+                self._bar.reset(self._task)
             self._bar.update(self._task, description=stage, completed=fraction)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from dataclasses import replace
 
 from octavo.config import EngineConfig
-from octavo.frontend.loading_bar import LoadingBar
+from octavo.frontend.loading_bar import LoadingBar, say
 from octavo.hub.snapshots import is_hub_name
 
 __all__ = ["with_files"]
@@ -20,7 +19,7 @@ def with_files(config: EngineConfig) -> EngineConfig:
     """
     if not is_hub_name(config.model):
         if config.download_dir is not None:
-            _say(f"octavo: --download-dir has no effect: {config.model} is no name of the hub, so nothing is downloaded.")
+            say(f"octavo: --download-dir has no effect: {config.model} is no name of the hub, so nothing is downloaded.")
         return config
     from octavo.hub.download import fetch  # takes a quarter of a second, and a start from a directory needs none of it
 
@@ -31,10 +30,6 @@ def with_files(config: EngineConfig) -> EngineConfig:
             config.download_dir,
             weights=config.load_format != "dummy",
             tell=bar.update,
-            say=_say,
+            say=say,
         )
     return replace(config, model=str(found))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, constants
@@ -131,6 +131,7 @@ def look_up(name: str, revision: str | None, cache: Path) -> Repository:
     files = {
         file.rfilename: StoredFile(file.size or 0, file.lfs.sha256 if file.lfs is not None else file.blob_id)
         for file in info.siblings or ()
+        if ".." not in PurePosixPath(file.rfilename).parts and not file.rfilename.startswith("/")
     }
     base = getattr(info.card_data, "base_model", None)
     based_on = base[0] if isinstance(base, list) and base else base

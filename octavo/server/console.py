@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
+from octavo.frontend.loading_bar import say
 
 if TYPE_CHECKING:
     from octavo.server.serving import Served
@@ -18,11 +18,6 @@ __all__ = ["DEMO_PROMPT", "greet", "say"]
 
 DEMO_PROMPT = "def read(self"
 DEMO_SEED = 3  # gives the same answer at every start
-
-
-def say(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 async def greet(served: Served, listening: Callable[[], bool], address: str, demo: bool, started: float) -> None:

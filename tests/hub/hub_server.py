@@ -64,7 +64,7 @@ class Hub:
     goes_on: threading.Event = field(default_factory=threading.Event)
     bytes_a_second: float | None = None  # of weight files
     takes_ranges: bool = True
-    damages: bool = False  # sends zeros for weights
+    has_xet: bool = False  # says of weights that Xet stores them, which this hub does not
 
     def sent(self, end: str = "") -> int:
         """Bytes of the contents of files whose paths end so."""
@@ -146,6 +146,8 @@ class Handler(BaseHTTPRequestHandler):
         told = {"X-Repo-Commit": commit}
         if is_lfs(name):
             other_host = f"http://localhost:{self.server.server_port}/cdn/{etag}/{name}"
+            if self.server.hub.has_xet:
+                told |= {"X-Xet-Hash": etag, "X-Xet-Refresh-Route": f"{self.server.hub.url}/api/xet"}
             told |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content)), "Location": other_host}
             return self._send(302, b"", told)
         return self._send(200, content, told | {"ETag": f'"{etag}"'})
@@ -157,8 +159,6 @@ class Handler(BaseHTTPRequestHandler):
         )
         content = next(content for content in contents if etag_of(name, content) == etag)
         whole, status, told = len(content), 200, {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        if hub.damages:
-            content = bytes(whole)
         if self.request_.range is not None and hub.takes_ranges:
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.request_.range).groups()  # type: ignore[union-attr]
             stop = min(whole, int(last) + 1 if last else whole)

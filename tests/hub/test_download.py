@@ -12,12 +12,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hub.hub_server import TOKEN, Hub, Repo
-from huggingface_hub import constants
+from hub.hub_server import TOKEN, Hub, Repo, etag_of
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from octavo.errors import OctavoError
+from octavo.hub import download
 from octavo.hub.download import fetch
 from octavo.hub.snapshots import is_hub_name
 
@@ -169,6 +173,38 @@ def test_a_broken_connection_goes_on_where_it_stopped(hub: Hub, repo: Repo, monk
     assert {request.range for request in hub.asked("GET", ".safetensors")} == {None, "bytes=200000-"}
 
 
+def test_what_xet_stores_is_left_to_the_library(hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own reports of progress are counted; Xet itself is not here, and is replaced."""
+    hub.has_xet = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(download, "find_spec", lambda name: object())
+    monkeypatch.setattr(file_download, "is_xet_available", lambda: True)
+    stored = {etag_of(name, content): content for name, content in WHOLE.items()}
+
+    def xet_get(*, incomplete_path: Path, xet_file_data: Any, expected_size: int, tqdm_class: type, **_: Any) -> None:
+        with XetDownloadProgressReporter(
+            reconstruction_desc="", total=expected_size, log_level=30, tqdm_class=tqdm_class
+        ) as reporter:
+            for part in (0.5, 1):
+                reporter.update_progress(
+                    SimpleNamespace(
+                        total_bytes=expected_size,
+                        total_bytes_completed=int(expected_size * part),
+                        total_bytes_completion_rate=1.0,
+                        total_transfer_bytes_completed=int(expected_size * part / 2),
+                        total_transfer_bytes_completion_rate=1.0,
+                    )
+                )
+        incomplete_path.write_bytes(stored[xet_file_data.file_hash])
+
+    monkeypatch.setattr(file_download, "xet_get", xet_get)
+    stages: list[str] = []
+    found = fetch(NAME, None, None, weights=True, tell=lambda *stage: stages.append(stage[2]), say=lambda _: None)
+    assert contents(found) == WHOLE
+    assert stages[-1] == "900.0 kB of 900.0 kB"
+    assert not hub.sent(".safetensors")
+
+
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[bytes]:
     """A download in a process of its own, which takes the hub from its environment and writes 50 kB at a time."""
     code = (
@@ -214,8 +250,6 @@ def test_an_interrupted_download_goes_on(number: signal.Signals, hub: Hub, repo:
 
 def left_over(tmp_path: Path, hub: Hub, content: bytes) -> Path:
     """What an interrupted download of the first shard left."""
-    from hub.hub_server import etag_of
-
     name, whole = next(iter(SHARDS.items()))
     blobs = tmp_path / "cache/models--an-org--a-model/blobs"
     blobs.mkdir(parents=True)

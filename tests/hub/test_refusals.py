@@ -57,6 +57,14 @@ REFUSALS = {
         ("model.safetensors.index.json names b.safetensors, which the repository does not hold",),
         Repo(WHOLE | {"model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors"}}).encode()}),
     ),
+    "an index of what is elsewhere": Refusal(
+        ("names ../x.safetensors, which the repository does not hold",),
+        Repo(
+            WHOLE
+            | {"../x.safetensors": b"x"}
+            | {"model.safetensors.index.json": json.dumps({"weight_map": {"x": "../x.safetensors"}}).encode()}
+        ),
+    ),
     "an index that is none": Refusal(("is not a safetensors index",), Repo(WHOLE | {"model.safetensors.index.json": b"{}"})),
     "the hub is down": Refusal(("could not serve an-org/a-model (503 Service Unavailable); start again later",), Repo(WHOLE),
                                set=lambda hub: setattr(hub, "status", 503)),

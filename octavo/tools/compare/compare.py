@@ -78,12 +78,13 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         if value < least:
             raise OctavoError(f"{flag} must be at least {least}, not {value}.")
     schemes = _canonical("--scheme", args.scheme or ["bf16", *SCHEME_NAMES], QUANTIZATIONS, SCHEME_NAMES)
-    config = with_files(config)
+    model, config = config.model, with_files(config)
     kvs = kv_names(config, [canonical("--kv", name, KV_CACHE_DTYPES) for name in args.kv or []])
     name, ids = _read(config, args.text)
     with closing(LoadingBar()) as bar:
         how: dict[str, Any] = {"window": args.window, "tokens": args.tokens or None, "tell": bar.update, "say": say}
         found = compare(config, ids, schemes, kvs, budget, **how)
+    found.model = model  # as it was given
     found.text, found.command = name, shlex.join(["octavo", *sys.argv[1:]])
     found.date = datetime.now().astimezone().isoformat(" ", "minutes")
     if save and found.chosen:
