@@ -236,6 +236,6 @@ def _sha256(path: Path) -> str:
 def _sweep(blobs: Path) -> None:
     """Removes parts of files that killed downloads left and nothing will go on with; live ones were written to just now."""
     for path in blobs.glob("*.incomplete"):
-        with suppress(FileNotFoundError):  # another start has ended with it meanwhile
+        with suppress(OSError):  # another start has ended with it meanwhile, or another user owns it
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
