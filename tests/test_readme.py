@@ -20,7 +20,7 @@ from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.models import MODEL_TYPES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/accuracy.md", "docs/memory.md"]
+PAGES = ["README.md", "docs/accuracy.md", "docs/memory.md", "docs/fp8-quantization.md"]
 OCTAVO = [sys.executable, "-m", "octavo.cli"]
 # Less than a person would measure.
 FEWER = {"compare": ["--tokens", "600"], "compare --output": ["--scheme", "fp8", "--kv", "fp8"], "bench": ["--repeats", "1"]}
@@ -66,15 +66,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Person:
     """Who types the commands of one block, in one directory. A server that was started stays until the next one is."""
 
-    def __init__(self, place: Path, model: Path):
-        self.place, self.model = place, model
+    def __init__(self, page: str, place: Path, model: Path):
+        self.page, self.place, self.model = page, place, model
         self.server: Server | None = None
 
     def words(self, command: str) -> list[str]:
         """Of a command line, with the small model for any other, and a text for FILE."""
         known = {"MODEL": str(self.model), "FILE": str(HELDOUT)}
         return [
-            str(self.model) if word.startswith("./") else known.get(word, word) for word in shlex.split(command, comments=True)
+            str(self.model) if word.startswith("./") or re.fullmatch(r"[\w-]+/[\w.-]+", word) else known.get(word, word)
+            for word in shlex.split(command, comments=True)
         ]
 
     def type(self, command: str) -> None:
@@ -99,6 +100,13 @@ class Person:
         """As far as it needs no network: the package's own metadata are made."""
         options = ["--dry-run", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--ignore-installed"]
         assert "Would install octavo-" in run([sys.executable, "-m", "pip", *words, *options], ROOT)
+
+    def _docker(self, command: str, *words: str) -> None:
+        """What follows the image's name goes to its entry point, `octavo serve`; there is no container here."""
+        image = next(place for place, word in enumerate(words) if word.startswith("octavo:"))
+        assert (ROOT / "docker" / f"{words[image].removeprefix('octavo:')}.Dockerfile").exists()
+        assert command == "run"
+        self._serve(*words[image + 1 :])
 
     def _curl(self, *words: str) -> None:
         if shutil.which("curl") is None:
@@ -129,13 +137,13 @@ class Person:
         self.server = Server(*given)
 
     def _over_ranks(self, words: list[str]) -> list[str]:
-        """With a model of eight heads; PTPC over two ranks alone, which is quicker."""
+        """With a model of eight heads; over two ranks alone, which is quicker, but for README's first example."""
         config = json.loads((self.model / "config.json").read_text())
         wide = self.place / "wide"
         shutil.copytree(self.model, wide)
         heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # the same matrices
         (wide / "config.json").write_text(json.dumps(config | heads))
-        fewer = {"8": "2"} if "ptpc_fp8" in words else {}
+        fewer = {} if self.page == "README.md" and "ptpc_fp8" not in words else {"8": "2"}
         return [fewer.get(word, str(wide) if word == str(self.model) else word) for word in words]
 
     def leave(self) -> None:
@@ -146,7 +154,7 @@ class Person:
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.page}: {' '.join(block.lines[0].split()[:3])}")
 def test_the_commands_of_the_pages(block: Block, model: Path, tmp_path: Path) -> None:
-    person = Person(tmp_path, model)
+    person = Person(block.page, tmp_path, model)
     try:
         for line in block.lines:
             person.type(line)
