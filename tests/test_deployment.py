@@ -96,3 +96,17 @@ def test_flags_of_the_deployment_files_are_flags() -> None:
     flags = set(re.findall(r'"(--[\w-]+)"', text))
     assert {"--model", "--quantization", "--kv-cache-dtype"} <= flags
     assert not flags - set(parser._option_string_actions)
+
+
+def test_the_script_for_a_new_gpu(tmp_path: Path) -> None:
+    """On any machine: one line a step, and all that was printed; a step that fails is said and does not stop the next."""
+    out = tmp_path / "found.txt"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "check_gpu.py", "--only", "machine", "--output", out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text()
+    assert re.search(r"^machine +ok ", text, re.MULTILINE)
+    assert re.search(r"^  rms_norm +\w", text, re.MULTILINE)
