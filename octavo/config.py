@@ -279,8 +279,8 @@ def flag_of(name: str) -> str:
 
 
 def unknown_environment(known: Iterable[str] = ()) -> list[str]:
-    """Names of vLLM's environment variables that are set and have no effect here."""
-    return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
+    """Names of vLLM's environment variables, and of AITER's, that are set and have no effect here."""
+    return sorted(name for name in os.environ if name.startswith(("VLLM_", "AITER_")) and name not in known)
 
 
 def config_fields() -> tuple[Field[Any], ...]:

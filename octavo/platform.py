@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform as host
 import runpy
 from collections.abc import Callable
@@ -29,6 +30,7 @@ FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float
 
 
 NO_FP8 = ("gfx906", "gfx908", "gfx90a")
+KFD = Path("/dev/kfd")  # through which HIP reaches AMD's GPUs
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
 
     Raises OctavoError where `device` is asked for and is not there, and for more ranks than there are accelerators.
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        _check_kfd()
     if device == "cuda" and not torch.cuda.is_available():
         raise OctavoError(
             "--device cuda: torch sees no accelerator here; use --device cpu, or install torch for this accelerator."
@@ -136,6 +140,19 @@ def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
     arch = props.gcnArchName.split(":")[0]
     check_fp8_units(props.name, arch)
     return replace(found, arch=arch, fp8_dtype=torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn)
+
+
+def _check_kfd() -> None:
+    """Raises OctavoError where an AMD GPU is there and this user may not open it, as a container's often may not.
+
+    HIP says of it only that there is no device, and a server would then run on the CPU.
+    """
+    if torch.version.hip is not None and KFD.exists() and not os.access(KFD, os.R_OK | os.W_OK):
+        group = KFD.stat().st_gid
+        raise OctavoError(
+            f"{KFD} may not be opened by this user; put it into the group {group} (docker run --group-add {group}), "
+            "or use --device cpu."
+        )
 
 
 def check_fp8_units(name: str, arch: str) -> None:

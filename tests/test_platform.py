@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from octavo import platform
 from octavo.errors import OctavoError
 from octavo.platform import Platform, detect
 
@@ -41,6 +44,23 @@ def test_a_device_is_asked_once(
     found = detect("cuda", 1, 2)
     assert found.device == torch.device("cuda", 1)
     assert (found.arch, found.multiprocessors, found.shared_memory, found.fp8_dtype) == expected
+
+
+def test_an_amd_gpu_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HIP would say that there is no device."""
+    device = tmp_path / "kfd"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(platform, "KFD", device)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != device)
+    assert detect("auto").is_cpu
+    device.touch()
+    for asked in ("auto", "cuda"):
+        with pytest.raises(OctavoError, match=rf"kfd may not be opened by this user; put it into the group {os.getgid()} "):
+            detect(asked)
+    assert detect("cpu").is_cpu
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    assert detect("auto").is_cpu
 
 
 def test_what_an_architecture_has() -> None:

@@ -15,6 +15,11 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "hardware.md"
+sys.path.insert(0, str(ROOT / "scripts"))
+import hardware  # noqa: E402
+
 MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
 FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4|fp8_fp8"}  # the latter where K is shorter than 64
 MULTIPLIES_FP8 = {
@@ -67,6 +72,19 @@ def test_kernels_compile(target: str) -> None:
         wanted = name in MULTIPLIES_FP8 | FEW_TILES.get(target, set())
         assert bool(re.search(FP8[target], instructions)) == wanted, f"{name}: {instructions}"
         assert ("bf16" in instructions) == (name in MULTIPLIES_BF16), f"{name}: {instructions}"
+    assert hardware.kernel_table({target: {name: one["matrix"] for name, one in kernels.items()}})[2:] == page_of(target)
+
+
+def page_of(target: str) -> list[str]:
+    """The rows of docs/hardware.md, with the column of one chip."""
+    lines = PAGE.read_text().partition("## Triton's kernels, compiled")[2].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
+    place = head.index(target)
+    return [f"| {row[0]} | {row[place]} |" for row in rows if row[place] != "not there"]
+
+
+def test_the_page_names_the_products() -> None:
+    assert "\n".join(hardware.products()) in PAGE.read_text()
 
 
 def test_hopper_uses_warpgroup_instructions() -> None:

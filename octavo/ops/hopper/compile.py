@@ -170,13 +170,13 @@ class Kernels:
     def __init__(self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]]):
         self.source, self.function, self.instead, self.options, self.variants = source, function, instead, options, variants
         self.platform = Platform(torch.device("cpu"), "none")  # until one is configured
-        self.kernel, self.refused, self._compiling = cache(self._kernel), cache(self._refused), cache(self._start)
+        self.kernel, self.refused, self.compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
     def configure(self, platform: Platform) -> None:
         """Variants are compiled while the model is loaded, since they do not depend on it."""
         self.platform = platform
         if no_warpgroups(platform) is None:
-            self._compiling()
+            self.compiling()
 
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:
         pool = ThreadPoolExecutor(len(self.variants))
@@ -190,7 +190,7 @@ class Kernels:
     def _kernel(self, variant: tuple[int, ...], device: torch.device) -> Kernel | None:
         """The kernel on a device; None, with a warning, if it cannot be compiled or loaded."""
         try:
-            return Kernel(self._compiling()[variant].result(), self.function)
+            return Kernel(self.compiling()[variant].result(), self.function)
         except NoKernel as error:
             log.warning("%s: %s", self.instead, error)
             return None
