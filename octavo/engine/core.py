@@ -196,8 +196,10 @@ class EngineCore:
         self._check_idle("weights are reloaded")
         if not checked:
             self.runner.check_reload(model)
-        self.runner.reload(model)
-        self.reset_prefix_cache()
+        try:
+            self.runner.reload(model)
+        finally:
+            self.reset_prefix_cache()  # also where the old weights are back: the new ones have written to blocks
         if KV_CACHE in self.awake:
             self.info = replace(self.info, report=self.runner.describe())
 

@@ -76,13 +76,13 @@ def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform:
 def check_reload(
     model: Model,
     config: EngineConfig,
-    loaded: EngineConfig,
+    loaded: Mapping[str, Any],
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback = None,
     tp: TensorParallel = ALONE,
 ) -> None:
-    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight of `model`, which holds `loaded`'s.
+    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight of `model`, whose config.json is `loaded`.
 
     Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something cannot be read. Each
     rank reads alone: one that fails in the middle would leave the others waiting in a collective.
@@ -91,7 +91,7 @@ def check_reload(
     try:
         json_config = read_config(directory)
         check_format(json_config, directory)
-        if not same_architecture(json_config, read_config(Path(loaded.model))):
+        if not same_architecture(json_config, loaded):
             raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
         alone = tp if tp.size == 1 else replace(tp, group=Unheard())
         load_model(model, config, platform, dtype, progress, alone, put=rehearse)

@@ -62,7 +62,7 @@ class ModelRunner:
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
-        json_config = read_config(self.directory)
+        self.json_config = json_config = read_config(self.directory)
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -146,7 +146,7 @@ class ModelRunner:
 
         Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something is damaged.
         """
-        known = self.config, self.platform, self.dtype, self.progress, self.tp
+        known = self.json_config, self.platform, self.dtype, self.progress, self.tp
         check_reload(self.model, replace(self.config, model=model, save_quantized=None), *known)
 
     def reload(self, model: str) -> None:

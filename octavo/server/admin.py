@@ -147,6 +147,8 @@ async def _wake_up(served: Served, request: Request) -> Response:
     operations, tags = _operations(served), request.query_params.getlist("tags")
     if wrong := [tag for tag in tags if tag not in (WEIGHTS, KV_CACHE)]:
         raise InvalidRequest(f"tags must be {WEIGHTS} or {KV_CACHE}, not '{wrong[0]}'.", "tags")
+    if tags == [KV_CACHE] and WEIGHTS not in operations.awake:
+        raise InvalidRequest(f"The size of the cache follows from what the weights leave; wake {WEIGHTS} first.", "tags")
     try:
         await _to_its_end(operations.wake(tags or (WEIGHTS, KV_CACHE)))
     finally:
