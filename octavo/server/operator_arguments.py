@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["DEV_MODE", "add_operator_arguments"]
+__all__ = ["DEV_MODE", "add_endpoint_flags", "add_log_flags"]
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"  # vLLM's variable for the same as --enable-admin-endpoints
 
 
-def add_operator_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds them to a group of the server's flags."""
+def add_endpoint_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds those that open endpoints."""
     group.add_argument(
         "--enable-admin-endpoints",
         action="store_true",
@@ -18,13 +18,17 @@ def add_operator_arguments(group: argparse._ArgumentGroup) -> None:
         f"(default: as {DEV_MODE}=1 says)",
     )
     group.add_argument("--enable-sleep-mode", action="store_true", help="open /sleep, /wake_up and /is_sleeping")
+
+
+def add_log_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds those of the log."""
     group.add_argument(
         "--enable-log-requests",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="a line for each request: id, tokens, time, sampling parameters, and no text (default: none)",
     )
-    group.add_argument("--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS)
+    group.add_argument("--disable-log-requests", dest="enable_log_requests", action="store_false", help="no such line")
     group.add_argument(
         "--max-log-len",
         type=_count,
