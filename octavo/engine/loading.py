@@ -82,7 +82,7 @@ def check_reload(
     progress: ProgressCallback = None,
     tp: TensorParallel = ALONE,
 ) -> None:
-    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight of `model`, whose config.json is `loaded`.
+    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight. `loaded`: the model's config.json.
 
     Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something cannot be read. Each
     rank reads alone: one that fails in the middle would leave the others waiting in a collective.
