@@ -202,11 +202,6 @@ class AsyncEngine:
         while self._streams:
             await asyncio.sleep(IDLE_POLL)
 
-    @property
-    def number_of_requests(self) -> int:
-        """Sequences that run, wait in the engine's queue, or are held."""
-        return len(self._streams) + self.admission.held
-
     def fail_running(self, error: OctavoError) -> None:
         """Ends every request with `error`, also those that are held."""
         self.admission.fail(error)

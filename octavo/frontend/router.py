@@ -148,11 +148,6 @@ class Replicas:
         self._prefixes = [_Prefixes() for _ in self.engines]
 
     @property
-    def number_of_requests(self) -> int:
-        """Sequences that run, wait or are held."""
-        return sum(engine.number_of_requests for engine in self.alive)
-
-    @property
     def healthy(self) -> bool:
         """Whether some engine serves."""
         return any(engine is not None and engine.healthy for engine in self.engines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import re
@@ -24,11 +25,13 @@ from starlette.routing import Route
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
+from octavo.config import EngineConfig
 from octavo.server.admin import Allowed
 from octavo.server.app import make_app
 from octavo.server.http import JsonEndpoint
 from octavo.server.openapi import describing_routes, openapi
 from octavo.server.protocol import ApiModel
+from octavo.server.serve import add_arguments, operate
 from octavo.server.side_processes import side_processes
 
 PATHS = {
@@ -116,6 +119,39 @@ def test_tokenizer_info(client: Client) -> None:
     assert ok(client.get("/tokenizer_info"))["chat_template"] == "{{ other }}"
     client.engine.tokenizer = None  # type: ignore[assignment]
     assert client.get("/tokenizer_info").status_code == 400
+
+
+@cases(
+    ("given", "variable", "expected"),
+    [
+        ([], None, Allowed()),
+        ([], "0", Allowed()),
+        ([], "1", Allowed(admin=True)),
+        (["--enable-sleep-mode"], None, Allowed(sleep=True)),
+        (["--enable-admin-endpoints"], None, Allowed(admin=True)),
+    ],
+)
+def test_what_opens_them(
+    given: list[str], variable: str | None, expected: Allowed, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags, or vLLM's variable."""
+
+    async def opened(*flags: str) -> Allowed:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        allowed, writing = operate(parser.parse_args(flags), EngineConfig(), client.served)
+        assert (writing is None) == ("--disable-log-stats" in flags)
+        assert (client.served.log_request is not None) == ("--enable-log-requests" in flags)
+        if writing is not None:
+            writing.cancel()
+        return allowed
+
+    monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", variable)
+    for more in ((), ("--disable-log-stats", "--disable-log-requests"), ("--enable-log-requests",)):
+        client.served.log_request = None
+        assert asyncio.run(opened(*given, *more)) == expected
 
 
 @pytest.fixture(scope="module")
