@@ -90,7 +90,7 @@ class CollectiveRpc(ApiModel):
     method: Literal["reload_weights"]
     args: Annotated[tuple[Any, ...], Field(max_length=0)] = ()
     kwargs: ReloadArguments = ReloadArguments()
-    timeout: float | None = None
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds
 
 
 async def update_weights(served: Served, request: UpdateWeights, _: str) -> Answer:

@@ -305,6 +305,8 @@ def test_what_they_refuse_is_said_in_a_sentence(server: Server) -> None:
         ("/collective_rpc", {"method": "sleep"}, {}, 400, "method: "),
         ("/collective_rpc", {"method": "reload_weights", "args": [1]}, {}, 400, "args: "),
         ("/collective_rpc", {"method": "reload_weights", "kwargs": {"x": 1}}, {}, 400, "kwargs.x: "),
+        ("/collective_rpc", {"method": "reload_weights", "timeout": 0}, {}, 400, "timeout: "),
+        ("/collective_rpc", {"method": "reload_weights", "timeout": 1e-9}, {}, 504, "loading goes on"),
         ("/sleep", None, {"Origin": "http://page"}, 403, "answers no web page"),
         ("/collective_rpc", {"method": "reload_weights"}, {"Origin": "http://page"}, 403, "answers no web page"),
     ]
