@@ -65,7 +65,7 @@ def make_app(
         get("/version", lambda *_: JSONResponse({"version": __version__})),
         get("/load", lambda served, _: JSONResponse({"server_load": served.gate.running - 1})),  # without this request
         Route("/tokenizer_info", partial(_tokenizer_info, served)),
-        get("/metrics", lambda served, _: Response(served.metrics.text(), media_type="text/plain; version=0.0.4")),
+        Route("/metrics", partial(_metrics, served)),
     ]
     opened, closed = operator_routes(served, allowed or Allowed())
     routes += opened
@@ -93,6 +93,11 @@ class _Counting:
         path: str = scope["path"] if scope["path"] in self._known else "none"
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.answered(method, self._paths.get(scope.get("endpoint"), path), status, seconds)
+
+
+async def _metrics(served: Served, _: Request) -> Response:
+    text = await asyncio.to_thread(served.metrics.text)  # milliseconds for each engine
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
 async def _tokenizer_info(served: Served, _: Request) -> Response:
