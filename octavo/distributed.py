@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Collectives", "ProcessGroup", "TensorParallel", "join", "leave"]
+__all__ = ["Collectives", "ProcessGroup", "TensorParallel", "Unheard", "join", "leave"]
 
 
 class Collectives(Protocol):
@@ -46,7 +46,21 @@ class ProcessGroup:
         return found
 
 
+class Unheard:
+    """Of a rank that computes what it alone can, such as shapes: nothing is exchanged, and values that span ranks are wrong."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def max_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
 CPU = torch.device("cpu")
+SENTENCE = 1024
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
@@ -128,6 +142,14 @@ class TensorParallel:
         if self.size == 1:
             return list(numbers)
         return [-n for n in self.max_reduce(torch.tensor(numbers, device=self.device).neg()).tolist()]
+
+    def sentences(self, text: str) -> list[str]:
+        """Every rank's `text`, in rank order, of which the first SENTENCE bytes of UTF-8 are exchanged."""
+        if self.size == 1:
+            return [text]
+        data = text.encode()[:SENTENCE].ljust(SENTENCE, b"\0")
+        found = self._exchange().all_gather(torch.tensor(list(data), dtype=torch.uint8, device=self.device))
+        return [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in found]
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `x`, concatenated along `dim` in rank order."""

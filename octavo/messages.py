@@ -1,9 +1,11 @@
 """Messages between the API process and the engine: requests, sampling parameters, tokens, statistics.
 
 A message is a tuple whose first item is its kind. To the engine: ("add", the EngineRequests of one request's sequences),
-("abort", request ids), ("shutdown",), and while none runs ("reload", directory), ("sleep",), ("wake",), which are answered by
-("done", sentence or None, EngineInfo). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed",
-sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers ("ping",) with ("pong",).
+("abort", request ids), ("shutdown",), and the CONTROLS, methods of EngineCore: ("check_reload", directory),
+("reset_prefix_cache",), and while no request runs ("reload", directory, whether it is checked), ("sleep",), ("wake", parts).
+They are answered by ("done", sentence or None, EngineInfo). From the engine: ("progress", stage, fraction), then ("ready",
+EngineInfo) or ("failed", sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers
+("ping",) with ("pong",).
 Nothing here imports torch.
 """
 
@@ -18,6 +20,9 @@ from octavo.errors import InvalidRequest
 from octavo.images import PlacedImage
 
 __all__ = [
+    "CONTROLS",
+    "KV_CACHE",
+    "WEIGHTS",
     "EngineInfo",
     "EngineRequest",
     "EngineStats",
@@ -33,6 +38,8 @@ __all__ = [
 ]
 
 Message = tuple[Any, ...]
+CONTROLS = ("check_reload", "reset_prefix_cache", "reload", "sleep", "wake")
+WEIGHTS, KV_CACHE = "weights", "kv_cache"  # parts of an engine that sleep apart; vLLM's tags
 Progress = Callable[[str, float], None]
 FinishReason = Literal["stop", "length", "abort"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
@@ -213,6 +220,7 @@ class TokenOutput:
     logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
     prompt_logprobs: list[Logprobs | None] | None = None  # with the first token only; None for the first prompt token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_preemptions: int = 0
     error: str | None = None  # why the engine cannot continue the request
 
 
@@ -221,13 +229,16 @@ class EngineStats:
     """Engine statistics after one step. Counters are for this step alone."""
 
     num_running: int = 0
-    num_waiting: int = 0
+    num_waiting: int = 0  # in the queue, for room
     kv_cache_usage: float = 0.0  # 0 to 1
     iteration_tokens: int = 0
     prefix_cache_queries: int = 0  # in tokens
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
     scheduled_first: list[str] = field(default_factory=list)  # ids of requests that left the queue in this step
+    num_deferred: int = 0  # requests whose grammar is being compiled
+    image_queries: int = 0  # images looked up in the encoder cache
+    image_hits: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
 from octavo.engine.step_tokens import StepTokens
 from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
+from octavo.messages import KV_CACHE, WEIGHTS, EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
 
 __all__ = ["EngineCore"]
 
@@ -58,7 +58,7 @@ class EngineCore:
             raise OctavoError("--tensor-parallel-size is for octavo serve, chat, bench and LLM here; leave it out.")
         place = place or Place()
         self.runner = runner = ModelRunner(config, progress, place)
-        self.config, self.asleep = config, False
+        self.config, self.awake = config, frozenset((WEIGHTS, KV_CACHE))
         self._make_scheduler()
         self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size), place)
         self.generations: dict[str, _Generation] = {}
@@ -94,7 +94,7 @@ class EngineCore:
 
     def add(self, *requests: EngineRequest) -> None:
         """Queues the n sequences of a request, which differ in id and seed. Raises InvalidRequest if it cannot be run."""
-        if self.asleep:
+        if KV_CACHE not in self.awake:
             raise InvalidRequest("The engine sleeps; wake it first.")
         first = requests[0]
         rules = TokenRules(first.params, first.eos_token_ids, first.bad_words)
@@ -151,7 +151,10 @@ class EngineCore:
         if self.in_flight and self.in_flight[0] is step:
             self.in_flight.popleft()
         outputs += self._take(step)
-        return outputs, self.scheduler.stats(step.schedule)
+        stats = self.scheduler.stats(step.schedule)
+        stats.num_deferred = self.grammars.num_compiling
+        stats.image_queries, stats.image_hits = self.scheduler.encoder_cache.take_counts()
+        return outputs, stats
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
         """Launches the next step and adds it to those in flight unless it is empty. `outputs` gets the failed requests."""
@@ -178,34 +181,62 @@ class EngineCore:
         self._queue_compiled(outputs)
         return unready
 
-    def reload(self, model: str) -> None:
-        """Loads the weights of another checkpoint directory with the same config.json and schemes; else OctavoError.
+    def check_reload(self, model: str) -> None:
+        """Raises OctavoError, the same on every rank, where `reload` could not take a checkpoint directory. Changes nothing."""
+        self._check_weights()
+        self.runner.check_reload(model)
+
+    def reload(self, model: str, checked: bool = False) -> None:
+        """Loads the weights of another checkpoint directory with the same config.json and schemes; else OctavoError, and the
+        old weights stay. `checked`: by `check_reload`, just now.
 
         The cache holds keys and values of the old weights, so no request may run, and the prefix cache is dropped.
         """
+        self._check_weights()
         self._check_idle("weights are reloaded")
+        if not checked:
+            self.runner.check_reload(model)
+        try:
+            self.runner.reload(model)
+        finally:
+            self.reset_prefix_cache()  # also where the old weights are back: the new ones have written to blocks
+        if KV_CACHE in self.awake:
+            self.info = replace(self.info, report=self.runner.describe())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets which blocks hold which prefixes, and the features of images."""
         self.scheduler.pool.reset_prefix_cache()
-        if self.runner.encoder is not None:
+        if self.runner.encoder is not None and not self.scheduler.has_work:  # running requests need theirs
             self.scheduler.encoder_cache = EncoderCache(self.runner.encoder.capacity)
             self.runner.encoder.forget()
-        self.runner.reload(model)
 
     def sleep(self) -> None:
         """Frees weights, cache and graphs until `wake`. Raises OctavoError while requests run."""
+        if not self.awake:
+            raise OctavoError("the engine sleeps already; wake the engine first.")
         self._check_idle("the engine sleeps")
-        self.asleep = True
+        self.awake = frozenset()
         self.runner.sleep()
 
-    def wake(self) -> None:
-        """Loads again what `sleep` freed. Does nothing if the engine is awake."""
-        if self.asleep:
-            self.runner.wake()
+    def wake(self, parts: Collection[str] = (WEIGHTS, KV_CACHE)) -> None:
+        """Loads or makes again what `sleep` freed: the WEIGHTS, the KV_CACHE with what else a step needs, or both.
+
+        What is awake stays as it is. OctavoError for a cache without weights, from whose size its own follows.
+        """
+        if WEIGHTS in parts and WEIGHTS not in self.awake:
+            self.runner.load_weights()
+            self.awake |= {WEIGHTS}
+        if KV_CACHE in parts and KV_CACHE not in self.awake:
+            self._check_weights()
+            self.runner.make_runnable()
             self._make_scheduler()  # there may be another number of blocks now
-            self.asleep = False
+            self.awake |= {KV_CACHE}
+
+    def _check_weights(self) -> None:
+        if WEIGHTS not in self.awake:
+            raise OctavoError("the engine sleeps and has no weights; wake the engine first, or its weights alone.")
 
     def _check_idle(self, what: str) -> None:
-        if self.asleep:
-            raise OctavoError(f"{what} only while it is awake; wake the engine first.")
         if self.has_work():
             raise OctavoError(f"{what} only while no request runs; wait for the running ones, or abort them.")
 
@@ -241,7 +272,8 @@ class EngineCore:
                 continue
             if generation.grammar is not None and finish_reason is None:
                 self.grammars.find(request_id, generation.grammar)
-            output = TokenOutput(request_id, [token], finish_reason, stop_reason, num_cached_tokens=request.num_cached_tokens)
+            output = TokenOutput(request_id, [token], finish_reason, stop_reason)
+            output.num_cached_tokens, output.num_preemptions = request.num_cached_tokens, request.num_preemptions
             if request_id in result.logprobs:
                 output.logprobs = [result.logprobs[request_id]]
             if request.params.prompt_logprobs is not None and request.num_output_tokens == 1:

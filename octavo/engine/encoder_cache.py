@@ -24,6 +24,7 @@ class EncoderCache:
         self._holders: dict[bytes, set[str]] = {}
         self._free: OrderedDict[bytes, None] = OrderedDict()  # held by no request, least recently used first
         self._evicted: list[bytes] = []
+        self._queries = self._hits = 0  # images of requests, and those that were there
         self._left: dict[bytes, tuple[int, int]] = {}  # of those that are being encoded: parts left, and all parts
 
     def __contains__(self, key: bytes) -> bool:
@@ -47,6 +48,7 @@ class EncoderCache:
     def add(self, key: bytes, tokens: int, request_id: str, parts: int = 1) -> None:
         """Makes room for an image, which `parts` steps encode, and holds it for the request. Check `fits` first."""
         self._left[key] = parts, parts
+        self._queries += 1
         while self.used + tokens > self.capacity:
             self._evict(next(iter(self._free)))
         self.used += tokens
@@ -55,6 +57,8 @@ class EncoderCache:
 
     def hold(self, key: bytes, request_id: str) -> None:
         """Keeps an image that the cache has until the request releases it."""
+        if request_id not in self._holders[key]:
+            self._queries, self._hits = self._queries + 1, self._hits + 1
         self._holders[key].add(request_id)
         if key in self._free:
             del self._free[key]
@@ -75,6 +79,11 @@ class EncoderCache:
         self._left.pop(key, None)
         del self._free[key], self._holders[key]
         self._evicted.append(key)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Images that requests looked up since the last call, and those of them that were found."""
+        counts, self._queries, self._hits = (self._queries, self._hits), 0, 0
+        return counts
 
     def take_evicted(self) -> list[bytes]:
         """The images evicted since the last call, whose features can be dropped."""

@@ -77,6 +77,11 @@ class GrammarWork:
     def compiling(self) -> bool:
         return bool(self._compiling)
 
+    @property
+    def num_compiling(self) -> int:
+        """Sequences that wait for their grammars."""
+        return sum(len(requests) for _, requests in self._compiling)
+
     def compile(self, requests: Sequence[EngineRequest]) -> None:
         """Begins to compile the grammar of `requests`, the n sequences of one request; `compiled` returns the result."""
         job = self._begin(partial(self._compile, requests[0], len(requests)))

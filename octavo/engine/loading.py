@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +15,10 @@ from torch import nn
 
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
-from octavo.distributed import TensorParallel
+from octavo.distributed import TensorParallel, Unheard
 from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.memory import check_weights, gib, length_held
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, shortage
 from octavo.host import release
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model, read_config, same_architecture
@@ -28,11 +29,12 @@ from octavo.quant.checks import check_format
 from octavo.quant.formats import stored_scheme, stored_shape
 from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
-from octavo.weights.in_place import held
+from octavo.weights.in_place import Put, fresh, held, overwrite, rehearse
 from octavo.weights.meta import MatrixSizes, matrix_sizes
 
 __all__ = [
     "cache_specs",
+    "check_reload",
     "checkpoint_scheme",
     "describe_weights",
     "drop",
@@ -71,34 +73,54 @@ def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform:
     return model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
 
 
+def check_reload(
+    model: Model,
+    config: EngineConfig,
+    loaded: Mapping[str, Any],
+    platform: Platform,
+    dtype: torch.dtype,
+    progress: ProgressCallback = None,
+    tp: TensorParallel = ALONE,
+) -> None:
+    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight. `loaded`: the model's config.json.
+
+    Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something cannot be read. Each
+    rank reads alone: one that fails in the middle would leave the others waiting in a collective.
+    """
+    directory, fault = Path(config.model), ""
+    try:
+        json_config = read_config(directory)
+        check_format(json_config, directory)
+        if not same_architecture(json_config, loaded):
+            raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
+        alone = tp if tp.size == 1 else replace(tp, group=Unheard())
+        load_model(model, config, platform, dtype, progress, alone, put=rehearse)
+    except OctavoError as error:
+        fault = str(error)
+    except Exception as error:  # a file that changes while it is read has no end of ways to fail
+        fault = shortage(error) or f"{directory} cannot be read ({type(error).__name__}: {error}); write it anew."
+    for rank, sentence in enumerate(tp.sentences(fault)):
+        if sentence:
+            raise OctavoError(sentence if tp.size == 1 or sentence == fault else f"Rank {rank}: {sentence}")
+
+
 def reload_model(
     model: Model,
     config: EngineConfig,
-    loaded: EngineConfig,
     platform: Platform,
     dtype: torch.dtype,
     progress: ProgressCallback = None,
     tp: TensorParallel = ALONE,
 ) -> tuple[LoadReport, bool]:
-    """Loads weights in place into `model`, which holds those of `loaded`. False where not all could be written in place.
+    """Writes the weights of a checkpoint that `check_reload` has passed over those of `model`. False where not all could be
+    written in place.
 
-    Raises OctavoError where config.json, shapes or schemes differ. Some of the old weights are overwritten by then, so the old
-    checkpoint is loaded again.
+    RuntimeError where it cannot be read any more: the weights are then those of two models, or ranks wait for one another.
     """
-    directory = Path(config.model)
-    json_config = read_config(directory)
-    check_format(json_config, directory)
-    if not same_architecture(json_config, read_config(Path(loaded.model))):
-        raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
     try:
-        found = load_model(model, config, platform, dtype, progress, tp, in_place=True)
-        failed = None
+        return load_model(model, config, platform, dtype, progress, tp, put=overwrite)
     except OctavoError as error:
-        failed = error
-    if not tp.least(int(failed is None))[0]:  # ranks read parts of their own, of which one alone may be damaged
-        load_model(model, loaded, platform, dtype, None, tp, in_place=True)
-        raise failed or OctavoError(f"another rank could not load its part of {directory}.")
-    return found
+        raise RuntimeError(f"{config.model} has changed while its weights were loaded: {error}") from error
 
 
 def drop(model: Model) -> None:
@@ -139,11 +161,11 @@ def load_model(
     progress: ProgressCallback,
     tp: TensorParallel = ALONE,
     *,
-    in_place: bool = False,
+    put: Put = fresh,
 ) -> tuple[LoadReport, bool]:
     """Loads `model`. Raises OctavoError for every error that the user can fix.
 
-    `in_place`: the model is loaded already, and its weights are overwritten; False where not all could be.
+    `put`: `overwrite` for a model that is loaded already; False where not all of its weights could be.
     """
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
@@ -156,7 +178,7 @@ def load_model(
         tp.least(0)  # the others wait until rank 0 has written it
         directory = Path(config.save_quantized)
     source = open_source(config, directory)
-    if not in_place:
+    if put is fresh:
         _check_room(model, source, platform, scheme, tp)
     loader = Loader(source, platform, rules, dtype, tp)
     loader.report.notes.extend(notes)
@@ -168,7 +190,7 @@ def load_model(
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
     module = cast("nn.Module", model)
-    complete = load(module, loader, model.ignored, partial(progress, verb) if progress else None, in_place=in_place)
+    complete = load(module, loader, model.ignored, partial(progress, verb) if progress else None, put=put)
     if peak is not None:
         loader.report.note(peak.describe())
     release()

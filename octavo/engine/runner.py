@@ -24,16 +24,17 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
-from octavo.engine.loading import cache_specs, describe_weights, drop, load_model, make_model, reload_model
+from octavo.engine.loading import cache_specs, check_reload, describe_weights, drop, load_model, make_model, reload_model
 from octavo.engine.memory import gib, plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.place import Place
 from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
 from octavo.engine.sequence import ScheduledRequest
-from octavo.engine.step_tokens import StepTokens
+from octavo.engine.step_tokens import StepTokens, sources, span
 from octavo.engine.token_history import Histories
 from octavo.engine.vocabulary import Vocabulary
+from octavo.errors import OctavoError
 from octavo.host import keep
 from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
@@ -49,17 +50,6 @@ ALONE = Place()
 log = logging.getLogger(__name__)
 
 
-def _span(item: ScheduledRequest) -> batches.Span:
-    """The span of an item. A pending token is 0 until the device fills in its value."""
-    token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
-    return batches.Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
-
-
-def _sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
-    """For each item the row of its token in the previous step's tokens; -1 where the host knows the token."""
-    return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
-
-
 class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
@@ -72,7 +62,7 @@ class ModelRunner:
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
-        json_config = read_config(self.directory)
+        self.json_config = json_config = read_config(self.directory)
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -80,14 +70,18 @@ class ModelRunner:
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
         self.encoder, self.histories = make_encoder(self.model, self.platform), Histories(self.platform.device)
-        self._start()
+        self.load_weights()
+        self.make_runnable()
 
-    def _start(self) -> None:
-        """Loads weights, makes the cache and captures graphs, which `sleep` frees."""
+    def load_weights(self) -> None:
+        """Loads the weights, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
         if self.config.enable_expert_parallel and self.tp.size == 1:
             self.report.note("--enable-expert-parallel is without effect: an engine of one rank has all experts")
+
+    def make_runnable(self) -> None:
+        """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
         if hasattr(self.model, "fuse"):
@@ -147,34 +141,47 @@ class ModelRunner:
         if self.encoder is not None:
             self.encoder.capture()
 
-    def reload(self, model: str) -> None:
-        """Loads the weights of another checkpoint directory with the same shapes and schemes. Graphs and kernels stay.
+    def check_reload(self, model: str) -> None:
+        """Reads another checkpoint directory as `reload` will, and changes nothing.
 
-        Raises OctavoError where config.json, shapes or schemes differ; the old weights are then loaded again.
+        Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something is damaged.
         """
-        config = replace(self.config, model=model, save_quantized=None)
-        self.report, complete = reload_model(self.model, config, self.config, self.platform, self.dtype, self.progress, self.tp)
-        self.config, self.directory = config, Path(model)
-        self._set_kv_scales()
-        if not complete and self.graphs is not None:
-            self._make_graphs()
-        self._check_first_logits()
+        known = self.json_config, self.platform, self.dtype, self.progress, self.tp
+        check_reload(self.model, replace(self.config, model=model, save_quantized=None), *known)
+
+    def reload(self, model: str) -> None:
+        """Loads the weights of a directory that `check_reload` has passed. Graphs and kernels stay.
+
+        Raises OctavoError where the new model computes no finite logits; the old weights are then loaded again.
+        """
+        before = self.config
+        try:
+            self._overwrite(replace(before, model=model, save_quantized=None))
+        except OctavoError:
+            self._overwrite(before)
+            raise
+
+    def _overwrite(self, config: EngineConfig) -> None:
+        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress, self.tp)
+        self.config, self.directory = config, Path(config.model)
+        if hasattr(self, "cache"):
+            self._set_kv_scales()
+            if not complete and self.graphs is not None:
+                self._make_graphs()
+            self._check_first_logits()
 
     def sleep(self) -> None:
-        """Frees weights, cache and graphs, and keeps compiled kernels. `wake` restores them; nothing may run before."""
-        self.graphs = self.prompts = None
-        if self.encoder is not None:
-            self.encoder.drop()
-        if hasattr(self.model, "unfuse"):
-            cast("FusedModel", self.model).unfuse()
-        self.model.bind_cache([{} for _ in self.cache.views])
+        """Frees weights, cache and graphs, and keeps compiled kernels. `load_weights` and `make_runnable` restore them."""
+        if hasattr(self, "cache"):
+            self.graphs = self.prompts = None
+            if self.encoder is not None:
+                self.encoder.drop()
+            if hasattr(self.model, "unfuse"):
+                cast("FusedModel", self.model).unfuse()
+            self.model.bind_cache([{} for _ in self.cache.views])
+            del self.cache
         drop(self.model)
-        del self.cache
         self.platform.release()
-
-    def wake(self) -> None:
-        """Loads weights and makes cache and graphs again."""
-        self._start()
 
     def _warm_up(self) -> None:
         """Warm-up: runs every kernel that prefills and sampling launch."""
@@ -241,17 +248,17 @@ class ModelRunner:
         if self.graphs is None or any(map(wants_prompt_logprobs, items, rows)):
             return None
         if self.prompts is not None and len(items) == 1 and items[0].num_tokens > 1 and items[0].samples:
-            return self.prompts.run(_span(items[0]))
+            return self.prompts.run(span(items[0]))
         if any(item.num_tokens > 1 for item in items):
             return None
         known = None if previous is None else previous.tokens
-        return self.graphs.run([_span(item) for item in items], known, _sources(items, previous))
+        return self.graphs.run([span(item) for item in items], known, sources(items, previous))
 
     def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None, images: ImageInput | None) -> Tensor:
         """Hidden states of all tokens of `items`."""
-        batch = self._batch([_span(item) for item in items])
+        batch = self._batch([span(item) for item in items])
         last = [end - 1 for end in accumulate(item.num_tokens for item in items)]
-        if pending := [pair for pair in zip(last, _sources(items, previous), strict=True) if pair[1] >= 0]:
+        if pending := [pair for pair in zip(last, sources(items, previous), strict=True) if pair[1] >= 0]:
             assert previous is not None
             assert previous.tokens is not None
             at, source = (self._indices(part) for part in zip(*pending, strict=True))

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from octavo.batch import Span
+from octavo.engine.sequence import ScheduledRequest
 from octavo.messages import Logprobs
 
-__all__ = ["StepTokens"]
+__all__ = ["StepTokens", "sources", "span"]
 
 
 @dataclass
@@ -42,3 +44,14 @@ class StepTokens:
         if self._copied is not None:
             self._copied.synchronize()
         return [] if self._host is None else self._host.tolist()
+
+
+def span(item: ScheduledRequest) -> Span:
+    """The span of an item. A pending token is 0 until the device fills in its value."""
+    token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
+    return Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
+
+
+def sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
+    """For each item the row of its token in the previous step's tokens; -1 where the host knows the token."""
+    return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]

@@ -22,7 +22,7 @@ from octavo.config import EngineConfig
 from octavo.engine.place import Place
 from octavo.errors import OctavoError, shortage
 from octavo.host import release
-from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
+from octavo.messages import CONTROLS, EngineInfo, EngineRequest, EngineStats, Message, Progress, TokenOutput
 
 __all__ = ["Core", "MakeCore", "Place", "engine_core", "run_engine"]
 
@@ -46,7 +46,7 @@ class Core(Protocol):
 
 
 NOTHING: list[Message] = []
-CONTROLS = ("reload", "sleep", "wake")  # messages that are methods of EngineCore
+BESIDE_REQUESTS = ("check_reload", "reset_prefix_cache")  # the controls that change nothing for requests that run
 MakeCore = Callable[[EngineConfig, Progress, Place], Core]
 
 
@@ -206,7 +206,7 @@ def _handle(core: Core, message: Message) -> list[TokenOutput]:
 
 def _control(core: Core, message: Message, place: Place) -> str | None:
     """Reloads the engine's weights, or frees or restores them, once what was aborted has ended. An error, as a sentence."""
-    while core.has_work():
+    while message[0] not in BESIDE_REQUESTS and core.has_work():
         core.step()
     try:
         getattr(core, message[0])(*message[1:])

@@ -1,24 +1,21 @@
-"""Asyncio client of an engine process. The API process never imports torch.
-
-Two threads serve the pipe, so that the event loop never waits for it: one writes, the other reads and hands each step to the
-loop as a whole.
-"""
+"""Asyncio client of an engine process. The API process never imports torch."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory
+from octavo.frontend.admission import Admission
+from octavo.frontend.engine_pipe import EnginePipe
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.frontend.engine_start import EngineDead
+from octavo.frontend.engine_stream import End, EngineStream
 from octavo.frontend.image_support import ImageSupport, image_support
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
@@ -32,19 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncEngine", "EngineDead"]
 
-logger = logging.getLogger(__name__)
-
+IDLE_POLL = 0.01  # seconds
 TURN_SECONDS = 0.005  # for which a request may hold the event loop before it yields
-
-
-class _Stream:
-    """One running sequence: its output processor, and the queue for its deltas."""
-
-    __slots__ = ("processor", "queue")
-
-    def __init__(self, processor: OutputProcessor, queue: asyncio.Queue[Delta | OctavoError]):
-        self.processor = processor
-        self.queue = queue
 
 
 class AsyncEngine:
@@ -62,17 +48,16 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._on_progress = on_progress
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, EngineStream] = {}
         self._listeners: list[Callable[[EngineStats], None]] = []
         self._dead: str | None = None
         self._death: asyncio.Future[str] = self._loop.create_future()
         self._closing = False
         self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
-        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self.admission = Admission()
+        self._answers: deque[asyncio.Future[None]] = deque()  # of the controls that were sent, in their order
         self._processes = EngineProcesses(config, make_core, replica=replica)
-        threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
-        for rank in range(config.tensor_parallel_size):
-            threading.Thread(target=self._read, args=(rank,), name="octavo-read", daemon=True).start()
+        self._pipe = EnginePipe(self._processes, self._receive)
 
     @classmethod
     async def start(
@@ -109,8 +94,13 @@ class AsyncEngine:
 
     @property
     def silent_seconds(self) -> float:
-        """Seconds for which the engine has had work and sent nothing; 0 while it has none, and once it is dead."""
-        return 0.0 if self._waiting_since is None or self._dead is not None else self._loop.time() - self._waiting_since
+        """Seconds for which the engine has had work and sent nothing; 0 while it has none, and once it is dead.
+
+        0 also during a control, because reading a checkpoint may take any time.
+        """
+        if self._waiting_since is None or self._dead is not None or self._answers:
+            return 0.0
+        return self._loop.time() - self._waiting_since
 
     @property
     def default_sampling(self) -> dict[str, Any]:
@@ -130,6 +120,14 @@ class AsyncEngine:
         self._listeners.append(listener)
 
     count = 1  # engines; see octavo.frontend.router
+
+    @property
+    def alive(self) -> list[AsyncEngine]:
+        """The engines that serve; see octavo.frontend.router."""
+        return [self] if self.healthy else []
+
+    def forget_prefixes(self) -> None:
+        """See octavo.frontend.router."""
 
     def route(self, token_ids: Sequence[int], salt: str | None = None, images: Sequence[PlacedImage] = ()) -> int:
         """The number of the engine that a prompt goes to; see octavo.frontend.router."""
@@ -154,12 +152,13 @@ class AsyncEngine:
         return self._generate(engine_requests(self.info, self.tokenizer, *given))
 
     async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
+        await self.admission.enter()
         self._raise_if_gone()  # again, because the first delta may be awaited much later
         if any(request.request_id in self._streams for request in requests):
             raise InvalidRequest(f"A request with the id {requests[0].request_id} is already running.", "request_id")
         queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
         for index, request in enumerate(requests):
-            self._streams[request.request_id] = _Stream(OutputProcessor(request, self.tokenizer, index), queue)
+            self._streams[request.request_id] = EngineStream(OutputProcessor(request, self.tokenizer, index), queue)
         self._send(("add", requests))  # one message, so that the parts they share are sent once
         ids = [request.request_id for request in requests]
         del request, requests  # its images are megabytes
@@ -186,12 +185,30 @@ class AsyncEngine:
         while self._streams and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         self._fail_all("The engine was shut down.")
-        self._outbox.put(("shutdown",))
+        self._pipe.send(("shutdown",))
         await asyncio.to_thread(self._processes.wait)
         self._kill()
 
+    async def control(self, *message: Any) -> None:
+        """Has the engine do one of the CONTROLS, and waits until it is done. Raises OctavoError where it refuses or dies."""
+        self._raise_if_gone()
+        answer: asyncio.Future[None] = self._loop.create_future()
+        self._answers.append(answer)
+        self._pipe.send(message)
+        await answer
+
+    async def idle(self) -> None:
+        """Waits until no request runs. Those that `admission` holds do not count."""
+        while self._streams:
+            await asyncio.sleep(IDLE_POLL)
+
     def fail_running(self, error: OctavoError) -> None:
-        """Ends every running request with `error`."""
+        """Ends every request with `error`, also those that are held."""
+        self.admission.fail(error)
+        self.end_running(error)
+
+    def end_running(self, error: OctavoError) -> None:
+        """Ends the requests that the engine has."""
         if self._streams:
             self._send(("abort", list(self._streams)))
         for stream in self._streams.values():
@@ -202,7 +219,7 @@ class AsyncEngine:
         """Sends a message that the engine answers with a step."""
         if self._waiting_since is None:
             self._waiting_since = self._loop.time()
-        self._outbox.put(message)
+        self._pipe.send(message)
 
     def _raise_if_gone(self) -> None:
         if self._dead is not None:
@@ -211,36 +228,8 @@ class AsyncEngine:
             raise EngineDead("The engine is shutting down.")
 
     def _kill(self) -> None:
-        self._outbox.put(None)
+        self._pipe.close()
         self._processes.kill()
-
-    def _write(self) -> None:
-        try:
-            while (message := self._outbox.get()) is not None:
-                self._processes.send(message)
-                del message  # may hold images
-        except OSError:
-            pass  # the process is gone, which the reader thread reports
-        except Exception as error:
-            self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
-
-    def _read(self, rank: int) -> None:
-        try:
-            while True:
-                self._loop.call_soon_threadsafe(self._receive, self._processes.receive(rank))
-        except (EOFError, OSError):
-            sentence = self._processes.how_it_ended()
-        except RuntimeError:
-            return  # the loop is closed
-        except Exception as error:
-            sentence = f"What the engine sent cannot be read ({type(error).__name__})."
-        self._report_death(sentence)
-
-    def _report_death(self, sentence: str) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._receive, ("dead", sentence))
-        except RuntimeError:
-            return  # the loop is closed
 
     def _receive(self, message: Message) -> None:
         kind = message[0]
@@ -252,6 +241,9 @@ class AsyncEngine:
         elif kind == "ready":
             if not self._ready.done():
                 self._ready.set_result(message[1])
+            self._on_progress = None  # a bar that was closed should not come again
+        elif kind == "done":
+            self._done(message[1], message[2])
         else:  # failed or dead
             self._die(message[1])
 
@@ -260,27 +252,25 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue  # aborted while the engine ran its last step
-            if output.error is not None:
+            end = stream.take(output)
+            if end is not End.NOT_YET:
                 del self._streams[output.request_id]
-                stream.queue.put_nowait(InvalidRequest(output.error))
-                continue
-            try:
-                delta = stream.processor.process(output)
-            except Exception as error:  # an error in one stream must not cost the others their tokens
-                logger.error("the tokens of a request cannot be turned into text", exc_info=error)
-                del self._streams[output.request_id]
-                stream.queue.put_nowait(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))
+            if end is End.ABORT:
                 self._send(("abort", [output.request_id]))
-                continue
-            stream.queue.put_nowait(delta)
-            if delta.finish_reason is not None:
-                del self._streams[output.request_id]
-                if output.finish_reason is None:  # ended by a stop string, which the engine does not know
-                    self._send(("abort", [output.request_id]))
         busy = self._streams or stats.num_running or stats.num_waiting
         self._waiting_since = self._loop.time() if busy else None
         for listener in self._listeners:
             listener(stats)
+
+    def _done(self, refusal: str | None, info: EngineInfo) -> None:
+        self.info = info
+        answer = self._answers.popleft()
+        if answer.done():
+            return
+        if refusal is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(OctavoError(refusal))
 
     def _die(self, sentence: str) -> None:
         if self._dead is None:
@@ -295,5 +285,9 @@ class AsyncEngine:
         if not self._ready.done():
             self._ready.set_exception(OctavoError(sentence))
         self.fail_running(EngineDead(sentence))
+        for answer in self._answers:
+            if not answer.done():
+                answer.set_exception(EngineDead(sentence))
+        self._answers.clear()
         for listener in self._listeners:
             listener(EngineStats())

@@ -23,6 +23,7 @@ class Delta:
     stop_reason: int | str | None = None  # the stop string or stop token
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
     offsets: list[int] | None = None  # where each token's text begins in the whole text, including text held back
 
 
@@ -97,6 +98,7 @@ class OutputProcessor:
             output.stop_reason,
             output.prompt_logprobs,
             output.num_cached_tokens,
+            output.num_preemptions,
         )
         if self._detokenizer is not None:
             self._read(self._detokenizer, delta)

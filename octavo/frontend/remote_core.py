@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.engine_processes import EngineProcesses
-from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
+from octavo.messages import KV_CACHE, WEIGHTS, EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
 
 __all__ = ["RemoteCore"]
 
@@ -47,16 +48,19 @@ class RemoteCore:
         return outputs, stats
 
     def reload(self, model: str) -> None:
-        """As EngineCore's, as are `sleep` and `wake`."""
+        """As EngineCore's, as are the others."""
         self._control("reload", model)
+
+    def reset_prefix_cache(self) -> None:
+        self._control("reset_prefix_cache")
 
     def sleep(self) -> None:
         self._control("sleep")
 
-    def wake(self) -> None:
-        self._control("wake")
+    def wake(self, parts: Collection[str] = (WEIGHTS, KV_CACHE)) -> None:
+        self._control("wake", tuple(parts))
 
-    def _control(self, *message: str) -> None:
+    def _control(self, *message: Any) -> None:
         if self._running:
             raise OctavoError(
                 "weights are reloaded or freed only while no request runs; wait for the running ones, or abort them."

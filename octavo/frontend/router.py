@@ -13,7 +13,7 @@ import logging
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -104,6 +104,7 @@ class Replicas:
         self._load = [0] * len(engines)  # running sequences
         self._prefixes = [_Prefixes() for _ in engines]
         self._listeners: list[Listener] = []
+        self.prepare: Callable[[AsyncEngine], Awaitable[None]] | None = None  # of an engine that was started again
         self._given_up = 0  # engines that are not started any more
         first = min(engines, key=lambda engine: engine.info.max_model_len)  # what fits there fits everywhere
         self.info, self.tokenizer, self.eos_token_ids = first.info, first.tokenizer, first.eos_token_ids
@@ -136,6 +137,15 @@ class Replicas:
     def count(self) -> int:
         """The number of engines."""
         return len(self.engines)
+
+    @property
+    def alive(self) -> list[AsyncEngine]:
+        """The engines that serve."""
+        return [engine for engine in self.engines if engine is not None and engine.healthy]
+
+    def forget_prefixes(self) -> None:
+        """The engines' prefix caches were emptied."""
+        self._prefixes = [_Prefixes() for _ in self.engines]
 
     @property
     def healthy(self) -> bool:
@@ -202,6 +212,14 @@ class Replicas:
     async def end_if_a_rank_hangs(self) -> None:
         await asyncio.gather(*(engine.end_if_a_rank_hangs() for engine in self.engines if engine is not None))
 
+    async def _prepare(self, fresh: AsyncEngine) -> None:
+        try:
+            if self.prepare is not None:
+                await self.prepare(fresh)
+        except BaseException:
+            await fresh.shutdown()
+            raise
+
     async def _keep_alive(self, number: int) -> None:
         """Starts the engine again when it dies, some times."""
         waits, sentence = list(WAITS), ""
@@ -218,6 +236,7 @@ class Replicas:
             await asyncio.sleep(waits.pop(0))
             try:
                 fresh = await AsyncEngine.start(self.config, None, self._make_core, number)
+                await self._prepare(fresh)
             except Exception as error:  # the system's too: no file or thread may be left just now
                 sentence = (
                     str(error) if isinstance(error, OctavoError) else shortage(error) or f"{type(error).__name__}: {error}"

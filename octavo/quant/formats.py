@@ -112,7 +112,7 @@ def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard)
         if (found := decode(reader, name, shape, shard)) is not None:
             return found
     dense = reader.read(f"{name}.weight", shape, shard)
-    if dense.dtype.itemsize == 1:
+    if dense.dtype.itemsize == 1 or not dense.is_floating_point():
         raise OctavoError(
             f"{reader.prefix}{name}.weight is stored as {dense.dtype} without a scale beside it; "
             "the checkpoint is of an unknown format."

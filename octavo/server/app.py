@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -13,12 +14,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from octavo.errors import InvalidRequest
+from octavo.server.admin import Allowed, operator_routes
 from octavo.server.chat import chat, chat_prompt
 from octavo.server.completions import complete
 from octavo.server.error_responses import HANDLERS, ApiError
 from octavo.server.http import Answer, Gate, JsonEndpoint
+from octavo.server.metrics import Metrics
+from octavo.server.openapi import describing_routes
 from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.version import __version__
@@ -31,8 +36,13 @@ __all__ = ["make_app"]
 R = TypeVar("R", bound=ApiModel)
 
 
-def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ("*",)) -> Starlette:
-    """The HTTP application over one engine."""
+def make_app(
+    served: Served,
+    api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = ("*",),
+    allowed: Allowed | None = None,
+) -> Starlette:
+    """The HTTP application over one engine. `allowed`: which endpoints for operators are open."""
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
         return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
@@ -53,13 +63,45 @@ def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequ
         get("/health", _health),
         get("/ping", _health, ("GET", "POST")),
         get("/version", lambda *_: JSONResponse({"version": __version__})),
-        get("/metrics", lambda served, _: Response(served.metrics.text(), media_type="text/plain; version=0.0.4")),
+        get("/load", lambda served, _: JSONResponse({"server_load": served.gate.running - 1})),  # without this request
+        Route("/tokenizer_info", partial(_tokenizer_info, served)),
+        Route("/metrics", partial(_metrics, served)),
     ]
+    opened, closed = operator_routes(served, allowed or Allowed())
+    routes += opened
+    routes += describing_routes(list(routes))
+    count = _Counting(served.metrics, routes)
     middleware = [
         Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
-        Middleware(Gate, state=served.gate, api_keys=api_keys),
+        Middleware(Gate, state=served.gate, api_keys=api_keys, on_answer=count.answered),
     ]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
+    return Starlette(routes=[*routes, *closed], middleware=middleware, exception_handlers=HANDLERS)
+
+
+METHODS = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"))
+
+
+class _Counting:
+    """Counts answers by their routes, whose number is bounded, as that of paths is not."""
+
+    def __init__(self, metrics: Metrics, routes: Sequence[Route]):
+        self._metrics = metrics
+        self._paths: dict[Any, str] = {route.endpoint: route.path for route in routes}
+        self._known = frozenset(self._paths.values())
+
+    def answered(self, scope: Scope, status: int, seconds: float) -> None:
+        path: str = scope["path"] if scope["path"] in self._known else "none"
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.answered(method, self._paths.get(scope.get("endpoint"), path), status, seconds)
+
+
+async def _metrics(served: Served, _: Request) -> Response:
+    text = await asyncio.to_thread(served.metrics.text)  # milliseconds for each engine
+    return Response(text, media_type="text/plain; version=0.0.4")
+
+
+async def _tokenizer_info(served: Served, _: Request) -> Response:
+    return JSONResponse(await asyncio.to_thread(served.tokenizer.info) | {"chat_template": served.template_for(tools=False)})
 
 
 def _card(served: Served, name: str) -> dict[str, Any]:

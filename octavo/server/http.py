@@ -10,6 +10,7 @@ import hmac
 import json
 import re
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from octavo.server.protocol import ApiModel
 from octavo.server.request_body import SMALL_BODY, ClientLeft, as_request, read_body
 from octavo.server.side_processes import SideProcesses
 
-__all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge"]
+__all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge", "refuse_page"]
 
-OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics"))  # need no key, and stay open during shutdown
+LEFT = 499  # nginx's status of a client that did not wait for the answer
+# They need no key, and stay open during shutdown.
+OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/load", "/openapi.json", "/docs"))
 HUGE = 2**20  # bytes of a body or answer after which memory is released
 R = TypeVar("R", bound=ApiModel)
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
@@ -43,12 +46,16 @@ _dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class JsonEndpoint(Generic[R]):
     """An ASGI endpoint: validates the body as `model`, calls `handle(request, request_id)` and sends its answer."""
 
+    refuses_pages = False  # whether requests of web pages are refused
+
     def __init__(self, model: type[R], handle: Callable[[R, str], Awaitable[Answer]], side: SideProcesses):
         self.model, self.handle, self.side = model, handle, side
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         huge = False
         try:
+            if self.refuses_pages:
+                refuse_page(Headers(scope=scope))
             gate: GateState = scope["state"]["gate"]
             async with asyncio.timeout(gate.body_seconds):
                 body = await read_body(scope, receive, gate.body_bytes)
@@ -84,6 +91,12 @@ class JsonEndpoint(Generic[R]):
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
+
+
+def refuse_page(headers: Headers) -> None:
+    """Raises ApiError for a request that a web page sent."""
+    if "origin" in headers:
+        raise ApiError(403, "This path is for operators and answers no web page; send the request without Origin.")
 
 
 async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
@@ -134,10 +147,19 @@ class GateState:
 
 
 class Gate:
-    """Middleware before every endpoint: sets the request id, checks the API key, answers 503 during shutdown."""
+    """Middleware before every endpoint: sets the request id, checks the API key, answers 503 during shutdown.
 
-    def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = ()):
-        self.app, self.state = app, state
+    on_answer: is called with each request's scope, status (499: the client left before) and seconds once it is answered.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        state: GateState,
+        api_keys: Sequence[str] = (),
+        on_answer: Callable[[Scope, int, float], None] = lambda scope, status, seconds: None,
+    ):
+        self.app, self.state, self._on_answer = app, state, on_answer
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,20 +170,29 @@ class Gate:
         request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
         scope.setdefault("state", {}).update(request_id=request_id, gate=self.state)
 
+        began, status = time.perf_counter(), LEFT
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         refusal = self._refusal(scope, headers.get("authorization", ""))
         if refusal is not None:
             await error_response(refusal)(scope, receive, send_with_id)
+            self._on_answer(scope, status, time.perf_counter() - began)
             return
         self.state.running += 1
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
         finally:
             self.state.running -= 1
+            self._on_answer(scope, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":

@@ -20,6 +20,7 @@ from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
 from octavo.hub.snapshots import is_hub_name
 from octavo.server.console import greet, say
+from octavo.server.operator_arguments import DEV_MODE
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.process_limits import set_limits
 from octavo.server.serve_arguments import add_arguments, ignored_flags
@@ -29,12 +30,13 @@ from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_
 
 if TYPE_CHECKING:
     from octavo.frontend.router import Engine
+    from octavo.server.admin import Allowed
     from octavo.server.serving import Served
 
 __all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
 
 DEMO_NAME = "octavo-demo"
-KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server that its owner believes closed
+KNOWN_VARIABLES = ("VLLM_API_KEY", DEV_MODE)  # ignoring the first one would open a server that its owner believes closed
 
 
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
@@ -176,8 +178,14 @@ async def _serve(
     from octavo.server.connections import protocol_class
 
     served = make_served(
-        engine, args.served_model_name or [args.model or DEMO_NAME], template, args.tool_call_parser, args.reasoning_parser
+        engine,
+        args.served_model_name or [args.model or DEMO_NAME],
+        template,
+        args.tool_call_parser,
+        args.reasoning_parser,
+        config,
     )
+    allowed, writing = operate(args, config, served)
     served.engine_timeout = args.engine_timeout
     served.gate.body_seconds = args.client_timeout or None
     served.gate.body_bytes = args.max_request_bytes
@@ -188,12 +196,12 @@ async def _serve(
     for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
         if note is not None:
             say(f"octavo: {note}")
-    app = make_app(served, keys, args.allowed_origins)
+    app = make_app(served, keys, args.allowed_origins, allowed)
     settings = uvicorn.Config(
         app,
         http=protocol_class(args.client_timeout),
         log_level=args.uvicorn_log_level,
-        access_log=False,
+        access_log=not args.disable_uvicorn_access_log and args.uvicorn_log_level in ("info", "debug", "trace"),
         lifespan="off",
         timeout_graceful_shutdown=1,
         ws="none",
@@ -208,9 +216,25 @@ async def _serve(
         await server.serve(sockets=[listener])
     finally:
         greeting.cancel()
+        if writing is not None:
+            writing.cancel()
         served.side.close()
         served.images.side.close()
         await asyncio.gather(greeting, return_exceptions=True)
+
+
+def operate(args: argparse.Namespace, config: EngineConfig, served: Served) -> tuple[Allowed, asyncio.Task[None] | None]:
+    """Sets `served` up for operators: which of their endpoints are open, and the task that writes lines of throughput."""
+    from octavo.frontend.operations import Operations
+    from octavo.server.admin import Allowed
+    from octavo.server.log_lines import LineWriter, RequestLines, throughput_lines
+
+    served.operations, writer = Operations(served.engine, config), LineWriter()
+    if args.enable_log_requests:
+        served.log_request = RequestLines(writer, served.engine.tokenizer, args.max_log_len).write
+    writing = None if args.disable_log_stats else asyncio.ensure_future(throughput_lines(served.metrics, writer))
+    admin = args.enable_admin_endpoints or os.environ.get(DEV_MODE, "0") not in ("", "0")
+    return Allowed(args.enable_sleep_mode, admin), writing
 
 
 def make_served(
@@ -219,12 +243,15 @@ def make_served(
     template: str | None = None,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    config: EngineConfig | None = None,
 ) -> Served:
     """The engine with its names and the parsers that it is given, or that its family needs."""
     from octavo.server.metrics import Metrics
     from octavo.server.serving import Served
+    from octavo.server.settings import cache_config
 
-    metrics = Metrics(names[0], engine.count)
+    known_cache = cache_config(config, engine.info) if config is not None else None
+    metrics = Metrics(names[0], engine.count, known_cache)
     engine.add_stats_listener(metrics.on_step)
     served = Served(engine, names, metrics, template)
     known = served.template_for(tools=True) if engine.tokenizer else template

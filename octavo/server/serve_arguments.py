@@ -7,17 +7,13 @@ import textwrap
 
 from octavo.config import IGNORED as IGNORED_FIELDS
 from octavo.config import config_fields, flag_of
+from octavo.server.operator_arguments import add_endpoint_flags, add_log_flags
 from octavo.server.parsers.registry import REASONING_NAMES, TOOL_CALL_NAMES
 
 __all__ = ["IGNORED", "add_arguments", "ignored_flags"]
 
 # What the peer takes and Octavo decides by itself, does always or never needs: flag -> whether a value follows.
 IGNORED = {
-    "--disable-log-requests": False,
-    "--no-enable-log-requests": False,
-    "--enable-log-requests": False,
-    "--disable-log-stats": False,
-    "--disable-uvicorn-access-log": False,
     "--enable-auto-tool-choice": False,
     "--enable-chunked-prefill": False,
     "--no-enable-chunked-prefill": False,
@@ -54,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=f"{{{','.join(REASONING_NAMES)}}}",
         help="splits thinking from content; minimax_m2_append_think marks it there, none leaves it (default: by the model)",
     )
-    _add_http(parser.add_argument_group("HTTP and security"))
-    _add_ending(parser.add_argument_group("logging, timeouts and shutdown"))
+    http = parser.add_argument_group("HTTP and security")
+    _add_http(http)
+    add_endpoint_flags(http)
+    ending = parser.add_argument_group("logging, timeouts and shutdown")
+    add_log_flags(ending)
+    _add_ending(ending)
     shown = textwrap.fill(
         f"{', '.join(_all_ignored())}. The server says at start which were given.", 76, break_on_hyphens=False
     )

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import itertools
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
@@ -30,7 +30,9 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.text.tool_prompt import PLAIN_CALLS, CallForm, shows_tools
 
 if TYPE_CHECKING:
+    from octavo.frontend.operations import Operations
     from octavo.frontend.router import Engine
+    from octavo.server.engine_metrics import RequestWatch
 
 __all__ = ["Served"]
 
@@ -66,6 +68,8 @@ class Served:
     side: SideProcesses = field(default_factory=side_processes)
     images: ChatImages = field(default_factory=ChatImages)
     gate: GateState = field(default_factory=GateState)
+    operations: Operations | None = None
+    log_request: Callable[[str, RequestWatch, SamplingParams, list[int]], None] | None = None  # once it has ended
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _grammars: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="octavo-grammar"))
@@ -208,16 +212,21 @@ class Served:
         request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
         number = self.engine.route(prompt, cache_salt, images)
         generated = self.engine.generate(prompt, params, request_id, cache_salt, images, number)
-        return self._counted(generated, request_id, len(prompt), params.n, number)
+        return self._counted(generated, request_id, prompt, params, number)
 
     async def _counted(
-        self, generated: AsyncGenerator[Delta, None], request_id: str, num_prompt_tokens: int, n: int, number: int
+        self, generated: AsyncGenerator[Delta, None], request_id: str, prompt: list[int], params: SamplingParams, number: int
     ) -> AsyncGenerator[Delta, None]:
-        watch = self.metrics.watch(request_id, num_prompt_tokens, n, number)
+        watch = self.metrics.watch(request_id, len(prompt), params.n, number, params.max_tokens)
         try:
             async with aclosing(generated) as deltas:
                 async for delta in deltas:
                     watch.saw(delta)
                     yield delta
+        except OctavoError:
+            watch.failed()
+            raise
         finally:
             watch.close()
+            if self.log_request is not None:
+                self.log_request(request_id, watch, params, prompt)

@@ -59,6 +59,12 @@ class Tokenizer:
         names = ("tool_use", "default") if tools else ("default",)
         return next((self.chat_templates[name] for name in names if name in self.chat_templates), None)
 
+    def info(self) -> dict[str, Any]:
+        """tokenizer_config.json, with special tokens as strings and the chat template, as vLLM's /tokenizer_info gives it."""
+        config = read_json(self.directory / "tokenizer_config.json")
+        known = {"tokenizer_class": config.get("tokenizer_class", type(self).__name__), "chat_template": self.chat_template}
+        return {**config, **self.special_tokens, **known}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`. Pass add_special_tokens=False for a rendered chat template, which has its special tokens.
 

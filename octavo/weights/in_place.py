@@ -3,6 +3,8 @@ which hold addresses, stay valid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from enum import Enum
 from typing import Any
 
@@ -14,8 +16,9 @@ from octavo.ops import PackedStack, PackedWeight
 from octavo.ops.contract import has_storage
 from octavo.quant import QTensor, Scheme
 
-__all__ = ["held", "refill"]
+__all__ = ["Put", "fresh", "held", "overwrite", "rehearse"]
 
+Put = Callable[[Any, Any], bool]  # puts what a Loader reads into a layer
 _HOLDERS = (PackedStack, PackedWeight, QTensor)  # their attributes are tensors
 _KINDS = (Scheme, Enum, torch.dtype)  # attributes that describe how values are stored
 
@@ -25,45 +28,85 @@ def held(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, *_HOLDERS))}
 
 
-def refill(module: nn.Module, before: dict[str, Any]) -> bool:
-    """Copies the weights that `module` has newly loaded into its weights `before`, and restores those.
+def fresh(module: Any, loader: Any) -> bool:
+    """Loads a layer that has no weights yet, from a Loader at its path. True, as `overwrite` says it."""
+    module.load(loader)
+    return True
+
+
+def overwrite(module: Any, loader: Any) -> bool:
+    """Loads a layer anew and keeps the memory of its weights.
 
     Returns whether all could be copied: a tensor in a library's opaque layout is replaced instead. Raises OctavoError where a
     shape, a dtype or a kind of weight differs.
     """
-    complete = True
-    for name, new in held(module).items():
-        old = before.get(name)
-        if old is None or old is new:
-            continue
-        if isinstance(new, Tensor) and not has_storage(new):
-            complete = False
-            continue
-        complete = _move(new, old, type(module).__name__) and complete
+    before = held(module)
+    try:
+        module.load(loader)
+        pairs = _pairs(module, before)
+        for new, old in pairs.values():
+            _check(new, old, type(module).__name__)
+        moved = [_move(new, old) for new, old in pairs.values()]
+    except OctavoError:
+        vars(module).update(before)  # graphs hold the addresses of these tensors
+        raise
+    for name, (_, old) in pairs.items():
         setattr(module, name, old)
-    return complete
+    return all(moved) and not any(isinstance(value, Tensor) and not has_storage(value) for value in held(module).values())
 
 
-def _move(new: Any, old: Any, where: str) -> bool:
+def rehearse(module: Any, loader: Any) -> bool:
+    """Reads all that `overwrite` would and raises what it would, and leaves the layer as it is."""
+    trial = copy(module)
+    trial.load(loader)
+    for new, old in _pairs(trial, held(module)).values():
+        _check(new, old, type(module).__name__)
+    return True
+
+
+def _pairs(module: Any, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The weights that were newly loaded and those that they replace, by attribute."""
+    found = held(module).items()
+    return {
+        name: (new, before[name])
+        for name, new in found
+        if before.get(name) is not None and before[name] is not new and not (isinstance(new, Tensor) and not has_storage(new))
+    }
+
+
+def _check(new: Any, old: Any, where: str) -> None:
+    """Raises OctavoError where `new` cannot be written over `old`."""
     if type(new) is not type(old):
         raise _other(where, f"{type(new).__name__} where {type(old).__name__} was")
     if isinstance(new, Tensor):
         if new.shape != old.shape or new.dtype != old.dtype:
             raise _other(where, f"{list(new.shape)} {new.dtype} where {list(old.shape)} {old.dtype} was")
-        old.copy_(new)
-        return True
-    complete = True
-    for name, value in vars(new).items():  # checked before anything is copied, so that a refused reload leaves `old` intact
+        return
+    for name, value in vars(new).items():
         previous = getattr(old, name)
         if (isinstance(value, _KINDS) or isinstance(previous, _KINDS)) and value != previous:
             raise _other(where, f"{_name_of(value)} where {_name_of(previous)} was")
+        if (
+            isinstance(value, (Tensor, *_HOLDERS))
+            and previous is not None
+            and not (isinstance(value, Tensor) and not has_storage(value))
+        ):
+            _check(value, previous, where)
+
+
+def _move(new: Any, old: Any) -> bool:
+    """Copies `new`, which `_check` has passed, into `old`. False where something was replaced instead."""
+    if isinstance(new, Tensor):
+        old.copy_(new)
+        return True
+    complete = True
     for name, value in vars(new).items():
         previous = getattr(old, name)
         if isinstance(value, Tensor) and not has_storage(value):
             setattr(old, name, value)
             complete = False
         elif isinstance(value, (Tensor, *_HOLDERS)) and previous is not None:
-            complete = _move(value, previous, where) and complete
+            complete = _move(value, previous) and complete
     return complete
 
 

@@ -23,7 +23,7 @@ from octavo.quant import QTensor, QuantRules, Scheme, concat, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight
 from octavo.quant.qtensor import Stacker, dequantize
 from octavo.quant.scheme import BF16, Granularity
-from octavo.weights.in_place import held, refill
+from octavo.weights.in_place import Put, fresh
 from octavo.weights.load_report import LoadReport
 from octavo.weights.reading_order import reading_order
 from octavo.weights.sources import Source
@@ -223,12 +223,12 @@ def load(
     ignore: Sequence[str] = (),
     progress: Callable[[float], None] | None = None,
     *,
-    in_place: bool = False,
+    put: Put = fresh,
 ) -> bool:
     """Loads every layer of `model`. Raises OctavoError for a missing tensor, and for one that nothing reads.
 
-    `ignore`: globs of tensors that may go unread. `progress`: called with the finished part, 0 to 1. `in_place`: the model is
-    loaded already and keeps its memory; False where not all of it could be overwritten.
+    `ignore`: globs of tensors that may go unread. `progress`: called with the finished part, 0 to 1. `put`: what is done with a
+    layer (octavo.weights.in_place); False where it said so of one, because its memory could not be overwritten.
     """
     places = places_of(model)
     loader = replace(loader, tied_head=is_tied(places))
@@ -236,13 +236,7 @@ def load(
     complete = True
     try:
         for done, (path, module) in enumerate(places, 1):
-            before = held(module) if in_place else {}
-            try:
-                module.load(loader.at(path))
-                complete = refill(module, before) and complete
-            except OctavoError:
-                vars(module).update(before)  # graphs hold the addresses of these tensors
-                raise
+            complete = put(module, loader.at(path)) and complete
             if progress:
                 progress(done / len(places))
         loader.source.finish()

@@ -84,6 +84,7 @@ def run(core: EngineCore, requests: list[EngineRequest], apart: int = 0) -> tupl
             outputs[output.request_id].append(output)
         sums.num_preemptions += stats.num_preemptions
         sums.prefix_cache_hits += stats.prefix_cache_hits
+        sums.image_queries, sums.image_hits = sums.image_queries + stats.image_queries, sums.image_hits + stats.image_hits
         step += 1
         assert step < 3000
     assert not core.generations

@@ -205,7 +205,7 @@ def test_equal_pictures_are_encoded_once_and_share_their_prefix(family: str, mak
     core.runner.encoder.model.encoder_input = lambda patches, grids: encoded.append(grids) or begin(patches, grids)
     asked = requests(family)
     first, sums = run(core, [asked[0]])
-    assert sums.prefix_cache_hits == 0
+    assert (sums.prefix_cache_hits, sums.image_queries, sums.image_hits) == (0, 1, 0)
     again, sums = run(core, [asked[0]])
     assert token_ids(again) == token_ids(first)
     assert sums.prefix_cache_hits == 8  # two blocks of four: 10, 11 and the six tokens of the image
@@ -213,8 +213,9 @@ def test_equal_pictures_are_encoded_once_and_share_their_prefix(family: str, mak
     _, sums = run(core, [asked[1]])
     assert sums.prefix_cache_hits == 0, "another picture in the same words"
     assert len(encoded) == 2
-    run(core, [asked[4]])
+    _, sums = run(core, [asked[4]])
     assert len(encoded) == 2, "a picture of an earlier request"
+    assert (sums.image_queries, sums.image_hits) == (1, 1)
     salted = replace(asked[0], cache_salt="mine")
     _, sums = run(core, [salted])
     assert sums.prefix_cache_hits == 0

@@ -34,6 +34,7 @@ from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, StructuredOutput
 from octavo.models import MODEL_TYPES
 from octavo.text.llguidance_grammar import serialize
+from octavo.weights import SafetensorsSource
 
 SIZES = (2, 4)
 MIXTURES = ("qwen3_moe", "mixtral", "glm4_moe", "minimax_m2", "deepseek_v3", "kimi_k25", "qwen3_vl_moe")
@@ -194,6 +195,46 @@ def test_weights_are_freed_restored_and_reloaded_on_every_rank(ranks: dict[int, 
             torch.testing.assert_close(theirs, scales, rtol=1e-4, atol=0)
             differ = [(i, name) for i, each in enumerate(found) for name in each if each[name] != expected[i][name]]
             assert len(differ) <= 2, differ  # a key between two codes
+
+
+def damaged_for_one(place: Place, first: str, second: str, bad: int) -> tuple[str, list[dict[str, list[int]]]]:
+    """What a reload says that rank `bad` alone cannot read to its end; tokens before, after it, and after one that all can."""
+    core = EngineCore(EngineConfig(model=first, tensor_parallel_size=place.size, quantization="fp8", **ENGINE), None, place)
+    wanted = [request(str(n), tokens(n, seed=n), temperature=0) for n in (3, 20)]
+    found = [token_ids(run(core, wanted)[0])]
+    with pytest.MonkeyPatch.context() as patch:
+        if place.rank == bad:
+            patch.setattr(SafetensorsSource, "finish", _fails)
+            patch.setattr(SafetensorsSource, "read", _fails_late(SafetensorsSource.read))
+        with pytest.raises(OctavoError) as error:
+            core.reload(second)
+    found.append(token_ids(run(core, wanted)[0]))
+    core.reload(second)
+    return str(error.value), [*found, token_ids(run(core, wanted)[0])]
+
+
+def _fails(_: SafetensorsSource) -> None:
+    raise OSError("the disk is gone")
+
+
+def _fails_late(before: Callable[..., Any]) -> Callable[..., Any]:
+    def read(source: SafetensorsSource, name: str, *given: Any) -> Any:
+        if "layers.1." in name:
+            raise OctavoError(f"{name} is torn.")
+        return before(source, name, *given)
+
+    return read
+
+
+def test_what_one_rank_cannot_read_no_rank_loads(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """Though quantizing exchanges scales, in the middle of which the others would wait for ever."""
+    first, second = (checkpoint("llama", tmp_path / str(seed), seed) for seed in range(2))
+    for bad in range(2):
+        found = ranks[2].run(damaged_for_one, first, second, bad)
+        for rank, (sentence, (old, still, new)) in enumerate(found):
+            who = "" if rank == bad else f"Rank {bad}: "
+            assert re.fullmatch(who + r"model\.layers\.1\..* is torn\.", sentence), sentence
+            assert old == still != new
 
 
 def test_an_llm_of_two_ranks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -176,22 +177,116 @@ def test_another_config_is_refused_in_a_sentence(models: list[Path]) -> None:
         llm._core.reload("/nowhere")
 
 
-@pytest.mark.parametrize("fault", ["shape", "scheme"])
-def test_after_a_reload_that_failed_the_old_weights_are_there(models: list[Path], fault: str, tmp_path: Path) -> None:
-    """The fault is in the last layer, when the others have been written over."""
+LAST = f"model.layers.{COMMON['num_hidden_layers'] - 1}.mlp.down_proj.weight"
+FAULTS = {
+    "shape": "different models",
+    "scheme": "same shapes and schemes",
+    "missing": "has no tensor",
+    "too many": "does not have",
+    "infinite": "NaN or infinity",
+    "cut off": r"\.safetensors",
+    "dtype": "is stored as torch.int32",
+}
+
+
+def test_after_a_reload_that_failed_the_old_weights_are_there(models: list[Path], tmp_path: Path) -> None:
+    """The fault is in the last layer, and the files of the old weights are gone: nothing was written over."""
+    llm = load(Path(shutil.copytree(models[0], tmp_path / "first")), quantization="ptpc_fp8")
+    want = generate(llm)
+    shutil.rmtree(tmp_path / "first")
+    before = bits(llm)
+    for fault, sentence in FAULTS.items():
+        path = damaged(models[1], tmp_path / fault, fault)
+        with pytest.raises(OctavoError, match=sentence):
+            llm._core.reload(str(path))
+        assert bits(llm) == before, fault
+    assert generate(llm) == want
+    llm._core.reload(str(models[1]))
+    assert generate(llm) == generate(load(models[1], quantization="ptpc_fp8")) != want
+
+
+def damaged(model: Path, path: Path, fault: str) -> Path:
     if fault == "scheme":
-        load(models[1], quantization="ptpc_fp8", save_quantized=str(tmp_path / "other"))
+        load(model, quantization="fp8_block", save_quantized=str(path))
+        return path
+    shutil.copytree(model, path)
+    weights = load_file(path / "model.safetensors")
+    if fault == "missing":
+        del weights[LAST]
     else:
-        shutil.copytree(models[1], tmp_path / "other")
-        weights = load_file(tmp_path / "other/model.safetensors")
-        last = f"model.layers.{COMMON['num_hidden_layers'] - 1}.mlp.down_proj.weight"
-        weights[last] = weights[last][:, :-8].contiguous()
-        save_file(weights, tmp_path / "other/model.safetensors")
+        found = weights[LAST]
+        weights[LAST] = {"shape": found[:, :-8].contiguous(), "dtype": found.int()}.get(fault, found)
+        weights |= {"model.layers.9.mlp.up_proj.weight": found.clone()} if fault == "too many" else {}
+        found[-1, -1] = torch.inf if fault == "infinite" else 0
+    save_file(weights, path / "model.safetensors")
+    if fault == "cut off":
+        os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 9)
+    return path
+
+
+def bits(llm: LLM) -> list[bytes]:
+    """Of all weights that can be read as bytes."""
+    found = []
+    for module in llm._core.runner.model.modules():  # type: ignore[attr-defined]
+        for value in held(module).values():
+            inside = vars(value).values() if isinstance(value, (PackedStack, PackedWeight)) else [value]
+            strided = [t for t in inside if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+            found += [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in strided]
+    return found
+
+
+def test_weights_that_compute_no_numbers_are_given_back(models: list[Path], tmp_path: Path) -> None:
+    """They are finite themselves, so that only their first logits tell."""
+    path = shutil.copytree(models[1], tmp_path / "huge")
+    weights = load_file(path / "model.safetensors")
+    weights = {name: value * (1e30 if value.ndim == 1 else 1) for name, value in weights.items()}
+    save_file(weights, path / "model.safetensors")
     llm = load(models[0])
     want = generate(llm)
-    with pytest.raises(OctavoError, match=r"same shapes and schemes|different models"):
-        llm._core.reload(str(tmp_path / "other"))
+    with pytest.raises(OctavoError, match="first logits are NaN"):
+        llm._core.reload(str(path))
     assert generate(llm) == want
+
+
+def test_weights_wake_before_the_cache(models: list[Path]) -> None:
+    """And may be reloaded between: the order in which those who train wake an engine."""
+    options: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8", "calculate_kv_scales": True}
+    want, llm = generate(load(models[1], **options)), load(models[0], **options)
+    assert generate(llm) != want
+    core = llm._core
+    core.sleep()
+    with pytest.raises(OctavoError, match="no weights"):
+        core.wake(["kv_cache"])
+    core.wake(["weights"])
+    assert addresses(llm)
+    assert not hasattr(core.runner, "cache")
+    with pytest.raises(OctavoError, match="sleeps"):
+        generate(llm)
+    core.reload(str(models[1]))
+    core.wake(["kv_cache"])
+    assert generate(llm) == want
+    core.sleep()
+    core.wake(["weights"])
+    core.sleep()
+    core.wake()
+    assert generate(llm) == want
+
+
+def test_a_prefix_cache_is_emptied_while_requests_run(models: list[Path]) -> None:
+    llm = load(models[0], block_size=4)
+    want, core = generate(llm), llm._core
+    for emptied in (False, True):
+        core.add(EngineRequest("x", PROMPTS[0], GREEDY))
+        hits, made = 0, []
+        while core.has_work():
+            outputs, stats = core.step()
+            hits += stats.prefix_cache_hits
+            made += [token for output in outputs for token in output.token_ids]
+            if not emptied:
+                core.reset_prefix_cache()
+        assert made == want[0]
+        assert bool(hits) != emptied
+        core.reset_prefix_cache()
 
 
 @pytest.mark.parametrize("what", ["reload", "sleep"])

@@ -290,7 +290,7 @@ def test_a_message_that_cannot_cross_ends_the_engine(message):
         task = asyncio.create_task(collect(engine, [SLOW], max_tokens=90))
         await asyncio.sleep(0.1)
         if message[0] == "add":
-            engine._outbox.put(message)
+            engine._pipe.send(message)
         else:
             engine._processes.connections[0].recv = lambda: pickle.loads(pickle.dumps(message))
         with pytest.raises(EngineDead, match="cannot be"):
