@@ -54,8 +54,8 @@ def left_out(config: Mapping[str, Any], module: str) -> bool:
     """Whether a config.json of a quantized checkpoint excludes the module by its own list."""
     try:
         listed = [pattern for entry in quantization_configs(config) for pattern in _listed(entry)]
-    except OctavoError:
-        return False  # said elsewhere
+    except (OctavoError, TypeError, AttributeError):
+        return False  # check_format says it
     return StoredFormat(None, 0, tuple(listed)).leaves_out(module)
 
 

@@ -171,9 +171,9 @@ def _scales_of_nothing(tensors: Mapping[str, StoredTensor], config: Mapping[str,
         module, _, end = name.rpartition(".")
         weight = tensors.get(f"{module}.weight")
         stored = weight is not None and not weight.dtype.startswith(("BF", "F16", "F32", "F64"))
-        if end in COMPANIONS and not stored and f"{module}.weight_packed" not in tensors:
-            if module.rpartition(".")[2] in ("lm_head", "embed_tokens") or left_out(config, module):
-                found.append(name)
+        of_none = end in COMPANIONS and not stored and f"{module}.weight_packed" not in tensors
+        if of_none and (module.rpartition(".")[2] in ("lm_head", "embed_tokens") or left_out(config, module)):
+            found.append(name)
     return found
 
 

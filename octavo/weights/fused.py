@@ -65,7 +65,7 @@ def _parts(t: StoredTensor, parent: str, last: str, end: str, heights: Sequence[
             )
     row, columns, out, first = t.nbytes // max(1, t.shape[0] if t.shape else 1), prod(t.shape[1:]), [], 0
     for name, step in zip(names, steps, strict=True):
-        shape = (step, *t.shape[1:]) if unit != rows else t.shape
+        shape = (step, *t.shape[1:]) if unit != rows else t.shape or (1,)
         slab = Slab(0, prod(t.shape[:1]), columns, first, transposed=False)
         nbytes = row * step if unit != rows else t.nbytes
         key = t.key or t.name
