@@ -100,7 +100,8 @@ def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> StoredFormat
 
 
 def _by_strategy(strategy: str) -> Scheme:
-    return FP8_BLOCK if "block" in strategy else FP8_PER_CHANNEL if "channel" in strategy else FP8_PER_TENSOR
+    by_channel = "channel" in strategy or "_pc_" in strategy  # ModelOpt's FP8_PC_PT
+    return FP8_BLOCK if "block" in strategy else FP8_PER_CHANNEL if by_channel else FP8_PER_TENSOR
 
 
 def _compiles(pattern: str) -> bool:
