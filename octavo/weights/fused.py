@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.quant.scheme import BLOCK
+from octavo.weights.names import TEXT_MODELS
 from octavo.weights.stored_tensor import Slab, StoredTensor
 
 __all__ = ["unfused"]
@@ -22,6 +23,8 @@ MATRICES, SCALES = ("weight", "weight_packed"), ("weight_scale", "weight_scale_i
 def unfused(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """`tensors` with stacked matrices, their biases and scales in parts. Raises OctavoError where a scale is of two parts."""
     out = dict(tensors)
+    if config.get("model_type") not in TEXT_MODELS:
+        return out
     for name, tensor in tensors.items():
         module, _, end = name.rpartition(".")
         parent, _, last = module.rpartition(".")
@@ -41,11 +44,10 @@ def _heights(last: str, rows: int, config: Mapping[str, Any]) -> tuple[int, ...]
     """The rows of each part; none if `rows` are not of these parts."""
     if last == "gate_up_proj":
         return () if rows % 2 else (rows // 2, rows // 2)
-    text = config.get("text_config") or config
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0):
         return ()
-    width, key_heads = text.get("head_dim") or hidden // heads, text.get("num_key_value_heads") or heads
+    width, key_heads = config.get("head_dim") or hidden // heads, config.get("num_key_value_heads") or heads
     found = (heads * width, key_heads * width, key_heads * width)
     return found if sum(found) == rows else ()
 

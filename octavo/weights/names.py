@@ -12,9 +12,14 @@ from typing import Any
 
 from octavo.weights.stored_tensor import StoredTensor
 
-__all__ = ["as_published", "why_missing"]
+__all__ = ["TEXT_MODELS", "as_published", "why_missing"]
 
 EMBEDDING = "model.embed_tokens"
+# The architectures of text whose names in transformers are known here; `octavo quantize` takes others, too, as they are.
+TEXT_MODELS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek_v3", "deepseek_v32",
+    "kimi_k2", "glm_moe_dsa",
+)  # fmt: skip
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DistributedDataParallel, torch.compile, peft after merging
 _QKV = ("queries, keys and values", "q_proj, k_proj and v_proj")
 _GATED = ("gate and up", "gate_proj and up_proj")
@@ -38,14 +43,15 @@ def as_published(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any])
     while wrapper := next((w for w in WRAPPERS if found and all(name.startswith(w) for name in found)), None):
         found = _renamed(found, {wrapper: ""})
         changes.append(f"without '{wrapper}'")
-    if not isinstance(config.get("text_config"), dict):
-        for prefix in ("language_model.model.", "model.language_model."):
-            if f"{prefix}embed_tokens.weight" in found and f"{EMBEDDING}.weight" not in found:
-                found = _renamed(found, {"language_model.lm_head.": "lm_head.", prefix: "model."})
-                changes.append(f"with 'model.' for '{prefix}'")
-        if "embed_tokens.weight" in found and "layers.0.input_layernorm.weight" in found:
-            found = _renamed(found, {"lm_head.": "lm_head.", "": "model."})
-            changes.append("with 'model.' before them")
+    if config.get("model_type") not in TEXT_MODELS:
+        return found, changes
+    for prefix in ("language_model.model.", "model.language_model."):
+        if f"{prefix}embed_tokens.weight" in found and f"{EMBEDDING}.weight" not in found:
+            found = _renamed(found, {"language_model.lm_head.": "lm_head.", prefix: "model."})
+            changes.append(f"with 'model.' for '{prefix}'")
+    if "embed_tokens.weight" in found and "layers.0.input_layernorm.weight" in found:
+        found = _renamed(found, {"lm_head.": "lm_head.", "": "model."})
+        changes.append("with 'model.' before them")
     if config.get("tie_word_embeddings") is True and f"{EMBEDDING}.weight" not in found and "lm_head.weight" in found:
         found = _renamed(found, {"lm_head.": f"{EMBEDDING}."})
         changes.append("with the head's matrix as the embedding's, to which it is tied")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from octavo.cli import main
 from octavo.errors import OctavoError
+from octavo.models import MODEL_TYPES
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
 from octavo.tools.plan.explain import refusals
 from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.names import TEXT_MODELS
 
 State = dict[str, Tensor]
 NAMES: dict[str, tuple[Callable[[str], str], str]] = {
@@ -65,6 +68,20 @@ def test_names_that_leave_no_doubt(kind: str, tmp_path: Path, load_model: LoadMo
     assert refusals(plan_of(str(tmp_path), "--accelerator", "cpu")) == []
     assert main(["quantize", str(tmp_path), "-o", str(out := tmp_path / "out")]) == 0
     assert "model.layers.0.mlp.down_proj.weight_scale" in load_file(out / "model.safetensors")
+
+
+def test_models_of_other_architectures_keep_their_names(tmp_path: Path) -> None:
+    """Phi-3's matrices are stacked in transformers, too: what is quantized of it must have the names that it is read by."""
+    state = saved(tmp_path, llama())
+    names = set(stacked(state))
+    for model_type in ("phi3", "gemma3"):
+        save(tmp_path, stacked(state))
+        described = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        assert Checkpoint(tmp_path).tensors.keys() == names
+    save(tmp_path, {name.removeprefix("model."): tensor for name, tensor in state.items()})
+    assert Checkpoint(tmp_path).tensors.keys() == {name.removeprefix("model.") for name in state}
+    assert set(MODEL_TYPES) - set(TEXT_MODELS) == {"qwen3_vl", "qwen3_vl_moe", "kimi_k25"}
 
 
 def test_a_tied_matrix_may_be_stored_as_the_head(tmp_path: Path, load_model: LoadModel) -> None:
