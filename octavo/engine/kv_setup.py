@@ -93,6 +93,8 @@ def set_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object])
         scaled.calibrate(run)
         values = [float(value) for scale in scaled.kv_scales()[0] for value in scale.view(-1)]
         return f"KV scales measured: {min(values):.3g} to {max(values):.3g}"
-    if scaled.kv_scales()[1]:
-        return "KV scales taken from the checkpoint"
+    scales, stored = scaled.kv_scales()
+    if stored:
+        part = f", which has them of {stored} of {len(scales) // 2} layers; the others' are 1.0"
+        return "KV scales taken from the checkpoint" + part * (2 * stored < len(scales))
     return "KV scales are 1.0: the checkpoint has none (--calculate-kv-scales measures them)"

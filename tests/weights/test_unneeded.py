@@ -205,6 +205,25 @@ def test_scales_of_a_cache_of_another_format(said: dict[str, Any], tmp_path: Pat
     assert refusals(plan_of(str(tmp_path), "--accelerator", "cpu", "--kv-cache-dtype", "fp8")) == [str(raised.value.__cause__)]
 
 
+def test_scales_of_some_layers(tmp_path: Path) -> None:
+    add(write(tmp_path), {f"{ATTENTION}.{end}_scale": ONE / 2 for end in "kv"})
+    llm = LLM(tmp_path, kv_cache_dtype="fp8", **HOW)
+    found, stored = llm._core.runner.model.kv_scales()
+    assert ([float(scale) for scale in found], stored) == ([0.5, 0.5, 1.0, 1.0, 1.0, 1.0], 1)
+    said = "KV scales taken from the checkpoint, which has them of 1 of 3 layers; the others' are 1.0"
+    assert f"note: {said}" in llm.info.report
+    assert any("the checkpoint has KV scales, which" in line for line in LLM(tmp_path, **HOW).info.report)
+
+
+def test_codes_of_a_tied_head_are_not_read(tmp_path: Path) -> None:
+    """The head is the embedding, which is stored in BF16 beside them."""
+    expected = logprobs(LLM(write(tmp_path, tie_word_embeddings=True), **HOW))
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    add(tmp_path, {"lm_head.weight": table.to(torch.float8_e4m3fn), "lm_head.weight_scale": ONE, "lm_head.input_scale": ONE})
+    assert logprobs(LLM(tmp_path, **HOW)) == expected
+    assert refusals(plan_of(str(tmp_path), "--accelerator", "cpu")) == []
+
+
 def test_scales_of_values_alone_are_half_of_something(tmp_path: Path) -> None:
     add(write(tmp_path), {f"{ATTENTION}.v_scale": ONE})
     with pytest.raises(OctavoError, match=r"no tensor .*self_attn\.k_scale"):
