@@ -27,7 +27,7 @@ _CHARACTER = re.compile(  # a pair of UTF-16 is how JSON's writers escape what i
 _HEXADECIMAL = re.compile(r"\\x(..)")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0", "e": "\x1b"}
 _ANY = "[\\x00-\U0010ffff]"
-_MOST_OF_ONE = 1 << 16  # characters of one regular expression; a grammar whose rules repeat each other becomes a longer one
+_MOST = 1 << 16  # characters of a grammar, read in a second; and of one regular expression
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -39,6 +39,8 @@ def lark_of(grammar: str) -> str:
     """The grammar in llguidance's dialect of Lark. Raises ValueError for one that is not GBNF, or not of the served part."""
     from llguidance import gbnf_to_lark as gbnf
 
+    if len(grammar) > _MOST:
+        raise ValueError(f"it has over {_MOST} characters, the most that is read; make it smaller")
     plain = _plain(grammar)
     try:
         rules = gbnf.GrammarParser().parse(plain)
@@ -50,9 +52,10 @@ def lark_of(grammar: str) -> str:
         raise ValueError("it defines a rule twice")
     reached, recursive = _reached(rules)
     if not recursive:
-        whole = _Regex(rules).of(rules["root"].alternatives)
-        if len(whole) <= _MOST_OF_ONE:
-            return f"start: /{whole}/\n"
+        try:
+            return f"start: /{_Regex(rules).of(rules['root'].alternatives)}/\n"
+        except OverflowError:
+            pass  # rules that repeat each other become long where they are written out
     names = {name: "start" if name == "root" else f"rule_{number}" for number, name in enumerate(reached)}
     return "".join(f"{names[name]}: {_by_character(rules[name].alternatives, names)}\n" for name in reached)
 
@@ -131,7 +134,7 @@ def _references(node: Any) -> Iterator[str]:
 
 
 class _Regex:
-    """One regular expression of rules that do not recur. A rule's is made once."""
+    """One regular expression of rules that do not recur. A rule's is made once. Raises OverflowError for a long one."""
 
     def __init__(self, rules: dict[str, Any]):
         self.rules = rules
@@ -151,8 +154,8 @@ class _Regex:
         if hasattr(node, "alternatives"):
             return f"(?:{'|'.join(self.of(one) for one in node.alternatives)})"
         whole = "".join(self.of(one) for one in node.nodes)
-        if len(whole) > 16 * _MOST_OF_ONE:
-            raise ValueError("its rules repeat each other to a grammar of millions of characters; make it smaller")
+        if len(whole) > _MOST:
+            raise OverflowError
         return whole
 
 
