@@ -19,6 +19,7 @@ from octavo.quant.formats import COMPANIONS, int4_group, stored_scheme, stored_s
 from octavo.quant.qtensor import scale_shape
 from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType, int4_of
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
+from octavo.weights.leftovers import check_scaled
 
 __all__ = ["Piece", "Plan"]
 
@@ -101,8 +102,8 @@ class Plan:
         self.checkpoint, self.reader, self.config, self.rules = checkpoint, reader, config, rules
         self.modules = {name for tensor in checkpoint.tensors.values() if (name := _module(tensor))}
         self.scaled = {name for name in self.modules if self._is_stored_quantized(name)}
-        packed = {name: int4_scheme(reader, name) for name in sorted(self.modules) if reader.has(f"{name}.weight_packed")}
-        self.int4 = {} if requantize_int4 else packed
+        self.packed = {name: int4_scheme(reader, name) for name in sorted(self.modules) if reader.has(f"{name}.weight_packed")}
+        self.int4 = {} if requantize_int4 else self.packed
         self.operands: dict[str, list[str]] = {}
         for name in sorted(self.modules):
             self.operands.setdefault(_operand(name), []).append(name)
@@ -117,6 +118,8 @@ class Plan:
     def _pieces(self, tensors: list[StoredTensor]) -> Iterator[Piece]:
         for tensor in tensors:
             owner, _, end = tensor.name.rpartition(".")
+            if owner in self.scaled and owner not in self.packed:
+                check_scaled(tensor.name, lambda name: self.reader.read(name, None))
             if owner in self.scaled and end in COMPANIONS and not (owner in self.int4 and end in BESIDE_INT4):
                 continue  # written anew, or not needed: activations are scaled by what they are
             yield self._matrix(tensor, _module(tensor)) if _module(tensor) else self._other(tensor)
@@ -197,7 +200,10 @@ class Plan:
         if self.rules.scheme is FP8_BLOCK and (
             odd := [p.module for p in self.quantized if any(size % BLOCK for size in p.shape)]
         ):
-            lines.append(f"{len(odd)} matrices do not divide into 128x128 tiles, which some engines refuse: {_names(odd)}")
+            lines.append(
+                f"{len(odd)} matrices do not divide into 128x128 tiles: transformers fails in its first forward pass and most "
+                f"versions of vLLM refuse to load them, so take ptpc_fp8 for other engines than Octavo: {_names(odd)}"
+            )
         if self.int4:
             lines.append(f"{len(self.int4)} matrices are stored in INT4 and stay so, bit for bit: {_names([*self.int4])}")
         if left := self.ignored():

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec
 from octavo.models.interface import CalibratedModel, Model
+from octavo.quant.checks import cache_format_said
 from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "set_kv_scales"]
 
+SCALED = ("fp8_e4m3", "fp8_e5m2")  # cache dtypes with a scale for each layer's keys and values
 TEXT = """\
 The harbour was quiet when the first boats came in. Twelve baskets of herring, four of mackerel; the price had fallen again, to
 3.75 a kilo, and nobody spoke of it. "We should have gone north," said Ines, and her brother nodded: north, yes, on the 14th.
@@ -52,8 +54,16 @@ def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
     return (" and ".join(names) or kv_cache_dtype) + row
 
 
-def check_kv_scales(model: Model, config: EngineConfig) -> None:
-    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches do not have."""
+def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str, Any]) -> None:
+    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches do not have, and where those of
+    the checkpoint are for another format: such of FP4 would clip most of the values of FP8."""
+    directory, scaled = Path(config.model), hasattr(model, "kv_scales")
+    said = cache_format_said(json_config, directory if directory.is_dir() else None)  # a plan may have a config.json alone
+    if said not in ("", "FP8") and scaled and config.kv_cache_dtype in SCALED and not config.calculate_kv_scales:
+        raise OctavoError(
+            f"the checkpoint's KV scales are for a cache in {said}, and no FP8 cache can use them; "
+            "add --calculate-kv-scales, or leave --kv-cache-dtype fp8 out."
+        )
     if config.calculate_kv_scales and not hasattr(model, "kv_scales"):
         raise OctavoError(
             "--calculate-kv-scales has nothing to measure for this model: an FP8 cache of MLA, fp8_ds_mla, takes the scales of "
@@ -74,7 +84,7 @@ def set_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object])
     if not hasattr(model, "kv_scales"):
         return None
     scaled = cast("CalibratedModel", model)
-    if config.kv_cache_dtype not in ("fp8_e4m3", "fp8_e5m2"):
+    if config.kv_cache_dtype not in SCALED:
         if config.calculate_kv_scales:
             return f"--calculate-kv-scales measured nothing: --kv-cache-dtype {config.kv_cache_dtype} has no scales for it"
         unused = f"the checkpoint has KV scales, which --kv-cache-dtype {config.kv_cache_dtype} does not use; fp8 does"
@@ -83,6 +93,8 @@ def set_kv_scales(model: Model, config: EngineConfig, run: Callable[[], object])
         scaled.calibrate(run)
         values = [float(value) for scale in scaled.kv_scales()[0] for value in scale.view(-1)]
         return f"KV scales measured: {min(values):.3g} to {max(values):.3g}"
-    if scaled.kv_scales()[1]:
-        return "KV scales taken from the checkpoint"
+    scales, stored = scaled.kv_scales()
+    if stored:
+        part = f", which has them of {stored} of {len(scales) // 2} layers; the others' are 1.0"
+        return "KV scales taken from the checkpoint" + part * (2 * stored < len(scales))
     return "KV scales are 1.0: the checkpoint has none (--calculate-kv-scales measures them)"

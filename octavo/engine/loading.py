@@ -63,7 +63,7 @@ def make_model(
         sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
         for kind in (config.kv_cache_dtype, "fp8_e4m3")
     )
-    check_kv_scales(model, config)
+    check_kv_scales(model, config, json_config)
     length = length_held(config, platform, token, limits.positions, fp8)
     return model if length == limits.positions else build(length), limits
 
@@ -184,6 +184,13 @@ def load_model(
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
         loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
+    if isinstance(source, SafetensorsSource) and source.checkpoint.renamed:
+        loader.report.note(f"names of tensors are read {source.checkpoint.renamed}")
+    if dtype is torch.bfloat16 and _has_float16(source, config):
+        loader.report.note(
+            "the checkpoint's float16 values are rounded to bfloat16, of the same size, with more range and 8 significant bits "
+            "for 11; --dtype float32 keeps them"
+        )
     if config.quantize_lm_head and not scheme.quantized:
         rules.head_scheme = checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading as {scheme.name}"
@@ -201,6 +208,15 @@ def load_model(
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report, complete
+
+
+def _has_float16(source: SafetensorsSource | DummySource, config: EngineConfig) -> bool:
+    """Whether a checkpoint holds or announces float16."""
+    if not isinstance(source, SafetensorsSource):
+        return False
+    described = read_config(Path(config.model))
+    stored = any(tensor.dtype == "F16" for tensor in source.checkpoint.tensors.values())
+    return stored or "float16" in (described.get("dtype"), described.get("torch_dtype"))
 
 
 def _check_room(

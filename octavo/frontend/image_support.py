@@ -22,7 +22,7 @@ _NO_VIDEOS = "This model's videos are not read here; send some of the frames as 
 
 class ImageSupport(NamedTuple):
     """reader: how images are read; None where they are not. refusal: why not, in a sentence. fault: whether something is wrong
-    with the checkpoint, which whoever starts the engine should hear. videos, video_refusal: the same of videos.
+    with the checkpoint, which whoever starts the engine should hear. videos, video_refusal, video_fault: the same of videos.
     """
 
     reader: ImageReader | None = None
@@ -30,6 +30,7 @@ class ImageSupport(NamedTuple):
     fault: bool = False
     videos: VideoReader | None = None
     video_refusal: str = _NO_VIDEOS
+    video_fault: bool = False
 
     def place(
         self,
@@ -72,4 +73,4 @@ def image_support(config: EngineConfig, info: EngineInfo) -> ImageSupport:
     try:
         return made._replace(videos=video_reader(config.model))
     except OctavoError as error:
-        return made._replace(video_refusal=str(error))
+        return made._replace(video_refusal=str(error), video_fault=True)

@@ -70,6 +70,8 @@ class OfflineMedia:
     def _video_reader(self) -> VideoReader:
         self._reader()
         if self._support.videos is None:
+            if self._support.video_fault:
+                raise OctavoError(self._support.video_refusal)
             raise InvalidRequest(self._support.video_refusal, _PARAM)
         return self._support.videos
 

@@ -21,8 +21,8 @@ __all__ = ["SCALE_NAMES", "PagedAttention"]
 
 # Names of an FP8 cache's scales in checkpoints, relative to the attention module, newest first.
 _SPELLINGS = (("k_scale", "v_scale"), ("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"),
-              ("qkv_proj.k_scale", "qkv_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"),
-              ("kv_scale", "kv_scale"))  # fmt: skip
+              ("qkv_proj.k_scale", "qkv_proj.v_scale"), ("qkqkv_proj.k_scale", "qkqkv_proj.v_scale"),
+              ("k_proj.output_scale", "v_proj.output_scale"), ("kv_scale", "kv_scale"))  # fmt: skip
 SCALE_NAMES = (*dict.fromkeys(name for pair in _SPELLINGS for name in pair), "q_scale", "q_proj.output_scale")
 
 
@@ -74,7 +74,7 @@ class PagedAttention(nn.Module):
                 # k_scale alone serves values too, as in vLLM; v_scale alone is an incomplete checkpoint
                 self.k_scale, self.v_scale = (self._stored_scale(loader, name) for name in (k, v if loader.has(v) else k))
                 self.scales_from_checkpoint = True
-            for name in (*spelling, "q_scale", "q_proj.output_scale"):
+            for name in spelling:
                 loader.skip(name)
 
     def _stored_scale(self, loader: Loader, name: str) -> Tensor:

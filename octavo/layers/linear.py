@@ -14,7 +14,7 @@ from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.quant.formats import WHOLE, Shard, whole_unit
+from octavo.quant.formats import COMPANIONS, WHOLE, Shard, whole_unit
 from octavo.quant.scheme import BLOCK
 from octavo.weights import Loader
 
@@ -241,7 +241,8 @@ class LMHead(nn.Module):
 
     def load(self, loader: Loader) -> None:
         if self.tied is not None:
-            loader.skip("lm_head.weight")  # some checkpoints store it twice
+            for end in ("weight", "weight_packed", *COMPANIONS):
+                loader.skip(f"lm_head.{end}")  # some checkpoints store it twice, or in codes that the embedding is not in
             self.weight = loader.tied(self.tied)
         else:
             self.weight = loader.weight(["lm_head"], [self.shape], [self.shard], is_head=True)

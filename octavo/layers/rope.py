@@ -124,6 +124,7 @@ def _yarn_magnitude(factor: float, p: Mapping[str, Any]) -> float:
 
 _NEEDED = {
     "default": ("rope_theta",),
+    "dynamic": ("rope_theta", "factor"),
     "linear": ("rope_theta", "factor"),
     "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("rope_theta",),
@@ -131,4 +132,5 @@ _NEEDED = {
 _NUMBERS = (
     *_NEEDED["llama3"], "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 )  # fmt: skip
-_INV_FREQ = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+# Within the context that the model was made for, "dynamic" keeps the base; it grows with longer ones, which are not served.
+_INV_FREQ = {"default": _default, "dynamic": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

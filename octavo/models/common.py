@@ -169,10 +169,10 @@ class CausalLM(DecoderLM):
             for layer in layers:
                 layer.observe = False
 
-    def kv_scales(self) -> tuple[list[Tensor], bool]:
+    def kv_scales(self) -> tuple[list[Tensor], int]:
         layers = self.attention_layers()
         scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
-        return scales, all(layer.scales_from_checkpoint for layer in layers)
+        return scales, sum(layer.scales_from_checkpoint for layer in layers)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
         kinds = {a.kv_heads for a in self.attention_layers()}

@@ -100,8 +100,8 @@ class CalibratedModel(Protocol):
     def calibrate(self, run: Callable[[], object]) -> None:
         """Calls `run`, which puts a text through the model, and sets the scales from the largest values seen."""
 
-    def kv_scales(self) -> tuple[list[Tensor], bool]:
-        """The scales, and whether all of them come from the checkpoint."""
+    def kv_scales(self) -> tuple[list[Tensor], int]:
+        """Two scales a layer, and the number of layers that have theirs from the checkpoint."""
 
 
 class VisionModel(Model, Protocol):

@@ -15,7 +15,7 @@ from octavo.errors import OctavoError
 from octavo.files import read_json
 from octavo.quant.scheme import BLOCK
 
-__all__ = ["check_format", "quantization_configs"]
+__all__ = ["cache_format_said", "check_format", "quantization_configs"]
 
 READ = ("fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
 
@@ -66,6 +66,17 @@ def check_format(config: Mapping[str, Any], directory: Path | None = None) -> No
                 ) from None
 
 
+def cache_format_said(config: Mapping[str, Any], directory: Path | None = None) -> str:
+    """The format that a checkpoint's KV scales are for, as its config.json or hf_quant_config.json says it; "" for none."""
+    for entry in quantization_configs(config, directory):
+        algorithm, scheme = entry.get("kv_cache_quant_algo"), entry.get("kv_cache_scheme")
+        if isinstance(algorithm, str):
+            return algorithm.upper()
+        if isinstance(scheme, dict) and scheme.get("num_bits"):
+            return f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme['num_bits']}"
+    return ""
+
+
 def _unread(what: str) -> OctavoError:
     return OctavoError(
         f"this checkpoint is {what}, which Octavo does not read; it reads BF16, FP8 of {', '.join(READ)}, "
@@ -83,6 +94,8 @@ def _hf_fp8(entry: Mapping[str, Any]) -> None:
 def _compressed_tensors(entry: Mapping[str, Any]) -> None:
     if (entry.get("sparsity_config") or {}).get("format") not in (None, "dense"):
         raise _unread(f"compressed as '{entry['sparsity_config']['format']}'")
+    if (entry.get("transform_config") or {}).get("config_groups"):
+        raise _unread("rotated at run time (transform_config)")
     groups = entry.get("config_groups") or {}
     if not isinstance(groups, dict):
         raise OctavoError("config.json: config_groups of its quantization_config must be an object; download it again.")
@@ -91,6 +104,8 @@ def _compressed_tensors(entry: Mapping[str, Any]) -> None:
         kind = (weights.get("type"), weights.get("num_bits"))
         if weights and kind not in (("float", 8), ("int", 4)):
             raise _unread(f"stored as {kind[0]} of {kind[1]} bits")
+        if kind[0] == "float" and weights.get("strategy", "tensor") not in ("tensor", "channel", "block"):
+            raise _unread(f"FP8 with a scale for each {weights['strategy']} of {weights.get('group_size')} values")
         if weights and not weights.get("symmetric", True):
             raise _unread("stored with zero points")
         if weights.get("actorder") in (True, "group", "dynamic"):  # "weight", "static": an order that only the tool used
@@ -107,6 +122,9 @@ def _modelopt(entry: Mapping[str, Any]) -> None:
 
 
 def _quark(entry: Mapping[str, Any]) -> None:
+    for step in entry.get("algo_config") or []:
+        if any(step.get(name) for name in ("r3", "r4", "online_r1_rotation")):
+            raise _unread(f"rotated at run time ({step.get('name')})")
     layers = [entry.get("global_quant_config"), *(entry.get("layer_quant_config") or {}).values()]
     for layer in filter(None, layers):
         weight = layer.get("weight") or {}

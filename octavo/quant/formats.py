@@ -14,7 +14,7 @@ Scales of activations may stand beside them and are not read: Octavo computes ac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import Protocol
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant.qtensor import QTensor, int4_codes
+from octavo.quant.qtensor import QTensor, int4_codes, to_device_fp8
 from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Granularity, Scheme, int4_of
 
 __all__ = [
@@ -36,14 +36,14 @@ __all__ = [
     "read_weight",
     "stored_scheme",
     "stored_shape",
-    "to_device_fp8",
     "whole_unit",
 ]
 
-# Tensors that may stand beside a quantized `weight`. The last five are for activations (AutoFP8 was first with act_scale).
-COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "input_scale", "activation_scale", "act_scale",
-              "input_scale_ub", "input_zero_point")  # fmt: skip
+# Tensors that may stand beside a quantized `weight`. The last six are for activations (AutoFP8 was first with act_scale).
+COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point", "input_scale", "activation_scale",
+              "act_scale", "input_scale_ub", "input_zero_point", "output_zero_point")  # fmt: skip
 INT4_IN_INT32 = 8
+ZERO_POINTS = 0x8888_8888 - (1 << 32)  # a word of eight that are 0, each stored plus 8
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,6 @@ class Reader(Protocol):
 
 def read_weight(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor:
     """This rank's part of the matrix `name` [N, K], in the form that the checkpoint stores."""
-    for calibrated in (*COMPANIONS[3:], "output_scale"):  # output_scale of keys and values is also a cache scale
-        reader.skip(f"{name}.{calibrated}")
     if (packed := int4_packed(reader, name, shape, shard)) is not None:
         return packed
     for decode in (fp8_block, fp8_scaled):
@@ -215,11 +213,6 @@ def _codes(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> T
 
 def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
     """The group size of a packed INT4 matrix. Raises OctavoError for other kinds of INT4."""
-    if reader.has(f"{name}.weight_zero_point") or reader.has(f"{name}.weight_g_idx"):
-        raise OctavoError(
-            f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
-            "Octavo reads symmetric INT4 in its own order only."
-        )
     if not reader.has(f"{name}.weight_scale"):
         raise OctavoError(
             f"{reader.prefix}{name} is stored as packed INT4 without a scale beside it; is the checkpoint complete?"
@@ -236,7 +229,23 @@ def int4_group(reader: Reader, name: str, shape: tuple[int, int]) -> int:
         raise OctavoError(
             f"{reader.prefix}{name}: {words} packed words and {groups} scales a row do not make INT4 rows of {shape[1]} values."
         )
-    return shape[1] // groups
+    group = shape[1] // groups
+    symmetric = _is(reader, f"{name}.weight_zero_point", lambda points: ZERO_POINTS if points.dtype is torch.int32 else 0)
+    if not symmetric or not _is(reader, f"{name}.weight_g_idx", lambda of: torch.arange(len(of)) // group):
+        raise OctavoError(
+            f"{reader.prefix}{name} is stored as packed INT4 with zero points or reordered columns; "
+            "Octavo reads symmetric INT4 in its own order only."
+        )
+    return group
+
+
+def _is(reader: Reader, name: str, expected: Callable[[Tensor], Tensor | int]) -> bool:
+    """Whether the tensor `name` is absent or all as expected. Where there are no values, in a plan, it is not: tools leave out
+    what says nothing."""
+    if not reader.has(name):
+        return True
+    found = reader.read(name, None)
+    return not found.is_meta and bool((found.cpu() == expected(found)).all())
 
 
 def int4_packed(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) -> QTensor | Tensor | None:
@@ -284,16 +293,3 @@ def _scale_name(reader: Reader, name: str) -> str | None:
 def _scale(stored: Tensor) -> Tensor:
     """The scale in FP32. One-byte scales are E8M0, powers of two (DeepSeek's `ue8m0`), stored with that dtype or as bytes."""
     return (stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored).float()
-
-
-def to_device_fp8(q: QTensor, fp8_dtype: torch.dtype) -> QTensor:
-    """Converts stored codes to the device's FP8 dtype. An e4m3fn code means half as much in e4m3fnuz, whose 0x80 is NaN."""
-    if q.data.dtype == fp8_dtype:
-        return q
-    if q.data.dtype is not torch.float8_e4m3fn or fp8_dtype is not torch.float8_e4m3fnuz or q.scale is None:
-        raise OctavoError(
-            f"FP8 weights stored as {q.data.dtype} cannot be used on this device, whose FP8 dtype is {fp8_dtype}."
-        )
-    codes = q.data.view(torch.uint8)
-    codes = torch.where(codes == 0x80, torch.zeros_like(codes), codes)
-    return QTensor(codes.view(fp8_dtype), q.scale * 2, q.scheme, q.shape)

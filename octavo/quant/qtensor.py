@@ -27,6 +27,7 @@ __all__ = [
     "quantize",
     "scale_of",
     "scale_shape",
+    "to_device_fp8",
     "weight_amax",
 ]
 
@@ -262,3 +263,16 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].is_meta:
         return parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
     return torch.cat(list(parts))
+
+
+def to_device_fp8(q: QTensor, fp8_dtype: torch.dtype) -> QTensor:
+    """Converts stored codes to the device's FP8 dtype. An e4m3fn code means half as much in e4m3fnuz, whose 0x80 is NaN."""
+    if q.data.dtype == fp8_dtype:
+        return q
+    if q.data.dtype is not torch.float8_e4m3fn or fp8_dtype is not torch.float8_e4m3fnuz or q.scale is None:
+        raise OctavoError(
+            f"FP8 weights stored as {q.data.dtype} cannot be used on this device, whose FP8 dtype is {fp8_dtype}."
+        )
+    codes = q.data.view(torch.uint8)
+    codes = torch.where(codes == 0x80, torch.zeros_like(codes), codes)
+    return QTensor(codes.view(fp8_dtype), q.scale * 2, q.scheme, q.shape)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from octavo.errors import OctavoError
 from octavo.quant.checks import quantization_configs
 from octavo.quant.qtensor import scale_shape
 from octavo.quant.rules import QuantRules
 from octavo.quant.scheme import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
 
-__all__ = ["StoredFormat", "stored_format_of"]
+__all__ = ["StoredFormat", "left_out", "stored_format_of"]
 
 
 ALL_BUT_TEXT = "re:(?!.*language_model).*"  # the text model's path in checkpoints of multimodal models
@@ -49,11 +50,25 @@ class StoredFormat:
         return [("weight", "F8_E4M3", (n, k)), ("weight_scale", "F32", shape)]
 
 
+def left_out(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a config.json of a quantized checkpoint excludes the module by its own list."""
+    try:
+        listed = [pattern for entry in quantization_configs(config) for pattern in _listed(entry)]
+    except (OctavoError, TypeError, AttributeError):
+        return False  # check_format says it
+    return StoredFormat(None, 0, tuple(listed)).leaves_out(module)
+
+
+def _listed(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that an entry excludes, by name, glob or re:."""
+    keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
+    return tuple(pattern for key in keys for pattern in entry.get(key) or () if _compiles(pattern))
+
+
 def stored_format_of(config: Mapping[str, Any], directory: Path | None = None) -> StoredFormat | None:
     """The format that `quantization_config` announces, which must be a readable one; None for a BF16 checkpoint."""
     found: Mapping[str, Any] = next(iter(quantization_configs(config, directory)), {})
-    keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
-    ignore = tuple(pattern for key in keys for pattern in found.get(key) or () if _compiles(pattern))
+    ignore = _listed(found)
     if found and not quantization_configs({**config, "text_config": None}, directory):
         ignore += (ALL_BUT_TEXT,)  # said within text_config, of the text model alone
     method = found.get("quant_method")
@@ -85,7 +100,8 @@ def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> StoredFormat
 
 
 def _by_strategy(strategy: str) -> Scheme:
-    return FP8_BLOCK if "block" in strategy else FP8_PER_CHANNEL if "channel" in strategy else FP8_PER_TENSOR
+    by_channel = "channel" in strategy or "_pc_" in strategy  # ModelOpt's FP8_PC_PT
+    return FP8_BLOCK if "block" in strategy else FP8_PER_CHANNEL if by_channel else FP8_PER_TENSOR
 
 
 def _compiles(pattern: str) -> bool:

@@ -179,6 +179,8 @@ def image_note(config: EngineConfig, support: ImageSupport) -> str | None:
     """What to say at start: what is wrong with the checkpoint, or which flags mean nothing to a model of text alone."""
     if support.fault:
         return f"images are refused: {support.refusal}"
+    if support.video_fault and config.media_limits["video"]:
+        return f"videos are refused: {support.video_refusal}"
     fields = [field for field in config_fields() if field.metadata["group"] == IMAGES]
     given = [flag_of(field.name) for field in fields if getattr(config, field.name) != field.default]
     if support != ImageSupport() or not given:

@@ -12,6 +12,7 @@ from typing import Any
 from octavo.errors import InvalidRequest
 from octavo.messages import StructuredOutput
 from octavo.text.closed_schema import closed
+from octavo.text.gbnf import is_gbnf, lark_of
 
 __all__ = ["serialize"]
 
@@ -39,6 +40,9 @@ def _validated(wanted: StructuredOutput) -> tuple[str, str]:
         errors = str(error)
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
+    language = {True: "read as GBNF, which has '::=', ", False: "read as Lark ('start: ...'; GBNF is 'root ::= ...'), "}
+    if reason and wanted.kind == "lark":
+        reason = language[is_gbnf(wanted.grammar)] + reason
     return grammar, reason[:300].rstrip(".:") + "." if reason else ""
 
 
@@ -55,6 +59,6 @@ def _read(wanted: StructuredOutput) -> str:
     if wanted.kind == "regex":
         return str(LLMatcher.grammar_from_regex(wanted.grammar))
     if wanted.kind == "lark":
-        return str(LLMatcher.grammar_from_lark(wanted.grammar))
+        return str(LLMatcher.grammar_from_lark(lark_of(wanted.grammar) if is_gbnf(wanted.grammar) else wanted.grammar))
     schema = json.dumps(closed(json.loads(wanted.grammar))) if wanted.kind == "json_schema" else '{"type": "object"}'
     return str(LLMatcher.grammar_from_json_schema(schema, SPACING))

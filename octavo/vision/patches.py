@@ -19,6 +19,7 @@ from octavo.errors import OctavoError
 from octavo.images import Grid, ImagePatches
 
 __all__ = [
+    "FILE",
     "ImageProcessor",
     "check_steps",
     "digest",
@@ -40,6 +41,9 @@ class ImageProcessor(Protocol):
 
     def __call__(self, image: NDArray[np.uint8]) -> ImagePatches:
         """Of an RGB image [rows, columns, 3]. Raises InvalidRequest as `grid` does."""
+
+
+FILE = "preprocessor_config.json"  # in sentences about a wrong field
 
 
 def digest(image: NDArray[np.uint8]) -> bytes:
@@ -69,33 +73,33 @@ def read_config(directory: str | Path) -> Mapping[str, Any]:
     return config
 
 
-def positive(config: Mapping[str, Any], name: str, default: int) -> int:
+def positive(config: Mapping[str, Any], name: str, default: int, file: str = FILE) -> int:
     """A field that is an integer over 0; `default` where it is not there. Raises OctavoError for another value."""
     value = config.get(name)
     value = default if value is None else value
     if type(value) is not int or value < 1:
-        raise OctavoError(f"preprocessor_config.json: {name} must be an integer over 0, not {value!r}.")
+        raise OctavoError(f"{file}: {name} must be an integer over 0, not {value!r}.")
     return value
 
 
-def triple(config: Mapping[str, Any], name: str, default: Sequence[float]) -> tuple[float, float, float]:
+def triple(config: Mapping[str, Any], name: str, default: Sequence[float], file: str = FILE) -> tuple[float, float, float]:
     """A field with a number for each of the three colors; `default` where it is not there. Raises OctavoError otherwise."""
     value = config.get(name)
     value = default if value is None else value
     if not (isinstance(value, list | tuple) and len(value) == 3 and all(type(one) in (int, float) for one in value)):
-        raise OctavoError(f"preprocessor_config.json: {name} must be a list of three numbers, not {value!r}.")
+        raise OctavoError(f"{file}: {name} must be a list of three numbers, not {value!r}.")
     if name == "image_std" and 0 in value:
-        raise OctavoError("preprocessor_config.json: image_std must not be 0.")
+        raise OctavoError(f"{file}: image_std must not be 0.")
     return value[0], value[1], value[2]
 
 
-def check_steps(config: Mapping[str, Any]) -> None:
+def check_steps(config: Mapping[str, Any], file: str = FILE) -> None:
     """Raises OctavoError where the config asks for other steps than the model's processor has: its tower learned on those."""
     wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
     for name, value in wanted.items():
         found = config.get(name)
         if found is not None and found != value:
-            raise OctavoError(f"preprocessor_config.json: {name} must be {value} to be served, not {found!r}.")
+            raise OctavoError(f"{file}: {name} must be {value} to be served, not {found!r}.")
     factor = config.get("rescale_factor")
     if factor is not None and not (type(factor) is float and abs(factor * 255 - 1) < 1e-6):
-        raise OctavoError(f"preprocessor_config.json: rescale_factor must be 1/255 to be served, not {factor!r}.")
+        raise OctavoError(f"{file}: rescale_factor must be 1/255 to be served, not {factor!r}.")

@@ -17,7 +17,7 @@ from octavo.errors import InvalidRequest
 from octavo.images import VIDEO_PARTS
 from octavo.vision.fetch import FetchRules, decode_data_url, fetch
 from octavo.vision.parts import check_number, given_parts
-from octavo.vision.patches import read_config
+from octavo.vision.patches import FILE, read_config
 from octavo.vision.video_decode import VideoLimits, open_video
 from octavo.vision.video_placement import VideoTokens
 from octavo.vision.video_qwen import DEFAULT_FPS, QwenVideos, VideoFrames
@@ -53,16 +53,17 @@ def video_reader(directory: str | Path) -> VideoReader | None:
         return None
     given = (config.get(name, default) for name, default in _TOKENS.items())
     tokens = [one if type(one) is int else default for one, default in zip(given, _TOKENS.values(), strict=True)]
-    return VideoReader(QwenVideos.from_json(_read_config(Path(directory))), VideoTokens(*tokens))
+    return VideoReader(QwenVideos.from_json(*_read_config(Path(directory))), VideoTokens(*tokens))
 
 
-def _read_config(directory: Path) -> Mapping[str, Any]:
-    """As transformers looks for it, which takes the images' for a checkpoint that has no other."""
-    nested = (files.read_json(directory / "processor_config.json") or {}).get("video_processor")
+def _read_config(directory: Path) -> tuple[Mapping[str, Any], str]:
+    """The config and its file. As transformers looks for it, which takes the images' for a checkpoint that has no other."""
+    names = "processor_config.json", "video_preprocessor_config.json", FILE
+    nested = (files.read_json(directory / names[0]) or {}).get("video_processor")
     if isinstance(nested, Mapping):
-        return nested
-    own = files.read_json(directory / "video_preprocessor_config.json")
-    return read_config(directory) if own is None else own
+        return nested, names[0]
+    own = files.read_json(directory / names[1])
+    return (read_config(directory), names[2]) if own is None else (own, names[1])
 
 
 def video_parts(messages: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[VideoPart]:

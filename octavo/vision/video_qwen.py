@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -56,32 +56,33 @@ class QwenVideos:
     max_frames: int = 768
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> Self:
-        """Of video_preprocessor_config.json. Raises OctavoError, naming the field, for one that is wrong."""
-        check_steps(config)
+    def from_json(cls, config: Mapping[str, Any], file: str = "video_preprocessor_config.json") -> Self:
+        """Of the config in `file`. Raises OctavoError, naming the field, for one that is wrong."""
+        check_steps(config, file)
+        number, colors = partial(positive, file=file), partial(triple, file=file)
         for name, value in {"do_sample_frames": True, "num_frames": None}.items():
             if config.get(name, value) not in (value, None):
-                raise OctavoError(f"video_preprocessor_config.json: {name} must be {value} to be served, not {config[name]!r}.")
+                raise OctavoError(f"{file}: {name} must be {value} to be served, not {config[name]!r}.")
         size = config.get("size")
         bounds = size if isinstance(size, Mapping) else {}
         fps = config.get("fps") or cls.fps
         if type(fps) not in (int, float) or not 0 < fps < math.inf:
-            raise OctavoError(f"video_preprocessor_config.json: fps must be a number over 0, not {fps!r}.")
+            raise OctavoError(f"{file}: fps must be a number over 0, not {fps!r}.")
         made = cls(
-            min_pixels=positive(bounds, "shortest_edge", cls.min_pixels),
-            max_pixels=positive(bounds, "longest_edge", cls.max_pixels),
-            frame_tokens=positive(config, "max_video_tokens", 768) if config.get("cap_pixels_per_frame") else None,
-            patch_size=positive(config, "patch_size", cls.patch_size),
-            temporal_patch_size=positive(config, "temporal_patch_size", cls.temporal_patch_size),
-            merge_size=positive(config, "merge_size", cls.merge_size),
-            mean=triple(config, "image_mean", HALVES),
-            std=triple(config, "image_std", HALVES),
+            min_pixels=number(bounds, "shortest_edge", cls.min_pixels),
+            max_pixels=number(bounds, "longest_edge", cls.max_pixels),
+            frame_tokens=number(config, "max_video_tokens", 768) if config.get("cap_pixels_per_frame") else None,
+            patch_size=number(config, "patch_size", cls.patch_size),
+            temporal_patch_size=number(config, "temporal_patch_size", cls.temporal_patch_size),
+            merge_size=number(config, "merge_size", cls.merge_size),
+            mean=colors(config, "image_mean", HALVES),
+            std=colors(config, "image_std", HALVES),
             fps=float(fps),
-            min_frames=positive(config, "min_frames", cls.min_frames),
-            max_frames=positive(config, "max_frames", cls.max_frames),
+            min_frames=number(config, "min_frames", cls.min_frames),
+            max_frames=number(config, "max_frames", cls.max_frames),
         )
         if made.min_pixels > made.max_pixels or made.min_frames > made.max_frames:
-            raise OctavoError("video_preprocessor_config.json: the fewest pixels or frames must not be more than the most.")
+            raise OctavoError(f"{file}: the fewest pixels or frames must not be more than the most.")
         return made
 
     def sample(self, frames: int, fps: float) -> list[int]:

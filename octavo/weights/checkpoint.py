@@ -23,7 +23,10 @@ from octavo.errors import OctavoError
 from octavo.files import INDEX, check_regular, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import COMPANIONS, WHOLE, Shard
+from octavo.quant.stored_format import left_out
 from octavo.weights.finite import FiniteCheck
+from octavo.weights.fused import unfused
+from octavo.weights.names import as_published
 from octavo.weights.stacked_experts import one_by_one
 from octavo.weights.stored_tensor import DTYPES, StoredTensor
 
@@ -40,7 +43,9 @@ class Checkpoint:
         self.directory = directory
         index = directory / INDEX
         one = directory / "model.safetensors"  # preferred, because some directories hold the weights twice, in two layouts
-        paths = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
+        found = sorted(directory.glob("*.safetensors"))
+        # the same weights under Meta's or Mistral's own names, beside transformers' files
+        paths = [one] if one.exists() else [p for p in found if not p.name.startswith("consolidated")] or found
         weight_map: dict[str, str] = {}
         if (content := read_json(index)) is not None:
             try:
@@ -49,15 +54,21 @@ class Checkpoint:
             except (KeyError, TypeError, AttributeError):
                 raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
         if not paths:
-            found = f"and holds {other}" if (other := unread_weights(directory)) else "and Octavo reads no other weight format"
-            raise OctavoError(f"{directory} has no .safetensors files, {found}; take the model's safetensors files.")
+            why = f"and holds {other}" if (other := unread_weights(directory)) else "and Octavo reads no other weight format"
+            raise OctavoError(f"{directory} has no .safetensors files, {why}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
         stored = {tensor.name: tensor for file, path in files.items() for tensor in _read_header(path, file)}
         absent = sorted(set(weight_map) - set(stored))
-        self.unused = _scales_of_nothing(stored)
+        config = read_json(directory / "config.json") or {}
+        named, changes = as_published(stored, config)
+        stored = unfused(named, config)
+        if len(stored) > len(named):
+            changes.append("with qkv_proj and gate_up_proj taken apart, in that order")
+        self.renamed = ", ".join(changes)
+        self.unused = _scales_of_nothing(stored, config)
         for name in self.unused:
             del stored[name]
-        self.tensors = one_by_one(stored, read_json(directory / "config.json") or {})
+        self.tensors = one_by_one(stored, config)
         self.files: dict[str, list[StoredTensor]] = {file: [] for file in files}  # in the order of their data
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.start):
             self.files[tensor.file].append(tensor)
@@ -150,16 +161,18 @@ def bytes_of(data: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _scales_of_nothing(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Scales beside an embedding or head that is not quantized or is tied, which some tools leave there."""
+def _scales_of_nothing(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> list[str]:
+    """Scales, which some tools leave there, beside what is not quantized: an embedding, a head that is tied or in BF16, and a
+    layer that the checkpoint's own list excludes."""
     found = []
     for name in tensors:
         module, _, end = name.rpartition(".")
         weight = tensors.get(f"{module}.weight")
         stored = weight is not None and not weight.dtype.startswith(("BF", "F16", "F32", "F64"))
-        if end in COMPANIONS and not stored and module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+        of_none = end in COMPANIONS and not stored and f"{module}.weight_packed" not in tensors
+        if of_none and (module.rpartition(".")[2] in ("lm_head", "embed_tokens") or left_out(config, module)):
             found.append(name)
-    return [name for name in found if f"{name.rpartition('.')[0]}.weight_packed" not in tensors]
+    return found
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:

@@ -24,7 +24,9 @@ from octavo.quant.formats import WHOLE, Shard, read_weight
 from octavo.quant.qtensor import Stacker, dequantize
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights.in_place import Put, fresh
+from octavo.weights.leftovers import skip_leftovers
 from octavo.weights.load_report import LoadReport
+from octavo.weights.names import why_missing
 from octavo.weights.reading_order import reading_order
 from octavo.weights.sources import Source
 
@@ -72,7 +74,7 @@ class Loader:
         full = self.prefix + name
         self.seen.add(full)
         if full not in self.source.names and not self.source.has_any:
-            raise OctavoError(f"the checkpoint has no tensor {full}, which the model needs; is it complete?")
+            raise OctavoError(why_missing(full, self.source.names))
         length = (shape or self.source.shape(full) or [1])[shard.dim]
         return self.source.read(full, shape, shard.dim, part or shard.slice(length), self.platform.device)
 
@@ -239,10 +241,10 @@ def load(
             complete = put(module, loader.at(path)) and complete
             if progress:
                 progress(done / len(places))
+        check_read(loader, ignore)
         loader.source.finish()
     finally:
         loader.source.close()
-    check_read(loader, ignore)
     for pattern in ignore:
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
         for name in left:
@@ -274,12 +276,9 @@ def is_tied(places: Sequence[tuple[str, Any]]) -> bool:
 
 
 def check_read(loader: Loader, ignore: Sequence[str]) -> None:
-    """Raises OctavoError for a tensor that nothing has read and that no glob in `ignore` matches."""
+    """Raises OctavoError for a tensor that nothing has read, that no glob in `ignore` matches, and that the model cannot do
+    without. What it can is noted."""
     extra = sorted(
         n for n in loader.source.names - loader.seen if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)
     )
-    if extra:
-        raise OctavoError(
-            f"the checkpoint holds {len(extra)} tensor(s) that a model of this config.json does not have, "
-            f"the first is {extra[0]}; they are of different models."
-        )
+    skip_leftovers(extra, lambda name: loader.at("").read(name, None), loader.report.note)

@@ -55,7 +55,7 @@ def one_by_one(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -
             name = name.replace(".mlp.", ".block_sparse_moe.")
         found = _STACK.fullmatch(name)
         if found is None:
-            out[name] = tensor if name == tensor.name else replace(tensor, name=name, key=tensor.name)
+            out[name] = tensor if name == tensor.name else replace(tensor, name=name, key=tensor.key or tensor.name)
             continue
         layer, part, end = layers.setdefault(found["at"], _Layer()), found["part"], found["end"]
         if end is None:

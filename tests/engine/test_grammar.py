@@ -85,7 +85,14 @@ def test_json_object(llm):
     assert any(json.loads(out.text) for out in done)
 
 
-@pytest.mark.parametrize(("kind", "grammar"), [("regex", DATE), ("lark", 'start: "yes" | "no" number\nnumber: /[0-9]{2}/')])
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [
+        ("regex", DATE),
+        ("lark", 'start: "yes" | "no" number\nnumber: /[0-9]{2}/'),
+        ("lark", 'root ::= "yes" | "no" number\nnumber ::= [0-9]{2}'),
+    ],
+)
 def test_other_grammars(llm, kind, grammar):
     pattern = DATE if kind == "regex" else r"yes|no\d\d"
     for params in (dict(), dict(temperature=0), dict(temperature=2.0, top_p=0.9), dict(top_k=3), dict(repetition_penalty=1.5)):

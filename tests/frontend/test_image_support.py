@@ -11,6 +11,7 @@ from cases import cases
 from octavo.config import EngineConfig
 from octavo.frontend.image_support import image_support
 from octavo.messages import EngineInfo
+from octavo.server.chat_images import image_note
 
 QWEN, KIMI, TEXT = ({"model_type": name} for name in ("qwen3_vl", "kimi_k25", "qwen3"))
 OFF, ALONE = "Images are switched off here", "This model reads text alone"
@@ -46,3 +47,28 @@ def test_why(
     assert (found.reader is None, found.fault) == (bool(refusal), fault)
     assert refusal in found.refusal
     assert found.refusal.endswith(".") == bool(refusal)
+
+
+VIDEOS: list[tuple[dict[str, dict[str, Any]], str]] = [
+    ({"video_preprocessor_config.json": {"patch_size": -3}}, "video_preprocessor_config.json: patch_size must be an integer"),
+    ({"video_preprocessor_config.json": {"image_mean": 1}}, "video_preprocessor_config.json: image_mean must be a list"),
+    ({"video_preprocessor_config.json": {"do_resize": False}}, "video_preprocessor_config.json: do_resize must be True"),
+    ({"video_preprocessor_config.json": {"fps": "2"}}, "video_preprocessor_config.json: fps must be a number"),
+    ({"processor_config.json": {"video_processor": {"merge_size": 0}}}, "processor_config.json: merge_size must be an integer"),
+    ({"preprocessor_config.json": {"num_frames": 8}}, "preprocessor_config.json: num_frames must be None"),
+    ({"video_preprocessor_config.json": {}}, ""),
+]
+
+
+@cases(("files", "sentence"), VIDEOS, ids=str)
+def test_what_is_wrong_with_videos_is_said_at_start(files: dict[str, dict[str, Any]], sentence: str, tmp_path: Path) -> None:
+    for name, content in {"config.json": QWEN, "preprocessor_config.json": {}, **files}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    engine = EngineConfig(model=str(tmp_path))
+    found = image_support(engine, EngineInfo(100, 5000, 10, 16, "qwen3_vl", image_tokens=99))
+    assert found.reader is not None
+    assert (found.videos is None, found.video_fault) == (bool(sentence), bool(sentence))
+    note = image_note(engine, found)
+    assert (note or "").startswith(f"videos are refused: {sentence}" if sentence else "")
+    assert (note is None) == (not sentence)
+    assert image_note(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="video=0"), found) is None

@@ -200,6 +200,7 @@ LENGTHS = {
     "yarn": (dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64), 256),
     "yarn, written out": (dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32), 64),
     "llama3": (LLAMA3 | dict(original_max_position_embeddings=8), 64),
+    "dynamic": (dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0), 64),
     "default": (dict(rope_type="default", rope_theta=10000.0), 64),
 }  # fmt: skip
 

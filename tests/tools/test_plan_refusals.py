@@ -51,7 +51,7 @@ def put(scheme: str, **tensors: tuple[str, tuple[int, ...]] | None) -> Tensors:
 Q, NORM, L0 = "model__layers__0__self_attn__q_proj", "model__norm", "model__layers__0"
 # What is wrong: of config.json, of the tensors, of the options; and what the sentence says.
 WRONG: dict[str, tuple[dict[str, Any], Tensors | None, list[str], str]] = {
-    "rope dynamic": (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), None, [], "asks for rope_type 'dynamic'"),
+    "longrope": (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), None, [], "asks for rope_type 'longrope'"),
     "rope without a factor": (dict(rope_scaling=dict(rope_type="linear")), None, [], "needs factor"),
     "gelu": (dict(hidden_act="gelu"), None, [], "asks for hidden_act 'gelu'"),
     "5 of 32 KV heads": (dict(num_attention_heads=32, num_key_value_heads=5), None, [], "a multiple of num_key_value_heads"),

@@ -637,3 +637,18 @@ def test_the_same_command_again_finds_its_work_done(tmp_path: Path, capsys: pyte
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*line, "--scheme", "fp8"]) == 1
     assert "with other settings" in capsys.readouterr().err
+
+
+@cases("scheme", [FP8_BLOCK, FP8_PER_CHANNEL], ids=lambda s: s.name)
+def test_tiles_that_do_not_divide_name_who_fails(scheme: Scheme, tmp_path: Path) -> None:
+    """transformers does: the proposal is a scheme that it runs."""
+    model = llama(tmp_path / "model", hidden_size=128, head_dim=32, intermediate_size=160)
+    said = " ".join(run(model, tmp_path / "out", scheme))
+    told = "do not divide into 128x128 tiles: transformers fails in its first forward pass and most versions of vLLM refuse"
+    assert (told in said, "so take ptpc_fp8 for other engines" in said) == (scheme is FP8_BLOCK,) * 2
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if scheme is FP8_BLOCK:
+        with pytest.raises(RuntimeError, match=r"\[2, 128\] don't multiply up to the size of dim 2 \(160\)"):
+            reference(torch.tensor([tokens(8)]))
+    else:
+        assert reference(torch.tensor([tokens(8)])).logits.isfinite().all()

@@ -332,7 +332,7 @@ CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     (dict(attention_bias=True), ["q_proj.bias"]),
     (dict(hidden_act="gelu"), ["'gelu'"]),
     (dict(rope_scaling="linear"), ["rope"]),
-    (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), ["'dynamic'"]),
+    (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), ["'longrope'"]),
     (dict(rope_scaling=dict(rope_type="linear")), ["factor"]),
     (dict(rope_scaling=dict(rope_type="linear", factor="2")), ["factor"]),
     (dict(rope_scaling=dict(rope_type=["linear"], factor=2.0)), ["rope_type"]),

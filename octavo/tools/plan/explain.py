@@ -101,7 +101,8 @@ def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
     unserved = refusal(lambda: architecture(subject.source.config))
-    out = [q.on.refusal, subject.source.refused, unserved or refusal(lambda: check_kv_scales(subject.model(1), q.config))]
+    of_cache = refusal(lambda: check_kv_scales(subject.model(1), q.config, subject.source.config)) if not unserved else None
+    out = [q.on.refusal, subject.source.refused, unserved or of_cache]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
         out.append(refusal(subject.head_scheme))
     problems = subject.base.problems
