@@ -39,6 +39,7 @@ from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
+from octavo.models.overrides import overridden
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -72,7 +73,9 @@ class ModelRunner:
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
-        json_config = read_config(self.directory)
+        overrides = config.hf_overrides
+        assert not isinstance(overrides, str)
+        json_config = overridden(read_config(self.directory), overrides)
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -123,7 +126,7 @@ class ModelRunner:
         self.model.bind_cache(self.cache.views)
 
     def _set_kv_scales(self) -> None:
-        text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
+        text = partial(calibration_tokens, Path(self.config.text_directory), self.limits.vocab_size)
         if note := set_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
 

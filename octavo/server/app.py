@@ -4,7 +4,7 @@ third of the time of frameworks built on it."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -31,8 +31,13 @@ __all__ = ["make_app"]
 R = TypeVar("R", bound=ApiModel)
 
 
-def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ("*",)) -> Starlette:
-    """The HTTP application over one engine."""
+ALL_ORIGINS: Mapping[str, Any] = {"allow_origins": ["*"], "allow_methods": ["*"], "allow_headers": ["*"]}
+
+
+def make_app(
+    served: Served, api_keys: Sequence[str] = (), cross_origin: Mapping[str, Any] = ALL_ORIGINS, root_path: str = ""
+) -> Starlette:
+    """The HTTP application over one engine. root_path: where a proxy serves it; requests may have it before their path."""
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
         return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
@@ -56,8 +61,8 @@ def make_app(served: Served, api_keys: Sequence[str] = (), allowed_origins: Sequ
         get("/metrics", lambda served, _: Response(served.metrics.text(), media_type="text/plain; version=0.0.4")),
     ]
     middleware = [
-        Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
-        Middleware(Gate, state=served.gate, api_keys=api_keys),
+        Middleware(CORSMiddleware, **cross_origin),
+        Middleware(Gate, state=served.gate, api_keys=api_keys, root_path=root_path),
     ]
     return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
 

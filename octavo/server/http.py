@@ -136,14 +136,16 @@ class GateState:
 class Gate:
     """Middleware before every endpoint: sets the request id, checks the API key, answers 503 during shutdown."""
 
-    def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = ()):
-        self.app, self.state = app, state
+    def __init__(self, app: ASGIApp, state: GateState, api_keys: Sequence[str] = (), root_path: str = ""):
+        self.app, self.state, self._root = app, state, root_path
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self._root:
+            scope["root_path"] = self._root  # which Starlette takes off a path that begins with it
         headers = Headers(scope=scope)
         request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
         scope.setdefault("state", {}).update(request_id=request_id, gate=self.state)
@@ -163,8 +165,12 @@ class Gate:
         finally:
             self.state.running -= 1
 
+    def _within(self, path: str) -> str:
+        """The path without the root that a proxy may have left in it."""
+        return path.removeprefix(self._root) if path.startswith(f"{self._root}/") else path
+
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
-        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if self._within(scope["path"]) in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         scheme, _, key = authorization.partition(" ")
         # every key is compared, in constant time, so that the delay reveals nothing
