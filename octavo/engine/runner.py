@@ -101,12 +101,13 @@ class ModelRunner:
 
     def _make_cache(self) -> None:
         config, cpu = self.config, self.platform.is_cpu
-        specs, *others = (
-            cache_specs(self.model, kind, self.dtype, self.platform) for kind in (config.kv_cache_dtype, "bfloat16", "fp8_e4m3")
-        )
+        kinds = (config.kv_cache_dtype, config.kv_cache_dtype_skip_layers), ("bfloat16", ()), ("fp8_e4m3", ())
+        specs, *others = (cache_specs(self.model, kind, self.dtype, self.platform, skipped) for kind, skipped in kinds)
         self.bytes_per_token, self.dense_bytes_per_token, fp8 = (
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
+        if config.kv_cache_dtype_skip_layers and len({spec.bytes_per_token for spec in specs}) == 1:
+            self.report.note("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
