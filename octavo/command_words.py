@@ -55,7 +55,7 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
         return arguments
     actions = parser._option_string_actions
     given = {actions[flag] for word in rest if (flag := word.partition("=")[0]) in actions}
-    if _known(parser, rest).target is not None:
+    if parser.parse_known_intermixed_args(rest)[0].target is not None:
         given.add(actions["--model"])
     words = []
     for key, value in _read(path).items():
@@ -65,7 +65,9 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
             raise OctavoError(f"{where} is not a flag that the file can have; see octavo serve --help.")
         made = _words_of(where, flag, action, value)
         try:
-            _known(parser, made)
+            _, left = _known(parser, made)
+            if left:
+                raise _WrongWords(f"{left[0]} cannot be a value")
         except _WrongWords as error:
             raise OctavoError(f"{where}: {error}.") from None
         words += [] if action in given else made
@@ -115,14 +117,14 @@ def _words_of(where: str, flag: str, action: argparse.Action, value: Any) -> lis
     return [f"{flag}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
 
 
-def _known(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """What argparse makes of the words that it knows. Raises _WrongWords in place of ending the process."""
+def _known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What argparse makes of the words, and those that it does not know. Raises _WrongWords in place of ending the process."""
 
     def fail(message: str) -> NoReturn:
         raise _WrongWords(message)
 
     parser.error = fail  # type: ignore[method-assign]
     try:
-        return parser.parse_known_intermixed_args(words)[0]
+        return parser.parse_known_intermixed_args(words)
     finally:
         del parser.error

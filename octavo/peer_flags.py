@@ -63,13 +63,15 @@ def peer_keyword(name: str, value: Any) -> bool | None:
         return None
     if value is None:
         return False
-    texts = value if isinstance(value, (list, tuple)) else [value]
-    words = {True: "on", False: "off"} if flag.takes == "switch" else {}
-    values = [words.get(one) or (one if isinstance(one, str) else json.dumps(one, default=str)) for one in texts]
+    if flag.takes == "switch":
+        values = ["on" if value else "off"]
+    else:
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        values = [one if isinstance(one, str) else json.dumps(one, default=str) for one in listed]
     try:
-        return judge(flag, f"{name}={value!r}"[:100], values)
+        return judge(flag, name, values)
     except OctavoError:
-        raise OctavoError(f"{name}={value!r} is not served: {flag.why}.") from None
+        raise OctavoError(f"{name}={repr(value)[:80]} is not served: {flag.why}.") from None
 
 
 def _rows(table: str, ignored: bool) -> Iterator[PeerFlag]:
@@ -97,7 +99,8 @@ def _is_graph_setting(value: str) -> bool:
     if isinstance(read, int):
         return read > 0
     off = ("0", "NONE")
-    return isinstance(read, dict) and not any(str(read.get(key)).upper() in off for key in ("level", "mode", "cudagraph_mode"))
+    asked = [read[key] for key in ("level", "mode", "cudagraph_mode") if key in read] if isinstance(read, dict) else [0]
+    return not any(str(one).upper() in off for one in asked)
 
 
 def _names_a_backend(value: str) -> bool:

@@ -77,7 +77,7 @@ def cache_specs(
         return specs
     names, asked = model.cache_names(), set(skipped)
     if missing := asked - {"sliding_window"}.union(*names):
-        numbers = sorted((int(name) for found in names for name in found if name.isdecimal()), default=0)
+        numbers = sorted(int(name) for found in names for name in found if name.isdecimal())
         raise OctavoError(
             f"--kv-cache-dtype-skip-layers names layer {min(missing, key=int)}; the model's are {numbers[0]} to {numbers[-1]}."
         )

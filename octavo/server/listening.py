@@ -118,12 +118,15 @@ def _try(asked: dict[str, Any]) -> None:
     try:
         context.load_cert_chain(asked["ssl_certfile"], asked.get("ssl_keyfile"), password)
     except OSError as error:  # of which SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise OctavoError(f"--ssl-certfile {asked['ssl_certfile']} cannot be used with the key in {key} ({reason}).") from error
+        raise OctavoError(f"--ssl-certfile {asked['ssl_certfile']} cannot be used with the key in {key} ({_reason(error)}).") from error
     for name, use in (("ssl_ca_certs", context.load_verify_locations), ("ssl_ciphers", context.set_ciphers)):
         if (value := asked.get(name)) is not None:
             try:
                 use(value)
             except OSError as error:
-                reason = getattr(error, "reason", None) or error.strerror or error
-                raise OctavoError(f"--{name.replace('_', '-')} {value} cannot be used ({reason}).") from error
+                raise OctavoError(f"--{name.replace('_', '-')} {value} cannot be used ({_reason(error)}).") from error
+
+
+def _reason(error: OSError) -> str:
+    """OpenSSL's word for what is wrong, such as KEY_VALUES_MISMATCH, or the system's."""
+    return str(getattr(error, "reason", None) or error.strerror or error.args[0])

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     check_text(config)
     check_templates(config.text_directory, template)
     keys = api_keys(args.api_key)
-    tls = tls_settings(args)
+    tls, _ = tls_settings(args), cross_origin(args)
     listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
     if (lacking := no_tokenizer(config.text_directory)) is not None:
         say(f"octavo: {lacking}")
