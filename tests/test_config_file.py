@@ -83,7 +83,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ("line", "words"),
     [
         (["--hf-overrides.rope_theta", "1e6", "M"], ["M", "--hf-overrides", '{"rope_theta": 1000000.0}']),
-        (["--hf-overrides.text_config.a=b", "--hf-overrides.c", "1"], ["--hf-overrides", '{"text_config": {"a": "b"}, "c": 1}']),
+        (
+            ["--hf-overrides.text_config.a=b", "--hf-overrides.c", "1"],
+            ["--hf-overrides", '{"text_config": {"a": "b"}, "c": 1}'],
+        ),
         (["-cc.mode=3"], ["-cc", '{"mode": 3}']),
         (["--max_model_len=1.5", "--x", "a.b=c"], ["--max-model-len=1.5", "--x", "a.b=c"]),
     ],

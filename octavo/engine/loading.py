@@ -69,8 +69,8 @@ def make_model(
 def cache_specs(
     model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform, skipped: Sequence[str] = ()
 ) -> list[KVCacheSpec]:
-    """The cache specs of the model on this platform. `dtype`: the model's. skipped: layers, as --kv-cache-dtype-skip-layers names
-    them, whose caches are in `dtype`. Raises OctavoError for layers that there are not, or whose cache cannot be.
+    """The cache specs of the model on this platform. `dtype`: the model's. skipped: layers, as --kv-cache-dtype-skip-layers
+    names them, whose caches are in `dtype`. Raises OctavoError for layers that there are not, or whose cache cannot be.
     """
     specs = model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
     if not skipped:

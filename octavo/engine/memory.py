@@ -96,16 +96,12 @@ def plan_blocks(
     the model and not from the user, it is lowered instead and a note says so.
     """
     have, total = cache_room(config, platform, working_bytes), platform.memory()[1]
-    if config.kv_cache_memory_bytes is not None:
-        larger = f"raise --kv-cache-memory-bytes (now {config.kv_cache_memory_bytes})"
-    elif platform.is_cpu:
-        larger = f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
-    else:
-        larger = f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
     block_size = config.block_size_on(platform.is_cpu)
     block_bytes = bytes_per_token * block_size
     blocks = _asked_blocks(config, int(have // block_bytes), block_bytes)
     _check_asked_bytes(config, platform, have, working_bytes)
+    if config.num_gpu_blocks_override is not None:
+        have = float(blocks * block_bytes)
     needed = -(-model_len // block_size)
     useful = needed * config.max_num_seqs  # more blocks could never be in use at once
     most = model_len if most is None else most
@@ -128,8 +124,19 @@ def plan_blocks(
         images = f"lower --mm-processor-cache-gb (now {now:g}; images take {gib(image_bytes)}), use --language-model-only, "
     raise OctavoError(
         f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
-        f"of {gib(total)} is left for it: {images}{fewer}, {smaller}, or {larger}."
+        f"of {gib(total)} is left for it: {images}{fewer}, {smaller}, or {_larger(config, platform, have)}."
     )
+
+
+def _larger(config: EngineConfig, platform: Platform, have: float) -> str:
+    """The remedy that makes the cache larger; `have`: its bytes now."""
+    if config.num_gpu_blocks_override is not None:
+        return f"raise --num-gpu-blocks-override (now {config.num_gpu_blocks_override})"
+    if config.kv_cache_memory_bytes is not None:
+        return f"raise --kv-cache-memory-bytes (now {config.kv_cache_memory_bytes})"
+    if platform.is_cpu:
+        return f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
+    return f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
 
 
 def _asked_blocks(config: EngineConfig, fit: int, block_bytes: int) -> int:

@@ -115,10 +115,13 @@ def _try(asked: dict[str, Any]) -> None:
         raise OctavoError(f"--ssl-keyfile {key} is encrypted; give a key without a password.")
 
     key = asked.get("ssl_keyfile") or asked["ssl_certfile"]
+    more = "" if "ssl_keyfile" in asked else "; give its key with --ssl-keyfile"
     try:
         context.load_cert_chain(asked["ssl_certfile"], asked.get("ssl_keyfile"), password)
     except OSError as error:  # of which SSLError is one
-        raise OctavoError(f"--ssl-certfile {asked['ssl_certfile']} cannot be used with the key in {key} ({_reason(error)}).") from error
+        raise OctavoError(
+            f"--ssl-certfile {asked['ssl_certfile']} cannot be used with the key in {key} ({_reason(error)}){more}."
+        ) from error
     for name, use in (("ssl_ca_certs", context.load_verify_locations), ("ssl_ciphers", context.set_ciphers)):
         if (value := asked.get(name)) is not None:
             try:
