@@ -26,18 +26,22 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
             plain.append(word)
             continue
         flag, path, value = match.groups()
-        _put(objects.setdefault(flag, {}), path.split("."), next(waiting, "") if value is None else value)
+        _put(flag, objects.setdefault(flag, {}), path.split("."), next(waiting, "") if value is None else value)
+    for flag in objects:
+        if any(word.partition("=")[0] == flag for word in plain):
+            raise OctavoError(f"{flag} is given whole and by {flag}.{next(iter(objects[flag]))}; give one of them.")
     return plain + [word for flag, found in objects.items() for word in (flag, json.dumps(found))]
 
 
-def _put(found: dict[str, Any], path: list[str], text: str) -> None:
+def _put(flag: str, found: dict[str, Any], path: list[str], text: str) -> None:
     try:
         value = json.loads(text)
     except ValueError:
         value = text
     for key in path[:-1]:
-        within = found.setdefault(key, {})
-        found = within if isinstance(within, dict) else {}
+        found = found.setdefault(key, {})
+        if not isinstance(found, dict):
+            raise OctavoError(f"{flag}.{'.'.join(path)}: {key} is given a value of its own, too; give one of them.")
     found[path[-1]] = value
 
 

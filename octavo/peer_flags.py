@@ -6,13 +6,14 @@ The command line and LLM answer by this table, and docs/coming-from-vllm.md show
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["PEER_FLAGS", "PeerFlag", "judge", "peer_keyword"]
+__all__ = ["PEER_FLAGS", "PeerFlag", "judge", "peer_keyword", "unknown_environment"]
 
 Accepts = tuple[str, ...] | Callable[[str], bool]
 
@@ -72,6 +73,11 @@ def peer_keyword(name: str, value: Any) -> bool | None:
         return judge(flag, name, values)
     except OctavoError:
         raise OctavoError(f"{name}={repr(value)[:80]} is not served: {flag.why}.") from None
+
+
+def unknown_environment(known: Iterable[str] = ()) -> list[str]:
+    """Names of vLLM's environment variables that are set and have no effect here."""
+    return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
 
 
 def _rows(table: str, ignored: bool) -> Iterator[PeerFlag]:
@@ -216,7 +222,7 @@ one machine; --data-parallel-size there starts them all
 it is not measured; /metrics lists what is
 --profiler-config = | use octavo bench profile
 --enable-log-outputs --log-error-stack --aggregate-engine-logging | answers and traces are not logged
---log-config-file --max-log-len --disable-access-log-for-endpoints = | there is no such setting of the log
+--log-config-file --disable-access-log-for-endpoints = | there is no such setting of the log
 --pooler-config --override-pooler-config = | Octavo generates text, and serves no embeddings or scores
 --enable-prompt-embeds --enable-mm-embeds | prompts are texts, token ids and images, not embeddings
 --quantization-param-path = | KV scales are the checkpoint's, or measured with --calculate-kv-scales

@@ -93,3 +93,15 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_dotted_flags_are_json(line: list[str], words: list[str]) -> None:
     assert with_dashes(line) == words
+
+
+def test_dotted_flags_that_contradict() -> None:
+    for line, sentence in (
+        ("--hf-overrides {} --hf-overrides.a 1", "--hf-overrides is given whole and by --hf-overrides.a; give one of them."),
+        (
+            "--hf-overrides.a 1 --hf-overrides.a.b 1",
+            "--hf-overrides.a.b: a is given a value of its own, too; give one of them.",
+        ),
+    ):
+        with pytest.raises(OctavoError, match=sentence):
+            with_dashes(line.split())

@@ -54,6 +54,8 @@ class LLM:
     def __init__(self, model: str | Path = "", **options: Any):
         options = taken_keywords(options)
         path = snapshot_of(str(model), options.get("revision"))
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = snapshot_of(str(options["tokenizer"]), None)
         options, notes = settled(options, path)
         for note in notes:
             log.warning("%s", in_keywords(note))

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import EngineConfig, unknown_environment
+from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.text_sources import check_text
+from octavo.peer_flags import unknown_environment
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
 
 DEMO_NAME = "octavo-demo"
+DESCRIPTIONS = ("/openapi.json", "/docs", "/redoc")  # of the API, which --disable-fastapi-docs leaves out
 KNOWN_VARIABLES = ("VLLM_API_KEY",)  # ignoring this one would open a server that its owner believes closed
 
 
@@ -171,6 +173,8 @@ async def _serve(
             say(f"octavo: {note}")
     served.template_kwargs = args.default_chat_template_kwargs or {}
     app = make_app(served, keys, cross_origin(args), args.root_path)
+    if args.disable_fastapi_docs:
+        app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) not in DESCRIPTIONS]
     settings = uvicorn.Config(
         app,
         http=protocol_class(args.client_timeout),

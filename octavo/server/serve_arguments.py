@@ -136,6 +136,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="where a proxy serves this server's paths, such as /llm",
     )
+    group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no description of the API")
     _add_cross_origin(group)
     _add_tls(group)
     group.add_argument(
