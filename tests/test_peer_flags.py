@@ -144,3 +144,7 @@ def test_the_page_has_the_table() -> None:
 def test_the_page_names_every_flag_of_serve(parser: argparse.ArgumentParser) -> None:
     own = {flag for flag, action in parser._option_string_actions.items() if action.dest not in ("peers", "help")}
     assert sorted(flag for flag in own if flag.startswith("--") and "--no-" not in flag and f"`{flag}" not in PAGE) == []
+    for heading in ("### The same meaning", "### Different", "## Only here"):
+        named = re.findall(r"`(--[\w-]+)", PAGE.partition(f"{heading}\n")[2].partition("\n#")[0])
+        assert len(named) > 5
+        assert {flag for flag in named if flag not in own} == set(), heading
