@@ -41,7 +41,18 @@ class PeerFlag:
 
     def is_so(self, value: str) -> bool:
         """Whether Octavo does what this value asks for."""
-        return self.so(value) if callable(self.so) else value.lower() in self.so
+        if callable(self.so):
+            return self.so(value)
+        return value.lower() in self.so or any(
+            _number(value) == number for one in self.so if (number := _number(one)) is not None
+        )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def judge(flag: PeerFlag, spelled: str, values: list[str]) -> bool:
@@ -188,7 +199,7 @@ layers and the whole context; split layers with --tensor-parallel-size
 --cpu-offload-gb --kv-offloading-size --offload-group-size --offload-num-in-group --offload-prefetch-step =0 | weights and \
 KV cache are in the device's memory alone; make them smaller with --quantization ptpc_fp8 and --kv-cache-dtype fp8
 --kv-offloading-backend --offload-backend =auto | weights and KV cache are in the device's memory alone; leave it out
---video-pruning-rate =0,0.0 | all tokens of a video are computed; send fewer frames
+--video-pruning-rate =0 | all tokens of a video are computed; send fewer frames
 --worker-cls =auto | no code but Octavo's own is run; leave it out
 --additional-config --external-parameters --mm-processor-kwargs --media-io-kwargs ={} | there is nothing that it could set; \
 leave it out

@@ -17,6 +17,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.models import architecture
 from octavo.models.overrides import overridden
+from octavo.models.published import KNOWN
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 64
@@ -63,6 +64,15 @@ def test_an_override_is_as_if_it_were_written(
 def test_what_changes_nothing_or_is_wrong_is_refused(overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(OctavoError, match=sentence.replace("(", "\\(")):
         overridden(OLD, overrides)
+
+
+def test_a_model_within_a_model() -> None:
+    config = KNOWN["Qwen3-VL-8B"]
+    longer = {"max_position_embeddings": 400_000}
+    changed = overridden(config, {"text_config": longer})
+    assert made(changed) == made({**config, "text_config": {**config["text_config"], **longer}}) != made(config)
+    with pytest.raises(OctavoError, match=r'it may belong into {"text_config": \.\.\.}, or leave it out'):
+        overridden(config, longer)
 
 
 def test_short_forms_are_overrides() -> None:
