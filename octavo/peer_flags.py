@@ -151,8 +151,8 @@ own choice
 --max-cudagraph-capture-size --max-seq-len-to-capture --max-context-len-to-capture = | graphs are captured for all that \
 --max-num-seqs allows
 --cuda-graph-sizes --cudagraph-capture-sizes * | graphs are captured for all that --max-num-seqs allows
---mm-processor-cache-type --mm-shm-cache-max-object-size-mb --mm-encoder-tp-mode --renderer-num-workers = | images are \
-prepared in side processes, and the tower's outputs are kept (--mm-processor-cache-gb)
+--mm-processor-cache-type --mm-shm-cache-max-object-size-mb --mm-encoder-tp-mode --renderer-num-workers --mm-tensor-ipc = | \
+images are prepared in side processes, and the tower's outputs are kept (--mm-processor-cache-gb)
 --disable-mm-preprocessor-cache --skip-mm-profiling --enable-multimodal-encoder-data-parallel | images are prepared in side \
 processes, and the tower's outputs are kept (--mm-processor-cache-gb)
 --mamba-cache-dtype --mamba-ssm-cache-dtype --mamba-block-size --mamba-cache-mode --mamba-backend --gdn-prefill-backend = | \
@@ -167,6 +167,14 @@ safetensors are read by several threads
 --master-addr --master-port --data-parallel-rpc-port -dpp = | all engines run on one machine and find their ports themselves
 --h11-max-incomplete-event-size --h11-max-header-count = | a request's head may have 64 KiB
 --show-hidden-metrics-for-version = | /metrics hides none
+--cp-kv-cache-interleave-size --dcp-kv-cache-interleave-size = | each rank has the whole context
+--numa-bind | each rank chooses its threads and its memory itself
+--numa-bind-nodes --numa-bind-cpus * | each rank chooses its threads and its memory itself
+--enable-log-deltas on | answers are not logged
+--cohere-format = | there are no endpoints in Cohere's form
+--cohere-is-reasoning-model --enable-flash-late-interaction on | there are no endpoints in Cohere's form, and no scores
+--enable-ep-weight-filter | each rank reads its own experts alone
+--api-server-count -asc =1 | one process answers HTTP; start several servers behind a load balancer for more
 --disable-frontend-multiprocessing | the engine runs in a process of its own
 """
 
@@ -184,7 +192,6 @@ _SO = """
 layers and the whole context; split layers with --tensor-parallel-size
 --nnodes -n =1 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
 --node-rank -r =0 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
---api-server-count -asc =1 | one process answers HTTP; start several servers behind a load balancer for more
 --distributed-executor-backend =mp,uni,auto | ranks are processes of one machine; leave it out
 --data-parallel-backend -dpb =mp | engines are processes of one machine; leave it out
 --task =generate,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
@@ -207,21 +214,30 @@ leave it out
 
 # Refused: what they ask for is not here. Of a switch the negation is so.
 _REFUSED = """
---enable-lora --fully-sharded-loras --enable-lora-bias | there are no LoRA adapters; merge the adapter into the weights
+--enable-lora --fully-sharded-loras --enable-lora-bias --specialize-active-lora --enable-tower-connector-lora | there are no \
+LoRA adapters; merge the adapter into the weights
 --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --lora-extra-vocab-size --default-mm-loras \
 --long-lora-scaling-factors --qlora-adapter-name-or-path = | there are no LoRA adapters; merge the adapter into the weights
---lora-modules --prompt-adapters * | there are no adapters; merge them into the weights
+--lora-modules --lora-target-modules --prompt-adapters * | there are no adapters; merge them into the weights
 --enable-prompt-adapter | there are no adapters; merge them into the weights
 --max-prompt-adapters --max-prompt-adapter-token = | there are no adapters; merge them into the weights
---speculative-config -sc --speculative-model --num-speculative-tokens --speculative-draft-tensor-parallel-size \
---speculative-max-model-len --speculative-disable-by-batch-size --ngram-prompt-lookup-max --ngram-prompt-lookup-min \
---spec-decoding-acceptance-method --speculative-model-quantization = | there is no speculative decoding; leave it out
+--speculative-config -sc --spec-method --spec-model --spec-tokens --speculative-model --num-speculative-tokens \
+--speculative-draft-tensor-parallel-size --speculative-max-model-len --speculative-disable-by-batch-size \
+--ngram-prompt-lookup-max --ngram-prompt-lookup-min --spec-decoding-acceptance-method --speculative-model-quantization = | \
+there is no speculative decoding; leave it out
 --kv-transfer-config --kv-events-config --ec-transfer-config --weight-transfer-config = | caches are not sent between \
 servers; leave it out
 --data-parallel-rank -dpn --data-parallel-start-rank -dpr --data-parallel-size-local -dpl --data-parallel-address -dpa = | \
 all engines run on one machine; --data-parallel-size there starts them all
 --data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb --headless | all engines run on \
 one machine; --data-parallel-size there starts them all
+--data-parallel-supervisor-port --dp-supervisor-probe-interval-s --dp-supervisor-probe-timeout-s \
+--dp-supervisor-probe-failure-threshold --distributed-timeout-seconds = | all engines run on one machine, and a rank that \
+hangs ends its engine (--engine-timeout)
+--enable-elastic-ep | the number of ranks is that of the start
+--enable-return-routed-experts | answers do not say which experts computed them
+--reasoning-config = | thinking has no budget of its own; max_completion_tokens is for the whole answer
+--fingerprint-mode --fingerprint-value = | there is no such setting of system_fingerprint
 --grpc --tokens-only | Octavo speaks HTTP with OpenAI's API alone
 --worker-use-ray --engine-use-ray --ray-workers-use-nsight | ranks are processes of one machine, without Ray
 --worker-extension-cls --scheduler-cls --logits-processor-pattern --io-processor-plugin --tool-parser-plugin \
@@ -229,8 +245,9 @@ one machine; --data-parallel-size there starts them all
 --logits-processors * | no code but Octavo's own is run; requests may send logit_bias, allowed_token_ids and bad_words
 --tool-server = | no tools are run here; a client runs them
 --otlp-traces-endpoint --collect-detailed-traces = | there is no tracing; /metrics has the times
---enable-layerwise-nvtx-tracing --kv-cache-metrics --cudagraph-metrics --enable-mfu-metrics --enable-per-request-metrics | \
-it is not measured; /metrics lists what is
+--enable-layerwise-nvtx-tracing --kv-cache-metrics --cudagraph-metrics --enable-mfu-metrics --enable-per-request-metrics \
+--enable-logging-iteration-details | it is not measured; /metrics lists what is
+--kv-cache-metrics-sample = | it is not measured; /metrics lists what is
 --profiler-config = | use octavo bench profile
 --enable-log-outputs --log-error-stack --aggregate-engine-logging | answers and traces are not logged
 --log-config-file --disable-access-log-for-endpoints = | there is no such setting of the log

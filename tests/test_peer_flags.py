@@ -26,6 +26,12 @@ CHECKED = {
 }
 
 
+IN_WORDS = {
+    "--compilation-config": "all but level or mode 0 and `cudagraph_mode` NONE",
+    "--structured-outputs-config": "`backend` alone",
+}
+
+
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     return make_parser("serve", serve.add_arguments)
@@ -105,7 +111,7 @@ def row(flag: PeerFlag) -> str:
     """The flag's row in the page."""
     names = ", ".join(f"`{name}`" for name in flag.names)
     if callable(flag.so):
-        so = "see right"
+        so = IN_WORDS[flag.names[0]]
     elif flag.takes == "switch":
         so = ""
     else:
