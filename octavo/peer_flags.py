@@ -6,14 +6,13 @@ The command line and LLM answer by this table, and docs/coming-from-vllm.md show
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["PEER_FLAGS", "PeerFlag", "judge", "peer_keyword", "unknown_environment"]
+__all__ = ["PEER_FLAGS", "PeerFlag", "judge", "peer_keyword"]
 
 Accepts = tuple[str, ...] | Callable[[str], bool]
 
@@ -84,11 +83,6 @@ def peer_keyword(name: str, value: Any) -> bool | None:
         return judge(flag, name, values)
     except OctavoError:
         raise OctavoError(f"{name}={repr(value)[:80]} is not served: {flag.why}.") from None
-
-
-def unknown_environment(known: Iterable[str] = ()) -> list[str]:
-    """Names of vLLM's environment variables that are set and have no effect here."""
-    return sorted(name for name in os.environ if name.startswith("VLLM_") and name not in known)
 
 
 def _rows(table: str, ignored: bool) -> Iterator[PeerFlag]:

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.text_sources import check_text
-from octavo.peer_flags import unknown_environment
 from octavo.server.console import LoadingBar, greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
