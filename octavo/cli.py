@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from octavo.command_words import with_config_file, with_dashes
 from octavo.errors import OctavoError, shortage
-from octavo.flags import BENCH, COMMANDS, command_of, engine_config, make_parser, nearest, refuse_empty, with_dashes
+from octavo.flags import BENCH, COMMANDS, command_of, engine_config, make_parser, nearest, refuse_empty
 from octavo.version import __version__
 
 __all__ = ["engine_config", "main", "make_parser"]
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lam
         command, given = COMMANDS[name], with_dashes(rest)
         module = importlib.import_module(command.module)
         parser = make_parser(name, module.add_arguments)
+        if name == "serve":
+            given = with_config_file(parser, given)
         args = parser.parse_intermixed_args(given)  # or flags before MODEL that take several values would hide it
         refuse_empty(parser, args)
         if command.needs is not None:

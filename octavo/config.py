@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -13,11 +12,17 @@ from octavo.option_values import (
     CHECKPOINT_FORMATS,
     DTYPES,
     KV_CACHE_DTYPES,
+    MAX_LOGPROBS,
     MAX_MEDIA,
     QUANTIZATIONS,
+    UNREAD_FORMATS,
     canonical,
+    layer_names,
+    read_json_option,
     read_media_limits,
+    with_rope,
 )
+from octavo.quantization_file import merged, read_quantization_config
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -25,6 +30,7 @@ __all__ = [
     "IMAGES",
     "KV_CACHE_DTYPES",
     "QUANTIZATIONS",
+    "UNREAD_FORMATS",
     "EngineConfig",
     "canonical",
     "flag_of",
@@ -57,6 +63,29 @@ class EngineConfig:
     download_dir: str | None = option(
         None, "cache that names of the hub are downloaded to (default: the hub's own)", group=MODEL, metavar="DIR"
     )
+    tokenizer: str | None = option(
+        None, "directory of the tokenizer and the chat template (default: the model's)", group=MODEL, metavar="DIR"
+    )
+    hf_overrides: str | Mapping[str, Any] | None = option(
+        None, "values in place of config.json's, such as '{\"max_position_embeddings\": 65536}'", group=MODEL, metavar="JSON"
+    )
+    rope_scaling: str | Mapping[str, Any] | None = option(
+        None, "how positions are scaled, in place of config.json's rope_scaling", group=MODEL, metavar="JSON"
+    )
+    rope_theta: float | None = option(None, "base of the rotary embedding, in place of config.json's", group=MODEL)
+    generation_config: str = option(
+        "auto",
+        "whose generation_config.json says how to sample by default: auto is the model's, vllm is nobody's",
+        group=MODEL,
+        metavar="{auto,vllm,DIR}",
+    )
+    override_generation_config: str | Mapping[str, Any] | None = option(
+        None,
+        "sampling by default, in place of generation_config.json's, such as '{\"temperature\": 0.6}'",
+        group=MODEL,
+        metavar="JSON",
+    )
+    max_logprobs: int = option(20, "most log-probabilities of a token that a request may ask for", group=MODEL)
     dtype: str = option("auto", "of activations and unquantized weights", group=MODEL, values=("auto", "bfloat16", "float32"))
     device: str = option("auto", "where the model runs", group=MODEL, values=("auto", "cuda", "cpu"))
     load_format: str = option(
@@ -97,12 +126,27 @@ class EngineConfig:
         group=QUANTIZATION,
         values=("auto", "bfloat16", "fp8", "fp8_e5m2", "fp8_per_token_head"),
     )
+    kv_cache_dtype_skip_layers: tuple[str, ...] = option(
+        (),
+        "layers whose KV cache stays in the model's own dtype: their numbers, or sliding_window",
+        group=QUANTIZATION,
+        metavar="LAYER",
+    )
     calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0", group=QUANTIZATION)
-    max_model_len: int | None = option(None, "longest prompt plus output in tokens (default: the model's own)", group=MEMORY)
+    max_model_len: int | None = option(
+        None,
+        "longest prompt plus output in tokens (default, and auto: the model's own, or what fits)",
+        group=MEMORY,
+        unset=("auto", "-1"),
+    )
     gpu_memory_utilization: float = option(0.9, "part of the accelerator's memory to use, 0 to 1", group=MEMORY)
     cpu_kv_cache_gib: float | None = option(
         None, "KV cache on a CPU in GiB (default: 4, or half of the memory that is available if that is less)", group=MEMORY
     )
+    kv_cache_memory_bytes: int | None = option(
+        None, "bytes of KV cache on each device, in place of --gpu-memory-utilization", group=MEMORY
+    )
+    num_gpu_blocks_override: int | None = option(None, "blocks of KV cache, in place of as many as fit", group=MEMORY)
     block_size: int | None = option(None, "tokens in a block of KV cache (default: 64, on a CPU 16)", group=MEMORY)
     max_num_seqs: int = option(256, "most requests in one step", group=MEMORY)
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
@@ -144,6 +188,11 @@ class EngineConfig:
         return self.max_num_batched_tokens or (2048 if cpu else 8192)
 
     @property
+    def text_directory(self) -> str:
+        """Where the tokenizer is."""
+        return self.tokenizer or self.model
+
+    @property
     def num_devices(self) -> int:
         """Accelerators that all engines take together."""
         return self.tensor_parallel_size * self.data_parallel_size
@@ -181,8 +230,12 @@ class EngineConfig:
 
             put("model", str(MODEL_DIR))
         if self.quantization_config is not None:
-            for name, value in _merged(self, read_quantization_config(self.quantization_config)).items():
+            for name, value in merged(self, read_quantization_config(self.quantization_config)).items():
                 put(name, value)
+        if self.max_model_len in (-1, "auto"):  # in Python; the command line has taken them already
+            put("max_model_len", None)
+        put("override_generation_config", read_json_option("--override-generation-config", self.override_generation_config))
+        put("hf_overrides", with_rope(self.hf_overrides, self.rope_scaling, self.rope_theta))
         if self.quantization is not None:
             put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
@@ -192,12 +245,12 @@ class EngineConfig:
             "load_format",
             canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}),
         )
-        if isinstance(self.quantization_ignore, str):
-            put("quantization_ignore", (self.quantization_ignore,))
-        put("quantization_ignore", tuple(self.quantization_ignore))
-        if isinstance(self.allowed_media_domains, str):
-            put("allowed_media_domains", (self.allowed_media_domains,))
-        put("allowed_media_domains", tuple(self.allowed_media_domains))
+        for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):
+            given = getattr(self, name)
+            put(name, (given,) if isinstance(given, str) else tuple(given))
+        put("kv_cache_dtype_skip_layers", layer_names(self.kv_cache_dtype_skip_layers))
+        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise OctavoError(f"--max-logprobs must be 0 to {MAX_LOGPROBS}, the most that are served, not {self.max_logprobs}.")
         put("limit_mm_per_prompt", read_media_limits(self.limit_mm_per_prompt))
         if self.mm_processor_cache_gb is not None and not 0 <= self.mm_processor_cache_gb < float("inf"):
             raise OctavoError(f"--mm-processor-cache-gb must be 0 or more, not {self.mm_processor_cache_gb}.")
@@ -218,59 +271,12 @@ class EngineConfig:
             "data_parallel_size",
             "threads",
             "cpu_kv_cache_gib",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+            "rope_theta",
         ):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
-
-
-# Keys of a --quantization-config file and their types. "measured" is for people: the results of the search that wrote it.
-_FILE_KEYS: dict[str, type] = {
-    "quantization": str,
-    "kv_cache_dtype": str,
-    "quantization_ignore": list,
-    "quantize_lm_head": bool,
-    "calculate_kv_scales": bool,
-    "measured": dict,
-}
-
-
-def read_quantization_config(path: str) -> dict[str, Any]:
-    """Fields of EngineConfig from a JSON file that `octavo compare --auto` wrote. Raises OctavoError that names the error."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except OSError as error:
-        raise OctavoError(f"--quantization-config {path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise OctavoError(f"--quantization-config {path} is not valid JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise OctavoError(f"--quantization-config {path} must hold a JSON object, as `octavo compare --auto` writes one.")
-    for key, value in found.items():
-        kind = _FILE_KEYS[canonical(f"--quantization-config {path}: the key", key, {k: k for k in _FILE_KEYS})]
-        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(name, str) for name in value)):
-            wanted = {str: "a string", list: "a list of strings", bool: "true or false", dict: "an object"}[kind]
-            raise OctavoError(f"--quantization-config {path}: {key} must be {wanted}, not {json.dumps(value)}.")
-    found.pop("measured", None)
-    return found
-
-
-def _merged(config: EngineConfig, read: dict[str, Any]) -> dict[str, Any]:
-    """The file's fields merged with the flags. Ignored layers are united; other fields given twice must agree."""
-    known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}  # equal under two names is equal
-    out = dict(read)
-    for f in fields(EngineConfig):
-        given, name = getattr(config, f.name), f.name
-        if name not in read or given == f.default:
-            continue
-        if name == "quantization_ignore":
-            ignored = [given] if isinstance(given, str) else given
-            out[name] = tuple(dict.fromkeys([*ignored, *read[name]]))
-        elif known.get(name, {}).get(given, given) != known.get(name, {}).get(read[name], read[name]):
-            said = f"{flag_of(name)} {given}" if isinstance(given, str) else flag_of(name)
-            raise OctavoError(
-                f"{said} contradicts {config.quantization_config}, which says {json.dumps(read[name])}; give one of them."
-            )
-    return out
 
 
 def flag_of(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from octavo.checkpoint_values import settled
 from octavo.config import IGNORED, EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
 from octavo.hub.snapshots import snapshot_of
 
 __all__ = [
-    "COMMANDS", "Command", "command_of", "engine_config", "make_parser", "nearest", "refuse_empty", "with_dashes",
+    "COMMANDS", "Command", "command_of", "engine_config", "make_parser", "nearest", "refuse_empty",
 ]  # fmt: skip
 
 ENGINE = tuple(field.name for field in config_fields())
@@ -34,6 +36,14 @@ SCHEME = (
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
 OF_A_SERVER = (
     "trust_remote_code",
+    "tokenizer",
+    "hf_overrides",
+    "rope_scaling",
+    "rope_theta",
+    "generation_config",
+    "override_generation_config",
+    "max_logprobs",
+    "kv_cache_dtype_skip_layers",
     "data_parallel_size",
     "limit_mm_per_prompt",
     "allowed_local_media_path",
@@ -154,7 +164,8 @@ class _Parser(argparse.ArgumentParser):
             if match[1].replace("--no-", "--", 1) in elsewhere:
                 message = f"{match[1]} is a flag of octavo serve that this command has no use for"
             else:
-                message += nearest(match[1], self._option_string_actions)
+                shown = (flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS)
+                message += nearest(match[1], shown)
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -214,7 +225,20 @@ def _shape(kind: Any, field: Any) -> dict[str, Any]:
     metavar = field.metadata.get("metavar")
     if typing.get_origin(kind) is tuple:
         return {**shape, "nargs": "+", "action": "extend", "metavar": metavar}
-    return {**shape, "type": _count if kind is int else kind, "metavar": metavar or {int: "N", float: "X", str: "NAME"}[kind]}
+    read: Callable[[str], Any] = _count if kind is int else kind
+    if unset := field.metadata.get("unset"):
+        read = _unless(unset, read)
+    return {**shape, "type": read, "metavar": metavar or {int: "N", float: "X", str: "NAME"}[kind]}
+
+
+def _unless(unset: Sequence[str], read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read`, but None, as where the flag is left out, for spellings that mean it."""
+
+    def value(text: str) -> Any:
+        return None if text.lower() in unset else read(text)
+
+    value.__name__ = read.__name__  # argparse names it where the text is wrong
+    return value
 
 
 def _count(text: str) -> int:
@@ -258,15 +282,15 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     given = {f.name: value for f in config_fields() if (value := getattr(args, f.name, None)) is not None}
     if "model" in given:
         given["model"] = snapshot_of(given["model"], getattr(args, "revision", None))
+    if "tokenizer" in given:
+        given["tokenizer"] = snapshot_of(given["tokenizer"], None)
+    given, notes = settled(given, given.get("model", ""))
+    for note in notes:
+        print(f"octavo: {note}", file=sys.stderr, flush=True)
     return EngineConfig(**given)
-
-
-def with_dashes(arguments: Sequence[str]) -> list[str]:
-    """--max_model_len means --max-model-len."""
-    return [re.sub(r"^--[\w-]+", lambda match: match[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X`, where one of the known words is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
     return f"; did you mean {near[0]}" if near else ""

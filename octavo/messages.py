@@ -43,7 +43,7 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"  # parts of an engine that sleep apart
 Progress = Callable[[str, float], None]
 FinishReason = Literal["stop", "length", "abort"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
-MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 20  # of each token of a prompt, of which there may be many
 MAX_BAD_WORDS = 1024
 MAX_STOP = 256
 MAX_GRAMMAR = 1 << 19  # characters; reading, sending and compiling this many takes some tenths of a second
@@ -174,8 +174,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", -(2**63), 2**64 - 1),
     ("max_tokens", 1, _INF),
     ("min_tokens", 0, _INF),
-    ("logprobs", 0, MAX_LOGPROBS),
-    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("logprobs", 0, _INF),
+    ("prompt_logprobs", 0, MAX_PROMPT_LOGPROBS),
 )
 
 
@@ -251,4 +251,5 @@ class EngineInfo:
     block_size: int
     model_type: str
     report: list[str] = field(default_factory=list)  # lines to print: quantization and memory
+    max_logprobs: int = 20  # of an output token, the most that a request may ask for
     image_tokens: int = 0  # the most tokens of one image; 0: the model reads no images

@@ -9,7 +9,10 @@ from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["CHECKPOINT_FORMATS", "DTYPES", "KV_CACHE_DTYPES", "MAX_MEDIA", "QUANTIZATIONS", "canonical", "read_media_limits"]
+__all__ = [
+    "CHECKPOINT_FORMATS", "DTYPES", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA", "QUANTIZATIONS", "UNREAD_FORMATS",
+    "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
+]  # fmt: skip
 
 # Accepted spelling -> scheme name. The spellings are those of peers.
 QUANTIZATIONS = {
@@ -34,10 +37,16 @@ KV_CACHE_DTYPES = {
     "fp8_ds_mla": "fp8_ds_mla",
 }
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
+DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
 
 
 # What vLLM's users pass for a checkpoint that is quantized already.
-CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "quark", "gptq", "awq", "bitsandbytes", "gguf", "mxfp4")
+CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "modelopt_mxfp8", "quark", "mxfp8")
+UNREAD_FORMATS = (
+    "awq", "awq_marlin", "gptq", "gptq_marlin", "gptq_bitblas", "bitsandbytes", "gguf", "hqq", "aqlm", "mxfp4", "nvfp4",
+    "modelopt_fp4", "petit_nvfp4", "torchao", "auto-round", "inc", "experts_int8", "moe_wna16", "int4", "int8", "rtn",
+)  # fmt: skip
+MAX_LOGPROBS = 100  # of a token; the answer's text is made on the event loop, so there is an end
 MAX_MEDIA = 999  # images of a request, where --limit-mm-per-prompt says nothing; vLLM's number
 
 
@@ -49,7 +58,7 @@ def canonical(option: str, value: str, known: dict[str, str]) -> str:
         raise OctavoError(
             f"{option} {value} is a format of checkpoints, and the checkpoint says itself which it has: leave {option} out."
         )
-    near = difflib.get_close_matches(value.lower(), known, n=1)
+    near = difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.75)
     hint = f"; did you mean '{near[0]}'? Known" if near else "; known"
     raise OctavoError(f"{option} '{value}' is not known{hint} are: {', '.join(known)}.")
 
@@ -79,3 +88,36 @@ def read_media_limits(given: str | Mapping[str, Any] | None) -> dict[str, int] |
         found[name] = count
     found.pop("audio", None)  # no model that is served hears
     return found
+
+
+def read_json_option(option: str, given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An option's JSON object, as text or as a mapping. Raises OctavoError for anything else."""
+    if given is None:
+        return None
+    try:
+        read = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise OctavoError(f"{option} must be a JSON object, and {str(given)[:80]!r} is not valid JSON ({error}).") from None
+    if not isinstance(read, Mapping):
+        raise OctavoError(f"{option} must be a JSON object, such as '{{\"name\": 1}}', not {str(given)[:80]}.")
+    return dict(read)
+
+
+def with_rope(overrides: Any, scaling: Any, theta: float | None) -> dict[str, Any] | None:
+    """--hf-overrides with --rope-scaling and --rope-theta, which are short for it. Raises OctavoError where they differ."""
+    found = read_json_option("--hf-overrides", overrides) or {}
+    for name, value in (("rope_scaling", read_json_option("--rope-scaling", scaling)), ("rope_theta", theta)):
+        if value is not None and found.setdefault(name, value) != value:
+            raise OctavoError(f"--{name.replace('_', '-')} and --hf-overrides give two values of {name}; give one.")
+    return found or None
+
+
+def layer_names(given: tuple[Any, ...]) -> tuple[str, ...]:
+    """--kv-cache-dtype-skip-layers: numbers of layers, alone or with commas between them, and `sliding_window`."""
+    names = [name.strip() for entry in given for name in str(entry).split(",")]
+    if (wrong := next((name for name in names if not name.isdecimal() and name != "sliding_window"), None)) is not None:
+        raise OctavoError(
+            f"--kv-cache-dtype-skip-layers takes numbers of layers, from 0, and sliding_window for all that have a window, "
+            f"not {wrong!r}."
+        )
+    return tuple(dict.fromkeys(name if name == "sliding_window" else str(int(name)) for name in names))

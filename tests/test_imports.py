@@ -24,12 +24,14 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 # text, vision) reaches the engine by one listed lazy import alone.
 BELOW = {
     "__main__": {"cli"},
-    "cli": {"flags", "tools", "server"},
-    "flags": {"hub"},
+    "cli": {"flags", "command_words", "tools", "server"},
+    "command_words": {"files"},
+    "flags": {"checkpoint_values", "peer_flags", "hub"},
+    "checkpoint_values": {"option_values", "hub"},
     "hub": {"files"},
     "tools": {"server", "frontend", "engine", "convert"},
     "server": {"frontend", "host"},
-    "frontend": {"text", "vision", "messages", "hub"},
+    "frontend": {"text", "vision", "messages", "hub", "peer_flags", "checkpoint_values"},
     "engine": {"convert", "models", "text", "messages"},
     "convert": {"models"},
     "models": {"layers"},
@@ -44,8 +46,10 @@ BELOW = {
     "messages": set(),
     "distributed": set(),
     "host": set(),
-    "config": {"option_values"},
+    "config": {"quantization_file"},
+    "quantization_file": {"option_values"},
     "option_values": set(),
+    "peer_flags": set(),
     "files": set(),
 }
 FOR_ALL = {"errors", "batch", "demo", "images", "version"}  # leaves
@@ -57,7 +61,7 @@ LAZY = {
 CIRCLES: set[frozenset[str]] = set()
 CONFIG_READERS = {"flags", "server", "frontend", "engine", "tools"}
 VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch", "octavo.ops.hopper.compile"}
-CATALOGUES = {"octavo.tools.plan.accelerators"}  # names of products are the data there
+CATALOGUES = {"octavo.tools.plan.accelerators", "octavo.peer_flags"}  # names of products are the data there
 VENDOR = re.compile(r"cuda|hip(?![a-z])|nvidia|(?<![a-z])amd|rocm", re.IGNORECASE)
 # A name may recur for a layer and its op, and for an op on its back ends.
 LAYERS_AND_OPS = {"layers", "ops", "ops/cpu", "ops/hopper", "ops/triton"}
@@ -68,7 +72,8 @@ RECURRING = {
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
 API_SIDE = re.compile(
-    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.(text|vision|hub|frontend|server)(\..*)?)?"
+    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.peer_flags|\.command_words|\.checkpoint_values"
+    r"|\.quantization_file|\.host|\.messages|\.(text|vision|hub|frontend|server)(\..*)?)?"
 )
 
 

@@ -170,21 +170,3 @@ def test_the_python_of_the_pages(model: Path, capsys: pytest.CaptureFixture[str]
 def test_each_architecture_that_is_served_has_its_row() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(MODEL_TYPES) <= set(re.findall(r"`(\w+)`", " ".join(rows)))
-
-
-def test_flags_of_a_vllm_user(tmp_path: Path) -> None:
-    """Those of the page that are here are in the help; those that have no effect stop nobody."""
-    page = (ROOT / "docs/coming-from-vllm.md").read_text()
-    parts = re.split(r"^(?:\*\*|## )([\w ,]+)", page, flags=re.MULTILINE)[1:]
-    flags = {title: re.findall(r"`(--[\w-]+)", part) for title, part in zip(parts[::2], parts[1::2], strict=True)}
-    told = run([*OCTAVO, "serve", "--help"], tmp_path)
-    assert [
-        flag
-        for flag in [*flags["The same meaning"], *flags["Different"], *flags["Only here"]]
-        if not re.search(rf"{flag}\b", told)
-    ] == []
-    taken = [flag for flag in flags["Taken, with no effect"] if not re.search(rf"{flag}\b", told)]
-    values = {"--swap-space", "--guided-decoding-backend", "--compilation-config", "--distributed-executor-backend"}
-    values |= {"--tokenizer-mode", "--config-format"}
-    words = [word for flag in taken for word in ([flag, "1"] if flag in values else [flag])]
-    assert "there is no model at" in run([*OCTAVO, "serve", str(tmp_path / "none"), "--port", "0", *words], tmp_path, code=1)

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
@@ -60,7 +61,7 @@ class EngineCore:
         self.runner = runner = ModelRunner(config, progress, place)
         self.config, self.awake = config, frozenset((WEIGHTS, KV_CACHE))
         self._make_scheduler()
-        self.grammars = GrammarWork(GrammarCompiler(runner.directory, runner.limits.vocab_size), place)
+        self.grammars = GrammarWork(GrammarCompiler(Path(config.text_directory), runner.limits.vocab_size), place)
         self.generations: dict[str, _Generation] = {}
         self.depth = 1 if runner.platform.is_cpu else 2  # most steps in flight; on a CPU a second one would only waste work
         self.in_flight: deque[_Step] = deque()  # launched and not yet read, oldest first
@@ -88,6 +89,7 @@ class EngineCore:
             num_blocks=runner.num_blocks,
             block_size=runner.block_size,
             model_type=runner.model_type,
+            max_logprobs=self.config.max_logprobs,
             image_tokens=0 if runner.encoder is None else runner.encoder.largest,
             report=runner.describe(),
         )

@@ -48,7 +48,7 @@ def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
     names = list(kinds)
     asked = {"fp8_e4m3": "fp8"}.get(kv_cache_dtype, kv_cache_dtype)
     if "fp8_ds_mla" in names and kv_cache_dtype != "fp8_ds_mla":
-        names[0] += f" (what --kv-cache-dtype {asked} means here)"
+        names[names.index("fp8_ds_mla")] += f" (what --kv-cache-dtype {asked} means here)"
     rows = [str(spec.bytes_per_token) for spec in kinds.values()]
     row = f", {' + '.join(rows)} bytes a token a layer" if any(spec.interleaved for spec in specs) else ""
     return (" and ".join(names) or kv_cache_dtype) + row

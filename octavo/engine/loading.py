@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,17 +60,37 @@ def make_model(
     model = build(config.max_model_len)
     limits = model.limits()
     token, fp8 = (
-        sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform))
-        for kind in (config.kv_cache_dtype, "fp8_e4m3")
+        sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform, skipped))
+        for kind, skipped in ((config.kv_cache_dtype, config.kv_cache_dtype_skip_layers), ("fp8_e4m3", ()))
     )
     check_kv_scales(model, config, json_config)
     length = length_held(config, platform, token, limits.positions, fp8)
     return model if length == limits.positions else build(length), limits
 
 
-def cache_specs(model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform) -> list[KVCacheSpec]:
-    """The cache specs of the model on this platform. `dtype`: the model's."""
-    return model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
+def cache_specs(
+    model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform, skipped: Sequence[str] = ()
+) -> list[KVCacheSpec]:
+    """The cache specs of the model on this platform. `dtype`: the model's. skipped: layers, as --kv-cache-dtype-skip-layers
+    names them, whose caches are in `dtype`. Raises OctavoError for layers that there are not, or whose cache cannot be.
+    """
+    specs = model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
+    if not skipped:
+        return specs
+    names, asked = model.cache_names(), set(skipped)
+    if missing := asked - {"sliding_window"}.union(*names):
+        numbers = sorted(int(name) for found in names for name in found if name.isdecimal())
+        raise OctavoError(
+            f"--kv-cache-dtype-skip-layers names layer {min(missing, key=int)}; the model's are {numbers[0]} to {numbers[-1]}."
+        )
+    own = cache_specs(model, "auto", dtype, platform)
+    chosen = [of_model for found, of_model in zip(names, own, strict=True) if asked & found]
+    if any(field.dtype == platform.fp8_dtype for spec in chosen for field in spec.fields):
+        raise OctavoError(
+            f"--kv-cache-dtype-skip-layers cannot keep layers in {str(dtype).removeprefix('torch.')}: this model's sparse "
+            "attention reads a cache in FP8; leave it out."
+        )
+    return [of_model if asked & found else spec for found, spec, of_model in zip(names, specs, own, strict=True)]
 
 
 def check_reload(

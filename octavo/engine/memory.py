@@ -50,6 +50,8 @@ def check_weights(platform: Platform, matrix_values: int, packed_bytes: int = 0,
 
 def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> float:
     """Bytes left for the cache on `platform`, whose memory already holds the model; negative if the model took too much."""
+    if config.kv_cache_memory_bytes is not None:
+        return float(config.kv_cache_memory_bytes)
     free, total = platform.memory()
     if platform.is_cpu:  # whose ranks share its memory
         room = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
@@ -94,17 +96,18 @@ def plan_blocks(
     the model and not from the user, it is lowered instead and a note says so.
     """
     have, total = cache_room(config, platform, working_bytes), platform.memory()[1]
-    if platform.is_cpu:
-        larger = f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
-    else:
-        larger = f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
     block_size = config.block_size_on(platform.is_cpu)
     block_bytes = bytes_per_token * block_size
-    blocks = int(have // block_bytes)
+    blocks = _asked_blocks(config, int(have // block_bytes), block_bytes)
+    _check_asked_bytes(config, platform, have, working_bytes)
+    if config.num_gpu_blocks_override is not None:
+        have = float(blocks * block_bytes)
     needed = -(-model_len // block_size)
     useful = needed * config.max_num_seqs  # more blocks could never be in use at once
     most = model_len if most is None else most
     _check_cpu_cache(config, platform, min(blocks, useful) * block_bytes)
+    if config.num_gpu_blocks_override is not None:
+        useful = blocks
     if blocks >= needed and model_len <= most:
         return CacheBudget(min(blocks, useful), model_len)
     fits = min(max(blocks, 0) * block_size, most)
@@ -121,8 +124,40 @@ def plan_blocks(
         images = f"lower --mm-processor-cache-gb (now {now:g}; images take {gib(image_bytes)}), use --language-model-only, "
     raise OctavoError(
         f"one request of {model_len} tokens needs {gib(needed * block_bytes)} of KV cache, but {gib(max(have, 0))} "
-        f"of {gib(total)} is left for it: {images}{fewer}, {smaller}, or {larger}."
+        f"of {gib(total)} is left for it: {images}{fewer}, {smaller}, or {_larger(config, platform, have)}."
     )
+
+
+def _larger(config: EngineConfig, platform: Platform, have: float) -> str:
+    """The remedy that makes the cache larger; `have`: its bytes now."""
+    if config.num_gpu_blocks_override is not None:
+        return f"raise --num-gpu-blocks-override (now {config.num_gpu_blocks_override})"
+    if config.kv_cache_memory_bytes is not None:
+        return f"raise --kv-cache-memory-bytes (now {config.kv_cache_memory_bytes})"
+    if platform.is_cpu:
+        return f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
+    return f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
+
+
+def _asked_blocks(config: EngineConfig, fit: int, block_bytes: int) -> int:
+    """The blocks of --num-gpu-blocks-override, or those that fit. Raises OctavoError where it asks for more than fit."""
+    asked = config.num_gpu_blocks_override
+    if asked is not None and asked > fit:
+        raise OctavoError(
+            f"--num-gpu-blocks-override {asked} asks for {gib(asked * block_bytes)} of KV cache, and {max(fit, 0)} blocks fit "
+            "into the memory that is left: lower it, or leave it out."
+        )
+    return fit if asked is None else asked
+
+
+def _check_asked_bytes(config: EngineConfig, platform: Platform, asked: float, working_bytes: int) -> None:
+    """Raises OctavoError for --kv-cache-memory-bytes where so much is not free."""
+    free = platform.memory()[0] / (config.num_devices if platform.is_cpu else 1) - working_bytes
+    if config.kv_cache_memory_bytes is not None and asked > free:
+        raise OctavoError(
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is {gib(asked)}, and {gib(max(free, 0))} is free beside "
+            "weights and activations: lower it."
+        )
 
 
 def _check_cpu_cache(config: EngineConfig, platform: Platform, cache_bytes: int) -> None:

@@ -40,6 +40,7 @@ from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
+from octavo.models.overrides import overridden
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
@@ -62,7 +63,10 @@ class ModelRunner:
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
-        self.json_config = json_config = read_config(self.directory)
+        self.json_config = read_config(self.directory)
+        overrides = config.hf_overrides
+        assert not isinstance(overrides, str)
+        json_config = overridden(self.json_config, overrides)
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -92,12 +96,13 @@ class ModelRunner:
 
     def _make_cache(self) -> None:
         config, cpu = self.config, self.platform.is_cpu
-        specs, *others = (
-            cache_specs(self.model, kind, self.dtype, self.platform) for kind in (config.kv_cache_dtype, "bfloat16", "fp8_e4m3")
-        )
+        kinds = (config.kv_cache_dtype, config.kv_cache_dtype_skip_layers), ("bfloat16", ()), ("fp8_e4m3", ())
+        specs, *others = (cache_specs(self.model, kind, self.dtype, self.platform, skipped) for kind, skipped in kinds)
         self.bytes_per_token, self.dense_bytes_per_token, fp8 = (
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
+        if config.kv_cache_dtype_skip_layers and len({spec.bytes_per_token for spec in specs}) == 1:
+            self.report.note("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
@@ -117,7 +122,7 @@ class ModelRunner:
         self.model.bind_cache(self.cache.views)
 
     def _set_kv_scales(self) -> None:
-        text = partial(calibration_tokens, self.directory, self.limits.vocab_size)
+        text = partial(calibration_tokens, Path(self.config.text_directory), self.limits.vocab_size)
         if note := set_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
             self.report.note(note)
 

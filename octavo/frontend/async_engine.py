@@ -19,9 +19,9 @@ from octavo.frontend.engine_stream import End, EngineStream
 from octavo.frontend.image_support import ImageSupport, image_support
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
+from octavo.frontend.text_sources import generation_of
 from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, Message, Progress, SamplingParams, TokenOutput
-from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ class AsyncEngine:
         check_directory(Path(config.model))  # reports a wrong path at once, where the process would take seconds
         engine = cls(config, make_core, on_progress, replica)
         try:
-            engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
-            engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else eos_token_ids(config.model)
+            generation = generation_of(config)
+            engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.text_directory, generation)
+            engine.eos_token_ids = engine.tokenizer.eos_token_ids if engine.tokenizer else generation.eos_token_ids()
             engine.info = await engine._ready
             engine.images = await asyncio.to_thread(image_support, config, engine.info)
         except BaseException:  # a cancelled start must not leave a process behind

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from octavo.config import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS, config_fields, flag_of
+from octavo.config import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS, UNREAD_FORMATS, canonical, config_fields, flag_of
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.peer_flags import peer_keyword
 
-__all__ = ["in_keywords", "names_keywords"]
+__all__ = ["in_keywords", "names_keywords", "taken_keywords"]
+
+log = logging.getLogger(__name__)
 
 _NAMES = {flag_of(field.name): field.name for field in config_fields()}
 _SWITCHES = {field.name for field in config_fields() if isinstance(field.default, bool)}
-_WORDS = {"quantization": {*QUANTIZATIONS, *CHECKPOINT_FORMATS}, "kv_cache_dtype": {*KV_CACHE_DTYPES}} | {
+_WORDS = {"quantization": {*QUANTIZATIONS, *CHECKPOINT_FORMATS, *UNREAD_FORMATS}, "kv_cache_dtype": {*KV_CACHE_DTYPES}} | {
     field.name: {*field.metadata["values"]}
     for field in config_fields()
     if "values" in field.metadata and field.name not in ("quantization", "kv_cache_dtype")
 }
+_OF_LOGS = ("disable_log_stats",)
 _FLAG = re.compile(r"(?<![\w-])(--(?:[a-z]+-)*[a-z]+)(?: ('[^']*'|-?\d+(?:\.\d+)?(?!\w)|[a-z]\w*))?")
 
 
@@ -48,3 +54,24 @@ def names_keywords() -> Iterator[None]:
         raise InvalidRequest(in_keywords(str(error)), error.param) from error
     except OctavoError as error:
         raise type(error)(in_keywords(str(error))) from error
+
+
+def taken_keywords(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of LLM's options that EngineConfig has. vLLM's others are answered as its flags are: what changes nothing is
+    logged.
+
+    Raises OctavoError for what is not served, and for names that neither has.
+    """
+    taken, ignored = {}, []
+    for name, value in options.items():
+        if name in _NAMES.values():
+            taken[name] = value
+        elif name in _OF_LOGS:
+            continue  # there are no such logs
+        elif (named := peer_keyword(name, value)) is None:
+            canonical("LLM's option", name, dict.fromkeys(_NAMES.values(), name))
+        elif named:
+            ignored.append(name)
+    if ignored:
+        log.warning("Taken without effect: %s.", ", ".join(ignored))
+    return taken

@@ -12,22 +12,23 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from octavo.config import EngineConfig, canonical, config_fields
+from octavo.checkpoint_values import settled
+from octavo.config import EngineConfig
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory
 from octavo.frontend.engine_start import worker
-from octavo.frontend.keywords import names_keywords
+from octavo.frontend.keywords import in_keywords, names_keywords, taken_keywords
 from octavo.frontend.model_files import with_files
 from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
+from octavo.frontend.text_sources import check_text, generation_of
 from octavo.hub.snapshots import snapshot_of
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.checkpoint_text import no_tokenizer
-from octavo.text.generation_config import eos_token_ids
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 from octavo.text.tool_prompt import shows_tools
 from octavo.vision import FetchRules
@@ -55,13 +56,19 @@ class LLM:
 
     @names_keywords()
     def __init__(self, model: str | Path = "", **options: Any):
-        known = [field.name for field in config_fields()]
-        for name in options:
-            canonical("LLM's option", name, dict.fromkeys(known, name))
-        self.config = with_files(EngineConfig(model=snapshot_of(str(model), options.get("revision")), **options))
+        options = taken_keywords(options)
+        path = snapshot_of(str(model), options.get("revision"))
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = snapshot_of(str(options["tokenizer"]), None)
+        options, notes = settled(options, path)
+        for note in notes:
+            log.warning("%s", in_keywords(note))
+        self.config = with_files(EngineConfig(model=path, **options))
         check_directory(Path(self.config.model))
-        self.tokenizer = load_tokenizer(self.config.model)
-        if (lacking := no_tokenizer(self.config.model)) is not None:
+        check_text(self.config)
+        generation = generation_of(self.config)
+        self.tokenizer = load_tokenizer(self.config.text_directory, generation)
+        if (lacking := no_tokenizer(self.config.text_directory)) is not None:
             log.warning("%s", lacking)
         rules = FetchRules.of_options(self.config.allowed_local_media_path, self.config.allowed_media_domains or None)
         if self.config.data_parallel_size > 1:
@@ -72,12 +79,12 @@ class LLM:
             self._core = worker().engine_core(self.config, lambda stage, fraction: None)
         self.info = self._core.info
         self._media = OfflineMedia(self.config, self.info, rules)
-        self._eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids(self.config.model)
+        self._eos = self.tokenizer.eos_token_ids if self.tokenizer else generation.eos_token_ids()
         self._numbers = count()
 
     def get_tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer; raises OctavoError if it has none."""
-        return self.tokenizer or Tokenizer(self.config.model)
+        return self.tokenizer or Tokenizer(self.config.text_directory)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The sampling parameters that the checkpoint recommends."""

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
-from octavo.files import check_directory, snapshot_of
+from octavo.files import check_directory, 
+from octavo.hub.snapshots import snapshot_of
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.router import Engine, Replicas

@@ -93,6 +93,9 @@ def check_request(
             f"({length} in the prompt, {wanted} in the completion). Please reduce the prompt or max_tokens.",
             "max_tokens",
         )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (asked := getattr(params, name)) is not None and asked > info.max_logprobs:
+            raise InvalidRequest(f"{name} must be between 0 and {info.max_logprobs}, not {asked}.", name)
     if (unknown := next((i for i in params.logit_bias or () if not 0 <= i < info.vocab_size), None)) is not None:
         raise InvalidRequest(f"logit_bias names token {unknown}; the vocabulary has {info.vocab_size}.", "logit_bias")
     if (unknown := next((i for i in params.allowed_token_ids or () if not 0 <= i < info.vocab_size), None)) is not None:

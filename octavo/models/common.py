@@ -20,6 +20,7 @@ from octavo.layers.vision import ImageInput
 from octavo.models.config import ConfigBase
 from octavo.models.interface import Head, Limits, ModelInput, StageState
 from octavo.ops.reference import scaled
+from octavo.platform import FP8_MAX
 
 __all__ = ["CausalLM", "Decoder", "DecoderLM", "LayerStack"]
 
@@ -155,12 +156,22 @@ class CausalLM(DecoderLM):
     def kv_specs(self, kv_cache_dtype: str, dtype: torch.dtype, fp8_dtype: torch.dtype, layout: Layout) -> list[KVCacheSpec]:
         return [spec_for(kv_cache_dtype, a.kv_heads, a.head_dim, dtype, fp8_dtype, layout) for a in self.attention_layers()]
 
+    def cache_names(self) -> list[frozenset[str]]:
+        windows = [a.window is not None for a in self.attention_layers()]
+        numbered = zip(self.model.layers.stage, windows, strict=True)
+        return [frozenset((str(number), "sliding_window") if windowed else (str(number),)) for number, windowed in numbered]
+
     def bind_cache(self, views: Sequence[Views]) -> None:
         for layer, layer_views in zip(self.attention_layers(), views, strict=True):
             layer.bind_cache(layer_views)
 
-    def calibrate(self, run: Callable[[], object]) -> None:
+    def _scaled_layers(self) -> list[PagedAttention]:
+        """The layers whose cache has FP8 codes; all of them where none has."""
         layers = self.attention_layers()
+        return [layer for layer in layers if layer.cache.views["k"].dtype in FP8_MAX] or layers
+
+    def calibrate(self, run: Callable[[], object]) -> None:
+        layers = self._scaled_layers()
         for layer in layers:
             layer.observe = True
         try:
@@ -170,7 +181,7 @@ class CausalLM(DecoderLM):
                 layer.observe = False
 
     def kv_scales(self) -> tuple[list[Tensor], int]:
-        layers = self.attention_layers()
+        layers = self._scaled_layers()
         scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
         return scales, sum(layer.scales_from_checkpoint for layer in layers)
 

@@ -189,6 +189,11 @@ class Model(DecoderLM):
         latent = latent_spec(kv_cache_dtype, c.kv_lora_rank, c.qk_rope_head_dim, dtype, fp8_dtype)
         return [index_spec(one.shape.dim, fp8_dtype, wide=wide) if isinstance(one, Indexer) else latent for one in caches]
 
+    def cache_names(self) -> list[frozenset[str]]:
+        """An indexer's keys have no names: their format is not the latents'."""
+        numbers = map(str, self.model.layers.stage)
+        return [frozenset() if isinstance(one, Indexer) else frozenset((next(numbers),)) for one in self._caches()]
+
     def bind_cache(self, views: Sequence[Views]) -> None:
         for one, cache_views in zip(self._caches(), views, strict=True):
             one.bind_cache(cache_views)

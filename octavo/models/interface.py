@@ -75,6 +75,10 @@ class Model(Protocol):
         `kv_cache_dtype`: canonical, as in EngineConfig. dtype: the model's. fp8_dtype: the device's.
         """
 
+    def cache_names(self) -> list[frozenset[str]]:
+        """For each cache of `kv_specs`, the words by which --kv-cache-dtype-skip-layers means it: its layer's number, and
+        sliding_window where attention has a window."""
+
     def bind_cache(self, views: Sequence[Views]) -> None:
         """Binds the caches, in the order of `kv_specs`."""
 

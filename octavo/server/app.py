@@ -4,7 +4,7 @@ third of the time of frameworks built on it."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,13 +36,22 @@ __all__ = ["make_app"]
 R = TypeVar("R", bound=ApiModel)
 
 
+ALL_ORIGINS: Mapping[str, Any] = {"allow_origins": ["*"], "allow_methods": ["*"], "allow_headers": ["*"]}
+
+
 def make_app(
     served: Served,
     api_keys: Sequence[str] = (),
-    allowed_origins: Sequence[str] = ("*",),
+    cross_origin: Mapping[str, Any] = ALL_ORIGINS,
+    root_path: str = "",
     allowed: Allowed | None = None,
+    described: bool = True,
 ) -> Starlette:
-    """The HTTP application over one engine. `allowed`: which endpoints for operators are open."""
+    """The HTTP application over one engine.
+
+    root_path: where a proxy serves it; requests may have it before their path. allowed: which endpoints for operators are open.
+    described: whether there are /openapi.json and /docs.
+    """
 
     def post(path: str, model: type[R], handle: Callable[[Served, R, str], Awaitable[Answer]]) -> Route:
         return Route(path, JsonEndpoint(model, lambda request, id: handle(served, request, id), served.side), methods=["POST"])
@@ -69,11 +78,11 @@ def make_app(
     ]
     opened, closed = operator_routes(served, allowed or Allowed())
     routes += opened
-    routes += describing_routes(list(routes))
+    routes += describing_routes(list(routes)) if described else []
     count = _Counting(served.metrics, routes)
     middleware = [
-        Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
-        Middleware(Gate, state=served.gate, api_keys=api_keys, on_answer=count.answered),
+        Middleware(CORSMiddleware, **cross_origin),
+        Middleware(Gate, state=served.gate, api_keys=api_keys, root_path=root_path, on_answer=count.answered),
     ]
     return Starlette(routes=[*routes, *closed], middleware=middleware, exception_handlers=HANDLERS)
 

@@ -60,7 +60,12 @@ async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, call
     asked: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
     if asked and not request.chat_template_kwargs.keys() & _THINKING:
         asked |= dict.fromkeys(_THINKING, effort != "none")
-    switches = {**asked, **request.chat_template_kwargs, "documents": getattr(request, "documents", None)}
+    switches = {
+        **served.template_kwargs,
+        **asked,
+        **request.chat_template_kwargs,
+        "documents": getattr(request, "documents", None),
+    }
     return await served.render(
         request.messages or [],
         tools,

@@ -29,7 +29,7 @@ async def greet(served: Served, listening: Callable[[], bool], address: str, dem
             await _show(served)
         except OctavoError as error:
             say(f"octavo: {error}")
-        local = f"http://localhost:{address.rpartition(':')[2]}"
+        local = _local(address)
         body = f'{{"model": "{served.names[0]}", "prompt": "class Stack:", "max_tokens": 64}}'
         print(f"\nTry it:\n  curl {local}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n")
     while not listening():
@@ -39,8 +39,18 @@ async def greet(served: Served, listening: Callable[[], bool], address: str, dem
 
 def _reachable(address: str) -> str:
     """A URL that can be opened, where the server listens on all addresses."""
-    host, _, port = address.removeprefix("http://").rpartition(":")
-    return f"http://localhost:{port} and this machine's other addresses" if host in ("0.0.0.0", "[::]") else address
+    scheme, _, listened = address.partition("://")
+    host, _, port = listened.rpartition(":")
+    everywhere = host in ("0.0.0.0", "[::]")
+    return f"{scheme}://localhost:{port} and this machine's other addresses" if everywhere else address
+
+
+def _local(address: str) -> str:
+    """What curl needs to reach the server from this machine, before the path."""
+    if address.startswith("unix:"):
+        return f"--unix-socket {address.removeprefix('unix:')} http://localhost"
+    scheme, port = address.partition(":")[0], address.rpartition(":")[2]
+    return f"{'-k ' if scheme == 'https' else ''}{scheme}://localhost:{port}"
 
 
 async def _show(served: Served) -> None:

@@ -149,7 +149,8 @@ class GateState:
 class Gate:
     """Middleware before every endpoint: sets the request id, checks the API key, answers 503 during shutdown.
 
-    on_answer: is called with each request's scope, status (499: the client left before) and seconds once it is answered.
+    root_path: what a proxy may have left before a path. on_answer: is called with each request's scope, status (499: the client
+    left before) and seconds once it is answered.
     """
 
     def __init__(
@@ -157,15 +158,18 @@ class Gate:
         app: ASGIApp,
         state: GateState,
         api_keys: Sequence[str] = (),
+        root_path: str = "",
         on_answer: Callable[[Scope, int, float], None] = lambda scope, status, seconds: None,
     ):
-        self.app, self.state, self._on_answer = app, state, on_answer
+        self.app, self.state, self._root, self._on_answer = app, state, root_path, on_answer
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self._root:
+            scope["root_path"] = self._root  # which Starlette takes off a path that begins with it
         headers = Headers(scope=scope)
         request_id = _clean(headers.get("x-request-id", "")) or secrets.token_hex(16)
         scope.setdefault("state", {}).update(request_id=request_id, gate=self.state)
@@ -194,8 +198,12 @@ class Gate:
             self.state.running -= 1
             self._on_answer(scope, status, time.perf_counter() - began)
 
+    def _within(self, path: str) -> str:
+        """The path without the root that a proxy may have left in it."""
+        return path.removeprefix(self._root) if path.startswith(f"{self._root}/") else path
+
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
-        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if self._within(scope["path"]) in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         scheme, _, key = authorization.partition(" ")
         # every key is compared, in constant time, so that the delay reveals nothing

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig, unknown_environment
 from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
+from octavo.frontend.text_sources import check_text
 from octavo.hub.snapshots import is_hub_name
 from octavo.server.console import greet, say
+from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
 from octavo.server.operator_arguments import DEV_MODE
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
 from octavo.server.process_limits import set_limits
-from octavo.server.serve_arguments import add_arguments, ignored_flags
+from octavo.server.serve_arguments import add_arguments, cross_origin, ignored_flags
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
 from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_note
@@ -51,21 +52,26 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if ignored := ignored_flags(args):
         say(f"octavo: taken without effect: {', '.join(ignored)}.")
     template, keys = read_template(args.chat_template), api_keys(args.api_key)
-    if is_hub_name(config.model):
+    tls, _ = tls_settings(args), cross_origin(args)
+    if is_hub_name(config.model) and args.uds is None:
         bind(args.host, args.port).close()  # a port that is taken should not be found out after the download
     config = with_files(config)
     check_directory(Path(config.model))
-    check_templates(config.model, template)
-    listener = bind(args.host, args.port)
-    if (lacking := no_tokenizer(config.model)) is not None:
+    check_text(config)
+    check_templates(config.text_directory, template)
+    listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
+    if (lacking := no_tokenizer(config.text_directory)) is not None:
         say(f"octavo: {lacking}")
-    if not keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    if not keys and args.uds is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         say(
             f"octavo: no API key is asked for, and {args.host} can be reached from other machines; "
             "give --api-key KEY, or --host 127.0.0.1 to serve this machine alone."
         )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(serve(args, config, listener, keys, template, started))
+        try:
+            return runner.run(serve(args, config, listener, keys, template, tls, started))
+        finally:
+            unlink_unix(args)
 
 
 def check_media(config: EngineConfig) -> None:
@@ -83,28 +89,6 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, taken before the model is loaded: whoever must wait should not wait in vain.
-
-    Clients that connect while the model is loading wait for it.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()  # bound alone, the port would still be free for a second server that is starting too
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise OctavoError(f"Port {port} is in use; stop what uses it, or choose another with --port.") from error
-        raise OctavoError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
-    return listener
 
 
 def api_keys(given: Sequence[str] | None) -> list[str]:
@@ -132,6 +116,7 @@ async def serve(
     listener: socket.socket,
     keys: Sequence[str],
     template: str | None,
+    tls: Mapping[str, Any],
     started: float,
 ) -> int:
     """Loads, serves and ends. The exit code."""
@@ -154,7 +139,7 @@ async def serve(
     finally:
         progress.close()
     try:
-        await _serve(args, config, engine, listener, keys, template, ending, started)
+        await _serve(args, config, engine, listener, keys, template, tls, ending, started)
         return ending.exit_code
     finally:
         ending.close()
@@ -168,6 +153,7 @@ async def _serve(
     listener: socket.socket,
     keys: Sequence[str],
     template: str | None,
+    tls: Mapping[str, Any],
     ending: Ending,
     started: float,
 ) -> None:
@@ -196,7 +182,8 @@ async def _serve(
     for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
         if note is not None:
             say(f"octavo: {note}")
-    app = make_app(served, keys, args.allowed_origins, allowed)
+    served.template_kwargs = args.default_chat_template_kwargs or {}
+    app = make_app(served, keys, cross_origin(args), args.root_path, allowed, described=not args.disable_fastapi_docs)
     settings = uvicorn.Config(
         app,
         http=protocol_class(args.client_timeout),
@@ -205,12 +192,12 @@ async def _serve(
         lifespan="off",
         timeout_graceful_shutdown=1,
         ws="none",
+        **tls,
     )
     server = uvicorn.Server(settings)
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    address = f"http://{host}:{listener.getsockname()[1]}"
+    address = address_of(args, listener)
     greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started))
     try:
         await server.serve(sockets=[listener])

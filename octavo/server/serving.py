@@ -62,6 +62,7 @@ class Served:
     metrics: Metrics
     chat_template: str | None = None  # replaces the checkpoint's
     content_format: str = "auto"  # format of message content that the template expects
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the template that requests may override
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     engine_timeout: float = 0.0  # seconds without a step after which a busy engine is considered stalled; 0: never

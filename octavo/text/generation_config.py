@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from octavo import files
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import SamplingParams
 
-__all__ = ["default_sampling", "eos_token_ids", "read_json"]
+__all__ = ["Generation", "default_sampling", "eos_token_ids", "read_json"]
 
 # Field of generation_config.json -> field of SamplingParams, its types, and their description.
 _RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
@@ -23,42 +24,71 @@ _RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
 }
 
 
-def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """The end-of-sequence token ids, from generation_config.json or else config.json. Raises OctavoError for values that are
-    no ids.
+class Generation(NamedTuple):
+    """Where a model says which tokens end its texts and how to sample by default.
+
+    model: its directory, whose config.json is read where `settings` says nothing. settings: the directory of
+    generation_config.json. recommended: whether sampling follows that file. overrides: values of it that are given instead.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = Path(directory) / name
-        config = read_json(path)
-        text_config = config.get("text_config")
-        ids = config.get("eos_token_id")
-        if ids is None and isinstance(text_config, dict):
-            ids = text_config.get("eos_token_id")
-        if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            if not all(type(one) is int and one >= 0 for one in listed):
-                raise OctavoError(f"{path}: eos_token_id must be a token id or a list of them, not {_short(ids)}.")
-            return frozenset(listed)
-    return frozenset()
+
+    model: Path
+    settings: Path
+    recommended: bool = True
+    overrides: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, directory: str | Path) -> Self:
+        """What a checkpoint says itself."""
+        return cls(Path(directory), Path(directory))
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """The end-of-sequence token ids. Raises OctavoError for values that are no ids."""
+        for path in (self.settings / "generation_config.json", self.model / "config.json"):
+            config = read_json(path)
+            text_config = config.get("text_config")
+            ids = config.get("eos_token_id")
+            if ids is None and isinstance(text_config, dict):
+                ids = text_config.get("eos_token_id")
+            if ids is not None:
+                listed = ids if isinstance(ids, list) else [ids]
+                if not all(type(one) is int and one >= 0 for one in listed):
+                    raise OctavoError(f"{path}: eos_token_id must be a token id or a list of them, not {_short(ids)}.")
+                return frozenset(listed)
+        return frozenset()
+
+    def sampling(self) -> dict[str, Any]:
+        """The default sampling parameters, by SamplingParams' names. Raises OctavoError for invalid ones, because every request
+        that does not override them would fail, and for overrides that nothing reads.
+        """
+        option = "--override-generation-config"
+        if unknown := [name for name in self.overrides if name not in _RECOMMENDED]:
+            raise OctavoError(f"{option}: {unknown[0]} is no sampling parameter; it takes {', '.join(_RECOMMENDED)}.")
+        path = self.settings / "generation_config.json"
+        return {**(_read(str(path), read_json(path)) if self.recommended else {}), **_read(option, self.overrides)}
+
+
+def eos_token_ids(directory: str | Path) -> frozenset[int]:
+    """The end-of-sequence token ids of a checkpoint, from generation_config.json or else config.json."""
+    return Generation.of(directory).eos_token_ids()
 
 
 def default_sampling(directory: str | Path) -> dict[str, Any]:
-    """The checkpoint's recommended sampling parameters, by SamplingParams' names. Raises OctavoError for invalid ones, because
-    every request that does not override them would fail.
-    """
-    path = Path(directory) / "generation_config.json"
-    config = read_json(path)
+    """The checkpoint's recommended sampling parameters, by SamplingParams' names."""
+    return Generation.of(directory).sampling()
+
+
+def _read(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (ours, kinds, description) in _RECOMMENDED.items():
         value = config.get(name)
         if value is None:
             continue
         if type(value) not in kinds:
-            raise OctavoError(f"{path}: {name} must be {description}, not {_short(value)}.")
+            raise OctavoError(f"{where}: {name} must be {description}, not {_short(value)}.")
         try:
             SamplingParams(**{ours: value})
         except InvalidRequest as error:
-            raise OctavoError(f"{path}: {str(error).replace(ours, name, 1)}") from error
+            raise OctavoError(f"{where}: {str(error).replace(ours, name, 1)}") from error
         found[ours] = value
     return found
 

@@ -14,7 +14,7 @@ from octavo.errors import InvalidRequest, OctavoError
 from octavo.files import check_directory, check_regular
 from octavo.text.byte_alphabet import BYTE_OF
 from octavo.text.checkpoint_text import chat_templates, no_tokenizer
-from octavo.text.generation_config import default_sampling, eos_token_ids, read_json
+from octavo.text.generation_config import Generation, read_json
 from octavo.text.tiktoken_model import is_kimis, read_kimis
 
 __all__ = ["Tokenizer", "load_tokenizer", "read_tokenizer"]
@@ -27,10 +27,11 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """A checkpoint's tokenizer, special tokens and chat templates.
 
-    Raises OctavoError if the directory holds no readable tokenizer.
+    generation: where its ends and the default sampling are said (default: in the same directory). Raises OctavoError if the
+    directory holds no readable tokenizer.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, generation: Generation | None = None):
         self.directory = Path(directory)
         self._tokenizer = read_tokenizer(self.directory)
         config = read_json(self.directory / "tokenizer_config.json")
@@ -38,8 +39,9 @@ class Tokenizer:
         self.chat_templates = chat_templates(self.directory, config)
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
         eos = self.token_id(self.special_tokens.get("eos_token"))
-        self.eos_token_ids = eos_token_ids(self.directory) | ({eos} if eos is not None else set())
-        self.default_sampling = default_sampling(self.directory)
+        generation = generation or Generation.of(directory)
+        self.eos_token_ids = generation.eos_token_ids() | ({eos} if eos is not None else set())
+        self.default_sampling = generation.sampling()
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -140,9 +142,9 @@ class Tokenizer:
         return text.removeprefix(self._anchor_text).encode()
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer | None:
+def load_tokenizer(directory: str | Path, generation: Generation | None = None) -> Tokenizer | None:
     """The tokenizer; None if there is none, since the engine also serves token ids."""
-    return None if no_tokenizer(directory) else Tokenizer(directory)
+    return None if no_tokenizer(directory) else Tokenizer(directory, generation)
 
 
 def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:

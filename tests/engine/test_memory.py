@@ -51,6 +51,19 @@ def plan(device: Platform, length: int = 4096, working: float = 0, **options):
     return plan_blocks(config, device, PER_TOKEN, length, 8 * GIB, int(working * GIB))
 
 
+def test_bytes_and_blocks_that_are_asked_for():
+    for device in (cpu(free=20), cuda(free=20)):
+        assert plan(device, block_size=16, kv_cache_memory_bytes=3 * GIB).num_blocks == 3 * 512  # whatever else is free
+        assert plan(device, block_size=16, kv_cache_memory_bytes=3 * GIB, num_gpu_blocks_override=300).num_blocks == 300
+        with pytest.raises(OctavoError, match=r"--kv-cache-memory-bytes .* is 19.50 GiB, and 19.00 GiB is free beside weights"):
+            plan(device, block_size=16, kv_cache_memory_bytes=int(19.5 * GIB), working=1)
+        with pytest.raises(OctavoError, match=r"raise --kv-cache-memory-bytes [(]now 4194304[)]"):
+            plan(device, block_size=16, kv_cache_memory_bytes=4 << 20, max_model_len=4096)
+    assert plan(cpu(), length=64, num_gpu_blocks_override=900, max_num_seqs=1).num_blocks == 900  # more than are of use
+    with pytest.raises(OctavoError, match=r"--num-gpu-blocks-override 2049 asks for 4.00 GiB of KV cache, and 2048 blocks fit"):
+        plan(cpu(), num_gpu_blocks_override=2049)
+
+
 def test_blocks_on_a_cpu():
     assert plan(cpu()).num_blocks == 4 * 512  # the default
     assert plan(cpu(free=6)).num_blocks == 3 * 512  # half of what is free, where that is less

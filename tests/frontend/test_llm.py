@@ -196,6 +196,10 @@ def test_errors_name_keyword_arguments():
     for options, told in (
         (dict(max_model_len=0), "^max_model_len must be positive, not 0.$"),
         (dict(quantization="pttc_fp8"), "^quantization='pttc_fp8' is not known; did you mean 'ptpc_fp8'"),
+        (dict(enable_lora=True), "^enable_lora=True is not served: there are no LoRA adapters"),
+        (dict(quantization="awq"), '^quantization="awq" is not served: Octavo reads checkpoints'),
+        (dict(kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=[99]), "^kv_cache_dtype_skip_layers names layer 99"),
+        (dict(hf_overrides={"nothing": 1}), "^hf_overrides: nothing changes nothing that"),
         (dict(data_parallel_size=2), "^data_parallel_size is for a server"),
         (dict(max_model_len=10**6), r"^max_model_len=1000000 is over the \d+ positions"),
     ):

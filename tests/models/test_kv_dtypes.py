@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from cases import cases
-from conftest import COMMON, LoadModel, relative_error, tokens
+from conftest import COMMON, Loaded, LoadModel, relative_error, tokens
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import batch
 from octavo.distributed import TensorParallel
+from octavo.engine.loading import cache_specs
+from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, spec_for
 from octavo.layers.attention import PagedAttention
 from octavo.layers.rope import RotaryEmbedding, rope_parameters
@@ -264,3 +266,45 @@ def test_a_span_s_rotary_rows_are_not_its_places(chunks: tuple[int, ...], checkp
     assert relative_error(shifted, hidden(0, 7)) < 1e-6
     if len(chunks) > 1:  # attention sees no shift of all tokens
         assert relative_error(shifted, hidden(0, 0)) > 1e-3
+
+
+def skip_layers(loaded: Loaded, kv: str, skipped: Sequence[str]) -> Loaded:
+    """The same model over a new cache, in which `skipped` layers are in FP32."""
+    specs = cache_specs(loaded.model, kv, torch.float32, CPU, skipped)
+    cache = KVCache(specs, 40, 4, CPU.device)
+    loaded.model.bind_cache(cache.views)
+    return dataclasses.replace(loaded, cache=cache)
+
+
+@cases("kv", [kv for kv in COST if kv != "auto"])
+def test_layers_whose_cache_is_the_models_own(kv: str, checkpoint: Path, load_model: LoadModel) -> None:
+    """A skipped layer keeps what it is given, bit for bit: with all skipped nothing differs, with the first its keys do not."""
+    own = load_model(checkpoint, kv="auto", on=CPU)
+    exact, first = own.logits(IDS, (1,) * len(IDS)), own.cache.buffers[0].clone()
+    loaded = load_model(checkpoint, kv=kv, on=CPU)
+    everywhere = relative_error(loaded.logits(IDS, (1,) * len(IDS)), exact)
+    layers = len(loaded.cache.views)
+    every = skip_layers(loaded, kv, [str(layer) for layer in range(layers)])
+    assert torch.equal(every.logits(IDS, (1,) * len(IDS)), exact)
+    some = skip_layers(loaded, kv, ["0"])
+    less = relative_error(some.logits(IDS, (1,) * len(IDS)), exact)
+    assert 0 < less < everywhere
+    assert torch.equal(some.cache.buffers[0], first)
+    wide, narrow = (view["k"].dtype for view in some.cache.views[:2])
+    assert (wide, narrow) == (torch.float32, loaded.cache.views[1]["k"].dtype)
+
+
+def test_skipped_layers_have_no_scales(checkpoint: Path, load_model: LoadModel) -> None:
+    loaded = skip_layers(load_model(checkpoint, on=CPU), "fp8_e4m3", ["1"])
+    loaded.model.calibrate(lambda: loaded.hidden([batch.Span(IDS, 0, list(range(9)))]))
+    scales = [float(layer.k_scale) for layer in loaded.model.attention_layers()]
+    assert [scale != 1.0 for scale in scales] == [layer != 1 for layer in range(len(scales))]
+    assert len(loaded.model.kv_scales()[0]) == 2 * (len(scales) - 1)
+
+
+def test_layers_that_cannot_be_skipped(checkpoint: Path, load_model: LoadModel) -> None:
+    loaded = load_model(checkpoint, on=CPU)
+    last = len(loaded.cache.views) - 1
+    with pytest.raises(OctavoError, match=f"names layer {last + 1}; the model's are 0 to {last}."):
+        skip_layers(loaded, "fp8_e4m3", [str(last + 1), "0"])
+    assert skip_layers(loaded, "fp8_e4m3", ["sliding_window"]).cache.views[0]["k"].dtype is torch.float8_e4m3fn  # it has none

@@ -23,11 +23,13 @@ from transformers import (
 )
 
 from octavo.distributed import TensorParallel
+from octavo.engine.loading import cache_specs
 from octavo.errors import OctavoError
 from octavo.kvcache import Layout
 from octavo.layers.indexer import Indexer
 from octavo.models import architecture, build_model
 from octavo.models.published import KNOWN
+from octavo.platform import Platform
 from octavo.quant.checks import check_format
 
 # What the published files hold besides what no engine reads.
@@ -115,6 +117,20 @@ def test_published_configs_build_their_models(name: str) -> None:
         specs = model.kv_specs(kv, torch.bfloat16, torch.float8_e4m3fn, Layout.PLAIN)
         assert sum(spec.bytes_per_token for spec in specs) == expected
     assert (f"model.layers.{c.num_hidden_layers}.*" in model.ignored) == bool(config["num_nextn_predict_layers"])
+
+
+def test_layers_whose_latents_are_not_fp8() -> None:
+    """By number, indexers aside; not where attention is sparse, which reads FP8 latents alone."""
+    on = Platform(torch.device("cpu"), "test")
+    dense = build_model(K2, TensorParallel(), 64)
+    specs = cache_specs(dense, "fp8_e4m3", torch.bfloat16, on, ["2", "60"])
+    assert [layer for layer, spec in enumerate(specs) if spec.name == "bfloat16"] == [2, 60]
+    assert {spec.name for spec in specs} == {"bfloat16", "fp8_ds_mla"}
+    with pytest.raises(OctavoError, match=r"names layer 61; the model's are 0 to 60\."):
+        cache_specs(dense, "fp8_e4m3", torch.bfloat16, on, ["61"])
+    sparse = build_model(GLM5, TensorParallel(), 64)
+    with pytest.raises(OctavoError, match="cannot keep layers in bfloat16: this model's sparse attention reads a cache in FP8"):
+        cache_specs(sparse, "fp8_e4m3", torch.bfloat16, on, ["3"])
 
 
 def test_kimi_k25_has_the_parameters_of_transformers_classes() -> None:

@@ -89,6 +89,9 @@ class Model(nn.Module):
         own, asked = (spec_for(name, HEADS, DIM, dtype, fp8_dtype, layout) for name in ("auto", kv_cache_dtype))
         return [own, asked] * LAYERS
 
+    def cache_names(self) -> list[frozenset[str]]:
+        return [frozenset((str(layer),)) for layer in range(LAYERS) for _ in ("near", "far")]
+
     def bind_cache(self, views: Sequence[Views]) -> None:
         for block, (near, far) in zip(self.language_model.blocks, zip(views[::2], views[1::2], strict=True), strict=True):
             block.near.attn.bind_cache(near)

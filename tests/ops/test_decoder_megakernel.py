@@ -103,12 +103,14 @@ def parts(**changes: Any) -> DecoderParts:
 
     made = {"hidden": 512, "inter": 1408, "bias": None, "window": None, "dtype": torch.bfloat16, "kv": "auto", "v_scale": 1.0}
     made |= changes
-    views = KVCache([spec_for(made["kv"], 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.TENSOR_CORE)], 2, 64, CPU).views[0]
+    kinds = made["kv"], made.get("second_kv", made["kv"])
+    specs = [spec_for(kind, 4, 64, torch.bfloat16, torch.float8_e4m3fn, Layout.TENSOR_CORE) for kind in kinds]
+    views = KVCache(specs, 2, 64, CPU).views
     gain = torch.ones(512, dtype=made["dtype"])
     layers = [
         LayerParts(weight(1024, 512), weight(512, 512), weight(2 * made["inter"], 512), weight(512, made["inter"]),
-                   gain, gain, None, None, layer_cache(views, 1.0, made["v_scale"]), window)
-        for window in (None, made["window"])
+                   gain, gain, None, None, layer_cache(view, 1.0, made["v_scale"]), window)
+        for window, view in zip((None, made["window"]), views, strict=True)
     ]  # fmt: skip
     return DecoderParts(layers, torch.zeros(64, 64), made["hidden"], made["inter"], 8, 4, 64, 0.125, 1e-5)
 
@@ -122,6 +124,7 @@ def parts(**changes: Any) -> DecoderParts:
         ("gfx942", {}, "bulk copies"),
         ("sm_90", {"inter": 1400}, "multiple of 64"),
         ("sm_90", {"window": 100}, "different windows"),
+        ("sm_90", {"kv": "fp8_e4m3", "second_kv": "auto"}, "caches of different dtypes"),
         ("sm_90", {"dtype": torch.float32}, "float32"),
         ("sm_90", {"kv": "fp8_e5m2"}, "the cache"),
         ("sm_90", {"kv": "fp8_per_token_head"}, "the cache"),

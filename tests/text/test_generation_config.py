@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from cases import cases
 
-from octavo import LLM
+from octavo import LLM, SamplingParams
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
-from octavo.text.generation_config import default_sampling, eos_token_ids
+from octavo.messages import StructuredOutput
+from octavo.text.generation_config import Generation, default_sampling, eos_token_ids
 from octavo.text.tokenizer import load_tokenizer
 
 
@@ -63,3 +65,40 @@ def test_max_new_tokens_is_used(tmp_path: Path) -> None:
     assert llm.get_default_sampling_params().max_tokens == 5
     assert len(llm.generate("def f", use_tqdm=False)[0].outputs[0].token_ids) == 5
     assert len(llm.generate([[70] * 62], use_tqdm=False)[0].outputs[0].token_ids) == 2  # as far as they fit
+
+
+def test_settings_of_another_directory_and_of_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tmp_path / "other").mkdir()
+    write(tmp_path, temperature=0.3, top_k=4, eos_token_id=[1, 2])
+    write(tmp_path / "other", temperature=0.9, max_new_tokens=5)
+    own = Generation.of(tmp_path)
+    assert (own.sampling(), own.eos_token_ids()) == ({"temperature": 0.3, "top_k": 4}, {1, 2})
+    other = own._replace(settings=tmp_path / "other", overrides={"top_p": 0.5, "max_new_tokens": 9})
+    assert (other.sampling(), other.eos_token_ids()) == ({"temperature": 0.9, "top_p": 0.5, "max_tokens": 9}, {7})
+    none = own._replace(recommended=False, overrides={"temperature": 0})
+    assert (none.sampling(), none.eos_token_ids()) == ({"temperature": 0}, {1, 2})  # ends are not sampling
+    for overrides, sentence in (
+        ({"seed": 1}, "--override-generation-config: seed is no sampling parameter; it takes temperature, top_p"),
+        ({"top_k": 0.5}, "--override-generation-config: top_k must be an integer, not 0.5."),
+        ({"top_p": 7}, "--override-generation-config: top_p must be between 0 and 1, not 7."),
+    ):
+        with pytest.raises(OctavoError, match=re.escape(sentence)):
+            own._replace(overrides=overrides).sampling()
+
+
+def test_flags_of_tokenizer_and_settings_reach_llm(tmp_path: Path) -> None:
+    for path in Path(MODEL_DIR).iterdir():
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            (tmp_path / path.name).symlink_to(path)
+    for options, sentence in (
+        ({"tokenizer": str(tmp_path)}, f"tokenizer {tmp_path} has no tokenizer.json; give a directory with one"),
+        ({"generation_config": "/nowhere"}, "generation_config /nowhere has no generation_config.json"),
+    ):
+        with pytest.raises(OctavoError, match=sentence):
+            LLM(tmp_path, **options)
+    llm = LLM(tmp_path, tokenizer=str(MODEL_DIR), override_generation_config={"temperature": 0.25}, num_gpu_blocks_override=70)
+    assert llm.get_default_sampling_params().temperature == 0.25
+    params = SamplingParams(max_tokens=4, structured=StructuredOutput("regex", "[ab]{3}"))
+    assert re.fullmatch("[ab]{3}", llm.generate("def", params)[0].outputs[0].text)  # the engine reads that tokenizer, too
+    assert llm.info.num_blocks == 70

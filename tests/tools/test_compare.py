@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
 from octavo.cli import engine_config, main, make_parser
+from octavo.command_words import with_dashes
 from octavo.config import EngineConfig
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine import runner
 from octavo.errors import OctavoError
-from octavo.flags import with_dashes
 from octavo.platform import Platform
 from octavo.quant import QuantRules
 from octavo.server import serve

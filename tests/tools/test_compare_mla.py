@@ -14,8 +14,9 @@ from tools.test_compare_experts import by_path
 from tools.test_quantize_int4 import W4A16
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from octavo.config import EngineConfig, read_quantization_config
+from octavo.config import EngineConfig
 from octavo.errors import OctavoError
+from octavo.quantization_file import read_quantization_config
 from octavo.tools.compare import loss_table
 from octavo.tools.compare.caches import kv_names
 from octavo.tools.compare.compare import compare, write_config

@@ -59,6 +59,8 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "the cache is neither BF16 nor e4m3 with a scale a layer, in blocks of a multiple of 16 tokens"
     if max(scale.numel() for layer in parts.layers for scale in layer.cache[1:]) > 1:
         return "scales a head are Triton's"
+    if len({layer.cache.views["k"].dtype for layer in parts.layers}) > 1:
+        return "its layers have caches of different dtypes"
     if len({layer.window for layer in parts.layers}) > 1:
         return "its layers have different windows"
     if k.dtype is not torch.bfloat16 and v.stride(1) != 1:
