@@ -93,7 +93,7 @@ def _config_of(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _read(path: str) -> dict[Any, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     if (text := read_text(Path(path))) is None:
         raise OctavoError(f"--config {path} cannot be read: there is no such file.")

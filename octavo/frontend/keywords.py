@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.config import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS, UNREAD_FORMATS, canonical, config_fields, flag_of
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.option_values import DTYPES
 from octavo.peer_flags import peer_keyword
 
 __all__ = ["in_keywords", "names_keywords", "taken_keywords"]
@@ -18,10 +19,14 @@ log = logging.getLogger(__name__)
 
 _NAMES = {flag_of(field.name): field.name for field in config_fields()}
 _SWITCHES = {field.name for field in config_fields() if isinstance(field.default, bool)}
-_WORDS = {"quantization": {*QUANTIZATIONS, *CHECKPOINT_FORMATS, *UNREAD_FORMATS}, "kv_cache_dtype": {*KV_CACHE_DTYPES}} | {
+_WORDS = {
+    "dtype": {*DTYPES},
+    "quantization": {*QUANTIZATIONS, *CHECKPOINT_FORMATS, *UNREAD_FORMATS},
+    "kv_cache_dtype": {*KV_CACHE_DTYPES},
+} | {
     field.name: {*field.metadata["values"]}
     for field in config_fields()
-    if "values" in field.metadata and field.name not in ("quantization", "kv_cache_dtype")
+    if "values" in field.metadata and field.name not in ("dtype", "quantization", "kv_cache_dtype")
 }
 _OF_LOGS = ("disable_log_stats",)
 _FLAG = re.compile(r"(?<![\w-])(--(?:[a-z]+-)*[a-z]+)(?: ('[^']*'|-?\d+(?:\.\d+)?(?!\w)|[a-z]\w*))?")

@@ -87,7 +87,7 @@ def test_settings_of_another_directory_and_of_none(tmp_path: Path) -> None:
             own._replace(overrides=overrides).sampling()
 
 
-def test_flags_of_tokenizer_and_settings_reach_llm(tmp_path: Path) -> None:
+def test_flags_of_tokenizer_and_settings_reach_llm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in Path(MODEL_DIR).iterdir():
         if path.suffix == ".safetensors" or path.name == "config.json":
             (tmp_path / path.name).symlink_to(path)
@@ -97,7 +97,12 @@ def test_flags_of_tokenizer_and_settings_reach_llm(tmp_path: Path) -> None:
     ):
         with pytest.raises(OctavoError, match=sentence):
             LLM(tmp_path, **options)
-    llm = LLM(tmp_path, tokenizer=str(MODEL_DIR), override_generation_config={"temperature": 0.25}, num_gpu_blocks_override=70)
+    asked: dict[str, Any] = {"override_generation_config": {"temperature": 0.25}, "num_gpu_blocks_override": 70}
+    llm = LLM(tmp_path, tokenizer=str(MODEL_DIR), dtype="half", swap_space=4, max_model_len=-1, **asked)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Taken without effect: swap_space.",
+        'dtype="half" is served in bfloat16, which has the same size and a wider range.',
+    ]
     assert llm.get_default_sampling_params().temperature == 0.25
     params = SamplingParams(max_tokens=4, structured=StructuredOutput("regex", "[ab]{3}"))
     assert re.fullmatch("[ab]{3}", llm.generate("def", params)[0].outputs[0].text)  # the engine reads that tokenizer, too
