@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
-from octavo.files import check_directory, 
-from octavo.hub.snapshots import snapshot_of
+from octavo.files import check_directory
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.router import Engine, Replicas
+from octavo.hub.snapshots import snapshot_of
 from octavo.messages import KV_CACHE, WEIGHTS
 
 __all__ = ["Mode", "Operations"]
