@@ -100,8 +100,7 @@ class _Response:
                     yield {**event, "sequence_number": number}
                     number += 1
             except Exception as error:
-                told = as_api_error(error)
-                failure = {"code": told.code or "server_error", "message": told.fields()["message"]}
+                failure = {"code": "server_error", "message": as_api_error(error).fields()["message"]}
                 response = self._told("failed", error=failure, output=self.items.done)
                 yield {"type": "response.failed", "response": response, "sequence_number": number}
 
@@ -164,7 +163,7 @@ def _echoed(request: ResponsesRequest, job: ChatJob, response_id: str) -> dict[s
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls,
         "previous_response_id": request.previous_response_id,
-        "reasoning": {"effort": request.reasoning.effort, "summary": request.reasoning.summary},
+        "reasoning": {"effort": request.reasoning.effort, "summary": None},
         "store": request.store,
         "temperature": job.params.temperature,
         "text": {"format": wanted.model_dump(by_alias=True, exclude_unset=True)},

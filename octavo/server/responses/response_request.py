@@ -54,7 +54,6 @@ class Reasoning(ObjectWithFates):
     where = "reasoning."
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: str | None = None  # an answer repeats it
 
 
 class FunctionTool(ApiModel):
