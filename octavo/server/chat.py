@@ -95,7 +95,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     structured = structured_output(request)
     if tools.structured is not None:
-        if structured is not None:
+        if structured is not None and structured.param != "response_format":  # which is about text, and calls are none
             raise InvalidRequest("A forced tool_choice and a structured output exclude each other.", "tool_choice")
         structured = tools.structured
     fixed = {"skip_special_tokens": False} if tools.keep_special or served.thinks_in_special_tokens else {}

@@ -337,3 +337,14 @@ def test_an_answer_without_anything_is_an_empty_text(make_client: Callable[..., 
     assert [item["type"] for item in respond(client)["output"]] == ["reasoning"]
     client = make_client("\n\n")
     assert respond(client)["output"][0]["content"][0]["text"] == "\n\n"
+
+
+def test_a_forced_call_comes_before_a_format_of_text(client: Client) -> None:
+    """As in OpenAI's APIs, and for the clients that always send both: the format says how a text looks, and there is none."""
+    forced = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "count"}}
+    for more in ({}, {"text": {"format": {"type": "json_object"}}}):
+        respond(client, **forced, **more)
+    (_, alone, _), (_, both, _) = client.engine.calls
+    assert both.structured == alone.structured is not None
+    refused = client.post(PATH, {"input": "hi", **forced, "structured_outputs": {"regex": "a"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
