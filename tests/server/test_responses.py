@@ -225,7 +225,8 @@ def test_what_is_asked_reaches_the_chat(client: Client) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": ""}, "input"),
     ({"input": []}, "input"),
-    ({"input": 3}, "input.str"),
+    ({"input": 3}, "input"),
+    ({"input": ["a"]}, "input"),
     ({"input": [{"type": "web_search_call"}]}, "input.0"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
     ({"input": [USER, {"type": "message", "content": "a"}]}, "input.1.role"),
@@ -254,6 +255,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_output_tokens": 5000}, "max_output_tokens"),
     ({"top_logprobs": 30}, "top_logprobs"),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+    ({"metadata": {"a": "b" * 513}}, "metadata.a"),
     ({"previous_response_id": "resp_nothing"}, "previous_response_id"),
     ({"background": True}, "background"),
     ({"truncation": "auto"}, "truncation"),
@@ -296,6 +298,9 @@ def test_a_previous_response_is_continued(thinker: Client) -> None:
     assert continued == prompt_of(thinker)
     assert "second" in continued
     assert "first" not in continued
+    kept = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    respond(thinker, input=[{"role": "user", "content": "hi"}, *kept, *results], tools=[TOOL], instructions="second")
+    assert continued == prompt_of(thinker)
     respond(thinker, input="And?", previous_response_id=again["id"])
     assert prompt_of(thinker).count('"role": "user"') == 2
     assert again["previous_response_id"] == first["id"]
@@ -323,10 +328,11 @@ def test_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_store, "MAX_BYTES", 5000)
     store = ResponseStore()
     for number in range(10):
-        store.put(str(number), StoredResponse({}, []), 1000)
+        store.put(str(number), StoredResponse({"output": [{"id": f"item{number}"}]}, []), 1000)
     assert [number for number in range(10) if store.get(str(number))] == [5, 6, 7, 8, 9]
-    assert store.delete("7")
-    store.put("10", StoredResponse({}, []), 1000)
+    assert [number for number in range(10) if store.item(f"item{number}")] == [5, 6, 7, 8, 9]
+    store.delete("7")
+    store.put("10", StoredResponse({"output": []}, []), 1000)
     assert store.get("5") is not None
     assert size_of({"a": ["b" * 1000] * 3}) > 3000
     assert size_of(["x" * response_store.MAX_ONE, *("y" * 10_000 for _ in range(10_000))]) < response_store.MAX_ONE + 20_000

@@ -16,7 +16,7 @@ MESSAGES: dict[str, Fate] = {
     ),
     "container": Refused("container is not served: no code is run here; leave it out."),
     "mcp_servers": Refused("mcp_servers is not served: the tools are your own; leave it out.", ([],)),
-    "context_management": Refused("context_management is not served; send messages that fit.", ({},)),
+    "context_management": Harmless("every turn is kept, and messages that do not fit are refused"),
     "diagnostics": Refused("diagnostics is not served; usage.cache_read_input_tokens says what was found in the cache."),
     "kv_transfer_params": CHAT["kv_transfer_params"],
     "cache_control": Harmless("every prompt's prefix is cached"),

@@ -35,6 +35,11 @@ class Tool(ObjectWithFates):
             raise InvalidRequest(f"A tool of type {kind[:80]!r} is not served; the tools are your own functions.", "tools")
         return data
 
+    def function(self) -> dict[str, Any]:
+        """As chats have it."""
+        parameters = {"type": "object", **self.input_schema}
+        return {"name": self.name, "description": self.description, "parameters": parameters}
+
 
 class ToolChoice(ObjectWithFates):
     """`tool_choice`."""
@@ -75,7 +80,7 @@ class CountTokensRequest(ObjectWithFates):
 
     model: str | None = None
     messages: Annotated[Objects, Field(min_length=1)]
-    system: str | Objects | None = None
+    system: Any = None  # a text, or a list of blocks: validated by hand, for one sentence
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -116,10 +121,7 @@ class CountTokensRequest(ObjectWithFates):
         return {**effort, "chat_template_kwargs": switches, "include_reasoning": shown}
 
     def _calls(self) -> dict[str, Any]:
-        functions = [
-            {"name": tool.name, "description": tool.description, "parameters": tool.input_schema} for tool in self.tools
-        ]
-        tools = [{"type": "function", "function": function} for function in functions]
+        tools = [{"type": "function", "function": tool.function()} for tool in self.tools]
         choice = self.tool_choice
         if choice is None:
             return {"tools": tools}

@@ -28,6 +28,8 @@ async def respond(served: Served, request: ResponsesRequest, _: str) -> Answer:
     """Answers a request: the response, or the events of a stream."""
     served.check_model(request.model)
     chat, response_id = request.chat, f"resp_{secrets.token_hex(24)}"
+    if request.referring:
+        chat.messages = chat_messages([_item(served, item, f"input.{i}") for i, item in enumerate(request.referring)])
     if request.previous_response_id is not None:
         chat.messages = [*_kept(served, request.previous_response_id, 400).messages, *chat.messages]
     messages = chat.messages  # with their images, which `begin` takes out
@@ -59,6 +61,14 @@ def cancel_response(served: Served, response_id: str) -> dict[str, Any]:
     """POST /v1/responses/{id}/cancel, which is for what runs in the background, as nothing does."""
     _kept(served, response_id)
     raise InvalidRequest("This response is complete; close the connection of one that runs to cancel it.", "response_id")
+
+
+def _item(served: Served, item: dict[str, Any], where: str) -> dict[str, Any]:
+    if item.get("type") != "item_reference":
+        return item
+    if (found := served.responses.item(str(item.get("id")))) is None:
+        raise InvalidRequest(f"{where} refers to {str(item.get('id'))[:100]!r}, which is not kept here; send the item.", where)
+    return found
 
 
 def _kept(served: Served, response_id: str, status: int = 404) -> StoredResponse:

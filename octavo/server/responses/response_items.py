@@ -48,8 +48,8 @@ class _Reader:
             message["reasoning_content"] = message.get("reasoning_content", "") + _reasoning(item, where)
         else:
             raise InvalidRequest(
-                f"{where} is an item of type {str(kind)[:80]!r}; served are message, function_call, function_call_output and "
-                "reasoning.",
+                f"{where} is an item of type {str(kind)[:80]!r}; served are message, function_call, function_call_output, "
+                "reasoning and item_reference.",
                 where,
             )
 

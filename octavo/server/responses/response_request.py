@@ -16,7 +16,9 @@ from octavo.server.responses.response_items import chat_messages
 __all__ = ["CHAT_NAMES", "ResponsesRequest"]
 
 MAX_TOOLS_SIZE = 2**20  # characters: events repeat the tools
+MAX_REFERRING = 1000  # items of an input that refers to kept ones, which is translated in the server's own process
 MAX_METADATA = 16
+MAX_KEY, MAX_VALUE = 64, 512  # characters
 _SAME = (
     *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "logit_bias", "skip_special_tokens", "ignore_eos"),
     *("include_stop_str_in_output", "cache_salt", "chat_template_kwargs", "repetition_penalty", "seed", "stop"),
@@ -83,13 +85,16 @@ class ToolChoice(ApiModel):
     tools: Objects = Field(default_factory=list)
 
 
+Metadata = dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]]
+
+
 class ResponsesRequest(ObjectWithFates):
     """POST /v1/responses. `chat`: what it asks for, as a chat."""
 
     fates = RESPONSES
 
     model: str | None = None
-    input: str | Objects = ""
+    input: Any = ""  # a text, or a list of items: validated by hand, for one sentence
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
@@ -104,9 +109,7 @@ class ResponsesRequest(ObjectWithFates):
     stream: bool = False
     store: bool = True
     previous_response_id: str | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)] = Field(
-        default_factory=dict
-    )
+    metadata: Annotated[Metadata, Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
     top_k: int | None = None
     logit_bias: dict[int, float] | None = None
@@ -121,11 +124,17 @@ class ResponsesRequest(ObjectWithFates):
     ignore_eos: bool | None = None
 
     _chat: ChatRequest = PrivateAttr()
+    _referring: list[dict[str, Any]] = PrivateAttr(default_factory=list)
 
     @property
     def chat(self) -> ChatRequest:
         """The chat, without the messages of a previous response."""
         return self._chat
+
+    @property
+    def referring(self) -> list[dict[str, Any]]:
+        """The input's items, if some refer to kept ones; then the chat has no messages yet."""
+        return self._referring
 
     def model_post_init(self, context: Any, /) -> None:
         """Translates here, since a large body is validated in a process of its own."""
@@ -137,11 +146,7 @@ class ResponsesRequest(ObjectWithFates):
                 raise InvalidRequest(fate.sentence, "include")
         if sum(_size(tool.parameters) + len(tool.description or "") for tool in self.tools) > MAX_TOOLS_SIZE:
             raise InvalidRequest(f"The tools have over {MAX_TOOLS_SIZE} characters; send fewer, or shorter ones.", "tools")
-        if not self.input and self.previous_response_id is None:
-            raise InvalidRequest("input should be a text or a list of items, and not empty.", "input")
-        messages = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else chat_messages(self.input)
-        if self.previous_response_id is not None and not self.input:
-            messages = []
+        messages = self._messages()
         self.input = ""  # what is in the messages need not be kept, or sent between processes, twice
         same = {name: getattr(self, name) for name in _SAME}
         tools, choice = self._tools()
@@ -154,6 +159,20 @@ class ResponsesRequest(ObjectWithFates):
         chat |= {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs if self.logprobs else None}
         self._chat = ChatRequest.model_validate({**same, **chat, "messages": [{"role": "user"}]})
         self._chat.messages, self._chat.structured_outputs = messages, self.structured_outputs
+
+    def _messages(self) -> list[dict[str, Any]]:
+        given = self.input
+        known = isinstance(given, str) or (isinstance(given, list) and all(isinstance(item, dict) for item in given))
+        if not known or not (given or self.previous_response_id):
+            raise InvalidRequest("input should be a text or a list of items, and not empty.", "input")
+        if isinstance(given, str):
+            return [{"role": "user", "content": given}] if given else []
+        if not any(item.get("type") == "item_reference" for item in given):
+            return chat_messages(given)
+        if len(given) > MAX_REFERRING:
+            raise InvalidRequest(f"An input with item_reference may have {MAX_REFERRING} items; send the items.", "input")
+        self._referring = given
+        return []
 
     @property
     def logprobs(self) -> bool:

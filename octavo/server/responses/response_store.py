@@ -28,7 +28,12 @@ class ResponseStore:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}  # the outputs of what is kept, by id
         self._bytes = 0
+
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """The item of that id of a response that is kept."""
+        return self._items.get(item_id)
 
     def get(self, response_id: str) -> StoredResponse | None:
         """What is kept under the id."""
@@ -40,15 +45,19 @@ class ResponseStore:
         if size > MAX_ONE:
             return
         self._kept[response_id] = (stored, size)
+        self._items |= {item["id"]: item for item in stored.response["output"]}
         self._bytes += size
         while self._bytes > MAX_BYTES or len(self._kept) > MAX_RESPONSES:
-            self._bytes -= self._kept.popitem(last=False)[1][1]
+            self.delete(next(iter(self._kept)))
 
-    def delete(self, response_id: str) -> bool:
-        """Whether there was one."""
-        found = self._kept.pop(response_id, None)
-        self._bytes -= 0 if found is None else found[1]
-        return found is not None
+    def delete(self, response_id: str) -> None:
+        """Drops what is kept under the id, if anything is."""
+        if (found := self._kept.pop(response_id, None)) is None:
+            return
+        stored, size = found
+        self._bytes -= size
+        for item in stored.response["output"]:
+            del self._items[item["id"]]
 
 
 def size_of(*values: Any) -> int:
