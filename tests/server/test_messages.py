@@ -276,3 +276,9 @@ def test_every_error_has_anthropics_shape(client: Client) -> None:
     assert error == {"type": "error", "error": {"type": "overloaded_error", "message": "The engine died."}}
     client.served.gate.closing = True
     assert client.post(PATH, body).json()["error"]["type"] == "overloaded_error"
+
+
+def test_a_large_body_is_translated_in_another_process(client: Client) -> None:
+    for more in ({}, {"unknown": "a" * 2**17}):
+        send(client, system="be kind", tools=[TOOL], **more)
+    assert client.engine.calls[0][:2] == client.engine.calls[1][:2]

@@ -354,3 +354,14 @@ def test_a_forced_call_comes_before_a_format_of_text(client: Client) -> None:
     assert both.structured == alone.structured is not None
     refused = client.post(PATH, {"input": "hi", **forced, "structured_outputs": {"regex": "a"}})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+
+
+def test_a_large_body_is_translated_in_another_process(thinker: Client) -> None:
+    first = respond(thinker, tools=[TOOL])
+    kept = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    for given in ("hi", [{"role": "user", "content": "hi"}, *kept]):
+        prompts = []
+        for more in ({}, {"unknown": "a" * 2**17}):
+            respond(thinker, input=given, tools=[TOOL], instructions="be kind", **more)
+            prompts.append(thinker.engine.calls[-1][:2])
+        assert prompts[0] == prompts[1]
