@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -18,18 +18,19 @@ from starlette.types import Scope
 
 from octavo.errors import InvalidRequest
 from octavo.server.admin import Allowed, operator_routes
-from octavo.server.chat import chat, chat_prompt
+from octavo.server.anthropic.answer import answer_message, count_message_tokens
+from octavo.server.anthropic.message_request import CountTokensRequest, MessagesRequest
+from octavo.server.chat import chat, read_chat
 from octavo.server.completions import complete
 from octavo.server.error_responses import HANDLERS, ApiError
 from octavo.server.http import Answer, Gate, JsonEndpoint
 from octavo.server.metrics import Metrics
 from octavo.server.openapi import describing_routes
-from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, Invocation, TokenizeRequest
+from octavo.server.responses.respond import cancel_response, delete_response, get_response, respond
+from octavo.server.responses.response_request import ResponsesRequest
 from octavo.server.serving import Served
 from octavo.version import __version__
-
-if TYPE_CHECKING:
-    from octavo.server.chat_images import Part
 
 __all__ = ["make_app"]
 
@@ -65,6 +66,12 @@ def make_app(
     routes = [
         post("/v1/completions", CompletionRequest, complete),
         post("/v1/chat/completions", ChatRequest, chat),
+        post("/v1/responses", ResponsesRequest, respond),
+        get("/v1/responses/{id}", _response, ("GET", "DELETE")),
+        get("/v1/responses/{id}/cancel", _cancel_response, ("POST",)),
+        post("/v1/messages", MessagesRequest, answer_message),
+        post("/v1/messages/count_tokens", CountTokensRequest, count_message_tokens),
+        post("/invocations", Invocation, _invoke),
         get("/v1/models", _models),
         get("/v1/models/{name:path}", _model),
         post("/tokenize", TokenizeRequest, _tokenize),
@@ -135,6 +142,24 @@ def _model(served: Served, request: Request) -> Response:
     return JSONResponse(_card(served, name))
 
 
+def _response(served: Served, request: Request) -> Response:
+    response_id = request.path_params["id"]
+    if request.method == "DELETE":
+        return JSONResponse(delete_response(served, response_id))
+    return JSONResponse(get_response(served, response_id, request.query_params.get("stream", "false").lower() != "false"))
+
+
+def _cancel_response(served: Served, request: Request) -> Response:
+    return JSONResponse(cancel_response(served, request.path_params["id"]))
+
+
+async def _invoke(served: Served, request: ApiModel, request_id: str) -> Answer:
+    if isinstance(request, ChatRequest):
+        return await chat(served, request, request_id)
+    assert isinstance(request, CompletionRequest)
+    return await complete(served, request, request_id)
+
+
 def _health(served: Served, _: Request) -> Response:
     if not served.engine.healthy:
         raise ApiError(503, "The engine is dead; the server needs a new start.", code="engine_unavailable")
@@ -150,15 +175,11 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
     served.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Send either a prompt or messages.", "prompt")
-    images: list[Part] = []
+    most = served.most_listed
     if request.prompt is not None:
-        text, special = request.prompt, request.add_special_tokens is not False
+        ids = await served.encode(request.prompt, request.add_special_tokens is not False, most)
     else:
-        images = served.images.take(request)
-        text = await chat_prompt(served, request)
-        special = bool(request.add_special_tokens)
-    most = _most_tokens(served)
-    ids = (await served.images.place(await served.encode(text, special, most), images))[0]
+        ids = (await read_chat(served, request, limit=most))[1]
     if len(ids) > most:
         raise InvalidRequest(f"The text has {len(ids)} tokens; at most {most} are listed.", "prompt")
     strings = [served.tokenizer.piece(i) for i in ids] if request.return_token_strs else None
@@ -167,14 +188,9 @@ async def _tokenize(served: Served, request: TokenizeRequest, _: str) -> Answer:
 
 async def _detokenize(served: Served, request: DetokenizeRequest, _: str) -> Answer:
     served.check_model(request.model)
-    size, most = served.engine.info.vocab_size, _most_tokens(served)
+    size, most = served.engine.info.vocab_size, served.most_listed
     if len(request.tokens) > most:
         raise InvalidRequest(f"tokens has {len(request.tokens)} ids; at most {most} are read.", "tokens")
     if (wrong := next((token for token in request.tokens if not 0 <= token < size), None)) is not None:
         raise InvalidRequest(f"Token id {wrong} is out of the vocabulary of {size} tokens.", "tokens")
     return {"prompt": await asyncio.to_thread(served.tokenizer.decode, request.tokens, skip_special_tokens=False)}
-
-
-def _most_tokens(served: Served) -> int:
-    """Most tokens that /tokenize and /detokenize read: the context length, or more if it is short, to count long prompts."""
-    return max(served.engine.info.max_model_len, 2**17)

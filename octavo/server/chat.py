@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
+from octavo.images import PlacedImage
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.chat_images import HeldImages
 from octavo.server.completions import Usage, stream_extras
@@ -24,7 +25,7 @@ from octavo.server.serving import Served
 from octavo.server.structured import arguments_of, calls_of, structured_output
 from octavo.text.tool_prompt import CallForm
 
-__all__ = ["chat", "chat_prompt"]
+__all__ = ["ChatJob", "Piece", "begin", "chat", "count_tokens", "read_chat"]
 
 _THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat templates, and of DeepSeek's and Kimi's
 
@@ -32,26 +33,40 @@ _THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat 
 async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
     """Answers a chat request: an object, or the chunks of a stream."""
     served.check_model(request.model)
-    job = await _begin(served, request, f"chatcmpl-{request.request_id or request_id}")
+    job = await begin(served, request, f"chatcmpl-{request.request_id or request_id}")
     return job.stream() if request.stream else await job.whole()
 
 
-async def _begin(served: Served, request: ChatRequest, response_id: str) -> _Job:
+async def begin(served: Served, request: ChatRequest, response_id: str) -> ChatJob:
     """Sends the request to the engine. What it holds here of images ends with this call and not with the answer."""
     tools = _Tools(served, request)
-    images = served.images.take(request)
-    text = await chat_prompt(served, request, tools.form)
-    prompt = await served.encode(text, bool(request.add_special_tokens))
-    prompt, placed, held = await served.images.place(prompt, images)
+    text, prompt, placed, held = await read_chat(served, request, tools.form)
     params = _params(served, request, tools, len(prompt))
     await served.validate(params.structured)
     deltas = served.generate(prompt, params, response_id, request.cache_salt, placed)
-    job = _Job(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
+    job = ChatJob(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
     job.held = held
     return job
 
 
-async def chat_prompt(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None = None) -> str:
+async def count_tokens(served: Served, request: ChatRequest) -> int:
+    """How many tokens the prompt of a chat has, tools and images included."""
+    return len((await read_chat(served, request, _Tools(served, request).form, served.most_listed))[1])
+
+
+async def read_chat(
+    served: Served, request: ChatRequest | TokenizeRequest, calls: CallForm | None = None, limit: int | None = None
+) -> tuple[str, list[int], tuple[PlacedImage, ...], HeldImages]:
+    """The prompt of a chat: its text, its token ids, and its images in their places. `calls` and `limit`: see `_prompt_text`
+    and `Served.encode`.
+    """
+    images = served.images.take(request)
+    text = await _prompt_text(served, request, calls)
+    ids = await served.encode(text, bool(request.add_special_tokens), limit)
+    return text, *await served.images.place(ids, images)
+
+
+async def _prompt_text(served: Served, request: ChatInput | TokenizeRequest, calls: CallForm | None) -> str:
     """The rendered prompt. `calls`: the format of tool calls to describe, if the model's template does not describe one."""
     tools = None
     if request.tools and getattr(request, "tool_choice", None) != "none":
@@ -85,7 +100,7 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     structured = structured_output(request)
     if tools.structured is not None:
-        if structured is not None:
+        if structured is not None and structured.param != "response_format":  # which is about text, and calls are none
             raise InvalidRequest("A forced tool_choice and a structured output exclude each other.", "tool_choice")
         structured = tools.structured
     fixed = {"skip_special_tokens": False} if tools.keep_special or served.thinks_in_special_tokens else {}
@@ -132,7 +147,19 @@ class _Prompt:
     token_ids: list[int]
 
 
-class _Job:
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What an engine step adds to a choice. `message`: content, reasoning_content and tool_calls, as a stream's delta."""
+
+    index: int
+    message: dict[str, Any]
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: list[int]
+
+
+class ChatJob:
     """One chat request in progress."""
 
     held: HeldImages  # of the engine's memory, until the job is dropped
@@ -155,6 +182,8 @@ class _Job:
         ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
         self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
+        if any(reader.splits for reader in self.readers):
+            self.usage.reasoning_tokens = 0
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
@@ -167,17 +196,17 @@ class _Job:
         head = {**self.head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
         first_fields = self.prompt_fields
-        async with aclosing(self._deltas()) as deltas:
-            async for delta in deltas:
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
                 extras = stream_extras(self.request, self.usage)
-                if delta.index not in begun:
-                    begun.add(delta.index)
+                if piece.index not in begun:
+                    begun.add(piece.index)
                     first = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [_choice(delta.index, {"delta": first}, None, None)], **extras, **first_fields}
+                    yield {**head, "choices": [_choice(piece.index, {"delta": first}, None, None)], **extras, **first_fields}
                     first_fields = {}
-                message, logprobs, reason = self._read(delta)
-                fields = {"delta": message, **self._ids(delta.token_ids)}
-                yield {**head, "choices": [_choice(delta.index, fields, logprobs, reason, delta.stop_reason)], **extras}
+                fields = {"delta": _told(piece.message), **self._ids(piece.token_ids)}
+                choice = _choice(piece.index, fields, piece.logprobs, piece.finish_reason, piece.stop_reason)
+                yield {**head, "choices": [choice], **extras}
         if self.request.stream_options.include_usage:
             yield {**head, "choices": [], "usage": self.usage.dict()}
 
@@ -187,13 +216,12 @@ class _Job:
         logprobs: list[list[Any]] = [[] for _ in self.readers]
         token_ids: list[list[int]] = [[] for _ in self.readers]
         ends: list[tuple[str | None, int | str | None]] = [(None, None)] * len(self.readers)
-        async with aclosing(self._deltas()) as deltas:
-            async for delta in deltas:
-                message, known, reason = self._read(delta)
-                join_delta(messages[delta.index], message)
-                token_ids[delta.index] += delta.token_ids
-                logprobs[delta.index] += known["content"] if known else []
-                ends[delta.index] = (reason, delta.stop_reason)
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                join_delta(messages[piece.index], piece.message)
+                token_ids[piece.index] += piece.token_ids
+                logprobs[piece.index] += piece.logprobs["content"] if piece.logprobs else []
+                ends[piece.index] = (piece.finish_reason, piece.stop_reason)
         choices = []
         for i, message in enumerate(messages):
             fields = {"message": _message(message), **self._ids(token_ids[i])}
@@ -205,18 +233,21 @@ class _Job:
     def _ids(self, token_ids: list[int]) -> dict[str, Any]:
         return {"token_ids": token_ids} if self.request.return_token_ids else {}
 
-    async def _deltas(self) -> AsyncGenerator[Delta, None]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The parsed steps of all choices as they come. Closing it aborts the request."""
         async with aclosing(self.generated) as deltas:
             async for delta in deltas:
                 self.usage.add(0, delta)
                 if delta.prompt_logprobs is not None:
                     self.prompt_logprobs = prompt_logprobs(self.served.tokenizer, delta.prompt_logprobs)
-                yield delta
+                yield self._read(delta)
 
-    def _read(self, delta: Delta) -> tuple[dict[str, Any], dict[str, Any] | None, str | None]:
+    def _read(self, delta: Delta) -> Piece:
         reader = self.readers[delta.index]
         reason: str | None = delta.finish_reason
         message = reader.feed(delta.text, final=reason is not None)
+        if self.usage.reasoning_tokens is not None and reader.thinking:
+            self.usage.reasoning_tokens += len(delta.token_ids)
         if not self.request.include_reasoning:
             message.pop("reasoning_content", None)
         if reason == "stop" and reader.calls and self.tools.named is None:  # for a named tool_choice OpenAI returns "stop"
@@ -224,7 +255,7 @@ class _Job:
         logprobs = None
         if self.request.logprobs and delta.logprobs is not None:
             logprobs = chat_logprobs(self.served.tokenizer, delta.logprobs, self.request.return_tokens_as_token_ids)
-        return message, logprobs, reason
+        return Piece(delta.index, message, logprobs, reason, delta.stop_reason, delta.token_ids)
 
 
 def _choice(
@@ -237,7 +268,13 @@ def _choice(
     return {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
 
 
+def _told(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reasoning under both names: clients of vLLM read the newer one, DeepSeek's the older."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {"reasoning": reasoning, **message}
+
+
 def _message(deltas: dict[str, Any]) -> dict[str, Any]:
-    parts = joined(deltas)
+    parts = _told(joined(deltas))
     content = parts.get("content", "")
     return {"role": "assistant", **parts, "content": content if content.strip() or not parts.get("tool_calls") else None}

@@ -88,6 +88,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    reasoning_tokens: int | None = None  # None where no reasoning is split from the content
     cached: dict[int, int] = field(default_factory=dict)  # prompt number -> tokens found in the prefix cache
 
     def add(self, prompt: int, delta: Delta) -> None:
@@ -96,13 +97,20 @@ class Usage:
         if delta.num_cached_tokens:
             self.cached[prompt] = max(self.cached.get(prompt, 0), delta.num_cached_tokens)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were found in the prefix cache."""
+        return sum(self.cached.values())
+
     def dict(self) -> dict[str, Any]:
         """The counts as OpenAI's usage object."""
+        known = None if self.reasoning_tokens is None else {"reasoning_tokens": self.reasoning_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **({} if known is None else {"completion_tokens_details": known}),
         }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from octavo.server.error_responses import ApiError
+from octavo.server.error_responses import ApiError, error_body
 
 __all__ = ["MAX_HEAD", "protocol_class"]
 
@@ -70,7 +70,7 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
         def _refuse(self) -> None:
             if self.cycle is None or self.cycle.response_complete:  # otherwise a response is being written
                 error = ApiError(431, f"The request's head is over {MAX_HEAD >> 10} KiB; send less in its line and headers.")
-                body = json.dumps(error.body()).encode()
+                body = json.dumps(error_body(error, "")).encode()
                 head = "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
                 self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             self.transport.close()

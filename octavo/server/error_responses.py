@@ -1,4 +1,5 @@
-"""Errors in the form that OpenAI's clients expect: `{"error": {"message", "type", "param", "code"}}` and the HTTP status."""
+"""Errors in the form that clients expect, and the HTTP status: OpenAI's `{"error": {"message", "type", "param", "code"}}`, and
+under /v1/messages Anthropic's `{"type": "error", "error": {"type", "message"}}`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 import logging
 import re
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +18,7 @@ from starlette.responses import JSONResponse
 
 from octavo.errors import InvalidRequest, OctavoError
 
-__all__ = ["HANDLERS", "ApiError", "as_api_error", "error_response", "from_validation"]
+__all__ = ["HANDLERS", "ApiError", "as_api_error", "error_body", "error_response", "from_validation", "renamed"]
 
 MAX_MESSAGE = 900  # characters of an error message
 _LINE_ENDS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
@@ -33,10 +36,38 @@ class ApiError(OctavoError):
     def __reduce__(self) -> tuple[type, tuple[int, str, str | None, str | None]]:  # is pickled between processes
         return type(self), (self.status, str(self), self.param, self.code)
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that a client receives, as a response or as an event of a stream."""
+    def fields(self) -> dict[str, Any]:
+        """OpenAI's error object."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": _one_line(str(self)), "type": kind, "param": self.param, "code": self.code}}
+        return {"message": _one_line(str(self)), "type": kind, "param": self.param, "code": self.code}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """The JSON that a client of `path` receives, as a response or as an event of a stream."""
+    fields = error.fields()
+    if "/v1/messages" not in path:
+        return {"error": fields}
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": fields["message"]}}
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors within name a request's fields as its own API does. `names`: a chat's field -> the field that it was made of."""
+    try:
+        yield
+    except InvalidRequest as error:
+        name, _, rest = (error.param or "").partition(".")
+        if name not in names:
+            raise
+        sentence = re.sub(rf"\b{name}\b", names[name], str(error))
+        raise InvalidRequest(sentence, names[name] + (rest and f".{rest}")) from error
 
 
 def _one_line(message: str) -> str:
@@ -78,20 +109,20 @@ class _Response(JSONResponse):
 
 
 _HTTP_SENTENCES = {
-    404: "This path is not served here; see /v1/models, /v1/completions and /v1/chat/completions.",
+    404: "This path is not served here; see /v1/models, /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages.",
     405: "This path is served, but not with this HTTP method.",
 }
 
 
-def error_response(error: BaseException) -> JSONResponse:
-    """`error` as an HTTP response."""
+def error_response(error: BaseException, path: str = "") -> JSONResponse:
+    """`error` as an HTTP response to a request for `path`."""
     answer = as_api_error(error)
     headers = dict(getattr(error, "headers", None) or {})
     if answer.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if answer.status == 408:
         headers["Connection"] = "close"  # otherwise the rest of the body would be parsed as the next request
-    return _Response(answer.body(), answer.status, headers)
+    return _Response(error_body(answer, path), answer.status, headers)
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -108,8 +139,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-async def _handle(_: Request, error: Exception) -> JSONResponse:
-    return error_response(error)
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error, request.scope["path"])
 
 
 HANDLERS: dict[Any, Any] = {HTTPException: _handle, OctavoError: _handle, Exception: _handle}

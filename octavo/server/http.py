@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.error_responses import ApiError, as_api_error, error_response
+from octavo.server.error_responses import ApiError, as_api_error, error_body, error_response
 from octavo.server.freed_memory import release_soon
 from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
@@ -64,7 +64,7 @@ class JsonEndpoint(Generic[R]):
             del body  # otherwise it would stay in memory while the answer is written
         except TimeoutError:
             late = ApiError(408, "The request's body did not come whole in time; send it faster, or again.", code="timeout")
-            await error_response(late)(scope, receive, send)
+            await error_response(late, scope["path"])(scope, receive, send)
             return
         except ClientLeft:
             return
@@ -82,14 +82,14 @@ class JsonEndpoint(Generic[R]):
         try:
             answer = await self.handle(request, scope["state"]["request_id"])
             if not isinstance(answer, dict):
-                await stream(answer, send)
+                await stream(answer, send, scope["path"])
                 return
             encoded = await json_body(answer)
             if len(encoded) > HUGE:
                 release_soon()
             response = Response(encoded, media_type="application/json")
         except Exception as error:
-            response = error_response(error)
+            response = error_response(error, scope["path"])
         await response(scope, receive, send)
 
 
@@ -99,22 +99,30 @@ def refuse_page(headers: Headers) -> None:
         raise ApiError(403, "This path is for operators and answers no web page; send the request without Origin.")
 
 
-async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
-    """Sends `events` as server-sent events. An error before the first event is raised, so that it can set the status."""
+async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send, path: str = "") -> None:
+    """Sends `events` as server-sent events; those that have a type are named by it. An error before the first event is raised,
+    so that it can set the status.
+    """
     async with aclosing(events):
         first = await anext(events)
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-        await _send_event(send, _dump(first))
+        await _send_event(send, first)
         try:
             async for event in events:
-                await _send_event(send, _dump(event))
+                await _send_event(send, event)
         except Exception as error:  # the status is already sent, so the error becomes an event
-            await _send_event(send, _dump(as_api_error(error).body()))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await _send_event(send, error_body(as_api_error(error), path))
+        end = b"" if "type" in first else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
-def _send_event(send: Send, data: str) -> Awaitable[None]:
-    return send({"type": "http.response.body", "body": b"data: %b\n\n" % data.encode(), "more_body": True})
+async def _send_event(send: Send, event: dict[str, Any]) -> None:
+    if (name := event.get("type")) is None:
+        body = b"data: %b\n\n" % _dump(event).encode()
+    else:  # what is no delta may repeat the whole answer
+        data = _dump(event).encode() if "delta" in event else await json_body(event)
+        body = b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -183,9 +191,9 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        refusal = self._refusal(scope, headers.get("authorization", ""))
+        refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await error_response(refusal)(scope, receive, send_with_id)
+            await error_response(refusal, self._within(scope["path"]))(scope, receive, send_with_id)
             self._on_answer(scope, status, time.perf_counter() - began)
             return
         self.state.running += 1
@@ -202,14 +210,14 @@ class Gate:
         """The path without the root that a proxy may have left in it."""
         return path.removeprefix(self._root) if path.startswith(f"{self._root}/") else path
 
-    def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         if self._within(scope["path"]) in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        scheme, _, key = authorization.partition(" ")
-        # every key is compared, in constant time, so that the delay reveals nothing
-        sent = key.strip().encode("latin-1")  # the header's raw bytes; most clients send UTF-8
-        matches = [hmac.compare_digest(sent, known) for known in self._keys]
-        if self._keys and not (scheme.lower() == "bearer" and any(matches)):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        sent = [key if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]  # the second is Anthropic's clients'
+        # Every key is compared, in constant time, so that the delay reveals nothing. Latin-1: the headers' raw bytes.
+        matches = [hmac.compare_digest(one.strip().encode("latin-1"), known) for one in sent if one for known in self._keys]
+        if self._keys and not any(matches):
             return ApiError(401, "The API key is missing or wrong; send Authorization: Bearer KEY.", code="invalid_api_key")
         if self.state.closing and scope["method"] == "POST":
             return ApiError(503, "The server is shutting down; try another one.", code="shutting_down")

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["json_body"]
 
 SLICE = 64  # list entries per piece, each with at most 20 alternatives: a few milliseconds
+GROWING = frozenset(("choices", "output", "content"))  # lists of objects that have long lists
 TURN = 2**16  # characters after which other tasks of the event loop get a turn
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -26,12 +27,12 @@ async def json_body(answer: dict[str, Any]) -> bytes:
 
 
 def _pieces(answer: dict[str, Any]) -> Iterator[str]:
-    """Splits the parts that grow with an answer: its choices, and the lists in them."""
+    """Splits the parts that grow with an answer: its choices or items, and the lists in them."""
     for number, (key, value) in enumerate(answer.items()):
         yield f"{',' if number else '{'}{_dump(key)}:"
         if isinstance(value, dict):
             yield from _pieces(value)
-        elif key == "choices" and value:
+        elif key in GROWING and isinstance(value, list) and value and isinstance(value[0], dict):
             for place, one in enumerate(value):
                 yield "," if place else "["
                 yield from _pieces(one)

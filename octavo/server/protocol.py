@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from octavo.errors import InvalidRequest
 from octavo.server.request_fields import CHAT, CHAT_TEMPLATE, COMPLETION, STRUCTURED_OUTPUTS, Fate, refuse_fields
 
 __all__ = [
@@ -19,8 +20,13 @@ __all__ = [
     "DetokenizeRequest",
     "Function",
     "GenerationRequest",
+    "Invocation",
     "NamedToolChoice",
+    "ObjectWithFates",
+    "Objects",
     "ResponseFormat",
+    "Strings",
+    "StructuredOutputs",
     "TokenizeRequest",
     "Tool",
 ]
@@ -42,6 +48,25 @@ class ApiModel(BaseModel):
     @classmethod
     def _null_is_default(cls, data: Any) -> Any:
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+    @classmethod
+    def model_for(cls, data: Mapping[str, Any]) -> type[ApiModel]:
+        """The model of a body that was sent for this one."""
+        return cls
+
+
+class ObjectWithFates(ApiModel):
+    """An object whose every known field is served, refused, or harmless. `where`: what precedes a field's name in errors."""
+
+    fates: ClassVar[Mapping[str, Fate]] = {}
+    where: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            refuse_fields(cls.fates, data, cls.where)
+        return data
 
 
 class StreamOptions(ApiModel):
@@ -65,8 +90,11 @@ class ResponseFormat(ApiModel):
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(ApiModel):
+class StructuredOutputs(ObjectWithFates):
     """vLLM's request for structured output: one of these."""
+
+    fates = STRUCTURED_OUTPUTS
+    where = "structured_outputs."
 
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     json_object: bool | None = None
@@ -74,18 +102,9 @@ class StructuredOutputs(ApiModel):
     choice: Strings | None = None
     grammar: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            refuse_fields(STRUCTURED_OUTPUTS, data, "structured_outputs.")
-        return data
 
-
-class GenerationRequest(ApiModel):
+class GenerationRequest(ObjectWithFates):
     """The fields that completions and chat share. None: absent from the request, so the model's default applies."""
-
-    fates: ClassVar[Mapping[str, Fate]] = {}  # for every known field
 
     model: str | None = None
     n: int | None = None
@@ -122,13 +141,6 @@ class GenerationRequest(ApiModel):
     guided_regex: str | None = None
     guided_choice: Strings | None = None
     guided_grammar: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            refuse_fields(cls.fates, data)
-        return data
 
 
 class CompletionRequest(GenerationRequest):
@@ -207,6 +219,19 @@ class ChatRequest(ChatInput, GenerationRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     include_reasoning: bool = True
     return_prompt_text: bool = False
+
+
+class Invocation(ApiModel):
+    """POST /invocations, SageMaker's one path for all: a chat if there are messages, a completion if there is a prompt."""
+
+    @classmethod
+    def model_for(cls, data: Mapping[str, Any]) -> type[ApiModel]:
+        """Raises InvalidRequest for a body that is neither."""
+        if data.get("messages") is not None:
+            return ChatRequest
+        if data.get("prompt") is not None:
+            return CompletionRequest
+        raise InvalidRequest("The body needs messages, for a chat, or a prompt, for a completion.")
 
 
 class TokenizeRequest(_WithoutTemplate):

@@ -58,9 +58,12 @@ def as_request(model: type[R], body: bytes | bytearray) -> R:
     gc.disable()  # the collector would walk the parsed values again and again
     try:
         data = _load(body)
+        if not isinstance(data, dict):
+            raise ApiError(400, f"The body should be a JSON object, not {type(data).__name__}.")
+        chosen = model.model_for(data)
         if len(body) > SMALL_BODY:
-            _check_values(model, data)
-        return _parse(model, data)
+            _check_values(chosen, data)
+        return _parse(chosen, data)  # type: ignore[return-value]  # Invocation is served by others
     finally:
         gc.enable()
 
@@ -78,10 +81,10 @@ def _load(body: bytes | bytearray) -> Any:
     return data
 
 
-def _check_values(model: type[ApiModel], data: Any) -> None:
+def _check_values(model: type[ApiModel], data: dict[str, Any]) -> None:
     """Raises ApiError for a request whose known fields hold too many values. Unknown fields are dropped later."""
     known = {field.alias or name for name, field in model.model_fields.items()}
-    waiting = [value for name, value in data.items() if name in known] if isinstance(data, dict) else []
+    waiting = [value for name, value in data.items() if name in known]
     found = 0
     while waiting:
         value = waiting.pop()
@@ -116,10 +119,8 @@ def _check_content_type(headers: Headers) -> None:
         raise ApiError(415, f"The body should be JSON, not {kind or 'of no type'}; send Content-Type: application/json.")
 
 
-def _parse(model: type[R], data: Any) -> R:
+def _parse(model: type[R], data: dict[str, Any]) -> R:
     """Validates `data` as a request, or raises ApiError 400 with its first error."""
-    if not isinstance(data, dict):
-        raise ApiError(400, f"The body should be a JSON object, not {type(data).__name__}.")
     try:
         return model.model_validate(data)
     except ValidationError as error:

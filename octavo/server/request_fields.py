@@ -22,6 +22,7 @@ __all__ = [
     "Harmless",
     "Refused",
     "Served",
+    "all_served",
     "refuse_fields",
 ]
 
@@ -50,7 +51,8 @@ Fate = Served | Refused | Harmless
 SERVED = Served()
 
 
-def _served(names: str) -> dict[str, Fate]:
+def all_served(names: str) -> dict[str, Fate]:
+    """A table of these fields, which are served."""
     return dict.fromkeys(names.split(), SERVED)
 
 
@@ -60,7 +62,7 @@ _BOOKKEEPING = Harmless("a client's own label, which no answer depends on")
 _SPEED = Harmless("it may make an answer quicker, never another")
 
 _BOTH: dict[str, Fate] = {
-    **_served(
+    **all_served(
         """model n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed max_tokens
         min_tokens stop stop_token_ids include_stop_str_in_output ignore_eos logprobs prompt_logprobs logit_bias bad_words
         allowed_token_ids skip_special_tokens stream stream_options add_special_tokens response_format structured_outputs
@@ -105,7 +107,7 @@ CHAT_TEMPLATE = Refused(  # a template is a program, and an endless loop in it w
 _AUDIO = "Only text is answered; leave {} out."
 CHAT: dict[str, Fate] = {
     **_BOTH,
-    **_served(
+    **all_served(
         """messages tools tool_choice parallel_tool_calls top_logprobs max_completion_tokens add_generation_prompt
         continue_final_message chat_template_kwargs documents reasoning_effort include_reasoning return_prompt_text"""
     ),
@@ -130,7 +132,7 @@ CHAT: dict[str, Fate] = {
     "prompt_cache_retention": _SPEED,
 }
 STRUCTURED_OUTPUTS: dict[str, Fate] = {
-    **_served("json json_object regex choice grammar"),
+    **all_served("json json_object regex choice grammar"),
     "structural_tag": Refused("structural_tag is not served; use structured_outputs.json or .grammar."),
     "whitespace_pattern": Refused("whitespace_pattern is not served; JSON's white space is bounded already."),
     "disable_any_whitespace": Refused("disable_any_whitespace is not served; JSON's white space is bounded already.", (False,)),

@@ -22,6 +22,7 @@ from octavo.server.http import GateState
 from octavo.server.metrics import Metrics
 from octavo.server.parsers.reasoning import CLOSE, OPEN
 from octavo.server.protocol import GenerationRequest
+from octavo.server.responses.response_store import ResponseStore
 from octavo.server.side_processes import SideProcesses, side_processes
 from octavo.text.chat_prompt import render_conversation
 from octavo.text.chat_template import render_chat
@@ -71,6 +72,7 @@ class Served:
     gate: GateState = field(default_factory=GateState)
     operations: Operations | None = None
     log_request: Callable[[str, RequestWatch, SamplingParams, list[int]], None] | None = None  # once it has ended
+    responses: ResponseStore = field(default_factory=ResponseStore)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _grammars: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="octavo-grammar"))
@@ -79,6 +81,11 @@ class Served:
     def stalled(self) -> bool:
         """Whether the engine has had work for longer than engine_timeout without a step."""
         return 0 < self.engine_timeout < self.engine.silent_seconds
+
+    @property
+    def most_listed(self) -> int:
+        """Most tokens of a prompt that is only counted or listed: the context length, or more if that is short."""
+        return max(self.engine.info.max_model_len, 2**17)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -71,6 +71,10 @@ def _plain(message: Mapping[str, Any], where: str, form: ContentFormat, texts: _
         raise InvalidRequest(f"{where} needs a role, such as 'user'.", f"{where}.role")
     plain = {key: value for key, value in message.items() if value is not None}
     plain["role"] = "system" if role == "developer" else role  # OpenAI's newer name; templates know the older one
+    if (
+        reasoning := plain.get("reasoning_content", plain.get("reasoning"))
+    ) is not None:  # templates read one name or the other
+        plain = {"reasoning_content": reasoning, "reasoning": reasoning, **plain}
     plain["content"] = _content(message.get("content"), f"{where}.content", form, texts)
     if "tool_calls" in plain:
         calls = [_call(call, f"{where}.tool_calls") for call in _list(plain.pop("tool_calls"), f"{where}.tool_calls")]

@@ -51,6 +51,16 @@ class Client:
         assert blocks[-2:] == ["data: [DONE]", ""]
         return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
 
+    def typed_events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream that names them."""
+        response = self.post(path, {**body, "stream": True})
+        assert response.headers["content-type"].startswith("text/event-stream"), response.text
+        *blocks, end = response.text.split("\n\n")
+        assert end == ""
+        found = [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
+        assert [block.partition("\n")[0] for block in blocks] == [f"event: {event['type']}" for event in found]
+        return found
+
 
 def ok(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text

@@ -20,6 +20,14 @@ from octavo.server.error_responses import ApiError, error_response
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
+ALL = (COMPLETIONS, CHAT, "/v1/responses", "/v1/messages")
+
+
+def any_body(path: str) -> dict[str, Any]:
+    """A body that the path takes."""
+    if path == "/v1/responses":
+        return {"input": "a"}
+    return {"prompt": "a", "messages": [USER], "max_tokens": 9, "tokens": [5]}
 
 
 def test_completion_has_openais_shape(client: Client) -> None:
@@ -435,9 +443,9 @@ def test_a_key_beyond_ascii(client: Client) -> None:
         assert client.get("/v1/models", headers={"Authorization": b"Bearer " + sent}).status_code == status
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [*ALL, "/invocations", "/v1/messages/count_tokens", "/tokenize", "/detokenize"])
 def test_bodies_that_a_page_may_send_unasked_are_refused(client: Client, path: str) -> None:
-    body = json.dumps({"prompt": "a", "messages": [USER], "tokens": [5]} if path != "/tokenize" else {"prompt": "a"})
+    body = json.dumps(any_body(path) if path != "/tokenize" else {"prompt": "a"})
     form = "application/x-www-form-urlencoded"
     for kind, more, status in [
         ("application/json", {}, 200),
@@ -513,15 +521,16 @@ def test_metrics(client: Client) -> None:
 
 def test_a_client_that_leaves_is_aborted(client: Client) -> None:
     client.engine.delay = 0.01
-    for stream in (True, False):
-        asyncio.run(_leave(client, stream))
-    assert len(client.engine.aborted) == 2
+    for path in (*ALL, "/invocations"):
+        for stream in (True, False):
+            asyncio.run(_leave(client, path, stream))
+    assert len(client.engine.aborted) == 10
     assert client.served.gate.running == 0
-    assert 'finished_reason="abort",model_name="demo"} 2.0' in client.get("/metrics").text
+    assert 'finished_reason="abort",model_name="demo"} 10.0' in client.get("/metrics").text
 
 
-async def _leave(client: Client, stream: bool) -> None:
-    body = json.dumps({"prompt": "a", "stream": stream}).encode()
+async def _leave(client: Client, path: str, stream: bool) -> None:
+    body = json.dumps({**any_body(path), "stream": stream}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -532,7 +541,7 @@ async def _leave(client: Client, stream: bool) -> None:
 
     async def send(_: Any) -> None: ...
 
-    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": [], "query_string": b"", "root_path": ""}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
     await asyncio.wait_for(make_app(client.served)(scope, receive, send), 5)
 
 

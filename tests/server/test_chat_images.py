@@ -132,6 +132,48 @@ def test_images_of_the_internet_reach_the_engine_and_private_ones_do_not(served:
     assert {host for host, _ in internet.connected} <= {test_fetch.PUBLIC, test_fetch.OTHER}
 
 
+def test_images_of_each_api_are_those_of_a_chat(served: Served) -> None:
+    """Also in a tool's result, and in a response that is continued."""
+    engine: Any = served.engine
+    url = ask(GOOD)[0]["content"][0]["image_url"]["url"]
+    kind, _, data = url.removeprefix("data:").partition(";base64,")
+    item = {"type": "input_image", "image_url": url, "detail": "auto"}
+    block = {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    user = {"role": "user", "content": "look"}
+    shown = [{"type": "image_url", "image_url": {"url": url}}]
+    turn = [
+        user,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": shown},
+    ]
+    made = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    used = {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [block]}
+    bodies = [
+        (CHAT, {"messages": [{"role": "user", "content": shown}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [item]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [block]}]}),
+        (CHAT, {"messages": turn}),
+        ("/v1/responses", {"input": [user, made, {"type": "function_call_output", "call_id": "a", "output": [item]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [user, used, {"role": "user", "content": [result]}]}),
+    ]
+
+    async def work() -> None:
+        async with http(served) as client:
+            answers = [await client.post(path, json=body) for path, body in bodies]
+            assert [answer.status_code for answer in answers] == [200] * 6, [answer.text for answer in answers]
+            more = {"input": "And?", "previous_response_id": answers[1].json()["id"]}
+            assert (await client.post("/v1/responses", json=more)).status_code == 200
+
+    asyncio.run(work())
+    asked = [(one.prompt_token_ids, [image.image.digest for image in one.images]) for one in engine.requests]
+    assert asked[0] == asked[1] == asked[2]
+    assert asked[3] == asked[4] == asked[5]
+    assert asked[0][1] == asked[3][1] == asked[6][1]
+    assert asked[0][1]
+
+
 def test_clients_that_leave_free_what_their_images_held(served: Served, internet: Internet) -> None:
     """More slow files than are fetched at once, then a photograph that is prepared for long: others are served meanwhile."""
     photograph = file_of(Image.fromarray(np.zeros((7000, 7000), np.uint8)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,9 +12,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import anthropic
+import httpx
 import openai
+import pydantic
 import pytest
 from server.processes import Server
 
@@ -135,6 +139,111 @@ def test_a_forced_tool_call(client: openai.OpenAI) -> None:
         assert message.tool_calls
         assert message.tool_calls[0].function.name == "count"
         assert isinstance(json.loads(message.tool_calls[0].function.arguments)["n"], bool)
+
+
+COUNT: Any = {
+    "name": "count",
+    "parameters": {
+        "type": "object",
+        "properties": {"n": {"type": "boolean"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+}
+
+
+class What(pydantic.BaseModel):
+    """What a response is parsed as."""
+
+    defined: bool
+    lines: Literal[1, 2]
+
+
+def test_a_response_and_its_stream_agree(client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": MODEL, "input": PROMPT, "max_output_tokens": 16, "temperature": 0, "instructions": "go on"}
+    whole = client.responses.create(**how)
+    assert whole.usage is not None
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 16)
+    events = list(client.responses.create(**how, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert (events[-1].type, events[-1].response.output_text) == ("response.incomplete", whole.output_text)
+    with client.responses.stream(**{**how, "text_format": openai.NOT_GIVEN}) as stream:
+        stream.until_done()
+    again = client.responses.create(model=MODEL, input="go on", previous_response_id=whole.id, max_output_tokens=1)
+    assert again.usage is not None
+    assert again.usage.input_tokens > whole.usage.total_tokens - 4
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+    client.responses.delete(whole.id)
+    with pytest.raises(openai.NotFoundError, match="No response"):
+        client.responses.retrieve(whole.id)
+
+
+def test_responses_are_parsed_and_call_tools(client: openai.OpenAI, server: Server) -> None:
+    parsed = client.responses.parse(model=MODEL, input="describe it", text_format=What, max_output_tokens=300)
+    assert isinstance(parsed.output_parsed, What)
+    how: dict[str, Any] = {"model": MODEL, "input": "count", "tools": [{"type": "function", **COUNT}], "max_output_tokens": 300}
+    for choice in ("required", {"type": "function", "name": "count"}):
+        (call,) = client.responses.create(**how, tool_choice=choice, parallel_tool_calls=False).output
+        assert (call.type, call.name, type(json.loads(call.arguments)["n"])) == ("function_call", "count", bool)
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "two"}
+        later = client.responses.create(
+            model=MODEL, input=[{"role": "user", "content": "count"}, call, result], max_output_tokens=4
+        )
+        assert later.output_text
+
+    async def ask() -> str:
+        async with (
+            openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as other,
+            other.responses.stream(model=MODEL, input=PROMPT, max_output_tokens=4) as stream,
+        ):
+            return "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+
+    assert asyncio.run(ask())
+
+
+def test_anthropics_client(server: Server) -> None:
+    message = {"role": "user", "content": PROMPT}
+    how: Any = {"model": MODEL, "messages": [message], "max_tokens": 16, "system": "go on"}
+    how["extra_body"] = {"temperature": 0}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client:
+        whole = client.messages.create(**how)
+        assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 16)
+        with client.messages.stream(**how) as stream:
+            text = stream.get_final_text()
+            assert text == whole.content[0].text  # type: ignore[union-attr]
+            assert stream.get_final_message().stop_reason == "max_tokens"
+        counted = client.messages.count_tokens(model=MODEL, messages=how["messages"], system="go on")
+        assert counted.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
+        stopped = client.messages.create(**{**how, "stop_sequences": [text[4:7]]})
+        assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[4:7])
+        tool: Any = {"name": "count", "input_schema": COUNT["parameters"]}
+        how |= {"tools": [tool], "max_tokens": 300}
+        for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "count"}):
+            called = client.messages.create(**how, tool_choice=choice)
+            (use,) = called.content
+            assert (called.stop_reason, use.type) == ("tool_use", "tool_use")
+            assert isinstance(use.input["n"], bool)  # type: ignore[union-attr, index]
+            with client.messages.stream(**how, tool_choice=choice) as stream:
+                assert isinstance(stream.get_final_message().content[0].input["n"], bool)  # type: ignore[union-attr, index]
+        result: Any = {"type": "tool_result", "tool_use_id": use.id, "content": "two"}  # type: ignore[union-attr]
+        turn = [message, {"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
+        assert client.messages.create(**{**how, "messages": turn, "max_tokens": 4}).content
+        for wrong, error in (({"model": "claude"}, anthropic.NotFoundError), ({"max_tokens": 0}, anthropic.BadRequestError)):
+            with pytest.raises(error) as raised:
+                client.messages.create(**{**how, **wrong})
+            assert raised.value.body["type"] == "error"  # type: ignore[index]
+
+
+def test_invocations(server: Server) -> None:
+    for body, kind in (
+        ({"messages": [{"role": "user", "content": "hi"}]}, "chat.completion"), ({"prompt": "a"}, "text_completion"),
+    ):  # fmt: skip
+        answer = httpx.post(f"{server.url}/invocations", json={**body, "max_tokens": 1}, timeout=60).json()
+        assert answer["object"] == kind
+        with httpx.stream("POST", f"{server.url}/invocations", json={**body, "max_tokens": 1, "stream": True}) as stream:
+            assert list(stream.iter_lines())[-2] == "data: [DONE]"
+    refused = httpx.post(f"{server.url}/invocations", json={"inputs": "a"})
+    assert (refused.status_code, "needs messages" in refused.text) == (400, True)
 
 
 def test_errors(client: openai.OpenAI) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anthropic.types import message_count_tokens_params as anthropic_count
+from anthropic.types import message_create_params as anthropic_messages
+from anthropic.types import output_config_param, thinking_config_enabled_param
 from cases import cases
 from openai.types import completion_create_params as openai_completions
 from openai.types.chat import completion_create_params as openai_chat
-from server.api_client import Client
+from openai.types.responses import response_create_params as openai_responses
+from openai.types.responses import response_includable, response_text_config_param
+from openai.types.shared_params import reasoning as openai_reasoning
+from server.api_client import Client, ok
 
+from octavo.server.anthropic.message_fields import BLOCK_FATES, MESSAGES, OUTPUT_CONFIG, THINKING
+from octavo.server.anthropic.message_request import MessagesRequest, OutputConfig, Thinking
 from octavo.server.protocol import ChatRequest, CompletionRequest, StructuredOutputs
 from octavo.server.request_fields import CHAT, COMPLETION, SERVED, STRUCTURED_OUTPUTS, Fate, Harmless, Refused
+from octavo.server.responses.response_fields import INCLUDE, REASONING, RESPONSES, TEXT
+from octavo.server.responses.response_request import Reasoning, ResponsesRequest, Text
 
-# The fields of vLLM's two requests, of its main branch and of the releases that had guided_* fields.
+# The fields of vLLM's requests, of its main branch and of the releases that had guided_* fields.
 VLLM_BOTH = """model frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options
 temperature top_p user use_beam_search best_of top_k min_p repetition_penalty watermarking length_penalty stop_token_ids
 include_stop_str_in_output ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
@@ -30,7 +41,27 @@ media_io_kwargs mm_processor_kwargs return_prompt_text"""
 VLLM_COMPLETION = "prompt suffix prompt_embeds"
 VLLM_STRUCTURED = """json regex choice grammar json_object disable_fallback disable_any_whitespace disable_additional_properties
 whitespace_pattern structural_tag"""
-COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
+VLLM_RESPONSES = """background include input instructions max_output_tokens max_tool_calls metadata model logit_bias
+parallel_tool_calls previous_response_id prompt reasoning service_tier store stream temperature text tool_choice tools
+top_logprobs top_p top_k truncation user skip_special_tokens include_stop_str_in_output prompt_cache_key request_id
+media_io_kwargs mm_processor_kwargs priority cache_salt kv_transfer_params enable_response_messages chat_template_kwargs
+previous_input_messages structured_outputs repetition_penalty seed stop ignore_eos vllm_xargs"""
+VLLM_MESSAGES = """model messages max_tokens metadata output_config stop_sequences stream system temperature tool_choice tools
+top_k top_p kv_transfer_params chat_template_kwargs"""
+COMPLETIONS_PATH, CHAT_PATH, RESPONSES_PATH = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+MESSAGES_PATH = "/v1/messages"
+USER = {"role": "user", "content": "hi"}
+# path -> its fields, the least that a request has, and the fields of its objects
+APIS: dict[str, tuple[dict[str, Fate], dict[str, Any], dict[str, dict[str, Fate]]]] = {
+    COMPLETIONS_PATH: (COMPLETION, {"prompt": "def f"}, {"structured_outputs": STRUCTURED_OUTPUTS}),
+    CHAT_PATH: (CHAT, {"messages": [USER]}, {"structured_outputs": STRUCTURED_OUTPUTS}),
+    RESPONSES_PATH: (RESPONSES, {"input": "hi"}, {"text": TEXT, "reasoning": REASONING}),
+    MESSAGES_PATH: (
+        MESSAGES,
+        {"messages": [USER], "max_tokens": 9},
+        {"output_config": OUTPUT_CONFIG, "thinking": THINKING},
+    ),
+}
 
 
 def field_names(model: Any) -> set[str]:
@@ -38,7 +69,12 @@ def field_names(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("table", "model"), [(COMPLETION, CompletionRequest), (CHAT, ChatRequest), (STRUCTURED_OUTPUTS, StructuredOutputs)]
+    ("table", "model"),
+    [
+        *((COMPLETION, CompletionRequest), (CHAT, ChatRequest), (STRUCTURED_OUTPUTS, StructuredOutputs)),
+        *((RESPONSES, ResponsesRequest), (TEXT, Text), (REASONING, Reasoning)),
+        *((MESSAGES, MessagesRequest), (OUTPUT_CONFIG, OutputConfig), (THINKING, Thinking)),
+    ],
 )
 def test_what_is_served_is_what_the_models_have(table: dict[str, Fate], model: Any) -> None:
     assert {name for name, fate in table.items() if fate is SERVED} == field_names(model)
@@ -51,44 +87,72 @@ def test_every_field_of_the_peers_is_known() -> None:
     assert set(VLLM_STRUCTURED.split()) <= set(STRUCTURED_OUTPUTS)
     assert set(openai_completions.CompletionCreateParamsBase.__annotations__) <= set(COMPLETION)
     assert set(openai_chat.CompletionCreateParamsBase.__annotations__) <= set(CHAT)
+    assert set(VLLM_RESPONSES.split()) <= set(RESPONSES)
+    assert set(openai_responses.ResponseCreateParamsBase.__annotations__) <= set(RESPONSES)
+    assert set(response_text_config_param.ResponseTextConfigParam.__annotations__) <= set(TEXT)
+    assert set(openai_reasoning.Reasoning.__annotations__) <= set(REASONING)
+    assert set(response_includable.ResponseIncludable.__args__) <= set(INCLUDE)  # type: ignore[attr-defined]
+    assert set(VLLM_MESSAGES.split()) <= set(MESSAGES)
+    assert set(anthropic_messages.MessageCreateParamsBase.__annotations__) <= set(MESSAGES)
+    assert set(anthropic_count.MessageCountTokensParams.__annotations__) <= set(MESSAGES)
+    assert set(output_config_param.OutputConfigParam.__annotations__) <= set(OUTPUT_CONFIG)
+    assert set(thinking_config_enabled_param.ThinkingConfigEnabledParam.__annotations__) <= set(THINKING)
 
 
 REFUSED = [
-    *((COMPLETIONS_PATH, "", name, fate) for name, fate in COMPLETION.items() if isinstance(fate, Refused)),
-    *((CHAT_PATH, "", name, fate) for name, fate in CHAT.items() if isinstance(fate, Refused)),
-    *((CHAT_PATH, "structured_outputs.", name, fate) for name, fate in STRUCTURED_OUTPUTS.items() if isinstance(fate, Refused)),
+    (path, where, name, fate)
+    for path, (table, _, objects) in APIS.items()
+    for where, fates in [("", table), *objects.items()]
+    for name, fate in fates.items()
+    if isinstance(fate, Refused)
 ]
 
 
 def ask(client: Client, path: str, fields: dict[str, Any]) -> Any:
-    start = {"prompt": "def f"} if path == COMPLETIONS_PATH else {"messages": [{"role": "user", "content": "hi"}]}
-    return client.post(path, {**start, **fields})
+    return client.post(path, {**APIS[path][1], **fields})
 
 
 @cases(("path", "where", "name", "fate"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_not_served_is_refused_in_its_sentence(client: Client, path: str, where: str, name: str, fate: Refused) -> None:
     for value in ("something", 7, [3], {"a": 1}, ["text", "audio"], True):
         fields: dict[str, Any] = {name: value}
-        response = ask(client, path, {"structured_outputs": fields} if where else fields)
+        response = ask(client, path, {where: fields} if where else fields)
         assert response.status_code == 400
-        assert response.json()["error"] == {
-            "message": fate.sentence, "type": "invalid_request_error", "param": where + name, "code": None,
-        }  # fmt: skip
+        error = {"message": fate.sentence, "type": "invalid_request_error"}
+        more = {} if path == MESSAGES_PATH else {"param": f"{where}.{name}".lstrip("."), "code": None}
+        assert response.json()["error"] == {**error, **more}
     assert re.fullmatch(r"[^\n]+\.", fate.sentence)
     for idle in (None, *fate.unless):
         fields = {name: idle}
-        assert ask(client, path, {"structured_outputs": fields} if where else fields).status_code == 200, idle
+        assert ask(client, path, {where: fields} if where else fields).status_code == 200, idle
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS_PATH, CHAT_PATH])
+@pytest.mark.parametrize("path", APIS)
 def test_what_is_harmless_changes_nothing(client: Client, path: str) -> None:
-    table = COMPLETION if path == COMPLETIONS_PATH else CHAT
-    harmless = {name: "anything" for name, fate in table.items() if isinstance(fate, Harmless)}
-    own = {name: True for name, fate in STRUCTURED_OUTPUTS.items() if isinstance(fate, Harmless)}
-    assert ask(client, path, {**harmless, "structured_outputs": own}).status_code == 200
-    assert ask(client, path, {}).status_code == 200
+    table, _, objects = APIS[path]
+    harmless: dict[str, Any] = {name: "anything" for name, fate in table.items() if isinstance(fate, Harmless)}
+    own = {
+        where: {name: True for name, fate in fates.items() if isinstance(fate, Harmless)} for where, fates in objects.items()
+    }
+    for where, fields in own.items():
+        harmless |= {where: {**fields, "type": "adaptive"} if where == "thinking" else fields}
+    if path == RESPONSES_PATH:
+        harmless["include"] = [name for name, fate in INCLUDE.items() if isinstance(fate, Harmless)]
+    assert ask(client, path, harmless).status_code == 200
+    assert ask(client, path, {"thinking": {"type": "adaptive"}} if "thinking" in harmless else {}).status_code == 200
     (with_them, params, _), (without, plain, _) = client.engine.calls
     assert (with_them, params) == (without, plain)
+
+
+def test_what_is_harmless_in_a_block_changes_nothing(client: Client) -> None:
+    client.served.chat_template = "{{ messages | tojson }}"
+    for more in (dict.fromkeys(BLOCK_FATES, True), {}):
+        used = {"type": "tool_use", "id": "a", "name": "f", "input": {}, **more}
+        thought = {"type": "thinking", "thinking": "why", **more}
+        found = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "x", **more}], **more}
+        turn = [USER, {"role": "assistant", "content": [thought, used]}, {"role": "user", "content": [found]}]
+        ok(ask(client, MESSAGES_PATH, {"messages": turn}))
+    assert client.engine.calls[0][0] == client.engine.calls[1][0]
 
 
 def test_best_of_may_be_n(client: Client) -> None:
@@ -98,11 +162,21 @@ def test_best_of_may_be_n(client: Client) -> None:
 
 def test_the_page_of_fields_is_this_table() -> None:
     page = (Path(__file__).parents[2] / "docs" / "request-fields.md").read_text(encoding="utf-8")
-    assert page.split("\n\n")[-1].strip().splitlines()[2:] == rows()
+    tables = [block.strip().splitlines()[2:] for block in page.split("\n\n") if block.startswith("| field")]
+    assert tables == [rows(), rows_of(RESPONSES_PATH), rows_of(MESSAGES_PATH)]
+
+
+def rows_of(path: str) -> list[str]:
+    """The rows of one of the other APIs."""
+    table, _, objects = APIS[path]
+    more: list[tuple[str, Mapping[str, Fate]]] = [(f"{where}.", fates) for where, fates in objects.items()]
+    more += [("include: ", INCLUDE)] if path == RESPONSES_PATH else [("messages.content.", BLOCK_FATES)]
+    found = [f"| `{name}` | {told(table[name])} |" for name in sorted(table)]
+    return [*found, *(f"| `{where}{name}` | {told(fate)} |" for where, fates in more for name, fate in fates.items())]
 
 
 def rows() -> list[str]:
-    """The rows of docs/request-fields.md."""
+    """The rows of the first table of docs/request-fields.md."""
     found = []
     for name in sorted({**COMPLETION, **CHAT}):
         fates = {"completions": COMPLETION.get(name), "chat": CHAT.get(name)}
@@ -170,8 +244,19 @@ def test_wrong_values(client: Client, fields: dict[str, Any]) -> None:
 
 def test_reasoning_fields(make_client: Any) -> None:
     client = make_client("<think>why</think>because", reasoning_parser="qwen3")
-    assert "reasoning_content" not in client.chat(include_reasoning=False)["choices"][0]["message"]
-    assert client.chat()["choices"][0]["message"]["reasoning_content"] == "why"
+    assert client.chat(include_reasoning=False)["choices"][0]["message"].keys() == {"role", "content"}
+    answer = client.chat()
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["reasoning_content"], message["content"]) == ("why", "why", "because")
+    thought = client.engine.tokenizer.encode("why", add_special_tokens=False)
+    assert abs(answer["usage"]["completion_tokens_details"]["reasoning_tokens"] - len(thought)) <= len("<think></think>")
+    deltas = [event["choices"][0]["delta"] for event in client.events(CHAT_PATH)]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == "why"
+    client.served.chat_template = "{{ messages[1].reasoning }} {{ messages[1].reasoning_content }}"
+    for name in ("reasoning", "reasoning_content"):
+        history = [USER, {"role": "assistant", "content": "a", name: "since"}]
+        assert client.chat(messages=history, return_prompt_text=True)["prompt_text"] == "since since"
     client.served.chat_template = "{{ reasoning_effort }} {{ enable_thinking }} {{ thinking }}"
     assert client.chat(reasoning_effort="high", return_prompt_text=True)["prompt_text"] == "high True True"
     answer = client.chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": 3}, return_prompt_text=True)

@@ -332,7 +332,7 @@ def test_earlier_calls_reach_the_template_as_objects(make_client: MakeClient) ->
 def test_reasoning_is_split_from_content(make_client: MakeClient) -> None:
     client = make_client("<think>why</think>\n\nbecause", reasoning_parser="qwen3")
     message = client.chat()["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": "because", "reasoning_content": "why"}
+    assert message == {"role": "assistant", "content": "because", "reasoning_content": "why", "reasoning": "why"}
     deltas = [event["choices"][0]["delta"] for event in client.events("/v1/chat/completions")]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "why"
     assert "".join(delta.get("content", "") for delta in deltas).strip() == "because"

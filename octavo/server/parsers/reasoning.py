@@ -50,6 +50,11 @@ class ThinkSplitter:
         self._blanks: list[str] = []  # leading blanks, until it is known whether they belong to the text
         self._state = "start"
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends within thinking."""
+        return self._state == "thinking" or (self._state == "start" and self._inside)
+
     def feed(self, text: str) -> tuple[str, str]:
         """The reasoning and the content that are certain now."""
         if self._state == "content":
@@ -139,6 +144,16 @@ class MessageReader:
         """`make_id(function name, index of the call)`: the id of a call for which the model wrote none."""
         self._parser, self._thinking, self._make_id = calls, thinking, make_id or _call_id
         self.calls = 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether thinking is split from the content."""
+        return isinstance(self._thinking, ThinkSplitter)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends within thinking that is split from the content."""
+        return isinstance(self._thinking, ThinkSplitter) and self._thinking.thinking
 
     def feed(self, text: str, final: bool) -> dict[str, Any]:
         """The additions of `text` to the message: content, reasoning_content, tool_calls. `final`: the last text."""

@@ -17,6 +17,7 @@ from bench.bystander import Bystander
 
 __all__ = ["attack"]
 
+ERRORS = (b'{"error"', b'{"type":"error"', b'{"type":"response.failed"')  # how events begin that tell of one
 CEILING = 2.0  # seconds that the bystander ever waits for a token, where nothing else runs
 
 
@@ -92,18 +93,21 @@ def fault(status: int, body: bytes) -> str | None:
     """What is wrong with an answer."""
     if status == 200:
         events = [line[6:] for line in body.splitlines() if line.startswith(b"data: {")] or [body]
-        errors = [event for event in events if event.startswith(b'{"error"')]
+        errors = [event for event in events if event.startswith(ERRORS)]
     elif 400 <= status < 500:
         errors = [body]
     else:
         return f"status {status}: {body[:300]!r}"
     for error in errors:
         try:
-            message = json.loads(error)["error"]["message"]
+            told = json.loads(error)
+            message = told.get("response", told)["error"]["message"]
         except (ValueError, KeyError, TypeError) as problem:
             return f"an error that is no JSON object with a message ({problem!r}): {error[:300]!r}"
         if not isinstance(message, str) or not message.endswith((".", "?")) or "\n" in message or "Traceback" in message:
             return f"an error that is no sentence: {message[:300]!r}"
+        if "The server failed" in message:
+            return f"an unexpected error in a stream: {error[:300]!r}"
         if len(message) > 1000:
             return f"an error of {len(message)} characters: {message[:300]!r}"
         if '"code":500' in error.decode("utf-8", "replace"):

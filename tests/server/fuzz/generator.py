@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.server.anthropic.message_fields import MESSAGES
 from octavo.server.request_fields import CHAT, COMPLETION, STRUCTURED_OUTPUTS
+from octavo.server.responses.response_fields import INCLUDE, RESPONSES
 
 __all__ = ["Generator", "Sent"]
 
@@ -26,6 +28,7 @@ TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
 }
+FUNCTION = {"name": "f", "parameters": TOOL["function"]["parameters"], "input_schema": {"type": "object"}}  # of the other APIs
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -42,12 +45,20 @@ SCHEMAS = [
 ENDPOINTS = {
     "/v1/completions": {"prompt": "def read(self", "max_tokens": 3},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/invocations": {"prompt": "def read(self", "max_tokens": 3},
     "/tokenize": {"prompt": "def read(self"},
     "/detokenize": {"tokens": [70, 71, 72]},
 }
 FIELDS = {
     "/v1/completions": [*COMPLETION, "best_of"],
     "/v1/chat/completions": [*CHAT, "structured_outputs"],
+    "/v1/responses": [*RESPONSES, "input", "input", "tools", "text", "include"],
+    "/v1/messages": [*MESSAGES, "messages", "messages", "system", "tools", "thinking", "output_config"],
+    "/v1/messages/count_tokens": [*MESSAGES, "messages", "system"],
+    "/invocations": ["prompt", "messages", "n", "max_tokens", "logprobs"],
     "/tokenize": ["model", "prompt", "messages", "tools", "chat_template", "chat_template_kwargs", "add_special_tokens",
                   "return_token_strs", "add_generation_prompt", "continue_final_message"],
     "/detokenize": ["model", "tokens"],
@@ -77,17 +88,64 @@ LIKELY: dict[str, list[Any]] = {
     "structured_outputs": [{"regex": "[0-9]{2}"}, {"choice": ["a", "b"]}, {"json": SCHEMA, "regex": "a"}]
     + [{name: "x"} for name in STRUCTURED_OUTPUTS],
     "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, {}],
-    "tools": [[TOOL], [TOOL] * 200]
+    "tools": [[TOOL], [TOOL] * 200, [{"type": "function", **FUNCTION}], [FUNCTION] * 50, [{"type": "web_search"}]]
     + [[{"type": "function", "function": {"name": "f", "parameters": schema}}] for schema in SCHEMAS]
     + [[{"type": "function", "function": {"name": ""}}]],
-    "tool_choice": ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}],
+    "tool_choice": [
+        "auto",
+        "none",
+        "required",
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "any"},
+        {"type": "function", "name": "f"},
+        {"type": "tool", "name": "f"},
+        {"type": "allowed_tools", "tools": [{"name": "f"}]},
+    ],
     "prompt": ["x", ["a", "b"] * 20, [5, 6, 7], [[5], [6]], "x " * 400, [5] * 1000, [[5]] * 300],
     "messages": [
         [],
         [{"role": "user", "content": "x " * 400}],
         [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 50,
         [{"role": "assistant", "content": "a", "tool_calls": []}, {"role": "tool", "content": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "a"}, {"type": "tool_use", "id": "a", "name": "f"}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text"}]}]},
+        ],
+        [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": "a", "data": "a"}}]}],
+        [{"role": "user", "content": [None, {}, {"type": 3}]}],
     ],
+    "input": [
+        "",
+        [],
+        "x " * 400,
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}] * 20,
+        [
+            {"type": "reasoning", "content": [{"text": "a"}]},
+            {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"},
+            {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "a"}]},
+        ],
+        [{"type": "reasoning", "summary": [{}]}],
+        [{"type": "item_reference"}],
+        [{"type": "message"}],
+        [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}, {"type": "input_file"}]}],
+    ],
+    "system": ["x", [{"type": "text", "text": "a"}] * 50, [{"type": "text"}], [{}]],
+    "text": [{"format": {"type": "json_object"}}, {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}]
+    + [{"format": {"type": "json_schema", "schema": schema}} for schema in SCHEMAS]
+    + [{"verbosity": "low"}, {"format": {"type": "json_schema"}}, {"format": {}}],
+    "reasoning": [{"effort": "high"}, {"effort": "x"}, {"summary": "auto"}, {"mode": "pro"}],
+    "include": [[name] for name in INCLUDE] + [list(INCLUDE), ["x"] * MANY],
+    "thinking": [{"type": "enabled", "budget_tokens": 1}, {"type": "disabled"}, {"type": "adaptive", "display": "omitted"}, {}],
+    "output_config": [{"effort": "low"}, {"format": {"type": "json_schema", "schema": SCHEMA}}, {"format": {}}]
+    + [{"format": {"type": "json_schema", "schema": schema}} for schema in SCHEMAS],
+    "stop_sequences": [["e"], [""], [f"{i}" for i in range(MANY)]],
+    "max_output_tokens": [0, 1, 40, 10**9, None],
+    "previous_response_id": ["resp_x", "", "x" * LONG],
+    "metadata": [{"a": "b"}, {"a": "b" * 513}, {str(i): "" for i in range(MANY)}],
     "stream_options": [{"include_usage": True}, {"continuous_usage_stats": True}, {}],
     "request_id": ["x", "a b", "x" * 1000],
     "cache_salt": ["s", "", "x" * 2000],
@@ -134,6 +192,15 @@ HUGE_VALUES: dict[str, list[Callable[[], Any]]] = {
         lambda: [{"role": "user", "content": "x"}] * 100_000,
         lambda: [{"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}],
     ],
+    "input": [
+        lambda: "x " * 1_000_000,
+        lambda: [{"role": "user", "content": "x"}] * 60_000,
+        lambda: [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}] * 40_000,
+        lambda: [{"role": "user", "content": [{"type": "input_text", "text": "x"}] * 60_000}],
+    ],
+    "system": [lambda: [{"type": "text", "text": "x"}] * 60_000],
+    "include": [lambda: ["message.output_text.logprobs"] * HUGE_MANY],
+    "metadata": [lambda: {str(i): "a" for i in range(200_000)}],
     "chat_template_kwargs": [lambda: {f"k{i}": i for i in range(200_000)}],
     "tokens": [lambda: [70] * 2**17, lambda: [70] * HUGE_MANY],
     "user": [lambda: [[]] * 10_000_000],
