@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.files import read_json
+from octavo.hub.snapshots import is_hub_name
 from octavo.option_values import CHECKPOINT_FORMATS, UNREAD_FORMATS
 
 __all__ = ["settled"]
@@ -15,23 +17,41 @@ __all__ = ["settled"]
 _SAME = {"modelopt_fp8": "modelopt", "compressed_tensors": "compressed-tensors"}  # other names of a format
 
 
-def settled(options: Mapping[str, Any], model: str) -> tuple[dict[str, Any], list[str]]:
+def settled(options: Mapping[str, Any], model: str, downloads: bool = True) -> tuple[dict[str, Any], list[str]]:
     """`options` of EngineConfig with --quantization and --dtype as this checkpoint takes them, and sentences for the start.
 
     --quantization may name the format that the checkpoint is stored in, as vLLM's does: it stays as it is. Raises OctavoError
-    where the checkpoint has another format, or none.
+    where the checkpoint has another format, or none. downloads: whether config.json of a name of the hub may be downloaded.
     """
     settled, notes = dict(options), []
     dtype, scheme = options.get("dtype"), options.get("quantization")
     if isinstance(dtype, str) and dtype.lower() in ("half", "float16"):
         notes.append(f"--dtype {dtype} is served in bfloat16, which has the same size and a wider range.")
-    if isinstance(scheme, str) and _is_stored(scheme, model, options.get("save_quantized") is not None):
+    if isinstance(scheme, str) and _is_stored(
+        scheme, model, options.get("save_quantized") is not None, partial(_directory, model, options, downloads)
+    ):
         del settled["quantization"]
         notes.append(f"--quantization {scheme} is what {model or 'the model'} is stored in, and it is served so.")
     return settled, notes
 
 
-def _is_stored(scheme: str, model: str, saved: bool) -> bool:
+def _directory(model: str, options: Mapping[str, Any], downloads: bool) -> Path:
+    """Where the model's config.json is, which is downloaded with the tokenizer for a name of the hub."""
+    if not (downloads and is_hub_name(model)):
+        return Path(model)
+    from octavo.hub.download import fetch  # a start from a directory needs none of it
+
+    return fetch(
+        model,
+        options.get("revision"),
+        options.get("download_dir"),
+        weights=False,
+        tell=lambda *_: None,
+        say=lambda _: None,
+    )
+
+
+def _is_stored(scheme: str, model: str, saved: bool, find: Callable[[], Path]) -> bool:
     """Whether a value of --quantization is the checkpoint's own format; `saved`: the quantized weights are to be saved."""
     asked = _SAME.get(scheme.lower(), scheme.lower())
     if asked in UNREAD_FORMATS:
@@ -39,9 +59,9 @@ def _is_stored(scheme: str, model: str, saved: bool) -> bool:
             f"--quantization {scheme} is not served: Octavo reads checkpoints in BF16, FP8 and compressed-tensors INT4, and "
             "makes FP8 of BF16 with --quantization fp8 or ptpc_fp8."
         )
-    if asked not in ("fp8", *CHECKPOINT_FORMATS) or not (Path(model) / "config.json").is_file():
+    if asked not in ("fp8", *CHECKPOINT_FORMATS) or not ((directory := find()) / "config.json").is_file():
         return False
-    stored = _methods(Path(model))
+    stored = _methods(directory)
     if asked in stored:
         return asked != "fp8" or not saved
     if asked == "fp8":

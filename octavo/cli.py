@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, imported: Callable[[], object] = lam
         if command.needs is not None:
             importlib.import_module(command.needs)
         imported()
-        return int(module.run(args, engine_config(args), _started()))
+        return int(module.run(args, engine_config(args, downloads=name != "plan"), _started()))
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1

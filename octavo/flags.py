@@ -266,8 +266,11 @@ def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             raise OctavoError(f"{max(action.option_strings, key=len)} is empty; give it a value{rest}")
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration as the command line gives it. The model may come as a flag or on its own."""
+def engine_config(args: argparse.Namespace, downloads: bool = True) -> EngineConfig:
+    """The engine's configuration as the command line gives it. The model may come as a flag or on its own.
+
+    downloads: whether a command may download config.json of a name of the hub, which says what --quantization means there.
+    """
     target = getattr(args, "target", None)
     model = getattr(args, "model", None)
     if model is None:
@@ -284,7 +287,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         given["model"] = snapshot_of(given["model"], getattr(args, "revision", None))
     if "tokenizer" in given:
         given["tokenizer"] = snapshot_of(given["tokenizer"], None)
-    given, notes = settled(given, given.get("model", ""))
+    given, notes = settled(given, given.get("model", ""), downloads)
     for note in notes:
         print(f"octavo: {note}", file=sys.stderr, flush=True)
     return EngineConfig(**given)

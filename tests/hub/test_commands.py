@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import io
 import json
@@ -15,8 +16,10 @@ import pytest
 from hub.hub_server import Hub, Repo
 from server.processes import Server, free_port
 
-from octavo.cli import main
+from octavo.cli import engine_config, main
+from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
+from octavo.errors import OctavoError
 from octavo.frontend.llm import LLM
 from octavo.messages import SamplingParams
 
@@ -118,3 +121,16 @@ def test_a_start_from_a_directory_does_not_import_the_library(tmp_path: Path) ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_format_is_named_that_the_model_is_stored_in(demo: Hub) -> None:
+    """--quantization fp8 keeps the codes of a checkpoint in Hugging Face's fp8, which config.json on the hub says it is."""
+    known = json.loads(FILES["config.json"])
+    stored = known | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    demo.repos[NAME] = Repo(FILES | {"config.json": json.dumps(stored).encode()})
+    given = argparse.Namespace(model=NAME, quantization="fp8")
+    assert engine_config(given).quantization == EngineConfig().quantization
+    assert engine_config(given, downloads=False).quantization == "fp8"
+    assert demo.sent(".safetensors") == 0
+    with pytest.raises(OctavoError, match="is stored as fp8: leave it out"):
+        engine_config(argparse.Namespace(model=NAME, quantization="modelopt"))
