@@ -253,3 +253,4 @@ class EngineInfo:
     report: list[str] = field(default_factory=list)  # lines to print: quantization and memory
     max_logprobs: int = 20  # of an output token, the most that a request may ask for
     image_tokens: int = 0  # the most tokens of one image; 0: the model reads no images
+    weights: list[tuple[str, str, int]] = field(default_factory=list)  # role, scheme, bytes that a rank holds of both

@@ -92,6 +92,7 @@ class EngineCore:
             max_logprobs=self.config.max_logprobs,
             image_tokens=0 if runner.encoder is None else runner.encoder.largest,
             report=runner.describe(),
+            weights=[(role, scheme, group.held) for (role, scheme), group in runner.report.groups.items()],
         )
 
     def add(self, *requests: EngineRequest) -> None:

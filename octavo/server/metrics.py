@@ -41,7 +41,13 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 class Metrics:
     """All metrics of a server, in a separate registry. The label `engine` is an engine's number."""
 
-    def __init__(self, model_name: str, engines: int = 1, cache_config: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model_name: str,
+        engines: int = 1,
+        cache_config: Mapping[str, Any] | None = None,
+        weights: Sequence[tuple[str, str, int]] = (),
+    ):
         disable_created_metrics()  # type: ignore[no-untyped-call]  # otherwise every series appears twice
         self._registry = CollectorRegistry()
         self._model_name = model_name
@@ -66,6 +72,12 @@ class Metrics:
             info = Gauge("vllm:cache_config_info", "The KV cache.", ("engine", *values), registry=self._registry)
             for number in range(engines):
                 info.labels(str(number), *values.values()).set(1)
+        held = Gauge(
+            "octavo:weight_bytes", "Weights as a rank holds them.", (*_LABELS, "role", "scheme"), registry=self._registry
+        )
+        for number in range(engines):
+            for role, scheme, size in weights:
+                held.labels(model_name, str(number), role, scheme).set(size)
 
     def watch(
         self, request_id: str, prompt_tokens: int, n: int, engine: int = 0, max_tokens: int | None = None

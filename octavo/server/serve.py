@@ -238,7 +238,7 @@ def make_served(
     from octavo.server.settings import cache_config
 
     known_cache = cache_config(config, engine.info) if config is not None else None
-    metrics = Metrics(names[0], engine.count, known_cache)
+    metrics = Metrics(names[0], engine.count, known_cache, engine.info.weights)
     engine.add_stats_listener(metrics.on_step)
     served = Served(engine, names, metrics, template)
     known = served.template_for(tools=True) if engine.tokenizer else template

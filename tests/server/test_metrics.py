@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -24,7 +25,7 @@ from octavo.server.metrics import Metrics
 from octavo.server.settings import cache_config
 
 PAGE = Path(octavo.__file__).parents[1] / "docs/metrics.md"
-ROWS = dict(re.findall(r"^\| `((?:vllm:|http_)\w+)` \| (\w+) \|", PAGE.read_text(), re.MULTILINE))
+ROWS = dict(re.findall(r"^\| `((?:vllm:|octavo:|http_)\w+)` \| (\w+) \|", PAGE.read_text(), re.MULTILINE))
 INFO = EngineInfo(1024, 4096, 64, 16, "llama")
 
 
@@ -39,7 +40,7 @@ def values(family: Any, name: str, **labels: str) -> list[float]:
 
 def busy() -> Metrics:
     """Two engines. The second has answered a request for two sequences, of which one was preempted, and failed at another."""
-    metrics = Metrics("m", 2, cache_config(EngineConfig(), INFO))
+    metrics = Metrics("m", 2, cache_config(EngineConfig(), INFO), [("mlp", "ptpc_fp8", 100), ("norms", "bf16", 5)])
     watch = metrics.watch("a", 10, 2, 1, max_tokens=50)
     metrics.on_step(EngineStats(3, 4, 0.5, 11, 10, 6, 1, ["a-0"], num_deferred=2, image_queries=5, image_hits=3), 1)
     watch.saw(Delta(0, "x", [1], num_cached_tokens=6))
@@ -56,7 +57,7 @@ def busy() -> Metrics:
 
 def test_every_row_of_the_table_is_exported_and_nothing_else() -> None:
     families = read(busy())
-    ours = {name: family.type for name, family in families.items() if name.startswith(("vllm:", "http_"))}
+    ours = {name: family.type for name, family in families.items() if name.startswith(("vllm:", "octavo:", "http_"))}
     assert ours == ROWS
     assert len(ROWS) > 35
     for name in ("process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds", "python_gc_collections"):
@@ -69,6 +70,29 @@ def test_every_series_has_an_engine_of_its_own() -> None:
             assert {sample.labels["engine"] for sample in family.samples} == {"0", "1"}, name
             if name != "vllm:cache_config_info":
                 assert {sample.labels["model_name"] for sample in family.samples} == {"m"}, name
+
+
+# What the dashboard of vLLM's examples/observability/prometheus_grafana reads.
+PUBLISHED = """e2e_request_latency_seconds_bucket e2e_request_latency_seconds_sum e2e_request_latency_seconds_count
+prompt_tokens_total generation_tokens_total inter_token_latency_seconds_bucket inter_token_latency_seconds_sum
+num_requests_running num_requests_waiting time_to_first_token_seconds_bucket time_to_first_token_seconds_count
+kv_cache_usage_perc request_prompt_tokens_bucket request_generation_tokens_bucket request_success_total
+request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum
+request_max_num_generation_tokens_sum"""
+
+
+def test_dashboards_find_what_they_read() -> None:
+    families = read(busy()).values()
+    there = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    asked = [f"vllm:{name}" for name in PUBLISHED.split()]
+    assert not [name for name in asked if "model_name" not in there.get(name, ())]
+    text = (PAGE.parents[1] / "deploy/grafana/dashboards/octavo.json").read_text()
+    expressions = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
+    named = {name for expression in expressions for name in re.findall(r"(?:vllm:|octavo:|http_|process_)\w+", expression)}
+    assert len(named) > 15
+    assert not named - set(there)
+    legends = re.findall(r"\{\{(\w+)\}\}", text)
+    assert set(legends) <= set().union(*there.values())
 
 
 def test_what_is_counted() -> None:
