@@ -6,6 +6,7 @@ The group is torch.distributed's (NCCL, RCCL, or gloo on CPUs), or a group of th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -29,18 +30,27 @@ class Collectives(Protocol):
         """Every rank's `x`, in the order of ranks."""
 
 
+def _unseen() -> None: ...
+
+
 class ProcessGroup:
-    """The processes of torch.distributed's default group."""
+    """The processes of torch.distributed's default group. `entering` is called before each collective."""
+
+    def __init__(self, entering: Callable[[], None] = _unseen):
+        self._entering = entering
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        self._entering()
         torch.distributed.all_reduce(x)
         return x
 
     def max_reduce(self, x: Tensor) -> Tensor:
+        self._entering()
         torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
+        self._entering()
         found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(found, x.contiguous())
         return found
@@ -50,19 +60,33 @@ CPU = torch.device("cpu")
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
-def join(rank: int, size: int, store: str, device: torch.device, expert_parallel: bool = False) -> TensorParallel:
+_joined: tuple[str, int, int] | None = None  # store, rank and size of torch.distributed's default group
+
+
+def join(
+    rank: int,
+    size: int,
+    store: str,
+    device: torch.device,
+    expert_parallel: bool = False,
+    entering: Callable[[], None] = _unseen,
+) -> TensorParallel:
     """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
 
-    store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
-    give the same group.
+    store: path of a file that all of them can write, and that no earlier group has used. A process that joined at the same
+    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. entering: called before each
+    collective.
     """
+    global _joined
     cpu = device.type == "cpu"
     if not cpu:
         torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
-    if torch.distributed.is_initialized():  # an earlier engine of this process
-        return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
+    found = TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
+    if _joined == (store, rank, size):  # by an earlier engine of this process
+        return found
+    leave()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group(
@@ -73,7 +97,8 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
         timeout=WAIT,
         device_id=None if cpu else device,
     )
-    return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
+    _joined = store, rank, size
+    return found
 
 
 # Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
@@ -81,7 +106,9 @@ _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM
 
 
 def leave() -> None:
-    """Ends this process's membership, if it has any."""
+    """Ends this process's membership, if it has any. Graphs that hold collectives must be gone by then."""
+    global _joined
+    _joined = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

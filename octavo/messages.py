@@ -3,7 +3,8 @@
 A message is a tuple whose first item is its kind. To the engine: ("add", the EngineRequests of one request's sequences),
 ("abort", request ids), ("shutdown",), and while none runs ("reload", directory), ("sleep",), ("wake",), which are answered by
 ("done", sentence or None, EngineInfo). From the engine: ("progress", stage, fraction), then ("ready", EngineInfo) or ("failed",
-sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers ("ping",) with ("pong",).
+sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers ("ping", whether to
+print its stacks) with ("pong", steps begun, exchanges with other ranks begun), from a thread that no step holds up.
 Nothing here imports torch.
 """
 

@@ -67,7 +67,8 @@ class ModelRunner:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
-        self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
+        at = place.rank, place.size, place.store
+        self.tp = tp = join(*at, self.platform.device, config.enable_expert_parallel, place.pulse.exchange)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)

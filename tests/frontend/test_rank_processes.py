@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from frontend.test_async_engine import CRASH, SLOW, FakeCore, collect
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
+from octavo.frontend import remote_core
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
+from octavo.frontend.engine_processes import EngineProcesses
+from octavo.messages import EngineRequest, SamplingParams
 
 
 async def start(ranks: int, seed: int = 0) -> AsyncEngine:
     return await AsyncEngine.start(EngineConfig(seed=seed, tensor_parallel_size=ranks), make_core=OnRank)
+
+
+HANG = 670  # a prompt's token that makes rank 1 hang in a step, in which the others wait for each other
 
 
 class OnRank(FakeCore):
@@ -29,7 +36,15 @@ class OnRank(FakeCore):
     def __init__(self, config: EngineConfig, progress: Any, place: Any):
         if config.seed == 12 and place.rank == 2:
             raise OctavoError("Rank 2 has no memory.")
+        self.place = place
         super().__init__(config, progress)
+
+    def step(self) -> Any:
+        if any(HANG in request.prompt_token_ids for request, _ in self.running.values()):
+            if self.place.rank == 1:
+                time.sleep(600)
+            self.place.wait_for_all()
+        return super().step()
 
 
 def with_ranks(ranks: int, test: Callable[[AsyncEngine], Awaitable[None]]) -> None:
@@ -95,6 +110,21 @@ def test_a_rank_that_hangs_is_named(rank: int, capfd: pytest.CaptureFixture[str]
     with_ranks(3, test)
     stacks = capfd.readouterr().err
     assert stacks.count("in run_engine") == 2, stacks
+
+
+def test_an_llm_ends_where_a_rank_hangs_in_a_step(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """But not where a step takes long on every rank."""
+    monkeypatch.setattr(remote_core, "EngineProcesses", partial(EngineProcesses, make_core=OnRank))
+    monkeypatch.setattr(remote_core, "STALL_SECONDS", 0.01)
+    core = remote_core.RemoteCore(EngineConfig(tensor_parallel_size=3))
+    core.add(EngineRequest("slow", [SLOW], SamplingParams(max_tokens=20)))
+    while core.has_work():
+        core.step()
+    core.add(EngineRequest("hangs", [HANG], SamplingParams(max_tokens=20)))
+    with pytest.raises(OctavoError, match=r"^Of the engine's 3 ranks rank 1 hangs \(in step \d+, behind exchange \d+; "):
+        core.step()
+    assert not multiprocessing.active_children()
+    assert "octavo: rank 0 of 3 is in step 21, at exchange 23 with the others:" in capfd.readouterr().err
 
 
 def test_what_one_rank_alone_cannot_load_is_said() -> None:
