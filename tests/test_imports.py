@@ -40,7 +40,8 @@ BELOW = {
     "platform": {"host", "files"},
     "text": {"messages", "files"},
     "vision": {"messages", "files"},
-    "messages": set(),
+    "messages": {"pipes"},
+    "pipes": set(),
     "distributed": set(),
     "host": set(),
     "config": {"option_values"},
@@ -67,7 +68,7 @@ RECURRING = {
     "engine/graphs/prefill.py": "the steps whose graphs it keeps are named so, as their kernels are",
 }
 API_SIDE = re.compile(
-    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.(text|vision|frontend|server)(\..*)?)?"
+    r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.host|\.messages|\.pipes|\.(text|vision|frontend|server)(\..*)?)?"
 )
 
 

@@ -6,11 +6,12 @@ schedules alike; what only a clock or a thread decides, rank 0 decides for all.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TypeVar, cast
+
+from octavo import pipes
 
 __all__ = ["Place", "Pulse"]
 
@@ -66,11 +67,9 @@ class Place:
             return value
         self.pulse.exchange()
         if self.rank:
-            return cast("T", pickle.loads(self.links[0].recv_bytes()))
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        for link in self.links:
-            try:
-                link.send_bytes(data)
-            except BrokenPipeError:
-                raise EOFError from None
+            return cast("T", pipes.receive(self.links[0]))
+        try:
+            pipes.send(self.links, value)
+        except BrokenPipeError:
+            raise EOFError from None
         return value

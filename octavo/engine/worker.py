@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.engine.place import Place
 from octavo.errors import OctavoError, shortage
@@ -117,7 +118,7 @@ def _receive(line: _Line, inbox: SimpleQueue[Message], place: Place) -> None:
     """Runs in a thread, so that an idle engine blocks on its inbox and a busy one never waits for the pipe."""
     try:
         while True:
-            message = line.connection.recv()
+            message = pipes.receive(line.connection)
             if message[0] == "ping":
                 _answer(line, place, message[1])
             else:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.frontend.engine_start import worker
 from octavo.messages import Message
@@ -85,7 +86,7 @@ class EngineProcesses:
     def send(self, message: Message, rank: int = 0) -> None:
         """Raises OSError if the process is gone."""
         with self._sending[rank]:
-            self.connections[rank].send(message)
+            pipes.send([self.connections[rank]], message)
 
     def receive(self, rank: int) -> Message:
         """The next message of a rank; one thread asks for each. Raises EOFError or OSError when the process is gone."""

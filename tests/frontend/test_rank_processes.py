@@ -12,14 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from frontend.test_async_engine import CRASH, SLOW, FakeCore, collect
+from test_pipes import mappings
 
+from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend import remote_core
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
 from octavo.frontend.engine_processes import EngineProcesses
+from octavo.images import Grid, ImagePatches, PlacedImage
 from octavo.messages import EngineRequest, SamplingParams
 
 
@@ -93,6 +97,29 @@ def test_a_killed_rank_ends_every_stream(rank: int) -> None:
         assert not engine.healthy
 
     with_ranks(3, test)
+
+
+def test_pixels_are_shared_and_nothing_is_left_of_them() -> None:
+    """Every rank has an image's pixels in shared memory; after kill -9 of one there is none, nor a file."""
+    pixels, values = np.zeros((8, 3, 1, 1 << 18), np.uint8), np.zeros((3, 256), np.float32)
+    image = PlacedImage(1, ImagePatches(pixels, values, 1, Grid(1, 2, 4), 2, bytes(32)))
+
+    async def test(engine: AsyncEngine) -> None:
+        deltas = engine.generate([SLOW, 5, 5], SamplingParams(max_tokens=90), "r", images=[image])
+        await anext(deltas)
+        for _ in range(2):  # a step later, every rank has the message
+            await anext(deltas)
+        assert [mappings(pid) for pid in pids(engine)] == [1, 1, 1]
+        assert mappings() == 0
+        os.kill(pids(engine)[1], signal.SIGKILL)
+        with pytest.raises(EngineDead):
+            [delta async for delta in deltas]
+
+    before = os.listdir("/dev/shm")
+    with_ranks(3, test)
+    assert mappings() == 0
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if pipes.NAME in os.path.realpath(fd)]
+    assert sorted(os.listdir("/dev/shm")) == sorted(before)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
