@@ -117,7 +117,8 @@ def leave() -> None:
 class TensorParallel:
     """This rank among `size`. With one rank every collective is the identity.
 
-    expert_parallel: a rank has some of the routed experts whole, instead of a part of each.
+    expert_parallel: a rank has some of the routed experts whole, instead of a part of each. whole_towers: a rank has vision
+    towers whole, for some of the images, instead of a part for all.
     """
 
     rank: int = 0
@@ -125,6 +126,12 @@ class TensorParallel:
     group: Collectives | None = None
     expert_parallel: bool = False
     device: torch.device = CPU  # of tensors that are exchanged
+    whole_towers: bool = False
+
+    @property
+    def of_towers(self) -> TensorParallel:
+        """How vision towers are split."""
+        return TensorParallel(device=self.device) if self.whole_towers else self
 
     def part(self, n: int) -> int:
         """This rank's share of `n` heads or channels; at least one, for KV heads that are replicated."""

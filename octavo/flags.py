@@ -89,7 +89,15 @@ COMMANDS = {
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
-        (*LOADING, *SCHEME, *STEPS, "limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb"),
+        (
+            *LOADING,
+            *SCHEME,
+            *STEPS,
+            "limit_mm_per_prompt",
+            "language_model_only",
+            "mm_processor_cache_gb",
+            "mm_encoder_tp_mode",
+        ),
         "checkpoint directory, config.json, or a name such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(
