@@ -20,6 +20,8 @@ from models.test_logits import CASES, randomize
 from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
 from ops.cases import case
 from rank_processes import RankProcesses
+from ranks import storage_bytes
+from tools.planner import plan_of
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
@@ -181,6 +183,30 @@ def test_towers_whole_on_every_rank(ranks: dict[int, RankProcesses], tmp_path: P
                 patches = [count for _, count in found]
                 assert sum(patches) == read
                 assert min(patches) > 0
+
+
+def allocated(place: Place, path: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of this rank's weights and tables, and of its cache."""
+    given = dict(model=path, tensor_parallel_size=place.size, device="cpu", threads=1)
+    runner = EngineCore(EngineConfig(**given | options), None, place).runner
+    return storage_bytes(runner.model), runner.cache.nbytes  # type: ignore[arg-type]
+
+
+def test_ranks_allocate_what_is_planned(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """In processes; tests/tools/test_plan_ranks.py has more models, and weights alone."""
+    options: dict[str, Any] = dict(quantization="ptpc_fp8", kv_cache_dtype="fp8", cpu_kv_cache_gib=0.01, max_num_seqs=64)
+    for model_type, more in {"llama": {}, "qwen3_moe": EXPERTS_WHOLE, "qwen3_vl": TOWERS_WHOLE}.items():
+        path = checkpoint(model_type, tmp_path / model_type)
+        words = [word for name, value in (options | more).items()
+                 for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]  # fmt: skip
+        for size in SIZES:
+            found = ranks[size].run(allocated, path, options | more)
+            plan = plan_of(path, "--device", "cpu", *words, "-tp", str(size), "--num-accelerators", str(size))
+            fit = plan.asked.fit
+            with case(model_type, size, found):
+                assert fit is not None
+                assert found[0] == (pytest.approx(fit.weights + fit.positions, rel=0.02), pytest.approx(fit.cache, rel=0.02))
+                assert all(weights <= found[0][0] and cache == found[0][1] for weights, cache in found)
 
 
 GRAMMAR = StructuredOutput("regex", r"(yes|no), [0-9]{2,4}: (true|maybe)")
