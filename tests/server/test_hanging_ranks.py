@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from server.hanging_server import LENGTH
 from server.processes import Server
 
+from octavo.server.shutdown import _report_stalls
+
 SCRIPT = Path(__file__).with_name("hanging_server.py")
 TIMEOUT = 2  # --engine-timeout
 CEILING = 20  # seconds more
+
+
+def test_ranks_of_a_stalled_engine_are_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """After each further timeout: a rank may hang that was only slow before."""
+    asked: list[float] = []
+
+    async def ask() -> None:
+        asked.append(engine.silent_seconds)
+
+    engine = SimpleNamespace(silent_seconds=0.0, end_if_a_rank_hangs=ask)
+    served = SimpleNamespace(engine=engine, engine_timeout=0.02, stalled=False)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(_report_stalls(served))  # type: ignore[arg-type]
+        for seconds in (0.0, 0.03, 0.035, 0.06, 0.0, 0.03):
+            engine.silent_seconds, served.stalled = seconds, seconds > served.engine_timeout
+            await asyncio.sleep(0.2)
+        task.cancel()
+
+    asyncio.run(main())
+    assert asked == [0.03, 0.06, 0.03]
+    assert capsys.readouterr().err.count("the engine goes on") == 1
 
 
 @pytest.mark.parametrize(
