@@ -172,6 +172,12 @@ class EngineConfig:
     mm_processor_cache_gb: float | None = option(
         None, "GiB of outputs of the vision tower to keep for images that come again (default: 4, on a CPU 0.5)", group=IMAGES
     )
+    mm_encoder_tp_mode: str = option(
+        "weights",
+        "with several ranks, weights splits the vision tower, data gives each rank all of it and some of the images",
+        group=IMAGES,
+        values=("weights", "data"),
+    )
     allowed_local_media_path: str | None = option(
         None, "directory below which file:// URLs of images may lie (default: none are read)", group=IMAGES, metavar="DIR"
     )
@@ -241,6 +247,10 @@ class EngineConfig:
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
+        put(
+            "mm_encoder_tp_mode",
+            canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, {m: m for m in ("weights", "data")}),
+        )
         put(
             "load_format",
             canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}),

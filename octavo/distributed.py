@@ -6,6 +6,7 @@ The group is torch.distributed's (NCCL, RCCL, or gloo on CPUs), or a group of th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -29,18 +30,27 @@ class Collectives(Protocol):
         """Every rank's `x`, in the order of ranks."""
 
 
+def _unseen() -> None: ...
+
+
 class ProcessGroup:
-    """The processes of torch.distributed's default group."""
+    """The processes of torch.distributed's default group. `entering` is called before each collective."""
+
+    def __init__(self, entering: Callable[[], None] = _unseen):
+        self._entering = entering
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        self._entering()
         torch.distributed.all_reduce(x)
         return x
 
     def max_reduce(self, x: Tensor) -> Tensor:
+        self._entering()
         torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
+        self._entering()
         found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(found, x.contiguous())
         return found
@@ -64,19 +74,33 @@ SENTENCE = 1024
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
-def join(rank: int, size: int, store: str, device: torch.device, expert_parallel: bool = False) -> TensorParallel:
+_joined: tuple[str, int, int] | None = None  # store, rank and size of torch.distributed's default group
+
+
+def join(
+    rank: int,
+    size: int,
+    store: str,
+    device: torch.device,
+    expert_parallel: bool = False,
+    entering: Callable[[], None] = _unseen,
+) -> TensorParallel:
     """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
 
-    store: path of a file that all of them can write, and that no earlier group has used. A process joins once: later calls
-    give the same group.
+    store: path of a file that all of them can write, and that no earlier group has used. A process that joined at the same
+    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. entering: called before each
+    collective.
     """
+    global _joined
     cpu = device.type == "cpu"
     if not cpu:
         torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
-    if torch.distributed.is_initialized():  # an earlier engine of this process
-        return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
+    found = TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
+    if _joined == (store, rank, size):  # by an earlier engine of this process
+        return found
+    leave()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group(
@@ -87,7 +111,8 @@ def join(rank: int, size: int, store: str, device: torch.device, expert_parallel
         timeout=WAIT,
         device_id=None if cpu else device,
     )
-    return TensorParallel(rank, size, ProcessGroup(), expert_parallel, device)
+    _joined = store, rank, size
+    return found
 
 
 # Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
@@ -95,7 +120,9 @@ _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM
 
 
 def leave() -> None:
-    """Ends this process's membership, if it has any."""
+    """Ends this process's membership, if it has any. Graphs that hold collectives must be gone by then."""
+    global _joined
+    _joined = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -104,7 +131,8 @@ def leave() -> None:
 class TensorParallel:
     """This rank among `size`. With one rank every collective is the identity.
 
-    expert_parallel: a rank has some of the routed experts whole, instead of a part of each.
+    expert_parallel: a rank has some of the routed experts whole, instead of a part of each. whole_towers: a rank has vision
+    towers whole, for some of the images, instead of a part for all.
     """
 
     rank: int = 0
@@ -112,6 +140,12 @@ class TensorParallel:
     group: Collectives | None = None
     expert_parallel: bool = False
     device: torch.device = CPU  # of tensors that are exchanged
+    whole_towers: bool = False
+
+    @property
+    def of_towers(self) -> TensorParallel:
+        """How vision towers are split."""
+        return TensorParallel(device=self.device) if self.whole_towers else self
 
     def part(self, n: int) -> int:
         """This rank's share of `n` heads or channels; at least one, for KV heads that are replicated."""

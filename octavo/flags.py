@@ -34,6 +34,7 @@ SCHEME = (
     "enable_expert_parallel",
 )
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
+IMAGES = ("limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb", "mm_encoder_tp_mode")
 OF_A_SERVER = (
     "trust_remote_code",
     "tokenizer",
@@ -99,7 +100,7 @@ COMMANDS = {
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
-        (*LOADING, *SCHEME, *STEPS, "limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb"),
+        (*LOADING, *SCHEME, *STEPS, *IMAGES),
         "checkpoint directory, config.json, name of the hub, or one such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(

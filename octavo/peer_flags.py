@@ -145,7 +145,7 @@ own choice
 --max-cudagraph-capture-size --max-seq-len-to-capture --max-context-len-to-capture = | graphs are captured for all that \
 --max-num-seqs allows
 --cuda-graph-sizes --cudagraph-capture-sizes * | graphs are captured for all that --max-num-seqs allows
---mm-processor-cache-type --mm-shm-cache-max-object-size-mb --mm-encoder-tp-mode --renderer-num-workers --mm-tensor-ipc = | \
+--mm-processor-cache-type --mm-shm-cache-max-object-size-mb --renderer-num-workers --mm-tensor-ipc = | \
 images are prepared in side processes, and the tower's outputs are kept (--mm-processor-cache-gb)
 --disable-mm-preprocessor-cache --skip-mm-profiling --enable-multimodal-encoder-data-parallel | images are prepared in side \
 processes, and the tower's outputs are kept (--mm-processor-cache-gb)

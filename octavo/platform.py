@@ -8,6 +8,7 @@ import os
 import platform as host
 import runpy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.host import memory as host_memory
 from octavo.host import release
 
-__all__ = ["FP8_MAX", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect"]
+__all__ = ["FP8_MAX", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect", "threads_on"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,13 @@ class Platform:
         if not self.is_cpu:
             torch.cuda.empty_cache()
         release()
+
+
+def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:
+    """A pool of threads whose current device is `device`. A new thread's is the first one, where other ranks' memory is."""
+    if device.type in ("cpu", "meta"):
+        return ThreadPoolExecutor(count, name)
+    return ThreadPoolExecutor(count, name, torch.accelerator.set_device_index, (device.index or 0,))
 
 
 def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None], T, object]:

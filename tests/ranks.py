@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.distributed import TensorParallel
+from octavo.ops.contract import has_storage
+from octavo.weights.in_place import held
 
 T = TypeVar("T")
 
@@ -68,3 +70,26 @@ def run_ranks(size: int, fn: Callable[[TensorParallel], T]) -> list[T]:
     if failed:  # those that another rank's end woke tell nothing
         raise next((error for error in failed if not isinstance(error, threading.BrokenBarrierError)), failed[0])
     return [job.result() for job in jobs]
+
+
+def storage_bytes(model: nn.Module) -> int:
+    """Bytes of all storages that the layers of a loaded model hold, packed weights and tables included, each once."""
+    found: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            own = has_storage(value)  # not a library's own layout
+            found[value.untyped_storage().data_ptr() if own else id(value)] = (
+                value.untyped_storage().nbytes() if own else value.nbytes
+            )
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                add(one)
+        elif hasattr(value, "__dict__"):
+            for one in vars(value).values():
+                add(one)
+
+    for module in model.modules():
+        for value in held(module).values():
+            add(value)
+    return sum(found.values())

@@ -7,24 +7,30 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from octavo.distributed import ProcessGroup, TensorParallel
+from octavo.distributed import CPU, join, leave
 
 RANKS = 2
 
 
 def exchange(rank: int, directory: str) -> None:
     """One process's part. What it got is written to a file, for the test to read."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
+    entered: list[int] = []
     try:
-        tp = TensorParallel(rank, RANKS, ProcessGroup())
+        tp = join(rank, RANKS, f"{directory}/first", CPU, entering=lambda: entered.append(1))
         given = torch.tensor([[1.0 + rank, -2.0 * rank, 3.0]])
         found = {
             "sum": tp.all_reduce(given.clone()), "max": tp.max_reduce(given.clone()), "columns": tp.all_gather(given),
             "rows": tp.all_gather(given, 0), "strided": tp.all_gather(given.expand(2, 3).mT, 0),
         }  # fmt: skip
+        assert len(entered) == len(found), "of those that wait, the one that has entered fewer is waited for"
+        again = join(rank, RANKS, f"{directory}/first", CPU)  # as an engine after another in this process does
+        found["again"] = again.all_gather(given)
+        other = join(1 - rank, RANKS, f"{directory}/second", CPU)
+        found["other"] = other.all_gather(given)
         torch.save(found, f"{directory}/{rank}.pt")
     finally:
-        torch.distributed.destroy_process_group()
+        leave()
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_group_of_processes(tmp_path: Path) -> None:
@@ -35,5 +41,7 @@ def test_a_group_of_processes(tmp_path: Path) -> None:
         assert torch.equal(found["sum"], first + second)
         assert torch.equal(found["max"], torch.maximum(first, second))
         assert torch.equal(found["columns"], torch.cat([first, second], 1))
+        assert torch.equal(found["again"], torch.cat([first, second], 1))
+        assert torch.equal(found["other"], torch.cat([second, first], 1))
         assert torch.equal(found["rows"], torch.cat([first, second]))
         assert torch.equal(found["strided"], torch.cat([first.expand(2, 3).mT, second.expand(2, 3).mT]))

@@ -43,7 +43,8 @@ BELOW = {
     "platform": {"host", "files"},
     "text": {"messages", "files"},
     "vision": {"messages", "files"},
-    "messages": set(),
+    "messages": {"pipes"},
+    "pipes": set(),
     "distributed": set(),
     "host": set(),
     "config": {"quantization_file"},
@@ -73,7 +74,7 @@ RECURRING = {
 }
 API_SIDE = re.compile(
     r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.peer_flags|\.command_words|\.checkpoint_values"
-    r"|\.quantization_file|\.host|\.messages|\.(text|vision|hub|frontend|server)(\..*)?)?"
+    r"|\.quantization_file|\.host|\.messages|\.pipes|\.(text|vision|hub|frontend|server)(\..*)?)?"
 )
 
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import octavo
 from octavo import platform
 from octavo.errors import OctavoError
-from octavo.platform import Platform, detect
+from octavo.platform import Platform, detect, threads_on
 
 CPU = torch.device("cpu")
 H200 = SimpleNamespace(
@@ -79,3 +80,18 @@ def test_what_an_architecture_has() -> None:
         "gfx950": (False, False, False, 2, False),
         "avx512": (False, False, False, 2, False),
     }
+
+
+def test_threads_begin_on_the_device_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no module below the engine makes threads otherwise."""
+    begun: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", begun.append)
+    for device, expected in (("cuda:3", [3]), ("cuda", [0]), ("cpu", []), ("meta", [])):
+        begun.clear()
+        with threads_on(torch.device(device), 1, "test") as pool:
+            assert pool.submit(int).result() == 0
+        assert begun == expected, device
+    root = Path(octavo.__file__).parent
+    files = [path for folder in ("ops", "weights", "layers", "models") for path in (root / folder).rglob("*.py")]
+    assert len(files) > 50
+    assert [path for path in files if "ThreadPoolExecutor" in path.read_text()] == []

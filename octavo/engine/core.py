@@ -135,6 +135,8 @@ class EngineCore:
         """Forgets a request. An unknown or finished one is no error."""
         self.scheduler.abort(request_id)
         self._forget(request_id)
+        if self.runner.encoder is not None:  # no step may follow, which would drop what is half encoded
+            self.runner.encoder.run((), self.scheduler.encoder_cache.take_evicted())
 
     def _forget(self, request_id: str) -> None:
         self.generations.pop(request_id, None)

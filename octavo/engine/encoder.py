@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.batch import to_device
 from octavo.config import EngineConfig
+from octavo.distributed import TensorParallel
 from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
 from octavo.engine.graphs.tower import TowerGraphs
 from octavo.engine.scheduler import IMAGE_TOKENS, IMAGE_TOKENS_ON_CPU
@@ -23,23 +24,29 @@ from octavo.platform import Platform
 __all__ = ["Encoder", "make_encoder"]
 
 LARGEST = 16_384  # tokens of an image that is read, where a request may be so long: 16 million pixels of Qwen3-VL
+ALONE = TensorParallel()
 GRAPH_TOKENS = LARGEST_GRAPH // 4  # image tokens are squares of 2 x 2 patches
 
 
 class Encoder:
     """The features of images on the device, by the keys of the scheduler's EncoderCache, which says what to keep."""
 
-    def __init__(self, model: VisionModel, platform: Platform):
-        self.model, self.platform = model, platform
+    def __init__(self, model: VisionModel, platform: Platform, tp: TensorParallel = ALONE):
+        self.model, self.platform, self.tp = model, platform, tp
+        self.shares = tp.whole_towers and tp.size > 1  # images out: each is encoded by one rank, for all
         self.features: dict[bytes, Tensor] = {}
+        self.dtype = torch.bfloat16  # the model's
         self.largest = self.capacity = 0  # image tokens: of one image, and of those whose features are kept
         self.graphs: TowerGraphs | None = None
         self._begun: dict[bytes, Generator[None, None, Tensor]] = {}  # images of which some layers are computed
+        self._owners: dict[bytes, int] = {}  # of those, the ranks that compute them, where ranks share images out
+        self._loads = [0] * tp.size  # image tokens that each rank was given
 
     def plan(self, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
-        """Sets `largest` and `capacity`, at least one image's, and returns the bytes that images take at most: features that
+        """Sets `dtype`, `largest`, `capacity` (at least one image's). Returns the bytes that images take at most: features that
         are kept, the tower's activations, those in graphs too, and features of a step, as they are and in the places of tokens.
         """
+        self.dtype = dtype
         cpu, token = self.platform.is_cpu, self.model.feature_width * dtype.itemsize
         self.largest = min(LARGEST, max_model_len)
         self.capacity = max(config.encoder_cache_bytes(cpu) // token, self.largest)
@@ -54,21 +61,66 @@ class Encoder:
 
     @torch.inference_mode()
     def run(self, parts: Sequence[EncoderPart], evicted: Sequence[bytes]) -> None:
-        """Drops the features of `evicted` and encodes `parts`; whole images in one pass of the tower."""
+        """Drops the features of `evicted` and encodes `parts`; whole images in one pass of the tower.
+
+        Every rank calls it with the same arguments, and has all features then.
+        """
         for key in evicted:
             self.features.pop(key, None)
             self._begun.pop(key, None)
+            self._owners.pop(key, None)
         for part in parts:
             if part.parts > 1:
                 self._run_part(part)
         if not (images := [part.image for part in parts if part.parts == 1]):
             return
-        patches = torch.cat([self._patches(found.image) for found in images])
-        encoded = self.encode(patches, [found.image.grid for found in images])
+        owners = self._shared_out([found.image.tokens for found in images])
+        own = [found.image for found, owner in zip(images, owners, strict=True) if owner == self.tp.rank]
+        encoded = None
+        if own:
+            encoded = self.encode(torch.cat([self._patches(image) for image in own]), [image.grid for image in own])
+        if self.shares:
+            encoded = self._gathered(encoded, [found.image.tokens for found in images], owners)
+        assert encoded is not None
         for found, features in zip(images, encoded.split([found.image.tokens for found in images]), strict=True):
             self.features[found.key] = features.clone()  # a view would keep those of all images
 
+    def _shared_out(self, tokens: Sequence[int]) -> list[int]:
+        """A rank for each image of so many tokens, this one where ranks do not share them out: the largest image first, each to
+        the rank that has the least to do in this step, then to the one that had the least before."""
+        found, now = [self.tp.rank] * len(tokens), [0] * self.tp.size
+        for at in sorted(range(len(tokens)), key=lambda at: -tokens[at]) if self.shares else ():
+            rank = min(range(self.tp.size), key=lambda rank: (now[rank], self._loads[rank]))
+            found[at], now[rank] = rank, now[rank] + tokens[at]
+            self._loads[rank] += tokens[at]
+        return found
+
+    def _gathered(self, own: Tensor | None, tokens: Sequence[int], owners: Sequence[int]) -> Tensor:
+        """The features of images of so many `tokens` one behind the other, of which this rank has its `own`."""
+        device, dtype = self.platform.device, self.dtype
+        whole = torch.zeros(sum(tokens), self.model.feature_width, dtype=dtype, device=device)
+        at = 0
+        for rows, owner in zip(whole.split(list(tokens)), owners, strict=True):
+            if own is not None and owner == self.tp.rank:
+                rows.copy_(own[at : at + len(rows)])
+                at += len(rows)
+        return self.tp.all_reduce(whole)  # of all but one rank zeros, so that the sums are exact
+
     def _run_part(self, part: EncoderPart) -> None:
+        """As `_compute_part`, by one rank for all where they share images out."""
+        if not self.shares:
+            self._compute_part(part)
+            return
+        key, tokens = part.image.key, part.image.image.tokens
+        if part.part == 0:
+            (self._owners[key],) = self._shared_out([tokens])
+        if self._owners[key] == self.tp.rank:
+            self._compute_part(part)
+        if part.part + 1 == part.parts:
+            owner = self._owners.pop(key)
+            self.features[key] = self._gathered(self.features.get(key), [tokens], [owner])
+
+    def _compute_part(self, part: EncoderPart) -> None:
         """Runs as many of the tower's layers as a part has. What is between them waits in the generator's frame."""
         (key, image), depth = (part.image.key, part.image.image), self.model.encoder_depth
         if part.part == 0:
@@ -135,6 +187,7 @@ class Encoder:
         """Frees features, also of images of which some layers are computed."""
         self.features.clear()
         self._begun.clear()
+        self._owners.clear()
 
     def drop(self) -> None:
         """Frees features and graphs."""
@@ -147,9 +200,9 @@ class Encoder:
         self.model.encode(patches.to(self.platform.device), [grid])
 
 
-def make_encoder(model: Model, platform: Platform) -> Encoder | None:
-    """The encoder of a model that has a vision tower."""
-    return Encoder(cast("VisionModel", model), platform) if getattr(model, "has_tower", False) else None
+def make_encoder(model: Model, platform: Platform, tp: TensorParallel = ALONE) -> Encoder | None:
+    """The encoder of a model that has a vision tower, on this rank."""
+    return Encoder(cast("VisionModel", model), platform, tp) if getattr(model, "has_tower", False) else None
 
 
 def _has_images(item: ScheduledRequest) -> bool:

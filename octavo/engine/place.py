@@ -6,15 +6,32 @@ schedules alike; what only a clock or a thread decides, rank 0 decides for all.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TypeVar, cast
 
-__all__ = ["Place"]
+from octavo import pipes
+
+__all__ = ["Place", "Pulse"]
 
 T = TypeVar("T")
+
+
+@dataclass
+class Pulse:
+    """How far a rank's main thread has come, for another thread to read. All ranks do the same in the same order, so of those
+    that stand still the one with the smaller numbers is the one that the others wait for.
+
+    steps: that it has begun. exchanges: collectives, and messages between ranks, that it has come to.
+    """
+
+    steps: int = 0
+    exchanges: int = 0
+
+    def exchange(self) -> None:
+        """To be called before each exchange."""
+        self.exchanges += 1
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,7 @@ class Place:
     """Rank `rank` of `size`. store: path of the file over which torch.distributed's processes find one another.
 
     links: pipes; rank 0 has one to each other rank, in their order, the others one to rank 0. first_device: the number of
-    rank 0's accelerator.
+    rank 0's accelerator. pulse: of this process.
     """
 
     rank: int = 0
@@ -30,9 +47,11 @@ class Place:
     store: str = ""
     links: Sequence[Connection] = ()
     first_device: int = 0
+    pulse: Pulse = field(default_factory=Pulse)
 
     def wait_for_all(self) -> None:
         """Rank 0 waits here until every other rank has come here. EOFError where one has ended."""
+        self.pulse.exchange()
         for link in self.links:
             if self.rank:
                 link.send_bytes(b"here")
@@ -46,12 +65,11 @@ class Place:
         """
         if self.size == 1:
             return value
+        self.pulse.exchange()
         if self.rank:
-            return cast("T", pickle.loads(self.links[0].recv_bytes()))
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        for link in self.links:
-            try:
-                link.send_bytes(data)
-            except BrokenPipeError:
-                raise EOFError from None
+            return cast("T", pipes.receive(self.links[0]))
+        try:
+            pipes.send(self.links, value)
+        except BrokenPipeError:
+            raise EOFError from None
         return value

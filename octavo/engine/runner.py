@@ -58,7 +58,9 @@ class ModelRunner:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
-        self.tp = tp = join(place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel)
+        at = place.rank, place.size, place.store
+        group = join(*at, self.platform.device, config.enable_expert_parallel, place.pulse.exchange)
+        self.tp = tp = replace(group, whole_towers=config.mm_encoder_tp_mode == "data")
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
@@ -73,7 +75,7 @@ class ModelRunner:
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.step = ModelStep(self.model, self.vocabulary)
-        self.encoder, self.histories = make_encoder(self.model, self.platform), Histories(self.platform.device)
+        self.encoder, self.histories = make_encoder(self.model, self.platform, tp), Histories(self.platform.device)
         self.load_weights()
         self.make_runnable()
 
@@ -83,6 +85,8 @@ class ModelRunner:
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
         if self.config.enable_expert_parallel and self.tp.size == 1:
             self.report.note("--enable-expert-parallel is without effect: an engine of one rank has all experts")
+        if self.tp.whole_towers and (self.tp.size == 1 or self.encoder is None):
+            self.report.note("--mm-encoder-tp-mode data is without effect: it takes several ranks and a vision tower")
 
     def make_runnable(self) -> None:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""

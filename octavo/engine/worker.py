@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.engine.place import Place
 from octavo.errors import OctavoError, shortage
@@ -60,6 +61,13 @@ def engine_core(config: EngineConfig, progress: Progress, place: Place = ALONE) 
     return EngineCore(config, progress, place)
 
 
+def _leave() -> None:
+    """Ends this process's part in the collectives, as their library wants it before a process ends."""
+    from octavo.distributed import leave
+
+    leave()
+
+
 def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore | None = None, place: Place = ALONE) -> None:
     """Main function of an engine process. Ends on a shutdown message, when a step fails, or when the parent is gone.
 
@@ -69,7 +77,7 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd signal the whole group; the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Message] = SimpleQueue()
-    threading.Thread(target=_receive, args=(line, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(line, inbox, place), daemon=True).start()
     try:
         core = _load(config, line, make_core or engine_core, place)
         if core is None:
@@ -80,6 +88,9 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
             _follow(core, place)
         else:
             _serve(core, inbox, line, place)
+        if place.size > 1 and make_core is None:
+            del core
+            _leave()
     except BrokenPipeError:
         return  # the parent is gone, so nobody can be notified
     except EOFError:
@@ -103,20 +114,29 @@ class _Line:
             self.connection.send(message)
 
 
-def _receive(line: _Line, inbox: SimpleQueue[Message]) -> None:
+def _receive(line: _Line, inbox: SimpleQueue[Message], place: Place) -> None:
     """Runs in a thread, so that an idle engine blocks on its inbox and a busy one never waits for the pipe."""
     try:
         while True:
-            message = line.connection.recv()
-            if message[0] == "ping":  # asked where it hangs
-                faulthandler.dump_traceback(all_threads=True)
-                line.send(("pong",))
+            message = pipes.receive(line.connection)
+            if message[0] == "ping":
+                _answer(line, place, message[1])
             else:
                 inbox.put(message)
     except (EOFError, OSError):
         inbox.put(("shutdown",))
     time.sleep(ORPHAN_GRACE)
     os._exit(1)  # a step that hangs must not hold the accelerator's memory
+
+
+def _answer(line: _Line, place: Place, prints: bool) -> None:
+    """Says how far the main thread has come, and where it is."""
+    steps, exchanges = place.pulse.steps, place.pulse.exchanges
+    if prints:
+        where = f"octavo: rank {place.rank} of {place.size} is in step {steps}, at exchange {exchanges} with the others:"
+        print(where, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+    line.send(("pong", steps, exchanges))
 
 
 def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) -> Core | None:
@@ -151,7 +171,7 @@ def _follow(core: Core, place: Place) -> None:
             else:
                 _handle(core, message)
         if core.has_work():
-            core.step()
+            _step(core, place)
 
 
 def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -> None:
@@ -166,9 +186,14 @@ def _serve(core: Core, inbox: SimpleQueue[Message], line: _Line, place: Place) -
                 outputs += _handle(core, message)
         stats = EngineStats()  # of an idle engine, so that no gauge stays at its last busy value
         if core.has_work():
-            stepped, stats = core.step()
+            stepped, stats = _step(core, place)
             outputs += stepped
         line.send(("step", outputs, stats))
+
+
+def _step(core: Core, place: Place) -> tuple[list[TokenOutput], EngineStats]:
+    place.pulse.steps += 1
+    return core.step()
 
 
 def _wait(inbox: SimpleQueue[Message]) -> list[Message]:
@@ -207,7 +232,7 @@ def _handle(core: Core, message: Message) -> list[TokenOutput]:
 def _control(core: Core, message: Message, place: Place) -> str | None:
     """Reloads the engine's weights, or frees or restores them, once what was aborted has ended. An error, as a sentence."""
     while message[0] not in BESIDE_REQUESTS and core.has_work():
-        core.step()
+        _step(core, place)
     try:
         getattr(core, message[0])(*message[1:])
     except OctavoError as error:  # the same on every rank

@@ -109,11 +109,10 @@ class AsyncEngine:
         return self.tokenizer.default_sampling if self.tokenizer else {}
 
     async def end_if_a_rank_hangs(self) -> None:
-        """Asks each of several ranks whether it is there, and ends the engine if one is not: the others would wait for ever."""
-        ranks = len(self._processes.connections)
-        if ranks > 1 and (silent := await asyncio.to_thread(self._processes.silent)):
-            named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
-            self._die(f"Of the engine's {ranks} ranks {named} hangs; where the others wait for it stands above.")
+        """Asks each of several ranks how far it is, and ends the engine if one hangs: the others would wait for ever."""
+        several = len(self._processes.connections) > 1
+        if several and (sentence := await asyncio.to_thread(self._processes.hanging)):
+            self._die(sentence)
             await asyncio.to_thread(self._processes.kill)
 
     def add_stats_listener(self, listener: Callable[[EngineStats], None]) -> None:
@@ -245,7 +244,7 @@ class AsyncEngine:
             self._on_progress = None  # a bar that was closed should not come again
         elif kind == "done":
             self._done(message[1], message[2])
-        else:  # failed or dead
+        elif kind != "pong":  # failed or dead
             self._die(message[1])
 
     def _step(self, outputs: list[TokenOutput], stats: EngineStats) -> None:

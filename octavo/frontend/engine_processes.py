@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.frontend.engine_start import worker
 from octavo.messages import Message
@@ -31,6 +32,7 @@ __all__ = ["EngineProcesses"]
 
 EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before it is killed
 ANSWER_SECONDS = 3.0  # for which a rank may take to answer that it is there
+STILL_SECONDS = 1.0  # for which ranks must stand still before one is said to hang
 LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, to send what it did
 
 
@@ -51,7 +53,7 @@ class EngineProcesses:
         self.connections: list[Connection] = []
         self._processes = []
         self._reaping, self._sending = threading.Lock(), [threading.Lock() for _ in range(size)]
-        self._answered: set[int] = set()
+        self._answers: dict[int, tuple[int, int]] = {}  # rank -> how far it said that it has come
         self.killed = False
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
@@ -84,29 +86,44 @@ class EngineProcesses:
     def send(self, message: Message, rank: int = 0) -> None:
         """Raises OSError if the process is gone."""
         with self._sending[rank]:
-            self.connections[rank].send(message)
+            pipes.send([self.connections[rank]], message)
 
     def receive(self, rank: int) -> Message:
         """The next message of a rank; one thread asks for each. Raises EOFError or OSError when the process is gone."""
-        while (message := self.connections[rank].recv())[0] == "pong":
-            self._answered.add(rank)
-        found: Message = message
-        return found
+        message: Message = self.connections[rank].recv()
+        if message[0] == "pong":
+            self._answers[rank] = message[1:]
+        return message
 
-    def silent(self) -> list[int]:
-        """The ranks that do not answer within ANSWER_SECONDS each; those that do print where they wait to standard error, one
-        after another."""
-        self._answered.clear()
+    def hanging(self) -> str | None:
+        """A sentence that names the ranks that hang: those that do not answer, else those that the others wait for while none
+        moves on. None where there are none. Another thread must `receive` from each rank meanwhile.
+
+        Every rank that answers prints where it is to standard error, one after another.
+        """
+        ranks, seen = range(len(self.connections)), self._ask(True)
+        if silent := [rank for rank in ranks if rank not in seen]:
+            return _hang(len(ranks), silent, "no answer")
+        time.sleep(STILL_SECONDS)
+        steps, exchanges = least = min(seen.values())  # it waits for nobody: all others have come to where it is
+        if least == max(seen.values()) or self._ask(False) != seen:
+            return None
+        behind = [rank for rank in ranks if seen[rank] == least]
+        return _hang(len(ranks), behind, f"in step {steps}, behind exchange {exchanges}; the others wait in the next")
+
+    def _ask(self, prints: bool) -> dict[int, tuple[int, int]]:
+        """What each rank answers within ANSWER_SECONDS: the steps and exchanges that it has begun."""
+        self._answers.clear()
         for rank in range(len(self.connections)):  # a message to one that hangs may block its pipe for ever
-            threading.Thread(target=self._ping, args=(rank,), name="octavo-ping", daemon=True).start()
+            threading.Thread(target=self._ping, args=(rank, prints), name="octavo-ping", daemon=True).start()
             deadline = time.monotonic() + ANSWER_SECONDS
-            while rank not in self._answered and time.monotonic() < deadline:
+            while rank not in self._answers and time.monotonic() < deadline:
                 time.sleep(0.02)
-        return [rank for rank in range(len(self.connections)) if rank not in self._answered]
+        return dict(self._answers)
 
-    def _ping(self, rank: int) -> None:
+    def _ping(self, rank: int, prints: bool) -> None:
         with suppress(OSError):
-            self.send(("ping",), rank)
+            self.send(("ping", prints), rank)
 
     def kill(self) -> None:
         """Ends every process at once."""
@@ -178,6 +195,11 @@ class EngineProcesses:
         with self._reaping:
             process.join(EXIT_SECONDS)
             return process.exitcode
+
+
+def _hang(ranks: int, hanging: Sequence[int], how: str) -> str:
+    named = f"rank {hanging[0]} hangs" if len(hanging) == 1 else f"ranks {', '.join(map(str, hanging))} hang"
+    return f"Of the engine's {ranks} ranks {named} ({how}); the stacks of those that answer are above."
 
 
 @contextmanager

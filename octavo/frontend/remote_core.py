@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from octavo.frontend.engine_processes import EngineProcesses
 from octavo.messages import KV_CACHE, WEIGHTS, EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
 
 __all__ = ["RemoteCore"]
+
+STALL_SECONDS = 300.0  # without a step after which ranks are asked whether one hangs; octavo serve: --engine-timeout
+POLL_SECONDS = 0.1
 
 
 class RemoteCore:
@@ -87,14 +91,27 @@ class RemoteCore:
 
     def _until(self, kind: str) -> Any:
         """The next message of this kind."""
-        while True:
-            for connection in wait(self._processes.connections):
-                rank = self._processes.connections.index(cast("Connection", connection))
-                try:
-                    message = self._processes.receive(rank)
-                except (EOFError, OSError):
-                    raise self._gone(self._processes.how_it_ended()) from None
-                if message[0] == kind:
-                    return message
-                if message[0] in ("failed", "dead"):
-                    raise self._gone(message[1])
+        asked: Future[str | None] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            while True:
+                patience = STALL_SECONDS if kind == "step" else None  # others may take as long as a disk does
+                found = wait(self._processes.connections, patience if asked is None else POLL_SECONDS)
+                if not found and asked is None:
+                    asked = pool.submit(self._processes.hanging)  # whose answers are read here
+                if asked is not None and asked.done():
+                    if (sentence := asked.result()) is not None:
+                        raise self._gone(sentence)
+                    asked = None
+                for connection in found:
+                    if (message := self._received(cast("Connection", connection)))[0] == kind:
+                        return message
+
+    def _received(self, connection: Connection) -> Message:
+        """A rank's next message. Raises OctavoError where it says that the engine is dead."""
+        try:
+            message = self._processes.receive(self._processes.connections.index(connection))
+        except (EOFError, OSError):
+            raise self._gone(self._processes.how_it_ended()) from None
+        if message[0] in ("failed", "dead"):
+            raise self._gone(message[1])
+        return message

@@ -147,8 +147,8 @@ class QKVLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y = x W^T + b, W's columns split over ranks. Partial products are summed over ranks, and b is added once.
 
-    The output goes into an RMSNorm, which may apply the output's scales. `partial`: the caller sums over ranks. `inner`: the
-    columns are an MLP's inner dimension.
+    The output goes into an RMSNorm, which may apply the output's scales or, where there is no b, take the sum. `partial`: the
+    caller sums over ranks. `inner`: the columns are an MLP's inner dimension.
     """
 
     reads_siblings = True
@@ -179,8 +179,8 @@ class RowParallelLinear(nn.Module):
             return ops.linear(x, self.weight)
         if self.tp.size == 1:
             return ops.linear_unscaled(x, self.weight) if self.bias is None else ops.linear(x, self.weight, self.bias)
-        y = ops.all_reduce(ops.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y.add_(self.bias)
+        y = ops.linear(x, self.weight)
+        return ops.Unsummed(y, self.tp) if self.bias is None else ops.all_reduce(y, self.tp).add_(self.bias)
 
 
 class GateUpLinear(ColumnParallelLinear):

@@ -98,8 +98,8 @@ class MixtureOfExperts(nn.Module):
         shared = self.shared_experts
         return None, self.experts.gate_up, *(() if shared is None else shared.readers)
 
-    def forward(self, x: ops.Activation, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: ops.Activation, batch: ForwardBatch) -> ops.Product:
         y: Tensor = self.experts(x, self.gate(x, batch))
         if self.shared_experts is not None:
             y = y.add_(self.shared_experts(x))
-        return ops.all_reduce(y, self.tp)
+        return y if self.tp.size == 1 else ops.Unsummed(y, self.tp)

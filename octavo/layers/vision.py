@@ -20,7 +20,6 @@ from octavo.batch import to_device
 from octavo.distributed import TensorParallel
 from octavo.images import Grid
 from octavo.layers.linear import ColumnParallelLinear, InnerSplit, RowParallelLinear, query_heads
-from octavo.ops.reference import scaled
 from octavo.weights import Loader
 
 __all__ = [
@@ -170,7 +169,7 @@ class VisionAttention(nn.Module):
         """[P, hidden] of x [P, hidden]."""
         parts = self.qkv(x).unflatten(1, (3, self.heads, self.head_dim))
         q, k = ops.rotate(parts[:, :2].flatten(1, 2), *rotation).chunk(2, 1)
-        return scaled(self.out(ops.segment_attention(q, k, parts[:, 2], segments).flatten(1)))
+        return ops.finished(self.out(ops.segment_attention(q, k, parts[:, 2], segments).flatten(1)))
 
 
 class VisionMLP(nn.Module):
@@ -193,4 +192,4 @@ class VisionMLP(nn.Module):
         return (self.up.weight,)
 
     def forward(self, x: ops.Operand) -> Tensor:
-        return scaled(self.down(ops.gelu(self.up(x), self.gelu, (self.down.weight,))))
+        return ops.finished(self.down(ops.gelu(self.up(x), self.gelu, (self.down.weight,))))

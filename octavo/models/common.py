@@ -19,7 +19,6 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.vision import ImageInput
 from octavo.models.config import ConfigBase
 from octavo.models.interface import Head, Limits, ModelInput, StageState
-from octavo.ops.reference import scaled
 from octavo.platform import FP8_MAX
 
 __all__ = ["CausalLM", "Decoder", "DecoderLM", "LayerStack"]
@@ -60,7 +59,7 @@ class Decoder(nn.Module):
         x, residual = self.run_layers(batch, state)
         if not self.last:
             assert residual is not None
-            return StageState(scaled(x), residual, state.extras)
+            return StageState(ops.finished(x), residual, state.extras)
         hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 

@@ -27,7 +27,7 @@ class WithImages:
         super().__init__(c, tp, max_len, layers)  # type: ignore[call-arg]
         self.has_tower = vision
         if vision:
-            for name, module in zip(self.tower_names, self.make_tower(c, tp), strict=True):
+            for name, module in zip(self.tower_names, self.make_tower(c, tp.of_towers), strict=True):
                 setattr(self, name, module)
 
     @staticmethod

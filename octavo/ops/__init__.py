@@ -45,6 +45,7 @@ from octavo.ops.contract import (
     Segments,
     StackImplementation,
     Unscaled,
+    Unsummed,
     values_of,
 )
 from octavo.platform import Platform
@@ -53,17 +54,18 @@ from octavo.quant import QTensor
 __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
     "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
-    "Routed", "Router", "Segments", "Unscaled", "absorbed_queries", "all_gather", "all_reduce", "argmax", "attend",
-    "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch",
-    "expanded_attention", "experts", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear",
-    "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
-    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "Routed", "Router", "Segments", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
+    "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine",
+    "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "finished", "fuse", "gated_linear", "gelu",
+    "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
+    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table",
+    "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "argmax", "attention", "captures_segments", "combine", "decode_variant", "dispatch",
+    "absorbed_queries", "all_reduce", "argmax", "attention", "captures_segments", "combine", "decode_variant", "dispatch",
     "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate",
     "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
@@ -205,8 +207,26 @@ def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
 
 
 def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
-    """The sum of x over ranks, possibly in place. Within compile_ahead x itself, since ranks compile independently."""
-    return x if ahead.is_on() else tp.all_reduce(x)
+    """The sum of x over ranks, possibly in place. Within compile_ahead x itself, since ranks compile independently.
+
+    Every rank gets the same bits, so that ranks which decide by them decide alike.
+    """
+    return x if ahead.is_on() else _bound["all_reduce"](x, tp)
+
+
+def all_reduce_norm_quantize(
+    x: Tensor, tp: TensorParallel, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """`rms_norm` of the sum of x [M, N] over ranks, with its results. x may be overwritten.
+
+    A kernel that adds, norms and makes codes of the rows that it has summed reads and writes the rows once.
+    """
+    return _bound["all_reduce_norm_quantize"](x, tp, weight, eps, residual, readers)  # type: ignore[no-any-return]
+
+
+def finished(x: Product) -> Tensor:
+    """The dense values of a product, summed over ranks and with its scales, for a reader that is no norm."""
+    return all_reduce(x.values, x.tp) if isinstance(x, Unsummed) else reference.scaled(x)
 
 
 def all_gather(x: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
@@ -223,6 +243,8 @@ def rms_norm(
     If all readers take the same code format and this platform's op can quantize to it, only codes are made; if some do, codes
     and dense values. If readers take different formats, only dense values are made, and each reader quantizes for itself.
     """
+    if isinstance(x, Unsummed):
+        return all_reduce_norm_quantize(x.values, x.tp, weight, eps, residual, readers)
     return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
@@ -230,7 +252,7 @@ def layer_norm(
     x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """`rms_norm` with the mean subtracted first and a bias added: (the norm of x + residual, x + residual)."""
-    return _bound["layer_norm"](x, norm, residual, readers)  # type: ignore[no-any-return]
+    return _bound["layer_norm"](finished(x) if isinstance(x, Unsummed) else x, norm, residual, readers)  # type: ignore[no-any-return]
 
 
 def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
@@ -438,8 +460,15 @@ def _rope_then_attention(
     return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
 
 
+def _sum_then_norm(
+    x: Tensor, tp: TensorParallel, weight: Tensor, eps: float, residual: Tensor | None, readers: Sequence[Reader]
+) -> tuple[Activation, Tensor]:
+    return rms_norm(all_reduce(x, tp), weight, eps, residual, readers)
+
+
 # Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "all_reduce_norm_quantize": (_sum_then_norm, "all_reduce, then rms_norm"),
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),

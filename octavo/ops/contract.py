@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
 from octavo.kvcache import LayerCache
 from octavo.platform import Platform
 from octavo.quant import QTensor
@@ -19,7 +20,7 @@ __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
     "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
     "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
-    "StackImplementation", "Unscaled", "codes_of", "not_taken", "values_of", "wanted",
+    "StackImplementation", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -78,8 +79,15 @@ class Unscaled(NamedTuple):
     column: Tensor
 
 
+class Unsummed(NamedTuple):
+    """This rank's part of a row-parallel product, [M, N]: the result is the sum over ranks, which the reader takes."""
+
+    values: Tensor
+    tp: TensorParallel
+
+
 Operand = Tensor | Activation  # the input of a product; a tensor holds dense values
-Product = Tensor | Unscaled
+Product = Tensor | Unscaled | Unsummed
 
 
 class Filters(NamedTuple):

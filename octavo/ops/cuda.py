@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-
-import torch
 
 from octavo.ops import hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
@@ -42,7 +39,7 @@ from octavo.ops.hopper.gate_up_silu import gated_linear
 from octavo.ops.hopper.qkv_rope_kv_write import project
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
-from octavo.platform import Platform, capture
+from octavo.platform import Platform, capture, threads_on
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +69,7 @@ def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | st
             log.warning("decode steps of few requests go op by op: %s", error)
             return str(error).splitlines()[0]
 
-    on = torch.accelerator.set_device_index, (platform.device.index or 0,)  # a new thread's device is the first one
-    with ThreadPoolExecutor(2, "octavo-fuse", *on) as pool:  # in parallel: most of the time is the compiler's
+    with threads_on(platform.device, 2, "octavo-fuse") as pool:  # in parallel: most of the time is the compiler's
         one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
         few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)
     return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.distributed import TensorParallel
 from octavo.kvcache import LayerCache
 from octavo.ops.contract import (
     FP8_BLOCKS,
@@ -30,6 +31,7 @@ from octavo.ops.contract import (
     Router,
     Segments,
     Unscaled,
+    Unsummed,
     not_taken,
     values_of,
 )
@@ -223,8 +225,13 @@ def combine(y: Tensor, routed: Routed, at: Dispatch) -> Tensor:
     return rows.masked_fill((routed.experts < 0).unsqueeze(-1), 0).sum(1).to(y.dtype)
 
 
+def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    return tp.all_reduce(x)
+
+
 def scaled(x: Product) -> Tensor:
-    """A product with its scales applied, in its dtype."""
+    """A product with its scales applied, in its dtype; `octavo.ops` has taken the sum over ranks."""
+    assert not isinstance(x, Unsummed)
     return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
 
 

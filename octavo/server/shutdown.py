@@ -93,13 +93,15 @@ class Ending:
 
 
 async def _report_stalls(served: Served) -> None:
-    """Reports on stderr when the engine stalls, and when it continues."""
-    reported = False
+    """Reports on stderr when the engine stalls, again after each further engine_timeout, and when it continues."""
+    reported = 0.0  # seconds of the stall when it was reported last
     while True:
         await asyncio.sleep(min(1.0, served.engine_timeout / 4) or 1.0)
-        if served.stalled and not reported:
-            say(f"octavo: the engine has had work for {served.engine.silent_seconds:.0f} s and made no step; /health says 503.")
+        seconds = served.engine.silent_seconds
+        if served.stalled and seconds - reported >= served.engine_timeout:
+            say(f"octavo: the engine has had work for {seconds:.0f} s and made no step; /health says 503.")
+            reported = seconds
             await served.engine.end_if_a_rank_hangs()
         elif reported and not served.stalled:
             say("octavo: the engine goes on.")
-        reported = served.stalled
+            reported = 0.0

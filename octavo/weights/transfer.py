@@ -12,12 +12,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from octavo.platform import threads_on
 from octavo.weights.checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["ReadAhead", "Transfer"]
@@ -46,7 +47,7 @@ class Transfer:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
-        self._pool = ThreadPoolExecutor(THREADS, "octavo-read")
+        self._pool = threads_on(device, THREADS, "octavo-read")
         self._buffers: deque[_Buffer] = deque()  # least recently used first
         self._slab: tuple[tuple[str, int], Tensor] | None = None  # the last transposed slab, which holds both gate and up
 

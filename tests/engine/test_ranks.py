@@ -14,12 +14,14 @@ import pytest
 import torch
 from conftest import tokens
 from engine.test_core import ENGINE, LENGTH, TWELVE, request, run, token_ids
-from engine.test_images import SIDES, requests
+from engine.test_images import IMAGE, SIDES, image, prompt, requests
 from models.test_kimi import kimi, write
 from models.test_logits import CASES, randomize
 from models.test_qwen3_vl import qwen3_vl, qwen3_vl_moe
 from ops.cases import case
 from rank_processes import RankProcesses
+from ranks import storage_bytes
+from tools.planner import plan_of
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
@@ -30,6 +32,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.place import Place
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.sequence import EncoderPart, Request
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, StructuredOutput
 from octavo.models import MODEL_TYPES
@@ -38,6 +41,8 @@ from octavo.weights import SafetensorsSource
 
 SIZES = (2, 4)
 MIXTURES = ("qwen3_moe", "mixtral", "glm4_moe", "minimax_m2", "deepseek_v3", "kimi_k25", "qwen3_vl_moe")
+SEEING = ("qwen3_vl", "qwen3_vl_moe", "kimi_k25")
+TOWERS_WHOLE: dict[str, Any] = dict(mm_encoder_tp_mode="data")
 EXPERTS_WHOLE: dict[str, Any] = dict(enable_expert_parallel=True)
 
 
@@ -124,7 +129,11 @@ def test_every_architecture_says_what_one_rank_says(ranks: dict[int, RankProcess
         one = answers(Place(), path, wanted, {})
         assert len({token for ids in one.tokens.values() for token in ids}) > 12, "outputs too dull to tell a mistake by"
         for size in SIZES:
-            for options in ({}, EXPERTS_WHOLE) if model_type in MIXTURES else ({},):
+            for options in [
+                {},
+                *([EXPERTS_WHOLE] if model_type in MIXTURES else ()),
+                *([TOWERS_WHOLE] if model_type in SEEING else ()),
+            ]:
                 where = f"{model_type}, {size} ranks, {options}"
                 try:
                     found = ranks[size].run(answers, path, wanted, options)
@@ -133,6 +142,72 @@ def test_every_architecture_says_what_one_rank_says(ranks: dict[int, RankProcess
                 else:
                     failed += [f"{where}: {wrong}" for each in found if (wrong := each.differences(one, size))]
     assert not failed, "\n".join(failed)
+
+
+def features(place: Place, path: str, mode: str) -> tuple[list[torch.Tensor], int]:
+    """Of five images, of which one is encoded in three parts, as is another whose request ends after the first; and how many
+    patches this rank's tower has read."""
+    config = EngineConfig(**dict(model=path, tensor_parallel_size=place.size, mm_encoder_tp_mode=mode) | ENGINE)
+    encoder = EngineCore(config, None, place).runner.encoder
+    assert encoder is not None
+    family = "kimi_k25" if "kimi" in path else "qwen3_vl"
+    asked = prompt("all", [10, *[IMAGE] * 6], *(image(family, seed, 2 * seed, 4) for seed in range(1, 7)))
+    *whole, parted, gone = Request(asked, LENGTH).images_within(0, LENGTH)
+    before, read = encoder.model.encoder_input, 0
+
+    def counted(patches: torch.Tensor, grids: Any) -> Any:
+        nonlocal read
+        read += len(patches)
+        return before(patches, grids)
+
+    encoder.model.encoder_input = counted  # type: ignore[method-assign]
+    encoder.run([EncoderPart(parted, 0, 3), EncoderPart(gone, 0, 2), *map(EncoderPart, whole[:3])], [])
+    encoder.run([EncoderPart(parted, 1, 3)], [gone.key])
+    encoder.run([EncoderPart(parted, 2, 3), *map(EncoderPart, whole[3:])], [whole[0].key])
+    encoder.run([EncoderPart(whole[0])], [])
+    assert not encoder._begun
+    assert gone.key not in encoder.features
+    return [encoder.features[one.key] for one in (*whole, parted)], read
+
+
+def test_towers_whole_on_every_rank(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """Each image is read by one rank, and every rank has its features, which are those of one rank."""
+    for model_type in ("qwen3_vl", "kimi_k25"):
+        path = checkpoint(model_type, tmp_path / model_type)
+        expected, read = features(Place(), path, "weights")
+        for size in SIZES:
+            found = ranks[size].run(features, path, "data")
+            with case(model_type, size):
+                for own, _ in found:
+                    for one, other in zip(own, expected, strict=True):
+                        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+                patches = [count for _, count in found]
+                assert sum(patches) == read
+                assert min(patches) > 0
+
+
+def allocated(place: Place, path: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of this rank's weights and tables, and of its cache."""
+    given = dict(model=path, tensor_parallel_size=place.size, device="cpu", threads=1)
+    runner = EngineCore(EngineConfig(**given | options), None, place).runner
+    return storage_bytes(runner.model), runner.cache.nbytes  # type: ignore[arg-type]
+
+
+def test_ranks_allocate_what_is_planned(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    """In processes; tests/tools/test_plan_ranks.py has more models, and weights alone."""
+    options: dict[str, Any] = dict(quantization="ptpc_fp8", kv_cache_dtype="fp8", cpu_kv_cache_gib=0.01, max_num_seqs=64)
+    for model_type, more in {"llama": {}, "qwen3_moe": EXPERTS_WHOLE, "qwen3_vl": TOWERS_WHOLE}.items():
+        path = checkpoint(model_type, tmp_path / model_type)
+        words = [word for name, value in (options | more).items()
+                 for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]  # fmt: skip
+        for size in SIZES:
+            found = ranks[size].run(allocated, path, options | more)
+            plan = plan_of(path, "--device", "cpu", *words, "-tp", str(size), "--num-accelerators", str(size))
+            fit = plan.asked.fit
+            with case(model_type, size, found):
+                assert fit is not None
+                assert found[0] == (pytest.approx(fit.weights + fit.positions, rel=0.02), pytest.approx(fit.cache, rel=0.02))
+                assert all(weights <= found[0][0] and cache == found[0][1] for weights, cache in found)
 
 
 GRAMMAR = StructuredOutput("regex", r"(yes|no), [0-9]{2,4}: (true|maybe)")

@@ -218,11 +218,20 @@ def test_a_row_parallel_layer_reduces_by_the_op() -> None:
     layer = RowParallelLinear("o_proj", 64, 32, bias=False, tp=Two())  # type: ignore[arg-type]
     layer.weight, layer.bias = gpu.PackedDense(QTensor(torch.randn(32, 32), None, BF16, (32, 32))), None
     x = torch.randn(3, 32)
+    norm, residual = torch.rand(32), torch.randn(3, 32)
     with ops.compile_ahead():
-        layer(x)
+        ops.finished(layer(x))
+        ops.rms_norm(layer(x), norm, 1e-5)
     assert layer.tp.calls == 0
-    assert torch.equal(layer(x), 2 * ops.linear(x, layer.weight))
+    total = 2 * ops.linear(x, layer.weight)
+    assert torch.equal(ops.finished(layer(x)), total)
     assert layer.tp.calls == 1
+    for found, expected in zip(
+        ops.rms_norm(layer(x), norm, 1e-5, residual), ops.rms_norm(total, norm, 1e-5, residual), strict=True
+    ):
+        torch.testing.assert_close(ops.contract.values_of(found), ops.contract.values_of(expected), rtol=0, atol=0)
+    assert layer.tp.calls == 2, "in one op with the norm"
+    assert ops.table()["all_reduce_norm_quantize"] == "all_reduce, then rms_norm"
 
 
 def test_the_mode_is_a_thread_s_own_and_ends_with_an_error() -> None:

@@ -35,10 +35,11 @@ def slowness() -> float:
 class Server:
     """A server process. `log` grows with all that it prints."""
 
-    def __init__(self, *flags: str, fake: bool = False, ready: bool = True) -> None:
+    def __init__(self, *flags: str, fake: bool = False, ready: bool = True, script: Path | None = None) -> None:
+        """script: what is run for octavo's own command line."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [str(FAKE)] if fake else ["-m", "octavo.cli"]
+        command = [str(FAKE)] if fake else ["-m", "octavo.cli"] if script is None else [str(script)]
         flags = (str(MODEL_DIR), "--served-model-name", "model", *flags) if fake else flags
         self.process = subprocess.Popen(
             [sys.executable, *command, "serve", "--host", "127.0.0.1", "--port", str(self.port), *flags],

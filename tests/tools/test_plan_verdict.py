@@ -97,6 +97,7 @@ def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
         "limit_mm_per_prompt": (of_images, ['{"image": 0, "video": 0}']),
         "language_model_only": (of_images, []),
         "mm_processor_cache_gb": (of_images, ["9"]),
+        "mm_encoder_tp_mode": ([*of_images, "--num-accelerators", "8", "-tp", "8"], ["data"]),
     }
     elsewhere = {"model", "revision", "download_dir", "device"}  # what is planned, and on what
     assert set(lines) == {*COMMANDS["plan"].engine} - elsewhere

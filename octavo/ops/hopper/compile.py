@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops import ahead
-from octavo.platform import Platform
+from octavo.platform import Platform, threads_on
 
 __all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
 
@@ -179,7 +179,7 @@ class Kernels:
             self.compiling()
 
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:
-        pool = ThreadPoolExecutor(len(self.variants))
+        pool = threads_on(self.platform.device, len(self.variants), "octavo-compile")
         started = {
             values: pool.submit(compile_cubin, self.source, "sm_90a", dict(zip(self.options, values, strict=True)))
             for values in self.variants

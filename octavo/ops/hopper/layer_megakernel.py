@@ -8,7 +8,6 @@ length.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
 from functools import partial
 
@@ -21,7 +20,7 @@ from octavo.ops.contract import DecoderParts, LayerParts, Rope
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
 from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
-from octavo.platform import Platform
+from octavo.platform import Platform, threads_on
 
 __all__ = ["LayerMegakernels", "refusal", "units"]
 
@@ -88,7 +87,7 @@ class LayerMegakernels:
     def __init__(self, parts: DecoderParts, platform: Platform):
         self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
         options, layers = self.options(), len(parts.layers)
-        with ThreadPoolExecutor(len(COLUMNS)) as pool:
+        with threads_on(platform.device, len(COLUMNS), "octavo-compile") as pool:
             compile_for = partial(compile_cubin, "layer_megakernel.cu", f"{platform.arch}a")
             compiled = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), COLUMNS))
         zeros = partial(torch.zeros, device=platform.device)

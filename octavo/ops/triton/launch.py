@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kvcache import LayerCache, Views
 from octavo.ops import ahead
-from octavo.platform import FP8_MAX, Platform
+from octavo.platform import FP8_MAX, Platform, threads_on
 
 __all__ = [
     "cache_strides",
@@ -76,7 +75,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def compile_ahead() -> Iterator[None]:
     """The mode of `octavo.ops.ahead`. On exit it waits for the compilations, which use all cores."""
     _compiled.clear()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool), ahead.mode():
+    pools = threads_on(_platform.device, len(os.sched_getaffinity(0)), "octavo-compile")
+    with pools as pool, triton.AsyncCompileMode(pool), ahead.mode():
         yield
 
 

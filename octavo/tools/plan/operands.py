@@ -65,11 +65,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Walk:
-    """The operands of one rank, and why the checkpoint would not load, a sentence each, as loading says it."""
+    """The operands of one rank, and why the checkpoint would not load, a sentence each, as loading says it.
+
+    position: bytes of a position in the table of rotary embeddings.
+    """
 
     operands: list[Operand]
     problems: list[str]
     rules: QuantRules
+    position: int = 0
 
     def total(self, what: str) -> int:
         """The sum of a field of the operands."""

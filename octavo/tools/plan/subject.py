@@ -100,7 +100,9 @@ class Subject:
 
     def _build(self, tp: int) -> Any:
         """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
-        ranks = TensorParallel(0, tp, expert_parallel=self.config.enable_expert_parallel and tp > 1)
+        several = tp > 1
+        whole = several and self.config.mm_encoder_tp_mode == "data"
+        ranks = TensorParallel(0, tp, expert_parallel=several and self.config.enable_expert_parallel, whole_towers=whole)
         one = 1  # position: a longer rotary table is not needed
         return build_model(self.source.config, ranks, one, vision=self.config.reads_images)
 

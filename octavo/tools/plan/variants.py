@@ -49,9 +49,10 @@ class Question:
 class Fit:
     """One rank's memory. weights, room, cache: bytes; room is what is left for the cache, cache what the engine takes of it.
 
-    images: bytes kept for what the vision tower makes of images, and for its activations; 0 without one.
-    tokens: that the room holds; requests: of the length wanted, at a time. max_model_len: the longest request that the
-    engine would take: the length wanted, a lowered one, or 0 where it would refuse. said: its refusal, or its notes.
+    positions: bytes of the table of rotary embeddings, for requests of the length wanted. images: bytes kept for what the
+    vision tower makes of images, and for its activations; 0 without one. tokens: that the room holds; requests: of the length
+    wanted, at a time. max_model_len: the longest request that the engine would take: the length wanted, a lowered one, or 0
+    where it would refuse. said: its refusal, or its notes.
     """
 
     weights: int
@@ -61,6 +62,7 @@ class Fit:
     requests: float
     max_model_len: int
     images: int
+    positions: int
     said: tuple[str, ...] = ()
 
 
@@ -160,16 +162,16 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     if (found := _walk(q, variant, tp)) is None:
         return None
     config, machine, model, length = q.config, q.subject.machine, q.subject.model(tp), q.model_len
-    weights, token = found.total("held"), sum(q.subject.token_bytes(variant, tp))
+    config = replace(config, tensor_parallel_size=tp, kv_cache_dtype=variant.kv)
+    weights, positions, token = found.total("held"), found.position * length, sum(q.subject.token_bytes(variant, tp))
     vocab = next(o.whole[0] for o in found.operands if o.component == "embeddings")
     working = model.workspace_bytes(config.step_tokens_on(machine.is_cpu)) + config.sampling_bytes(vocab)
     encoder = make_encoder(model, machine)
     images = 0 if encoder is None else encoder.plan(config, length, variant.dtype)
     working += images
-    loaded = replace(machine, free=machine.free - weights)
+    loaded = replace(machine, free=machine.free - weights - positions)
     room, block = max(0, int(cache_room(config, loaded, working))), config.block_size_on(machine.is_cpu)
     tokens = room // (token * block) * block
-    config = replace(config, kv_cache_dtype=variant.kv)
     try:
         matrices = [o for o in found.operands if not o.is_vector]
         values = sum(o.values for o in matrices if o.scheme.dtype is not WeightDType.INT4)
@@ -178,9 +180,9 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
         fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
         budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8, image_bytes=images)
     except OctavoError as error:
-        return Fit(weights, room, 0, tokens, tokens / length, 0, images, (str(error),))
+        return Fit(weights, room, 0, tokens, tokens / length, 0, images, positions, (str(error),))
     cache = budget.num_blocks * token * block
-    return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, images, budget.notes)
+    return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, images, positions, budget.notes)
 
 
 def _speed(q: Question, variant: Variant, fitted: Fit | None) -> Speed | None:

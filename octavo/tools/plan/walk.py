@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OctavoError
+from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import PackedStack, PackedWeight
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
@@ -222,4 +223,7 @@ def walk(
             check_read(loader, model.ignored)
     except OctavoError as error:
         loader.problems.append(str(error))
-    return Walk(loader.operands, loader.problems, rules)
+    tables = [
+        module.cos_sin for module in model.modules() if isinstance(module, RotaryEmbedding) and hasattr(module, "cos_sin")
+    ]
+    return Walk(loader.operands, loader.problems, rules, sum(table[0].nbytes for table in tables))
