@@ -13,7 +13,7 @@ COPY LICENSE README.md pyproject.toml setup.py /src/
 COPY octavo /src/octavo
 RUN /opt/octavo/bin/pip install --no-cache-dir --no-deps --no-build-isolation /src
 # The kernels for Hopper that depend on no model are compiled here; those that do, and Triton's, at a model's first start.
-RUN HOME=/kernels /opt/octavo/bin/python -m octavo.ops.hopper
+RUN HOME=/kernels /opt/octavo/bin/python -m octavo.ops.hopper.all_kernels
 
 FROM debian:12.12-slim
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -292,11 +291,6 @@ class EngineConfig:
 def flag_of(name: str) -> str:
     """The command-line spelling of a field: `max_model_len` -> `--max-model-len`."""
     return "--" + name.replace("_", "-")
-
-
-def unknown_environment(known: Iterable[str] = ()) -> list[str]:
-    """Names of vLLM's environment variables, and of AITER's, that are set and have no effect here."""
-    return sorted(name for name in os.environ if name.startswith(("VLLM_", "AITER_")) and name not in known)
 
 
 def config_fields() -> tuple[Field[Any], ...]:

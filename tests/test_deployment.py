@@ -60,7 +60,7 @@ def test_a_build_is_given_what_it_copies() -> None:
 
 def test_kernels_that_an_image_compiles() -> None:
     """Each of octavo/ops/hopper that depends on no model, by the compiler that torch brings."""
-    from octavo.ops.hopper.__main__ import compile_all, every_kernel
+    from octavo.ops.hopper.all_kernels import compile_all, every_kernel
     from octavo.ops.hopper.compile import missing
 
     assert missing() is None

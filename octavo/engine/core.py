@@ -16,10 +16,9 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.encoder_cache import EncoderCache
 from octavo.engine.grammar import Grammar, GrammarCompiler
-from octavo.engine.grammar_work import GrammarWork
+from octavo.engine.grammar_work import CANNOT_FOLLOW, GrammarWork, fault_of
 from octavo.engine.place import Place
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import NO_TOKEN
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import IMAGE_TOKENS, Scheduler
 from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
@@ -182,7 +181,7 @@ class EngineCore:
             return ()
         unready, late = self.grammars.decide(self.scheduler.request_ids)
         if late:
-            outputs += self._failed(late, _ENDED.format("finding its next tokens takes too long."))
+            outputs += self._failed(late, CANNOT_FOLLOW.format("finding its next tokens takes too long."))
         self._queue_compiled(outputs)
         return unready
 
@@ -272,7 +271,7 @@ class EngineCore:
         for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, result.to_host()):
             request_id = request.request_id
             generation = self.generations[request_id]
-            if (fault := _fault(generation.grammar, token)) is not None:
+            if (fault := fault_of(generation.grammar, token)) is not None:
                 outputs += self._failed([request_id], fault)
                 continue
             if generation.grammar is not None and finish_reason is None:
@@ -287,19 +286,3 @@ class EngineCore:
             if finish_reason is not None:
                 self._forget(request_id)
         return outputs
-
-
-_ENDED = "The structured output cannot be followed any further: {}"
-
-
-def _fault(grammar: Grammar | None, token: int) -> str | None:
-    """Advances `grammar` by `token`. Returns an error sentence if the request cannot go on."""
-    if grammar is not None and token != NO_TOKEN:
-        grammar.accept(token)
-    if grammar is not None and (error := grammar.error):
-        return _ENDED.format(error)
-    if token == NO_TOKEN:
-        return (
-            "No token is left to choose: allowed_token_ids, bad_words, min_tokens and the structured output exclude them all."
-        )
-    return None

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.place import Place
+from octavo.engine.sampler import NO_TOKEN
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import EngineRequest
 
-__all__ = ["GrammarWork"]
+__all__ = ["CANNOT_FOLLOW", "GrammarWork", "fault_of"]
 
 THREADS = 2
 PATIENCE = 0.005  # seconds that a step spends on masks itself, and seconds that it then waits for those in threads
@@ -167,3 +168,19 @@ class GrammarWork:
             return error
         first.find()
         return [first, *(first.copy() for _ in range(count - 1))]
+
+
+CANNOT_FOLLOW = "The structured output cannot be followed any further: {}"
+
+
+def fault_of(grammar: Grammar | None, token: int) -> str | None:
+    """Advances `grammar` by `token`. Returns an error sentence if the request cannot go on."""
+    if grammar is not None and token != NO_TOKEN:
+        grammar.accept(token)
+    if grammar is not None and (error := grammar.error):
+        return CANNOT_FOLLOW.format(error)
+    if token == NO_TOKEN:
+        return (
+            "No token is left to choose: allowed_token_ids, bad_words, min_tokens and the structured output exclude them all."
+        )
+    return None

@@ -36,7 +36,6 @@ __all__ = [
     "cache_specs",
     "check_reload",
     "checkpoint_scheme",
-    "describe_weights",
     "drop",
     "load_model",
     "make_model",
@@ -148,29 +147,6 @@ def drop(model: Model) -> None:
     for module in cast("nn.Module", model).modules():
         for name in held(module):
             delattr(module, name)
-
-
-def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1) -> list[str]:
-    """One line per role and scheme, then the total size. Of several ranks, rank 0 holds the most, and reports its own."""
-    where = "" if ranks == 1 else f" on rank 0 of {ranks}"
-    width = max(10, *(len(role) for role, _ in report.groups))
-    lines = [
-        f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
-        for (role, scheme), g in sorted(report.groups.items())
-        if g.stored  # a tied head is stored elsewhere
-    ]
-    if where:
-        lines.insert(0, f"weights{where}, whose parts are the largest:")
-    stored, dense = report.total("stored"), 2 * report.total("values")
-    lines.append(f"weights: {gib(stored)} stored{where}, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
-    if fp8 := report.total("dense", WeightDType.FP8):
-        part = report.total("stored", WeightDType.FP8)
-        lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
-    if platform.widened_dtype is not None and report.total("held") > stored:
-        kind = str(platform.widened_dtype).removeprefix("torch.")
-        why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
-        lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
-    return lines
 
 
 def load_model(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
-from octavo.engine.loading import cache_specs, check_reload, describe_weights, drop, load_model, make_model, reload_model
-from octavo.engine.memory import gib, plan_blocks
+from octavo.engine.load_summary import cache_line, describe
+from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model
+from octavo.engine.memory import plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.place import Place
 from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
@@ -58,17 +59,16 @@ class ModelRunner:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
-        at = place.rank, place.size, place.store
-        group = join(*at, self.platform.device, config.enable_expert_parallel, place.pulse.exchange)
-        self.tp = tp = replace(group, whole_towers=config.mm_encoder_tp_mode == "data")
+        tp = join(
+            place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel, place.pulse.exchange
+        )
+        self.tp = tp = replace(tp, whole_towers=config.mm_encoder_tp_mode == "data")
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
         self.directory = Path(config.model)
         self.json_config = read_config(self.directory)
-        overrides = config.hf_overrides
-        assert not isinstance(overrides, str)
-        json_config = overridden(self.json_config, overrides)
+        json_config = overridden(self.json_config, cast("dict[str, Any] | None", config.hf_overrides))
         check_format(json_config, self.directory)
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
@@ -297,12 +297,6 @@ class ModelRunner:
 
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""
-        r, p, each = self.report, self.platform, f" on each of {self.tp.size} ranks" if self.tp.size > 1 else ""
-        return [
-            f"model: {self.model_type}, {r.total('parameters') / 1e6:,.1f} M parameters, on {p.name}",
-            *describe_weights(r, p, self.tp.size),
-            f"KV cache: {self.cache_format}, {self.bytes_per_token} bytes a token "
-            f"({100 * self.bytes_per_token / self.dense_bytes_per_token:.1f}% of BF16's), "
-            f"{self.num_blocks * self.block_size:,} tokens in {gib(self.cache.nbytes)}{each}",
-            *(f"note: {note}" for note in r.notes),
-        ]
+        sizes = self.bytes_per_token, self.dense_bytes_per_token, self.num_blocks * self.block_size, self.cache.nbytes
+        cache = cache_line(self.cache_format, *sizes, self.tp.size)
+        return describe(self.model_type, self.report, self.platform, self.tp.size, cache)

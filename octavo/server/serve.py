@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import EngineConfig, unknown_environment
+from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.loading_bar import LoadingBar
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     choose_reasoning_parser(args.reasoning_parser, "")
     check_content_format(args.chat_template_content_format)
     check_media(config)
-    if unknown := unknown_environment(KNOWN_VARIABLES):
+    if unknown := unknown_environment():
         say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
     if ignored := ignored_flags(args):
         say(f"octavo: taken without effect: {', '.join(ignored)}.")
@@ -72,6 +72,11 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
             return runner.run(serve(args, config, listener, keys, template, tls, started))
         finally:
             unlink_unix(args)
+
+
+def unknown_environment() -> list[str]:
+    """Names of vLLM's environment variables, and of AITER's, that are set and have no effect here."""
+    return sorted(name for name in os.environ if name.startswith(("VLLM_", "AITER_")) and name not in KNOWN_VARIABLES)
 
 
 def check_media(config: EngineConfig) -> None:

@@ -1,4 +1,7 @@
-"""Compiles the kernels for Hopper that depend on no model, for an image: `python -m octavo.ops.hopper`. Needs no GPU."""
+"""Compiles the kernels for Hopper that depend on no model, for an image and without a GPU.
+
+python -m octavo.ops.hopper.all_kernels
+"""
 
 from __future__ import annotations
 

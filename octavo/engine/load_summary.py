@@ -1,0 +1,50 @@
+"""What a start tells its user of the loaded model, line by line."""
+
+from __future__ import annotations
+
+from octavo.engine.memory import gib
+from octavo.platform import Platform
+from octavo.quant.scheme import WeightDType
+from octavo.weights.load_report import LoadReport
+
+__all__ = ["cache_line", "describe", "describe_weights"]
+
+
+def describe(model_type: str, report: LoadReport, platform: Platform, ranks: int, cache: str) -> list[str]:
+    """One line per role and scheme, then memory, then notes. cache: the line of the KV cache."""
+    return [
+        f"model: {model_type}, {report.total('parameters') / 1e6:,.1f} M parameters, on {platform.name}",
+        *describe_weights(report, platform, ranks),
+        cache,
+        *(f"note: {note}" for note in report.notes),
+    ]
+
+
+def cache_line(format: str, token: int, dense_token: int, tokens: int, size: int, ranks: int) -> str:
+    """The line of the KV cache. token, dense_token: bytes a token, as stored and in BF16; size: bytes in all, of a rank."""
+    each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    part = f"{100 * token / dense_token:.1f}% of BF16's"
+    return f"KV cache: {format}, {token} bytes a token ({part}), {tokens:,} tokens in {gib(size)}{each}"
+
+
+def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1) -> list[str]:
+    """One line per role and scheme, then the total size. Of several ranks, rank 0 holds the most, and reports its own."""
+    where = "" if ranks == 1 else f" on rank 0 of {ranks}"
+    width = max(10, *(len(role) for role, _ in report.groups))
+    lines = [
+        f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        for (role, scheme), g in sorted(report.groups.items())
+        if g.stored  # a tied head is stored elsewhere
+    ]
+    if where:
+        lines.insert(0, f"weights{where}, whose parts are the largest:")
+    stored, dense = report.total("stored"), 2 * report.total("values")
+    lines.append(f"weights: {gib(stored)} stored{where}, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
+    if fp8 := report.total("dense", WeightDType.FP8):
+        part = report.total("stored", WeightDType.FP8)
+        lines.append(f"FP8 linears: {gib(part)}, {100 * part / fp8:.1f}% of BF16's {gib(fp8)}")
+    if platform.widened_dtype is not None and report.total("held") > stored:
+        kind = str(platform.widened_dtype).removeprefix("torch.")
+        why = f"FP8 codes are kept as exact {kind} values here" if fp8 else f"this CPU multiplies in {kind}"
+        lines.append(f"held in memory: {gib(report.total('held'))}, because {why}")
+    return lines
