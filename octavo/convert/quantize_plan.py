@@ -201,8 +201,8 @@ class Plan:
             odd := [p.module for p in self.quantized if any(size % BLOCK for size in p.shape)]
         ):
             lines.append(
-                f"{len(odd)} matrices do not divide into 128x128 tiles: transformers fails in its first forward pass and most "
-                f"versions of vLLM refuse to load them, so take ptpc_fp8 for other engines than Octavo: {_names(odd)}"
+                f"{len(odd)} matrices do not divide into 128x128 tiles: transformers fails in its first forward pass, "
+                f"most vLLMs at load; take ptpc_fp8 for these: {_names(odd)}"
             )
         if self.int4:
             lines.append(f"{len(self.int4)} matrices are stored in INT4 and stay so, bit for bit: {_names([*self.int4])}")
