@@ -59,9 +59,8 @@ class ModelRunner:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
-        tp = join(
-            place.rank, place.size, place.store, self.platform.device, config.enable_expert_parallel, place.pulse.exchange
-        )
+        at = place.rank, place.size, place.store
+        tp = join(*at, self.platform.device, config.enable_expert_parallel, place.pulse.exchange)
         self.tp = tp = replace(tp, whole_towers=config.mm_encoder_tp_mode == "data")
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
@@ -289,8 +288,7 @@ class ModelRunner:
         logits = self.vocabulary.whole(logits).float()
         asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[asked].clone() if asked else None
-        tokens = sample(logits, rows, self.histories, ids)
-        out.put(tokens, ids)
+        out.put(tokens := sample(logits, rows, self.histories, ids), ids)
         if raw is not None:
             found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
             out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
