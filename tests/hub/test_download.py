@@ -19,6 +19,7 @@ import pytest
 from hub.hub_server import TOKEN, Hub, Repo, etag_of
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+from server.processes import hear_ctrl_c
 
 from octavo.errors import OctavoError
 from octavo.hub import download
@@ -215,7 +216,7 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache"),
     }  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL, preexec_fn=hear_ctrl_c)
 
 
 def wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:

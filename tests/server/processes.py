@@ -32,6 +32,11 @@ def slowness() -> float:
     return max(1.0, (time.perf_counter() - start) / (time.thread_time() - used))
 
 
+def hear_ctrl_c() -> None:
+    """In a new process: it ends by Ctrl-C, also where the tests run in a shell's background, whose jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Server:
     """A server process. `log` grows with all that it prints."""
 
@@ -46,6 +51,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=hear_ctrl_c,
         )
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read)

@@ -23,7 +23,7 @@ def test_a_unit_file_starts() -> None:
     server = Server(*UNIT)
     try:
         log = "".join(server.log)
-        assert "octavo: taken without effect: --trust-remote-code, --disable-log-requests, --swap-space.\n" in log
+        assert "octavo: taken without effect: --trust-remote-code, --swap-space.\n" in log
         assert "octavo: --dtype half is served in bfloat16, which has the same size and a wider range.\n" in log
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="K", max_retries=0, timeout=60) as client:
             first, second = (client.completions.create(model="llama", prompt="def f", max_tokens=8, logprobs=20) for _ in "ab")

@@ -24,7 +24,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 def plan_of(*words: str) -> Plan:
     """The plan of a command line."""
     args = make_parser("plan", tool.add_arguments).parse_args(words)
-    config = engine_config(args)
+    config = engine_config(args, downloads=False)
     given = {name: value for name, value in vars(args).items() if value is not None}
     return tool.make_plan(args, config, given)
 

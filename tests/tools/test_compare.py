@@ -596,7 +596,7 @@ def test_json_and_the_file_of_auto(demo_line: list[str], tmp_path: Path, capsys:
     [
         ("--text nowhere.txt", "--text nowhere.txt cannot be read"),
         ("--text BINARY", "is not UTF-8 text"),
-        ("--scheme fp9", "--scheme 'fp9' is not known; did you mean 'fp8'"),
+        ("--scheme fp88", "--scheme 'fp88' is not known; did you mean 'fp8'"),
         ("--kv int8", "--kv 'int8' is not known"),
         ("--auto lots", "--auto 'lots' is no budget"),
         ("--save x.json", "--save names the file that --auto writes"),
