@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def _directory(model: str, options: Mapping[str, Any], downloads: bool) -> Path:
         options.get("download_dir"),
         weights=False,
         tell=lambda *_: None,
-        say=lambda _: None,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
 
 

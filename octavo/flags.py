@@ -79,7 +79,7 @@ def _bench(mode: str, help: str, example: str) -> Command:
 COMMANDS = {
     "serve": Command(
         "octavo.server.serve",
-        "serve a model over HTTP, with OpenAI's API",
+        "serve a model over HTTP, with OpenAI's API and Anthropic's",
         "octavo serve ./Llama-3.1-8B-Instruct --quantization ptpc_fp8 --kv-cache-dtype fp8",
         ENGINE,
     ),

@@ -41,6 +41,7 @@ __all__ = [
     "make_model",
     "open_source",
     "reload_model",
+    "restore",
 ]
 
 
@@ -227,6 +228,17 @@ def _check_room(
         sizes = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform)
     values, packed = (n if platform.is_cpu else n // tp.size for n in (sizes.values, sizes.packed_bytes))  # a CPU has all ranks
     check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
+
+
+def restore(overwrite: Callable[[EngineConfig], None], before: EngineConfig, refusal: OctavoError) -> None:
+    """Loads the weights `before` a refused reload again. Raises RuntimeError, which ends the engine, where they cannot be had.
+
+    A directory that was rewritten and is loaded again has no others to go back to.
+    """
+    try:
+        overwrite(before)
+    except OctavoError:
+        raise RuntimeError(f"{refusal} The weights before them are no longer in {before.model}.") from refusal
 
 
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:

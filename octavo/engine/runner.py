@@ -25,7 +25,7 @@ from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.load_summary import cache_line, describe
-from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model
+from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
 from octavo.engine.memory import plan_blocks
 from octavo.engine.model_step import ModelStep
 from octavo.engine.place import Place
@@ -165,8 +165,8 @@ class ModelRunner:
         before = self.config
         try:
             self._overwrite(replace(before, model=model, save_quantized=None))
-        except OctavoError:
-            self._overwrite(before)
+        except OctavoError as refusal:
+            restore(self._overwrite, before, refusal)
             raise
 
     def _overwrite(self, config: EngineConfig) -> None:

@@ -264,6 +264,7 @@ class AsyncEngine:
 
     def _done(self, refusal: str | None, info: EngineInfo) -> None:
         self.info = info
+        self._waiting_since = self._loop.time() if self._streams else None  # nobody waited for a step while a control ran
         answer = self._answers.popleft()
         if answer.done():
             return

@@ -23,7 +23,7 @@ from octavo.frontend.offline_media import OfflineMedia, PromptMedia
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
-from octavo.frontend.text_sources import check_text, generation_of
+from octavo.frontend.text_sources import check_named, check_text, generation_of
 from octavo.hub.snapshots import snapshot_of
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
 from octavo.text.chat_messages import check_content_format
@@ -63,7 +63,9 @@ class LLM:
         options, notes = settled(options, path)
         for note in notes:
             log.warning("%s", in_keywords(note))
-        self.config = with_files(EngineConfig(model=path, **options))
+        config = EngineConfig(model=path, **options)
+        check_named(config)
+        self.config = with_files(config)
         check_directory(Path(self.config.model))
         check_text(self.config)
         generation = generation_of(self.config)

@@ -18,7 +18,7 @@ from octavo.files import check_directory
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.router import Engine, Replicas
-from octavo.hub.snapshots import snapshot_of
+from octavo.hub.snapshots import is_hub_name, snapshot_of
 from octavo.messages import KV_CACHE, WEIGHTS
 
 __all__ = ["Mode", "Operations"]
@@ -37,6 +37,7 @@ class Operations:
         self.directory = config.model  # whose weights are served
         self.awake: frozenset[str] = frozenset((WEIGHTS, KV_CACHE))
         self.paused = False
+        self._reloads = 0
         self._one_at_a_time = asyncio.Lock()
         if isinstance(engine, Replicas):
             engine.prepare = self._bring_up
@@ -60,6 +61,7 @@ class Operations:
             async with _quiet(engines, mode, RELOADED):
                 await _all(engines, "reload", wanted, True)
             self.directory = wanted
+            self._reloads += 1
             self.engine.forget_prefixes()
         return time.monotonic() - began
 
@@ -125,7 +127,7 @@ class Operations:
     async def _bring_up(self, fresh: AsyncEngine) -> None:
         """Brings an engine that was started again to where the others are."""
         async with self._one_at_a_time:
-            if self.directory != self.config.model:
+            if self._reloads:  # the directory may be the same one, rewritten
                 await fresh.control("reload", self.directory, False)
             if self.asleep:
                 await fresh.control("sleep")
@@ -168,6 +170,8 @@ def _checkpoint(given: str) -> str:
     """The checkpoint directory that a path names. Raises OctavoError for what is none."""
     if "\0" in given or not given:
         raise OctavoError("The path of a checkpoint directory is missing or holds a zero byte; send it as model_path.")
+    if is_hub_name(given):
+        raise OctavoError(f"A reload takes a directory, and {given} is a name of the hub; download it, and send its path.")
     directory = snapshot_of(given)
     check_directory(Path(directory))
     return directory

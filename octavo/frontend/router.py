@@ -23,7 +23,7 @@ from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
-from octavo.messages import EngineStats, Progress, SamplingParams
+from octavo.messages import EngineInfo, EngineStats, Progress, SamplingParams
 
 __all__ = ["Engine", "Replicas", "start_engine"]
 
@@ -106,11 +106,16 @@ class Replicas:
         self._listeners: list[Listener] = []
         self.prepare: Callable[[AsyncEngine], Awaitable[None]] | None = None  # of an engine that was started again
         self._given_up = 0  # engines that are not started any more
-        first = min(engines, key=lambda engine: engine.info.max_model_len)  # what fits there fits everywhere
-        self.info, self.tokenizer, self.eos_token_ids = first.info, first.tokenizer, first.eos_token_ids
-        self.images = first.images
+        self._info = engines[0].info
+        self.tokenizer, self.eos_token_ids, self.images = engines[0].tokenizer, engines[0].eos_token_ids, engines[0].images
         self._all_dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.ensure_future(self._keep_alive(number)) for number in range(len(engines))]
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine with the shortest context: what fits there fits everywhere."""
+        self._info = min((engine.info for engine in self.alive), key=lambda info: info.max_model_len, default=self._info)
+        return self._info
 
     @classmethod
     async def start(

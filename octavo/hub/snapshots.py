@@ -66,7 +66,10 @@ def weight_files(names: Collection[str], index: Path | None) -> list[str]:
 def shards(index: Path) -> list[str]:
     """The files that a safetensors index names."""
     try:
-        return sorted(set((read_json(index) or {})["weight_map"].values()))
+        named = sorted(set((read_json(index) or {})["weight_map"].values()))
+        if all(isinstance(name, str) for name in named):
+            return named
+        raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise OctavoError(f"{index} is not a safetensors index; download it again.") from None
 

@@ -11,7 +11,7 @@ from octavo.models import architecture
 __all__ = ["overridden"]
 
 _ROPE = ("rope_scaling", "rope_parameters")  # older and newer files' names of the same
-_NOT_OF_THE_MODEL = ("quantization_config", "compression_config", "vision_config")
+_NOT_OF_THE_MODEL = ("model_type", "architectures", "quantization_config", "compression_config", "vision_config")
 
 
 def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from octavo.server.chat import chat, read_chat
 from octavo.server.completions import complete
 from octavo.server.error_responses import HANDLERS, ApiError
 from octavo.server.http import Answer, Gate, JsonEndpoint
+from octavo.server.json_pieces import json_body
 from octavo.server.metrics import Metrics
 from octavo.server.openapi import describing_routes
 from octavo.server.protocol import ApiModel, ChatRequest, CompletionRequest, DetokenizeRequest, Invocation, TokenizeRequest
@@ -67,7 +68,7 @@ def make_app(
         post("/v1/completions", CompletionRequest, complete),
         post("/v1/chat/completions", ChatRequest, chat),
         post("/v1/responses", ResponsesRequest, respond),
-        get("/v1/responses/{id}", _response, ("GET", "DELETE")),
+        Route("/v1/responses/{id}", partial(_response, served), methods=["GET", "DELETE"]),
         get("/v1/responses/{id}/cancel", _cancel_response, ("POST",)),
         post("/v1/messages", MessagesRequest, answer_message),
         post("/v1/messages/count_tokens", CountTokensRequest, count_message_tokens),
@@ -142,11 +143,12 @@ def _model(served: Served, request: Request) -> Response:
     return JSONResponse(_card(served, name))
 
 
-def _response(served: Served, request: Request) -> Response:
+async def _response(served: Served, request: Request) -> Response:
     response_id = request.path_params["id"]
     if request.method == "DELETE":
         return JSONResponse(delete_response(served, response_id))
-    return JSONResponse(get_response(served, response_id, request.query_params.get("stream", "false").lower() != "false"))
+    found = get_response(served, response_id, request.query_params.get("stream", "false").lower() != "false")
+    return Response(await json_body(found), media_type="application/json")  # it may be megabytes long
 
 
 def _cancel_response(served: Served, request: Request) -> Response:

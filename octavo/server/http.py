@@ -194,7 +194,7 @@ class Gate:
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await error_response(refusal, self._within(scope["path"]))(scope, receive, send_with_id)
-            self._on_answer(scope, status, time.perf_counter() - began)
+            self._on_answer({**scope, "path": self._within(scope["path"])}, status, time.perf_counter() - began)
             return
         self.state.running += 1
         try:
@@ -204,7 +204,7 @@ class Gate:
             raise
         finally:
             self.state.running -= 1
-            self._on_answer(scope, status, time.perf_counter() - began)
+            self._on_answer({**scope, "path": self._within(scope["path"])}, status, time.perf_counter() - began)
 
     def _within(self, path: str) -> str:
         """The path without the root that a proxy may have left in it."""

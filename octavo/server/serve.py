@@ -17,8 +17,7 @@ from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
-from octavo.frontend.text_sources import check_text
-from octavo.hub.snapshots import is_hub_name
+from octavo.frontend.text_sources import check_named, check_text
 from octavo.server.console import greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
 from octavo.server.operator_arguments import DEV_MODE
@@ -53,13 +52,29 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         say(f"octavo: taken without effect: {', '.join(ignored)}.")
     template, keys = read_template(args.chat_template), api_keys(args.api_key)
     tls, _ = tls_settings(args), cross_origin(args)
-    if is_hub_name(config.model) and args.uds is None:
-        bind(args.host, args.port).close()  # a port that is taken should not be found out after the download
+    check_named(config)
+    listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
+    try:
+        return _run(args, config, listener, keys, template, tls, started)
+    finally:
+        listener.close()
+        unlink_unix(args)
+
+
+def _run(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    listener: socket.socket,
+    keys: Sequence[str],
+    template: str | None,
+    tls: dict[str, Any],
+    started: float,
+) -> int:
+    """`run`, once it is known where the server listens."""
     config = with_files(config)
     check_directory(Path(config.model))
     check_text(config)
     check_templates(config.text_directory, template)
-    listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
     if (lacking := no_tokenizer(config.text_directory)) is not None:
         say(f"octavo: {lacking}")
     if not keys and args.uds is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
@@ -68,10 +83,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
             "give --api-key KEY, or --host 127.0.0.1 to serve this machine alone."
         )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        try:
-            return runner.run(serve(args, config, listener, keys, template, tls, started))
-        finally:
-            unlink_unix(args)
+        return runner.run(serve(args, config, listener, keys, template, tls, started))
 
 
 def unknown_environment() -> list[str]:

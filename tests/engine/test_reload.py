@@ -246,6 +246,12 @@ def test_weights_that_compute_no_numbers_are_given_back(models: list[Path], tmp_
     with pytest.raises(OctavoError, match="first logits are NaN"):
         llm._core.reload(str(path))
     assert generate(llm) == want
+    # Where it was the directory of the weights before, there are none to go back to.
+    own = shutil.copytree(models[0], tmp_path / "own")
+    llm = load(own)
+    (path / "model.safetensors").replace(own / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"first logits are NaN.* are no longer in"):
+        llm._core.reload(str(own))
 
 
 def test_weights_wake_before_the_cache(models: list[Path]) -> None:

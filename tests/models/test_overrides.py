@@ -54,7 +54,8 @@ def test_an_override_is_as_if_it_were_written(
 @cases(
     ("overrides", "sentence"),
     [
-        ({"architectures": ["X"]}, "architectures changes nothing that model_type 'llama' is made of; leave it out."),
+        ({"architectures": ["X"]}, "--hf-overrides cannot change architectures, which the checkpoint's tensors follow"),
+        ({"torch_dtype": "float64"}, "torch_dtype changes nothing that model_type 'llama' is made of; leave it out."),
         ({"rope_theta": 2.0, "max_positions": 4}, "max_positions changes nothing"),
         ({"quantization_config": {}}, "--hf-overrides cannot change quantization_config"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings must be of type int, not 'long'."),

@@ -68,6 +68,7 @@ def _read(repo: Repository, directory: Path, weights: bool) -> list[str]:
             for tensor, info in found.tensors.items()
         }
         text = json.dumps(tensors).encode()
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         with open(directory / name, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(file.tell() + max((info.data_offsets[1] for info in found.tensors.values()), default=0))
