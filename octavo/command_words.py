@@ -107,8 +107,8 @@ def _read(path: str) -> dict[Any, Any]:
 
 
 def _words_of(where: str, flag: str, action: argparse.Action, value: Any) -> list[str]:
-    if value is None:
-        return []
+    if value is None:  # such as a secret that was not filled in; an empty --api-key would lock nothing
+        raise OctavoError(f"{where} is empty; give it a value, or leave it out.")
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise OctavoError(f"{where} must be true or false, not {json.dumps(value, default=str)[:80]}.")

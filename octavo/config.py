@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.option_types import typed
 from octavo.option_values import (
     CHECKPOINT_FORMATS,
     DTYPES,
@@ -24,16 +25,9 @@ from octavo.option_values import (
 from octavo.quantization_file import merged, read_quantization_config
 
 __all__ = [
-    "CHECKPOINT_FORMATS",
-    "IGNORED",
-    "IMAGES",
-    "KV_CACHE_DTYPES",
-    "QUANTIZATIONS",
-    "UNREAD_FORMATS",
-    "EngineConfig",
-    "canonical",
-    "flag_of",
-]
+    "CHECKPOINT_FORMATS", "IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "UNREAD_FORMATS", "EngineConfig",
+    "canonical", "flag_of",
+]  # fmt: skip
 
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
@@ -228,6 +222,8 @@ class EngineConfig:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        for name, value in typed(self).items():
+            put(name, value)
         if not self.model:
             if self.revision is not None:
                 raise OctavoError("--revision is for a name of the hub; give that too, or leave it out.")

@@ -58,6 +58,7 @@ swap-space: 4
         ("enforce-eager: 1", "enforce-eager must be true or false, not 1."),
         ("quantization-ignore: [-x]", "quantization-ignore: argument --quantization-ignore: expected at least one argument."),
         ("allowed-origins: [a, -x]", "allowed-origins: -x cannot be a value."),
+        ("api-key:", "api-key is empty; give it a value, or leave it out."),
         ("seed: true", "seed needs a value, and true is none."),
         ("- seed", "must hold flags as keys, such as `max-model-len: 8192`."),
         ("seed: [1", "is not valid YAML (while parsing a flow sequence"),

@@ -24,15 +24,17 @@ class Admission:
 
     async def enter(self) -> None:
         """Waits while requests are held. Raises the refusal, or the error of `fail`."""
-        while self._holds and self.refusal is None:
+        if self.refusal is not None:
+            raise self.refusal
+        while self._holds:
             waiting = asyncio.get_running_loop().create_future()
             self._waiting.add(waiting)
             try:
                 await waiting
             finally:
                 self._waiting.discard(waiting)
-        if self.refusal is not None:
-            raise self.refusal
+            if self.refusal is not None:
+                raise self.refusal
 
     def hold(self) -> None:
         self._holds += 1
@@ -42,10 +44,11 @@ class Admission:
         if not self._holds:
             self._wake()
 
-    def refuse(self, error: OctavoError | None) -> None:
-        """From now on requests get `error`, also those that wait; None lets them enter again."""
+    def refuse(self, error: OctavoError | None, waiting: bool = True) -> None:
+        """From now on requests get `error`, and with `waiting` those that wait, too; None lets them enter again."""
         self.refusal = error
-        self._wake()
+        if waiting:
+            self._wake()
 
     def fail(self, error: OctavoError) -> None:
         """Ends the requests that wait now."""

@@ -72,7 +72,7 @@ class Operations:
                 return
             engines = self.engine.alive
             for engine in engines:
-                engine.admission.refuse(EngineAsleep(ASLEEP))
+                engine.admission.refuse(EngineAsleep(ASLEEP), waiting=not self.paused)  # what a pause holds waits on
             try:
                 async with _quiet(engines, mode, ASLEEP):
                     await _all(engines, "sleep")
@@ -122,7 +122,7 @@ class Operations:
     def _admit(self, engines: Sequence[AsyncEngine]) -> None:
         if not self.asleep:
             for engine in engines:
-                engine.admission.refuse(None)
+                engine.admission.refuse(None, waiting=not self.paused)
 
     async def _bring_up(self, fresh: AsyncEngine) -> None:
         """Brings an engine that was started again to where the others are."""

@@ -137,6 +137,7 @@ def _ended(task: asyncio.Task[Any]) -> None:
 
 
 async def _sleep(served: Served, request: Request) -> Response:
+    _check_words(request, "level", "mode")
     level, mode = _choice(request, "level", ("1", "2"), "1"), _mode(request)
     await _to_its_end(_operations(served).sleep(mode))
     served.metrics.sleeps(int(level))
@@ -144,6 +145,7 @@ async def _sleep(served: Served, request: Request) -> Response:
 
 
 async def _wake_up(served: Served, request: Request) -> Response:
+    _check_words(request, "tags")
     operations, tags = _operations(served), request.query_params.getlist("tags")
     if wrong := [tag for tag in tags if tag not in (WEIGHTS, KV_CACHE)]:
         raise InvalidRequest(f"tags must be {WEIGHTS} or {KV_CACHE}, not '{wrong[0]}'.", "tags")
@@ -162,6 +164,7 @@ async def _is_sleeping(served: Served, _: Request) -> Response:
 
 
 async def _pause(served: Served, request: Request) -> Response:
+    _check_words(request, "mode", "clear_cache")
     clear = _choice(request, "clear_cache", ("true", "false"), "true") == "true"
     await _to_its_end(_operations(served).pause(_mode(request), clear))
     return JSONResponse({"status": "paused"})
@@ -192,6 +195,12 @@ async def _server_info(served: Served, request: Request) -> Response:
 def _operations(served: Served) -> Operations:
     assert served.operations is not None, "a server over an engine has its operations"
     return served.operations
+
+
+def _check_words(request: Request, *known: str) -> None:
+    """Raises InvalidRequest for a word of the query that would be ignored."""
+    if wrong := next((name for name in request.query_params if name not in known), None):
+        raise InvalidRequest(f"{request.url.path} takes {' and '.join(known)} in its query, and not {wrong[:80]}.", wrong[:80])
 
 
 def _mode(request: Request) -> Mode:

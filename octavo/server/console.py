@@ -20,8 +20,13 @@ DEMO_PROMPT = "def read(self"
 DEMO_SEED = 3  # gives the same answer at every start
 
 
-async def greet(served: Served, listening: Callable[[], bool], address: str, demo: bool, started: float) -> None:
-    """Prints the load report, an answer of the demo model with a command to try, and that the server is ready."""
+async def greet(
+    served: Served, listening: Callable[[], bool], address: str, demo: bool, started: float, keyed: bool = False
+) -> None:
+    """Prints the load report, an answer of the demo model with a command to try, and that the server is ready.
+
+    keyed: whether a request needs a key.
+    """
     for line in served.engine.info.report:
         print(line, flush=True)
     if demo and served.engine.tokenizer is not None:
@@ -31,7 +36,8 @@ async def greet(served: Served, listening: Callable[[], bool], address: str, dem
             say(f"octavo: {error}")
         local = _local(address)
         body = f'{{"model": "{served.names[0]}", "prompt": "class Stack:", "max_tokens": 64}}'
-        print(f"\nTry it:\n  curl {local}/v1/completions -H 'Content-Type: application/json' -d '{body}'\n")
+        headers = "-H 'Content-Type: application/json'" + " -H 'Authorization: Bearer KEY'" * keyed
+        print(f"\nTry it:\n  curl {local}/v1/completions {headers} -d '{body}'\n")
     while not listening():
         await asyncio.sleep(0.005)
     print(f"Octavo is ready on {_reachable(address)} ({time.time() - started:.1f} s)", flush=True)
@@ -47,8 +53,9 @@ def _reachable(address: str) -> str:
 
 def _local(address: str) -> str:
     """What curl needs to reach the server from this machine, before the path."""
-    if address.startswith("unix:"):
-        return f"--unix-socket {address.removeprefix('unix:')} http://localhost"
+    if address.startswith(("unix:", "unixs:")):  # the second speaks TLS
+        kind, _, path = address.partition(":")
+        return f"--unix-socket {path} {'-k https' if kind == 'unixs' else 'http'}://localhost"
     scheme, port = address.partition(":")[0], address.rpartition(":")[2]
     return f"{'-k ' if scheme == 'https' else ''}{scheme}://localhost:{port}"
 

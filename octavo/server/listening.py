@@ -76,7 +76,7 @@ def _is_stale(path: str) -> bool:
 def address_of(args: argparse.Namespace, listener: socket.socket) -> str:
     """The URL to show for the server; of a Unix socket its path."""
     if args.uds is not None:
-        return f"unix:{args.uds}"
+        return f"unix{'s' if args.ssl_certfile else ''}:{args.uds}"
     host = f"[{args.host}]" if ":" in args.host else args.host
     return f"{'https' if args.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"
 

@@ -215,7 +215,7 @@ async def _serve(
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
     address = address_of(args, listener)
-    greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started))
+    greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started, bool(keys)))
     try:
         await server.serve(sockets=[listener])
     finally:

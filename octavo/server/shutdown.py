@@ -69,6 +69,8 @@ class Ending:
     async def _drain(self, server: uvicorn.Server, served: Served) -> None:
         gate = served.gate
         gate.closing = True
+        for engine in served.engine.alive:  # requests that a pause holds would wait for a /resume that is refused now
+            engine.admission.fail(ApiError(503, "The server is shutting down; try another one.", code="shutting_down"))
         if gate.running:
             say(f"octavo: finishing {gate.running} running request{'s' * (gate.running > 1)}; Ctrl-C again stops at once.")
         deadline = time.monotonic() + self._timeout
