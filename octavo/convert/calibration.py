@@ -103,6 +103,7 @@ def calibrate(
     platform: Platform,
     stash: Stash,
     search: bool,
+    threads: int,
     tell: Callable[[int, int, LayerLosses], None],
 ) -> None:
     """Fills `stash` with the codes of `plan`'s matrices, by the inputs that `windows` of token ids give them.
@@ -110,6 +111,23 @@ def calibrate(
     config: config.json's, of an architecture that Octavo serves. tell: learns of each layer its number, how many there are, and
     what it loses. Matrices that no token of text reads, such as a vision tower's, are not in the stash.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _each_layer(plan, config, windows, platform, stash, search, tell)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _each_layer(
+    plan: Plan,
+    config: Mapping[str, Any],
+    windows: Sequence[Sequence[int]],
+    platform: Platform,
+    stash: Stash,
+    search: bool,
+    tell: Callable[[int, int, LayerLosses], None],
+) -> None:
     ops.bind(platform)
     longest = max(map(len, windows))
     pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}

@@ -117,8 +117,7 @@ def quantize_checkpoint(
             with directory:
                 stash = Stash(directory.stash) if windows else None
                 if stash is not None:
-                    torch.set_num_threads(threads)
-                    calibrate(plan, config, windows, detect(device), stash, search, LossReport(say))
+                    calibrate(plan, config, windows, detect(device), stash, search, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                 with Progress(remaining(plan, directory)) as progress:
