@@ -8,7 +8,6 @@ files that the checkpoint is made of take their codes from there.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -91,9 +90,6 @@ class Stash:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise write_error(error, path, sum(tensor.nbytes for tensor in tensors.values())) from None
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def calibrate(
