@@ -21,10 +21,11 @@ from octavo.errors import OctavoError
 from octavo.version import __version__
 from octavo.weights.checkpoint import INDEX, Checkpoint
 
-__all__ = ["MARKER", "ORIGIN", "OutputDirectory"]
+__all__ = ["MARKER", "ORIGIN", "STASH", "OutputDirectory"]
 
 MARKER = ".octavo-quantize.json"
 ORIGIN = ".octavo-origin.json"
+STASH = ".octavo-calibrated"  # a folder of codes of layers, until the files that take them are whole
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".gguf",
            ".onnx", ".onnx_data", ".tflite", ".ot", ".partial"}  # fmt: skip
 REPLACED = {"config.json", "hf_quant_config.json", INDEX}
@@ -44,6 +45,7 @@ class OutputDirectory:
         if not there.is_dir():
             below = "" if there == path.absolute() else f", so there can be no {path}"
             raise OctavoError(f"{there if below else path} is a file{below}; give {flag} a new directory.")
+        self.stash = path / STASH
         self.files = {name: file for name, file in files.items() if file.tensors}
         stats = {name: os.stat(source.directory / name) for name in ("config.json", *source.files)}
         self.job = {
@@ -70,7 +72,10 @@ class OutputDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with suppress(OSError):
-            if kind is None or len(self.unfinished()) == len(self.files):  # done, or nothing to continue with
+            if kind is None:
+                shutil.rmtree(self.stash, ignore_errors=True)
+            nothing = len(self.unfinished()) == len(self.files) and not self.stash.exists()
+            if kind is None or nothing:  # done, or nothing to continue with
                 (self.path / MARKER).unlink()
             if kind is not None:
                 self.path.rmdir()  # if it is empty
@@ -91,7 +96,7 @@ class OutputDirectory:
                 f"{self.path} holds a checkpoint not made of {self.source.directory}; give {self.flag} a new directory."
             ) from None
         # The version that wrote it may be another: codes mean the same to every one.
-        if changed := [key for key in self.job if key != "octavo" and origin.get(key) != self.job[key]]:
+        if changed := [key for key in {**self.job, **origin} if key != "octavo" and origin.get(key) != self.job.get(key)]:
             raise OctavoError(
                 f"{self.path} holds a checkpoint that was made of something else or with other settings ('{changed[0]}' "
                 f"differs); give {self.flag} another directory, or remove that one."
@@ -122,7 +127,7 @@ class OutputDirectory:
         text, boot = marker.read(), _boot()
         noted: dict[str, Any] = json.loads(text) if text.endswith("\n") else {}
         if noted and noted["job"] != self.job:
-            changed = next(key for key in self.job if noted["job"].get(key) != self.job[key])
+            changed = next(key for key in {**self.job, **noted["job"]} if noted["job"].get(key) != self.job.get(key))
             raise OctavoError(
                 f"{self.path} holds unfinished work of another command or version ('{changed}' differs); "
                 f"give {self.flag} another directory, or remove that one."
@@ -130,6 +135,7 @@ class OutputDirectory:
         if not noted or noted["boot"] != boot:  # files named just before a power cut may lack their contents
             for name in self.files:
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.stash, ignore_errors=True)
             marker.truncate(0)
             marker.write(json.dumps({"job": self.job, "boot": boot}) + "\n")
             marker.flush()

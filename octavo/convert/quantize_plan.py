@@ -21,7 +21,7 @@ from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
 from octavo.weights.leftovers import check_scaled
 
-__all__ = ["Piece", "Plan"]
+__all__ = ["Piece", "Plan", "names_of"]
 
 BESIDE_INT4 = ("weight_scale", "weight_shape")
 CHUNK = 1 << 20  # values converted at a time: enough to outweigh the cost of calling torch, little enough for a cache
@@ -196,18 +196,18 @@ class Plan:
         kept = [p for p in self.quantized if p.is_kept]
         lossy = [p for p in self.quantized if not p.is_kept and (p.stored or p.is_packed)]
         dense = [p for p in self.pieces if p.scheme is BF16]
-        lines = [f"{len(self.quantized)} matrices to {name}: {_names([p.module for p in self.quantized])}"]
+        lines = [f"{len(self.quantized)} matrices to {name}: {names_of([p.module for p in self.quantized])}"]
         if self.rules.scheme is FP8_BLOCK and (
             odd := [p.module for p in self.quantized if any(size % BLOCK for size in p.shape)]
         ):
             lines.append(
                 f"{len(odd)} matrices do not divide into 128x128 tiles: transformers fails in its first forward pass, "
-                f"most vLLMs at load; take ptpc_fp8 for these: {_names(odd)}"
+                f"most vLLMs at load; take ptpc_fp8 for these: {names_of(odd)}"
             )
         if self.int4:
-            lines.append(f"{len(self.int4)} matrices are stored in INT4 and stay so, bit for bit: {_names([*self.int4])}")
+            lines.append(f"{len(self.int4)} matrices are stored in INT4 and stay so, bit for bit: {names_of([*self.int4])}")
         if left := self.ignored():
-            lines.append(f"left in the model's dtype, besides embeddings and norms: {_names(left)}")
+            lines.append(f"left in the model's dtype, besides embeddings and norms: {names_of(left)}")
         if kept:
             lines.append(
                 f"{len(kept)} matrices are stored in {self.rules.scheme.name} already; their codes are kept bit for bit"
@@ -219,7 +219,7 @@ class Plan:
                 "the original BF16 checkpoint would give better ones"
             )
         if dense:
-            lines.append(f"{len(dense)} matrices stored quantized become BF16: {_names([p.module for p in dense])}")
+            lines.append(f"{len(dense)} matrices stored quantized become BF16: {names_of([p.module for p in dense])}")
         return lines
 
 
@@ -241,7 +241,7 @@ def _operand(module: str) -> str:
     return re.sub(r"\.experts\.\d+$", ".experts.*", parent) + dot + "/".join(stack)
 
 
-def _names(modules: list[str]) -> str:
+def names_of(modules: list[str]) -> str:
     """Names with their layers' numbers left out."""
     short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules))
     return ", ".join(short[:12]) + (f" and {len(short) - 12} more" if len(short) > 12 else "")

@@ -7,8 +7,10 @@ whatever the model. A finished file gets its name, config.json comes last: what 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo.convert.calibration import Stash
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.output_file import OutputFile
 from octavo.convert.quantize_plan import Piece, Plan
@@ -50,9 +53,12 @@ def output_files(plan: Plan, output: Path) -> dict[str, OutputFile]:
             for name, pieces in plan.files.items()}  # fmt: skip
 
 
-def job_of(rules: QuantRules, search: bool, requantize_int4: bool = False) -> dict[str, Any]:
-    """What must be the same for a run to continue another one's work."""
-    return {
+def job_of(
+    rules: QuantRules, search: bool, requantize_int4: bool = False, windows: Sequence[Sequence[int]] = ()
+) -> dict[str, Any]:
+    """What must be the same for a run to continue another one's work. `windows`: token ids to calibrate by, if any."""
+    text = {"calibration": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()} if windows else {}
+    return text | {
         "scheme": rules.scheme.name + (" of INT4, too" if requantize_int4 else ""), "ignore": list(rules.ignore),
         "lm_head": rules.quantize_lm_head, "scale_search": search,
     }  # fmt: skip
@@ -64,9 +70,15 @@ def remaining(plan: Plan, directory: OutputDirectory) -> int:
 
 
 def write_files(
-    plan: Plan, directory: OutputDirectory, platform: Platform, search: bool, threads: int, progress: Watcher
+    plan: Plan,
+    directory: OutputDirectory,
+    platform: Platform,
+    search: bool,
+    threads: int,
+    progress: Watcher,
+    stash: Stash | None = None,
 ) -> None:
-    """Write the files that are not there yet."""
+    """Write the files that are not there yet. `stash`: where codes are that calibration has made."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads below are the parallelism; torch's own would wait for each other
     stop = threading.Event()
@@ -76,7 +88,7 @@ def write_files(
                 file = directory.files[name]
                 progress.start(name)
                 file.open()
-                work = Worker(plan.checkpoint, file, platform, search, progress, stop)
+                work = Worker(plan.checkpoint, file, platform, search, progress, stop, stash)
                 jobs = [pool.submit(job) for piece in _largest_first(plan.files[name]) for job in work.jobs(piece)]
                 for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     job.result()
@@ -108,9 +120,10 @@ class Worker:
         search: bool,
         progress: Watcher,
         stop: threading.Event,
+        stash: Stash | None = None,
     ):
         self.checkpoint, self.file, self.platform, self.search = checkpoint, file, platform, search
-        self.progress, self.stop = progress, stop
+        self.progress, self.stop, self.stash = progress, stop, stash
 
     def jobs(self, piece: Piece) -> list[Callable[[], None]]:
         """What one thread each can do; together they write the piece."""
@@ -144,6 +157,10 @@ class Worker:
     def _matrix(self, piece: Piece) -> None:
         reader = RowReader(self.checkpoint, self.platform, self.scratch)
         rows = piece.row_parts()
+        if self.stash is not None and not piece.is_kept and (made := self.stash.get(piece.module)) is not None:
+            self._put_codes(piece, Rows(start=0, stop=piece.shape[0]), *made)
+            self._done(piece.tensor.nbytes)
+            return
         shared = None
         if piece.scheme is not None and piece.scheme.dtype is WeightDType.FP8 and not piece.is_kept:
             shared = self._shared_scale(piece, reader, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from octavo.config import QUANTIZATIONS, EngineConfig, canonical
+from octavo.convert.calibration import Stash, calibrate
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
-from octavo.convert.quantize_plan import Plan
+from octavo.convert.quantize_plan import Plan, names_of
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.errors import OctavoError
 from octavo.frontend.model_files import with_files
-from octavo.models import MODEL_TYPES, read_config
+from octavo.models import MODEL_TYPES, architecture, read_config
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
-from octavo.tools.quantize.quantize_report import Progress, verify
+from octavo.tools.quantize.calibration_text import TOKENS, calibration_windows
+from octavo.tools.quantize.quantize_report import LossReport, Progress, verify
 from octavo.tools.rich_tables import gb
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
 
@@ -45,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode packed INT4 and round it to the scheme; it stays as it is without",
     )
+    group.add_argument(
+        "--calibrate", nargs="?", const="default", metavar="FILE",
+        help="round with error compensation, by what a text makes each layer read: a UTF-8 file, or Octavo's own text",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration-tokens", type=int, metavar="N", help=f"tokens of the text to calibrate by (default: {TOKENS})"
+    )
     group.add_argument("--verify", action="store_true", help="read the result back and print the error of each layer")
 
 
@@ -59,10 +68,14 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     config = with_files(config)
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
+    if args.calibrate is None and args.calibration_tokens is not None:
+        raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
+    tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
     quantize_checkpoint(
         Path(config.model), Path(args.output), rules,
         search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
         requantize_int4=args.requantize_int4,
+        windows=() if args.calibrate is None else calibration_windows(Path(config.model), args.calibrate, tokens),
     )  # fmt: skip
     return 0
 
@@ -77,14 +90,17 @@ def quantize_checkpoint(
     threads: int = 2,
     check: bool = False,
     requantize_int4: bool = False,
+    windows: Sequence[Sequence[int]] = (),
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError.
 
-    Packed INT4 stays as it is stored but with `requantize_int4`.
+    Packed INT4 stays as it is stored but with `requantize_int4`. windows: token ids to calibrate by, if any.
     """
     config = read_config(model)
     check_format(config, model)
+    if windows:
+        architecture(config)  # refuses one that cannot be run
     platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
     with closing(Checkpoint(model)) as checkpoint:
         reader = RowReader(checkpoint, platform, Scratch())
@@ -94,13 +110,18 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4))
+        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4, windows))
         if output.is_dir() and directory.is_complete():
             say(f"{output} is finished already: made of {model} with these settings")
         else:
             with directory:
+                stash = Stash(directory.stash) if windows else None
+                if stash is not None:
+                    calibrate(plan, config, windows, detect(device), stash, search, threads, LossReport(say))
+                    if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
+                        say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                 with Progress(remaining(plan, directory)) as progress:
-                    write_files(plan, directory, platform, search, threads, progress)
+                    write_files(plan, directory, platform, search, threads, progress, stash)
                 directory.finish(config, quantization_config(plan))
         before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         after = sum(file.nbytes for file in files.values())

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSp
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from octavo.convert.calibration import LayerLosses
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.platform import Platform
 from octavo.quant import QTensor, dequantize
@@ -24,7 +25,7 @@ from octavo.quant.formats import read_weight
 from octavo.tools.rich_tables import console, gb, table
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, Scratch
 
-__all__ = ["Progress", "layer_errors", "verify"]
+__all__ = ["LossReport", "Progress", "layer_errors", "verify"]
 
 WORST = 10  # layers shown
 WIDTH = 100  # columns that they may take
@@ -73,6 +74,27 @@ class Progress:
 
     def _speed(self) -> float:
         return self.done / 1e9 / max(time.monotonic() - self.began, 1e-9)
+
+
+class LossReport:
+    """Says a line for each layer that calibration has rounded: the relative error of its outputs, plain and calibrated."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.sums = say, [0.0, 0.0]
+        self.matrices = 0
+
+    def __call__(self, number: int, count: int, losses: LayerLosses) -> None:
+        """Learns of layer `number` of `count`."""
+        errors = [[(part / one.size) ** 0.5 for part in (one.plain, one.calibrated)] for one in losses.values() if one.size]
+        for plain, calibrated in errors:
+            self.sums = [self.sums[0] + plain, self.sums[1] + calibrated]
+        self.matrices += len(errors)
+        if errors:
+            means = [sum(column) / len(errors) for column in zip(*errors, strict=True)]
+            self.say(f"layer {number + 1} of {count}: output error {means[0]:.3%} rounded plainly, {means[1]:.3%} calibrated")
+        if number + 1 == count and self.matrices:
+            plain, calibrated = (total / self.matrices for total in self.sums)
+            self.say(f"mean output error ||x (FP8 - w)|| / ||x w||: {plain:.3%} rounded plainly, {calibrated:.3%} calibrated")
 
 
 def layer_errors(plan: Plan, output: Path, platform: Platform, threads: int) -> dict[str, float]:

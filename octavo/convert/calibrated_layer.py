@@ -1,0 +1,220 @@
+"""One layer of a model, whose linear layers are rounded by the inputs that a text gives them.
+
+A layer is a pipeline stage of one layer, so that any architecture that the engine serves runs here by its own modules, and only
+one layer is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from octavo import batch, ops
+from octavo.convert.quantize_plan import Piece
+from octavo.convert.row_quantize import peaks, search_errors, searched_scale
+from octavo.distributed import TensorParallel
+from octavo.kvcache import KVCache, Layout
+from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.layers.moe import Experts
+from octavo.models import build_model
+from octavo.models.interface import ModelInput, StageState
+from octavo.platform import Platform
+from octavo.quant import QTensor, QuantRules, concat, dequantize
+from octavo.quant.compensated import compensated
+from octavo.quant.formats import WHOLE, read_weight
+from octavo.quant.qtensor import Stacker, expand_scale, scale_of, to_device_fp8
+from octavo.quant.scheme import BF16, Granularity
+from octavo.weights import Loader, SafetensorsSource, load
+from octavo.weights.loader import stored_modules
+
+__all__ = ["CalibratedLayer", "Loss", "State"]
+
+BLOCK_SIZE = 16
+FEWEST = 512  # tokens that an expert is rounded by; where fewer are routed to it, others of the text are added
+E4M3 = torch.float8_e4m3fn
+
+State = ModelInput | StageState
+Linear = ColumnParallelLinear | RowParallelLinear
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of some matrices that share their inputs x: the sums of ||x (W' - W)^T||^2, rounded plainly and rounded so, and of
+    ||x W^T||^2."""
+
+    plain: float
+    calibrated: float
+    size: float
+
+
+class CalibratedLayer:
+    """Layer `number` of the checkpoint in `directory`, in the model's own dtype until `quantize` replaces its weights.
+
+    `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
+    them, by module, and `losses` what they lose, by the first module of those that share their inputs.
+    """
+
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any], number: int, longest: int, platform: Platform,
+        pieces: Mapping[str, Piece], search: bool,
+    ):  # fmt: skip
+        self.platform, self.pieces, self.search = platform, pieces, search
+        self.model = build_model(config, TensorParallel(), longest, range(number, number + 1))
+        module = cast("nn.Module", self.model)
+        load(module, Loader(SafetensorsSource(directory), platform, QuantRules(), torch.bfloat16), self.model.ignored)
+        self.loader = Loader(SafetensorsSource(directory), platform, QuantRules(), torch.bfloat16)
+        specs = self.model.kv_specs("auto", torch.bfloat16, platform.fp8_dtype, Layout.on(platform.is_cpu))
+        self.cache = KVCache(specs, 1 - longest // -BLOCK_SIZE, BLOCK_SIZE, platform.device)
+        self.model.bind_cache(self.cache.views)
+        self.made: dict[str, tuple[Tensor, Tensor]] = {}
+        self.losses: dict[str, Loss] = {}
+
+    def close(self) -> None:
+        self.loader.source.close()
+
+    @torch.inference_mode()
+    def embed(self, window: Sequence[int]) -> State:
+        return self.model.embed(torch.tensor(window, device=self.platform.device))
+
+    @torch.inference_mode()
+    def run(self, window: Sequence[int], state: State) -> Tensor | State:
+        """What the layer makes of one window's state: the next layer's."""
+        blocks = range(1, 1 - len(window) // -BLOCK_SIZE)
+        own = state._replace(x=state.x.clone())  # layers add to their residual in place
+        if isinstance(own, StageState):
+            own = own._replace(residual=own.residual.clone())
+        return self.model(batch.build([batch.Span(window, 0, blocks)], BLOCK_SIZE, self.platform.device), own)
+
+    @torch.inference_mode()
+    def quantize(self, windows: Sequence[Sequence[int]], states: Sequence[State]) -> None:
+        """Rounds the layer's matrices by what they read of `states`, and lets the layer compute with the result."""
+        modules = self._modules()
+        inputs = {path: _Inputs() for path in modules}
+        handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
+        try:
+            for window, state in zip(windows, states, strict=True):
+                self.run(window, state)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path, module in modules.items():
+            seen = inputs.pop(path)
+            if isinstance(module, Experts):
+                self._experts(path, module, seen)
+            elif seen.hessian is not None:
+                self._linear(path, module, seen.hessian)
+
+    def _modules(self) -> dict[str, Linear | Experts]:
+        """Those that hold matrices to round."""
+        return {
+            path: module
+            for path, module in stored_modules(cast("nn.Module", self.model))
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear, Experts)) and self._names(path, module)
+        }
+
+    def _names(self, path: str, module: Linear | Experts) -> list[str]:
+        """The matrices of the module that are to be rounded."""
+        parent = path.rpartition(".")[0]
+        if isinstance(module, Experts):
+            names = [f"{path}.{e}.{name}" for e in range(module.count) for one in module.matrices for name in one.names]
+        else:
+            names = [f"{parent}.{name}" for name in _parts(module)]
+        return [name for name in names if name in self.pieces]
+
+    def _linear(self, path: str, linear: Linear, hessian: Tensor) -> None:
+        parent = path.rpartition(".")[0]
+        weights = self._rounded([f"{parent}.{name}" for name in _parts(linear)], _shapes(linear), hessian)
+        linear.weight = ops.pack(concat(weights).padded(self.platform.fp8_alignment), self.platform)
+
+    def _experts(self, path: str, experts: Experts, inputs: _Inputs) -> None:
+        """Each by the tokens that are routed to it, the down projection by what the rounded others make of them."""
+        x, routed = torch.cat(inputs.rows), torch.cat(inputs.routed)
+        stackers = [Stacker(experts.count, path) for _ in experts.matrices]
+        for number in range(experts.count):
+            given = _tokens_of(number, routed)
+            read = x[given].float()
+            for matrices, stacker in zip(experts.matrices, stackers, strict=True):
+                names = [f"{path}.{number}.{name}" for name in matrices.names]
+                weights = self._rounded(names, matrices.shapes, read.T @ read)
+                stacker.put(number, concat(weights).padded(self.platform.fp8_alignment))
+                products = [read @ dequantize(w).float().T for w in weights]
+                if len(products) == 2:
+                    read = torch.nn.functional.silu(products[0]).mul_(products[1]).bfloat16().float()
+        experts.gate_up, experts.down = (ops.pack_experts(stacker.finished(), self.platform) for stacker in stackers)
+
+    def _rounded(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], hessian: Tensor) -> list[QTensor]:
+        """The matrices of these modules, which share their inputs, for the device. Those that are not to be rounded stay."""
+        found = [read_weight(self.loader, name, shape, WHOLE) for name, shape in zip(names, shapes, strict=True)]
+        chosen = [i for i, name in enumerate(names) if name in self.pieces]
+        dense = {i: (dequantize(w) if isinstance(w := found[i], QTensor) else w).float() for i in chosen}
+        scales = {i: self._scale(self.pieces[names[i]], dense[i]) for i in chosen}
+        weights = [w if isinstance(w, QTensor) else QTensor(w.bfloat16(), None, BF16, tuple(w.shape)) for w in found]
+        if not chosen:
+            return weights
+        w = torch.cat([dense[i] for i in chosen])
+        stored = {i: _per_row(scales[i], self.pieces[names[i]], len(dense[i])) for i in chosen}
+        rounded = compensated(w, torch.cat([expand_scale(stored[i], dense[i].shape) for i in chosen]), hessian)
+        size = float((w.double() @ hessian.double()).mul_(w).sum())
+        self.losses[names[chosen[0]]] = Loss(float(rounded.plain.sum()), float(rounded.loss.sum()), size)
+        heights = [len(dense[i]) for i in chosen]
+        for i, codes in zip(chosen, rounded.codes.view(torch.uint8).split(heights), strict=True):
+            self.made[names[i]] = codes.view(E4M3), scales[i]
+            scheme = self.pieces[names[i]].scheme
+            assert scheme is not None
+            q = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
+            weights[i] = to_device_fp8(q, self.platform.fp8_dtype)
+        return weights
+
+    def _scale(self, piece: Piece, w: Tensor) -> Tensor:
+        """The scales that plain rounding would have."""
+        peak = peaks(w, piece.granularity)
+        if not self.search:
+            return scale_of(peak, E4M3)
+        return searched_scale(peak, search_errors(w, peak, piece.granularity, (torch.empty_like(w), torch.empty_like(w))))
+
+
+class _Inputs:
+    """What a module reads: of a linear layer the sum of x x^T, FP32; of experts each token and where it is routed to."""
+
+    def __init__(self) -> None:
+        self.hessian: Tensor | None = None
+        self.rows: list[Tensor] = []
+        self.routed: list[Tensor] = []
+
+    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].values() if isinstance(args[0], ops.Activation) else args[0]
+        if isinstance(module, Experts):
+            self.rows.append(x.clone())
+            self.routed.append(args[1].experts.clone())
+            return
+        if self.hessian is None:
+            self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        values = x.float()
+        self.hessian.addmm_(values.T, values)
+
+
+def _parts(linear: Linear) -> list[str]:
+    return linear.names if isinstance(linear, ColumnParallelLinear) else [linear.name]
+
+
+def _shapes(linear: Linear) -> list[tuple[int, int]]:
+    return linear.shapes if isinstance(linear, ColumnParallelLinear) else [linear.shape]
+
+
+def _per_row(scale: Tensor, piece: Piece, rows: int) -> Tensor:
+    """A scale that `peaks` shaped as a QTensor has it."""
+    return scale.expand(rows, 1).contiguous() if piece.granularity is Granularity.TENSOR else scale
+
+
+def _tokens_of(expert: int, routed: Tensor) -> Tensor:
+    """Indices of the tokens that an expert is rounded by: those routed to it, and if they are few the first of the others."""
+    own = (routed == expert).any(1)
+    given = own.nonzero()[:, 0]
+    if len(given) < FEWEST:
+        given = torch.cat([given, (~own).nonzero()[: FEWEST - len(given), 0]])
+    return given

@@ -1,0 +1,172 @@
+"""Rounding a checkpoint's linear layers by what a text makes them read: the layers in order, one in memory.
+
+Each layer reads what the layers before it give with their weights and activations in FP8 already. Its codes go to a file of
+their own, beside the state that the next layer reads, so that a run that is stopped continues behind the last whole layer. The
+files that the checkpoint is made of take their codes from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from octavo import ops
+from octavo.convert.calibrated_layer import CalibratedLayer, Loss, State
+from octavo.convert.output_file import write_error
+from octavo.convert.quantize_plan import Piece, Plan
+from octavo.distributed import TensorParallel
+from octavo.models import build_model
+from octavo.models.common import DecoderLM
+from octavo.models.interface import ModelInput, StageState
+from octavo.platform import Platform
+
+__all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
+
+WINDOW = 512  # tokens of text that attend to each other
+
+LayerLosses = dict[str, Loss]
+
+
+class Stash:
+    """Codes and scales of the layers that are done, by module, and the state of every window behind the last of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("layer-*.safetensors")):
+            self._note(path)
+
+    def done(self) -> int:
+        """Layers that need not be computed again."""
+        return max((int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*.safetensors")), default=0)
+
+    def _note(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self._files |= {name.removesuffix(".weight"): path for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118
+
+    def get(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """Codes e4m3fn [N, K] and scales FP32, on the host; None of a module that nothing was measured for."""
+        if module not in self._files:
+            return None
+        with safe_open(self._files[module], "pt") as file:
+            return file.get_tensor(f"{module}.weight"), file.get_tensor(f"{module}.weight_scale")
+
+    def losses(self, number: int) -> LayerLosses:
+        with safe_open(self.folder / _layer_name(number), "pt") as file:
+            return {name: Loss(**values) for name, values in json.loads(file.metadata()["losses"]).items()}
+
+    def states(self, count: int) -> list[State]:
+        """Of every window, behind `count` layers."""
+        with safe_open(self.folder / f"state-{count:04d}.safetensors", "pt") as file:
+            found = int(file.metadata()["states"])
+            return [_state({name: file.get_tensor(name) for name in file.keys()}, i) for i in range(found)]  # noqa: SIM118
+
+    def put(self, number: int, layer: CalibratedLayer, states: Sequence[State]) -> None:
+        """Keeps what layer `number` gave. Whoever is stopped in between computes the layer again."""
+        made = {f"{name}.weight": codes for name, (codes, _) in layer.made.items()}
+        made |= {f"{name}.weight_scale": scale for name, (_, scale) in layer.made.items()}
+        losses = {name: asdict(loss) for name, loss in layer.losses.items()}
+        self._write(_layer_name(number), made, {"losses": json.dumps(losses)})
+        self._note(self.folder / _layer_name(number))
+        behind = {f"{i}.{field}": tensor for i, state in enumerate(states) for field, tensor in _tensors(state)}
+        self._write(f"state-{number + 1:04d}.safetensors", behind, {"states": str(len(states))})
+        (self.folder / f"state-{number:04d}.safetensors").unlink(missing_ok=True)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        path = self.folder / name
+        partial = path.with_name(name + ".partial")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, partial, metadata)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise write_error(error, path, sum(tensor.nbytes for tensor in tensors.values())) from None
+
+
+def calibrate(
+    plan: Plan,
+    config: Mapping[str, Any],
+    windows: Sequence[Sequence[int]],
+    platform: Platform,
+    stash: Stash,
+    search: bool,
+    threads: int,
+    tell: Callable[[int, int, LayerLosses], None],
+) -> None:
+    """Fills `stash` with the codes of `plan`'s matrices, by the inputs that `windows` of token ids give them.
+
+    config: config.json's, of an architecture that Octavo serves. tell: learns of each layer its number, how many there are, and
+    what it loses. Matrices that no token of text reads, such as a vision tower's, are not in the stash.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _each_layer(plan, config, windows, platform, stash, search, tell)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _each_layer(
+    plan: Plan,
+    config: Mapping[str, Any],
+    windows: Sequence[Sequence[int]],
+    platform: Platform,
+    stash: Stash,
+    search: bool,
+    tell: Callable[[int, int, LayerLosses], None],
+) -> None:
+    ops.bind(platform)
+    longest = max(map(len, windows))
+    pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
+    whole = build_model(config, TensorParallel(), longest)
+    count: int = cast("DecoderLM", whole).config.num_hidden_layers
+    done = stash.done()
+    for number in range(done):
+        tell(number, count, stash.losses(number))
+    states = [_to(state, platform.device) for state in stash.states(done)] if 0 < done < count else []
+    for number in range(done, count):
+        layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces, search)
+        try:
+            if not number:
+                states = [layer.embed(window) for window in windows]
+            layer.quantize(windows, states)
+            last = number + 1 == count
+            states = [] if last else [cast("State", layer.run(*pair)) for pair in zip(windows, states, strict=True)]
+        finally:
+            layer.close()
+        stash.put(number, layer, states)
+        tell(number, count, layer.losses)
+        del layer  # before the next is loaded
+        platform.release()
+
+
+def _layer_name(number: int) -> str:
+    return f"layer-{number:04d}.safetensors"
+
+
+def _tensors(state: State) -> list[tuple[str, Tensor]]:
+    named = [("x", state.x)] + ([("residual", state.residual)] if isinstance(state, StageState) else [])
+    return named + [(f"extras.{i}", tensor) for i, tensor in enumerate(state.extras)]
+
+
+def _state(tensors: Mapping[str, Tensor], window: int) -> State:
+    at = f"{window}."
+    extras = tuple(tensors[f"{at}extras.{i}"] for i in range(sum(name.startswith(f"{at}extras.") for name in tensors)))
+    x, residual = tensors[f"{at}x"], tensors.get(f"{at}residual")
+    return ModelInput(x, extras) if residual is None else StageState(x, residual, extras)
+
+
+def _to(state: State, device: torch.device) -> State:
+    moved = [tensor.to(device) for tensor in state.extras]
+    if isinstance(state, StageState):
+        return StageState(state.x.to(device), state.residual.to(device), tuple(moved))
+    return ModelInput(state.x.to(device), tuple(moved))

@@ -1,0 +1,221 @@
+"""`octavo quantize --calibrate`: the scales and the form of plain rounding, other codes, less error, stopped or not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import cases
+from conftest import LoadModel, relative_error
+from models.test_mla_checkpoints import wide
+from models.test_moe_quantized import in_bytes, tiny
+from tools.test_quantize import assert_sentence, files_of, llama, run, schemes, tensors_of
+from transformers import AutoModelForCausalLM
+
+from octavo.cli import main
+from octavo.convert import calibration
+from octavo.convert.calibrated_layer import CalibratedLayer
+from octavo.convert.output_directory import STASH
+from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.errors import OctavoError
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
+from octavo.text.tokenizer import Tokenizer
+from octavo.tools.quantize.calibration_text import DEFAULT, calibration_windows
+from octavo.tools.quantize.quantize import quantize_checkpoint
+
+ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)
+LINEAR = re.compile(r"(_proj|\.w[123])\.weight$")
+
+
+def windows(count: int = 12, vocab: int = 60) -> list[list[int]]:
+    """Few words, so that inputs are correlated; a shorter window last."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab, (64 - 20 * (i == count - 1),), generator=g).tolist() for i in range(count)]
+
+
+def calibrated(model: Path, out: Path, scheme: Scheme = FP8_PER_CHANNEL, **options: Any) -> list[str]:
+    return run(model, out, scheme, windows=options.pop("windows", windows()), threads=1, **options)
+
+
+def losses(said: list[str]) -> list[list[float]]:
+    """Of each layer, in percent: plain and calibrated."""
+    found = [re.findall(r"([\d.]+)%", line) for line in said if line.startswith("layer ")]
+    return [[float(value) for value in pair] for pair in found]
+
+
+@schemes
+@cases("changes, search", [(ODD, False), ({}, True)])
+def test_less_error_in_the_form_of_plain_rounding(
+    scheme: Scheme, changes: dict[str, Any], search: bool, tmp_path: Path, load_model: LoadModel
+) -> None:
+    model = llama(tmp_path / "model", num_hidden_layers=2, **changes)
+    run(model, tmp_path / "plain", scheme, search=search)
+    said = calibrated(model, tmp_path / "out", scheme, search=search)
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, plain in before.items():
+        assert (in_bytes(plain) == in_bytes(after[name])) is not bool(LINEAR.search(name)), name
+        assert plain.dtype is after[name].dtype
+    assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "out/config.json").read_text()
+    assert len(losses(said)) == 2
+    assert all(one < 0.9 * plain for plain, one in losses(said))
+    errors = {}
+    for name in ("plain", "out"):
+        layers = [load_model(path).logits(windows()[0]) for path in (tmp_path / name, model)]
+        errors[name] = relative_error(*layers)
+    assert errors["out"] < errors["plain"]
+
+
+def test_losses_are_of_the_inputs_that_transformers_has(tmp_path: Path) -> None:
+    """||x W^T|| of the first layer, whose inputs no rounding has changed but the activations' own."""
+    model = llama(tmp_path / "model", num_hidden_layers=1)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    found: dict[str, float] = {}
+
+    def see(name: str, module: torch.nn.Linear, args: tuple[torch.Tensor]) -> None:
+        found[name] = found.get(name, 0.0) + float((args[0] @ module.weight.T).square().sum())
+
+    for name, module in theirs.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args))
+    with torch.no_grad():
+        for window in windows():
+            theirs(torch.tensor([window]))
+    seen: list[calibration.LayerLosses] = []
+    with pytest.MonkeyPatch.context() as patch:
+        put = calibration.Stash.put
+        patch.setattr(calibration.Stash, "put", lambda *args: (seen.append(args[2].losses), put(*args)))
+        calibrated(model, tmp_path / "out")
+    stacks = {"self_attn.q_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",), "mlp.gate_proj": ("gate", "up"),
+              "mlp.down_proj": ("down",)}  # fmt: skip
+    assert seen[0].keys() == {f"model.layers.0.{name}" for name in stacks}
+    for name, parts in stacks.items():
+        at = f"model.layers.0.{name.partition('.')[0]}"
+        assert seen[0][f"model.layers.0.{name}"].size == pytest.approx(sum(found[f"{at}.{p}_proj"] for p in parts), rel=0.05)
+
+
+@cases("family", ["qwen3_moe", "minimax_m2", "glm4_moe", "deepseek_v32"])
+def test_experts(family: str, tmp_path: Path) -> None:
+    """Each by its own tokens, those that few reach too; a router stays as it is. Latent attention and its indexer, too."""
+    model = wide(tmp_path / "model") if family == "deepseek_v32" else tiny(tmp_path / "model", family)
+    model.bfloat16().save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "plain")
+    said = calibrated(tmp_path / "model", tmp_path / "out", windows=windows(4))
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name, w in before.items() if in_bytes(w) != in_bytes(after[name])}
+    rounded = {name for name, w in before.items() if w.dtype is torch.float8_e4m3fn}
+    assert changed == rounded
+    assert sum(".experts." in name for name in changed) > 10
+    assert all(one < plain for plain, one in losses(said))
+
+
+class Stopped(Exception):
+    pass
+
+
+@cases("family", ["llama", "qwen3_moe"])
+@cases("at", ["layer 1", "layer 2", "mean"])
+def test_a_stopped_run_is_continued(family: str, at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    if family == "llama":
+        llama(model, num_hidden_layers=2)
+    else:
+        tiny(model, family, num_hidden_layers=2).bfloat16().save_pretrained(model)
+    expected = calibrated(model, tmp_path / "whole", windows=windows(3))
+
+    def stop(line: str) -> None:
+        if line.startswith(at):
+            raise Stopped
+
+    out, made = tmp_path / "out", []
+    rules = QuantRules(FP8_PER_CHANNEL)
+    with pytest.raises(Stopped):
+        quantize_checkpoint(model, out, rules, windows=windows(3), threads=1, say=stop)
+    assert (out / STASH).is_dir()
+    assert not (out / "config.json").exists()
+    for other in ({}, {"windows": windows(4)}):
+        with pytest.raises(OctavoError) as raised:
+            run(model, out, **other)
+        assert_sentence(raised.value, "unfinished work of another command", "'calibration'")
+    init = CalibratedLayer.__init__
+    monkeypatch.setattr(CalibratedLayer, "__init__", lambda self, *args: (made.append(args[2]), init(self, *args))[1])
+    said = calibrated(model, out, windows=windows(3))
+    assert made == ([1] if at == "layer 1" else [])
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert [line.replace(str(out), "") for line in said] == [line.replace(str(tmp_path / "whole"), "") for line in expected]
+    with pytest.raises(OctavoError) as raised:
+        run(model, out)
+    assert_sentence(raised.value, "other settings", "'calibration'")
+
+
+def test_what_is_stored_in_codes_and_what_no_text_reads_stay_plain(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", num_hidden_layers=1)
+    run(model, tmp_path / "codes", FP8_BLOCK)
+    run(tmp_path / "codes", tmp_path / "plain", FP8_BLOCK, quantize_lm_head=True)
+    said = calibrated(tmp_path / "codes", tmp_path / "out", FP8_BLOCK, quantize_lm_head=True)
+    assert "1 matrices are rounded plainly, as no text reads them: lm_head" in said
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert all(in_bytes(before[name]) == in_bytes(after[name]) for name in before)
+
+
+# --- the command ------------------------------------------------------------------------
+
+
+def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], load_model: LoadModel) -> None:
+    """Nearer to BF16 than plain rounding, on a text that it was not calibrated by."""
+    out = tmp_path / "out"
+    words = ["quantize", str(MODEL_DIR), "-o", str(out), "--calibrate", "--calibration-tokens", "4096", "--device", "cpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(losses(said)) == 6
+    assert re.fullmatch(r"mean output error .* [\d.]+% rounded plainly, [\d.]+% calibrated", said[-2])
+    text = HELDOUT.read_text("utf-8")
+    lines = {line for line in text.splitlines() if len(line) > 60}
+    assert not lines & set(DEFAULT.read_text("utf-8").splitlines())
+    ids = Tokenizer(MODEL_DIR).encode(text)[1000:1150]
+    exact = load_model(MODEL_DIR).logits(ids).log_softmax(-1)
+    kl = [
+        float((exact.exp() * (exact - load_model(*given).logits(ids).log_softmax(-1))).sum(-1).mean())
+        for given in ((out,), (MODEL_DIR, FP8_PER_CHANNEL))
+    ]
+    assert kl[0] < kl[1]
+
+
+FAULTS = {
+    "tokens alone": (["--calibration-tokens", "4096"], ("--calibration-tokens", "--calibrate")),
+    "few tokens": (["--calibrate", "--calibration-tokens", "100"], ("--calibration-tokens 100", "512")),
+    "no file": (["--calibrate", "nothing.txt"], ("nothing.txt cannot be read",)),
+    "no text": (["--calibrate", str(MODEL_DIR / "model.safetensors")], ("is not UTF-8 text",)),
+    "short": (["--calibrate", str(MODEL_DIR / "generation_config.json")], ("fewer than one window of 512",)),
+}
+
+
+@cases("fault", FAULTS)
+def test_faults_are_said(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, parts = FAULTS[fault]
+    assert main(["quantize", str(MODEL_DIR), "-o", str(tmp_path / "out"), *words]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_that_is_not_served(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model")
+    path = model / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"novel"'))
+    with pytest.raises(OctavoError) as raised:
+        calibrated(model, tmp_path / "out")
+    assert_sentence(raised.value, "'novel'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_are_from_all_over_the_text() -> None:
+    found = calibration_windows(MODEL_DIR, str(HELDOUT), 2048)
+    every = calibration_windows(MODEL_DIR, str(HELDOUT), 1 << 20)
+    assert [len(window) for window in found] == [512] * 4
+    assert [every.index(window) for window in found] == [i * len(every) // 4 for i in range(4)]
