@@ -56,7 +56,7 @@ def make_model(
 
     The model is built for at most the length that a cache can hold, because a longer rotary table could take all memory.
     """
-    layers = tp.stages.layers(number_of_layers(json_config))
+    layers = tp.stages.layers(number_of_layers(json_config)) if tp.stages.count > 1 else None
     build = partial(build_model, json_config, tp, layers=layers, vision=config.reads_images)
     model = build(config.max_model_len)
     check_pipeline(model, tp, config.kv_cache_dtype_skip_layers)
@@ -196,7 +196,8 @@ def load_model(
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
     module = cast("nn.Module", model)
-    complete = load(module, loader, model.ignored, partial(progress, verb) if progress else None, put=put)
+    shown = partial(progress, verb) if progress else None
+    complete = load(module, loader, model.ignored, shown, put=put, elsewhere=model.other_stages)
     if peak is not None:
         loader.report.note(peak.describe())
     release()

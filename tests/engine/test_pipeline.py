@@ -64,6 +64,7 @@ def test_stages_say_what_one_rank_says(ranks: Run, tmp_path: Path) -> None:
 def held(place: Place, path: str, options: dict[str, Any]) -> tuple[int, int, int]:
     """Bytes of this rank's weights and tables; blocks of its cache, and its caches."""
     core = EngineCore(EngineConfig(**dict(model=path) | ENGINE | options), None, place)
+    assert not [note for note in core.runner.report.notes if "not loaded" in note]  # by this stage, as the other says
     return storage_bytes(core.runner.model), core.runner.num_blocks, len(core.runner.cache.views)  # type: ignore[arg-type]
 
 
