@@ -145,6 +145,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
     tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
+    pipeline_parallel_size: int = option(1, "stages that the layers are split over", group=MEMORY, short="-pp")
     data_parallel_size: int = option(
         1, "engines that share the requests out, each with devices, weights and a cache of its own", group=MEMORY, short="-dp"
     )
@@ -192,9 +193,14 @@ class EngineConfig:
         return self.tokenizer or self.model
 
     @property
+    def num_ranks(self) -> int:
+        """Processes of one engine, each of which has a device."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def num_devices(self) -> int:
         """Accelerators that all engines take together."""
-        return self.tensor_parallel_size * self.data_parallel_size
+        return self.num_ranks * self.data_parallel_size
 
     @property
     def media_limits(self) -> Mapping[str, int]:
@@ -268,18 +274,10 @@ class EngineConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OctavoError(f"--gpu-memory-utilization must be over 0 and at most 1, not {self.gpu_memory_utilization}.")
         for name in (
-            "max_model_len",
-            "block_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "tensor_parallel_size",
-            "data_parallel_size",
-            "threads",
-            "cpu_kv_cache_gib",
-            "kv_cache_memory_bytes",
-            "num_gpu_blocks_override",
-            "rope_theta",
-        ):
+            "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
+            "pipeline_parallel_size", "data_parallel_size", "threads", "cpu_kv_cache_gib", "kv_cache_memory_bytes",
+            "num_gpu_blocks_override", "rope_theta",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
 

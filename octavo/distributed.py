@@ -1,12 +1,13 @@
-"""Tensor parallelism: this process's rank, and the group for collectives.
+"""Tensor and pipeline parallelism: this process's rank, its groups for collectives, and messages between stages.
 
-The group is torch.distributed's (NCCL, RCCL, or gloo on CPUs), or a group of threads in tests. NVLink multicast is not used.
+The groups are torch.distributed's (NCCL, RCCL, or gloo on CPUs), or threads in tests. NVLink multicast is not used.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -14,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Collectives", "ProcessGroup", "TensorParallel", "Unheard", "join", "leave"]
+from octavo.errors import OctavoError
+
+__all__ = ["Collectives", "ProcessGroup", "Stages", "TensorParallel", "Unheard", "join", "leave"]
 
 
 class Collectives(Protocol):
@@ -34,25 +37,25 @@ def _unseen() -> None: ...
 
 
 class ProcessGroup:
-    """The processes of torch.distributed's default group. `entering` is called before each collective."""
+    """Processes of torch.distributed, by default all of them. `entering` is called before each collective."""
 
-    def __init__(self, entering: Callable[[], None] = _unseen):
-        self._entering = entering
+    def __init__(self, entering: Callable[[], None] = _unseen, group: torch.distributed.ProcessGroup | None = None):
+        self._entering, self._group = entering, group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._entering()
-        torch.distributed.all_reduce(x)
+        torch.distributed.all_reduce(x, group=self._group)
         return x
 
     def max_reduce(self, x: Tensor) -> Tensor:
         self._entering()
-        torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         self._entering()
-        found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(found, x.contiguous())
+        found = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(self._group))]
+        torch.distributed.all_gather(found, x.contiguous(), group=self._group)
         return found
 
 
@@ -75,6 +78,8 @@ WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint
 
 
 _joined: tuple[str, int, int] | None = None  # store, rank and size of torch.distributed's default group
+_stage_groups: dict[int, list[torch.distributed.ProcessGroup]] = {}  # number of stages -> a group for each
+_sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages; without these, what has not arrived is lost
 
 
 def join(
@@ -84,12 +89,15 @@ def join(
     device: torch.device,
     expert_parallel: bool = False,
     entering: Callable[[], None] = _unseen,
+    stages: int = 1,
+    meeting: Callable[[], None] = _unseen,
 ) -> TensorParallel:
     """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
 
     store: path of a file that all of them can write, and that no earlier group has used. A process that joined at the same
-    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. entering: called before each
-    collective.
+    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. stages: of a pipeline, into
+    which ranks are split in their order. entering: called before each collective of a stage. meeting: called before each of
+    all ranks where there are several stages.
     """
     global _joined
     cpu = device.type == "cpu"
@@ -97,22 +105,29 @@ def join(
         torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
-    found = TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
-    if _joined == (store, rank, size):  # by an earlier engine of this process
-        return found
-    leave()
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    torch.distributed.init_process_group(
-        "gloo" if cpu else "nccl",
-        store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=size,
-        timeout=WAIT,
-        device_id=None if cpu else device,
-    )
-    _joined = store, rank, size
-    return found
+    if _joined != (store, rank, size):  # else by an earlier engine of this process
+        leave()
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        torch.distributed.init_process_group(
+            "gloo" if cpu else "nccl",
+            store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=size,
+            timeout=WAIT,
+            device_id=None if cpu else device,
+        )
+        _joined = store, rank, size
+    if stages == 1:
+        return TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
+    split = size // stages
+    if stages not in _stage_groups:  # every process makes all of them
+        members = [list(range(first, first + split)) for first in range(0, size, split)]
+        _stage_groups[stages] = [torch.distributed.new_group(ranks, timeout=WAIT) for ranks in members]
+    number, own = divmod(rank, split)
+    group = ProcessGroup(entering, _stage_groups[stages][number])
+    everyone = TensorParallel(rank, size, ProcessGroup(meeting), device=device)
+    return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=Stages(number, stages, split))
 
 
 # Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
@@ -123,8 +138,71 @@ def leave() -> None:
     """Ends this process's membership, if it has any. Graphs that hold collectives must be gone by then."""
     global _joined
     _joined = None
+    _stage_groups.clear()
+    while _sent:
+        _sent.popleft()[1].wait()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+_MOST_TENSORS, _MOST_DIMS = 6, 3  # of a message
+_HEADER = 1 + _MOST_TENSORS * (2 + _MOST_DIMS)
+_MOST_SENT = 32  # tensors on their way, of eight steps or more
+
+
+class Stages:
+    """This rank's pipeline stage, `number` of `count`, each of `split` ranks, and messages between ranks of unlike stages.
+
+    A message is a few tensors, behind a header that says their dtypes and shapes. Between two ranks messages keep their order.
+    """
+
+    def __init__(self, number: int = 0, count: int = 1, split: int = 1):
+        self.number, self.count, self.split = number, count, split
+        self.first, self.last = number == 0, number == count - 1
+
+    def layers(self, count: int) -> range:
+        """Which of `count` layers this stage has; the first stages may have one more. OctavoError if some would have none."""
+        if count < self.count:
+            raise OctavoError(
+                f"--pipeline-parallel-size {self.count} splits the model's {count} layers, and each stage needs one; use "
+                f"{count} at most."
+            )
+        each, more = divmod(count, self.count)
+        start, stop = (number * each + min(number, more) for number in (self.number, self.number + 1))
+        return range(start, stop)
+
+    def send(self, tensors: Sequence[Tensor], rank: int, stage: int) -> None:
+        """Sends to rank `rank` of a stage, and does not wait until they have arrived, except for those of steps before."""
+        header = [len(tensors)]
+        for x in tensors:
+            header += [_DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
+        header += [0] * (_HEADER - len(header))
+        while len(_sent) > _MOST_SENT:
+            _sent.popleft()[1].wait()
+        for x in (torch.tensor(header), *tensors):
+            if x.numel():
+                x = x.contiguous()
+                work = torch.distributed.isend(x, stage * self.split + rank)
+                assert work is not None
+                _sent.append((x, work))
+
+    def receive(self, rank: int, stage: int) -> list[Tensor]:
+        """Waits for the next message of rank `rank` of a stage."""
+        source = stage * self.split + rank
+        header = torch.empty(_HEADER, dtype=torch.int64)
+        torch.distributed.recv(header, source)
+        count, *rest = header.tolist()
+        found = []
+        for at in range(0, count * (2 + _MOST_DIMS), 2 + _MOST_DIMS):
+            dtype, dims, *shape = rest[at : at + 2 + _MOST_DIMS]
+            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype]))
+            if found[-1].numel():
+                torch.distributed.recv(found[-1], source)
+        return found
+
+
+ONE_STAGE = Stages()
 
 
 @dataclass(frozen=True)
@@ -132,7 +210,8 @@ class TensorParallel:
     """This rank among `size`. With one rank every collective is the identity.
 
     expert_parallel: a rank has some of the routed experts whole, instead of a part of each. whole_towers: a rank has vision
-    towers whole, for some of the images, instead of a part for all.
+    towers whole, for some of the images, instead of a part for all. stages: this rank's stage, whose ranks these are.
+    everyone: all ranks of the engine, if there are several stages.
     """
 
     rank: int = 0
@@ -141,6 +220,13 @@ class TensorParallel:
     expert_parallel: bool = False
     device: torch.device = CPU  # of tensors that are exchanged
     whole_towers: bool = False
+    everyone: TensorParallel | None = None
+    stages: Stages = ONE_STAGE
+
+    @property
+    def engine(self) -> TensorParallel:
+        """All ranks of the engine, of every stage."""
+        return self.everyone or self
 
     @property
     def of_towers(self) -> TensorParallel:

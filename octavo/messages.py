@@ -5,8 +5,8 @@ A message is a tuple whose first item is its kind. To the engine: ("add", the En
 ("reset_prefix_cache",), and while no request runs ("reload", directory, whether it is checked), ("sleep",), ("wake", parts).
 They are answered by ("done", sentence or None, EngineInfo). From the engine: ("progress", stage, fraction), then ("ready",
 EngineInfo) or ("failed", sentence), then ("step", outputs, stats) and, if it dies, ("dead", sentence). Any rank answers
-("ping", whether to print its stacks) with ("pong", steps begun, exchanges with other ranks begun), from a thread that no step
-holds up.
+("ping", whether to print its stacks) with ("pong", steps, turns and exchanges begun), numbers of octavo.engine.place's Pulse,
+from a thread that no step holds up.
 Nothing here imports torch.
 """
 

@@ -182,8 +182,8 @@ _SO = """
 --enable-tokenizer-info-endpoint on | it is always there
 --exclude-tools-when-tool-choice-none on | tools of a request with tool_choice "none" are never shown to the model
 --interleave-mm-strings on | images always stand where the message has them
---pipeline-parallel-size -pp --decode-context-parallel-size -dcp --prefill-context-parallel-size -pcp =1 | each rank has all \
-layers and the whole context; split layers with --tensor-parallel-size
+--decode-context-parallel-size -dcp --prefill-context-parallel-size -pcp =1 | each rank has the whole context; split layers \
+with --tensor-parallel-size
 --nnodes -n =1 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
 --node-rank -r =0 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
 --distributed-executor-backend =mp,uni,auto | ranks are processes of one machine; leave it out

@@ -100,9 +100,9 @@ def test_a_python_program_s_values_are_read_as_they_are() -> None:
     assert taken_keywords({"swap_space": 4, "max_model_len": 8, "disable_log_stats": True, "task": "generate"}) == {
         "max_model_len": 8
     }
-    assert taken_keywords({"compilation_config": {"level": 3}, "pipeline_parallel_size": 1, "cpu_offload_gb": 0.0}) == {}
-    with pytest.raises(OctavoError, match=r"^pipeline_parallel_size=2 is not served: each rank has"):
-        taken_keywords({"pipeline_parallel_size": 2})
+    assert taken_keywords({"compilation_config": {"level": 3}, "decode_context_parallel_size": 1, "cpu_offload_gb": 0.0}) == {}
+    with pytest.raises(OctavoError, match=r"^decode_context_parallel_size=2 is not served: each rank has"):
+        taken_keywords({"decode_context_parallel_size": 2})
     with pytest.raises(OctavoError, match=r"^speculative_config=\{'method': 'ngram'\} is not served: there is no spec"):
         taken_keywords({"speculative_config": {"method": "ngram"}})
 

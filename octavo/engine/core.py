@@ -54,8 +54,9 @@ class EngineCore:
     """Runs requests together. Not thread-safe: the caller makes one call of add, abort or step at a time."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place | None = None):
-        if place is None and config.tensor_parallel_size > 1:
-            raise OctavoError("--tensor-parallel-size is for octavo serve, chat, bench and LLM here; leave it out.")
+        if place is None and config.num_ranks > 1:
+            split = "--tensor-parallel-size" if config.tensor_parallel_size > 1 else "--pipeline-parallel-size"
+            raise OctavoError(f"{split} is for octavo serve, chat, bench and LLM here; leave it out.")
         place = place or Place()
         self.runner = runner = ModelRunner(config, progress, place)
         self.config, self.awake = config, frozenset((WEIGHTS, KV_CACHE))
@@ -261,6 +262,7 @@ class EngineCore:
     def _take(self, step: _Step) -> list[TokenOutput]:
         """Waits for a step's tokens and makes the outputs."""
         outputs, schedule, result = [], step.schedule, step.result
+        tokens = result.to_host()
         self.grammars.new_step()
         for item in schedule.items:
             entries = result.prompt_logprobs.get(item.request.request_id)
@@ -268,7 +270,7 @@ class EngineCore:
                 kept = self.generations[item.request.request_id].prompt_logprobs
                 del kept[item.start + 1 :]  # a preempted prefill computes these positions again
                 kept.extend(entries)
-        for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, result.to_host()):
+        for request, token, finish_reason, stop_reason in self.scheduler.update(schedule, tokens):
             request_id = request.request_id
             generation = self.generations[request_id]
             if (fault := fault_of(generation.grammar, token)) is not None:

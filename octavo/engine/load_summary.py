@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from octavo.config import EngineConfig
+from octavo.distributed import Stages, TensorParallel
 from octavo.engine.memory import gib
 from octavo.platform import Platform
 from octavo.quant.scheme import WeightDType
 from octavo.weights.load_report import LoadReport
 
-__all__ = ["cache_line", "describe", "describe_weights"]
+__all__ = ["cache_line", "describe", "describe_weights", "without_effect"]
 
 
-def describe(model_type: str, report: LoadReport, platform: Platform, ranks: int, cache: str) -> list[str]:
+def describe(model_type: str, report: LoadReport, platform: Platform, ranks: int, cache: str, stages: Stages) -> list[str]:
     """One line per role and scheme, then memory, then notes. cache: the line of the KV cache."""
+    which = f" in stage {stages.number} of {stages.count}" if stages.count > 1 else ""
     return [
-        f"model: {model_type}, {report.total('parameters') / 1e6:,.1f} M parameters, on {platform.name}",
-        *describe_weights(report, platform, ranks),
+        f"model: {model_type}, {report.total('parameters') / 1e6:,.1f} M parameters{which}, on {platform.name}",
+        *describe_weights(report, platform, ranks, stages.count),
         cache,
         *(f"note: {note}" for note in report.notes),
     ]
+
+
+def without_effect(config: EngineConfig, tp: TensorParallel, sees: bool) -> list[str]:
+    """What was asked of ranks that these ranks cannot do, a sentence each. sees: whether there is a vision tower."""
+    found = []
+    if config.enable_expert_parallel and tp.size == 1:
+        found.append("--enable-expert-parallel is without effect: an engine of one rank has all experts")
+    if tp.whole_towers and (tp.size == 1 or not sees):
+        found.append("--mm-encoder-tp-mode data is without effect: it takes several ranks and a vision tower")
+    return found
 
 
 def cache_line(format: str, token: int, dense_token: int, tokens: int, size: int, ranks: int) -> str:
@@ -27,8 +40,8 @@ def cache_line(format: str, token: int, dense_token: int, tokens: int, size: int
     return f"KV cache: {format}, {token} bytes a token ({part}), {tokens:,} tokens in {gib(size)}{each}"
 
 
-def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1) -> list[str]:
-    """One line per role and scheme, then the total size. Of several ranks, rank 0 holds the most, and reports its own."""
+def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1, stages: int = 1) -> list[str]:
+    """One line per role and scheme, then the total size. Rank 0 reports its own, of the ranks of a stage the largest."""
     where = "" if ranks == 1 else f" on rank 0 of {ranks}"
     width = max(10, *(len(role) for role, _ in report.groups))
     lines = [
@@ -37,7 +50,7 @@ def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1) -> 
         if g.stored  # a tied head is stored elsewhere
     ]
     if where:
-        lines.insert(0, f"weights{where}, whose parts are the largest:")
+        lines.insert(0, f"weights{where}{', whose parts are the largest' if stages == 1 else ''}:")
     stored, dense = report.total("stored"), 2 * report.total("values")
     lines.append(f"weights: {gib(stored)} stored{where}, {100 * stored / dense:.1f}% of BF16's {gib(dense)}")
     if fp8 := report.total("dense", WeightDType.FP8):

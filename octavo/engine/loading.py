@@ -18,10 +18,11 @@ from octavo.convert.save_quantized import save_quantized
 from octavo.distributed import TensorParallel, Unheard
 from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.memory import check_weights, gib, length_held
+from octavo.engine.pipeline import check_pipeline
 from octavo.errors import OctavoError, shortage
 from octavo.host import release
 from octavo.kvcache import KVCacheSpec, Layout
-from octavo.models import build_model, read_config, same_architecture
+from octavo.models import build_model, number_of_layers, read_config, same_architecture
 from octavo.models.interface import Limits, Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
@@ -56,8 +57,10 @@ def make_model(
 
     The model is built for at most the length that a cache can hold, because a longer rotary table could take all memory.
     """
-    build = partial(build_model, json_config, tp, vision=config.reads_images)
+    layers = tp.stages.layers(number_of_layers(json_config)) if tp.stages.count > 1 else None
+    build = partial(build_model, json_config, tp, layers=layers, vision=config.reads_images)
     model = build(config.max_model_len)
+    check_pipeline(model, tp, config.kv_cache_dtype_skip_layers)
     limits = model.limits()
     token, fp8 = (
         sum(spec.bytes_per_token for spec in cache_specs(model, kind, dtype, platform, skipped))
@@ -113,15 +116,15 @@ def check_reload(
         check_format(json_config, directory)
         if not same_architecture(json_config, loaded):
             raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
-        alone = tp if tp.size == 1 else replace(tp, group=Unheard())
+        alone = tp if tp.engine.size == 1 else replace(tp, group=Unheard(), everyone=None)
         load_model(model, config, platform, dtype, progress, alone, put=rehearse)
     except OctavoError as error:
         fault = str(error)
     except Exception as error:  # a file that changes while it is read has no end of ways to fail
         fault = shortage(error) or f"{directory} cannot be read ({type(error).__name__}: {error}); write it anew."
-    for rank, sentence in enumerate(tp.sentences(fault)):
+    for rank, sentence in enumerate(tp.engine.sentences(fault)):
         if sentence:
-            raise OctavoError(sentence if tp.size == 1 or sentence == fault else f"Rank {rank}: {sentence}")
+            raise OctavoError(sentence if tp.engine.size == 1 or sentence == fault else f"Rank {rank}: {sentence}")
 
 
 def reload_model(
@@ -167,12 +170,12 @@ def load_model(
     scheme = SCHEMES[config.quantization or "bf16"]
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     directory, notes = Path(config.model), []
-    if config.save_quantized is not None and not tp.rank:
+    if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
         save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
         notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
     if config.save_quantized is not None:
-        tp.least(0)  # the others wait until rank 0 has written it
+        tp.engine.least(0)  # the others wait until rank 0 has written it
         directory = Path(config.save_quantized)
     source = open_source(config, directory)
     if put is fresh:
@@ -194,7 +197,8 @@ def load_model(
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
     module = cast("nn.Module", model)
-    complete = load(module, loader, model.ignored, partial(progress, verb) if progress else None, put=put)
+    shown = partial(progress, verb) if progress else None
+    complete = load(module, loader, model.ignored, shown, put=put, elsewhere=model.other_stages)
     if peak is not None:
         loader.report.note(peak.describe())
     release()

@@ -6,9 +6,11 @@ runner's method would form a reference cycle, and an unused engine would keep it
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.engine.pipeline import Pipeline
 from octavo.engine.vocabulary import Vocabulary
 from octavo.layers.vision import ImageInput
 from octavo.models.interface import Model
@@ -17,13 +19,20 @@ __all__ = ["ModelStep"]
 
 
 class ModelStep:
-    """The computation of `model`, whose logits are this rank's part of `vocabulary`."""
+    """The computation of `model`, whose logits are this rank's part of `vocabulary`. pipeline: if it is a stage of one."""
 
-    def __init__(self, model: Model, vocabulary: Vocabulary):
-        self.model, self.vocabulary = model, vocabulary
+    def __init__(self, model: Model, vocabulary: Vocabulary, pipeline: Pipeline | None = None):
+        self.model, self.vocabulary, self.pipeline = model, vocabulary, pipeline
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, images: ImageInput | None = None) -> Tensor | None:
+        """Hidden states [T, hidden]; None where a later stage has them. `images`: what images bring to the step."""
+        if self.pipeline is None or self.pipeline.stages.count == 1:
+            return self.hidden(batch, images)
+        return self.pipeline.forward(batch)
 
     def hidden(self, batch: ForwardBatch, images: ImageInput | None = None) -> Tensor:
-        """Hidden states [T, hidden]. `images`: what images bring to the step."""
+        """As `forward`, where one stage has all layers."""
         hidden = self.model(batch, self.model.embed(batch.input_ids, images))
         assert isinstance(hidden, Tensor), "one stage computes all layers"
         return hidden

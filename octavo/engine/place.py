@@ -20,18 +20,40 @@ T = TypeVar("T")
 
 @dataclass
 class Pulse:
-    """How far a rank's main thread has come, for another thread to read. All ranks do the same in the same order, so of those
-    that stand still the one with the smaller numbers is the one that the others wait for.
+    """How far a rank's main thread has come, for another thread to read. Of ranks that stand still the one with the smallest
+    numbers is the one that the others wait for: all of them take the same turns, and within one those of a stage make the same
+    exchanges.
 
-    steps: that it has begun. exchanges: collectives, and messages between ranks, that it has come to.
+    steps: that it has begun. turns: meetings of all ranks that it has come to, and for each pass through the stages of a
+    pipeline one a stage. exchanges: collectives, and messages between ranks, that it has come to in this turn.
     """
 
     steps: int = 0
+    turns: int = 0
     exchanges: int = 0
+    _left: int = 0  # turns of the present pass that are other stages'
 
     def exchange(self) -> None:
-        """To be called before each exchange."""
+        """To be called before each exchange within a stage."""
         self.exchanges += 1
+
+    def meet(self) -> None:
+        """To be called before each exchange of all ranks."""
+        self._advance(self._left + 1)
+
+    def enter(self, stage: int, stages: int) -> None:
+        """To be called before a pass through a pipeline waits for the stage before it."""
+        self._advance(self._left + stage)
+        self._left = stages - stage
+
+    def pass_on(self) -> None:
+        """To be called when a stage has done its part of a pass."""
+        self._advance(self._left)
+
+    def _advance(self, turns: int) -> None:
+        self._left = 0
+        if turns:
+            self.turns, self.exchanges = self.turns + turns, 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Place:
 
     def wait_for_all(self) -> None:
         """Rank 0 waits here until every other rank has come here. EOFError where one has ended."""
-        self.pulse.exchange()
+        self.pulse.meet()
         for link in self.links:
             if self.rank:
                 link.send_bytes(b"here")
@@ -65,7 +87,7 @@ class Place:
         """
         if self.size == 1:
             return value
-        self.pulse.exchange()
+        self.pulse.meet()
         if self.rank:
             return cast("T", pipes.receive(self.links[0]))
         try:

@@ -17,17 +17,17 @@ from torch import Tensor
 from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
-from octavo.distributed import join
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
-from octavo.engine.load_summary import cache_line, describe
+from octavo.engine.load_summary import cache_line, describe, without_effect
 from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
 from octavo.engine.memory import plan_blocks
 from octavo.engine.model_step import ModelStep
+from octavo.engine.pipeline import Pipeline, join_ranks
 from octavo.engine.place import Place
 from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
@@ -49,6 +49,7 @@ __all__ = ["ModelRunner", "StepTokens"]
 
 
 ALONE = Place()
+Items = Sequence[ScheduledRequest]
 log = logging.getLogger(__name__)
 
 
@@ -59,9 +60,7 @@ class ModelRunner:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
         self.config, self.progress = config, progress
         self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
-        at = place.rank, place.size, place.store
-        tp = join(*at, self.platform.device, config.enable_expert_parallel, place.pulse.exchange)
-        self.tp = tp = replace(tp, whole_towers=config.mm_encoder_tp_mode == "data")
+        self.tp = tp = join_ranks(config, place, self.platform)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform)
@@ -73,7 +72,8 @@ class ModelRunner:
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
-        self.step = ModelStep(self.model, self.vocabulary)
+        self.pipeline = Pipeline(self.model, tp, place.pulse)
+        self.step = ModelStep(self.model, self.vocabulary, self.pipeline)
         self.encoder, self.histories = make_encoder(self.model, self.platform, tp), Histories(self.platform.device)
         self.load_weights()
         self.make_runnable()
@@ -82,10 +82,7 @@ class ModelRunner:
         """Loads the weights, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
-        if self.config.enable_expert_parallel and self.tp.size == 1:
-            self.report.note("--enable-expert-parallel is without effect: an engine of one rank has all experts")
-        if self.tp.whole_towers and (self.tp.size == 1 or self.encoder is None):
-            self.report.note("--mm-encoder-tp-mode data is without effect: it takes several ranks and a vision tower")
+        self.report.notes.extend(without_effect(self.config, self.tp, self.encoder is not None))
 
     def make_runnable(self) -> None:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
@@ -114,11 +111,11 @@ class ModelRunner:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
         budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
-        self.max_model_len, self.num_blocks = self.tp.least(budget.max_model_len, budget.num_blocks)
+        self.max_model_len, self.num_blocks = self.tp.engine.least(budget.max_model_len, budget.num_blocks)
         self.report.notes.extend(budget.notes)
         if self.max_model_len < budget.max_model_len:
             self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
-        eager = config.enforce_eager or (cpu and self.tp.size > 1)  # a recording has no calls of gloo
+        eager = config.enforce_eager or (cpu and self.tp.engine.size > 1)  # a recording has no calls of gloo
         self.captures = not eager and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
@@ -126,12 +123,12 @@ class ModelRunner:
 
     def _set_kv_scales(self) -> None:
         text = partial(calibration_tokens, Path(self.config.text_directory), self.limits.vocab_size)
-        if note := set_kv_scales(self.model, self.config, lambda: self.forward(self._prompt_batch(text()))):
+        if note := set_kv_scales(self.model, self.config, lambda: self.step.forward(self._prompt_batch(text()))):
             self.report.note(note)
 
     def _check_first_logits(self) -> None:
         if self.config.load_format != "dummy":  # random weights may give any logits
-            check_first_logits(self.model, self.vocabulary, lambda ids: self.forward(self._prompt_batch(ids)))
+            check_first_logits(self.model, self.vocabulary, lambda ids: self.step.forward(self._prompt_batch(ids)))
 
     @torch.inference_mode()
     def _make_graphs(self) -> None:
@@ -215,14 +212,12 @@ class ModelRunner:
         return self._batch([batches.Span(token_ids, 0, range(-(-len(token_ids) // self.block_size)))])
 
     @torch.inference_mode()
-    def forward(self, batch: batches.ForwardBatch, images: ImageInput | None = None) -> Tensor:
-        """Hidden states [T, hidden] of a batch. Writes its keys and values to the cache."""
-        return self.step.hidden(batch, images)
+    def forward(self, batch: batches.ForwardBatch) -> Tensor:
+        """Hidden states [T, hidden] of a batch, where one stage has all layers. Writes its keys and values to the cache."""
+        return self.step.hidden(batch)
 
     @torch.inference_mode()
-    def run(
-        self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None = None
-    ) -> StepTokens:
+    def run(self, items: Items, rows: Sequence[SamplingRow], previous: StepTokens | None = None) -> StepTokens:
         """Launches the step of `items`. `rows[i]` is the sampling state of items[i], used if the step samples its next token.
 
         `previous` is the output of the step before: pending tokens are copied from it on the device.
@@ -239,6 +234,8 @@ class ModelRunner:
             self._sample(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
             return out
         hidden, ends = self._hidden(items, previous, images), list(accumulate(item.num_tokens for item in items))
+        if hidden is None:
+            return self.pipeline.expected(items, rows)
         for item, row, end in zip(items, rows, ends, strict=True):
             if wants_prompt_logprobs(item, row):
                 found = prompt_logprobs(self.model, self.vocabulary, hidden[end - item.num_tokens :], item, row)
@@ -247,6 +244,7 @@ class ModelRunner:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
             self._sample(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
+        self.pipeline.tell(out, items, rows)
         return out
 
     def _replay(
@@ -262,8 +260,8 @@ class ModelRunner:
         known = None if previous is None else previous.tokens
         return self.graphs.run([span(item) for item in items], known, sources(items, previous))
 
-    def _hidden(self, items: Sequence[ScheduledRequest], previous: StepTokens | None, images: ImageInput | None) -> Tensor:
-        """Hidden states of all tokens of `items`."""
+    def _hidden(self, items: Items, previous: StepTokens | None, images: ImageInput | None) -> Tensor | None:
+        """Hidden states of all tokens of `items`; None where a later stage has them."""
         batch = self._batch([span(item) for item in items])
         last = [end - 1 for end in accumulate(item.num_tokens for item in items)]
         if pending := [pair for pair in zip(last, sources(items, previous), strict=True) if pair[1] >= 0]:
@@ -271,7 +269,7 @@ class ModelRunner:
             assert previous.tokens is not None
             at, source = (self._indices(part) for part in zip(*pending, strict=True))
             batch.input_ids[at] = previous.tokens[source]
-        return self.forward(batch, images)
+        return self.step.forward(batch, images)
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return batches.to_device(values, torch.int64, self.platform.device)
@@ -296,5 +294,6 @@ class ModelRunner:
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""
         sizes = self.bytes_per_token, self.dense_bytes_per_token, self.num_blocks * self.block_size, self.cache.nbytes
-        cache = cache_line(self.cache_format, *sizes, self.tp.size)
-        return describe(self.model_type, self.report, self.platform, self.tp.size, cache)
+        ranks = self.tp.engine.size
+        cache = cache_line(self.cache_format, *sizes, ranks)
+        return describe(self.model_type, self.report, self.platform, ranks, cache, self.tp.stages)

@@ -131,12 +131,13 @@ def _receive(line: _Line, inbox: SimpleQueue[Message], place: Place) -> None:
 
 def _answer(line: _Line, place: Place, prints: bool) -> None:
     """Says how far the main thread has come, and where it is."""
-    steps, exchanges = place.pulse.steps, place.pulse.exchanges
+    pulse = place.pulse
+    steps, turns, exchanges = pulse.steps, pulse.turns, pulse.exchanges
     if prints:
-        where = f"octavo: rank {place.rank} of {place.size} is in step {steps}, at exchange {exchanges} with the others:"
-        print(where, file=sys.stderr, flush=True)
+        where = f"is in step {steps}, at exchange {exchanges} of turn {turns} with the others:"
+        print(f"octavo: rank {place.rank} of {place.size} {where}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-    line.send(("pong", steps, exchanges))
+    line.send(("pong", steps, turns, exchanges))
 
 
 def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) -> Core | None:

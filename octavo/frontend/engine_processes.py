@@ -44,7 +44,7 @@ class EngineProcesses:
     """
 
     def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False, replica: int = 0):
-        size = config.tensor_parallel_size
+        size = config.num_ranks
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self._directory = tempfile.mkdtemp(prefix="octavo-") if size > 1 else None
         store = str(Path(self._directory) / "ranks") if self._directory else ""
@@ -53,7 +53,7 @@ class EngineProcesses:
         self.connections: list[Connection] = []
         self._processes = []
         self._reaping, self._sending = threading.Lock(), [threading.Lock() for _ in range(size)]
-        self._answers: dict[int, tuple[int, int]] = {}  # rank -> how far it said that it has come
+        self._answers: dict[int, tuple[int, int, int]] = {}  # rank -> how far it said that it has come
         self.killed = False
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
@@ -105,14 +105,15 @@ class EngineProcesses:
         if silent := [rank for rank in ranks if rank not in seen]:
             return _hang(len(ranks), silent, "no answer")
         time.sleep(STILL_SECONDS)
-        steps, exchanges = least = min(seen.values())  # it waits for nobody: all others have come to where it is
+        steps, turns, exchanges = least = min(seen.values())  # it waits for nobody: all others have come to where it is
         if least == max(seen.values()) or self._ask(False) != seen:
             return None
         behind = [rank for rank in ranks if seen[rank] == least]
-        return _hang(len(ranks), behind, f"in step {steps}, behind exchange {exchanges}; the others wait in the next")
+        where = f"in step {steps}, behind exchange {exchanges} of turn {turns}"
+        return _hang(len(ranks), behind, f"{where}; the others wait in the next")
 
-    def _ask(self, prints: bool) -> dict[int, tuple[int, int]]:
-        """What each rank answers within ANSWER_SECONDS: the steps and exchanges that it has begun."""
+    def _ask(self, prints: bool) -> dict[int, tuple[int, int, int]]:
+        """What each rank answers within ANSWER_SECONDS: the steps, turns and exchanges that it has begun."""
         self._answers.clear()
         for rank in range(len(self.connections)):  # a message to one that hangs may block its pipe for ever
             threading.Thread(target=self._ping, args=(rank, prints), name="octavo-ping", daemon=True).start()

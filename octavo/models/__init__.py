@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from octavo.distributed import TensorParallel
     from octavo.models.interface import Model
 
-__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "read_config", "same_architecture"]
+__all__ = ["MODEL_TYPES", "architecture", "build_model", "check_length", "number_of_layers", "read_config", "same_architecture"]
 
 MODEL_TYPES = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "glm4_moe", "minimax_m2",
@@ -43,6 +43,12 @@ def architecture(config: Mapping[str, Any]) -> Any:
         served = ", ".join(MODEL_TYPES)
         raise OctavoError(f"octavo {__version__} does not serve model_type '{model_type}' yet; {hint}it serves {served}.")
     return importlib.import_module(f"octavo.models.{model_type}")
+
+
+def number_of_layers(config: Mapping[str, Any]) -> int:
+    """How many layers the model of a config.json has. Raises OctavoError as `build_model`."""
+    count: int = architecture(config).Config.from_json(config).num_hidden_layers
+    return count
 
 
 def check_length(max_model_len: int | None, limit: int) -> None:

@@ -109,15 +109,19 @@ class DecoderLM(nn.Module):
         return Decoder(self.config, self.tp, layers)
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """Globs of tensors in checkpoints that this stage does not need."""
+    def other_stages(self) -> tuple[str, ...]:
         stage = self.model.layers.stage
         others = [f"model.layers.{n}.*" for n in range(self.config.num_hidden_layers) if n not in stage]
         if not self.model.first and not hasattr(self.model, "embed_tokens"):
             others.append("model.embed_tokens.*")
         if not self.model.last:
             others += ["model.norm.*", "lm_head.*"]
-        return ("*.rotary_emb.*", *map(self.path, others))  # rotary tables follow from config.json
+        return tuple(map(self.path, others))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Globs of tensors in checkpoints that this stage does not need."""
+        return ("*.rotary_emb.*", *self.other_stages)  # rotary tables follow from config.json
 
     def workspace_bytes(self, tokens: int) -> int:
         """Bytes of the MLP's activations and the residual, in FP32."""

@@ -64,6 +64,10 @@ class Model(Protocol):
     def ignored(self) -> Sequence[str]:
         """Globs of tensors in checkpoints that the model does not need."""
 
+    @property
+    def other_stages(self) -> Sequence[str]:
+        """Those of `ignored` that other pipeline stages load."""
+
     def limits(self) -> Limits: ...
 
     def workspace_bytes(self, tokens: int) -> int:

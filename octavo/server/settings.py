@@ -34,7 +34,7 @@ def vllm_config(config: EngineConfig, info: EngineInfo, names: Sequence[str]) ->
         "parallel_config": {
             "tensor_parallel_size": config.tensor_parallel_size,
             "data_parallel_size": config.data_parallel_size,
-            "pipeline_parallel_size": 1,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
             "enable_expert_parallel": config.enable_expert_parallel,
         },
         "scheduler_config": {

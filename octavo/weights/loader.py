@@ -226,11 +226,13 @@ def load(
     progress: Callable[[float], None] | None = None,
     *,
     put: Put = fresh,
+    elsewhere: Sequence[str] = (),
 ) -> bool:
     """Loads every layer of `model`. Raises OctavoError for a missing tensor, and for one that nothing reads.
 
     `ignore`: globs of tensors that may go unread. `progress`: called with the finished part, 0 to 1. `put`: what is done with a
     layer (octavo.weights.in_place); False where it said so of one, because its memory could not be overwritten.
+    elsewhere: those of `ignore` that other processes read, of which nothing need be said.
     """
     places = places_of(model)
     loader = replace(loader, tied_head=is_tied(places))
@@ -249,7 +251,7 @@ def load(
         left = fnmatch.filter(loader.source.names - loader.seen, pattern)
         for name in left:
             loader.rules.ignored(name.rpartition(".")[0])  # marks patterns that name it as used
-        if left and "rotary_emb" not in pattern:  # rotary tables follow from config.json
+        if left and "rotary_emb" not in pattern and pattern not in elsewhere:  # rotary tables follow from config.json
             loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: what is served does not compute with them")
     loader.rules.check_used()
     return complete

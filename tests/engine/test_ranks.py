@@ -104,7 +104,7 @@ def answers(place: Place, path: str, wanted: list[EngineRequest], options: dict[
     core = EngineCore(EngineConfig(**dict(model=path, tensor_parallel_size=place.size) | ENGINE | options), None, place)
     outputs, _ = run(core, wanted)
     found = token_ids(outputs)
-    if not options:
+    if not options or "pipeline_parallel_size" in options:
         again, sums = run(core, wanted)
         assert sums.prefix_cache_hits > 50
         assert token_ids(again) == found
@@ -213,12 +213,13 @@ def test_ranks_allocate_what_is_planned(ranks: dict[int, RankProcesses], tmp_pat
 GRAMMAR = StructuredOutput("regex", r"(yes|no), [0-9]{2,4}: (true|maybe)")
 
 
-def structured(place: Place, slow: int) -> dict[str, list[int]]:
+def structured(place: Place, slow: int, stages: int = 1) -> dict[str, list[int]]:
     """Three requests of a grammar and one without; compiling it, and finding its tokens, takes long on rank `slow`."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((grammar.GrammarCompiler, "compile"), (grammar.Grammar, "find")) if place.rank == slow else ():
             patch.setattr(owner, name, _late(getattr(owner, name)))
-        config = EngineConfig(**dict(model=str(MODEL_DIR), tensor_parallel_size=place.size) | ENGINE)
+        size = dict(tensor_parallel_size=place.size // stages, pipeline_parallel_size=stages)
+        config = EngineConfig(**dict(model=str(MODEL_DIR)) | size | ENGINE)
         core, text = EngineCore(config, None, place), serialize(GRAMMAR)
         wanted = [request(str(i), tokens(9), (0,), text, seed=i, max_tokens=30) for i in range(3)]
         return token_ids(run(core, [*wanted, request("free", tokens(20), temperature=0)], apart=1)[0])
@@ -244,10 +245,11 @@ def test_structured_output(ranks: dict[int, RankProcesses]) -> None:
                 assert ranks[size].run(structured, slow) == [expected] * size
 
 
-def lives(place: Place, first: str, second: str) -> list[Any]:
+def lives(place: Place, first: str, second: str, stages: int = 1) -> list[Any]:
     """Tokens before and after sleep, after a reload, and after one that was refused; measured KV scales."""
-    options = dict(tensor_parallel_size=place.size, kv_cache_dtype="fp8", calculate_kv_scales=True)
-    core = EngineCore(EngineConfig(**dict(model=first) | ENGINE | options), None, place)
+    size = dict(tensor_parallel_size=place.size // stages, pipeline_parallel_size=stages)
+    options = dict(kv_cache_dtype="fp8", calculate_kv_scales=True)
+    core = EngineCore(EngineConfig(**dict(model=first) | size | ENGINE | options), None, place)
     wanted = [request(str(n), tokens(n, seed=n), temperature=0) for n in (3, 20, 60)]
     found, scales = [token_ids(run(core, wanted)[0])], torch.cat(core.runner.model.kv_scales()[0])  # type: ignore[attr-defined]
     core.sleep()

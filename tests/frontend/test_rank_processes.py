@@ -148,10 +148,10 @@ def test_an_llm_ends_where_a_rank_hangs_in_a_step(monkeypatch: pytest.MonkeyPatc
     while core.has_work():
         core.step()
     core.add(EngineRequest("hangs", [HANG], SamplingParams(max_tokens=20)))
-    with pytest.raises(OctavoError, match=r"^Of the engine's 3 ranks rank 1 hangs \(in step \d+, behind exchange \d+; "):
+    with pytest.raises(OctavoError, match=r"^Of the engine's 3 ranks rank 1 hangs \(in step \d+, behind exchange \d+ of turn "):
         core.step()
     assert not multiprocessing.active_children()
-    assert "octavo: rank 0 of 3 is in step 21, at exchange 23 with the others:" in capfd.readouterr().err
+    assert "octavo: rank 0 of 3 is in step 21, at exchange 0 of turn 23 with the others:" in capfd.readouterr().err
 
 
 def test_what_one_rank_alone_cannot_load_is_said() -> None:

@@ -67,6 +67,7 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     ignored: Sequence[str] = ()
+    other_stages: Sequence[str] = ()
 
     def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
         super().__init__()

@@ -23,6 +23,7 @@ class FakeEngine:
     count = 1
 
     alive: tuple[()] = ()  # of those that an operator could pause
+
     def __init__(self, text: str = " hello world") -> None:
         self.tokenizer = Tokenizer(MODEL_DIR)
         self.info = EngineInfo(1024, 4096, 64, 16, "llama", report=["report"])

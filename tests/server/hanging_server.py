@@ -32,7 +32,7 @@ def make_core(config: Any, progress: Any, place: Any) -> Any:
             if any(len(one.input_ids) == LENGTH for one in given if hasattr(one, "input_ids")):
                 time.sleep(600) if how == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
 
-        model.model.layers[1].register_forward_pre_hook(hang_in_a_layer)
+        model.model.layers[-1].register_forward_pre_hook(hang_in_a_layer)
     return core
 
 

@@ -45,15 +45,17 @@ def test_ranks_of_a_stalled_engine_are_asked_again(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("how", "named"),
+    ("how", "split", "named"),
     [
-        ("sleep 1", "rank 1 hangs (in step {step}, behind exchange "),
-        ("stop 0", "rank 0 hangs (no answer)"),
+        ("sleep 1", "-tp", "rank 1 hangs (in step {step}, behind exchange "),
+        ("sleep 1", "-pp", "rank 1 hangs (in step {step}, behind exchange "),
+        ("stop 0", "-tp", "rank 0 hangs (no answer)"),
     ],
 )
-def test_a_rank_that_hangs_in_a_layer_is_named(how: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_in_a_layer_is_named(how: str, split: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a collective, or behind a pipeline stage."""
     monkeypatch.setenv("HANG", how)
-    server = Server("-tp", "2", "--threads", "1", "--engine-timeout", str(TIMEOUT), script=SCRIPT)
+    server = Server(split, "2", "--threads", "1", "--engine-timeout", str(TIMEOUT), script=SCRIPT)
     try:
         with ThreadPoolExecutor() as pool:
             began = time.monotonic()

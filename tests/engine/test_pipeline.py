@@ -1,0 +1,137 @@
+"""Engines whose layers are split over pipeline stages, processes over gloo: the tokens are those of one rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.test_core import ENGINE
+from engine.test_ranks import answers, asked, checkpoint, lives, structured
+from models.test_logits import llama, randomize
+from rank_processes import RankProcesses
+from ranks import storage_bytes
+from safetensors.torch import load_file
+
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.place import Place, Pulse
+from octavo.errors import OctavoError
+
+Run = Callable[..., list[Any]]
+SPLITS = ((1, 2), (2, 2))  # ranks a stage, stages
+MODELS = ("llama", "qwen3_moe", "deepseek_v3", "glm_moe_dsa")  # dense, experts, MLA, and what shares a state beside
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """What a function gives on each of so many ranks, which are the first of four processes."""
+    directory, numbers = tmp_path_factory.mktemp("ranks"), count()
+    processes = RankProcesses(4, directory)
+    yield lambda size, fn, *args: processes.run(among, size, str(directory / str(next(numbers))), fn, args)[:size]
+    processes.close()
+
+
+def among(place: Place, size: int, store: str, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The answer of one of `size` ranks; None on others. store: of these alone."""
+    return fn(replace(place, size=size, store=store, links=place.links[: size - 1]), *args) if place.rank < size else None
+
+
+def split(tp: int, pp: int) -> dict[str, Any]:
+    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp)
+
+
+def test_stages_say_what_one_rank_says(ranks: Run, tmp_path: Path) -> None:
+    """Tokens on every rank, probabilities on rank 0, which answers; in chunks, from the prefix cache and preempted."""
+    failed: list[str] = []
+    for model_type in MODELS:
+        path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
+        one = answers(Place(), path, wanted, {})
+        assert len({token for ids in one.tokens.values() for token in ids}) > 12, "outputs too dull to tell a mistake by"
+        for tp, pp in SPLITS:
+            found = ranks(tp * pp, answers, path, wanted, split(tp, pp))
+            wrong = found[0].differences(one, tp * pp)
+            assert " in stage 0 of 2, on CPU" in found[0].model  # whose parameters are fewer
+            failed += [f"{model_type}, {tp} x {pp}: {what}" for what in wrong if what != "parameters"]
+            failed += [f"{model_type}, {tp} x {pp}, rank {n}" for n, each in enumerate(found) if each.tokens != one.tokens]
+    assert not failed, "\n".join(failed)
+
+
+def held(place: Place, path: str, options: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes of this rank's weights and tables; blocks of its cache, and its caches."""
+    core = EngineCore(EngineConfig(**dict(model=path) | ENGINE | options), None, place)
+    assert not [note for note in core.runner.report.notes if "not loaded" in note]  # by this stage, as the other says
+    return storage_bytes(core.runner.model), core.runner.num_blocks, len(core.runner.cache.views)  # type: ignore[arg-type]
+
+
+def test_a_stage_holds_its_layers_alone(ranks: Run, tmp_path: Path) -> None:
+    """Three layers, two of them in the first stage; a tied embedding in both. Blocks are as many as fit the larger stage."""
+    randomize(llama(tie_word_embeddings=True, num_hidden_layers=3)).save_pretrained(tmp_path)
+    sizes = {name: 4 * tensor.numel() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    whole, blocks, _ = held(Place(), str(tmp_path), {})
+    tables = whole - sum(sizes.values())
+    own = (r"embed_tokens|layers\.[01]\.", r"embed_tokens|layers\.2\.|model\.norm")
+    for stage, found in enumerate(ranks(2, held, str(tmp_path), split(1, 2))):
+        stored = sum(size for name, size in sizes.items() if re.search(own[stage], name))
+        assert found == (pytest.approx(stored + tables, rel=0.001), blocks, 2 - stage)
+
+
+def test_a_grammar_and_other_weights(ranks: Run, tmp_path: Path) -> None:
+    """Whichever stage is behind with a grammar; weights are freed, restored and reloaded, with measured KV scales."""
+    expected = structured(Place(), 1)
+    for slow in range(2):
+        assert ranks(2, structured, slow, 2) == [expected] * 2
+    first, second = (checkpoint("llama", tmp_path / str(seed), seed) for seed in range(2))
+    *before, _ = lives(Place(), first, second)
+    for *found, _ in ranks(2, lives, first, second, 2):
+        assert found == before
+
+
+def test_of_ranks_that_stand_still_the_one_with_the_smallest_numbers_is_waited_for() -> None:
+    """Two stages in two passes, of unlike numbers of exchanges, and a meeting of all."""
+    first, last = Pulse(), Pulse()
+
+    def numbers(pulse: Pulse) -> tuple[int, int]:
+        return pulse.turns, pulse.exchanges
+
+    first.enter(0, 2)
+    last.enter(1, 2)
+    assert numbers(first) < numbers(last), "the first computes, the last waits for its state"
+    for _ in range(3):
+        first.exchange()
+    first.pass_on()
+    last.exchange()
+    assert numbers(last) < numbers(first), "the last computes, the first waits for its tokens"
+    first.enter(0, 2)
+    assert numbers(last) < numbers(first), "or is a pass ahead"
+    first.pass_on()
+    last.enter(1, 2)
+    assert numbers(last) < numbers(first)
+    first.meet()
+    assert numbers(last) < numbers(first)
+    last.meet()
+    assert numbers(last) == numbers(first)
+
+
+def test_what_is_refused(ranks: Run, tmp_path: Path) -> None:
+    seeing, text = checkpoint("qwen3_vl", tmp_path / "seeing"), checkpoint("llama", tmp_path / "text")
+    for path, options, sentence in (
+        (seeing, {}, "serves text alone: .* add --language-model-only"),
+        (
+            text,
+            dict(kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=("1",)),
+            "--kv-cache-dtype-skip-layers is not served with",
+        ),
+    ):
+        for said in ranks(2, refused, path, split(1, 2) | options):
+            assert re.search(sentence, said), said
+
+
+def refused(place: Place, path: str, options: dict[str, Any]) -> str:
+    with pytest.raises(OctavoError) as error:
+        EngineCore(EngineConfig(**dict(model=path) | ENGINE | options), None, place)
+    return str(error.value)
