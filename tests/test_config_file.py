@@ -31,7 +31,6 @@ api-key: [one]
 enable-prefix-caching: false
 enable-auto-tool-choice: true
 trust-remote-code: false
-enable-expert-parallel:
 hf-overrides: {rope_theta: 5.0}
 limit-mm-per-prompt: {image: 2}
 quantization-ignore: ["re:.*down.*", x]

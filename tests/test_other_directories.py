@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -160,10 +161,11 @@ def test_a_template_is_checked_before_loading(
     shutil.copytree(MODEL_DIR, model, ignore=shutil.ignore_patterns("chat_template*"))
     write(model, files)
 
-    def bind(*_: object) -> None:
+    def start(*_: object) -> None:
         raise OctavoError("All was checked.")
 
-    monkeypatch.setattr(serve, "bind", bind)
+    monkeypatch.setattr(serve, "bind", lambda *_: socket.socket())
+    monkeypatch.setattr(serve, "serve", start)
     assert main(["serve", str(model)]) == 1
     told = capsys.readouterr().err
     assert f"chat template '{name}': The chat template is not valid jinja (line 1: " in told

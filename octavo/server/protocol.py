@@ -102,6 +102,17 @@ class StructuredOutputs(ObjectWithFates):
     choice: Strings | None = None
     grammar: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_none(cls, data: Any) -> Any:
+        """A misspelt constraint would be none at all."""
+        if isinstance(data, Mapping) and data and not set(data) & (STRUCTURED_OUTPUTS.keys() | {"json"}):
+            raise InvalidRequest(
+                "structured_outputs has no constraint; give one of json, json_object, regex, choice, grammar, or leave it out.",
+                "structured_outputs",
+            )
+        return data
+
 
 class GenerationRequest(ObjectWithFates):
     """The fields that completions and chat share. None: absent from the request, so the model's default applies."""

@@ -84,11 +84,6 @@ def _response_format(request: GenerationRequest) -> tuple[str, GrammarKind, str]
 
 def _extras(request: GenerationRequest) -> list[tuple[str, GrammarKind, str] | None]:
     new = request.structured_outputs
-    if "structured_outputs" in request.model_fields_set and not new.model_fields_set:
-        raise InvalidRequest(
-            "structured_outputs has no constraint; give one of json, json_object, regex, choice, grammar, or leave it out.",
-            "structured_outputs",
-        )
     return [
         _json("guided_json", request.guided_json),
         _json("structured_outputs.json", new.json_),
