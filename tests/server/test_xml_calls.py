@@ -355,7 +355,7 @@ def test_strings_come_as_they_are_written(name: str) -> None:
 @cases("size", [1, 5, 10**6])
 @cases("name", FORMS)
 def test_hostile_text_takes_linear_time(name: str, size: int) -> None:
-    """What is held between two pieces stays short, and 100,000 characters of each kind at once take no half second."""
+    """What is held between two pieces stays short; 100,000 characters of each kind take no two seconds, and squared minutes."""
     form, long = FORMS[name], {1: 300, 5: 1_000}.get(size, 100_000)
     head = f"{form.block}{form.call}f" + (">" if form.call else "\n")
     value = head + form.key + "text" + form.key_end + form.value
@@ -368,7 +368,7 @@ def test_hostile_text_takes_linear_time(name: str, size: int) -> None:
                 made.feed(text[i : i + size])
                 assert len(made._scan.text) - made._scan.at < 64
             made.finish()
-            assert time.process_time() - begun < 0.5, (start, bit)
+            assert time.process_time() - begun < 2, (start, bit)
 
 
 @cases(
