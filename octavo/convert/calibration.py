@@ -8,7 +8,8 @@ files that the checkpoint is made of take their codes from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -107,46 +108,41 @@ def calibrate(
     config: config.json's, of an architecture that Octavo serves. tell: learns of each layer its number, how many there are, and
     what it loses. Matrices that no token of text reads, such as a vision tower's, are not in the stash.
     """
+    with _threads(threads):
+        ops.bind(platform)
+        longest = max(map(len, windows))
+        pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
+        whole = build_model(config, TensorParallel(), longest)
+        count: int = cast("DecoderLM", whole).config.num_hidden_layers
+        done = stash.done()
+        for number in range(done):
+            tell(number, count, stash.losses(number))
+        states = [_to(state, platform.device) for state in stash.states(done)] if 0 < done < count else []
+        for number in range(done, count):
+            layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces, search)
+            try:
+                if not number:
+                    states = [layer.embed(window) for window in windows]
+                layer.quantize(windows, states)
+                last = number + 1 == count
+                states = [] if last else [cast("State", layer.run(*pair)) for pair in zip(windows, states, strict=True)]
+            finally:
+                layer.close()
+            stash.put(number, layer, states)
+            tell(number, count, layer.losses)
+            del layer  # before the next is loaded
+            platform.release()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        _each_layer(plan, config, windows, platform, stash, search, tell)
+        yield
     finally:
         torch.set_num_threads(before)
-
-
-def _each_layer(
-    plan: Plan,
-    config: Mapping[str, Any],
-    windows: Sequence[Sequence[int]],
-    platform: Platform,
-    stash: Stash,
-    search: bool,
-    tell: Callable[[int, int, LayerLosses], None],
-) -> None:
-    ops.bind(platform)
-    longest = max(map(len, windows))
-    pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
-    whole = build_model(config, TensorParallel(), longest)
-    count: int = cast("DecoderLM", whole).config.num_hidden_layers
-    done = stash.done()
-    for number in range(done):
-        tell(number, count, stash.losses(number))
-    states = [_to(state, platform.device) for state in stash.states(done)] if 0 < done < count else []
-    for number in range(done, count):
-        layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces, search)
-        try:
-            if not number:
-                states = [layer.embed(window) for window in windows]
-            layer.quantize(windows, states)
-            last = number + 1 == count
-            states = [] if last else [cast("State", layer.run(*pair)) for pair in zip(windows, states, strict=True)]
-        finally:
-            layer.close()
-        stash.put(number, layer, states)
-        tell(number, count, layer.losses)
-        del layer  # before the next is loaded
-        platform.release()
 
 
 def _layer_name(number: int) -> str:

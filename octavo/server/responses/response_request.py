@@ -12,6 +12,7 @@ from octavo.server.protocol import MAX_TOOLS, ApiModel, ChatRequest, Objects, Ob
 from octavo.server.request_fields import Refused
 from octavo.server.responses.response_fields import INCLUDE, REASONING, RESPONSES, TEXT
 from octavo.server.responses.response_items import chat_messages
+from octavo.server.responses.response_store import size_of
 
 __all__ = ["CHAT_NAMES", "ResponsesRequest"]
 
@@ -144,7 +145,8 @@ class ResponsesRequest(ObjectWithFates):
                 raise InvalidRequest(f"include has {value[:80]!r}; known are: {', '.join(INCLUDE)}.", "include")
             if isinstance(fate, Refused):
                 raise InvalidRequest(fate.sentence, "include")
-        if sum(_size(tool.parameters) + len(tool.description or "") for tool in self.tools) > MAX_TOOLS_SIZE:
+        sizes = (size_of(tool.parameters, most=MAX_TOOLS_SIZE, each=2) + len(tool.description or "") for tool in self.tools)
+        if sum(sizes) > MAX_TOOLS_SIZE:
             raise InvalidRequest(f"The tools have over {MAX_TOOLS_SIZE} characters; send fewer, or shorter ones.", "tools")
         messages = self._messages()
         self.input = ""  # what is in the messages need not be kept, or sent between processes, twice
@@ -203,19 +205,3 @@ class ResponsesRequest(ObjectWithFates):
         if wanted.type == "json_schema" and wanted.schema_ is None:
             raise InvalidRequest("text.format of type json_schema needs its schema.", "text.format.schema")
         return {"type": wanted.type, "json_schema": {"name": wanted.name, "schema": wanted.schema_}}
-
-
-def _size(value: Any) -> int:
-    """Characters of the value as JSON, or a bit less. Stops beyond MAX_TOOLS_SIZE."""
-    size, waiting = 0, [value]
-    while waiting and size <= MAX_TOOLS_SIZE:
-        part = waiting.pop()
-        size += 2
-        if isinstance(part, dict):
-            size += sum(map(len, part))
-            waiting += part.values()
-        elif isinstance(part, list):
-            waiting += part
-        elif isinstance(part, str):
-            size += len(part)
-    return size

@@ -60,12 +60,12 @@ class ResponseStore:
             del self._items[item["id"]]
 
 
-def size_of(*values: Any) -> int:
-    """About how many bytes the values take. Stops beyond MAX_ONE."""
+def size_of(*values: Any, most: int = MAX_ONE, each: int = _VALUE) -> int:
+    """About how many bytes the values take: their strings and keys, and `each` for every value. Stops beyond `most`."""
     size, waiting = 0, list(values)
-    while waiting and size <= MAX_ONE:
+    while waiting and size <= most:
         value = waiting.pop()
-        size += _VALUE
+        size += each
         if isinstance(value, dict):
             size += sum(map(len, value))
             waiting += value.values()
