@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Activation, CodeFormat, Norm, Product, Quantized, Reader, Unscaled, wanted
+from octavo.ops.contract import Activation, CodeFormat, Norm, Quantized, Reader, Unscaled, wanted
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
@@ -184,13 +184,13 @@ def _codes(rows: int, fp8: torch.dtype, width: int, device: torch.device) -> Qua
 
 
 def rms_norm(
-    x: Product, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+    x: Tensor | Unscaled, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     return layer_norm(x, Norm(weight, eps), residual, readers)
 
 
 def layer_norm(
-    x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+    x: Tensor | Unscaled, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """LayerNorm, or RMSNorm where `norm` has no bias."""
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x, None, None)
@@ -210,7 +210,7 @@ def layer_norm(
     return Activation(None if to.dense is None else to.dense.view(x.shape), to.quantized), carried
 
 
-def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
+def silu_mul(x: Tensor | Unscaled, readers: Sequence[Reader] = ()) -> Activation:
     x, by_row, by_column = x if isinstance(x, Unscaled) else (x.contiguous(), None, None)
     rows, size = x.shape[0], x.shape[1] // 2
     to = _Outputs(readers, rows, size, x)
