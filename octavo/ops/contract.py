@@ -165,7 +165,7 @@ class PackedWeight:
         """x [M, K] times the transposed weight: [M, N] in x's dtype, BF16 for codes."""
         raise NotImplementedError
 
-    def unscaled(self, x: Operand) -> Product:
+    def unscaled(self, x: Operand) -> Tensor | Unscaled:
         """The same product, with scales left to a reader that can apply them."""
         return self(x)
 

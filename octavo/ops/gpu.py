@@ -16,7 +16,6 @@ from octavo.ops.contract import (
     Operand,
     PackedStack,
     PackedWeight,
-    Product,
     Quantized,
     Unscaled,
     codes_of,
@@ -123,7 +122,7 @@ class PackedScaledMM(PackedWeight):
             return self._product(given).to(_dtype(x)).add_(bias)
         return self._scaled_mm(codes, scale, self.scale, bias).to(_dtype(x))
 
-    def unscaled(self, x: Operand) -> Product:
+    def unscaled(self, x: Operand) -> Tensor | Unscaled:
         if _dtype(x) is not torch.bfloat16:
             return self(x)
         codes, scale = given = self.codes(x)
