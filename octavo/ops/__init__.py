@@ -426,8 +426,12 @@ def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCach
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The token with the largest of logits [rows, vocab]: int64 [rows]. Ties go to the smaller id; NaN ranks as infinity."""
-    return _bound["argmax"](logits)  # type: ignore[no-any-return]
+    """The token with the largest of logits [rows, vocab]: int64 [rows]. Ties go to the smaller id; NaN ranks as infinity.
+
+    Within compile_ahead zeros: results are undefined there, but callers index by these.
+    """
+    found: Tensor = _bound["argmax"](logits)
+    return found.zero_() if ahead.is_on() else found
 
 
 def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:

@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from octavo import batch as batches
 from octavo import ops
+from octavo.distributed import TensorParallel, Unheard
+from octavo.engine.vocabulary import Vocabulary
 from octavo.ops import ahead, gpu
 from octavo.ops.contract import LayerParts, Rope
 from octavo.ops.hopper import attention, decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
@@ -262,3 +264,11 @@ def test_no_wrapper_asks() -> None:
     root = Path(ops.__file__).parent
     asking = {str(path.relative_to(root)) for path in root.rglob("*.py") if "is_on()" in path.read_text()}
     assert asking == {"__init__.py", "ahead.py", "triton/launch.py", "hopper/compile.py"}
+
+
+def test_an_undefined_argmax_can_be_indexed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks look up the value of their largest logit, which no kernel has found then."""
+    monkeypatch.setitem(ops._bound, "argmax", lambda x: torch.full(x.shape[:1], 1 << 40))
+    ranks = Vocabulary(14, TensorParallel(1, 2, Unheard()))
+    with ahead.mode():
+        assert ranks.argmax(random(3, 7)).shape == (3,)

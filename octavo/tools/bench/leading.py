@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.errors import OctavoError
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.messages import EngineRequest, EngineStats, Message, Progress, TokenOutput
 
@@ -21,8 +25,9 @@ class LeadingCore(EngineCore):
         self._processes = EngineProcesses(config, leads=True)
         self._place, self._told = self._processes.place, list[Message]()
         threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
-        super().__init__(config, progress, self._place)
-        self._place.wait_for_all()
+        with self._failing():
+            super().__init__(config, progress, self._place)
+            self._place.wait_for_all()
 
     def add(self, *requests: EngineRequest) -> None:
         super().add(*requests)
@@ -33,9 +38,22 @@ class LeadingCore(EngineCore):
         self._told.append(("abort", [request_id]))
 
     def step(self) -> tuple[list[TokenOutput], EngineStats]:
-        self._place.share(self._told)
-        self._told = []
-        return super().step()
+        with self._failing():
+            self._place.share(self._told)
+            self._told = []
+            return super().step()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails here ends this process: its group would wait at its end for ranks that wait for this one."""
+        try:
+            yield
+        except OctavoError:
+            raise  # which all ranks find alike
+        except Exception:
+            traceback.print_exc()
+            self.close()
+            os._exit(1)
 
     def _watch(self) -> None:
         """Runs in a thread: another rank's end is this process's, which may wait for it within a collective."""
