@@ -80,7 +80,8 @@ STEPS = (
 def take(step: Step) -> tuple[str, str]:
     """One line of how it ended, and all that it printed."""
     began = time.monotonic()
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     process = subprocess.Popen(
         [PYTHON, *step.words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,21 +140,21 @@ def _offline(
         if args.shape is not None:
             config = replace(config, load_format="dummy")
         from octavo.frontend.loading_bar import LoadingBar
-        from octavo.tools.bench import offline
-        from octavo.tools.bench.leading import make_core
+        from octavo.tools.bench import leading, offline
 
         config = offline.engine_options(config, workloads, given)
-        with closing(LoadingBar()) as progress:
-            core = make_core(config, progress.update)
-        found = _about(args, config, core, time.time() - started)
-        first = [offline.warm_up(core, w, config.seed) for w in workloads]
-        found["first_token_s"] = first[0] - started
-        if args.mode == "profile":
-            from octavo.tools.bench import profiling
+        with ExitStack() as ends:
+            with closing(LoadingBar()) as progress:
+                core = ends.enter_context(leading.engine(config, progress.update))
+            found = _about(args, config, core, time.time() - started)
+            first = [offline.warm_up(core, w, config.seed) for w in workloads]
+            found["first_token_s"] = first[0] - started
+            if args.mode == "profile":
+                from octavo.tools.bench import profiling
 
-            return profiling.profile_into(found, core, workloads, config.seed, args.steps, args.png)
-        measured = offline.measure(core, workloads, config.seed, args.repeats)
-        return _with_limits(found, config, core, measured)
+                return profiling.profile_into(found, core, workloads, config.seed, args.steps, args.png)
+            measured = offline.measure(core, workloads, config.seed, args.repeats)
+            return _with_limits(found, config, core, measured)
 
 
 def _stamp(args: argparse.Namespace) -> dict[str, Any]:

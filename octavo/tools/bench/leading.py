@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from octavo.config import EngineConfig
+from octavo.distributed import leave
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.messages import EngineRequest, EngineStats, Message, Progress, TokenOutput
 
-__all__ = ["LeadingCore", "make_core"]
+__all__ = ["LeadingCore", "engine"]
 
 
 class LeadingCore(EngineCore):
@@ -52,7 +54,7 @@ class LeadingCore(EngineCore):
             raise  # which all ranks find alike
         except Exception:
             traceback.print_exc()
-            self.close()
+            self._processes.kill()
             os._exit(1)
 
     def _watch(self) -> None:
@@ -64,10 +66,25 @@ class LeadingCore(EngineCore):
             os._exit(1)
 
     def close(self) -> None:
-        """Ends the other ranks' processes."""
-        self._processes.kill()
+        """Ends the other ranks, and this process's part in their group. Nothing else may be called afterwards."""
+        processes, place = self._processes, self._place
+        processes.killed = True  # those that end now do so for this
+        with suppress(EOFError, OSError):
+            place.share([("shutdown",)])
+        vars(self).clear()  # graphs that hold collectives
+        gc.collect()
+        leave()
+        processes.kill()
 
 
-def make_core(config: EngineConfig, progress: Progress) -> EngineCore:
+@contextmanager
+def engine(config: EngineConfig, progress: Progress) -> Iterator[EngineCore]:
     """An engine in this process, of any number of ranks."""
-    return LeadingCore(config, progress) if config.tensor_parallel_size > 1 else EngineCore(config, progress)
+    if config.tensor_parallel_size == 1:
+        yield EngineCore(config, progress)
+        return
+    core = LeadingCore(config, progress)
+    try:
+        yield core
+    finally:
+        core.close()
