@@ -1,0 +1,242 @@
+"""The page's large models whole on the GPUs of one host: each is planned, served with random weights, measured, and loses a
+rank.
+
+    python -m bench.large_models -tp 8                                               # all three; about twenty minutes
+    python -m bench.large_models -tp 4 --shapes llama-3.1-405b --workload C,B,D      # what four H200 hold
+    python -m bench.large_models -tp 4 --shapes kimi-k2.5 --num-layers 8             # cut models, to try the script
+    python -m bench.large_models -tp 2 --model DIR                                   # a directory with a config.json
+
+Of each model: `octavo serve` with the flags of the page's examples, what rank 0 holds beside `octavo plan` (within 2%), the
+workloads over HTTP, then a rank is killed under load: every stream must end with an error, /health must fail, and the server
+must end with no process left. Prints Markdown. Exits with 1 where one of these does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.tools.bench.workloads import model_directory
+
+PORT = 8000
+BASE = f"http://127.0.0.1:{PORT}"
+# The flags of the page's high-throughput example, by shape; DeepSeek's cache is chosen automatically, Kimi's INT4 is kept.
+PAGE = ["--max-model-len", "32768", "--gpu-memory-utilization", "0.95"]
+FLAGS = {
+    "llama-3.1-405b": ["--quantization", "fp8", "--kv-cache-dtype", "fp8"],
+    "deepseek-v3.2": ["--quantization", "fp8"],
+    "kimi-k2.5": [],
+}
+CONSTRAINED = ["--max-model-len", "16384", "--gpu-memory-utilization", "0.85"]  # the page's memory-constrained example
+WITHIN = 0.02  # of what was planned
+ENDS_WITHIN = 20.0  # seconds from a rank's death to the end of the last stream and of the server
+STREAMS = 8
+
+
+@dataclass
+class Found:
+    """What was found of one model."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def say(self, line: str, holds: bool = True) -> None:
+        self.lines.append(line if holds else f"{line} **(fails)**")
+        print(f"{self.name}: {self.lines[-1]}", flush=True)
+        if not holds:
+            self.failures.append(line)
+
+
+def octavo(*words: str, seconds: float = 900) -> str:
+    """The standard output of a command that must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "octavo", *words], capture_output=True, text=True, timeout=seconds, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"octavo {' '.join(words[:3])}: {(done.stderr or done.stdout).strip()[-500:]}")
+    return done.stdout
+
+
+def get(path: str, seconds: float = 10) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(BASE + path, timeout=seconds) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+@contextmanager
+def serving(directory: Path, flags: Sequence[str], seconds: float) -> Iterator[tuple[subprocess.Popen[bytes], float, Path]]:
+    """A server that is ready, the seconds that it took, and its log. It is killed with all of its ranks in the end."""
+    words = ["serve", str(directory), "--load-format", "dummy", "--port", str(PORT), "--host", "127.0.0.1", *flags]
+    with tempfile.TemporaryDirectory() as place:
+        log, started = Path(place) / "log", time.monotonic()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "octavo", *words], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            while get("/health")[0] != 200:
+                if process.poll() is not None or time.monotonic() - started > seconds:
+                    raise RuntimeError(f"not ready after {seconds:.0f} s: {log.read_text()[-1500:]}")
+                time.sleep(0.1)
+            yield process, time.monotonic() - started, log
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """The ids of the engine's processes, in the order of their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def check_memory(found: Found, directory: Path, flags: Sequence[str], ranks: int, accelerator: str, log: Path) -> None:
+    """What rank 0 holds, beside what was planned."""
+    asked = ["plan", str(directory), *flags, "--num-accelerators", str(ranks), "--accelerator", accelerator, "--json"]
+    plan = json.loads(octavo(*asked))
+    planned = plan["variants"][chosen_variant(plan)]["fit"]
+    held = sum(
+        float(line.rpartition(" ")[2]) for line in get("/metrics")[1].splitlines() if line.startswith("octavo:weight_bytes{")
+    )
+    share = held / planned["weights"] - 1
+    found.say(
+        f"weights on rank 0: {held / 1e9:.2f} GB, planned {planned['weights'] / 1e9:.2f} ({share:+.2%})", abs(share) <= WITHIN
+    )
+    if accelerator != "cpu" and (told := re.search(r"([\d,]+) tokens in [\d.]+ GiB", log.read_text())):
+        tokens = int(told[1].replace(",", ""))
+        share = tokens / planned["tokens"] - 1
+        found.say(f"tokens of cache: {tokens:,}, planned {planned['tokens']:,} ({share:+.2%})", abs(share) <= WITHIN)
+
+
+def chosen_variant(plan: dict[str, Any]) -> str:
+    """The variant that the plan's verdict is about: `It fits: NAME on …`."""
+    named: list[str] = [name for name in plan["variants"] if f" {name} " in plan["verdict"]]
+    return max(named, key=len)
+
+
+def stream(ended: list[tuple[float, str]]) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 8000, "temperature": 0, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"{BASE}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    last = b""
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            for line in response:
+                if b'"error"' in line or not last:
+                    last = line.strip()
+    except (OSError, http.client.HTTPException) as error:
+        last += f" {error!r}".encode()
+    ended.append((time.monotonic(), last.decode(errors="replace")))
+
+
+def lose_a_rank(found: Found, process: subprocess.Popen[bytes]) -> None:
+    """kill -9 of the last rank under load."""
+    ranks, ended = ranks_of(process), list[tuple[float, str]]()
+    threads = [threading.Thread(target=stream, args=(ended,), daemon=True) for _ in range(STREAMS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    killed = time.monotonic()
+    os.kill(ranks[-1], signal.SIGKILL)
+    for thread in threads:
+        thread.join(max(0.0, killed + ENDS_WITHIN - time.monotonic()))
+    errors = sum(at > killed and '"error"' in last for at, last in ended)
+    if early := [last for at, last in ended if at <= killed]:
+        found.say(f"{len(early)} streams ended before: {early[0][:300]}", False)
+    took = max((at for at, _ in ended), default=killed) - killed
+    found.say(
+        f"rank {len(ranks) - 1} killed: {errors} of {STREAMS} streams ended with an error within {took:.1f} s",
+        errors == STREAMS,
+    )
+    try:
+        code: int | None = process.wait(max(0.1, killed + ENDS_WITHIN - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        code = None
+    left = [pid for pid in ranks if Path(f"/proc/{pid}").exists() and "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    health = get("/health", 2)[0]
+    found.say(f"the server's exit code is {code}, /health gives {health}", code not in (None, 0) and health != 200)
+    found.say(f"{len(left)} processes of ranks are left", not left)
+
+
+def measure(found: Found, workloads: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        told = Path(place) / "found.json"
+        octavo("bench", "serve", "--base-url", BASE, "--workload", workloads, "--json", str(told))
+        for name, figures in json.loads(told.read_text())["workloads"].items():
+            rate = figures["total_tok_s"] if name in "ADE" else figures["out_tok_s"]
+            kind = {"A": "total", "D": "prefill", "E": "prefill"}.get(name, "output")
+            found.say(f"{name}: {rate:,.1f} {kind} tok/s, first token {1e3 * figures['ttft_s']['p50']:,.0f} ms")
+
+
+def try_model(name: str, directory: Path, args: argparse.Namespace) -> Found:
+    found, ranks = Found(name), ["-tp", str(args.tensor_parallel_size)]
+    flags = [*FLAGS.get(name, FLAGS["llama-3.1-405b"]), *ranks]
+    page = PAGE if args.accelerator != "cpu" else []
+    try:
+        with serving(directory, [*flags, *page], args.seconds) as (process, took, log):
+            found.say(f"`octavo serve {name} {' '.join([*flags, *page])}`: ready after {took:.1f} s")
+            check_memory(found, directory, [*flags, *page], args.tensor_parallel_size, args.accelerator, log)
+            if args.workload:
+                measure(found, args.workload)
+            lose_a_rank(found, process)
+        if args.constrained and page:
+            with serving(directory, [*flags, *CONSTRAINED], args.seconds) as (_, took, log):
+                found.say(f"`{' '.join(CONSTRAINED)}`: ready after {took:.1f} s")
+                check_memory(found, directory, [*flags, *CONSTRAINED], args.tensor_parallel_size, args.accelerator, log)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        found.say(str(error), False)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=list(FLAGS))
+    parser.add_argument("--model", type=Path, help="a directory with a config.json, instead of shapes")
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=8)
+    parser.add_argument(
+        "--accelerator", default="h200", help="as `octavo plan` names it; cpu: the page's memory flags are left out"
+    )
+    parser.add_argument("--workload", default="C,B,D,A", help="of `octavo bench`; an empty string: none")
+    parser.add_argument("--constrained", action="store_true", help="also start as the memory-constrained example does")
+    parser.add_argument("--seconds", type=float, default=300, help="for which a start may take")
+    args = parser.parse_args()
+    if args.model is not None:
+        tried = [try_model(args.model.name, args.model, args)]
+    else:
+        tried = []
+        for shape in args.shapes:
+            with model_directory("", shape, args.num_layers) as directory:
+                tried.append(try_model(shape, directory, args))
+    for found in tried:
+        print(f"\n## {found.name}\n", *(f"- {line}" for line in found.lines), sep="\n")
+    return int(any(found.failures for found in tried))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
