@@ -174,7 +174,8 @@ class PackedBlocks(PackedWeight):
 
     def __init__(self, q: QTensor):
         assert q.scale is not None
-        self.weight, self.scale, self.n, self.held_bytes = q.data, q.scale, q.shape[0], q.nbytes
+        self.weight, self.scale, self.held_bytes = q.data, q.scale, q.nbytes
+        self.n, self.k = q.shape
         self.reads: CodeFormat = CodeFormat(q.data.dtype, Granularity.BLOCK, q.data.shape[1])
 
     def __call__(self, x: Operand) -> Tensor:

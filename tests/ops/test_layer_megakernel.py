@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ops.cases import over
 from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.ops.reference import SCALE_FLOOR
+from octavo.quant.qtensor import expand_scale
+from octavo.quant.scheme import BLOCK
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
+from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
 from octavo.ops.hopper.layer_megakernel import LayerMegakernels as Between
@@ -24,10 +28,11 @@ from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, wri
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
     HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, CTAS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
-    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48,
+    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48, BLOCKS=0, O_TILE=128, GATE_UP_TILE=128, DOWN_TILE=128,
+    QKV_TILE=128,
 )  # fmt: skip
 SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, CTAS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
-             DOWN_ROWS=32, DOWN_SPLITS=6, QKV_ROWS=16)  # fmt: skip
+             DOWN_ROWS=32, DOWN_SPLITS=6, QKV_ROWS=16, GATE_UP_TILE=1, QKV_TILE=1)  # fmt: skip
 SHAPES = MODELS | {
     "not multiples of 64": dict(
         model_type="qwen2", hidden_size=528, intermediate_size=1424, heads=11, kv_heads=11, head_dim=48
@@ -39,10 +44,15 @@ SHAPES = MODELS | {
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
-def test_it_compiles(tokens: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_it_compiles(
+    tokens: int, blocks: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, the copy engine's boxes, nothing kept in local memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("layer_megakernel.cu", "sm_90a", options | {"TOKENS": tokens}), tmp_path)
+    stacks, code = dumped(
+        compiler.compile_cubin("layer_megakernel.cu", "sm_90a", options | {"TOKENS": tokens, "BLOCKS": blocks}), tmp_path
+    )
     assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{tokens}x32\.F32\.E4M3\.E4M3", code)) >= 16
     assert "UTMALDG.2D" in code
@@ -132,13 +142,25 @@ def scale_of(amax: Tensor) -> Tensor:
     return (amax / torch.full_like(amax, 448)).clamp(min=SCALE_FLOOR)  # by a number torch multiplies by its inverse
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, *, by_group: bool) -> tuple[Tensor, Tensor]:
+    """Codes [tokens, K], and scales [tokens, 1] or [tokens, groups]."""
+    if by_group:
+        groups = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        scale = scale_of(groups.abs().amax(2))
+        return (groups / scale[:, :, None]).flatten(1)[:, : x.shape[1]].to(torch.float8_e4m3fn), scale
     scale = scale_of(x.float().abs().amax(1, keepdim=True))
     return (x.float() * (1 / scale)).to(torch.float8_e4m3fn), scale
 
 
+def values(codes: Tensor, scale: Tensor) -> Tensor:
+    """What codes [tokens, K] stand for, in FP64."""
+    of_each = scale if scale.shape[1] == 1 else scale.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+    return codes.double() * of_each.double()
+
+
 def product(codes: Tensor, scale: Tensor, w: Any) -> Tensor:
-    return (codes.double() @ w.weight.double().T * scale.double() * w.scale.double()).bfloat16()
+    by_row = w.scale.view(-1, 1) if isinstance(w, PackedScaledMM) else expand_scale(w.scale, w.weight.shape)
+    return (values(codes, scale) @ (w.weight.double() * by_row.double()).T).bfloat16()
 
 
 def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -152,7 +174,7 @@ def error(out: Tensor, ref: Tensor) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
-@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8", "fp8_block"])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
 def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
@@ -160,48 +182,47 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
     _, fused = decoder_of(tmp_path, SHAPES[name] | {"num_hidden_layers": 2}, scheme)
     p, (layer, after) = fused.parts, fused.parts.layers
     (_, o, gate_up, down), (qkv, *_) = fused.weights
-    compared = 0
+    by_group, compared = scheme == "fp8_block", 0
     for tokens in (8, 8, 1, 3, 9, 16, 23, 32):
         torch.manual_seed(tokens)
         attended = torch.randn(tokens, p.heads * p.head_dim, device="cuda").bfloat16()
         attended[:, ::7] *= 30
-        want, scale = quantized(attended)
+        want, scale = quantized(attended, by_group=by_group)
         o_of = product(want, scale, o)
         before = o_of[:, torch.randperm(p.hidden, device="cuda")]  # as large
         residual, columns = before.clone(), next(n for n in layer_megakernel.COLUMNS if tokens <= n)
         for kept in fused.codes[columns]:
             kept[:, :, :].fill_(0)
         fused.grid_barriers.zero_()
-        fused.scales.fill_(torch.nan)
-        fused.shares.fill_(torch.nan)
+        for kept in (*fused.scales[columns], fused.shares):
+            kept.fill_(torch.nan)
         got = fused.between(0, attended, residual)
         codes = [
             in_order(c, tokens, w) for c, w in zip(fused.codes[columns], (attended.shape[1], p.hidden, p.inter), strict=True)
         ]
-        scales = fused.scales.flatten()[: 4 * columns].view(4, columns)[:, :tokens, None]
+        scales = [kept[:, :tokens].T for kept in fused.scales[columns]]
         assert torch.equal(codes[0].view(torch.uint8), want.view(torch.uint8))
         assert torch.equal(scales[0], scale)
         middle = o_of + before
-        both = product(*quantized(norm(middle, layer.post_norm, p.eps)), gate_up).float()
+        both = product(*quantized(norm(middle, layer.post_norm, p.eps), by_group=by_group), gate_up).float()
         gate, up = both[:, : p.inter], both[:, p.inter :]
         act = ((gate / (1 + torch.exp(-gate))).bfloat16().float() * up).bfloat16()
-        sent = fused.grid_barriers[
-            0, layer_megakernel.GRID_BARRIERS : layer_megakernel.GRID_BARRIERS + fused.ctas * columns
-        ].view(-1, columns)
-        act_scale = scale_of((sent & 0x7FFFFFFF).amax(0).view(torch.float32)[:tokens, None])
-        down_of = product(codes[2], act_scale, down)
+        if not by_group:  # the scale of a token is not kept
+            amaxes = fused.grid_barriers[0, layer_megakernel.GRID_BARRIERS :][: fused.ctas * columns].view(-1, columns)
+            scales[2] = scale_of((amaxes & 0x7FFFFFFF).amax(0).view(torch.float32)[:tokens, None])
+        down_of = product(codes[2], scales[2], down)
         ratio = float(middle.float().norm() / down_of.float().norm())
         if ratio > 2:  # so that what down adds is seen beside a BF16 residual
             down.scale.mul_(ratio)
             continue
-        normed, normed_scale = quantized(norm(residual, after.input_norm, p.eps))
-        out = product(codes[1], scales[3], qkv)
+        normed = values(*quantized(norm(residual, after.input_norm, p.eps), by_group=by_group))
+        out = product(codes[1], scales[1], qkv)
         if after.qkv_bias is not None:
             out = out + after.qkv_bias
         errors = {
-            "act": (error(codes[2].float() * act_scale, act), 0.05),  # 0.026 of it is the codes' own
+            "act": (error(values(codes[2], scales[2]), act), 0.05),  # 0.026 of it is the codes' own
             "after": (error(residual, middle + down_of) * ratio, 0.02),
-            "normed": (error(codes[1].float() * scales[3], normed.float() * normed_scale), 0.002),
+            "normed": (error(values(codes[1], scales[1]), normed), 0.002),
             "qkv": (error(got, out), 0.002),
         }
         compared += 1
@@ -212,12 +233,13 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8_block"])
 @torch.inference_mode()
-def test_whole_steps(tmp_path: Path) -> None:
+def test_whole_steps(scheme: str, tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""
     from octavo.batch import Span
 
-    runner, fused = decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5})
+    runner, fused = decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5}, scheme)
     for requests in (3, 8, 20, 32):
         ids = torch.randint(512, (requests, 40)).tolist()
         blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]

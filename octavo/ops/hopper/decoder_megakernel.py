@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops.contract import DecoderParts
+from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.hopper.compile import Kernel, compile_cubin
 from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
 from octavo.ops.triton import launch
@@ -46,7 +47,7 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps do not run as one launch."""
     if not platform.has_bulk_copies:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
-    if (reason := unfit(parts)) is not None:
+    if (reason := unfit(parts, (PackedScaledMM,))) is not None:
         return reason
     first = parts.layers[0]
     views, dim, group = first.cache.views, parts.head_dim, parts.heads // parts.kv_heads

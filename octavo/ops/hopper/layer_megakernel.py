@@ -17,10 +17,12 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.ops import gpu
 from octavo.ops.contract import DecoderParts, LayerParts, Rope
+from octavo.ops.gpu import PackedBlocks, PackedScaledMM
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
-from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
+from octavo.ops.hopper.megakernel_layers import has_blocks, packed_weights, unfit
 from octavo.platform import Platform, threads_on
+from octavo.quant.scheme import BLOCK
 
 __all__ = ["LayerMegakernels", "refusal", "units"]
 
@@ -35,17 +37,20 @@ class _Between(ctypes.Structure):
     _fields_ = [
         ("maps", c_ubyte * 128 * 4), ("scales", c_void_p * 4),
         *((name, c_void_p) for name in ("attended", "residual", "qkv", "post_norm", "next_norm", "qkv_bias", "attended_codes",
-                                        "normed_codes", "act_codes", "input_scales", "parts", "grid_barriers")),
-        ("tokens", c_int32), ("eps", c_float), ("padding", c_ubyte * 56),  # pads to a multiple of 64 bytes
+                                        "normed_codes", "act_codes", "attended_scales", "normed_scales", "act_scales", "parts",
+                                        "grid_barriers")),
+        ("tokens", c_int32), ("eps", c_float), ("padding", c_ubyte * 40),  # pads to a multiple of 64 bytes
     ]  # fmt: skip
 
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps are not made of such launches."""
-    if (reason := no_warpgroups(platform) or unfit(parts)) is not None:
+    if (reason := no_warpgroups(platform) or unfit(parts, (PackedScaledMM, PackedBlocks))) is not None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return "a dimension is not a multiple of 16"
+    if has_blocks(parts) and parts.head_dim % 16:
+        return "scales a tile and heads that are not a multiple of 16"
     if platform.multiprocessors < MAX_TOKENS:
         return "fewer multiprocessors than tokens"
     rows, _ = units(parts.inter, parts.hidden, platform.multiprocessors, most_shares=1)
@@ -93,10 +98,12 @@ class LayerMegakernels:
         zeros = partial(torch.zeros, device=platform.device)
         widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
         self.codes = {n: [zeros(-(-width // STEP), n, STEP, dtype=torch.uint8) for width in widths] for n in COLUMNS}
-        self.scales = zeros(4, MAX_TOKENS, dtype=torch.float32)
+        groups = [-(-width // STEP) if options["BLOCKS"] else 1 for width in widths]
+        self.scales = {n: [zeros(count, n, dtype=torch.float32) for count in groups] for n in COLUMNS}
         shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
         self.shares = zeros(shares, MAX_TOKENS, parts.hidden, dtype=torch.float32)
-        self.grid_barriers = zeros(layers, GRID_BARRIERS + self.ctas * MAX_TOKENS, dtype=torch.int32)
+        amaxes = 2 * -(-parts.inter // int(options["GATE_UP_ROWS"])) if options["BLOCKS"] else self.ctas
+        self.grid_barriers = zeros(layers, GRID_BARRIERS + amaxes * MAX_TOKENS, dtype=torch.int32)
         self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
         self.weights = [packed_weights(layer) for layer in parts.layers]
         rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
@@ -135,8 +142,8 @@ class LayerMegakernels:
             (c_ubyte * 128 * 4).from_buffer_copy(maps), (c_void_p * 4)(*(w.scale.data_ptr() for w in (*weights, next_qkv))),
             attended.data_ptr(), residual.data_ptr(), qkv.data_ptr(), layer.post_norm.data_ptr(),
             None if last else self.parts.layers[after].input_norm.data_ptr(), None if bias is None else bias.data_ptr(),
-            *(codes.data_ptr() for codes in self.codes[columns]), self.scales.data_ptr(), self.shares.data_ptr(),
-            self.grid_barriers[at].data_ptr(), tokens, self.parts.eps,
+            *(codes.data_ptr() for codes in self.codes[columns]), *(scales.data_ptr() for scales in self.scales[columns]),
+            self.shares.data_ptr(), self.grid_barriers[at].data_ptr(), tokens, self.parts.eps,
         )  # fmt: skip
         self.kernels[columns].launch(self.ctas, arguments, early=True)
         return qkv
@@ -147,10 +154,12 @@ class LayerMegakernels:
         wide, qkv, bias = p.heads * p.head_dim, packed_weights(p.layers[0])[0].n, p.layers[0].qkv_bias is not None
         o, down = units(p.hidden, wide, ctas, most_shares=8), units(p.hidden, p.inter, ctas, most_shares=8)
         gate_up, rows = (units(n, p.hidden, ctas, most_shares=1)[0] for n in (p.inter, qkv))
+        names = "QKV_TILE", "O_TILE", "GATE_UP_TILE", "DOWN_TILE"
         return {
             "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "CTAS": ctas,
             "SHARED": self.platform.shared_memory, "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
-            "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows,
+            "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows, "BLOCKS": int(has_blocks(p)),
+            **{name: 1 if len(w.scale) == w.n else BLOCK for name, w in zip(names, packed_weights(p.layers[0]), strict=True)},
         }  # fmt: skip
 
     def _attend(self, layer: LayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from octavo.ops.contract import DecoderParts, LayerParts
-from octavo.ops.gpu import PackedScaledMM
+from octavo.ops.contract import DecoderParts, LayerParts, PackedWeight
+from octavo.ops.gpu import PackedBlocks, PackedScaledMM
 from octavo.ops.hopper.compile import missing
 
-__all__ = ["packed_weights", "unfit"]
+__all__ = ["has_blocks", "packed_weights", "unfit"]
 
 
-def packed_weights(layer: LayerParts) -> list[PackedScaledMM]:
+def packed_weights(layer: LayerParts) -> list[PackedScaledMM | PackedBlocks]:
     """A layer's weights in execution order, if `unfit` accepts the layers."""
-    found = [w for w in layer.weights if isinstance(w, PackedScaledMM)]
+    found = [w for w in layer.weights if isinstance(w, PackedScaledMM | PackedBlocks)]
     assert len(found) == len(layer.weights)
     return found
 
 
-def unfit(parts: DecoderParts) -> str | None:
-    """None, or the reason why neither megakernel supports these layers."""
+def has_blocks(parts: DecoderParts) -> bool:
+    """Whether the weights have a scale a tile."""
+    return isinstance(parts.layers[0].qkv, PackedBlocks)
+
+
+def unfit(parts: DecoderParts, kinds: tuple[type[PackedWeight], ...]) -> str | None:
+    """None, or the reason why no megakernel for such weights, all of one of these kinds, supports these layers."""
     if (reason := missing()) is not None:
         return reason
     weights = [w for layer in parts.layers for w in layer.weights]
-    if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
-        return "not every weight is FP8 with a scale a channel or matrix"
+    if not any(all(isinstance(w, kind) for w in weights) for kind in kinds):
+        return "not every weight is FP8 with a scale a channel or matrix" + ", or a tile" * (PackedBlocks in kinds)
+    if any(w.weight.shape != (w.n, w.k) for layer in parts.layers for w in packed_weights(layer)):
+        return "weights with padding"
     if parts.layers[0].input_norm.dtype is not torch.bfloat16:
         return f"the model is {parts.layers[0].input_norm.dtype}"
     return None

@@ -9,9 +9,13 @@
    side. TMA lays out both factors in shared memory, 128 values of K at a time; these are accumulated in the tensor core and
    then in FP32. Results are deterministic: the reader adds up split-K shares in a fixed order.
 
+   Scales are of tokens and rows, applied to a unit's sums; or, with BLOCKS, of 128 of a token's values and of tiles of the
+   weight, applied to each partial sum over 128 values of K.
+
    Compile-time constants: TOKENS (8, 16 or 32), HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
-   QKV_BIAS, CTAS, SHARED, and the rows and split-K of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of gate and as
-   many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS. */
+   QKV_BIAS, CTAS, SHARED, the rows and split-K of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of gate and as
+   many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS; BLOCKS, and with it the height of a tile, 128 or 1, of each weight: O_TILE,
+   GATE_UP_TILE, DOWN_TILE, QKV_TILE. */
 
 #include "types.cuh"
 
@@ -19,25 +23,26 @@ enum { O, GATE_UP, DOWN, NEXT_QKV };
 
 struct Between {
     Map weights[4]; /* boxes of 128 bytes of K by a unit's rows */
-    const float *scales[4]; /* one per row */
+    const float *scales[4]; /* one per row; BLOCKS: [rows / tile height, K steps] */
     const u16 *attended; /* [tokens, WIDE] */
     u16 *residual, *qkv; /* [tokens, HIDDEN], updated; [tokens, QKV] */
     const u16 *post_norm, *next_norm, *qkv_bias; /* next_norm is null in the last layer */
     u8 *codes[3]; /* of attended, normed and act, laid out by place_of(), initially zeros */
-    float *input_scales; /* [4, TOKENS]; those of down are in SmemState */
+    float *input_scales[3]; /* of the codes: [TOKENS], but act's are in SmemState; BLOCKS: [K steps, TOKENS] */
     float *parts; /* [SPLITS, TOKENS, HIDDEN] */
-    u32 *grid_barriers; /* [GRID_BARRIERS + CTAS * TOKENS] zeros: arrivals, then the bits of each CTA's amax of act */
+    u32 *grid_barriers; /* zeros: [GRID_BARRIERS] arrivals, then bits of the amax of act: [CTAS, TOKENS]; BLOCKS: [units, 2, TOKENS] */
     int tokens;
     float eps;
 };
 
-constexpr int STEP = 128; /* K step */
+constexpr int STEP = 128; /* K step, and length of a group of values with a common scale */
 __device__ constexpr int up(int a, int b) { return (a + b - 1) / b; }
 template <int P> struct Shape {
     static constexpr int ROWS = P == O ? O_ROWS : P == GATE_UP ? GATE_UP_ROWS : P == DOWN ? DOWN_ROWS : QKV_ROWS;
     static constexpr int SPLITS = P == O ? O_SPLITS : P == DOWN ? DOWN_SPLITS : 1, HALVES = P == GATE_UP ? 2 : 1;
     static constexpr int N = P == GATE_UP ? INTER : P == NEXT_QKV ? QKV : HIDDEN, K = P == O ? WIDE : P == DOWN ? INTER : HIDDEN;
     static constexpr int UNITS = up(N, ROWS) * SPLITS, STEPS = up(K, STEP), SHARE = up(STEPS, SPLITS); /* K steps, in all and per unit */
+    static constexpr int TILE = P == O ? O_TILE : P == GATE_UP ? GATE_UP_TILE : P == DOWN ? DOWN_TILE : QKV_TILE; /* height */
     static constexpr bool SPLIT_ROWS = HALVES == 2 || ROWS > 64; /* the warpgroups split the rows; otherwise they alternate K steps */
     static constexpr int PACKED = SPLIT_ROWS ? 1 : 64 / ROWS * 2; /* K steps per box */
     static_assert(ROWS % 8 == 0 && ROWS <= 128 && SHARE * (SPLITS - 1) < STEPS, "a unit's rows and share");
@@ -47,16 +52,17 @@ template <int P> struct Shape {
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, per thread */
 constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
-constexpr int FEW = 2, MANY = 4; /* boxes in flight: longer memory queues would delay the loads that others wait for */
+constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
+constexpr int FEW = 2, MANY = BLOCKS ? 4 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
 struct SmemState {
     u64 full[BOXES], empty[BOXES], input_full[INPUTS], input_empty[INPUTS];
     int begin[BOXES];
-    u32 cta_amax[TOKENS], amax[TOKENS];
-    __align__(16) float input_scale[TOKENS]; /* of a product's inputs, except down's */
-    float scale[TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
+    u32 cta_amax[AMAXES][TOKENS], amax[AMAXES][TOKENS];
+    __align__(16) float input_scale[BLOCKS ? INPUTS : 1][BLOCKS ? FETCHED : 1][TOKENS]; /* of a product's inputs, except PTPC's down */
+    float scale[AMAXES][TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
     union __align__(16) {
         float other[VALUES][128]; /* the other warpgroup's sums */
         u16 act[CTA_UNITS][TOKENS][128 + 8]; /* padded by four banks */
@@ -101,20 +107,34 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < PARTS; i++) words[i] = place(i) < width ? shared_load((const void *)(from + place(i))) : uint4{};
     }
-    /* Quantize the row to `codes`, laid out by place_of(), and its scale. */
-    INLINE void quantize(u8 *codes, float *scale_to, int token, int width, SmemState &smem) const {
-        u32 most = 0;
+    INLINE float amax(int part) const {
+        const uint4 w = words[part];
+        const u32 most = larger(larger(w.x & 0x7FFF7FFF, w.y & 0x7FFF7FFF), larger(w.z & 0x7FFF7FFF, w.w & 0x7FFF7FFF));
+        return fmaxf(low_of(most), high_of(most));
+    }
+    /* Quantize the row to `codes`, laid out by place_of(), and its scales. */
+    INLINE void quantize(u8 *codes, float *scales, int token, int width, SmemState &smem) const {
+        float scale, by, most = 0;
+        if (!BLOCKS) {
 #pragma unroll
-        for (int i = 0; i < PARTS * 4; i++) most = larger(most, ((const u32 *)words)[i] & 0x7FFF7FFF);
-        const float scale = fmaxf(over_threads<true>(fmaxf(low_of(most), high_of(most)), smem.second) / LIMIT, FLOOR), by = 1.0f / scale;
-        if (threadIdx.x == 0) *scale_to = scale;
+            for (int i = 0; i < PARTS; i++) most = fmaxf(most, amax(i));
+            scale = fmaxf(over_threads<true>(most, smem.second) / LIMIT, FLOOR), by = 1.0f / scale;
+            if (threadIdx.x == 0) scales[token] = scale;
+        }
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
+            if (BLOCKS) {
+                most = amax(i);
+#pragma unroll
+                for (int lane = STEP / 8 / 2; lane; lane /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lane));
+                scale = fmaxf(most / LIMIT, FLOOR);
+                if (place(i) % STEP == 0 && place(i) < width) scales[place(i) / STEP * TOKENS + token] = scale;
+            }
             float x[8];
             unpack(words[i], x);
             u32 c[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) c[j] = codes_of(x[2 * j] * by, x[2 * j + 1] * by);
+            for (int j = 0; j < 4; j++) c[j] = BLOCKS ? codes_of(x[2 * j] / scale, x[2 * j + 1] / scale) : codes_of(x[2 * j] * by, x[2 * j + 1] * by);
             if (place(i) < width) *(uint2 *)(codes + place_of(token, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
         }
     }
@@ -174,10 +194,14 @@ __device__ __noinline__ void prepare(const Between &s, int product, SmemState &s
         if (!norm) return;
         row.scale(rsqrtf(over_threads<false>(squares, smem.first) / HIDDEN + s.eps), gain);
     }
-    row.quantize(s.codes[product == O ? O : GATE_UP], s.input_scales + product * TOKENS + token, token, width, smem);
+    const int to = product == O ? O : GATE_UP;
+    row.quantize(s.codes[to], s.input_scales[to], token, width, smem);
     consumers_sync();
     if (threadIdx.x == 0) signal(s.grid_barriers + ready(product));
 }
+
+/* Show an amax of act to other CTAs. */
+INLINE void publish(u32 *to, u32 amax) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(amax | IS_THERE) : "memory"); }
 
 /* 16 contiguous values of a token's act, among those that this CTA computed. */
 struct Piece {
@@ -185,7 +209,9 @@ struct Piece {
     int round, token, row; /* row within the unit */
     INLINE Piece(int i) : round(i / (TOKENS * OF_TOKEN)), token(i / OF_TOKEN % TOKENS), row(i % OF_TOKEN * 16) {}
     INLINE int unit() const { return blockIdx.x + round * CTAS; }
-    INLINE bool is_there(int tokens) const { return token < tokens && unit() < Shape<GATE_UP>::UNITS && unit() * GATE_UP_ROWS + row < INTER; }
+    INLINE int at() const { return unit() * GATE_UP_ROWS + row; }
+    INLINE int amax() const { return BLOCKS ? 2 * round + at() / STEP - unit() * GATE_UP_ROWS / STEP : 0; } /* which one it is part of */
+    INLINE bool is_there(int tokens) const { return token < tokens && unit() < Shape<GATE_UP>::UNITS && at() < INTER; }
 };
 /* Call use(piece, its values in pairs) for each piece, each in its own thread. */
 template <class Use> INLINE void for_pieces(const Between &s, const SmemState &smem, Use use) {
@@ -198,19 +224,9 @@ template <class Use> INLINE void for_pieces(const Between &s, const SmemState &s
     }
 }
 
-/* Grid-wide amax of each token's act, then quantize this CTA's part of act. */
-INLINE void quantize_act(const Between &s, SmemState &smem) {
-    consumers_sync();
-    for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
-        u32 most = 0;
-#pragma unroll
-        for (int j = 0; j < 8; j++) most = larger(most, pairs[j] & 0x7FFF7FFF);
-        atomicMax(smem.cta_amax + piece.token, __float_as_uint(fmaxf(low_of(most), high_of(most)))); /* nonnegative floats are ordered like their bits */
-    });
-    consumers_sync();
-    u32 *sent = s.grid_barriers + GRID_BARRIERS;
-    if (threadIdx.x < TOKENS)
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(sent + blockIdx.x * TOKENS + threadIdx.x), "r"(smem.cta_amax[threadIdx.x] | IS_THERE) : "memory");
+/* Scales of each token's act: an amax over the grid. */
+INLINE void scale_tokens(u32 *sent, SmemState &smem) {
+    if (threadIdx.x < TOKENS) publish(sent + blockIdx.x * TOKENS + threadIdx.x, smem.cta_amax[0][threadIdx.x]);
     constexpr int QUADS = TOKENS / 4, AT_A_TIME = CONSUMERS / QUADS;
     const int quad = threadIdx.x % QUADS, cta = threadIdx.x / QUADS;
     uint4 others[up(CTAS, AT_A_TIME)], all = {};
@@ -231,23 +247,71 @@ INLINE void quantize_act(const Between &s, SmemState &smem) {
             if (cta + i * AT_A_TIME < CTAS) largest = max(largest, ((const u32 *)&others[i])[j] & ~IS_THERE);
 #pragma unroll
         for (int i = QUADS; i < 32; i *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, i));
-        if (threadIdx.x % 32 < QUADS) atomicMax(smem.amax + quad * 4 + j, largest);
+        if (threadIdx.x % 32 < QUADS) atomicMax(smem.amax[0] + quad * 4 + j, largest);
     }
     consumers_sync();
     if (threadIdx.x < TOKENS) {
-        const float scale = fmaxf(__uint_as_float(smem.amax[threadIdx.x]) / LIMIT, FLOOR);
-        smem.scale[threadIdx.x] = scale, smem.inverse[threadIdx.x] = 1.0f / scale;
+        const float scale = fmaxf(__uint_as_float(smem.amax[0][threadIdx.x]) / LIMIT, FLOOR);
+        smem.scale[0][threadIdx.x] = scale, smem.inverse[threadIdx.x] = 1.0f / scale;
     }
+}
+
+/* A token's group of act, of which this CTA's unit has values. */
+struct Group {
+    static constexpr int ROWS = GATE_UP_ROWS, ALL = AMAXES * TOKENS, SHARING = (ROWS + STEP - 17) / ROWS + 1; /* units that have values of it */
+    int which, token, unit, group;
+    INLINE Group(int i) : which(i / TOKENS), token(i % TOKENS), unit(blockIdx.x + which / 2 * CTAS), group(unit * ROWS / STEP + which % 2) {}
+    INLINE bool is_there(int tokens) const { return token < tokens && unit * ROWS < INTER && group * STEP < min((unit + 1) * ROWS, INTER); }
+    INLINE int first() const { return group * STEP / ROWS; } /* unit */
+    INLINE int sharing(int i) const { return min(first() + i, (min(group * STEP + STEP, INTER) - 1) / ROWS); }
+    INLINE int place(int other) const { return (2 * other + group - other * ROWS / STEP) * TOKENS + token; }
+};
+/* Scales of each group of act in this CTA's units: an amax over the few units that have values of the group. The first of
+   them writes the scale. */
+INLINE void scale_groups(const Between &s, u32 *sent, SmemState &smem) {
+    for (int i = threadIdx.x; i < Group::ALL; i += CONSUMERS)
+        if (const Group g(i); g.is_there(s.tokens)) publish(sent + g.place(g.unit), smem.cta_amax[g.which][g.token]);
+    for (int i = threadIdx.x; i < Group::ALL; i += CONSUMERS) {
+        const Group g(i);
+        if (!g.is_there(s.tokens)) continue;
+        u32 most, all;
+        do {
+            most = 0, all = IS_THERE;
+#pragma unroll
+            for (int j = 0; j < Group::SHARING; j++) {
+                const u32 seen = look(sent + g.place(g.sharing(j)));
+                most = max(most, seen & ~IS_THERE), all &= seen;
+            }
+        } while (!all);
+        const float scale = fmaxf(__uint_as_float(most) / LIMIT, FLOOR);
+        smem.scale[g.which][g.token] = scale;
+        if (g.unit == g.first()) s.input_scales[DOWN][g.group * TOKENS + g.token] = scale;
+    }
+}
+
+/* Exchange amaxes, then quantize this CTA's part of act. */
+INLINE void quantize_act(const Between &s, SmemState &smem) {
     consumers_sync();
     for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
-        const float by = smem.inverse[piece.token];
+        u32 most = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) most = larger(most, pairs[j] & 0x7FFF7FFF);
+        atomicMax(smem.cta_amax[piece.amax()] + piece.token, __float_as_uint(fmaxf(low_of(most), high_of(most)))); /* nonnegative floats are ordered like their bits */
+    });
+    consumers_sync();
+    if (BLOCKS) scale_groups(s, s.grid_barriers + GRID_BARRIERS, smem);
+    else scale_tokens(s.grid_barriers + GRID_BARRIERS, smem);
+    consumers_sync();
+    for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
+        const float scale = smem.scale[piece.amax()][piece.token], by = smem.inverse[piece.token];
         u32 c[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
-            c[j] = codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
+            c[j] = BLOCKS ? codes_of(low_of(a) / scale, high_of(a) / scale, low_of(b) / scale, high_of(b) / scale)
+                          : codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
         }
-        *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.unit() * GATE_UP_ROWS + piece.row)) = uint4{c[0], c[1], c[2], c[3]};
+        *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.at())) = uint4{c[0], c[1], c[2], c[3]};
     });
     consumers_sync();
     if (threadIdx.x == 0) signal(s.grid_barriers + ready(DOWN));
@@ -266,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
         }
         fence_barrier_init();
     }
-    if (threadIdx.x < TOKENS) smem.cta_amax[threadIdx.x] = smem.amax[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < AMAXES * TOKENS; i += THREADS) smem.cta_amax[0][i] = smem.amax[0][i] = 0;
     __syncthreads();
     if (threadIdx.x == CONSUMERS) {
         WeightProducer weight_producer;

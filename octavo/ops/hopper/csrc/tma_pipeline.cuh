@@ -73,6 +73,7 @@ struct InputProducer {
     PipelineState<INPUTS> at;
     template <int P> INLINE void fetch(const Between &s, u8 *inputs, SmemState &smem) {
         using Z = Shape<P>;
+        constexpr int FROM = P == NEXT_QKV ? GATE_UP : P;
         wait_for(s.grid_barriers + ready(P), P == DOWN ? CTAS : s.tokens);
         asm volatile("fence.proxy.async;" ::: "memory"); /* make other CTAs' plain stores visible to TMA (the async proxy) */
 #pragma unroll 1
@@ -80,11 +81,12 @@ struct InputProducer {
             const int first = unit % Z::SPLITS * Z::SHARE, stop = min(first + Z::SHARE, Z::STEPS);
 #pragma unroll 1
             for (int step = first; step < stop; step += FETCHED, at.next()) {
-                const int bytes = min(FETCHED, stop - step) * INPUT, more = P != DOWN && step == first ? TOKENS * 4 : 0;
+                const int steps = min(FETCHED, stop - step), bytes = steps * INPUT;
+                const int more = BLOCKS ? steps * TOKENS * 4 : P != DOWN && step == first ? TOKENS * 4 : 0;
                 wait(smem.input_empty + at.at, at.parity ^ 1);
                 expect(smem.input_full + at.at, bytes + more);
-                if (more) copy(address(smem.input_scale), s.input_scales + P * TOKENS, more, address(smem.input_full + at.at));
-                copy(address(inputs + at.at * FETCHED * INPUT), s.codes[P == NEXT_QKV ? GATE_UP : P] + step * INPUT, bytes, address(smem.input_full + at.at));
+                if (more) copy(address(smem.input_scale[BLOCKS ? at.at : 0]), s.input_scales[FROM] + (BLOCKS ? step * TOKENS : 0), more, address(smem.input_full + at.at));
+                copy(address(inputs + at.at * FETCHED * INPUT), s.codes[FROM] + step * INPUT, bytes, address(smem.input_full + at.at));
             }
         }
     }

@@ -27,19 +27,35 @@ INLINE void begin(float (&part)[VALUES], u32 rows, u32 tokens) {
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply(part, a + 2 * k, b + 2 * k, k);
 }
-/* Wait until at most PENDING later steps are in flight, then accumulate this step in FP32, if it counts. */
-template <int PENDING> INLINE void end(float (&sum)[VALUES], float (&part)[VALUES], bool counts = true) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-#pragma unroll
-    for (int v = 0; v < VALUES; v++) {
-        asm volatile("" : "+f"(part[v])::"memory");
-        sum[v] += counts ? part[v] : 0;
-    }
-}
-
 /* A thread's values of a tile: value 4 * j + 2 * i + c is at row thread_row() + 8 * i and token thread_token() + 8 * j + c. */
 INLINE int thread_row() { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; } /* of the two warpgroups' 128 rows */
 INLINE int thread_token() { return threadIdx.x % 4 * 2; }
+
+/* Wait until at most `pending` later steps, 1 or 0, are in flight, then accumulate this step in FP32, if it counts; with
+   BLOCKS times the scale of the weight's tile, which is 0 if the step does not count, and the tokens' scales [TOKENS]. */
+INLINE void end(int pending, float (&sum)[VALUES], float (&part)[VALUES], bool counts, float by_tile, const float *by_token) {
+    if (pending) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) {
+        asm volatile("" : "+f"(part[v])::"memory");
+        if (BLOCKS) sum[v] += part[v] * (by_tile * by_token[thread_token() + v / 4 * 8 + v % 2]);
+        else sum[v] += counts ? part[v] : 0;
+    }
+}
+
+/* A warp's scales of tiles along K: its 16 rows lie in one tile. Each is loaded a step ahead, the first before inputs are there. */
+struct TileScales {
+    const float *from;
+    int steps;
+    float ahead;
+    INLINE void load(int step) { ahead = __ldg(from + min(step, steps - 1)); }
+    INLINE float take(int next) {
+        const float scale = ahead;
+        load(next);
+        return scale;
+    }
+};
 
 struct Consumer {
     Boxes at;
@@ -48,12 +64,21 @@ struct Consumer {
 
     /* Mainloop over a unit's rows. In each round a warpgroup issues its product of 64 rows by a K step and then completes
        the one of the round before, so that the tensor core does not wait. */
-    template <int P> INLINE void multiply_unit(int unit, int group, u8 *ring, u8 *inputs, SmemState &smem, float (&sum)[2][VALUES]) {
+    template <int P> INLINE void multiply_unit(const Between &s, int unit, int group, u8 *ring, u8 *inputs, SmemState &smem, float (&sum)[2][VALUES]) {
         using Z = Shape<P>;
         constexpr int TILES_PER_ROUND = Z::SPLIT_ROWS ? 1 : 2; /* tiles per round of both warpgroups */
         const int first = unit % Z::SPLITS * Z::SHARE, tiles = (min(first + Z::SHARE, Z::STEPS) - first) * Z::HALVES, rounds = up(tiles, TILES_PER_ROUND);
         const bool leads = threadIdx.x % 32 == 0;
         float part[2][VALUES];
+        TileScales by_tile[Z::HALVES];
+        if (BLOCKS) {
+            const int row = min(unit / Z::SPLITS * Z::ROWS + thread_row() / 16 * 16 % (Z::SPLIT_ROWS ? 128 : 64), Z::N - 1);
+#pragma unroll
+            for (int h = 0; h < Z::HALVES; h++) {
+                by_tile[h] = {s.scales[P] + (i64)((h * INTER + row) / Z::TILE) * Z::STEPS + first, tiles / Z::HALVES};
+                by_tile[h].load(Z::SPLIT_ROWS ? 0 : group);
+            }
+        }
 #pragma unroll
         for (int v = 0; v < VALUES; v++) sum[0][v] = sum[1][v] = part[0][v] = part[1][v] = 0;
         auto issue = [&](int round, float(&into)[VALUES]) {
@@ -80,15 +105,20 @@ struct Consumer {
             }
         };
         constexpr int UP = Z::HALVES - 1;
-        const bool counts = Z::SPLIT_ROWS || !group || tiles % 2 == 0; /* the last round may have one step only */
+        const bool all_count = Z::SPLIT_ROWS || !group || tiles % 2 == 0; /* the last round may have one step only */
+        auto complete = [&](int pending, int odd, int round, bool counts = true) {
+            const int step = (round * TILES_PER_ROUND + (!Z::SPLIT_ROWS && counts ? group : 0)) / Z::HALVES;
+            const float scale = BLOCKS && counts ? by_tile[odd ? UP : 0].take(step + TILES_PER_ROUND) : 0;
+            end(pending, sum[odd ? UP : 0], part[odd], counts, scale, smem.input_scale[BLOCKS ? input_behind.at : 0][BLOCKS ? step % FETCHED : 0]);
+            release(round);
+        };
         for (int round = 0; round < rounds; round += 2) {
             issue(round, part[0]);
-            if (round) end<1>(sum[UP], part[1]), release(round - 1);
-            if (round + 1 < rounds) issue(round + 1, part[1]), end<1>(sum[0], part[0]);
-            else end<0>(sum[0], part[0], counts);
-            release(round);
+            if (round) complete(1, 1, round - 1);
+            if (round + 1 < rounds) issue(round + 1, part[1]), complete(1, 0, round);
+            else complete(0, 0, round, all_count);
         }
-        if (rounds % 2 == 0) end<0>(sum[UP], part[1], counts), release(rounds - 1);
+        if (rounds % 2 == 0) complete(0, 1, rounds - 1, all_count);
         if constexpr (!Z::SPLIT_ROWS) { /* reduce over the two warpgroups */
             if (group) {
 #pragma unroll
@@ -118,9 +148,9 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
 #pragma unroll
         for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) by_row[h][i] = first_row + 8 * i < Z::N ? __ldg(s.scales[P] + h * INTER + first_row + 8 * i) : 0;
-        consumer.multiply_unit<P>(unit, group, ring, inputs, smem, sum);
-        const float *by_token = (P == DOWN ? smem.scale : smem.input_scale) + thread_token();
+            for (int i = 0; i < 2; i++) by_row[h][i] = !BLOCKS && first_row + 8 * i < Z::N ? __ldg(s.scales[P] + h * INTER + first_row + 8 * i) : 0;
+        consumer.multiply_unit<P>(s, unit, group, ring, inputs, smem, sum);
+        const float *by_token = (P == DOWN ? smem.scale[0] : smem.input_scale[0][0]) + thread_token();
 #pragma unroll
         for (int v = 0; v < VALUES / 2; v++) {
             const int row = first_row + v % 2 * 8;
@@ -128,7 +158,7 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
 #pragma unroll
             for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
-                for (int c = 0; c < 2; c++) y[h][c] = sum[h][2 * v + c] * by_row[h][v % 2] * by_token[v / 2 * 8 + c];
+                for (int c = 0; c < 2; c++) y[h][c] = BLOCKS ? sum[h][2 * v + c] : sum[h][2 * v + c] * by_row[h][v % 2] * by_token[v / 2 * 8 + c];
             const bool inside = (Z::SPLIT_ROWS || !group) && within + v % 2 * 8 < Z::ROWS && row < Z::N;
             finish(round, v, unit % Z::SPLITS, inside, row, thread_token() + v / 2 * 8, y);
         }
