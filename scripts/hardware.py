@@ -82,8 +82,8 @@ KERNELS = """
 ## Triton's kernels, compiled
 
 The matrix instructions in the machine code; "none" where a kernel has nothing to multiply. FP8 is `e4m3` on sm_90, `fp8_fp8`
-and `f8f6f4` on AMD. Megakernels, attention over an FP8 cache and the fused GEMMs of Hopper are CUDA C++, for sm_90 alone
-(`octavo/ops/hopper`).
+and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, fused GEMMs and experts of more than 32 tokens
+are CUDA C++ (`octavo/ops/hopper`).
 
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [

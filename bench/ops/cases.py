@@ -6,7 +6,7 @@ at hand was bound to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
 TOKENS = (1, 16, 64, 256, 2048)
 MIXTURE = (2048, 768, 128, 8)  # hidden, intermediate, experts, chosen
+LONG = (8192,)  # tokens of a step of prompts
+ROUTINGS = ("balanced", "skewed", "one-hot")  # every expert as likely, an eighth of them most likely, the same for all tokens
 DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
 PREFILLS = ((8, 1024), (2, 4096), (1, 8192))
 Call = Callable[[], Any]
@@ -75,6 +77,10 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
         yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
     for m in tokens:
         yield Case("experts", f"M={m}", "", lambda m=m: experts(p, m))
+    for m in (*tokens, *LONG) if not p.is_cpu else tokens:
+        for routing in ROUTINGS:
+            library = "" if p.is_cpu else "_scaled_grouped_mm, twice"
+            yield Case("routed_experts", f"M={m} {routing}", library, lambda m=m, r=routing: routed_experts(p, m, r))
     for n in (1, 16, 256):
         if n <= tokens[-1]:
             for name, top_k, top_p in (("temperature", VOCAB, 1.0), ("top_p", VOCAB, 0.9), ("top_k, top_p", 40, 0.9)):
@@ -137,9 +143,9 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def experts(p: Platform, m: int) -> Set:
-    """A router, its experts' products and their sum, with codes beside dense values where the norm before would make them."""
-    hidden, inner, count, chosen = MIXTURE
+def mixture(p: Platform) -> tuple[ops.PackedStack, ops.PackedStack, int]:
+    """Stacks of gate and up, and of down; how many experts they have."""
+    hidden, inner, count, _ = MIXTURE
     count = count // 8 if p.is_cpu else count  # whose caches hold none of that, either
     stacks = []
     for n, k in ((2 * inner, hidden), (hidden, inner)):
@@ -147,7 +153,12 @@ def experts(p: Platform, m: int) -> Set:
         for e in range(count):
             made.put(e, quantize(random(p, n, k) * k**-0.5, SCHEMES["ptpc_fp8"], p.fp8_dtype))
         stacks.append(ops.pack_experts(made.finished(), p))
-    up, down = stacks
+    return stacks[0], stacks[1], count
+
+
+def experts(p: Platform, m: int) -> Set:
+    """A router, its experts' products and their sum, with codes beside dense values where the norm before would make them."""
+    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p)
     x, ones, gate = random(p, m, hidden), random(p, hidden), random(p, count, hidden) * hidden**-0.5
     given, _ = ops.rms_norm(x, ones, 1e-5, None, [None, up])
     spans = [batch.Span([0], 4, [0, 1]) for _ in range(m)]
@@ -160,6 +171,38 @@ def experts(p: Platform, m: int) -> Set:
 
     per_expert = 3 * hidden * inner
     return Set(call, None, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
+
+
+def routed_experts(p: Platform, m: int, routing: str) -> Set:
+    """Experts of tokens that are routed already. The library's two products are of rows that lie in order, without SiLU and
+    quantization in between, and without the sum.
+    """
+    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p)
+    likely = torch.rand(m, count, device=p.device)
+    if routing == "skewed":
+        likely[:, : count // 8] += 0.5
+    to = likely.argsort(-1, descending=True)[:, :chosen].int()
+    if routing == "one-hot":
+        to = torch.arange(chosen, device=p.device).expand(m, chosen).int().contiguous()
+    given, _ = ops.rms_norm(random(p, m, hidden), random(p, hidden), 1e-5, None, [up])
+    routed, used = ops.Routed(to, torch.rand(m, chosen, device=p.device)), int(to.unique().numel())
+    library = None if p.is_cpu else grouped_mm(p, (up, down), ops.dispatch(to, count).starts, m * chosen)
+    per_expert, call = 3 * hidden * inner, partial(ops.experts, given, routed, up, down)
+    return Set(call, library, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
+
+
+def grouped_mm(p: Platform, stacks: Sequence[Any], starts: Tensor, pairs: int) -> Call:
+    """The library's products of random rows by stacks, whose rows from starts[1:] on are the next expert's."""
+    rows = [random(p, pairs, w.k).to(p.fp8_dtype) for w in stacks]
+    ones = torch.ones(pairs, device=p.device)
+
+    def call() -> None:
+        for x, w in zip(rows, stacks, strict=True):
+            torch._scaled_grouped_mm(
+                x, w.weight.mT, ones, w.scale.flatten(1), offs=starts[1:], out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+    return call
 
 
 def rms_norm(p: Platform, m: int) -> Set:

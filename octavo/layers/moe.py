@@ -77,11 +77,11 @@ class Experts(nn.Module):
         )
         self.gate_up, self.down = loader.experts(self.matrices, self.count, self.active, self.local)
 
-    def forward(self, x: ops.Operand, routed: ops.Routed) -> Tensor:
+    def forward(self, x: ops.Operand, routed: ops.Routed) -> Tensor | ops.Uncombined:
         if len(self.local) < self.count:
             own = routed.experts - self.local.start
             routed = ops.Routed(own.masked_fill((own < 0) | (own >= len(self.local)), -1), routed.weights)
-        return ops.experts(x, routed, self.gate_up, self.down)
+        return ops.experts_uncombined(x, routed, self.gate_up, self.down)
 
 
 class MixtureOfExperts(nn.Module):
@@ -99,7 +99,10 @@ class MixtureOfExperts(nn.Module):
         return None, self.experts.gate_up, *(() if shared is None else shared.readers)
 
     def forward(self, x: ops.Activation, batch: ForwardBatch) -> ops.Product:
-        y: Tensor = self.experts(x, self.gate(x, batch))
+        y: Tensor | ops.Uncombined = self.experts(x, self.gate(x, batch))
+        if self.tp.size == 1 and self.shared_experts is None:
+            return y
+        y = ops.finished(y)
         if self.shared_experts is not None:
             y = y.add_(self.shared_experts(x))
         return y if self.tp.size == 1 else ops.Unsummed(y, self.tp)

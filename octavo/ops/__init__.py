@@ -44,6 +44,7 @@ from octavo.ops.contract import (
     Router,
     Segments,
     StackImplementation,
+    Uncombined,
     Unscaled,
     Unsummed,
     values_of,
@@ -54,12 +55,12 @@ from octavo.quant import QTensor
 __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
     "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
-    "Routed", "Router", "Segments", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
-    "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine",
-    "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "finished", "fuse", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
-    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table",
-    "write_index_keys", "write_kv", "write_latent",
+    "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
+    "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures", "captures_segments",
+    "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined",
+    "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled",
+    "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
+    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -225,7 +226,9 @@ def all_reduce_norm_quantize(
 
 
 def finished(x: Product) -> Tensor:
-    """The dense values of a product, summed over ranks and with its scales, for a reader that is no norm."""
+    """The dense values of a product, summed over ranks or experts and with its scales, for a reader that is no norm."""
+    if isinstance(x, Uncombined):
+        return combine(*x)
     return all_reduce(x.values, x.tp) if isinstance(x, Unsummed) else reference.scaled(x)
 
 
@@ -245,6 +248,8 @@ def rms_norm(
     """
     if isinstance(x, Unsummed):
         return all_reduce_norm_quantize(x.values, x.tp, weight, eps, residual, readers)
+    if isinstance(x, Uncombined):
+        return _bound["combine_norm_quantize"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
     return _bound["rms_norm"](x, weight, eps, residual, readers)  # type: ignore[no-any-return]
 
 
@@ -252,7 +257,8 @@ def layer_norm(
     x: Product, norm: Norm, residual: Tensor | None = None, readers: Sequence[Reader] = ()
 ) -> tuple[Activation, Tensor]:
     """`rms_norm` with the mean subtracted first and a bias added: (the norm of x + residual, x + residual)."""
-    return _bound["layer_norm"](finished(x) if isinstance(x, Unsummed) else x, norm, residual, readers)  # type: ignore[no-any-return]
+    x = finished(x) if isinstance(x, Unsummed | Uncombined) else x
+    return _bound["layer_norm"](x, norm, residual, readers)  # type: ignore[no-any-return]
 
 
 def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
@@ -293,11 +299,15 @@ def experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack)
 
     gate_up: [E, 2I, H] = [gate, up]; down: [E, H, I]. Does not synchronize with the host.
     """
+    return finished(experts_uncombined(x, routed, gate_up, down))
+
+
+def experts_uncombined(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack) -> Tensor | Uncombined:
+    """`experts` for a reader that takes a Product (rms_norm): the weighted sum may be left to that reader."""
     if not down.k:  # a rank without a part of these experts
         values = values_of(x)
         return values.new_zeros(len(values), down.n)
-    at = dispatch(routed.experts, gate_up.experts)
-    return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
+    return _bound["fused_experts"](x, routed, gate_up, down)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
@@ -470,10 +480,17 @@ def _sum_then_norm(
     return rms_norm(all_reduce(x, tp), weight, eps, residual, readers)
 
 
+def _sorted_experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack) -> Tensor:
+    at = routed.at if routed.at is not None else dispatch(routed.experts, gate_up.experts)
+    return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
+
+
 # Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "all_reduce_norm_quantize": (_sum_then_norm, "all_reduce, then rms_norm"),
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
+    "combine_norm_quantize": (lambda x, *given: rms_norm(combine(*x), *given), "combine, then rms_norm"),
+    "fused_experts": (_sorted_experts, "dispatch, a grouped GEMM, silu_mul, another, combine"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),
 }

@@ -20,7 +20,7 @@ __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
     "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
     "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
-    "StackImplementation", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
+    "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -86,8 +86,16 @@ class Unsummed(NamedTuple):
     tp: TensorParallel
 
 
+class Uncombined(NamedTuple):
+    """Experts' results [P, N] in sorted order, whose weighted sums by token, [T, N], the reader takes (as `ops.combine`)."""
+
+    values: Tensor
+    routed: Routed
+    at: Dispatch
+
+
 Operand = Tensor | Activation  # the input of a product; a tensor holds dense values
-Product = Tensor | Unscaled | Unsummed
+Product = Tensor | Unscaled | Unsummed | Uncombined
 
 
 class Filters(NamedTuple):
@@ -207,10 +215,13 @@ class Router(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Each token's experts, INT32 [T, top_k], -1 for none (padding), and their weights, FP32 [T, top_k]."""
+    """Each token's experts, INT32 [T, top_k], -1 for none (padding), their weights, FP32 [T, top_k], and the pairs sorted by
+    expert if the router has sorted them already.
+    """
 
     experts: Tensor
     weights: Tensor
+    at: Dispatch | None = None
 
 
 class Dispatch(NamedTuple):

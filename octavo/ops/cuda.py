@@ -15,6 +15,7 @@ from octavo.ops.gpu import (
     argmax,
     captures_segments,
     combine,
+    combine_norm_quantize,
     dispatch,
     expanded_attention,
     gelu,
@@ -24,7 +25,6 @@ from octavo.ops.gpu import (
     rms_norm,
     rope_write_kv,
     rotate,
-    route,
     sample,
     segment_attention,
     select_keys,
@@ -35,8 +35,10 @@ from octavo.ops.gpu import (
 from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
+from octavo.ops.hopper.experts import fused_experts
 from octavo.ops.hopper.gate_up_silu import gated_linear
 from octavo.ops.hopper.qkv_rope_kv_write import project
+from octavo.ops.hopper.route import route
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead
 from octavo.platform import Platform, capture, threads_on
@@ -45,9 +47,10 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "captures_segments", "combine",
-    "compile_ahead", "configure", "decode_variant", "dispatch", "expanded_attention", "fuse", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
-    "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "combine_norm_quantize", "compile_ahead", "configure", "decode_variant", "dispatch", "expanded_attention", "fuse",
+    "fused_experts", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "project", "rms_norm",
+    "rope_write_kv", "rotate", "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys",
+    "write_latent",
 ]  # fmt: skip
 
 
@@ -55,8 +58,9 @@ def configure(platform: Platform) -> None:
     """Configure the launchers, and compile the kernels that do not depend on a model."""
     launch.configure(platform)
     hopper.attention.configure(platform)
-    gate_up_silu.KERNELS.configure(platform)
-    qkv_rope_kv_write.KERNELS.configure(platform)
+    for module in (gate_up_silu, qkv_rope_kv_write, hopper.experts, hopper.route):
+        module.KERNELS.configure(platform)
+    hopper.experts.QUANTIZE.configure(platform)
 
 
 def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:

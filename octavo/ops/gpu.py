@@ -26,7 +26,7 @@ from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.attention import attend, attention
 from octavo.ops.triton.block_linear import block_linear, quantize_groups
 from octavo.ops.triton.decode import decode_variant
-from octavo.ops.triton.elementwise import gelu, layer_norm, quantize, rms_norm, silu_mul
+from octavo.ops.triton.elementwise import combine_norm_quantize, gelu, layer_norm, quantize, rms_norm, silu_mul
 from octavo.ops.triton.expanded_attention import expanded_attention
 from octavo.ops.triton.experts import grouped_linear
 from octavo.ops.triton.index_keys import write_index_keys
@@ -55,6 +55,7 @@ __all__ = [
     "attention",
     "captures_segments",
     "combine",
+    "combine_norm_quantize",
     "decode_variant",
     "dispatch",
     "expanded_attention",

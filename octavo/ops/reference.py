@@ -30,6 +30,7 @@ from octavo.ops.contract import (
     Routed,
     Router,
     Segments,
+    Uncombined,
     Unscaled,
     Unsummed,
     not_taken,
@@ -231,7 +232,7 @@ def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
 
 def scaled(x: Product) -> Tensor:
     """A product with its scales applied, in its dtype; `octavo.ops` has taken the sum over ranks."""
-    assert not isinstance(x, Unsummed)
+    assert not isinstance(x, Unsummed | Uncombined)
     return (x.values.float() * x.row * x.column).to(x.values.dtype) if isinstance(x, Unscaled) else x
 
 

@@ -67,12 +67,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     for scaled, both in ((False, False), (True, False), (True, True)):
         kind = "_scaled" * scaled + "_both" * both
         dense, unread = ({"dense": bf16}, {}) if both else ({}, {"dense": None})
+        unpaired = dict.fromkeys(("experts", "weights", "place"))
         product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32", **dense)
         yield (
             f"norm_quant{kind}", elementwise._norm_quant,
             dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
                  **product),
-            dict(SCALED=scaled, ADD=True, CENTER=False, QUANT=True, BOTH=both, BLOCK=4096, shift=None, **unread, **limit),
+            dict(TOP_K=0, SCALED=scaled, ADD=True, CENTER=False, QUANT=True, BOTH=both, BLOCK=4096, shift=None, **unpaired,
+                 **unread, **limit),
             {"num_warps": 8},
         )  # fmt: skip
         yield (
@@ -188,8 +190,15 @@ def of_towers(fp8: str, limit: dict[str, Any]) -> Iterator[tuple[str, Any, dict[
         "layer_norm_quant", elementwise._norm_quant,
         dict(residual=bf16, weight=bf16, shift=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32",
              inner_stride="i32", **written),
-        dict(x_row=None, x_column=None, dense=None, SCALED=False, ADD=True, CENTER=True, QUANT=True, BOTH=False, BLOCK=2048,
-             **limit), {"num_warps": 4},
+        dict(x_row=None, x_column=None, experts=None, weights=None, place=None, dense=None, TOP_K=0, SCALED=False, ADD=True,
+             CENTER=True, QUANT=True, BOTH=False, BLOCK=2048, **limit), {"num_warps": 4},
+    )  # fmt: skip
+    yield (
+        "combine_norm_quant", elementwise._norm_quant,
+        dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
+             experts="*i32", weights=fp32, place="*i32", **written),
+        dict(x_row=None, x_column=None, shift=None, dense=None, TOP_K=8, SCALED=False, ADD=True, CENTER=False, QUANT=True,
+             BOTH=False, BLOCK=2048, **limit), {"num_warps": 4},
     )  # fmt: skip
     for kind, tanh in (("tanh", True), ("erf", False)):
         yield (

@@ -12,7 +12,7 @@ from ops.test_experts import Shape, chosen, stack
 
 from octavo import batch as batches
 from octavo.ops import gpu, reference
-from octavo.ops.contract import Activation, Dispatch, Routed, Router
+from octavo.ops.contract import Activation, Dispatch, Routed, Router, Uncombined
 from octavo.ops.triton import elementwise, experts, routing
 from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, SCHEMES, QTensor, Scheme, concat, quantize
@@ -42,7 +42,7 @@ def check_route(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rou
     batch = decode_batch(len(x), 1)
     found = routing.route(x, w, bias, router, batch, config)
     expected = reference.route(x, w, bias, router, batch)
-    assert [t.dtype for t in found] == [torch.int32, torch.float32]
+    assert [t.dtype for t in found[:2]] == [torch.int32, torch.float32]
     assert torch.equal(found.experts, expected.experts)
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-7)
 
@@ -116,6 +116,25 @@ def test_combine(dtype: torch.dtype) -> None:
     found, expected = (m.combine(wide[:, :90], Routed(to, weights), at) for m in (routing, reference))
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
     assert not found[5:].any()
+
+
+@over("adds", [False, True])
+def test_a_norm_of_what_it_combines(adds: bool) -> None:
+    """As combine, then the norm, into codes and dense values; rows of pairs without an expert are not numbers."""
+    to, weights = chosen("some rows pad", 10, 7, 3).to(DEVICE), torch.rand(10, 3, device=DEVICE)
+    at, y = reference.dispatch(to, 7), torch.full((30, 96), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    y[: int(at.starts[-1])] = torch.randn(int(at.starts[-1]), 96, device=DEVICE).bfloat16()
+    gain, residual = torch.randn(2, 11, 96, device=DEVICE).bfloat16().unbind()
+    residual = residual[:10] if adds else None
+    reads = gpu.PackedScaledMM(quantize(torch.randn(16, 96, device=DEVICE), FP8_PER_CHANNEL))
+    routed = Routed(to, weights)
+    found, carried = elementwise.combine_norm_quantize(Uncombined(y, routed, at), gain[0], 1e-6, residual, [reads, None])
+    expected, sums = elementwise.rms_norm(routing.combine(y, routed, at), gain[0], 1e-6, residual, [reads, None])
+    assert relative_error(carried, sums.double()) < 4e-3
+    assert relative_error(found.values(), expected.values().double()) < 4e-3
+    assert found.quantized is not None
+    assert expected.quantized is not None
+    assert relative_error(*(q.codes.double() * q.scale for q in (found.quantized, expected.quantized))) < 2e-2
 
 
 def on_codes(rows: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Activation, CodeFormat, Norm, Quantized, Reader, Unscaled, wanted
+from octavo.ops.contract import Activation, CodeFormat, Norm, Quantized, Reader, Uncombined, Unscaled, wanted
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 from octavo.quant.scheme import Granularity
 
-__all__ = ["gelu", "layer_norm", "made_for", "quantize", "rms_norm", "silu_mul"]
+__all__ = ["combine_norm_quantize", "gelu", "layer_norm", "made_for", "quantize", "rms_norm", "silu_mul"]
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: 
 
 @triton.jit
 def _norm_quant(
-    x, x_row, x_column, residual, weight, shift, out, scale, dense, carried, eps, size, inner, outer_stride, inner_stride,
-    width, SCALED: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr,
-    LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_row, x_column, experts, weights, place, residual, weight, shift, out, scale, dense, carried, eps, size, inner,
+    outer_stride, inner_stride, width, TOP_K: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
+    QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -46,14 +46,23 @@ def _norm_quant(
         column = tl.load(x_column + cols, mask=inside, other=0.0)
     release(PDL)
     wait(PDL)
-    at = x + (row // inner) * outer_stride + (row % inner) * inner_stride + cols
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if TOP_K > 0:  # a token's pairs, as in `routing._combine`
+        value = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(TOP_K):
+            woken = tl.load(experts + row * TOP_K + i) >= 0
+            at = x + tl.load(place + row * TOP_K + i).to(tl.int64) * size + cols
+            part = tl.load(at, mask=inside & woken, other=0.0).to(tl.float32)
+            value += tl.where(woken, part * tl.load(weights + row * TOP_K + i), 0.0)
+        value = round_to(value, x.dtype.element_ty)
+    else:
+        at = x + (row // inner) * outer_stride + (row % inner) * inner_stride + cols
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         value = round_to(value * tl.load(x_row + row) * column, x.dtype.element_ty)
     if ADD:
         value += tl.load(residual + row * size + cols, mask=inside, other=0.0).to(tl.float32)
         value = round_to(value, x.dtype.element_ty)
-    if ADD or SCALED:
+    if ADD or SCALED or TOP_K > 0:
         tl.store(carried + row * size + cols, value.to(x.dtype.element_ty), mask=inside)
     if CENTER:
         value = tl.where(inside, value - tl.sum(value, 0) / size, 0.0)
@@ -203,11 +212,27 @@ def layer_norm(
     carried = x if residual is None and by_row is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         launch(_norm_quant, (rows,),
-            x, by_row, by_column, residual, norm.weight, norm.bias, *to.pointers, carried, norm.eps, size, inner,
-            x.stride(0), x.stride(1) if x.dim() == 3 else 0, to.width, SCALED=by_row is not None, ADD=residual is not None,
-            CENTER=norm.bias is not None, **to.options,
+            x, by_row, by_column, None, None, None, residual, norm.weight, norm.bias, *to.pointers, carried, norm.eps, size,
+            inner, x.stride(0), x.stride(1) if x.dim() == 3 else 0, to.width, TOP_K=0, SCALED=by_row is not None,
+            ADD=residual is not None, CENTER=norm.bias is not None, **to.options,
         )  # fmt: skip
     return Activation(None if to.dense is None else to.dense.view(x.shape), to.quantized), carried
+
+
+def combine_norm_quantize(
+    x: Uncombined, weight: Tensor, eps: float, residual: Tensor | None = None, readers: Sequence[Reader] = ()
+) -> tuple[Activation, Tensor]:
+    """`rms_norm` of each token's weighted sum of its pairs' rows."""
+    y, routed, at = x
+    (rows, top_k), size = routed.experts.shape, y.shape[1]
+    to = _Outputs(readers, rows, size, y)
+    carried = torch.empty(rows, size, dtype=y.dtype, device=y.device)
+    if rows:
+        launch(_norm_quant, (rows,),
+            y, None, None, routed.experts, routed.weights, at.place, residual, weight, None, *to.pointers, carried, eps, size,
+            1, 0, 0, to.width, TOP_K=top_k, SCALED=False, ADD=residual is not None, CENTER=False, **to.options,
+        )  # fmt: skip
+    return Activation(to.dense, to.quantized), carried
 
 
 def silu_mul(x: Tensor | Unscaled, readers: Sequence[Reader] = ()) -> Activation:
