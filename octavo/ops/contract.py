@@ -305,6 +305,7 @@ class DecoderParts(NamedTuple):
     head_dim: int
     scale: float
     eps: float
+    ranks: int = 1  # of whose layers these are parts
 
 
 class FusedDecoder(Protocol):

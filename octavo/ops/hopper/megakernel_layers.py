@@ -22,6 +22,8 @@ def unfit(parts: DecoderParts) -> str | None:
     """None, or the reason why neither megakernel supports these layers."""
     if (reason := missing()) is not None:
         return reason
+    if parts.ranks > 1:
+        return "several ranks share each layer"
     weights = [w for layer in parts.layers for w in layer.weights]
     if not all(isinstance(w, PackedScaledMM) and w.weight.shape == (w.n, w.k) for w in weights):
         return "not every weight is FP8 with a scale a channel or matrix"
