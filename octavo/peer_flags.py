@@ -134,7 +134,7 @@ _IGNORED = """
 --disable-hybrid-kv-cache-manager --scheduler-reserve-full-isl | one way of scheduling, by --max-num-batched-tokens
 --guided-decoding-backend =auto,guidance | llguidance does all structured output
 --guided-decoding-disable-fallback | llguidance does all structured output
---disable-custom-all-reduce --disable-nccl-for-dp-synchronization | ranks exchange tensors through NCCL
+--disable-custom-all-reduce --disable-nccl-for-dp-synchronization | ranks exchange by kernels where they can, else through NCCL
 --attention-backend --attention-config --mm-encoder-attn-backend --moe-backend --linear-backend --kernel-config \
 --all2all-backend --performance-mode =auto | kernels are chosen by the device, and the choice is logged
 --disable-cascade-attn --kv-sharing-fast-prefill --enable-dbo --enable-eplb --eplb-log-balancedness | kernels and the place \

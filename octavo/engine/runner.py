@@ -63,7 +63,7 @@ class ModelRunner:
         self.tp = tp = join_ranks(config, place, self.platform)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
-        ops.bind(self.platform)
+        ops.bind(self.platform, tp)
         self.directory = Path(config.model)
         self.json_config = read_config(self.directory)
         json_config = overridden(self.json_config, cast("dict[str, Any] | None", config.hf_overrides))

@@ -22,10 +22,4 @@ class Vocabulary:
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Argmax over all ranks' logits, the first of equal ones: int64 [rows], the same on every rank."""
-        local = ops.argmax(logits)
-        if self.tp.size == 1:
-            return local
-        local = local.unsqueeze(1)
-        tokens = ops.all_gather(local + self.tp.rank * logits.shape[1], self.tp)
-        values = ops.all_gather(logits.gather(1, local), self.tp)
-        return tokens.gather(1, ops.argmax(values).unsqueeze(1)).squeeze(1)
+        return ops.argmax_over_ranks(logits, self.tp)

@@ -56,7 +56,7 @@ class DenseLM(CausalLM):
 
     def parts(self) -> DecoderParts | None:
         """The layers for a megakernel that computes all of them; None if they have parts that `LayerParts` cannot express."""
-        if not (self.model.first and self.model.last) or self.tp.size > 1:
+        if not (self.model.first and self.model.last):
             return None
         found: list[LayerParts] = []
         layers: list[Any] = list(self.model.layers)  # of any architecture; the attributes have Hugging Face's names
@@ -74,5 +74,5 @@ class DenseLM(CausalLM):
         c = self.config
         return DecoderParts(
             found, attn.rotary.cos_sin, c.hidden_size, c.intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
-            attn.scale, c.rms_norm_eps,
+            attn.scale, c.rms_norm_eps, self.tp.size,
         )  # fmt: skip

@@ -56,8 +56,9 @@ __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
     "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
     "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
-    "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures", "captures_segments",
-    "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined",
+    "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind", "capture", "captures",
+    "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts",
+    "experts_uncombined",
     "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled",
     "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
     "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
@@ -81,10 +82,14 @@ _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
 _lock = threading.Lock()
+ALONE = TensorParallel()
 
 
-def bind(platform: Platform) -> None:
-    """Choose the implementations of this process. Binding again replaces the earlier choice."""
+def bind(platform: Platform, tp: TensorParallel = ALONE) -> None:
+    """Choose the implementations of this process. Binding again replaces the earlier choice.
+
+    tp: the ranks that exchange. All of them bind at the same place, since they make buffers for it.
+    """
     if platform.is_cpu:
         from octavo.ops import cpu as preferred
     elif platform.arch.startswith("gfx"):
@@ -110,6 +115,10 @@ def bind(platform: Platform) -> None:
             chosen = getattr(preferred, name, None)
             _bound[name] = chosen or composed
             _table[name] = how if chosen is None else chosen.__module__.removeprefix("octavo.ops.")
+        connect = getattr(preferred, "connect", None)
+        if tp.size > 1 and connect is not None and (reason := connect(platform, tp)) is not None:
+            for name in ("all_reduce", "all_reduce_norm_quantize", "argmax_over_ranks"):
+                _table[name] = f"the library's collectives: {reason}"
 
 
 def compile_ahead() -> AbstractContextManager[None]:
@@ -222,7 +231,8 @@ def all_reduce_norm_quantize(
 
     A kernel that adds, norms and makes codes of the rows that it has summed reads and writes the rows once.
     """
-    return _bound["all_reduce_norm_quantize"](x, tp, weight, eps, residual, readers)  # type: ignore[no-any-return]
+    found: tuple[Activation, Tensor] | None = _bound["all_reduce_norm_quantize"](x, tp, weight, eps, residual, readers)
+    return rms_norm(all_reduce(x, tp), weight, eps, residual, readers) if found is None else found
 
 
 def finished(x: Product) -> Tensor:
@@ -444,6 +454,19 @@ def argmax(logits: Tensor) -> Tensor:
     return found.zero_() if ahead.is_on() else found
 
 
+def argmax_over_ranks(logits: Tensor, tp: TensorParallel) -> Tensor:
+    """`argmax` over the parts [rows, part] of all ranks, in their order: int64 [rows], the same on every rank."""
+    if tp.size == 1:
+        return argmax(logits)
+    found: Tensor | None = _bound["argmax_over_ranks"](logits, tp)
+    if found is not None:
+        return found.zero_() if ahead.is_on() else found
+    local = argmax(logits).unsqueeze(1)
+    tokens = all_gather(local + tp.rank * logits.shape[1], tp)
+    values = all_gather(logits.gather(1, local), tp)
+    return tokens.gather(1, argmax(values).unsqueeze(1)).squeeze(1)
+
+
 def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | None) -> Tensor:
     """Sample a token of each row of FP32 logits [rows, vocab], which may be overwritten: int64 [rows].
 
@@ -474,20 +497,16 @@ def _rope_then_attention(
     return attention(rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)
 
 
-def _sum_then_norm(
-    x: Tensor, tp: TensorParallel, weight: Tensor, eps: float, residual: Tensor | None, readers: Sequence[Reader]
-) -> tuple[Activation, Tensor]:
-    return rms_norm(all_reduce(x, tp), weight, eps, residual, readers)
-
-
 def _sorted_experts(x: Operand, routed: Routed, gate_up: PackedStack, down: PackedStack) -> Tensor:
     at = routed.at if routed.at is not None else dispatch(routed.experts, gate_up.experts)
     return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
 
 
-# Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports.
+# Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports. A fused one
+# may give None, too: the op is then composed.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "all_reduce_norm_quantize": (_sum_then_norm, "all_reduce, then rms_norm"),
+    "all_reduce_norm_quantize": (lambda *_: None, "all_reduce, then rms_norm"),
+    "argmax_over_ranks": (lambda *_: None, "argmax, then all_gather"),
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
     "combine_norm_quantize": (lambda x, *given: rms_norm(combine(*x), *given), "combine, then rms_norm"),
     "fused_experts": (_sorted_experts, "dispatch, a grouped GEMM, silu_mul, another, combine"),

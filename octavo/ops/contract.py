@@ -316,6 +316,7 @@ class DecoderParts(NamedTuple):
     head_dim: int
     scale: float
     eps: float
+    ranks: int = 1  # of whose layers these are parts
 
 
 class FusedDecoder(Protocol):

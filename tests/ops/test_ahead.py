@@ -54,7 +54,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """With kernels that "compile", for a platform that has them."""
     stub = Driver()
-    monkeypatch.setattr(compiler, "_driver", stub)
+    monkeypatch.setattr(compiler, "driver", stub)
     monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     for module in (decoder_megakernel, layer_megakernel):

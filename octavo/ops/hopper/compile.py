@@ -22,7 +22,7 @@ from torch import Tensor
 from octavo.ops import ahead
 from octavo.platform import Platform, threads_on
 
-__all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "missing", "no_warpgroups", "tensor_map"]
+__all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "driver", "missing", "no_warpgroups", "tensor_map"]
 
 log = logging.getLogger(__name__)
 
@@ -136,32 +136,33 @@ class Kernel:
 
     def __init__(self, cubin: bytes, name: str):
         self.module, self.function = c_void_p(), c_void_p()
-        _driver("cuModuleLoadData", byref(self.module), cubin)
-        _driver("cuModuleGetFunction", byref(self.function), self.module, name.encode())
+        driver("cuModuleLoadData", byref(self.module), cubin)
+        driver("cuModuleGetFunction", byref(self.function), self.module, name.encode())
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
-        _driver("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
+        driver("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
 
     def constant(self, name: str) -> int:
         """The value of a global int of the module."""
         place, size, value = c_void_p(), c_size_t(), c_int()
-        _driver("cuModuleGetGlobal_v2", byref(place), byref(size), self.module, name.encode())
-        _driver("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
+        driver("cuModuleGetGlobal_v2", byref(place), byref(size), self.module, name.encode())
+        driver("cuMemcpyDtoH_v2", byref(value), place, c_size_t(4))
         return value.value
 
-    def launch(self, ctas: int, arguments: ctypes.Structure, *, early: bool = False) -> None:
+    def launch(self, ctas: int, arguments: ctypes.Structure, *, early: bool = False, threads: int | None = None) -> None:
         """Launch on torch's current stream; within compile_ahead do nothing. `arguments` is the kernel's only parameter.
 
         early: programmatic dependent launch; the kernel itself waits for its predecessor and may start while that still runs.
+        threads: of a CTA, if fewer than the module says.
         """
         if ahead.is_on():
             return
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
-            (ctas, 1, 1), (self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
+            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute), 1,
         )  # fmt: skip
-        _driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
+        driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
 
 class Kernels:
@@ -214,7 +215,7 @@ def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], 
     made = (c_uint64 * 24)()  # its 16 words, 64-byte aligned
     place = (ctypes.addressof(made) + 63) // 64 * 64
     rank = len(sizes)
-    _driver(
+    driver(
         "cuTensorMapEncodeTiled", c_void_p(place), c_int(0), c_uint32(rank), c_void_p(address), (c_uint64 * rank)(*sizes),
         (c_uint64 * (rank - 1))(*strides), (c_uint32 * rank)(*box), (c_uint32 * rank)(*[1] * rank), c_int(0),
         c_int(SWIZZLED[box[0]]), c_int(PROMOTED), c_int(0),
@@ -227,6 +228,7 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _driver(call: str, *arguments: object) -> None:
+def driver(call: str, *arguments: object) -> None:
+    """Calls the driver. Raises NoKernel if it fails."""
     if status := getattr(_library(), call)(*arguments):
         raise NoKernel(f"{call} failed with CUDA error {status}")

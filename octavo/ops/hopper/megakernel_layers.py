@@ -27,6 +27,8 @@ def unfit(parts: DecoderParts, kinds: tuple[type[PackedWeight], ...]) -> str | N
     """None, or the reason why no megakernel for such weights, all of one of these kinds, supports these layers."""
     if (reason := missing()) is not None:
         return reason
+    if parts.ranks > 1:
+        return "several ranks share each layer"
     weights = [w for layer in parts.layers for w in layer.weights]
     if not any(all(isinstance(w, kind) for w in weights) for kind in kinds):
         return "not every weight is FP8 with a scale a channel or matrix" + ", or a tile" * (PackedBlocks in kinds)
