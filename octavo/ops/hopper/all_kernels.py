@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from octavo.ops.hopper import attention, gate_up_silu, qkv_rope_kv_write
+from octavo.ops.hopper import attention, block_gate_up_silu, block_gemm, gate_up_silu, qkv_rope_kv_write
 from octavo.ops.hopper.compile import KEPT, Kernels, NoKernel, missing
 
 __all__ = ["compile_all", "every_kernel"]
@@ -17,7 +17,7 @@ __all__ = ["compile_all", "every_kernel"]
 
 def every_kernel() -> Iterator[Kernels]:
     """The kernels whose variants are compiled while a model is loaded."""
-    for module in (attention, gate_up_silu, qkv_rope_kv_write):
+    for module in (attention, block_gate_up_silu, block_gemm, gate_up_silu, qkv_rope_kv_write):
         yield from (value for value in vars(module).values() if isinstance(value, Kernels))
 
 
