@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.ops import cpu, gpu
+from octavo.ops import cpu, cuda, rocm
 from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
 
@@ -102,7 +102,7 @@ def weight(scheme: Scheme, platform: Platform, lead: tuple[int, ...] = ()) -> QT
 
 def chosen(platform: Platform) -> Iterator[tuple[str, str]]:
     """What is multiplied, and by what."""
-    of = cpu if platform.is_cpu else gpu
+    of = cpu if platform.is_cpu else rocm if platform.arch.startswith("gfx") else cuda
     for name, scheme in SCHEMES:
         for kind, implementations, lead in (("", of.LINEAR, ()), (", experts", of.STACKS, (2,))):
             q = weight(scheme, platform, lead)

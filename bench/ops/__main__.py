@@ -2,6 +2,7 @@
 
     python -m bench.ops                       # every op
     python -m bench.ops linear attention      # some
+    python -m bench.ops linear --scheme fp8_block
 
 On a GPU a captured graph of many calls goes round sets of inputs that are larger than the L2 cache together: a weight is read
 once a step there, too. On a CPU the calls are timed one by one, over small shapes. Medians. The limit is the longer of the
@@ -27,6 +28,7 @@ from bench.ops.cases import Case, Set, cases
 from bench.timing import in_graph
 from octavo import ops
 from octavo.platform import Platform, detect
+from octavo.quant import SCHEMES
 from octavo.tools.bench.ceilings import measure_ceilings
 from octavo.tools.bench.limit import Ceilings
 
@@ -93,12 +95,13 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shape", default="", help="only shapes that have this text in their name")
+    parser.add_argument("--scheme", default="ptpc_fp8", choices=[name for name, scheme in SCHEMES.items() if scheme.quantized])
     parser.add_argument("--json", help="write every number here")
     args = parser.parse_args()
     p = detect(args.device)
     ops.bind(p)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = list(cases(p, 1 / 32 if p.is_cpu else 1.0))
+    found = list(cases(p, 1 / 32 if p.is_cpu else 1.0, args.scheme))
     known = {case.op for case in found}
     if unknown := [name for name in args.ops if name not in known]:
         parser.error(f"no op is called {unknown[0]}; there are {', '.join(sorted(known))}")

@@ -19,7 +19,7 @@ from octavo import batch, ops
 from octavo.config import EngineConfig
 from octavo.kvcache import LayerCache, Layout, spec_for
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, quantize
+from octavo.quant import SCHEMES, Granularity, quantize
 from octavo.quant.qtensor import Stacker
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
@@ -58,8 +58,8 @@ class Case:
     make: Callable[[], Set]
 
 
-def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
-    """All cases; `scale` below 1 leaves the large ones out, which a CPU would take minutes for."""
+def cases(p: Platform, scale: float = 1.0, scheme: str = "ptpc_fp8") -> Iterator[Case]:
+    """All cases, of weights in `scheme`; `scale` below 1 leaves the large ones out, which a CPU would take minutes for."""
     most_tokens, most_context = int(2048 * scale), int(256 * 1024 * scale)
     tokens = [m for m in TOKENS if m <= most_tokens]
     for name, (n, k) in LAYERS.items():
@@ -67,20 +67,20 @@ def cases(p: Platform, scale: float = 1.0) -> Iterator[Case]:
             yield Case(
                 "linear",
                 f"{name} M={m}",
-                "_scaled_mm, one scale" if not p.is_cpu else "F.linear",
-                lambda n=n, k=k, m=m: linear(p, m, n, k),
+                library_name(p, scheme) if not p.is_cpu else "F.linear",
+                lambda n=n, k=k, m=m: linear(p, scheme, m, n, k),
             )
     for m in tokens:
-        yield Case("rms_norm", f"M={m}", "F.rms_norm", lambda m=m: rms_norm(p, m))
-        yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, m))
-        yield Case("gated_linear", f"M={m}", "_scaled_mm, F.silu * up", lambda m=m: gated_linear(p, m))
+        yield Case("rms_norm", f"M={m}", "F.rms_norm", lambda m=m: rms_norm(p, scheme, m))
+        yield Case("silu_mul", f"M={m}", "F.silu * up", lambda m=m: silu_mul(p, scheme, m))
+        yield Case("gated_linear", f"M={m}", f"{library_name(p, scheme)}, F.silu * up", lambda m=m: gated_linear(p, scheme, m))
         yield Case("rope_write_kv", f"M={m}", "", lambda m=m: rope_write_kv(p, m))
     for m in tokens:
-        yield Case("experts", f"M={m}", "", lambda m=m: experts(p, m))
+        yield Case("experts", f"M={m}", "", lambda m=m: experts(p, scheme, m))
     for m in (*tokens, *LONG) if not p.is_cpu else tokens:
         for routing in ROUTINGS:
-            library = "" if p.is_cpu else "_scaled_grouped_mm, twice"
-            yield Case("routed_experts", f"M={m} {routing}", library, lambda m=m, r=routing: routed_experts(p, m, r))
+            library = "" if by_blocks(p, scheme) or p.is_cpu else "_scaled_grouped_mm, twice"
+            yield Case("routed_experts", f"M={m} {routing}", library, lambda m=m, r=routing: routed_experts(p, scheme, m, r))
     for n in (1, 16, 256):
         if n <= tokens[-1]:
             for name, top_k, top_p in (("temperature", VOCAB, 1.0), ("top_p", VOCAB, 0.9), ("top_k, top_p", 40, 0.9)):
@@ -102,16 +102,25 @@ def library_dtype(p: Platform) -> torch.dtype:
     return (p.widened_dtype or torch.float32) if p.is_cpu else torch.bfloat16
 
 
-def packed(p: Platform, n: int, k: int) -> tuple[ops.PackedWeight, int]:
-    q = quantize(random(p, n, k) * 0.02, SCHEMES["ptpc_fp8"], p.fp8_dtype)
+def library_name(p: Platform, scheme: str) -> str:
+    return "_scaled_mm, blocks" if by_blocks(p, scheme) else "_scaled_mm, one scale"
+
+
+def by_blocks(p: Platform, scheme: str) -> bool:
+    """Whether the library multiplies with such scales: cuBLAS does on sm_90."""
+    return SCHEMES[scheme].weight is Granularity.BLOCK and p.has_warpgroup_mma
+
+
+def packed(p: Platform, scheme: str, n: int, k: int) -> tuple[ops.PackedWeight, int]:
+    q = quantize(random(p, n, k) * 0.02, SCHEMES[scheme], p.fp8_dtype)
     w = ops.pack(q, p)
     return w, w.held_bytes
 
 
-def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Operand, ops.PackedWeight, Call, int]:
+def factors(p: Platform, scheme: str, m: int, n: int, k: int) -> tuple[ops.Operand, ops.PackedWeight, Call, int]:
     """What an FP8 product is made of, its quantization of x only where the op before would not have done it; the library's
     product of the same shape; bytes of both."""
-    (w, held), x = packed(p, n, k), random(p, m, k)
+    (w, held), x = packed(p, scheme, n, k), random(p, m, k)
     given: ops.Operand = x
     if w.reads is not None:  # as in a layer, where the norm before quantizes
         given = ops.rms_norm(x, torch.ones(k, device=p.device, dtype=x.dtype), 1e-5, None, [w])[0]
@@ -119,20 +128,24 @@ def factors(p: Platform, m: int, n: int, k: int) -> tuple[ops.Operand, ops.Packe
         dense = random(p, n, k).to(library_dtype(p))
         return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
     codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
-    one = torch.ones((), device=p.device)
-    library = partial(torch._scaled_mm, codes, b.mT, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    if by_blocks(p, scheme):  # tokens' scales lie group by group
+        scales = torch.ones(k // 128, m, device=p.device).mT, torch.ones(n // 128, k // 128, device=p.device).mT
+    else:
+        scales = (torch.ones((), device=p.device),) * 2
+    fast = not by_blocks(p, scheme)
+    library = partial(torch._scaled_mm, codes, b.mT, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
     return given, w, library, held + b.nbytes
 
 
-def linear(p: Platform, m: int, n: int, k: int) -> Set:
-    given, w, library, nbytes = factors(p, m, n, k)
+def linear(p: Platform, scheme: str, m: int, n: int, k: int) -> Set:
+    given, w, library, nbytes = factors(p, scheme, m, n, k)
     return Set(lambda: ops.linear(given, w), library, n * k + m * k + 2 * m * n, 2.0 * m * n * k, True, nbytes)
 
 
-def gated_linear(p: Platform, m: int) -> Set:
+def gated_linear(p: Platform, scheme: str, m: int) -> Set:
     """An MLP's first product, SiLU and product, its result as the second product reads it."""
-    n, (feeds, _) = 2 * INNER, small_weight(p, INNER)
-    given, w, product, nbytes = factors(p, m, n, HIDDEN)
+    n, (feeds, _) = 2 * INNER, small_weight(p, scheme, INNER)
+    given, w, product, nbytes = factors(p, scheme, m, n, HIDDEN)
 
     moved = n * HIDDEN + m * HIDDEN + m * INNER * (1 if feeds.reads is not None else 2)
     return Set(lambda: ops.gated_linear(given, w, [feeds]), lambda: gated(product()), moved, 2.0 * m * n * HIDDEN, True, nbytes)
@@ -143,7 +156,7 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def mixture(p: Platform) -> tuple[ops.PackedStack, ops.PackedStack, int]:
+def mixture(p: Platform, scheme: str) -> tuple[ops.PackedStack, ops.PackedStack, int]:
     """Stacks of gate and up, and of down; how many experts they have."""
     hidden, inner, count, _ = MIXTURE
     count = count // 8 if p.is_cpu else count  # whose caches hold none of that, either
@@ -151,14 +164,14 @@ def mixture(p: Platform) -> tuple[ops.PackedStack, ops.PackedStack, int]:
     for n, k in ((2 * inner, hidden), (hidden, inner)):
         made = Stacker(count)
         for e in range(count):
-            made.put(e, quantize(random(p, n, k) * k**-0.5, SCHEMES["ptpc_fp8"], p.fp8_dtype))
+            made.put(e, quantize(random(p, n, k) * k**-0.5, SCHEMES[scheme], p.fp8_dtype))
         stacks.append(ops.pack_experts(made.finished(), p))
     return stacks[0], stacks[1], count
 
 
-def experts(p: Platform, m: int) -> Set:
+def experts(p: Platform, scheme: str, m: int) -> Set:
     """A router, its experts' products and their sum, with codes beside dense values where the norm before would make them."""
-    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p)
+    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p, scheme)
     x, ones, gate = random(p, m, hidden), random(p, hidden), random(p, count, hidden) * hidden**-0.5
     given, _ = ops.rms_norm(x, ones, 1e-5, None, [None, up])
     spans = [batch.Span([0], 4, [0, 1]) for _ in range(m)]
@@ -173,11 +186,11 @@ def experts(p: Platform, m: int) -> Set:
     return Set(call, None, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
 
 
-def routed_experts(p: Platform, m: int, routing: str) -> Set:
+def routed_experts(p: Platform, scheme: str, m: int, routing: str) -> Set:
     """Experts of tokens that are routed already. The library's two products are of rows that lie in order, without SiLU and
-    quantization in between, and without the sum.
+    quantization in between, and without the sum; it has none of blocks.
     """
-    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p)
+    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p, scheme)
     likely = torch.rand(m, count, device=p.device)
     if routing == "skewed":
         likely[:, : count // 8] += 0.5
@@ -186,7 +199,8 @@ def routed_experts(p: Platform, m: int, routing: str) -> Set:
         to = torch.arange(chosen, device=p.device).expand(m, chosen).int().contiguous()
     given, _ = ops.rms_norm(random(p, m, hidden), random(p, hidden), 1e-5, None, [up])
     routed, used = ops.Routed(to, torch.rand(m, chosen, device=p.device)), int(to.unique().numel())
-    library = None if p.is_cpu else grouped_mm(p, (up, down), ops.dispatch(to, count).starts, m * chosen)
+    none = p.is_cpu or by_blocks(p, scheme)
+    library = None if none else grouped_mm(p, (up, down), ops.dispatch(to, count).starts, m * chosen)
     per_expert, call = 3 * hidden * inner, partial(ops.experts, given, routed, up, down)
     return Set(call, library, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
 
@@ -205,10 +219,10 @@ def grouped_mm(p: Platform, stacks: Sequence[Any], starts: Tensor, pairs: int) -
     return call
 
 
-def rms_norm(p: Platform, m: int) -> Set:
+def rms_norm(p: Platform, scheme: str, m: int) -> Set:
     """With the residual's addition, and the quantization where the next layer reads codes."""
     x, residual, weight = random(p, m, HIDDEN), random(p, m, HIDDEN), random(p, HIDDEN)
-    feeds, _ = small_weight(p, HIDDEN)
+    feeds, _ = small_weight(p, scheme, HIDDEN)
 
     def library() -> Tensor:
         return F.rms_norm(x + residual, (HIDDEN,), weight, 1e-5)
@@ -217,8 +231,8 @@ def rms_norm(p: Platform, m: int) -> Set:
     return Set(lambda: ops.rms_norm(x, weight, 1e-5, residual, [feeds]), library, moved, nbytes=4 * x.nbytes)
 
 
-def silu_mul(p: Platform, m: int) -> Set:
-    x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, INNER)
+def silu_mul(p: Platform, scheme: str, m: int) -> Set:
+    x, (feeds, _) = random(p, m, 2 * INNER), small_weight(p, scheme, INNER)
 
     moved = m * INNER * (2 * 2 + (1 if feeds.reads is not None else 2))
     return Set(lambda: ops.silu_mul(x, [feeds]), partial(gated, x), moved, nbytes=2 * x.nbytes)
@@ -237,9 +251,9 @@ def sample(p: Platform, n: int, top_k: int, top_p: float) -> Set:
     return Set(lambda: ops.sample(logits.clone(), one, u, filters), library, 4 * n * VOCAB, nbytes=2 * logits.nbytes)
 
 
-def small_weight(p: Platform, k: int) -> tuple[ops.PackedWeight, int]:
+def small_weight(p: Platform, scheme: str, k: int) -> tuple[ops.PackedWeight, int]:
     """Some weight that an op's output feeds; what it holds does not matter."""
-    return packed(p, 16, k)
+    return packed(p, scheme, 16, k)
 
 
 def block_size(p: Platform) -> int:

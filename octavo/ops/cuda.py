@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from types import ModuleType
 
-from octavo.ops import hopper
+from octavo.ops import gpu, hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder
 from octavo.ops.gpu import (
-    LINEAR,
     STACKS,
     absorbed_queries,
     argmax,
@@ -32,7 +31,14 @@ from octavo.ops.gpu import (
     write_index_keys,
     write_latent,
 )
-from octavo.ops.hopper import decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
+from octavo.ops.hopper import (
+    block_gate_up_silu,
+    block_gemm,
+    decoder_megakernel,
+    gate_up_silu,
+    layer_megakernel,
+    qkv_rope_kv_write,
+)
 from octavo.ops.hopper.all_reduce import all_reduce, all_reduce_norm_quantize, argmax_over_ranks, connect
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
@@ -53,6 +59,11 @@ __all__ = [
     "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
     "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
+
+LINEAR = [
+    block_gemm.Blocks(block_gemm.KERNELS, block_gate_up_silu.KERNELS, qkv_rope_kv_write.BLOCK_KERNELS),
+    *gpu.LINEAR,
+]
 
 
 def configure(platform: Platform) -> None:

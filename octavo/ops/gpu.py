@@ -180,8 +180,15 @@ class PackedBlocks(PackedWeight):
         self.reads: CodeFormat = CodeFormat(q.data.dtype, Granularity.BLOCK, q.data.shape[1])
 
     def __call__(self, x: Operand) -> Tensor:
-        given = codes_of(x, self.reads) or quantize_groups(values_of(x), self.reads.dtype, self.reads.width)
-        return block_linear(*given, self.weight, self.scale, self.n).to(_dtype(x))
+        return self._product(self.codes(x)).to(_dtype(x))
+
+    def codes(self, x: Operand) -> Quantized:
+        """x [M, K] quantized in the format that this weight reads."""
+        return codes_of(x, self.reads) or quantize_groups(values_of(x), self.reads.dtype, self.reads.width)
+
+    def _product(self, given: Quantized) -> Tensor:
+        """The product in BF16, [M, N]."""
+        return block_linear(*given, self.weight, self.scale, self.n)
 
 
 class Dense:

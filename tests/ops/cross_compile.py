@@ -64,8 +64,8 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     names = {"*bf16": "bfloat16", fp8: fp8.replace("*fp8", "float8")}
     fp32, bf16, i32, i64 = "*fp32", "*bf16", "*i32", "*i64"
     limit = {"LIMIT": 224.0 if fp8 == "*fp8e4b8" else 448.0, "FLOOR": 1e-6, "PDL": pdl}
-    for scaled, both in ((False, False), (True, False), (True, True)):
-        kind = "_scaled" * scaled + "_both" * both
+    for scaled, both, group in ((False, False, 0), (True, False, 0), (True, True, 0), (False, False, 128)):
+        kind = "_scaled" * scaled + "_both" * both + "_groups" * (group > 0)
         dense, unread = ({"dense": bf16}, {}) if both else ({}, {"dense": None})
         unpaired = dict.fromkeys(("experts", "weights", "place"))
         product = dict(x=bf16, x_row=fp32, x_column=fp32, out=fp8, scale=fp32, size="i32", width="i32", **dense)
@@ -73,20 +73,21 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
             f"norm_quant{kind}", elementwise._norm_quant,
             dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
                  **product),
-            dict(TOP_K=0, SCALED=scaled, ADD=True, CENTER=False, QUANT=True, BOTH=both, BLOCK=4096, shift=None, **unpaired,
-                 **unread, **limit),
+            dict(TOP_K=0, SCALED=scaled, ADD=True, CENTER=False, QUANT=True, BOTH=both, GROUP=group, BLOCK=4096, shift=None,
+                 **unpaired, **unread, **limit),
             {"num_warps": 8},
         )  # fmt: skip
         yield (
             f"silu_mul_quant{kind}", elementwise._silu_mul_quant, product,
-            dict(SCALED=scaled, QUANT=True, BOTH=both, BLOCK=16384, **unread, **limit), {"num_warps": 16},
+            dict(SCALED=scaled, QUANT=True, BOTH=both, GROUP=group, BLOCK=16384, **unread, **limit), {"num_warps": 16},
         )  # fmt: skip
     yield from of_towers(fp8, limit)
-    yield (
-        "quantize", elementwise._quantize,
-        dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"),
-        dict(BLOCK=4096, **limit), {"num_warps": 8},
-    )  # fmt: skip
+    for kind, group in (("", 0), ("_groups", 128)):
+        yield (
+            f"quantize{kind}", elementwise._quantize,
+            dict(x=bf16, out=fp8, scale=fp32, size="i32", stride="i32", width="i32"),
+            dict(GROUP=group, BLOCK=4096, **limit), {"num_warps": 8},
+        )  # fmt: skip
     yield (
         "argmax", argmax._argmax,
         dict(logits=bf16, best=i64, counters=i32, out=i64, size="i32", stride="i32"),
@@ -191,14 +192,14 @@ def of_towers(fp8: str, limit: dict[str, Any]) -> Iterator[tuple[str, Any, dict[
         dict(residual=bf16, weight=bf16, shift=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32",
              inner_stride="i32", **written),
         dict(x_row=None, x_column=None, experts=None, weights=None, place=None, dense=None, TOP_K=0, SCALED=False, ADD=True,
-             CENTER=True, QUANT=True, BOTH=False, BLOCK=2048, **limit), {"num_warps": 4},
+             CENTER=True, QUANT=True, BOTH=False, GROUP=0, BLOCK=2048, **limit), {"num_warps": 4},
     )  # fmt: skip
     yield (
         "combine_norm_quant", elementwise._norm_quant,
         dict(residual=bf16, weight=bf16, carried=bf16, eps="fp32", inner="i32", outer_stride="i32", inner_stride="i32",
              experts="*i32", weights=fp32, place="*i32", **written),
         dict(x_row=None, x_column=None, shift=None, dense=None, TOP_K=8, SCALED=False, ADD=True, CENTER=False, QUANT=True,
-             BOTH=False, BLOCK=2048, **limit), {"num_warps": 4},
+             BOTH=False, GROUP=0, BLOCK=2048, **limit), {"num_warps": 4},
     )  # fmt: skip
     for kind, tanh in (("tanh", True), ("erf", False)):
         yield (

@@ -17,8 +17,16 @@ from octavo import ops
 from octavo.distributed import TensorParallel, Unheard
 from octavo.engine.vocabulary import Vocabulary
 from octavo.ops import ahead, gpu
-from octavo.ops.contract import LayerParts, Rope
-from octavo.ops.hopper import attention, decoder_megakernel, gate_up_silu, layer_megakernel, qkv_rope_kv_write
+from octavo.ops.contract import LayerParts, Quantized, Rope
+from octavo.ops.hopper import (
+    attention,
+    block_gate_up_silu,
+    block_gemm,
+    decoder_megakernel,
+    gate_up_silu,
+    layer_megakernel,
+    qkv_rope_kv_write,
+)
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper.decode import DecodeAttention
 from octavo.ops.hopper.decoder_megakernel import DecoderMegakernel
@@ -26,7 +34,7 @@ from octavo.ops.hopper.layer_megakernel import LayerMegakernels
 from octavo.ops.hopper.prefill import PrefillAttention
 from octavo.ops.triton import launch
 from octavo.platform import Platform
-from octavo.quant import BF16, QTensor
+from octavo.quant import BF16, FP8_BLOCK, QTensor, quantize
 from tests.ops.paged import requests, weight
 from tests.ops.test_decoder_megakernel import hopper, parts
 
@@ -59,7 +67,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     for module in (decoder_megakernel, layer_megakernel):
         monkeypatch.setattr(module, "compile_cubin", lambda *_: b"")
-    for kernels in (attention.PREFILL, attention.DECODE, gate_up_silu.KERNELS, qkv_rope_kv_write.KERNELS):
+    of_blocks = block_gemm.KERNELS, block_gate_up_silu.KERNELS
+    for kernels in (attention.PREFILL, attention.DECODE, gate_up_silu.KERNELS, qkv_rope_kv_write.KERNELS, *of_blocks):
         monkeypatch.setattr(kernels, "platform", hopper())
         monkeypatch.setattr(kernels, "kernel", lambda *_: compiler.Kernel(b"", "stub"))
     monkeypatch.setattr(gate_up_silu, "FILLED", 0)
@@ -119,9 +128,17 @@ class Calls:
 
     def qkv(self) -> tuple[Any, Any]:
         x, w, q = random(40, 48), weight(12 * 128, 48), random(40, 8, 128)
-        codes, scale = elementwise_codes(x, w)
+        given = Quantized(*elementwise_codes(x, w))
         variant, rope = qkv_rope_kv_write.VARIANTS[0], Rope(None, torch.rand(256, 128), self.batch.rotary_rows)
-        return (q, self.cache), lambda: qkv_rope_kv_write.write(codes, scale, w, q, rope, self.cache, self.batch, variant)
+        return (q, self.cache), lambda: qkv_rope_kv_write.write(given, w, q, rope, self.cache, self.batch, variant)
+
+    def block_product(self) -> tuple[Any, Any]:
+        (x, w), out = blocks(40, 48), random(40, 48)
+        return (x, w, out), lambda: block_gemm.multiply(x, w, out, block_gemm.VARIANTS[0])
+
+    def block_gate_up(self) -> tuple[Any, Any]:
+        (x, w), (made, _), dense = blocks(40, 256), blocks(40, 16), random(40, 128)
+        return (x, w, made, dense), lambda: block_gate_up_silu.multiply(x, w, dense, made, block_gate_up_silu.VARIANTS[0])
 
     def prefill(self) -> tuple[Any, Any]:
         kernel, out = PrefillAttention(compiler.Kernel(b"", "stub"), CPU), random(*self.q.shape)
@@ -145,8 +162,14 @@ class Calls:
         return (decoder, residual), lambda: decoder.between(0, random(2, 512), residual)
 
 
-def elementwise_codes(x: Tensor, w: gpu.PackedScaledMM) -> tuple[Tensor, Tensor]:
+def elementwise_codes(x: Tensor, w: gpu.PackedScaledMM | gpu.PackedBlocks) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(x), w.reads.width, dtype=torch.float8_e4m3fn), torch.ones(len(x), 1)
+
+
+def blocks(tokens: int, rows: int) -> tuple[Quantized, block_gemm.PackedBlocks]:
+    """Codes of 128 columns, and a weight of as many."""
+    w = block_gemm.PackedBlocks(quantize(torch.randn(rows, 128), FP8_BLOCK))
+    return Quantized(*elementwise_codes(random(tokens, 128), w)), w
 
 
 WRAPPERS = [name for name in vars(Calls) if not name.startswith("_")]

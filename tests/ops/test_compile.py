@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
+from octavo.ops.hopper.compile import missing
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "hardware.md"
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -83,6 +85,7 @@ def page_of(target: str) -> list[str]:
     return [f"| {row[0]} | {row[place]} |" for row in rows if row[place] != "not there"]
 
 
+@pytest.mark.skipif(missing() is not None, reason=f"needs NVRTC, for the kernels that it compiles: {missing()}")
 def test_the_page_names_the_products() -> None:
     assert "\n".join(hardware.products()) in PAGE.read_text()
 

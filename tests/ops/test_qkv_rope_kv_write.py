@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs Triton, which this torch came withou
 
 from octavo import batch as batches
 from octavo import ops
+from octavo.ops import gpu
 from octavo.ops.contract import HeadNorms, Rope
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import qkv_rope_kv_write
@@ -21,6 +22,7 @@ from octavo.ops.hopper.gemm import Variant
 from octavo.platform import Platform, detect
 from tests.ops.caches import layer_cache
 from tests.ops.paged import needs_hopper, requests, weight
+from tests.ops.test_block_gemm import weight as block_weight
 from tests.ops.test_decoder_megakernel import dumped
 
 K_SCALE, V_SCALE, F8, CPU = 0.3, 0.2, torch.float8_e4m3fn, torch.device("cpu")
@@ -35,30 +37,38 @@ HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
+@pytest.mark.parametrize("blocks", [0, 1])
 @pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
-def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them."""
+def test_it_compiles(variant: Variant, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them, where
+    they do not take the place of a second set of sums."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    options = {"CLUSTER": variant.cluster, "HALF": variant.half}
+    options = {"CLUSTER": variant.cluster, "HALF": variant.half, "BLOCKS": blocks}
     stacks, code = dumped(compiler.compile_cubin("qkv_rope_kv_write_gemm.cu", "sm_90a", options), tmp_path)
-    assert int(stacks[0]) <= 32  # of 240 registers a thread: 128 sums and 64 cosines and sines are there at once
-    assert len(re.findall(rf"QGMMA\.64x{2 * variant.half}x32\.F32\.E4M3\.E4M3", code)) == 4
-    assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == 2
-    assert len(re.findall(r"LDG\.E\.64\.CONSTANT", code[: code.index("QGMMA")])) == 32
+    assert int(stacks[0]) <= (
+        40 if blocks else 32
+    )  # of 240 registers a thread: 128 sums and 64 cosines and sines are there at once
+    columns, parts = (128, variant.half // 64) if blocks else (2 * variant.half, 1)
+    assert len(re.findall(rf"QGMMA\.64x{columns}x32\.F32\.E4M3\.E4M3", code)) == 4 * parts
+    assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == (parts if blocks else 2)
+    early = len(re.findall(r"LDG\.E\.64\.CONSTANT", code[: code.index("QGMMA")]))
+    assert early == (0 if parts > 1 else 32)
 
 
 class Scene:
     """A batch, its weight, its cache full of NaN."""
 
-    def __init__(self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256):
+    def __init__(self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256, blocks: bool = False):
         platform = detect()
         ops.bind(platform)
+        qkv_rope_kv_write.BLOCK_KERNELS.configure(platform)
         device = platform.device
         self.heads, self.kv_heads = heads, kv_heads
         cache, self.batch = requests(spans, kv_heads)
         self.cache = layer_cache(cache.views, K_SCALE, V_SCALE)
-        self.w = weight((heads + 2 * kv_heads) * 128, depth)
-        self.x = torch.randn(self.batch.num_tokens, depth, device=device).bfloat16()
+        rows = (heads + 2 * kv_heads) * 128
+        self.w = block_weight(rows, depth)[0] if blocks else weight(rows, depth)
+        self.x = (torch.randn(self.batch.num_tokens, depth, device=device) * (0.01 if blocks else 1)).bfloat16()
         self.norms = HeadNorms(*(torch.rand(128, device=device).add(0.5).bfloat16() for _ in range(2)), 1e-5)
         angles = torch.rand(2048, 64, device=device) * 6
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
@@ -82,7 +92,11 @@ class Scene:
 
     def exact(self, norms: HeadNorms | None) -> list[torch.Tensor]:
         codes, scale = self.w.codes(self.x)
-        y = (codes.double() * scale) @ (self.w.weight.double() * self.w.scale.view(-1, 1)).T
+        by_row = self.w.scale.view(-1, 1)
+        if isinstance(self.w, gpu.PackedBlocks):
+            scale = scale.repeat_interleave(128, 1)[:, : codes.shape[1]]
+            by_row = self.w.scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, : codes.shape[1]]
+        y = (codes.double() * scale) @ (self.w.weight.double() * by_row).T
         q, k, v = y.unflatten(1, (-1, 128)).split((self.heads, self.kv_heads, self.kv_heads), 1)
         cos, sin = self.cos_sin[self.rows].double().unsqueeze(1).chunk(2, 2)
         turned = []
@@ -96,21 +110,22 @@ class Scene:
 
 @needs_hopper
 @over("variant", qkv_rope_kv_write.VARIANTS)
+@over("blocks", [False, True])
 @over("normed", [False, True])
 @over("heads, kv_heads", HEADS)
 @over("spans", SPANS.values())
 def test_it_computes_and_writes(
-    spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, variant: Variant
+    spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, blocks: bool, variant: Variant
 ) -> None:
     """As exact as BF16 queries and e4m3 keys and values are; nothing else of the cache is touched; the same bits each time."""
-    s = Scene(spans, heads, kv_heads)
+    s = Scene(spans, heads, kv_heads, 400 if blocks else 256, blocks)
     norms = s.norms if normed else None
-    codes, scale = s.w.codes(s.x)
+    given = codes, _ = s.w.codes(s.x)
     found = []
     for _ in range(2):
         s.spoil()
         q = torch.full((len(codes) + 1, heads, 128), float("nan"), dtype=torch.bfloat16, device=codes.device)
-        assert qkv_rope_kv_write.write(codes, scale, s.w, q[:-1], s.rope(norms), s.cache, s.batch, variant)
+        assert qkv_rope_kv_write.write(given, s.w, q[:-1], s.rope(norms), s.cache, s.batch, variant)
         found.append((q, s.raw().clone()))
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0][:-1], found[1][0][:-1])
@@ -135,11 +150,11 @@ def test_what_is_not_finite_is_stored_as_zero() -> None:
 def test_it_reads_the_scales_that_are_there(variant: Variant) -> None:
     """Codes are those of round(x / scale), as another launch writes them, whatever the scale."""
     s = Scene(SPANS["places of all kinds"], 14, 2)
-    codes, scale = s.w.codes(s.x)
-    q = torch.empty(len(codes), 14, 128, dtype=torch.bfloat16, device=codes.device)
+    given = s.w.codes(s.x)
+    q = torch.empty(len(s.x), 14, 128, dtype=torch.bfloat16, device=s.x.device)
     for k_scale, v_scale in ((0.4137, 0.0713), (0.0931, 1.913)):
         s.cache.k_scale.fill_(k_scale), s.cache.v_scale.fill_(v_scale)
-        assert qkv_rope_kv_write.write(codes, scale, s.w, q, s.rope(None), s.cache, s.batch, variant)
+        assert qkv_rope_kv_write.write(given, s.w, q, s.rope(None), s.cache, s.batch, variant)
         expected = s.exact(None)[1:]
         for found, name, by in zip(expected, "kv", (k_scale, v_scale), strict=True):
             at = s.batch.slot_mapping
@@ -148,9 +163,10 @@ def test_it_reads_the_scales_that_are_there(variant: Variant) -> None:
 
 
 @needs_hopper
-def test_it_is_the_one_that_is_used() -> None:
+@over("blocks", [False, True])
+def test_it_is_the_one_that_is_used(blocks: bool) -> None:
     """The queries are those of the product and the launch after it, and the cache, but for codes that a last bit moves."""
-    s = Scene(SPANS["many"], 32, 8)
+    s = Scene(SPANS["many"], 32, 8, blocks=blocks)
     rope = s.rope(s.norms)
     assert qkv_rope_kv_write.refusal(s.x, s.w, rope, s.cache, None) is None
     q = ops.project(s.x, s.w, 32, rope, s.cache, s.batch, None)

@@ -121,7 +121,8 @@ def test_dense_values_and_codes_in_one_launch(step: Step, monkeypatch: pytest.Mo
         ((Reads(None), ROWS), True, ROWS),
         ((ROWS, OTHER), True, None),  # each makes its own
         ((ROWS, BLOCKS), True, None),
-        ((BLOCKS,), True, None),  # which the norm does not make
+        ((BLOCKS,), False, BLOCKS),
+        ((None, BLOCKS), True, BLOCKS),
         ((OTHER, OTHER, None), True, OTHER),
     ],
 )
@@ -163,7 +164,7 @@ def test_a_router_and_experts(step: Step, schemes: tuple[Scheme, ...], monkeypat
         assert relative_error(ops.linear(made, weight), step.exact @ values.mT) < (0.01 if scheme is BF16 else 0.04)
     formats = {scheme for scheme in schemes if scheme.quantized}
     assert ("rows" in quantized_here) == (len(formats) > 1)  # with one format the op before has made the codes
-    assert ("groups" in quantized_here) == (FP8_BLOCK in schemes)
+    assert ("groups" in quantized_here) == (len(formats) > 1 and FP8_BLOCK in schemes)
 
 
 def test_codes_with_a_scale_a_group_are_taken() -> None:

@@ -9,7 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 
-from octavo.ops.hopper import all_reduce, attention, experts, gate_up_silu, qkv_rope_kv_write, route
+from octavo.ops.hopper import (
+    all_reduce,
+    attention,
+    block_gate_up_silu,
+    block_gemm,
+    experts,
+    gate_up_silu,
+    qkv_rope_kv_write,
+    route,
+)
 from octavo.ops.hopper.compile import KEPT, Kernels, NoKernel, missing
 
 __all__ = ["compile_all", "every_kernel"]
@@ -17,7 +26,7 @@ __all__ = ["compile_all", "every_kernel"]
 
 def every_kernel() -> Iterator[Kernels]:
     """The kernels whose variants are compiled while a model is loaded."""
-    for module in (attention, experts, gate_up_silu, qkv_rope_kv_write, route):
+    for module in (attention, block_gate_up_silu, block_gemm, experts, gate_up_silu, qkv_rope_kv_write, route):
         yield from (value for value in vars(module).values() if isinstance(value, Kernels))
     yield all_reduce.kernels(*all_reduce.USUAL_RANKS)
 

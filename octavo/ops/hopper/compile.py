@@ -166,10 +166,16 @@ class Kernel:
 
 
 class Kernels:
-    """A kernel for sm_90 in variants, tuples of values of `options`. `instead` describes the fallback in the log."""
+    """A kernel for sm_90 in variants, tuples of values of `options`, and with values of `others` in all of them. `instead`
+    describes the fallback in the log.
+    """
 
-    def __init__(self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]]):
+    def __init__(
+        self, source: str, function: str, instead: str, options: Sequence[str], variants: Sequence[tuple[int, ...]],
+        **others: int,
+    ):  # fmt: skip
         self.source, self.function, self.instead, self.options, self.variants = source, function, instead, options, variants
+        self.others: dict[str, int | float] = dict(others)
         self.platform = Platform(torch.device("cpu"), "none")  # until one is configured
         self.kernel, self.refused, self.compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
@@ -182,7 +188,9 @@ class Kernels:
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:
         pool = threads_on(self.platform.device, len(self.variants), "octavo-compile")
         started = {
-            values: pool.submit(compile_cubin, self.source, "sm_90a", dict(zip(self.options, values, strict=True)))
+            values: pool.submit(
+                compile_cubin, self.source, "sm_90a", dict(zip(self.options, values, strict=True)) | self.others
+            )
             for values in self.variants
         }
         pool.shutdown(wait=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from octavo.ops import gpu
 from octavo.ops.contract import Activation, Operand, PackedWeight, Reader
-from octavo.ops.hopper import gemm
+from octavo.ops.hopper import block_gate_up_silu, gemm
+from octavo.ops.hopper.block_gemm import PackedBlocks
 from octavo.ops.hopper.compile import Kernels, tensor_map
 from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas, tokens_of
 from octavo.ops.triton import launch
@@ -58,6 +59,8 @@ def multiply(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
 
 
 def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
+    if isinstance(w, PackedBlocks):
+        return block_gate_up_silu.gated_linear(x, w, readers)
     if (reason := refusal(x, w)) is not None:
         KERNELS.refused(reason)
         return gpu.silu_mul(w.unscaled(x), readers)
@@ -67,4 +70,4 @@ def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) ->
     if not multiply(codes, scale, w.weight, w.scale, out, choose(VARIANTS, len(codes), w.n, launch.device_units())):
         return gpu.silu_mul(w.unscaled(Activation(None, given)), readers)
     dense, form = made_for(readers, out.dtype)
-    return Activation(out if dense else None, None if form is None else quantize(out, form.dtype, form.width))
+    return Activation(out if dense else None, None if form is None else quantize(out, form.dtype, form.width, form.granularity))

@@ -11,24 +11,30 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import gpu
-from octavo.ops.contract import Operand, PackedWeight, Rope
-from octavo.ops.hopper import cache_blocks, gemm
+from octavo.ops.contract import Operand, PackedWeight, Quantized, Rope
+from octavo.ops.hopper import block_gemm, cache_blocks, gemm
+from octavo.ops.hopper.block_gemm import BlockProduct, PackedBlocks
 from octavo.ops.hopper.cache_blocks import DIM
 from octavo.ops.hopper.compile import Kernels, tensor_map
 from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas
 from octavo.ops.triton import launch
 
-__all__ = ["KERNELS", "VARIANTS", "project", "refusal", "write"]
+__all__ = ["BLOCK_KERNELS", "KERNELS", "VARIANTS", "project", "refusal", "write"]
 
 VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128)
 KERNELS = Kernels(
-    "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values of many tokens are the library's", OPTIONS, VARIANTS
-)
+    "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values of many tokens are the library's", OPTIONS, VARIANTS,
+    BLOCKS=0,
+)  # fmt: skip
+BLOCK_KERNELS = Kernels(
+    "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values with block scales are a product and ops after it",
+    OPTIONS, VARIANTS, BLOCKS=1,
+)  # fmt: skip
 
 
-class _Qkv(ctypes.Structure):
+class _Others(ctypes.Structure):
     _fields_ = [
-        ("product", Product), ("queries", c_ubyte * 128),
+        ("queries", c_ubyte * 128),
         *((name, c_void_p) for name in ("by_token", "by_row", "q_norm", "k_norm", "cos_sin", "rotary_rows", "slots", "cache",
                                         "k_scale", "v_scale")),
         ("q_heads", c_int32), ("kv_heads", c_int32), ("eps", c_float),
@@ -36,10 +42,19 @@ class _Qkv(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Qkv(ctypes.Structure):
+    _fields_ = [("product", Product), ("others", _Others)]
+
+
+class _BlockQkv(ctypes.Structure):
+    _fields_ = [("product", BlockProduct), ("others", _Others)]
+
+
 def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
     """None, or the reason why qkv_rope_kv_write_gemm.cu does not compute this projection."""
     on = KERNELS.platform
-    if (reason := gemm.refusal(on, x, w) or cache_blocks.refusal(on, torch.bfloat16, cache, window)) is not None:
+    not_taken = block_gemm.refusal(x, w) if isinstance(w, PackedBlocks) else gemm.refusal(on, x, w)
+    if (reason := not_taken or cache_blocks.refusal(on, torch.bfloat16, cache, window)) is not None:
         return reason
     if rope.cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
@@ -49,24 +64,29 @@ def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: 
 
 
 def write(
-    codes: Tensor, scale: Tensor, w: gpu.PackedScaledMM, q: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch,
+    x: Quantized, w: gpu.PackedScaledMM | PackedBlocks, q: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch,
     variant: Variant,
 ) -> bool:  # fmt: skip
     """Compute rotated queries into q [T, H, 128], and write keys and values to the cache. Returns whether the kernel is
     available.
     """
-    if (kernel := KERNELS.kernel(variant, codes.device)) is None:
+    kernels = BLOCK_KERNELS if isinstance(w, PackedBlocks) else KERNELS
+    if (kernel := kernels.kernel(variant, q.device)) is None:
         return False
     (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
-    given = Product.of(codes, w.weight, variant.half, -(-w.n // (2 * variant.half)), variant.half)
     size = 2 * DIM * heads
     to = (c_ubyte * 128).from_buffer_copy(tensor_map(q, (size, tokens), (size,), OUT_BOX))
     gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
-    arguments = _Qkv(
-        given, to, scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(),
-        batch.slot_mapping.data_ptr(), k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2],
-        norms.eps if norms else 0.0,
+    others = _Others(
+        to, x.scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(), batch.slot_mapping.data_ptr(),
+        k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2], norms.eps if norms else 0.0,
     )  # fmt: skip
+    tiles = variant.half, -(-w.n // (2 * variant.half)), variant.half
+    arguments: ctypes.Structure
+    if isinstance(w, PackedBlocks):
+        arguments = _BlockQkv(BlockProduct.of(x, w, *tiles), others)
+    else:
+        arguments = _Qkv(Product.of(x.codes, w.weight, *tiles), others)
     kernel.launch(num_ctas(variant), arguments, early=True)
     return True
 
@@ -77,10 +97,12 @@ def project(
     if max(batch.query_lens) == 1:
         return None  # decode attention fuses it; or all CTAs would write scattered values at once
     if (reason := refusal(x, w, rope, cache, window)) is not None:
-        KERNELS.refused(reason)
+        (BLOCK_KERNELS if isinstance(w, gpu.PackedBlocks) else KERNELS).refused(reason)
         return None
-    assert isinstance(w, gpu.PackedScaledMM)
-    codes, scale = w.codes(x)
-    q = torch.empty(len(codes), heads, DIM, dtype=torch.bfloat16, device=codes.device)
-    variant = choose(VARIANTS, len(codes), w.n, launch.device_units())
-    return q if write(codes, scale, w, q, rope, cache, batch, variant) else None
+    assert isinstance(w, gpu.PackedScaledMM | PackedBlocks)
+    given = w.codes(x)
+    tokens = len(given.codes)
+    q = torch.empty(tokens, heads, DIM, dtype=torch.bfloat16, device=given.codes.device)
+    by = block_gemm.choose if isinstance(w, PackedBlocks) else choose
+    variant = by(VARIANTS, tokens, w.n, launch.device_units())
+    return q if write(given, w, q, rope, cache, batch, variant) else None

@@ -10,32 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.contract import Quantized
-from octavo.ops.reference import SCALE_FLOOR
-from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, scale_of, to_fp8, wait
-from octavo.platform import FP8_MAX
-from octavo.quant.scheme import BLOCK
+from octavo.ops.triton.elementwise import quantize
+from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, wait
+from octavo.quant.scheme import BLOCK, Granularity
 
 __all__ = ["block_linear", "quantize_groups"]
-
-
-@triton.jit
-def _quantize_groups(
-    x, out, scale, size, stride, width, groups,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    cols = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    wait(PDL)
-    y = tl.load(x + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
-    release(PDL)
-    s = scale_of(tl.max(tl.abs(y), 1), LIMIT, FLOOR)
-    tl.store(scale + row * groups + group, s, mask=group < groups)
-    tl.store(
-        out + row * width + cols,
-        to_fp8(tl.div_rn(y, tl.broadcast_to(s[:, None], y.shape)), LIMIT, out.dtype.element_ty),
-        mask=cols < width,
-    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -65,16 +44,7 @@ def _block_linear(
 
 def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
     """Quantize x [M, K] in groups of 128: codes [M, width] and FP32 scales [M, ceil(K / 128)]."""
-    rows, size = x.shape
-    groups = triton.cdiv(size, BLOCK)
-    codes = torch.empty(rows, width, dtype=fp8, device=x.device)
-    scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-    if rows:
-        launch(_quantize_groups, (rows,),
-            x, codes, scale, size, x.stride(0), width, groups, GROUP=BLOCK, GROUPS=power_of_2(groups), LIMIT=FP8_MAX[fp8],
-            FLOOR=SCALE_FLOOR, num_warps=8 if size > 2048 else 4,
-        )  # fmt: skip
-    return Quantized(codes, scale)
+    return quantize(x, fp8, width, Granularity.BLOCK)
 
 
 def block_linear(codes: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, n: int) -> Tensor:

@@ -1,7 +1,8 @@
 """RMSNorm, LayerNorm, SiLU·mul, GELU and quantization of activations: one CTA a token, with FP8 codes written in the same pass.
 
-The scale of a token is amax / limit and its codes are round(x / scale), as in `reference.quantize_activation`. Values are
-rounded to x's dtype where the reference rounds them, so that the codes are equal to the reference's.
+The scale of a token, or of each 128 of its values, is amax / limit, and the codes are round(x / scale), as in
+`reference.quantize_activation`. Values are rounded to x's dtype where the reference rounds them, so that the codes are equal
+to the reference's.
 """
 
 from __future__ import annotations
@@ -17,24 +18,35 @@ from octavo.ops.contract import Activation, CodeFormat, Norm, Quantized, Reader,
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import launch, power_of_2, release, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
-from octavo.quant.scheme import Granularity
+from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["combine_norm_quantize", "gelu", "layer_norm", "made_for", "quantize", "rms_norm", "silu_mul"]
+__all__ = [
+    "by_group", "codes_for", "combine_norm_quantize", "gelu", "layer_norm", "made_for", "quantize", "rms_norm", "silu_mul",
+]  # fmt: skip
 
 
 @triton.jit
-def _store_codes(y, codes, scale, row, cols, width, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
-    """Quantize and store one token; columns that pad K are zero."""
-    s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
-    tl.store(scale + row, s)
-    tl.store(codes + row * width + cols, to_fp8(y * (1.0 / s), LIMIT, codes.dtype.element_ty), mask=cols < width)
+def _store_codes(y, codes, scale, row, cols, width, GROUP: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+    """Quantize and store one token, with a scale for each GROUP values (0: for all). Columns that pad K are zero."""
+    if GROUP:
+        parts = tl.reshape(y, (y.shape[0] // GROUP, GROUP))
+        group, groups = tl.arange(0, parts.shape[0]), tl.cdiv(width, GROUP)
+        s = scale_of(tl.max(tl.abs(parts), 1), LIMIT, FLOOR)
+        tl.store(scale + row * groups + group, s, mask=group < groups)
+        y = tl.reshape(parts * (1.0 / s)[:, None], y.shape)
+    else:
+        s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
+        tl.store(scale + row, s)
+        y = y * (1.0 / s)
+    tl.store(codes + row * width + cols, to_fp8(y, LIMIT, codes.dtype.element_ty), mask=cols < width)
 
 
 @triton.jit
 def _norm_quant(
     x, x_row, x_column, experts, weights, place, residual, weight, shift, out, scale, dense, carried, eps, size, inner,
     outer_stride, inner_stride, width, TOP_K: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
-    QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    QUANT: tl.constexpr, BOTH: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -72,7 +84,7 @@ def _norm_quant(
     else:
         y = round_to(round_to(value * factor, x.dtype.element_ty) * gain, x.dtype.element_ty)
     if QUANT:
-        _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
+        _store_codes(y, out, scale, row, cols, width, GROUP, LIMIT, FLOOR)
         if BOTH:
             tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
     else:
@@ -82,8 +94,8 @@ def _norm_quant(
 @triton.jit
 def _silu_mul_quant(
     x, x_row, x_column, out, scale, dense, size, width,
-    SCALED: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, QUANT: tl.constexpr, BOTH: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -98,7 +110,7 @@ def _silu_mul_quant(
         up = round_to(up * by_row * tl.load(x_column + size + cols, mask=inside, other=0.0), x.dtype.element_ty)
     y = round_to(gate / (1.0 + tl.exp(-gate)), x.dtype.element_ty) * up
     if QUANT:
-        _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, LIMIT, FLOOR)
+        _store_codes(round_to(y, x.dtype.element_ty), out, scale, row, cols, width, GROUP, LIMIT, FLOOR)
         if BOTH:
             tl.store(dense + row * size + cols, y.to(x.dtype.element_ty), mask=inside)
     else:
@@ -143,14 +155,14 @@ def _gelu_quant(
 @triton.jit
 def _quantize(
     x, out, scale, size, stride, width,
-    LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     release(PDL)
     wait(PDL)
     y = tl.load(x + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
-    _store_codes(y, out, scale, row, cols, width, LIMIT, FLOOR)
+    _store_codes(y, out, scale, row, cols, width, GROUP, LIMIT, FLOOR)
 
 
 def _warps(block: int) -> int:
@@ -160,13 +172,10 @@ def _warps(block: int) -> int:
 def made_for(readers: Sequence[Reader], dtype: torch.dtype) -> tuple[bool, CodeFormat | None]:
     """(whether to write dense values, the code format to write) for readers of results in `dtype`.
 
-    Readers with a scale per group quantize for themselves. In an FP32 model, products of codes would come out in BF16, so no
-    codes are written.
+    In an FP32 model, products of codes would come out in BF16, so no codes are written.
     """
     dense, form = wanted(readers)
-    if form is None or form.granularity is not Granularity.ROW or dtype is not torch.bfloat16:
-        return True, None
-    return dense, form
+    return (True, None) if form is None or dtype is not torch.bfloat16 else (dense, form)
 
 
 class _Outputs:
@@ -175,21 +184,28 @@ class _Outputs:
     def __init__(self, readers: Sequence[Reader], rows: int, size: int, like: Tensor):
         dense, form = made_for(readers, like.dtype)
         self.dense = torch.empty(rows, size, dtype=like.dtype, device=like.device) if dense else None
-        self.quantized = None if form is None else _codes(rows, form.dtype, form.width, like.device)
-        self.block = power_of_2(max(size, form.width if form is not None else size))
+        self.quantized = None if form is None else codes_for(rows, form, like.device)
+        group = BLOCK if form is not None and by_group(form) else 0
+        self.block = power_of_2(max(size, group, 0 if form is None else form.width))
         out, scale = (self.dense, like) if self.quantized is None else self.quantized  # `like` is a dummy pointer
         both = dense and form is not None
         self.pointers = out, scale, self.dense if both else None
         self.options = {
-            "QUANT": form is not None, "BOTH": both, "LIMIT": FP8_MAX[form.dtype] if form is not None else 1.0,
+            "QUANT": form is not None, "BOTH": both, "GROUP": group,
+            "LIMIT": FP8_MAX[form.dtype] if form is not None else 1.0,
             "FLOOR": SCALE_FLOOR, "BLOCK": self.block, "num_warps": _warps(self.block),
         }  # fmt: skip
         self.width = size if form is None else form.width
 
 
-def _codes(rows: int, fp8: torch.dtype, width: int, device: torch.device) -> Quantized:
-    codes = torch.empty(rows, width, dtype=fp8, device=device)
-    return Quantized(codes, torch.empty(rows, 1, dtype=torch.float32, device=device))
+def by_group(form: CodeFormat) -> bool:
+    return form.granularity is Granularity.BLOCK
+
+
+def codes_for(rows: int, form: CodeFormat, device: torch.device) -> Quantized:
+    """Uninitialized codes of `rows` tokens in this format, and their scales."""
+    codes = torch.empty(rows, form.width, dtype=form.dtype, device=device)
+    return Quantized(codes, torch.empty(rows, form.groups, dtype=torch.float32, device=device))
 
 
 def rms_norm(
@@ -247,25 +263,29 @@ def silu_mul(x: Tensor | Unscaled, readers: Sequence[Reader] = ()) -> Activation
 
 
 def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
+    """Readers with a scale per group quantize for themselves: none of the models' towers has them."""
     rows, size = x.shape
-    to = _Outputs(readers, rows, size, x)
+    form = wanted(readers)[1]
+    to = _Outputs((None,) if form is not None and by_group(form) else readers, rows, size, x)
     if rows:
         block = 1 << (to.width.bit_length() - 1)
         launch(_gelu_quant, (rows,),
             x, *to.pointers, size, x.stride(0), to.width, TANH=approximate == "tanh", REST=power_of_2(to.width - block, 16),
-            **to.options | {"BLOCK": block, "num_warps": _warps(block)},
+            **{name: value for name, value in to.options.items() if name != "GROUP"}
+            | {"BLOCK": block, "num_warps": _warps(block)},
         )  # fmt: skip
     return Activation(to.dense, to.quantized)
 
 
-def quantize(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
-    """Quantize x [M, K]: codes [M, width] and scales [M, 1], one per token."""
+def quantize(x: Tensor, fp8: torch.dtype, width: int, granularity: Granularity = Granularity.ROW) -> Quantized:
+    """Quantize x [M, K]: codes [M, width] and scales [M, groups], one per token or per 128 of its values."""
     rows, size = x.shape
-    codes, scale = made = _codes(rows, fp8, width, x.device)
+    codes, scale = made = codes_for(rows, form := CodeFormat(fp8, granularity, width), x.device)
     if rows:
-        block = power_of_2(max(size, width))
+        group = BLOCK if by_group(form) else 0
+        block = power_of_2(max(size, width, group))
         launch(_quantize, (rows,),
-            x, codes, scale, size, x.stride(0), width, LIMIT=FP8_MAX[fp8], FLOOR=SCALE_FLOOR, BLOCK=block,
+            x, codes, scale, size, x.stride(0), width, GROUP=group, LIMIT=FP8_MAX[fp8], FLOOR=SCALE_FLOOR, BLOCK=block,
             num_warps=_warps(block),
         )  # fmt: skip
     return made

@@ -13,8 +13,6 @@ struct Gated {
     int width;
 };
 
-INLINE float silu(float x) { return __fdividef(x, 1 + exp2_of(x * -1.44269504f)); }
-
 struct End {
     const Gated &s;
     Out &out; /* the first and the last 64 of HALF columns */

@@ -160,7 +160,7 @@ INLINE void put(u16 *out, int i, const u32 (&y)[4]) {
 /* The kernel: End(arguments, a warp's staging buffer) is the epilogue. */
 template <class End, class Arguments> INLINE void product(const Arguments &arguments) {
     Shared &shared = shared_memory<Shared>();
-    const Product &s = arguments.product;
+    const auto &s = arguments.product; /* a Product, or what derives from it */
     Ring &m = shared.ring;
     End end(arguments, shared.out[min(threadIdx.x / 32, WARPS - 1)]);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);

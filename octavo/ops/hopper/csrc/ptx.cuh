@@ -29,6 +29,7 @@ INLINE float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+INLINE float silu(float x) { return __fdividef(x, 1 + exp2_of(x * -1.44269504f)); }
 INLINE float rounded(float x) { return wide(narrow(x)); }
 INLINE u32 codes_of(float low, float high) {
     u16 y;

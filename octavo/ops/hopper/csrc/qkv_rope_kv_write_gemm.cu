@@ -2,15 +2,21 @@
    rotated (dimension i with i + 64, by the token's cosine and sine). Queries are written as BF16, keys and values as e4m3
    into their tokens' slots of a paged cache.
 
-   A tile is HALF / 64 heads of 128 rows of the weight. */
+   A tile is HALF / 64 heads of 128 rows of the weight. BLOCKS: codes have block scales. */
 
 constexpr int STEP = 2 * HALF;
+#if BLOCKS
+#include "block_gemm_mainloop.cuh"
+typedef BlockProduct Factors;
+#else
 #include "gemm_mainloop.cuh"
+typedef Product Factors;
+#endif
 
 struct Qkv {
-    Product product;
+    Factors product;
     Map queries; /* BF16 [tokens, q_heads * 128] in boxes of 16 tokens by 64 values */
-    const float *by_token, *by_row;
+    const float *by_token, *by_row; /* unless BLOCKS */
     const u16 *q_norm, *k_norm; /* BF16 [128], or null */
     const float *cos_sin; /* [rows, 128], cosines first */
     const i64 *rotary_rows, *slots; /* a slot is 64 * block + offset */
@@ -116,7 +122,8 @@ INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int to
     __syncwarp();
 }
 
-/* Cosines and sines are loaded before a tile's mainloop, so that they have arrived by the epilogue. */
+/* Cosines and sines are loaded before a tile's mainloop where registers allow it, so that they have arrived by the epilogue. */
+constexpr bool EARLY = !BLOCKS || HALF == 64;
 INLINE float2 load_two(const float *p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
@@ -135,22 +142,26 @@ struct End {
         slot = s.slots[min(token + lane % 16, last)];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int clamped = min(token + lane / 4 + 8 * r, last);
-            by[r] = s.by_token[clamped];
-            const float *of = s.cos_sin + s.rotary_rows[clamped] * DIM + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < 8; i++) cosines[r][i] = load_two(of + 8 * i), sines[r][i] = load_two(of + 64 + 8 * i);
+            if (!BLOCKS) by[r] = s.by_token[min(token + lane / 4 + 8 * r, last)];
+            if (EARLY) load_rotation(token, r);
         }
+    }
+    INLINE void load_rotation(int token, int r) {
+        const int lane = threadIdx.x % 32, last = s.product.tokens - 1;
+        const float *of = s.cos_sin + s.rotary_rows[min(token + lane / 4 + 8 * r, last)] * DIM + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 8; i++) cosines[r][i] = load_two(of + 8 * i), sines[r][i] = load_two(of + 64 + 8 * i);
     }
     INLINE void finish(float (&sums)[HALF], int token, int row) {
         const int lane = threadIdx.x % 32;
+        if (!EARLY) load_rotation(token, 0), load_rotation(token, 1);
 #pragma unroll
         for (int h = 0; h < HALF / 64; h++) {
             const int head = row / DIM + h;
             float *y = sums + 64 * h;
             if (head >= s.q_heads + 2 * s.kv_heads) break;
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
+            for (int i = 0; i < 16 * !BLOCKS; i++) {
                 const float2 by_row = *(const float2 *)(s.by_row + head * DIM + 8 * i + lane % 4 * 2);
 #pragma unroll
                 for (int r = 0; r < 2; r++) y[4 * i + 2 * r] *= by[r] * by_row.x, y[4 * i + 2 * r + 1] *= by[r] * by_row.y;
