@@ -210,8 +210,9 @@ def test_buffers_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_megakernels_are_of_one_rank() -> None:
-    assert megakernel_layers.unfit(parts()) in (None, compiler.missing())
-    assert megakernel_layers.unfit(parts()._replace(ranks=2)) in ("several ranks share each layer", compiler.missing())
+    kinds = (PackedScaledMM,)
+    assert megakernel_layers.unfit(parts(), kinds) in (None, compiler.missing())
+    assert megakernel_layers.unfit(parts()._replace(ranks=2), kinds) in ("several ranks share each layer", compiler.missing())
 
 
 def test_a_reason_is_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,6 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 #include "wgmma_widths.cuh"
 
 INLINE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }
-INLINE float silu(float x) { return __fdividef(x, 1 + exp2_of(x * -1.44269504f)); }
 /* Store 8 channels of each of 32 pairs, transposed (stmatrix): this lane's pair at `to`. */
 INLINE void put(u16 *to, const u32 (&y)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
