@@ -26,11 +26,13 @@ from octavo.ops.contract import (
     CodeFormat,
     DecoderParts,
     Dispatch,
+    ExpertLayerParts,
     Filters,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    MixtureParts,
     Norm,
     Operand,
     PackedStack,
@@ -52,14 +54,14 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
-    "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
-    "Routed", "Router", "Segments", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
-    "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine",
-    "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts", "finished", "fuse", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
-    "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table",
-    "write_index_keys", "write_kv", "write_latent",
+    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder",
+    "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
+    "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Unscaled", "Unsummed", "absorbed_queries", "all_gather",
+    "all_reduce", "all_reduce_norm_quantize", "argmax", "attend", "attention", "bind", "capture", "captures",
+    "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts",
+    "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear",
+    "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -75,7 +77,7 @@ _bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
-_fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
+_fuse: Callable[[DecoderParts | MixtureParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
@@ -143,7 +145,7 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts, platform: Platform) -> list[FusedDecoder]:
+def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> list[FusedDecoder]:
     """Megakernel decoders for decode steps of few requests, if this platform has any that take these layers.
 
     The list is ordered: the first decoder that takes a step is the fastest.
