@@ -1,4 +1,4 @@
-"""Dense decoders (norm, attention, add, norm, gated MLP, add), and fused decoding for them."""
+"""Decoders some of whose decode steps are fused, and the dense ones (norm, attention, add, norm, gated MLP, add)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from octavo.batch import ForwardBatch
 from octavo.layers.attention import PagedAttention
 from octavo.models.common import CausalLM, Decoder, LayerStack
 from octavo.models.interface import ModelInput, StageState
-from octavo.ops import DecoderParts, FusedDecoder, LayerParts
+from octavo.ops import DecoderParts, FusedDecoder, LayerParts, MixtureParts
 from octavo.platform import Platform
 
-__all__ = ["DenseDecoder", "DenseLM"]
+__all__ = ["DenseDecoder", "DenseLM", "FusedLM"]
 
 
 class DenseDecoder(Decoder):
@@ -34,8 +34,8 @@ class DenseDecoder(Decoder):
         return super().run_layers(batch, state)
 
 
-class DenseLM(CausalLM):
-    """A dense decoder and its head. Also implements octavo.models.interface.FusedModel."""
+class FusedLM(CausalLM):
+    """A decoder and its head. Also implements octavo.models.interface.FusedModel."""
 
     model: DenseDecoder
 
@@ -54,8 +54,15 @@ class DenseLM(CausalLM):
             return ()
         return super().graph_key(requests, longest)
 
+    def parts(self) -> DecoderParts | MixtureParts | None:
+        """The layers for a megakernel that computes all of them; None if they have parts that its types cannot express."""
+        raise NotImplementedError
+
+
+class DenseLM(FusedLM):
+    """A dense decoder and its head."""
+
     def parts(self) -> DecoderParts | None:
-        """The layers for a megakernel that computes all of them; None if they have parts that `LayerParts` cannot express."""
         if not (self.model.first and self.model.last):
             return None
         found: list[LayerParts] = []

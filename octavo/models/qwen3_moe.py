@@ -16,9 +16,9 @@ from octavo.layers.moe import Experts, Gate, MixtureOfExperts
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import qwen3
-from octavo.models.common import CausalLM
 from octavo.models.config import check_experts, expert_activations
-from octavo.ops import Product, Router
+from octavo.models.dense import FusedLM
+from octavo.ops import ExpertLayerParts, MixtureParts, Product, Router
 
 __all__ = ["Config", "Model"]
 
@@ -70,7 +70,31 @@ class DecoderLayer(nn.Module):
         return self.mlp(x, batch), residual
 
 
-class Model(CausalLM):
+class Model(FusedLM):
+    config: Config
+
     def __init__(self, c: Config, tp: TensorParallel, max_len: int, layers: range | None = None):
         rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_len)
         super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))
+
+    def parts(self) -> MixtureParts | None:
+        if not (self.model.first and self.model.last) or self.tp.size > 1:
+            return None
+        found: list[ExpertLayerParts] = []
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            a, mlp = layer.self_attn, layer.mlp
+            if not isinstance(mlp, MixtureOfExperts) or a.o_proj.bias is not None:
+                return None
+            part = ExpertLayerParts(
+                qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate=mlp.gate.weight, correction=mlp.gate.bias,
+                router=mlp.gate.router, gate_up=mlp.experts.gate_up, down=mlp.experts.down,
+                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
+                norms=a.attn.norms, qkv_bias=a.qkv_proj.bias, cache=a.attn.cache, window=a.attn.window,
+            )  # fmt: skip
+            found.append(part)
+        c, attn = self.config, a.attn
+        return MixtureParts(
+            found, attn.rotary.cos_sin, c.hidden_size, c.moe_intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
+            attn.scale, c.rms_norm_eps,
+        )  # fmt: skip

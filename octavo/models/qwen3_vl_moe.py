@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from octavo.models import qwen3_moe
 from octavo.models.common import Decoder, LayerStack
-from octavo.models.qwen3_vl import Deepstack, ImageFields, WithTower, text_of
+from octavo.models.qwen3_vl import DenseDeepstack, ImageFields, WithTower, text_of
 
 __all__ = ["Config", "Model"]
 
@@ -24,4 +24,4 @@ class Model(WithTower, qwen3_moe.Model):
     config: Config
 
     def make_decoder(self, layers: LayerStack) -> Decoder:
-        return Deepstack(self.config, self.tp, layers)
+        return DenseDeepstack(self.config, self.tp, layers)

@@ -18,19 +18,22 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
-from octavo.kvcache import IndexCache, LatentCache, LayerCache
+from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference, reference_latent
+from octavo.ops.bound import bound as _bound
 from octavo.ops.contract import (
     LATENT_SCRATCH,
     Activation,
     CodeFormat,
     DecoderParts,
     Dispatch,
+    ExpertLayerParts,
     Filters,
     FusedDecoder,
     HeadNorms,
     LayerParts,
     LinearImplementation,
+    MixtureParts,
     Norm,
     Operand,
     PackedStack,
@@ -49,19 +52,27 @@ from octavo.ops.contract import (
     Unsummed,
     values_of,
 )
+from octavo.ops.latent import (
+    absorbed_queries,
+    expanded_attention,
+    head_linear,
+    latent_attention,
+    select_keys,
+    write_index_keys,
+    write_latent,
+)
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "Filters", "FusedDecoder", "HeadNorms",
-    "LayerParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation",
-    "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries", "all_gather", "all_reduce",
-    "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind", "capture", "captures",
-    "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention", "experts",
-    "experts_uncombined",
-    "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled",
-    "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
-    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder",
+    "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
+    "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries",
+    "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind",
+    "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention",
+    "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention",
+    "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate",
+    "route", "sample", "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -73,11 +84,10 @@ _OPS = (
 )  # fmt: skip
 
 
-_bound: dict[str, Callable[..., Any]] = {}
 _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
-_fuse: Callable[[DecoderParts, Platform], dict[str, FusedDecoder | str]] | None = None
+_fuse: Callable[[DecoderParts | MixtureParts, Platform], dict[str, FusedDecoder | str]] | None = None
 _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
@@ -153,7 +163,7 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts, platform: Platform) -> list[FusedDecoder]:
+def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> list[FusedDecoder]:
     """Megakernel decoders for decode steps of few requests, if this platform has any that take these layers.
 
     The list is ordered: the first decoder that takes a step is the fastest.
@@ -382,67 +392,6 @@ def attend(
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
     return _bound["attend"](q, k, v, rope, cache, batch, scale, window)  # type: ignore[no-any-return]
-
-
-def head_linear(x: Tensor, w: Tensor) -> Tensor:
-    """Per-head product x [T, H, K] by w [H, K, N], FP32 accumulation: [T, H, N] in x's dtype."""
-    return _bound["head_linear"](x, w)  # type: ignore[no-any-return]
-
-
-def write_latent(kv: Tensor, norm: Norm, rotation: Rotation, cache: LatentCache, slots: Tensor) -> None:
-    """Store each token's latent (RMSNorm applied) and rope key (rotated) at `slots` [T]. kv [T, R + D]: the projection.
-
-    In codes (`fp8_ds_mla`) each 128 values of a latent share a scale: amax, at least 1e-4, over the largest code, rounded up to
-    a power of two. NaN and infinity are stored as 0, as in `write_kv`.
-    """
-    _bound["write_latent"](kv, norm, rotation, cache, slots)
-
-
-def absorbed_queries(q: Tensor, up_k: Tensor, rotation: Rotation) -> Tensor:
-    """MLA's absorbed queries [T, H, R + D]: the nope part of q [T, H, N + D] times up_k [H, N, R], then q's rope part, rotated.
-
-    A score q·(up_k c) is (q up_k)·c, so keys need not be expanded from latents c (arXiv:2405.04434, section 2.1.2).
-    """
-    return _bound["absorbed_queries"](q, up_k, rotation)  # type: ignore[no-any-return]
-
-
-def latent_attention(q: Tensor, cache: LatentCache, batch: ForwardBatch, scale: float, chosen: Tensor | None = None) -> Tensor:
-    """Causal attention of absorbed queries q [T, H, R + D] over latents, which are keys and values at once: [T, H, R].
-
-    The cache already holds this step's tokens. chosen: for sparse attention, INT32 [T, top_k], the positions in its request's
-    context that a token attends to, ascending, padded with -1; None: all positions up to its own. Scores and sums are FP32.
-    A row that pads a graph gives zeros.
-    """
-    return _bound["latent_attention"](q, cache, batch, scale, chosen)  # type: ignore[no-any-return]
-
-
-def expanded_attention(
-    q: Tensor, up_k: Tensor, up_v: Tensor, rotation: Rotation, cache: LatentCache, batch: ForwardBatch, scale: float
-) -> Tensor:
-    """MLA prefill: causal attention of q [T, H, N + D] over keys and values expanded from each request's latents: [T, H, V].
-
-    up_k [H, N, R], up_v [H, R, V]: a head's key is up_k c followed by the shared rope key, its value is c up_v. For long
-    prompts: a query-key pair costs N + D + V multiplications instead of 2R + D, but each call expands the latents again.
-    """
-    return _bound["expanded_attention"](q, up_k, up_v, rotation, cache, batch, scale)  # type: ignore[no-any-return]
-
-
-def write_index_keys(k: Tensor, norm: Norm, rotation: Rotation, cache: IndexCache, slots: Tensor) -> None:
-    """Store the indexer's keys at `slots` [T]: k [T, D] as projected, after LayerNorm and rotation of the first dimensions.
-
-    In codes, a Hadamard transform times D^-1/2 is applied first, and each key has a scale as in `write_latent`.
-    """
-    _bound["write_index_keys"](k, norm, rotation, cache, slots)
-
-
-def select_keys(q: Tensor, weights: Tensor, rotation: Rotation, cache: IndexCache, batch: ForwardBatch, top_k: int) -> Tensor:
-    """The `top_k` positions of each token's context with the highest index scores: INT32 [T, top_k], ascending, -1-padded.
-
-    The score of position s is the sum over heads h of weights[t, h] * max(0, q[t, h]·k[s]), in FP32. q [T, Hi, D], as
-    projected, is rotated as keys are, and transformed and quantized too if keys are stored in codes; weights [T, Hi]. Ties go
-    to the earlier position; a token sees positions up to its own; NaN ranks as -infinity. A row that pads a graph selects none.
-    """
-    return _bound["select_keys"](q, weights, rotation, cache, batch, top_k)  # type: ignore[no-any-return]
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
-    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "Norm", "Operand", "PackedStack",
-    "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
-    "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
+    "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "MixtureParts", "Norm",
+    "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router",
+    "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -304,6 +304,29 @@ class LayerParts(NamedTuple):
         return self.qkv, self.o, self.gate_up, self.down
 
 
+class ExpertLayerParts(NamedTuple):
+    """As LayerParts, with a mixture of experts as its MLP. gate, correction: the router's weight [E, hidden] and its bias."""
+
+    qkv: PackedWeight
+    o: PackedWeight
+    gate: Tensor
+    correction: Tensor | None
+    router: Router
+    gate_up: PackedStack
+    down: PackedStack
+    input_norm: Tensor
+    post_norm: Tensor
+    norms: HeadNorms | None
+    qkv_bias: Tensor | None
+    cache: LayerCache
+    window: int | None
+
+    @property
+    def weights(self) -> tuple[PackedWeight | PackedStack, ...]:
+        """In execution order."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+
 class DecoderParts(NamedTuple):
     """The layers of a decoder and their common sizes; `inter` is the MLP's intermediate size."""
 
@@ -317,6 +340,20 @@ class DecoderParts(NamedTuple):
     scale: float
     eps: float
     ranks: int = 1  # of whose layers these are parts
+
+
+class MixtureParts(NamedTuple):
+    """As DecoderParts, of layers with experts; `inter` is an expert's intermediate size."""
+
+    layers: Sequence[ExpertLayerParts]
+    cos_sin: Tensor
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
 
 
 class FusedDecoder(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from octavo.ops import gpu, hopper
-from octavo.ops.contract import DecoderParts, FusedDecoder
+from octavo.ops.contract import DecoderParts, FusedDecoder, MixtureParts
 from octavo.ops.gpu import (
     STACKS,
     absorbed_queries,
@@ -37,6 +37,7 @@ from octavo.ops.hopper import (
     decoder_megakernel,
     gate_up_silu,
     layer_megakernel,
+    moe_decode,
     qkv_rope_kv_write,
 )
 from octavo.ops.hopper.all_reduce import all_reduce, all_reduce_norm_quantize, argmax_over_ranks, connect
@@ -75,16 +76,18 @@ def configure(platform: Platform) -> None:
     hopper.experts.QUANTIZE.configure(platform)
 
 
-def fuse(parts: DecoderParts, platform: Platform) -> dict[str, FusedDecoder | str]:
+def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, FusedDecoder | str]:
     """Kind of decode step -> its megakernel decoder, or the reason why the step runs op by op."""
 
-    def make(module: ModuleType, decoder: Callable[[DecoderParts, Platform], FusedDecoder]) -> FusedDecoder | str:
+    def make(module: ModuleType, decoder: Callable[..., FusedDecoder]) -> FusedDecoder | str:
         try:
             return module.refusal(parts, platform) or decoder(parts, platform)
         except NoKernel as error:
             log.warning("decode steps of few requests go op by op: %s", error)
             return str(error).splitlines()[0]
 
+    if isinstance(parts, MixtureParts):
+        return {"decode steps of few requests": make(moe_decode, moe_decode.MoeMegakernels)}
     with threads_on(platform.device, 2, "octavo-fuse") as pool:  # in parallel: most of the time is the compiler's
         one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
         few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)

@@ -21,6 +21,7 @@ from octavo import ops
 from octavo.distributed import TensorParallel, Unheard, join, leave
 from octavo.ops import gpu, reference
 from octavo.ops.contract import CodeFormat, PackedWeight, Quantized
+from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.hopper import all_reduce, megakernel_layers, peer_buffers
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper.compile import NoKernel

@@ -24,7 +24,7 @@ __all__ = ["ROLES", "check", "draw", "profile_into", "role_of"]
 
 # Matched against kernel names in order; the first match counts. On a CPU the names are those of torch's operators.
 ROLES = {
-    "layers as one": r"between_attentions|decode_step",
+    "layers as one": r"between_(moe_)?attentions|decode_step",
     "indexer": r"index_(logits|keys)|select_keys|\b_(select|list|find_least)\b|_as_scored",
     "attention": r"attention|stage_kv|fmha|flash|softmax|bmm|baddbmm|\b_(merge|lay_out)\b",
     "norm": r"norm|vecdot",
