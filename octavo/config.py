@@ -87,9 +87,10 @@ class EngineConfig:
     quantization: str | None = option(
         None,
         "of weights that the checkpoint has in BF16: fp8 has one scale a matrix, ptpc_fp8 one a channel and one a token of "
-        "activations, fp8_block one a tile of 128 x 128 (default: as the checkpoint is stored)",
+        "activations, fp8_block one a tile of 128 x 128; fp8_w8a16 is ptpc_fp8 with activations as they are: as fast for few "
+        "tokens, as slow as bf16 for long prompts (default: as the checkpoint is stored)",
         group=QUANTIZATION,
-        values=("bf16", "fp8", "ptpc_fp8", "fp8_block"),
+        values=("bf16", "fp8", "ptpc_fp8", "fp8_block", "fp8_w8a16"),
         short="-q",
     )
     quantization_ignore: tuple[str, ...] = option(
@@ -268,7 +269,7 @@ class EngineConfig:
         if self.save_quantized == "":
             raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
         if self.save_quantized is not None and self.quantization in (None, "bf16"):
-            raise OctavoError("--save-quantized needs --quantization fp8, ptpc_fp8 or fp8_block: it saves what that makes.")
+            raise OctavoError("--save-quantized needs a --quantization such as ptpc_fp8: it saves what that makes.")
         if self.save_quantized is not None and self.load_format == "dummy":
             raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -27,7 +27,7 @@ from octavo.models.interface import Limits, Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
-from octavo.quant.formats import stored_scheme, stored_shape
+from octavo.quant.formats import served_scheme, stored_shape
 from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import Put, fresh, held, overwrite, rehearse
@@ -255,7 +255,7 @@ def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | Du
 def checkpoint_scheme(loader: Loader) -> Scheme:
     """The one scheme of a checkpoint's FP8 weights, which --quantize-lm-head without --quantization uses."""
     scaled = {name.rpartition(".")[0] for name in loader.source.names if name.endswith((".weight_scale", ".weight_scale_inv"))}
-    found = {stored_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
+    found = {served_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
     if len(found) == 1 and (scheme := found.pop()):
         return scheme
     raise OctavoError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    FP8_WEIGHTS,
     INT4_GROUPS,
     PLAIN,
     CodeFormat,
@@ -40,6 +41,7 @@ from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import sample
 from octavo.ops.triton.segment_attention import captures_segments, segment_attention
 from octavo.ops.triton.select_keys import select_keys
+from octavo.ops.triton.weight_only import weight_only_linear
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
@@ -182,6 +184,30 @@ class PackedBlocks(PackedWeight):
         return block_linear(*given, self.weight, self.scale, self.n).to(_dtype(x))
 
 
+class WeightOnly:
+    """FP8 with one scale per output channel, multiplied by values in BF16."""
+
+    name = "Triton, codes widened to BF16"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return not_taken(q.scheme, FP8_WEIGHTS) or _foreign(q, platform)
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedWeightOnly:
+        return PackedWeightOnly(q)
+
+
+class PackedWeightOnly(PackedWeight):
+    """Codes [N', K'] as stored, and channel scales [N, 1]. Activations in FP32 are rounded to BF16."""
+
+    def __init__(self, q: QTensor):
+        assert q.scale is not None
+        self.weight, self.scale, self.n, self.held_bytes = q.data, q.scale, q.shape[0], q.nbytes
+
+    def __call__(self, x: Operand) -> Tensor:
+        x = values_of(x)
+        return weight_only_linear(x.bfloat16(), self.weight, self.scale, self.n).to(x.dtype)
+
+
 class Dense:
     """BF16 weights, multiplied by the library."""
 
@@ -210,12 +236,13 @@ class PackedDense(PackedWeight):
 
 
 class Grouped:
-    """Expert stacks in BF16, in FP8 with per-token and per-channel scales, and in FP8 with 128x128 tiles."""
+    """Expert stacks in BF16, in FP8 with per-token and per-channel scales or with 128x128 tiles, and in FP8 that is multiplied
+    by values in BF16."""
 
     name = "Triton, grouped"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS)) is not None:
             return reason
         return _foreign(q, platform) if q.scheme.quantized else None
 
@@ -235,7 +262,8 @@ class PackedGrouped(PackedStack):
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         if self.reads is None:
-            return grouped_linear(values_of(x), None, self.weight, None, self.n, dispatch, of_tokens=of_tokens)
+            y = grouped_linear(values_of(x), None, self.weight, self.scale, self.n, dispatch, of_tokens=of_tokens)
+            return y.to(_dtype(x))
         make = quantize_groups if self.by_tile else quantize
         codes, scale = codes_of(x, self.reads) or make(values_of(x), self.reads.dtype, self.reads.width)
         return grouped_linear(
@@ -304,5 +332,5 @@ class Int4Stack(PackedStack):
         return int4_product(values_of(x), self.codes, self.scale, self.group, dispatch, of_tokens=of_tokens, fp8=fp8)
 
 
-LINEAR = [ScaledMM(), Blocks(), Int4(), Dense()]
+LINEAR = [ScaledMM(), Blocks(), WeightOnly(), Int4(), Dense()]
 STACKS = [Grouped(), Int4Experts()]

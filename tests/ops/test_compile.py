@@ -36,7 +36,9 @@ MULTIPLIES_BF16 = {
     "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
     "latent_attention_fp8", "latent_attention_fp8_chosen", "latent_attention_fp8_many", "latent_attention_bf16",
     "latent_attention_bf16_chosen", "latent_attention_bf16_many", "expanded_attention",
-    "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
+    "route_few", "route_many", "route_groups",
+    *(f"grouped_linear_{kind}_{bm}" for kind in ("bf16", "weights") for bm in (16, 32, 64, 128)),
+    *(f"weight_only_{bm}" for bm in (16, 32, 64, 128)),
     *(f"w4a16_{group}_{kind}" for group in (32, 128) for kind in (16, 32, 64, "split")),
     "index_keys_codes", "index_queries_codes", "segment_attention",
 }  # fmt: skip

@@ -26,9 +26,10 @@ from octavo.ops.triton import (
     linear,
     prefill,
     rope,
+    weight_only,
 )
 from octavo.platform import FP8_MAX, Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_W8A16, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -162,6 +163,34 @@ def test_small_linear(shape: tuple[int, int, int], split: int | None, fp8: torch
     if m:
         expected = values(x)[:, :k].double() @ dequantize(q).double().mT
         assert relative_error(found, expected) < 4e-3
+
+
+WAYS = [{}, {"split": 3}, {"BM": 64, "BN": 128, "BK": 64, "warps": 8, "split": 1}]
+
+
+@over("most", [weight_only.MAX_TOKENS, 0])
+@over("shape", LINEAR)
+def test_weight_only(shape: tuple[int, int, int], most: int) -> None:
+    """Codes widened in registers, the ways that numbers of tokens take; and in memory, by the library."""
+    m, n, k = shape
+    q = quantize(torch.randn(n, k, device=DEVICE) * torch.logspace(-4, 0, k, device=DEVICE), FP8_W8A16).padded(16)
+    x = torch.randn(m, k, device=DEVICE).bfloat16()
+    assert q.scale is not None
+    for way in WAYS[: 3 if most else 1]:
+        spoiled = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        del spoiled  # memory that the result is likely to get
+        found = weight_only.weight_only_linear(x, q.data, q.scale, n, way, most)
+        assert (found.shape, found.dtype) == ((m, n), torch.bfloat16)
+        if m:
+            assert relative_error(found, x.double() @ dequantize(q).double().mT) < 6e-3
+
+
+def test_every_code_is_widened_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    wide = torch.full((len(codes),), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    launch.launch(weight_only._widen, (1,), codes, wide, len(codes), BLOCK=256, ASM=launch.has_packed_arithmetic(), num_warps=4)
+    assert torch.equal(wide.float(), codes.float())
 
 
 @over("scale_rows", [False, True])

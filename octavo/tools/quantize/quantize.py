@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantize")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the FP8 checkpoint")
     group.add_argument(
-        "-q", "--quantization", "--scheme", dest="scheme", action="append", metavar="{ptpc_fp8,fp8,fp8_block}",
-        help="a scale for each output channel, for each matrix, or for each tile of 128 x 128 (default: ptpc_fp8)",
+        "-q", "--quantization", "--scheme", dest="scheme", action="append", metavar="{ptpc_fp8,fp8,fp8_block,fp8_w8a16}",
+        help="a scale for each output channel, for each matrix, or for each tile of 128 x 128; fp8_w8a16 is ptpc_fp8 with "
+        "activations as they are (default: ptpc_fp8)",
     )  # fmt: skip
     group.add_argument(
         "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if other := next((name for name in more if canonical("--scheme", name, QUANTIZATIONS) != scheme.name), None):
         raise OctavoError(f"Two schemes were given, {asked} and {other}; give one of them.")
     if not scheme.quantized:
-        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
+        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8, fp8_block or fp8_w8a16.")
     config = with_files(config)
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
