@@ -23,10 +23,10 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.quant import SCHEMES, QuantRules
 from octavo.text.tokenizer import Tokenizer
 from octavo.tools.compare.measure import Reference, Text, Variant, cut, divergence, hidden_states, open_core
-from octavo.tools.quantize.calibration_text import TOKENS, calibration_windows
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 ORDER = ("ptpc_fp8", "fp8", "fp8_block")

@@ -114,6 +114,13 @@ class EngineConfig:
         group=QUANTIZATION,
         metavar="DIR",
     )
+    calibrate: str | None = option(
+        None,
+        "what the weights of --save-quantized are calibrated by when they are written, which takes minutes: a UTF-8 file, or "
+        "default for Octavo's own text",
+        group=QUANTIZATION,
+        metavar="FILE",
+    )
     kv_cache_dtype: str = option(
         "auto",
         "auto is the model's own, fp8 means fp8_e4m3 (MLA's is fp8_ds_mla)",
@@ -249,14 +256,10 @@ class EngineConfig:
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
-        put(
-            "mm_encoder_tp_mode",
-            canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, {m: m for m in ("weights", "data")}),
-        )
-        put(
-            "load_format",
-            canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}),
-        )
+        modes = {m: m for m in ("weights", "data")}
+        put("mm_encoder_tp_mode", canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, modes))
+        formats = {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}
+        put("load_format", canonical("--load-format", self.load_format, formats))
         for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):
             given = getattr(self, name)
             put(name, (given,) if isinstance(given, str) else tuple(given))
@@ -270,6 +273,10 @@ class EngineConfig:
             raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
         if self.save_quantized is not None and self.quantization in (None, "bf16"):
             raise OctavoError("--save-quantized needs a --quantization such as ptpc_fp8: it saves what that makes.")
+        if self.calibrate is not None and self.save_quantized is None:
+            raise OctavoError(
+                "--calibrate is for --save-quantized DIR, which keeps what it makes; give that too, or leave it out."
+            )
         if self.save_quantized is not None and self.load_format == "dummy":
             raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
         if not 0 < self.gpu_memory_utilization <= 1:

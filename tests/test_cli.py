@@ -127,7 +127,7 @@ def test_what_is_wrong_is_one_sentence(line: str, code: int, sentence: str, caps
 
 EMPTY = {
     "serve": "served_model_name api_key tool_call_parser reasoning_parser revision allowed_origins host chat_template "
-    "quantization save_quantized quantization_config",
+    "quantization save_quantized calibrate quantization_config",
     "quantize": "output quantization revision",
     "chat": "api_key revision",
     "plan": "accelerator revision",

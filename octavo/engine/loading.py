@@ -16,6 +16,7 @@ from torch import nn
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
 from octavo.distributed import TensorParallel, Unheard
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.engine.pipeline import check_pipeline
@@ -173,7 +174,9 @@ def load_model(
     if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
         save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
-        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
+        windows = calibration_windows(directory, config.calibrate, TOKENS) if config.calibrate else ()
+        described = read_config(directory)
+        notes.append(save_quantized(directory, described, output, rules, platform, threads, save_progress, windows))
     if config.save_quantized is not None:
         tp.engine.least(0)  # the others wait until rank 0 has written it
         directory = Path(config.save_quantized)

@@ -20,10 +20,10 @@ from octavo.convert import calibration
 from octavo.convert.calibrated_layer import CalibratedLayer
 from octavo.convert.output_directory import STASH
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine.calibration_text import DEFAULT, calibration_windows
 from octavo.errors import OctavoError
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
 from octavo.text.tokenizer import Tokenizer
-from octavo.tools.quantize.calibration_text import DEFAULT, calibration_windows
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)

@@ -17,13 +17,13 @@ from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan, names_of
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.errors import OctavoError
 from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, architecture, read_config
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
-from octavo.tools.quantize.calibration_text import TOKENS, calibration_windows
 from octavo.tools.quantize.quantize_report import LossReport, Progress, verify
 from octavo.tools.rich_tables import gb
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode packed INT4 and round it to the scheme; it stays as it is without",
     )
     group.add_argument(
-        "--calibrate", nargs="?", const="default", metavar="FILE",
+        "--calibrate", nargs="?", const="default", dest="by_text", metavar="FILE",
         help="round with error compensation, by what a text makes each layer read: a UTF-8 file, or Octavo's own text",
     )  # fmt: skip
     group.add_argument(
@@ -69,14 +69,14 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     config = with_files(config)
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
-    if args.calibrate is None and args.calibration_tokens is not None:
+    if args.by_text is None and args.calibration_tokens is not None:
         raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
     tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
     quantize_checkpoint(
         Path(config.model), Path(args.output), rules,
         search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
         requantize_int4=args.requantize_int4,
-        windows=() if args.calibrate is None else calibration_windows(Path(config.model), args.calibrate, tokens),
+        windows=() if args.by_text is None else calibration_windows(Path(config.model), args.by_text, tokens),
     )  # fmt: skip
     return 0
 

@@ -1,4 +1,4 @@
-"""The text that `octavo quantize --calibrate` makes a model read, as windows of token ids."""
+"""The text that calibration makes a model read, as windows of token ids."""
 
 from __future__ import annotations
 
