@@ -41,7 +41,7 @@ from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import sample
 from octavo.ops.triton.segment_attention import captures_segments, segment_attention
 from octavo.ops.triton.select_keys import select_keys
-from octavo.ops.triton.weight_only import weight_only_linear
+from octavo.ops.triton.weight_only import codes_in_pairs
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
@@ -79,6 +79,7 @@ __all__ = [
 # torch._scaled_mm is faster with per-tensor scales than with per-row and per-column ones: for up to UNSCALED_TOKENS tokens, and
 # for any number of tokens if K exceeds UNSCALED_DEPTH (5% at 8192 tokens of K = 14,336, the card at its power limit).
 UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
+TOKENS_AT_ONCE = 2048  # of two rows of codes each, whose products are twice as large as their sums
 
 
 def _foreign(q: QTensor, platform: Platform) -> str | None:
@@ -88,17 +89,22 @@ def _foreign(q: QTensor, platform: Platform) -> str | None:
     return f"its codes are {q.data.dtype}, and this device multiplies {platform.fp8_dtype}"
 
 
+def _unfit(q: QTensor, platform: Platform) -> str | None:
+    """None, or why torch._scaled_mm does not multiply by these codes."""
+    if (reason := _foreign(q, platform)) is not None:
+        return reason
+    if any(size % platform.fp8_alignment for size in q.data.shape):
+        return f"sides of {q.data.shape[0]} and {q.data.shape[1]}, not multiples of {platform.fp8_alignment}"
+    return None
+
+
 class ScaledMM:
     """FP8 with one scale per token and one per output channel."""
 
     name = "Triton for few tokens, torch._scaled_mm for many"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, FP8_ROWS) or _foreign(q, platform)) is not None:
-            return reason
-        if any(size % platform.fp8_alignment for size in q.data.shape):
-            return f"sides of {q.data.shape[0]} and {q.data.shape[1]}, not multiples of {platform.fp8_alignment}"
-        return None
+        return not_taken(q.scheme, FP8_ROWS) or _unfit(q, platform)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedScaledMM:
         return PackedScaledMM(q)
@@ -135,10 +141,13 @@ class PackedScaledMM(PackedWeight):
 
     def _product(self, given: Quantized) -> Tensor:
         """The scaled product in BF16, [M, N]."""
-        codes, scale = given
-        if codes.shape[0] <= MAX_TOKENS:
+        if len(given.codes) <= MAX_TOKENS:
             return small_linear(given, self.weight, self.scale, self.n)
-        return self._scaled_mm(codes, scale, self.scale)[:, : self.n]
+        return self.scaled(given)
+
+    def scaled(self, given: Quantized) -> Tensor:
+        """The same by the library, whatever the number of tokens."""
+        return self._scaled_mm(*given, self.scale)[:, : self.n]
 
     def _scaled_mm(self, codes: Tensor, by_row: Tensor, by_column: Tensor, bias: Tensor | None = None) -> Tensor:
         """FP8 tensor cores keep about 14 bits of their sums (use_fast_accum). This adds 0.13% of noise at K = 4096 and 0.29% at
@@ -185,27 +194,38 @@ class PackedBlocks(PackedWeight):
 
 
 class WeightOnly:
-    """FP8 with one scale per output channel, multiplied by values in BF16."""
+    """FP8 with one scale per output channel, multiplied by values as they are."""
 
-    name = "Triton, codes widened to BF16"
+    name = "Triton for few tokens, torch._scaled_mm for many, of two codes a value"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        return not_taken(q.scheme, FP8_WEIGHTS) or _foreign(q, platform)
+        return not_taken(q.scheme, FP8_WEIGHTS) or _unfit(q, platform)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedWeightOnly:
         return PackedWeightOnly(q)
 
 
 class PackedWeightOnly(PackedWeight):
-    """Codes [N', K'] as stored, and channel scales [N, 1]. Activations in FP32 are rounded to BF16."""
+    """The weight as PackedScaledMM has it, whose products of a value's two codes are added."""
 
     def __init__(self, q: QTensor):
-        assert q.scale is not None
-        self.weight, self.scale, self.n, self.held_bytes = q.data, q.scale, q.shape[0], q.nbytes
+        self.codes = PackedScaledMM(q)
+        self.held_bytes = self.codes.held_bytes
 
     def __call__(self, x: Operand) -> Tensor:
-        x = values_of(x)
-        return weight_only_linear(x.bfloat16(), self.weight, self.scale, self.n).to(x.dtype)
+        x, own = values_of(x), self.codes
+        if len(x) <= MAX_TOKENS:
+            pairs = codes_in_pairs(x, own.reads.dtype, own.reads.width, adjacent=True)
+            return small_linear(pairs, own.weight, own.scale, own.n, pairs=True).to(x.dtype)
+        out = x.new_empty(len(x), own.n, dtype=torch.bfloat16)
+        for start in range(0, len(x), TOKENS_AT_ONCE):
+            part = slice(start, min(start + TOKENS_AT_ONCE, len(x)))
+            both = own.scaled(codes_in_pairs(x[part], own.reads.dtype, own.reads.width, adjacent=False))
+            torch.add(*both.chunk(2), out=out[part])
+        return out.to(x.dtype)
+
+    def shared_bytes(self, q: QTensor) -> int:
+        return self.codes.shared_bytes(q)
 
 
 class Dense:

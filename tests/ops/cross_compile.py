@@ -120,16 +120,20 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **strides, **limit),
             {"num_warps": warps},
         )  # fmt: skip
-    for bm in (16, 32):
+    for bm in (16, 32, 64):  # 64: of pairs
         yield (
             f"small_linear_{bm}", linear._small_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
                  width="i32", per_split="i32"),
-            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, PREFETCH=2 * pdl, PDL=pdl,
+            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, PREFETCH=2 * pdl, PDL=pdl, PAIRS=bm > 32,
                  STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip
-    yield from of_widened_codes(fp8, pdl)
+    yield (
+        "codes_in_pairs", weight_only._codes_in_pairs,
+        dict(x=bf16, out=fp8, scale=fp32, **dict.fromkeys(("size", "stride", "width", "of_token", "of_rest"), "i32")),
+        limit | dict(FLOOR=1e-30, BLOCK=4096), {"num_warps": 16},
+    )  # fmt: skip
     for bm in (16, 128):
         yield (
             f"block_linear_{bm}", block_linear._block_linear,
@@ -276,23 +280,6 @@ def of_experts(fp8: str, fp8_name: str, pdl: bool) -> Iterator[tuple[str, Any, d
                      ASM=pdl, STAGES=launch.pipeline(c["stages"]), PDL=pdl, **unread),
                 {"num_warps": c["warps"]},
             )  # fmt: skip
-
-
-def of_widened_codes(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """As `kernels`, for FP8 weights of activations in BF16."""
-    for tokens in (1, 32, 64, 512):
-        c = weight_only._shape(tokens, 4096, 4096)
-        yield (
-            f"weight_only_{c['BM']}", weight_only._weight_only,
-            dict(x="*bf16", w=fp8, w_scale="*fp32", out="*bf16", parts="*fp32", counters="*i32",
-                 **dict.fromkeys(("tokens", "n", "width", "size", "per_split"), "i32")),
-            dict(BN=c["BN"], BM=c["BM"], BK=c["BK"], SPLIT=2, EVEN=True, ASM=pdl, STAGES=launch.pipeline(c["stages"]), PDL=pdl),
-            {"num_warps": c["warps"]},
-        )  # fmt: skip
-    yield (
-        "widen_codes", weight_only._widen, dict(w=fp8, out="*bf16", count="i32"), dict(BLOCK=2048, ASM=pdl, PDL=pdl),
-        {"num_warps": 4},
-    )  # fmt: skip
 
 
 def of_int4(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
