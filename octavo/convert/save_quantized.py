@@ -41,9 +41,9 @@ def save_quantized(
 ) -> str:
     """Makes `output` the checkpoint `model` (whose config.json holds `config`) quantized as `rules` say, and says what it did.
 
-    windows: token ids to calibrate by, if any, on `platform`. A head that is tied to the embeddings stays as it is there, and is quantized by the start that reads it. Writes nothing
-    where an earlier start finished the same. Raises OctavoError for a directory that holds something else, and for a
-    checkpoint whose stored FP8 codes are of another scheme than is asked for.
+    windows: token ids to calibrate by, if any, on `platform`. A head that is tied to the embeddings stays as it is there, and
+    is quantized by the start that reads it. Writes nothing where an earlier start finished the same. Raises OctavoError for a
+    directory that holds something else, and for a checkpoint whose stored FP8 codes are of another scheme than is asked for.
     """
     here, platform = platform, replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have
     with closing(Checkpoint(model)) as checkpoint:
@@ -62,7 +62,7 @@ def save_quantized(
         with directory:
             stash = Stash(directory.stash) if windows else None
             if stash is not None:
-                calibrate(plan, config, windows, here, stash, False, threads, _told_of_layers(progress))
+                calibrate(plan, config, windows, here, stash, threads, _told_of_layers(progress))
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
             directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""

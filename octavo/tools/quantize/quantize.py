@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "activations as they are (default: ptpc_fp8)",
     )  # fmt: skip
     group.add_argument(
-        "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
+        "--scale-search",
+        choices=["mse"],
+        help="try 16 scales from absmax's to twice that and keep the one of least error, as --calibrate always does",
     )
     group.add_argument(
         "--requantize-int4",
@@ -118,7 +120,7 @@ def quantize_checkpoint(
             with directory:
                 stash = Stash(directory.stash) if windows else None
                 if stash is not None:
-                    calibrate(plan, config, windows, detect(device), stash, search, threads, LossReport(say))
+                    calibrate(plan, config, windows, detect(device), stash, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                 with Progress(remaining(plan, directory)) as progress:
