@@ -1,4 +1,5 @@
-"""KL divergence to BF16 of FP8 weights rounded plainly and calibrated, of the demo model and of SmolLM2-135M-Instruct.
+"""KL divergence to BF16 of FP8 weights rounded plainly and calibrated, and of FP8 caches, of the demo model and of
+SmolLM2-135M-Instruct. fp8_w8a16 is compared with plain ptpc_fp8 where that is measured too, other schemes with themselves.
 
     python -m bench.calibration --work DIRECTORY          # keeps what it makes in DIRECTORY
     python -m bench.calibration --work DIRECTORY --text FILE --calibrate FILE MODEL ...    # other models and texts
@@ -23,13 +24,14 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.quant import SCHEMES, QuantRules
 from octavo.text.tokenizer import Tokenizer
 from octavo.tools.compare.measure import Reference, Text, Variant, cut, divergence, hidden_states, open_core
-from octavo.tools.quantize.calibration_text import TOKENS, calibration_windows
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
-ORDER = ("ptpc_fp8", "fp8", "fp8_block")
+ORDER = ("ptpc_fp8", "fp8", "fp8_block", "fp8_w8a16")
+CACHES = ("fp8_e4m3", "fp8_per_token_head")
 
 
 def smollm2(work: Path) -> Path:
@@ -73,21 +75,29 @@ def rows(model: Path, work: Path, args: argparse.Namespace) -> None:
     core = open_core(base, Variant(), text)
     reference = Reference(core.runner.model.head, [hidden_states(core.runner, window).cpu() for window in text.windows])
     windows = calibration_windows(model, args.calibrate, args.calibration_tokens)
+    ptpc = None
     for scheme in args.scheme:
         plain = measured(base, Variant(scheme), text, reference)
+        ptpc = ptpc or (plain if scheme == "ptpc_fp8" else None)
+        compared = ptpc or plain if scheme == "fp8_w8a16" else plain
         began, out = time.monotonic(), work / f"{model.name}-{scheme}-{time.time_ns()}"
         quantize_checkpoint(
             model, out, QuantRules(SCHEMES[scheme]), device=args.device, threads=args.threads, windows=windows,
-            search=args.search, say=lambda line: None,
+            say=lambda line: None,
         )  # fmt: skip
         seconds = time.monotonic() - began
         calibrated = measured(replace(base, model=str(out)), Variant(scheme), text, reference)
         for name, (kl, error, same, excess) in (("plain", plain), ("calibrated", calibrated)):
-            ratio, took = f"{kl / plain[0]:.2f}", f"{seconds:.0f}" if name == "calibrated" else ""
+            ratio, took = f"{kl / compared[0]:.2f}", f"{seconds:.0f}" if name == "calibrated" else ""
             print(
                 f"| {args.names[model]} | {scheme} | {name} | {kl:.4f} ±{error:.4f} | {ratio} | {same:.1%} "
                 f"| {100 * torch.tensor(excess).expm1().item():+.2f}% | {took} |", flush=True,
             )  # fmt: skip
+
+    for kv in CACHES:
+        kl, error, same, excess = measured(base, Variant("bf16", kv), text, reference)
+        change = f"{100 * torch.tensor(excess).expm1().item():+.2f}%"
+        print(f"| {args.names[model]} | bf16 | cache {kv} | {kl:.4f} ±{error:.4f} | | {same:.1%} | {change} | |", flush=True)
 
 
 def main() -> None:
@@ -99,7 +109,6 @@ def main() -> None:
     parser.add_argument("--calibrate", default="default", metavar="FILE")
     parser.add_argument("--calibration-tokens", type=int, default=TOKENS)
     parser.add_argument("--scheme", nargs="+", default=ORDER, choices=ORDER)
-    parser.add_argument("--search", action="store_true", help="with --scale-search mse")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -87,9 +87,10 @@ class EngineConfig:
     quantization: str | None = option(
         None,
         "of weights that the checkpoint has in BF16: fp8 has one scale a matrix, ptpc_fp8 one a channel and one a token of "
-        "activations, fp8_block one a tile of 128 x 128 (default: as the checkpoint is stored)",
+        "activations, fp8_block one a tile of 128 x 128; fp8_w8a16 is ptpc_fp8 with activations as they are: as fast for few "
+        "tokens, as slow as bf16 for long prompts (default: as the checkpoint is stored)",
         group=QUANTIZATION,
-        values=("bf16", "fp8", "ptpc_fp8", "fp8_block"),
+        values=("bf16", "fp8", "ptpc_fp8", "fp8_block", "fp8_w8a16"),
         short="-q",
     )
     quantization_ignore: tuple[str, ...] = option(
@@ -112,6 +113,13 @@ class EngineConfig:
         "where a checkpoint of the quantized weights is kept: written once, and read by the starts that follow",
         group=QUANTIZATION,
         metavar="DIR",
+    )
+    calibrate: str | None = option(
+        None,
+        "what the weights of --save-quantized are calibrated by when they are written, which takes minutes: a UTF-8 file, or "
+        "default for Octavo's own text",
+        group=QUANTIZATION,
+        metavar="FILE",
     )
     kv_cache_dtype: str = option(
         "auto",
@@ -248,14 +256,10 @@ class EngineConfig:
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
-        put(
-            "mm_encoder_tp_mode",
-            canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, {m: m for m in ("weights", "data")}),
-        )
-        put(
-            "load_format",
-            canonical("--load-format", self.load_format, {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}),
-        )
+        modes = {m: m for m in ("weights", "data")}
+        put("mm_encoder_tp_mode", canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, modes))
+        formats = {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}
+        put("load_format", canonical("--load-format", self.load_format, formats))
         for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):
             given = getattr(self, name)
             put(name, (given,) if isinstance(given, str) else tuple(given))
@@ -268,7 +272,11 @@ class EngineConfig:
         if self.save_quantized == "":
             raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
         if self.save_quantized is not None and self.quantization in (None, "bf16"):
-            raise OctavoError("--save-quantized needs --quantization fp8, ptpc_fp8 or fp8_block: it saves what that makes.")
+            raise OctavoError("--save-quantized needs a --quantization such as ptpc_fp8: it saves what that makes.")
+        if self.calibrate is not None and self.save_quantized is None:
+            raise OctavoError(
+                "--calibrate is for --save-quantized DIR, which keeps what it makes; give that too, or leave it out."
+            )
         if self.save_quantized is not None and self.load_format == "dummy":
             raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
         if not 0 < self.gpu_memory_utilization <= 1:

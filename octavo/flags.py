@@ -93,7 +93,7 @@ COMMANDS = {
         "octavo.tools.chat.terminal",
         "talk to a running server or to a model",
         "octavo chat localhost:8000",
-        (*LOADING, *SCHEME, "save_quantized", "enforce_eager", "threads", "seed"),
+        (*LOADING, *SCHEME, "save_quantized", "calibrate", "enforce_eager", "threads", "seed"),
         "URL of a server (default: http://localhost:8000), a checkpoint directory, or a name of the hub",
     ),
     "plan": Command(

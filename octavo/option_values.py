@@ -25,6 +25,7 @@ QUANTIZATIONS = {
     "fp8_per_channel": "ptpc_fp8",
     "fp8_block": "fp8_block",
     "fp8_per_block": "fp8_block",
+    "fp8_w8a16": "fp8_w8a16",
 }
 KV_CACHE_DTYPES = {
     "auto": "auto",

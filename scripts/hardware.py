@@ -19,7 +19,7 @@ import torch
 
 from octavo.ops import cpu, cuda, rocm
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, FP8_W8A16, QTensor, Scheme, quantize
 
 CROSS_COMPILE = Path(__file__).parents[1] / "tests" / "ops" / "cross_compile.py"
 TARGETS = ("sm_90", "gfx942", "gfx950")
@@ -87,7 +87,8 @@ are CUDA C++ (`octavo/ops/hopper`).
 
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [
-    ("`fp8`", FP8_PER_TENSOR), ("`ptpc_fp8`", FP8_PER_CHANNEL), ("`fp8_block`", FP8_BLOCK), ("BF16", BF16),
+    ("`fp8`", FP8_PER_TENSOR), ("`ptpc_fp8`", FP8_PER_CHANNEL), ("`fp8_block`", FP8_BLOCK),
+    ("`fp8_w8a16`", FP8_W8A16), ("BF16", BF16),
 ]  # fmt: skip
 
 

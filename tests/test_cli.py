@@ -127,7 +127,7 @@ def test_what_is_wrong_is_one_sentence(line: str, code: int, sentence: str, caps
 
 EMPTY = {
     "serve": "served_model_name api_key tool_call_parser reasoning_parser revision allowed_origins host chat_template "
-    "quantization save_quantized quantization_config",
+    "quantization save_quantized calibrate quantization_config",
     "quantize": "output quantization revision",
     "chat": "api_key revision",
     "plan": "accelerator revision",
@@ -170,7 +170,7 @@ def test_serve_lists_its_flags_in_groups() -> None:
     found = sections("serve")
     flags = {
         "model": ["--dtype {auto,bfloat16,float32}", "--hf-overrides JSON", "--load-format {auto,dummy}"],
-        "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block}", "--save-quantized DIR"],
+        "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block,fp8_w8a16}", "--save-quantized DIR"],
         "memory and scheduling": ["--max-num-seqs N", "-tp, --tensor-parallel-size N", "(default: 256)"],
         "images and videos": ["--limit-mm-per-prompt JSON", "--language-model-only", "--allowed-media-domains HOST"],
         "parsers and templates": ["--chat-template FILE", "--tool-call-parser {hermes,", "--reasoning-parser {qwen3,"],

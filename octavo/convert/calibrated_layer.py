@@ -27,7 +27,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor, QuantRules, concat, dequantize
 from octavo.quant.compensated import compensated
 from octavo.quant.formats import WHOLE, read_weight
-from octavo.quant.qtensor import Stacker, expand_scale, scale_of, to_device_fp8
+from octavo.quant.qtensor import Stacker, expand_scale, to_device_fp8
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.loader import stored_modules
@@ -61,9 +61,9 @@ class CalibratedLayer:
 
     def __init__(
         self, directory: Path, config: Mapping[str, Any], number: int, longest: int, platform: Platform,
-        pieces: Mapping[str, Piece], search: bool,
+        pieces: Mapping[str, Piece],
     ):  # fmt: skip
-        self.platform, self.pieces, self.search = platform, pieces, search
+        self.platform, self.pieces = platform, pieces
         self.model = build_model(config, TensorParallel(), longest, range(number, number + 1))
         module = cast("nn.Module", self.model)
         load(module, Loader(SafetensorsSource(directory), platform, QuantRules(), torch.bfloat16), self.model.ignored)
@@ -152,7 +152,7 @@ class CalibratedLayer:
         found = [read_weight(self.loader, name, shape, WHOLE) for name, shape in zip(names, shapes, strict=True)]
         chosen = [i for i, name in enumerate(names) if name in self.pieces]
         dense = {i: (dequantize(w) if isinstance(w := found[i], QTensor) else w).float() for i in chosen}
-        scales = {i: self._scale(self.pieces[names[i]], dense[i]) for i in chosen}
+        scales = {i: _scale(dense[i], self.pieces[names[i]].granularity) for i in chosen}
         weights = [w if isinstance(w, QTensor) else QTensor(w.bfloat16(), None, BF16, tuple(w.shape)) for w in found]
         if not chosen:
             return weights
@@ -169,13 +169,6 @@ class CalibratedLayer:
             q = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
             weights[i] = to_device_fp8(q, self.platform.fp8_dtype)
         return weights
-
-    def _scale(self, piece: Piece, w: Tensor) -> Tensor:
-        """The scales that plain rounding would have."""
-        peak = peaks(w, piece.granularity)
-        if not self.search:
-            return scale_of(peak, E4M3)
-        return searched_scale(peak, search_errors(w, peak, piece.granularity, (torch.empty_like(w), torch.empty_like(w))))
 
 
 class _Inputs:
@@ -204,6 +197,12 @@ def _parts(linear: Linear) -> list[str]:
 
 def _shapes(linear: Linear) -> list[tuple[int, int]]:
     return linear.shapes if isinstance(linear, ColumnParallelLinear) else [linear.shape]
+
+
+def _scale(w: Tensor, granularity: Granularity) -> Tensor:
+    """That of the least squared error among those that are tried."""
+    peak = peaks(w, granularity)
+    return searched_scale(peak, search_errors(w, peak, granularity, (torch.empty_like(w), torch.empty_like(w))))
 
 
 def _per_row(scale: Tensor, piece: Piece, rows: int) -> Tensor:

@@ -99,7 +99,6 @@ def calibrate(
     windows: Sequence[Sequence[int]],
     platform: Platform,
     stash: Stash,
-    search: bool,
     threads: int,
     tell: Callable[[int, int, LayerLosses], None],
 ) -> None:
@@ -119,7 +118,7 @@ def calibrate(
             tell(number, count, stash.losses(number))
         states = [_to(state, platform.device) for state in stash.states(done)] if 0 < done < count else []
         for number in range(done, count):
-            layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces, search)
+            layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces)
             try:
                 if not number:
                     states = [layer.embed(window) for window in windows]

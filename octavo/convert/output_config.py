@@ -30,11 +30,13 @@ _STRATEGIES: dict[Granularity, tuple[dict[str, Any], dict[str, Any]]] = {  # of 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """Of what `plan` writes."""
-    strategy, activations = _STRATEGIES[plan.quantized[0].granularity]
+    first = plan.quantized[0]
+    strategy, activations = _STRATEGIES[first.granularity]
+    weight_only = first.scheme is not None and first.scheme.activation is None
     fp8 = {
         "targets": ["Linear"],
         "weights": {**_EIGHT, **strategy, "dynamic": False},
-        "input_activations": {**_EIGHT, **activations, "dynamic": True},
+        "input_activations": None if weight_only else {**_EIGHT, **activations, "dynamic": True},
         "output_activations": None,
     }
     int4 = _int4_groups(plan)

@@ -55,7 +55,7 @@ class Piece:
     @property
     def is_kept(self) -> bool:
         """Whether the stored codes are what is asked for."""
-        return self.scheme is not None and self.scheme is self.stored
+        return self.scheme is not None and self.stored is not None and self.scheme.weight is self.stored.weight
 
     @property
     def granularity(self) -> Granularity:
@@ -159,7 +159,7 @@ class Plan:
         self.rules.check_used()
         if self.rules.scheme.dtype not in (WeightDType.BF16, WeightDType.FP8):
             raise OctavoError(
-                f"Octavo writes checkpoints in FP8, not in {self.rules.scheme.name}; use ptpc_fp8, fp8 or fp8_block."
+                f"Octavo writes checkpoints in FP8, not in {self.rules.scheme.name}; use ptpc_fp8, fp8, fp8_block or fp8_w8a16."
             )
         if not self.quantized and self.int4:
             raise OctavoError(

@@ -6,7 +6,7 @@ same codes, no more memory is needed than for either, and a start that is broken
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from octavo.convert.calibration import LayerLosses, Stash, calibrate
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
@@ -36,14 +37,15 @@ def save_quantized(
     platform: Platform,
     threads: int,
     progress: Callable[[float], None] | None = None,
+    windows: Sequence[Sequence[int]] = (),
 ) -> str:
     """Makes `output` the checkpoint `model` (whose config.json holds `config`) quantized as `rules` say, and says what it did.
 
-    A head that is tied to the embeddings stays as it is there, and is quantized by the start that reads it. Writes nothing
-    where an earlier start finished the same. Raises OctavoError for a directory that holds something else, and for a
-    checkpoint whose stored FP8 codes are of another scheme than is asked for.
+    windows: token ids to calibrate by, if any, on `platform`. A head that is tied to the embeddings stays as it is there, and
+    is quantized by the start that reads it. Writes nothing where an earlier start finished the same. Raises OctavoError for a
+    directory that holds something else, and for a checkpoint whose stored FP8 codes are of another scheme than is asked for.
     """
-    platform = replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
+    here, platform = platform, replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have
     with closing(Checkpoint(model)) as checkpoint:
         tied = rules.quantize_lm_head and config.get("tie_word_embeddings") is True
         own = replace(rules, used=set(), quantize_lm_head=rules.quantize_lm_head and not tied)
@@ -54,14 +56,23 @@ def save_quantized(
                 f"{FLAG}: {model} stores {other.module} as {other.stored.name} already, whose codes a start keeps; "
                 "leave the option out, or convert the checkpoint with octavo quantize."
             )
-        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False), FLAG)
+        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False, windows=windows), FLAG)
         if directory.is_complete():
             return f"weights taken from {output}, which an earlier start made of {model}"
         with directory:
-            write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress))
+            stash = Stash(directory.stash) if windows else None
+            if stash is not None:
+                calibrate(plan, config, windows, here, stash, threads, _told_of_layers(progress))
+            write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
             directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
-        return f"quantized weights saved in {output}, from where the next start takes them{kept}"
+        by = f", calibrated by {sum(map(len, windows)):,} tokens" if windows else ""
+        return f"quantized weights saved in {output}{by}, from where the next start takes them{kept}"
+
+
+def _told_of_layers(progress: Callable[[float], None] | None) -> Callable[[int, int, LayerLosses], None]:
+    """What calibrates tells of each layer, as the part that is done."""
+    return lambda number, count, losses: progress((number + 1) / count) if progress else None
 
 
 class _Told:

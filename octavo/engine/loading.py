@@ -16,6 +16,7 @@ from torch import nn
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
 from octavo.distributed import TensorParallel, Unheard
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.engine.kv_setup import check_kv_scales
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.engine.pipeline import check_pipeline
@@ -27,7 +28,7 @@ from octavo.models.interface import Limits, Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
 from octavo.quant.checks import check_format
-from octavo.quant.formats import stored_scheme, stored_shape
+from octavo.quant.formats import served_scheme, stored_shape
 from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import Put, fresh, held, overwrite, rehearse
@@ -173,7 +174,9 @@ def load_model(
     if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
         save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
-        notes.append(save_quantized(directory, read_config(directory), output, rules, platform, threads, save_progress))
+        windows = calibration_windows(directory, config.calibrate, TOKENS) if config.calibrate else ()
+        described = read_config(directory)
+        notes.append(save_quantized(directory, described, output, rules, platform, threads, save_progress, windows))
     if config.save_quantized is not None:
         tp.engine.least(0)  # the others wait until rank 0 has written it
         directory = Path(config.save_quantized)
@@ -255,7 +258,7 @@ def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | Du
 def checkpoint_scheme(loader: Loader) -> Scheme:
     """The one scheme of a checkpoint's FP8 weights, which --quantize-lm-head without --quantization uses."""
     scaled = {name.rpartition(".")[0] for name in loader.source.names if name.endswith((".weight_scale", ".weight_scale_inv"))}
-    found = {stored_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
+    found = {served_scheme(loader, name, stored_shape(loader, name)) for name in scaled if loader.has(f"{name}.weight")}
     if len(found) == 1 and (scheme := found.pop()):
         return scheme
     raise OctavoError(

@@ -152,7 +152,7 @@ class ModelRunner:
         Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something is damaged.
         """
         known = self.json_config, self.platform, self.dtype, self.progress, self.tp
-        check_reload(self.model, replace(self.config, model=model, save_quantized=None), *known)
+        check_reload(self.model, replace(self.config, model=model, save_quantized=None, calibrate=None), *known)
 
     def reload(self, model: str) -> None:
         """Loads the weights of a directory that `check_reload` has passed. Graphs and kernels stay.
@@ -161,7 +161,7 @@ class ModelRunner:
         """
         before = self.config
         try:
-            self._overwrite(replace(before, model=model, save_quantized=None))
+            self._overwrite(replace(before, model=model, save_quantized=None, calibrate=None))
         except OctavoError as refusal:
             restore(self._overwrite, before, refusal)
             raise

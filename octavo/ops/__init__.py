@@ -216,7 +216,7 @@ def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
     For an FP8 weight, x is quantized as the weight's scheme says, unless it already holds codes in this format. Products of
-    codes are accumulated in FP32.
+    codes are accumulated in FP32, and so are those of codes and values that stay as they are.
     """
     return w(x) if bias is None else w.biased(x, bias)
 

@@ -17,10 +17,11 @@ from octavo.quant import QTensor
 from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat", "DecoderParts", "Dispatch",
-    "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "LinearImplementation", "MixtureParts", "Norm",
-    "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router",
-    "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "values_of", "wanted",
+    "FP8_BLOCKS", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat",
+    "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts",
+    "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
+    "Rope", "Rotation", "Routed", "Router", "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed",
+    "codes_of", "not_taken", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -373,6 +374,7 @@ class FusedDecoder(Protocol):
 Kind = tuple[WeightDType, Granularity | None, Granularity | None]
 PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
 FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
+FP8_WEIGHTS: set[Kind] = {(WeightDType.FP8, Granularity.ROW, None)}
 INT4_GROUPS: set[Kind] = {(WeightDType.INT4, Granularity.GROUP, None)}
 FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)}
 

@@ -15,6 +15,7 @@ from octavo.kvcache import LayerCache
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    FP8_WEIGHTS,
     INT4_GROUPS,
     PLAIN,
     Activation,
@@ -95,6 +96,8 @@ class Dequantized(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x, q = values_of(x), self.q
+        if q.scheme.activation is None and q.scheme.dtype is WeightDType.FP8:
+            return (x.float() @ dequantize(q).mT).to(x.dtype)
         if q.scheme.activation is None:
             return x @ dequantize(q).to(x.dtype).mT
         codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
@@ -171,7 +174,7 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
             return reason
         fp8 = q.scheme.dtype is WeightDType.FP8
         return f"its codes are {q.data.dtype}" if fp8 and q.data.dtype not in FP8_MAX else None

@@ -25,19 +25,12 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor, int4_codes, to_device_fp8
-from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Granularity, Scheme, int4_of
+from octavo.quant.scheme import BLOCK, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, FP8_W8A16, Granularity, Scheme, int4_of
 
 __all__ = [
-    "COMPANIONS",
-    "WHOLE",
-    "Reader",
-    "Shard",
-    "int4_group",
-    "read_weight",
-    "stored_scheme",
-    "stored_shape",
+    "COMPANIONS", "WHOLE", "Reader", "Shard", "int4_group", "read_weight", "served_scheme", "stored_scheme", "stored_shape",
     "whole_unit",
-]
+]  # fmt: skip
 
 # Tensors that may stand beside a quantized `weight`. The last six are for activations (AutoFP8 was first with act_scale).
 COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point", "input_scale", "activation_scale",
@@ -97,6 +90,7 @@ class Reader(Protocol):
     prefix: str  # prepended to names in error messages
 
     def has(self, name: str) -> bool: ...
+    def is_weight_only(self, module: str) -> bool: ...
     def skip(self, name: str) -> None: ...
     def stored_shape(self, name: str) -> list[int]: ...
     def read(self, name: str, shape: Sequence[int] | None, shard: Shard = WHOLE, part: slice | None = None) -> Tensor: ...
@@ -154,6 +148,12 @@ def stored_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme |
     )
 
 
+def served_scheme(reader: Reader, name: str, shape: tuple[int, int]) -> Scheme | None:
+    """`stored_scheme`, or FP8_W8A16 where the checkpoint says that activations stay as they are."""
+    by_row = (stored := stored_scheme(reader, name, shape)) in (FP8_PER_CHANNEL, FP8_PER_TENSOR)
+    return FP8_W8A16 if by_row and reader.is_weight_only(name) else stored
+
+
 def whole_unit(reader: Reader, name: str, shape: tuple[int, int], dim: int, scheme: Scheme) -> int:
     """What parts of dimension `dim` of the matrix `name` must be multiples of, so that values that share a scale stay together.
     scheme: what it gets if it is not stored in codes."""
@@ -192,9 +192,9 @@ def fp8_scaled(reader: Reader, name: str, shape: tuple[int, int], shard: Shard) 
     """Other FP8 formats: e4m3 `weight` and a scale of [], [1], [N] or [N, 1]."""
     if (scale_name := _scale_name(reader, name)) is None:
         return None
-    scheme = stored_scheme(reader, name, shape)
+    scheme = served_scheme(reader, name, shape)
     assert scheme is not None
-    of_rows = scheme is FP8_PER_CHANNEL and shard.dim == 0
+    of_rows = stored_scheme(reader, name, shape) is FP8_PER_CHANNEL and shard.dim == 0
     scale = _scale(reader.read(scale_name, None, shard if of_rows else WHOLE)).view(-1, 1)
     data = _codes(reader, name, shape, shard)
     n, k = data.shape

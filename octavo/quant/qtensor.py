@@ -99,7 +99,7 @@ def quantize(
     if scheme.dtype is WeightDType.BF16:
         return QTensor(w, None, scheme, (n, k))
     if scheme.dtype is not WeightDType.FP8:
-        raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8 or fp8_block.")
+        raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8, fp8_block or fp8_w8a16.")
     if w.is_meta:  # a meta tensor has no values, and arithmetic on it would import torch's compiler
         scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
         return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))

@@ -8,9 +8,12 @@ A scale moves a group of values into that range. The smaller the group, the fewe
     fp8         one a matrix       one a token          fp8_per_tensor
     ptpc_fp8    one a channel      one a token          fp8_per_channel
     fp8_block   one a 128x128 tile one a 1x128 group    fp8_per_block, DeepSeek's format
+    fp8_w8a16   one a channel      no scale             weight-only
 
 Scales per channel and per token can be applied in the epilogue of the matrix product, so those two schemes run at full speed
 on FP8 tensor cores. A tile's scale must be applied in the mainloop, to every partial sum of 128 products.
+fp8_w8a16 has ptpc_fp8's codes, each widened where it is multiplied by activations that are not rounded: as fast where reading
+the weight bounds the product, and as slow as BF16 where arithmetic does.
 
 INT4 cannot be asked for. Some checkpoints store experts in it, with a scale per 32 or 128 values of a row. Its codes, -8 to 7,
 stay packed, two a byte, and are multiplied by unquantized activations (W4A16).
@@ -23,7 +26,7 @@ from enum import Enum
 from functools import cache
 
 __all__ = [
-    "BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "INT4", "SCHEMES",
+    "BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "FP8_W8A16", "INT4", "SCHEMES",
     "Granularity", "Scheme", "WeightDType", "int4_of",
 ]  # fmt: skip
 
@@ -71,6 +74,13 @@ class Scheme:
         """Whether the weight is stored as codes with scales."""
         return self.dtype is not WeightDType.BF16
 
+    def has_codes_of(self, other: Scheme) -> bool:
+        """Whether a weight in `other` is one in this scheme too, whatever becomes of activations. A scale of a whole matrix is
+        held as one of each channel."""
+        by_row = (Granularity.TENSOR, Granularity.ROW)
+        weight_only = self.weight is Granularity.ROW and self.activation is None
+        return self.dtype is other.dtype and (self.weight is other.weight or (weight_only and other.weight in by_row))
+
     @property
     def kind(self) -> str:
         """The scheme in words: "fp8 with a scale a row, activations with a scale a row"."""
@@ -86,6 +96,7 @@ BF16 = Scheme("bf16")
 FP8_PER_TENSOR = Scheme("fp8", _FP8, Granularity.TENSOR, _ROW)
 FP8_PER_CHANNEL = Scheme("ptpc_fp8", _FP8, _ROW, _ROW)
 FP8_BLOCK = Scheme("fp8_block", _FP8, _BLOCK, _BLOCK)
+FP8_W8A16 = Scheme("fp8_w8a16", _FP8, _ROW, None)
 
 
 @cache
@@ -95,4 +106,5 @@ def int4_of(group: int) -> Scheme:
 
 
 INT4 = int4_of(32)
-SCHEMES = {scheme.name: scheme for scheme in (BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK)}  # that a user may ask for
+# Those that a user may ask for.
+SCHEMES = {scheme.name: scheme for scheme in (BF16, FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK, FP8_W8A16)}

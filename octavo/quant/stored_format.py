@@ -24,13 +24,14 @@ ALL_BUT_TEXT = "re:(?!.*language_model).*"  # the text model's path in checkpoin
 class StoredFormat:
     """What `quantization_config` says of the weights: their FP8 scheme or INT4 in groups of so many; modules left out.
 
-    others: modules that are stored otherwise, by name or re:, and how.
+    others: modules that are stored otherwise, by name or re:, and how. weight_only: activations of FP8 weights stay.
     """
 
     scheme: Scheme | None
     group: int
     ignore: tuple[str, ...]
     others: tuple[tuple[tuple[str, ...], StoredFormat], ...] = ()
+    weight_only: bool = False
 
     def of(self, module: str) -> StoredFormat:
         """What is said of the weights of this module."""
@@ -96,7 +97,8 @@ def _of_group(group: Mapping[str, Any], ignore: tuple[str, ...]) -> StoredFormat
     weights = group.get("weights") or {}
     if weights.get("type") == "int":
         return StoredFormat(None, int(weights.get("group_size") or 32), ignore)
-    return StoredFormat(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore)
+    weight_only = bool(weights) and group.get("input_activations") is None
+    return StoredFormat(_by_strategy(str(weights.get("strategy", "tensor"))), 0, ignore, weight_only=weight_only)
 
 
 def _by_strategy(strategy: str) -> Scheme:

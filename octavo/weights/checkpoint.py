@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from octavo.errors import OctavoError
 from octavo.files import INDEX, check_regular, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import COMPANIONS, WHOLE, Shard
-from octavo.quant.stored_format import left_out
+from octavo.quant.stored_format import StoredFormat, left_out, stored_format_of
 from octavo.weights.finite import FiniteCheck
 from octavo.weights.fused import unfused
 from octavo.weights.names import as_published
@@ -81,6 +82,14 @@ class Checkpoint:
             raise OctavoError(
                 f"{index} names the tensor {absent[0]}, which {weight_map[absent[0]]} does not hold; download it again."
             )
+
+    @cached_property
+    def _said(self) -> StoredFormat | None:
+        return stored_format_of(read_json(self.directory / "config.json") or {}, self.directory)
+
+    def is_weight_only(self, module: str) -> bool:
+        """Whether config.json says that activations which FP8 codes of `module` multiply stay as they are."""
+        return self._said is not None and self._said.of(module).weight_only
 
     def matrix_values(self) -> int:
         """The number of values in all matrices but packed ones, from the headers alone."""
@@ -237,6 +246,9 @@ class RowReader:
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
+
+    def is_weight_only(self, module: str) -> bool:
+        return self.checkpoint.is_weight_only(module)
 
     def skip(self, name: str) -> None:
         """Does nothing: the tensors of the output were decided before."""

@@ -62,6 +62,10 @@ class Loader:
     def has(self, name: str) -> bool:
         return self.prefix + name in self.source.names
 
+    def is_weight_only(self, module: str) -> bool:
+        """Whether the checkpoint's activations that the FP8 codes of `module` multiply stay as they are."""
+        return self.source.is_weight_only(self.prefix + module)
+
     def skip(self, name: str) -> None:
         """Marks the tensor `name`, if present, as known and not needed."""
         self.seen.add(self.prefix + name)
@@ -209,6 +213,8 @@ class Loader:
     def in_scheme(self, found: QTensor | Tensor, shard: Shard, scheme: Scheme) -> QTensor:
         """What was read of one matrix: stored codes as they are, or values quantized to `scheme`."""
         if isinstance(found, QTensor):  # already quantized, so its codes are kept bit for bit
+            if scheme.quantized and scheme.has_codes_of(found.scheme):
+                return replace(found, scheme=scheme)
             if scheme.quantized and scheme is not found.scheme:
                 self.report.note(f"layers stored as {found.scheme.name} keep their codes; {scheme.name} is for those in BF16")
             return found

@@ -24,12 +24,21 @@ Beside = Sequence[tuple[str, str, tuple[int, ...]]]
 
 
 class MetaSource:
-    """A Source for the tensors in a checkpoint's headers, or for announced tensors of any name."""
+    """A Source for the tensors in a checkpoint's headers, or for announced tensors of any name.
+
+    stored_format: of those that are announced. described: what config.json says of those in the headers.
+    """
 
     def __init__(
-        self, tensors: Mapping[str, StoredTensor], stored_format: StoredFormat | None = None, *, has_any: bool = False
+        self,
+        tensors: Mapping[str, StoredTensor],
+        stored_format: StoredFormat | None = None,
+        *,
+        described: StoredFormat | None = None,
+        has_any: bool = False,
     ):
         self.tensors, self.names, self.has_any, self.stored_format = dict(tensors), set(tensors), has_any, stored_format
+        self.described = described or stored_format
         self._beside: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
         for tensor in tensors.values():
             self._put(tensor)
@@ -51,6 +60,9 @@ class MetaSource:
             self.tensors[tensor.name] = tensor
             self.names.add(tensor.name)
             self._put(tensor)
+
+    def is_weight_only(self, module: str) -> bool:
+        return self.described is not None and self.described.of(module).weight_only
 
     def shape(self, name: str) -> list[int]:
         return list(self.tensors[name].shape)

@@ -30,6 +30,9 @@ class Source(Protocol):
 
     def shape(self, name: str) -> list[int]: ...
 
+    def is_weight_only(self, module: str) -> bool:
+        """Whether config.json says that activations which FP8 codes of `module` multiply stay as they are."""
+
     def declare(self, module: str, shape: tuple[int, int]) -> None:
         """The matrix `module` [N, K] will be asked for: what has no files makes it up as config.json says that it is stored."""
 
@@ -54,6 +57,9 @@ class SafetensorsSource:
         self.bytes_read = 0
         self._transfer: Transfer | None = None
         self._ahead: ReadAhead | None = None
+
+    def is_weight_only(self, module: str) -> bool:
+        return self.checkpoint.is_weight_only(module)
 
     def shape(self, name: str) -> list[int]:
         return list(self.checkpoint.tensors[name].shape)
@@ -134,6 +140,9 @@ class DummySource:
         spread = self.SPREAD[tensors[0][1]]
         self._stored |= {f"{module}.{end}": (dtype, size, spread) for end, dtype, size in tensors}
         self.names.update(f"{module}.{end}" for end, *_ in tensors)
+
+    def is_weight_only(self, module: str) -> bool:
+        return self.stored_format is not None and self.stored_format.of(module).weight_only
 
     def shape(self, name: str) -> list[int]:
         return list(self._stored[name][1])

@@ -20,9 +20,12 @@ from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.convert import save_quantized
 from octavo.convert.output_file import OutputFile
-from octavo.demo import MODEL_DIR
+from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine import loading
+from octavo.engine.calibration_text import calibration_windows
 from octavo.errors import OctavoError
-from octavo.quant import SCHEMES, dequantize, quantize
+from octavo.quant import SCHEMES, QuantRules, dequantize, quantize
+from octavo.tools.quantize.quantize import quantize_checkpoint
 
 SCHEME_NAMES = ["fp8", "ptpc_fp8", "fp8_block"]
 PROMPTS = ["def read(self", "import os\n\n\ndef "]
@@ -95,6 +98,29 @@ def test_later_starts_read_what_the_first_wrote(
     for llm in (first, again, alone):
         assert logprobs(llm) == expected
         assert llm.info.report[1:4] == first.info.report[1:4]
+
+
+def test_the_first_start_calibrates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As octavo quantize does; later starts read it, with the flag or without, and one that asks for other codes is refused."""
+    text = tmp_path / "text.txt"
+    text.write_text(HELDOUT.read_text("utf-8")[:40_000])
+    monkeypatch.setattr(loading, "TOKENS", 1024)
+    out = tmp_path / "saved"
+    first = start(model, out=out, calibrate=str(text))
+    assert said(first, f"quantized weights saved in {out}, calibrated by 1,024 tokens")
+    quantize_checkpoint(
+        model, tmp_path / "tool", QuantRules(SCHEMES["ptpc_fp8"]), threads=1, say=lambda line: None,
+        windows=calibration_windows(model, str(text), 1024),
+    )  # fmt: skip
+    found, expected = tensors_of(out), tensors_of(tmp_path / "tool")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t.view(torch.uint8), expected[name].view(torch.uint8)) for name, t in found.items())
+    no_writing(monkeypatch)
+    again = start(model, out=out, calibrate=str(text))
+    assert said(again, f"weights taken from {out}")
+    assert logprobs(again) == logprobs(first) == logprobs(start(out, None))
+    with pytest.raises(OctavoError, match=r"calibration"):
+        start(model, out=out)
 
 
 def test_a_tied_head_stays_bf16_where_it_is_saved(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from octavo.ops.triton import (
     sample,
     segment_attention,
     select_keys,
+    weight_only,
 )
 from octavo.platform import Platform
 
@@ -122,15 +123,20 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
                  NORM=per_head, PER_HEAD=per_head, BY_DIM=True, **strides, **limit),
             {"num_warps": warps},
         )  # fmt: skip
-    for bm in (16, 32):
+    for bm in (16, 32, 64):  # 64: of pairs
         yield (
             f"small_linear_{bm}", linear._small_linear,
             dict(x=fp8, x_scale=fp32, w=fp8, w_scale=fp32, out=bf16, parts=fp32, counters=i32, tokens="i32", n="i32",
                  width="i32", per_split="i32"),
-            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, PREFETCH=2 * pdl, PDL=pdl,
+            dict(BN=64, BM=bm, BK=256, SPLIT=4, PROMOTE=linear.PROMOTE, PREFETCH=2 * pdl, PDL=pdl, PAIRS=bm > 32,
                  STAGES=4 if pdl else 2),
             {"num_warps": 4},
         )  # fmt: skip
+    yield (
+        "codes_in_pairs", weight_only._codes_in_pairs,
+        dict(x=bf16, out=fp8, scale=fp32, **dict.fromkeys(("size", "stride", "width", "of_token", "of_rest"), "i32")),
+        limit | dict(FLOOR=1e-30, BLOCK=4096), {"num_warps": 16},
+    )  # fmt: skip
     for bm in (16, 128):
         yield (
             f"block_linear_{bm}", block_linear._block_linear,
@@ -265,20 +271,23 @@ def of_experts(fp8: str, fp8_name: str, pdl: bool) -> Iterator[tuple[str, Any, d
     for kind, dtype, name, size, scales, scale_rows in (
         ("fp8", fp8, fp8_name, 1, experts.ROWS, 128), ("bf16", bf16, "bf16", 2, experts.NO_SCALES, 128),
         ("tiles", fp8, fp8_name, 1, experts.TILES, 128), ("channels", fp8, fp8_name, 1, experts.TILES, 1),
+        ("weights", fp8, fp8_name, 2, experts.CHANNELS, 128),
     ):  # fmt: skip
         for rows in (1, 16, 40, 512)[: 3 if scales == experts.TILES else 4]:
             c = experts._shape(rows, size, scales == experts.TILES)
-            given = {"x_scale": scales, "w_scale": scales, "table": c["table"], "w_tiles": c["tma"]}
+            by_token = scales in (experts.ROWS, experts.TILES)
+            given = {"x_scale": by_token, "w_scale": scales, "table": c["table"], "w_tiles": c["tma"]}
             unread = dict.fromkeys(p for p, there in given.items() if not there)
-            types = dict(x=dtype, x_scale=fp32, w=dtype, w_tiles=f"tensordesc<{name}[{c['BN']}, {c['BK']}]>", w_scale=fp32,
-                         out=bf16, order=i32, starts=i32, table=i32, slots="i32", experts="i32", n="i32", height="i32",
+            types = dict(x=bf16 if scales == experts.CHANNELS else dtype, x_scale=fp32, w=dtype,
+                         w_tiles=f"tensordesc<{name}[{c['BN']}, {c['BK']}]>", w_scale=fp32, out=bf16,
+                         order=i32, starts=i32, table=i32, slots="i32", experts="i32", n="i32", height="i32",
                          width="i32", groups="i32")  # fmt: skip
             yield (
                 f"grouped_linear_{kind}_{c['BM']}", experts._grouped_linear,
                 {p: one for p, one in types.items() if p not in unread},
                 dict(OF_TOKENS=True, TOP_K=8, EXPERTS=128, BN=c["BN"], BM=c["BM"], BK=c["BK"], SCALES=scales,
                      SCALE_ROWS=scale_rows, PROMOTE=experts.PROMOTE if c["promote"] else None, EVEN=True,
-                     STAGES=launch.pipeline(c["stages"]), PDL=pdl, **unread),
+                     ASM=pdl, STAGES=launch.pipeline(c["stages"]), PDL=pdl, **unread),
                 {"num_warps": c["warps"]},
             )  # fmt: skip
 

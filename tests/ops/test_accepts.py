@@ -18,7 +18,19 @@ from octavo.ops.cpu.linear import Widened
 from octavo.ops.cpu.native import Native
 from octavo.ops.reference import ReferenceLinear, quantize_activation
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, INT4, SCHEMES, QTensor, Scheme, dequantize, quantize
+from octavo.quant import (
+    BF16,
+    FP8_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    FP8_W8A16,
+    INT4,
+    SCHEMES,
+    QTensor,
+    Scheme,
+    dequantize,
+    quantize,
+)
 from octavo.quant.scheme import Granularity, WeightDType
 
 CPU = torch.device("cpu")
@@ -27,7 +39,7 @@ FNUZ = Platform(CPU, "test", fp8_dtype=torch.float8_e4m3fnuz)
 WIDENING = Platform(CPU, "test", widened_dtype=torch.float32)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SHAPES = [(32, 64), (1, 300), (260, 48), (48, 260), (16, 16)]  # [N, K]; with one row, a channel's scale and a tile's look alike
-UNSCALED = Scheme("fp8 of unscaled activations", WeightDType.FP8, Granularity.ROW, None)
+UNSCALED = Scheme("fp8 of tiles, unscaled activations", WeightDType.FP8, Granularity.BLOCK, None)
 MIXED = Scheme("fp8 of tiles, a scale a token", WeightDType.FP8, Granularity.BLOCK, Granularity.ROW)
 KINDS = [*SCHEMES.values(), INT4, UNSCALED, MIXED]
 
@@ -39,6 +51,8 @@ TABLE: list[tuple[LinearImplementation, Platform, set[Scheme], set[Scheme]]] = [
     (gpu.ScaledMM(), FNUZ, set(), set()),  # whose units do not multiply e4m3fn
     (gpu.Blocks(), GPU, {FP8_BLOCK}, set()),
     (gpu.Blocks(), FNUZ, set(), set()),
+    (gpu.WeightOnly(), GPU, {FP8_W8A16}, set()),
+    (gpu.WeightOnly(), FNUZ, set(), set()),
     (gpu.Dense(), GPU, {BF16}, {BF16}),
     (gpu.Int4(), GPU, {INT4}, {INT4}),
     (gpu.Int4(), FNUZ, {INT4}, {INT4}),
@@ -58,7 +72,7 @@ def weight(scheme: Scheme, shape: tuple[int, int], fp8: torch.dtype = E4M3) -> Q
     if scheme is INT4:
         codes = torch.randint(0, 256, (n, -(-k // 8) * 4), dtype=torch.uint8)
         return QTensor(codes, torch.rand(n, -(-k // INT4.group)).bfloat16(), INT4, shape)
-    known = scheme if scheme in ALL else FP8_BLOCK if scheme is MIXED else FP8_PER_CHANNEL
+    known = scheme if scheme in ALL else FP8_BLOCK if scheme in (MIXED, UNSCALED) else FP8_PER_CHANNEL
     q = quantize(torch.randn(n, k).bfloat16() if scheme is BF16 else torch.randn(n, k), known, fp8)
     return QTensor(q.data, q.scale, scheme, shape).padded(GPU.fp8_alignment)
 
@@ -84,7 +98,9 @@ def test_who_takes_what(
         if scheme.activation is not None:
             codes, scale = quantize_activation(x, scheme.activation, q.data.dtype)
             given = codes.float() * (scale.repeat_interleave(128, 1)[:, : shape[1]] if scheme is FP8_BLOCK else scale)
-        if not (isinstance(implementation, gpu.Blocks | gpu.ScaledMM | gpu.Int4) and torch.cuda.is_available()):
+        if not (
+            isinstance(implementation, gpu.Blocks | gpu.ScaledMM | gpu.WeightOnly | gpu.Int4) and torch.cuda.is_available()
+        ):
             assert (
                 relative_error(implementation.pack(q, on)(x), given.double() @ dequantize(q).double().mT) < 1e-2
             )  # sums and results in BF16

@@ -25,7 +25,7 @@ import hardware  # noqa: E402
 MEMORY = {"sm_90": 227, "gfx942": 64, "gfx950": 160}  # KiB of a multiprocessor that one program may have
 FP8 = {"sm_90": "e4m3.e4m3", "gfx942": "fp8_fp8", "gfx950": "f8f6f4|fp8_fp8"}  # the latter where K is shorter than 64
 MULTIPLIES_FP8 = {
-    "small_linear_16", "small_linear_32", "block_linear_16", "block_linear_128", "decode_attention_fp8",
+    *(f"small_linear_{bm}" for bm in (16, 32, 64)), "block_linear_16", "block_linear_128", "decode_attention_fp8",
     "decode_attention_per_head", "decode_attention_fp8_new", "decode_attention_per_head_new", "prefill_attention_fp8",
     "prefill_attention_fp8_256", "decode_attention_fp8_new_by_head", "prefill_attention_fp8_by_head",
     "latent_attention_fp8", "latent_attention_fp8_chosen",
@@ -38,7 +38,8 @@ MULTIPLIES_BF16 = {
     "decode_attention_bf16", "decode_attention_bf16_new", "prefill_attention_bf16", "prefill_attention_bf16_256",
     "latent_attention_fp8", "latent_attention_fp8_chosen", "latent_attention_fp8_many", "latent_attention_bf16",
     "latent_attention_bf16_chosen", "latent_attention_bf16_many", "expanded_attention",
-    "route_few", "route_many", "route_groups", *(f"grouped_linear_bf16_{bm}" for bm in (16, 32, 64, 128)),
+    "route_few", "route_many", "route_groups",
+    *(f"grouped_linear_{kind}_{bm}" for kind in ("bf16", "weights") for bm in (16, 32, 64, 128)),
     *(f"w4a16_{group}_{kind}" for group in (32, 128) for kind in (16, 32, 64, "split")),
     "index_keys_codes", "index_queries_codes", "segment_attention",
 }  # fmt: skip

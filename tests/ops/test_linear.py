@@ -11,9 +11,9 @@ from quant.float64 import E4M3FN, E4M3FNUZ, Array, Format, array
 
 from octavo import ops
 from octavo.platform import Platform, detect
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SCHEMES, QTensor, Scheme, concat, quantize
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, FP8_W8A16, SCHEMES, QTensor, Scheme, concat, quantize
 
-QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
+QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK, FP8_W8A16]
 CPU = torch.device("cpu")
 PLATFORMS = {"here": detect()} | {
     f"{fmt.dtype} in {held}": Platform(CPU, "test", fp8_dtype=fmt.dtype, widened_dtype=held)

@@ -24,12 +24,12 @@ from octavo.ops import reference
 from octavo.ops.contract import Filters, HeadNorms, Rope
 from octavo.ops.cpu import library, native
 from octavo.platform import Platform, detect
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, quantize
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, FP8_W8A16, QTensor, Scheme, quantize
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
 
 CPU = Platform(torch.device("cpu"), "test")
-QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
+QUANTIZED = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK, FP8_W8A16]
 # More tokens than a row at a time takes, than a panel holds, than one pass takes.
 SHAPES = [*LINEAR, (2, 40, 64), (4, 7, 65), (5, 25, 31), (8, 24, 512), (9, 50, 513), (17, 100, 1100), (530, 30, 70)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,7 +125,7 @@ def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], 
 
 @on_each_instruction_set
 @over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
-@over("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL])
+@over("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_W8A16])
 @over("shape", [(67, 538, 128), (64, 1100, 192), (130, 3, 64)])
 def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
     """What a CPU with such does, which torch can compute on any; weights small enough that some codes have no leading one."""

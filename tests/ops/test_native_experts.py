@@ -20,7 +20,7 @@ from octavo.ops import reference
 from octavo.ops.contract import Routed
 from octavo.ops.cpu import experts, library, native
 from octavo.platform import Platform
-from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, QTensor, Scheme, concat, quantize
+from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, FP8_W8A16, QTensor, Scheme, concat, quantize
 from octavo.quant.qtensor import Stacker
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"needs the C kernels: {library.missing()}")
@@ -42,7 +42,7 @@ def stacks(n: int, k: int, count: int) -> Iterator[QTensor]:
         return made.finished()
 
     for dtype in FORMATS:
-        for scheme in (FP8_PER_CHANNEL, FP8_BLOCK):
+        for scheme in (FP8_PER_CHANNEL, FP8_BLOCK, FP8_W8A16):
             yield stack(scheme, dtype)
     for dtype in (torch.float32, torch.bfloat16):
         yield stack(BF16, dtype)

@@ -26,9 +26,10 @@ from octavo.ops.triton import (
     linear,
     prefill,
     rope,
+    weight_only,
 )
 from octavo.platform import FP8_MAX, Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, dequantize, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_W8A16, dequantize, quantize
 from octavo.quant.scheme import Granularity
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -162,6 +163,42 @@ def test_small_linear(shape: tuple[int, int, int], split: int | None, fp8: torch
     if m:
         expected = values(x)[:, :k].double() @ dequantize(q).double().mT
         assert relative_error(found, expected) < 4e-3
+
+
+@fp8_dtypes
+@over("split", [None, 3])
+@over("shape", [s for s in LINEAR if s[0] <= linear.MAX_TOKENS])
+def test_small_linear_of_pairs(shape: tuple[int, int, int], split: int | None, fp8: torch.dtype) -> None:
+    """As exact as a product in BF16."""
+    m, n, k = shape
+    q = quantize(torch.randn(n, k, device=DEVICE) * torch.logspace(-4, 0, k, device=DEVICE), FP8_W8A16, fp8).padded(16)
+    x = torch.randn(m, k, device=DEVICE).mul_(torch.rand(m, 1, device=DEVICE).mul(9).exp()).bfloat16()
+    assert q.scale is not None
+    pairs = weight_only.codes_in_pairs(x, fp8, q.data.shape[1], adjacent=True)
+    spoiled = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    del spoiled  # memory that the result is likely to get
+    found = linear.small_linear(pairs, q.data, q.scale, n, {"split": split} if split else None, pairs=True)
+    assert (found.shape, found.dtype) == ((m, n), torch.bfloat16)
+    if m:
+        assert relative_error(found, x.double() @ dequantize(q).double().mT) < 4e-3
+
+
+@over("adjacent", [False, True])
+@over("dtype", [torch.float32, torch.bfloat16])
+@over("rows, size", [(0, 16), (1, 1), (3, 33), (4, 5000)])
+def test_codes_in_pairs(rows: int, size: int, dtype: torch.dtype, adjacent: bool) -> None:
+    """Each value to within 2^-8 of itself, and 2^-16 of the token's largest."""
+    x = torch.randn(rows, size + 3, device=DEVICE)[:, :size] * torch.logspace(-8, 8, max(rows, 1), device=DEVICE)[:rows, None]
+    x = x.to(dtype)
+    if rows > 1:
+        x[1] = 0
+    found = weight_only.codes_in_pairs(x, torch.float8_e4m3fn, size + -size % 16, adjacent=adjacent)
+    assert found.codes.shape == (2 * rows, size + -size % 16)
+    assert not found.codes[:, size:].float().any()
+    values = found.codes[:, :size].double() * found.scale
+    both = values.unflatten(0, (rows, 2)).sum(1) if adjacent else values[:rows] + values[rows:]
+    peak = x.double().abs().amax(1, keepdim=True) if rows else x.double()
+    assert ((both - x.double()).abs() <= x.double().abs() * 2**-8 + peak * 2**-16).all()
 
 
 @over("scale_rows", [False, True])

@@ -77,7 +77,7 @@ def dequantize(codes: Codes, scales: Array, tile: tuple[int, int], fmt: Format) 
 
 def tile_of(scheme: str, n: int, k: int) -> tuple[int, int]:
     """The values of a weight [n, k] that share a scale."""
-    return {"fp8": (n, k), "ptpc_fp8": (1, k), "fp8_block": (128, 128)}[scheme]
+    return {"fp8": (n, k), "ptpc_fp8": (1, k), "fp8_w8a16": (1, k), "fp8_block": (128, 128)}[scheme]
 
 
 def group_of(scheme: str, k: int) -> tuple[int, int]:
@@ -86,10 +86,10 @@ def group_of(scheme: str, k: int) -> tuple[int, int]:
 
 
 def linear(x: Array, w: Array, scheme: str, fmt: Format = E4M3FN) -> Array:
-    """x [m, k] times w [n, k] transposed, both quantized as the scheme says, multiplied and summed in float64."""
+    """x [m, k] times w [n, k] transposed, both quantized as the scheme says (fp8_w8a16: w alone), summed in float64."""
     tile, group = tile_of(scheme, *w.shape), group_of(scheme, w.shape[1])
     weight = dequantize(*quantize(w, tile, fmt), tile, fmt)
-    return quantized_activation(x, group, fmt) @ weight.T
+    return (x if scheme == "fp8_w8a16" else quantized_activation(x, group, fmt)) @ weight.T
 
 
 def quantized_activation(x: Array, group: tuple[int, int], fmt: Format) -> Array:

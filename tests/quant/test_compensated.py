@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quant.float64 import E4M3FN
 
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
-from octavo.quant.compensated import DAMPING, compensated
+from octavo.quant.compensated import DAMPING, SWEEPS, compensated
 from octavo.quant.qtensor import expand_scale
 
 Array = NDArray[np.float64]
@@ -28,10 +28,12 @@ def inputs(k: int, count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def one_by_one(w: Array, scale: Array, hessian: Array) -> Array:
-    """The values that codes stand for [N, K]: each column rounded, its error spread by the inverse of what H is of the rest."""
+    """The values that codes stand for [N, K]: each column rounded, its error spread by the inverse of what H is of the
+    rest; then each in turn the best for the others as they are."""
     diagonal = hessian.diagonal()
     damped = hessian + DAMPING * diagonal.mean() * np.eye(len(hessian))
     left = [int(j) for j in np.argsort(-diagonal, kind="stable")]
+    order, exact = left, w
     w, out = w.copy(), np.zeros_like(w)
     while left:
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
@@ -39,6 +41,10 @@ def one_by_one(w: Array, scale: Array, hessian: Array) -> Array:
         out[:, j] = E4M3FN.values[E4M3FN.nearest(w[:, j] / size)] * size
         w[:, left] -= np.outer(w[:, j] - out[:, j], inverse[0] / inverse[0, 0])
         left = left[1:]
+    for j in order * SWEEPS:
+        size = np.broadcast_to(scale, w.shape)[:, j]
+        best = out[:, j] - (out - exact) @ damped[:, j] / damped[j, j]
+        out[:, j] = E4M3FN.values[E4M3FN.nearest(best / size)] * size
     return out
 
 

@@ -13,7 +13,7 @@ from quant.float64 import E4M3FN, array, codes_of
 
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, Scheme, concat, dequantize, quantize
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, FP8_W8A16, QTensor, Scheme, concat, dequantize, quantize
 from octavo.quant.formats import WHOLE, Shard, read_weight, stored_shape
 from octavo.quant.qtensor import to_device_fp8
 from octavo.quant.scheme import WeightDType
@@ -26,6 +26,7 @@ class Stored:
     """A checkpoint of a few tensors."""
 
     prefix = "layer."
+    weight_only = False
 
     def __init__(self, platform: Platform = CPU, **tensors: torch.Tensor):
         self.platform, self.tensors = platform, {f"w.{name}": tensor for name, tensor in tensors.items()}
@@ -33,6 +34,9 @@ class Stored:
 
     def has(self, name: str) -> bool:
         return name in self.tensors
+
+    def is_weight_only(self, module: str) -> bool:
+        return self.weight_only
 
     def skip(self, name: str) -> None:
         self.skipped.add(name)
@@ -92,6 +96,10 @@ def test_scaled_weights_are_kept(scale_shape: tuple[int, ...], scheme: Scheme, d
     np.testing.assert_array_equal(codes_of(q.data), codes_of(all_codes()))
     assert torch.equal(q.scale.flatten(), scale.float().flatten().expand(2))
     assert torch.equal(dequantize(q), all_codes().float() * q.scale)
+    stored.weight_only = True
+    other = read(stored, (2, 127))
+    assert other.scheme is FP8_W8A16
+    assert torch.equal(dequantize(other), dequantize(q))
 
 
 @cases("shape", [(300, 200), (300, 100), (100, 300), (1, 300)], ids=str)

@@ -32,7 +32,7 @@ from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine import runner
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant import QuantRules
+from octavo.quant import FP8_PER_CHANNEL, QuantRules
 from octavo.server import serve
 from octavo.text.tokenizer import Tokenizer
 from octavo.tools.compare import html_report
@@ -40,7 +40,8 @@ from octavo.tools.compare.compare import add_arguments, compare, write_atomicall
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.layer_errors import Sensitivity, ignore_list, worth_keeping
 from octavo.tools.compare.measure import REFERENCE, Measurement, Reference, Variant, cut, measure, open_core
-from octavo.tools.compare.search import DEFAULT_BUDGET, Budget, search, verdict
+from octavo.tools.compare.search import DEFAULT_BUDGET, Budget, name_of, rungs, search, verdict
+from octavo.tools.quantize.quantize import quantize_checkpoint
 
 IDS = tokens(192, seed=5)
 WINDOW = 64
@@ -349,6 +350,48 @@ def test_a_budget_that_lost_its_percent_sign_asks(text: str, capsys: pytest.Capt
 def test_a_wrong_budget_is_a_sentence(text: str) -> None:
     with pytest.raises(OctavoError, match=r"is no budget; give a rise in perplexity such as 0.3%"):
         Budget.parse(text)
+
+
+def test_calibrated_codes_are_measured_beside_plain_ones(tiny: Path, tmp_path: Path) -> None:
+    """With activations in codes, and as they are; each as its checkpoint is served."""
+    directory = tmp_path / "calibrated"
+    windows = [IDS[at : at + WINDOW] for at in (0, WINDOW, 2 * WINDOW)]
+    quantize_checkpoint(tiny, directory, QuantRules(FP8_PER_CHANNEL), windows=windows, threads=1, say=lambda line: None)
+    kv = {"fp8_e4m3"}
+    found = compare(config(tiny), IDS, ["ptpc_fp8", "fp8_block", "fp8_w8a16"], [*kv], window=WINDOW, calibrated=directory)
+    kls = {(m.variant.scheme, bool(m.variant.calibrated)): m.kl for m in found.measured if not m.variant.ignore}
+    assert kls.keys() == {
+        ("ptpc_fp8", False), ("ptpc_fp8", True), ("fp8_block", False), ("fp8_w8a16", False), ("fp8_w8a16", True),
+    }  # fmt: skip
+    assert kls["fp8_w8a16", True] < kls["ptpc_fp8", True] < kls["ptpc_fp8", False]
+    served = measure(config(directory), Variant("ptpc_fp8", "fp8_e4m3"), cut(IDS, WINDOW, None, WINDOW), reference_of(tiny))
+    assert served.kl == pytest.approx(kls["ptpc_fp8", True], rel=1e-3)
+    steps = [name_of(m.variant) for m in rungs(found.measured) if not m.variant.ignore]
+    assert [step.partition(" with")[0] for step in steps] == [
+        "ptpc_fp8", "ptpc_fp8, calibrated,", "fp8_w8a16", "fp8_w8a16, calibrated,",
+    ]  # fmt: skip
+
+
+def reference_of(model: Path) -> Reference:
+    text = cut(IDS, WINDOW, None, WINDOW)
+    return Reference.of(open_core(config(model), REFERENCE, text), text)
+
+
+def test_a_calibrated_checkpoint_that_is_none(tiny: Path, rows_up: Path, tmp_path: Path) -> None:
+    for directory, sentence in ((rows_up, "is not quantized"), (MODEL_DIR, "is of another model")):
+        with pytest.raises(OctavoError, match=sentence):
+            compare(config(tiny), IDS, ["ptpc_fp8"], ["auto"], window=WINDOW, calibrated=directory)
+
+
+def test_the_ladder_has_the_page_s_steps_in_its_order() -> None:
+    """Between them those of the same bytes: calibrated, then activations as they are; the cache comes after both."""
+    kvs, schemes = ("fp8_e4m3", "auto"), ("bf16", "fp8_w8a16", "fp8_block", "ptpc_fp8", "fp8")
+    every = [Variant(scheme, kv, (), made) for scheme in schemes for kv in kvs for made in ("", "x")]
+    steps = [m.variant for m in rungs(made(variant, 0.1) for variant in every)]
+    page = [Variant("fp8", "fp8_e4m3"), PTPC, Variant("ptpc_fp8", "auto"), Variant("bf16", "fp8_e4m3")]
+    assert [step for step in steps if step in page] == page
+    assert steps[1:5] == [replace(PTPC, scheme=s, calibrated=c) for s in ("ptpc_fp8", "fp8_w8a16") for c in ("", "x")]
+    assert steps[5:9] == [replace(step, kv="auto") for step in steps[1:5]]
 
 
 def test_the_verdict_follows_the_ladder() -> None:

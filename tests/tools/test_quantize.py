@@ -29,10 +29,21 @@ from octavo.convert.output_file import OutputFile
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.platform import Platform
-from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme, dequantize, quantize
+from octavo.quant import (
+    BF16,
+    FP8_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    FP8_W8A16,
+    QTensor,
+    QuantRules,
+    Scheme,
+    dequantize,
+    quantize,
+)
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
-SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
+SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK, FP8_W8A16]
 schemes = cases("scheme", SCHEMES, ids=lambda s: s.name)
 ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)
 # transformers says that a config of its own overrides the checkpoint's
@@ -585,14 +596,36 @@ def test_stored_codes_are_kept_or_converted(have: Scheme, asked: Scheme, tmp_pat
     assert not any(name.endswith(("_inv", "input_scale")) for name in new)
     for name in filter(is_linear, old):
         scale = old[f"{name}_scale_inv" if have is FP8_BLOCK else f"{name}_scale"]
-        if have is asked:
+        if have.weight is asked.weight:
             assert torch.equal(new[name].view(torch.uint8), old[name].view(torch.uint8))
             assert torch.equal(new[f"{name}_scale"], scale)
         else:
             wide = scale.expand(old[name].shape[0], 1) if have is FP8_PER_TENSOR else scale
             expected = quantize(dequantize(QTensor(old[name], wide, have, tuple(old[name].shape))), asked)  # type: ignore[arg-type]
             assert torch.equal(new[name].view(torch.uint8), expected.data.view(torch.uint8))
-    assert any(("kept bit for bit" if have is asked else "rounded a second time") in line for line in said)
+    assert any(("kept bit for bit" if have.weight is asked.weight else "rounded a second time") in line for line in said)
+
+
+def test_weight_only_is_said_and_read(checkpoint: Path, tmp_path: Path, load_model: LoadModel) -> None:
+    """config.json alone says that activations stay; asked for, they stay too for codes whose checkpoint says otherwise."""
+    for scheme in (FP8_W8A16, FP8_PER_CHANNEL, FP8_PER_TENSOR):
+        run(checkpoint, tmp_path / scheme.name, scheme)
+    weight_only, by_channel = (tensors_of(tmp_path / name) for name in ("fp8_w8a16", "ptpc_fp8"))
+    assert {n: t.view(torch.uint8).tolist() for n, t in weight_only.items()} == {
+        n: t.view(torch.uint8).tolist() for n, t in by_channel.items()
+    }
+    group = json.loads((tmp_path / "fp8_w8a16/config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert group["input_activations"] is None
+    assert (group["weights"]["strategy"], group["weights"]["type"], group["weights"]["num_bits"]) == ("channel", "float", 8)
+    logits = {
+        (name, rules.name): load_model(tmp_path / name, rules).logits(tokens(40))
+        for name in ("fp8_w8a16", "ptpc_fp8", "fp8")
+        for rules in (BF16, FP8_W8A16, FP8_PER_CHANNEL)
+    }
+    assert torch.equal(logits["fp8_w8a16", "bf16"], logits["ptpc_fp8", "fp8_w8a16"])
+    assert torch.equal(logits["ptpc_fp8", "bf16"], logits["fp8_w8a16", "ptpc_fp8"])
+    assert not torch.equal(logits["fp8_w8a16", "bf16"], logits["ptpc_fp8", "bf16"])
+    assert not torch.equal(logits["fp8", "bf16"], logits["fp8", "fp8_w8a16"])
 
 
 def test_ignored_layers_become_bf16(checkpoint: Path, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from octavo.convert import calibration
 from octavo.convert.calibrated_layer import CalibratedLayer
 from octavo.convert.output_directory import STASH
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine.calibration_text import DEFAULT, calibration_windows
 from octavo.errors import OctavoError
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
 from octavo.text.tokenizer import Tokenizer
-from octavo.tools.quantize.calibration_text import DEFAULT, calibration_windows
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)
@@ -47,13 +47,14 @@ def losses(said: list[str]) -> list[list[float]]:
 
 
 @schemes
-@cases("changes, search", [(ODD, False), ({}, True)])
+@cases("changes", [ODD, {}])
 def test_less_error_in_the_form_of_plain_rounding(
-    scheme: Scheme, changes: dict[str, Any], search: bool, tmp_path: Path, load_model: LoadModel
+    scheme: Scheme, changes: dict[str, Any], tmp_path: Path, load_model: LoadModel
 ) -> None:
+    """The scales are those that --scale-search finds."""
     model = llama(tmp_path / "model", num_hidden_layers=2, **changes)
-    run(model, tmp_path / "plain", scheme, search=search)
-    said = calibrated(model, tmp_path / "out", scheme, search=search)
+    run(model, tmp_path / "plain", scheme, search=True)
+    said = calibrated(model, tmp_path / "out", scheme)
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, plain in before.items():
@@ -102,7 +103,7 @@ def test_experts(family: str, tmp_path: Path) -> None:
     """Each by its own tokens, those that few reach too; a router stays as it is. Latent attention and its indexer, too."""
     model = wide(tmp_path / "model") if family == "deepseek_v32" else tiny(tmp_path / "model", family)
     model.bfloat16().save_pretrained(tmp_path / "model")
-    run(tmp_path / "model", tmp_path / "plain")
+    run(tmp_path / "model", tmp_path / "plain", search=True)
     said = calibrated(tmp_path / "model", tmp_path / "out", windows=windows(4))
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()

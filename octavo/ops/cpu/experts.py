@@ -100,8 +100,10 @@ class PackedWidenedStack(PackedStack):
         for e, (start, stop) in enumerate(pairwise(starts)):
             if start < stop:
                 product = F.linear(values[start:stop], self.weight[e])[:, : self.n]
-                if by_token is not None and self.scale is not None:
-                    product = product.float().mul_(by_token[start:stop]).mul_(self.scale[e])
+                if self.scale is not None:
+                    product = product.float().mul_(self.scale[e])
+                if by_token is not None:
+                    product = product.mul_(by_token[start:stop])
                 y[start:stop] = product
         return y
 

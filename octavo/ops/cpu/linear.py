@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.contract import FP8_BLOCKS, FP8_ROWS, INT4_GROUPS, PLAIN, Operand, PackedWeight, not_taken, values_of
+from octavo.ops.contract import (
+    FP8_BLOCKS,
+    FP8_ROWS,
+    FP8_WEIGHTS,
+    INT4_GROUPS,
+    PLAIN,
+    Operand,
+    PackedWeight,
+    not_taken,
+    values_of,
+)
 from octavo.ops.cpu.widen import WIDEN_FACTOR, round_to_fp8
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.platform import FP8_MAX, Platform
@@ -34,7 +44,7 @@ class Widened:
             return "this torch has no oneDNN"
         if platform.widened_dtype is None:
             return "nothing is widened in memory here"
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
             return reason
         return (
             f"its codes are {q.data.dtype}" if q.scheme.dtype is WeightDType.FP8 and q.data.dtype not in WIDEN_FACTOR else None
@@ -56,7 +66,8 @@ def widened(q: QTensor, held: torch.dtype) -> tuple[Tensor, Tensor | None]:
         return dequantize(q), None
     if q.scale is not None:
         # round_to_fp8 leaves out a power of two on activations; the weight's scale compensates for it.
-        return q.data.to(held), (q.scale * WIDEN_FACTOR[q.data.dtype]).view(1, -1)
+        left_out = 1.0 if q.scheme.activation is None else WIDEN_FACTOR[q.data.dtype]
+        return q.data.to(held), (q.scale * left_out).view(1, -1)
     return q.data.to(torch.float32 if q.data.dtype is torch.float32 else held), None
 
 
@@ -94,9 +105,10 @@ class PackedWidened(PackedWeight):
         x = values_of(x)
         values, scale = rounded(x, self.activation, self.fp8_dtype)
         y = self._product(values.to(self.held))
-        if scale is None or self.scale is None:
+        if self.scale is None:
             return y.to(x.dtype)
-        return (y if y.dtype is torch.float32 else y.float()).mul_(scale).mul_(self.scale).to(x.dtype)
+        y = y if y.dtype is torch.float32 else y.float()
+        return (y if scale is None else y.mul_(scale)).mul_(self.scale).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.padding:

@@ -19,6 +19,7 @@ from octavo.ops import reference
 from octavo.ops.contract import (
     FP8_BLOCKS,
     FP8_ROWS,
+    FP8_WEIGHTS,
     INT4_GROUPS,
     PLAIN,
     Activation,
@@ -86,7 +87,7 @@ def unsupported(q: QTensor, platform: Platform) -> str | None:
         return reason
     if platform.widened_dtype is not None:
         return "weights are to be widened in memory"
-    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
         return reason
     codes = q.data
     if q.scheme.dtype is WeightDType.INT4:
@@ -153,8 +154,8 @@ class PackedNative(PackedWeight):
         self.held_bytes = q.nbytes
         self.scale = held_scale(q)
         self.struct = struct_of(q, self.scale)
-        by_token = q.scale is not None and q.scheme.activation is Granularity.ROW
-        self.tiles = by_token and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
+        by_row = q.scale is not None and q.scheme.dtype is WeightDType.FP8 and q.scheme.weight is not Granularity.BLOCK
+        self.tiles = by_row and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 

@@ -8,18 +8,22 @@ rows, and the product is bound by reading the weights of the experts in use.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.contract import Dispatch
-from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, tiled, wait
+from octavo.ops.triton.launch import has_packed_arithmetic, launch, pipeline, power_of_2, release, tiled, wait
+from octavo.ops.triton.weight_only import widen_codes
 from octavo.quant.scheme import BLOCK
 
 __all__ = ["grouped_linear"]
 
 PROMOTE = 128  # products accumulated in the tensor core, which keeps about 14 bits, before they are added in FP32
-NO_SCALES, ROWS, TILES = 0, 1, 2  # scales: none; one per channel and row of x; one per 128x128 tile and 1x128 group of x
+# Scales: none; one per channel and row of x; one per 128x128 tile and 1x128 group of x; one per channel, of codes that are
+# multiplied by values.
+NO_SCALES, ROWS, TILES, CHANNELS = 0, 1, 2, 3
 TABLE_SLOTS = 64  # slots per CTA of _find_tiles
 
 
@@ -49,8 +53,8 @@ def _find_tiles(starts, table, slots, experts, SLOTS: tl.constexpr, BM: tl.const
 def _grouped_linear(
     x, x_scale, w, w_tiles, w_scale, out, order, starts, table, slots, experts, n, height, width, groups,
     OF_TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, PROMOTE: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALES: tl.constexpr, SCALE_ROWS: tl.constexpr, PROMOTE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(1)
     release(PDL)
@@ -92,10 +96,13 @@ def _grouped_linear(
                 of_tile = expert * tl.cdiv(n, SCALE_ROWS) + tl.program_id(0) * BN // SCALE_ROWS
                 acc += tl.dot(a, tl.trans(b)) * (tl.load(w_scale + of_tile * groups + step) * by_group)[None, :]
         else:
-            acc = tl.dot(a.to(b.dtype), tl.trans(b), acc, max_num_imprecise_acc=PROMOTE, input_precision="ieee")
+            values = widen_codes(a, ASM) if SCALES == 3 else a.to(b.dtype)
+            acc = tl.dot(values, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE, input_precision="ieee")
     if SCALES == 1:
         by_channel = tl.load(w_scale + expert.to(tl.int64) * n + channel, mask=channel_ok, other=0.0)
         acc = acc * by_channel[:, None] * tl.load(x_scale + row, mask=place_ok, other=0.0)[None, :]
+    if SCALES == 3:
+        acc = acc * tl.load(w_scale + expert.to(tl.int64) * n + channel, mask=channel_ok, other=0.0)[:, None]
     to = out + place.to(tl.int64)[None, :] * n + channel[:, None]
     tl.store(to, acc.to(out.dtype.element_ty), mask=channel_ok[:, None] & place_ok[None, :])
 
@@ -120,15 +127,19 @@ def grouped_linear(
     x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, n: int, at: Dispatch, *, of_tokens: bool,
     by_tile: bool = False, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Grouped GEMM: [P, n] in sorted order for x [T or P, K'] and w [E, N', K'], FP8 codes or values in a model's dtype.
+    """Grouped GEMM: [P, n] in sorted order for x [T or P, K'] and w [E, N', K'], FP8 codes or values in a model's dtype,
+    or values and codes, which are then widened to BF16.
 
     FP32 scales of codes: x's [rows, 1] and w's [E, n, 1]; or with `by_tile` x's per group of 128, [rows, groups], and w's per
     tile, [E, ceil(n / 128), groups], or per channel and group, [E, n, groups]. The result of codes is BF16, otherwise it has
     x's dtype. config: overrides `_shape`.
     """
     experts, height, width = w.shape
+    scales = TILES if by_tile else ROWS if x_scale is not None else NO_SCALES if w_scale is None else CHANNELS
+    if scales == CHANNELS:
+        x = F.pad(x.bfloat16(), (0, width - x.shape[1]))
     pairs, x = len(at.order), x.contiguous()
-    out = torch.empty(pairs, n, dtype=torch.bfloat16 if w_scale is not None else x.dtype, device=x.device)
+    out = torch.empty(pairs, n, dtype=torch.bfloat16 if x_scale is not None else x.dtype, device=x.device)
     if not pairs:
         return out
     c = _shape(pairs / experts, x.dtype.itemsize, by_tile) | (config or {})
@@ -140,8 +151,8 @@ def grouped_linear(
         x, x_scale, w, tiled(w, (experts * height, width), (c["BN"], c["BK"])) if copied else None, w_scale, out, at.order,
         at.starts, table, slots, experts, n, height, width, 0 if x_scale is None else x_scale.shape[1],
         OF_TOKENS=of_tokens, TOP_K=at.top_k, EXPERTS=power_of_2(experts), BN=c["BN"], BM=c["BM"], BK=c["BK"],
-        SCALES=TILES if by_tile else NO_SCALES if w_scale is None else ROWS, SCALE_ROWS=1 if channels else BLOCK,
-        PROMOTE=PROMOTE if c["promote"] else None, EVEN=width % c["BK"] == 0, STAGES=pipeline(c["stages"]),
+        SCALES=scales, SCALE_ROWS=1 if channels else BLOCK, PROMOTE=PROMOTE if c["promote"] else None,
+        EVEN=width % c["BK"] == 0, ASM=has_packed_arithmetic() and w.dtype is torch.float8_e4m3fn, STAGES=pipeline(c["stages"]),
         num_warps=c["warps"],
     )  # fmt: skip
     return out

@@ -26,7 +26,7 @@ PROMOTE = 128  # products accumulated in the tensor core, which keeps about 14 b
 def _small_linear(
     x, x_scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PROMOTE: tl.constexpr, PREFETCH: tl.constexpr,
-    PDL: tl.constexpr, STAGES: tl.constexpr,
+    PAIRS: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     rows = tile * BN + tl.arange(0, BN)
@@ -53,7 +53,6 @@ def _small_linear(
     if PREFETCH:
         b = tl.load(x + token[:, None] * width + tail[None, :], mask=token_ok[:, None] & tail_ok[None, :], other=0.0)
         acc = tl.dot(prefetched, tl.trans(b), acc, max_num_imprecise_acc=PROMOTE)
-    mask = row_ok[:, None] & token_ok[None, :]
     if SPLIT > 1:
         place = tl.arange(0, BN)[:, None] * BM + token[None, :]
         partials = parts + (tile.to(tl.int64) * SPLIT) * BN * BM
@@ -68,6 +67,10 @@ def _small_linear(
     by_row = tl.load(w_scale + rows, mask=row_ok, other=0.0)
     by_token = tl.load(x_scale + token, mask=token_ok, other=0.0)
     y = acc * by_row[:, None] * by_token[None, :]
+    if PAIRS:
+        y = tl.sum(tl.reshape(y, (BN, BM // 2, 2)), 2)
+        token, token_ok = tl.arange(0, BM // 2), tl.arange(0, BM // 2) < tokens // 2
+    mask = row_ok[:, None] & token_ok[None, :]
     tl.store(out + token[None, :].to(tl.int64) * n + rows[:, None], y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -111,10 +114,15 @@ def _split(n: int, width: int, c: dict[str, int]) -> tuple[int, int]:
     return triton.cdiv(steps, per_split), per_split
 
 
-def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None) -> Tensor:
-    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MAX_TOKENS."""
+def small_linear(
+    x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[str, int] | None = None, *, pairs: bool = False
+) -> Tensor:
+    """BF16 [M, n] of codes [M, K'] and a weight [N', K'] with FP32 channel scales [n]; M at most MAX_TOKENS.
+
+    pairs: rows of codes come in twos, [2M, K'], and the sum of both products is a row of the result.
+    """
     tokens, width = x.codes.shape
-    out = torch.empty(tokens, n, dtype=torch.bfloat16, device=w.device)
+    out = torch.empty(tokens // 2 if pairs else tokens, n, dtype=torch.bfloat16, device=w.device)
     if not tokens:
         return out
     bm = power_of_2(tokens, 16)
@@ -124,6 +132,6 @@ def small_linear(x: Quantized, w: Tensor, w_scale: Tensor, n: int, config: dict[
     launch(_small_linear, (tiles, split),
         x.codes, x.scale, w, w_scale, out, parts, counters, tokens, n, width, per_split,
         BN=c["BN"], BM=bm, BK=c["BK"], SPLIT=split, PROMOTE=PROMOTE, PREFETCH=c["prefetch"] if pipeline(3) == 3 else 0,
-        STAGES=pipeline(c["stages"]), num_warps=c["warps"],
+        PAIRS=pairs, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
     )  # fmt: skip
     return out

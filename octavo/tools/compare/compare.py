@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window", metavar="N", type=int, default=WINDOW, help="tokens that are read in one go (default: %(default)s)"
     )
-    group.add_argument("--scheme", metavar="{fp8,ptpc_fp8,fp8_block,bf16}", nargs="+", help="schemes to compare (default: all)")
+    known = "{fp8,ptpc_fp8,fp8_block,fp8_w8a16,bf16}"
+    group.add_argument("--scheme", metavar=known, nargs="+", help="schemes to compare (default: all)")
+    calibrated = "what octavo quantize --calibrate made of the model, in one of the schemes: measured beside plain rounding"
+    group.add_argument("--calibrated", metavar="DIR", type=Path, help=calibrated)
     group.add_argument(
         "--kv",
         metavar="{auto,fp8,fp8_e5m2,fp8_per_token_head}",
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if args.save and not budget:
         raise OctavoError("--save names the file that --auto writes; give a budget too, such as --auto 0.3%.")
     save = (args.save or Path(DEFAULT_FILE)) if budget else None
+    if budget and args.calibrated:
+        raise OctavoError("--auto looks for flags that serve MODEL, and --calibrated is another checkpoint; give one of them.")
     for path in filter(None, (args.output, save)):  # a wrong path must not cost the measurement
         _check_writable(path)
     if args.output:
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     name, ids = _read(config, args.text)
     with closing(LoadingBar()) as bar:
         how: dict[str, Any] = {"window": args.window, "tokens": args.tokens or None, "tell": bar.update, "say": say}
+        how["calibrated"] = args.calibrated
         found = compare(config, ids, schemes, kvs, budget, **how)
     found.model = model  # as it was given
     found.text, found.command = name, shlex.join(["octavo", *sys.argv[1:]])
@@ -108,17 +114,20 @@ def compare(
     *,
     window: int = WINDOW,
     tokens: int | None = TOKENS,
+    calibrated: Path | None = None,
     tell: Callable[[str, float], None] = lambda stage, done: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Measures every scheme with every KV dtype on the token ids `ids`; with a budget, only what the search for it needs.
 
-    schemes, kvs: canonical names. tell: learns what is being done, and how much of everything is. say: gets a line for each
-    variant that was measured. Raises OctavoError for what the engine refuses.
+    schemes, kvs: canonical names. calibrated: a checkpoint of the same model with calibrated codes, in one of them. tell:
+    learns what is being done, and how much of everything is. say: gets a line for each variant that was measured. Raises
+    OctavoError for what the engine refuses.
     """
     from octavo.quant import WeightDType
     from octavo.tools.compare import search
     from octavo.tools.compare.caches import stored_as
+    from octavo.tools.compare.calibrated import served_schemes
     from octavo.tools.compare.comparison import Comparison
     from octavo.tools.compare.layer_errors import layer_errors, sensitivities, worth_keeping
     from octavo.tools.compare.measure import REFERENCE, Reference, Variant, cut, measure, open_core, score
@@ -129,7 +138,9 @@ def compare(
     context = _context(config)
     text = cut(ids, window, tokens, context)
     quantized = [scheme for scheme in schemes if scheme != "bf16"]
-    total = len(schemes) * len(kvs) - ("bf16" in schemes and "auto" in kvs) + bool(quantized)  # the last keeps some layers
+    codes = served_schemes(calibrated, quantized, config) if calibrated else []
+    variants = [Variant(scheme, kv, (), made) for scheme in schemes for kv in kvs for made in _made(scheme, codes, calibrated)]
+    total = len(variants) - ("bf16" in schemes and "auto" in kvs) + bool(quantized)  # the last keeps some layers
     tell("measuring BF16", 0)
     core = open_core(config, REFERENCE, text)
     reference = Reference.of(core, text)
@@ -180,9 +191,8 @@ def compare(
         over = [m for m in found.measured if not budget.met(m)]
         found.verdict, found.chosen = search.verdict(budget, [*over, chosen] if chosen else over, text.predictions)
         return found
-    for scheme in schemes:
-        for kv in kvs:
-            measured(Variant(scheme, kv))
+    for variant in variants:
+        measured(variant)
     climbed = search.rungs(found.measured)
     found.verdict, found.chosen = search.verdict(found.budget, climbed, text.predictions)
     if found.measured and quantized:
@@ -190,10 +200,15 @@ def compare(
         if best is None or best.variant.scheme == "bf16":
             best = min(map(found.row_of, quantized), key=found.budget.loss)
         rank(best.variant.scheme)
-        kept = measured(replace(best.variant, ignore=tuple(found.ignore)))
+        kept = measured(replace(best.variant, ignore=tuple(found.ignore), calibrated=""))  # codes are no longer values
         if found.chosen is None:
             found.verdict, found.chosen = search.verdict(found.budget, [*climbed, kept], text.predictions)
     return found
+
+
+def _made(scheme: str, codes: Sequence[str], calibrated: Path | None) -> list[str]:
+    """The checkpoints that `scheme` is measured with: the user's own, "", and the calibrated one where it has its codes."""
+    return ["", str(calibrated)] if scheme in codes else [""]
 
 
 def write_config(path: Path, found: Comparison, config: EngineConfig) -> None:

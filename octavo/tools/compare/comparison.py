@@ -58,5 +58,5 @@ class Comparison:
 
     def row_of(self, scheme: str) -> Measurement:
         """The measurement of `scheme` with nothing kept in BF16, with the dearest of the KV dtypes measured."""
-        found = [m for m in self.measured if m.variant.scheme == scheme and not m.variant.ignore]
+        found = [m for m in self.measured if m.variant.scheme == scheme and not (m.variant.ignore or m.variant.calibrated)]
         return max(found, key=lambda m: m.kv_bytes_per_token)

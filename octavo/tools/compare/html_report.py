@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "render"]
 
-COLORS = {"bf16": "#444444", "fp8": "#c8553d", "ptpc_fp8": "#2a6f97", "fp8_block": "#588157"}
+COLORS = {"bf16": "#444444", "fp8": "#c8553d", "ptpc_fp8": "#2a6f97", "fp8_block": "#588157", "fp8_w8a16": "#8d5a97"}
 MARKERS = {"auto": "o", "bfloat16": "o", "fp8_e4m3": "s", "fp8_e5m2": "^", "fp8_per_token_head": "D"}
 BUDGET, PERPLEXITY, KL = "#b00020", "change of perplexity, %", "KL divergence, nats a token"
 KL_CAPTION = '<p class="small">KL of the BF16 model with one layer quantized. Dark: proposed to stay in BF16.</p>'
@@ -126,7 +126,7 @@ def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
 
 def _label(m: Measurement) -> str:
     kept = f" -{len(m.variant.ignore)}" if m.variant.ignore else ""
-    return f"{m.variant.scheme}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
+    return f"{m.variant.scheme}{' calibrated' * bool(m.variant.calibrated)}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
 
 
 def _losses(m: Measurement) -> list[tuple[float, float]]:

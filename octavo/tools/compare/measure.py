@@ -56,11 +56,13 @@ class Variant:
     """One way to serve the model: canonical names of scheme and KV dtype, and what stays in BF16 beside the user's own list.
 
     kv: `auto` is the model's own dtype, with which it is compared; of its --kv-cache-dtype auto that may be another.
+    calibrated: the checkpoint whose codes are served, of a model that was calibrated; "" for the user's own.
     """
 
     scheme: str = "bf16"
     kv: str = "auto"
     ignore: tuple[str, ...] = ()
+    calibrated: str = ""
 
     def config(self, base: EngineConfig) -> EngineConfig:
         """The user's configuration with this variant's scheme, cache and ignore list."""
@@ -68,6 +70,7 @@ class Variant:
         ignore = (*base.quantization_ignore, *self.ignore) if quantized else ()
         return replace(
             base,
+            model=self.calibrated or base.model,
             quantization=self.scheme,
             kv_cache_dtype=own_kv(base) if self.kv == "auto" else self.kv,
             quantization_ignore=tuple(dict.fromkeys(ignore)),

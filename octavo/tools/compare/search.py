@@ -1,4 +1,7 @@
-"""The ladder of "accuracy was lost": PTPC, then a BF16 cache, then layers in BF16, then BF16; and the search that climbs it."""
+"""The ladder of "accuracy was lost": PTPC, then a BF16 cache, then layers in BF16, then BF16; and the search that climbs it.
+
+Between the steps that the page has are those of the same bytes: PTPC calibrated, then activations as they are, calibrated too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from octavo.tools.compare.measure import REFERENCE, Measurement, Variant
 __all__ = ["DEFAULT_BUDGET", "SCHEME_NAMES", "Budget", "name_of", "rungs", "search", "verdict"]
 
 # In the order of the ladder: what takes the least memory, or is the most usual, first.
-SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block")
+SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block", "fp8_w8a16")
 MENTIONED = 4  # steps that the verdict speaks of
 LARGE_KL = 0.05  # nats a token; about one token in ten is then another
 FIRST_KV, DENSE_KV = "fp8_e4m3", ("auto", "bfloat16")
@@ -82,18 +85,32 @@ DEFAULT_BUDGET = Budget(0.005, relative=True)
 
 
 def rungs(measured: Iterable[Measurement]) -> list[Measurement]:
-    """The steps of the ladder that were measured, in its order: fp8, PTPC, a BF16 cache, layers in BF16, BF16 weights.
+    """The steps of the ladder that were measured, in its order: fp8, PTPC, PTPC calibrated, weights alone in FP8, a BF16 cache,
+    layers in BF16, BF16 weights.
 
     Where none of them was, everything that was, the smallest first.
     """
     others = [m for m in measured if m.variant != REFERENCE]
-    climbed = [m for m in others if (m.variant.scheme, m.variant.kv) in _STEPS]
+    climbed = [m for m in others if _step(m.variant) in _STEPS]
     if not climbed:
         return sorted(others, key=lambda m: (m.weight_bytes, m.kv_bytes_per_token))
-    return sorted(climbed, key=lambda m: (_STEPS.index((m.variant.scheme, m.variant.kv)), len(m.variant.ignore)))
+    return sorted(climbed, key=lambda m: (_STEPS.index(_step(m.variant)), len(m.variant.ignore)))
 
 
-_STEPS = [("fp8", FIRST_KV), ("ptpc_fp8", FIRST_KV), ("ptpc_fp8", "auto"), ("bf16", FIRST_KV)]
+def _step(variant: Variant) -> tuple[str, str, bool]:
+    return variant.scheme, variant.kv, bool(variant.calibrated)
+
+
+_STEPS = [
+    ("fp8", FIRST_KV, False),
+    *(
+        (scheme, kv, calibrated)
+        for kv in (FIRST_KV, "auto")
+        for scheme in ("ptpc_fp8", "fp8_w8a16")
+        for calibrated in (False, True)
+    ),
+    ("bf16", FIRST_KV, False),
+]
 
 
 def search(
@@ -152,7 +169,7 @@ def name_of(variant: Variant) -> str:
     names, patterns = variant.ignore, all(re.search(r"\.\d+\.", name) is None for name in variant.ignore)
     count = f"{len(names)} {'kinds of ' if patterns else ''}modules"
     kept = f", {' '.join(names) if len(names) < 3 else count} in BF16" if names else ""
-    return f"{variant.scheme} with {kv}{kept}"
+    return f"{variant.scheme}{', calibrated,' * bool(variant.calibrated)} with {kv}{kept}"
 
 
 def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0) -> tuple[str, Measurement | None]:

@@ -21,7 +21,8 @@ __all__ = ["Source", "find_source", "source_of_config"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model and how it is stored. by: what it was measured by, for a person. refused: why its format is not read.
+    """A model and how it is stored. by: what it was measured by, for a person. stored_format: of tensors that
+    config.json announces; described: what it says of those that are there. refused: why its format is not read.
 
     on_hub: its name there, if it was given by that. download: bytes that a start would download of it, where that is known.
     """
@@ -31,6 +32,7 @@ class Source:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     stored_format: StoredFormat | None = None
+    described: StoredFormat | None = None
     refused: str | None = None
     on_hub: str | None = None
     download: int | None = None
@@ -52,7 +54,9 @@ def find_source(target: str, *, dummy: bool = False, revision: str | None = None
         config = read_config(path)
         refused = refusal(lambda: check_format(config, path))
         if not dummy and any(path.glob("*.safetensors*")):
-            return Source(target, "its safetensors headers", config, Checkpoint(path).tensors, refused=refused)
+            described = None if refused else stored_format_of(config, path)
+            tensors = Checkpoint(path).tensors
+            return Source(target, "its safetensors headers", config, tensors, refused=refused, described=described)
         return source_of_config(target, "config.json alone", config, refused)
     if path.is_file():
         if path.suffix in (".gguf", ".safetensors"):
@@ -75,4 +79,4 @@ def find_source(target: str, *, dummy: bool = False, revision: str | None = None
 
 def source_of_config(name: str, by: str, config: Mapping[str, Any], refused: str | None = None) -> Source:
     """The source of a model of which there is a config.json alone."""
-    return Source(name, by, config, {}, None if refused else stored_format_of(config), refused)
+    return Source(name, by, config, {}, None if refused else stored_format_of(config), refused=refused)

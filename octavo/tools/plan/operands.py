@@ -59,8 +59,8 @@ class Operand:
 
     @property
     def is_fp8(self) -> bool:
-        """Whether it is multiplied by FP8 units. Packed INT4 is not."""
-        return self.scheme.dtype is WeightDType.FP8
+        """Whether it is multiplied by FP8 units. Packed INT4 is not, nor is FP8 by activations as they are."""
+        return self.scheme.dtype is WeightDType.FP8 and self.scheme.activation is not None
 
 
 @dataclass(frozen=True)

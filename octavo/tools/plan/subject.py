@@ -35,7 +35,7 @@ KV_NAMES = {
     "fp8_e5m2": " + e5m2 KV",
     "fp8_per_token_head": " + per-head FP8 KV",
 }
-NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block"}
+NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block", "fp8_w8a16": "FP8 weights"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Subject:
         self._walked, self._cached = cache(self._walk), cache(self._caches)
         self._known: Known = {}
         self.model(1)  # says what cannot be made
-        self.stored = MetaSource(source.tensors, source.stored_format, has_any=not source.tensors)
+        self.stored = MetaSource(source.tensors, source.stored_format, described=source.described, has_any=not source.tensors)
         self.plain = MetaSource({}, has_any=True)
 
     def _build(self, tp: int) -> Any:

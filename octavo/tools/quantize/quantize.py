@@ -17,13 +17,13 @@ from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan, names_of
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
+from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.errors import OctavoError
 from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, architecture, read_config
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
-from octavo.tools.quantize.calibration_text import TOKENS, calibration_windows
 from octavo.tools.quantize.quantize_report import LossReport, Progress, verify
 from octavo.tools.rich_tables import gb
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
@@ -36,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantize")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="new directory for the FP8 checkpoint")
     group.add_argument(
-        "-q", "--quantization", "--scheme", dest="scheme", action="append", metavar="{ptpc_fp8,fp8,fp8_block}",
-        help="a scale for each output channel, for each matrix, or for each tile of 128 x 128 (default: ptpc_fp8)",
+        "-q", "--quantization", "--scheme", dest="scheme", action="append", metavar="{ptpc_fp8,fp8,fp8_block,fp8_w8a16}",
+        help="a scale for each output channel, for each matrix, or for each tile of 128 x 128; fp8_w8a16 is ptpc_fp8 with "
+        "activations as they are (default: ptpc_fp8)",
     )  # fmt: skip
     group.add_argument(
-        "--scale-search", choices=["mse"], help="try 16 scales from absmax's to twice that and keep the one of least error"
+        "--scale-search",
+        choices=["mse"],
+        help="try 16 scales from absmax's to twice that and keep the one of least error, as --calibrate always does",
     )
     group.add_argument(
         "--requantize-int4",
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode packed INT4 and round it to the scheme; it stays as it is without",
     )
     group.add_argument(
-        "--calibrate", nargs="?", const="default", metavar="FILE",
+        "--calibrate", nargs="?", const="default", dest="by_text", metavar="FILE",
         help="round with error compensation, by what a text makes each layer read: a UTF-8 file, or Octavo's own text",
     )  # fmt: skip
     group.add_argument(
@@ -64,18 +67,18 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if other := next((name for name in more if canonical("--scheme", name, QUANTIZATIONS) != scheme.name), None):
         raise OctavoError(f"Two schemes were given, {asked} and {other}; give one of them.")
     if not scheme.quantized:
-        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8 or fp8_block.")
+        raise OctavoError(f"--scheme {asked} quantizes nothing; use ptpc_fp8, fp8, fp8_block or fp8_w8a16.")
     config = with_files(config)
     rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
     threads = config.threads or len(os.sched_getaffinity(0))
-    if args.calibrate is None and args.calibration_tokens is not None:
+    if args.by_text is None and args.calibration_tokens is not None:
         raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
     tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
     quantize_checkpoint(
         Path(config.model), Path(args.output), rules,
         search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
         requantize_int4=args.requantize_int4,
-        windows=() if args.calibrate is None else calibration_windows(Path(config.model), args.calibrate, tokens),
+        windows=() if args.by_text is None else calibration_windows(Path(config.model), args.by_text, tokens),
     )  # fmt: skip
     return 0
 
@@ -117,7 +120,7 @@ def quantize_checkpoint(
             with directory:
                 stash = Stash(directory.stash) if windows else None
                 if stash is not None:
-                    calibrate(plan, config, windows, detect(device), stash, search, threads, LossReport(say))
+                    calibrate(plan, config, windows, detect(device), stash, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                 with Progress(remaining(plan, directory)) as progress:

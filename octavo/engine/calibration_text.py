@@ -1,4 +1,4 @@
-"""The text that `octavo quantize --calibrate` makes a model read, as windows of token ids."""
+"""The text that calibration makes a model read, as windows of token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DEFAULT", "TOKENS", "calibration_windows"]
 # Pieces of the topics of Python 3.11's help() and of its standard library, by the PSF licence (demo/model/LICENSE-PSF.txt); of
 # none of the modules that are the demo model's held-out text.
 DEFAULT = Path(__file__).parent / "calibration.txt"
-TOKENS = 16384
+TOKENS = 32768
 
 
 def calibration_windows(model: Path, text: str, tokens: int) -> list[list[int]]:

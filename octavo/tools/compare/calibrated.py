@@ -1,0 +1,37 @@
+"""A calibrated checkpoint beside the model that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.models import read_config, same_architecture
+from octavo.quant import SCHEMES
+from octavo.quant.stored_format import stored_format_of
+
+__all__ = ["served_schemes"]
+
+
+def served_schemes(directory: Path, schemes: Sequence[str], config: EngineConfig) -> list[str]:
+    """Those of `schemes` in which the codes of the checkpoint `directory` are served as they are.
+
+    Raises OctavoError for another model than `config` has, and for a checkpoint in none of them.
+    """
+    described = read_config(directory)
+    if not same_architecture(described, read_config(Path(config.model))):
+        raise OctavoError(f"--calibrated {directory} is of another model than {config.model}; name what was made of it.")
+    stored = stored_format_of(described, directory)
+    found = [
+        name
+        for name in schemes
+        if stored is not None and stored.scheme is not None and SCHEMES[name].has_codes_of(stored.scheme)
+    ]
+    if not found:
+        kind = "not quantized" if stored is None or stored.scheme is None else f"in {stored.scheme.name}"
+        raise OctavoError(
+            f"--calibrated {directory} is {kind}, and none of {', '.join(schemes)} has such codes; "
+            "make it with octavo quantize --calibrate in one of these schemes."
+        )
+    return found
