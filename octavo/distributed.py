@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ SENTENCE = 1024
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
-_joined: tuple[str, int, int] | None = None  # store, rank and size of torch.distributed's default group
+_joined: tuple[str, int, int] | None = None  # name, rank and size of torch.distributed's default group
 _stage_groups: dict[int, list[torch.distributed.ProcessGroup]] = {}  # number of stages -> a group for each
 _sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages; without these, what has not arrived is lost
 
@@ -85,19 +85,20 @@ _sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages
 def join(
     rank: int,
     size: int,
-    store: str,
+    make_store: Callable[[], Any],
+    name: str,
     device: torch.device,
     expert_parallel: bool = False,
     entering: Callable[[], None] = _unseen,
     stages: int = 1,
     meeting: Callable[[], None] = _unseen,
 ) -> TensorParallel:
-    """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
+    """This process as rank `rank` of `size` processes, on `device`. Waits until all have come.
 
-    store: path of a file that all of them can write, and that no earlier group has used. A process that joined at the same
-    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. stages: of a pipeline, into
-    which ranks are split in their order. entering: called before each collective of a stage. meeting: called before each of
-    all ranks where there are several stages.
+    make_store: gives the torch.distributed.Store that all of them can write, and no earlier group has used. name: its own.
+    A process that joined under the same name before, as the same rank, keeps its group; one that joined elsewhere leaves it
+    first. stages: of a pipeline, into which ranks are split in their order. entering: called before each collective of a
+    stage. meeting: called before each of all ranks where there are several stages.
     """
     global _joined
     cpu = device.type == "cpu"
@@ -105,19 +106,19 @@ def join(
         torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
-    if _joined != (store, rank, size):  # else by an earlier engine of this process
+    if _joined != (name, rank, size):  # else by an earlier engine of this process
         leave()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        for variable, value in _ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
         torch.distributed.init_process_group(
             "gloo" if cpu else "nccl",
-            store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+            store=make_store(),
             rank=rank,
             world_size=size,
             timeout=WAIT,
             device_id=None if cpu else device,
         )
-        _joined = store, rank, size
+        _joined = name, rank, size
     if stages == 1:
         return TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
     split = size // stages
@@ -130,7 +131,8 @@ def join(
     return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=Stages(number, stages, split))
 
 
-# Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
+# Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs
+# multicast.
 _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 

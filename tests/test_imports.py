@@ -47,7 +47,8 @@ BELOW = {
     "pipes": set(),
     "distributed": set(),
     "host": set(),
-    "config": {"quantization_file", "option_types"},
+    "config": {"quantization_file", "option_types", "option_checks"},
+    "option_checks": {"option_values"},
     "option_types": set(),
     "quantization_file": {"option_values"},
     "option_values": set(),
@@ -75,7 +76,7 @@ RECURRING = {
 }
 API_SIDE = re.compile(
     r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.peer_flags|\.command_words|\.checkpoint_values"
-    r"|\.quantization_file|\.option_types|\.host|\.messages|\.pipes|\.(text|vision|hub|frontend|server)(\..*)?)?"
+    r"|\.quantization_file|\.option_types|\.option_checks|\.host|\.messages|\.pipes|\.(text|vision|hub|frontend|server)(\..*)?)?"
 )
 
 

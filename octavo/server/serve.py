@@ -17,6 +17,7 @@ from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
+from octavo.frontend.node import run_node
 from octavo.frontend.text_sources import check_named, check_text
 from octavo.server.console import greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     template, keys = read_template(args.chat_template), api_keys(args.api_key)
     tls, _ = tls_settings(args), cross_origin(args)
     check_named(config)
+    if config.node_rank:
+        return run_node(config)
     listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
     try:
         return _run(args, config, listener, keys, template, tls, started)
