@@ -83,9 +83,10 @@ class EngineProcesses:
         self.place = place(0) if seat.count else Place()
         self._first = seat.first  # the rank of the first connection
         if seat.api is not None:
-            self._first += 1
-        elif seat.count == 0 and nodes is not None and nodes.seat is not None and nodes.seat.api is not None:
-            self.connections.append(nodes.seat.api)
+            if seat.count:
+                self._first += 1
+            else:  # all ranks are elsewhere
+                self.connections.append(seat.api)
         try:
             with _without_main():
                 for n in range(int(leads), seat.count):

@@ -77,7 +77,7 @@ class LLM:
             raise OctavoError("data_parallel_size is for a server; make an LLM in each of several processes, or octavo serve.")
         if self.config.node_rank:
             raise OctavoError(f"node_rank={self.config.node_rank} is for octavo serve, which computes there for this LLM.")
-        if self.config.num_ranks > 1:
+        if self.config.num_ranks > 1 or self.config.distributed_executor_backend == "ray":
             self._core: Any = RemoteCore(self.config)
         else:
             self._core = worker().engine_core(self.config, lambda stage, fraction: None)

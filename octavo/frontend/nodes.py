@@ -44,7 +44,7 @@ class Nodes:
         """Listens. Raises OctavoError where the address or port cannot be had. address: in place of --master-addr, any port."""
         self._config, self._here, self._closing = config, here, closing
         self._listener = listen(address or config.master_addr, 0 if address else config.master_port)
-        self.port: int = self._listener.getsockname()[1]
+        self.address, self.port = self._listener.getsockname()[:2]
         self._key = secrets.token_hex(16)
         self._lines: dict[int, NodeLine] = {}
         self._names: dict[int, str] = {0: socket.gethostname()} if here else {}
@@ -132,7 +132,11 @@ class Nodes:
         )
 
     def _who(self, node: int) -> str:
-        return f"Node {node} ({self._names[node]})"
+        return f"Node {node} ({self._names[node]})" if node in self._names else f"Node {node}"
+
+    def report(self, node: int, sentence: str) -> None:
+        """As if the host had said that it ends, and why."""
+        self._inbox.put((node, {"dead": sentence}, ""))
 
     def _watch(self) -> None:
         """Runs in a thread: tells of the first host that ends."""
