@@ -24,6 +24,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 # text, vision) reaches the engine by one listed lazy import alone.
 BELOW = {
     "__main__": {"cli"},
+    "ray_serve": {"flags", "command_words", "server"},
     "cli": {"flags", "command_words", "tools", "server"},
     "command_words": {"files"},
     "flags": {"checkpoint_values", "peer_flags", "hub"},

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from nodes.hosts import FLAGS, PATHS, Node, ended
@@ -76,3 +77,57 @@ def test_nothing_imports_ray_before_it_is_asked_for() -> None:
     code = "import sys, octavo.server.serve, octavo.frontend.ray_nodes, octavo.frontend.llm; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@needs_ray
+def test_replicas_behind_serve_lose_no_request_with_a_node() -> None:
+    """The OpenAI client's requests that have not begun to stream run elsewhere; streams end whole, or with an error."""
+    words = [sys.executable, "-m", "nodes.served_by_ray"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout + done.stderr
+    found = json.loads(lines[0])
+    assert (found["models"], found["keyless"], found["health"]) == (["model"], 401, 200)
+    assert found["streamed"] == found["whole"] != ""
+    assert (found["answered"], found["lost"]) == (24, [])
+    lost = "The replica that wrote this answer is lost; send the request again."
+    died = [end for end in found["ends"] if end != "length"]
+    assert all(end == lost or "Node " in end or "engine" in end for end in died), found["ends"]
+
+
+@needs_ray
+def test_a_config_of_serve_and_its_app() -> None:
+    """deploy/ray-serve.yaml is one that Serve reads; flags are judged as the command line's; beginnings are told apart."""
+    script = """
+import sys, yaml
+from types import SimpleNamespace
+from ray.serve.schema import ServeDeploySchema
+from octavo import ray_serve
+from octavo.errors import OctavoError
+config = yaml.safe_load(open(sys.argv[1]))
+(application,) = ServeDeploySchema.model_validate(config).applications
+assert application.import_path == "octavo.ray_serve:app"
+assert {one["name"] for one in config["applications"][0]["deployments"]} == {"Front", "Engine"}
+try:
+    ray_serve.app({"tensor-parallel": 2})
+except OctavoError as error:
+    assert "tensor-parallel is not a flag" in str(error), error
+else:
+    raise AssertionError
+def chunks(*said):
+    import json
+    return ray_serve.chunks_of_body(json.dumps({"model": "m", "messages": [{"content": "s" * 600}, *said]}).encode())
+one, other = chunks("a" * 600), chunks("b" * 600)
+assert len(one) == len(other) == 4 and one[:2] == other[:2] and one[3] != other[3]
+assert ray_serve.chunks_of_body(b"{") == ray_serve.chunks_of_body(b"[]") == []
+def wanted(ready, target, waiting, running):
+    metrics = {"waiting": {1: waiting}, "running": {1: running}, "room": {n: 256 for n in range(ready)}}
+    return ray_serve.by_waiting(SimpleNamespace(aggregated_metrics=metrics, running_replicas=list(range(ready)),
+        target_num_replicas=target, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4))[0]
+given = (1, 1, 0, 250), (1, 1, 3, 256), (1, 2, 3, 256), (1, 1, 99, 256), (2, 2, 0, 20), (2, 2, 0, 300)
+found = [wanted(*one) for one in given]
+assert found == [1, 2, 2, 4, 1, 2], found
+"""
+    config = str(Path(__file__).parents[2] / "deploy" / "ray-serve.yaml")
+    done = subprocess.run([sys.executable, "-c", script, config], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
