@@ -91,7 +91,7 @@ COMMANDS = {
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
-        (*LOADING, *SCHEME, *STEPS, *IMAGES),
+        (*LOADING, *SCHEME, *STEPS, *IMAGES, "pipeline_parallel_size"),
         "checkpoint directory, config.json, name of the hub, or one such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(
