@@ -111,7 +111,7 @@ def join(
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         torch.distributed.init_process_group(
-            "gloo" if cpu else "nccl",
+            "gloo" if cpu else "nccl" if stages == 1 else f"cpu:gloo,{device.type}:nccl",  # a message's header is the host's
             store=make_store(),
             rank=rank,
             world_size=size,
@@ -128,7 +128,8 @@ def join(
     number, own = divmod(rank, split)
     group = ProcessGroup(entering, _stage_groups[stages][number])
     everyone = TensorParallel(rank, size, ProcessGroup(meeting), device=device)
-    return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=Stages(number, stages, split))
+    own_stage = Stages(number, stages, split, device)
+    return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=own_stage)
 
 
 # Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs
@@ -149,18 +150,20 @@ def leave() -> None:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 _MOST_TENSORS, _MOST_DIMS = 6, 3  # of a message
-_HEADER = 1 + _MOST_TENSORS * (2 + _MOST_DIMS)
+_EACH = 3 + _MOST_DIMS  # numbers of a header: dtype, whether it is of the device, dimensions, shape
+_HEADER = 1 + _MOST_TENSORS * _EACH
 _MOST_SENT = 32  # tensors on their way, of eight steps or more
 
 
 class Stages:
     """This rank's pipeline stage, `number` of `count`, each of `split` ranks, and messages between ranks of unlike stages.
 
-    A message is a few tensors, behind a header that says their dtypes and shapes. Between two ranks messages keep their order.
+    A message is a few tensors, of `device` or of the host, behind a header that says which, their dtypes and shapes. Between
+    two ranks messages keep their order.
     """
 
-    def __init__(self, number: int = 0, count: int = 1, split: int = 1):
-        self.number, self.count, self.split = number, count, split
+    def __init__(self, number: int = 0, count: int = 1, split: int = 1, device: torch.device = CPU):
+        self.number, self.count, self.split, self.device = number, count, split, device
         self.first, self.last = number == 0, number == count - 1
 
     def layers(self, count: int) -> range:
@@ -178,7 +181,8 @@ class Stages:
         """Sends to rank `rank` of a stage, and does not wait until they have arrived, except for those of steps before."""
         header = [len(tensors)]
         for x in tensors:
-            header += [_DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
+            on_device = int(x.device.type != "cpu")
+            header += [_DTYPES.index(x.dtype), on_device, x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
         header += [0] * (_HEADER - len(header))
         while len(_sent) > _MOST_SENT:
             _sent.popleft()[1].wait()
@@ -196,9 +200,9 @@ class Stages:
         torch.distributed.recv(header, source)
         count, *rest = header.tolist()
         found = []
-        for at in range(0, count * (2 + _MOST_DIMS), 2 + _MOST_DIMS):
-            dtype, dims, *shape = rest[at : at + 2 + _MOST_DIMS]
-            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype]))
+        for at in range(0, count * _EACH, _EACH):
+            dtype, on_device, dims, *shape = rest[at : at + _EACH]
+            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype], device=self.device if on_device else CPU))
             if found[-1].numel():
                 torch.distributed.recv(found[-1], source)
         return found

@@ -12,7 +12,6 @@ import torch
 from octavo.config import EngineConfig
 from octavo.distributed import WAIT, TensorParallel, join
 from octavo.engine.place import Place
-from octavo.errors import OctavoError
 from octavo.platform import Platform
 
 __all__ = ["join_ranks"]
@@ -21,13 +20,9 @@ __all__ = ["join_ranks"]
 def join_ranks(config: EngineConfig, place: Place, platform: Platform) -> TensorParallel:
     """This process among the ranks of its engine, of which as many as split a layer follow one another in a stage.
 
-    Waits for the others. Raises OctavoError for stages on an accelerator.
+    Waits for the others.
     """
-    if (stages := config.pipeline_parallel_size) > 1 and not platform.is_cpu:
-        raise OctavoError(
-            f"--pipeline-parallel-size {stages} runs on CPUs alone (--device cpu); split the model over accelerators with "
-            "--tensor-parallel-size."
-        )
+    stages = config.pipeline_parallel_size
     if place.interface:
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", place.interface)

@@ -89,7 +89,7 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        if hasattr(self.model, "fuse"):
+        if hasattr(self.model, "fuse") and self.tp.stages.count == 1:  # fused layers begin with an embedding
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
         self._check_first_logits()
@@ -116,8 +116,8 @@ class ModelRunner:
         self.report.notes.extend(budget.notes)
         if self.max_model_len < budget.max_model_len:
             self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
-        eager = config.enforce_eager or (cpu and self.tp.engine.size > 1)  # a recording has no calls of gloo
-        self.captures = not eager and self.model.limits().eager is None
+        messages = self.tp.stages.count > 1 or (cpu and self.tp.engine.size > 1)  # no graph has stages', no recording gloo's
+        self.captures = not (config.enforce_eager or messages) and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)

@@ -187,7 +187,7 @@ def notes(plan: Plan) -> list[str]:
     if (spare := q.all // (q.tp * q.pp)) > 1:
         out.append(f"{spare} such servers fit on {q.all} accelerators side by side; numbers are of one.")
     if q.pp > 1 and not q.on.is_cpu:
-        out.append("Pipeline stages run on CPUs alone so far; what is said of accelerators is what they could do.")
+        out.append("Pipeline stages were not run on accelerators yet, and replay no graphs there: this is what they could do.")
     return out
 
 
