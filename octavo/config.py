@@ -7,12 +7,13 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.option_checks import check_options
 from octavo.option_types import typed
 from octavo.option_values import (
     CHECKPOINT_FORMATS,
     DTYPES,
+    EXECUTORS,
     KV_CACHE_DTYPES,
-    MAX_LOGPROBS,
     MAX_MEDIA,
     QUANTIZATIONS,
     UNREAD_FORMATS,
@@ -31,6 +32,7 @@ __all__ = [
 
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
+NODES = "several hosts"
 IMAGES = "images and videos"
 IGNORED = "taken from vLLM's command line, without effect"
 
@@ -163,6 +165,14 @@ class EngineConfig:
     enforce_eager: bool = option(False, "never capture graphs", group=MEMORY)
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", group=MEMORY)
     seed: int = option(0, "seed of the requests that bring none", group=MEMORY)
+    nnodes: int = option(1, "hosts that one engine's ranks are on, as many on each", group=NODES, short="-n")
+    node_rank: int = option(0, "which of them this one is; 0 serves HTTP, the others compute for it", group=NODES, short="-r")
+    master_addr: str = option("127.0.0.1", "address of host 0, as the others reach it", group=NODES, metavar="ADDRESS")
+    master_port: int = option(29501, "port of host 0 at which the others come", group=NODES)
+    distributed_timeout_seconds: int = option(600, "for which hosts wait for one another at start", group=NODES)
+    distributed_executor_backend: str | None = option(
+        None, "mp: ranks are this command's processes; ray: a Ray cluster's actors", group=NODES, values=("mp", "ray")
+    )
     trust_remote_code: bool = option(False, "Octavo never runs a model's code", group=IGNORED)
     limit_mm_per_prompt: str | Mapping[str, int] | None = option(
         None,
@@ -211,6 +221,11 @@ class EngineConfig:
         return self.num_ranks * self.data_parallel_size
 
     @property
+    def devices_here(self) -> int:
+        """Those of them that are this host's."""
+        return self.num_devices // self.nnodes
+
+    @property
     def media_limits(self) -> Mapping[str, int]:
         """Most images and videos of a request, by "image" and "video"."""
         found = self.limit_mm_per_prompt
@@ -255,6 +270,9 @@ class EngineConfig:
             put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
         put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         put("dtype", canonical("--dtype", self.dtype, DTYPES))
+        if self.distributed_executor_backend is not None:
+            given = self.distributed_executor_backend
+            put("distributed_executor_backend", canonical("--distributed-executor-backend", given, EXECUTORS))
         put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
         modes = {m: m for m in ("weights", "data")}
         put("mm_encoder_tp_mode", canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, modes))
@@ -264,30 +282,8 @@ class EngineConfig:
             given = getattr(self, name)
             put(name, (given,) if isinstance(given, str) else tuple(given))
         put("kv_cache_dtype_skip_layers", layer_names(self.kv_cache_dtype_skip_layers))
-        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
-            raise OctavoError(f"--max-logprobs must be 0 to {MAX_LOGPROBS}, the most that are served, not {self.max_logprobs}.")
         put("limit_mm_per_prompt", read_media_limits(self.limit_mm_per_prompt))
-        if self.mm_processor_cache_gb is not None and not 0 <= self.mm_processor_cache_gb < float("inf"):
-            raise OctavoError(f"--mm-processor-cache-gb must be 0 or more, not {self.mm_processor_cache_gb}.")
-        if self.save_quantized == "":
-            raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
-        if self.save_quantized is not None and self.quantization in (None, "bf16"):
-            raise OctavoError("--save-quantized needs a --quantization such as ptpc_fp8: it saves what that makes.")
-        if self.calibrate is not None and self.save_quantized is None:
-            raise OctavoError(
-                "--calibrate is for --save-quantized DIR, which keeps what it makes; give that too, or leave it out."
-            )
-        if self.save_quantized is not None and self.load_format == "dummy":
-            raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise OctavoError(f"--gpu-memory-utilization must be over 0 and at most 1, not {self.gpu_memory_utilization}.")
-        for name in (
-            "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
-            "pipeline_parallel_size", "data_parallel_size", "threads", "cpu_kv_cache_gib", "kv_cache_memory_bytes",
-            "num_gpu_blocks_override", "rope_theta",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise OctavoError(f"{flag_of(name)} must be positive, not {value}.")
+        check_options(self)
 
 
 def flag_of(name: str) -> str:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ SENTENCE = 1024
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
-_joined: tuple[str, int, int] | None = None  # store, rank and size of torch.distributed's default group
+_joined: tuple[str, int, int] | None = None  # name, rank and size of torch.distributed's default group
 _stage_groups: dict[int, list[torch.distributed.ProcessGroup]] = {}  # number of stages -> a group for each
 _sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages; without these, what has not arrived is lost
 
@@ -85,19 +85,20 @@ _sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages
 def join(
     rank: int,
     size: int,
-    store: str,
+    make_store: Callable[[], Any],
+    name: str,
     device: torch.device,
     expert_parallel: bool = False,
     entering: Callable[[], None] = _unseen,
     stages: int = 1,
     meeting: Callable[[], None] = _unseen,
 ) -> TensorParallel:
-    """This process as rank `rank` of `size` processes of this host, on `device`. Waits until all have come.
+    """This process as rank `rank` of `size` processes, on `device`. Waits until all have come.
 
-    store: path of a file that all of them can write, and that no earlier group has used. A process that joined at the same
-    store before, as the same rank, keeps its group; one that joined elsewhere leaves it first. stages: of a pipeline, into
-    which ranks are split in their order. entering: called before each collective of a stage. meeting: called before each of
-    all ranks where there are several stages.
+    make_store: gives the torch.distributed.Store that all of them can write, and no earlier group has used. name: its own.
+    A process that joined under the same name before, as the same rank, keeps its group; one that joined elsewhere leaves it
+    first. stages: of a pipeline, into which ranks are split in their order. entering: called before each collective of a
+    stage. meeting: called before each of all ranks where there are several stages.
     """
     global _joined
     cpu = device.type == "cpu"
@@ -105,19 +106,19 @@ def join(
         torch.accelerator.set_device_index(device)  # where kernels, graphs and collectives of this process go
     if size == 1:
         return TensorParallel()
-    if _joined != (store, rank, size):  # else by an earlier engine of this process
+    if _joined != (name, rank, size):  # else by an earlier engine of this process
         leave()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        for variable, value in _ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
         torch.distributed.init_process_group(
-            "gloo" if cpu else "nccl",
-            store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+            "gloo" if cpu else "nccl" if stages == 1 else f"cpu:gloo,{device.type}:nccl",  # a message's header is the host's
+            store=make_store(),
             rank=rank,
             world_size=size,
             timeout=WAIT,
             device_id=None if cpu else device,
         )
-        _joined = store, rank, size
+        _joined = name, rank, size
     if stages == 1:
         return TensorParallel(rank, size, ProcessGroup(entering), expert_parallel, device)
     split = size // stages
@@ -127,10 +128,12 @@ def join(
     number, own = divmod(rank, split)
     group = ProcessGroup(entering, _stage_groups[stages][number])
     everyone = TensorParallel(rank, size, ProcessGroup(meeting), device=device)
-    return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=Stages(number, stages, split))
+    own_stage = Stages(number, stages, split, device)
+    return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=own_stage)
 
 
-# Ranks of one host talk over its loopback: whatever its name resolves to does not matter. NCCL's NVLS needs multicast.
+# Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs
+# multicast.
 _ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
@@ -147,18 +150,20 @@ def leave() -> None:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 _MOST_TENSORS, _MOST_DIMS = 6, 3  # of a message
-_HEADER = 1 + _MOST_TENSORS * (2 + _MOST_DIMS)
+_EACH = 3 + _MOST_DIMS  # numbers of a header: dtype, whether it is of the device, dimensions, shape
+_HEADER = 1 + _MOST_TENSORS * _EACH
 _MOST_SENT = 32  # tensors on their way, of eight steps or more
 
 
 class Stages:
     """This rank's pipeline stage, `number` of `count`, each of `split` ranks, and messages between ranks of unlike stages.
 
-    A message is a few tensors, behind a header that says their dtypes and shapes. Between two ranks messages keep their order.
+    A message is a few tensors, of `device` or of the host, behind a header that says which, their dtypes and shapes. Between
+    two ranks messages keep their order.
     """
 
-    def __init__(self, number: int = 0, count: int = 1, split: int = 1):
-        self.number, self.count, self.split = number, count, split
+    def __init__(self, number: int = 0, count: int = 1, split: int = 1, device: torch.device = CPU):
+        self.number, self.count, self.split, self.device = number, count, split, device
         self.first, self.last = number == 0, number == count - 1
 
     def layers(self, count: int) -> range:
@@ -176,7 +181,8 @@ class Stages:
         """Sends to rank `rank` of a stage, and does not wait until they have arrived, except for those of steps before."""
         header = [len(tensors)]
         for x in tensors:
-            header += [_DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
+            on_device = int(x.device.type != "cpu")
+            header += [_DTYPES.index(x.dtype), on_device, x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
         header += [0] * (_HEADER - len(header))
         while len(_sent) > _MOST_SENT:
             _sent.popleft()[1].wait()
@@ -194,9 +200,9 @@ class Stages:
         torch.distributed.recv(header, source)
         count, *rest = header.tolist()
         found = []
-        for at in range(0, count * (2 + _MOST_DIMS), 2 + _MOST_DIMS):
-            dtype, dims, *shape = rest[at : at + 2 + _MOST_DIMS]
-            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype]))
+        for at in range(0, count * _EACH, _EACH):
+            dtype, on_device, dims, *shape = rest[at : at + _EACH]
+            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype], device=self.device if on_device else CPU))
             if found[-1].numel():
                 torch.distributed.recv(found[-1], source)
         return found

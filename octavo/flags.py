@@ -36,20 +36,11 @@ SCHEME = (
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
 IMAGES = ("limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb", "mm_encoder_tp_mode")
 OF_A_SERVER = (
-    "trust_remote_code",
-    "tokenizer",
-    "hf_overrides",
-    "rope_scaling",
-    "rope_theta",
-    "generation_config",
-    "override_generation_config",
-    "max_logprobs",
-    "kv_cache_dtype_skip_layers",
-    "data_parallel_size",
-    "limit_mm_per_prompt",
-    "allowed_local_media_path",
-    "allowed_media_domains",
-)
+    "trust_remote_code", "tokenizer", "hf_overrides", "rope_scaling", "rope_theta", "generation_config",
+    "override_generation_config", "max_logprobs", "kv_cache_dtype_skip_layers", "data_parallel_size", "limit_mm_per_prompt",
+    "allowed_local_media_path", "allowed_media_domains", "nnodes", "node_rank", "master_addr", "master_port",
+    "distributed_timeout_seconds", "distributed_executor_backend",
+)  # fmt: skip
 BENCHED = tuple(name for name in ENGINE if name not in OF_A_SERVER)
 
 
@@ -100,7 +91,7 @@ COMMANDS = {
         "octavo.tools.plan.plan",
         "say what fits and how fast it could be, before a weight is read",
         "octavo plan Llama-3.1-405B --accelerator mi300x --num-accelerators 8",
-        (*LOADING, *SCHEME, *STEPS, *IMAGES),
+        (*LOADING, *SCHEME, *STEPS, *IMAGES, "pipeline_parallel_size"),
         "checkpoint directory, config.json, name of the hub, or one such as Llama-3.1-405B (default: the embedded demo model)",
     ),
     "compare": Command(

@@ -158,7 +158,8 @@ safetensors are read by several threads
 --prefix-caching-hash-algo =sha256 | blocks of the prefix cache are told apart by a cryptographic hash
 --code-revision = | no model's code is run
 --skip-tokenizer-init | the tokenizer is read anyway; prompts of token ids are served beside texts
---master-addr --master-port --data-parallel-rpc-port -dpp = | all engines run on one machine and find their ports themselves
+--data-parallel-rpc-port -dpp = | engines find their ports themselves
+--headless on | hosts behind the first (--node-rank) never serve HTTP
 --h11-max-incomplete-event-size --h11-max-header-count = | a request's head may have 64 KiB
 --show-hidden-metrics-for-version = | /metrics hides none
 --cp-kv-cache-interleave-size --dcp-kv-cache-interleave-size = | each rank has the whole context
@@ -184,9 +185,6 @@ _SO = """
 --interleave-mm-strings on | images always stand where the message has them
 --decode-context-parallel-size -dcp --prefill-context-parallel-size -pcp =1 | each rank has the whole context; split layers \
 with --tensor-parallel-size
---nnodes -n =1 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
---node-rank -r =0 | all devices are of one machine; use --tensor-parallel-size and --data-parallel-size there
---distributed-executor-backend =mp,uni,auto | ranks are processes of one machine; leave it out
 --data-parallel-backend -dpb =mp | engines are processes of one machine; leave it out
 --task =generate,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
 --runner =generate,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
@@ -223,10 +221,10 @@ there is no speculative decoding; leave it out
 servers; leave it out
 --data-parallel-rank -dpn --data-parallel-start-rank -dpr --data-parallel-size-local -dpl --data-parallel-address -dpa = | \
 all engines run on one machine; --data-parallel-size there starts them all
---data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb --headless | all engines run on \
+--data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb | all engines run on \
 one machine; --data-parallel-size there starts them all
 --data-parallel-supervisor-port --dp-supervisor-probe-interval-s --dp-supervisor-probe-timeout-s \
---dp-supervisor-probe-failure-threshold --distributed-timeout-seconds = | all engines run on one machine, and a rank that \
+--dp-supervisor-probe-failure-threshold = | all engines run on one machine, and a rank that \
 hangs ends its engine (--engine-timeout)
 --enable-elastic-ep | the number of ranks is that of the start
 --enable-return-routed-experts | answers do not say which experts computed them

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import pickle
+import socket
 import struct
 import weakref
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ _ALIGNED = 64  # bytes: where buffers begin
 
 
 def send(connections: Sequence[Connection], value: object) -> None:
-    """Sends `value` to each. Where the system gives no such memory (EMFILE, seccomp), all of it goes through the pipe.
+    """Sends `value` to each. Where the system gives no such memory (EMFILE, seccomp), all of it goes through the pipe, as it
+    does to another host.
 
     Raises OSError if a reader is gone.
     """
@@ -43,18 +45,22 @@ def send(connections: Sequence[Connection], value: object) -> None:
             buffers.append(raw)
         return raw.nbytes < SMALL
 
+    if not connections:
+        return
     data = pickle.dumps(value, 5, buffer_callback=goes_along)
-    file = None
+    file, whole = None, data
     if buffers:
         with suppress(OSError):
             file = _filled(buffers)
-        if file is None:
-            data = pickle.dumps(value, 5)
+        if file is None or not all(map(_is_local, connections)):
+            whole = pickle.dumps(value, 5)
     try:
         for connection in connections:
-            if file is not None:
-                connection.send_bytes(_MARK + struct.pack(f"={len(buffers)}Q", *(buffer.nbytes for buffer in buffers)))
-                send_handle(connection, file, None)
+            if file is None or not _is_local(connection):
+                connection.send_bytes(whole)
+                continue
+            connection.send_bytes(_MARK + struct.pack(f"={len(buffers)}Q", *(buffer.nbytes for buffer in buffers)))
+            send_handle(connection, file, None)
             connection.send_bytes(data)
     finally:
         if file is not None:
@@ -79,6 +85,12 @@ def receive(connection: Connection) -> Any:
         found.append(memory[at : at + size])
         at += _rounded(size)
     return pickle.loads(connection.recv_bytes(), buffers=found)
+
+
+def _is_local(connection: Connection) -> bool:
+    """Whether the other end is on this host, so that a descriptor can go with a message."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        return end.family == socket.AF_UNIX
 
 
 def _rounded(size: int) -> int:

@@ -131,8 +131,8 @@ def detect(device: str = "auto", rank: int = 0, ranks: int = 1) -> Platform:
         return _cpu()
     if ranks > (count := torch.cuda.device_count()):
         raise OctavoError(
-            f"--tensor-parallel-size times --data-parallel-size is {ranks}, and {count} accelerator(s) are seen here "
-            "(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); lower it."
+            f"{ranks} ranks are to run here (--tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size), and "
+            f"{count} accelerator(s) are seen (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES); use fewer."
         )
     props = torch.cuda.get_device_properties(rank)
     shared = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)  # some vendors need an opt-in

@@ -25,8 +25,9 @@ class RankProcesses:
         self.connections, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            own = [first for first, _ in links] if rank == 0 else [links[rank - 1][1]]
-            place = Place(rank, size, str(directory / "ranks"), own)
+            own = [first for first, _ in links] if rank == 0 else []
+            source = links[rank - 1][1] if rank else None
+            place = Place(rank, size, str(directory / "ranks"), own, source)
             process = context.Process(target=_answer, args=(theirs, place), daemon=True)
             process.start()
             theirs.close()

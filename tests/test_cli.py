@@ -172,6 +172,7 @@ def test_serve_lists_its_flags_in_groups() -> None:
         "model": ["--dtype {auto,bfloat16,float32}", "--hf-overrides JSON", "--load-format {auto,dummy}"],
         "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block,fp8_w8a16}", "--save-quantized DIR"],
         "memory and scheduling": ["--max-num-seqs N", "-tp, --tensor-parallel-size N", "(default: 256)"],
+        "several hosts": ["-n, --nnodes N", "-r, --node-rank N", "--master-addr ADDRESS"],
         "images and videos": ["--limit-mm-per-prompt JSON", "--language-model-only", "--allowed-media-domains HOST"],
         "parsers and templates": ["--chat-template FILE", "--tool-call-parser {hermes,", "--reasoning-parser {qwen3,"],
         "HTTP and security": ["--host ADDRESS", "--api-key KEY", "--allowed-origins"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed import FileStore
 from torch.multiprocessing.spawn import spawn
 
 from octavo.distributed import CPU, join, leave
@@ -16,16 +18,17 @@ def exchange(rank: int, directory: str) -> None:
     """One process's part. What it got is written to a file, for the test to read."""
     entered: list[int] = []
     try:
-        tp = join(rank, RANKS, f"{directory}/first", CPU, entering=lambda: entered.append(1))
+        first, second = (partial(FileStore, f"{directory}/{name}", RANKS) for name in ("first", "second"))
+        tp = join(rank, RANKS, first, "first", CPU, entering=lambda: entered.append(1))
         given = torch.tensor([[1.0 + rank, -2.0 * rank, 3.0]])
         found = {
             "sum": tp.all_reduce(given.clone()), "max": tp.max_reduce(given.clone()), "columns": tp.all_gather(given),
             "rows": tp.all_gather(given, 0), "strided": tp.all_gather(given.expand(2, 3).mT, 0),
         }  # fmt: skip
         assert len(entered) == len(found), "of those that wait, the one that has entered fewer is waited for"
-        again = join(rank, RANKS, f"{directory}/first", CPU)  # as an engine after another in this process does
+        again = join(rank, RANKS, first, "first", CPU)  # as an engine after another in this process does
         found["again"] = again.all_gather(given)
-        other = join(1 - rank, RANKS, f"{directory}/second", CPU)
+        other = join(1 - rank, RANKS, second, "second", CPU)
         found["other"] = other.all_gather(given)
         torch.save(found, f"{directory}/{rank}.pt")
     finally:

@@ -24,6 +24,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 # text, vision) reaches the engine by one listed lazy import alone.
 BELOW = {
     "__main__": {"cli"},
+    "ray_serve": {"flags", "command_words", "server"},
     "cli": {"flags", "command_words", "tools", "server"},
     "command_words": {"files"},
     "flags": {"checkpoint_values", "peer_flags", "hub"},
@@ -47,7 +48,8 @@ BELOW = {
     "pipes": set(),
     "distributed": set(),
     "host": set(),
-    "config": {"quantization_file", "option_types"},
+    "config": {"quantization_file", "option_types", "option_checks"},
+    "option_checks": {"option_values"},
     "option_types": set(),
     "quantization_file": {"option_values"},
     "option_values": set(),
@@ -75,7 +77,7 @@ RECURRING = {
 }
 API_SIDE = re.compile(
     r"octavo(\.cli|\.flags|\.config|\.files|\.images|\.option_values|\.peer_flags|\.command_words|\.checkpoint_values"
-    r"|\.quantization_file|\.option_types|\.host|\.messages|\.pipes|\.(text|vision|hub|frontend|server)(\..*)?)?"
+    r"|\.quantization_file|\.option_types|\.option_checks|\.host|\.messages|\.pipes|\.(text|vision|hub|frontend|server)(\..*)?)?"
 )
 
 

@@ -40,7 +40,7 @@ def test_a_device_is_asked_once(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(OctavoError, match=r"is 4, and 2 accelerator\(s\) are seen here"):
+    with pytest.raises(OctavoError, match=r"^4 ranks are to run here .*, and 2 accelerator\(s\) are seen"):
         detect("cuda", 1, 4)
     found = detect("cuda", 1, 2)
     assert found.device == torch.device("cuda", 1)

@@ -63,7 +63,8 @@ class EngineCore:
         self._make_scheduler()
         self.grammars = GrammarWork(GrammarCompiler(Path(config.text_directory), runner.limits.vocab_size), place)
         self.generations: dict[str, _Generation] = {}
-        self.depth = 1 if runner.platform.is_cpu else 2  # most steps in flight; on a CPU a second one would only waste work
+        # Most steps in flight: one a stage of a pipeline. Without one, a second would only waste work on a CPU.
+        self.depth = stages if (stages := runner.tp.stages.count) > 1 else 1 if runner.platform.is_cpu else 2
         self.in_flight: deque[_Step] = deque()  # launched and not yet read, oldest first
         self.next_seed = config.seed << 32  # requests without a seed count up from here, so that a run is reproducible
 
@@ -82,7 +83,7 @@ class EngineCore:
         room = 0 if runner.encoder is None else runner.encoder.capacity
         limits = self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len
         at_once = IMAGE_TOKENS if runner.encoder is None else runner.encoder.step_tokens
-        self.scheduler = Scheduler(pool, *limits, EncoderCache(room), at_once)
+        self.scheduler = Scheduler(pool, *limits, EncoderCache(room), at_once, runner.tp.stages.count)
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.limits.vocab_size,
@@ -171,7 +172,8 @@ class EngineCore:
         previous = self.in_flight[-1].result if self.in_flight else None
         if self.runner.encoder is not None:
             self.runner.encoder.run(schedule.images, schedule.evicted)
-        step = _Step(schedule, self.runner.run(schedule.items, rows, previous), any(row.synchronous for row in rows))
+        synchronous = self.runner.tp.stages.count == 1 and any(row.synchronous for row in rows)  # else the next has other rows
+        step = _Step(schedule, self.runner.run(schedule.items, rows, previous), synchronous)
         if schedule.items:
             self.in_flight.append(step)
         return step

@@ -55,7 +55,7 @@ def cache_room(config: EngineConfig, platform: Platform, working_bytes: int) -> 
     free, total = platform.memory()
     if platform.is_cpu:  # whose ranks share its memory
         room = config.cpu_kv_cache_gib * GIB if config.cpu_kv_cache_gib else min(CPU_DEFAULT_GIB * GIB, free / 2)
-        return room / config.num_devices
+        return room / config.devices_here
     return total * config.gpu_memory_utilization - (total - free) - working_bytes
 
 
@@ -152,7 +152,7 @@ def _asked_blocks(config: EngineConfig, fit: int, block_bytes: int) -> int:
 
 def _check_asked_bytes(config: EngineConfig, platform: Platform, asked: float, working_bytes: int) -> None:
     """Raises OctavoError for --kv-cache-memory-bytes where so much is not free."""
-    free = platform.memory()[0] / (config.num_devices if platform.is_cpu else 1) - working_bytes
+    free = platform.memory()[0] / (config.devices_here if platform.is_cpu else 1) - working_bytes
     if config.kv_cache_memory_bytes is not None and asked > free:
         raise OctavoError(
             f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is {gib(asked)}, and {gib(max(free, 0))} is free beside "
@@ -163,7 +163,7 @@ def _check_asked_bytes(config: EngineConfig, platform: Platform, asked: float, w
 def _check_cpu_cache(config: EngineConfig, platform: Platform, cache_bytes: int) -> None:
     """Raises OctavoError for --cpu-kv-cache-gib where the cache of so many bytes is more than the memory that is free."""
     free, _ = platform.memory()
-    cache_bytes *= config.num_devices  # whose parts are all in this memory
+    cache_bytes *= config.devices_here  # whose parts are all in this memory
     if platform.is_cpu and config.cpu_kv_cache_gib is not None and cache_bytes > free:
         raise OctavoError(
             f"--cpu-kv-cache-gib {config.cpu_kv_cache_gib:g} makes a KV cache of {gib(cache_bytes)}, and {gib(max(free, 0))} "

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.config import EngineConfig
-from octavo.distributed import TensorParallel, join
-from octavo.engine.place import Place, Pulse
+from octavo.distributed import TensorParallel
+from octavo.engine.place import Pulse
 from octavo.engine.prompt_logprobs import wants_prompt_logprobs
 from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
 from octavo.models.interface import Model, StageState
-from octavo.platform import Platform
 
-__all__ = ["Pipeline", "check_pipeline", "join_ranks"]
+__all__ = ["Pipeline", "check_pipeline"]
 
 
 def check_pipeline(model: Model, tp: TensorParallel, skipped: Sequence[str]) -> None:
@@ -42,21 +40,6 @@ def check_pipeline(model: Model, tp: TensorParallel, skipped: Sequence[str]) -> 
             "--kv-cache-dtype-skip-layers is not served with --pipeline-parallel-size, whose stages would differ in their "
             "caches; leave one of them out."
         )
-
-
-def join_ranks(config: EngineConfig, place: Place, platform: Platform) -> TensorParallel:
-    """This process among the ranks of its engine, of which as many as split a layer follow one another in a stage.
-
-    Waits for the others. Raises OctavoError for stages on an accelerator.
-    """
-    if (stages := config.pipeline_parallel_size) > 1 and not platform.is_cpu:
-        raise OctavoError(
-            f"--pipeline-parallel-size {stages} runs on CPUs alone (--device cpu); split the model over accelerators with "
-            "--tensor-parallel-size."
-        )
-    at, pulse = (place.rank, place.size, place.store, platform.device), place.pulse
-    tp = join(*at, config.enable_expert_parallel, pulse.exchange, stages, pulse.meet)
-    return replace(tp, whole_towers=config.mm_encoder_tp_mode == "data")
 
 
 class Pipeline:

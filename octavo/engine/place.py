@@ -58,27 +58,34 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Place:
-    """Rank `rank` of `size`. store: path of the file over which torch.distributed's processes find one another.
+    """Rank `rank` of `size`. store: path of the file over which torch.distributed's processes find one another on one host.
 
-    links: pipes; rank 0 has one to each other rank, in their order, the others one to rank 0. first_device: the number of
-    rank 0's accelerator. pulse: of this process.
+    links: to the ranks that this one hands messages on to: rank 0's are of its host and, over the network, the first of each
+    other host, whose own are the others there. source: from whom a rank over 0 has them. device: the number of this rank's
+    accelerator. address: of rank 0's host where there are several, and interface: the network interface between them. pulse: of
+    this process.
     """
 
     rank: int = 0
     size: int = 1
     store: str = ""
     links: Sequence[Connection] = ()
-    first_device: int = 0
+    source: Connection | None = None
+    device: int = 0
+    address: str = ""
+    interface: str = ""
     pulse: Pulse = field(default_factory=Pulse)
 
     def wait_for_all(self) -> None:
         """Rank 0 waits here until every other rank has come here. EOFError where one has ended."""
         self.pulse.meet()
-        for link in self.links:
-            if self.rank:
-                link.send_bytes(b"here")
-            else:
+        try:
+            for link in self.links:
                 link.recv_bytes()
+            if self.source is not None:
+                self.source.send_bytes(b"here")
+        except ConnectionError:
+            raise EOFError from None
 
     def share(self, value: T) -> T:
         """Rank 0's value on every rank; the others' is not looked at. Every rank calls it at the same place.
@@ -88,10 +95,10 @@ class Place:
         if self.size == 1:
             return value
         self.pulse.meet()
-        if self.rank:
-            return cast("T", pipes.receive(self.links[0]))
         try:
+            if self.source is not None:
+                value = cast("T", pipes.receive(self.source))
             pipes.send(self.links, value)
-        except BrokenPipeError:
+        except ConnectionError:  # a broken pipe; a host that is gone
             raise EOFError from None
         return value

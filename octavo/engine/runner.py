@@ -22,12 +22,13 @@ from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
+from octavo.engine.joining import join_ranks
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.load_summary import cache_line, describe, without_effect
 from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
 from octavo.engine.memory import plan_blocks
 from octavo.engine.model_step import ModelStep
-from octavo.engine.pipeline import Pipeline, join_ranks
+from octavo.engine.pipeline import Pipeline
 from octavo.engine.place import Place
 from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
 from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
@@ -57,9 +58,9 @@ class ModelRunner:
     """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.num_devices))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices_here))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device, place.first_device + place.rank, config.num_devices)
+        self.platform: Platform = detect(config.device, place.device, config.devices_here)
         self.tp = tp = join_ranks(config, place, self.platform)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
@@ -88,7 +89,7 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        if hasattr(self.model, "fuse"):
+        if hasattr(self.model, "fuse") and self.tp.stages.count == 1:  # fused layers begin with an embedding
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
         self._check_first_logits()
@@ -115,8 +116,8 @@ class ModelRunner:
         self.report.notes.extend(budget.notes)
         if self.max_model_len < budget.max_model_len:
             self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
-        eager = config.enforce_eager or (cpu and self.tp.engine.size > 1)  # a recording has no calls of gloo
-        self.captures = not eager and self.model.limits().eager is None
+        messages = self.tp.stages.count > 1 or (cpu and self.tp.engine.size > 1)  # no graph has stages', no recording gloo's
+        self.captures = not (config.enforce_eager or messages) and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
         self.model.bind_cache(self.cache.views)

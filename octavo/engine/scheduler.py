@@ -8,7 +8,8 @@ been scheduled in that step. A prefill is chunked only where the step's budget e
 in the middle of its prefill: decodes get the budget first, and the prefill the rest.
 
 A step may be scheduled while the one before it still runs. The token that the earlier step samples counts as `num_pending`: it
-gets a block and is computed, and its value passes from step to step on the device.
+gets a block and is computed, and its value passes from step to step on the device. In a pipeline it does not: there a step
+leaves out requests with a pending token, and takes a part of the others, so that each stage has a step of its own.
 
 The vision tower encodes an image before the step that computes its first tokens, at most `IMAGE_TOKENS` a step, so that images
 do not stall decoding. Where the tower or the cache of its outputs has no room, a prefill stops in front of the image, and with
@@ -38,17 +39,14 @@ class Scheduler:
 
     A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests. The pool should hold
     `max_model_len` tokens. A request that outgrows the pool fails alone. image_tokens: of the images that a step encodes.
+    stages: of a pipeline, each of which has a step with its own part of the running requests.
     """
 
     def __init__(
-        self,
-        pool: BlockPool,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        encoder_cache: EncoderCache | None = None,
-        image_tokens: int = IMAGE_TOKENS,
-    ):
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
+        encoder_cache: EncoderCache | None = None, image_tokens: int = IMAGE_TOKENS, stages: int = 1,
+    ):  # fmt: skip
+        self.stages = stages
         self.pool, self.encoder_cache, self.image_tokens = pool, encoder_cache or EncoderCache(0), image_tokens
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -125,12 +123,13 @@ class Scheduler:
         )
 
     def _continue_running(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
-        served = 0
-        while served < len(self.running) and schedule.budget:  # preemption removes requests from the end of the list
-            if self.running[served].complete or self.running[served].request_id in skipped:
+        served, most = 0, -(-len(self.running) // self.stages)
+        while served < len(self.running) and schedule.budget and len(schedule.items) < most:  # preemption shortens the list
+            request = self.running[served]
+            if request.complete or request.request_id in skipped or (self.stages > 1 and request.num_pending):
                 served += 1
-            elif self._grow(self.running[served], schedule):
-                self._compute(self.running[served], schedule)
+            elif self._grow(request, schedule):
+                self._compute(request, schedule)
                 served += 1
 
     def _missing_blocks(self) -> int:

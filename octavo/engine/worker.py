@@ -91,7 +91,7 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
         if place.size > 1 and make_core is None:
             del core
             _leave()
-    except BrokenPipeError:
+    except ConnectionError:
         return  # the parent is gone, so nobody can be notified
     except EOFError:
         sys.exit(1)  # another rank is gone, which the parent sees
@@ -148,7 +148,7 @@ def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) 
     try:
         core = make_core(config, progress, place)
         place.wait_for_all()
-    except (BrokenPipeError, EOFError):
+    except (ConnectionError, EOFError):
         raise
     except Exception as error:
         if place.size > 1 and not isinstance(error, OctavoError):

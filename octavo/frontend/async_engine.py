@@ -16,7 +16,9 @@ from octavo.frontend.engine_pipe import EnginePipe
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.engine_stream import End, EngineStream
+from octavo.frontend.gathering import gathered
 from octavo.frontend.image_support import ImageSupport, image_support
+from octavo.frontend.nodes import Nodes
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.frontend.requests import engine_requests
 from octavo.frontend.text_sources import generation_of
@@ -42,8 +44,9 @@ class AsyncEngine:
     images: ImageSupport
 
     def __init__(
-        self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None, replica: int = 0
-    ):
+        self, config: EngineConfig, make_core: MakeCore | None = None, on_progress: Progress | None = None, replica: int = 0,
+        nodes: Nodes | None = None,
+    ):  # fmt: skip
         """Starts the processes without waiting for them. Use `start` to get an engine that is ready."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
@@ -56,23 +59,19 @@ class AsyncEngine:
         self._waiting_since: float | None = None  # loop time since which an answer is due; None while the engine is idle
         self.admission = Admission()
         self._answers: deque[asyncio.Future[None]] = deque()  # of the controls that were sent, in their order
-        self._processes = EngineProcesses(config, make_core, replica=replica)
+        self._processes = EngineProcesses(config, make_core, replica=replica, nodes=nodes)
         self._pipe = EnginePipe(self._processes, self._receive)
 
     @classmethod
     async def start(
-        cls,
-        config: EngineConfig,
-        on_progress: Progress | None = None,
-        make_core: MakeCore | None = None,
-        replica: int = 0,
+        cls, config: EngineConfig, on_progress: Progress | None = None, make_core: MakeCore | None = None, replica: int = 0
     ) -> AsyncEngine:
         """A ready engine, number `replica` of the configuration's. `on_progress(stage, fraction)` is called while loading.
 
         Raises OctavoError if loading fails.
         """
         check_directory(Path(config.model))  # reports a wrong path at once, where the process would take seconds
-        engine = cls(config, make_core, on_progress, replica)
+        engine = cls(config, make_core, on_progress, replica, await gathered(config))
         try:
             generation = generation_of(config)
             engine.tokenizer = await asyncio.to_thread(load_tokenizer, config.text_directory, generation)
@@ -277,6 +276,7 @@ class AsyncEngine:
         if self._dead is None:
             self._death.set_result(sentence)
             self._fail_all(sentence)
+            self._processes.tell_nodes(sentence)
 
     def _fail_all(self, sentence: str) -> None:
         """Fails everything that waits for the engine, and tells the listeners that nothing runs."""

@@ -14,7 +14,7 @@ __all__ = ["EnginePipe"]
 
 
 class EnginePipe:
-    """One thread writes, and one for each rank reads and hands each message to the loop as a whole.
+    """One thread writes, and one for each connection reads and hands each message to the loop as a whole.
 
     receive: is called in the event loop with each message; with ("dead", sentence) once a process is gone.
     """
@@ -24,8 +24,8 @@ class EnginePipe:
         self._processes, self._received = processes, receive
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         threading.Thread(target=self._write, name="octavo-write", daemon=True).start()
-        for rank in range(len(processes.connections)):
-            threading.Thread(target=self._read, args=(rank,), name="octavo-read", daemon=True).start()
+        for n in range(len(processes.connections)):
+            threading.Thread(target=self._read, args=(n,), name="octavo-read", daemon=True).start()
 
     def send(self, message: Message) -> None:
         self._outbox.put(message)
@@ -44,10 +44,10 @@ class EnginePipe:
         except Exception as error:
             self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
 
-    def _read(self, rank: int) -> None:
+    def _read(self, n: int) -> None:
         try:
             while True:
-                self._loop.call_soon_threadsafe(self._received, self._processes.receive(rank))
+                self._loop.call_soon_threadsafe(self._received, self._processes.receive(n))
         except (EOFError, OSError):
             sentence = self._processes.how_it_ended()
         except RuntimeError:

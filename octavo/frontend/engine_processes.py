@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from octavo import pipes
 from octavo.config import EngineConfig
 from octavo.frontend.engine_start import worker
+from octavo.frontend.nodes import Nodes
+from octavo.frontend.seat import Seat
 from octavo.messages import Message
 
 if TYPE_CHECKING:
@@ -34,41 +36,70 @@ EXIT_SECONDS = 5.0  # for which a process that was asked to end may take before 
 ANSWER_SECONDS = 3.0  # for which a rank may take to answer that it is there
 STILL_SECONDS = 1.0  # for which ranks must stand still before one is said to hang
 LAST_WORDS = 0.5  # seconds for which the others may go on after one has ended, to send what it did
+ELSEWHERE = 1.0  # seconds for another host to say that it is the reason why a rank here has ended
 
 
 class EngineProcesses:
-    """Started engine processes. `connections`: to each rank; rank 0 answers messages, the others send errors alone.
+    """Started engine processes. `connections`: to each rank here; rank 0 answers messages, the others send errors alone.
 
     leads: rank 0 is in this process, at `place`, and the processes are those of the other ranks. replica: the engine's number
-    among those of --data-parallel-size, each of which has the devices behind those of the one before.
+    among those of --data-parallel-size, each of which has the devices behind those of the one before. nodes: the engine's other
+    hosts, if this is the API process; the last connection is then their alarm. seat: which ranks are here; default: nodes',
+    or all.
     """
 
-    def __init__(self, config: EngineConfig, make_core: MakeCore | None = None, *, leads: bool = False, replica: int = 0):
-        size = config.num_ranks
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_core: MakeCore | None = None,
+        *,
+        leads: bool = False,
+        replica: int = 0,
+        nodes: Nodes | None = None,
+        seat: Seat | None = None,
+    ):
+        seat = seat or (nodes.seat if nodes is not None else None) or Seat(0, config.num_ranks, config.num_ranks)
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self._directory = tempfile.mkdtemp(prefix="octavo-") if size > 1 else None
+        self._seat, self._nodes = seat, nodes
+        alone = seat.count < 2 or bool(seat.address)  # ranks meet over the network, or there is one
+        self._directory = None if alone else tempfile.mkdtemp(prefix="octavo-")
         store = str(Path(self._directory) / "ranks") if self._directory else ""
-        links = [context.Pipe() for _ in range(1, size)]
+        links = [context.Pipe() for _ in range(1, seat.count)]
+        down = [*(first for first, _ in links), *seat.links]
         theirs: list[Connection] = []
         self.connections: list[Connection] = []
-        self._processes = []
-        self._reaping, self._sending = threading.Lock(), [threading.Lock() for _ in range(size)]
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._reaping = threading.Lock()
         self._answers: dict[int, tuple[int, int, int]] = {}  # rank -> how far it said that it has come
         self.killed = False
         self._ended: tuple[int, int | None] | None = None  # the first rank that ended, and its exit code
         Place, run_engine = worker().Place, worker().run_engine
-        self.place = Place(0, size, store, [first for first, _ in links], replica * size)
+
+        def place(n: int) -> Any:
+            up = seat.source if n == 0 else links[n - 1][1]
+            at = seat.first + n, seat.size, store, down if n == 0 else (), up
+            return Place(*at, device=replica * seat.size + n, address=seat.address, interface=seat.interface)
+
+        self.place = place(0) if seat.count else Place()
+        self._first = seat.first  # the rank of the first connection
+        if seat.api is not None:
+            if seat.count:
+                self._first += 1
+            else:  # all ranks are elsewhere
+                self.connections.append(seat.api)
         try:
             with _without_main():
-                for rank in range(int(leads), size):
-                    mine, child_end = context.Pipe()
-                    self.connections.append(mine)
-                    theirs.append(child_end)
-                    own = [first for first, _ in links] if rank == 0 else [links[rank - 1][1]]
+                for n in range(int(leads), seat.count):
+                    if n == 0 and seat.api is not None:
+                        child_end = seat.api
+                    else:
+                        mine, child_end = context.Pipe()
+                        self.connections.append(mine)
+                        theirs.append(child_end)
                     process = context.Process(
                         target=run_engine,
-                        args=(config, child_end, make_core, Place(rank, size, store, own, replica * size)),
-                        name=f"octavo-rank-{rank}" if size > 1 else "octavo-engine",
+                        args=(config, child_end, make_core, place(n)),
+                        name=f"octavo-rank-{seat.first + n}" if seat.size > 1 else "octavo-engine",
                     )
                     self._processes.append(process)
                     process.start()
@@ -76,24 +107,38 @@ class EngineProcesses:
             self.kill()
             raise
         finally:
-            held = [] if leads else [first for first, _ in links]
+            held = [] if leads else [*(first for first, _ in links), *(seat.over_network if seat.count else ())]
             for end in (*theirs, *held, *(second for _, second in links)):
                 end.close()  # otherwise the end of a process would never be noticed
+        self._sending = [threading.Lock() for _ in self.connections]
+        self._asked = len(self.connections)
+        if nodes is not None:
+            self.connections.append(nodes.alarm)
         atexit.register(self.kill)  # multiprocessing's own exit hook would wait for the processes
-        if size > 1 and not leads:
+        if len(self._processes) > 1 and not leads:
             threading.Thread(target=self._watch, name="octavo-watch", daemon=True).start()
 
-    def send(self, message: Message, rank: int = 0) -> None:
-        """Raises OSError if the process is gone."""
-        with self._sending[rank]:
-            pipes.send([self.connections[rank]], message)
+    def send(self, message: Message, n: int = 0) -> None:
+        """Over connection `n`. Raises OSError if the process is gone."""
+        with self._sending[n]:
+            pipes.send([self.connections[n]], message)
 
-    def receive(self, rank: int) -> Message:
-        """The next message of a rank; one thread asks for each. Raises EOFError or OSError when the process is gone."""
-        message: Message = self.connections[rank].recv()
+    def receive(self, n: int) -> Message:
+        """The next message of connection `n`; one thread asks for each. Raises EOFError or OSError when the process is gone."""
+        message: Message = self.connections[n].recv()
         if message[0] == "pong":
-            self._answers[rank] = message[1:]
+            self._answers[self._first + n] = message[1:]
         return message
+
+    def tell_nodes(self, sentence: str) -> None:
+        """Tells the other hosts that the engine is dead, and why."""
+        if self._nodes is not None:
+            self._nodes.end(sentence)
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the first rank that has ended was asked to."""
+        return self._ended is not None and self._ended[1] == 0
 
     def hanging(self) -> str | None:
         """A sentence that names the ranks that hang: those that do not answer, else those that the others wait for while none
@@ -101,35 +146,37 @@ class EngineProcesses:
 
         Every rank that answers prints where it is to standard error, one after another.
         """
-        ranks, seen = range(len(self.connections)), self._ask(True)
+        ranks, seen = range(self._seat.size), self.ask(True)
         if silent := [rank for rank in ranks if rank not in seen]:
             return _hang(len(ranks), silent, "no answer")
         time.sleep(STILL_SECONDS)
         steps, turns, exchanges = least = min(seen.values())  # it waits for nobody: all others have come to where it is
-        if least == max(seen.values()) or self._ask(False) != seen:
+        if least == max(seen.values()) or self.ask(False) != seen:
             return None
         behind = [rank for rank in ranks if seen[rank] == least]
         where = f"in step {steps}, behind exchange {exchanges} of turn {turns}"
         return _hang(len(ranks), behind, f"{where}; the others wait in the next")
 
-    def _ask(self, prints: bool) -> dict[int, tuple[int, int, int]]:
+    def ask(self, prints: bool) -> dict[int, tuple[int, int, int]]:
         """What each rank answers within ANSWER_SECONDS: the steps, turns and exchanges that it has begun."""
         self._answers.clear()
-        for rank in range(len(self.connections)):  # a message to one that hangs may block its pipe for ever
-            threading.Thread(target=self._ping, args=(rank, prints), name="octavo-ping", daemon=True).start()
+        for n in range(self._asked):  # a message to one that hangs may block its pipe for ever
+            threading.Thread(target=self._ping, args=(n, prints), name="octavo-ping", daemon=True).start()
             deadline = time.monotonic() + ANSWER_SECONDS
-            while rank not in self._answers and time.monotonic() < deadline:
+            while self._first + n not in self._answers and time.monotonic() < deadline:
                 time.sleep(0.02)
-        return dict(self._answers)
+        others = self._nodes.ask(prints) if self._nodes is not None else {}
+        return dict(self._answers) | others
 
-    def _ping(self, rank: int, prints: bool) -> None:
+    def _ping(self, n: int, prints: bool) -> None:
         with suppress(OSError):
-            self.send(("ping", prints), rank)
+            self.send(("ping", prints), n)
 
     def kill(self) -> None:
         """Ends every process at once."""
         self.killed = True
         atexit.unregister(self.kill)
+        self.tell_nodes("")
         with self._reaping:
             for process in self._processes:
                 with suppress(ValueError, AttributeError):  # one that was never started
@@ -153,13 +200,15 @@ class EngineProcesses:
                 return str(cast("Connection", connection).recv()[1])
         return self.how_it_ended()
 
-    def how_it_ended(self) -> str:
-        """Why the engine is gone, in a sentence, once a process has ended."""
+    def how_it_ended(self, seconds: float | None = EXIT_SECONDS) -> str:
+        """Why the engine is gone, in a sentence, once a process has ended, for which this waits so long."""
         if self._ended is None:
-            wait([process.sentinel for process in self._processes], EXIT_SECONDS)
+            wait([process.sentinel for process in self._processes], seconds)
             self._note_first()
-        rank, code = self._ended or (0, None)
-        who = "The engine process" if len(self._processes) == 1 else f"Rank {rank} of the engine"
+        n, code = self._ended or (0, None)
+        if self._seat.size > self._seat.count and (code is None or code >= 0):
+            time.sleep(ELSEWHERE)
+        who = "The engine process" if self._seat.size == 1 else f"Rank {self._seat.first + n} of the engine"
         if code == -signal.SIGKILL:
             return f"{who} was killed; the machine may have run out of memory."
         if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
@@ -168,7 +217,7 @@ class EngineProcesses:
         return f"{who} ended unexpectedly (exit code {code})."
 
     def _note_first(self) -> None:
-        """Notes which rank has ended, before others are ended for it."""
+        """Notes which process has ended, before others are ended for it."""
         if self._ended is None:
             ended = [n for n, process in enumerate(self._processes) if wait([process.sentinel], 0)]
             if ended:

@@ -75,7 +75,9 @@ class LLM:
         rules = FetchRules.of_options(self.config.allowed_local_media_path, self.config.allowed_media_domains or None)
         if self.config.data_parallel_size > 1:
             raise OctavoError("data_parallel_size is for a server; make an LLM in each of several processes, or octavo serve.")
-        if self.config.num_ranks > 1:
+        if self.config.node_rank:
+            raise OctavoError(f"node_rank={self.config.node_rank} is for octavo serve, which computes there for this LLM.")
+        if self.config.num_ranks > 1 or self.config.distributed_executor_backend == "ray":
             self._core: Any = RemoteCore(self.config)
         else:
             self._core = worker().engine_core(self.config, lambda stage, fraction: None)

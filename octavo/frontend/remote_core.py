@@ -10,6 +10,7 @@ from typing import Any, cast
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.engine_processes import EngineProcesses
+from octavo.frontend.gathering import nodes_of
 from octavo.messages import KV_CACHE, WEIGHTS, EngineInfo, EngineRequest, EngineStats, Message, TokenOutput
 
 __all__ = ["RemoteCore"]
@@ -22,7 +23,9 @@ class RemoteCore:
     """The methods of an EngineCore over processes of their own, one a rank. Raises OctavoError when the engine dies."""
 
     def __init__(self, config: EngineConfig):
-        self._processes = EngineProcesses(config)
+        if (nodes := nodes_of(config)) is not None:
+            nodes.gather()
+        self._processes = EngineProcesses(config, nodes=nodes)
         self._running: set[str] = set()
         self._dead: str | None = None  # why the engine is gone
         self.info: EngineInfo = cast("EngineInfo", self._until("ready")[1])
@@ -86,6 +89,7 @@ class RemoteCore:
         """The engine has ended, and with it every request."""
         self._dead = sentence
         self._running.clear()
+        self._processes.tell_nodes(sentence)
         self._processes.kill()
         return OctavoError(sentence)
 

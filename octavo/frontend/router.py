@@ -25,7 +25,7 @@ from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineStats, Progress, SamplingParams
 
-__all__ = ["Engine", "Replicas", "start_engine"]
+__all__ = ["MORE", "Engine", "Prefixes", "Replicas", "start_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ MakeCore = Any
 Listener = Callable[[EngineStats, int], None]
 
 
-class _Prefixes:
+class Prefixes:
     """The prompts that an engine has seen, in chunks, the most recent ones."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Replicas:
         self.config, self._make_core = config, make_core
         self.engines: list[AsyncEngine | None] = list(engines)  # None: dead, and being started again
         self._load = [0] * len(engines)  # running sequences
-        self._prefixes = [_Prefixes() for _ in engines]
+        self._prefixes = [Prefixes() for _ in engines]
         self._listeners: list[Listener] = []
         self.prepare: Callable[[AsyncEngine], Awaitable[None]] | None = None  # of an engine that was started again
         self._given_up = 0  # engines that are not started any more
@@ -150,7 +150,7 @@ class Replicas:
 
     def forget_prefixes(self) -> None:
         """The engines' prefix caches were emptied."""
-        self._prefixes = [_Prefixes() for _ in self.engines]
+        self._prefixes = [Prefixes() for _ in self.engines]
 
     @property
     def healthy(self) -> bool:
@@ -232,7 +232,7 @@ class Replicas:
             if (engine := self.engines[number]) is not None:
                 began = time.monotonic()
                 sentence = await engine.death()
-                self.engines[number], self._prefixes[number] = None, _Prefixes()
+                self.engines[number], self._prefixes[number] = None, Prefixes()
                 logger.error("engine %d: %s The others go on.", number, sentence)
                 await engine.shutdown()
                 waits = list(WAITS) if time.monotonic() - began > LIVED else waits

@@ -17,6 +17,7 @@ from octavo.errors import OctavoError
 from octavo.files import check_directory, read_text
 from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
+from octavo.frontend.node import run_node
 from octavo.frontend.text_sources import check_named, check_text
 from octavo.server.console import greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
@@ -29,11 +30,13 @@ from octavo.text.chat_messages import check_content_format
 from octavo.text.checkpoint_text import check_templates, no_tokenizer, stand_in_note
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from octavo.frontend.router import Engine
     from octavo.server.admin import Allowed
     from octavo.server.serving import Served
 
-__all__ = ["DEMO_NAME", "add_arguments", "loop_factory", "run"]
+__all__ = ["DEMO_NAME", "add_arguments", "api_keys", "loop_factory", "prepared", "read_template", "run"]
 
 DEMO_NAME = "octavo-demo"
 KNOWN_VARIABLES = ("VLLM_API_KEY", DEV_MODE)  # ignoring the first one would open a server that its owner believes closed
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     template, keys = read_template(args.chat_template), api_keys(args.api_key)
     tls, _ = tls_settings(args), cross_origin(args)
     check_named(config)
+    if config.node_rank:
+        return run_node(config)
     listener = bind(args.host, args.port) if args.uds is None else bind_unix(args.uds)
     try:
         return _run(args, config, listener, keys, template, tls, started)
@@ -176,31 +181,9 @@ async def _serve(
 ) -> None:
     import uvicorn
 
-    from octavo.server.app import make_app
-    from octavo.server.chat_images import ChatImages, image_note
     from octavo.server.connections import protocol_class
 
-    served = make_served(
-        engine,
-        args.served_model_name or [args.model or DEMO_NAME],
-        template,
-        args.tool_call_parser,
-        args.reasoning_parser,
-        config,
-    )
-    allowed, writing = operate(args, config, served)
-    served.engine_timeout = args.engine_timeout
-    served.gate.body_seconds = args.client_timeout or None
-    served.gate.body_bytes = args.max_request_bytes
-    served.content_format = args.chat_template_content_format
-    served.images = ChatImages.of(config, engine.info, engine.images, engine.tokenizer)
-    if (note := image_note(config, engine.images)) is not None:
-        say(f"octavo: {note}")
-    for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
-        if note is not None:
-            say(f"octavo: {note}")
-    served.template_kwargs = args.default_chat_template_kwargs or {}
-    app = make_app(served, keys, cross_origin(args), args.root_path, allowed, described=not args.disable_fastapi_docs)
+    app, served, writing = await prepared(args, config, engine, keys, template)
     settings = uvicorn.Config(
         app,
         http=protocol_class(args.client_timeout),
@@ -225,6 +208,37 @@ async def _serve(
         served.side.close()
         served.images.side.close()
         await asyncio.gather(greeting, return_exceptions=True)
+
+
+async def prepared(
+    args: argparse.Namespace, config: EngineConfig, engine: Engine, keys: Sequence[str], template: str | None
+) -> tuple[Starlette, Served, asyncio.Task[None] | None]:
+    """The HTTP application over a ready engine, what it serves, and the task that writes lines of throughput."""
+    from octavo.server.app import make_app
+    from octavo.server.chat_images import ChatImages, image_note
+
+    served = make_served(
+        engine,
+        args.served_model_name or [args.model or DEMO_NAME],
+        template,
+        args.tool_call_parser,
+        args.reasoning_parser,
+        config,
+    )
+    allowed, writing = operate(args, config, served)
+    served.engine_timeout = args.engine_timeout
+    served.gate.body_seconds = args.client_timeout or None
+    served.gate.body_bytes = args.max_request_bytes
+    served.content_format = args.chat_template_content_format
+    served.images = ChatImages.of(config, engine.info, engine.images, engine.tokenizer)
+    if (note := image_note(config, engine.images)) is not None:
+        say(f"octavo: {note}")
+    for note in (stand_in_note(served.template_for(tools=True) if engine.tokenizer else None), await served.tools_note()):
+        if note is not None:
+            say(f"octavo: {note}")
+    served.template_kwargs = args.default_chat_template_kwargs or {}
+    described = not args.disable_fastapi_docs
+    return make_app(served, keys, cross_origin(args), args.root_path, allowed, described=described), served, writing
 
 
 def operate(args: argparse.Namespace, config: EngineConfig, served: Served) -> tuple[Allowed, asyncio.Task[None] | None]:

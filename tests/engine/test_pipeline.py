@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -10,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.test_core import ENGINE
+from engine.test_core import ENGINE, request
 from engine.test_ranks import answers, asked, checkpoint, lives, structured
 from models.test_logits import llama, randomize
 from rank_processes import RankProcesses
 from ranks import storage_bytes
 from safetensors.torch import load_file
 
+from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
+from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.place import Place, Pulse
+from octavo.engine.scheduler import Scheduler
 from octavo.errors import OctavoError
+from octavo.frontend.router import Replicas
 
 Run = Callable[..., list[Any]]
 SPLITS = ((1, 2), (2, 2))  # ranks a stage, stages
@@ -135,3 +143,56 @@ def refused(place: Place, path: str, options: dict[str, Any]) -> str:
     with pytest.raises(OctavoError) as error:
         EngineCore(EngineConfig(**dict(model=path) | ENGINE | options), None, place)
     return str(error.value)
+
+
+def test_each_stage_has_a_step_of_its_own() -> None:
+    """Two of six requests for each of three stages; one whose token is not back is left out, and a prompt's chunks follow."""
+    scheduler = Scheduler(BlockPool(64, 4, False), 8, 12, 64, stages=3)
+    for n in range(6):
+        scheduler.add(request(str(n), [5, 6], max_tokens=9))
+    first = scheduler.schedule()
+    assert len(first.items) == 6  # all prompts fit into one step
+    assert scheduler.schedule().items == []
+    scheduler.update(first, [7] * 6)
+    flying = deque(scheduler.schedule() for _ in range(3))
+    for _ in range(6):
+        taken = [{item.request.request_id for item in step.items} for step in flying]
+        assert [len(ids) for ids in taken] == [2, 2, 2]
+        assert len(set().union(*taken)) == 6
+        scheduler.update(flying.popleft(), [7, 7])
+        flying.append(scheduler.schedule())
+    scheduler.add(request("long", list(range(5, 35)), max_tokens=9))
+    chunks = [next(item for item in scheduler.schedule().items if item.request.request_id == "long") for _ in range(3)]
+    assert [(item.start, item.num_tokens, item.samples) for item in chunks] == [(0, 12, False), (12, 12, False), (24, 6, True)]
+
+
+def test_llm_and_replicas_of_stages(tmp_path: Path) -> None:
+    """LLM says what one rank says. Of two engines of two stages each, one goes on when a stage of the other is killed."""
+    path = checkpoint("llama", tmp_path)
+    params, options = SamplingParams(temperature=0, max_tokens=9), dict(device="cpu", threads=1, dtype="float32")
+    prompts = [[5 + n, 6, 7, 8] for n in range(6)]
+    found = [
+        [out.outputs[0].token_ids for out in LLM(path, **options, pipeline_parallel_size=pp).generate(prompts, params, False)]
+        for pp in (1, 2)
+    ]
+    assert found[0] == found[1]
+
+    async def main() -> None:
+        config = EngineConfig(model=path, **options, pipeline_parallel_size=2, data_parallel_size=2)  # type: ignore[arg-type]
+        engines = await Replicas.start(config)
+
+        async def tokens(number: int, name: str) -> list[int]:
+            deltas = engines.generate(prompts[0], params, name, number=number)
+            return [token async for delta in deltas for token in delta.token_ids]
+
+        try:
+            assert await asyncio.gather(tokens(0, "a"), tokens(1, "b")) == [list(found[0][0])] * 2
+            first = engines.engines[0]
+            assert first is not None
+            os.kill(first._processes._processes[1].pid or 0, signal.SIGKILL)
+            assert (await asyncio.wait_for(first.death(), 20)).startswith("Rank 1 of the engine was killed")
+            assert await tokens(1, "c") == list(found[0][0])
+        finally:
+            await engines.shutdown()
+
+    asyncio.run(main())

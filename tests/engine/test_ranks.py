@@ -109,7 +109,7 @@ def answers(place: Place, path: str, wanted: list[EngineRequest], options: dict[
         assert sums.prefix_cache_hits > 50
         assert token_ids(again) == found
         room = EncoderCache(0 if core.runner.encoder is None else core.runner.encoder.capacity)
-        core.scheduler = Scheduler(BlockPool(26, 4, True), 256, 23, LENGTH, room)
+        core.scheduler = Scheduler(BlockPool(26, 4, True), 256, 23, LENGTH, room, stages=core.runner.tp.stages.count)
         parts, sums = run(core, wanted, apart=1)
         assert sums.num_preemptions
         assert token_ids(parts) == found

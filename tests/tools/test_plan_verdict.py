@@ -91,6 +91,7 @@ def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
         "cpu_kv_cache_gib": (of_a_cpu, ["0.25"]),
         "tensor_parallel_size": (base, ["2"]),
         "enable_expert_parallel": (["Qwen3-30B-A3B", "--accelerator", "h200", "--num-accelerators", "2", "-tp", "2"], []),
+        "pipeline_parallel_size": (["Llama-3.1-8B", "--accelerator", "h200", "--num-accelerators", "2", "-tp", "1"], ["2"]),
         "block_size": (base, ["48"]),
         "max_num_seqs": (base, ["7"]),
         "max_num_batched_tokens": (base, ["77"]),

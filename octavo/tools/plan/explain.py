@@ -109,10 +109,14 @@ def refusals(plan: Plan) -> list[str]:
     out += problems[:3] + problems[3:][-1:]  # the first few say enough; the last is of tensors that nothing reads
     out += [text for text in subject.walk(asked.variant, 1).problems if text not in problems][:1]
     out.append(refusal(lambda: check_length(q.config.max_model_len, subject.longest)))
-    if q.tp > q.number:
-        there = f"there are {q.number}" if q.number > 1 else "there is one"
-        out.append(f"--tensor-parallel-size {q.tp} needs {q.tp} accelerators, and {there}.")
-    out.append(refusal(lambda: subject.walk(asked.variant, q.tp)))
+    if q.tp * q.pp > q.all:
+        there = f"there are {q.all}" if q.all > 1 else "there is one"
+        stages = f" times --pipeline-parallel-size {q.pp}" if q.pp > 1 else ""
+        out.append(f"--tensor-parallel-size {q.tp}{stages} needs {q.tp * q.pp} accelerators, and {there}.")
+    for number in sorted({0, q.pp - 1}):
+        if said := refusal(lambda number=number: subject.walk(asked.variant, q.tp, (number, q.pp))):  # type: ignore[misc]
+            out.append(said)
+            break
     if asked.fit is not None and not asked.fit.max_model_len:
         out += asked.fit.said
     return [sentence for sentence in out if sentence]
@@ -121,9 +125,10 @@ def refusals(plan: Plan) -> list[str]:
 def verdict(plan: Plan, refused: Sequence[str]) -> str:
     """Whether the asked variant fits, whether Octavo would start it, and what to do where it does not fit."""
     q, asked = plan.question, plan.asked
-    where = f"{q.tp} of {q.number} x {q.on.name}" if q.tp < q.number else f"{q.tp} x {q.on.name}"
+    used, split = q.tp * q.pp, f", split {q.tp} x {q.pp}" if q.pp > 1 else ""
+    where = f"{used} of {q.all} x {q.on.name}{split}" if used < q.all else f"{used} x {q.on.name}{split}"
     if (fit := asked.fit) is None:
-        return f"It does not split over {q.tp} accelerators."
+        return f"It does not split over {used} accelerators."
     if fit.max_model_len:
         lowered = "" if fit.max_model_len >= q.model_len else f", with a context lowered from {q.model_len:,} tokens"
         many = f"{fit.tokens / fit.max_model_len:,.1f} requests of {fit.max_model_len:,} tokens at a time{lowered}"
@@ -179,8 +184,10 @@ def notes(plan: Plan) -> list[str]:
         out += [f"{note}." for note in f.said]
     if f and f.cache < f.room - f.room // 10 and f.requests > q.config.max_num_seqs:
         out.append(f"The cache would take {gb(f.cache)} of its room: what --max-num-seqs {q.config.max_num_seqs} can use.")
-    if (spare := q.number // q.tp) > 1:
-        out.append(f"{spare} such servers fit on {q.number} accelerators side by side; numbers are of one.")
+    if (spare := q.all // (q.tp * q.pp)) > 1:
+        out.append(f"{spare} such servers fit on {q.all} accelerators side by side; numbers are of one.")
+    if q.pp > 1 and not q.on.is_cpu:
+        out.append("Pipeline stages were not run on accelerators yet, and replay no graphs there: this is what they could do.")
     return out
 
 
@@ -196,6 +203,9 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
     place = q.subject.source.on_hub or (name if os.path.exists(name) else f"path/to/{name}")  # a known name tells no place
     words = ["octavo", "serve", *([] if name == str(MODEL_DIR) else [place]), *_options(variant)]
     words += ["--tensor-parallel-size", str(q.tp)] if q.tp > 1 else []
+    words += ["--pipeline-parallel-size", str(q.pp)] if q.pp > 1 else []
+    if (hosts := -(-q.tp * q.pp // q.number)) > 1:
+        words += ["--nnodes", str(hosts), "--node-rank", "0", "--master-addr", "HOST_0"]
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from octavo.config import EngineConfig, config_fields
@@ -16,13 +16,14 @@ from octavo.tools.plan.accelerators import ACCELERATORS, choose
 from octavo.tools.plan.explain import asked_variant, command, groups, notes, refusals, verdict
 from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
+from octavo.tools.plan.splits import Split, smallest_split, splits
 from octavo.tools.plan.subject import Subject, Variant
 from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
 from octavo.tools.rich_tables import console, gb, table
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
-SAID_ELSEWHERE = ("model", "quantization", "kv_cache_dtype", "tensor_parallel_size", "device")
+SAID_ELSEWHERE = ("model", "quantization", "kv_cache_dtype", "tensor_parallel_size", "pipeline_parallel_size", "device")
 WIDTH = 100  # columns that the tables are made for
 
 
@@ -31,7 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument("--accelerator", metavar=f"{{{','.join(ACCELERATORS)},cpu}}", help="default: what is in this machine")
     group.add_argument(
-        "--num-accelerators", type=int, metavar="N", help="how many there are (default: 1, or what is in this machine)"
+        "--num-accelerators", type=int, metavar="N", help="how many a host has (default: 1, or what is in this machine)"
+    )
+    group.add_argument("--num-hosts", type=int, default=1, metavar="N", help="hosts, alike (default: %(default)s)")
+    group.add_argument(
+        "--host-link",
+        type=float,
+        default=50.0,
+        metavar="GB/S",
+        help="what an accelerator sends to one of another host, one direction (default: %(default)s, a 400 Gb/s card for each)",
     )
     group.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (default: %(default)s)"
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
 
 def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[str]) -> Plan:
     """The plan for the command line's words. Raises OctavoError for what cannot be planned at all."""
-    for name in ("num_accelerators", "context", "requests"):
+    for name in ("num_accelerators", "num_hosts", "host_link", "context", "requests"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
     source = find_source(
@@ -69,8 +78,11 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     number = args.num_accelerators or there
     subject = Subject(source, config, on, CONTEXT_BYTES)
     variant = asked_variant(subject, given)
-    tp = args.tensor_parallel_size or _ranks(subject, variant, number)
-    return build(Question(subject, number, tp, args.context, args.requests), variant)
+    stages = args.pipeline_parallel_size
+    tp = args.tensor_parallel_size or _ranks(subject, variant, max(1, number * args.num_hosts // (stages or args.num_hosts)))
+    q = Question(subject, number, tp, args.context, args.requests, 1, args.num_hosts, args.host_link * 1e9)
+    pp = stages or (smallest_split(q, variant, tp) if args.num_hosts > 1 else 1)
+    return build(replace(q, pp=pp), variant)
 
 
 def _ranks(subject: Subject, variant: Variant, number: int) -> int:
@@ -100,7 +112,10 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
         "bytes_to_download": source.download,
         "accelerator": asdict(q.on),
         "num_accelerators": q.number,
+        "num_hosts": q.hosts,
         "tensor_parallel_size": q.tp,
+        "pipeline_parallel_size": q.pp,
+        "splits": [asdict(split) for split in splits(plan)],
         "max_model_len": q.model_len,
         "variants": {v.variant.label: _variant_json(v) for v in plan.variants},
         "asked": plan.asked.variant.label,
@@ -134,11 +149,14 @@ def show(plan: Plan, line: str) -> None:
     name, by = subject.source.name, subject.source.by
     out.print(f"\n[bold]{name}[/]: {subject.model_type}, {_count(parameters)} parameters{active}, from {by}")
     memory = f"{gb(q.on.memory)} ({q.on.memory / (1 << 30):.1f} GiB)"
-    several = f" each, as {q.tp} rank{'s' if q.tp > 1 else ''}" if q.number > 1 else ""
-    out.print(f"on {q.number} x {q.on.name} ({q.on.arch}), {memory}{several}")
+    ranks = f"{q.tp} x {q.pp} ranks" if q.pp > 1 else f"{q.tp} rank{'s' if q.tp > 1 else ''}"
+    several = f" each, as {ranks}" if q.all > 1 else ""
+    hosts = f"{q.hosts} hosts of " if q.hosts > 1 else ""
+    out.print(f"on {hosts}{q.number} x {q.on.name} ({q.on.arch}), {memory}{several}")
     timed = [_speeds(plan)] if any(v.speed for v in plan.variants) else []
     out.print()
-    for made in (_weights(plan), _memory(plan), *timed, _groups(plan)):
+    ways = [_splits(plan, found)] if q.pp * q.hosts > 1 and (found := splits(plan)) else []
+    for made in (_weights(plan), _memory(plan), *timed, *ways, _groups(plan)):
         out.print(made)
     for title, lines in (("Notes", notes(plan)), ("Estimates assume", ASSUMPTIONS if timed else ())):
         if lines:
@@ -222,6 +240,26 @@ def _speeds(plan: Plan) -> Any:
         return [f"{s.prefill:,.0f}", f"{s.decode_one:,.0f}", f"{s.decode_many:,.0f}{only}"]
 
     return _of_variants(plan, title, ("prefill", "decode, 1 request", f"decode, {q.requests} requests"), cells)
+
+
+def _splits(plan: Plan, found: Sequence[Split]) -> Any:
+    """Ways to use all accelerators, of which the asked one stands out."""
+    q = plan.question
+    rows = []
+    for one in found:
+        assert one.fit is not None
+        mark = ">" if (one.tp, one.pp) == (q.tp, q.pp) else " "
+        cells = ["", "", "", ""]
+        if (s := one.speed) is not None:
+            hop = f"{1e3 * one.hop:.2f} ms" if one.pp > 1 else ""
+            cells = [f"{s.prefill:,.0f}", f"{s.decode_one:,.0f}", f"{s.decode_many:,.0f}", hop]
+        rows.append([f"{mark} {one.tp} x {one.pp} x {one.replicas}", f"{one.fit.tokens * one.replicas:,}", *cells])
+    note = (
+        "* --tensor-parallel-size x --pipeline-parallel-size x engines side by side, which share requests out\n"
+        "** of a decode step of those requests, for messages between stages"
+    )
+    columns = ("tokens", "prefill", "decode, 1 request", f"decode, {q.requests} requests", "hops**")
+    return table(f"Ways to use all {q.all}*, with {q.context:,} tokens a request", ["", *columns], rows, note)
 
 
 def _groups(plan: Plan) -> Any:

@@ -14,11 +14,22 @@ from octavo.kvcache import KVCacheSpec
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.operands import Operand
 
-__all__ = ["ASSUMPTIONS", "STEP_TOKENS", "Attention", "Costs", "Deployment", "decode_rate", "is_index", "prefill_rate"]
+__all__ = [
+    "ASSUMPTIONS",
+    "STEP_TOKENS",
+    "Attention",
+    "Costs",
+    "Deployment",
+    "decode_rate",
+    "hop_seconds",
+    "is_index",
+    "prefill_rate",
+]
 
 BANDWIDTH = 0.88  # of the data sheet's, measured by copies on an H200: 4.24 of 4.8 TB/s
 PRODUCTS = 0.66  # of the data sheet's peak, measured by FP8 products on an H200: 1.25-1.38 of 1.98 PFLOP/s
 STEP_TOKENS = 8192  # of a prefill step
+HOP_SECONDS = 20e-6  # that a message between two stages takes besides its bytes; an assumption
 INDEXER = {"heads": "n_heads", "dim": "head_dim", "topk": "topk"}  # as Attention has them -> as config.json does
 
 ASSUMPTIONS = (
@@ -26,6 +37,7 @@ ASSUMPTIONS = (
     "FP8 weights multiply on FP8 units, attention too where keys and values are FP8; the rest, INT4 and MLA too, in BF16",
     "two all-reduces a layer at the link's full rate, not overlapped; no launches, no host, no waiting",
     "experts are chosen evenly: a decode step reads those that its requests reach",
+    f"a step in flight for each pipeline stage; a message between stages takes {HOP_SECONDS * 1e6:.0f} µs and its bytes",
 )
 
 
@@ -181,11 +193,14 @@ def is_index(spec: KVCacheSpec) -> bool:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on an accelerator's ranks: one rank's costs."""
+    """A model on an accelerator's ranks: one rank's costs, of all layers. stages: that the layers are split over. link: bytes a
+    second between two of them, 0 where it is not known."""
 
     costs: Costs
     hidden_size: int
     on: Accelerator
+    stages: int = 1
+    link: float = 0.0
 
     def seconds(self, fp8: float, plain: float) -> float:
         """Of so many operations in FP8 and in the other dtype."""
@@ -199,13 +214,24 @@ class Deployment:
 def prefill_rate(d: Deployment, prompt: int) -> float:
     """Prompt tokens a second of one server, for prompts of `prompt` tokens in steps of STEP_TOKENS."""
     seconds = _linear_seconds(d, STEP_TOKENS, STEP_TOKENS / prompt) + STEP_TOKENS * d.seconds(*d.costs.prefilled(prompt))
-    return STEP_TOKENS / (seconds + _reduce_seconds(d, STEP_TOKENS))
+    hops = d.stages * hop_seconds(d, STEP_TOKENS)
+    return d.stages * STEP_TOKENS / (seconds + _reduce_seconds(d, STEP_TOKENS) + hops)
 
 
 def decode_rate(d: Deployment, requests: int, context: int) -> float:
-    """Output tokens a second of one server with `requests` running, `context` tokens in the cache of each."""
-    seconds = requests * max(d.costs.read(context) / d.bandwidth, d.seconds(*d.costs.decoded(context)))
-    return requests / (seconds + _linear_seconds(d, requests, requests) + _reduce_seconds(d, requests))
+    """Output tokens a second of one server with `requests` running, `context` tokens in the cache of each.
+
+    Each stage has a step of its own, with its part of the requests, so that weights are read once for each part.
+    """
+    part = -(-requests // d.stages)
+    seconds = part * max(d.costs.read(context) / d.bandwidth, d.seconds(*d.costs.decoded(context)))
+    hops = d.stages * hop_seconds(d, part)  # there, and back with the tokens
+    return requests / (seconds + _linear_seconds(d, part, part) + _reduce_seconds(d, part) + hops)
+
+
+def hop_seconds(d: Deployment, tokens: int) -> float:
+    """From one stage to the next: hidden states and residuals, in BF16."""
+    return HOP_SECONDS + 2 * 2 * d.hidden_size * tokens / d.link if d.link and d.stages > 1 else 0.0
 
 
 def _linear_seconds(d: Deployment, tokens: int, sampled: float) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from octavo.config import EngineConfig
-from octavo.distributed import TensorParallel
+from octavo.distributed import Stages, TensorParallel
 from octavo.engine.loading import checkpoint_scheme
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout
-from octavo.models import build_model
+from octavo.models import build_model, number_of_layers
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.tools.plan.accelerators import Accelerator
@@ -26,8 +26,10 @@ from octavo.tools.plan.walk import Known, walk
 from octavo.weights import Loader
 from octavo.weights.meta import MetaSource
 
-__all__ = ["Machine", "Subject", "Variant"]
+__all__ = ["WHOLE", "Machine", "Stage", "Subject", "Variant"]
 
+Stage = tuple[int, int]  # of a pipeline: its number, and how many there are
+WHOLE: Stage = (0, 1)
 KV_NAMES = {
     "auto": "",
     "bfloat16": "",
@@ -91,20 +93,26 @@ class Subject:
         self.source, self.config, self.on = source, config, on
         free = on.free if on.is_cpu else on.memory - context
         self.machine = Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory)
-        self.model = cache(self._build)
+        self._built = cache(self._build)
         self._walked, self._cached = cache(self._walk), cache(self._caches)
         self._known: Known = {}
         self.model(1)  # says what cannot be made
         self.stored = MetaSource(source.tensors, source.stored_format, described=source.described, has_any=not source.tensors)
         self.plain = MetaSource({}, has_any=True)
 
-    def _build(self, tp: int) -> Any:
-        """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks."""
+    def model(self, tp: int, stage: Stage = WHOLE) -> Any:
+        """As `_build` makes it, once."""
+        return self._built(tp, stage)
+
+    def _build(self, tp: int, stage: Stage) -> Any:
+        """One rank's model, not loaded. Raises OctavoError where heads do not split over `tp` ranks, or layers over stages."""
         several = tp > 1
         whole = several and self.config.mm_encoder_tp_mode == "data"
-        ranks = TensorParallel(0, tp, expert_parallel=several and self.config.enable_expert_parallel, whole_towers=whole)
+        experts, stages = several and self.config.enable_expert_parallel, Stages(*stage, tp)
+        ranks = TensorParallel(0, tp, expert_parallel=experts, whole_towers=whole, stages=stages)
         one = 1  # position: a longer rotary table is not needed
-        return build_model(self.source.config, ranks, one, vision=self.config.reads_images)
+        own = stages.layers(number_of_layers(self.source.config)) if stages.count > 1 else None
+        return build_model(self.source.config, ranks, one, own, vision=self.config.reads_images and own is None)
 
     @property
     def model_type(self) -> str:
@@ -140,9 +148,9 @@ class Subject:
         assert self.base  # what config.json declares is there once it was asked for
         return checkpoint_scheme(Loader(self.stored, self.machine, QuantRules(), torch.bfloat16))
 
-    def walk(self, variant: Variant, tp: int) -> Walk:
+    def walk(self, variant: Variant, tp: int, stage: Stage = WHOLE) -> Walk:
         """One rank's weights. Raises OctavoError where they do not split over `tp` ranks."""
-        found = self._walked(replace(variant, kv="auto"), tp)
+        found = self._walked(replace(variant, kv="auto"), tp, stage)
         if tp > 1 and (new := [text for text in found.problems if text not in self.base.problems]):
             raise OctavoError(new[0])
         return found
@@ -155,27 +163,27 @@ class Subject:
                 rules.ignored(name.rpartition(".")[0])
         rules.check_used()
 
-    def _walk(self, variant: Variant, tp: int) -> Walk:
+    def _walk(self, variant: Variant, tp: int, stage: Stage) -> Walk:
         config, scheme, head = self.config, SCHEMES[variant.scheme], None
         if config.quantize_lm_head and variant.native and not scheme.quantized:
             with suppress(OctavoError):  # said where refusals are
                 head = self.head_scheme()
         rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head, head)
         source = self.stored if variant.native else self.plain
-        return walk(self.model(tp), source, rules, self.machine, variant.dtype, self._known)
+        return walk(self.model(tp, stage), source, rules, self.machine, variant.dtype, self._known)
 
-    def caches(self, variant: Variant, tp: int) -> list[KVCacheSpec]:
+    def caches(self, variant: Variant, tp: int, stage: Stage = WHOLE) -> list[KVCacheSpec]:
         """All caches of one rank. Raises OctavoError for a format that the model has not."""
-        return self._cached(variant.kv, variant.dtype, tp)
+        return self._cached(variant.kv, variant.dtype, tp, stage)
 
-    def _caches(self, kv: str, dtype: torch.dtype, tp: int) -> list[KVCacheSpec]:
+    def _caches(self, kv: str, dtype: torch.dtype, tp: int, stage: Stage) -> list[KVCacheSpec]:
         layout = Layout.on(self.machine.is_cpu)
-        found: list[KVCacheSpec] = self.model(tp).kv_specs(kv, dtype, self.machine.fp8_dtype, layout)
+        found: list[KVCacheSpec] = self.model(tp, stage).kv_specs(kv, dtype, self.machine.fp8_dtype, layout)
         return found
 
-    def token_bytes(self, variant: Variant, tp: int) -> tuple[int, int]:
+    def token_bytes(self, variant: Variant, tp: int, stage: Stage = WHOLE) -> tuple[int, int]:
         """Bytes of a token in all caches of one rank: of what attention reads, and of the indexer's keys."""
-        specs = self.caches(variant, tp)
+        specs = self.caches(variant, tp, stage)
         index = sum(spec.bytes_per_token for spec in specs if is_index(spec))
         return sum(spec.bytes_per_token for spec in specs) - index, index
 

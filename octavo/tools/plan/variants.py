@@ -13,7 +13,7 @@ from octavo.quant.scheme import WeightDType
 from octavo.tools.plan.accelerators import GIB, Accelerator
 from octavo.tools.plan.operands import Walk
 from octavo.tools.plan.roofline import Costs, Deployment, decode_rate, prefill_rate
-from octavo.tools.plan.subject import Subject, Variant
+from octavo.tools.plan.subject import WHOLE, Stage, Subject, Variant
 
 __all__ = ["CONTEXT_BYTES", "RANKS", "Fit", "Plan", "Question", "Speed", "VariantPlan", "build"]
 
@@ -23,13 +23,24 @@ CONTEXT_BYTES = GIB // 2  # a driver's context and its libraries on each acceler
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, of how many accelerators. tp: ranks. context, requests: of the roofline."""
+    """What is asked, of how many accelerators of each host. tp: ranks that split a layer. context, requests: of the roofline.
+
+    pp: pipeline stages. link: bytes a second that an accelerator sends to one of another host.
+    """
 
     subject: Subject
     number: int
     tp: int
     context: int
     requests: int
+    pp: int = 1
+    hosts: int = 1
+    link: float = 0.0
+
+    @property
+    def all(self) -> int:
+        """Accelerators of all hosts."""
+        return self.number * self.hosts
 
     @property
     def config(self) -> EngineConfig:
@@ -128,7 +139,7 @@ def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPl
     weights, token, length = components.total(), sum(q.subject.token_bytes(variant, 1)), q.model_len
     base_weights, base_token = (base.weights, base.token_bytes) if base else (weights, token)
     ranks = {tp: _walk(q, variant, tp) for tp in RANKS}
-    fitted = _fit(q, variant, q.tp)
+    fitted = fit_of(q, variant, q.tp, q.pp)
     return VariantPlan(
         variant,
         q.subject.cache_format(variant),
@@ -141,30 +152,35 @@ def _weigh(q: Question, variant: Variant, base: VariantPlan | None) -> VariantPl
         {tp: found.total("held") if found else None for tp, found in ranks.items()},
         next((tp for tp in sorted({*RANKS, 16, 32, q.tp}) if _one_fits(q, variant, tp)), None),
         fitted,
-        _speed(q, variant, fitted),
+        speed_of(q, variant, fitted, q.tp, q.pp),
     )
 
 
-def _walk(q: Question, variant: Variant, tp: int) -> Walk | None:
+def _walk(q: Question, variant: Variant, tp: int, stage: Stage = WHOLE) -> Walk | None:
     try:
-        return q.subject.walk(variant, tp)
+        return q.subject.walk(variant, tp, stage)
     except OctavoError:  # a dimension does not split; asked for, it is said where refusals are
         return None
 
 
 def _one_fits(q: Question, variant: Variant, tp: int) -> bool:
-    found = _fit(q, variant, tp) if tp == 1 or not q.on.is_cpu else None
+    found = fit_of(q, variant, tp) if tp == 1 or not q.on.is_cpu else None
     return found is not None and found.requests >= 1
 
 
-def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
-    """What one of `tp` ranks holds, by the engine's own budget."""
-    if (found := _walk(q, variant, tp)) is None:
+def fit_of(q: Question, variant: Variant, tp: int, pp: int = 1) -> Fit | None:
+    """What one of `tp` ranks of the fullest of `pp` stages holds, by the engine's own budget. None where it does not split."""
+    fits = [_fit(q, variant, tp, (number, pp)) for number in sorted({0, pp - 1})]
+    return min((fit for fit in fits if fit), key=lambda fit: (fit.max_model_len, fit.tokens)) if all(fits) else None
+
+
+def _fit(q: Question, variant: Variant, tp: int, stage: Stage) -> Fit | None:
+    if (found := _walk(q, variant, tp, stage)) is None or (whole := _walk(q, variant, tp)) is None:
         return None
-    config, machine, model, length = q.config, q.subject.machine, q.subject.model(tp), q.model_len
-    config = replace(config, tensor_parallel_size=tp, kv_cache_dtype=variant.kv)
-    weights, positions, token = found.total("held"), found.position * length, sum(q.subject.token_bytes(variant, tp))
-    vocab = next(o.whole[0] for o in found.operands if o.component == "embeddings")
+    config, machine, model, length = q.config, q.subject.machine, q.subject.model(tp, stage), q.model_len
+    config = replace(config, tensor_parallel_size=tp, pipeline_parallel_size=stage[1], kv_cache_dtype=variant.kv)
+    weights, positions, token = found.total("held"), found.position * length, sum(q.subject.token_bytes(variant, tp, stage))
+    vocab = next(o.whole[0] for o in whole.operands if o.component == "embeddings")
     working = model.workspace_bytes(config.step_tokens_on(machine.is_cpu)) + config.sampling_bytes(vocab)
     encoder = make_encoder(model, machine)
     images = 0 if encoder is None else encoder.plan(config, length, variant.dtype)
@@ -177,7 +193,7 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
         values = sum(o.values for o in matrices if o.scheme.dtype is not WeightDType.INT4)
         packed = sum(o.values // 2 for o in matrices if o.scheme.dtype is WeightDType.INT4)
         check_weights(machine, values, packed, fp8=variant.scheme != "bf16" or variant.native)
-        fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp))
+        fp8 = sum(q.subject.token_bytes(replace(variant, kv="fp8_e4m3"), tp, stage))
         budget = plan_blocks(config, loaded, token, length, weights, working, fp8_bytes_per_token=fp8, image_bytes=images)
     except OctavoError as error:
         return Fit(weights, room, 0, tokens, tokens / length, 0, images, positions, (str(error),))
@@ -185,15 +201,23 @@ def _fit(q: Question, variant: Variant, tp: int) -> Fit | None:
     return Fit(weights, room, cache, tokens, tokens / length, budget.max_model_len, images, positions, budget.notes)
 
 
-def _speed(q: Question, variant: Variant, fitted: Fit | None) -> Speed | None:
+def deployment(q: Question, variant: Variant, tp: int, pp: int) -> Deployment:
+    """One rank's costs. Layers that are split over hosts exchange over the link between these, and so do stages there."""
+    operands = q.subject.walk(variant, tp).operands
+    hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
+    costs = Costs.of(operands, q.subject.attention, q.subject.caches(variant, tp), tp)
+    on = replace(q.on, link=q.link) if tp > q.number and q.hosts > 1 else q.on
+    return Deployment(costs, hidden, on, pp, q.link if q.hosts > 1 else q.on.link)
+
+
+def speed_of(q: Question, variant: Variant, fitted: Fit | None, tp: int, pp: int) -> Speed | None:
+    """None where nothing fits, or the accelerator's rates are not known."""
     if fitted is None or not fitted.max_model_len or not q.on.bandwidth:
         return None
-    operands = q.subject.walk(variant, q.tp).operands
+    operands = q.subject.walk(variant, tp).operands
     if not q.on.has_fp8 and ("fp8" in q.subject.cache_format(variant) or any(o.is_fp8 for o in operands)):
         return None
-    hidden = next(o.whole[1] for o in operands if o.component == "embeddings")
-    costs = Costs.of(operands, q.subject.attention, q.subject.caches(variant, q.tp), q.tp)
-    deployed = Deployment(costs, hidden, q.on)
+    deployed = deployment(q, variant, tp, pp)
     context = min(q.context, fitted.max_model_len)
     many = max(1, min(q.requests, fitted.tokens // context))
     return Speed(prefill_rate(deployed, context), decode_rate(deployed, 1, context), decode_rate(deployed, many, context), many)

@@ -1,0 +1,133 @@
+"""Ranks as actors of a Ray cluster (--distributed-executor-backend ray)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nodes.hosts import FLAGS, PATHS, Node, ended
+from nodes.test_nodes import PROMPT
+from server.processes import free_port
+
+from octavo import LLM, SamplingParams
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.frontend.gathering import nodes_of
+from octavo.frontend.ray_nodes import unmet
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+@needs_ray
+def test_stages_are_actors_until_a_node_is_lost() -> None:
+    """Tokens are those of one rank; no rank is the API process's. A lost node ends streams; its room is free again."""
+    llm = LLM(device="cpu", threads=1, dtype="float32", max_num_batched_tokens=256)
+    params = SamplingParams(temperature=0, repetition_penalty=1.05, max_tokens=12, ignore_eos=True)
+    expected = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].text
+    words = [sys.executable, "-m", "nodes.ray_engine", json.dumps(PROMPT)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout + done.stderr
+    found = json.loads(lines[0])
+    assert (found["text"], found["processes"]) == (expected, 0)
+    assert "needs a node with 3 CPUs, and the largest of the cluster's 3, " in found["large"], found
+    assert "3 stages of 2 CPUs are asked for" in found["many"]
+    assert "has ended or is unreachable" in found["dead"] or "has not been heard of" in found["dead"]
+    assert found["dead"].startswith("Node ")
+    assert found["seconds"] < 30
+    assert not found["healthy"]
+    assert found["free"] == 2
+
+
+@needs_ray
+def test_a_signal_ends_the_command_in_the_usual_way() -> None:
+    """Ray's library takes SIGTERM for itself when a process joins a cluster. Here that is one which Ray starts."""
+    flags = ("--distributed-executor-backend", "ray", "--host", "127.0.0.1", "--port", str(free_port()))
+    server = Node([sys.executable, "-m", "octavo.cli", "serve", *FLAGS, *flags])
+    with ended(server):
+        server.wait_for("Octavo is ready")
+        server.process.terminate()
+        assert server.process.wait(60) == 0, server.said
+
+
+def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OctavoError, match=r"^Ray cannot be imported here .*; pip install 'octavo\[ray\]'"):
+        nodes_of(EngineConfig(distributed_executor_backend="ray"))
+
+
+def test_a_placement_that_cannot_be_met_names_what_is_there() -> None:
+    nodes = {"10.0.0.1 (a)": {"GPU": 8.0}, "10.0.0.2 (b)": {"GPU": 4.0, "CPU": 9.0}}
+    assert unmet(nodes, "GPU", 3, 4) is None
+    assert unmet(nodes, "GPU", 1, 8) is None
+    assert unmet(nodes, "GPU", 2, 8) == (
+        "2 stages of 8 GPUs are asked for (--pipeline-parallel-size, --tensor-parallel-size), and the Ray cluster has room for "
+        "1 (10.0.0.1 (a): 8, 10.0.0.2 (b): 4); add nodes, or ask for less."
+    )
+    assert str(unmet(nodes, "GPU", 1, 16)).startswith("--tensor-parallel-size 16 needs a node with 16 GPUs, and the largest of")
+    assert unmet({}, "GPU", 1, 1) == "The Ray cluster has no node that is alive."
+
+
+def test_nothing_imports_ray_before_it_is_asked_for() -> None:
+    code = "import sys, octavo.server.serve, octavo.frontend.ray_nodes, octavo.frontend.llm; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@needs_ray
+def test_replicas_behind_serve_lose_no_request_with_a_node() -> None:
+    """The OpenAI client's requests that have not begun to stream run elsewhere; streams end whole, or with an error."""
+    words = [sys.executable, "-m", "nodes.served_by_ray"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout + done.stderr
+    found = json.loads(lines[0])
+    assert (found["models"], found["keyless"], found["health"]) == (["model"], 401, 200)
+    assert found["streamed"] == found["whole"] != ""
+    assert (found["answered"], found["lost"]) == (24, [])
+    lost = "The replica that wrote this answer is lost; send the request again."
+    died = [end for end in found["ends"] if end != "length"]
+    assert all(end == lost or "Node " in end or "engine" in end for end in died), found["ends"]
+
+
+@needs_ray
+def test_a_config_of_serve_and_its_app() -> None:
+    """deploy/ray-serve.yaml is one that Serve reads; flags are judged as the command line's; beginnings are told apart."""
+    script = """
+import sys, yaml
+from types import SimpleNamespace
+from ray.serve.schema import ServeDeploySchema
+from octavo import ray_serve
+from octavo.errors import OctavoError
+config = yaml.safe_load(open(sys.argv[1]))
+(application,) = ServeDeploySchema.model_validate(config).applications
+assert application.import_path == "octavo.ray_serve:app"
+assert {one["name"] for one in config["applications"][0]["deployments"]} == {"Front", "Engine"}
+try:
+    ray_serve.app({"tensor-parallel": 2})
+except OctavoError as error:
+    assert "tensor-parallel is not a flag" in str(error), error
+else:
+    raise AssertionError
+def chunks(*said):
+    import json
+    return ray_serve.chunks_of_body(json.dumps({"model": "m", "messages": [{"content": "s" * 600}, *said]}).encode())
+one, other = chunks("a" * 600), chunks("b" * 600)
+assert len(one) == len(other) == 4 and one[:2] == other[:2] and one[3] != other[3]
+assert ray_serve.chunks_of_body(b"{") == ray_serve.chunks_of_body(b"[]") == []
+def wanted(ready, target, waiting, running):
+    metrics = {"waiting": {1: waiting}, "running": {1: running}, "room": {n: 256 for n in range(ready)}}
+    return ray_serve.by_waiting(SimpleNamespace(aggregated_metrics=metrics, running_replicas=list(range(ready)),
+        target_num_replicas=target, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4))[0]
+given = (1, 1, 0, 250), (1, 1, 3, 256), (1, 2, 3, 256), (1, 1, 99, 256), (2, 2, 0, 20), (2, 2, 0, 300)
+found = [wanted(*one) for one in given]
+assert found == [1, 2, 2, 4, 1, 2], found
+"""
+    config = str(Path(__file__).parents[2] / "deploy" / "ray-serve.yaml")
+    done = subprocess.run([sys.executable, "-c", script, config], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
