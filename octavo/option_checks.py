@@ -27,9 +27,7 @@ def check_options(config: Any) -> None:
     if config.save_quantized is not None and config.quantization in (None, "bf16"):
         raise OctavoError("--save-quantized needs a --quantization such as ptpc_fp8: it saves what that makes.")
     if config.calibrate is not None and config.save_quantized is None:
-        raise OctavoError(
-            "--calibrate is for --save-quantized DIR, which keeps what it makes; give that too, or leave it out."
-        )
+        raise OctavoError("--calibrate is for --save-quantized DIR, which keeps what it makes; give that too, or leave it out.")
     if config.save_quantized is not None and config.load_format == "dummy":
         raise OctavoError("--save-quantized saves a checkpoint's weights; --load-format dummy has none, leave one out.")
     if not 0 < config.gpu_memory_utilization <= 1:
