@@ -23,6 +23,7 @@ from octavo.version import __version__
 __all__ = ["Stage", "imported_ray", "ray_nodes", "unmet"]
 
 END_SECONDS = 10.0  # for which actors may take to end by themselves
+_joining = threading.Lock()  # engines of --data-parallel-size start side by side
 
 
 def imported_ray() -> Any:
@@ -50,11 +51,12 @@ def ray_nodes(config: EngineConfig) -> Nodes:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    if not ray.is_initialized():
-        try:
-            ray.init(log_to_driver=True, logging_level="warning")
-        except Exception as error:  # of many kinds; a version of Ray or Python that differs from the cluster's, too
-            raise OctavoError(f"No Ray cluster can be joined ({_first_line(error)}); start one with ray start.") from None
+    with _joining:
+        if not ray.is_initialized():
+            try:
+                ray.init(log_to_driver=True, logging_level="warning")
+            except Exception as error:  # of many kinds; a version of Ray or Python that differs from the cluster's, too
+                raise OctavoError(f"No Ray cluster can be joined ({_first_line(error)}); start one with ray start.") from None
     stages, each = config.pipeline_parallel_size, config.tensor_parallel_size
     unit = "CPU" if config.device == "cpu" or not ray.cluster_resources().get("GPU") else "GPU"
     if (sentence := unmet(_nodes(ray), unit, stages, each)) is not None:

@@ -45,9 +45,10 @@ def test_stages_are_actors_until_a_node_is_lost() -> None:
 
 
 @needs_ray
-def test_a_signal_ends_the_command_in_the_usual_way() -> None:
-    """Ray's library takes SIGTERM for itself when a process joins a cluster. Here that is one which Ray starts."""
-    flags = ("--distributed-executor-backend", "ray", "--host", "127.0.0.1", "--port", str(free_port()))
+def test_a_signal_ends_the_command_in_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's library takes SIGTERM for itself when a process joins a cluster. Here two engines join one, which Ray starts."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster of another test
+    flags = ("-dp", "2", "--distributed-executor-backend", "ray", "--host", "127.0.0.1", "--port", str(free_port()))
     server = Node([sys.executable, "-m", "octavo.cli", "serve", *FLAGS, *flags])
     with ended(server):
         server.wait_for("Octavo is ready")
