@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,10 +238,14 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_whole_steps(scheme: str, tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""
+    check_whole_steps(*decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5}, scheme), (3, 8, 20, 32))
+
+
+def check_whole_steps(runner: Any, fused: Any, numbers: Sequence[int]) -> None:
+    """Steps of so many requests by one fused decoder, beside the same steps op by op."""
     from octavo.batch import Span
 
-    runner, fused = decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5}, scheme)
-    for requests in (3, 8, 20, 32):
+    for requests in numbers:
         ids = torch.randint(512, (requests, 40)).tolist()
         blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
         runner.model.model.fused = ()

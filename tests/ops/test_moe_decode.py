@@ -28,6 +28,7 @@ from octavo.quant.scheme import Granularity
 from tests.ops.caches import layer_cache
 from tests.ops.paged import cache_of
 from tests.ops.test_decoder_megakernel import dumped, hopper, write
+from tests.ops.test_layer_megakernel import check_whole_steps
 
 QWEN3_30B = dict(HIDDEN=2048, INTER=768, WIDE=4096, QKV=5120, EXPERTS=128, TOP_K=8, NORMALIZE=1, CTAS=132, SHARED=227 << 10)
 SMALL = dict(HIDDEN=640, INTER=256, WIDE=512, QKV=768, EXPERTS=9, TOP_K=3, NORMALIZE=0, CTAS=114)
@@ -203,17 +204,4 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_whole_steps(tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""
-    from octavo.batch import Span
-
-    runner, fused = decoder_of(tmp_path, MODELS["small"] | {"num_hidden_layers": 5}, "ptpc_fp8")
-    for requests in (1, 2, 3, 4):
-        ids = torch.randint(512, (requests, 40)).tolist()
-        blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
-        runner.model.model.fused = ()
-        runner.forward(runner._batch([Span(one[:-1], 0, own) for one, own in zip(ids, blocks, strict=True)]))
-        batch = runner._batch([Span(one[-1:], 39, own) for one, own in zip(ids, blocks, strict=True)])
-        want = runner.forward(batch)
-        runner.model.model.fused = (fused,)
-        first = runner.forward(batch)
-        assert all(torch.equal(runner.forward(batch), first) for _ in range(30))
-        assert error(first, want) < 0.15
+    check_whole_steps(*decoder_of(tmp_path, MODELS["small"] | {"num_hidden_layers": 5}, "ptpc_fp8"), (1, 2, 3, 4))
