@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,11 +87,11 @@ def test_ranks_join_by_the_name_that_rccl_answers_to(monkeypatch: pytest.MonkeyP
     current: list[torch.device] = []
     monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **rest: given.update(rest, backend=backend))
-    monkeypatch.setattr(torch.distributed, "FileStore", lambda path, size: SimpleNamespace(path=path, size=size))
     monkeypatch.setattr(distributed, "_joined", None)
     for name in distributed._ENVIRONMENT:
         monkeypatch.setenv(name, "0")
-    ranks = distributed.join(1, 2, "/a/store", MI300X.device)
+    ranks = distributed.join(1, 2, lambda: "a store", "its name", MI300X.device)
     assert (ranks.rank, ranks.size, ranks.device) == (1, 2, MI300X.device)
-    assert (given["backend"], given["rank"], given["world_size"], given["device_id"]) == ("nccl", 1, 2, MI300X.device)
+    assert (given["backend"], given["store"]) == ("nccl", "a store")
+    assert (given["rank"], given["world_size"], given["device_id"]) == (1, 2, MI300X.device)
     assert current == [MI300X.device]

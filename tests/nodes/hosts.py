@@ -144,4 +144,4 @@ def no_namespaces() -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         TwoHosts().__exit__()
         said = getattr(error, "stderr", None) or str(error)
-        return f"network namespaces need root and `ip`: {said.strip()}"
+        return f"they take root and `ip`: {said.strip()}"

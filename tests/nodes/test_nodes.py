@@ -100,7 +100,7 @@ def test_stages_on_two_hosts_say_what_one_rank_says_until_a_rank_dies(expected: 
 def test_a_link_between_hosts_is_slow_and_then_cut(expected: str) -> None:
     """Namespaces with their own loopbacks, so that nothing passes but by the link; layers are split over it."""
     if reason := no_namespaces():
-        pytest.skip(reason)
+        pytest.skip(f"needs network namespaces: {reason}")
     with TwoHosts() as hosts:
         hosts.slow(20)
         http = free_port()

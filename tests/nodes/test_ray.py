@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.frontend.gathering import nodes_of
 from octavo.frontend.ray_nodes import unmet
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray, which is not installed")
 
 
 @needs_ray

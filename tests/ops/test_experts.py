@@ -63,7 +63,8 @@ def products(x: Array, w: Array, scheme: Scheme, on: Platform) -> Array:
     if scheme.quantized:
         tile, fmt = float64.tile_of(scheme.name, n, k), FORMATS[on.fp8_dtype]
         w = np.stack([float64.dequantize(*float64.quantize(one, tile, fmt), tile, fmt) for one in w])
-        x = float64.quantized_activation(x, float64.group_of(scheme.name, k), fmt)
+        if scheme.activation is not None:
+            x = float64.quantized_activation(x, float64.group_of(scheme.name, k), fmt)
     return (x @ w.reshape(-1, k).T).reshape(-1, experts, n)
 
 
