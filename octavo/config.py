@@ -40,7 +40,8 @@ IGNORED = "taken from vLLM's command line, without effect"
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of EngineConfig that the command line shows with `help`.
 
-    metadata: `group`, the heading it stands under; `values` or `metavar`, what may follow it; `short`, another spelling.
+    metadata: `group`, the heading it stands under; `values` or `metavar`, what may follow it; `short`, another spelling;
+    `alone`, the value of the flag where nothing follows it.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -119,9 +120,10 @@ class EngineConfig:
     calibrate: str | None = option(
         None,
         "what the weights of --save-quantized are calibrated by when they are written, which takes minutes: a UTF-8 file, or "
-        "default for Octavo's own text",
+        "Octavo's own text, which is default, or no FILE",
         group=QUANTIZATION,
         metavar="FILE",
+        alone="default",
     )
     kv_cache_dtype: str = option(
         "auto",

@@ -141,6 +141,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         values = action.metavar if isinstance(action.metavar, str) else self._format_args(action, action.dest.upper())
+        values = f"[{values}]" if action.nargs == "?" else values
         return f"{', '.join(action.option_strings)} {values}{' ...' if action.nargs == '+' else ''}"
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -217,6 +218,8 @@ def _shape(kind: Any, field: Any) -> dict[str, Any]:
     metavar = field.metadata.get("metavar")
     if typing.get_origin(kind) is tuple:
         return {**shape, "nargs": "+", "action": "extend", "metavar": metavar}
+    if "alone" in field.metadata:
+        shape |= {"nargs": "?", "const": field.metadata["alone"]}
     read: Callable[[str], Any] = _count if kind is int else kind
     if unset := field.metadata.get("unset"):
         read = _unless(unset, read)

@@ -61,6 +61,8 @@ def test_every_field_has_its_flag() -> None:
         ("--max-model-len 32K", "max_model_len", 32768),
         ("-q FP8", "quantization", "fp8"),
         ("-q fp8_per_channel", "quantization", "ptpc_fp8"),
+        ("--calibrate --save-quantized D -q fp8", "calibrate", "default"),
+        ("--calibrate T --save-quantized D -q fp8", "calibrate", "T"),
         ("-tp 2", "tensor_parallel_size", 2),
         ("--block-size 32", "block_size", 32),
         ("--max-model-len auto", "max_model_len", None),
@@ -170,7 +172,7 @@ def test_serve_lists_its_flags_in_groups() -> None:
     found = sections("serve")
     flags = {
         "model": ["--dtype {auto,bfloat16,float32}", "--hf-overrides JSON", "--load-format {auto,dummy}"],
-        "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block,fp8_w8a16}", "--save-quantized DIR"],
+        "quantization and KV cache": ["-q, --quantization {bf16,fp8,ptpc_fp8,fp8_block,fp8_w8a16}", "--calibrate [FILE]"],
         "memory and scheduling": ["--max-num-seqs N", "-tp, --tensor-parallel-size N", "(default: 256)"],
         "several hosts": ["-n, --nnodes N", "-r, --node-rank N", "--master-addr ADDRESS"],
         "images and videos": ["--limit-mm-per-prompt JSON", "--language-model-only", "--allowed-media-domains HOST"],

@@ -60,6 +60,11 @@ class Stash:
         with safe_open(self._files[module], "pt") as file:
             return file.get_tensor(f"{module}.weight"), file.get_tensor(f"{module}.weight_scale")
 
+    def said_of(self, plan: Plan, windows: Sequence[Sequence[int]]) -> str:
+        """How many of the matrices that the output has in FP8 were calibrated, and by how many tokens."""
+        made = sum(not piece.is_kept and piece.module in self._files for piece in plan.quantized)
+        return f"{made} of {len(plan.quantized)} matrices calibrated by {sum(map(len, windows)):,} tokens"
+
     def losses(self, number: int) -> LayerLosses:
         with safe_open(self.folder / _layer_name(number), "pt") as file:
             return {name: Loss(**values) for name, values in json.loads(file.metadata()["losses"]).items()}

@@ -8,14 +8,14 @@ Packed INT4 stays as it is stored, unless it is asked for otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.quant import QuantRules, Scheme
-from octavo.quant.formats import COMPANIONS, int4_group, stored_scheme, stored_shape
+from octavo.quant.formats import COMPANIONS, int4_group, served_scheme, stored_scheme, stored_shape
 from octavo.quant.qtensor import scale_shape
 from octavo.quant.scheme import BF16, BLOCK, FP8_BLOCK, Granularity, WeightDType, int4_of
 from octavo.weights.checkpoint import Checkpoint, RowReader, Rows, StoredTensor
@@ -163,8 +163,9 @@ class Plan:
             )
         if not self.quantized and self.int4:
             raise OctavoError(
-                "every linear layer of this checkpoint that could be quantized is stored in INT4, which stays as it is; "
-                f"add --requantize-int4 to decode it and round it to {self.rules.scheme.name}, in twice the bytes."
+                "every linear layer of this checkpoint that could be quantized is stored in INT4, which stays as it is; serve "
+                "it without --save-quantized, or let octavo quantize --requantize-int4 round it to "
+                f"{self.rules.scheme.name}, in twice the bytes."
             )
         if not self.quantized:
             raise OctavoError(
@@ -178,6 +179,25 @@ class Plan:
                 "checkpoint that other engines read has in BF16); leave the flag out here, and give it to octavo serve, which "
                 "quantizes the matrix when it loads it."
             )
+
+    def check_rounds(self, flag: str, *, by_text: bool) -> None:
+        """Raises OctavoError where `flag` says how matrices are rounded and the stored codes of all are kept.
+
+        by_text: it is of those alone that a text reads, which no head is.
+        """
+        kept = [piece for piece in self.quantized if piece.is_kept]
+        if kept and not any(
+            not p.is_kept and not (by_text and p.module.rpartition(".")[2] == "lm_head") for p in self.quantized
+        ):
+            raise OctavoError(
+                f"{flag}: {self.checkpoint.directory} has FP8 codes already ({self._stored_in(kept)}), which are kept as they "
+                "are, so there is nothing to round; give it to the BF16 checkpoint that they were made of, or leave it out."
+            )
+
+    def _stored_in(self, pieces: Iterable[Piece]) -> str:
+        """The schemes that these are served in where none is asked for."""
+        found = (served_scheme(self.reader, piece.module, piece.shape) for piece in pieces)
+        return ", ".join(sorted({scheme.name if scheme else "INT4" for scheme in found}))
 
     @property
     def quantized(self) -> list[Piece]:
@@ -209,14 +229,14 @@ class Plan:
         if left := self.ignored():
             lines.append(f"left in the model's dtype, besides embeddings and norms: {names_of(left)}")
         if kept:
-            lines.append(
-                f"{len(kept)} matrices are stored in {self.rules.scheme.name} already; their codes are kept bit for bit"
-            )
+            stored = self._stored_in(kept)
+            told = f"{len(kept)} matrices are stored in {stored} already; their codes are kept bit for bit"
+            anew = f", and what is written of activations (input_activations in config.json) becomes {name}'s"
+            lines.append(told + anew * (stored != name))
         if lossy:
-            kinds = sorted({p.stored.name if p.stored else "INT4" for p in lossy})
             lines.append(
-                f"{len(lossy)} matrices are stored in {', '.join(kinds)} and are rounded a second time, which loses some more; "
-                "the original BF16 checkpoint would give better ones"
+                f"{len(lossy)} matrices are stored in {self._stored_in(lossy)} and are rounded a second time, which loses "
+                "some more; the original BF16 checkpoint would give better ones"
             )
         if dense:
             lines.append(f"{len(dense)} matrices stored quantized become BF16: {names_of([p.module for p in dense])}")

@@ -43,7 +43,8 @@ def save_quantized(
 
     windows: token ids to calibrate by, if any, on `platform`. A head that is tied to the embeddings stays as it is there, and
     is quantized by the start that reads it. Writes nothing where an earlier start finished the same. Raises OctavoError for a
-    directory that holds something else, and for a checkpoint whose stored FP8 codes are of another scheme than is asked for.
+    directory that holds something else, for a checkpoint whose stored FP8 codes are of another scheme than is asked for, and
+    for one that has nothing to calibrate.
     """
     here, platform = platform, replace(platform, fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have
     with closing(Checkpoint(model)) as checkpoint:
@@ -56,6 +57,8 @@ def save_quantized(
                 f"{FLAG}: {model} stores {other.module} as {other.stored.name} already, whose codes a start keeps; "
                 "leave the option out, or convert the checkpoint with octavo quantize."
             )
+        if windows:
+            plan.check_rounds("--calibrate", by_text=True)
         directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False, windows=windows), FLAG)
         if directory.is_complete():
             return f"weights taken from {output}, which an earlier start made of {model}"
@@ -64,9 +67,9 @@ def save_quantized(
             if stash is not None:
                 calibrate(plan, config, windows, here, stash, threads, _told_of_layers(progress))
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
+            by = "" if stash is None else f", {stash.said_of(plan, windows)}"
             directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
-        by = f", calibrated by {sum(map(len, windows)):,} tokens" if windows else ""
         return f"quantized weights saved in {output}{by}, from where the next start takes them{kept}"
 
 

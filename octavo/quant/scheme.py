@@ -8,7 +8,7 @@ A scale moves a group of values into that range. The smaller the group, the fewe
     fp8         one a matrix       one a token          fp8_per_tensor
     ptpc_fp8    one a channel      one a token          fp8_per_channel
     fp8_block   one a 128x128 tile one a 1x128 group    fp8_per_block, DeepSeek's format
-    fp8_w8a16   one a channel      no scale             weight-only
+    fp8_w8a16   one a channel      no scale
 
 Scales per channel and per token can be applied in the epilogue of the matrix product, so those two schemes run at full speed
 on FP8 tensor cores. A tile's scale must be applied in the mainloop, to every partial sum of 128 products.

@@ -107,7 +107,7 @@ def test_the_first_start_calibrates(model: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(loading, "TOKENS", 1024)
     out = tmp_path / "saved"
     first = start(model, out=out, calibrate=str(text))
-    assert said(first, f"quantized weights saved in {out}, calibrated by 1,024 tokens")
+    assert said(first, f"quantized weights saved in {out}, 42 of 42 matrices calibrated by 1,024 tokens")
     quantize_checkpoint(
         model, tmp_path / "tool", QuantRules(SCHEMES["ptpc_fp8"]), threads=1, say=lambda line: None,
         windows=calibration_windows(model, str(text), 1024),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from octavo.cli import main
 from octavo.convert import calibration
 from octavo.convert.calibrated_layer import CalibratedLayer
 from octavo.convert.output_directory import STASH
+from octavo.convert.save_quantized import save_quantized
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import DEFAULT, calibration_windows
 from octavo.errors import OctavoError
+from octavo.platform import detect
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
+from octavo.quant.scheme import FP8_W8A16
 from octavo.text.tokenizer import Tokenizer
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
@@ -154,13 +158,45 @@ def test_a_stopped_run_is_continued(family: str, at: str, tmp_path: Path, monkey
 
 
 def test_what_is_stored_in_codes_and_what_no_text_reads_stay_plain(tmp_path: Path) -> None:
+    """What is told counts the others."""
     model = llama(tmp_path / "model", num_hidden_layers=1)
-    run(model, tmp_path / "codes", FP8_BLOCK)
+    run(model, tmp_path / "codes", FP8_BLOCK, ignore=["down_proj"])
     run(tmp_path / "codes", tmp_path / "plain", FP8_BLOCK, quantize_lm_head=True)
     said = calibrated(tmp_path / "codes", tmp_path / "out", FP8_BLOCK, quantize_lm_head=True)
     assert "1 matrices are rounded plainly, as no text reads them: lm_head" in said
+    assert f"1 of 8 matrices calibrated by {sum(map(len, windows())):,} tokens" in said
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
-    assert all(in_bytes(before[name]) == in_bytes(after[name]) for name in before)
+    changed = [name for name in before if in_bytes(before[name]) != in_bytes(after[name])]
+    assert {name.partition("mlp.")[2].partition(".")[0] for name in changed} == {"down_proj"}
+    rules, config = QuantRules(FP8_BLOCK), json.loads((tmp_path / "codes/config.json").read_text())
+    told = save_quantized(
+        tmp_path / "codes", config, tmp_path / "saved", rules, detect("cpu"), 1, windows=windows()
+    )  # fmt: skip
+    assert "saved, 1 of 7 matrices calibrated by" in told
+
+
+@cases("asked", [FP8_PER_CHANNEL, FP8_W8A16])
+@cases("have", [FP8_PER_CHANNEL, FP8_W8A16])
+def test_codes_that_are_kept_are_not_calibrated(have: Scheme, asked: Scheme, tmp_path: Path) -> None:
+    """What was stored has its own name, and one that differs in activations alone is told so."""
+    model, codes, out = tmp_path / "model", tmp_path / "codes", tmp_path / "out"
+    run(llama(model, num_hidden_layers=1), codes, have)
+    flags: dict[str, dict[str, Any]] = {"--calibrate": dict(windows=windows()), "--scale-search mse": dict(search=True)}
+    for flag, options in flags.items():
+        for head in (False, True):
+            if head and flag != "--calibrate":
+                continue
+            with pytest.raises(OctavoError) as raised:
+                run(codes, out, asked, quantize_lm_head=head, **options)
+            assert_sentence(raised.value, f"{flag}: {codes} has FP8 codes already ({have.name})", "BF16 checkpoint")
+    config = json.loads((codes / "config.json").read_text())
+    with pytest.raises(OctavoError) as raised:
+        save_quantized(codes, config, out, QuantRules(asked), detect("cpu"), 1, windows=windows())
+    assert_sentence(raised.value, f"--calibrate: {codes} has FP8 codes already ({have.name})")
+    assert not out.exists()
+    told = next(line for line in run(codes, out, asked) if "bit for bit" in line)
+    assert told.startswith(f"7 matrices are stored in {have.name} already; their codes are kept bit for bit")
+    assert told.endswith(f"(input_activations in config.json) becomes {asked.name}'s") is (have is not asked)
 
 
 # --- the command ------------------------------------------------------------------------
@@ -173,7 +209,8 @@ def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(losses(said)) == 6
-    assert re.fullmatch(r"mean output error .* [\d.]+% rounded plainly, [\d.]+% calibrated", said[-2])
+    assert re.fullmatch(r"mean output error .* [\d.]+% rounded plainly, [\d.]+% calibrated", said[-3])
+    assert said[-2] == "42 of 42 matrices calibrated by 4,096 tokens"
     text = HELDOUT.read_text("utf-8")
     lines = {line for line in text.splitlines() if len(line) > 60}
     assert not lines & set(DEFAULT.read_text("utf-8").splitlines())
@@ -203,6 +240,32 @@ def test_faults_are_said(fault: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "\n" not in error
     assert all(part in error for part in parts), error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_short_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C, too, and what the command does then."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(HELDOUT.read_text("utf-8")[:4000])
+    found = sum(map(len, calibration_windows(MODEL_DIR, str(text), 1 << 20)))
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    words = ["quantize", str(MODEL_DIR), "-o", str(out), "--calibrate", str(text), "--device", "cpu"]
+    for tokens in ("2000", None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "CalibratedLayer", lambda *args: stop(args[2]))
+            assert main([*words, *(["--calibration-tokens", str(found + 1)] if tokens else [])]) == 130
+        told = capsys.readouterr()
+        asked = "" if tokens else f"note: the text has {found:,} tokens in whole windows of 512, fewer than 32,768"
+        assert [line for line in told.out.splitlines() if line.startswith("note: the text")] == [asked] * bool(asked)
+        assert told.err == f"octavo: stopped; nothing is left in {out}\n"
+        assert not out.exists()
+    layer = CalibratedLayer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalibratedLayer, "__init__", lambda self, *args: stop(1) if args[2] else layer(self, *args))
+        assert main(words) == 130
+    assert capsys.readouterr().err == "octavo: stopped; the same command continues\n"
 
 
 def test_an_architecture_that_is_not_served(tmp_path: Path) -> None:

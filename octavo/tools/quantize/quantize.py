@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 
 from octavo.config import QUANTIZATIONS, EngineConfig, canonical
-from octavo.convert.calibration import Stash, calibrate
+from octavo.convert.calibration import WINDOW, Stash, calibrate
 from octavo.convert.output_config import quantization_config
-from octavo.convert.output_directory import OutputDirectory
+from octavo.convert.output_directory import MARKER, OutputDirectory
 from octavo.convert.quantize_plan import Plan, names_of
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.engine.calibration_text import TOKENS, calibration_windows
@@ -52,10 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--calibrate", nargs="?", const="default", dest="by_text", metavar="FILE",
-        help="round with error compensation, by what a text makes each layer read: a UTF-8 file, or Octavo's own text",
+        help="round with error compensation, by what a text makes each layer read: a UTF-8 file, or Octavo's own text, "
+        "which is default, or no FILE",
     )  # fmt: skip
     group.add_argument(
-        "--calibration-tokens", type=int, metavar="N", help=f"tokens of the text to calibrate by (default: {TOKENS})"
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"most tokens of the text to calibrate by, in whole windows of {WINDOW} (default: {TOKENS})",
     )
     group.add_argument("--verify", action="store_true", help="read the result back and print the error of each layer")
 
@@ -74,13 +79,26 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     if args.by_text is None and args.calibration_tokens is not None:
         raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
     tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
-    quantize_checkpoint(
-        Path(config.model), Path(args.output), rules,
-        search=bool(args.scale_search), device=config.device, threads=threads, check=args.verify,
-        requantize_int4=args.requantize_int4,
-        windows=() if args.by_text is None else calibration_windows(Path(config.model), args.by_text, tokens),
-    )  # fmt: skip
+    windows = () if args.by_text is None else calibration_windows(Path(config.model), args.by_text, tokens)
+    if windows and (found := sum(map(len, windows))) < tokens - tokens % len(windows[0]):
+        print(f"note: the text has {found:,} tokens in whole windows of {len(windows[0])}, fewer than {tokens:,}")
+    output = Path(args.output)
+    try:
+        quantize_checkpoint(
+            Path(config.model), output, rules, search=bool(args.scale_search), device=config.device, threads=threads,
+            check=args.verify, requantize_int4=args.requantize_int4, windows=windows,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"octavo: stopped; {_left_in(output)}", file=sys.stderr)
+        raise
     return 0
+
+
+def _left_in(output: Path) -> str:
+    """What a run that was stopped leaves, in words."""
+    if (output / MARKER).exists():
+        return "the same command continues"
+    return f"{output} is whole" if (output / "config.json").exists() else f"nothing is left in {output}"
 
 
 def quantize_checkpoint(
@@ -98,7 +116,8 @@ def quantize_checkpoint(
 ) -> None:
     """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError.
 
-    Packed INT4 stays as it is stored but with `requantize_int4`. windows: token ids to calibrate by, if any.
+    Packed INT4 stays as it is stored but with `requantize_int4`. windows: token ids to calibrate by, if any. Neither they nor
+    `search` are taken where every matrix keeps its stored codes.
     """
     config = read_config(model)
     check_format(config, model)
@@ -110,6 +129,10 @@ def quantize_checkpoint(
         plan = Plan(checkpoint, reader, config, rules, requantize_int4=requantize_int4)
         if config.get("model_type") not in MODEL_TYPES:
             say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
+        if windows:
+            plan.check_rounds("--calibrate", by_text=True)
+        elif search:
+            plan.check_rounds("--scale-search mse", by_text=False)
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
@@ -123,6 +146,7 @@ def quantize_checkpoint(
                     calibrate(plan, config, windows, detect(device), stash, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
+                    say(stash.said_of(plan, windows))
                 with Progress(remaining(plan, directory)) as progress:
                     write_files(plan, directory, platform, search, threads, progress, stash)
                 directory.finish(config, quantization_config(plan))
