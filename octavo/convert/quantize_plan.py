@@ -191,7 +191,7 @@ class Plan:
         ):
             raise OctavoError(
                 f"{flag}: {self.checkpoint.directory} has FP8 codes already ({self._stored_in(kept)}), which are kept as they "
-                "are, so there is nothing to round; give it to the BF16 checkpoint that they were made of, or leave it out."
+                "are, so there is nothing to round; use it on the BF16 checkpoint that they were made of, or leave it out."
             )
 
     def _stored_in(self, pieces: Iterable[Piece]) -> str:

@@ -28,14 +28,16 @@ from octavo import LLM, SamplingParams
 from octavo.cli import engine_config, main, make_parser
 from octavo.command_words import with_dashes
 from octavo.config import EngineConfig
+from octavo.convert.output_directory import ORIGIN
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine import runner
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, QuantRules
+from octavo.quant.scheme import FP8_W8A16
 from octavo.server import serve
 from octavo.text.tokenizer import Tokenizer
-from octavo.tools.compare import html_report
+from octavo.tools.compare import html_report, loss_table
 from octavo.tools.compare.compare import add_arguments, compare, write_atomically, write_config
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.layer_errors import Sensitivity, ignore_list, worth_keeping
@@ -370,6 +372,31 @@ def test_calibrated_codes_are_measured_beside_plain_ones(tiny: Path, tmp_path: P
     assert [step.partition(" with")[0] for step in steps] == [
         "ptpc_fp8", "ptpc_fp8, calibrated,", "fp8_w8a16", "fp8_w8a16, calibrated,",
     ]  # fmt: skip
+
+
+def test_codes_that_no_text_made_are_not_called_calibrated(tiny: Path, tmp_path: Path) -> None:
+    """Nor are those of a checkpoint that does not say how it was made."""
+    for name, words in (("searched", dict(search=True)), ("other", {}), ("calibrated", dict(windows=[IDS[:WINDOW]]))):
+        quantize_checkpoint(tiny, tmp_path / name, QuantRules(FP8_PER_CHANNEL), threads=1, say=lambda line: None, **words)
+    (tmp_path / "other" / ORIGIN).unlink()
+    found = both(tiny)
+    for name, said in (("searched", "as stored"), ("other", "as stored"), ("calibrated", "calibrated")):
+        m = made(Variant("ptpc_fp8", "fp8_e4m3", (), str(tmp_path / name)), 0.1)
+        assert name_of(m.variant) == f"ptpc_fp8, {said}, with KV cache fp8_e4m3"
+        assert loss_table.cells(found, m)[0] == f"ptpc_fp8, {said}"
+
+
+def test_a_scheme_that_changes_nothing_is_no_flag(tiny: Path, tmp_path: Path) -> None:
+    """Codes of a channel with activations as they are: one scheme rounds activations, others leave all as it is stored."""
+    quantize_checkpoint(tiny, tmp_path / "codes", QuantRules(FP8_W8A16), threads=1, say=lambda line: None)
+    found = compare(config(tmp_path / "codes"), IDS, ["fp8", "ptpc_fp8", "fp8_w8a16"], ["fp8_e4m3"], window=WINDOW)
+    as_stored = {m.variant.scheme: m.weights_as_stored for m in found.measured}
+    assert as_stored == {"fp8": True, "ptpc_fp8": False, "fp8_w8a16": True}
+    assert any(note.startswith("--quantization fp8, fp8_w8a16 changes nothing") for note in found.notes)
+    for m in found.measured:
+        found.chosen = m
+        assert ("--quantization" in loss_table.command(found)) is not m.weights_as_stored
+    assert not any(m.weights_as_stored for m in both(tiny).measured)
 
 
 def reference_of(model: Path) -> Reference:

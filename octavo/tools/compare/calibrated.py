@@ -1,17 +1,30 @@
-"""A calibrated checkpoint beside the model that it was made of."""
+"""A calibrated checkpoint, or another of the same model's codes, beside the model that it was made of."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from octavo.config import EngineConfig
+from octavo.convert.output_directory import ORIGIN
 from octavo.errors import OctavoError
 from octavo.models import read_config, same_architecture
 from octavo.quant import SCHEMES
 from octavo.quant.stored_format import stored_format_of
 
-__all__ = ["served_schemes"]
+__all__ = ["made_by", "served_schemes"]
+
+
+@cache
+def made_by(directory: str) -> str:
+    """What a checkpoint's codes are called: "calibrated" where it says that Octavo made them so, "as stored" otherwise."""
+    try:
+        origin = json.loads((Path(directory) / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        origin = {}
+    return "calibrated" if "calibration" in origin else "as stored"
 
 
 def served_schemes(directory: Path, schemes: Sequence[str], config: EngineConfig) -> list[str]:

@@ -193,6 +193,8 @@ def compare(
         return found
     for variant in variants:
         measured(variant)
+    if same := dict.fromkeys(m.variant.scheme for m in found.measured if m.weights_as_stored and m.variant.scheme in quantized):
+        found.notes.append(f"--quantization {', '.join(same)} changes nothing: all that it is for is stored in codes already")
     climbed = search.rungs(found.measured)
     found.verdict, found.chosen = search.verdict(found.budget, climbed, text.predictions)
     if found.measured and quantized:

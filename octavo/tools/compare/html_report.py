@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import OctavoError
 from octavo.quant import QuantRules
 from octavo.tools.compare import loss_table
+from octavo.tools.compare.calibrated import made_by
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.measure import Measurement
 from octavo.version import __version__
@@ -126,7 +127,8 @@ def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
 
 def _label(m: Measurement) -> str:
     kept = f" -{len(m.variant.ignore)}" if m.variant.ignore else ""
-    return f"{m.variant.scheme}{' calibrated' * bool(m.variant.calibrated)}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
+    made = f" {made_by(m.variant.calibrated)}" if m.variant.calibrated else ""
+    return f"{m.variant.scheme}{made}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
 
 
 def _losses(m: Measurement) -> list[tuple[float, float]]:

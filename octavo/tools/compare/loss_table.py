@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from octavo.engine.memory import gib
+from octavo.tools.compare.calibrated import made_by
 from octavo.tools.compare.comparison import Comparison
 from octavo.tools.compare.measure import Measurement
 from octavo.tools.rich_tables import console, table
@@ -23,7 +24,7 @@ def cells(found: Comparison, m: Measurement) -> tuple[str, ...]:
     """One row of the main table, under COLUMNS."""
     v = m.variant
     modules = sum(len(layer.names) * layer.layers for layer in found.kept) if v.ignore == tuple(found.ignore) else len(v.ignore)
-    weights = v.scheme + ", calibrated" * bool(v.calibrated) + (f", {modules} kept" if v.ignore else "")
+    weights = v.scheme + (f", {made_by(v.calibrated)}" if v.calibrated else "") + (f", {modules} kept" if v.ignore else "")
     change = "" if m is found.reference else f"{100 * m.change:+.2f}% ±{100 * m.change_error:.2f}"
     kv, greedy = "BF16" if v.kv in ("auto", "bfloat16") else v.kv, f"{m.greedy:.1f}"
     top1, memory = f"{100 * m.top1:.1f}%", f"{100 * found.memory(m):.1f}%"
@@ -105,4 +106,5 @@ def command(found: Comparison) -> str:
     v = found.chosen.variant
     ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
     model = v.calibrated or found.model
-    return shlex.join(["octavo", "serve", model, "--quantization", v.scheme, "--kv-cache-dtype", v.kv, *ignore])
+    scheme = [] if found.chosen.weights_as_stored else ["--quantization", v.scheme]
+    return shlex.join(["octavo", "serve", model, *scheme, "--kv-cache-dtype", v.kv, *ignore])

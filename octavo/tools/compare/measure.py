@@ -16,7 +16,7 @@ head, from which p is computed again, a few rows at a time: exact, and vocab / h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from octavo.messages import EngineRequest, SamplingParams
 from octavo.models.interface import Head
 from octavo.quant import SCHEMES, WeightDType
 from octavo.tools.compare.caches import own_kv
+from octavo.weights.load_report import GroupReport
 
 __all__ = [
     "REFERENCE",
@@ -116,6 +117,7 @@ class Measurement:
     quantized_values: int  # weights held in FP8
     kv_bytes_per_token: int
     kl_error: float = 0.0  # standard error over positions
+    weights_as_stored: bool = False  # in codes that the checkpoint has, which the scheme leaves as they are
 
     def memory(self, context: int) -> int:
         """Bytes of the weights and of one request of `context` tokens."""
@@ -133,12 +135,13 @@ class Reference:
     head: Head
     hidden: list[Tensor] = field(default_factory=list)
     greedy: list[list[int]] = field(default_factory=list)
+    groups: dict[tuple[str, str], GroupReport] = field(default_factory=dict)  # of the weights, as they are loaded
 
     @classmethod
     def of(cls, core: EngineCore, text: Text) -> Reference:
         """Runs the reference model over the text."""
         hidden = [hidden_states(core.runner, window).cpu() for window in text.windows]
-        return cls(core.runner.model.head, hidden, _continue(core, text))
+        return cls(core.runner.model.head, hidden, _continue(core, text), core.runner.report.groups)
 
 
 def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Text:
@@ -198,7 +201,13 @@ def score(
         quantized_values=runner.report.total("values", WeightDType.FP8),
         kv_bytes_per_token=runner.bytes_per_token,
         kl_error=float(kl.std(correction=0)) / math.sqrt(len(kl)),
+        weights_as_stored=_as_stored(runner.report.groups, reference.groups) and not variant.calibrated,
     )
+
+
+def _as_stored(groups: Mapping[tuple[str, str], GroupReport], reference: Mapping[tuple[str, str], GroupReport]) -> bool:
+    """Whether weights are those of the reference, and some of them codes."""
+    return groups == reference and any(group.dtype is not WeightDType.BF16 for group in groups.values())
 
 
 def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:

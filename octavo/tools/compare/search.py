@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo.errors import OctavoError
+from octavo.tools.compare.calibrated import made_by
 from octavo.tools.compare.layer_errors import Sensitivity, ignore_list
 from octavo.tools.compare.measure import REFERENCE, Measurement, Variant
 
@@ -169,7 +170,8 @@ def name_of(variant: Variant) -> str:
     names, patterns = variant.ignore, all(re.search(r"\.\d+\.", name) is None for name in variant.ignore)
     count = f"{len(names)} {'kinds of ' if patterns else ''}modules"
     kept = f", {' '.join(names) if len(names) < 3 else count} in BF16" if names else ""
-    return f"{variant.scheme}{', calibrated,' * bool(variant.calibrated)} with {kv}{kept}"
+    made = f", {made_by(variant.calibrated)}," if variant.calibrated else ""
+    return f"{variant.scheme}{made} with {kv}{kept}"
 
 
 def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0) -> tuple[str, Measurement | None]:
