@@ -396,6 +396,8 @@ def test_a_scheme_that_changes_nothing_is_no_flag(tiny: Path, tmp_path: Path) ->
     for m in found.measured:
         found.chosen = m
         assert ("--quantization" in loss_table.command(found)) is not m.weights_as_stored
+        name = "the stored codes" if m.weights_as_stored else m.variant.scheme
+        assert f" use {name} with KV cache fp8_e4m3" in verdict(Budget(9.0, relative=False), [m])[0]
     assert not any(m.weights_as_stored for m in both(tiny).measured)
 
 

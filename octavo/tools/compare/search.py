@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo.errors import OctavoError
 from octavo.tools.compare.calibrated import made_by
@@ -183,7 +183,7 @@ def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0
     over = climbed[: climbed.index(chosen)] if chosen else climbed
     said = []
     if over:
-        names = [f"{name_of(m.variant)} ({budget.amount(m)})" for m in over]
+        names = [f"{_name(m)} ({budget.amount(m)})" for m in over]
         more = [f"and {len(over) - MENTIONED} more"] if len(over) > MENTIONED else []
         said.append(f"Over the budget of {budget}: {'; '.join(names[:MENTIONED] + more)}.")
     if chosen is None:
@@ -191,8 +191,13 @@ def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0
         return " ".join(said + _doubt(budget, over, predictions)), None
     noise = ", within this text's noise" if 0 < abs(chosen.change) < 2 * chosen.change_error else ""
     loss = f"{100 * chosen.change:+.2f}% of perplexity{noise}; KL {chosen.kl:.3g}; top-1 agreement {100 * chosen.top1:.1f}%"
-    said.append(f"{'Use' if over else 'Accuracy held: use'} {name_of(chosen.variant)} ({loss}).")
+    said.append(f"{'Use' if over else 'Accuracy held: use'} {_name(chosen)} ({loss}).")
     return " ".join(said + _doubt(budget, [*over, chosen], predictions)), chosen
+
+
+def _name(m: Measurement) -> str:
+    """What was measured, in words: a scheme that changes no weight is not named."""
+    return name_of(replace(m.variant, scheme="the stored codes") if m.weights_as_stored else m.variant)
 
 
 def _doubt(budget: Budget, decisive: Sequence[Measurement], predictions: int) -> list[str]:
@@ -202,7 +207,7 @@ def _doubt(budget: Budget, decisive: Sequence[Measurement], predictions: int) ->
     widest = max(open_, key=budget.error)
     error, wide = budget.error(widest), 2 * budget.error(widest) > budget.limit
     how = "is wider than the budget" if wide else "reaches across the budget"
-    said = f"But this text is too short to tell: the error bar of {name_of(widest.variant)} (±{budget.said(error)}) {how}"
+    said = f"But this text is too short to tell: the error bar of {_name(widest)} (±{budget.said(error)}) {how}"
     if not budget.limit or not predictions:
         return [f"{said}."]
     target = (budget.limit if wide else error) / 2  # that is then no longer so, unless the loss is the budget
