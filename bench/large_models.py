@@ -30,9 +30,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from octavo.tools.bench.workloads import model_directory
+from octavo.errors import OctavoError
+from octavo.tools.bench.workloads import model_directory, parse_workloads, shape_config
+from octavo.tools.plan.accelerators import find
 
 PORT = 8000
 BASE = f"http://127.0.0.1:{PORT}"
@@ -47,6 +48,7 @@ CONSTRAINED = ["--max-model-len", "16384", "--gpu-memory-utilization", "0.85"]  
 WITHIN = 0.02  # of what was planned
 ENDS_WITHIN = 20.0  # seconds from a rank's death to the end of the last stream and of the server
 STREAMS = 8
+PROMPT = [5, 6, 7]
 
 
 @dataclass
@@ -96,7 +98,12 @@ def serving(directory: Path, flags: Sequence[str], seconds: float) -> Iterator[t
             )
         try:
             while get("/health")[0] != 200:
-                if process.poll() is not None or time.monotonic() - started > seconds:
+                took = time.monotonic() - started
+                if (code := process.poll()) is not None:
+                    raise RuntimeError(
+                        f"ended with exit code {code} after {took:.0f} s, never ready: {log.read_text()[-1500:]}"
+                    )
+                if took > seconds:
                     raise RuntimeError(f"not ready after {seconds:.0f} s: {log.read_text()[-1500:]}")
                 time.sleep(0.1)
             yield process, time.monotonic() - started, log
@@ -120,7 +127,7 @@ def check_memory(found: Found, directory: Path, flags: Sequence[str], ranks: int
     """What rank 0 holds, beside what was planned."""
     asked = ["plan", str(directory), *flags, "--num-accelerators", str(ranks), "--accelerator", accelerator, "--json"]
     plan = json.loads(octavo(*asked))
-    planned = plan["variants"][chosen_variant(plan)]["fit"]
+    planned = plan["variants"][plan["asked"]]["fit"]
     held = sum(
         float(line.rpartition(" ")[2]) for line in get("/metrics")[1].splitlines() if line.startswith("octavo:weight_bytes{")
     )
@@ -134,19 +141,16 @@ def check_memory(found: Found, directory: Path, flags: Sequence[str], ranks: int
         found.say(f"tokens of cache: {tokens:,}, planned {planned['tokens']:,} ({share:+.2%})", abs(share) <= WITHIN)
 
 
-def chosen_variant(plan: dict[str, Any]) -> str:
-    """The variant that the plan's verdict is about: `It fits: NAME on …`."""
-    named: list[str] = [name for name in plan["variants"] if f" {name} " in plan["verdict"]]
-    return max(named, key=len)
-
-
-def stream(ended: list[tuple[float, str]]) -> None:
-    body = {"prompt": [5, 6, 7], "max_tokens": 8000, "temperature": 0, "ignore_eos": True, "stream": True}
+def stream(begun: list[float], ended: list[tuple[float, str]], max_tokens: int) -> None:
+    """One request, by time: its first line, and the last one with an error, or else the first, of its end."""
+    body = {"prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(f"{BASE}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     last = b""
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
             for line in response:
+                if not last:
+                    begun.append(time.monotonic())
                 if b'"error"' in line or not last:
                     last = line.strip()
     except (OSError, http.client.HTTPException) as error:
@@ -156,22 +160,24 @@ def stream(ended: list[tuple[float, str]]) -> None:
 
 def lose_a_rank(found: Found, process: subprocess.Popen[bytes]) -> None:
     """kill -9 of the last rank under load."""
-    ranks, ended = ranks_of(process), list[tuple[float, str]]()
-    threads = [threading.Thread(target=stream, args=(ended,), daemon=True) for _ in range(STREAMS)]
+    ranks, begun, ended = ranks_of(process), list[float](), list[tuple[float, str]]()
+    tokens = min(8000, json.loads(get("/v1/models")[1])["data"][0]["max_model_len"] - len(PROMPT))
+    threads = [threading.Thread(target=stream, args=(begun, ended, tokens), daemon=True) for _ in range(STREAMS)]
     for thread in threads:
         thread.start()
-    time.sleep(3)
+    started = time.monotonic()
+    while len(begun) < STREAMS and not ended and time.monotonic() - started < 60:
+        time.sleep(0.01)
     killed = time.monotonic()
     os.kill(ranks[-1], signal.SIGKILL)
     for thread in threads:
         thread.join(max(0.0, killed + ENDS_WITHIN - time.monotonic()))
-    errors = sum(at > killed and '"error"' in last for at, last in ended)
     if early := [last for at, last in ended if at <= killed]:
-        found.say(f"{len(early)} streams ended before: {early[0][:300]}", False)
-    took = max((at for at, _ in ended), default=killed) - killed
+        found.say(f"{len(early)} streams of {tokens} tokens ended before the rank was killed: {early[0][:300]}", False)
+    failed = [at - killed for at, last in ended if at > killed and '"error"' in last]
+    within = f" within {max(failed):.1f} s" if failed else ""
     found.say(
-        f"rank {len(ranks) - 1} killed: {errors} of {STREAMS} streams ended with an error within {took:.1f} s",
-        errors == STREAMS,
+        f"rank {len(ranks) - 1} killed: {len(failed)} of {STREAMS} streams ended with an error{within}", len(failed) == STREAMS
     )
     try:
         code: int | None = process.wait(max(0.1, killed + ENDS_WITHIN - time.monotonic()))
@@ -226,13 +232,20 @@ def main() -> int:
     parser.add_argument("--constrained", action="store_true", help="also start as the memory-constrained example does")
     parser.add_argument("--seconds", type=float, default=300, help="for which a start may take")
     args = parser.parse_args()
-    if args.model is not None:
-        tried = [try_model(args.model.name, args.model, args)]
-    else:
-        tried = []
-        for shape in args.shapes:
+    tried = []
+    try:
+        find(args.accelerator)
+        parse_workloads([args.workload] if args.workload else [])
+        shapes = [] if args.model is not None else args.shapes
+        for shape in shapes:
+            shape_config(shape)
+        if args.model is not None:
+            tried.append(try_model(args.model.name, args.model, args))
+        for shape in shapes:
             with model_directory("", shape, args.num_layers) as directory:
                 tried.append(try_model(shape, directory, args))
+    except OctavoError as error:
+        parser.error(str(error).replace("--shape ", "--shapes "))
     for found in tried:
         print(f"\n## {found.name}\n", *(f"- {line}" for line in found.lines), sep="\n")
     return int(any(found.failures for found in tried))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -101,6 +102,27 @@ def test_costs_are_those_of_the_matrices() -> None:
     assert (fp8.plain_operations, fp8.fp8_operations, fp8.head_fp8, fp8.kv_fp8) == (0, 2 * 6 * layer, False, True)
     head = costs_of(EngineConfig(quantization="ptpc_fp8", kv_cache_dtype="fp8", quantize_lm_head=True))
     assert (head.weight_bytes, head.head_bytes, head.head_fp8) == (fp8.weight_bytes, 4096 * 256 + 4 * 4096, True)
+
+
+def test_the_limit_of_ranks_and_stages() -> None:
+    """Each has its part of the weights and of attention; a token goes through all stages, which have requests of their own."""
+    one, two = (costs_of(EngineConfig(tensor_parallel_size=tp, pipeline_parallel_size=2)) for tp in (1, 2))
+    assert two.decoded(100) == tuple(operations / 2 for operations in one.decoded(100))
+    assert two.plain_operations == one.plain_operations / 2
+    slow = Ceilings(1e30, 1.0, 1.0)  # arithmetic alone counts
+    w = Workload("custom", 4, 64, 8)
+    whole, staged = limit(one, slow, w), limit(one, slow, w, stages=2)
+    assert (2 * staged.prefill, 2 * staged.decode) == (pytest.approx(whole.prefill), pytest.approx(whole.decode))
+    alone = Workload("custom", 1, 64, 8)
+    assert limit(one, slow, alone, stages=2).decode == limit(one, slow, alone).decode
+
+
+def test_stages_without_ranks_are_measured(tmp_path: Path) -> None:
+    words = "--device", "cpu", "-pp", "2", "--num-requests", "4", "--json", str(tmp_path / "found.json")
+    line = [sys.executable, "-m", "octavo", "bench", "throughput", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert json.loads((tmp_path / "found.json").read_text())["workloads"]["custom"]["out_tok_s"] > 0
 
 
 def test_a_mixture_reads_the_experts_that_it_reaches() -> None:
@@ -572,6 +594,8 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
         ("throughput --json /nowhere/x.json", 1, "--json /nowhere/x.json: there is no directory /nowhere."),
         ("throughput --png x.png", 2, "unrecognized arguments: --png"),
         ("--profile --steps 0", 1, "--steps must be positive, not 0."),
+        ("profile -tp 2 -pp 2", 1, "looks into one rank; leave --tensor-parallel-size out."),
+        ("profile -pp 2", 1, "looks into one rank; leave --pipeline-parallel-size out."),
         ("M --latency --shape qwen3-8b", 1, "Two models were given, M and --shape qwen3-8b; give one."),
         ("serve --base-url localhost:8000", 1, "--base-url 'localhost:8000' is no URL"),
         ("serve --base-url http://127.0.0.1:9", 1, "No server answers at http://127.0.0.1:9"),

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from cases import cases
 from tools.planner import answer, plan_of
 
-from octavo.tools.plan.explain import command
+from octavo.cli import engine_config, make_parser
+from octavo.distributed import Stages, TensorParallel
+from octavo.engine.pipeline import check_pipeline
+from octavo.errors import OctavoError
+from octavo.models import build_model
+from octavo.server import serve
+from octavo.tools.plan.explain import command, notes, refusals
 from octavo.tools.plan.roofline import HOP_SECONDS, decode_rate, hop_seconds, prefill_rate
 from octavo.tools.plan.splits import splits
 from octavo.tools.plan.variants import deployment, fit_of
@@ -75,3 +82,51 @@ def test_what_is_said() -> None:
     ]
     said = answer("Llama-3.1-8B", "--accelerator", "h200", "--num-accelerators", "64", "-tp", "1", "-pp", "33")
     assert any("--pipeline-parallel-size 33 splits the model's 32 layers" in text for text in said["refused"])
+
+
+def test_stages_of_a_model_with_images_serve_text_alone() -> None:
+    """The printed command is one that `octavo serve` takes, and no memory is kept for images; a plan of one stage keeps it."""
+    on = "--accelerator", "h200", "--num-accelerators", "8", "--num-hosts", "2"
+    chosen = "--accelerator", "h100", "--num-accelerators", "4", "-q", "bf16"
+    for words in (("-tp", "8", "-pp", "2"), chosen, ("-pp", "2", "--language-model-only")):
+        plan = plan_of("Qwen3-VL-235B-A22B" if words is chosen else "Kimi-K2.5", *on, *words)
+        assert plan.question.pp == 2
+        given = {"language_model_only": True} if "--language-model-only" in words else {}
+        line = command(plan, given).split()
+        assert line.count("--language-model-only") == 1
+        config = engine_config(make_parser("serve", serve.add_arguments).parse_args(line[2:]))
+        assert not config.reads_images
+        model = build_model(plan.question.subject.source.config, TensorParallel(), 1, None, vision=config.reads_images)
+        check_pipeline(model, TensorParallel(0, 8, stages=Stages(0, 2, 8)), ())
+        assert plan.asked.fit is not None
+        assert plan.asked.fit.images == 0
+        assert any(note.startswith("Stages serve text alone: the vision tower is left out") for note in notes(plan))
+        assert refusals(plan) == []
+    plan = plan_of("Kimi-K2.5", *on, "-tp", "8")
+    assert "--language-model-only" not in command(plan, {})
+    assert plan.asked.fit is not None
+    assert plan.asked.fit.images > 0
+
+
+@cases(
+    ("words", "verdict"),
+    [
+        (("--accelerator", "l40s", "--num-hosts", "2"), "It does not fit: "),
+        ((*TWO[1:], "-tp", "3", "-pp", "2"), "It does not split over 6 accelerators."),
+        ((*TWO[1:], "-tp", "8", "-pp", "3"), "There are too few accelerators: PTPC + FP8 KV on 24 x NVIDIA H200 SXM"),
+        (("--accelerator", "h200", "--num-accelerators", "8", "-tp", "16"), "There are too few accelerators: "),
+    ],
+)
+def test_what_does_not_fit_is_not_said_to_fit(words: tuple[str, ...], verdict: str) -> None:
+    said = answer("Llama-3.1-405B", *words)
+    assert said["verdict"].startswith(verdict)
+    assert not said["fits"]
+    assert said["refused"]
+    assert not any("such servers fit" in note for note in said["notes"])
+
+
+def test_a_link_between_hosts_needs_hosts() -> None:
+    with pytest.raises(OctavoError, match="--host-link is for --num-hosts above 1"):
+        plan_of("Llama-3.1-8B", "--accelerator", "h200", "--host-link", "25")
+    assert plan_of(*TWO).question.link == 50e9
+    assert plan_of(*TWO, "--host-link", "25").question.link == 25e9

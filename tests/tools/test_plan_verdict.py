@@ -62,7 +62,7 @@ def test_the_advice_for_what_does_not_fit_makes_it_fit(words: tuple[str, ...], c
 def test_what_fits_and_is_refused_has_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     refused = ["Llama-3.1-8B", "--accelerator", "h200", "-tp", "8"]
     verdict, reasons = first_lines(capsys, *refused)
-    assert verdict.startswith("It fits: ")
+    assert verdict.startswith("There are too few accelerators: ")
     assert verdict.endswith(" Octavo would not start it:")
     assert reasons == ["  - --tensor-parallel-size 8 needs 8 accelerators, and there is one."]
     for ranks, number, words in (("8", "1", "8 x NVIDIA H200"), ("2", "4", "2 of 4 x NVIDIA H200"), ("8", "8", "8 x NVIDIA")):

@@ -126,8 +126,9 @@ def _offline(
     args: argparse.Namespace, config: EngineConfig, given: dict[str, Any], workloads: Sequence[Workload], started: float
 ) -> dict[str, Any]:
     """throughput, latency and profile: one engine in this process."""
-    if args.mode == "profile" and config.tensor_parallel_size > 1:
-        raise OctavoError("octavo bench profile looks into one rank; leave --tensor-parallel-size out.")
+    if args.mode == "profile" and config.num_ranks > 1:
+        flag = "--tensor-parallel-size" if config.tensor_parallel_size > 1 else "--pipeline-parallel-size"
+        raise OctavoError(f"octavo bench profile looks into one rank; leave {flag} out.")
     if args.mode == "profile" and args.png is not None:
         from octavo.tools.bench import profiling
 
@@ -194,7 +195,7 @@ def _with_limits(found: dict[str, Any], config: EngineConfig, core: EngineCore, 
     found["ceilings"] = ceilings.as_json
     found["workloads"] = {}
     for m in measured:
-        seconds = limit(costs, ceilings, m.workload, config.max_num_seqs).of(m.workload)
+        seconds = limit(costs, ceilings, m.workload, config.max_num_seqs, config.pipeline_parallel_size).of(m.workload)
         figures = {"limit_s": seconds, "percent_of_limit": 100 * seconds / m.wall}
         found["workloads"][m.workload.name] = m.as_json() | figures
     return found

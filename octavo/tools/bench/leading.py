@@ -59,10 +59,11 @@ class LeadingCore(EngineCore):
 
     def _watch(self) -> None:
         """Runs in a thread: another rank's end is this process's, which may wait for it within a collective."""
-        sentence = self._processes.last_words()
-        if not self._processes.killed:
+        processes = self._processes  # which `close` takes from this object
+        sentence = processes.last_words()
+        if not processes.killed:
             print(f"octavo: {sentence}", file=sys.stderr, flush=True)
-            self._processes.kill()
+            processes.kill()
             os._exit(1)
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ class LeadingCore(EngineCore):
 @contextmanager
 def engine(config: EngineConfig, progress: Progress) -> Iterator[EngineCore]:
     """An engine in this process, of any number of ranks."""
-    if config.tensor_parallel_size == 1:
+    if config.num_ranks == 1:
         yield EngineCore(config, progress)
         return
     core = LeadingCore(config, progress)

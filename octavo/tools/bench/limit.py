@@ -4,7 +4,7 @@ A step takes the longer of two times: its bytes over the bandwidth, and its oper
 prompts in full steps, then all requests decode together. Weights are read once per step, as many bytes as are stored. Keys and
 values, or latents, are written once, and read once per decode step; sparse attention reads the selected ones and all indexer
 keys. Activations stay on the chip. There are no launches, no sampling and no host time. No engine can be faster than this.
-Sliding windows are counted as full attention.
+Sliding windows are counted as full attention. Pipeline stages are alike, each with a step of its part of the requests.
 """
 
 from __future__ import annotations
@@ -60,27 +60,28 @@ class Limit:
         return self.decode if workload.part == "decode" else self.prefill + self.decode
 
 
-def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = None) -> Limit:
-    """The limit of `workload` with at most `most` requests at a time (default: all)."""
+def limit(costs: Costs, on: Ceilings, workload: Workload, most: int | None = None, stages: int = 1) -> Limit:
+    """The limit of `workload` with at most `most` requests at a time (default: all), on ranks whose costs are of all layers, of
+    which each of `stages` has its part."""
     n, length, output = workload.num_requests, workload.input_len, workload.output_len
     steps = -(-n * length // STEP_TOKENS)
-    prefill = steps * step_seconds(costs, on, n * length / steps, n / steps, costs.prefilled(length))
+    prefill = steps * step_seconds(costs, on, n * length / steps, n / steps, costs.prefilled(length)) / stages
     first = 0 if workload.part == "decode" else 1  # the prefill samples the first token
     together = min(n, most or n)
     waves = [together] * (n // together) + ([n % together] if n % together else [])
     decode = sum(
-        step_seconds(costs, on, batch, batch, costs.decoded(length + i + 1), costs.read(length + i))
-        for batch in waves
+        step_seconds(costs, on, part, part, costs.decoded(length + i + 1), costs.read(length + i))
+        for part in (max(1, batch / stages) for batch in waves)  # a token goes through all stages before the next
         for i in range(output - first)
     )
     return Limit(prefill, decode)
 
 
 def costs_of(config: EngineConfig, source: Source | None = None) -> Costs:
-    """The bytes and operations of one rank of the model of `config`, by its config.json and, if present, its checkpoint's
-    headers."""
+    """The bytes and operations of one rank of the model of `config`, of all pipeline stages together, by its config.json and,
+    if present, its checkpoint's headers."""
     source = source or find_source(config.model, dummy=config.load_format == "dummy")
     subject = Subject(source, config, Accelerator("any", "any", 0))
     variant = Variant(config.quantization or "bf16", subject.quantized, config.kv_cache_dtype, subject.itemsize)
     ranks = config.tensor_parallel_size
-    return Costs.of(subject.walk(variant, ranks).operands, subject.attention, subject.caches(variant, ranks))
+    return Costs.of(subject.walk(variant, ranks).operands, subject.attention, subject.caches(variant, ranks), ranks)

@@ -132,7 +132,11 @@ def verdict(plan: Plan, refused: Sequence[str]) -> str:
     if fit.max_model_len:
         lowered = "" if fit.max_model_len >= q.model_len else f", with a context lowered from {q.model_len:,} tokens"
         many = f"{fit.tokens / fit.max_model_len:,.1f} requests of {fit.max_model_len:,} tokens at a time{lowered}"
-        return f"It fits: {asked.variant.label} on {where} holds {many}." + (" Octavo would not start it:" if refused else "")
+        if used > q.all:
+            said = f"There are too few accelerators: {asked.variant.label} on {where} would hold {many}."
+        else:
+            said = f"It fits: {asked.variant.label} on {where} holds {many}."
+        return said + (" Octavo would not start it:" if refused else "")
     others = [v for v in plan.variants if v.fit is not None and v.fit.max_model_len]
     enough = sorted((v for v in plan.variants if v.smallest), key=lambda v: (v.smallest, v is not asked))
     if others:
@@ -161,7 +165,8 @@ def notes(plan: Plan) -> list[str]:
         rest = f"; {' and '.join(kept)} stay BF16 and add to it." if kept else "."
         out.append(f"FP8 halves what it stores, so nothing here is under 50%{rest}")
     if "vision_config" in q.subject.source.config and not any(o.component == "vision" for o in q.subject.base.operands):
-        out.append("The vision tower is left out (--language-model-only): every number is the text model's.")
+        why = "Stages serve text alone: the" if q.pp > 1 else "The"
+        out.append(f"{why} vision tower is left out (--language-model-only), and every number is the text model's.")
     if (fit := asked.fit) and fit.images:
         where = "a rank's memory" if q.tp > 1 else "the memory"
         out.append(
@@ -184,7 +189,7 @@ def notes(plan: Plan) -> list[str]:
         out += [f"{note}." for note in f.said]
     if f and f.cache < f.room - f.room // 10 and f.requests > q.config.max_num_seqs:
         out.append(f"The cache would take {gb(f.cache)} of its room: what --max-num-seqs {q.config.max_num_seqs} can use.")
-    if (spare := q.all // (q.tp * q.pp)) > 1:
+    if f and f.max_model_len and (spare := q.all // (q.tp * q.pp)) > 1:
         out.append(f"{spare} such servers fit on {q.all} accelerators side by side; numbers are of one.")
     if q.pp > 1 and not q.on.is_cpu:
         out.append("Pipeline stages were not run on accelerators yet, and replay no graphs there: this is what they could do.")
@@ -206,7 +211,8 @@ def command(plan: Plan, given: Mapping[str, object]) -> str:
     words += ["--pipeline-parallel-size", str(q.pp)] if q.pp > 1 else []
     if (hosts := -(-q.tp * q.pp // q.number)) > 1:
         words += ["--nnodes", str(hosts), "--node-rank", "0", "--master-addr", "HOST_0"]
-    for name, value in given.items():
+    text_alone = {"language_model_only": True} if q.config.language_model_only else {}  # stages ask for it unasked
+    for name, value in (dict(given) | text_alone).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])

@@ -24,6 +24,7 @@ from octavo.tools.rich_tables import console, gb, table
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
 SAID_ELSEWHERE = ("model", "quantization", "kv_cache_dtype", "tensor_parallel_size", "pipeline_parallel_size", "device")
+HOST_LINK = 50.0
 WIDTH = 100  # columns that the tables are made for
 
 
@@ -38,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host-link",
         type=float,
-        default=50.0,
         metavar="GB/S",
-        help="what an accelerator sends to one of another host, one direction (default: %(default)s, a 400 Gb/s card for each)",
+        help=f"what an accelerator sends to one of another host, one way (default: {HOST_LINK}, a 400 Gb/s card for each)",
     )
     group.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens of each request in the estimates (default: %(default)s)"
@@ -68,6 +68,8 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     for name in ("num_accelerators", "num_hosts", "host_link", "context", "requests"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+    if args.host_link is not None and args.num_hosts == 1:
+        raise OctavoError("--host-link is for --num-hosts above 1; leave it out, or say how many hosts there are.")
     source = find_source(
         config.model,
         dummy=config.load_format == "dummy",
@@ -80,9 +82,11 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     variant = asked_variant(subject, given)
     stages = args.pipeline_parallel_size
     tp = args.tensor_parallel_size or _ranks(subject, variant, max(1, number * args.num_hosts // (stages or args.num_hosts)))
-    q = Question(subject, number, tp, args.context, args.requests, 1, args.num_hosts, args.host_link * 1e9)
+    q = Question(subject, number, tp, args.context, args.requests, 1, args.num_hosts, (args.host_link or HOST_LINK) * 1e9)
     pp = stages or (smallest_split(q, variant, tp) if args.num_hosts > 1 else 1)
-    return build(replace(q, pp=pp), variant)
+    if pp > 1 and getattr(subject.model(1), "has_tower", False):
+        subject = Subject(source, replace(config, language_model_only=True), on, CONTEXT_BYTES)
+    return build(replace(q, subject=subject, pp=pp), variant)
 
 
 def _ranks(subject: Subject, variant: Variant, number: int) -> int:
@@ -100,7 +104,7 @@ def as_json(plan: Plan, line: str) -> dict[str, Any]:
     subject, source, refused = q.subject, q.subject.source, refusals(plan)
     return {
         "verdict": verdict(plan, refused),
-        "fits": plan.asked.fit is not None and bool(plan.asked.fit.max_model_len),
+        "fits": plan.asked.fit is not None and bool(plan.asked.fit.max_model_len) and q.tp * q.pp <= q.all,
         "model": source.name,
         "model_type": subject.model_type,
         "measured_by": source.by,

@@ -34,7 +34,8 @@ INDEXER = {"heads": "n_heads", "dim": "head_dim", "topk": "topk"}  # as Attentio
 
 ASSUMPTIONS = (
     f"{BANDWIDTH:.0%} of the data sheet's bandwidth and {PRODUCTS:.0%} of its peak, as measured on an H200, assumed everywhere",
-    "FP8 weights multiply on FP8 units, attention too where keys and values are FP8; the rest, INT4 and MLA too, in BF16",
+    "FP8 weights multiply FP8 activations on FP8 units, attention too where keys and values are FP8; the rest, W8A16, INT4 "
+    "and MLA too, in BF16",
     "two all-reduces a layer at the link's full rate, not overlapped; no launches, no host, no waiting",
     "experts are chosen evenly: a decode step reads those that its requests reach",
     f"a step in flight for each pipeline stage; a message between stages takes {HOP_SECONDS * 1e6:.0f} µs and its bytes",

@@ -37,7 +37,7 @@ KV_NAMES = {
     "fp8_e5m2": " + e5m2 KV",
     "fp8_per_token_head": " + per-head FP8 KV",
 }
-NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block", "fp8_w8a16": "FP8 weights"}
+NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 block", "fp8_w8a16": "W8A16"}
 
 
 @dataclass(frozen=True)
