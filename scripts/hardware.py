@@ -46,16 +46,31 @@ Printed by `python scripts/hardware.py`. Tests compare the two lower tables with
 DONE = [
     (
         "H200",
-        "throughput of dense models, experts, MLA and sparse attention at six layers, INT4 experts, vision towers",
+        "throughput of dense models, experts, MLA and sparse attention at six layers, INT4 experts, vision towers; on 29 "
+        "November `fp8_block` (8B, A to D), Qwen3-30B-A3B (A to D), `fp8_w8a16` (8B, B and C), and 8B over HTTP by the CUDA "
+        "image's steps",
         "29 November 2026",
         "`octavo bench` ([RESULTS.md](../bench/RESULTS.md))",
     ),
     ("H200", "ops and engine against their references", "29 November 2026", "`pytest tests/ops tests/engine`, in parts"),
     (
         "two H200s",
-        "one run, which failed on the choice of a device (mended since, **not run again**)",
+        "dense models (8B and 70B) on two ranks, with sums over NCCL and by Octavo's kernels: throughput; over NCCL the greedy "
+        "tokens of one rank in FP32",
         "29 November 2026",
-        "`octavo bench throughput -tp 2`",
+        "`octavo bench throughput -tp 2` ([RESULTS.md](../bench/RESULTS.md)), `LLM(tensor_parallel_size=2)`",
+    ),
+    (
+        "two and four H200s",
+        "all-reduce kernels alone, beside NCCL; no model on four ranks",
+        "29 November 2026",
+        "`python -m bench.all_reduce`",
+    ),
+    (
+        "GPUs",
+        "**not run**: pipeline stages, several hosts, Ray, expert parallelism over ranks, a model of more than 70B whole",
+        "",
+        "on CPUs alone",
     ),
     (
         "H100",
@@ -82,8 +97,8 @@ KERNELS = """
 ## Triton's kernels, compiled
 
 The matrix instructions in the machine code; "none" where a kernel has nothing to multiply. FP8 is `e4m3` on sm_90, `fp8_fp8`
-and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, fused GEMMs and experts of more than 32 tokens
-are CUDA C++ (`octavo/ops/hopper`).
+and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, fused GEMMs, block FP8 and experts of more than
+32 tokens, and sums over ranks are CUDA C++ (`octavo/ops/hopper`).
 
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [
