@@ -18,6 +18,7 @@ import torch
 from cases import cases
 from server.processes import Server
 
+from bench import large_models
 from bench.ops.__main__ import main as bench_ops
 from octavo.cli import main
 from octavo.config import EngineConfig
@@ -606,3 +607,31 @@ def refused(line: str, sentence: str, capsys: pytest.CaptureFixture[str], code: 
 )
 def test_what_is_wrong_is_one_sentence(line: str, code: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused(line, sentence, capsys, code)
+
+
+@cases(
+    ("line", "sentence"),
+    [
+        ("--shapes nosuch", "--shapes 'nosuch' is not known"),
+        ("--accelerator nosuch", "--accelerator 'nosuch' is not known"),
+        ("--workload Z", "--workload 'Z' is not known"),
+    ],
+)
+def test_large_models_are_checked_before_one_is_served(
+    line: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["large_models", *line.split()])
+    monkeypatch.setattr(large_models, "try_model", lambda *_: pytest.fail("a model was tried"))
+    with pytest.raises(SystemExit) as raised:
+        large_models.main()
+    assert raised.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_server_that_ends_by_itself_is_said_to_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_models, "get", lambda *_: (0, ""))
+    with (
+        pytest.raises(RuntimeError, match=r"ended with exit code 1 after \d+ s, never ready: octavo"),
+        large_models.serving(tmp_path / "nothing", [], 300),
+    ):
+        pytest.fail("it was ready")

@@ -196,6 +196,13 @@ def test_the_roofline_is_the_hardwares() -> None:
     )
 
 
+def test_weights_alone_in_fp8_are_multiplied_as_bf16() -> None:
+    found = answer("Llama-3.1-8B", "--accelerator", "h200", "-q", "fp8_w8a16", "--kv-cache-dtype", "auto")
+    assert found["asked"] == "W8A16"
+    assert found["variants"]["W8A16"]["speed"]["prefill"] == pytest.approx(found["variants"]["BF16"]["speed"]["prefill"])
+    assert any("the rest, W8A16, INT4 and MLA too, in BF16" in text for text in found["assumptions"])
+
+
 def test_what_fits() -> None:
     fits = answer("Llama-3.1-405B", "--accelerator", "mi300x", "--num-accelerators", "8")["variants"]
     assert fits["BF16"]["smallest"] == 8
