@@ -45,11 +45,20 @@ class Head:
     port: int
     node: int
     seconds: int
+    stage: bool = False  # whether this host is an actor of Ray's, and the API process a command without ranks
     _began: float = field(default_factory=time.monotonic)
 
     @property
     def who(self) -> str:
-        return f"Node {self.node} ({socket.gethostname()})"
+        return f"{'Stage' if self.stage else 'Node'} {self.node} ({socket.gethostname()})"
+
+    @property
+    def other(self) -> str:
+        return "the API process" if self.stage else "node 0"
+
+    def lost(self, why: str) -> str:
+        """A sentence. why: of NodeLine's."""
+        return f"{self.other[0].upper()}{self.other[1:]} {why}"
 
     def reach(self, hello: dict[str, Any], at: tuple[str, int] | None = None) -> socket.socket:
         """Raises OctavoError where it cannot be reached in time. at: another address in its place."""
@@ -63,11 +72,11 @@ class Head:
                 waited, why = time.monotonic() - self._began, error.strerror or str(error)
             if waited > self.seconds:
                 raise OctavoError(
-                    f"{self.who} cannot reach node 0 at {shown(*address)} ({why}; tried for {waited:.0f} s); is it "
+                    f"{self.who} cannot reach {self.other} at {shown(*address)} ({why}; tried for {waited:.0f} s); is it "
                     "started there, and does a firewall let the port through?"
                 )
             if waited > SAID and not told:
-                say(f"octavo: {self.who} waits for node 0 at {shown(*address)} ({why}).")
+                say(f"octavo: {self.who} waits for {self.other} at {shown(*address)} ({why}).")
                 told = True
             time.sleep(RETRY_SECONDS)
 
@@ -78,7 +87,7 @@ def run_node(config: EngineConfig, make_core: MakeCore | None = None, *, signals
 
     api: host 0 is one of Ray's, so that the API process is on another. Raises OctavoError where host 0 is not found.
     """
-    head = Head(config.master_addr, config.master_port, config.node_rank, config.distributed_timeout_seconds)
+    head = Head(config.master_addr, config.master_port, config.node_rank, config.distributed_timeout_seconds, api)
     signalled = _Signals()
     for number in (signal.SIGINT, signal.SIGTERM) if signals else ():
         signal.signal(number, signalled.come)
@@ -136,7 +145,7 @@ def _run_as(head: Head, config: EngineConfig, make_core: MakeCore | None, signal
             line.send({"stopped": True})
             raise
         signalled.raising = False
-        say(f"octavo: {head.who} computes for node 0 at {shown(head.address, head.port)}.")
+        say(f"octavo: {head.who} computes for {head.other} at {shown(head.address, head.port)}.")
         return _run(processes, events, line, head)
     except _Ended as end:
         return _said(head, str(end), events)
@@ -158,7 +167,7 @@ def _begin(events: SimpleQueue[Event], head: Head, line: NodeLine) -> dict[str, 
         kind, what = events.get()
         if kind == "lost":
             other = f"; something other than Octavo may answer at {shown(head.address, head.port)}"
-            raise _Ended(f"Node 0 {what}{'' if line.heard else other}.")
+            raise _Ended(head.lost(f"{what}{'' if line.heard else other}."))
         if "end" in what:
             raise _Ended(what["end"])
         if "begin" in what:
@@ -203,7 +212,7 @@ def _run(processes: EngineProcesses, events: SimpleQueue[Event], line: NodeLine,
                 processes.wait()
             return _said(head, what["end"], events)
         elif kind == "lost":
-            return _said(head, f"Node 0 {what}.", events)
+            return _said(head, head.lost(f"{what}."), events)
         elif kind == "stopped":
             line.send({"stopped": True})
             return 0

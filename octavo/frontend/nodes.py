@@ -152,7 +152,8 @@ class Nodes:
         )
 
     def _who(self, node: int) -> str:
-        return f"Node {node} ({self._names[node]})" if node in self._names else f"Node {node}"
+        kind = "Node" if self._here else "Stage"  # one of Ray's
+        return f"{kind} {node} ({self._names[node]})" if node in self._names else f"{kind} {node}"
 
     def report(self, node: int, sentence: str) -> None:
         """As if the host had said that it ends, and why."""
