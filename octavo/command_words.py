@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from octavo.errors import OctavoError
 from octavo.files import read_text
 
-__all__ = ["with_config_file", "with_dashes"]
+__all__ = ["with_config_file", "with_dashes", "words_of_flags"]
 
 _DOTTED = re.compile(r"(--?[A-Za-z][\w-]*)\.([A-Za-z_][\w.-]*)(?:=(.*))?", re.DOTALL)
 
@@ -61,12 +61,20 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
     given = {actions[flag] for word in rest if (flag := word.partition("=")[0]) in actions}
     if parser.parse_known_intermixed_args(rest)[0].target is not None:
         given.add(actions["--model"])
-    words = []
-    for key, value in _read(path).items():
+    return rest + words_of_flags(parser, _read(path), f"--config {path}", given)
+
+
+def words_of_flags(
+    parser: argparse.ArgumentParser, flags: Mapping[Any, Any], source: str, given: Collection[argparse.Action] = ()
+) -> list[str]:
+    """The words of flags without their dashes -> their values, but for those `given` already. Raises OctavoError that names
+    `source` and the flag."""
+    actions, words = parser._option_string_actions, list[str]()
+    for key, value in flags.items():
         flag = "--" + str(key).replace("_", "-")
-        where = f"--config {path}: {key}"
+        where = f"{source}: {key}"
         if flag == "--config" or (action := actions.get(flag)) is None or isinstance(action, argparse._HelpAction):
-            raise OctavoError(f"{where} is not a flag that the file can have; see octavo serve --help.")
+            raise OctavoError(f"{where} is not a flag that it can have; see octavo serve --help.")
         made = _words_of(where, flag, action, value)
         try:
             _, left = _known(parser, made)
@@ -75,7 +83,7 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
         except _WrongWords as error:
             raise OctavoError(f"{where}: {error}.") from None
         words += [] if action in given else made
-    return rest + words
+    return words
 
 
 def _config_of(arguments: list[str]) -> tuple[str | None, list[str]]:

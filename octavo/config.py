@@ -173,7 +173,10 @@ class EngineConfig:
     master_port: int = option(29501, "port of host 0 at which the others come", group=NODES)
     distributed_timeout_seconds: int = option(600, "for which hosts wait for one another at start", group=NODES)
     distributed_executor_backend: str | None = option(
-        None, "mp: ranks are this command's processes; ray: a Ray cluster's actors", group=NODES, values=("mp", "ray")
+        None,
+        "mp: ranks are this command's processes; ray: a Ray cluster's actors; uni: mp, of one rank",
+        group=NODES,
+        values=tuple(EXECUTORS),
     )
     trust_remote_code: bool = option(False, "Octavo never runs a model's code", group=IGNORED)
     limit_mm_per_prompt: str | Mapping[str, int] | None = option(

@@ -42,6 +42,11 @@ def _check_nodes(config: Any) -> None:
     nodes, ray = config.nnodes, config.distributed_executor_backend == "ray"
     if ray and (nodes > 1 or config.node_rank):
         raise OctavoError("--nnodes is for hosts without Ray; leave it out, Ray knows its hosts.")
+    if config.distributed_executor_backend == "uni" and config.num_ranks > 1:
+        raise OctavoError(
+            f"--distributed-executor-backend uni is for one rank, and the engine has {config.num_ranks} "
+            "(--tensor-parallel-size times --pipeline-parallel-size); give mp, or leave it out."
+        )
     if not 0 <= config.node_rank < nodes:
         raise OctavoError(f"--node-rank must be 0 to {nodes - 1}, below --nnodes {nodes}, not {config.node_rank}.")
     if not 0 < config.master_port < 65536:

@@ -39,7 +39,7 @@ KV_CACHE_DTYPES = {
 }
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
-EXECUTORS = {"mp": "mp", "uni": "mp", "auto": "mp", "ray": "ray"}
+EXECUTORS = {"mp": "mp", "ray": "ray", "uni": "uni"}
 
 # What vLLM's users pass for a checkpoint that is quantized already.
 CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "modelopt_mxfp8", "quark", "mxfp8")

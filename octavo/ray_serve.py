@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,15 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import RequestRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from octavo.command_words import with_config_file
+from octavo.command_words import words_of_flags
 from octavo.errors import OctavoError
 from octavo.files import check_directory
 from octavo.flags import engine_config, make_parser
@@ -37,7 +36,7 @@ from octavo.frontend.router import MORE, Prefixes, start_engine
 from octavo.server.error_responses import ApiError, error_body
 from octavo.server.serve import add_arguments, api_keys, prepared, read_template
 
-__all__ = ["Engine", "Front", "PrefixRouter", "app", "by_waiting", "chunks_of_body"]
+__all__ = ["Engine", "Front", "PrefixRouter", "WrongArgs", "app", "by_waiting", "chunks_of_body"]
 
 CHUNK = 256  # characters of a request that are remembered together
 CHUNKS = 512  # of a request's beginning
@@ -225,16 +224,20 @@ async def _events(messages: Any, path: str) -> AsyncIterator[bytes]:
         yield b"data: " + json.dumps(error_body(lost, path)).encode() + b"\n\n"
 
 
+class WrongArgs(OctavoError, RayServeException):
+    """Flags of a Serve config that are wrong. Of Ray's kind, which Serve says as it is and does not try again."""
+
+
 def app(args: Mapping[str, Any]) -> Any:
     """The application of a Serve config's import_path. args: flags of `octavo serve` without their dashes, as in its --config
-    file; `deployments`: options of Engine and Front, for callers that have no such file. Raises OctavoError for wrong ones."""
+    file; `deployments`: options of Engine and Front, for callers that have no such file. Raises WrongArgs, one sentence."""
     options = {name: dict(args.get("deployments", {}).get(name, {})) for name in ("Engine", "Front")}
     parser = make_parser("serve", add_arguments)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump({key: value for key, value in args.items() if key != "deployments"}, file)
-        file.flush()
-        words = with_config_file(parser, ["--config", file.name])
-    engine_config(parser.parse_intermixed_args(words), downloads=False)
+    try:
+        words = words_of_flags(parser, {key: value for key, value in args.items() if key != "deployments"}, "args")
+        engine_config(parser.parse_intermixed_args(words), downloads=False)
+    except OctavoError as error:
+        raise WrongArgs(str(error)) from None
     front: Any = Front  # deployments, of which mypy sees the classes
     engine: Any = Engine
     return front.options(**options["Front"]).bind(engine.options(**options["Engine"]).bind(words))

@@ -51,9 +51,9 @@ swap-space: 4
     ("text", "sentence"),
     [
         ("max-model-len: long", "max-model-len: argument --max-model-len: invalid integer value: 'long'."),
-        ("max-mdel-len: 1", "max-mdel-len is not a flag that the file can have; see octavo serve --help."),
-        ("help: true", "help is not a flag that the file can have; see octavo serve --help."),
-        ("config: x", "config is not a flag that the file can have; see octavo serve --help."),
+        ("max-mdel-len: 1", "max-mdel-len is not a flag that it can have; see octavo serve --help."),
+        ("help: true", "help is not a flag that it can have; see octavo serve --help."),
+        ("config: x", "config is not a flag that it can have; see octavo serve --help."),
         ("enforce-eager: 1", "enforce-eager must be true or false, not 1."),
         ("quantization-ignore: [-x]", "quantization-ignore: argument --quantization-ignore: expected at least one argument."),
         ("allowed-origins: [a, -x]", "allowed-origins: -x cannot be a value."),

@@ -38,7 +38,8 @@ def _store(place: Place) -> Any:
     store = torch.distributed.TCPStore  # type: ignore[attr-defined]
     if place.rank:
         return store(place.address, place.share(0), place.size, timeout=WAIT)
-    with socket.create_server(("", 0)) as listener:
+    family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+    with socket.create_server(("", 0), family=family) as listener:
         port: int = listener.getsockname()[1]
         number = os.dup(listener.fileno())
     made = store(place.address, port, place.size, True, timeout=WAIT, wait_for_workers=False, master_listen_fd=number)

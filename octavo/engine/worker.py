@@ -8,13 +8,16 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -98,8 +101,7 @@ def run_engine(config: EngineConfig, connection: Connection, make_core: MakeCore
     except Exception as error:
         if place.size > 1:
             time.sleep(ALONE_SECONDS)
-        _trace(error)
-        line.send(("dead", f"The engine stopped: {_sentence(error)}"))
+        _report(error, line, "dead", f"The engine stopped: {_sentence(error)}")
         sys.exit(1)
 
 
@@ -108,6 +110,7 @@ class _Line:
 
     def __init__(self, connection: Connection):
         self.connection, self._sending = connection, threading.Lock()
+        self.lost = False  # whether the API process is gone
 
     def send(self, message: Message) -> None:
         with self._sending:
@@ -124,6 +127,9 @@ def _receive(line: _Line, inbox: SimpleQueue[Message], place: Place) -> None:
             else:
                 inbox.put(message)
     except (EOFError, OSError):
+        line.lost = True
+        if place.store:  # a parent that was killed leaves the directory
+            shutil.rmtree(Path(place.store).parent, ignore_errors=True)
         inbox.put(("shutdown",))
     time.sleep(ORPHAN_GRACE)
     os._exit(1)  # a step that hangs must not hold the accelerator's memory
@@ -153,8 +159,7 @@ def _load(config: EngineConfig, line: _Line, make_core: MakeCore, place: Place) 
     except Exception as error:
         if place.size > 1 and not isinstance(error, OctavoError):
             time.sleep(ALONE_SECONDS)
-        _trace(error)
-        line.send(("failed", _sentence(error)))
+        _report(error, line, "failed", _sentence(error))
         return None
     if not place.rank:
         line.send(("ready", core.info))
@@ -243,10 +248,14 @@ def _control(core: Core, message: Message, place: Place) -> str | None:
     return None
 
 
-def _trace(error: Exception) -> None:
-    """Prints the traceback, unless the user can fix the error."""
+def _report(error: Exception, line: _Line, kind: str, sentence: str) -> None:
+    """Tells the parent; prints the traceback first, unless the user can fix the error. An orphan's end is its parent's."""
+    if line.lost:
+        return
     if not isinstance(error, OctavoError) and shortage(error) is None:
         traceback.print_exc()
+    with suppress(OSError):
+        line.send((kind, sentence))
 
 
 def _sentence(error: Exception) -> str:

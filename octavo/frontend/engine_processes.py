@@ -131,9 +131,11 @@ class EngineProcesses:
         return message
 
     def tell_nodes(self, sentence: str) -> None:
-        """Tells the other hosts that the engine is dead, and why."""
+        """Tells the other hosts that the engine is dead, and why. The ranks here end at once: they would print that they have
+        lost the others."""
         if self._nodes is not None:
             self._nodes.end(sentence)
+            self.end_ranks()
 
     @property
     def ended_well(self) -> bool:
@@ -177,14 +179,18 @@ class EngineProcesses:
         self.killed = True
         atexit.unregister(self.kill)
         self.tell_nodes("")
+        self.end_ranks()
+        self.wait()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def end_ranks(self) -> None:
+        """Kills the processes, and does not wait until they have ended."""
         with self._reaping:
             for process in self._processes:
                 with suppress(ValueError, AttributeError):  # one that was never started
                     if process.is_alive():
                         process.kill()
-        self.wait()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits for all processes to end, EXIT_SECONDS at most."""
@@ -230,10 +236,7 @@ class EngineProcesses:
         wait([process.sentinel for process in self._processes])
         self._note_first()
         wait([self._processes[0].sentinel], LAST_WORDS)
-        with self._reaping:
-            for process in self._processes:
-                if process.is_alive():
-                    process.kill()
+        self.end_ranks()
 
     def _exit_code(self, process: multiprocessing.process.BaseProcess, seconds: float = EXIT_SECONDS) -> int | None:
         """Waits for a process to end. Its exit code, or None after so many seconds.

@@ -7,7 +7,7 @@ import signal
 import threading
 
 from octavo.config import EngineConfig
-from octavo.frontend.nodes import Nodes
+from octavo.frontend.nodes import STOPPED, Nodes
 
 __all__ = ["gathered", "nodes_of"]
 
@@ -29,7 +29,7 @@ async def gathered(config: EngineConfig) -> Nodes | None:
         try:
             await asyncio.to_thread(nodes.gather)
         except BaseException:  # a cancelled start must not leave other hosts waiting
-            nodes.end("The start was stopped on node 0.")
+            nodes.end(f"Node 0 {STOPPED}")
             raise
     return nodes
 

@@ -12,7 +12,7 @@ from typing import Any
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.version import __version__
 
-__all__ = ["difference", "facts"]
+__all__ = ["are_facts", "difference", "facts"]
 
 # What may differ: paths, the memory and threads of a host, what only host 0 uses.
 OWN = (
@@ -34,6 +34,11 @@ def facts(config: EngineConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found, default=str))) | {"model": config.model}
 
 
+def are_facts(given: Any) -> bool:
+    """Whether this may be another host's: what `difference` can read, of whichever version."""
+    return isinstance(given, dict) and all(isinstance(given.get(name), dict) for name in ("flags", "files"))
+
+
 def difference(who: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
     """A sentence that says how `who` differs from host 0, if it does. `theirs` may be another version's."""
     for name, title in (("octavo", "Octavo"), ("torch", "torch")):
@@ -49,7 +54,7 @@ def difference(who: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> s
             lacks = name not in theirs["files"]
             how = f"lacks {name}, which is" if lacks else f"has another {name} than is" if name in own["files"] else None
             what = f"{how} on node 0" if how else f"has {name}, which is not on node 0"
-            return f"{who} {what} ({theirs['model']} there, {own['model']} here); copy one checkpoint to all nodes."
+            return f"{who} {what} ({theirs.get('model')} there, {own['model']} here); copy one checkpoint to all nodes."
     return None
 
 

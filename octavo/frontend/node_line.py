@@ -46,6 +46,7 @@ class NodeLine:
     def __init__(self, connection: socket.socket, on_message: Callable[[Message | None, str], None]):
         self._socket, self._on_message = connection, on_message
         self._sending, self._closed = threading.Lock(), threading.Event()
+        self.heard = False  # whether the other end has sent what an end of a line would
         connection.settimeout(SILENT_SECONDS)
 
     def begin(self) -> None:
@@ -75,14 +76,17 @@ class NodeLine:
         try:
             while chunk := self._socket.recv(1 << 16):
                 *lines, data = (data + chunk).split(b"\n")
-                for line in filter(None, lines):
+                for message in [json.loads(line) for line in lines if line]:
+                    if not isinstance(message, dict):
+                        raise ValueError("not a message")
                     if not self._closed.is_set():
-                        self._on_message(json.loads(line), "")
+                        self._on_message(message, "")
+                self.heard |= bool(lines)
                 if len(data) > LONGEST:
                     break
         except TimeoutError:
             why = f"has not been heard of for {SILENT_SECONDS:.0f} s"
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
         ended = self._closed.is_set()
         self._closed.set()

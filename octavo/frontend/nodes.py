@@ -7,6 +7,7 @@ come its first rank's process gets a second connection, to rank 0, over which me
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 import threading
@@ -19,15 +20,17 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.loading_bar import say
-from octavo.frontend.node_facts import difference, facts
+from octavo.frontend.node_facts import are_facts, difference, facts
 from octavo.frontend.node_line import NodeLine, read_line
 from octavo.frontend.seat import Seat, connection_of, interface_of
 
-__all__ = ["ANSWER_SECONDS", "Nodes", "accepted", "listen"]
+__all__ = ["ANSWER_SECONDS", "STOPPED", "TOGETHER_SECONDS", "Nodes", "accepted", "greeted", "listen", "shown"]
 
 POLL_SECONDS = 0.1
 LINK_SECONDS = 30.0  # for which a host that has come may take to connect again
 ANSWER_SECONDS = 15.0  # for which a host may take to ask its ranks how far they are
+STOPPED = "was stopped by a signal."  # how the sentence ends that says why the engine does
+TOGETHER_SECONDS = 1.0  # within which signals to several hosts count as one that stops all
 Pulses = dict[int, tuple[int, int, int]]
 
 
@@ -67,7 +70,7 @@ class Nodes:
         config, own = self._config, facts(self._config)
         expected = set(range(int(self._here), config.nnodes))
         deadline = time.monotonic() + config.distributed_timeout_seconds
-        found, ports = self._accepted(), dict[int, list[Any]]()
+        found, ports = self._accepted(), dict[int, Any]()
         told, ready = False, set[int]()
         while ready < expected:
             if self._ended.is_set():
@@ -75,20 +78,21 @@ class Nodes:
             if (missing := sorted(expected - self._lines.keys())) and time.monotonic() > deadline:
                 raise OctavoError(self._absent(missing))
             if missing and not told and self._here:
-                say(f"octavo: waiting at {config.master_addr}:{self.port} for {_listed(missing)}.")
+                say(f"octavo: waiting at {shown(config.master_addr, self.port)} for {_listed(missing)}.")
                 told = True
             with contextlib.suppress(Empty):
                 self._meet(*found.get(timeout=POLL_SECONDS))
             with contextlib.suppress(Empty):
                 node, message, why = self._inbox.get_nowait()
-                who = self._who(node)
-                if message is None or "dead" in message:
-                    raise OctavoError(f"{who} {why}." if message is None else f"{who}: {message['dead']}")
-                if "facts" in message:
-                    if (sentence := difference(who, message["facts"], own)) is not None:
+                if message is None or not message.keys().isdisjoint(("dead", "stopped")):
+                    raise OctavoError(self._how_ended(node, message, why))
+                if "facts" in message and not are_facts(message["facts"]):
+                    self._leave_out(node)
+                elif "facts" in message:
+                    if (sentence := difference(self._who(node), message["facts"], own)) is not None:
                         raise OctavoError(sentence)
                     ready.add(node)
-                    ports[node] = message["links"]
+                    ports[node] = message.get("links")
         for node, line in self._lines.items():
             line.send({"begin": self._key, "links": ports[0] if not self._here and node else None})
         address = config.master_addr
@@ -107,16 +111,21 @@ class Nodes:
 
     def _meet(self, connected: socket.socket, hello: dict[str, Any]) -> None:
         """Takes a host that says who it is."""
-        node, name = hello.get("node"), str(hello.get("name"))
-        line = NodeLine(connected, lambda message, why: self._inbox.put((node, message, why)))  # type: ignore[arg-type]
+        node, name = hello.get("node"), str(hello.get("name"))[:80]
+        if type(node) is not int:  # which a bool is not
+            with contextlib.suppress(OSError):
+                say(f"octavo: what came from {connected.getpeername()[0]} is no node of this engine, and is ignored.")
+            connected.close()
+            return
+        line = NodeLine(connected, lambda message, why: self._inbox.put((node, message, why)))
         nodes = self._config.nnodes
         first = int(self._here)
         refusal = None
-        if not isinstance(node, int) or not first <= node < nodes:
+        if not first <= node < nodes:
             refusal = f"{name} came as node {node}, and --nnodes {nodes} has nodes {first} to {nodes - 1}."
         elif node in self._lines:
             refusal = f"{name} came as node {node}, which {self._names[node]} is already; give each host its own --node-rank."
-        if refusal is not None or not isinstance(node, int):
+        if refusal is not None:
             line.send({"end": refusal})
             line.close()
             say(f"octavo: {refusal}")
@@ -124,15 +133,27 @@ class Nodes:
         self._lines[node], self._names[node] = line, name
         line.begin()
 
+    def _leave_out(self, node: int) -> None:
+        """Forgets one that came as a node and says what none would."""
+        say(f"octavo: {self._who(node)} did not say what it has, as a node does, and is ignored.")
+        self._lines.pop(node).close()
+        del self._names[node]
+
+    def _how_ended(self, node: int, message: dict[str, Any] | None, why: str) -> str:
+        if message is None:
+            return f"{self._who(node)} {why}."
+        return f"{self._who(node)} {STOPPED}" if "stopped" in message else f"{self._who(node)}: {message.get('dead')}"
+
     def _absent(self, missing: Sequence[int]) -> str:
-        seconds, where = self._config.distributed_timeout_seconds, f"{self._config.master_addr}:{self.port}"
+        seconds, where = self._config.distributed_timeout_seconds, shown(self._config.master_addr, self.port)
         return (
             f"{_listed(missing).capitalize()} did not come to {where} within {seconds} s; start octavo serve there with "
             f"--nnodes {self._config.nnodes} and its own --node-rank, and let the port through."
         )
 
     def _who(self, node: int) -> str:
-        return f"Node {node} ({self._names[node]})" if node in self._names else f"Node {node}"
+        kind = "Node" if self._here else "Stage"  # one of Ray's
+        return f"{kind} {node} ({self._names[node]})" if node in self._names else f"{kind} {node}"
 
     def report(self, node: int, sentence: str) -> None:
         """As if the host had said that it ends, and why."""
@@ -145,8 +166,7 @@ class Nodes:
             if message is not None and "pulses" in message:
                 self._pulses |= {int(rank): tuple(pulse) for rank, pulse in message["pulses"].items()}
                 continue
-            who = self._who(node)
-            sentence = f"{who} {why}." if message is None else f"{who}: {message.get('dead')}"
+            sentence = self._how_ended(node, message, why)
             with contextlib.suppress(OSError):
                 self._ring.send(("dead", sentence))
             self.end(sentence)
@@ -179,14 +199,22 @@ class Nodes:
 def listen(address: str, port: int) -> socket.socket:
     """A socket at which other hosts come. Raises OctavoError where there can be none."""
     try:
-        found = socket.create_server((address, port), backlog=64)
-    except OSError as error:
+        families = {found[0] for found in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
+        family = socket.AF_INET6 if families == {socket.AF_INET6} else socket.AF_INET
+        found = socket.create_server((address, port), family=family, backlog=64)
+    except OSError as error:  # whose own sentence repeats the address
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         raise OctavoError(
-            f"Node 0 ({socket.gethostname()}) cannot listen at {address}:{port} ({error.strerror or error}); give an address "
+            f"Node 0 ({socket.gethostname()}) cannot listen at {shown(address, port)} ({why}); give an address "
             "of this host with --master-addr, and a free port with --master-port."
         ) from None
     found.settimeout(POLL_SECONDS)
     return found
+
+
+def shown(address: str, port: int) -> str:
+    """As a URL has them."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def greeted(listener: socket.socket, ended: threading.Event) -> SimpleQueue[tuple[socket.socket, dict[str, Any]]]:

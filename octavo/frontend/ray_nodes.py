@@ -8,6 +8,8 @@ with --nnodes (`octavo.frontend.nodes`), but that no rank is a process of this c
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,6 +30,7 @@ _joining = threading.Lock()  # engines of --data-parallel-size start side by sid
 
 def imported_ray() -> Any:
     """Ray's package. Raises OctavoError where it is not installed."""
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would hold lines of actors back that differ in a number alone
     try:
         import ray
     except ImportError as error:
@@ -51,6 +54,8 @@ def ray_nodes(config: EngineConfig) -> Nodes:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    for name in ("worker", "authentication.authentication_token_setup"):
+        logging.getLogger(f"ray._private.{name}").addFilter(_is_news)
     with _joining:
         if not ray.is_initialized():
             try:
@@ -91,6 +96,11 @@ def ray_nodes(config: EngineConfig) -> Nodes:
         running.append(actors[-1].run.remote(__version__, asdict(own)))
     threading.Thread(target=_report, args=(ray, running, nodes), name="octavo-ray", daemon=True).start()
     return nodes
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether one of Ray's warnings is none that every start has: signals are Octavo's, and a token is Ray's default."""
+    return not record.getMessage().startswith(("SIGTERM handler is not set", "Token authentication is enabled"))
 
 
 def unmet(nodes: Mapping[str, Mapping[str, float]], unit: str, stages: int, each: int) -> str | None:

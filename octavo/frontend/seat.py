@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 __all__ = ["Seat", "connection_of", "interface_of"]
 
@@ -45,8 +46,19 @@ def connection_of(connected: socket.socket) -> Connection:
     return Connection(connected.detach())
 
 
+def _ipv6_lines() -> list[str]:
+    """The system's table: address in hexadecimal digits, four numbers, interface."""
+    try:
+        return Path("/proc/net/if_inet6").read_text().splitlines()
+    except OSError:
+        return []
+
+
 def interface_of(address: str) -> str:
-    """The network interface that has this IPv4 address; empty where none has, and the libraries must find one."""
+    """The network interface that has this address; empty where none has, and the libraries must find one."""
+    if ":" in address:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+        return next((line.split()[-1] for line in _ipv6_lines() if line.startswith(packed)), "")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             asked = array.array("B", struct.pack("256s", name[:15].encode()))

@@ -155,7 +155,9 @@ async def serve(
 
     try:
         engine = await loading
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, OctavoError) as error:
+        if isinstance(error, OctavoError) and not await ending.stopped_together(str(error)):
+            raise
         say("octavo: stopped while loading.")
         return ending.exit_code
     finally:

@@ -7,6 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from octavo.frontend.nodes import STOPPED, TOGETHER_SECONDS
 from octavo.server.console import say
 from octavo.server.error_responses import ApiError
 
@@ -24,7 +25,7 @@ class Ending:
     """Cancels loading; on a running server, refuses new requests and lets running ones finish. A second signal stops at once.
 
     `exit_code` is 1 once the engine died, so that whoever watches the process starts it anew, and 130 where Ctrl-C stopped a
-    loading.
+    loading. Where it died since another host was stopped, and this one is stopped, too, it is as if this one had been first.
     """
 
     def __init__(self, loading: asyncio.Future[Any], timeout: float):
@@ -51,6 +52,13 @@ class Ending:
         """Cancels the watching tasks."""
         for task in self._tasks:
             task.cancel()
+
+    async def stopped_together(self, sentence: str) -> bool:
+        """Whether the engine's end, of which this is the reason, is part of a stop of all hosts."""
+        deadline = time.monotonic() + TOGETHER_SECONDS
+        while sentence.endswith(STOPPED) and not self._signals and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return sentence.endswith(STOPPED) and self._signals > 0
 
     def _signal(self, number: int) -> None:
         self._signals += 1
@@ -86,6 +94,8 @@ class Ending:
 
     async def _end_with_the_engine(self, server: uvicorn.Server, served: Served) -> None:
         sentence = await served.engine.death()
+        if await self.stopped_together(sentence):  # the signal ends the server
+            return
         self.exit_code = 1
         say(f"octavo: {sentence} The server ends with exit code 1; start it again.")
         deadline = time.monotonic() + LAST_WORDS

@@ -166,7 +166,7 @@ def lose(other: Node) -> None:
 @cases(
     ("end", "sentence", "code"),
     [
-        (stop, f"Node 1 ({ME}): was stopped by a signal", 0),
+        (stop, f"Node 1 ({ME}) was stopped by a signal.", 0),
         (lose, f"Node 1 ({ME}) has ended or is unreachable", -9),
     ],
 )
@@ -278,6 +278,10 @@ def test_a_host_that_cannot_be_reached_and_an_address_that_is_not_ours() -> None
         (dict(nnodes=2, tensor_parallel_size=2, quantization="fp8", save_quantized="x"), "--save-quantized writes to one host"),
         (dict(master_port=70000), "--master-port must be 1 to 65535"),
         (dict(nnodes=2, tensor_parallel_size=2, distributed_executor_backend="ray"), "--nnodes is for hosts without Ray"),
+        (
+            dict(tensor_parallel_size=2, distributed_executor_backend="uni"),
+            "--distributed-executor-backend uni is for one rank",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(options: dict[str, Any], sentence: str) -> None:

@@ -1,0 +1,153 @@
+"""How commands of one engine over several hosts end: exit codes, what is printed, and strangers at the master port."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import cases
+from nodes.hosts import FLAGS, Node, ended, serve
+from nodes.test_nodes import answer, asked, fake, first_token, rank_of
+from server.processes import free_port
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.frontend.nodes import Nodes, listen
+
+READY = "Octavo is ready"
+HOST = socket.gethostname()
+
+
+@cases(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_a_host_that_waits_for_node_0(number: signal.Signals, code: int) -> None:
+    other = fake(1, free_port())
+    with ended(other):
+        other.wait_for("waits for node 0")
+        other.process.send_signal(number)
+        assert other.end(5) == code, other.said
+        assert other.log[-1] == "octavo: stopped while loading.\n"
+
+
+def stop_other(head: Node, other: Node) -> None:
+    other.process.terminate()
+
+
+def stop_both(head: Node, other: Node) -> None:
+    other.process.terminate()
+    time.sleep(0.3)
+    head.process.terminate()
+
+
+def lose_head(head: Node, other: Node) -> None:
+    head.process.kill()
+
+
+def lose_rank(head: Node, other: Node) -> None:
+    os.kill(rank_of(other), signal.SIGKILL)
+
+
+@cases(
+    ("end", "codes", "said"),
+    [
+        (stop_other, (1, 0), f"octavo: Node 1 ({HOST}) was stopped by a signal. The server ends with exit code 1"),
+        (stop_both, (0, 0), ""),
+        (lose_head, (-9, 1), ""),
+        (lose_rank, (1, 1), f"octavo: Node 1 ({HOST}): Rank 1 of the engine was killed"),
+    ],
+)
+def test_ends_are_sentences_and_codes_for_a_restart_policy(end: Any, codes: tuple[int, int], said: str) -> None:
+    port, http = free_port(), free_port()
+    other, head = serve(1, "127.0.0.1", port, "-tp", "2"), serve(0, "127.0.0.1", port, "-tp", "2", http=http)
+    with ended(head, other):
+        head.wait_for(READY)
+        with asked(http, list(range(5, 50)), 900, stream=True) as client:
+            first_token(client)
+            end(head, other)
+            client.communicate(timeout=30)
+        assert (head.end(), other.end()) == codes, head.said + other.said
+    assert said in head.said
+    for node in (head, other):
+        assert "Traceback" not in node.said, node.said
+        assert not said or "start it again" in head.said
+
+
+def test_hosts_meet_over_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("There is no IPv6 here.")
+    port, http = free_port(), free_port()
+    other, head = serve(1, "::1", port, "-tp", "2"), serve(0, "::1", port, "-tp", "2", http=http)
+    with ended(head, other):
+        head.wait_for(READY)
+        assert f"waits for node 0 at [::1]:{port}" in other.said or f"node 0 at [::1]:{port}" in other.said
+        assert answer(http, list(range(5, 50)))
+        head.process.terminate()
+        assert (head.end(), other.end()) == (0, 0)
+
+
+@cases(
+    ("messages", "said"),
+    [
+        ([{"node": None}], "what came from 127.0.0.1 is no node of this engine, and is ignored."),
+        ([{"node": True}], "what came from 127.0.0.1 is no node of this engine, and is ignored."),
+        ([{"node": 1, "name": "x"}, {"facts": 3}], "Node 1 (x) did not say what it has, as a node does, and is ignored."),
+        ([{"node": 1, "name": "x"}, {"facts": {"flags": 3}}], "Node 1 (x) did not say what it has"),
+    ],
+)
+def test_what_a_stranger_sends_is_ignored(messages: list[Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The node of that number may still come."""
+    nodes = Nodes(EngineConfig(nnodes=2, master_port=free_port(), tensor_parallel_size=2, distributed_timeout_seconds=2))
+    with socket.create_connection((nodes.address, nodes.port)) as stranger:
+        stranger.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+        with pytest.raises(OctavoError, match=r"^Node 1 did not come to "):
+            nodes.gather()
+    assert f"octavo: {said}" in capsys.readouterr().err
+
+
+def test_a_stranger_at_the_master_port_is_suspected() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer_as_http() -> None:
+            connected, _ = server.accept()
+            connected.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            time.sleep(1)
+            connected.close()
+
+        threading.Thread(target=answer_as_http, daemon=True).start()
+        other = fake(1, port)
+        with ended(other):
+            assert other.end() == 1
+    assert f"something other than Octavo may answer at 127.0.0.1:{port}." in other.said, other.said
+
+
+def test_that_a_port_is_in_use_is_said_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(OctavoError, match=rf"cannot listen at 127.0.0.1:{port} \(Address already in use\); give"):
+            listen("127.0.0.1", port)
+
+
+def test_ranks_of_a_command_that_is_killed_leave_no_files(tmp_path: Path) -> None:
+
+    words = ["env", f"TMPDIR={tmp_path}", sys.executable, "-m", "octavo.cli", "serve", *FLAGS, "-pp", "2"]
+    server = Node([*words, "--host", "127.0.0.1", "--port", str(free_port())])
+    with ended(server):
+        server.wait_for(READY)
+        assert list(tmp_path.glob("octavo-*"))
+        server.process.kill()
+        server.end()
+        deadline = time.monotonic() + 10
+        while list(tmp_path.glob("octavo-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not list(tmp_path.glob("octavo-*"))
+    assert "Traceback" not in server.said, server.said
