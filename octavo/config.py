@@ -32,8 +32,7 @@ __all__ = [
 
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
-NODES = "several hosts"
-IMAGES = "images and videos"
+NODES, IMAGES = "several hosts", "images and videos"
 IGNORED = "taken from vLLM's command line, without effect"
 
 

@@ -83,7 +83,7 @@ def test_hosts_meet_over_ipv6() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("There is no IPv6 here.")
+        pytest.skip("needs IPv6")
     port, http = free_port(), free_port()
     other, head = serve(1, "::1", port, "-tp", "2"), serve(0, "::1", port, "-tp", "2", http=http)
     with ended(head, other):
