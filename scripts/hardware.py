@@ -64,7 +64,7 @@ DONE = [
         "two and four H200s",
         "all-reduce kernels alone, beside NCCL; no model on four ranks",
         "29 November 2026",
-        "`python -m bench.all_reduce`",
+        "a script of which `python -m bench.all_reduce` is what was kept",
     ),
     (
         "GPUs",
