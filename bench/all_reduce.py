@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch.multiprocessing.spawn import spawn
 
 from bench.timing import in_graph
 from octavo import ops
-from octavo.distributed import TensorParallel, join, leave
+from octavo.distributed import TensorParallel, file_store, join, leave
 from octavo.ops import gpu
 from octavo.ops.contract import CodeFormat, PackedWeight
 from octavo.ops.hopper import all_reduce
@@ -31,7 +32,7 @@ ROUNDS, CALLS, LARGE = 20, 20, 1024
 def measure(rank: int, ranks: int, directory: str) -> None:
     """One rank's process."""
     platform = detect("cuda", rank, ranks)
-    tp = join(rank, ranks, f"{directory}/ranks", platform.device)
+    tp = join(rank, ranks, partial(file_store, f"{directory}/ranks", ranks), directory, platform.device)
     ops.bind(platform, tp)
     if all_reduce.connected(tp) is None:
         raise SystemExit(ops.table()["all_reduce"])

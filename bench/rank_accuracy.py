@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 from octavo import batch, ops
 from octavo.demo import HELDOUT, MODEL_DIR
-from octavo.distributed import join, leave
+from octavo.distributed import file_store, join, leave
 from octavo.engine.vocabulary import Vocabulary
 from octavo.kvcache import KVCache, Layout
 from octavo.layers.linear import RowParallelLinear
@@ -65,7 +66,8 @@ class WholeTokens:
 def rank_main(rank: int, size: int, directory: str, windows: list[list[int]], dtype: torch.dtype) -> None:
     """Log-probabilities of every run, FP64 [tokens, vocabulary], to a file of rank 0's."""
     torch.set_num_threads(1)
-    tp = join(rank, size, f"{directory}/store{size}", ON.device)
+    store = f"{directory}/store{size}"
+    tp = join(rank, size, partial(file_store, store, size), store, ON.device)
     ops.bind(ON)
     found: Found = {}
     for scheme, scales in [*RUNS, *((scheme, "last bit") for scheme in ("fp8", "ptpc_fp8", "fp8_block") if size == 1)]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.errors import OctavoError
 
-__all__ = ["Collectives", "ProcessGroup", "Stages", "TensorParallel", "Unheard", "join", "leave"]
+__all__ = ["Collectives", "ProcessGroup", "Stages", "TensorParallel", "Unheard", "file_store", "join", "leave"]
 
 
 class Collectives(Protocol):
@@ -130,6 +130,11 @@ def join(
     everyone = TensorParallel(rank, size, ProcessGroup(meeting), device=device)
     own_stage = Stages(number, stages, split, device)
     return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=own_stage)
+
+
+def file_store(path: str, size: int) -> Any:
+    """The torch.distributed.Store of `size` ranks of one host: a file that all of them can write, and no group has used."""
+    return torch.distributed.FileStore(path, size)  # type: ignore[attr-defined]
 
 
 # Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from octavo.config import EngineConfig
-from octavo.distributed import WAIT, TensorParallel, join
+from octavo.distributed import WAIT, TensorParallel, file_store, join
 from octavo.engine.place import Place
 from octavo.platform import Platform
 
@@ -34,7 +34,7 @@ def join_ranks(config: EngineConfig, place: Place, platform: Platform) -> Tensor
 def _store(place: Place) -> Any:
     """Where the ranks say how each is reached: a file of one host, or rank 0's port, which it tells the others."""
     if not place.address:
-        return torch.distributed.FileStore(place.store, place.size)  # type: ignore[attr-defined]
+        return file_store(place.store, place.size)
     store = torch.distributed.TCPStore  # type: ignore[attr-defined]
     if place.rank:
         return store(place.address, place.share(0), place.size, timeout=WAIT)

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from ctypes import c_uint64
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo import ops
-from octavo.distributed import TensorParallel, Unheard, join, leave
+from octavo.distributed import TensorParallel, Unheard, file_store, join, leave
 from octavo.ops import gpu, reference
 from octavo.ops.contract import CodeFormat, PackedWeight, Quantized
 from octavo.ops.gpu import PackedScaledMM
@@ -228,7 +229,7 @@ SHAPES = [(1, 8), (1, 4096), (3, 8192), (16, 8192), (33, 5120), (7, 16384), (130
 def on_ranks(rank: int, size: int, directory: str) -> None:
     """One rank's process: joins the others on its GPU and goes through the checks below."""
     platform = detect("cuda", rank, size)
-    tp = join(rank, size, f"{directory}/ranks", platform.device)
+    tp = join(rank, size, partial(file_store, f"{directory}/ranks", size), directory, platform.device)
     ops.bind(platform, tp)
     kernel = all_reduce.connected(tp)
     assert kernel is not None, ops.table()
