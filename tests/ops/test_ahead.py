@@ -24,7 +24,7 @@ from octavo.ops.hopper import (
     block_gemm,
     decoder_megakernel,
     gate_up_silu,
-    layer_megakernel,
+    layer_by_layer,
     qkv_rope_kv_write,
 )
 from octavo.ops.hopper import compile as compiler
@@ -65,7 +65,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(compiler, "driver", stub)
     monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    for module in (decoder_megakernel, layer_megakernel):
+    for module in (decoder_megakernel, layer_by_layer):
         monkeypatch.setattr(module, "compile_cubin", lambda *_: b"")
     of_blocks = block_gemm.KERNELS, block_gate_up_silu.KERNELS
     for kernels in (attention.PREFILL, attention.DECODE, gate_up_silu.KERNELS, qkv_rope_kv_write.KERNELS, *of_blocks):

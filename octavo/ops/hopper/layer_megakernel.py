@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops import gpu
-from octavo.ops.contract import DecoderParts, LayerParts, Rope
+from octavo.ops.contract import DecoderParts
 from octavo.ops.gpu import PackedBlocks, PackedScaledMM
-from octavo.ops.hopper import attention
-from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
+from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+from octavo.ops.hopper.layer_by_layer import LayerByLayer
 from octavo.ops.hopper.megakernel_layers import has_blocks, packed_weights, unfit
-from octavo.platform import Platform, threads_on
+from octavo.platform import Platform
 from octavo.quant.scheme import BLOCK
 
 __all__ = ["LayerMegakernels", "refusal", "units"]
@@ -80,21 +79,19 @@ def weight_map(weight: Tensor, rows: int) -> bytes:
     return tensor_map(weight, (k, n), (k,), (STEP, rows))
 
 
-class LayerMegakernels:
+class LayerMegakernels(LayerByLayer[DecoderParts]):
     """A decoder's layers for steps of up to MAX_TOKENS one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/layer_megakernel.cu"
-    attends = False
+    columns = COLUMNS
 
     def __init__(self, parts: DecoderParts, platform: Platform):
-        self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
+        super().__init__(parts, platform)
         options, layers = self.options(), len(parts.layers)
-        with threads_on(platform.device, len(COLUMNS), "octavo-compile") as pool:
-            compile_for = partial(compile_cubin, "layer_megakernel.cu", f"{platform.arch}a")
-            compiled = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), COLUMNS))
+        self.kernels = self.compiled("layer_megakernel.cu", "between_attentions", options)
         zeros = partial(torch.zeros, device=platform.device)
         widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
         self.codes = {n: [zeros(-(-width // STEP), n, STEP, dtype=torch.uint8) for width in widths] for n in COLUMNS}
@@ -104,26 +101,12 @@ class LayerMegakernels:
         self.shares = zeros(shares, MAX_TOKENS, parts.hidden, dtype=torch.float32)
         amaxes = 2 * -(-parts.inter // int(options["GATE_UP_ROWS"])) if options["BLOCKS"] else self.ctas
         self.grid_barriers = zeros(layers, GRID_BARRIERS + amaxes * MAX_TOKENS, dtype=torch.int32)
-        self.kernels = {n: Kernel(cubin, "between_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
         self.weights = [packed_weights(layer) for layer in parts.layers]
         rows = [int(options[f"{name}_ROWS"]) for name in ("QKV", "O", "GATE_UP", "DOWN")]
         self.maps = [[weight_map(w.weight, n) for w, n in zip(ws, rows, strict=True)] for ws in self.weights]
 
-    def takes(self, requests: int, longest: int) -> bool:
-        """Whether a step of this many one-token requests is supported, whatever the contexts."""
-        return requests <= MAX_TOKENS
-
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""
-        first = self.parts.layers[0]
-        self.grid_barriers.zero_()
-        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
-        qkv, residual = first.qkv(normed), x.clone()
-        if first.qkv_bias is not None:
-            qkv += first.qkv_bias
-        for at, layer in enumerate(self.parts.layers):
-            qkv = self.between(at, self._attend(layer, qkv, batch), residual)
-        return residual
+        return self.run(x, batch, self.between)
 
     def between(self, at: int, attended: Tensor, residual: Tensor) -> Tensor:
         """Everything between the attention of layer `at` and the next: attended [tokens, heads * dim] -> the next qkv [tokens,
@@ -161,11 +144,3 @@ class LayerMegakernels:
             "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows, "BLOCKS": int(has_blocks(p)),
             **{name: 1 if len(w.scale) == w.n else BLOCK for name, w in zip(names, packed_weights(p.layers[0]), strict=True)},
         }  # fmt: skip
-
-    def _attend(self, layer: LayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
-        """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
-        p = self.parts
-        q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
-        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
-        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops import gpu
-from octavo.ops.contract import ExpertLayerParts, MixtureParts, PackedStack, PackedWeight, Rope
+from octavo.ops.contract import MixtureParts, PackedStack, PackedWeight
 from octavo.ops.gpu import PackedBlocks, PackedGrouped, PackedScaledMM
-from octavo.ops.hopper import attention
-from octavo.ops.hopper.compile import Kernel, compile_cubin, no_warpgroups, tensor_map
-from octavo.platform import Platform, threads_on
+from octavo.ops.hopper.compile import no_warpgroups, tensor_map
+from octavo.ops.hopper.layer_by_layer import LayerByLayer
+from octavo.platform import Platform
 
 __all__ = ["COLUMNS", "MoeMegakernels", "refusal"]
 
@@ -107,24 +106,21 @@ def down_map(weight: Tensor) -> bytes:
     return tensor_map(weight, (STEP, n, k // STEP, experts), (k, STEP, n * k), (STEP, ROWS, STAGE_STEPS, 1))
 
 
-class MoeMegakernels:
+class MoeMegakernels(LayerByLayer[MixtureParts]):
     """A decoder's layers for steps of up to MAX_TOKENS one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/moe_decode.cu"
-    attends = False
+    columns = COLUMNS
 
     def __init__(self, parts: MixtureParts, platform: Platform):
-        self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
+        super().__init__(parts, platform)
         self.layers = parts.layers
         self.qkv_rows = (parts.heads + 2 * parts.kv_heads) * parts.head_dim
-        options, experts = self.options(), self.layers[0].gate_up.experts
-        with threads_on(platform.device, len(COLUMNS), "octavo-compile") as pool:
-            compile_for = partial(compile_cubin, "moe_decode.cu", f"{platform.arch}a")
-            compiled = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), COLUMNS))
-        self.kernels = {n: Kernel(cubin, "between_moe_attentions") for n, cubin in zip(COLUMNS, compiled, strict=True)}
+        self.kernels = self.compiled("moe_decode.cu", "between_moe_attentions", self.options())
+        experts = self.layers[0].gate_up.experts
         empty = partial(torch.empty, device=platform.device)
         self.middle, self.o_out, self.down_out = empty(3, MAX_TOKENS, parts.hidden, dtype=torch.bfloat16)
         self.logits = empty(MAX_TOKENS, experts, dtype=torch.float32)
@@ -135,19 +131,8 @@ class MoeMegakernels:
         self.maps = [[make(codes) for make, (codes, _) in zip(makers, of_layer, strict=True)] for of_layer in stored]
         self.scales = [[scale.data_ptr() for _, scale in of_layer] for of_layer in stored]
 
-    def takes(self, requests: int, longest: int) -> bool:
-        """Whether a step of this many one-token requests is supported, whatever the contexts."""
-        return requests <= MAX_TOKENS
-
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""
-        first = self.layers[0]
-        self.grid_barriers.zero_()
-        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
-        qkv, residual = first.qkv(normed), x.clone()
-        for at, layer in enumerate(self.layers):
-            qkv = self.between(at, self._attend(layer, qkv, batch), residual, batch.seq_lens)
-        return residual
+        return self.run(x, batch, partial(self.between, lengths=batch.seq_lens))
 
     def between(self, at: int, attended: Tensor, residual: Tensor, lengths: Tensor) -> Tensor:
         """Everything between the attention of layer `at` and the next: attended [tokens, heads * dim] -> the next qkv [tokens,
@@ -178,11 +163,3 @@ class MoeMegakernels:
             "EXPERTS": first.gate_up.experts, "TOP_K": first.router.top_k, "NORMALIZE": int(first.router.normalize),
             "BLOCKS": int(_by_tile(first.down)), "CTAS": self.ctas, "SHARED": self.platform.shared_memory,
         }  # fmt: skip
-
-    def _attend(self, layer: ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
-        """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
-        p = self.parts
-        q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
-        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
-        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)

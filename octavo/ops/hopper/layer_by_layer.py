@@ -1,0 +1,71 @@
+"""Decode steps of a few requests in two launches a layer: attention with rotary and cache write, and everything between two
+layers' attention, which a subclass launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.ops import gpu
+from octavo.ops.contract import DecoderParts, ExpertLayerParts, LayerParts, MixtureParts, Rope
+from octavo.ops.hopper import attention
+from octavo.ops.hopper.compile import Kernel, compile_cubin
+from octavo.platform import Platform, threads_on
+
+__all__ = ["LayerByLayer"]
+
+Parts = TypeVar("Parts", bound=DecoderParts | MixtureParts)
+
+
+class LayerByLayer(Generic[Parts]):
+    """A decoder's layers for steps of up to the last of `columns` one-token requests.
+
+    columns: numbers of tokens that the kernel between attentions is compiled for. `parts` must have caches bound.
+    """
+
+    attends = False
+    columns: Sequence[int]
+    grid_barriers: Tensor  # of all layers' launches, zeros at a step's begin
+
+    def __init__(self, parts: Parts, platform: Platform):
+        self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
+
+    def compiled(self, source: str, function: str, options: dict[str, int | float]) -> dict[int, Kernel]:
+        """csrc/`source` for each number of tokens. Raises NoKernel."""
+        with threads_on(self.platform.device, len(self.columns), "octavo-compile") as pool:
+            compile_for = partial(compile_cubin, source, f"{self.platform.arch}a")
+            cubins = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), self.columns))
+        return {n: Kernel(cubin, function) for n, cubin in zip(self.columns, cubins, strict=True)}
+
+    def takes(self, requests: int, longest: int) -> bool:
+        """Whether a step of this many one-token requests is supported, whatever the contexts."""
+        return requests <= self.columns[-1]
+
+    def run(self, x: Tensor, batch: ForwardBatch, between: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+        """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden].
+
+        between(layer's number, attended, residual) gives the next layer's qkv and updates the residual in place.
+        """
+        layers: Sequence[LayerParts | ExpertLayerParts] = self.parts.layers
+        first = layers[0]
+        self.grid_barriers.zero_()
+        normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
+        qkv, residual = first.qkv(normed), x.clone()
+        if first.qkv_bias is not None:
+            qkv += first.qkv_bias
+        for at, layer in enumerate(layers):
+            qkv = between(at, self._attend(layer, qkv, batch), residual)
+        return residual
+
+    def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
+        """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
+        p = self.parts
+        q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
+        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
+        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
+        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)
