@@ -166,16 +166,3 @@ template <class End> INLINE void multiply_tiles(const BlockProduct &s, Ring &m, 
         end.finish(sums, tile.token + warp * 16, tile.row);
     }
 }
-
-/* Store a warp's results, 16 tokens by 128 values in registers as the sums are, in BF16. */
-INLINE void put_row(Out &out, const float *y) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-        u32 two[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) two[j] = narrow_two(y[4 * i + 2 * j], y[4 * i + 2 * j + 1]);
-        put(out[i / 8], i % 8, two);
-    }
-    fence_view_async_shared();
-    __syncwarp();
-}

@@ -157,6 +157,19 @@ INLINE void put(u16 *out, int i, const u32 (&y)[4]) {
                  "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
 }
 
+/* Store a warp's results, 16 tokens by 128 values in registers as the sums are, in BF16. */
+INLINE void put_row(Out &out, const float *y) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+        u32 two[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) two[j] = narrow_two(y[4 * i + 2 * j], y[4 * i + 2 * j + 1]);
+        put(out[i / 8], i % 8, two);
+    }
+    fence_view_async_shared();
+    __syncwarp();
+}
+
 /* The kernel: End(arguments, a warp's staging buffer) is the epilogue. */
 template <class End, class Arguments> INLINE void product(const Arguments &arguments) {
     Shared &shared = shared_memory<Shared>();

@@ -63,15 +63,7 @@ INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x 
 INLINE u32 two_codes(const float *y, float by) { return codes_of(finite(y[0]) * by, finite(y[1]) * by); }
 
 INLINE void write_queries(const Map &map, Out &out, const float *y, int token, int head) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-        u32 two[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) two[j] = narrow_two(y[4 * i + 2 * j], y[4 * i + 2 * j + 1]);
-        put(out[i / 8], i % 8, two);
-    }
-    fence_view_async_shared();
-    __syncwarp();
+    put_row(out, y);
     if (threadIdx.x % 32) return;
     store_box(map, head * DIM * 2, token, out[0]), store_box(map, head * DIM * 2 + 128, token, out[1]);
     end_stores();
