@@ -25,7 +25,7 @@ from octavo.ops.contract import (
 )
 from octavo.ops.triton.argmax import argmax
 from octavo.ops.triton.attention import attend, attention
-from octavo.ops.triton.block_linear import block_linear, quantize_groups
+from octavo.ops.triton.block_linear import block_linear
 from octavo.ops.triton.decode import decode_variant
 from octavo.ops.triton.elementwise import combine_norm_quantize, gelu, layer_norm, quantize, rms_norm, silu_mul
 from octavo.ops.triton.expanded_attention import expanded_attention
@@ -99,6 +99,11 @@ def _unfit(q: QTensor, platform: Platform) -> str | None:
     return None
 
 
+def quantized(x: Operand, form: CodeFormat) -> Quantized:
+    """x [M, K] in this format: the codes that it holds, or made of its values."""
+    return codes_of(x, form) or quantize(values_of(x), form.dtype, form.width, form.granularity)
+
+
 class ScaledMM:
     """FP8 with one scale per token and one per output channel."""
 
@@ -160,7 +165,7 @@ class PackedScaledMM(PackedWeight):
 
     def codes(self, x: Operand) -> Quantized:
         """x [M, K] quantized in the format that this weight reads."""
-        return codes_of(x, self.reads) or quantize(values_of(x), self.reads.dtype, self.reads.width)
+        return quantized(x, self.reads)
 
 
 def _dtype(x: Operand) -> torch.dtype:
@@ -195,7 +200,7 @@ class PackedBlocks(PackedWeight):
 
     def codes(self, x: Operand) -> Quantized:
         """x [M, K] quantized in the format that this weight reads."""
-        return codes_of(x, self.reads) or quantize_groups(values_of(x), self.reads.dtype, self.reads.width)
+        return quantized(x, self.reads)
 
     def _product(self, given: Quantized) -> Tensor:
         """The product in BF16, [M, N]."""
@@ -293,8 +298,7 @@ class PackedGrouped(PackedStack):
         if self.reads is None:
             y = grouped_linear(values_of(x), None, self.weight, self.scale, self.n, dispatch, of_tokens=of_tokens)
             return y.to(_dtype(x))
-        make = quantize_groups if self.by_tile else quantize
-        codes, scale = codes_of(x, self.reads) or make(values_of(x), self.reads.dtype, self.reads.width)
+        codes, scale = quantized(x, self.reads)
         return grouped_linear(
             codes, scale, self.weight, self.scale, self.n, dispatch, of_tokens=of_tokens, by_tile=self.by_tile
         ).to(_dtype(x))

@@ -181,7 +181,7 @@ def test_what_goes_in_and_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> Non
         if dense is not None:
             dense.copy_(y)
         if made is not None:
-            for to, part in zip(made, gpu.quantize_groups(y, F8, y.shape[1]), strict=True):
+            for to, part in zip(made, gpu.quantize(y, F8, y.shape[1], Granularity.BLOCK), strict=True):
                 to.copy_(part)
         return True
 

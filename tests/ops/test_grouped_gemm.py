@@ -22,8 +22,6 @@ from octavo.ops import gpu
 from octavo.ops.contract import Activation, Dispatch, Quantized, Routed
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import experts
-from octavo.ops.triton.block_linear import quantize_groups
-from octavo.ops.triton.elementwise import quantize
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES
 from tests.ops.paged import needs_hopper
@@ -117,7 +115,7 @@ def test_products(scheme: str, tokens: int, shape: Shape) -> None:
     x, gate_up, down = mixture(shape, scheme)
     assert gate_up.reads is not None
     assert down.reads is not None
-    given = (quantize_groups if gate_up.by_tile else quantize)(x, gate_up.reads.dtype, gate_up.reads.width)
+    given = gpu.quantized(x, gate_up.reads)
     for routing in ROUTINGS:
         at = gpu.dispatch(chosen(routing, shape[0], shape[3], shape[4]).to(x.device), shape[3])
         n, runs = int(at.starts[-1]), []

@@ -15,7 +15,7 @@ from octavo import ops
 from octavo.ops import gpu, reference
 from octavo.ops.contract import Activation, CodeFormat, PackedWeight, Quantized, codes_of, wanted
 from octavo.ops.cpu import library
-from octavo.ops.triton import block_linear, elementwise
+from octavo.ops.triton import elementwise
 from octavo.platform import Platform, detect
 from octavo.quant import BF16, FP8_BLOCK, FP8_PER_CHANNEL, Granularity, Scheme, dequantize, quantize
 
@@ -157,9 +157,8 @@ def test_a_router_and_experts(step: Step, schemes: tuple[Scheme, ...], monkeypat
     weights = [packed(scheme, 16 * (1 + i)) for i, scheme in enumerate(schemes)]
     made = step(*(weight for weight, _ in weights))
     quantized_here = []
-    quantize_rows, quantize_groups = gpu.quantize, gpu.quantize_groups
-    monkeypatch.setattr(gpu, "quantize", lambda *args: (quantized_here.append("rows"), quantize_rows(*args))[1])
-    monkeypatch.setattr(gpu, "quantize_groups", lambda *args: (quantized_here.append("groups"), quantize_groups(*args))[1])
+    names, make = {Granularity.ROW: "rows", Granularity.BLOCK: "groups"}, gpu.quantize
+    monkeypatch.setattr(gpu, "quantize", lambda *args: (quantized_here.append(names[args[3]]), make(*args))[1])
     for scheme, (weight, values) in zip(schemes, weights, strict=True):
         assert relative_error(ops.linear(made, weight), step.exact @ values.mT) < (0.01 if scheme is BF16 else 0.04)
     formats = {scheme for scheme in schemes if scheme.quantized}
@@ -173,7 +172,7 @@ def test_codes_with_a_scale_a_group_are_taken() -> None:
     q = quantize(torch.randn(48, 300, device=DEVICE), FP8_BLOCK).padded(16)
     weight = gpu.Blocks().pack(q, ON)
     assert weight.reads == CodeFormat(E4M3, Granularity.BLOCK, 304)
-    codes = block_linear.quantize_groups(x, E4M3, 304)
+    codes = elementwise.quantize(x, E4M3, 304, Granularity.BLOCK)
     assert codes.scale.shape == (7, weight.reads.groups) == (7, 3)
     assert torch.equal(weight(Activation(None, codes)), weight(x))
     by_token = elementwise.quantize(x, E4M3, 304)

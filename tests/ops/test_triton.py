@@ -209,7 +209,7 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
     assert q.scale is not None
     expanded = q.scale.repeat_interleave(128, 0)[:n].contiguous() if scale_rows else q.scale
     x = torch.randn(m, k, device=DEVICE).bfloat16()
-    codes, scale = block_linear.quantize_groups(x, q.data.dtype, q.data.shape[1])
+    codes, scale = elementwise.quantize(x, q.data.dtype, q.data.shape[1], Granularity.BLOCK)
     found = block_linear.block_linear(codes, scale, q.data, expanded, n)
     assert found.shape == (m, n)
     if m:

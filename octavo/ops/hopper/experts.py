@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, Dispatch, Operand, PackedStack, Quantized, Routed, Uncombined, codes_of, values_of
+from octavo.ops.contract import Activation, Dispatch, Operand, PackedStack, Quantized, Routed, Uncombined
 from octavo.ops.hopper.compile import Kernels, no_warpgroups, tensor_map
-from octavo.ops.triton import elementwise, launch
-from octavo.ops.triton.block_linear import quantize_groups
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.ops.triton import launch
+from octavo.quant.scheme import BLOCK
 
 __all__ = ["KERNELS", "QUANTIZE", "VARIANTS", "Variant", "choose", "down", "fused_experts", "gate_up", "refusal"]
 
@@ -152,8 +151,7 @@ def fused_experts(x: Operand, routed: Routed, w_in: PackedStack, w_out: PackedSt
         assert isinstance(w_out, gpu.PackedGrouped)
         assert w_in.reads is not None
         assert w_out.reads is not None
-        quantize = quantize_groups if w_in.reads.granularity is Granularity.BLOCK else elementwise.quantize
-        given = codes_of(x, w_in.reads) or quantize(values_of(x), w_in.reads.dtype, w_in.reads.width)
+        given = gpu.quantized(x, w_in.reads)
         x, tokens = (
             Activation(None if isinstance(x, Tensor) else x.dense, given),
             choose(len(at.order), w_in.experts),

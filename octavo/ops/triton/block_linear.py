@@ -9,12 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.contract import Quantized
-from octavo.ops.triton.elementwise import quantize
 from octavo.ops.triton.launch import launch, pipeline, power_of_2, release, wait
-from octavo.quant.scheme import BLOCK, Granularity
+from octavo.quant.scheme import BLOCK
 
-__all__ = ["block_linear", "quantize_groups"]
+__all__ = ["block_linear"]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -40,11 +38,6 @@ def _block_linear(
     release(PDL)
     mask = row_ok[:, None] & token_ok[None, :]
     tl.store(out + token[None, :].to(tl.int64) * n + rows[:, None], acc.to(out.dtype.element_ty), mask=mask)
-
-
-def quantize_groups(x: Tensor, fp8: torch.dtype, width: int) -> Quantized:
-    """Quantize x [M, K] in groups of 128: codes [M, width] and FP32 scales [M, ceil(K / 128)]."""
-    return quantize(x, fp8, width, Granularity.BLOCK)
 
 
 def block_linear(codes: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, n: int) -> Tensor:
