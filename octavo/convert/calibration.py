@@ -127,9 +127,8 @@ def calibrate(
             try:
                 if not number:
                     states = [layer.embed(window) for window in windows]
-                layer.quantize(windows, states)
-                last = number + 1 == count
-                states = [] if last else [cast("State", layer.run(*pair)) for pair in zip(windows, states, strict=True)]
+                made = layer.quantize(windows, states)
+                states = [] if number + 1 == count else [cast("State", state) for state in made]
             finally:
                 layer.close()
             stash.put(number, layer, states)
