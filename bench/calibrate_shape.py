@@ -2,8 +2,8 @@
 
     python -m bench.calibrate_shape --shape llama-3.1-8b --device cuda --directory /dev/shm
 
-Weights are random, made on the device; the text is random token ids. The checkpoint, the result and the codes that are kept until
-the end are files in DIRECTORY: twice the model's bytes in BF16.
+Weights are random, made on the device; the text is random token ids. The checkpoint, the result and the codes that are kept
+until the end are files in DIRECTORY: twice the bytes of the model in BF16.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ class PackedBlocks(PackedWeight):
 class WeightOnly:
     """FP8 with one scale per output channel, multiplied by values as they are."""
 
-    name = "Triton for few tokens, torch._scaled_mm for many, of two codes a value"
+    name = "of two codes a value, Triton for few tokens and torch._scaled_mm for more; torch, of widened ones, for many"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         return not_taken(q.scheme, FP8_WEIGHTS) or _unfit(q, platform)
