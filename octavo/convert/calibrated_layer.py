@@ -25,9 +25,9 @@ from octavo.layers.moe import Experts
 from octavo.models import build_model
 from octavo.models.interface import ModelInput, StageState
 from octavo.platform import Platform
-from octavo.quant import QTensor, QuantRules, concat, dequantize
+from octavo.quant import QTensor, QuantRules, dequantize
 from octavo.quant.formats import WHOLE, read_weight
-from octavo.quant.qtensor import Stacker, expand_scale, to_device_fp8
+from octavo.quant.qtensor import expand_scale
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.loader import stored_modules
@@ -53,7 +53,7 @@ class Loss:
 
 
 class CalibratedLayer:
-    """Layer `number` of the checkpoint in `directory`, in the model's own dtype until `quantize` replaces its weights.
+    """Layer `number` of the checkpoint in `directory`, in the model's own dtype.
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
     them, by module, and `losses` what they lose, by the first module of those that share their inputs.
@@ -134,21 +134,18 @@ class CalibratedLayer:
     def _experts(self, path: str, experts: Experts, inputs: _Inputs) -> None:
         """Each by the tokens that are routed to it, the down projection by what the rounded others make of them."""
         x, routed = torch.cat(inputs.rows), torch.cat(inputs.routed)
-        stackers = [Stacker(experts.count, path) for _ in experts.matrices]
         for number in range(experts.count):
             given = _tokens_of(number, routed)
             read = x[given].float()
-            for matrices, stacker in zip(experts.matrices, stackers, strict=True):
+            for matrices in experts.matrices:
                 names = [f"{path}.{number}.{name}" for name in matrices.names]
                 weights = self._rounded(names, matrices.shapes, read.T @ read)
-                stacker.put(number, concat(weights).padded(self.platform.fp8_alignment))
                 products = [read @ dequantize(w).float().T for w in weights]
                 if len(products) == 2:
                     read = torch.nn.functional.silu(products[0]).mul_(products[1]).bfloat16().float()
-        experts.gate_up, experts.down = (ops.pack_experts(stacker.finished(), self.platform) for stacker in stackers)
 
     def _rounded(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], hessian: Tensor) -> list[QTensor]:
-        """The matrices of these modules, which share their inputs, for the device. Those that are not to be rounded stay."""
+        """The matrices of these modules, which share their inputs. Those that are not to be rounded stay."""
         found = [read_weight(self.loader, name, shape, WHOLE) for name, shape in zip(names, shapes, strict=True)]
         chosen = [i for i, name in enumerate(names) if name in self.pieces]
         dense = {i: (dequantize(w) if isinstance(w := found[i], QTensor) else w).float() for i in chosen}
@@ -166,8 +163,7 @@ class CalibratedLayer:
             self.made[names[i]] = codes.view(E4M3), scales[i]
             scheme = self.pieces[names[i]].scheme
             assert scheme is not None
-            q = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
-            weights[i] = to_device_fp8(q, self.platform.fp8_dtype)
+            weights[i] = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
         return weights
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ops.cases import over
+from ops.cases import on_each_instruction_set, over
 from quant.float64 import E4M3FN
 
 from octavo.ops import reference
@@ -21,6 +21,7 @@ if library.missing() is None:
     MADE["C"] = native.round_columns, torch.device("cpu")
 
 
+@on_each_instruction_set
 @over("in_turn", [True, False])
 @over("scales", ["a row", "each"])
 @over("shape", [(1, 1), (3, 17), (33, 40), (128, 5), (100, 130), (128, 64)])

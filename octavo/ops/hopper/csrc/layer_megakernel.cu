@@ -53,7 +53,7 @@ template <int P> struct Shape {
 /* Inputs are loaded FETCHED K steps at a time, an even number. */
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64;
 constexpr int VALUES = COLUMNS / 2, SUMS = TOKENS / 2, EACH = TWO_CODES ? 1 : 2; /* of a tile, per thread: its values, their sums by token, and tokens in adjacent columns */
-constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, INPUTS = COLUMNS == 64 ? 2 : COLUMNS == 16 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
+constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, INPUTS = COLUMNS == 16 || COLUMNS == 64 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
 constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
 constexpr int FEW = 2, MANY = BLOCKS ? 4 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
