@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import batch, ops
+from octavo.convert.compensated import compensated
 from octavo.convert.quantize_plan import Piece
 from octavo.convert.row_quantize import peaks, search_errors, searched_scale
 from octavo.distributed import TensorParallel
@@ -24,10 +25,9 @@ from octavo.layers.moe import Experts
 from octavo.models import build_model
 from octavo.models.interface import ModelInput, StageState
 from octavo.platform import Platform
-from octavo.quant import QTensor, QuantRules, concat, dequantize
-from octavo.quant.compensated import compensated
+from octavo.quant import QTensor, QuantRules, dequantize
 from octavo.quant.formats import WHOLE, read_weight
-from octavo.quant.qtensor import Stacker, expand_scale, to_device_fp8
+from octavo.quant.qtensor import expand_scale
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.loader import stored_modules
@@ -53,7 +53,7 @@ class Loss:
 
 
 class CalibratedLayer:
-    """Layer `number` of the checkpoint in `directory`, in the model's own dtype until `quantize` replaces its weights.
+    """Layer `number` of the checkpoint in `directory`, in the model's own dtype.
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
     them, by module, and `losses` what they lose, by the first module of those that share their inputs.
@@ -91,14 +91,13 @@ class CalibratedLayer:
         return self.model(batch.build([batch.Span(window, 0, blocks)], BLOCK_SIZE, self.platform.device), own)
 
     @torch.inference_mode()
-    def quantize(self, windows: Sequence[Sequence[int]], states: Sequence[State]) -> None:
-        """Rounds the layer's matrices by what they read of `states`, and lets the layer compute with the result."""
+    def quantize(self, windows: Sequence[Sequence[int]], states: Sequence[State]) -> list[Tensor | State]:
+        """Rounds the layer's matrices by what they read of `states`. Gives what the layer makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
-            for window, state in zip(windows, states, strict=True):
-                self.run(window, state)
+            after = [self.run(*pair) for pair in zip(windows, states, strict=True)]
         finally:
             for handle in handles:
                 handle.remove()
@@ -107,7 +106,9 @@ class CalibratedLayer:
             if isinstance(module, Experts):
                 self._experts(path, module, seen)
             elif seen.hessian is not None:
-                self._linear(path, module, seen.hessian)
+                upper = seen.hessian.triu_()
+                self._linear(path, module, upper + upper.triu(1).T)
+        return after
 
     def _modules(self) -> dict[str, Linear | Experts]:
         """Those that hold matrices to round."""
@@ -128,31 +129,27 @@ class CalibratedLayer:
 
     def _linear(self, path: str, linear: Linear, hessian: Tensor) -> None:
         parent = path.rpartition(".")[0]
-        weights = self._rounded([f"{parent}.{name}" for name in _parts(linear)], _shapes(linear), hessian)
-        linear.weight = ops.pack(concat(weights).padded(self.platform.fp8_alignment), self.platform)
+        self._rounded([f"{parent}.{name}" for name in _parts(linear)], _shapes(linear), hessian)
 
     def _experts(self, path: str, experts: Experts, inputs: _Inputs) -> None:
         """Each by the tokens that are routed to it, the down projection by what the rounded others make of them."""
         x, routed = torch.cat(inputs.rows), torch.cat(inputs.routed)
-        stackers = [Stacker(experts.count, path) for _ in experts.matrices]
         for number in range(experts.count):
             given = _tokens_of(number, routed)
             read = x[given].float()
-            for matrices, stacker in zip(experts.matrices, stackers, strict=True):
+            for matrices in experts.matrices:
                 names = [f"{path}.{number}.{name}" for name in matrices.names]
                 weights = self._rounded(names, matrices.shapes, read.T @ read)
-                stacker.put(number, concat(weights).padded(self.platform.fp8_alignment))
                 products = [read @ dequantize(w).float().T for w in weights]
                 if len(products) == 2:
                     read = torch.nn.functional.silu(products[0]).mul_(products[1]).bfloat16().float()
-        experts.gate_up, experts.down = (ops.pack_experts(stacker.finished(), self.platform) for stacker in stackers)
 
     def _rounded(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], hessian: Tensor) -> list[QTensor]:
-        """The matrices of these modules, which share their inputs, for the device. Those that are not to be rounded stay."""
+        """The matrices of these modules, which share their inputs. Those that are not to be rounded stay."""
         found = [read_weight(self.loader, name, shape, WHOLE) for name, shape in zip(names, shapes, strict=True)]
         chosen = [i for i, name in enumerate(names) if name in self.pieces]
         dense = {i: (dequantize(w) if isinstance(w := found[i], QTensor) else w).float() for i in chosen}
-        scales = {i: _scale(dense[i], self.pieces[names[i]].granularity) for i in chosen}
+        scales = {i: _scale(dense[i], self.pieces[names[i]].granularity, hessian.diagonal()) for i in chosen}
         weights = [w if isinstance(w, QTensor) else QTensor(w.bfloat16(), None, BF16, tuple(w.shape)) for w in found]
         if not chosen:
             return weights
@@ -166,8 +163,7 @@ class CalibratedLayer:
             self.made[names[i]] = codes.view(E4M3), scales[i]
             scheme = self.pieces[names[i]].scheme
             assert scheme is not None
-            q = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
-            weights[i] = to_device_fp8(q, self.platform.fp8_dtype)
+            weights[i] = QTensor(codes.view(E4M3), stored[i], scheme, (codes.shape[0], codes.shape[1]))
         return weights
 
 
@@ -185,10 +181,13 @@ class _Inputs:
             self.rows.append(x.clone())
             self.routed.append(args[1].experts.clone())
             return
+        width = x.shape[1]
         if self.hessian is None:
-            self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        values = x.float()
-        self.hessian.addmm_(values.T, values)
+            self.hessian = torch.zeros(width, width, device=x.device)
+        values, strip = x.float(), max(256, width // 8)
+        for start in range(0, width, strip):  # the upper half: H is symmetric
+            stop = start + strip
+            self.hessian[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
 
 
 def _parts(linear: Linear) -> list[str]:
@@ -199,10 +198,10 @@ def _shapes(linear: Linear) -> list[tuple[int, int]]:
     return linear.shapes if isinstance(linear, ColumnParallelLinear) else [linear.shape]
 
 
-def _scale(w: Tensor, granularity: Granularity) -> Tensor:
-    """That of the least squared error among those that are tried."""
-    peak = peaks(w, granularity)
-    return searched_scale(peak, search_errors(w, peak, granularity, (torch.empty_like(w), torch.empty_like(w))))
+def _scale(w: Tensor, granularity: Granularity, sizes: Tensor) -> Tensor:
+    """That of the least squared error among some; a column counts by the sum of squares of its inputs, `sizes` [K]."""
+    peak, work = peaks(w, granularity), (torch.empty_like(w), torch.empty_like(w))
+    return searched_scale(peak, search_errors(w, peak, granularity, work, sizes / sizes.mean().clamp_min(1e-30)))
 
 
 def _per_row(scale: Tensor, piece: Piece, rows: int) -> Tensor:

@@ -39,10 +39,12 @@ def encode(values: Tensor, scale: Tensor, granularity: Granularity, out: Tensor)
     out.copy_(values.clamp_(-FP8_MAX[FP8], FP8_MAX[FP8]))
 
 
-def search_errors(values: Tensor, peak: Tensor, granularity: Granularity, work: tuple[Tensor, Tensor]) -> Tensor:
+def search_errors(
+    values: Tensor, peak: Tensor, granularity: Granularity, work: tuple[Tensor, Tensor], weight: Tensor | float = 1.0
+) -> Tensor:
     """The sum of squared errors that each of SEARCH_STEPS leaves where a scale is shared: [16, *peak.shape].
 
-    `work`: two FP32 tensors of the shape of `values`, which are overwritten.
+    `work`: two FP32 tensors of the shape of `values`, which are overwritten. weight: of each column's errors, [K].
     """
     rounded, offset = work
     original, _ = _aligned(values, peak, granularity)
@@ -57,7 +59,7 @@ def search_errors(values: Tensor, peak: Tensor, granularity: Granularity, work: 
         offset.mul_(1.5 * 2**20)
         rounded.add_(offset).sub_(offset)
         view.mul_(scale).sub_(original)
-        errors.append(_sums(rounded.square_(), peak, granularity))
+        errors.append(_sums(rounded.square_().mul_(weight), peak, granularity))
     return torch.stack(errors)
 
 

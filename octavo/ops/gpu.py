@@ -41,7 +41,7 @@ from octavo.ops.triton.routing import combine, dispatch, route
 from octavo.ops.triton.sample import sample
 from octavo.ops.triton.segment_attention import captures_segments, segment_attention
 from octavo.ops.triton.select_keys import select_keys
-from octavo.ops.triton.weight_only import codes_in_pairs
+from octavo.ops.triton.weight_only import codes_in_pairs, widened
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import Granularity
@@ -81,6 +81,9 @@ __all__ = [
 # for any number of tokens if K exceeds UNSCALED_DEPTH (5% at 8192 tokens of K = 14,336, the card at its power limit).
 UNSCALED_TOKENS, UNSCALED_DEPTH = 1024, 8192
 TOKENS_AT_ONCE = 2048  # of two rows of codes each, whose products are twice as large as their sums
+# Activations that are not rounded: from so many tokens on, codes widened to BF16 in memory, so many at a time, cost less than
+# two codes a value, if the reader scales the product.
+WIDENED_TOKENS, WIDENED_CODES = 1536, 64 << 20
 
 
 def _foreign(q: QTensor, platform: Platform) -> str | None:
@@ -210,7 +213,7 @@ class PackedBlocks(PackedWeight):
 class WeightOnly:
     """FP8 with one scale per output channel, multiplied by values as they are."""
 
-    name = "Triton for few tokens, torch._scaled_mm for many, of two codes a value"
+    name = "of two codes a value, Triton for few tokens and torch._scaled_mm for more; torch, of widened ones, for many"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         return not_taken(q.scheme, FP8_WEIGHTS) or _unfit(q, platform)
@@ -237,6 +240,16 @@ class PackedWeightOnly(PackedWeight):
             both = own.scaled(codes_in_pairs(x[part], own.reads.dtype, own.reads.width, adjacent=False))
             torch.add(*both.chunk(2), out=out[part])
         return out.to(x.dtype)
+
+    def unscaled(self, x: Operand) -> Tensor | Unscaled:
+        x, codes = values_of(x), self.codes.weight
+        if len(x) < WIDENED_TOKENS or x.dtype is not torch.bfloat16 or codes.shape != (self.codes.n, x.shape[1]):
+            return self(x)
+        out, rows = x.new_empty(len(x), self.codes.n), max(1, WIDENED_CODES // x.shape[1])
+        for start in range(0, self.codes.n, rows):
+            part = slice(start, start + rows)
+            torch.mm(x, widened(codes[part]).mT, out=out[:, part])
+        return Unscaled(out, torch.ones(len(x), 1, device=x.device), self.codes.scale)
 
     def shared_bytes(self, q: QTensor) -> int:
         return self.codes.shared_bytes(q)

@@ -59,6 +59,7 @@ __all__ = [
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "round_columns",
     "route",
     "sample",
     "segment_attention",
@@ -413,3 +414,15 @@ def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     places = torch.arange(weights.shape[1], device=weights.device)
     last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(ends, target, right=True), last)
+
+
+def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, in_turn: bool) -> Tensor:
+    limit, moved = FP8_MAX[torch.float8_e4m3fn], torch.empty_like(values)
+    for k, (value, own) in enumerate(zip(values, offset, strict=True)):
+        factor = scale[0 if len(scale) == 1 else k]
+        start = value - own
+        rounded = (start / factor).clamp_(-limit, limit).to(torch.float8_e4m3fn).float().mul_(factor)
+        torch.sub(rounded, start if in_turn else value, out=moved[k])
+        offset.addr_(influence[k], moved[k])
+        value.copy_(rounded)
+    return moved

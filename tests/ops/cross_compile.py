@@ -32,6 +32,7 @@ from octavo.ops.triton import (
     prefill,
     rope,
     rotate,
+    round_columns,
     routing,
     sample,
     segment_attention,
@@ -135,7 +136,15 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
     yield (
         "codes_in_pairs", weight_only._codes_in_pairs,
         dict(x=bf16, out=fp8, scale=fp32, **dict.fromkeys(("size", "stride", "width", "of_token", "of_rest"), "i32")),
-        limit | dict(FLOOR=1e-30, BLOCK=4096), {"num_warps": 16},
+        limit | dict(FLOOR=1e-30, REST=16, BLOCK=4096), {"num_warps": 16},
+    )  # fmt: skip
+    yield (
+        "round_columns", round_columns._round_columns,
+        dict(values=fp32, offset=fp32, influence=fp32, scale=fp32, moved=fp32,
+             **dict.fromkeys(("columns", "rows", "influence_stride", "scale_stride"), "i32")),
+        dict(LIMIT=limit["LIMIT"], IN_TURN=True, CODE=getattr(triton.language, names[fp8]), BK=128, BN=round_columns.ROWS,
+             PDL=pdl),
+        {"num_warps": 4},
     )  # fmt: skip
     for bm in (16, 128):
         yield (

@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LLAMA_8B = dict(
     HIDDEN=4096, INTER=14336, HEADS=32, KV_HEADS=8, DIM=128, BLOCK_SIZE=64, KV_FP8=1, WINDOW=0, HEAD_NORMS=0, QKV_BIAS=0,
-    CTAS=132, LONGEST=4096, SHARED=227 << 10,
+    CTAS=132, LONGEST=4096, SHARED=227 << 10, TWO_CODES=0,
 )  # fmt: skip
 SMALL = dict(HIDDEN=256, INTER=704, HEADS=8, KV_HEADS=4, DIM=32, KV_FP8=0, WINDOW=100, HEAD_NORMS=1, QKV_BIAS=1, CTAS=114)
 
@@ -69,7 +69,9 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
-@pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
+@pytest.mark.parametrize(
+    "options", [LLAMA_8B, LLAMA_8B | SMALL, LLAMA_8B | {"TWO_CODES": 1}], ids=["8b", "small", "two codes a value"]
+)
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
@@ -163,7 +165,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("kv", ["fp8", "auto"])
-@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8"])
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8", "fp8_w8a16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path) -> None:
     """Each phase of a layer beside the ops, on what the launch itself computed before it; contexts from 1 to thousands.

@@ -29,8 +29,8 @@ from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, wri
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
     HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, CTAS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
-    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48, BLOCKS=0, O_TILE=128, GATE_UP_TILE=128, DOWN_TILE=128,
-    QKV_TILE=128,
+    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48, BLOCKS=0, TWO_CODES=0, O_TILE=128,
+    GATE_UP_TILE=128, DOWN_TILE=128, QKV_TILE=128,
 )  # fmt: skip
 SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, CTAS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
              DOWN_ROWS=32, DOWN_SPLITS=6, QKV_ROWS=16, GATE_UP_TILE=1, QKV_TILE=1)  # fmt: skip
@@ -43,19 +43,18 @@ SHAPES = MODELS | {
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
-@pytest.mark.parametrize("tokens", layer_megakernel.COLUMNS)
+@pytest.mark.parametrize("columns", [*layer_megakernel.COLUMNS, 64])
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
-@pytest.mark.parametrize("blocks", [0, 1])
-def test_it_compiles(
-    tokens: int, blocks: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["", "BLOCKS", "TWO_CODES"])
+def test_it_compiles(columns: int, kind: str, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, the copy engine's boxes, nothing kept in local memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(
-        compiler.compile_cubin("layer_megakernel.cu", "sm_90a", options | {"TOKENS": tokens, "BLOCKS": blocks}), tmp_path
-    )
+    if columns == 64 and kind != "TWO_CODES":
+        return  # 32 tokens have 64 columns only there
+    given = options | {"TOKENS": columns >> (kind == "TWO_CODES")} | dict.fromkeys(filter(None, [kind]), 1)
+    stacks, code = dumped(compiler.compile_cubin("layer_megakernel.cu", "sm_90a", given), tmp_path)
     assert stacks == ["0"]
-    assert len(re.findall(rf"QGMMA\.64x{tokens}x32\.F32\.E4M3\.E4M3", code)) >= 16
+    assert len(re.findall(rf"QGMMA\.64x{columns}x32\.F32\.E4M3\.E4M3", code)) >= 16
     assert "UTMALDG.2D" in code
     if options is LLAMA_8B:  # a product is ended while the next one runs; where there are few steps the compiler undoes that
         assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)) >= 8
@@ -137,6 +136,12 @@ def in_order(codes: Tensor, tokens: int, width: int) -> Tensor:
     chunk = torch.arange(8, device=codes.device)[None, :] ^ token[:, None] % 8
     plain = codes.view(steps, columns, 8, 16).gather(2, chunk[None, :, :, None].expand(steps, -1, -1, 16))
     return plain.reshape(steps, columns, 128).transpose(0, 1).reshape(columns, -1)[:tokens, :width].view(torch.float8_e4m3fn)
+
+
+def joined(codes: Tensor) -> Tensor:
+    """What each token's two columns of codes stand for, in units of its scale, FP64: [2 * tokens, K] -> [tokens, K]."""
+    own, rest = codes.double().unflatten(0, (-1, 2)).unbind(1)
+    return own + rest / 16
 
 
 def scale_of(amax: Tensor) -> Tensor:
@@ -234,7 +239,65 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
-@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8_block"])
+@pytest.mark.parametrize("name", SHAPES)
+@torch.inference_mode()
+def test_each_phase_of_activations_as_they_are(name: str, tmp_path: Path) -> None:
+    """Each beside float64 over the values that it reads, not over their codes: as exact as products in BF16."""
+    _, fused = decoder_of(tmp_path, SHAPES[name] | {"num_hidden_layers": 2}, "fp8_w8a16")
+    p, (layer, after) = fused.parts, fused.parts.layers
+    (_, o, gate_up, down), (qkv, *_) = fused.weights
+    compared = 0
+    for tokens in (4, 4, 1, 3, 8, 9, 16, 23, 32):
+        torch.manual_seed(tokens)
+        attended = torch.randn(tokens, p.heads * p.head_dim, device="cuda").bfloat16()
+        attended[:, ::7] *= torch.logspace(-20, 3, tokens, device="cuda").bfloat16()[:, None]  # no floor of a scale is met
+        if tokens > 1:
+            attended[0] *= 2.0**-60
+        one = torch.ones(tokens, 1, device="cuda")
+        o_of = product(attended, one, o)
+        before = o_of[:, torch.randperm(p.hidden, device="cuda")]  # as large
+        residual, columns = before.clone(), next(n for n in fused.columns if tokens <= n)
+        for kept in fused.codes[columns]:
+            kept.fill_(0)
+        fused.grid_barriers.zero_()
+        for kept in (*fused.scales[columns], fused.shares):
+            kept.fill_(torch.nan)
+        got = fused.between(0, attended, residual)
+        widths = attended.shape[1], p.hidden, p.inter
+        codes = [joined(in_order(c, 2 * tokens, w)) for c, w in zip(fused.codes[columns], widths, strict=True)]
+        scales = [kept[:, :tokens].T for kept in fused.scales[columns]]
+        amaxes = fused.grid_barriers[0, layer_megakernel.GRID_BARRIERS :][: fused.ctas * columns].view(-1, columns)
+        scales[2] = ((amaxes & 0x7FFFFFFF).amax(0).view(torch.float32)[:tokens, None] / 448).clamp(min=1e-30)
+        read, normed, act = (values(*both) for both in zip(codes, scales, strict=True))
+        middle = o_of + before
+        both = product(norm(middle, layer.post_norm, p.eps), one, gate_up).float()
+        gate, up = both[:, : p.inter], both[:, p.inter :]
+        want = ((gate / (1 + torch.exp(-gate))).bfloat16().float() * up).bfloat16()
+        down_of = product(act, one, down)
+        ratio = float(middle.float().norm() / down_of.float().norm())
+        if ratio > 2:  # so that what down adds is seen beside a BF16 residual
+            down.scale.mul_(ratio)
+            continue
+        out = product(norm(residual, after.input_norm, p.eps), one, qkv)
+        if after.qkv_bias is not None:
+            out = out + after.qkv_bias
+        each = (read - attended).norm(dim=1) / attended.double().norm(dim=1)
+        errors = {
+            "attended": (float(each.max()), 0.003),
+            "act": (error(act, want), 0.012),  # behind the BF16 of o, of the residual, of the norm and of gate and up
+            "after": (error(residual, middle + down_of) * ratio, 0.012),
+            "normed": (error(normed, norm(residual, after.input_norm, p.eps)), 0.003),
+            "qkv": (error(got, out), 0.004),
+        }
+        compared += 1
+        print(name, tokens, {n: f"{e:.5f}" for n, (e, _) in errors.items()})
+        assert all(e < bound for e, bound in errors.values()), errors
+    assert compared >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8_block", "fp8_w8a16"])
 @torch.inference_mode()
 def test_whole_steps(scheme: str, tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""

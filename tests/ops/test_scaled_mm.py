@@ -11,6 +11,7 @@ from quant import float64
 from quant.float64 import E4M3FN, array
 
 from octavo.ops import gpu
+from octavo.ops.contract import Unscaled
 from octavo.ops.gpu import ScaledMM
 from octavo.ops.reference import scaled
 from octavo.platform import Platform
@@ -48,18 +49,22 @@ def test_padded_shapes_and_scales(shape: tuple[int, int, int], scheme: Scheme) -
 
 
 @pytest.mark.skipif(not rowwise(), reason="needs a torch with a scale a row on the CPU")
-@over("shape", [(33, 48, 64), (70, 33, 130), (200, 20, 96)])
+@over("shape", [(33, 48, 64), (70, 33, 130), (200, 20, 96), (200, 48, 64)])
 def test_activations_as_they_are(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than the kernel for few takes, and more than are multiplied at once."""
     monkeypatch.setattr(gpu, "TOKENS_AT_ONCE", 70)
+    monkeypatch.setattr(gpu, "WIDENED_TOKENS", 150)
+    monkeypatch.setattr(gpu, "WIDENED_CODES", 1000)
     m, n, k = shape
     w, x = torch.randn(n, k), torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]
     packed = gpu.WeightOnly().pack(quantize(w, FP8_W8A16).padded(PLATFORM.fp8_alignment), PLATFORM)
     expected = torch.from_numpy(float64.linear(array(x.bfloat16()), array(w), "fp8_w8a16", E4M3FN))
     for dtype in (torch.bfloat16, torch.float32):
-        y = packed(x.bfloat16().to(dtype))
-        assert (y.shape, y.dtype) == ((m, n), dtype)
-        assert relative_error(y, expected) < 5e-3  # two products in BF16, and their sum
+        given = x.bfloat16().to(dtype)
+        assert isinstance(packed.unscaled(given), Unscaled) == (m == 200 and n == 48 and dtype is torch.bfloat16)
+        for y in (packed(given), scaled(packed.unscaled(given))):
+            assert (y.shape, y.dtype) == ((m, n), dtype)
+            assert relative_error(y, expected) < 5e-3  # two products in BF16, and their sum
 
 
 def test_without_padding_the_library_refuses() -> None:

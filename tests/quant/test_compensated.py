@@ -5,18 +5,26 @@ from __future__ import annotations
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from cases import cases
 from numpy.typing import NDArray
 from quant.float64 import E4M3FN
 
+from octavo import ops
+from octavo.convert.compensated import DAMPING, LEAST, SWEEPS, compensated
+from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme, quantize
-from octavo.quant.compensated import DAMPING, SWEEPS, compensated
 from octavo.quant.qtensor import expand_scale
 
 Array = NDArray[np.float64]
 SCHEMES = [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_BLOCK]
 schemes = cases("scheme", SCHEMES, ids=lambda s: s.name)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_a_cpu() -> None:
+    ops.bind(Platform(torch.device("cpu"), "test"))
 
 
 def inputs(k: int, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -31,7 +39,7 @@ def one_by_one(w: Array, scale: Array, hessian: Array) -> Array:
     """The values that codes stand for [N, K]: each column rounded, its error spread by the inverse of what H is of the
     rest; then each in turn the best for the others as they are."""
     diagonal = hessian.diagonal()
-    damped = hessian + DAMPING * diagonal.mean() * np.eye(len(hessian))
+    damped = hessian + np.diag(DAMPING * diagonal + LEAST * diagonal.mean())
     left = [int(j) for j in np.argsort(-diagonal, kind="stable")]
     order, exact = left, w
     w, out = w.copy(), np.zeros_like(w)

@@ -55,15 +55,16 @@ def losses(said: list[str]) -> list[list[float]]:
 def test_less_error_in_the_form_of_plain_rounding(
     scheme: Scheme, changes: dict[str, Any], tmp_path: Path, load_model: LoadModel
 ) -> None:
-    """The scales are those that --scale-search finds."""
+    """Scales are others than --scale-search finds, which knows no inputs."""
     model = llama(tmp_path / "model", num_hidden_layers=2, **changes)
     run(model, tmp_path / "plain", scheme, search=True)
     said = calibrated(model, tmp_path / "out", scheme)
     before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, plain in before.items():
-        assert (in_bytes(plain) == in_bytes(after[name])) is not bool(LINEAR.search(name)), name
-        assert plain.dtype is after[name].dtype
+        same = in_bytes(plain) == in_bytes(after[name])
+        assert name.endswith("_scale") or same is not bool(LINEAR.search(name)), name
+        assert (plain.dtype, plain.shape) == (after[name].dtype, after[name].shape)
     assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "out/config.json").read_text()
     assert len(losses(said)) == 2
     assert all(one < 0.9 * plain for plain, one in losses(said))
@@ -113,7 +114,7 @@ def test_experts(family: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     changed = {name for name, w in before.items() if in_bytes(w) != in_bytes(after[name])}
     rounded = {name for name, w in before.items() if w.dtype is torch.float8_e4m3fn}
-    assert changed == rounded
+    assert {name for name in changed if not name.endswith("_scale")} == rounded
     assert sum(".experts." in name for name in changed) > 10
     assert all(one < plain for plain, one in losses(said))
 

@@ -23,11 +23,22 @@ if missing() is None:
         write_index_keys,
         write_latent,
     )
-    from octavo.ops.cpu.native import argmax, attention, captures, rms_norm, rope_write_kv, rotate, sample, silu_mul, write_kv
+    from octavo.ops.cpu.native import (
+        argmax,
+        attention,
+        captures,
+        rms_norm,
+        rope_write_kv,
+        rotate,
+        round_columns,
+        sample,
+        silu_mul,
+        write_kv,
+    )
     from octavo.ops.cpu.op_recorder import capture
 
     __all__ += [
         "absorbed_queries", "argmax", "capture", "captures", "combine", "dispatch", "head_linear", "latent_attention",
-        "rms_norm", "rope_write_kv", "rotate", "route", "sample", "select_keys", "silu_mul", "write_index_keys",
-        "write_latent",
+        "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "select_keys", "silu_mul",
+        "write_index_keys", "write_latent",
     ]  # fmt: skip

@@ -74,6 +74,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_argmax": (None, [P, P, I64, I64, I64, I32, I32]),
     "octavo_sample": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
+    "octavo_round_columns": (None, [P] * 5 + [I64] * 4 + [I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
     "octavo_experts": (I32, [P, I64, I64, P, I64, P, P, I64, I64, P, I32, I32]),
     "octavo_route": (I32, [P] * 8 + [I64] * 8 + [F] + [I32] * 5),

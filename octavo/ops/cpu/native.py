@@ -50,6 +50,7 @@ __all__ = [
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "round_columns",
     "sample",
     "silu_mul",
     "struct_of",
@@ -271,6 +272,15 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) 
         cos_sin.shape[1], KINDS[x.dtype], get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, in_turn: bool) -> Tensor:
+    moved = torch.empty_like(values)
+    launch(kernels().octavo_round_columns,
+        values.data_ptr(), offset.data_ptr(), moved.data_ptr(), influence.data_ptr(), scale.data_ptr(), *values.shape,
+        influence.stride(0), 0 if len(scale) == 1 else scale.stride(0), in_turn, get_num_threads(),
+    )  # fmt: skip
+    return moved
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops.contract import DecoderParts
-from octavo.ops.gpu import PackedScaledMM
+from octavo.ops.gpu import PackedScaledMM, PackedWeightOnly
 from octavo.ops.hopper.compile import Kernel, compile_cubin
-from octavo.ops.hopper.megakernel_layers import packed_weights, unfit
+from octavo.ops.hopper.megakernel_layers import has_two_codes, packed_weights, unfit
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E
 from octavo.platform import Platform
@@ -47,7 +47,7 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps do not run as one launch."""
     if not platform.has_bulk_copies:
         return f"{platform.arch} has no bulk copies that a thread need not wait for"
-    if (reason := unfit(parts, (PackedScaledMM,))) is not None:
+    if (reason := unfit(parts, (PackedScaledMM, PackedWeightOnly))) is not None:
         return reason
     first = parts.layers[0]
     views, dim, group = first.cache.views, parts.head_dim, parts.heads // parts.kv_heads
@@ -68,7 +68,7 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "the cache's FP8 values do not have their tokens last"
     if parts.kv_heads > platform.multiprocessors:
         return "more key heads than multiprocessors"
-    if max(parts.hidden, parts.inter, parts.heads * dim) > platform.shared_memory // 2:
+    if max(parts.hidden, parts.inter, parts.heads * dim) << has_two_codes(parts) > platform.shared_memory // 2:
         return "activations that leave no room for weights on a multiprocessor"
     return None
 
@@ -118,11 +118,11 @@ class DecoderMegakernel:
         """The compile-time constants of decoder_megakernel.cu."""
         p, first = self.parts, self.parts.layers[0]
         return {
-            "TOKENS": 1, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
-            "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
-            "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
-            "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas, "LONGEST": LONGEST,
-            "SHARED": self.platform.shared_memory,
+            "TOKENS": 1, "TWO_CODES": int(has_two_codes(p)), "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads,
+            "KV_HEADS": p.kv_heads, "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1],
+            "KV_FP8": int(self.k.dtype is not torch.bfloat16), "WINDOW": first.window or 0,
+            "HEAD_NORMS": int(first.norms is not None), "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas,
+            "LONGEST": LONGEST, "SHARED": self.platform.shared_memory,
         }  # fmt: skip
 
     def _layers(self) -> Tensor:

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.ops.contract import DecoderParts
-from octavo.ops.gpu import PackedBlocks, PackedScaledMM
+from octavo.ops.gpu import PackedBlocks, PackedScaledMM, PackedWeightOnly
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.hopper.layer_by_layer import LayerByLayer
-from octavo.ops.hopper.megakernel_layers import has_blocks, packed_weights, unfit
+from octavo.ops.hopper.megakernel_layers import has_blocks, has_two_codes, packed_weights, unfit
 from octavo.platform import Platform
 from octavo.quant.scheme import BLOCK
 
 __all__ = ["LayerMegakernels", "refusal", "units"]
 
 COLUMNS = (8, 16, 32)  # tokens that a kernel is compiled for
+PAIRED = (4, *COLUMNS)  # the same where a token has two columns of codes
 MAX_TOKENS = COLUMNS[-1]
 MAX_CTA_UNITS = 4  # units of gate_up whose results a CTA keeps in shared memory
 GRID_BARRIERS = 8 * 32  # as in tma_pipeline.cuh
@@ -44,7 +45,7 @@ class _Between(ctypes.Structure):
 
 def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps are not made of such launches."""
-    if (reason := no_warpgroups(platform) or unfit(parts, (PackedScaledMM, PackedBlocks))) is not None:
+    if (reason := no_warpgroups(platform) or unfit(parts, (PackedScaledMM, PackedWeightOnly, PackedBlocks))) is not None:
         return reason
     if any(size % 16 for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return "a dimension is not a multiple of 16"
@@ -58,8 +59,8 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
     return None
 
 
-def units(n: int, k: int, ctas: int, *, most_shares: int) -> tuple[int, int]:
-    """(rows of a unit, split-K) of a product [n, k] that minimize the bytes that the busiest CTA reads."""
+def units(n: int, k: int, ctas: int, *, most_shares: int, columns: int = MAX_TOKENS) -> tuple[int, int]:
+    """(rows of a unit, split-K) of a product [n, k] by so many columns of codes that the busiest CTA reads the fewest bytes."""
 
     def busiest(rows: int, shares: int) -> float:
         steps = -(-k // STEP)
@@ -67,7 +68,7 @@ def units(n: int, k: int, ctas: int, *, most_shares: int) -> tuple[int, int]:
         if share * (shares - 1) >= steps:
             return float("inf")
         rounds = -(-(-(-n // rows) * shares) // ctas)
-        return rounds * share * (rows + MAX_TOKENS / 2)  # inputs come from L2
+        return rounds * share * (rows + columns / 2)  # inputs come from L2
 
     fits = [(busiest(rows, shares), rows, shares) for rows in range(16, 129, 16) for shares in range(1, most_shares + 1)]
     return min(fits)[1:]
@@ -90,13 +91,16 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
 
     def __init__(self, parts: DecoderParts, platform: Platform):
         super().__init__(parts, platform)
-        options, layers = self.options(), len(parts.layers)
+        options, layers, pairs = self.options(), len(parts.layers), has_two_codes(parts)
+        self.columns = PAIRED if pairs else COLUMNS
         self.kernels = self.compiled("layer_megakernel.cu", "between_attentions", options)
         zeros = partial(torch.zeros, device=platform.device)
         widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
-        self.codes = {n: [zeros(-(-width // STEP), n, STEP, dtype=torch.uint8) for width in widths] for n in COLUMNS}
+        self.codes = {
+            n: [zeros(-(-width // STEP), n << pairs, STEP, dtype=torch.uint8) for width in widths] for n in self.columns
+        }
         groups = [-(-width // STEP) if options["BLOCKS"] else 1 for width in widths]
-        self.scales = {n: [zeros(count, n, dtype=torch.float32) for count in groups] for n in COLUMNS}
+        self.scales = {n: [zeros(count, n, dtype=torch.float32) for count in groups] for n in self.columns}
         shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
         self.shares = zeros(shares, MAX_TOKENS, parts.hidden, dtype=torch.float32)
         amaxes = 2 * -(-parts.inter // int(options["GATE_UP_ROWS"])) if options["BLOCKS"] else self.ctas
@@ -118,7 +122,7 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
         after = (at + 1) % len(self.weights)  # the last layer's launch ignores the arguments of the first layer
         next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
         qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
-        columns = next(n for n in COLUMNS if tokens <= n)
+        columns = next(n for n in self.columns if tokens <= n)
         maps = b"".join([*self.maps[at][1:], self.maps[after][0]])
         last, bias = after == 0, self.parts.layers[after].qkv_bias
         arguments = _Between(
@@ -135,12 +139,14 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
         """The compile-time constants of layer_megakernel.cu, without the number of tokens."""
         p, ctas = self.parts, self.ctas
         wide, qkv, bias = p.heads * p.head_dim, packed_weights(p.layers[0])[0].n, p.layers[0].qkv_bias is not None
-        o, down = units(p.hidden, wide, ctas, most_shares=8), units(p.hidden, p.inter, ctas, most_shares=8)
-        gate_up, rows = (units(n, p.hidden, ctas, most_shares=1)[0] for n in (p.inter, qkv))
+        columns = MAX_TOKENS << has_two_codes(p)
+        o, down = (units(p.hidden, k, ctas, most_shares=8, columns=columns) for k in (wide, p.inter))
+        gate_up, rows = (units(n, p.hidden, ctas, most_shares=1, columns=columns)[0] for n in (p.inter, qkv))
         names = "QKV_TILE", "O_TILE", "GATE_UP_TILE", "DOWN_TILE"
         return {
             "HIDDEN": p.hidden, "INTER": p.inter, "WIDE": wide, "QKV": qkv, "QKV_BIAS": int(bias), "CTAS": ctas,
             "SHARED": self.platform.shared_memory, "O_ROWS": o[0], "O_SPLITS": o[1], "GATE_UP_ROWS": gate_up,
             "DOWN_ROWS": down[0], "DOWN_SPLITS": down[1], "QKV_ROWS": rows, "BLOCKS": int(has_blocks(p)),
+            "TWO_CODES": int(has_two_codes(p)),
             **{name: 1 if len(w.scale) == w.n else BLOCK for name, w in zip(names, packed_weights(p.layers[0]), strict=True)},
         }  # fmt: skip

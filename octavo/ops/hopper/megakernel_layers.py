@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from octavo.ops.contract import DecoderParts, LayerParts, PackedWeight
-from octavo.ops.gpu import PackedBlocks, PackedScaledMM
+from octavo.ops.gpu import PackedBlocks, PackedScaledMM, PackedWeightOnly
 from octavo.ops.hopper.compile import missing
 
-__all__ = ["has_blocks", "packed_weights", "unfit"]
+__all__ = ["has_blocks", "has_two_codes", "packed_weights", "unfit"]
 
 
 def packed_weights(layer: LayerParts) -> list[PackedScaledMM | PackedBlocks]:
-    """A layer's weights in execution order, if `unfit` accepts the layers."""
-    found = [w for w in layer.weights if isinstance(w, PackedScaledMM | PackedBlocks)]
+    """A layer's weights in execution order, if `unfit` accepts the layers, without what pairs its activations."""
+    weights = [w.codes if isinstance(w, PackedWeightOnly) else w for w in layer.weights]
+    found = [w for w in weights if isinstance(w, PackedScaledMM | PackedBlocks)]
     assert len(found) == len(layer.weights)
     return found
 
@@ -21,6 +22,11 @@ def packed_weights(layer: LayerParts) -> list[PackedScaledMM | PackedBlocks]:
 def has_blocks(parts: DecoderParts) -> bool:
     """Whether the weights have a scale a tile."""
     return isinstance(parts.layers[0].qkv, PackedBlocks)
+
+
+def has_two_codes(parts: DecoderParts) -> bool:
+    """Whether activations are not rounded to FP8, so that each is two codes."""
+    return isinstance(parts.layers[0].qkv, PackedWeightOnly)
 
 
 def unfit(parts: DecoderParts, kinds: tuple[type[PackedWeight], ...]) -> str | None:

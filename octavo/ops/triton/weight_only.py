@@ -16,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.contract import Quantized
-from octavo.ops.triton.launch import launch, power_of_2, release, scale_of, to_fp8, wait
+from octavo.ops.triton.launch import has_packed_arithmetic, launch, power_of_2, release, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["codes_in_pairs", "widen_codes"]
+__all__ = ["codes_in_pairs", "widen_codes", "widened"]
 
 SMALLEST_SCALE = 1e-30  # of a row: zeros must not be divided by zero
+REST = 16  # a code keeps this part of a value at least, so the remainder in sixteenths of the scale is in range
+WIDENED = 4096  # codes that a CTA widens
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def widen_codes(codes, ASM: tl.constexpr):
 @triton.jit
 def _codes_in_pairs(
     x, out, scale, size, stride, width, of_token, of_rest,
-    LIMIT: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, FLOOR: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's rows are at of_token times its number, and of_rest behind that. What a product with the scale's reciprocal
     rounds otherwise than a division is in the rest."""
@@ -53,13 +55,15 @@ def _codes_in_pairs(
     release(PDL)
     wait(PDL)
     y = tl.load(x + token * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
+    s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
+    y *= 1 / s
     for part in tl.static_range(2):
         row = token * of_token + part * of_rest
-        s = scale_of(tl.max(tl.abs(y), 0), LIMIT, FLOOR)
-        codes = to_fp8(y * (1 / s), LIMIT, out.dtype.element_ty)
+        codes = to_fp8(y, LIMIT, out.dtype.element_ty)
         tl.store(scale + row, s)
         tl.store(out + row * width + cols, codes, mask=cols < width)
-        y -= codes.to(tl.float32) * s
+        y = (y - codes.to(tl.float32)) * REST
+        s /= REST
 
 
 def codes_in_pairs(x: Tensor, fp8: torch.dtype, width: int, *, adjacent: bool) -> Quantized:
@@ -72,6 +76,24 @@ def codes_in_pairs(x: Tensor, fp8: torch.dtype, width: int, *, adjacent: bool) -
         block = power_of_2(max(size, width))
         launch(_codes_in_pairs, (tokens,),
             x, codes, scale, size, x.stride(0), width, *((2, 1) if adjacent else (1, tokens)), LIMIT=FP8_MAX[fp8],
-            FLOOR=SMALLEST_SCALE, BLOCK=block, num_warps=min(32, max(1, block // 256)),
+            FLOOR=SMALLEST_SCALE, REST=REST, BLOCK=block, num_warps=min(32, max(1, block // 256)),
         )  # fmt: skip
     return Quantized(codes, scale)
+
+
+@triton.jit
+def _widen(codes, out, size, BLOCK: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    release(PDL)
+    wide = widen_codes(tl.load(codes + at, mask=at < size, other=0.0), ASM)
+    wait(PDL)
+    tl.store(out + at, wide, mask=at < size)
+
+
+def widened(codes: Tensor) -> Tensor:
+    """Codes [N, K], contiguous, as BF16 values, exactly."""
+    out = torch.empty_like(codes, dtype=torch.bfloat16)
+    if codes.numel():
+        exact = has_packed_arithmetic() and codes.dtype is torch.float8_e4m3fn
+        launch(_widen, (triton.cdiv(codes.numel(), WIDENED),), codes, out, codes.numel(), BLOCK=WIDENED, ASM=exact)
+    return out

@@ -262,3 +262,40 @@ static void NAME(combine)(void *argument, int64_t task) {
         }
     }
 }
+
+/* x rounded to the nearest E4M3FN number, ties to even, and clamped: x plus 1.5 * 2^(20 + e), e being its exponent, keeps the 3
+   bits after its leading one; subnormal codes are as far apart as the smallest normal ones. NaN stays NaN. */
+INLINE vf NAME(to_e4m3)(vf x) {
+    const vf most = NAME(splat)(448.0f);
+    x = SELECT(x > most, most, x), x = SELECT(x < -most, -most, x);
+    vf size = (vf)((vi)x & 0x7F800000);
+    size = SELECT(size < NAME(splat)(0x1p-6f), NAME(splat)(0x1p-6f), size) * 0x1.8p20f;
+    return x + size - size;
+}
+
+/* LANES rows of a weight, one a lane, through all columns. */
+static void NAME(round_columns)(void *argument, int64_t task) {
+    const RoundedColumns *c = argument;
+    const int64_t first = task * LANES, count = least(LANES, c->rows - first);
+    float own[ROUNDED_COLUMNS][LANES] = {{0}}, value[LANES] = {0}, factor[LANES], result[LANES], by[LANES];
+    for (int i = 0; i < LANES; i++) factor[i] = 1;
+    for (int64_t k = 0; k < c->columns; k++) memcpy(own[k], c->offset + k * c->rows + first, (size_t)count * 4);
+    for (int64_t k = 0; k < c->columns; k++) {
+        memcpy(value, c->values + k * c->rows + first, (size_t)count * 4);
+        memcpy(factor, c->scale + k * c->scale_stride + first, (size_t)count * 4);
+        vf moved[PARTS];
+        for (int i = 0; i < PARTS; i++) {
+            const vf before = NAME(load)(value + i * VL), start = before - NAME(load)(own[k] + i * VL);
+            const vf rounded = NAME(to_e4m3)(start / NAME(load)(factor + i * VL)) * NAME(load)(factor + i * VL);
+            moved[i] = rounded - (c->in_turn ? start : before);
+            NAME(store)(result + i * VL, rounded);
+            NAME(store)(by + i * VL, moved[i]);
+        }
+        memcpy(c->values + k * c->rows + first, result, (size_t)count * 4);
+        memcpy(c->moved + k * c->rows + first, by, (size_t)count * 4);
+        const float *influence = c->influence + k * c->influence_stride;
+        for (int64_t j = c->in_turn ? k + 1 : 0; j < c->columns; j++)
+            for (int i = 0; i < PARTS; i++) NAME(store)(own[j] + i * VL, NAME(load)(own[j] + i * VL) + influence[j] * moved[i]);
+    }
+    for (int64_t k = 0; k < c->columns; k++) memcpy(c->offset + k * c->rows + first, own[k], (size_t)count * 4);
+}

@@ -20,7 +20,7 @@ static float widened[2][256]; /* [is E5M2][code]: the half-precision number with
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, widen, rescale, combine,
+    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, widen, rescale, combine,
         write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
 } Functions;
@@ -235,6 +235,13 @@ void octavo_rope_write_kv(const void *q, const void *k, const void *v, const voi
     Rope r = {q, k, v, q_norm, k_norm, out, cos_sin, rotary_rows, slots, cache, tokens, heads, q_token, q_head, k_token, k_head,
               v_token, v_head, rotated, 1 + TASK_VALUES / ((heads + 2 * cache->kv_heads) * cache->dim), eps, kind};
     each_of(chosen->rope, &r, (tokens + r.per_task - 1) / r.per_task, threads);
+}
+
+/* Round columns to FP8 one after the other; contract in octavo/ops/__init__.py. At most ROUNDED_COLUMNS of them. */
+void octavo_round_columns(float *values, float *offset, float *moved, const float *influence, const float *scale, int64_t columns,
+                          int64_t rows, int64_t influence_stride, int64_t scale_stride, int32_t in_turn, int32_t threads) {
+    RoundedColumns c = {values, offset, moved, influence, scale, columns, rows, influence_stride, scale_stride, in_turn};
+    each_of(chosen->round_columns, &c, (rows + LANES - 1) / LANES, threads);
 }
 
 #include "mla.h"

@@ -9,6 +9,7 @@ enum { F32, BF16, INT4, E4M3, E4M3FNUZ, E5M2 }; /* element types of arrays */
 enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
+#define ROUNDED_COLUMNS 128 /* most columns of octavo_round_columns */
 
 /* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
 typedef struct { int mantissa, smallest, bias; float limit; } Format;
@@ -146,6 +147,14 @@ typedef struct {
     int64_t block, token, rope_block, rope_token, scale_block, scale_token;
     int32_t kind, rope_kind, block_size, width, rope_width;
 } Shared;
+
+/* Columns of a weight [rows, columns], a column adjacent in memory; see octavo_round_columns. */
+typedef struct {
+    float *values, *offset, *moved;
+    const float *influence, *scale;
+    int64_t columns, rows, influence_stride, scale_stride;
+    int32_t in_turn;
+} RoundedColumns;
 
 /* Rows [tokens, width + rope_width], `stride` values apart, to be stored at `slots` of a cache: normed (LayerNorm for an
    indexer), with `rotated` of their values rotated; interleaved: rotary pairs are adjacent values. */

@@ -13,7 +13,9 @@
    A CTA multiplies whole rows: tiles of 16 rows are dealt round-robin to all CTAs, across matrices and layers, so that each
    reads the same number of bytes. Products of FP8 codes are accumulated over 128 values in the tensor core and then in FP32.
 
-   Compile-time constants, the sizes of model and device: TOKENS, HIDDEN, INTER, HEADS, KV_HEADS, DIM, BLOCK_SIZE (of the
+   With TWO_CODES, activations are not rounded to FP8: each is a code and the code of its remainder, two columns of one product.
+
+   Compile-time constants, the sizes of model and device: TOKENS, TWO_CODES, HIDDEN, INTER, HEADS, KV_HEADS, DIM, BLOCK_SIZE (of the
    cache), KV_FP8, WINDOW (0: none), HEAD_NORMS, QKV_BIAS, LONGEST (context), CTAS (the number of SMs), SHARED (bytes of
    shared memory per CTA). */
 
@@ -53,10 +55,10 @@ constexpr int X_PITCH = (MAX_K + 127) / 128 * 128 + 64;
 constexpr int PER_DIM = CONSUMERS / DIM; /* threads that share a value's dimension */
 constexpr int SPLITS = CTAS / (TOKENS * KV_HEADS); /* maximum parts of a context */
 constexpr int SPLIT_TOKENS = ((LONGEST + 16 + SPLITS - 1) / SPLITS + 31) / 32 * 32;
-constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM, CODES = TOKENS * X_PITCH;
+constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM, COLUMNS = TOKENS << TWO_CODES, CODES = COLUMNS * X_PITCH;
 constexpr int OPERAND = ((SCRATCH > CODES ? SCRATCH : CODES) + 127) / 128 * 128;
 constexpr int MAX_TOKENS = 4, IN_FLIGHT = 2, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS; /* producer warps */
-constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
+constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);
 
 constexpr int OTHER_SMEM = 4 * 2 * WARPS * TOKENS * ROWS + 4 * (2 * WARPS + 1) * TOKENS + 2 * (int)sizeof(Layer) + 64;
 constexpr int STAGES = (SHARED - OPERAND - OTHER_SMEM) / (STAGE + 16);
@@ -145,11 +147,11 @@ INLINE void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u3
 struct Share {
     static constexpr int PARTS = SLICE / 64;
     uint4 upper[PARTS], lower[PARTS], x[PARTS];
-    INLINE void load(const u8 *stage, const u8 *operand, bool has_token) {
+    INLINE void load(const u8 *stage, const u8 *operand, bool has_column) {
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
             upper[i] = *(const uint4 *)(stage + i * 64), lower[i] = *(const uint4 *)(stage + i * 64 + 8 * PITCH);
-            x[i] = has_token ? *(const uint4 *)(operand + i * 64) : uint4{};
+            x[i] = has_column ? *(const uint4 *)(operand + i * 64) : uint4{};
         }
     }
     INLINE void multiply_into(float (&sum)[4], int valid) const {
@@ -181,7 +183,7 @@ INLINE void product(int kind, Stage &at, const u8 *stages, const u8 *operand, Sm
     auto take = [&](int k) { /* load the next stage to registers and release it */
         wait(smem.full + at.at, at.parity);
         if (k == 0 && has_result) scale = ((const float *)(stages + at.at * STAGE + CHUNK))[my_row];
-        share.load(my_stage + at.at * STAGE, my_operand + k, row < TOKENS);
+        share.load(my_stage + at.at * STAGE, my_operand + k, row < COLUMNS);
         __syncwarp();
         if (lane == 0) arrive(smem.empty + at.at);
         at.next();
@@ -200,7 +202,8 @@ INLINE void product(int kind, Stage &at, const u8 *stages, const u8 *operand, Sm
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (2 * part + i % 2 < TOKENS) smem.sums[buffer][warp][2 * part + i % 2][row + i / 2 * 8] = sum[i];
+            if (TWO_CODES ? part < TOKENS && i % 2 == 0 : 2 * part + i % 2 < TOKENS)
+                smem.sums[buffer][warp][TWO_CODES ? part : 2 * part + i % 2][row + i / 2 * 8] = TWO_CODES ? sum[i] + sum[i | 1] * OF_REST : sum[i];
         consumers_sync();
         if (has_result) {
             float y = 0;
@@ -287,10 +290,16 @@ template <int K> struct Row {
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
             int at = threadIdx.x + i * CONSUMERS;
-            u32 c[4];
+            u32 c[4], rest[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) c[j] = codes_of(get(i * 8 + 2 * j) * by, get(i * 8 + 2 * j + 1) * by);
-            if (at < K / 8) *(uint2 *)(operand + token * X_PITCH + at * 8) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
+            for (int j = 0; j < 4; j++) {
+                const float low = get(i * 8 + 2 * j) * by, high = get(i * 8 + 2 * j + 1) * by;
+                c[j] = codes_of(low, high), rest[j] = TWO_CODES ? rests_of(c[j], low, high) : 0;
+            }
+            if (at >= K / 8) continue;
+            u8 *to = operand + (token << TWO_CODES) * X_PITCH + at * 8;
+            *(uint2 *)to = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
+            if (TWO_CODES) *(uint2 *)(to + X_PITCH) = uint2{rest[0] | rest[1] << 16, rest[2] | rest[3] << 16};
         }
         if (threadIdx.x == 0) smem.scale[token] = scale;
     }

@@ -10,13 +10,15 @@
    then in FP32. Results are deterministic: the reader adds up split-K shares in a fixed order.
 
    Scales are of tokens and rows, applied to a unit's sums; or, with BLOCKS, of 128 of a token's values and of tiles of the
-   weight, applied to each partial sum over 128 values of K.
+   weight, applied to each partial sum over 128 values of K. With TWO_CODES, activations are not rounded to FP8: each is a code and
+   the code of its remainder, in two adjacent columns of the N side, whose sums are added when they leave the tensor core.
 
-   Compile-time constants: TOKENS (8, 16 or 32), HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
+   Compile-time constants: TOKENS (8, 16 or 32; with TWO_CODES 4 to 32), TWO_CODES, HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
    QKV_BIAS, CTAS, SHARED, the rows and split-K of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of gate and as
    many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS; BLOCKS, and with it the height of a tile, 128 or 1, of each weight: O_TILE,
    GATE_UP_TILE, DOWN_TILE, QKV_TILE. */
 
+#define COLUMNS (TOKENS << TWO_CODES) /* of codes */
 #include "types.cuh"
 
 enum { O, GATE_UP, DOWN, NEXT_QKV };
@@ -27,7 +29,7 @@ struct Between {
     const u16 *attended; /* [tokens, WIDE] */
     u16 *residual, *qkv; /* [tokens, HIDDEN], updated; [tokens, QKV] */
     const u16 *post_norm, *next_norm, *qkv_bias; /* next_norm is null in the last layer */
-    u8 *codes[3]; /* of attended, normed and act, laid out by place_of(), initially zeros */
+    u8 *codes[3]; /* of attended, normed and act in columns, laid out by place_of(), initially zeros */
     float *input_scales[3]; /* of the codes: [TOKENS], but act's are in SmemState; BLOCKS: [K steps, TOKENS] */
     float *parts; /* [SPLITS, TOKENS, HIDDEN] */
     u32 *grid_barriers; /* zeros: [GRID_BARRIERS] arrivals, then bits of the amax of act: [CTAS, TOKENS]; BLOCKS: [units, 2, TOKENS] */
@@ -49,12 +51,13 @@ template <int P> struct Shape {
 };
 
 /* Inputs are loaded FETCHED K steps at a time, an even number. */
-constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, per thread */
-constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
+constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64;
+constexpr int VALUES = COLUMNS / 2, SUMS = TOKENS / 2, EACH = TWO_CODES ? 1 : 2; /* of a tile, per thread: its values, their sums by token, and tokens in adjacent columns */
+constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, INPUTS = COLUMNS == 16 || COLUMNS == 64 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
 constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
 constexpr int FEW = 2, MANY = BLOCKS ? 4 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
-constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
+constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
 struct SmemState {
@@ -64,7 +67,7 @@ struct SmemState {
     __align__(16) float input_scale[BLOCKS ? INPUTS : 1][BLOCKS ? FETCHED : 1][TOKENS]; /* of a product's inputs, except PTPC's down */
     float scale[AMAXES][TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
     union __align__(16) {
-        float other[VALUES][128]; /* the other warpgroup's sums */
+        float other[SUMS][128]; /* the other warpgroup's sums */
         u16 act[CTA_UNITS][TOKENS][128 + 8]; /* padded by four banks */
     };
 };
@@ -72,6 +75,7 @@ constexpr int RING = (SHARED - 1024 - INPUTS * FETCHED * INPUT - (int)sizeof(Sme
 
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + RING + INPUTS * FETCHED * INPUT + (int)sizeof(SmemState);
+static_assert(!(TWO_CODES && BLOCKS), "blocks of pairs");
 static_assert(RING >= 4 * 128 * STEP && GATE_UP_ROWS % 16 == 0 && INTER % 16 == 0, "shared memory, pieces");
 
 #include "ptx.cuh"
@@ -132,10 +136,15 @@ struct Row {
             }
             float x[8];
             unpack(words[i], x);
-            u32 c[4];
+            u32 c[4], rest[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) c[j] = BLOCKS ? codes_of(x[2 * j] / scale, x[2 * j + 1] / scale) : codes_of(x[2 * j] * by, x[2 * j + 1] * by);
-            if (place(i) < width) *(uint2 *)(codes + place_of(token, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
+            for (int j = 0; j < 4; j++) {
+                c[j] = BLOCKS ? codes_of(x[2 * j] / scale, x[2 * j + 1] / scale) : codes_of(x[2 * j] * by, x[2 * j + 1] * by);
+                rest[j] = TWO_CODES ? rests_of(c[j], x[2 * j] * by, x[2 * j + 1] * by) : 0;
+            }
+            if (place(i) >= width) continue;
+            *(uint2 *)(codes + place_of(token << TWO_CODES, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
+            if (TWO_CODES) *(uint2 *)(codes + place_of(token << 1 | 1, place(i))) = uint2{rest[0] | rest[1] << 16, rest[2] | rest[3] << 16};
         }
     }
     /* Add a product's split-K shares to the residual; returns this thread's sum of squares. */
@@ -304,14 +313,16 @@ INLINE void quantize_act(const Between &s, SmemState &smem) {
     consumers_sync();
     for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
         const float scale = smem.scale[piece.amax()][piece.token], by = smem.inverse[piece.token];
-        u32 c[4];
+        u32 c[4], rest[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
             c[j] = BLOCKS ? codes_of(low_of(a) / scale, high_of(a) / scale, low_of(b) / scale, high_of(b) / scale)
                           : codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
+            rest[j] = TWO_CODES ? rests_of(c[j], low_of(a) * by, high_of(a) * by) | rests_of(c[j] >> 16, low_of(b) * by, high_of(b) * by) << 16 : 0;
         }
-        *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.at())) = uint4{c[0], c[1], c[2], c[3]};
+        *(uint4 *)(s.codes[DOWN] + place_of(piece.token << TWO_CODES, piece.at())) = uint4{c[0], c[1], c[2], c[3]};
+        if (TWO_CODES) *(uint4 *)(s.codes[DOWN] + place_of(piece.token << 1 | 1, piece.at())) = uint4{rest[0], rest[1], rest[2], rest[3]};
     });
     consumers_sync();
     if (threadIdx.x == 0) signal(s.grid_barriers + ready(DOWN));
@@ -350,9 +361,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
     wait_on_dependent_grids();
     Consumer consumer;
     const bool has_token = blockIdx.x < s.tokens;
-    auto keep_share = [&](int, int, int split, bool inside, int row, int token, float (&y)[1][2]) {
+    auto keep_share = [&](int, int, int split, bool inside, int row, int token, float (&y)[1][EACH]) {
 #pragma unroll
-        for (int c = 0; c < 2; c++)
+        for (int c = 0; c < EACH; c++)
             if (inside && token + c < s.tokens) s.parts[((i64)split * TOKENS + token + c) * HIDDEN + row] = y[0][c];
     };
     auto share_done = [&](int product) {
@@ -363,9 +374,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
     product<O>(s, consumer, ring, inputs, smem, keep_share);
     share_done(O);
     if (has_token) prepare(s, GATE_UP, smem);
-    product<GATE_UP>(s, consumer, ring, inputs, smem, [&](int round, int v, int, bool inside, int, int token, float (&y)[2][2]) {
+    product<GATE_UP>(s, consumer, ring, inputs, smem, [&](int round, int v, int, bool inside, int, int token, float (&y)[2][EACH]) {
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
+        for (int c = 0; c < EACH; c++) {
             const float gate = rounded(y[0][c]);
             const u32 act = narrow(rounded(__fdividef(gate, 1.0f + __expf(-gate))) * rounded(y[1][c]));
             if (inside) smem.act[round][token + c][thread_row() + v % 2 * 8] = act;
@@ -376,10 +387,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
     share_done(DOWN);
     if (has_token) prepare(s, NEXT_QKV, smem);
     if (!s.next_norm) return;
-    product<NEXT_QKV>(s, consumer, ring, inputs, smem, [&](int, int, int, bool inside, int row, int token, float (&y)[1][2]) {
+    product<NEXT_QKV>(s, consumer, ring, inputs, smem, [&](int, int, int, bool inside, int row, int token, float (&y)[1][EACH]) {
         const float bias = QKV_BIAS && inside ? wide(__ldg(s.qkv_bias + row)) : 0;
 #pragma unroll
-        for (int c = 0; c < 2; c++)
+        for (int c = 0; c < EACH; c++)
             if (inside && token + c < s.tokens) s.qkv[(i64)(token + c) * QKV + row] = narrow(QKV_BIAS ? rounded(y[0][c]) + bias : y[0][c]);
     });
 }

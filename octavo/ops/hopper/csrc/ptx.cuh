@@ -44,6 +44,16 @@ INLINE void values_of(u32 codes, float (&out)[4]) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[0]), "=f"(out[1]) : "r"(low));
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(out[2]), "=f"(out[3]) : "r"(high));
 }
+/* Codes of what rounding two values to `codes` has left of them, in sixteenths: a code keeps a sixteenth of a value at least, so
+   none is out of range. Both codes together keep 8 bits, like BF16. */
+constexpr float OF_REST = 1.0f / 16;
+INLINE u32 rests_of(u32 codes, float low, float high) {
+    u32 y;
+    asm("{.reg .b16 a; .reg .b32 b; cvt.u16.u32 a, %1; cvt.rn.f16x2.e4m3x2 %0, a;}" : "=r"(y) : "r"(codes));
+    float a, b;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(a), "=f"(b) : "r"(y));
+    return codes_of((low - a) / OF_REST, (high - b) / OF_REST);
+}
 
 /* Load from L2 what other CTAs wrote in this launch; L1 is not coherent. */
 INLINE uint4 shared_load(const void *p) {

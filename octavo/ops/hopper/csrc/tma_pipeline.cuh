@@ -14,8 +14,8 @@ INLINE void copy_box(u32 to, const Map &map, int k, int row, const u64 *barrier)
                  "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], once;}"
                  ::"r"(to), "l"(&map), "r"(k), "r"(row), "r"(address(barrier)) : "memory");
 }
-/* Offset of a token's code k: 128 codes of all tokens are contiguous, in WGMMA's swizzled layout. */
-INLINE int place_of(int token, int k) { return (k / STEP * TOKENS + token) * STEP + ((k / 16 ^ token) & 7) * 16 + k % 16; }
+/* Offset of a column's code k: 128 codes of all columns are contiguous, in WGMMA's swizzled layout. */
+INLINE int place_of(int column, int k) { return (k / STEP * COLUMNS + column) * STEP + ((k / 16 ^ column) & 7) * 16 + k % 16; }
 
 /* Grid barriers of the launch, two for each product: inputs ready, results done. What a CTA wrote before its arrival is
    visible to the waiting CTAs. */

@@ -1,35 +1,40 @@
-/* WGMMA products of 64 rows of a weight by TOKENS inputs. Included by layer_megakernel.cu. */
+/* WGMMA products of 64 rows of a weight by COLUMNS of codes. Included by layer_megakernel.cu. */
 #include "wgmma.cuh"
 
 #define MATRICES(a, b) "{.reg .pred p; .reg .b64 a, b; mov.b64 a, {" a ", 0x40000040}; mov.b64 b, {" b ", 0x40000040};\n"
 
-/* m64 x n=TOKENS x k32; without `add`, the previous contents of `x` are ignored. */
+/* m64 x n=COLUMNS x k32; without `add`, the previous contents of `x` are ignored. */
 INLINE void multiply(float (&x)[VALUES], u32 a, u32 b, int add) {
-#if TOKENS == 8
+#if COLUMNS == 8
     asm volatile(MATRICES("%4", "%5") "setp.ne.b32 p, %6, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, a, b, p, 1, 1;}"
                  : OUT4(x, 0) : "r"(a), "r"(b), "r"(add));
-#elif TOKENS == 16
+#elif COLUMNS == 16
     asm volatile(MATRICES("%8", "%9") "setp.ne.b32 p, %10, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, a, b, p, 1, 1;}"
                  : OUT4(x, 0), OUT4(x, 4) : "r"(a), "r"(b), "r"(add));
-#else
+#elif COLUMNS == 32
     asm volatile(MATRICES("%16", "%17") "setp.ne.b32 p, %18, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
                  "a, b, p, 1, 1;}"
                  : OUT16(x, 0) : "r"(a), "r"(b), "r"(add));
+#else
+    asm volatile(MATRICES("%32", "%33") "setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN(1) TEN(2) "%30, %31}, a, b, p, 1, 1;}"
+                 : OUT16(x, 0), OUT16(x, 16) : "r"(a), "r"(b), "r"(add));
 #endif
 }
 /* Issue the WGMMAs of one K step. */
-INLINE void begin(float (&part)[VALUES], u32 rows, u32 tokens) {
-    const u32 a = descriptor(rows), b = descriptor(tokens);
+INLINE void begin(float (&part)[VALUES], u32 rows, u32 columns) {
+    const u32 a = descriptor(rows), b = descriptor(columns);
     warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply(part, a + 2 * k, b + 2 * k, k);
 }
-/* A thread's values of a tile: value 4 * j + 2 * i + c is at row thread_row() + 8 * i and token thread_token() + 8 * j + c. */
+/* A thread's values of a tile: value 4 * j + 2 * i + c is at row thread_row() + 8 * i and column threadIdx.x % 4 * 2 + 8 * j + c.
+   With TWO_CODES, columns c = 0 and 1 are a token's. */
 INLINE int thread_row() { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; } /* of the two warpgroups' 128 rows */
-INLINE int thread_token() { return threadIdx.x % 4 * 2; }
+INLINE int thread_token() { return threadIdx.x % 4 * EACH; }
 
 /* Wait until at most `pending` later steps, 1 or 0, are in flight, then accumulate this step in FP32, if it counts; with
    BLOCKS times the scale of the weight's tile, which is 0 if the step does not count, and the tokens' scales [TOKENS]. */
@@ -64,12 +69,12 @@ struct Consumer {
 
     /* Mainloop over a unit's rows. In each round a warpgroup issues its product of 64 rows by a K step and then completes
        the one of the round before, so that the tensor core does not wait. */
-    template <int P> INLINE void multiply_unit(const Between &s, int unit, int group, u8 *ring, u8 *inputs, SmemState &smem, float (&sum)[2][VALUES]) {
+    template <int P> INLINE void multiply_unit(const Between &s, int unit, int group, u8 *ring, u8 *inputs, SmemState &smem, float (&total)[2][SUMS]) {
         using Z = Shape<P>;
         constexpr int TILES_PER_ROUND = Z::SPLIT_ROWS ? 1 : 2; /* tiles per round of both warpgroups */
         const int first = unit % Z::SPLITS * Z::SHARE, tiles = (min(first + Z::SHARE, Z::STEPS) - first) * Z::HALVES, rounds = up(tiles, TILES_PER_ROUND);
         const bool leads = threadIdx.x % 32 == 0;
-        float part[2][VALUES];
+        float part[2][VALUES], sum[2][VALUES];
         TileScales by_tile[Z::HALVES];
         if (BLOCKS) {
             const int row = min(unit / Z::SPLITS * Z::ROWS + thread_row() / 16 * 16 % (Z::SPLIT_ROWS ? 128 : 64), Z::N - 1);
@@ -119,23 +124,27 @@ struct Consumer {
             else complete(0, 0, round, all_count);
         }
         if (rounds % 2 == 0) complete(0, 1, rounds - 1, all_count);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int v = 0; v < SUMS; v++) total[h][v] = TWO_CODES ? sum[h][2 * v] + sum[h][2 * v + 1] * OF_REST : sum[h][v];
         if constexpr (!Z::SPLIT_ROWS) { /* reduce over the two warpgroups */
             if (group) {
 #pragma unroll
-                for (int v = 0; v < VALUES; v++) smem.other[v][threadIdx.x % 128] = sum[0][v];
+                for (int v = 0; v < SUMS; v++) smem.other[v][threadIdx.x % 128] = total[0][v];
             }
             consumers_sync();
             if (!group) {
 #pragma unroll
-                for (int v = 0; v < VALUES; v++) sum[0][v] += smem.other[v][threadIdx.x];
+                for (int v = 0; v < SUMS; v++) total[0][v] += smem.other[v][threadIdx.x];
             }
             consumers_sync();
         }
     }
 };
 
-/* Epilogue: finish(round, pair, split, inside, row, token, y) gets the scaled results of each unit, a pair of tokens of a
-   row at a time. */
+/* Epilogue: finish(round, at, split, inside, row, token, y) gets the scaled results of each unit, EACH adjacent tokens of a row
+   at a time. */
 template <int P, class Finish>
 INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, SmemState &smem, Finish finish) {
     using Z = Shape<P>;
@@ -144,7 +153,7 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
     for (int round = 0; round < up(Z::UNITS, CTAS); round++) {
         const int unit = blockIdx.x + round * CTAS, first_row = unit / Z::SPLITS * Z::ROWS + within;
         if (unit >= Z::UNITS) break;
-        float sum[2][VALUES], by_row[Z::HALVES][2];
+        float sum[2][SUMS], by_row[Z::HALVES][2];
 #pragma unroll
         for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
@@ -154,13 +163,14 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
 #pragma unroll
         for (int v = 0; v < VALUES / 2; v++) {
             const int row = first_row + v % 2 * 8;
-            float y[Z::HALVES][2];
+            float y[Z::HALVES][EACH];
 #pragma unroll
             for (int h = 0; h < Z::HALVES; h++)
 #pragma unroll
-                for (int c = 0; c < 2; c++) y[h][c] = BLOCKS ? sum[h][2 * v + c] : sum[h][2 * v + c] * by_row[h][v % 2] * by_token[v / 2 * 8 + c];
+                for (int c = 0; c < EACH; c++)
+                    y[h][c] = BLOCKS ? sum[h][EACH * v + c] : sum[h][EACH * v + c] * by_row[h][v % 2] * by_token[v / 2 * 4 * EACH + c];
             const bool inside = (Z::SPLIT_ROWS || !group) && within + v % 2 * 8 < Z::ROWS && row < Z::N;
-            finish(round, v, unit % Z::SPLITS, inside, row, thread_token() + v / 2 * 8, y);
+            finish(round, v, unit % Z::SPLITS, inside, row, thread_token() + v / 2 * 4 * EACH, y);
         }
     }
 }

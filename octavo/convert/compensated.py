@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.platform import FP8_MAX
 
 __all__ = ["Rounded", "compensated"]
 
 COLUMNS = 128  # rounded before the rest of the matrix learns of their errors
-DAMPING = 0.03  # of the mean of H's diagonal, added to it
+DAMPING = 0.3  # of H's diagonal, added to it: of a small sample, what is beside it is known by each pair of inputs' own sizes
+LEAST = 0.0003  # of the diagonal's mean, added too
 SWEEPS = 3  # of coordinate descent: ten gain 1% more
 ATTEMPTS = 4  # with ten times as much each, before the matrix is rounded plainly
 FP8 = torch.float8_e4m3fn
@@ -44,7 +46,7 @@ def compensated(w: Tensor, scale: Tensor, hessian: Tensor) -> Rounded:
     factor = _factor(hessian) if bool(hessian.isfinite().all()) else None
     if factor is None:
         return Rounded(plain, before, before)
-    codes = _swept(_columns_in_turn(w, scale, *factor), w, scale, hessian, factor[0])
+    codes = _rounded(w, scale, hessian, *factor)
     after = _losses(codes, w, scale, hessian)
     better = after < before  # False of NaN
     chosen = torch.where(better[:, None], codes.view(torch.uint8), plain.view(torch.uint8)).view(FP8)
@@ -61,6 +63,10 @@ def _losses(codes: Tensor, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
     return (lost @ hessian.double()).mul_(lost).sum(1)
 
 
+def _damping(diagonal: Tensor) -> Tensor:
+    return DAMPING * diagonal + LEAST * diagonal.clamp_min(0).mean()
+
+
 def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     """The order of the columns, the largest diagonal first, and in it the upper Cholesky factor of H's inverse, FP32 [K, K].
 
@@ -72,7 +78,7 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     h = h[order][:, order]
     used = diagonal[order] > 0
     mean = diagonal.clamp_min(0).mean()
-    damping = DAMPING * mean
+    damping = _damping(h.diagonal())
     for _ in range(ATTEMPTS):
         damped = h.clone()
         damped.diagonal().copy_(torch.where(used, h.diagonal() + damping, mean.clamp_min(1e-30)))
@@ -85,46 +91,32 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _columns_in_turn(w: Tensor, scale: Tensor, order: Tensor, upper: Tensor) -> Tensor:
-    n, k = w.shape
-    rest = w.T[order].contiguous()  # a column is a row here, adjacent in memory
+def _rounded(w: Tensor, scale: Tensor, hessian: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+    """Codes [N, K]: columns in `order`, each rounded where those before have moved it to; then SWEEPS of coordinate descent."""
+    exact = w.T[order].contiguous()  # a column is a row here, adjacent in memory
     scales = scale.T.contiguous() if scale.shape[1] == 1 else scale.T[order].contiguous()
-    limit = FP8_MAX[FP8]
-    codes = torch.empty(k, n, dtype=FP8, device=w.device)
-    errors = torch.empty(COLUMNS, n, dtype=torch.float32, device=w.device)
-    steps = upper / upper.diagonal()[:, None]
-    for start in range(0, k, COLUMNS):
-        stop = min(start + COLUMNS, k)
-        for i in range(start, stop):
-            factor = scales[0 if len(scales) == 1 else i]
-            codes[i] = (rest[i] / factor).clamp_(-limit, limit)
-            error = torch.addcmul(rest[i], codes[i].float(), factor, value=-1, out=errors[i - start])
-            rest[i + 1 : stop].addr_(steps[i, i + 1 : stop], error, alpha=-1)
-        rest[stop:].addmm_(steps[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    return _in_place(codes, order)
-
-
-def _swept(codes: Tensor, w: Tensor, scale: Tensor, hessian: Tensor, order: Tensor) -> Tensor:
-    """`codes` [N, K] after SWEEPS of coordinate descent over the columns in `order`."""
+    values, offset = exact.clone(), torch.zeros_like(exact)
+    _pass(values, offset, (upper / -upper.diagonal()[:, None]).contiguous(), scales, in_turn=True)
     h = hessian.float()[order][:, order]
-    h.diagonal().add_(DAMPING * h.diagonal().mean())
-    scales = scale.T.contiguous() if scale.shape[1] == 1 else scale.T[order].contiguous()
-    found = (codes.float() * scale).T[order].contiguous()  # values, a column a row
-    slope = h @ (found - w.T[order])  # half of the loss's, by each value
-    limit, k = FP8_MAX[FP8], len(h)
-    for start in list(range(0, k, COLUMNS)) * SWEEPS:
-        stop = min(start + COLUMNS, k)
-        before, own, within = found[start:stop].clone(), slope[start:stop], h[start:stop, start:stop]
-        for i in range(stop - start):
-            factor = scales[0 if len(scales) == 1 else start + i]
-            best = torch.sub(found[start + i], own[i] / within[i, i]).div_(factor).clamp_(-limit, limit)
-            best = best.to(FP8).float().mul_(factor)
-            own.addr_(within[:, i], best - found[start + i])
-            found[start + i] = best
-        moved = found[start:stop] - before
-        slope[:start].addmm_(h[:start, start:stop], moved)
-        slope[stop:].addmm_(h[stop:, start:stop], moved)
-    return _in_place((found / scales).to(FP8), order)
+    h.diagonal().add_(_damping(h.diagonal()))
+    h /= h.diagonal().clone()  # column j by its own: where the loss is least in value j, less the value
+    torch.mm(h.T, values - exact, out=offset)
+    for _ in range(SWEEPS):
+        _pass(values, offset, h, scales, in_turn=False)
+    return _in_place((values / scales).to(FP8), order)
+
+
+def _pass(values: Tensor, offset: Tensor, influence: Tensor, scales: Tensor, *, in_turn: bool) -> None:
+    """`octavo.ops.round_columns` of all columns, COLUMNS at a time."""
+    for start in range(0, len(values), COLUMNS):
+        block = slice(start, start + COLUMNS)
+        own = influence[block]
+        moved = ops.round_columns(
+            values[block], offset[block], own[:, block], scales if len(scales) == 1 else scales[block], in_turn=in_turn
+        )
+        if not in_turn:
+            offset[:start].addmm_(own[:, :start].T, moved)
+        offset[start + COLUMNS :].addmm_(own[:, start + COLUMNS :].T, moved)
 
 
 def _in_place(codes: Tensor, order: Tensor) -> Tensor:
