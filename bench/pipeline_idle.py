@@ -115,7 +115,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=8)
-    parser.add_argument("--only", action="store_true", help="leave out one step at a time")
+    parser.add_argument(
+        "--in-flight", type=int, choices=(0, 1), help="0: what the engine has, 1: one step at a time; default: both"
+    )
     parser.add_argument("--shape", help="a shape of octavo bench, on accelerators")
     args = parser.parse_args()
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -131,12 +133,16 @@ def main() -> None:
 
             model = str(ends.enter_context(model_directory("", args.shape, None)))
         try:
-            for label, depth in (("one step at a time", 1), ("a step a stage", None))[args.only :]:
+            for label, depth in (("one step at a time", 1), ("a step a stage", None)):
+                if args.in_flight is not None and bool(depth) != bool(args.in_flight):
+                    continue
                 given = args.requests, args.input_len, args.tokens, depth, args.shape is not None
                 found = processes.run(measured, model, *given)
                 idle = ", ".join(f"{100 * waited / seconds:.1f}%" for seconds, waited, _ in found)
                 seconds, _, steps = found[0]
                 print(f"{label}: {steps} steps in {seconds:.2f} s; stages wait {idle} of it", flush=True)
+                each = ", ".join(f"{1e3 * (seconds - waited) / steps:.3f}" for seconds, waited, steps in found)
+                print(f"    a step takes {1e3 * seconds / steps:.3f} ms, of which each stage computes {each} ms", flush=True)
         finally:
             processes.close()
 

@@ -138,8 +138,13 @@ def file_store(path: str, size: int) -> Any:
 
 
 # Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs
-# multicast.
-_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+# multicast. torch warns of messages that wait for one another in a group; lines have one a direction (octavo/stages.py).
+_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+}
 
 
 def leave() -> None:
