@@ -167,6 +167,9 @@ class EngineCore:
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
         """Launches the next step and adds it to those in flight unless it is empty. `outputs` gets the failed requests."""
+        for step in self.in_flight:
+            if not step.result.tell_early():
+                break
         schedule = self.scheduler.schedule(self._skipped(outputs))
         for request, reason in schedule.failed:
             self._forget(request.request_id)
@@ -270,7 +273,7 @@ class EngineCore:
         outputs, schedule, result = [], step.schedule, step.result
         tokens = result.to_host()
         self.grammars.new_step()
-        for item in schedule.items:
+        for item in schedule.items if result.prompt_logprobs else ():
             entries = result.prompt_logprobs.get(item.request.request_id)
             if entries is not None and item.request.status is not Status.FINISHED:  # an aborted request needs none
                 kept = self.generations[item.request.request_id].prompt_logprobs

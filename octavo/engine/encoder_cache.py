@@ -76,7 +76,7 @@ class EncoderCache:
 
     def release_computed(self, request: Request, start: int, stop: int) -> None:
         """Releases the images whose last tokens are among [start, stop), unless the request has begun with one again."""
-        for found in request.images_within(start, stop):
+        for found in request.images and request.images_within(start, stop):
             again = request.images_within(found.stop, request.num_computed_tokens)
             if found.stop <= stop and all(other.key != found.key for other in again):
                 self.release(found.key, request.request_id)

@@ -168,6 +168,11 @@ class _Sampled(StepTokens):
             self.pipeline.stages.send_back(self.tokens, self.pipeline.rank, self._copied)
             self._went_back = True
 
+    def tell_early(self) -> bool:
+        if not self._told and self._copied is not None and self._copied.query():
+            self.to_host()
+        return self._told
+
     def to_host(self) -> list[int]:
         if not self._told:
             assert self.pipeline is not None

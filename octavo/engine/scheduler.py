@@ -9,8 +9,7 @@ in the middle of its prefill: decodes get the budget first, and the prefill the 
 
 A step may be scheduled while the one before it still runs. The token that the earlier step samples counts as `num_pending`: it
 gets a block and is computed, and its value passes from step to step on the device. In a pipeline a step takes a part of the
-running requests, so that each stage has a step of its own: those whose last step is as many steps ago as there are parts, or,
-where tokens do not pass between stages' devices, those without a pending token.
+running requests, none of which the steps right before it have, so that each stage has a step of its own.
 
 The vision tower encodes an image before the step that computes its first tokens, at most `IMAGE_TOKENS` a step, so that images
 do not stall decoding. Where the tower or the cache of its outputs has no room, a prefill stops in front of the image, and with
@@ -89,7 +88,8 @@ class Scheduler:
         needed there are no items, and the step can be scheduled after the `update` of the one before.
         """
         schedule = SchedulerOutput(self.max_num_batched_tokens, self.image_tokens)
-        if any(request.num_pending for request in self.running) and self._missing_blocks() > self.pool.num_free:
+        scarce = self.pool.num_free < len(self.running)  # of which each lacks one block at most
+        if scarce and self._missing_blocks() > self.pool.num_free and any(request.num_pending for request in self.running):
             return schedule
         self._continue_running(schedule, skipped)
         if not schedule.preempted:  # a request preempted in this step would be admitted again at once
@@ -145,8 +145,7 @@ class Scheduler:
         return sum(self.pool.blocks_for(request.num_tokens) - len(request.block_ids) for request in growing)
 
     def _grow(self, request: Request, schedule: SchedulerOutput) -> bool:
-        """Allocates blocks for all tokens of `request`, preempting the youngest requests if needed. False if `request` itself
-        was preempted."""
+        """Gives a request blocks for all its tokens, preempting the youngest if needed. False if it was preempted itself."""
         missing = self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
         while missing > self.pool.num_free:
             victim = self.running.pop()
@@ -156,7 +155,8 @@ class Scheduler:
             self._preempt(victim, schedule)
             if victim is request:
                 return False
-        request.block_ids += self.pool.allocate(missing)
+        if missing > 0:
+            request.block_ids += self.pool.allocate(missing)
         return True
 
     def _admit_waiting(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
@@ -225,7 +225,7 @@ class Scheduler:
         """How many of `num_tokens` tokens from `start` can be computed with images that are encoded by then, and has those
         encoded. Ends the step's budget if that is not all of them."""
         cache = self.encoder_cache
-        for found in request.images_within(start, start + num_tokens):
+        for found in request.images and request.images_within(start, start + num_tokens):
             if known := found.key in cache:
                 cache.hold(found.key, request.request_id)
             size, most = found.image.tokens, self.image_tokens

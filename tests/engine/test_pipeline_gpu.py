@@ -29,7 +29,7 @@ def said(stages: int, options: dict[str, Any]) -> list[list[tuple[int, ...]]]:
     """Tokens of each prompt, and again from the prefix cache."""
     llm = LLM(
         device="cuda", pipeline_parallel_size=stages, max_model_len=1024, max_num_batched_tokens=256,
-        gpu_memory_utilization=0.3, **options,
+        kv_cache_memory_bytes=1 << 28, **options,
     )  # fmt: skip
     params = [SamplingParams(max_tokens=40, ignore_eos=n % 4 > 0, **KINDS[n % len(KINDS)]) for n in range(len(PROMPTS))]
     return [[tuple(one.outputs[0].token_ids) for one in llm.generate(PROMPTS, params, False)] for _ in range(2)]
