@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism: this process's rank, its groups for collectives, and messages between stages.
+"""Tensor and pipeline parallelism: this process's rank, and its groups for collectives.
 
 The groups are torch.distributed's (NCCL, RCCL, or gloo on CPUs), or threads in tests. NVLink multicast is not used.
 """
@@ -6,8 +6,7 @@ The groups are torch.distributed's (NCCL, RCCL, or gloo on CPUs), or threads in 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -15,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.errors import OctavoError
+from octavo.stages import CPU, HOST_LINES, Lines, Stages, finish_sending, make_lines
 
-__all__ = ["Collectives", "ProcessGroup", "Stages", "TensorParallel", "Unheard", "file_store", "join", "leave"]
+__all__ = ["WAIT", "Collectives", "ProcessGroup", "TensorParallel", "Unheard", "file_store", "join", "leave"]
 
 
 class Collectives(Protocol):
@@ -72,14 +71,13 @@ class Unheard:
         return [x]
 
 
-CPU = torch.device("cpu")
 SENTENCE = 1024
 WAIT = timedelta(days=1)  # a rank may wait for another that writes a checkpoint; the API process sees those that hang
 
 
 _joined: tuple[str, int, int] | None = None  # name, rank and size of torch.distributed's default group
 _stage_groups: dict[int, list[torch.distributed.ProcessGroup]] = {}  # number of stages -> a group for each
-_sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # to other stages; without these, what has not arrived is lost
+_lines: dict[int, Lines] = {}  # number of stages -> this rank's
 
 
 def join(
@@ -128,7 +126,9 @@ def join(
     number, own = divmod(rank, split)
     group = ProcessGroup(entering, _stage_groups[stages][number])
     everyone = TensorParallel(rank, size, ProcessGroup(meeting), device=device)
-    own_stage = Stages(number, stages, split, device)
+    if not cpu and stages not in _lines:
+        _lines[stages] = make_lines(rank, size, split, WAIT)
+    own_stage = Stages(number, stages, split, device, _lines.get(stages, HOST_LINES))
     return TensorParallel(own, split, group, expert_parallel, device, everyone=everyone, stages=own_stage)
 
 
@@ -138,8 +138,13 @@ def file_store(path: str, size: int) -> Any:
 
 
 # Ranks talk over the loopback, unless told otherwise: whatever its name resolves to does not matter. NCCL's NVLS needs
-# multicast.
-_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+# multicast. torch warns of messages that wait for one another in a group; lines have one a direction (octavo/stages.py).
+_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+}
 
 
 def leave() -> None:
@@ -147,70 +152,10 @@ def leave() -> None:
     global _joined
     _joined = None
     _stage_groups.clear()
-    while _sent:
-        _sent.popleft()[1].wait()
+    _lines.clear()
+    finish_sending()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
-_MOST_TENSORS, _MOST_DIMS = 6, 3  # of a message
-_EACH = 3 + _MOST_DIMS  # numbers of a header: dtype, whether it is of the device, dimensions, shape
-_HEADER = 1 + _MOST_TENSORS * _EACH
-_MOST_SENT = 32  # tensors on their way, of eight steps or more
-
-
-class Stages:
-    """This rank's pipeline stage, `number` of `count`, each of `split` ranks, and messages between ranks of unlike stages.
-
-    A message is a few tensors, of `device` or of the host, behind a header that says which, their dtypes and shapes. Between
-    two ranks messages keep their order.
-    """
-
-    def __init__(self, number: int = 0, count: int = 1, split: int = 1, device: torch.device = CPU):
-        self.number, self.count, self.split, self.device = number, count, split, device
-        self.first, self.last = number == 0, number == count - 1
-
-    def layers(self, count: int) -> range:
-        """Which of `count` layers this stage has; the first stages may have one more. OctavoError if some would have none."""
-        if count < self.count:
-            raise OctavoError(
-                f"--pipeline-parallel-size {self.count} splits the model's {count} layers, and each stage needs one; use "
-                f"{count} at most."
-            )
-        each, more = divmod(count, self.count)
-        start, stop = (number * each + min(number, more) for number in (self.number, self.number + 1))
-        return range(start, stop)
-
-    def send(self, tensors: Sequence[Tensor], rank: int, stage: int) -> None:
-        """Sends to rank `rank` of a stage, and does not wait until they have arrived, except for those of steps before."""
-        header = [len(tensors)]
-        for x in tensors:
-            on_device = int(x.device.type != "cpu")
-            header += [_DTYPES.index(x.dtype), on_device, x.dim(), *x.shape, *[0] * (_MOST_DIMS - x.dim())]
-        header += [0] * (_HEADER - len(header))
-        while len(_sent) > _MOST_SENT:
-            _sent.popleft()[1].wait()
-        for x in (torch.tensor(header), *tensors):
-            if x.numel():
-                x = x.contiguous()
-                work = torch.distributed.isend(x, stage * self.split + rank)
-                assert work is not None
-                _sent.append((x, work))
-
-    def receive(self, rank: int, stage: int) -> list[Tensor]:
-        """Waits for the next message of rank `rank` of a stage."""
-        source = stage * self.split + rank
-        header = torch.empty(_HEADER, dtype=torch.int64)
-        torch.distributed.recv(header, source)
-        count, *rest = header.tolist()
-        found = []
-        for at in range(0, count * _EACH, _EACH):
-            dtype, on_device, dims, *shape = rest[at : at + _EACH]
-            found.append(torch.empty(shape[:dims], dtype=_DTYPES[dtype], device=self.device if on_device else CPU))
-            if found[-1].numel():
-                torch.distributed.recv(found[-1], source)
-        return found
 
 
 ONE_STAGE = Stages()

@@ -19,10 +19,10 @@ from octavo.engine.grammar import Grammar, GrammarCompiler
 from octavo.engine.grammar_work import CANNOT_FOLLOW, GrammarWork, fault_of
 from octavo.engine.place import Place
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampling_row import SamplingRow
+from octavo.engine.sampling_row import SamplingRow, waits_for_tokens
 from octavo.engine.scheduler import IMAGE_TOKENS, Scheduler
 from octavo.engine.sequence import ScheduledRequest, SchedulerOutput, Status
-from octavo.engine.step_tokens import StepTokens
+from octavo.engine.step_tokens import StepTokens, latest
 from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import KV_CACHE, WEIGHTS, EngineInfo, EngineRequest, EngineStats, Logprobs, TokenOutput
@@ -63,8 +63,8 @@ class EngineCore:
         self._make_scheduler()
         self.grammars = GrammarWork(GrammarCompiler(Path(config.text_directory), runner.limits.vocab_size), place)
         self.generations: dict[str, _Generation] = {}
-        # Most steps in flight: one a stage of a pipeline. Without one, a second would only waste work on a CPU.
-        self.depth = stages if (stages := runner.tp.stages.count) > 1 else 1 if runner.platform.is_cpu else 2
+        # Most steps in flight: one a stage of a pipeline, and one that is launched before the tokens that it computes are read.
+        self.depth = runner.tp.stages.count + runner.pipeline.ahead
         self.in_flight: deque[_Step] = deque()  # launched and not yet read, oldest first
         self.next_seed = config.seed << 32  # requests without a seed count up from here, so that a run is reproducible
 
@@ -83,7 +83,7 @@ class EngineCore:
         room = 0 if runner.encoder is None else runner.encoder.capacity
         limits = self.config.max_num_seqs, runner.max_num_batched_tokens, runner.max_model_len
         at_once = IMAGE_TOKENS if runner.encoder is None else runner.encoder.step_tokens
-        self.scheduler = Scheduler(pool, *limits, EncoderCache(room), at_once, runner.tp.stages.count)
+        self.scheduler = Scheduler(pool, *limits, EncoderCache(room), at_once, runner.tp.stages.count, runner.pipeline.ahead)
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.limits.vocab_size,
@@ -107,6 +107,8 @@ class EngineCore:
             if request.params.seed is not None:
                 seed = request.params.seed
             words = BadWords(rules) if rules.restricted else None
+            if waits_for_tokens(first.params) or rules.restricted or first.grammar is not None:
+                self.scheduler.slow.add(request.request_id)
             self.generations[request.request_id] = _Generation(seed, None, rules, words)
         if first.images and self.runner.encoder is not None:
             delta = self.runner.encoder.rotary_delta(first.images)
@@ -141,6 +143,7 @@ class EngineCore:
 
     def _forget(self, request_id: str) -> None:
         self.generations.pop(request_id, None)
+        self.scheduler.slow.discard(request_id)
         self.grammars.forget(request_id)
         self.runner.histories.forget(request_id)
 
@@ -164,12 +167,16 @@ class EngineCore:
 
     def _launch(self, outputs: list[TokenOutput]) -> _Step:
         """Launches the next step and adds it to those in flight unless it is empty. `outputs` gets the failed requests."""
+        for step in self.in_flight:
+            if not step.result.tell_early():
+                break
         schedule = self.scheduler.schedule(self._skipped(outputs))
         for request, reason in schedule.failed:
             self._forget(request.request_id)
             outputs.append(TokenOutput(request.request_id, [], "abort", error=reason))
         rows = [self._row(item) for item in schedule.items]
-        previous = self.in_flight[-1].result if self.in_flight else None
+        pending = {item.request.request_id for item in schedule.items if item.pending}
+        previous = latest([step.result for step in self.in_flight], pending) if pending else None
         if self.runner.encoder is not None:
             self.runner.encoder.run(schedule.images, schedule.evicted)
         synchronous = self.runner.tp.stages.count == 1 and any(row.synchronous for row in rows)  # else the next has other rows
@@ -256,7 +263,7 @@ class EngineCore:
             generation.seed,
             request.eos_token_ids,
             generation.grammar,
-            int(item.pending),
+            item.pending,
             generation.rules,
             generation.bad_words,
         )
@@ -266,7 +273,7 @@ class EngineCore:
         outputs, schedule, result = [], step.schedule, step.result
         tokens = result.to_host()
         self.grammars.new_step()
-        for item in schedule.items:
+        for item in schedule.items if result.prompt_logprobs else ():
             entries = result.prompt_logprobs.get(item.request.request_id)
             if entries is not None and item.request.status is not Status.FINISHED:  # an aborted request needs none
                 kept = self.generations[item.request.request_id].prompt_logprobs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from octavo.engine.sequence import EncoderPart, RequestImage
+from octavo.engine.sequence import EncoderPart, Request, RequestImage
 
 __all__ = ["EncoderCache"]
 
@@ -73,6 +73,13 @@ class EncoderCache:
                 self.held -= self._tokens[key]
                 if key in self._left:  # a part is of no use to others
                     self._evict(key)
+
+    def release_computed(self, request: Request, start: int, stop: int) -> None:
+        """Releases the images whose last tokens are among [start, stop), unless the request has begun with one again."""
+        for found in request.images and request.images_within(start, stop):
+            again = request.images_within(found.stop, request.num_computed_tokens)
+            if found.stop <= stop and all(other.key != found.key for other in again):
+                self.release(found.key, request.request_id)
 
     def _evict(self, key: bytes) -> None:
         self.used -= self._tokens.pop(key)

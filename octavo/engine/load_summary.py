@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from octavo.config import EngineConfig
-from octavo.distributed import Stages, TensorParallel
+from octavo.distributed import TensorParallel
 from octavo.engine.memory import gib
 from octavo.platform import Platform
 from octavo.quant.scheme import WeightDType
+from octavo.stages import Stages
 from octavo.weights.load_report import LoadReport
 
 __all__ = ["cache_line", "describe", "describe_weights", "without_effect"]

@@ -1,7 +1,8 @@
 """Steps of an engine whose layers are split over pipeline stages, as one rank sees them.
 
 Every rank schedules the same steps. A stage takes the state of each from the stage before, runs its layers and hands the state
-on. The last stage samples and sends the tokens to all others, which wait for them where the engine takes a step's tokens.
+on. The last stage samples and sends the tokens to all others, which wait for them where the engine takes a step's tokens. On
+accelerators tokens also go back to the first stage from device to device, so that it computes them before any host reads them.
 """
 
 from __future__ import annotations
@@ -43,31 +44,68 @@ def check_pipeline(model: Model, tp: TensorParallel, skipped: Sequence[str]) -> 
 
 
 class Pipeline:
-    """This rank's part of each step of a pipeline. Nothing is sent where one stage has all layers."""
+    """This rank's part of each step of a pipeline. Nothing is sent where one stage has all layers.
 
-    def __init__(self, model: Model, tp: TensorParallel, pulse: Pulse):
-        self.model, self.rank, self.stages, self.pulse = model, tp.rank, tp.stages, pulse
+    ahead: whether steps compute tokens that no host has read.
+    """
+
+    def __init__(self, model: Model, tp: TensorParallel, pulse: Pulse, ahead: bool = False):
+        self.model, self.rank, self.stages, self.pulse, self.ahead = model, tp.rank, tp.stages, pulse, ahead
+
+    def connect(self) -> None:
+        """Sends one message on each line between devices, for which the library makes buffers, before the cache takes the rest
+        of the memory. All ranks call it at the same place."""
+        stages = self.stages
+        if stages.count == 1 or stages.device.type == "cpu":
+            return
+        word = torch.zeros(1, dtype=torch.int64, device=stages.device)
+        if not stages.first:
+            stages.receive(self.rank, stages.number - 1)
+        if not stages.last:
+            stages.send([word], self.rank, stages.number + 1)
+        if stages.last:
+            made = torch.Event(stages.device)
+            made.record()
+            stages.send_back(word, self.rank, made)
+        elif stages.first:
+            stages.receive_back(1, self.rank)
 
     def forward(self, batch: ForwardBatch) -> Tensor | None:
         """Hidden states [T, hidden] of the last stage; None of the others, which hand the state on."""
-        stages = self.stages
-        self.pulse.enter(stages.number, stages.count)
-        if stages.first:
-            out = self.model(batch, self.model.embed(batch.input_ids))
-        else:
-            x, residual, *extras = stages.receive(self.rank, stages.number - 1)
-            out = self.model(batch, StageState(x, residual, tuple(extras)))
+        state = self.arrived()
+        out = self.model(batch, self.model.embed(batch.input_ids) if state is None else state)
         if isinstance(out, Tensor):
             return out
-        stages.send([out.x, out.residual, *out.extras], self.rank, stages.number + 1)
-        self.pulse.pass_on()
+        self.hand_on(out)
         return None
+
+    def arrived(self) -> StageState | None:
+        """A step's state, for which this waits; None for the first stage, where a step begins."""
+        stages = self.stages
+        if stages.count > 1:
+            self.pulse.enter(stages.number, stages.count)
+        if stages.first:
+            return None
+        (x, residual), *extras = stages.receive(self.rank, stages.number - 1)
+        return StageState(x, residual, tuple(extras))
+
+    def hand_on(self, state: StageState) -> None:
+        """Sends a step's state to the next stage. The next replay of a graph may overwrite `state`: what is sent is a copy."""
+        self.stages.send([torch.stack(state[:2]), *(x.clone() for x in state.extras)], self.rank, self.stages.number + 1)
+        self.pulse.pass_on()
+
+    def sampled(self, out: StepTokens, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> StepTokens:
+        """The output of a step whose tokens this stage has sampled, as `out`. The host does not wait for them here."""
+        if self.stages.count == 1:
+            return out
+        if out.tokens is None or not self.ahead:
+            self.tell(out, items, rows)
+            return out
+        return _Sampled(**vars(out), pipeline=self, items=items, sampling=rows)
 
     def tell(self, out: StepTokens, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> None:
         """Sends a step's tokens to the other stages, and to rank 0, which answers requests, what it said of probabilities."""
-        if self.stages.count == 1:
-            return
-        tokens = torch.tensor(out.to_host(), dtype=torch.int64)
+        tokens = torch.tensor(StepTokens.to_host(out), dtype=torch.int64)
         for stage in range(self.stages.count - 1):
             if told := self._told(stage, items, rows):
                 message = [tokens]
@@ -78,7 +116,10 @@ class Pipeline:
 
     def expected(self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> StepTokens:
         """The output of a step whose tokens the last stage sends."""
-        return _Expected(pipeline=self) if self._told(self.stages.number, items, rows) else StepTokens()
+        if not self._told(self.stages.number, items, rows):
+            return StepTokens()
+        ids = [item.request.request_id for item in items if item.samples]
+        return _Expected(rows={request_id: row for row, request_id in enumerate(ids)}, pipeline=self)
 
     def _told(self, stage: int, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> int:
         """How much the last stage sends to a stage's rank like this one: nothing, tokens, or also probabilities."""
@@ -90,9 +131,14 @@ class Pipeline:
 
 @dataclass
 class _Expected(StepTokens):
-    """Tokens that the last stage samples: `to_host` waits for them."""
+    """Tokens that the last stage samples: `to_host` waits for them, and the first stage's device in `hand_back`."""
 
     pipeline: Pipeline | None = None
+
+    def hand_back(self) -> None:
+        assert self.pipeline is not None
+        if self.tokens is None and self.pipeline.stages.first:
+            self.tokens = self.pipeline.stages.receive_back(len(self.rows), self.pipeline.rank)
 
     def to_host(self) -> list[int]:
         if self._host is None:
@@ -102,3 +148,34 @@ class _Expected(StepTokens):
             for data in said:
                 self.logprobs, self.prompt_logprobs = pickle.loads(bytes(data.tolist()))
         return self._host.tolist()
+
+
+@dataclass
+class _Sampled(StepTokens):
+    """Tokens that the last stage has sampled on its device: `hand_back` sends them to the first stage's, and `to_host`, when
+    this host has them, to all hosts."""
+
+    pipeline: Pipeline | None = None
+    items: Sequence[ScheduledRequest] = ()
+    sampling: Sequence[SamplingRow] = ()
+    _went_back: bool = False
+    _told: bool = False
+
+    def hand_back(self) -> None:
+        if not self._went_back:
+            assert self.pipeline is not None
+            assert self.tokens is not None
+            self.pipeline.stages.send_back(self.tokens, self.pipeline.rank, self._copied)
+            self._went_back = True
+
+    def tell_early(self) -> bool:
+        if not self._told and self._copied is not None and self._copied.query():
+            self.to_host()
+        return self._told
+
+    def to_host(self) -> list[int]:
+        if not self._told:
+            assert self.pipeline is not None
+            self.pipeline.tell(self, self.items, self.sampling)
+            self._told = True
+        return super().to_host()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -20,7 +20,7 @@ from octavo.config import EngineConfig
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
-from octavo.engine.graphs.decode import DecodeGraphs
+from octavo.engine.graphs.decode import LARGEST, DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
 from octavo.engine.joining import join_ranks
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
@@ -31,7 +31,8 @@ from octavo.engine.model_step import ModelStep
 from octavo.engine.pipeline import Pipeline
 from octavo.engine.place import Place
 from octavo.engine.prompt_logprobs import prompt_logprobs, wants_prompt_logprobs
-from octavo.engine.sampler import SamplingRow, logprobs_of, sample, warm_up
+from octavo.engine.sample_step import sample_into
+from octavo.engine.sampler import SamplingRow, warm_up
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.step_tokens import StepTokens, sources, span
 from octavo.engine.token_history import Histories
@@ -41,7 +42,7 @@ from octavo.host import keep
 from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
 from octavo.models import read_config
-from octavo.models.interface import FusedModel
+from octavo.models.interface import FusedModel, StageState
 from octavo.models.overrides import overridden
 from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
@@ -73,7 +74,8 @@ class ModelRunner:
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
-        self.pipeline = Pipeline(self.model, tp, place.pulse)
+        self.pipeline = Pipeline(self.model, tp, place.pulse, ahead=not cpu)
+        self.pipeline.connect()
         self.step = ModelStep(self.model, self.vocabulary, self.pipeline)
         self.encoder, self.histories = make_encoder(self.model, self.platform, tp), Histories(self.platform.device)
         self.load_weights()
@@ -89,7 +91,7 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        if hasattr(self.model, "fuse") and self.tp.stages.count == 1:  # fused layers begin with an embedding
+        if hasattr(self.model, "fuse"):
             cast("FusedModel", self.model).fuse(self.platform)
         self._make_graphs()
         self._check_first_logits()
@@ -116,7 +118,7 @@ class ModelRunner:
         self.report.notes.extend(budget.notes)
         if self.max_model_len < budget.max_model_len:
             self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
-        messages = self.tp.stages.count > 1 or (cpu and self.tp.engine.size > 1)  # no graph has stages', no recording gloo's
+        messages = cpu and self.tp.engine.size > 1  # no recording has gloo's
         self.captures = not (config.enforce_eager or messages) and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
         self.cache = KVCache(specs, self.num_blocks + scratch, self.block_size, self.platform.device)
@@ -137,15 +139,20 @@ class ModelRunner:
         self.prompts: PrefillGraphs | None = None
         if not self.captures:
             return
-        sizes = self.block_size, self.config.max_num_seqs, self.max_model_len
         if self.platform.is_cpu:
-            self.graphs = RecordedSteps(self.step.decode, *sizes)
+            self.graphs = RecordedSteps(self.step.decode, self.block_size, self.config.max_num_seqs, self.max_model_len)
             return
-        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
-        room = min(self.max_model_len, self.max_num_batched_tokens)
-        self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
+        self._capture_graphs()
         if self.encoder is not None:
             self.encoder.capture()
+
+    def _capture_graphs(self) -> None:
+        """All ranks capture in one order, since graphs hold the exchanges of a stage's ranks; none holds those of stages."""
+        room, step, at = min(self.max_model_len, self.max_num_batched_tokens), self.step, (self.platform, self.block_size)
+        step.make_inputs(min(max(room, self.config.max_num_seqs), LARGEST))
+        sizes = self.config.max_num_seqs, self.max_model_len, self.num_blocks
+        self.graphs = DecodeGraphs(step.decode, *at, *sizes, step.graph_key, self._warm_up, step.arrived)
+        self.prompts = PrefillGraphs(step.prompt, *at, room, self.num_blocks, step.arrived)
 
     def check_reload(self, model: str) -> None:
         """Reads another checkpoint directory as `reload` will, and changes nothing.
@@ -191,18 +198,15 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Warm-up: runs every kernel that prefills and sampling launch."""
-        for length in self.limits.warmup_lengths:
-            hidden = self.step.hidden(self._prompt_batch([0] * length))
+        made = [self._prompt_batch([0] * length) for length in self.limits.warmup_lengths]
         for context, length in ((1, 16), (1, 80), (4096, 80)):  # a decode beside a prefill
             both = ((min(context, self.max_model_len - 1), 1), (0, min(length, self.max_model_len)))
-            self.step.hidden(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
+            made.append(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
+        hidden = [self.step.rehearse(batch) for batch in made][-1]
         if self.encoder is not None:
             self.encoder.warm_up()
-        warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
-
-    def _graph_key(self, requests: int, longest: int) -> Hashable:
-        """The model's graph key. A model without one gets a graph for each bound on the context length."""
-        return cast("FusedModel", self.model).graph_key(requests, longest) if hasattr(self.model, "graph_key") else longest
+        if hidden is not None:
+            warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
         return batches.build(spans, self.block_size, self.platform.device)
@@ -221,19 +225,24 @@ class ModelRunner:
     def run(self, items: Items, rows: Sequence[SamplingRow], previous: StepTokens | None = None) -> StepTokens:
         """Launches the step of `items`. `rows[i]` is the sampling state of items[i], used if the step samples its next token.
 
-        `previous` is the output of the step before: pending tokens are copied from it on the device.
+        `previous` has the pending tokens, which are copied from it on the device.
         """
         out = StepTokens()
         if not items:
             return out
+        if not self.tp.stages.first:  # which alone embeds tokens
+            previous = None
         images = None if self.encoder is None else self.encoder.input(items)
         if images is None and (decoded := self._replay(items, rows, previous)) is not None:
+            if isinstance(decoded, StageState):
+                self.pipeline.hand_on(decoded)
+                return self.pipeline.expected(items, rows)
             logits, tokens = decoded
             if len(sampling := [n for n, item in enumerate(items) if item.samples]) < len(items):
                 at = self._indices(sampling)
                 logits, tokens = logits[at], tokens[at]
             self._sample(logits, tokens, [items[n] for n in sampling], [rows[n] for n in sampling], out)
-            return out
+            return self.pipeline.sampled(out, items, rows)
         hidden, ends = self._hidden(items, previous, images), list(accumulate(item.num_tokens for item in items))
         if hidden is None:
             return self.pipeline.expected(items, rows)
@@ -245,13 +254,12 @@ class ModelRunner:
             every = len(sampling) == hidden.shape[0]
             last = hidden if every else hidden[self._indices([ends[n] - 1 for n in sampling])]
             self._sample(self.model.logits(last), None, [items[n] for n in sampling], [rows[n] for n in sampling], out)
-        self.pipeline.tell(out, items, rows)
-        return out
+        return self.pipeline.sampled(out, items, rows)
 
     def _replay(
         self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Logits and argmax of a decode step, or of a single prefill, by replaying a graph; None where no graph fits."""
+    ) -> tuple[Tensor, Tensor] | StageState | None:
+        """Logits and argmax of a decode step, or of a single prefill, or the next stage's state; None where no graph fits."""
         if self.graphs is None or any(map(wants_prompt_logprobs, items, rows)):
             return None
         if self.prompts is not None and len(items) == 1 and items[0].num_tokens > 1 and items[0].samples:
@@ -276,21 +284,12 @@ class ModelRunner:
         return batches.to_device(values, torch.int64, self.platform.device)
 
     def _sample(
-        self, logits: Tensor, greedy: Tensor | None, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow],
-        out: StepTokens,
-    ) -> None:  # fmt: skip
-        """Samples the next tokens of `items` into `out`. `greedy`: the argmax of `logits`, if already computed."""
+        self, logits: Tensor, greedy: Tensor | None, items: Items, rows: Sequence[SamplingRow], out: StepTokens
+    ) -> None:
         ids = [item.request.request_id for item in items]
-        if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
-            out.put(self.vocabulary.argmax(logits) if greedy is None else greedy, ids)
-            return
-        logits = self.vocabulary.whole(logits).float()
-        asked = [n for n, row in enumerate(rows) if row.params.logprobs is not None]
-        raw = logits[asked].clone() if asked else None
-        out.put(tokens := sample(logits, rows, self.histories, ids), ids)
-        if raw is not None:
-            found = logprobs_of(raw, tokens[asked], [rows[n].params.logprobs or 0 for n in asked])
-            out.logprobs = {items[n].request.request_id: entry for n, entry in zip(asked, found, strict=True)}
+        if greedy is not None and self.tp.stages.count > 1:  # sent when the next replay may have overwritten it
+            greedy = greedy.clone()
+        sample_into(out, logits, greedy, ids, rows, self.vocabulary, self.histories)
 
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""

@@ -9,7 +9,12 @@ from octavo.engine.grammar import Grammar
 from octavo.engine.token_rules import BadWords, TokenRules
 from octavo.messages import SamplingParams
 
-__all__ = ["SamplingRow"]
+__all__ = ["SamplingRow", "waits_for_tokens"]
+
+
+def waits_for_tokens(params: SamplingParams) -> bool:
+    """Whether a request's tokens are read by the host in the step that samples them."""
+    return params.logprobs is not None or params.prompt_logprobs is not None
 
 
 @dataclass(slots=True)
@@ -64,7 +69,7 @@ class SamplingRow:
         A grammar and bad words need the value of the last token on the host. Log-probabilities are read by the host in the
         same step, so launching ahead would gain nothing.
         """
-        return self.restricted or self.params.logprobs is not None or self.params.prompt_logprobs is not None
+        return self.restricted or waits_for_tokens(self.params)
 
     @property
     def filtered(self) -> bool:

@@ -8,8 +8,8 @@ been scheduled in that step. A prefill is chunked only where the step's budget e
 in the middle of its prefill: decodes get the budget first, and the prefill the rest.
 
 A step may be scheduled while the one before it still runs. The token that the earlier step samples counts as `num_pending`: it
-gets a block and is computed, and its value passes from step to step on the device. In a pipeline it does not: there a step
-leaves out requests with a pending token, and takes a part of the others, so that each stage has a step of its own.
+gets a block and is computed, and its value passes from step to step on the device. In a pipeline a step takes a part of the
+running requests, none of which the steps right before it have, so that each stage has a step of its own.
 
 The vision tower encodes an image before the step that computes its first tokens, at most `IMAGE_TOKENS` a step, so that images
 do not stall decoding. Where the tower or the cache of its outputs has no room, a prefill stops in front of the image, and with
@@ -39,18 +39,18 @@ class Scheduler:
 
     A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests. The pool should hold
     `max_model_len` tokens. A request that outgrows the pool fails alone. image_tokens: of the images that a step encodes.
-    stages: of a pipeline, each of which has a step with its own part of the running requests.
+    stages: of a pipeline, each of which has a step with its own part of the running requests; ahead: whether it may compute
+    pending tokens.
     """
 
     def __init__(
         self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
-        encoder_cache: EncoderCache | None = None, image_tokens: int = IMAGE_TOKENS, stages: int = 1,
+        encoder_cache: EncoderCache | None = None, image_tokens: int = IMAGE_TOKENS, stages: int = 1, ahead: bool = False,
     ):  # fmt: skip
-        self.stages = stages
+        self.stages, self.ahead, self.steps = stages, ahead, 0  # steps: that have had items
+        self.slow: set[str] = set()  # requests whose next token depends on the last one's value on the host
         self.pool, self.encoder_cache, self.image_tokens = pool, encoder_cache or EncoderCache(0), image_tokens
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
+        self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len = max_num_seqs, max_num_batched_tokens, max_model_len
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -88,12 +88,14 @@ class Scheduler:
         needed there are no items, and the step can be scheduled after the `update` of the one before.
         """
         schedule = SchedulerOutput(self.max_num_batched_tokens, self.image_tokens)
-        if any(request.num_pending for request in self.running) and self._missing_blocks() > self.pool.num_free:
+        scarce = self.pool.num_free < len(self.running)  # of which each lacks one block at most
+        if scarce and self._missing_blocks() > self.pool.num_free and any(request.num_pending for request in self.running):
             return schedule
         self._continue_running(schedule, skipped)
         if not schedule.preempted:  # a request preempted in this step would be admitted again at once
             self._admit_waiting(schedule, skipped)
         schedule.evicted = self.encoder_cache.take_evicted()
+        self.steps += bool(schedule.items)
         return schedule
 
     def update(self, schedule: SchedulerOutput, sampled: Sequence[int]) -> list[NewToken]:
@@ -105,7 +107,7 @@ class Scheduler:
         for item in schedule.items:
             if item.request.status is Status.RUNNING:
                 self._cache_full_blocks(item)
-                self._release_images(item.request, item.start, item.start + item.num_tokens)
+                self.encoder_cache.release_computed(item.request, item.start, item.start + item.num_tokens)
         pairs = zip(schedule.sampling, sampled, strict=True)
         return [self._append(item.request, token) for item, token in pairs if item.request.status is Status.RUNNING]
 
@@ -126,11 +128,16 @@ class Scheduler:
         served, most = 0, -(-len(self.running) // self.stages)
         while served < len(self.running) and schedule.budget and len(schedule.items) < most:  # preemption shortens the list
             request = self.running[served]
-            if request.complete or request.request_id in skipped or (self.stages > 1 and request.num_pending):
+            if request.complete or request.request_id in skipped or self._in_another_part(request):
                 served += 1
             elif self._grow(request, schedule):
                 self._compute(request, schedule)
                 served += 1
+
+    def _in_another_part(self, request: Request) -> bool:
+        """Whether a pipeline's next step is for others, since the one that samples this request's last token is too near."""
+        near = self.steps - request.last_step < min(self.stages, len(self.running))
+        return self.stages > 1 and request.num_pending > 0 and (near or not self.ahead or request.request_id in self.slow)
 
     def _missing_blocks(self) -> int:
         """Blocks that the running requests lack for their present tokens."""
@@ -138,8 +145,7 @@ class Scheduler:
         return sum(self.pool.blocks_for(request.num_tokens) - len(request.block_ids) for request in growing)
 
     def _grow(self, request: Request, schedule: SchedulerOutput) -> bool:
-        """Allocates blocks for all tokens of `request`, preempting the youngest requests if needed. False if `request` itself
-        was preempted."""
+        """Gives a request blocks for all its tokens, preempting the youngest if needed. False if it was preempted itself."""
         missing = self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
         while missing > self.pool.num_free:
             victim = self.running.pop()
@@ -149,7 +155,8 @@ class Scheduler:
             self._preempt(victim, schedule)
             if victim is request:
                 return False
-        request.block_ids += self.pool.allocate(missing)
+        if missing > 0:
+            request.block_ids += self.pool.allocate(missing)
         return True
 
     def _admit_waiting(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
@@ -207,17 +214,18 @@ class Scheduler:
             return
         samples = num_tokens == missing
         # A pending token is scheduled alone: the step that samples it computes all tokens before it.
-        schedule.items.append(ScheduledRequest(request, start, num_tokens, samples, pending=request.num_pending > 0))
+        schedule.items.append(ScheduledRequest(request, start, num_tokens, samples, request.num_pending))
         schedule.budget -= num_tokens
         # Counted here, not in `update`, so that the next step can be scheduled before this step's tokens are known.
         request.num_computed_tokens += num_tokens
         request.num_pending += samples
+        request.last_step = self.steps
 
     def _before_unready_image(self, request: Request, start: int, num_tokens: int, schedule: SchedulerOutput) -> int:
         """How many of `num_tokens` tokens from `start` can be computed with images that are encoded by then, and has those
         encoded. Ends the step's budget if that is not all of them."""
         cache = self.encoder_cache
-        for found in request.images_within(start, start + num_tokens):
+        for found in request.images and request.images_within(start, start + num_tokens):
             if known := found.key in cache:
                 cache.hold(found.key, request.request_id)
             size, most = found.image.tokens, self.image_tokens
@@ -232,13 +240,6 @@ class Scheduler:
                 schedule.budget = num_tokens  # younger requests must not overtake this one
                 break
         return num_tokens
-
-    def _release_images(self, request: Request, start: int, stop: int) -> None:
-        """Releases the images whose last tokens are among [start, stop), unless the request has begun with one again."""
-        for found in request.images_within(start, stop):
-            again = request.images_within(found.stop, request.num_computed_tokens)
-            if found.stop <= stop and all(other.key != found.key for other in again):
-                self.encoder_cache.release(found.key, request.request_id)
 
     def _cache_full_blocks(self, item: ScheduledRequest) -> None:
         """Adds the blocks that the step has filled to the prefix cache.

@@ -51,6 +51,7 @@ class Request:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.token_ids = list(request.prompt_token_ids)  # prompt and output
         self.num_pending = 0  # tokens sampled by scheduled steps whose values `update` has not received yet
+        self.last_step = 0  # the number of the last step that it had a part in
         self.num_computed_tokens = 0  # tokens whose KV is in the cache, or will be after the steps scheduled so far
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when the request first started
         self.num_preemptions = 0
@@ -110,7 +111,7 @@ class ScheduledRequest:
     start: int
     num_tokens: int
     samples: bool  # whether the step computes the request's last token and so samples the next one
-    pending: bool = False  # its one token is sampled by the step before
+    pending: int = 0  # of its tokens, how many the host does not know yet; its one token is the last of them
 
 
 @dataclass(slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from octavo.batch import Span
 from octavo.engine.sequence import ScheduledRequest
 from octavo.messages import Logprobs
 
-__all__ = ["StepTokens", "sources", "span"]
+__all__ = ["StepTokens", "latest", "sources", "span"]
 
 
 @dataclass
@@ -45,11 +46,37 @@ class StepTokens:
             self._copied.synchronize()
         return [] if self._host is None else self._host.tolist()
 
+    def tell_early(self) -> bool:
+        """Tells other hosts the tokens if this host has them, so that they need not wait until it takes them. Whether all of
+        them know."""
+        return True
+
+    def hand_back(self) -> None:
+        """Brings `tokens` from where they were sampled to where the next step embeds them. All ranks call it alike, before
+        the first step that computes some of them."""
+
 
 def span(item: ScheduledRequest) -> Span:
     """The span of an item. A pending token is 0 until the device fills in its value."""
     token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
     return Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
+
+
+def latest(steps: Sequence[StepTokens], request_ids: Collection[str]) -> StepTokens | None:
+    """The newest token of each of these requests, of the steps that sampled it, oldest first. None for no requests."""
+    found: dict[str, StepTokens] = {}
+    for step in steps:
+        found |= dict.fromkeys(step.rows.keys() & request_ids, step)
+    newest = set(map(id, found.values()))
+    used = [step for step in steps if id(step) in newest]
+    for step in used:
+        step.hand_back()
+    if len(used) < 2:
+        return used[0] if used else None
+    firsts = dict(zip(map(id, used), accumulate((len(step.rows) for step in used), initial=0), strict=False))
+    rows = {request_id: firsts[id(step)] + step.rows[request_id] for request_id, step in found.items()}
+    here = [step.tokens for step in used if step.tokens is not None]
+    return StepTokens(torch.cat(here) if here else None, rows)
 
 
 def sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:

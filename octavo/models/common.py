@@ -58,8 +58,8 @@ class Decoder(nn.Module):
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         x, residual = self.run_layers(batch, state)
         if not self.last:
-            assert residual is not None
-            return StageState(ops.finished(x), residual, state.extras)
+            x = ops.finished(x)
+            return StageState(x, torch.zeros_like(x) if residual is None else residual, state.extras)
         hidden: Tensor = self.norm(x, residual)[0].values()
         return hidden
 
@@ -134,6 +134,11 @@ class DecoderLM(nn.Module):
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         out: Tensor | StageState = self.model(batch, state)
         return out
+
+    def stage_input(self, tokens: int) -> StageState:
+        like = next(module for module in self.model.layers.modules() if isinstance(module, RMSNorm)).weight
+        x, residual = (like.new_zeros(tokens, self.config.hidden_size) for _ in range(2))
+        return StageState(x, residual)
 
     @property
     def head(self) -> Head:

@@ -30,7 +30,7 @@ class DenseDecoder(Decoder):
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
         single = self.fused and not state.extras and max(batch.query_lens) == 1
         if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
-            return fused(state.x, batch), None
+            return fused(state.x + state.residual if isinstance(state, StageState) else state.x, batch), None
         return super().run_layers(batch, state)
 
 
@@ -63,8 +63,6 @@ class DenseLM(FusedLM):
     """A dense decoder and its head."""
 
     def parts(self) -> DecoderParts | None:
-        if not (self.model.first and self.model.last):
-            return None
         found: list[LayerParts] = []
         layers: list[Any] = list(self.model.layers)  # of any architecture; the attributes have Hugging Face's names
         for layer in layers:

@@ -14,7 +14,7 @@ from octavo.layers.indexer import Indexer, SharedIndexer, TopkIndices
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import deepseek_v32
 from octavo.models.deepseek_v32 import make_indexer
-from octavo.models.interface import ModelInput, StageState
+from octavo.models.interface import Limits, ModelInput, StageState
 
 __all__ = ["Config", "Model"]
 
@@ -72,6 +72,12 @@ class Model(deepseek_v32.Model):
     def indexers(self, c: Any, rotary: RotaryEmbedding) -> Callable[[int], Indexer | SharedIndexer | None]:
         kinds, topk = c.kinds_of_indexers, TopkIndices()
         return lambda layer: make_indexer(c, rotary, topk) if kinds[layer] == "full" else SharedIndexer(topk)
+
+    def limits(self) -> Limits:
+        """A stage whose first layer shares a selection with the stage before is not captured: sparse steps alone bring one."""
+        found, first = super().limits(), self.model.layers.stage.start
+        shares = first and self.config.kinds_of_indexers[first] == "shared"
+        return found._replace(eager="its first layer shares the selection of the stage before") if shares else found
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         """Between pipeline stages, a selection that the next stage's first layer shares is passed on, in sparse steps."""

@@ -48,6 +48,10 @@ class StageState(NamedTuple):
     residual: Tensor
     extras: tuple[Tensor, ...] = ()
 
+    def part(self, tokens: int) -> StageState:
+        """That of the first `tokens` tokens."""
+        return StageState(self.x[:tokens], self.residual[:tokens], tuple(extra[:tokens] for extra in self.extras))
+
 
 class Head(Protocol):
     """Computes logits, and holds no other weights of the model. shape: of the whole matrix, [vocab, hidden]."""
@@ -91,6 +95,9 @@ class Model(Protocol):
 
     def forward(self, batch: ForwardBatch, state: ModelInput | StageState) -> Tensor | StageState:
         """Hidden states [T, hidden] after the final norm; from a stage that is not the last, the next one's input."""
+
+    def stage_input(self, tokens: int) -> StageState:
+        """Zeros in the place of what the pipeline stage before gives for so many tokens, without extras."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits, [rows, part], in the model's dtype; -inf past the end of the vocabulary."""

@@ -78,7 +78,7 @@ class Model(FusedLM):
         super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))
 
     def parts(self) -> MixtureParts | None:
-        if not (self.model.first and self.model.last) or self.tp.size > 1:
+        if self.tp.size > 1:
             return None
         found: list[ExpertLayerParts] = []
         for layer in self.model.layers:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.replays import capture
 from engine.test_core import ENGINE, request
 from engine.test_ranks import answers, asked, checkpoint, lives, structured
 from models.test_logits import llama, randomize
@@ -21,11 +22,13 @@ from rank_processes import RankProcesses
 from ranks import storage_bytes
 from safetensors.torch import load_file
 
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, ops
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
+from octavo.engine.pipeline import Pipeline
 from octavo.engine.place import Place, Pulse
+from octavo.engine.runner import ModelRunner
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import OctavoError
 from octavo.frontend.router import Replicas
@@ -66,6 +69,39 @@ def test_stages_say_what_one_rank_says(ranks: Run, tmp_path: Path) -> None:
             assert " in stage 0 of 2, on CPU" in found[0].model  # whose parameters are fewer
             failed += [f"{model_type}, {tp} x {pp}: {what}" for what in wrong if what != "parameters"]
             failed += [f"{model_type}, {tp} x {pp}, rank {n}" for n, each in enumerate(found) if each.tokens != one.tokens]
+    assert not failed, "\n".join(failed)
+
+
+def ahead(place: Place, *args: Any) -> Any:
+    """`answers` of a stage that does as on an accelerator: it replays decode and prefill graphs, and computes tokens before a
+    host has read them."""
+
+    def make_graphs(runner: ModelRunner) -> None:
+        runner.num_blocks -= 1  # the scratch block
+        runner.graphs = runner.prompts = None
+        if runner.model.limits().eager is None:
+            runner._capture_graphs()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Pipeline, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
+        monkeypatch.setattr(ModelRunner, "_make_graphs", make_graphs)
+        monkeypatch.setattr(ops, "capture", capture)
+        monkeypatch.setattr(ops, "captures", lambda head_dim, weights, latent=False: not latent)
+        return answers(place, *args)
+
+
+def test_graphs_of_stages_and_tokens_that_go_back_to_the_first(ranks: Run, tmp_path: Path) -> None:
+    """As on accelerators: tokens are those of one rank, whichever requests need their last token on the host."""
+    failed: list[str] = []
+    for model_type in ("llama", "qwen3_moe", "glm_moe_dsa"):
+        path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
+        one = answers(Place(), path, wanted, {})
+        for tp, pp in ((1, 2), (2, 2), (1, 3)):
+            found = ranks(tp * pp, ahead, path, wanted, split(tp, pp))
+            failed += [f"{model_type}, {tp} x {pp}, rank {n}" for n, each in enumerate(found) if each.tokens != one.tokens]
+            failed += [
+                f"{model_type}, {tp} x {pp}: {what}" for what in found[0].differences(one, tp * pp) if what == "probabilities"
+            ]
     assert not failed, "\n".join(failed)
 
 

@@ -289,7 +289,7 @@ class Engine:
             assert item.num_tokens >= 1
             assert request.num_tokens <= request.max_total_tokens, "it cannot have another token"
             assert item.samples == (track.next_position == request.num_tokens - item.samples)
-            assert item.pending == (track.next_position > len(request.token_ids))
+            assert item.pending == max(0, track.next_position - len(request.token_ids))
             assert request.num_computed_tokens == track.next_position
             assert len(request.block_ids) == self.pool.blocks_for(request.num_tokens - item.samples)
 

@@ -96,7 +96,8 @@ def ended(*nodes: Node) -> Iterator[None]:
             node.close()
 
 
-def _ip(*words: str) -> None:
+def ip(*words: str) -> None:
+    """Runs the command of that name."""
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
@@ -110,14 +111,18 @@ class TwoHosts:
 
     def __enter__(self) -> TwoHosts:
         for name in self.names:
-            _ip("netns", "add", name)
-        _ip("link", "add", self.links[0], "type", "veth", "peer", "name", self.links[1])
+            ip("netns", "add", name)
+        self.connect()
         for name, link, address in zip(self.names, self.links, self.addresses, strict=True):
-            _ip("link", "set", link, "netns", name)
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
-            _ip("-n", name, "link", "set", link, "up")
-            _ip("-n", name, "link", "set", "lo", "up")
+            ip("link", "set", link, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
         return self
+
+    def connect(self) -> None:
+        """Makes the ends of the link."""
+        ip("link", "add", self.links[0], "type", "veth", "peer", "name", self.links[1])
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
@@ -125,7 +130,7 @@ class TwoHosts:
 
     def cut(self) -> None:
         """Nothing passes any more, and nobody is told."""
-        _ip("-n", self.names[1], "link", "set", self.links[1], "down")
+        ip("-n", self.names[1], "link", "set", self.links[1], "down")
 
     def slow(self, megabits: int) -> None:
         """So many in a second, each way."""

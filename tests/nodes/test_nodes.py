@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,7 @@ import pytest
 from cases import cases
 from frontend.test_async_engine import SLOW, collect
 from frontend.test_rank_processes import OnRank
-from nodes.hosts import Node, TwoHosts, ended, no_namespaces, serve
+from nodes.hosts import Node, ended, serve
 from server.processes import free_port
 
 from octavo import LLM, SamplingParams
@@ -95,29 +94,6 @@ def test_stages_on_two_hosts_say_what_one_rank_says_until_a_rank_dies(expected: 
         assert (head.end(), other.end()) == (1, 1)
     for node in (head, other):
         assert f"Node 1 ({socket.gethostname()}): Rank 1 of the engine was killed" in node.said, node.said
-
-
-def test_a_link_between_hosts_is_slow_and_then_cut(expected: str) -> None:
-    """Namespaces with their own loopbacks, so that nothing passes but by the link; layers are split over it."""
-    if reason := no_namespaces():
-        pytest.skip(f"needs network namespaces: {reason}")
-    with TwoHosts() as hosts:
-        hosts.slow(20)
-        http = free_port()
-        head = serve(0, hosts.addresses[0], 29501, "-tp", "2", namespace=hosts.names[0], http=http)
-        other = serve(1, hosts.addresses[0], 29501, "-tp", "2", namespace=hosts.names[1])
-        with ended(head, other):
-            head.wait_for(READY)
-            assert answer(http, PROMPT, namespace=hosts.names[0]) == expected
-            with asked(http, PROMPT, 700, hosts.names[0], stream=True) as client:
-                first_token(client)
-                began = time.monotonic()
-                hosts.cut()
-                rest, _ = client.communicate(timeout=60)
-            assert "has not been heard of for 10 s" in rest, rest
-            assert time.monotonic() - began < 30
-            assert (head.end(), other.end()) == (1, 1)
-        assert "Node 0 has not been heard of for 10 s" in other.said, other.said
 
 
 def fake(node: int, port: int, **options: Any) -> Node:

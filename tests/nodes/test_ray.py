@@ -5,30 +5,31 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from nodes.hosts import FLAGS, PATHS, Node, ended
-from nodes.test_nodes import PROMPT
+from nodes.hosts import FLAGS, PATHS, Node, TwoHosts, ended, no_namespaces
+from nodes.test_nodes import PROMPT, answer, asked, expected, first_token
 from server.processes import free_port
 
-from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.gathering import nodes_of
 from octavo.frontend.ray_nodes import unmet
 
+__all__ = ["expected"]  # a fixture
+
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray, which is not installed")
 
 
 @needs_ray
-def test_stages_are_actors_until_a_node_is_lost() -> None:
+def test_stages_are_actors_until_a_node_is_lost(expected: str) -> None:
     """Tokens are those of one rank; no rank is the API process's. A lost node ends streams; its room is free again."""
-    llm = LLM(device="cpu", threads=1, dtype="float32", max_num_batched_tokens=256)
-    params = SamplingParams(temperature=0, repetition_penalty=1.05, max_tokens=12, ignore_eos=True)
-    expected = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].text
     words = [sys.executable, "-m", "nodes.ray_engine", json.dumps(PROMPT)]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -42,6 +43,54 @@ def test_stages_are_actors_until_a_node_is_lost() -> None:
     assert found["seconds"] < 30
     assert not found["healthy"]
     assert found["free"] == 2
+
+
+def ray_node(hosts: TwoHosts, number: int, directory: str) -> Node:
+    """A Ray node with a CPU, in one of the namespaces. A token of this user would be asked for, and not be sent."""
+    head = f"{hosts.addresses[0]}:6379"
+    where = ["--head", "--port", "6379", "--include-dashboard", "false"] if number == 0 else ["--address", head]
+    words = [*where, "--node-ip-address", hosts.addresses[number], "--num-cpus", "1", "--object-store-memory", "100000000"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = ["env", "RAY_AUTH_MODE=disabled", ray, "start", *words, "--temp-dir", directory, "--block", "--disable-usage-stats"]
+    return Node(start, hosts.names[number])
+
+
+@needs_ray
+def test_a_ray_node_on_each_of_two_hosts(expected: str) -> None:
+    """Namespaces with a slow link: a stage in each; when nothing passes any more, the stage there is named."""
+    if reason := no_namespaces():
+        pytest.skip(f"needs network namespaces: {reason}")
+    with TwoHosts() as hosts, ExitStack() as ends:
+        hosts.slow(50)
+        nodes = []
+        for number in range(2):
+            directory = ends.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))  # short: it has sockets
+            nodes.append(ray_node(hosts, number, directory))
+            ends.enter_context(ended(nodes[-1]))
+            nodes[-1].wait_for("Ray runtime started")
+        http = free_port()
+        flags = ("-pp", "2", "--distributed-executor-backend", "ray", "--host", "127.0.0.1", "--port", str(http))
+        words = [
+            "env",
+            "RAY_AUTH_MODE=disabled",
+            f"RAY_ADDRESS={hosts.addresses[0]}:6379",
+            sys.executable,
+            "-m",
+            "octavo.cli",
+            "serve",
+            *FLAGS,
+            *flags,
+        ]
+        server = Node(words, hosts.names[0])
+        with ended(server):
+            server.wait_for("Octavo is ready")
+            assert answer(http, PROMPT, namespace=hosts.names[0]) == expected
+            with asked(http, PROMPT, 700, hosts.names[0], stream=True) as client:
+                first_token(client)
+                hosts.cut()
+                rest, _ = client.communicate(timeout=60)
+            assert re.search(r"Stage \d .*has (not been heard of|ended or is unreachable)", rest), rest
+            assert server.end(60) == 1
 
 
 @needs_ray

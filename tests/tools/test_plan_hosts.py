@@ -9,11 +9,12 @@ from cases import cases
 from tools.planner import answer, plan_of
 
 from octavo.cli import engine_config, make_parser
-from octavo.distributed import Stages, TensorParallel
+from octavo.distributed import TensorParallel
 from octavo.engine.pipeline import check_pipeline
 from octavo.errors import OctavoError
 from octavo.models import build_model
 from octavo.server import serve
+from octavo.stages import Stages
 from octavo.tools.plan.explain import command, notes, refusals
 from octavo.tools.plan.roofline import HOP_SECONDS, decode_rate, hop_seconds, prefill_rate
 from octavo.tools.plan.splits import splits

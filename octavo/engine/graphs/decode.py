@@ -19,30 +19,33 @@ from torch import Tensor
 from octavo import ops
 from octavo.batch import ForwardBatch, Span
 from octavo.errors import OctavoError
+from octavo.models.interface import StageState
 from octavo.platform import Platform
 
-__all__ = ["DecodeGraphs"]
+__all__ = ["LARGEST", "DecodeGraphs"]
 
 CONTEXTS = (512, 4096, 32768)  # bounds on the longest context, beside the model's maximum
 LARGEST = 512  # requests; a larger batch keeps the device busy without graphs
+Forward = Callable[[ForwardBatch], tuple[Tensor, Tensor] | StageState]
 
 
 @dataclass
 class _Graph:
     replay: Callable[[], None]
-    logits: Tensor
+    out: Tensor | StageState
 
 
 class DecodeGraphs:
     """Graphs of `forward` for batches of one token per request, up to `max_num_seqs` requests and `max_model_len` tokens.
 
-    `forward` returns logits [rows, vocab] and their argmax, int64 [rows]. `variant(requests, longest context)` returns equal
-    keys where the launches are equal. `warm_up` runs the other kernels that must be compiled before serving.
+    `forward` returns logits [rows, vocab] and their argmax, int64 [rows], or, of a pipeline stage that is not the last, the
+    next one's state. `variant(requests, longest context)` returns equal keys where the launches are equal. `warm_up` runs the
+    other kernels that must be compiled before serving. `arrived` is called before each replay, for inputs of other sources.
     """
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
+        forward: Forward,
         platform: Platform,
         block_size: int,
         max_num_seqs: int,
@@ -50,7 +53,9 @@ class DecodeGraphs:
         scratch_block: int,
         variant: Callable[[int, int], Hashable],
         warm_up: Callable[[], None] = lambda: None,
+        arrived: Callable[[], None] = lambda: None,
     ):
+        self.arrived = arrived
         self.platform, self.block_size, self.scratch_slot = platform, block_size, scratch_block * block_size
         self.sizes = _sizes(min(max_num_seqs, LARGEST))
         self.contexts = [*(c for c in CONTEXTS if c < max_model_len), max_model_len]
@@ -73,12 +78,15 @@ class DecodeGraphs:
 
     def _capture(
         self,
-        forward: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
+        forward: Forward,
         variant: Callable[[int, int], Hashable],
         warm_up: Callable[[], None],
     ) -> None:
-        def decode(size: int, context: int) -> Tensor:
-            logits, tokens = forward(self._batch(size, context))
+        def decode(size: int, context: int) -> Tensor | StageState:
+            out = forward(self._batch(size, context))
+            if isinstance(out, StageState):
+                return out
+            logits, tokens = out
             self.chosen[:size].copy_(tokens)
             return logits
 
@@ -96,8 +104,8 @@ class DecodeGraphs:
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
                     decode(size, context)  # compiles kernels that are not compiled yet, which a capture could not
-                    replay, logits, pool = ops.capture(partial(decode, size, context), pool)
-                    made[key] = _Graph(replay, logits)
+                    replay, out, pool = ops.capture(partial(decode, size, context), pool)
+                    made[key] = _Graph(replay, out)
                 self._graphs[size, context] = made[key]
 
     def __len__(self) -> int:
@@ -145,8 +153,10 @@ class DecodeGraphs:
             sent = sent if self.platform.is_cpu else sent.pin_memory()
             self.tables[: len(spans), :width].copy_(sent, non_blocking=True)
 
-    def run(self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Logits [len(spans), vocab] of one token per span, and their argmax, int64 [len(spans)].
+    def run(
+        self, spans: Sequence[Span], tokens: Tensor | None, sources: Sequence[int]
+    ) -> tuple[Tensor, Tensor] | StageState | None:
+        """Logits [len(spans), vocab] of one token per span, and their argmax, int64 [len(spans)]; or the next stage's state.
 
         None where there are more spans than the largest graph has rows. The token of span i is tokens[sources[i]] where
         sources[i] is not negative. The results are valid until the next call.
@@ -164,8 +174,11 @@ class DecodeGraphs:
             self.chosen[: len(tokens)].copy_(tokens)
         self._send_tables(spans, max(last) // block + 1)
         graph = self._graphs[size, context]
+        self.arrived()
         graph.replay()
-        return graph.logits[:count], self.chosen[:count]
+        if isinstance(graph.out, StageState):
+            return graph.out.part(count)
+        return graph.out[:count], self.chosen[:count]
 
 
 def _sizes(most: int) -> list[int]:

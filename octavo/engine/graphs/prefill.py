@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.batch import ForwardBatch, Span
+from octavo.models.interface import StageState
 from octavo.platform import Platform
 
 __all__ = ["PrefillGraphs"]
@@ -24,16 +25,19 @@ SIZES = (64, 128, 256, 512)  # tokens; kernels of longer prompts take longer tha
 
 class PrefillGraphs:
     """Graphs of `forward`, which takes a batch of one request and the index of its last token, int64 [1], and returns logits
-    [1, vocab] and their argmax, int64 [1]."""
+    [1, vocab] and their argmax, int64 [1], or, of a pipeline stage that is not the last, the next one's state. arrived: as
+    DecodeGraphs'."""
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch, Tensor], tuple[Tensor, Tensor]],
+        forward: Callable[[ForwardBatch, Tensor], tuple[Tensor, Tensor] | StageState],
         platform: Platform,
         block_size: int,
         most_tokens: int,
         scratch_block: int,
+        arrived: Callable[[], None] = lambda: None,
     ):
+        self.arrived = arrived
         self.platform, self.block_size, self.scratch_block = platform, block_size, scratch_block
         self.sizes = [size for size in SIZES if size <= most_tokens]
         if not self.sizes:
@@ -42,15 +46,15 @@ class PrefillGraphs:
         # Token ids, rotary rows, slots, the last token's index and, as int32, the number of real tokens.
         self.sent = torch.zeros(3 * largest + 2, dtype=torch.int64, device=device)
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[Callable[[], None], tuple[Tensor, Tensor] | StageState]] = {}
         self._batches: list[ForwardBatch] = []  # kept alive, because replays read their tensors and cached values
         pool = None
         for size in reversed(self.sizes):
             self._send(Span([0] * size, 0, [scratch_block] * self.table.shape[1]))
             batch, last = self._batch(size)
             forward(batch, last)  # compiles kernels and fills the batch's step cache, which a capture could not
-            replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
-            self._graphs[size] = replay, logits, tokens
+            replay, out, pool = ops.capture(partial(forward, batch, last), pool)
+            self._graphs[size] = replay, out
             self._batches.append(batch)
 
     def _batch(self, size: int) -> tuple[ForwardBatch, Tensor]:
@@ -79,13 +83,15 @@ class PrefillGraphs:
         host = torch.tensor(values, dtype=to.dtype, pin_memory=not self.platform.is_cpu)
         to.copy_(host, non_blocking=True)
 
-    def run(self, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Logits [1, vocab] after the last token of a prompt, and their argmax. Both are valid until the next call.
+    def run(self, span: Span) -> tuple[Tensor, Tensor] | StageState | None:
+        """Logits [1, vocab] after the last token of a prompt, and their argmax, or the next stage's state: valid until the next
+        call.
 
         None where no graph is large enough.
         """
         if span.start or not self.sizes or len(span.token_ids) > self.sizes[-1]:
             return None
-        replay, logits, tokens = self._graphs[self._send(span)]
+        replay, out = self._graphs[self._send(span)]
+        self.arrived()
         replay()
-        return logits, tokens
+        return out.part(len(span.token_ids)) if isinstance(out, StageState) else out

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from octavo.config import EngineConfig
-from octavo.distributed import Stages, TensorParallel
+from octavo.distributed import TensorParallel
 from octavo.engine.loading import checkpoint_scheme
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model, number_of_layers
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.stages import Stages
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import Source
 from octavo.tools.plan.operands import Walk
