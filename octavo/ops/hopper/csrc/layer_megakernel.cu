@@ -52,8 +52,10 @@ template <int P> struct Shape {
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64, VALUES = TOKENS / 2; /* of a tile, per thread */
 constexpr int INPUT = TOKENS * STEP, FETCHED = TOKENS == 32 ? 2 : 4, INPUTS = TOKENS == 16 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
+__device__ constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+constexpr int MOST_SCALES = larger_of(larger_of(Shape<O>::SHARE, 2 * Shape<GATE_UP>::SHARE), larger_of(Shape<DOWN>::SHARE, Shape<NEXT_QKV>::SHARE));
 constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
-constexpr int FEW = 2, MANY = BLOCKS ? 4 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
+constexpr int FEW = 2, MANY = 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
@@ -62,7 +64,8 @@ struct SmemState {
     int begin[BOXES];
     u32 cta_amax[AMAXES][TOKENS], amax[AMAXES][TOKENS];
     __align__(16) float input_scale[BLOCKS ? INPUTS : 1][BLOCKS ? FETCHED : 1][TOKENS]; /* of a product's inputs, except PTPC's down */
-    float scale[AMAXES][TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
+    float tile_scale[WARPS][BLOCKS ? MOST_SCALES : 1]; /* of a warp's rows, in a unit's steps */
+    float scale[TOKENS], inverse[AMAXES][TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act, BLOCKS: the inverse alone */
     union __align__(16) {
         float other[VALUES][128]; /* the other warpgroup's sums */
         u16 act[CTA_UNITS][TOKENS][128 + 8]; /* padded by four banks */
@@ -127,14 +130,14 @@ struct Row {
                 most = amax(i);
 #pragma unroll
                 for (int lane = STEP / 8 / 2; lane; lane /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lane));
-                scale = fmaxf(most / LIMIT, FLOOR);
+                scale = fmaxf(most / LIMIT, FLOOR), by = 1.0f / scale;
                 if (place(i) % STEP == 0 && place(i) < width) scales[place(i) / STEP * TOKENS + token] = scale;
             }
             float x[8];
             unpack(words[i], x);
             u32 c[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) c[j] = BLOCKS ? codes_of(x[2 * j] / scale, x[2 * j + 1] / scale) : codes_of(x[2 * j] * by, x[2 * j + 1] * by);
+            for (int j = 0; j < 4; j++) c[j] = codes_of(x[2 * j] * by, x[2 * j + 1] * by);
             if (place(i) < width) *(uint2 *)(codes + place_of(token, place(i))) = uint2{c[0] | c[1] << 16, c[2] | c[3] << 16};
         }
     }
@@ -252,7 +255,7 @@ INLINE void scale_tokens(u32 *sent, SmemState &smem) {
     consumers_sync();
     if (threadIdx.x < TOKENS) {
         const float scale = fmaxf(__uint_as_float(smem.amax[0][threadIdx.x]) / LIMIT, FLOOR);
-        smem.scale[0][threadIdx.x] = scale, smem.inverse[threadIdx.x] = 1.0f / scale;
+        smem.scale[threadIdx.x] = scale, smem.inverse[0][threadIdx.x] = 1.0f / scale;
     }
 }
 
@@ -284,7 +287,7 @@ INLINE void scale_groups(const Between &s, u32 *sent, SmemState &smem) {
             }
         } while (!all);
         const float scale = fmaxf(__uint_as_float(most) / LIMIT, FLOOR);
-        smem.scale[g.which][g.token] = scale;
+        smem.inverse[g.which][g.token] = 1.0f / scale;
         if (g.unit == g.first()) s.input_scales[DOWN][g.group * TOKENS + g.token] = scale;
     }
 }
@@ -303,13 +306,12 @@ INLINE void quantize_act(const Between &s, SmemState &smem) {
     else scale_tokens(s.grid_barriers + GRID_BARRIERS, smem);
     consumers_sync();
     for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
-        const float scale = smem.scale[piece.amax()][piece.token], by = smem.inverse[piece.token];
+        const float by = smem.inverse[piece.amax()][piece.token];
         u32 c[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
-            c[j] = BLOCKS ? codes_of(low_of(a) / scale, high_of(a) / scale, low_of(b) / scale, high_of(b) / scale)
-                          : codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
+            c[j] = codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
         }
         *(uint4 *)(s.codes[DOWN] + place_of(piece.token, piece.at())) = uint4{c[0], c[1], c[2], c[3]};
     });
