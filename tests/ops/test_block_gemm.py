@@ -20,7 +20,7 @@ from octavo.ops import gpu
 from octavo.ops.contract import Activation, CodeFormat, Quantized
 from octavo.ops.hopper import block_gate_up_silu, block_gemm, gate_up_silu
 from octavo.ops.hopper import compile as compiler
-from octavo.ops.hopper.gemm import Variant
+from octavo.ops.hopper.gemm import Variant, box_of
 from octavo.platform import Platform, detect
 from octavo.quant import FP8_BLOCK, SCHEMES, Granularity, QTensor, concat, dequantize, quantize
 from tests.ops.paged import needs_hopper
@@ -53,29 +53,39 @@ def test_it_compiles(kernels: compiler.Kernels, variant: Variant, tmp_path: Path
     options = kernels.others | dict(zip(kernels.options, variant, strict=True))
     stacks, code = dumped(compiler.compile_cubin(kernels.source, "sm_90a", options), tmp_path)
     assert stacks == ["0"]
-    in_turn = kernels is block_gemm.KERNELS and variant.half == 64
+    in_turn = kernels is block_gemm.KERNELS and variant.half <= 64
     products = 4 if in_turn else variant.half // 64  # the first step, two of the loop, the last
-    assert len(re.findall(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", code)) == 4 * products
+    width = 2 * min(variant.half, 64)
+    assert len(re.findall(rf"QGMMA\.64x{width}x32\.F32\.E4M3\.E4M3", code)) == 4 * products
     assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == products + in_turn  # the last step is two steps' end
-    assert len(re.findall(r"FFMA", code)) >= 64 * products
+    assert len(re.findall(r"FFMA", code)) >= width // 2 * products
     assert ("UTMALDG.2D.MULTICAST" in code) == (variant.cluster > 1)
 
 
 def test_the_variant_that_is_done_first() -> None:
     """As measured on an H200 for Llama-3.1-8B."""
 
-    def chosen(tokens: int, rows: int) -> tuple[int, int]:
-        return block_gemm.choose(block_gemm.VARIANTS, tokens, rows, 132)
+    qkv, o, down = (6144, 4096), (4096, 4096), (4096, 14336)
 
-    assert chosen(64, 6144) == chosen(128, 4096) == chosen(256, 6144) == chosen(256, 4096) == (1, 64)
-    assert chosen(1024, 6144) == (1, 64)
-    assert chosen(1024, 4096) == chosen(8192, 6144) == chosen(8192, 4096) == (2, 128)
+    def chosen(tokens: int, shape: tuple[int, int]) -> Variant:
+        return block_gemm.choose(block_gemm.VARIANTS, tokens, shape, 132)
 
-    def gated(tokens: int) -> tuple[int, int]:
-        return block_gemm.choose(block_gate_up_silu.VARIANTS, tokens, 28672, 132)
+    assert chosen(128, o) == chosen(128, down) == Variant(1, 32, 2)
+    assert chosen(128, qkv) == chosen(256, o) == Variant(1, 32)
+    assert chosen(256, down) == Variant(1, 64, 2)
+    assert chosen(256, qkv) == chosen(512, o) == chosen(512, down) == chosen(1024, qkv) == Variant(1, 64)
+    assert chosen(1024, o) == chosen(8192, qkv) == chosen(8192, o) == chosen(8192, down) == Variant(2, 128)
 
-    assert gated(64) == gated(128) == gated(256) == (1, 128)
-    assert gated(8192) == (2, 128)
+    def gated(tokens: int) -> Variant:
+        return block_gemm.choose(block_gate_up_silu.VARIANTS, tokens, (28672, 4096), 132)
+
+    assert gated(64) == gated(128) == gated(256) == Variant(1, 128)
+    assert gated(8192) == Variant(2, 128)
+
+
+def test_a_box_is_half_a_tile_where_one_is_enough() -> None:
+    assert [box_of(tokens) for tokens in (33, 64, 129, 192)] == [64] * 4
+    assert [box_of(tokens) for tokens in (65, 128, 256, 8200)] == [128] * 4
 
 
 def weight(n: int, k: int, padded: int = 16) -> tuple[block_gemm.PackedBlocks, Tensor]:

@@ -39,7 +39,7 @@ def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.Monke
     and once at the end; weights for all programs of a cluster at once. Of those, programs meet at the start and at the end, and
     in between none waits for its own writes to be seen, which made each step a third longer."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    options = {"CLUSTER": variant.cluster, "HALF": variant.half}
+    options = dict(zip(gate_up_silu.KERNELS.options, variant, strict=True))
     stacks, code = dumped(compiler.compile_cubin("gate_up_silu_gemm.cu", "sm_90a", options), tmp_path)
     assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{2 * variant.half}x32\.F32\.E4M3\.E4M3", code)) == 4
@@ -49,14 +49,14 @@ def test_it_compiles(variant: Variant, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_variant_that_is_done_first() -> None:
-    def chosen(tokens: int, width: int = 14336) -> tuple[int, int]:
+    def chosen(tokens: int, width: int = 14336) -> Variant:
         return choose(gate_up_silu.VARIANTS, tokens, 2 * width, 132)
 
-    assert chosen(33) == chosen(128) == (1, 112)  # one tile for each multiprocessor
-    assert chosen(256) == chosen(512) == (2, 112)
-    assert chosen(384) == (1, 112)  # three tiles a multiprocessor, not two pairs
-    assert chosen(8192) == (2, 128)
-    assert choose([Variant(1, 64)], 1, 1, 1) == (1, 64)
+    assert chosen(33) == chosen(128) == Variant(1, 112)  # one tile for each multiprocessor
+    assert chosen(256) == chosen(512) == Variant(2, 112)
+    assert chosen(384) == Variant(1, 112)  # three tiles a multiprocessor, not two pairs
+    assert chosen(8192) == Variant(2, 128)
+    assert choose([Variant(1, 64)], 1, 1, 1) == Variant(1, 64)
 
 
 def exact(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:

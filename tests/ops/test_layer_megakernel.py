@@ -153,7 +153,7 @@ def quantized(x: Tensor, *, by_group: bool) -> tuple[Tensor, Tensor]:
     if by_group:
         groups = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
         scale = scale_of(groups.abs().amax(2))
-        return (groups / scale[:, :, None]).flatten(1)[:, : x.shape[1]].to(torch.float8_e4m3fn), scale
+        return (groups * (1 / scale)[:, :, None]).flatten(1)[:, : x.shape[1]].to(torch.float8_e4m3fn), scale
     scale = scale_of(x.float().abs().amax(1, keepdim=True))
     return (x.float() * (1 / scale)).to(torch.float8_e4m3fn), scale
 

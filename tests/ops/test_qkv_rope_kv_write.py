@@ -43,7 +43,7 @@ def test_it_compiles(variant: Variant, blocks: int, tmp_path: Path, monkeypatch:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them, where
     they do not take the place of a second set of sums."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    options = {"CLUSTER": variant.cluster, "HALF": variant.half, "BLOCKS": blocks}
+    options = dict(zip(qkv_rope_kv_write.KERNELS.options, variant, strict=True)) | {"BLOCKS": blocks}
     stacks, code = dumped(compiler.compile_cubin("qkv_rope_kv_write_gemm.cu", "sm_90a", options), tmp_path)
     assert int(stacks[0]) <= (
         40 if blocks else 32

@@ -75,7 +75,7 @@ def gated_linear(x: Operand, w: PackedBlocks, readers: Sequence[Reader] = ()) ->
     made = codes_for(tokens, form, device) if form is not None and by_group(form) and form.width == width else None
     needs_dense = wants_dense or made is None
     dense = torch.empty(tokens, width, dtype=torch.bfloat16, device=device) if needs_dense else None
-    if not multiply(given, w, dense, made, choose(VARIANTS, tokens, w.n, launch.device_units())):
+    if not multiply(given, w, dense, made, choose(VARIANTS, tokens, w.weight.shape, launch.device_units())):
         return gpu.silu_mul(w(Activation(None, given)), readers)
     if form is not None and made is None:
         assert dense is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.ops import gpu
 from octavo.ops.contract import Operand, Quantized
 from octavo.ops.hopper.compile import Kernels, no_warpgroups, tensor_map
-from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, TOKENS, Product, Variant, num_ctas, tokens_of
+from octavo.ops.hopper.gemm import DEPTH, OPTIONS, OUT_BOX, TOKENS, Product, Variant, num_ctas, tokens_of
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MAX_TOKENS
 from octavo.platform import Platform
@@ -22,7 +22,7 @@ from octavo.quant.scheme import BLOCK
 
 __all__ = ["KERNELS", "ROW_KERNELS", "VARIANTS", "BlockProduct", "Blocks", "PackedBlocks", "choose", "multiply", "refusal"]
 
-VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128)
+VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128), Variant(1, 32), Variant(1, 64, 2), Variant(1, 32, 2)
 ROW_VARIANTS = VARIANTS[:2]
 KERNELS = Kernels("block_gemm.cu", "block_product", "block products of many tokens are Triton's", OPTIONS, VARIANTS, BY_ROW=0)
 ROW_KERNELS = Kernels(
@@ -30,9 +30,10 @@ ROW_KERNELS = Kernels(
 )
 ALIGNMENT = 16  # bytes, of TMA's strides
 
-# Cost model, as in octavo.ops.hopper.gemm, of one H200: a tile's time by HALF; its time besides its products; the slowdown of
-# products without a cluster that shares the weight; and what a launch of clusters takes longer.
-TIMES, AFTERWARDS, ALONE, COUPLED = {64: 64, 128: 112}, 8, 1.02, 6
+# Cost model, µs on one H200 at 256 tokens: of a K step and of a launch, by half and split of a Variant; of a tile besides its
+# steps; the slowdown of products without a cluster that shares the weight; and what a launch of such clusters takes longer.
+COSTS = {(32, 1): (0.28, 2.3), (64, 1): (0.355, 3.8), (128, 1): (0.67, 4.7), (32, 2): (0.28, 5.1), (64, 2): (0.42, 5.0)}
+AFTERWARDS, ALONE, COUPLED = 0.9, 1.02, 1.5
 
 
 class BlockProduct(ctypes.Structure):
@@ -97,18 +98,19 @@ class PackedBlocks(gpu.PackedBlocks):
         if tokens > MAX_TOKENS:
             out = torch.empty(tokens, rows, dtype=torch.bfloat16, device=given.codes.device)
             variants = VARIANTS if self.by_row is None else ROW_VARIANTS
-            if multiply(given, self, out, choose(variants, tokens, rows, launch.device_units())):
+            if multiply(given, self, out, choose(variants, tokens, self.weight.shape, launch.device_units())):
                 return out[:, : self.n]
         return super()._product(given)
 
 
-def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> Variant:
-    """The variant with the shortest estimated time for a weight of this many rows. Every CTA of a cluster has tokens."""
+def choose(variants: Sequence[Variant], tokens: int, shape: Sequence[int], units: int) -> Variant:
+    """The variant with the shortest estimated time for a weight [rows, K] of this shape. Every CTA of a cluster has tokens."""
+    rows, depth = shape
 
     def took(v: Variant) -> float:
-        tiles, places = -(-tokens // (TOKENS * v.cluster)) * -(-rows // (2 * v.half)), units // v.cluster
-        alone = v.cluster == 1
-        return -(-tiles // places) * (TIMES[v.half] * (ALONE if alone else 1.0) + AFTERWARDS) + (0 if alone else COUPLED)
+        tiles, places = -(-tokens // (TOKENS * v.cluster)) * -(-rows // (2 * v.half)), units // (v.cluster * v.split)
+        (step, start), steps, alone = COSTS[v.half, v.split], -(-depth // (DEPTH * v.split)), v.cluster == 1
+        return -(-tiles // places) * (steps * step * (ALONE if alone else 1.0) + AFTERWARDS) + start + (0 if alone else COUPLED)
 
     return min((v for v in variants if v.cluster == 1 or tokens > TOKENS), key=took)
 

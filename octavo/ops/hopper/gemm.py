@@ -18,20 +18,34 @@ from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MAX_TOKENS
 from octavo.platform import Platform
 
-__all__ = ["OPTIONS", "OUT_BOX", "TOKENS", "Product", "Variant", "choose", "num_ctas", "refusal", "tokens_of"]
+__all__ = [
+    "DEPTH",
+    "OPTIONS",
+    "OUT_BOX",
+    "TOKENS",
+    "Product",
+    "Variant",
+    "box_of",
+    "choose",
+    "num_ctas",
+    "refusal",
+    "tokens_of",
+]
 
 log = logging.getLogger(__name__)
 
 TOKENS, DEPTH = 128, 128  # tile's tokens and K step, as in gemm_mainloop.cuh
-OPTIONS = "CLUSTER", "HALF"  # the fields of a Variant
+FEW_TOKENS = 4 * TOKENS  # of so many tokens a last tile that is not full counts
+OPTIONS = "CLUSTER", "HALF", "SPLIT"  # the fields of a Variant
 OUT_BOX = 128, 16  # bytes and tokens of a TMA box of results
 
 
 class Variant(NamedTuple):
-    """CTAs of a cluster, which share the weight's rows, and half of a tile's rows."""
+    """CTAs of a cluster that share the weight's rows; half of a tile's rows; CTAs of a cluster that share a tile (split-K)."""
 
     cluster: int
     half: int
+    split: int = 1
 
 
 # Cost model, in units of a tile's rows at Llama-3.1-8B's K: a tile's time besides its products, and the relative slowdown of
@@ -67,12 +81,20 @@ def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:
     return None
 
 
+def box_of(tokens: int) -> int:
+    """Tokens of a TMA box: a tile's, or half, where the last of few tiles needs one of two.
+
+    TMA fills rows beyond the end slower than it loads rows.
+    """
+    return TOKENS // 2 if tokens < FEW_TOKENS and 0 < tokens % TOKENS <= TOKENS // 2 else TOKENS
+
+
 class Product(ctypes.Structure):
     """The arguments that all of these kernels begin with."""
 
     _fields_ = [
-        ("maps", c_ubyte * 128 * 2), *((name, c_int32) for name in ("tokens", "across", "steps", "second")),
-        ("padding", c_ubyte * 48),  # pads to 64 bytes
+        ("maps", c_ubyte * 128 * 2), *((name, c_int32) for name in ("tokens", "across", "steps", "second", "box")),
+        ("padding", c_ubyte * 44),  # pads to 64 bytes
     ]  # fmt: skip
 
     @classmethod
@@ -80,13 +102,14 @@ class Product(ctypes.Structure):
         """Arguments for codes [M, K'] by a weight [N, K'], in `across` tiles of two halves of `half` rows, the halves `second`
         rows apart.
         """
-        (tokens, depth), rows = codes.shape, weight.shape[0]
+        (tokens, depth), rows, box = codes.shape, weight.shape[0], box_of(len(codes))
         maps = (
-            tensor_map(codes, (depth, tokens), (depth,), (DEPTH, TOKENS)),
+            tensor_map(codes, (depth, tokens), (depth,), (DEPTH, box)),
             tensor_map(weight, (depth, rows), (depth,), (DEPTH, half)),
         )
-        return cls((c_ubyte * 128 * 2).from_buffer_copy(b"".join(maps)), tokens, across, -(-depth // DEPTH), second)
+        return cls((c_ubyte * 128 * 2).from_buffer_copy(b"".join(maps)), tokens, across, -(-depth // DEPTH), second, box)
 
 
 def num_ctas(variant: Variant) -> int:
-    return launch.device_units() // variant.cluster * variant.cluster
+    size = variant.cluster * variant.split  # of a cluster
+    return launch.device_units() // size * size

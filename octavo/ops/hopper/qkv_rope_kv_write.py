@@ -103,6 +103,7 @@ def project(
     given = w.codes(x)
     tokens = len(given.codes)
     q = torch.empty(tokens, heads, DIM, dtype=torch.bfloat16, device=given.codes.device)
-    by = block_gemm.choose if isinstance(w, PackedBlocks) else choose
-    variant = by(VARIANTS, tokens, w.n, launch.device_units())
+    units = launch.device_units()
+    of_blocks = isinstance(w, PackedBlocks)
+    variant = block_gemm.choose(VARIANTS, tokens, w.weight.shape, units) if of_blocks else choose(VARIANTS, tokens, w.n, units)
     return q if write(given, w, q, rope, cache, batch, variant) else None

@@ -60,7 +60,7 @@ struct End {
     }
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gated_product(const __grid_constant__ Gated s) {
+extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREADS, 1) gated_product(const __grid_constant__ Gated s) {
     launch_dependent_grids();
     product<End>(s);
 }

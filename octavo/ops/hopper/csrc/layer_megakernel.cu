@@ -55,8 +55,10 @@ constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64;
 constexpr int VALUES = COLUMNS / 2, SUMS = TOKENS / 2, EACH = TWO_CODES ? 1 : 2; /* of a tile, per thread: its values, their sums by token, and tokens in adjacent columns */
 constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, INPUTS = COLUMNS == 16 || COLUMNS == 64 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
+__device__ constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+constexpr int MOST_SCALES = larger_of(larger_of(Shape<O>::SHARE, 2 * Shape<GATE_UP>::SHARE), larger_of(Shape<DOWN>::SHARE, Shape<NEXT_QKV>::SHARE));
 constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
-constexpr int FEW = 2, MANY = BLOCKS ? 4 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
+constexpr int FEW = 2, MANY = 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
@@ -65,7 +67,8 @@ struct SmemState {
     int begin[BOXES];
     u32 cta_amax[AMAXES][TOKENS], amax[AMAXES][TOKENS];
     __align__(16) float input_scale[BLOCKS ? INPUTS : 1][BLOCKS ? FETCHED : 1][TOKENS]; /* of a product's inputs, except PTPC's down */
-    float scale[AMAXES][TOKENS], inverse[TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act */
+    float tile_scale[WARPS][BLOCKS ? MOST_SCALES : 1]; /* of a warp's rows, in a unit's steps */
+    float scale[TOKENS], inverse[AMAXES][TOKENS], first[WARPS], second[WARPS]; /* scale and inverse: of act, BLOCKS: the inverse alone */
     union __align__(16) {
         float other[SUMS][128]; /* the other warpgroup's sums */
         u16 act[CTA_UNITS][TOKENS][128 + 8]; /* padded by four banks */
@@ -131,7 +134,7 @@ struct Row {
                 most = amax(i);
 #pragma unroll
                 for (int lane = STEP / 8 / 2; lane; lane /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lane));
-                scale = fmaxf(most / LIMIT, FLOOR);
+                scale = fmaxf(most / LIMIT, FLOOR), by = 1.0f / scale;
                 if (place(i) % STEP == 0 && place(i) < width) scales[place(i) / STEP * TOKENS + token] = scale;
             }
             float x[8];
@@ -139,7 +142,7 @@ struct Row {
             u32 c[4], rest[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                c[j] = BLOCKS ? codes_of(x[2 * j] / scale, x[2 * j + 1] / scale) : codes_of(x[2 * j] * by, x[2 * j + 1] * by);
+                c[j] = codes_of(x[2 * j] * by, x[2 * j + 1] * by);
                 rest[j] = TWO_CODES ? rests_of(c[j], x[2 * j] * by, x[2 * j + 1] * by) : 0;
             }
             if (place(i) >= width) continue;
@@ -261,7 +264,7 @@ INLINE void scale_tokens(u32 *sent, SmemState &smem) {
     consumers_sync();
     if (threadIdx.x < TOKENS) {
         const float scale = fmaxf(__uint_as_float(smem.amax[0][threadIdx.x]) / LIMIT, FLOOR);
-        smem.scale[0][threadIdx.x] = scale, smem.inverse[threadIdx.x] = 1.0f / scale;
+        smem.scale[threadIdx.x] = scale, smem.inverse[0][threadIdx.x] = 1.0f / scale;
     }
 }
 
@@ -293,7 +296,7 @@ INLINE void scale_groups(const Between &s, u32 *sent, SmemState &smem) {
             }
         } while (!all);
         const float scale = fmaxf(__uint_as_float(most) / LIMIT, FLOOR);
-        smem.scale[g.which][g.token] = scale;
+        smem.inverse[g.which][g.token] = 1.0f / scale;
         if (g.unit == g.first()) s.input_scales[DOWN][g.group * TOKENS + g.token] = scale;
     }
 }
@@ -312,13 +315,12 @@ INLINE void quantize_act(const Between &s, SmemState &smem) {
     else scale_tokens(s.grid_barriers + GRID_BARRIERS, smem);
     consumers_sync();
     for_pieces(s, smem, [&](const Piece &piece, const u32 *pairs) {
-        const float scale = smem.scale[piece.amax()][piece.token], by = smem.inverse[piece.token];
+        const float by = smem.inverse[piece.amax()][piece.token];
         u32 c[4], rest[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const u32 a = pairs[2 * j], b = pairs[2 * j + 1];
-            c[j] = BLOCKS ? codes_of(low_of(a) / scale, high_of(a) / scale, low_of(b) / scale, high_of(b) / scale)
-                          : codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
+            c[j] = codes_of(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
             rest[j] = TWO_CODES ? rests_of(c[j], low_of(a) * by, high_of(a) * by) | rests_of(c[j] >> 16, low_of(b) * by, high_of(b) * by) << 16 : 0;
         }
         *(uint4 *)(s.codes[DOWN] + place_of(piece.token << TWO_CODES, piece.at())) = uint4{c[0], c[1], c[2], c[3]};

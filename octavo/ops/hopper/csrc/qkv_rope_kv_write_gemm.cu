@@ -172,6 +172,6 @@ struct End {
     }
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) qkv_product(const __grid_constant__ Qkv s) {
+extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREADS, 1) qkv_product(const __grid_constant__ Qkv s) {
     product<End>(s);
 }

@@ -39,28 +39,24 @@ INLINE int thread_token() { return threadIdx.x % 4 * EACH; }
 /* Wait until at most `pending` later steps, 1 or 0, are in flight, then accumulate this step in FP32, if it counts; with
    BLOCKS times the scale of the weight's tile, which is 0 if the step does not count, and the tokens' scales [TOKENS]. */
 INLINE void end(int pending, float (&sum)[VALUES], float (&part)[VALUES], bool counts, float by_tile, const float *by_token) {
+    float by[VALUES / 2]; /* found before the wait, which would delay it */
+#pragma unroll
+    for (int i = 0; i < VALUES / 2 * BLOCKS; i++) by[i] = by_tile * by_token[thread_token() + i / 2 * 8 + i % 2];
     if (pending) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
     else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int v = 0; v < VALUES; v++) {
         asm volatile("" : "+f"(part[v])::"memory");
-        if (BLOCKS) sum[v] += part[v] * (by_tile * by_token[thread_token() + v / 4 * 8 + v % 2]);
+        if (BLOCKS) sum[v] += part[v] * by[v / 4 * 2 + v % 2];
         else sum[v] += counts ? part[v] : 0;
     }
 }
 
-/* A warp's scales of tiles along K: its 16 rows lie in one tile. Each is loaded a step ahead, the first before inputs are there. */
-struct TileScales {
-    const float *from;
-    int steps;
-    float ahead;
-    INLINE void load(int step) { ahead = __ldg(from + min(step, steps - 1)); }
-    INLINE float take(int next) {
-        const float scale = ahead;
-        load(next);
-        return scale;
-    }
-};
+/* Load a warp's scales of tiles along K, whose 16 rows lie in one tile, before inputs are there. */
+INLINE void load_scales(float *to, const float *from, int steps) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < steps; i += 32) to[i] = __ldg(from + i);
+}
 
 struct Consumer {
     Boxes at;
@@ -75,14 +71,14 @@ struct Consumer {
         const int first = unit % Z::SPLITS * Z::SHARE, tiles = (min(first + Z::SHARE, Z::STEPS) - first) * Z::HALVES, rounds = up(tiles, TILES_PER_ROUND);
         const bool leads = threadIdx.x % 32 == 0;
         float part[2][VALUES], sum[2][VALUES];
-        TileScales by_tile[Z::HALVES];
+        float *by_tile = smem.tile_scale[threadIdx.x / 32]; /* [HALVES, SHARE] */
         if (BLOCKS) {
+            __syncwarp();
             const int row = min(unit / Z::SPLITS * Z::ROWS + thread_row() / 16 * 16 % (Z::SPLIT_ROWS ? 128 : 64), Z::N - 1);
 #pragma unroll
-            for (int h = 0; h < Z::HALVES; h++) {
-                by_tile[h] = {s.scales[P] + (i64)((h * INTER + row) / Z::TILE) * Z::STEPS + first, tiles / Z::HALVES};
-                by_tile[h].load(Z::SPLIT_ROWS ? 0 : group);
-            }
+            for (int h = 0; h < Z::HALVES; h++)
+                load_scales(by_tile + h * Z::SHARE, s.scales[P] + (i64)((h * INTER + row) / Z::TILE) * Z::STEPS + first, tiles / Z::HALVES);
+            __syncwarp();
         }
 #pragma unroll
         for (int v = 0; v < VALUES; v++) sum[0][v] = sum[1][v] = part[0][v] = part[1][v] = 0;
@@ -113,7 +109,7 @@ struct Consumer {
         const bool all_count = Z::SPLIT_ROWS || !group || tiles % 2 == 0; /* the last round may have one step only */
         auto complete = [&](int pending, int odd, int round, bool counts = true) {
             const int step = (round * TILES_PER_ROUND + (!Z::SPLIT_ROWS && counts ? group : 0)) / Z::HALVES;
-            const float scale = BLOCKS && counts ? by_tile[odd ? UP : 0].take(step + TILES_PER_ROUND) : 0;
+            const float scale = BLOCKS && counts ? by_tile[(odd ? UP : 0) * Z::SHARE + step] : 0;
             end(pending, sum[odd ? UP : 0], part[odd], counts, scale, smem.input_scale[BLOCKS ? input_behind.at : 0][BLOCKS ? step % FETCHED : 0]);
             release(round);
         };
@@ -159,7 +155,7 @@ INLINE void product(const Between &s, Consumer &consumer, u8 *ring, u8 *inputs, 
 #pragma unroll
             for (int i = 0; i < 2; i++) by_row[h][i] = !BLOCKS && first_row + 8 * i < Z::N ? __ldg(s.scales[P] + h * INTER + first_row + 8 * i) : 0;
         consumer.multiply_unit<P>(s, unit, group, ring, inputs, smem, sum);
-        const float *by_token = (P == DOWN ? smem.scale[0] : smem.input_scale[0][0]) + thread_token();
+        const float *by_token = (P == DOWN ? smem.scale : smem.input_scale[0][0]) + thread_token();
 #pragma unroll
         for (int v = 0; v < VALUES / 2; v++) {
             const int row = first_row + v % 2 * 8;
