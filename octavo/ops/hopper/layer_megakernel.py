@@ -8,6 +8,7 @@ length.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
 from functools import partial
 
@@ -87,7 +88,7 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
     """
 
     name = "a launch between attentions, csrc/layer_megakernel.cu"
-    columns = COLUMNS
+    columns: Sequence[int] = COLUMNS
 
     def __init__(self, parts: DecoderParts, platform: Platform):
         super().__init__(parts, platform)
