@@ -30,6 +30,9 @@ def measured(shape: str, names: str, tp: int, pp: int, part: range, options: dic
 
     shares = [replace(w, num_requests=len(range(part.start, w.num_requests, part.step))) for w in parse_workloads([names])]
     shares = [share for share in shares if share.num_requests]
+    if not shares:
+        print("ready", flush=True)
+        return {}
     with model_directory("", shape, None) as directory:
         given = dict(load_format="dummy", tensor_parallel_size=tp, pipeline_parallel_size=pp) | options
         config = offline.engine_options(EngineConfig(model=str(directory), **given), shares, {})
