@@ -21,7 +21,8 @@ from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
 __all__ = [
-    "DECODE", "PREFILL", "attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
+    "DECODE", "PER_TOKEN_HEAD_DECODE", "PER_TOKEN_HEAD_PREFILL", "PREFILL", "attend", "attention", "configure",
+    "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
 ]  # fmt: skip
 
 # decode_attention.cu is the faster kernel for up to this many (request, KV head) pairs per SM: by 14% of attention at 32
@@ -34,26 +35,35 @@ MAX_ITEMS = 14
 # faster at 528,000).
 LONG = 1 << 18
 
-PREFILL = Kernels("prefill_attention.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()])
-DECODE = Kernels(
-    "decode_attention.cu", "decode_attention", "attention of single tokens is Triton's", ("HEADS",), [(n,) for n in HEADS]
-)
+PREFILL, PER_TOKEN_HEAD_PREFILL = (
+    Kernels(
+        "prefill_attention.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()], PER_TOKEN_HEAD=scales
+    ) for scales in (0, 1)
+)  # fmt: skip
+DECODE, PER_TOKEN_HEAD_DECODE = (
+    Kernels(
+        "decode_attention.cu", "decode_attention", "attention of single tokens is Triton's", ("HEADS",), [(n,) for n in HEADS],
+        PER_TOKEN_HEAD=scales,
+    ) for scales in (0, 1)
+)  # fmt: skip
 
 
 def configure(platform: Platform) -> None:
     for kernels in (PREFILL, DECODE):
         kernels.configure(platform)
+    for kernels in (PER_TOKEN_HEAD_PREFILL, PER_TOKEN_HEAD_DECODE):
+        kernels.platform = platform  # compiled when they are first needed
 
 
 @cache
-def _prefill(device: torch.device) -> PrefillAttention | None:
-    kernel = PREFILL.kernel((), device)
+def _prefill(device: torch.device, per_token_head: bool) -> PrefillAttention | None:
+    kernel = (PER_TOKEN_HEAD_PREFILL if per_token_head else PREFILL).kernel((), device)
     return None if kernel is None else PrefillAttention(kernel, device)
 
 
 @cache
-def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
-    kernel = DECODE.kernel((heads,), device)
+def _decode(device: torch.device, heads: int, per_token_head: bool) -> DecodeAttention | None:
+    kernel = (PER_TOKEN_HEAD_DECODE if per_token_head else DECODE).kernel((heads,), device)
     return None if kernel is None else DecodeAttention(kernel, heads, device)
 
 
@@ -86,7 +96,7 @@ def _prefills(
 ) -> None:
     if (reason := prefill_refusal(q, cache, window)) is not None:
         PREFILL.refused(reason)
-    if reason is not None or (kernel := _prefill(q.device)) is None:
+    if reason is not None or (kernel := _prefill(q.device, cache_blocks.per_token_head(cache))) is None:
         prefills(q, out, cache, batch, first, scale, window)
     else:
         kernel(q, out, cache, batch, first, len(batch.query_lens), scale)
@@ -100,7 +110,8 @@ def _decode_attention(
     if (reason := decode_refusal(q, cache, window, requests, new)) is not None:
         DECODE.refused(reason)
         return False
-    kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2]))
+    heads = next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2])
+    kernel = _decode(q.device, heads, cache_blocks.per_token_head(cache))
     if kernel is None:
         return False
     kernel(q, out, cache, batch, requests, scale, new)
