@@ -47,20 +47,20 @@ def requests(
 def scene(
     rows: list[tuple[int, int]], heads: int, kv_heads: int, kv: str = "fp8_e4m3"
 ) -> tuple[LayerCache, batches.ForwardBatch, torch.Tensor]:
-    """A full cache, the batch of `requests`, their queries. Scales of tokens and heads differ by up to a thousand."""
+    """A full cache, the batch of `requests`, their queries. Scales of tokens and heads differ, those of values by up to a thousand."""
     platform = detect()
     attention.configure(platform)
     cache, batch = requests(rows, kv_heads, kv)
-    for name, scale in (("k_scale", K_SCALE), ("v_scale", V_SCALE)):
+    for name, scale, spread in (("k_scale", K_SCALE, 0.3), ("v_scale", V_SCALE, 1.5)):
         if name in cache.views:
             view = cache.views[name]
-            view.copy_(scale * 2 ** (torch.randn(view.shape, device=platform.device) * 1.5).clamp(-5, 5))
+            view.copy_(scale * 2 ** (spread * torch.randn(view.shape, device=platform.device)).clamp(-5, 5))
     for name in "kv":
         view = cache.views[name]
         view.copy_((25 * torch.randn(view.shape, device=platform.device)).clamp(-448, 448))
     if "v_scale" in cache.views:  # values that are zero have the least scale
-        cache.views["v"][:, ::7] = 0
-        cache.views["v_scale"][:, ::7] = SCALE_FLOOR
+        cache.views["v"][:, 3::7] = 0
+        cache.views["v_scale"][:, 3::7] = SCALE_FLOOR
     return cache, batch, torch.randn(batch.num_tokens, heads, 128, device=platform.device).bfloat16()
 
 
