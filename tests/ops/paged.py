@@ -30,9 +30,7 @@ def cache_of(blocks: int, heads: int, kv: str = "fp8_e4m3", dim: int = 128, bloc
     return layer_cache(KVCache([spec], blocks, block, device).views[0], K_SCALE, V_SCALE)
 
 
-def requests(
-    rows: list[tuple[int, int]], kv_heads: int, kv: str = "fp8_e4m3"
-) -> tuple[LayerCache, batches.ForwardBatch]:
+def requests(rows: list[tuple[int, int]], kv_heads: int, kv: str = "fp8_e4m3") -> tuple[LayerCache, batches.ForwardBatch]:
     """A cache and the batch of requests of (tokens before this step, tokens in this step), whose blocks lie anywhere in it."""
     torch.manual_seed(0)
     needed = [-(-(before + n) // 64) for before, n in rows]
@@ -47,7 +45,7 @@ def requests(
 def scene(
     rows: list[tuple[int, int]], heads: int, kv_heads: int, kv: str = "fp8_e4m3"
 ) -> tuple[LayerCache, batches.ForwardBatch, torch.Tensor]:
-    """A full cache, the batch of `requests`, their queries. Scales of tokens and heads differ, those of values by up to a thousand."""
+    """A full cache, the batch of `requests`, their queries. Scales a token and head differ, of values by up to a thousand."""
     platform = detect()
     attention.configure(platform)
     cache, batch = requests(rows, kv_heads, kv)

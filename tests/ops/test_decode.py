@@ -141,9 +141,7 @@ def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int, kv
 @over("normed", [False, True])
 @over("heads, kv_heads", GROUPS)
 @over("lengths", LENGTHS.values())
-def test_it_turns_and_writes(
-    lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int, kv: str
-) -> None:
+def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int, kv: str) -> None:
     """The cache is afterwards what `rope_write_kv` leaves, byte for byte, and attention that over it."""
     cache, batch, _ = scene([(length - 1, 1) for length in lengths], heads, kv_heads, kv)
     device, count = cache.k_scale.device, len(lengths)

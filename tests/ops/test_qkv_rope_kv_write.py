@@ -40,9 +40,7 @@ HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 @pytest.mark.parametrize("scales", [0, 1])
 @pytest.mark.parametrize("blocks", [0, 1])
 @pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
-def test_it_compiles(
-    variant: Variant, blocks: int, scales: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_compiles(variant: Variant, blocks: int, scales: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them, where
     they do not take the place of a second set of sums."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")

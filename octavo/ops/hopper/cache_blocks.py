@@ -33,7 +33,10 @@ def refusal(platform: Platform, queries: torch.dtype, cache: LayerCache, window:
         return f"not blocks of {BLOCK} tokens, keys before values, values with their tokens last"
     if per_token_head(cache):
         places = [views[name].data_ptr() - k.data_ptr() for name in ("k_scale", "v_scale")]
-        if views["k_scale"].stride() != (of_block // 4, 1, BLOCK) or places != [2 * BLOCK * size, BLOCK * (2 * size + 4 * heads)]:
+        if views["k_scale"].stride() != (of_block // 4, 1, BLOCK) or places != [
+            2 * BLOCK * size,
+            BLOCK * (2 * size + 4 * heads),
+        ]:
             return "not scales with their tokens last, behind the values"
     return None
 

@@ -121,7 +121,8 @@ class DecoderMegakernel:
         return {
             "TOKENS": 1, "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads, "KV_HEADS": p.kv_heads,
             "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1], "KV_FP8": int(self.k.dtype is not torch.bfloat16),
-            "PER_TOKEN_HEAD": int(per_token_head(first.cache)), "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
+            "PER_TOKEN_HEAD": int(per_token_head(first.cache)), "WINDOW": first.window or 0,
+            "HEAD_NORMS": int(first.norms is not None),
             "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas, "LONGEST": LONGEST,
             "SHARED": self.platform.shared_memory,
         }  # fmt: skip

@@ -75,6 +75,7 @@ class PrefillAttention:
         tiles = batch.cache.get(_Pieces(first, stop, group), made)
         arguments = _Prefill(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
-            tiles.data_ptr(), self.claimed.data_ptr(), *(x.data_ptr() for x in scales(cache)), tables.stride(0), len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
+            tiles.data_ptr(), self.claimed.data_ptr(), *(x.data_ptr() for x in scales(cache)), tables.stride(0),
+            len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units(), arguments, early=True)

@@ -20,7 +20,8 @@ from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, n
 from octavo.ops.triton import launch
 
 __all__ = [
-    "BLOCK_KERNELS", "KERNELS", "PER_TOKEN_HEAD_BLOCK_KERNELS", "PER_TOKEN_HEAD_KERNELS", "VARIANTS", "project", "refusal", "write",
+    "BLOCK_KERNELS", "KERNELS", "PER_TOKEN_HEAD_BLOCK_KERNELS", "PER_TOKEN_HEAD_KERNELS", "VARIANTS", "project", "refusal",
+    "write",
 ]  # fmt: skip
 
 VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128)
