@@ -126,7 +126,7 @@ class Layout(Enum):
 
     PLAIN = "one token after another"
     BY_HEAD = "a head's tokens one after another, as a CPU reads them"
-    TENSOR_CORE = "plain, but FP8 values with the tokens last, over which an FP8 tensor core sums"
+    TENSOR_CORE = "plain, but FP8 values with the tokens last, over which an FP8 tensor core sums, and scales too"
 
     @staticmethod
     def on(cpu: bool) -> Layout:
@@ -157,7 +157,8 @@ def spec_for(
     stored = wide or (torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else fp8_dtype)
     fields = [Field(name, (heads, dim), stored, at) for name, at in zip("kv", layout.tokens_at(wide is None), strict=True)]
     if kv_cache_dtype == "fp8_per_token_head":
-        fields += [Field(name, (heads,), torch.float32) for name in ("k_scale", "v_scale")]
+        at = int(layout is Layout.TENSOR_CORE)  # where a kernel copies a head's scales of a block at once
+        fields += [Field(name, (heads,), torch.float32, at) for name in ("k_scale", "v_scale")]
     return KVCacheSpec(tuple(fields), name=str(dtype).removeprefix("torch.") if kv_cache_dtype == "auto" else kv_cache_dtype)
 
 

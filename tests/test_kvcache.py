@@ -99,3 +99,4 @@ def test_the_order_of_a_block() -> None:
     assert strides(Layout.TENSOR_CORE, "fp8_e4m3") == [(24, 8, 1), (1, 32, 4)]
     assert strides(Layout.TENSOR_CORE, "auto") == [(24, 8, 1)] * 2
     assert strides(Layout.BY_HEAD, "fp8_per_token_head")[2:] == [(3, 1)] * 2
+    assert strides(Layout.TENSOR_CORE, "fp8_per_token_head")[2:] == [(1, 4)] * 2

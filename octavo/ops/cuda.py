@@ -34,6 +34,7 @@ from octavo.ops.gpu import (
 from octavo.ops.hopper import (
     block_gate_up_silu,
     block_gemm,
+    cache_blocks,
     decoder_megakernel,
     gate_up_silu,
     layer_megakernel,
@@ -77,6 +78,16 @@ def configure(platform: Platform) -> None:
     hopper.experts.QUANTIZE.configure(platform)
 
 
+def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -> None:
+    """Start compiling what a cache with a scale for each token and head needs, which `configure` does not know of."""
+    first = parts.layers[0]
+    if cache_blocks.per_token_head(first.cache):
+        by_tile = isinstance(first.qkv, block_gemm.PackedBlocks)
+        project = qkv_rope_kv_write.PER_TOKEN_HEAD_BLOCK_KERNELS if by_tile else qkv_rope_kv_write.PER_TOKEN_HEAD_KERNELS
+        for kernels in (project, hopper.attention.PER_TOKEN_HEAD_PREFILL, hopper.attention.PER_TOKEN_HEAD_DECODE):
+            kernels.configure(platform)
+
+
 def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, FusedDecoder | str]:
     """Kind of decode step -> its megakernel decoder, or the reason why the step runs op by op."""
 
@@ -87,6 +98,7 @@ def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, Fu
             log.warning("decode steps of few requests go op by op: %s", error)
             return str(error).splitlines()[0]
 
+    _compile_for_cache(parts, platform)
     if isinstance(parts, MixtureParts):
         return {"decode steps of few requests": make(moe_decode, moe_decode.MoeMegakernels)}
     with threads_on(platform.device, 2, "octavo-fuse") as pool:  # in parallel: most of the time is the compiler's

@@ -110,7 +110,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         )  # fmt: skip
     cache = dict.fromkeys(
         ("block_stride", "k_token_stride", "v_token_stride", "v_head_stride", "v_dim_stride", "scale_block_stride",
-         "scale_token_stride", "table_width"), "i32"
+         "scale_token_stride", "scale_head_stride", "table_width"), "i32"
     )  # fmt: skip
     by_layer, by_head = {"K_STRIDE": 0, "V_STRIDE": 0}, {"K_STRIDE": 1, "V_STRIDE": 1}
     _, tokens, heads, warps = rope.TILES[-1]

@@ -20,7 +20,7 @@ from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform
 from tests.ops.caches import layer_cache, with_padding
-from tests.ops.paged import cache_of, exact, needs_hopper, scene
+from tests.ops.paged import CACHES, cache_of, exact, needs_hopper, scene
 from tests.ops.test_decoder_megakernel import dumped
 
 CPU = torch.device("cpu")
@@ -36,10 +36,12 @@ LENGTHS = {
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("heads", decode.HEADS)
-def test_it_compiles(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scales", [0, 1])
+def test_it_compiles(heads: int, scales: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, boxes from the cache itself, nothing in local memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("decode_attention.cu", "sm_90a", {"HEADS": heads}), tmp_path)
+    options = {"HEADS": heads, "PER_TOKEN_HEAD": scales}
+    stacks, code = dumped(compiler.compile_cubin("decode_attention.cu", "sm_90a", options), tmp_path)
     assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{2 * heads}x32\.F32\.E4M3\.E4M3", code)) == 8
     assert "UTMALDG.5D" in code
@@ -72,7 +74,7 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons(cache_of(1, 8)) == "None"
     assert "e4m3" in reasons(cache_of(2, 2, "auto"))
     assert "e4m3" in reasons(cache_of(2, 2, "fp8_e5m2"))
-    assert "one scale" in reasons(cache_of(2, 2, "fp8_per_token_head"))
+    assert reasons(cache_of(2, 2, "fp8_per_token_head")) == "None"
     for scales in (([0.5, 0.25], 1.0), (1.0, [0.5, 0.25])):
         assert reasons(layer_cache(cache_of(2, 2).views, *scales)) == "scales a head are Triton's"
     assert "whole context" in reasons(cache_of(2, 2), window=100)
@@ -112,13 +114,14 @@ def test_a_graph_has_one_kind_of_attention() -> None:
 
 
 @needs_hopper
+@over("kv", CACHES)
 @over("heads, kv_heads", GROUPS)
 @over("lengths", LENGTHS.values())
-def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) -> None:
+def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int, kv: str) -> None:
     """As Triton's kernel does, and the same bits each time; counters are left at zero."""
-    cache, batch, q = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
+    cache, batch, q = scene([(length - 1, 1) for length in lengths], heads, kv_heads, kv)
     assert attention.decode_refusal(q, cache, None, len(lengths)) is None
-    kernel = attention._decode(q.device, 4 if heads <= 4 * kv_heads else 8)
+    kernel = attention._decode(q.device, 4 if heads <= 4 * kv_heads else 8, "k_scale" in cache.views)
     assert kernel is not None
     kernel.parts = torch.full_like(kernel.parts, float("nan"))
     outs = [torch.full_like(q, float("nan")) for _ in range(3)]
@@ -133,13 +136,14 @@ def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int) ->
 
 
 @needs_hopper
+@over("kv", CACHES)
 @over("rotated", [128, 64])
 @over("normed", [False, True])
 @over("heads, kv_heads", GROUPS)
 @over("lengths", LENGTHS.values())
-def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int) -> None:
+def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, normed: bool, rotated: int, kv: str) -> None:
     """The cache is afterwards what `rope_write_kv` leaves, byte for byte, and attention that over it."""
-    cache, batch, _ = scene([(length - 1, 1) for length in lengths], heads, kv_heads)
+    cache, batch, _ = scene([(length - 1, 1) for length in lengths], heads, kv_heads, kv)
     device, count = cache.k_scale.device, len(lengths)
     qkv = torch.randn(count, heads + 2 * kv_heads, 128, device=device).bfloat16()
     qkv[count // 2, heads, 5] = float("nan")  # which the cache does not hold
@@ -149,7 +153,7 @@ def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, norm
     rope = Rope(norms, cos_sin, batch.positions.flip(0))  # a token's row is not its place
     new = New(k, v, rope, batch.slot_mapping)
     assert attention.decode_refusal(q, cache, None, count, new) is None
-    kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8)
+    kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8, "k_scale" in cache.views)
     assert kernel is not None
     buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(cache.views["k"].untyped_storage())
     before, out = buffer.clone(), torch.full(q.shape, float("nan"), dtype=q.dtype, device=device)
@@ -163,12 +167,13 @@ def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, norm
 
 
 @needs_hopper
+@over("kv", CACHES)
 @over("new", [False, True])
 @over("heads, kv_heads", [(32, 8), (14, 2)])
 @over("lengths", [[], *LENGTHS.values()])
-def test_rows_without_a_context_are_zeros(lengths: list[int], heads: int, kv_heads: int, new: bool) -> None:
+def test_rows_without_a_context_are_zeros(lengths: list[int], heads: int, kv_heads: int, new: bool, kv: str) -> None:
     """They take no tile from the others, bit for bit, and write nothing, not even to the scratch block."""
-    cache, real, _ = scene([(length - 1, 1) for length in lengths or [1]], heads, kv_heads)
+    cache, real, _ = scene([(length - 1, 1) for length in lengths or [1]], heads, kv_heads, kv)
     count, rows = len(lengths), 40
     batch = with_padding(real, rows, cache.views["k"].shape[0] - 1, bound=10_000)
     if not lengths:
@@ -179,7 +184,7 @@ def test_rows_without_a_context_are_zeros(lengths: list[int], heads: int, kv_hea
     qkv[count:] = float("nan")
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
     given = New(k, v, Rope(None, torch.randn(10_000, 128, device=device), batch.rotary_rows), batch.slot_mapping)
-    kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8)
+    kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8, "k_scale" in cache.views)
     assert kernel is not None
     buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(cache.views["k"].untyped_storage())
     before, found = buffer.clone(), []
@@ -198,7 +203,7 @@ def test_rows_without_a_context_are_zeros(lengths: list[int], heads: int, kv_hea
 @needs_hopper
 def test_a_scale_that_changes_is_read_by_a_captured_graph() -> None:
     cache, batch, q = scene([(99, 1), (700, 1)], 32, 8)
-    kernel = attention._decode(q.device, 4)
+    kernel = attention._decode(q.device, 4, False)
     assert kernel is not None
     out, graph = torch.empty_like(q), torch.cuda.CUDAGraph()
     kernel(q, out, cache, batch, 2, 128**-0.5)

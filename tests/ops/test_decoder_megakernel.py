@@ -42,8 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "large heads": dict(model_type="llama", hidden_size=512, intermediate_size=1408, heads=8, kv_heads=1, head_dim=256),
 }
 LLAMA_8B = dict(
-    HIDDEN=4096, INTER=14336, HEADS=32, KV_HEADS=8, DIM=128, BLOCK_SIZE=64, KV_FP8=1, WINDOW=0, HEAD_NORMS=0, QKV_BIAS=0,
-    CTAS=132, LONGEST=4096, SHARED=227 << 10, TWO_CODES=0,
+    HIDDEN=4096, INTER=14336, HEADS=32, KV_HEADS=8, DIM=128, BLOCK_SIZE=64, KV_FP8=1, PER_TOKEN_HEAD=0, WINDOW=0, HEAD_NORMS=0,
+    QKV_BIAS=0, CTAS=132, LONGEST=4096, SHARED=227 << 10, TWO_CODES=0,
 )  # fmt: skip
 SMALL = dict(HIDDEN=256, INTER=704, HEADS=8, KV_HEADS=4, DIM=32, KV_FP8=0, WINDOW=100, HEAD_NORMS=1, QKV_BIAS=1, CTAS=114)
 
@@ -70,7 +70,9 @@ def dumped(cubin: bytes, directory: Path) -> tuple[list[str], str]:
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize(
-    "options", [LLAMA_8B, LLAMA_8B | SMALL, LLAMA_8B | {"TWO_CODES": 1}], ids=["8b", "small", "two codes a value"]
+    "options",
+    [LLAMA_8B, LLAMA_8B | SMALL, LLAMA_8B | {"PER_TOKEN_HEAD": 1}, LLAMA_8B | {"TWO_CODES": 1}],
+    ids=["8b", "small", "per token and head", "two codes a value"],
 )
 def test_it_compiles(options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: matrix instructions, bulk copies, and registers for what it keeps."""
@@ -129,7 +131,8 @@ def parts(**changes: Any) -> DecoderParts:
         ("sm_90", {"kv": "fp8_e4m3", "second_kv": "auto"}, "caches of different dtypes"),
         ("sm_90", {"dtype": torch.float32}, "float32"),
         ("sm_90", {"kv": "fp8_e5m2"}, "the cache"),
-        ("sm_90", {"kv": "fp8_per_token_head"}, "the cache"),
+        ("sm_90", {"kv": "fp8_per_token_head"}, None),
+        ("sm_90", {"kv": "fp8_e4m3", "second_kv": "fp8_per_token_head"}, "caches of different dtypes"),
         ("sm_90", {"kv": "fp8_e4m3", "v_scale": [1.0] * 4}, "scales a head are Triton's"),
     ],
 )
@@ -164,7 +167,7 @@ def sent(t: torch.Tensor, tokens: int) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
-@pytest.mark.parametrize("kv", ["fp8", "auto"])
+@pytest.mark.parametrize("kv", ["fp8", "fp8_per_token_head", "auto"])
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8", "fp8_w8a16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_step_op_by_op(name: str, scheme: str, kv: str, tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def test_steps_of_many_layers_repeat_themselves(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
-@pytest.mark.parametrize("kv", ["fp8", "auto"])
+@pytest.mark.parametrize("kv", ["fp8", "fp8_per_token_head", "auto"])
 def test_rotary_rows_scales_and_lengths_are_read_at_the_launch(kv: str, tmp_path: Path) -> None:
     """A row that is not the token's place and scales that changed in place, beside op by op; a token without a context."""
     from octavo.engine.runner import ModelRunner
@@ -265,8 +268,11 @@ def test_rotary_rows_scales_and_lengths_are_read_at_the_launch(kv: str, tmp_path
 
     def written(batch: ForwardBatch) -> dict[str, torch.Tensor]:
         """The new token's key and value as the cache has them."""
-        slot, block = int(batch.slot_mapping[0]), runner.block_size
-        return {name: attn.cache.views[name][slot // block, slot % block].float() for name in "kv"}
+        slot, block, views = int(batch.slot_mapping[0]), runner.block_size, attn.cache.views
+        made = {name: view[slot // block, slot % block].float() for name, view in views.items()}
+        if kv != "fp8_per_token_head":
+            return made
+        return {name: made[name] * made[f"{name}_scale"].unsqueeze(-1) for name in "kv"}
 
     for delta, k_scale, v_scale in ((0, 1.0, 1.0), (37, 0.031, 0.017), (-100, 0.013, 0.029)):
         with torch.inference_mode():

@@ -21,7 +21,7 @@ from octavo.ops.hopper import qkv_rope_kv_write
 from octavo.ops.hopper.gemm import Variant
 from octavo.platform import Platform, detect
 from tests.ops.caches import layer_cache
-from tests.ops.paged import needs_hopper, requests, weight
+from tests.ops.paged import CACHES, needs_hopper, requests, weight
 from tests.ops.test_block_gemm import weight as block_weight
 from tests.ops.test_decoder_megakernel import dumped
 
@@ -37,13 +37,14 @@ HEADS = [(32, 8), (4, 4), (14, 2)]  # queries, keys
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
+@pytest.mark.parametrize("scales", [0, 1])
 @pytest.mark.parametrize("blocks", [0, 1])
 @pytest.mark.parametrize("variant", qkv_rope_kv_write.VARIANTS)
-def test_it_compiles(variant: Variant, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles(variant: Variant, blocks: int, scales: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, four to a step; cosines and sines asked for before them, where
     they do not take the place of a second set of sums."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    options = dict(zip(qkv_rope_kv_write.KERNELS.options, variant, strict=True)) | {"BLOCKS": blocks}
+    options = dict(zip(qkv_rope_kv_write.KERNELS.options, variant, strict=True)) | {"BLOCKS": blocks, "PER_TOKEN_HEAD": scales}
     stacks, code = dumped(compiler.compile_cubin("qkv_rope_kv_write_gemm.cu", "sm_90a", options), tmp_path)
     assert int(stacks[0]) <= (
         40 if blocks else 32
@@ -58,13 +59,16 @@ def test_it_compiles(variant: Variant, blocks: int, tmp_path: Path, monkeypatch:
 class Scene:
     """A batch, its weight, its cache full of NaN."""
 
-    def __init__(self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256, blocks: bool = False):
+    def __init__(
+        self, spans: list[tuple[int, int]], heads: int, kv_heads: int, depth: int = 256, blocks: bool = False,
+        kv: str = "fp8_e4m3",
+    ):  # fmt: skip
         platform = detect()
         ops.bind(platform)
         qkv_rope_kv_write.BLOCK_KERNELS.configure(platform)
         device = platform.device
         self.heads, self.kv_heads = heads, kv_heads
-        cache, self.batch = requests(spans, kv_heads)
+        cache, self.batch = requests(spans, kv_heads, kv)
         self.cache = layer_cache(cache.views, K_SCALE, V_SCALE)
         rows = (heads + 2 * kv_heads) * 128
         self.w = block_weight(rows, depth)[0] if blocks else weight(rows, depth)
@@ -87,8 +91,13 @@ class Scene:
 
     def written(self) -> list[torch.Tensor]:
         """Keys and values [T, H', 128] as the cache has them."""
-        at = self.batch.slot_mapping
-        return [self.cache.views[name][at // 64, at % 64].double() * by for name, by in (("k", K_SCALE), ("v", V_SCALE))]
+        at, views = self.batch.slot_mapping, self.cache.views
+        made = []
+        for name, by in (("k", K_SCALE), ("v", V_SCALE)):
+            scales = views.get(f"{name}_scale")
+            scale = by if scales is None else scales[at // 64, at % 64].double().unsqueeze(-1)
+            made.append(views[name][at // 64, at % 64].double() * scale)
+        return made
 
     def exact(self, norms: HeadNorms | None) -> list[torch.Tensor]:
         codes, scale = self.w.codes(self.x)
@@ -114,11 +123,12 @@ class Scene:
 @over("normed", [False, True])
 @over("heads, kv_heads", HEADS)
 @over("spans", SPANS.values())
+@over("kv", CACHES)
 def test_it_computes_and_writes(
-    spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, blocks: bool, variant: Variant
+    spans: list[tuple[int, int]], heads: int, kv_heads: int, normed: bool, blocks: bool, variant: Variant, kv: str
 ) -> None:
     """As exact as BF16 queries and e4m3 keys and values are; nothing else of the cache is touched; the same bits each time."""
-    s = Scene(spans, heads, kv_heads, 400 if blocks else 256, blocks)
+    s = Scene(spans, heads, kv_heads, 400 if blocks else 256, blocks, kv)
     norms = s.norms if normed else None
     given = codes, _ = s.w.codes(s.x)
     found = []
@@ -134,12 +144,14 @@ def test_it_computes_and_writes(
     assert relative_error(q[:-1], expected[0]) < 4e-3
     assert relative_error(k, expected[1]) < 0.04
     assert relative_error(v, expected[2]) < 0.04
-    assert (s.raw() != 0x7F).sum() <= k.numel() + v.numel()
+    scales = (k.numel() + v.numel()) // 128 if "k_scale" in s.cache.views else 0
+    assert (s.raw() != 0x7F).sum() <= k.numel() + v.numel() + 4 * scales
 
 
 @needs_hopper
-def test_what_is_not_finite_is_stored_as_zero() -> None:
-    s = Scene([(0, 40)], 4, 4)
+@over("kv", CACHES)
+def test_what_is_not_finite_is_stored_as_zero(kv: str) -> None:
+    s = Scene([(0, 40)], 4, 4, kv=kv)
     s.w.scale[0, :] = float("inf")
     assert ops.project(s.x, s.w, 4, s.rope(None), s.cache, s.batch, None) is not None
     assert all(x.isfinite().all() for x in s.written())
@@ -163,10 +175,11 @@ def test_it_reads_the_scales_that_are_there(variant: Variant) -> None:
 
 
 @needs_hopper
+@over("kv", CACHES)
 @over("blocks", [False, True])
-def test_it_is_the_one_that_is_used(blocks: bool) -> None:
+def test_it_is_the_one_that_is_used(blocks: bool, kv: str) -> None:
     """The queries are those of the product and the launch after it, and the cache, but for codes that a last bit moves."""
-    s = Scene(SPANS["many"], 32, 8, blocks=blocks)
+    s = Scene(SPANS["many"], 32, 8, blocks=blocks, kv=kv)
     rope = s.rope(s.norms)
     assert qkv_rope_kv_write.refusal(s.x, s.w, rope, s.cache, None) is None
     q = ops.project(s.x, s.w, 32, rope, s.cache, s.batch, None)

@@ -21,12 +21,14 @@ from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
 __all__ = [
-    "DECODE", "PREFILL", "attend", "attention", "configure", "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
+    "DECODE", "PER_TOKEN_HEAD_DECODE", "PER_TOKEN_HEAD_PREFILL", "PREFILL", "attend", "attention", "configure",
+    "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
 ]  # fmt: skip
 
 # decode_attention.cu is the faster kernel for up to this many (request, KV head) pairs per SM: by 14% of attention at 32
 # requests, by 4 to 7% at 128 to 224. At 248 requests, writing the new values while others are read costs it 1% more than two
-# launches (one H100, 700 to 1,280 tokens each).
+# launches (one H100, 700 to 1,280 tokens each). Where each token has its scale, it is the faster one at 256, too: by 14% (one
+# H200, 1,152 tokens each).
 MAX_ITEMS = 14
 
 # Total context from which decode_attention.cu is the faster kernel between launches of layer_megakernel.cu, too. It reads 3%
@@ -34,26 +36,35 @@ MAX_ITEMS = 14
 # faster at 528,000).
 LONG = 1 << 18
 
-PREFILL = Kernels("prefill_attention.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()])
-DECODE = Kernels(
-    "decode_attention.cu", "decode_attention", "attention of single tokens is Triton's", ("HEADS",), [(n,) for n in HEADS]
-)
+PREFILL, PER_TOKEN_HEAD_PREFILL = (
+    Kernels(
+        "prefill_attention.cu", "prefill_attention", "attention of many tokens is Triton's", (), [()], PER_TOKEN_HEAD=scales
+    ) for scales in (0, 1)
+)  # fmt: skip
+DECODE, PER_TOKEN_HEAD_DECODE = (
+    Kernels(
+        "decode_attention.cu", "decode_attention", "attention of single tokens is Triton's", ("HEADS",), [(n,) for n in HEADS],
+        PER_TOKEN_HEAD=scales,
+    ) for scales in (0, 1)
+)  # fmt: skip
 
 
 def configure(platform: Platform) -> None:
     for kernels in (PREFILL, DECODE):
         kernels.configure(platform)
+    for kernels in (PER_TOKEN_HEAD_PREFILL, PER_TOKEN_HEAD_DECODE):
+        kernels.platform = platform  # compiled when they are first needed
 
 
 @cache
-def _prefill(device: torch.device) -> PrefillAttention | None:
-    kernel = PREFILL.kernel((), device)
+def _prefill(device: torch.device, per_token_head: bool) -> PrefillAttention | None:
+    kernel = (PER_TOKEN_HEAD_PREFILL if per_token_head else PREFILL).kernel((), device)
     return None if kernel is None else PrefillAttention(kernel, device)
 
 
 @cache
-def _decode(device: torch.device, heads: int) -> DecodeAttention | None:
-    kernel = DECODE.kernel((heads,), device)
+def _decode(device: torch.device, heads: int, per_token_head: bool) -> DecodeAttention | None:
+    kernel = (PER_TOKEN_HEAD_DECODE if per_token_head else DECODE).kernel((heads,), device)
     return None if kernel is None else DecodeAttention(kernel, heads, device)
 
 
@@ -71,7 +82,8 @@ def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: i
         return f"more than {HEADS[-1]} query heads of a KV head"
     if kv_heads > launch.device_units() or requests * kv_heads > MAX_COUNTERS:
         return "more KV heads than CTAs, or more requests than counters"
-    if new is not None and requests * kv_heads > MAX_ITEMS * launch.device_units():
+    few = cache_blocks.per_token_head(cache) or requests * kv_heads <= MAX_ITEMS * launch.device_units()
+    if new is not None and not few:
         return "so many requests that writing and reading are better apart"
     if new is not None and new.rope.cos_sin.shape[1] % 8:
         return "rotated dimensions that are not a multiple of 8"
@@ -86,7 +98,7 @@ def _prefills(
 ) -> None:
     if (reason := prefill_refusal(q, cache, window)) is not None:
         PREFILL.refused(reason)
-    if reason is not None or (kernel := _prefill(q.device)) is None:
+    if reason is not None or (kernel := _prefill(q.device, cache_blocks.per_token_head(cache))) is None:
         prefills(q, out, cache, batch, first, scale, window)
     else:
         kernel(q, out, cache, batch, first, len(batch.query_lens), scale)
@@ -100,7 +112,8 @@ def _decode_attention(
     if (reason := decode_refusal(q, cache, window, requests, new)) is not None:
         DECODE.refused(reason)
         return False
-    kernel = _decode(q.device, next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2]))
+    heads = next(heads for heads in HEADS if q.shape[1] <= heads * cache.views["k"].shape[2])
+    kernel = _decode(q.device, heads, cache_blocks.per_token_head(cache))
     if kernel is None:
         return False
     kernel(q, out, cache, batch, requests, scale, new)

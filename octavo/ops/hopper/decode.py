@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
-from octavo.ops.hopper.cache_blocks import DIM, cache_maps
+from octavo.ops.hopper.cache_blocks import DIM, cache_maps, scales
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E, New
@@ -62,7 +62,7 @@ class DecodeAttention:
         arguments = _Decode(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), *given, out.data_ptr(),
             tables.data_ptr(), batch.seq_lens.data_ptr(), *token, k.data_ptr(), self.parts.data_ptr(),
-            self.counters.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), kv_stride, requests,
+            self.counters.data_ptr(), *(x.data_ptr() for x in scales(cache)), q.stride(0), kv_stride, requests,
             tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units() // kv_heads * kv_heads, arguments, early=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.ops.contract import DecoderParts
 from octavo.ops.gpu import PackedScaledMM, PackedWeightOnly
+from octavo.ops.hopper.cache_blocks import per_token_head, scales
 from octavo.ops.hopper.compile import Kernel, compile_cubin
 from octavo.ops.hopper.megakernel_layers import has_two_codes, packed_weights, unfit
 from octavo.ops.triton import launch
@@ -38,7 +39,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("layers", "x", "residual", "qkv", "attended", "between", "after", "act", "amax",
                                         "parts", "counters", "rotary_rows", "slots", "lengths", "tables", "cos_sin")),
         *((name, c_int64) for name in ("table_stride", "block_stride", "k_token_stride", "v_token_stride", "v_head_stride",
-                                       "v_dim_stride")),
+                                       "v_dim_stride", "scale_block_stride", "scale_token_stride", "scale_head_stride")),
         ("num_layers", c_int32), ("eps", c_float), ("softmax_scale", c_float),
     ]  # fmt: skip
 
@@ -56,11 +57,11 @@ def refusal(parts: DecoderParts, platform: Platform) -> str | None:
         return "a dimension is not a multiple of 64"
     if dim not in (32, 64, 128, 256) or parts.cos_sin.shape[1] != dim or group > 8:
         return f"heads of {dim} dimensions, {parts.cos_sin.shape[1]} of them rotated, {group} a key head"
-    if "k_scale" in views or k.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or k.shape[1] % 16:
-        return "the cache is neither BF16 nor e4m3 with a scale a layer, in blocks of a multiple of 16 tokens"
-    if max(scale.numel() for layer in parts.layers for scale in layer.cache[1:]) > 1:
+    if k.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or k.shape[1] % 16:
+        return "the cache is neither BF16 nor e4m3, in blocks of a multiple of 16 tokens"
+    if "k_scale" not in views and max(scale.numel() for layer in parts.layers for scale in layer.cache[1:]) > 1:
         return "scales a head are Triton's"
-    if len({layer.cache.views["k"].dtype for layer in parts.layers}) > 1:
+    if len({(layer.cache.views["k"].dtype, *layer.cache.views) for layer in parts.layers}) > 1:
         return "its layers have caches of different dtypes"
     if len({layer.window for layer in parts.layers}) > 1:
         return "its layers have different windows"
@@ -86,7 +87,7 @@ class DecoderMegakernel:
         self.parts, self.platform, self.device = parts, platform, platform.device
         self.ctas = platform.multiprocessors
         views = parts.layers[0].cache.views
-        self.k, self.strides = views["k"], launch.cache_strides(views)[:5]  # without the strides of scales
+        self.k, self.strides = views["k"], launch.cache_strides(views)
         self.table = self._layers()
         self.kernel = Kernel(compile_cubin("decoder_megakernel.cu", platform.arch, self.options()), "decode_step")
         most, group, dim = MAX_TOKENS, parts.heads // parts.kv_heads, parts.head_dim
@@ -120,9 +121,10 @@ class DecoderMegakernel:
         return {
             "TOKENS": 1, "TWO_CODES": int(has_two_codes(p)), "HIDDEN": p.hidden, "INTER": p.inter, "HEADS": p.heads,
             "KV_HEADS": p.kv_heads, "DIM": p.head_dim, "BLOCK_SIZE": self.k.shape[1],
-            "KV_FP8": int(self.k.dtype is not torch.bfloat16), "WINDOW": first.window or 0,
-            "HEAD_NORMS": int(first.norms is not None), "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas,
-            "LONGEST": LONGEST, "SHARED": self.platform.shared_memory,
+            "KV_FP8": int(self.k.dtype is not torch.bfloat16), "PER_TOKEN_HEAD": int(per_token_head(first.cache)),
+            "WINDOW": first.window or 0, "HEAD_NORMS": int(first.norms is not None),
+            "QKV_BIAS": int(first.qkv_bias is not None), "CTAS": self.ctas, "LONGEST": LONGEST,
+            "SHARED": self.platform.shared_memory,
         }  # fmt: skip
 
     def _layers(self) -> Tensor:
@@ -132,7 +134,7 @@ class DecoderMegakernel:
                 *(w.weight.data_ptr() for w in packed_weights(layer)), *(w.scale.data_ptr() for w in packed_weights(layer)),
                 *(None if t is None else t.data_ptr() for t in (
                     layer.input_norm, layer.post_norm, *(layer.norms[:2] if layer.norms else (None, None)), layer.qkv_bias,
-                    layer.cache.views["k"], layer.cache.views["v"], *layer.cache[1:])),
+                    layer.cache.views["k"], layer.cache.views["v"], *scales(layer.cache))),
             ) for layer in self.parts.layers
         ]  # fmt: skip
         data = b"".join(bytes(one) for one in made)

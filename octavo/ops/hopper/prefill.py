@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch, Key, to_device
 from octavo.kvcache import LayerCache
-from octavo.ops.hopper.cache_blocks import cache_maps
+from octavo.ops.hopper.cache_blocks import cache_maps, scales
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E
@@ -75,7 +75,7 @@ class PrefillAttention:
         tiles = batch.cache.get(_Pieces(first, stop, group), made)
         arguments = _Prefill(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
-            tiles.data_ptr(), self.claimed.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), tables.stride(0),
+            tiles.data_ptr(), self.claimed.data_ptr(), *(x.data_ptr() for x in scales(cache)), tables.stride(0),
             len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units(), arguments, early=True)

@@ -19,16 +19,23 @@ from octavo.ops.hopper.compile import Kernels, tensor_map
 from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas
 from octavo.ops.triton import launch
 
-__all__ = ["BLOCK_KERNELS", "KERNELS", "VARIANTS", "project", "refusal", "write"]
+__all__ = [
+    "BLOCK_KERNELS", "KERNELS", "PER_TOKEN_HEAD_BLOCK_KERNELS", "PER_TOKEN_HEAD_KERNELS", "VARIANTS", "project", "refusal",
+    "write",
+]  # fmt: skip
 
 VARIANTS = Variant(1, 64), Variant(2, 64), Variant(2, 128)
-KERNELS = Kernels(
-    "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values of many tokens are the library's", OPTIONS, VARIANTS,
-    BLOCKS=0,
+KERNELS, PER_TOKEN_HEAD_KERNELS = (
+    Kernels(
+        "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values of many tokens are the library's", OPTIONS,
+        VARIANTS, BLOCKS=0, PER_TOKEN_HEAD=per_token_head,
+    ) for per_token_head in (0, 1)
 )  # fmt: skip
-BLOCK_KERNELS = Kernels(
-    "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values with block scales are a product and ops after it",
-    OPTIONS, VARIANTS, BLOCKS=1,
+BLOCK_KERNELS, PER_TOKEN_HEAD_BLOCK_KERNELS = (
+    Kernels(
+        "qkv_rope_kv_write_gemm.cu", "qkv_product", "queries, keys and values with block scales are a product and ops after it",
+        OPTIONS, VARIANTS, BLOCKS=1, PER_TOKEN_HEAD=per_token_head,
+    ) for per_token_head in (0, 1)
 )  # fmt: skip
 
 
@@ -48,6 +55,15 @@ class _Qkv(ctypes.Structure):
 
 class _BlockQkv(ctypes.Structure):
     _fields_ = [("product", BlockProduct), ("others", _Others)]
+
+
+def _kernels(w: PackedWeight, cache: LayerCache) -> Kernels:
+    kernels = BLOCK_KERNELS if isinstance(w, gpu.PackedBlocks) else KERNELS
+    if not cache_blocks.per_token_head(cache):
+        return kernels
+    of_cache = PER_TOKEN_HEAD_BLOCK_KERNELS if isinstance(w, gpu.PackedBlocks) else PER_TOKEN_HEAD_KERNELS
+    of_cache.platform = kernels.platform  # compiled when it is first needed
+    return of_cache
 
 
 def refusal(x: Operand, w: PackedWeight, rope: Rope, cache: LayerCache, window: int | None) -> str | None:
@@ -70,7 +86,7 @@ def write(
     """Compute rotated queries into q [T, H, 128], and write keys and values to the cache. Returns whether the kernel is
     available.
     """
-    kernels = BLOCK_KERNELS if isinstance(w, PackedBlocks) else KERNELS
+    kernels = _kernels(w, cache)
     if (kernel := kernels.kernel(variant, q.device)) is None:
         return False
     (tokens, heads, _), k, (norms, cos_sin, rows) = q.shape, cache.views["k"], rope
@@ -79,7 +95,7 @@ def write(
     gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
     others = _Others(
         to, x.scale.data_ptr(), w.scale.data_ptr(), *gains, cos_sin.data_ptr(), rows.data_ptr(), batch.slot_mapping.data_ptr(),
-        k.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), heads, k.shape[2], norms.eps if norms else 0.0,
+        k.data_ptr(), *(x.data_ptr() for x in cache_blocks.scales(cache)), heads, k.shape[2], norms.eps if norms else 0.0,
     )  # fmt: skip
     tiles = variant.half, -(-w.n // (2 * variant.half)), variant.half
     arguments: ctypes.Structure
@@ -97,7 +113,7 @@ def project(
     if max(batch.query_lens) == 1:
         return None  # decode attention fuses it; or all CTAs would write scattered values at once
     if (reason := refusal(x, w, rope, cache, window)) is not None:
-        (BLOCK_KERNELS if isinstance(w, gpu.PackedBlocks) else KERNELS).refused(reason)
+        _kernels(w, cache).refused(reason)
         return None
     assert isinstance(w, gpu.PackedScaledMM | PackedBlocks)
     given = w.codes(x)

@@ -64,7 +64,7 @@ def _decode_attention(
     q, k, v, k_scales, v_scales, tables, seq_lens, out, parts, sums, counters,
     new_k, new_v, q_norm, k_norm, cos_sin, rotary_rows, slots, eps, q_stride, kv_stride,
     qk_scale, k_scale, v_scale, table_width, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride,
-    scale_block_stride, scale_token_stride,
+    scale_block_stride, scale_token_stride, scale_head_stride,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
     CODE: tl.constexpr, LIMIT: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, KV_LIMIT: tl.constexpr,
@@ -98,7 +98,7 @@ def _decode_attention(
             slot = tl.load(slots + request).to(tl.int64)
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             base = block * block_stride
-            place = block * scale_block_stride + offset * scale_token_stride + kv_head
+            place = block * scale_block_stride + offset * scale_token_stride + kv_head * scale_head_stride
             source = token * kv_stride + kv_head * D + tl.arange(0, 1)[None, :]
             at = base + offset * k_token_stride + kv_head * D + d[:, None]
             key = norm_rotate(new_k + source, ok, k_norm, eps, angles, d, D, R, NORM)
@@ -136,7 +136,7 @@ def _decode_attention(
             values = tl.load(v + v_at, mask=(d < D)[:, None], other=0.0)
         score = _product(keys, query, TILE, DP, ROWS, CODE) * factor[None, :]
         seen = (at < length) & (at >= low)
-        place = block * scale_block_stride + offset * scale_token_stride + kv_head
+        place = block * scale_block_stride + offset * scale_token_stride + kv_head * scale_head_stride
         if PER_HEAD:
             score *= tl.load(k_scales + place)[:, None]
         score = tl.where(seen[:, None], score, -1e30)

@@ -108,10 +108,10 @@ def has_packed_arithmetic() -> bool:
 
 def cache_strides(views: Views) -> tuple[int, ...]:
     """Strides by which kernels address a cache: of a block; of a key's token; of a value's token, head and dimension; of the
-    scales' block and token. A key's heads and dimensions are contiguous.
+    scales' block, token and head. A key's heads and dimensions are contiguous.
     """
     k, v, scales = views["k"], views["v"], views.get("k_scale")
-    return (*k.stride()[:2], *v.stride()[1:], *(scales.stride()[:2] if scales is not None else (0, 0)))
+    return (*k.stride()[:2], *v.stride()[1:], *(scales.stride() if scales is not None else (0, 0, 0)))
 
 
 def head_strides(cache: LayerCache) -> dict[str, int]:

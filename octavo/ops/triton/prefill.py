@@ -51,7 +51,7 @@ def _operand_order(x, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _stage_kv(
     k, v, k_scales, v_scales, k_out, v_out, tables, chunks, table_width, block_stride, k_token_stride, v_token_stride,
-    v_head_stride, v_dim_stride, scale_block_stride, scale_token_stride, length,
+    v_head_stride, v_dim_stride, scale_block_stride, scale_token_stride, scale_head_stride, length,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, PER_HEAD: tl.constexpr,
     BY_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _stage_kv(
     base, offset = block * block_stride, at % BLOCK_SIZE
     to = kv_head * length.to(tl.int64) * DP
     onto = (target + tl.arange(0, TILE)).to(tl.int64)
-    place = block * scale_block_stride + offset * scale_token_stride + kv_head
+    place = block * scale_block_stride + offset * scale_token_stride + kv_head * scale_head_stride
     keys = tl.load(k + (base + offset * k_token_stride + kv_head * D)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     if PER_HEAD:
         keys = keys.to(tl.float32) * tl.load(k_scales + place)[:, None]

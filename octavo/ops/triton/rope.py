@@ -35,10 +35,10 @@ def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _store_scales(most, ok, scales, at, head, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
+def _store_scales(most, ok, scales, at, head, head_stride, LIMIT: tl.constexpr, FLOOR: tl.constexpr):
     """Compute and store the scales of tokens and heads with amax `most` [tokens, heads]."""
     s = scale_of(most, LIMIT, FLOOR)
-    tl.store(scales + at[:, None] + head[None, :], s, mask=ok[:, None])
+    tl.store(scales + at[:, None] + (head * head_stride)[None, :], s, mask=ok[:, None])
     return s
 
 
@@ -122,7 +122,7 @@ def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.
 def _rope_write_kv(
     q, k, v, q_out, k_cache, v_cache, k_scales, v_scales, q_norm, k_norm, cos_sin, rotary_rows, slots,
     tokens, eps, k_scale, v_scale, q_stride, k_stride, v_stride, block_stride, k_token_stride, v_token_stride, v_head_stride,
-    v_dim_stride, scale_block_stride, scale_token_stride,
+    v_dim_stride, scale_block_stride, scale_token_stride, scale_head_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
     BY_DIM: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
@@ -145,7 +145,7 @@ def _rope_write_kv(
         x = tl.load(v + row * v_stride + (head * D)[None, :, None] + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
         x = _finite(x)
         if PER_HEAD:
-            by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, LIMIT, FLOOR)[:, :, None]
+            by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, scale_head_stride, LIMIT, FLOOR)[:, :, None]
         elif BY_LAYER:
             by = _head_scales(v_scale, head, V_STRIDE)
         else:
@@ -199,7 +199,7 @@ def _rope_write_kv(
             z = _finite(z)
             most = tl.maximum(most, tl.max(tl.abs(z), 2))
         if PER_HEAD:
-            by = _store_scales(most, ok, k_scales, scale_at, head, LIMIT, FLOOR)[:, :, None]
+            by = _store_scales(most, ok, k_scales, scale_at, head, scale_head_stride, LIMIT, FLOOR)[:, :, None]
         elif BY_LAYER:
             by = _head_scales(k_scale, head, K_STRIDE)
         else:

@@ -6,7 +6,8 @@
    all older tokens. Three consumer warpgroups take tiles round-robin. Preparer warps quantize the next request's queries and
    write the new tokens' keys.
 
-   Compile-time constant: HEADS (4 or 8), the maximum number of query heads per KV head. */
+   Compile-time constants: HEADS (4 or 8), the maximum number of query heads per KV head; PER_TOKEN_HEAD, whether the cache has
+   a scale for each token and head instead of one for keys and one for values. */
 
 #include "types.cuh"
 
@@ -15,6 +16,7 @@ constexpr int GROUPS = 3, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 32 * (
 
 #include "ptx.cuh"
 #include "wgmma.cuh"
+#include "cache_blocks.cuh"
 #include "decode_attention.cuh"
 
 struct Decode {
@@ -23,6 +25,9 @@ struct Decode {
 };
 struct Shared {
     u8 keys[SLOTS][TILE], values[SLOTS][TILE];
+#if PER_TOKEN_HEAD
+    TokenScales<BLOCK> scales[SLOTS];
+#endif
     Ready ready[SEGMENTS];
     Probabilities p[GROUPS];
     Sums sums[2][GROUPS]; /* of the current segment and the previous one */
@@ -31,6 +36,14 @@ struct Shared {
     u64 full[SLOTS], empty[SLOTS], described[SEGMENTS], prepared[SEGMENTS], done[SEGMENTS];
     float v_scale; /* valid once a segment is prepared */
     bool last;
+
+    INLINE TokenScales<BLOCK> *scales_of(int slot) {
+#if PER_TOKEN_HEAD
+        return scales + slot;
+#else
+        return nullptr;
+#endif
+    }
 };
 static_assert(alignof(Shared) == 1024, "swizzled shared memory that WGMMA reads");
 extern "C" __device__ const int threads = THREADS;
@@ -39,7 +52,7 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 /* Preparer warps: for each segment, quantize its queries and, if it ends with the new token, that token's key and value. */
 INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
     const int preparer = threadIdx.x / 32 - CONSUMERS / 32 - 1, lane = threadIdx.x % 32;
-    const float k_scale = __ldg(s.call.k_scale), v_scale = __ldg(s.call.v_scale);
+    const float k_scale = PER_TOKEN_HEAD ? 1 : __ldg(s.call.k_scale), v_scale = PER_TOKEN_HEAD ? 1 : __ldg(s.call.v_scale);
     for (PipelineState<SEGMENTS> at;; at.next()) {
         Ready &to = m.ready[at.at];
         wait(m.described + at.at, at.parity);
@@ -47,12 +60,14 @@ INLINE void prepare(const Decode &s, Shared &m, int kv_head) {
         if (g.tiles) {
             for (int h = preparer; h < HEADS; h += PREPARERS) prepare_head(s.call, to, g.request, kv_head, h, k_scale);
             const bool brings = ends_with_new_token(s.call, g) && preparer >= PREPARERS - 2, key = preparer == PREPARERS - 1;
-            const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key, key ? k_scale : v_scale) : 0;
+            float scale = key ? k_scale : v_scale;
+            const u32 codes = brings ? prepare_new(s.call, to, g.request, kv_head, key, scale) : 0;
             if (preparer == PREPARERS - 3 && lane == 0) m.v_scale = v_scale; /* a constant; its load has completed by now */
             fence_view_async_shared();
             __syncwarp();
             if (lane == 0) arrive(m.prepared + at.at);
             if (brings && key) store_key(s.call, g.request, kv_head, codes); /* last: a fence waits for stores */
+            if (PER_TOKEN_HEAD && brings) store_scale(s.call, g.request, kv_head, key, scale);
         } else {
             if (lane == 0) arrive(m.prepared + at.at);
             break;
@@ -78,8 +93,8 @@ INLINE void consume(const Decode &s, Shared &m, int kv_head) {
             const int left = g.length - (g.first + j) * BLOCK; /* context tokens from this tile's start on */
             const bool brings = s.call.k && left <= BLOCK;
             wait(m.full + slot, number / SLOTS % 2);
-            if (brings) insert(s.call, s.values, ready, m.keys[slot], m.values[slot], left - 1, group, g.request, kv_head);
-            state.take(m.keys[slot], m.values[slot], ready.queries, m.p[group].codes, m.most[group], group, left);
+            if (brings) insert(s.call, s.values, ready, m.keys[slot], m.values[slot], m.scales_of(slot), left - 1, group, g.request, kv_head);
+            state.take(m.keys[slot], m.values[slot], m.scales_of(slot), ready.queries, m.p[group].codes, m.most[group], group, left);
             if (brings) await_insertions();
             __syncwarp();
             if (leads) arrive(m.empty + slot);
@@ -121,7 +136,7 @@ INLINE void produce(const Decode &s, Shared &m, int kv_head) {
                 if (in_flight == AHEAD) wait(m.full + landing.at, landing.parity), landing.next();
                 else in_flight++;
                 wait(m.empty + at.at, at.parity ^ 1);
-                if (lane == 0) copy_block(m.keys[at.at], m.values[at.at], s.keys, s.values, m.full + at.at, kv_head, block);
+                if (lane == 0) copy_block(s.call, m.keys[at.at], m.values[at.at], m.scales_of(at.at), s.keys, s.values, m.full + at.at, kv_head, block);
                 __syncwarp();
             }
         }

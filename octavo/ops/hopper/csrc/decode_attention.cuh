@@ -5,7 +5,10 @@
    The context is the M side of WGMMA and the query heads the narrow N side. Queries and probabilities are split into a code
    and the code of the residual, which together keep 8 bits like BF16; the two are adjacent columns of one product. The
    tensor core's sum over 64 tokens is accumulated in FP32. A context that several CTAs share (split-KV) is merged by the
-   last of them, in a fixed order of its parts. */
+   last of them, in a fixed order of its parts.
+
+   PER_TOKEN_HEAD: a key's scale multiplies its score. A value's scale adds its logarithm to the score, so that the codes are of
+   probability times scale, relative to the largest such product; the sum of probabilities divides by it. */
 
 struct Call {
     const u16 *q, *k, *v; /* BF16 heads of 128, q and k not rotated; k and v null: the cache already holds them */
@@ -17,14 +20,13 @@ struct Call {
     u8 *k_cache;
     float *parts; /* [CTAs, 2, PART] */
     u32 *counters; /* [requests, kv_heads] zeros */
-    const float *k_scale, *v_scale; /* per-layer scales of the cache */
+    float *k_scale, *v_scale; /* of the cache: per layer, or PER_TOKEN_HEAD those of block 0 */
     i64 q_stride, kv_stride;
     int requests, table_width, kv_heads, group, rotated;
     float eps, qk_scale; /* qk_scale includes log2(e) */
 };
 
-constexpr int DIM = 128, BLOCK = 64, TILE = BLOCK * DIM, COLUMNS = 2 * HEADS, SUMS = COLUMNS / 2, PART = HEADS * (DIM + 2);
-constexpr int PLACES = 2 * BLOCK / 16; /* 16-token units of a block in the tensor map: keys, then values */
+constexpr int TILE = BLOCK * DIM, COLUMNS = 2 * HEADS, SUMS = COLUMNS / 2, PART = HEADS * (DIM + 2);
 constexpr float LEFT = 16.0f, Q_LIMIT = 224.0f, P_LIMIT = 128.0f; /* residuals are scaled by 16 */
 
 /* Consecutive tiles of one request that a CTA computes: part `part` of `parts`, the first of which belongs to CTA `owner`. */
@@ -32,7 +34,7 @@ struct Segment { int request, length, first, tiles, part, parts, owner; };
 /* A segment's prepared data: queries as code and residual rows in WGMMA's layout, and the new token's key and value. */
 struct __align__(1024) Ready {
     u8 queries[COLUMNS * DIM], key[DIM], value[DIM];
-    float scale[HEADS];
+    float scale[HEADS], key_scale, value_scale; /* of queries; PER_TOKEN_HEAD: of the new token */
 };
 struct __align__(512) Probabilities { u8 codes[COLUMNS * BLOCK]; };
 struct Sums { float o[HEADS][DIM], peak[HEADS], total[HEADS]; };
@@ -91,11 +93,9 @@ struct Head {
         for (int i = 0; i < 4; i++) x[i] = rounded(x[i] * angles[i] + y[i] * (d < half ? -angles[half + i] : angles[half + i]));
     }
     /* Finite values x / by as codes. */
-    INLINE u32 codes(float by) const {
-        float y[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) y[i] = fabsf(x[i]) < __int_as_float(0x7F800000) ? x[i] / by : 0;
-        return codes_of(y[0], y[1], y[2], y[3]);
+    INLINE u32 codes(float by) const { return codes_of(finite(x[0]) / by, finite(x[1]) / by, finite(x[2]) / by, finite(x[3]) / by); }
+    INLINE float most_finite() const {
+        return largest(fmaxf(fmaxf(fabsf(finite(x[0])), fabsf(finite(x[1]))), fmaxf(fabsf(finite(x[2])), fabsf(finite(x[3])))), 1);
     }
 };
 
@@ -124,12 +124,13 @@ INLINE void prepare_head(const Call &c, Ready &to, int request, int kv_head, int
     *(u32 *)(to.queries + (2 * h + 1) * DIM + ((lane / 4 ^ (2 * h + 1)) & 7) * 16 + lane % 4 * 4) = left;
 }
 INLINE bool ends_with_new_token(const Call &c, const Segment &g) { return c.k && (g.first + g.tiles) * BLOCK >= g.length; }
-/* By one warp: the new token's key, or its value, as codes, four per lane. */
-INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key, float by) {
+/* By one warp: the new token's key, or its value, as codes, four per lane. `by`: the scale; PER_TOKEN_HEAD makes it. */
+INLINE u32 prepare_new(const Call &c, Ready &to, int request, int kv_head, bool key, float &by) {
     Head head;
     const i64 from = request * c.kv_stride + kv_head * DIM;
     if (key) head.load_rotated(c.k + from, c, c.k_norm, c.rotary_rows[request]);
     else head.load(c.v + from);
+    if (PER_TOKEN_HEAD) by = scale_of(head.most_finite()), (key ? to.key_scale : to.value_scale) = by;
     const u32 codes = head.codes(by);
     *(u32 *)((key ? to.key : to.value) + threadIdx.x % 32 * 4) = codes;
     return codes;
@@ -148,8 +149,10 @@ INLINE void clear_empty(const Call &c, int kv_head) {
     }
 }
 INLINE void store_key(const Call &c, int request, int kv_head, u32 codes) {
-    const i64 slot = c.slots[request], token = slot / BLOCK * 2 * BLOCK + slot % BLOCK; /* values of a block take the same size */
-    *(u32 *)(c.k_cache + (token * c.kv_heads + kv_head) * DIM + threadIdx.x % 32 * 4) = codes;
+    *(u32 *)(c.k_cache + key_place(c.slots[request], c.kv_heads, kv_head) + threadIdx.x % 32 * 4) = codes;
+}
+INLINE void store_scale(const Call &c, int request, int kv_head, bool key, float scale) {
+    if (threadIdx.x % 32 == 0) (key ? c.k_scale : c.v_scale)[scale_place(c.slots[request], c.kv_heads, kv_head)] = scale;
 }
 
 /* A warpgroup's online-softmax state for a segment: each thread has rows and sums of heads 4 * i + threadIdx.x % 4. */
@@ -161,11 +164,17 @@ struct State {
         for (int i = 0; i < HEADS / 4; i++) peak[i] = -1e30f, factor[i] = 4 * i + threadIdx.x % 4 < group ? ready.scale[4 * i + threadIdx.x % 4] : 0;
     }
 
-    /* One tile. A thread's rows are tokens 2 apart, which TMA has placed 8 apart. `left`: context tokens from the tile's
-       start on. */
-    INLINE void take(const u8 *keys, const u8 *values, const u8 *queries, u8 *p, OfWarps &most_of, int group, int left) {
-        const int thread = threadIdx.x % 128, warp = thread / 32, part = thread % 4, row = thread % 32 / 4, token = 16 * warp + row / 2 * 4 + row % 2;
-        float x[SUMS], s[HEADS / 4][2], shrink[HEADS / 4];
+    /* One tile. A thread's rows are tokens 16 apart, which TMA has placed 8 apart. `left`: context tokens from the tile's
+       start on. `scales`: PER_TOKEN_HEAD. */
+    INLINE void take(const u8 *keys, const u8 *values, const TokenScales<BLOCK> *scales, const u8 *queries, u8 *p, OfWarps &most_of, int group, int left) {
+        const int thread = threadIdx.x % 128, warp = thread / 32, part = thread % 4, row = thread % 32 / 4;
+        const int token = warp % 2 * 32 + row / 2 * 4 + warp / 2 * 2 + row % 2;
+        float x[SUMS], s[HEADS / 4][2], shrink[HEADS / 4], by[2] = {1, 1}, more[2] = {}, inverse[2] = {1, 1};
+#pragma unroll
+        for (int r = 0; r < 2 * PER_TOKEN_HEAD; r++) {
+            const float scale = scales->values[token + 16 * r];
+            by[r] = scales->keys[token + 16 * r], more[r] = log2_of(scale), inverse[r] = inverse_of(scale);
+        }
         warpgroup_arrive();
 #pragma unroll
         for (int i = 0; i < 4; i++) multiply_heads<true>(x, descriptor(address(keys)) + 2 * i, descriptor(address(queries)) + 2 * i, i);
@@ -174,7 +183,10 @@ struct State {
 #pragma unroll
         for (int i = 0; i < HEADS / 4; i++) {
 #pragma unroll
-            for (int r = 0; r < 2; r++) s[i][r] = token + 2 * r < left ? (x[4 * i + 2 * r] + x[4 * i + 2 * r + 1] * (1 / LEFT)) * factor[i] : -1e30f;
+            for (int r = 0; r < 2; r++) {
+                const float score = (x[4 * i + 2 * r] + x[4 * i + 2 * r + 1] * (1 / LEFT)) * factor[i];
+                s[i][r] = token + 16 * r < left ? (PER_TOKEN_HEAD ? fmaf(score, by[r], more[r]) : score) : -1e30f;
+            }
             const float most = largest(fmaxf(s[i][0], s[i][1]), 4);
             if (row == 0) most_of[warp][4 * i + part] = most;
         }
@@ -190,7 +202,7 @@ struct State {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 y[r] = exp2_of(s[i][r] - higher);
-                total[i] += y[r];
+                total[i] = PER_TOKEN_HEAD ? fmaf(y[r], inverse[r], total[i]) : total[i] + y[r];
                 y[r] *= P_LIMIT;
             }
             const u32 code = codes_of(y[0], y[1]);
@@ -198,7 +210,7 @@ struct State {
             const u32 left_over = codes_of((y[0] - back[0]) * LEFT, (y[1] - back[1]) * LEFT);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int at = token + 2 * r, place = ((at / 16 ^ head) & 3) * 16 + at % 16; /* both rows' chunks are swizzled by row / 2 */
+                const int at = token + 16 * r, place = ((at / 16 ^ head) & 3) * 16 + at % 16; /* both rows' chunks are swizzled by row / 2 */
                 p[2 * head * BLOCK + place] = code >> 8 * r, p[(2 * head + 1) * BLOCK + place] = left_over >> 8 * r;
             }
         }
@@ -238,8 +250,9 @@ struct State {
 
 /* By a warpgroup: insert the new token's key and value into the tile in shared memory. The tile's values are then stored to
    the cache as a whole: one token's values are bytes far apart, each of which would read and write a memory sector. */
-INLINE void insert(const Call &c, const Map &map, const Ready &from, u8 *keys, u8 *values, int token, int group, int request, int kv_head) {
-    const int d = threadIdx.x % 128, row = token / 16 * 16 + token % 4 / 2 * 8 + token % 16 / 4 * 2 + token % 2;
+INLINE void insert(const Call &c, const Map &map, const Ready &from, u8 *keys, u8 *values, TokenScales<BLOCK> *scales, int token, int group, int request, int kv_head) {
+    const int d = threadIdx.x % 128, row = token % 4 / 2 * 32 + token / 16 * 8 + token % 16 / 4 * 2 + token % 2;
+    if (PER_TOKEN_HEAD && d == 0) scales->keys[token] = from.key_scale, scales->values[token] = from.value_scale;
     keys[row * DIM + ((d / 16 ^ row) & 7) * 16 + d % 16] = from.key[d];
     values[d * BLOCK + ((token / 16 ^ d / 2) & 3) * 16 + token % 16] = from.value[d];
     fence_view_async_shared();
@@ -300,13 +313,14 @@ INLINE void finish(const Call &c, const Segment &g, int kv_head, const Sums (&su
     }
 }
 
-/* TMA loads of a block: keys 16 tokens at a time, with tokens 4t + 2i + e at 8i + 2t + e; then its values. */
-INLINE void copy_block(u8 *keys, u8 *values, const Map &key_map, const Map &value_map, const u64 *full, int kv_head, int block) {
-    expect(full, 2 * TILE);
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%2, {%4, %6, %6, %6, %5}], [%8];\n"
-                 "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%1], [%3, {%6, %4, %7}], [%8];"
-                 ::"r"(address(keys)), "r"(address(values)), "l"(&key_map), "l"(&value_map), "r"(kv_head * DIM), "r"(block * PLACES), "r"(0),
-                   "r"(block), "r"(address(full)) : "memory");
+/* TMA loads of a block: keys, with token 16u + 4t + 2i + e at 32i + 8u + 2t + e; its values; its scales. */
+INLINE void copy_block(const Call &c, u8 *keys, u8 *values, TokenScales<BLOCK> *scales, const Map &key_map, const Map &value_map, const u64 *full, int kv_head, int block) {
+    expect(full, 2 * TILE + PER_TOKEN_HEAD * 8 * BLOCK);
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%2, {%4, %5, %5, %5, %6}], [%7];\n"
+                 "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%1], [%3, {%5, %4, %6}], [%7];"
+                 ::"r"(address(keys)), "r"(address(values)), "l"(&key_map), "l"(&value_map), "r"(kv_head * DIM), "r"(0), "r"(block),
+                   "r"(address(full)) : "memory");
+    if (PER_TOKEN_HEAD) copy_scales(scales->keys, scales->values, c.k_scale, c.v_scale, block, c.kv_heads, kv_head, full);
 }
 
 /* Tile scheduler: the tiles of all contexts, concatenated, are divided evenly; each CTA of a KV head takes a contiguous

@@ -2,8 +2,9 @@
 
    A CTA takes one token, one KV head with its query heads (GQA), and a part of the context (split-KV). Each CTA rotates the
    queries that it needs; the CTA whose part ends with the new token also stores its key and value. The last part of a head
-   to finish merges the parts, in a fixed order. */
+   to finish merges the parts, in a fixed order. PER_TOKEN_HEAD: keys' scales multiply scores, values' scales weights. */
 constexpr int SIZE = KV_FP8 ? 1 : 2, EACH = 16 / SIZE; /* bytes of a cached value; values per 16-byte load */
+constexpr int SCALES_EACH = PER_TOKEN_HEAD ? (SPLIT_TOKENS + CONSUMERS - 1) / CONSUMERS : 0; /* of keys that a thread loads */
 constexpr int PAIRS = (DIM / 4 + 31) / 32, PER_TOKEN = DIM / EACH, AT_ONCE = 32 / PER_TOKEN; /* threads per token's key, tokens per warp */
 
 struct Part {
@@ -33,6 +34,13 @@ INLINE const u8 *value_of(const Step &s, const Part &p, const Layer &w, int at, 
     return block_of(s, p, w.v, at) + (at % BLOCK_SIZE * s.v_token_stride + p.head * s.v_head_stride + d * s.v_dim_stride) * SIZE;
 }
 
+INLINE i64 scale_place(const Step &s, const Part &p, i64 block, int offset) {
+    return block * s.scale_block_stride + offset * s.scale_token_stride + p.head * s.scale_head_stride;
+}
+INLINE i64 scale_of(const Step &s, const Part &p, int at) {
+    return scale_place(s, p, __ldg(s.tables + p.token * s.table_stride + at / BLOCK_SIZE), at % BLOCK_SIZE);
+}
+
 /* Prefetch the keys and values of long parts to L2 while the previous product runs. */
 INLINE void expect_context(const Step &s, const Layer &w) {
     Part p;
@@ -45,12 +53,15 @@ INLINE void expect_context(const Step &s, const Layer &w) {
     else
         for (int i = threadIdx.x; i < (p.end - p.begin) * LINES; i += CONSUMERS)
             prefetch(value_of(s, p, w, p.begin + i / LINES, i % LINES * 16));
+    if (PER_TOKEN_HEAD)
+        for (int i = p.begin + 8 * threadIdx.x; i < p.end; i += 8 * CONSUMERS) prefetch(w.k_scale + scale_of(s, p, i)), prefetch(w.v_scale + scale_of(s, p, i));
 }
 
-/* Each thread's first loads of keys and values, issued before the queries have arrived. */
+/* Each thread's first loads of keys and values, and its loads of scales, issued before the queries have arrived. */
 struct Ahead {
     uint4 key, value;
     float k_scale, v_scale;
+    float scales[2][SCALES_EACH + 1]; /* of keys, of values */
 };
 INLINE Ahead look_ahead(const Step &s, const Layer &w, const Part &p) {
     const int lane = threadIdx.x % 32, at = p.begin + threadIdx.x / 32 * AT_ONCE + lane / PER_TOKEN, d = threadIdx.x % DIM;
@@ -58,13 +69,28 @@ INLINE Ahead look_ahead(const Step &s, const Layer &w, const Part &p) {
     Ahead first = {};
     if (at < p.end) first.key = shared_load((const void *)(key_of(s, p, w, at) + lane % PER_TOKEN * 16));
     if (KV_FP8 && share < p.end) first.value = shared_load((const void *)value_of(s, p, w, share, d));
-    first.k_scale = KV_FP8 ? shared_load(w.k_scale) : 1.0f, first.v_scale = KV_FP8 ? shared_load(w.v_scale) : 1.0f;
+    constexpr bool BY_LAYER = KV_FP8 && !PER_TOKEN_HEAD;
+    first.k_scale = BY_LAYER ? shared_load(w.k_scale) : 1.0f, first.v_scale = BY_LAYER ? shared_load(w.v_scale) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < SCALES_EACH; i++) {
+        const int of = p.begin + threadIdx.x + i * CONSUMERS;
+        if (of < p.end) first.scales[0][i] = shared_load(w.k_scale + scale_of(s, p, of)), first.scales[1][i] = shared_load(w.v_scale + scale_of(s, p, of));
+    }
     return first;
 }
+/* `scales` [2, SPLIT_TOKENS]: of the part's keys and values, but for the new token. */
+INLINE void keep_scales(const Part &p, const Ahead &ahead, float *scales) {
+#pragma unroll
+    for (int i = 0; i < SCALES_EACH; i++) {
+        const int of = threadIdx.x + i * CONSUMERS;
+        if (p.begin + of < min(p.end, p.length - 1)) scales[of] = ahead.scales[0][i], scales[SPLIT_TOKENS + of] = ahead.scales[1][i];
+    }
+}
 
+INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7F800000) ? x : 0; }
 /* Converted as stored in the cache, which holds finite values only. */
 INLINE u32 stored(float x, float scale) {
-    x = fabsf(x) < __int_as_float(0x7F800000) ? x : 0;
+    x = finite(x);
     return KV_FP8 ? codes_of(x / scale, 0) & 0xFF : narrow(x);
 }
 INLINE void store(u8 *to, u32 bits) {
@@ -73,9 +99,9 @@ INLINE void store(u8 *to, u32 bits) {
 }
 
 /* Rotate the part's queries into `query` [GROUP, DIM], times the score's scale, and store the new key and value, also in
-   `fresh` [2, DIM]. One warp per head; a thread has two dimensions of the head's first half and their rotary partners in the
-   second. */
-INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, u32 number, float *query, u8 *fresh) {
+   `fresh` [2, DIM], and their scales in `scales` [2, SPLIT_TOKENS]. One warp per head; a thread has two dimensions of the
+   head's first half and their rotary partners in the second. */
+INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, u32 number, float *query, u8 *fresh, float *scales) {
     const int lane = threadIdx.x % 32, heads = p.end == p.length ? GROUP + 2 : GROUP;
     const u64 *from = s.qkv + p.token * QKV / 2;
     const float *cosines = s.cos_sin + __ldg(s.rotary_rows + p.token) * DIM;
@@ -114,7 +140,7 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int i = 2 * (lane + 32 * j) + e, k = i + DIM / 2;
-                float a = x[j][e], b = y[j][e];
+                float &a = x[j][e], &b = y[j][e];
                 if (HEAD_NORMS && !is_value) {
                     a = rounded(rounded(a * factor) * wide(__ldg(gain + i)));
                     b = rounded(rounded(b * factor) * wide(__ldg(gain + k)));
@@ -123,13 +149,35 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const
                     const float cosine = __ldg(cosines + i), sine = __ldg(cosines + k), old = a;
                     a = rounded(a * cosine - b * sine), b = rounded(b * cosine + old * sine);
                 }
+            }
+        }
+        float scale = is_value ? ahead.v_scale : ahead.k_scale;
+        if (PER_TOKEN_HEAD && !is_query) {
+            float most = 0;
+#pragma unroll
+            for (int j = 0; j < PAIRS; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) most = fmaxf(most, fmaxf(fabsf(finite(x[j][e])), fabsf(finite(y[j][e]))));
+#pragma unroll
+            for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+            scale = fmaxf(most / LIMIT, FLOOR);
+            if (lane == 0) {
+                (is_value ? w.v_scale : w.k_scale)[scale_place(s, p, slot / BLOCK_SIZE, offset)] = scale;
+                scales[is_value * SPLIT_TOKENS + p.length - 1 - p.begin] = scale;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            if (lane + 32 * j >= DIM / 4) continue;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int i = 2 * (lane + 32 * j) + e, k = i + DIM / 2;
                 if (is_query) {
                     const float by = s.softmax_scale * ahead.k_scale;
-                    query[h * DIM + i] = a * by, query[h * DIM + k] = b * by;
+                    query[h * DIM + i] = x[j][e] * by, query[h * DIM + k] = y[j][e] * by;
                     continue;
                 }
-                const float scale = is_value ? ahead.v_scale : ahead.k_scale;
-                const u32 first = stored(a, scale), second = stored(b, scale);
+                const u32 first = stored(x[j][e], scale), second = stored(y[j][e], scale);
                 store(to + i * apart, first), store(to + k * apart, second);
                 store(fresh + (is_value * DIM + i) * SIZE, first), store(fresh + (is_value * DIM + k) * SIZE, second);
             }
@@ -143,7 +191,7 @@ INLINE void widen(u32 word, float *out) {
     else out[0] = low_of(word), out[1] = high_of(word);
 }
 
-INLINE void score(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, const float *query, const u8 *fresh, float *scores) {
+INLINE void score(const Step &s, const Layer &w, const Part &p, const Ahead &ahead, const float *query, const u8 *fresh, const float *scales, float *scores) {
     const int lane = threadIdx.x % 32, place = lane % PER_TOKEN;
     float q[GROUP][EACH];
 #pragma unroll
@@ -161,13 +209,14 @@ INLINE void score(const Step &s, const Layer &w, const Part &p, const Ahead &ahe
             for (int i = 0; i < EACH; i++) sum[h] += q[h][i] * key[i];
 #pragma unroll
             for (int i = PER_TOKEN / 2; i; i /= 2) sum[h] += __shfl_xor_sync(~0u, sum[h], i);
-            if (place == 0 && at < p.end) scores[h * SPLIT_TOKENS + at - p.begin] = at < p.low ? -1e30f : sum[h];
+            if (place == 0 && at < p.end) scores[h * SPLIT_TOKENS + at - p.begin] = at < p.low ? -1e30f : PER_TOKEN_HEAD ? sum[h] * scales[at - p.begin] : sum[h];
         }
     }
 }
 
-/* Softmax: scores become weights, zero-padded to a multiple of 16; `stats` [GROUP, 2]: maximum score and sum of weights. */
-INLINE void weigh(const Part &p, float *scores, float *stats) {
+/* Softmax: scores become weights, zero-padded to a multiple of 16; `stats` [GROUP, 2]: maximum score and sum of weights.
+   PER_TOKEN_HEAD: then weights are multiplied by the values' scales. */
+INLINE void weigh(const Part &p, const float *scales, float *scores, float *stats) {
     const int lane = threadIdx.x % 32, count = p.end - p.begin;
     for (int h = threadIdx.x / 32; h < GROUP; h += WARPS) {
         float *row = scores + h * SPLIT_TOKENS, most = -1e30f, total = 0;
@@ -176,7 +225,7 @@ INLINE void weigh(const Part &p, float *scores, float *stats) {
         for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
         for (int i = lane; i < (count + 15) / 16 * 16; i += 32) {
             const float weight = i < count && row[i] > -1e30f ? exp2f(row[i] - most) : 0;
-            row[i] = weight, total += weight;
+            row[i] = PER_TOKEN_HEAD && i < count ? weight * scales[SPLIT_TOKENS + i] : weight, total += weight;
         }
 #pragma unroll
         for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
@@ -228,12 +277,13 @@ INLINE void attend(const Step &s, const Layer &w, u32 number, float *scratch, Sm
     const Ahead ahead = look_ahead(s, w, p);
     float *scores = scratch, *query = scores + GROUP * SPLIT_TOKENS, *sums = query + VALUES;
     u8 *fresh = (u8 *)(sums + PER_DIM * VALUES);
-    float *stats = (float *)(fresh + 2 * DIM * SIZE);
-    rotate_and_store(s, w, p, ahead, number, query, fresh);
+    float *stats = (float *)(fresh + 2 * DIM * SIZE), *scales = stats + 2 * GROUP;
+    rotate_and_store(s, w, p, ahead, number, query, fresh, scales);
+    keep_scales(p, ahead, scales);
     consumers_sync();
-    score(s, w, p, ahead, query, fresh, scores);
+    score(s, w, p, ahead, query, fresh, scales, scores);
     consumers_sync();
-    weigh(p, scores, stats);
+    weigh(p, scales, scores, stats);
     consumers_sync();
     sum_values(s, w, p, ahead, scores, fresh, sums);
     consumers_sync();

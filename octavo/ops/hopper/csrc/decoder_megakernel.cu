@@ -16,7 +16,7 @@
    With TWO_CODES, activations are not rounded to FP8: each is a code and the code of its remainder, two columns of one product.
 
    Compile-time constants, the sizes of model and device: TOKENS, TWO_CODES, HIDDEN, INTER, HEADS, KV_HEADS, DIM, BLOCK_SIZE (of the
-   cache), KV_FP8, WINDOW (0: none), HEAD_NORMS, QKV_BIAS, LONGEST (context), CTAS (the number of SMs), SHARED (bytes of
+   cache), KV_FP8, PER_TOKEN_HEAD (whether its codes have a scale a token and head), WINDOW (0: none), HEAD_NORMS, QKV_BIAS, LONGEST (context), CTAS (the number of SMs), SHARED (bytes of
    shared memory per CTA). */
 
 #include "types.cuh"
@@ -26,7 +26,7 @@ struct Layer {
     const float *qkv_scale, *o_scale, *gate_up_scale, *down_scale; /* one per row */
     const u16 *input_norm, *post_norm, *q_norm, *k_norm, *qkv_bias;
     u8 *k, *v; /* the layer's cache */
-    const float *k_scale, *v_scale; /* per-layer scales of the cache */
+    float *k_scale, *v_scale; /* of the cache: per layer, or PER_TOKEN_HEAD those of block 0 */
 };
 
 struct Step {
@@ -43,6 +43,7 @@ struct Step {
     const int *tables;
     const float *cos_sin; /* [rows, DIM], cosines first */
     i64 table_stride, block_stride, k_token_stride, v_token_stride, v_head_stride, v_dim_stride; /* in values */
+    i64 scale_block_stride, scale_token_stride, scale_head_stride;
     int num_layers;
     float eps, softmax_scale; /* softmax_scale includes log2(e) */
 };
@@ -55,7 +56,7 @@ constexpr int X_PITCH = (MAX_K + 127) / 128 * 128 + 64;
 constexpr int PER_DIM = CONSUMERS / DIM; /* threads that share a value's dimension */
 constexpr int SPLITS = CTAS / (TOKENS * KV_HEADS); /* maximum parts of a context */
 constexpr int SPLIT_TOKENS = ((LONGEST + 16 + SPLITS - 1) / SPLITS + 31) / 32 * 32;
-constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM, COLUMNS = TOKENS << TWO_CODES, CODES = COLUMNS * X_PITCH;
+constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM + PER_TOKEN_HEAD * 8 * SPLIT_TOKENS, COLUMNS = TOKENS << TWO_CODES, CODES = COLUMNS * X_PITCH;
 constexpr int OPERAND = ((SCRATCH > CODES ? SCRATCH : CODES) + 127) / 128 * 128;
 constexpr int MAX_TOKENS = 4, IN_FLIGHT = 2, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS; /* producer warps */
 constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);

@@ -2,7 +2,8 @@
    rotated (dimension i with i + 64, by the token's cosine and sine). Queries are written as BF16, keys and values as e4m3
    into their tokens' slots of a paged cache.
 
-   A tile is HALF / 64 heads of 128 rows of the weight. BLOCKS: codes have block scales. */
+   A tile is HALF / 64 heads of 128 rows of the weight. BLOCKS: codes have block scales. PER_TOKEN_HEAD: the cache has a scale
+   for each token and head, which is computed here. */
 
 constexpr int STEP = 2 * HALF;
 #if BLOCKS
@@ -12,6 +13,7 @@ typedef BlockProduct Factors;
 #include "gemm_mainloop.cuh"
 typedef Product Factors;
 #endif
+#include "cache_blocks.cuh"
 
 struct Qkv {
     Factors product;
@@ -20,13 +22,11 @@ struct Qkv {
     const u16 *q_norm, *k_norm; /* BF16 [128], or null */
     const float *cos_sin; /* [rows, 128], cosines first */
     const i64 *rotary_rows, *slots; /* a slot is 64 * block + offset */
-    u8 *cache; /* [blocks, 2, kv_heads * 64 * 128]: keys [64, kv_heads, 128], values [kv_heads, 128, 64] */
-    const float *k_scale, *v_scale; /* per-layer scales of the cache */
+    u8 *cache; /* as cache_blocks.cuh has it */
+    float *k_scale, *v_scale; /* of the cache: per layer, or PER_TOKEN_HEAD those of block 0 */
     int q_heads, kv_heads;
     float eps;
 };
-
-constexpr int DIM = 128, BLOCK = 64;
 
 /* Register layout of a head of 16 tokens: a thread has two rows 8 apart. Dimension 8i + 2t + e of row 8r is y[4i + 2r + e];
    t is the thread's index in its quad. */
@@ -59,8 +59,9 @@ INLINE void rotate(float *y, const float2 (&cosines)[2][8], const float2 (&sines
             high[0] = high[0] * cosine.x + a * sine.x, high[1] = high[1] * cosine.y + b * sine.y;
         }
 }
-INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0; } /* the cache holds finite values only */
-INLINE u32 two_codes(const float *y, float by) { return codes_of(finite(y[0]) * by, finite(y[1]) * by); }
+INLINE u32 two_codes(const float *y, float by) {
+    return PER_TOKEN_HEAD ? codes_of(y[0] * by, y[1] * by) : codes_of(finite(y[0]) * by, finite(y[1]) * by);
+}
 
 INLINE void write_queries(const Map &map, Out &out, const float *y, int token, int head) {
     put_row(out, y);
@@ -68,42 +69,67 @@ INLINE void write_queries(const Map &map, Out &out, const float *y, int token, i
     store_box(map, head * DIM * 2, token, out[0]), store_box(map, head * DIM * 2 + 128, token, out[1]);
     end_stores();
 }
-/* Store a row of keys, 16 bytes at a time; the staging buffer is swizzled to avoid bank conflicts between rows. */
-INLINE void write_keys(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
+/* Reciprocals of the scales of a thread's two rows; PER_TOKEN_HEAD computes and stores these. */
+INLINE void inverse_scales(const Qkv &s, float (&by)[2], float *scales, float *y, i64 slot, int tokens, int head) {
+#if PER_TOKEN_HEAD
     const int lane = threadIdx.x % 32;
-    const float by = __frcp_rn(__ldg(s.k_scale));
+    float most[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        y[i] = finite(y[i]);
+        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(y[i]));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        const float scale = scale_of(most[r]);
+        const i64 to = __shfl_sync(~0u, slot, lane / 4 + 8 * r);
+        if (lane % 4 == 0 && lane / 4 + 8 * r < tokens) scales[scale_place(to, s.kv_heads, head)] = scale;
+        by[r] = __frcp_rn(scale);
+    }
+#else
+    by[0] = by[1] = __frcp_rn(__ldg(scales));
+#endif
+}
+/* Store a row of keys, 16 bytes at a time; the staging buffer is swizzled to avoid bank conflicts between rows. */
+INLINE void write_keys(const Qkv &s, u8 *out, float *y, i64 slot, int tokens, int head) {
+    const int lane = threadIdx.x % 32;
+    float by[2];
+    inverse_scales(s, by, s.k_scale, y, slot, tokens, head);
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            *(u16 *)(out + (lane / 4 + 8 * r) * DIM + (8 * i + lane % 4 * 2 ^ lane / 4 * 16)) = two_codes(y + 4 * i + 2 * r, by);
+            *(u16 *)(out + (lane / 4 + 8 * r) * DIM + (8 * i + lane % 4 * 2 ^ lane / 4 * 16)) = two_codes(y + 4 * i + 2 * r, by[r]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = lane / 8 + 4 * i;
         const i64 to = __shfl_sync(~0u, slot, row);
         if (row < tokens)
-            *(uint4 *)(s.cache + ((to / BLOCK * 2 * BLOCK + to % BLOCK) * s.kv_heads + head) * DIM + lane % 8 * 16) =
+            *(uint4 *)(s.cache + key_place(to, s.kv_heads, head) + lane % 8 * 16) =
                 *(const uint4 *)(out + row * DIM + (lane % 8 ^ row % 8) * 16);
     }
     __syncwarp();
 }
 /* Store 16 tokens of a dimension of values at a time; they are mostly contiguous in the cache. */
-INLINE void write_values(const Qkv &s, u8 *out, const float *y, i64 slot, int tokens, int head) {
+INLINE void write_values(const Qkv &s, u8 *out, float *y, i64 slot, int tokens, int head) {
     const int lane = threadIdx.x % 32;
-    const float by = __frcp_rn(__ldg(s.v_scale));
+    float by[2];
+    inverse_scales(s, by, s.v_scale, y, slot, tokens, head);
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const u32 two = two_codes(y + 4 * i + 2 * r, by);
+            const u32 two = two_codes(y + 4 * i + 2 * r, by[r]);
             u8 *to = out + (8 * i + lane % 4 * 2) * 16 + lane / 4 + 8 * r;
             to[0] = two, to[16] = two >> 8;
         }
     __syncwarp();
     const i64 first = __shfl_sync(~0u, slot, 0);
     const bool adjacent = __all_sync(~0u, first % 16 == 0 && slot == first + lane % 16);
-    u8 *to = s.cache + ((slot / BLOCK * 2 + 1) * s.kv_heads + head) * (BLOCK * DIM) + slot % BLOCK;
+    u8 *to = s.cache + value_place(slot, s.kv_heads, head);
     if (adjacent) {
 #pragma unroll
         for (int d = lane; d < DIM; d += 32) *(uint4 *)(to - lane % 16 + d * BLOCK) = *(const uint4 *)(out + d * 16);
