@@ -1,9 +1,9 @@
 """Rounding a checkpoint's linear layers by what a text makes them read: the layers in order, one in memory.
 
 Each layer reads what the layers before it give in the model's own dtype, so that it runs once over the text. (What they give
-in FP8 made calibration no better: bench/LOG.md.) Its codes go to a file of their own, beside the state that the next layer reads,
-so that a run that is stopped continues behind the last whole layer. The files that the checkpoint is made of take their codes from
-there.
+in FP8 made calibration no better: bench/LOG.md.) Its codes go to a file of their own, beside the state that the next layer
+reads, so that a run that is stopped continues behind the last whole layer. The files that the checkpoint is made of take their
+codes from there.
 """
 
 from __future__ import annotations
