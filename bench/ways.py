@@ -34,7 +34,7 @@ def measured(shape: str, names: str, tp: int, pp: int, part: range, options: dic
         print("ready", flush=True)
         return {}
     with model_directory("", shape, None) as directory:
-        given = dict(load_format="dummy", tensor_parallel_size=tp, pipeline_parallel_size=pp) | options
+        given: dict[str, Any] = dict(load_format="dummy", tensor_parallel_size=tp, pipeline_parallel_size=pp) | options
         config = offline.engine_options(EngineConfig(model=str(directory), **given), shares, {})
         with leading.engine(config, lambda stage, fraction: None) as core:
             for share in shares:
@@ -93,8 +93,8 @@ def main() -> None:
             (Path(directory) / "begin").touch()
             if any(process.wait() for process in processes):
                 raise SystemExit(f"{way} failed")
-            found = [json.loads(out.read_text()) for out in outs]
-        print("  ".join(f"{word:>12}" for word in (way, *(figure(name, found) for name in names))), flush=True)
+            all_found = [json.loads(out.read_text()) for out in outs]
+        print("  ".join(f"{word:>12}" for word in (way, *(figure(name, all_found) for name in names))), flush=True)
 
 
 if __name__ == "__main__":

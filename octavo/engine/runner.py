@@ -140,7 +140,8 @@ class ModelRunner:
         if not self.captures:
             return
         if self.platform.is_cpu:
-            self.graphs = RecordedSteps(self.step.decode, self.block_size, self.config.max_num_seqs, self.max_model_len)
+            decode = cast("Callable[[batches.ForwardBatch], tuple[Tensor, Tensor]]", self.step.decode)  # no stage is recorded
+            self.graphs = RecordedSteps(decode, self.block_size, self.config.max_num_seqs, self.max_model_len)
             return
         self._capture_graphs()
         if self.encoder is not None:
