@@ -35,6 +35,7 @@ from octavo.ops.hopper import (
     block_gate_up_silu,
     block_gemm,
     decoder_megakernel,
+    few_tokens,
     gate_up_silu,
     layer_megakernel,
     moe_decode,
@@ -62,6 +63,7 @@ __all__ = [
 ]  # fmt: skip
 
 LINEAR = [
+    few_tokens.ScaledMM(),
     block_gemm.Blocks(block_gemm.KERNELS, block_gate_up_silu.KERNELS, qkv_rope_kv_write.BLOCK_KERNELS),
     *gpu.LINEAR,
 ]
