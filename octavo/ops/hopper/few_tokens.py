@@ -80,7 +80,8 @@ class PackedScaledMM(gpu.PackedScaledMM):
 
     def __init__(self, q: QTensor, units: int):
         super().__init__(q)
-        self.splits = splits_of(*self.weight.shape, units) if self.n % 8 == 0 else None
+        rows, depth = self.weight.shape
+        self.splits = splits_of(rows, depth, units) if self.n % 8 == 0 else None
 
     def _product(self, given: Quantized) -> Tensor:
         if len(given.codes) <= MAX_TOKENS and self.splits is not None:
