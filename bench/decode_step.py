@@ -46,7 +46,7 @@ def main() -> None:
     if not (decoders := model.fused):
         sys.exit(f"steps go op by op here: {ops.table()}")
     parts = runner.model.parts()
-    assert parts is not None
+    assert not isinstance(parts, str), parts
     read = sum(w.held_bytes for layer in parts.layers for w in layer.weights)
     bandwidth = measure_ceilings(runner.platform).bandwidth
     copied = 1e6 * read / bandwidth

@@ -15,7 +15,9 @@ from octavo.models.interface import ModelInput, StageState
 from octavo.ops import DecoderParts, FusedDecoder, LayerParts, MixtureParts
 from octavo.platform import Platform
 
-__all__ = ["DenseDecoder", "DenseLM", "FusedLM"]
+__all__ = ["BIASED", "DenseDecoder", "DenseLM", "FusedLM"]
+
+BIASED = "a bias of attention's output or of an MLP"  # why a model's steps are not fused, for the table of ops
 
 
 class DenseDecoder(Decoder):
@@ -43,8 +45,7 @@ class FusedLM(CausalLM):
         return DenseDecoder(self.config, self.tp, layers)
 
     def fuse(self, platform: Platform) -> None:
-        if (parts := self.parts()) is not None:
-            self.model.fused = tuple(ops.fuse(parts, platform))
+        self.model.fused = tuple(ops.fuse(self.parts(), platform))
 
     def unfuse(self) -> None:
         self.model.fused = ()
@@ -54,21 +55,21 @@ class FusedLM(CausalLM):
             return ()
         return super().graph_key(requests, longest)
 
-    def parts(self) -> DecoderParts | MixtureParts | None:
-        """The layers for a megakernel that computes all of them; None if they have parts that its types cannot express."""
+    def parts(self) -> DecoderParts | MixtureParts | str:
+        """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""
         raise NotImplementedError
 
 
 class DenseLM(FusedLM):
     """A dense decoder and its head."""
 
-    def parts(self) -> DecoderParts | None:
+    def parts(self) -> DecoderParts | str:
         found: list[LayerParts] = []
         layers: list[Any] = list(self.model.layers)  # of any architecture; the attributes have Hugging Face's names
         for layer in layers:
             a, mlp = layer.self_attn, layer.mlp
             if any(linear.bias is not None for linear in (a.o_proj, mlp.gate_up_proj, mlp.down_proj)):
-                return None
+                return BIASED
             part = LayerParts(
                 qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate_up=mlp.gate_up_proj.weight, down=mlp.down_proj.weight,
                 input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,

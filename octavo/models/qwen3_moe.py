@@ -17,7 +17,7 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
 from octavo.models import qwen3
 from octavo.models.config import check_experts, expert_activations
-from octavo.models.dense import FusedLM
+from octavo.models.dense import BIASED, FusedLM
 from octavo.ops import ExpertLayerParts, MixtureParts, Product, Router
 
 __all__ = ["Config", "Model"]
@@ -77,15 +77,17 @@ class Model(FusedLM):
         rotary = RotaryEmbedding(c.head_dim, c.rope, c.max_position_embeddings, max_len)
         super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))
 
-    def parts(self) -> MixtureParts | None:
+    def parts(self) -> MixtureParts | str:
         if self.tp.size > 1:
-            return None
+            return "sums over ranks, which a launch of a mixture's layer does not make"
         found: list[ExpertLayerParts] = []
         for layer in self.model.layers:
             assert isinstance(layer, DecoderLayer)
             a, mlp = layer.self_attn, layer.mlp
-            if not isinstance(mlp, MixtureOfExperts) or a.o_proj.bias is not None:
-                return None
+            if not isinstance(mlp, MixtureOfExperts):
+                return "layers without experts between those that have them"
+            if a.o_proj.bias is not None:
+                return BIASED
             part = ExpertLayerParts(
                 qkv=a.qkv_proj.weight, o=a.o_proj.weight, gate=mlp.gate.weight, correction=mlp.gate.bias,
                 router=mlp.gate.router, gate_up=mlp.experts.gate_up, down=mlp.experts.down,

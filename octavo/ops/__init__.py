@@ -165,12 +165,14 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> list[FusedDecoder]:
+def fuse(parts: DecoderParts | MixtureParts | str, platform: Platform) -> list[FusedDecoder]:
     """Megakernel decoders for decode steps of few requests, if this platform has any that take these layers.
 
-    The list is ordered: the first decoder that takes a step is the fastest.
+    The list is ordered: the first decoder that takes a step is the fastest. parts: or the reason why there can be none.
     """
-    made = {} if _fuse is None else _fuse(parts, platform)
+    made: dict[str, FusedDecoder | str] = {}
+    if _fuse is not None:
+        made = {"decode steps of few requests": parts} if isinstance(parts, str) else _fuse(parts, platform)
     for steps, decoder in made.items():
         _table[steps] = f"op by op: {decoder}" if isinstance(decoder, str) else decoder.name
     return [decoder for decoder in made.values() if not isinstance(decoder, str)]

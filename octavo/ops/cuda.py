@@ -36,6 +36,7 @@ from octavo.ops.hopper import (
     block_gemm,
     cache_blocks,
     decoder_megakernel,
+    few_tokens,
     gate_up_silu,
     layer_megakernel,
     moe_decode,
@@ -64,6 +65,7 @@ __all__ = [
 ]  # fmt: skip
 
 LINEAR = [
+    few_tokens.ScaledMM(),
     block_gemm.Blocks(block_gemm.KERNELS, block_gate_up_silu.KERNELS, qkv_rope_kv_write.BLOCK_KERNELS),
     *gpu.LINEAR,
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_a_graph_has_one_kind_of_attention() -> None:
         assert all(len(kinds) == 1 for kinds in by_variant.values())
     assert attention.is_long(16, 33000)
     assert not attention.is_long(32, 1152)
+
+
+@over(
+    "requests, longest, expected",
+    [(32, 1152, "Triton's"), (33, 1152, "Triton's"), (34, 1152, "this"), (7, 32768, "Triton's"), (8, 32768, "this")],
+)
+def test_few_requests_of_short_contexts_are_not_its_own(requests: int, longest: int, expected: str) -> None:
+    """Of 4 KV heads, on 132 multiprocessors."""
+    q, k = (torch.zeros(requests, heads, 128) for heads in (32, 4))
+    batch = SimpleNamespace(query_lens=[1] * requests, context_lens=[longest] * requests, slot_mapping=None)
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_decode_attention", lambda *_: not found.append("this"))
+        patch.setattr(attention.gpu, "attend", lambda *_: found.append("Triton's"))
+        attention.attend(q, k, k, None, None, batch, 1.0, None)  # type: ignore[arg-type]
+    assert found == [expected]
 
 
 @needs_hopper

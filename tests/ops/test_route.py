@@ -34,13 +34,15 @@ Shape = tuple[int, int, int, int]
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
-@pytest.mark.parametrize("experts", route.EXPERTS)
-def test_it_compiles(experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", route.VARIANTS)
+def test_it_compiles(variant: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled, BF16 matrix instructions, loads from the cluster's shared memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("route.cu", "sm_90a", {"EXPERTS": experts}), tmp_path)
+    stacks, code = dumped(
+        compiler.compile_cubin("route.cu", "sm_90a", dict(zip(route.KERNELS.options, variant, strict=True))), tmp_path
+    )
     assert stacks == ["0"]
-    assert len(re.findall(r"HMMA\.16816\.F32\.BF16", code)) == 16 * experts // 128
+    assert len(re.findall(r"HMMA\.16816\.F32\.BF16", code)) == 2 * variant[1]
     assert "UCGABAR_ARV" in code
 
 

@@ -31,9 +31,10 @@ __all__ = [
 # H200, 1,152 tokens each).
 MAX_ITEMS = 14
 
-# Total context from which decode_attention.cu is the faster kernel between launches of layer_megakernel.cu, too. It reads 3%
-# faster but starts later, since the two do not fit into shared memory together (H100: 3% of a step slower at 36,864 tokens, 4%
-# faster at 528,000).
+# Total context from which decode_attention.cu is the faster kernel between launches of layer_megakernel.cu, too, and for so few
+# requests that an SM has one pair of request and KV head or less. It reads 3% faster but starts later, since the two do not fit
+# into shared memory together (H100: 3% of a step slower at 36,864 tokens, 4% faster at 528,000; H200, op by op: 32 requests of
+# 1,152 tokens over 4 KV heads 3.2 µs slower).
 LONG = 1 << 18
 
 PREFILL, PER_TOKEN_HEAD_PREFILL = (
@@ -149,7 +150,8 @@ def attend(
     if max(batch.query_lens) == 1:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         new, requests = New(k, v, rope, batch.slot_mapping), len(batch.query_lens)
-        if _decode_attention(q, out, cache, batch, requests, scale, window, new):
+        few = requests * k.shape[1] <= launch.device_units() and not is_long(requests, max(batch.context_lens))
+        if not few and _decode_attention(q, out, cache, batch, requests, scale, window, new):
             return out
         return gpu.attend(q, k, v, rope, cache, batch, scale, window)
     return attention(gpu.rope_write_kv(q, k, v, rope, cache, batch.slot_mapping), cache, batch, scale, window)

@@ -34,7 +34,7 @@ KERNELS = Kernels("grouped_gemm.cu", "grouped_product", INSTEAD, ("TOKENS", "BLO
 QUANTIZE = Kernels("quantize_pairs.cu", "quantize_pairs", INSTEAD, (), [()])
 ROWS = 256  # of a tile, as in grouped_gemm.cu
 MAX_EXPERTS, MAX_WIDTH = 512, 2048
-FEW = 32  # tokens whose experts are not multiplied here
+FEW = 8  # tokens whose experts are not multiplied here: csrc/moe_decode.cu has most of such steps
 
 
 class _Grouped(ctypes.Structure):

@@ -20,8 +20,7 @@ from octavo.platform import Platform
 
 __all__ = ["COLUMNS", "MoeMegakernels", "refusal"]
 
-COLUMNS = (1, 4)  # tokens that the kernel is compiled for; it takes up to 32, but at 8 and more op by op is faster
-MAX_TOKENS = COLUMNS[-1]
+COLUMNS = (1, 4, 8)  # tokens that the kernel is compiled for; with block scales up to 4, since 8 were not timed
 STEP, ROWS, STAGE_STEPS, LEAST_STAGES = 128, 16, 8, 4  # a stage of weights: rows by K steps, as in moe_decode.cu
 BARRIERS = 4 * 32  # grid barriers of a launch, a cache line each
 
@@ -56,18 +55,24 @@ def refusal(parts: MixtureParts, platform: Platform) -> str | None:
         return "more experts than multiprocessors"
     if any(size % STEP for size in (parts.hidden, parts.inter, parts.heads * parts.head_dim)):
         return f"a dimension is not a multiple of {STEP}"
-    if _room(parts, platform) < LEAST_STAGES * ROWS * STAGE_STEPS * STEP:
+    if not columns_of(parts, platform):
         return "activations that leave no room for weights in shared memory"
     return None
 
 
-def _room(parts: MixtureParts, platform: Platform) -> int:
-    """Bytes of shared memory that the largest kernel has for weights, at least."""
+def columns_of(parts: MixtureParts, platform: Platform) -> list[int]:
+    """Those of COLUMNS whose activations leave room for weights in shared memory."""
     first, stage = parts.layers[0], STAGE_STEPS * STEP
-    inputs = max(32 << 10, 8 * parts.hidden, 4 * 8 * stage * -(-parts.inter // stage))
     scales = max(parts.hidden, parts.heads * parts.head_dim) // STEP if _by_tile(first.down) else 1
-    state = first.gate_up.experts * (4 * MAX_TOKENS + 5) + 32 * (scales + 4 * parts.inter // STEP) + (6 << 10)
-    return platform.shared_memory - 1024 - inputs - state
+
+    def room(tokens: int) -> int:
+        pairs = 8 * -(-tokens * first.router.top_k // 8)
+        inputs = max(32 << 10, 8 * parts.hidden, pairs * stage * -(-parts.inter // stage))
+        state = first.gate_up.experts * (4 * tokens + 9) + 32 * scales + pairs * (4 * parts.inter // STEP + 6) + (10 << 10)
+        return platform.shared_memory - 1024 - inputs - state
+
+    allowed = COLUMNS[:2] if _by_tile(first.down) else COLUMNS
+    return [n for n in allowed if room(n) >= LEAST_STAGES * ROWS * stage]
 
 
 def _fits(w: PackedWeight | PackedStack) -> bool:
@@ -107,24 +112,24 @@ def down_map(weight: Tensor) -> bytes:
 
 
 class MoeMegakernels(LayerByLayer[MixtureParts]):
-    """A decoder's layers for steps of up to MAX_TOKENS one-token requests.
+    """A decoder's layers for steps of up to 8 one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
     """
 
     name = "a launch between attentions, csrc/moe_decode.cu"
-    columns = COLUMNS
 
     def __init__(self, parts: MixtureParts, platform: Platform):
         super().__init__(parts, platform)
-        self.layers = parts.layers
+        self.layers, self.columns = parts.layers, columns_of(parts, platform)
+        most = self.columns[-1]
         self.qkv_rows = (parts.heads + 2 * parts.kv_heads) * parts.head_dim
         self.kernels = self.compiled("moe_decode.cu", "between_moe_attentions", self.options())
         experts = self.layers[0].gate_up.experts
         empty = partial(torch.empty, device=platform.device)
-        self.middle, self.o_out, self.down_out = empty(3, MAX_TOKENS, parts.hidden, dtype=torch.bfloat16)
-        self.logits = empty(MAX_TOKENS, experts, dtype=torch.float32)
-        self.act = empty(experts, MAX_TOKENS, parts.inter, dtype=torch.bfloat16)
+        self.middle, self.o_out, self.down_out = empty(3, most, parts.hidden, dtype=torch.bfloat16)
+        self.logits = empty(most, experts, dtype=torch.float32)
+        self.act = empty(experts, most, parts.inter, dtype=torch.bfloat16)
         self.grid_barriers = torch.zeros(len(self.layers), BARRIERS, dtype=torch.int32, device=platform.device)
         stored = [[_stored(w) for w in (layer.o, layer.gate_up, layer.down, layer.qkv)] for layer in self.layers]
         makers = dense_map, gate_up_map, down_map, dense_map
@@ -152,7 +157,7 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
             self.layers[after].input_norm.data_ptr() if after else None, layer.gate.data_ptr(), lengths.data_ptr(),
             self.grid_barriers[at].data_ptr(), tokens, self.parts.eps, layer.router.scale,
         )  # fmt: skip
-        self.kernels[next(n for n in COLUMNS if tokens <= n)].launch(self.ctas, arguments, early=True)
+        self.kernels[next(n for n in self.columns if tokens <= n)].launch(self.ctas, arguments, early=True)
         return qkv
 
     def options(self) -> dict[str, int | float]:

@@ -13,11 +13,12 @@ from octavo.ops import gpu
 from octavo.ops.contract import Dispatch, Routed, Router
 from octavo.ops.hopper.compile import Kernels, no_warpgroups
 
-__all__ = ["EXPERTS", "KERNELS", "choose", "refusal", "route"]
+__all__ = ["KERNELS", "VARIANTS", "choose", "refusal", "route"]
 
-EXPERTS = 128, 256  # most experts of a variant
-KERNELS = Kernels("route.cu", "route", "routing is Triton's", ("EXPERTS",), [(n,) for n in EXPERTS])
-SPLITS, TOKENS = 8, 16  # CTAs and tokens of a cluster, as in route.cu
+VARIANTS = (128, 8), (128, 16), (256, 16)  # most experts; tokens of a cluster
+KERNELS = Kernels("route.cu", "route", "routing is Triton's", ("EXPERTS", "TOKENS"), VARIANTS)
+SPLITS = 8  # CTAs of a cluster, as in route.cu
+FEW = 64  # tokens of which a cluster has eight: more CTAs than these take would leave the next kernel no room
 MAX_PAIRS, MAX_CHOSEN = 2048, 32  # for more pairs, Triton's two launches are faster (an H200)
 
 
@@ -39,8 +40,8 @@ def refusal(x: Tensor, weight: Tensor, router: Router) -> str | None:
         return reason
     if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
         return "not BF16"
-    if router.groups > 1 or router.top_k > MAX_CHOSEN or len(weight) > EXPERTS[-1]:
-        return f"groups of experts, more than {MAX_CHOSEN} chosen or {EXPERTS[-1]} in all"
+    if router.groups > 1 or router.top_k > MAX_CHOSEN or len(weight) > VARIANTS[-1][0]:
+        return f"groups of experts, more than {MAX_CHOSEN} chosen or {VARIANTS[-1][0]} in all"
     if not len(x) or len(x) * router.top_k > MAX_PAIRS:
         return f"not 1 to {MAX_PAIRS} pairs of token and expert"
     if x.stride(1) != 1 or x.stride(0) % 8 or x.shape[1] % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
@@ -51,7 +52,8 @@ def refusal(x: Tensor, weight: Tensor, router: Router) -> str | None:
 def choose(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed | None:
     """As `ops.route`, with the pairs sorted, for what `refusal` does not refuse; None if the kernel is not available."""
     (tokens, width), count, top_k, device = x.shape, len(weight), router.top_k, x.device
-    if (kernel := KERNELS.kernel((next(n for n in EXPERTS if count <= n),), device)) is None:
+    variant = next(v for v in VARIANTS if count <= v[0] and (v[1] > 8 or tokens <= FEW))
+    if (kernel := KERNELS.kernel(variant, device)) is None:
         return None
     if device not in _arrivals:
         _arrivals[device] = torch.zeros(1, dtype=torch.int32, device=device)  # every launch resets it
@@ -65,7 +67,7 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch
     arguments = _Route(
         *addresses, tokens, count, width, x.stride(0), top_k, router.sigmoid, router.normalize, router.scale
     )  # fmt: skip
-    kernel.launch(-(-tokens // TOKENS) * SPLITS, arguments, early=True)
+    kernel.launch(-(-tokens // variant[1]) * SPLITS, arguments, early=True)
     return Routed(experts, weights, at)
 
 

@@ -33,6 +33,7 @@ constexpr int DEPTH = 128, ROWS = 256, HALVES = ROWS / 128; /* a warpgroup multi
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, WARPS = CONSUMERS / 32;
 constexpr int X = TOKENS * DEPTH, W = ROWS * DEPTH, STAGES = TOKENS > 32 ? 4 : 5; /* X and W in bytes */
 constexpr int TILE = GATED ? ROWS / 2 : ROWS, SLICE = TILE / GROUPS; /* channels of a tile, of a warpgroup */
+constexpr int RESIDENT = TOKENS > 32 ? 1 : 2; /* CTAs for whose registers an SM has room: kernels before and behind take the rest */
 constexpr int GATHERERS = 96, MOST_EXPERTS = 512, PART = 32; /* PART: pairs that are staged at once */
 constexpr float LIMIT = 448.0f, FLOOR = 1.0f / (448 * 512); /* of scales, as in reference.py */
 
@@ -329,7 +330,7 @@ INLINE void multiply_tile(const Grouped &s, Shared &m, const Tiles &tile, Pipeli
 
 /* Without GATED this is launched behind the launch with GATED, which waits for `starts` before it lets this one begin, or
    behind one that reads its results and so began later. Tiles are counted and weights loaded before those results are there. */
-extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_product(const __grid_constant__ Grouped s) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) grouped_product(const __grid_constant__ Grouped s) {
     Shared &m = shared_memory<Shared>();
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (threadIdx.x == 0) {
@@ -340,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_product(const _
     if (warp == 0) count_tiles(s, m);
     __syncthreads();
     launch_dependent_grids();
-    if (group == GROUPS) { /* 64,512 registers in all: 168 per thread at launch */
+    if (group == GROUPS) { /* at launch a thread has 168 registers, or 80 */
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp == WARPS) {
             if (threadIdx.x % 32 == 0) produce_weights(s, m);
@@ -348,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped_product(const _
         else if (warp == WARPS + 1) wait_on_dependent_grids(), produce_codes(s, m);
         __syncwarp();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(RESIDENT == 1 ? 232 : 96));
         if (!GATED) wait_on_dependent_grids();
         PipelineState<STAGES> at;
         Tiles tile(s, m);

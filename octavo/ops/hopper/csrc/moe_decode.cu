@@ -7,7 +7,7 @@
    CTA computes for itself, since that is small for the few tokens that this kernel is launched for: the codes of its inputs, the
    norms, the choice of experts. All sums have a fixed order, so a result does not depend on timing.
 
-   Compile-time constants: TOKENS (1, 2, 4 or a multiple of 8 up to 32), HIDDEN, INTER (of an expert), WIDE (heads *
+   Compile-time constants: TOKENS (1, 2, 4 or 8), HIDDEN, INTER (of an expert), WIDE (heads *
    dimensions), QKV (rows of that weight), EXPERTS, TOP_K, NORMALIZE (expert weights sum to 1), BLOCKS (scales of 128x128 tiles
    and of 128 activations; otherwise of channels and tokens), CTAS, SHARED. */
 #include "types.cuh"
@@ -29,12 +29,14 @@ struct Between {
 
 __device__ constexpr int up(int a, int b) { return (a + b - 1) / b; }
 __device__ constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
 constexpr int STEP = 128, ROWS = 16, STAGE_STEPS = 8, STAGE = STAGE_STEPS * ROWS * STEP, MAX_STAGES = 16;
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 32;
 constexpr int GROUPS = up(TOKENS, 8), PADDED = GROUPS * 8; /* tokens go by eights */
 constexpr int WARPS_OF_ROW = TOKENS < WARPS ? WARPS / TOKENS : 1, LANES = WARPS_OF_ROW * 32; /* that quantize or norm a token's row */
-constexpr int DOWN_STEPS = up(INTER / STEP, STAGE_STEPS) * STAGE_STEPS, DOWN_INPUT = DOWN_STEPS * 8 * STEP;
-constexpr int INPUTS = larger_of(larger_of(32768, PADDED * HIDDEN), 4 * DOWN_INPUT);
+constexpr int PAIRS = up(TOKENS * TOP_K, 8) * 8; /* of token and expert, and rows that pad the last eight */
+constexpr int DOWN_STEPS = up(INTER / STEP, STAGE_STEPS) * STAGE_STEPS;
+constexpr int INPUTS = larger_of(larger_of(32768, PADDED * HIDDEN), PAIRS * DOWN_STEPS * STEP);
 constexpr int O_PART = INPUTS / (PADDED * STEP) / STAGE_STEPS * STAGE_STEPS; /* K steps of o whose inputs fit */
 constexpr int SCALES = BLOCKS ? larger_of(HIDDEN, WIDE) / STEP : 1, ACT_SCALES = BLOCKS ? INTER / STEP : 1; /* of a token */
 constexpr int O_ROUNDS = up(HIDDEN / ROWS, CTAS), QKV_ROUNDS = up(QKV / ROWS, CTAS);
@@ -47,9 +49,9 @@ struct SmemState {
     int active;        /* their number */
     float room[3][WARPS];
     float scale[PADDED][SCALES];           /* of a product's inputs, except down's */
-    float act_scale[2][2][8][ACT_SCALES]; /* of warpgroups, buffers, rows */
-    float by_row[2][2][8];                 /* what a row of down's inputs counts */
-    int token_of[2][2][8];                 /* -1: none */
+    int first[EXPERTS + 1];                /* the first pair of an expert in use; pairs are sorted by expert, then token */
+    u8 entry_of[PAIRS], token_of[PAIRS];   /* a pair's place in `list`, and its token */
+    float act_scale[PAIRS][ACT_SCALES], by_pair[PAIRS]; /* scales of down's inputs, and what a pair counts */
     float weight[EXPERTS][TOKENS];         /* of an expert for a token that chose it */
     union __align__(16) {
         float4 sums[GROUPS][WARPS][32];
@@ -210,42 +212,35 @@ struct DownScales {
 INLINE void down(const Between &s, int &n, Reader reader, u8 *inputs, SmemState &smem) {
     constexpr int STEPS = INTER / STEP, STAGES_OF_ENTRY = DOWN_STEPS / STAGE_STEPS;
     const int group = group_of(), warp = warp_of(), lane = lane_of(), active = smem.active;
+    quantize_act(s, inputs, smem);
+    fence_view_async_shared();
     for (int unit = blockIdx.x; unit < HIDDEN / ROWS; unit += CTAS) {
         for (int i = threadIdx.x; i < WARPS * TOKENS * ROWS; i += CONSUMERS) (&smem.total[0][0][0])[i] = 0;
         consumers_sync();
-        ActRows next;
-        DownScales next_scales;
-        u32 left = 0; /* tokens of the next entry that are still to come */
-        int entry = group, buffer = 0;
-        if (entry < active) left = smem.mask[smem.list[entry]], next.load(s, entry, left, warp % 4), next_scales.load(s, smem.list[entry], unit);
-        while (entry < active) {
-            const int expert = smem.list[entry], at = n + entry * STAGES_OF_ENTRY;
-            u8 *to = inputs + (group * 2 + buffer) * DOWN_INPUT;
-            next.quantize(to, smem, group, buffer, expert, warp % 4);
-            left = without_eight(left);
-            const bool last = !left;
-            float scales[DownScales::COUNT], sum[4] = {};
+        DownScales next;
+        if (group < active) next.load(s, smem.list[group], unit);
+        for (int entry = group; entry < active; entry += 2) {
+            const DownScales scales = next;
+            if (entry + 2 < active) next.load(s, smem.list[entry + 2], unit);
+            const int begin = smem.first[entry], end = smem.first[entry + 1], at = n + entry * STAGES_OF_ENTRY;
+#pragma unroll 1
+            for (int eight = begin / 8; eight * 8 < end; eight++) { /* its pairs need not begin with one */
+                float sum[4] = {};
 #pragma unroll
-            for (int i = 0; i < DownScales::COUNT; i++) scales[i] = next_scales.of[i];
-            if (last && (entry += 2) < active) left = smem.mask[smem.list[entry]];
-            if (entry < active) next.load(s, entry, left, warp % 4), next_scales.load(s, smem.list[entry], unit);
-            fence_view_async_shared();
-            warpgroup_sync(group);
+                for (int stage = 0; stage < STAGES_OF_ENTRY; stage++) {
+                    const int step = stage * STAGE_STEPS + warp % 4;
+                    const u32 rows = reader.wait_for(at + stage);
+                    multiply_stage(sum, rows, address(inputs) + (eight * DOWN_STEPS + stage * STAGE_STEPS) * 8 * STEP, STEPS - stage * STAGE_STEPS, [&](int tile, int v) {
+                        return BLOCKS ? scales.of[stage * 2 + tile] * smem.act_scale[eight * 8 + lane % 4 * 2 + v % 2][step + tile * 4] : 1.0f;
+                    });
+                    if (eight * 8 + 8 >= end) reader.release(at + stage);
+                }
 #pragma unroll
-            for (int stage = 0; stage < STAGES_OF_ENTRY; stage++) {
-                const int step = stage * STAGE_STEPS + warp % 4;
-                const u32 rows = reader.wait_for(at + stage);
-                multiply_stage(sum, rows, address(to) + stage * STAGE_STEPS * 8 * STEP, STEPS - stage * STAGE_STEPS, [&](int tile, int v) {
-                    return BLOCKS ? scales[stage * 2 + tile] * smem.act_scale[group][buffer][lane % 4 * 2 + v % 2][step + tile * 4] : 1.0f;
-                });
-                if (last) reader.release(at + stage);
+                for (int v = 0; v < 4; v++) {
+                    const int pair = eight * 8 + lane % 4 * 2 + v % 2;
+                    if (pair >= begin && pair < end) smem.total[warp][smem.token_of[pair]][lane / 4 + v / 2 * 8] += sum[v] * (BLOCKS ? 1.0f : scales.of[v / 2]) * smem.by_pair[pair];
+                }
             }
-#pragma unroll
-            for (int v = 0; v < 4; v++) {
-                const int column = lane % 4 * 2 + v % 2, token = smem.token_of[group][buffer][column];
-                if (token >= 0) smem.total[warp][token][lane / 4 + v / 2 * 8] += sum[v] * (BLOCKS ? 1.0f : scales[v / 2]) * smem.by_row[group][buffer][column];
-            }
-            buffer ^= 1;
         }
         n += active * STAGES_OF_ENTRY;
         consumers_sync();

@@ -43,7 +43,7 @@ struct Share {
                  "cp.async.bulk.tensor." #rank "d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {" coordinates \
                  "}], [%2], once;}" ::"r"(to), "l"(&map), "r"(address(full)), __VA_ARGS__ : "memory")
 
-constexpr int STAGES_AHEAD = 3; /* loads in flight: longer queues for memory would delay the loads that others wait for */
+constexpr int STAGES_AHEAD = TOKENS == 1 ? 2 : 3; /* loads in flight: longer queues for memory would delay the loads that others wait for */
 
 /* The thread that loads weights, in the order in which consumers read them, as far ahead as the ring has room. Loops are not
    unrolled: unrolled code would have to be fetched first. */

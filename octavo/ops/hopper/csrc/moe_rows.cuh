@@ -146,7 +146,8 @@ template <bool MIDDLE> INLINE void norm_rows(const Between &s, u8 *inputs, SmemS
     }
 }
 
-/* Softmax over all experts and the TOP_K most likely ones of each token, ties to the smaller number: `mask`, `weight`, `list`. */
+/* Softmax over all experts and the TOP_K most likely ones of each token, ties to the smaller number: `mask`, `weight`, `list`,
+   and the pairs' order. */
 INLINE void route(const Between &s, SmemState &smem) {
     constexpr int EACH = up(EXPERTS, 32);
     const int lane = lane_of();
@@ -208,6 +209,22 @@ INLINE void route(const Between &s, SmemState &smem) {
         if (lane == 0) smem.active = count;
         __syncwarp();
         if (lane == 0) arrive(&smem.routed);
+        int pairs = 0;
+        for (int from = 0; from < count; from += 32) {
+            const int entry = from + lane;
+            u32 tokens = entry < count ? smem.mask[smem.list[entry]] : 0;
+            int until = __popc(tokens);
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2) {
+                const int other = __shfl_up_sync(~0u, until, i);
+                if (lane >= i) until += other;
+            }
+            int pair = pairs + until - __popc(tokens);
+            if (entry < count) smem.first[entry] = pair;
+            for (; tokens; tokens &= tokens - 1, pair++) smem.entry_of[pair] = entry, smem.token_of[pair] = __ffs(tokens) - 1;
+            pairs += __shfl_sync(~0u, until, 31);
+        }
+        if (lane == 0) smem.first[count] = pairs;
     }
     wait(&smem.routed, 0);
     /* Scales of the experts in use, before the queue for memory grows. */
@@ -220,37 +237,23 @@ INLINE void route(const Between &s, SmemState &smem) {
     }
 }
 
-/* A set of tokens without its first eight. */
-INLINE u32 without_eight(u32 tokens) {
+/* Codes of act of all pairs, a warp a row. */
+INLINE void quantize_act(const Between &s, u8 *codes, SmemState &smem) {
+    constexpr int CHUNKS = up(INTER / 8, 32), AT_ONCE = larger_of(1, smaller_of(PAIRS / WARPS, 12 / CHUNKS));
+    const int pairs = smem.first[smem.active], lane = lane_of();
+    for (int begin = warp_of(); begin < pairs; begin += WARPS * AT_ONCE) {
+        uint4 words[AT_ONCE][CHUNKS];
 #pragma unroll
-    for (int i = 0; i < 8; i++) tokens &= tokens - 1;
-    return tokens;
-}
-
-/* Rows `warp` and `warp` + 4 of the first eight tokens of a set: their act of an expert. */
-struct ActRows {
-    static constexpr int CHUNKS = up(INTER / 8, 32);
-    uint4 words[2][CHUNKS];
-    int token[2];
-    INLINE void load(const Between &s, int entry, u32 tokens, int warp) {
-        for (int i = 0; i < warp; i++) tokens &= tokens - 1;
+        for (int r = 0; r < AT_ONCE; r++) {
+            const int pair = min(begin + r * WARPS, pairs - 1);
+            const u16 *from = s.act + ((i64)smem.entry_of[pair] * TOKENS + smem.token_of[pair]) * INTER + lane * 8;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            token[r] = __ffs(tokens) - 1;
-            const u16 *from = s.act + ((i64)entry * TOKENS + token[r]) * INTER + lane_of() * 8;
-#pragma unroll
-            for (int i = 0; i < CHUNKS; i++)
-                words[r][i] = token[r] >= 0 && (lane_of() + 32 * i) * 8 < INTER ? shared_load((const void *)(from + 32 * i * 8)) : uint4{};
-#pragma unroll
-            for (int i = 0; i < 4; i++) tokens &= tokens - 1;
+            for (int i = 0; i < CHUNKS; i++) words[r][i] = (lane + 32 * i) * 8 < INTER ? shared_load((const void *)(from + 32 * i * 8)) : uint4{};
         }
-    }
-    INLINE void quantize(u8 *codes, SmemState &smem, int group, int buffer, int expert, int warp) const {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = warp + 4 * r;
-            if (lane_of() == 0) smem.token_of[group][buffer][row] = token[r];
-            if (token[r] < 0) continue;
+        for (int r = 0; r < AT_ONCE; r++) {
+            const int pair = begin + r * WARPS;
+            if (pair >= pairs) break;
             float scale = 1.0f;
             if (!BLOCKS) {
                 float most = 0;
@@ -258,17 +261,17 @@ struct ActRows {
                 for (int i = 0; i < CHUNKS; i++) most = fmaxf(most, amax_of(words[r][i]));
                 scale = scale_of(over_lanes<true>(most, 32));
             }
-            if (lane_of() == 0) smem.by_row[group][buffer][row] = scale * smem.weight[expert][token[r]];
+            if (lane == 0) smem.by_pair[pair] = scale * smem.weight[smem.list[smem.entry_of[pair]]][smem.token_of[pair]];
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) {
-                const int place = (lane_of() + 32 * i) * 8;
+                const int place = (lane + 32 * i) * 8;
                 float of_group = scale;
                 if (BLOCKS) {
                     of_group = scale_of(over_lanes<true>(amax_of(words[r][i]), 16));
-                    if (place < INTER && place % STEP == 0) smem.act_scale[group][buffer][row][place / STEP] = of_group;
+                    if (place < INTER && place % STEP == 0) smem.act_scale[pair][place / STEP] = of_group;
                 }
-                if (place < INTER) *(uint2 *)(codes + place_of<DOWN_STEPS>(row, place)) = codes_of(words[r][i], of_group, 1.0f / of_group);
+                if (place < INTER) *(uint2 *)(codes + place_of<DOWN_STEPS>(pair, place)) = codes_of(words[r][i], of_group, 1.0f / of_group);
             }
         }
     }
-};
+}

@@ -143,6 +143,8 @@ INLINE void copy(u32 to, const void *from, u32 bytes, u32 full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                  "r"(full) : "memory");
 }
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 INLINE void launch_dependent_grids() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 INLINE void wait_on_dependent_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -19,8 +19,8 @@ struct Route {
     float scale;
 };
 
-constexpr int SPLITS = 8, TOKENS = 16, THREADS = 256, OWN = TOKENS / SPLITS, CONSUMERS = THREADS;
-constexpr int BLOCKS = EXPERTS / 128, PER_LANE = EXPERTS / 32, STEP = 128, MOST_PAIRS = 4096; /* STEP: of K, loaded at once */
+constexpr int SPLITS = 8, THREADS = 256, OWN = TOKENS / SPLITS, CONSUMERS = THREADS;
+constexpr int BLOCKS = EXPERTS / 128, HELD = 2 / BLOCKS, EIGHTS = TOKENS / 8, PER_LANE = EXPERTS / 32, STEP = 128, MOST_PAIRS = 4096; /* HELD times STEP of K are loaded at once */
 constexpr int LOWEST = 1 << 31;
 #define INFINITE __int_as_float(0x7F800000)
 
@@ -39,8 +39,6 @@ INLINE void multiply(float (&y)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(y[0]), "+f"(y[1]), "+f"(y[2]), "+f"(y[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 INLINE float load_from(const float *p, int cta) { /* another CTA's shared memory */
     float v;
     asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}" : "=f"(v) : "r"(address(p)), "r"(cta) : "memory");
@@ -61,41 +59,46 @@ INLINE int ordered(float x) {
    of a row for two matrix instructions; since a sum's order is free, they need not be the ones that the instruction names. */
 INLINE void partial_logits(const Route &s, Shared &m, int first, int split) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, steps = (s.width + SPLITS * STEP - 1) / (SPLITS * STEP);
-    float sums[BLOCKS][2][4] = {};
-    const u16 *x[2];
+    float sums[BLOCKS][EIGHTS][4] = {};
+    const u16 *x[EIGHTS];
 #pragma unroll
-    for (int n = 0; n < 2; n++) x[n] = s.x + (i64)min(first + 8 * n + lane / 4, s.tokens - 1) * s.stride;
-    for (int step = 0; step < steps; step++) {
-        const int begin = (split * steps + step) * STEP + lane % 4 * 8;
-        uint4 w[BLOCKS][2][STEP / 32], v[2][STEP / 32];
+    for (int n = 0; n < EIGHTS; n++) x[n] = s.x + (i64)min(first + 8 * n + lane / 4, s.tokens - 1) * s.stride;
+    for (int from = 0; from < steps; from += HELD) {
+        const auto place = [&](int held, int i) { return from + held < steps ? (split * steps + from + held) * STEP + lane % 4 * 8 + 32 * i : s.width; };
+        uint4 w[HELD][STEP / 32][BLOCKS][2];
 #pragma unroll
-        for (int i = 0; i < STEP / 32; i++)
+        for (int held = 0; held < HELD; held++)
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++)
+            for (int i = 0; i < STEP / 32; i++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int e = 128 * b + row + 8 * h;
-                    w[b][h][i] = load(s.weight + (i64)e * s.width + begin + 32 * i, e < s.count && begin + 32 * i < s.width);
+                for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int e = 128 * b + row + 8 * h, at = place(held, i);
+                        w[held][i][b][h] = load(s.weight + (i64)e * s.width + at, e < s.count && at < s.width);
+                    }
+        if (from == 0) wait_on_dependent_grids();
+#pragma unroll
+        for (int held = 0; held < HELD; held++)
+#pragma unroll
+            for (int i = 0; i < STEP / 32; i++) {
+                const int at = place(held, i);
+#pragma unroll
+                for (int n = 0; n < EIGHTS; n++) {
+                    const uint4 v = at < s.width ? *(const uint4 *)(x[n] + at) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+                    for (int b = 0; b < BLOCKS; b++) {
+                        const uint4(&rows)[2] = w[held][i][b];
+                        multiply(sums[b][n], rows[0].x, rows[1].x, rows[0].y, rows[1].y, v.x, v.y);
+                        multiply(sums[b][n], rows[0].z, rows[1].z, rows[0].w, rows[1].w, v.z, v.w);
+                    }
                 }
-        if (step == 0) wait_on_dependent_grids();
-#pragma unroll
-        for (int i = 0; i < STEP / 32; i++)
-#pragma unroll
-            for (int n = 0; n < 2; n++) v[n][i] = begin + 32 * i < s.width ? *(const uint4 *)(x[n] + begin + 32 * i) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < STEP / 32; i++)
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    multiply(sums[b][n], w[b][0][i].x, w[b][1][i].x, w[b][0][i].y, w[b][1][i].y, v[n][i].x, v[n][i].y);
-                    multiply(sums[b][n], w[b][0][i].z, w[b][1][i].z, w[b][0][i].w, w[b][1][i].w, v[n][i].z, v[n][i].w);
-                }
+            }
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < EIGHTS; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) m.part[8 * n + lane % 4 * 2 + i % 2][128 * b + row + i / 2 * 8] = sums[b][n][i];
 }
