@@ -22,7 +22,10 @@ from torch import Tensor
 from octavo.ops import ahead
 from octavo.platform import Platform, threads_on
 
-__all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "driver", "missing", "no_warpgroups", "tensor_map"]
+__all__ = [
+    "Kernel", "Kernels", "NoKernel", "compile_cubin", "current_stream", "driver", "is_capturing", "missing", "no_warpgroups",
+    "tensor_map",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +162,7 @@ class Kernel:
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
-            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
-            ctypes.pointer(attribute), 1,
+            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, current_stream(), ctypes.pointer(attribute), 1,
         )  # fmt: skip
         driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
@@ -229,6 +231,16 @@ def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], 
         c_int(SWIZZLED[box[0]]), c_int(PROMOTED), c_int(0),
     )  # fmt: skip
     return ctypes.string_at(place, 128)
+
+
+def current_stream() -> c_void_p:
+    """The driver's handle of torch's current stream."""
+    return c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def is_capturing() -> bool:
+    """Whether launches on torch's current stream are captured in a graph."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 @cache
