@@ -78,7 +78,7 @@ class Model(FusedLM):
         super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))
 
     def parts(self) -> MixtureParts | None:
-        if not (self.model.first and self.model.last) or self.tp.size > 1:
+        if not (self.model.first and self.model.last):
             return None
         found: list[ExpertLayerParts] = []
         for layer in self.model.layers:
@@ -96,5 +96,5 @@ class Model(FusedLM):
         c, attn = self.config, a.attn
         return MixtureParts(
             found, attn.rotary.cos_sin, c.hidden_size, c.moe_intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
-            attn.scale, c.rms_norm_eps,
+            attn.scale, c.rms_norm_eps, self.tp.size,
         )  # fmt: skip
