@@ -270,7 +270,7 @@ def sums(kernel: all_reduce.AllReduce, tp: TensorParallel) -> None:
         torch.distributed.all_reduce(library)
         assert rows == 0 or relative_error(out[:, :-1].float(), library[:, :-1]) < 2**-8
         assert torch.equal(ops.all_reduce(x.clone(), tp).view(torch.int16), out.view(torch.int16))
-        assert all(torch.equal(one, out.view(torch.int16)) for one in tp.group.all_gather(out.view(torch.int16)))
+        assert all(torch.equal(one, out.view(torch.uint8)) for one in tp.group.all_gather(out.view(torch.uint8)))
 
 
 def norms(kernel: all_reduce.AllReduce, tp: TensorParallel) -> None:
@@ -344,8 +344,9 @@ def thousands(_: all_reduce.AllReduce, tp: TensorParallel) -> None:
 def in_halves(kernel: all_reduce.AllReduce, tp: TensorParallel) -> None:
     """Both halves of a step exchange at once, with delays of each: the same bits as sums of whole steps, and none of an earlier
     sum."""
-    assert ops.halves(all_reduce.TWO_HALVES - 1, 4096, torch.bfloat16, tp) is None
-    halves = ops.halves(all_reduce.TWO_HALVES, 4096, torch.bfloat16, tp)
+    tokens = all_reduce.TWO_HALVES // 4096
+    assert ops.halves(tokens - 1, 4096, torch.bfloat16, tp) is None
+    halves = ops.halves(tokens, 4096, torch.bfloat16, tp)
     assert halves is kernel.halves
     alike, own = random.Random(1), random.Random(tp.rank)
     for step in range(60):

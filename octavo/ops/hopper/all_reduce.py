@@ -37,7 +37,9 @@ EMPTY = 0x80008000  # as in exchange.cuh
 HALF = 64 << 20  # bytes of half a buffer
 USUAL_RANKS = 2, 4, 8  # for which images have kernels
 MAX_RANKS, MAX_THREADS, VALUES, MAX_VECTORS = 8, 1024, 8, 2  # values: of a thread's vector
-TWO_HALVES = 2048  # tokens of a step from which it is computed in two halves
+# Values of a sum from which a step is computed in two halves. For fewer the host, which launches each kernel twice then, takes
+# longer than the device.
+TWO_HALVES = 1 << 26
 TWO_SHOTS = 256 << 10  # bytes of a sum over more than two ranks from which two shots are faster than one
 
 
@@ -212,7 +214,7 @@ def all_reduce_norm_quantize(
 
 def halves(tokens: int, width: int, dtype: torch.dtype, tp: TensorParallel) -> Halves | None:
     kernel = connected(tp)
-    if kernel is None or tokens < TWO_HALVES or dtype is not torch.bfloat16 or is_capturing():
+    if kernel is None or tokens * width < TWO_HALVES or dtype is not torch.bfloat16 or is_capturing():
         return None
     return kernel.halves if width % VALUES == 0 and width <= MAX_THREADS * VALUES * MAX_VECTORS else None
 
