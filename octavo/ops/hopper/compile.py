@@ -233,7 +233,7 @@ def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Seq
     return _tensor_map(x.data_ptr(), tuple(sizes), tuple(strides), tuple(box))
 
 
-@lru_cache(1024)  # a layer's weights and cache recur in every step
+@lru_cache(1 << 14)  # weights and caches of all layers recur in every step, and most activations
 def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     made = (c_uint64 * 24)()  # its 16 words, 64-byte aligned
     place = (ctypes.addressof(made) + 63) // 64 * 64
