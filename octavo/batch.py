@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -103,30 +102,6 @@ class ForwardBatch:
             self.query_start_loc[first : stop + 1] - start, self.seq_lens[requests], self.block_tables[requests],
             self.query_lens[requests], self.context_lens[requests], self.block_size, rotary_table=self.rotary_table,
         )  # fmt: skip
-
-    def cut(self, at: int) -> tuple[ForwardBatch, ForwardBatch]:
-        """The batch of the first `at` tokens, and that of the others. A request may have tokens in both. Not for graphs."""
-        assert self.live is None, "a graph's batch is one"
-        ends = list(accumulate(self.query_lens))
-        whole, stop = bisect_right(ends, at), bisect_left(ends, at) + 1  # requests that end, and that begin, before
-        before = ends[whole - 1] if whole else 0
-        lengths = self.query_lens[:stop], self.query_lens[whole:]
-        contexts = self.context_lens[:stop], self.context_lens[whole:]
-        if stop > whole:
-            first = at - before
-            lengths = [*lengths[0][:-1], first], [lengths[1][0] - first, *lengths[1][1:]]
-            contexts = [*contexts[0][:-1], contexts[0][-1] - lengths[1][0]], contexts[1]
-        device = self.input_ids.device
-        parts = zip((slice(0, at), slice(at, None)), (slice(0, stop), slice(whole, None)), lengths, contexts, strict=True)
-        first_half, second_half = (
-            ForwardBatch(
-                self.input_ids[tokens], self.positions[tokens], self.rotary_rows[tokens], self.slot_mapping[tokens],
-                to_device([0, *accumulate(queries)], torch.int32, device), to_device(held, torch.int32, device),
-                self.block_tables[requests], queries, held, self.block_size, rotary_table=self.rotary_table,
-            )
-            for tokens, requests, queries, held in parts
-        )  # fmt: skip
-        return first_half, second_half
 
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,11 +1,10 @@
-"""What a step keeps for its layers, and steps that are cut in two."""
+"""What a step keeps for its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
 from importlib import import_module
-from itertools import accumulate
 
 import pytest
 import torch
@@ -66,23 +65,3 @@ def test_every_batch_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         for window in (None, 3, None, 3):
             attention._groups(one, views, window)
     assert made == [None, 3, None, 3]
-
-
-def test_a_batch_in_two() -> None:
-    """Requests before, across and behind the cut: what each half's tokens attend to is what they attended to."""
-    spans = [batch.Span([7], 9, range(3)), batch.Span(range(10, 25), 5, range(3, 8)), batch.Span(range(30, 34), 0, [8])]
-    whole = batch.build(spans, 4, CPU)
-    for at in range(1, 20):
-        halves = whole.cut(at)
-        for name in ("input_ids", "positions", "rotary_rows", "slot_mapping"):
-            assert torch.equal(torch.cat([getattr(one, name) for one in halves]), getattr(whole, name)), (name, at)
-        seen = []
-        for one in halves:
-            assert one.query_start_loc.tolist() == [0, *accumulate(one.query_lens)]
-            assert one.seq_lens.tolist() == one.context_lens
-            assert len(one.block_tables) == len(one.query_lens) == len(one.context_lens)
-            assert min(one.query_lens) > 0
-            for row, queries, context in zip(one.block_tables.tolist(), one.query_lens, one.context_lens, strict=True):
-                seen += [(row, context - queries + i) for i in range(queries)]
-        tables = [row for row, n in zip(whole.block_tables.tolist(), whole.query_lens, strict=True) for _ in range(n)]
-        assert seen == list(zip(tables, whole.positions.tolist(), strict=True)), at

@@ -48,7 +48,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ConfigBase, tp: TensorParallel, layers: LayerStack):
         super().__init__()
-        self.tp = tp
         self.first, self.last = layers.stage.start == 0, layers.stage.stop == config.num_hidden_layers
         if self.first:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)

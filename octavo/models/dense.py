@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from octavo import ops
@@ -17,9 +16,6 @@ from octavo.ops import DecoderParts, FusedDecoder, LayerParts, MixtureParts
 from octavo.platform import Platform
 
 __all__ = ["DenseDecoder", "DenseLM", "FusedLM"]
-
-
-UNIT = 128  # tokens of which the first half of a step is a multiple, as products take them
 
 
 class DenseDecoder(Decoder):
@@ -35,25 +31,7 @@ class DenseDecoder(Decoder):
         single = self.fused and not state.extras and max(batch.query_lens) == 1
         if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
             return fused(state.x, batch), None
-        if isinstance(state, ModelInput) and not state.extras:
-            tokens, width = state.x.shape
-            if (halves := ops.halves(tokens, width, state.x.dtype, self.tp)) is not None:
-                return self.run_in_halves(halves, batch, state.x)
         return super().run_layers(batch, state)
-
-    def run_in_halves(self, halves: ops.Halves, batch: ForwardBatch, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`run_layers` of the first and the second half of the tokens x, layer by layer in turns."""
-        at = -(-len(x) // 2 // UNIT) * UNIT
-        batches, products, residuals = batch.cut(at), [x[:at], x[at:]], [None, None]
-        with halves.both():
-            for layer in self.layers:
-                for n in (0, 1):
-                    with halves.half(n):
-                        products[n], residuals[n] = layer(products[n], residuals[n], batches[n])
-            for n in (0, 1):
-                with halves.half(n):
-                    products[n] = ops.finished(products[n])
-        return torch.cat(products), torch.cat(residuals)
 
 
 class FusedLM(CausalLM):

@@ -30,7 +30,6 @@ from octavo.ops.contract import (
     ExpertLayerParts,
     Filters,
     FusedDecoder,
-    Halves,
     HeadNorms,
     LayerParts,
     LinearImplementation,
@@ -67,14 +66,13 @@ from octavo.quant import QTensor
 
 __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder",
-    "Halves", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product",
-    "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
-    "absorbed_queries", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend",
-    "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch",
-    "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "halves", "head_linear",
-    "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm",
-    "rope_write_kv", "rotate", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys",
-    "write_kv", "write_latent",
+    "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
+    "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries",
+    "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind",
+    "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention",
+    "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention",
+    "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate",
+    "route", "sample", "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -245,15 +243,6 @@ def all_reduce_norm_quantize(
     """
     found: tuple[Activation, Tensor] | None = _bound["all_reduce_norm_quantize"](x, tp, weight, eps, residual, readers)
     return rms_norm(all_reduce(x, tp), weight, eps, residual, readers) if found is None else found
-
-
-def halves(tokens: int, width: int, dtype: torch.dtype, tp: TensorParallel) -> Halves | None:
-    """How to compute a step of so many tokens, whose rows of `width` values are summed over ranks, in two halves at once.
-
-    One half computes while values of the other's sums are on their way. None where one rank computes alone, where there are few
-    tokens, or where nothing here runs beside a sum. The same on all ranks. Between halves nothing but sums may be exchanged.
-    """
-    return None if tp.size == 1 else _bound["halves"](tokens, width, dtype, tp)  # type: ignore[no-any-return]
 
 
 def finished(x: Product) -> Tensor:
@@ -471,6 +460,5 @@ _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "combine_norm_quantize": (lambda x, *given: rms_norm(combine(*x), *given), "combine, then rms_norm"),
     "fused_experts": (_sorted_experts, "dispatch, a grouped GEMM, silu_mul, another, combine"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
-    "halves": (lambda *_: None, "steps are computed as one"),
     "project": (lambda *_: None, "linear, then attend"),
 }

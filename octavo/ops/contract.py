@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,7 +18,7 @@ from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
 
 __all__ = [
     "FP8_BLOCKS", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat",
-    "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "Halves", "HeadNorms", "LayerParts",
+    "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts",
     "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
     "Rope", "Rotation", "Routed", "Router", "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed",
     "codes_of", "not_taken", "values_of", "wanted",
@@ -370,16 +369,6 @@ class FusedDecoder(Protocol):
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """The last layer's output [requests, hidden] for embeddings x; writes the step's keys and values to the cache."""
-
-
-class Halves(Protocol):
-    """How the launches of a step's two halves are put in order; see `ops.halves`."""
-
-    def both(self) -> AbstractContextManager[None]:
-        """Around all launches of both halves."""
-
-    def half(self, number: int) -> AbstractContextManager[None]:
-        """Around launches of half 0 or 1. Those of half 1 come behind those of half 0's context before."""
 
 
 # A kind of weight that an implementation of `linear` may support: (dtype, granularity of its scales, of the activations').

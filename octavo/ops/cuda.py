@@ -40,7 +40,7 @@ from octavo.ops.hopper import (
     moe_decode,
     qkv_rope_kv_write,
 )
-from octavo.ops.hopper.all_reduce import all_reduce, all_reduce_norm_quantize, argmax_over_ranks, connect, halves
+from octavo.ops.hopper.all_reduce import all_reduce, all_reduce_norm_quantize, argmax_over_ranks, connect
 from octavo.ops.hopper.attention import attend, attention, decode_variant
 from octavo.ops.hopper.compile import NoKernel
 from octavo.ops.hopper.experts import fused_experts
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
     "attend", "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead", "configure",
-    "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts", "gated_linear", "gelu", "halves",
+    "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts", "gated_linear", "gelu",
     "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
     "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from octavo.distributed import Collectives, TensorParallel
-from octavo.ops import gpu, half
+from octavo.ops import gpu
 from octavo.ops.contract import Activation, CodeFormat, Quantized, Reader, wanted
 from octavo.ops.hopper import peer_buffers
-from octavo.ops.hopper.compile import Kernel, Kernels, NoKernel, is_capturing, no_warpgroups
-from octavo.ops.hopper.halves import FLAGS, SLOT, Halves
+from octavo.ops.hopper.compile import Kernel, Kernels, NoKernel, no_warpgroups
 from octavo.ops.hopper.peer_buffers import PeerBuffers
 from octavo.ops.triton import launch
 from octavo.platform import Platform
@@ -29,7 +28,6 @@ __all__ = [
     "argmax_over_ranks",
     "connect",
     "connected",
-    "halves",
     "kernels",
 ]
 
@@ -37,9 +35,6 @@ EMPTY = 0x80008000  # as in exchange.cuh
 HALF = 64 << 20  # bytes of half a buffer
 USUAL_RANKS = 2, 4, 8  # for which images have kernels
 MAX_RANKS, MAX_THREADS, VALUES, MAX_VECTORS = 8, 1024, 8, 2  # values: of a thread's vector
-# Values of a sum from which a step is computed in two halves. For fewer the host, which launches each kernel twice then, takes
-# longer than the device.
-TWO_HALVES = 1 << 26
 TWO_SHOTS = 256 << 10  # bytes of a sum over more than two ranks from which two shots are faster than one
 
 
@@ -54,7 +49,7 @@ class Exchange(ctypes.Structure):
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("at", Exchange), *((name, c_void_p) for name in ("x", "residual", "weight", "sum", "dense", "codes", "scales")),
-        *((name, c_int32) for name in ("rows", "width", "groups", "two_shots", "copied")), ("eps", c_float),
+        *((name, c_int32) for name in ("rows", "width", "groups", "two_shots")), ("eps", c_float),
     ]  # fmt: skip
 
 
@@ -74,18 +69,15 @@ def kernels(*ranks: int) -> Kernels:
 class AllReduce:
     """The kernels of the ranks of `tp` on this rank's device, over `buffers` of two halves filled with EMPTY.
 
-    loaded: `all_reduce` for each number of vectors, then `argmax_over_ranks`. halves: for steps that are computed in two.
+    loaded: `all_reduce` for each number of vectors, then `argmax_over_ranks`.
     """
 
-    def __init__(
-        self, tp: TensorParallel, loaded: Sequence[Kernel], buffers: PeerBuffers, device: torch.device, halves: Halves
-    ):
-        self.ranks, self.buffers, self.halves = tp.size, buffers, halves
+    def __init__(self, tp: TensorParallel, loaded: Sequence[Kernel], buffers: PeerBuffers, device: torch.device):
+        self.ranks, self.buffers = tp.size, buffers
         *self.sum, self.choose = loaded
         self.state = torch.zeros(2, dtype=torch.int32, device=device)
         addresses = (c_void_p * MAX_RANKS)(*buffers.addresses)
         self.at = Exchange(addresses, self.state.data_ptr(), buffers.size // 2, tp.rank)
-        self.rank = tp.rank
 
     def refusal(self, x: Tensor) -> str | None:
         """None, or the reason why the kernel does not sum x [rows, width]."""
@@ -102,32 +94,22 @@ class AllReduce:
     ) -> None:  # fmt: skip
         """The sum of x [rows, width] plus `residual` into `total`; its norm by `weight` into `dense` and `quantized`.
 
-        What the buffers do not hold at once is summed in several calls. In a half of a step copy engines exchange the values.
+        What the buffers do not hold at once is summed in several calls.
         """
         rows, width = x.shape
         vectors = -(-width // (VALUES * MAX_THREADS))
         threads = -(-width // (VALUES * vectors * 32)) * 32
         resident = launch.device_units() * max(1, MAX_THREADS // threads)
-        number = half.current()
-        two_shots = self.ranks > 2 and x.nbytes >= TWO_SHOTS and number is None
+        two_shots = self.ranks > 2 and x.nbytes >= TWO_SHOTS
         most = self.buffers.size // 2 // (2 * width * (self.ranks if two_shots else self.ranks - 1))
-        if number is not None:
-            most, resident = self.halves.most_rows(width), rows
         by_row = x, residual, total, dense, *(quantized or (None, None))
         groups = quantized.scale.shape[1] if quantized is not None else 0
         for first in range(0, rows, most):
             count = min(most, rows - first)
             own, before, *out = (None if t is None else t[first].data_ptr() for t in by_row)
             gain = None if weight is None else weight.data_ptr()
-            at = self.at if number is None else self._copied(x[first : first + count], number)
-            arguments = _Rows(at, own, before, gain, *out, count, width, groups, two_shots, number is not None, eps)
+            arguments = _Rows(self.at, own, before, gain, *out, count, width, groups, two_shots, eps)
             self.sum[vectors - 1].launch(min(count, resident), arguments, early=True, threads=threads)
-
-    def _copied(self, x: Tensor, number: int) -> Exchange:
-        """The place where half `number` of the step finds the peers' x."""
-        at = Exchange(half=0, rank=self.rank)
-        at.buffers[self.rank] = self.halves.exchange(x, number)
-        return at
 
     def argmax(self, logits: Tensor) -> Tensor:
         """As `argmax_over_ranks`."""
@@ -150,7 +132,6 @@ def connect(platform: Platform, tp: TensorParallel) -> str | None:
         return None
     for old in _connected.values():
         old.buffers.close(tp)
-        old.halves.buffers.close(tp)
     _connected.clear()
     reason, loaded = no_warpgroups(platform), list[Kernel]()
     if reason is None and tp.size > MAX_RANKS:
@@ -166,11 +147,7 @@ def connect(platform: Platform, tp: TensorParallel) -> str | None:
     found = peer_buffers.connect(tp, 2 * HALF, EMPTY, reason)
     if isinstance(found, str):
         return found
-    slots = peer_buffers.connect(tp, 4 * SLOT + FLAGS, 0)
-    if isinstance(slots, str):
-        found.close(tp)
-        return slots
-    _connected[tp.group] = AllReduce(tp, loaded, found, platform.device, Halves(tp, slots, platform.device))
+    _connected[tp.group] = AllReduce(tp, loaded, found, platform.device)
     return None
 
 
@@ -210,13 +187,6 @@ def all_reduce_norm_quantize(
         quantized = Quantized(codes, torch.empty(len(x), form.groups, dtype=torch.float32, device=x.device))
     kernel(x, total, residual, weight, eps, values, quantized)
     return Activation(values, quantized), total
-
-
-def halves(tokens: int, width: int, dtype: torch.dtype, tp: TensorParallel) -> Halves | None:
-    kernel = connected(tp)
-    if kernel is None or tokens * width < TWO_HALVES or dtype is not torch.bfloat16 or is_capturing():
-        return None
-    return kernel.halves if width % VALUES == 0 and width <= MAX_THREADS * VALUES * MAX_VECTORS else None
 
 
 def _makes(form: CodeFormat, width: int) -> bool:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -22,10 +22,7 @@ from torch import Tensor
 from octavo.ops import ahead
 from octavo.platform import Platform, threads_on
 
-__all__ = [
-    "Kernel", "Kernels", "NoKernel", "compile_cubin", "current_stream", "driver", "is_capturing", "missing", "no_warpgroups",
-    "tensor_map",
-]  # fmt: skip
+__all__ = ["Kernel", "Kernels", "NoKernel", "compile_cubin", "driver", "missing", "no_warpgroups", "tensor_map"]
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +154,12 @@ class Kernel:
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
         driver("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
 
+    @cached_property
+    def device(self) -> int:
+        """The device whose stream a launch asks for. torch, if not told, looks up the current one each time, which took a tenth
+        of the host's time of a long prompt."""
+        return torch.cuda.current_device()
+
     def constant(self, name: str) -> int:
         """The value of a global int of the module."""
         place, size, value = c_void_p(), c_size_t(), c_int()
@@ -175,7 +178,8 @@ class Kernel:
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
-            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, current_stream(), ctypes.pointer(attribute), 1,
+            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, torch.cuda.current_stream(self.device).cuda_stream,
+            ctypes.pointer(attribute), 1,
         )  # fmt: skip
         driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
 
@@ -244,16 +248,6 @@ def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], 
         c_int(SWIZZLED[box[0]]), c_int(PROMOTED), c_int(0),
     )  # fmt: skip
     return ctypes.string_at(place, 128)
-
-
-def current_stream() -> c_void_p:
-    """The driver's handle of torch's current stream."""
-    return c_void_p(torch.cuda.current_stream().cuda_stream)
-
-
-def is_capturing() -> bool:
-    """Whether launches on torch's current stream are captured in a graph."""
-    return torch.cuda.is_current_stream_capturing()
 
 
 @cache

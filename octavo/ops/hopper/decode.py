@@ -10,7 +10,6 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
-from octavo.ops import half
 from octavo.ops.hopper.cache_blocks import DIM, cache_maps
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
@@ -34,14 +33,13 @@ class _Decode(ctypes.Structure):
 
 
 class DecodeAttention:
-    """The kernel for up to `heads` query heads per KV head, with the workspaces, one for each half of a step, by which
-    its CTAs exchange partial sums."""
+    """The kernel for up to `heads` query heads per KV head, with the workspace by which its CTAs exchange partial sums."""
 
     def __init__(self, kernel: Kernel, heads: int, device: torch.device):
         self.kernel = kernel
         ctas = launch.device_units()
-        self.parts = torch.empty(2, ctas * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
-        self.counters = torch.zeros(2, MAX_COUNTERS, dtype=torch.int32, device=device)
+        self.parts = torch.empty(ctas * 2 * heads * (DIM + 2), dtype=torch.float32, device=device)
+        self.counters = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, requests: int, scale: float,
@@ -53,7 +51,6 @@ class DecodeAttention:
         """
         k, tables = cache.views["k"], batch.block_tables
         kv_heads = k.shape[2]
-        workspace = half.workspace()
         given: tuple[int | None, ...] = (None,) * 2
         token: tuple[int | None, ...] = (None,) * 5
         kv_stride, rotated, eps = 0, 0, 0.0
@@ -64,8 +61,8 @@ class DecodeAttention:
             kv_stride, rotated, eps = new.k.stride(0), cos_sin.shape[1], norms.eps if norms else 0.0
         arguments = _Decode(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), *given, out.data_ptr(),
-            tables.data_ptr(), batch.seq_lens.data_ptr(), *token, k.data_ptr(), self.parts[workspace].data_ptr(),
-            self.counters[workspace].data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), kv_stride,
-            requests, tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps, scale * LOG2E,
+            tables.data_ptr(), batch.seq_lens.data_ptr(), *token, k.data_ptr(), self.parts.data_ptr(),
+            self.counters.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), kv_stride, requests,
+            tables.stride(0), kv_heads, q.shape[1] // kv_heads, rotated, eps, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units() // kv_heads * kv_heads, arguments, early=True)

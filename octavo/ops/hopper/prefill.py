@@ -11,7 +11,6 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch, Key, to_device
 from octavo.kvcache import LayerCache
-from octavo.ops import half
 from octavo.ops.hopper.cache_blocks import cache_maps
 from octavo.ops.hopper.compile import Kernel
 from octavo.ops.triton import launch
@@ -56,11 +55,11 @@ class _Pieces(Key[Tensor]):
 
 
 class PrefillAttention:
-    """The kernel on a device, and for each half of a step two counters that every launch resets to zero."""
+    """The kernel on a device, and two counters that every launch resets to zero."""
 
     def __init__(self, kernel: Kernel, device: torch.device):
         self.kernel = kernel
-        self.claimed = torch.zeros(2, 2, dtype=torch.int32, device=device)
+        self.claimed = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(
         self, q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, first: int, stop: int, scale: float
@@ -76,7 +75,7 @@ class PrefillAttention:
         tiles = batch.cache.get(_Pieces(first, stop, group), made)
         arguments = _Prefill(
             (c_ubyte * 128 * 2).from_buffer_copy(cache_maps(cache.views)), q.data_ptr(), out.data_ptr(), tables.data_ptr(),
-            tiles.data_ptr(), self.claimed[half.workspace()].data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(),
-            tables.stride(0), len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
+            tiles.data_ptr(), self.claimed.data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), tables.stride(0),
+            len(tiles) * kv_heads, kv_heads, group, scale * LOG2E,
         )  # fmt: skip
         self.kernel.launch(launch.device_units(), arguments, early=True)

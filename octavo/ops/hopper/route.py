@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops import gpu, half
+from octavo.ops import gpu
 from octavo.ops.contract import Dispatch, Routed, Router
 from octavo.ops.hopper.compile import Kernels, no_warpgroups
 
@@ -54,14 +54,13 @@ def choose(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch
     if (kernel := KERNELS.kernel((next(n for n in EXPERTS if count <= n),), device)) is None:
         return None
     if device not in _arrivals:
-        _arrivals[device] = torch.zeros(2, dtype=torch.int32, device=device)  # every launch resets its half's
+        _arrivals[device] = torch.zeros(1, dtype=torch.int32, device=device)  # every launch resets it
     experts = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     order, place = (torch.empty(tokens * top_k, dtype=torch.int32, device=device) for _ in range(2))
     at = Dispatch(order, place, torch.empty(count + 1, dtype=torch.int32, device=device), top_k)
     lengths = batch.seq_lens if batch.live is None and len(batch.seq_lens) == batch.num_tokens else None
-    arrivals = _arrivals[device][half.workspace() :]
-    given = x, weight, bias, batch.live, lengths, experts, weights, order, place, at.starts, arrivals
+    given = x, weight, bias, batch.live, lengths, experts, weights, order, place, at.starts, _arrivals[device]
     addresses = (None if t is None else t.data_ptr() for t in given)
     arguments = _Route(
         *addresses, tokens, count, width, x.stride(0), top_k, router.sigmoid, router.normalize, router.scale

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
-from octavo.ops import half
 from octavo.ops.contract import Rope
 from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import (
@@ -188,10 +187,10 @@ _counters: dict[torch.device, Tensor] = {}
 def _workspace(device: torch.device, ctas: int, rows: int, dp: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split-KV workspace: partial sums, their maxima and totals, and zeroed counters, which every launch resets to zero."""
     if device not in _counters:
-        _counters[device] = torch.zeros(2, MAX_COUNTERS, dtype=torch.int32, device=device)
+        _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
     assert ctas <= 2 * MAX_COUNTERS, "a context is split only if there are few CTAs"
     parts = torch.empty(ctas * rows * dp, dtype=torch.float32, device=device)
-    return parts, torch.empty(ctas * rows * 2, dtype=torch.float32, device=device), _counters[device][half.workspace()]
+    return parts, torch.empty(ctas * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
 SHARING = {128: 3, 64: 4}  # CTAs resident per SM, by tile size

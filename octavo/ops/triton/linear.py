@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops import half
 from octavo.ops.contract import Quantized
 from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
@@ -75,18 +74,17 @@ def _small_linear(
     tl.store(out + token[None, :].to(tl.int64) * n + rows[:, None], y.to(out.dtype.element_ty), mask=mask)
 
 
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 def workspace(device: torch.device, values: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Memory for partial sums and zeroed counters, shared by all products of a device and half, which run one after another."""
-    key = device, half.workspace()
-    if key not in _workspaces:
+    """Memory for partial sums and zeroed counters, shared by all products of the device, which run one after another."""
+    if device not in _workspaces:
         parts = torch.empty(MAX_PARTS, dtype=torch.float32, device=device)
-        _workspaces[key] = parts, torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+        _workspaces[device] = parts, torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
     assert values <= MAX_PARTS, "a graph may hold the workspace, so it cannot grow"
     assert tiles <= MAX_TILES
-    return _workspaces[key]
+    return _workspaces[device]
 
 
 def _shape(n: int, width: int, bm: int) -> dict[str, int]:

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops import half
 from octavo.ops.contract import Dispatch, Routed, Router
 from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
@@ -135,10 +134,10 @@ _counters: dict[torch.device, Tensor] = {}
 
 
 def _counts(device: torch.device) -> Tensor:
-    """Zeroed counters, which every launch resets to zero, for this half of a step."""
+    """Zeroed counters, which every launch resets to zero."""
     if device not in _counters:
-        _counters[device] = torch.zeros(2, MAX_TILES, dtype=torch.int32, device=device)
-    return _counters[device][half.workspace()]
+        _counters[device] = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    return _counters[device]
 
 
 def _padding(batch: ForwardBatch) -> tuple[int, Tensor | None]:

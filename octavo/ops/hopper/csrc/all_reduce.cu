@@ -5,8 +5,7 @@
    In one shot a rank stores its rows to all peers. In two, it stores a row to the rank that owns it, which stores the sum to
    all: 2 / RANKS of the traffic, and one more way. Values are added in the order of ranks, so all get the same bits.
 
-   One CTA a row. All CTAs are resident, since they wait for those of other ranks; unless the peers' rows have come already, copied
-   by the copy engines into buffers[rank], where nothing is EMPTY (halves.py).
+   One CTA a row. All CTAs are resident, since they wait for those of other ranks.
 
    Compile-time constants: RANKS (2 to 8), VECTORS (of 8 values, of a row and thread). */
 
@@ -25,7 +24,7 @@ struct Rows {
     u16 *sum, *dense; /* [rows, width] x's sum, plus the residual if there is one; the norm of that, or null */
     u8 *codes; /* [rows, width] of the norm, or null */
     float *scales; /* [rows, groups] */
-    int rows, width, groups, two_shots, copied;
+    int rows, width, groups, two_shots;
     float eps;
 };
 
@@ -80,7 +79,7 @@ struct Call {
             push(slot(to, summed ? RANKS - 1 : s.at.rank - (s.at.rank > to), row, i), v);
         }
     }
-    /* Waits for all peers' values if they are not there yet, and gives the sum in the order of ranks. */
+    /* Waits for all peers' values, and gives the sum in the order of ranks. */
     INLINE uint4 summed(uint4 mine, int row, int i) const {
         float sum[8] = {};
 #pragma unroll
@@ -91,13 +90,12 @@ struct Call {
 #pragma unroll
                 for (int j = 0; j < BATCH && first + j < RANKS - 1; j++) got[j] = peek(slot(s.at.rank, first + j, row, i));
 #pragma unroll
-                for (int j = 0; j < BATCH && first + j < RANKS - 1; j++) waits |= !s.copied && has_empty(got[j]);
+                for (int j = 0; j < BATCH && first + j < RANKS - 1; j++) waits |= has_empty(got[j]);
             }
 #pragma unroll
             for (int j = 0; j < BATCH && first + j < RANKS - 1; j++) {
                 if (first + j == s.at.rank) add(sum, mine);
-                add(sum, got[j]);
-                if (!s.copied) clear(slot(s.at.rank, first + j, row, i));
+                add(sum, got[j]), clear(slot(s.at.rank, first + j, row, i));
             }
         }
         if (s.at.rank == RANKS - 1) add(sum, mine);
@@ -206,13 +204,13 @@ extern "C" __global__ void __launch_bounds__(MOST, 1) all_reduce(const __grid_co
     for (int i = 0; i < VECTORS; i++)
         if (s.weight && Call::place(i) < s.width) gains[i] = *(const uint4 *)(s.weight + Call::place(i));
     wait_on_dependent_grids();
-    const u32 calls = s.copied ? 0 : calls_so_far(s.at);
+    const u32 calls = calls_so_far(s.at);
     Call c{s, calls % 2 * s.at.half};
     const int first = blockIdx.x, step = gridDim.x;
     if (!s.two_shots) {
-        if (!s.copied) c.send(first);
+        c.send(first);
         for (int row = first; row < s.rows; row += step) {
-            if (!s.copied && row + step < s.rows) c.send(row + step);
+            if (row + step < s.rows) c.send(row + step);
             const uint4 before = c.prefetched(row);
             c.sum(v, row), c.finish(v, gains, before, row, rooms);
         }
@@ -229,7 +227,6 @@ extern "C" __global__ void __launch_bounds__(MOST, 1) all_reduce(const __grid_co
             c.receive(v, row), c.finish(v, gains, before, row, rooms);
         }
     }
-    if (s.copied) return;
     __syncthreads();
     if (threadIdx.x == 0) count_calls(s.at, calls + 1, gridDim.x);
 }
