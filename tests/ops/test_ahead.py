@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no acce
 
 
 class Driver:
-    """Counts launches instead of making them; of a module it says that its constants are 32, of a thread that it has a context."""
+    """Counts launches instead of making them; of a module it says that its constants are 32; a thread has a context."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
