@@ -1,10 +1,11 @@
 """The page's large models whole on the GPUs of one host: each is planned, served with random weights, measured, and loses a
 rank.
 
-    python -m bench.large_models -tp 8                                               # all three; about twenty minutes
-    python -m bench.large_models -tp 4 --shapes llama-3.1-405b --workload C,B,D      # what four H200 hold
-    python -m bench.large_models -tp 4 --shapes kimi-k2.5 --num-layers 8             # cut models, to try the script
-    python -m bench.large_models -tp 2 --model DIR                                   # a directory with a config.json
+    python -m bench.large_models -tp 8                                        # the page's three; about twenty minutes
+    python -m bench.large_models -tp 4                                        # what four H200 hold; about eight minutes
+    python -m bench.large_models -tp 4 --offline                              # the same without a server and its packages
+    python -m bench.large_models -tp 4 --shapes kimi-k2.5 --num-layers 8      # cut models, to try the script
+    python -m bench.large_models -tp 2 --model DIR                            # a directory with a config.json
 
 Of each model: `octavo serve` with the flags of the page's examples, what rank 0 holds beside `octavo plan` (within 2%), the
 workloads over HTTP, then a rank is killed under load: every stream must end with an error, /health must fail, and the server
@@ -39,11 +40,14 @@ PORT = 8000
 BASE = f"http://127.0.0.1:{PORT}"
 # The flags of the page's high-throughput example, by shape; DeepSeek's cache is chosen automatically, Kimi's INT4 is kept.
 PAGE = ["--max-model-len", "32768", "--gpu-memory-utilization", "0.95"]
-FLAGS = {
-    "llama-3.1-405b": ["--quantization", "fp8", "--kv-cache-dtype", "fp8"],
-    "deepseek-v3.2": ["--quantization", "fp8"],
-    "kimi-k2.5": [],
-}
+FP8 = ["--quantization", "fp8", "--kv-cache-dtype", "fp8"]
+FLAGS = {"llama-3.1-405b": FP8, "deepseek-v3.2": ["--quantization", "fp8"], "kimi-k2.5": []}
+# What four cards hold, the largest first, in the scheme that the goals are in.
+PTPC = ["--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8"]
+ON_FOUR = {"llama-3.1-405b": PTPC, "qwen3-vl-235b-a22b": [*PTPC, "--language-model-only"], "llama-3.1-70b": PTPC}
+WORKLOADS = "C,B,D,A"
+OWN_WORKLOADS = {"llama-3.1-405b": "C,B,D,128x1024/256"}  # fewer than A's requests: the cache of four cards holds no more
+CUSTOM = re.compile(r"(\d+)x(\d+)/(\d+)")  # requests x tokens in/out
 CONSTRAINED = ["--max-model-len", "16384", "--gpu-memory-utilization", "0.85"]  # the page's memory-constrained example
 WITHIN = 0.02  # of what was planned
 ENDS_WITHIN = 20.0  # seconds from a rank's death to the end of the last stream and of the server
@@ -189,26 +193,52 @@ def lose_a_rank(found: Found, process: subprocess.Popen[bytes]) -> None:
     found.say(f"{len(left)} processes of ranks are left", not left)
 
 
-def measure(found: Found, workloads: str) -> None:
+def runs(workloads: str) -> list[list[str]]:
+    """The words of each run of `octavo bench` for these workloads: names go together, and sizes alone."""
+    named, sizes = [], list[list[str]]()
+    for one in filter(None, workloads.split(",")):
+        if (size := CUSTOM.fullmatch(one)) is None:
+            named.append(one)
+        else:
+            flags = zip(("--num-requests", "--input-len", "--output-len"), size.groups(), strict=True)
+            sizes.append([word for pair in flags for word in pair])
+    return ([["--workload", ",".join(named)]] if named else []) + sizes
+
+
+def measure(found: Found, workloads: str, *bench: str) -> None:
+    """The workloads by `octavo bench` with the words `bench`."""
     with tempfile.TemporaryDirectory() as place:
         told = Path(place) / "found.json"
-        octavo("bench", "serve", "--base-url", BASE, "--workload", workloads, "--json", str(told))
-        for name, figures in json.loads(told.read_text())["workloads"].items():
-            rate = figures["total_tok_s"] if name in "ADE" else figures["out_tok_s"]
-            kind = {"A": "total", "D": "prefill", "E": "prefill"}.get(name, "output")
-            found.say(f"{name}: {rate:,.1f} {kind} tok/s, first token {1e3 * figures['ttft_s']['p50']:,.0f} ms")
+        for words in runs(workloads):
+            octavo("bench", *bench, *words, "--json", str(told))
+            result = json.loads(told.read_text())
+            if "start_s" in result:
+                found.say(f"ready after {result['start_s']:.1f} s")
+            for name, figures in result["workloads"].items():
+                prefills = figures["output_len"] == 1
+                rate = figures["total_tok_s"] if name == "A" or prefills else figures["out_tok_s"]
+                kind = "prefill" if prefills else "total" if name == "A" else "output"
+                size = f"{figures['num_requests']} x {figures['input_len']}/{figures['output_len']}"
+                sums = "" if name == "A" or prefills else f", {figures['total_tok_s']:,.1f} in all"
+                found.say(
+                    f"{name}: {size}: {rate:,.1f} {kind} tok/s{sums}, first token {1e3 * figures['ttft_s']['p50']:,.0f} ms"
+                )
 
 
 def try_model(name: str, directory: Path, args: argparse.Namespace) -> Found:
     found, ranks = Found(name), ["-tp", str(args.tensor_parallel_size)]
-    flags = [*FLAGS.get(name, FLAGS["llama-3.1-405b"]), *ranks]
+    flags = [*shapes_on(args.tensor_parallel_size).get(name, FP8), *ranks]
     page = PAGE if args.accelerator != "cpu" else []
+    workloads = OWN_WORKLOADS.get(name, WORKLOADS) if args.workload is None else args.workload
     try:
+        if args.offline:
+            measure(found, workloads, "throughput", str(directory), "--load-format", "dummy", *flags)
+            return found
         with serving(directory, [*flags, *page], args.seconds) as (process, took, log):
             found.say(f"`octavo serve {name} {' '.join([*flags, *page])}`: ready after {took:.1f} s")
             check_memory(found, directory, [*flags, *page], args.tensor_parallel_size, args.accelerator, log)
-            if args.workload:
-                measure(found, args.workload)
+            if workloads:
+                measure(found, workloads, "serve", "--base-url", BASE)
             lose_a_rank(found, process)
         if args.constrained and page:
             with serving(directory, [*flags, *CONSTRAINED], args.seconds) as (_, took, log):
@@ -219,24 +249,36 @@ def try_model(name: str, directory: Path, args: argparse.Namespace) -> Found:
     return found
 
 
+def shapes_on(ranks: int) -> dict[str, list[str]]:
+    """The shapes that are tried on so many GPUs, and their flags."""
+    return FLAGS if ranks > 4 else ON_FOUR
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=list(FLAGS))
+    parser.add_argument("--shapes", nargs="*", help="default: the page's, on four GPUs or fewer those that four H200 hold")
     parser.add_argument("--model", type=Path, help="a directory with a config.json, instead of shapes")
     parser.add_argument("--num-layers", type=int)
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=8)
     parser.add_argument(
         "--accelerator", default="h200", help="as `octavo plan` names it; cpu: the page's memory flags are left out"
     )
-    parser.add_argument("--workload", default="C,B,D,A", help="of `octavo bench`; an empty string: none")
+    parser.add_argument(
+        "--workload",
+        help="of `octavo bench`, or REQUESTSxIN/OUT; an empty string: none (default: C,B,D,A; 405B's A is smaller)",
+    )
+    parser.add_argument("--offline", action="store_true", help="by `octavo bench throughput`, without a server")
     parser.add_argument("--constrained", action="store_true", help="also start as the memory-constrained example does")
     parser.add_argument("--seconds", type=float, default=300, help="for which a start may take")
     args = parser.parse_args()
     tried = []
     try:
         find(args.accelerator)
-        parse_workloads([args.workload] if args.workload else [])
+        given = [] if args.workload is None else [one for one in args.workload.split(",") if not CUSTOM.fullmatch(one)]
+        parse_workloads([",".join(given)] if any(given) else [])
         shapes = [] if args.model is not None else args.shapes
+        if shapes is None:
+            shapes = list(shapes_on(args.tensor_parallel_size))
         for shape in shapes:
             shape_config(shape)
         if args.model is not None:

@@ -78,8 +78,6 @@ class Model(FusedLM):
         super().__init__(c, tp, max_len, layers, lambda i: DecoderLayer(c, i, rotary, tp))
 
     def parts(self) -> MixtureParts | str:
-        if self.tp.size > 1:
-            return "sums over ranks, which a launch of a mixture's layer does not make"
         found: list[ExpertLayerParts] = []
         for layer in self.model.layers:
             assert isinstance(layer, DecoderLayer)
@@ -98,5 +96,5 @@ class Model(FusedLM):
         c, attn = self.config, a.attn
         return MixtureParts(
             found, attn.rotary.cos_sin, c.hidden_size, c.moe_intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
-            attn.scale, c.rms_norm_eps,
+            attn.scale, c.rms_norm_eps, self.tp.size,
         )  # fmt: skip

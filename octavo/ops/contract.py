@@ -355,6 +355,7 @@ class MixtureParts(NamedTuple):
     head_dim: int
     scale: float
     eps: float
+    ranks: int = 1  # of whose layers these are parts
 
 
 class FusedDecoder(Protocol):

@@ -14,6 +14,7 @@ from octavo.images import PlacedImage
 from octavo.messages import SamplingParams, StructuredOutput
 from octavo.server.chat_images import HeldImages
 from octavo.server.completions import Usage, stream_extras
+from octavo.server.events import Chunk, Event, head_of
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
 from octavo.server.parsers.argument_types import ArgumentTypes
@@ -191,9 +192,10 @@ class ChatJob:
             return None
         return make_splitter(name, prompt)
 
-    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self) -> AsyncGenerator[Event, None]:
         """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
-        head = {**self.head, "object": "chat.completion.chunk"}
+        fixed = {**self.head, "object": "chat.completion.chunk"}
+        head = head_of(fixed)
         begun: set[int] = set()
         first_fields = self.prompt_fields
         async with aclosing(self.pieces()) as pieces:
@@ -202,13 +204,14 @@ class ChatJob:
                 if piece.index not in begun:
                     begun.add(piece.index)
                     first = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [_choice(piece.index, {"delta": first}, None, None)], **extras, **first_fields}
+                    choices = [_choice(piece.index, {"delta": first}, None, None)]
+                    yield Chunk(head, {"choices": choices, **extras, **first_fields})
                     first_fields = {}
                 fields = {"delta": _told(piece.message), **self._ids(piece.token_ids)}
                 choice = _choice(piece.index, fields, piece.logprobs, piece.finish_reason, piece.stop_reason)
-                yield {**head, "choices": [choice], **extras}
+                yield Chunk(head, {"choices": [choice], **extras})
         if self.request.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": self.usage.dict()}
+            yield {**fixed, "choices": [], "usage": self.usage.dict()}
 
     async def whole(self) -> dict[str, Any]:
         """All choices, complete."""

@@ -12,6 +12,7 @@ from typing import Any
 from octavo.errors import InvalidRequest
 from octavo.frontend.outputs import Delta
 from octavo.messages import Logprobs, SamplingParams
+from octavo.server.events import Chunk, Event, head_of
 from octavo.server.http import Answer, merge
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
@@ -145,11 +146,12 @@ class _Job:
         self.starts: dict[int, int] = {}  # choice -> offset of its generated text, after the echoed prompt
         self.only_score = request.echo and request.max_tokens == 0
 
-    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self) -> AsyncGenerator[Event, None]:
         """A chunk for each choice and engine step, even while its text is held back, because clients time the chunks."""
+        head = head_of(self.head)
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                yield {**self.head, "choices": [piece], **stream_extras(self.request, self.usage)}
+                yield Chunk(head, {"choices": [piece], **stream_extras(self.request, self.usage)})
         if self.request.stream_options.include_usage:
             yield {**self.head, "choices": [], "usage": self.usage.dict()}
 

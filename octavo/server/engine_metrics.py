@@ -10,6 +10,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from octavo.frontend.outputs import Delta
 from octavo.messages import EngineStats
+from octavo.server.token_histogram import Series, TokenHistogram
 
 __all__ = ["SHORT", "EngineMetrics", "RequestWatch"]
 
@@ -32,7 +33,7 @@ class EngineMetrics:
         self._child = child
         self._waiting: dict[str, RequestWatch] = {}
         self.latest = EngineStats()
-        self.prompt_total = self.generated_total = self.queries_total = self.hits_total = 0
+        self.prompt_total = self.generated_total = self.queries_total = self.hits_total = self._counted = 0
 
         self._running = self._gauge("num_requests_running", "Requests in the step now running.")
         self._queued = self._gauge("num_requests_waiting", "Requests that wait: for room, or for their grammars.")
@@ -52,7 +53,9 @@ class EngineMetrics:
         self.cached_tokens = self._counter("prompt_tokens_cached", "Of those, tokens found in the prefix cache.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", SHORT)
-        self.gap = self._histogram("inter_token_latency_seconds", "Between a token and the next one of its sequence.", _GAP)
+        self.gap: Series = self._child(
+            TokenHistogram, "inter_token_latency_seconds", "Between a token and the next one of its sequence.", {}, buckets=_GAP
+        )
         self.mean_gap = self._histogram("request_time_per_output_token_seconds", "Mean of a request's gaps.", _GAP)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _LONG)
         self.queue = self._histogram("request_queue_time_seconds", "Arrival to first step.", _LONG)
@@ -88,6 +91,7 @@ class EngineMetrics:
 
     def on_step(self, stats: EngineStats) -> None:
         """As Metrics.on_step."""
+        self.count_generated()
         self.latest = stats
         self.queries_total += stats.prefix_cache_queries
         self.hits_total += stats.prefix_cache_hits
@@ -110,6 +114,12 @@ class EngineMetrics:
         for request_id in stats.scheduled_first:
             if watch := self._waiting.pop(request_id, None):
                 watch.scheduled()
+
+    def count_generated(self) -> None:
+        """Brings the counter of generated tokens up to date, which a token would take longer to do than all else here."""
+        if more := self.generated_total - self._counted:
+            self.generation_tokens.inc(more)
+            self._counted += more
 
     def _gauge(self, name: str, help: str, **labels: str) -> Gauge:
         found: Gauge = self._child(Gauge, name, help, labels)
@@ -173,7 +183,6 @@ class RequestWatch:
         if count:
             self._last[delta.index] = now
             self._counts[delta.index] += count
-            metrics.generation_tokens.inc(count)
             metrics.generated_total += count
         if delta.finish_reason is not None:
             self._preemptions[delta.index] = delta.num_preemptions

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import re
 import secrets
 import time
@@ -20,7 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.error_responses import ApiError, as_api_error, error_body, error_response
+from octavo.server.error_responses import ApiError, error_response
+from octavo.server.events import Event, stream
 from octavo.server.freed_memory import release_soon
 from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
@@ -34,13 +34,7 @@ LEFT = 499  # nginx's status of a client that did not wait for the answer
 OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/load", "/openapi.json", "/docs"))
 HUGE = 2**20  # bytes of a body or answer after which memory is released
 R = TypeVar("R", bound=ApiModel)
-Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]  # a JSON object, or the events of a stream
-EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer tokens
-]
-_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+Answer = dict[str, Any] | AsyncGenerator[Event, None]  # a JSON object, or the events of a stream
 
 
 class JsonEndpoint(Generic[R]):
@@ -97,32 +91,6 @@ def refuse_page(headers: Headers) -> None:
     """Raises ApiError for a request that a web page sent."""
     if "origin" in headers:
         raise ApiError(403, "This path is for operators and answers no web page; send the request without Origin.")
-
-
-async def stream(events: AsyncGenerator[dict[str, Any], None], send: Send, path: str = "") -> None:
-    """Sends `events` as server-sent events; those that have a type are named by it. An error before the first event is raised,
-    so that it can set the status.
-    """
-    async with aclosing(events):
-        first = await anext(events)
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-        await _send_event(send, first)
-        try:
-            async for event in events:
-                await _send_event(send, event)
-        except Exception as error:  # the status is already sent, so the error becomes an event
-            await _send_event(send, error_body(as_api_error(error), path))
-        end = b"" if "type" in first else b"data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": end, "more_body": False})
-
-
-async def _send_event(send: Send, event: dict[str, Any]) -> None:
-    if (name := event.get("type")) is None:
-        body = b"data: %b\n\n" % _dump(event).encode()
-    else:  # what is no delta may repeat the whole answer
-        data = _dump(event).encode() if "delta" in event else await json_body(event)
-        body = b"event: %b\ndata: %b\n\n" % (name.encode(), data)
-    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

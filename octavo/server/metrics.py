@@ -103,6 +103,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
+        for engine in self.engines:
+            engine.count_generated()
         return generate_latest(self._registry)
 
     def _child(self, engine: str, kind: type[Any], name: str, help: str, labels: Mapping[str, str], **options: Any) -> Any:

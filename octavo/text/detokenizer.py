@@ -39,6 +39,7 @@ class Detokenizer:
         # A prompt of token ids may end inside a character. The first token may complete it; otherwise it is not shown.
         self._utf8.decode(b"".join(map(self._token_bytes, prompt_token_ids[-4:])))
         self._begun: bytes = self._utf8.getstate()[0]
+        self._whole = not self._begun  # whether no part of a character is held
 
     def step(self, token_id: int) -> str:
         """Adds `token_id`. Returns the text that can be shown now."""
@@ -54,7 +55,13 @@ class Detokenizer:
         return self._release(self._decode(b"", final=True), final=True)
 
     def _decode(self, new: bytes, final: bool = False) -> str:
+        if self._whole:
+            try:  # most tokens are whole characters, and the incremental decoder takes several times as long
+                return new.decode()
+            except UnicodeDecodeError:
+                pass
         text = self._utf8.decode(new, final)
+        self._whole = not self._utf8.getstate()[0]
         if self._begun and (new or final):
             completed = (self._begun + new).startswith("\ufffd".encode())  # U+FFFD itself, spelled in its three bytes
             if text.startswith("\ufffd") and not completed:  # replaces the prompt's partial character

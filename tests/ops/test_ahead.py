@@ -43,14 +43,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no acce
 
 
 class Driver:
-    """Counts launches instead of making them; of a module it says that its constants are 32."""
+    """Counts launches instead of making them; of a module it says that its constants are 32; a thread has a context."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
     def __call__(self, call: str, *arguments: Any) -> None:
         self.calls.append(call)
-        if call == "cuMemcpyDtoH_v2":
+        if call in ("cuMemcpyDtoH_v2", "cuCtxGetCurrent"):
             arguments[0]._obj.value = 32
         if call == "cuCtxGetCurrent":
             arguments[0]._obj.value = 1
@@ -66,7 +66,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     stub = Driver()
     monkeypatch.setattr(compiler, "driver", stub)
     monkeypatch.setattr(compiler, "missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": 0}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for module in (decoder_megakernel, layer_by_layer):
         monkeypatch.setattr(module, "compile_cubin", lambda *_: b"")
     of_blocks = block_gemm.KERNELS, block_gate_up_silu.KERNELS

@@ -69,6 +69,7 @@ def test_it_compiles(
 def parts(
     scheme: Scheme = SCHEMES["ptpc_fp8"], dtype: torch.dtype = torch.bfloat16, router: Router = TOP_3, *,
     hidden: int = 256, inter: int = 128, experts: int = 4, other: Scheme | None = None, correction: bool = False,
+    ranks: int = 1,
 ) -> MixtureParts:  # fmt: skip
     def dense(n: int, k: int, of: Scheme) -> Any:
         packed = {None: PackedDense, Granularity.BLOCK: PackedBlocks}.get(of.activation, PackedScaledMM)
@@ -86,7 +87,7 @@ def parts(
         torch.zeros(experts) if correction else None, router, stack(2 * inter, hidden), stack(hidden, inter), gain, gain, None,
         None, layer_cache(cache_of(1, 1).views, 1.0, 1.0), None,
     )  # fmt: skip
-    return MixtureParts([layer, layer], torch.zeros(8, 128), hidden, inter, 2, 1, 128, 128**-0.5, 1e-6)
+    return MixtureParts([layer, layer], torch.zeros(8, 128), hidden, inter, 2, 1, 128, 128**-0.5, 1e-6, ranks)
 
 
 @over(
@@ -105,6 +106,7 @@ def parts(
         ("sm_90", {"scheme": SCHEMES["bf16"], "other": SCHEMES["fp8"]}, "FP8"),
         ("sm_90", {"inter": 32768, "hidden": 128, "experts": 1, "router": Router(1)}, "shared memory"),
         ("sm_90", {"experts": 140, "hidden": 128}, "more experts"),
+        ("sm_90", {"ranks": 2}, "several ranks"),
     ],
 )
 def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | None) -> None:

@@ -10,7 +10,7 @@ from cases import cases
 from server.api_client import Client
 
 from octavo.messages import Logprob
-from octavo.server.http import _dump
+from octavo.server.events import _dump
 
 PATHS = {
     "/v1/completions": {"prompt": "def f", "logprobs": 2, "prompt_logprobs": 2},

@@ -628,6 +628,16 @@ def test_large_models_are_checked_before_one_is_served(
     assert sentence in capsys.readouterr().err
 
 
+def test_workloads_of_large_models() -> None:
+    """Names go together, and sizes alone. What is tried depends on the number of GPUs."""
+    size = ["--num-requests", "128", "--input-len", "1024", "--output-len", "256"]
+    assert large_models.runs("C,B,D,128x1024/256") == [["--workload", "C,B,D"], size]
+    assert large_models.runs("A") == [["--workload", "A"]]
+    assert large_models.runs("") == []
+    assert "qwen3-vl-235b-a22b" in large_models.shapes_on(4)
+    assert "deepseek-v3.2" in large_models.shapes_on(8)
+
+
 def test_a_server_that_ends_by_itself_is_said_to_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_models, "get", lambda *_: (0, ""))
     with (

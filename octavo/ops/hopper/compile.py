@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -154,6 +154,12 @@ class Kernel:
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
         driver("cuFuncSetAttribute", self.function, c_int(SHARED_SIZE), c_int(self.shared))
 
+    @cached_property
+    def device(self) -> int:
+        """The device whose stream a launch asks for. torch, if not told, looks up the current one each time, which took a tenth
+        of the host's time of a long prompt."""
+        return torch.cuda.current_device()
+
     def constant(self, name: str) -> int:
         """The value of a global int of the module."""
         place, size, value = c_void_p(), c_size_t(), c_int()
@@ -172,7 +178,7 @@ class Kernel:
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         attribute = _Attribute(id=EARLY, value=int(early))
         config = _Config(
-            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, torch.cuda.current_stream().cuda_stream,
+            (ctas, 1, 1), (threads or self.threads, 1, 1), self.shared, torch.cuda.current_stream(self.device).cuda_stream,
             ctypes.pointer(attribute), 1,
         )  # fmt: skip
         driver("cuLaunchKernelEx", byref(config), self.function, pointers, None)
@@ -231,7 +237,7 @@ def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Seq
     return _tensor_map(x.data_ptr(), tuple(sizes), tuple(strides), tuple(box))
 
 
-@lru_cache(1024)  # a layer's weights and cache recur in every step
+@lru_cache(1 << 14)  # weights and caches of all layers recur in every step, and most activations
 def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     made = (c_uint64 * 24)()  # its 16 words, 64-byte aligned
     place = (ctypes.addressof(made) + 63) // 64 * 64

@@ -38,6 +38,8 @@ def refusal(parts: MixtureParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps are not made of such launches."""
     if (reason := no_warpgroups(platform)) is not None:
         return reason
+    if parts.ranks > 1:
+        return "several ranks share each layer"
     for layer in parts.layers:
         if layer.router.sigmoid or layer.router.groups > 1 or layer.correction is not None:
             return "a router that is no plain softmax"
