@@ -65,9 +65,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_not_finite": (I32, [P, I64, I32]),
     "octavo_linear": (I32, [P, P, I64, I64, P, I32, I32]),
     "octavo_look_up": (None, [P, P, P, I64, I32, I32]),
-    "octavo_widen": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_round": (None, [P, P, I64, I64, P, P, I32]),
-    "octavo_rescale": (None, [P, P, I64, I64, I64, P, P, I32]),
+    "octavo_way": (I32, [I32, I64]),
     "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
     "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
     "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
@@ -123,7 +121,7 @@ def missing() -> str | None:
 
 
 def use(instruction_set: str | None) -> str | None:
-    """Select an instruction set: "avx512_bf16", "avx512", "avx2_shift", "avx2", "portable", or None for the best.
+    """Select an instruction set: "amx", "avx512_bf16", "avx512", "avx2_shift", "avx2", "portable", or None for the best.
 
     Returns its name, or None if this CPU lacks it.
     """

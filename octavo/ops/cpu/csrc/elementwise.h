@@ -207,42 +207,6 @@ static void NAME(rope)(void *argument, int64_t task) {
     }
 }
 
-/* Task: widen one row of a weight to BF16, smaller by the power of two that its scale contains, in round()'s order; the
-   width is a multiple of CHUNK. */
-static void NAME(widen)(void *argument, int64_t row) {
-    const TilesJob *job = argument;
-    const char *from = (const char *)job->from + row * job->from_stride;
-    uint16_t *to = job->to + row * job->to_stride;
-#if DOT
-    for (int64_t at = 0; at < job->width; at += UNIT) {
-        vp v[2];
-        if (job->kind == E5M2) NAME(widen_unit)(from + at, E5M2, v);
-        else NAME(widen_unit)(from + at, E4M3, v);
-        memcpy(to + at, v, sizeof v);
-    }
-#else
-    float values[GROUP];
-    for (int64_t at = 0; at < job->width; at += GROUP) {
-        NAME(widen_row)(values, from + at, job->kind, least(GROUP, job->width - at));
-        NAME(narrow_row)(to, BF16, at, values, least(GROUP, job->width - at));
-    }
-#endif
-}
-
-/* Task: one row of BF16 times its scale and its columns' scales. */
-static void NAME(rescale)(void *argument, int64_t row) {
-    const TilesJob *job = argument;
-    float values[GROUP], scales[GROUP];
-    for (int64_t at = 0; at < job->width; at += GROUP) {
-        int64_t count = least(GROUP, job->width - at);
-        NAME(widen_row)(values, (const uint16_t *)job->from + row * job->from_stride + at, BF16, count);
-        NAME(widen_row)(scales, job->by_column + at, F32, count);
-        for (int64_t i = 0; i < count; i += VL)
-            NAME(store)(values + i, NAME(load)(values + i) * job->by_row[row] * NAME(load)(scales + i));
-        NAME(narrow_row)(job->to + row * job->to_stride, BF16, at, values, count);
-    }
-}
-
 /* Task: some tokens' weighted sums of their experts' outputs. */
 static void NAME(combine)(void *argument, int64_t task) {
     const Combine *c = argument;
