@@ -131,11 +131,24 @@ def _keep(path: Path, cubin: bytes) -> None:
         return
 
 
+def _enter_context() -> None:
+    """Give this thread the context of torch's current device. torch does so no earlier than it must: a thread that has only
+    set its device has none.
+    """
+    device, context = c_int(), c_void_p()
+    driver("cuCtxGetCurrent", byref(context))
+    if context.value is None:
+        driver("cuDeviceGet", byref(device), c_int(torch.cuda.current_device()))
+        driver("cuDevicePrimaryCtxRetain", byref(context), device)  # torch's own; it lives as long as the process
+        driver("cuCtxSetCurrent", context)
+
+
 class Kernel:
     """A function of a compiled module, in the current device's context. Raises NoKernel if the driver refuses it."""
 
     def __init__(self, cubin: bytes, name: str):
         self.module, self.function = c_void_p(), c_void_p()
+        _enter_context()
         driver("cuModuleLoadData", byref(self.module), cubin)
         driver("cuModuleGetFunction", byref(self.function), self.module, name.encode())
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
