@@ -46,6 +46,7 @@ def cases() -> list[Callable[[], None]]:
         partial(native.test_zero_rows_strides_and_e5m2, m=5),
         native.test_codes_that_are_not_numbers_are_found,
         *(partial(native.test_attention, rows=MIXED, window=window) for window in (None, 5)),
+        partial(native.test_prompts_of_bf16, window=33),
         *(partial(native.test_heads, heads=heads, kv=kv) for heads in ((3, 1, 10), (20, 1, 6)) for kv in ("auto", "fp8_e4m3")),
         partial(native.test_scales_of_a_layer_and_of_heads, rows=MIXED, heads=(10, 2, 20), scales="heads"),
         partial(native.test_rows_without_a_context_are_zeros, window=5),

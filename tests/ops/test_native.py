@@ -260,6 +260,13 @@ def test_attention(rows: list[tuple[int, int]], window: int | None, kv: str) -> 
     check_attention(rows, (4, 2, 16), kv, window)
 
 
+@over("window", [None, 33])
+@over("kv", KV_DTYPES)
+def test_prompts_of_bf16(window: int | None, kv: str) -> None:
+    """Which matrix tiles multiply: more query rows than a task takes, contexts before them, and a window."""
+    check_attention([(200, 1), (70, 40), (0, 100), (63, 3)], (6, 2, 24), kv, window, torch.bfloat16)
+
+
 @over("heads", [*HEADS, (3, 1, 10), (16, 1, 80), (2, 2, 256), (20, 1, 6)])
 @over("kv", KV_DTYPES)
 @dtypes

@@ -89,7 +89,7 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
             NAME(widen_row)(gate, x + at * size_of(r->kind), r->kind, count);
             NAME(widen_row)(up, x + (r->width + at) * size_of(r->kind), r->kind, count);
             for (int64_t i = 0; i < count; i += VL) {
-                vf g = NAME(load)(gate + i), small = NAME(exp)(SELECT(g > 0, -g, g)); /* no exponential of large values */
+                vf g = NAME(load)(gate + i), small = NAME(exp)((vf)((vi)g | (int32_t)0x80000000)); /* no exponential of large values */
                 vf part = SELECT(g > 0, NAME(splat)(1), small) / (1 + small);
                 NAME(store)(gate + i, g * part * NAME(load)(up + i));
             }
@@ -147,7 +147,8 @@ INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale
                          (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
         vi sign = (vi)((vu)v >> 24) & 0x80;
         code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
-        for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
+        const vb bytes = __builtin_convertvector((vu)code, vb);
+        memcpy(to + i, &bytes, (size_t)least(VL, count - i));
     }
 }
 

@@ -13,6 +13,8 @@
 
 static float widened[2][256]; /* [is E5M2][code]: the half-precision number with the code's bits */
 
+static int uses_tiles; /* whether products and attention of the set in use may be computed by matrix tiles */
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(x) JOIN(x, SUFFIX)
@@ -110,7 +112,7 @@ END_TARGET
 #endif
 
 static const Functions *chosen;
-static int panels_of_pairs, uses_tiles;
+static int panels_of_pairs;
 static void choose_ways(int forced);
 
 /* Select the best instruction set of this CPU, or the named one. Returns its name, or NULL if this CPU lacks it.

@@ -7,7 +7,8 @@
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats fit into the L2 cache */
 #define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
-#define TASK_OF_TILES 128 /* rows for many tokens: tiles.h */
+#define TASK_OF_TILES 64   /* rows of a task by matrix tiles: tiles.h; */
+#define BLOCK_OF_TILES 256 /* with many tokens */
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row per step, */
 #define ROW_CHUNK 128 /* or per step of a product along k in pairs */
@@ -267,7 +268,10 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
                 at = tail;
             }
 #pragma GCC unroll 4
-            for (int line = 0; line < size * ROW_CHUNK; line += 64) __builtin_prefetch(at + line + AHEAD);
+            for (int line = 0; line < size * ROW_CHUNK; line += 64) {
+                if (uses_tiles) __builtin_prefetch(at + line + AHEAD, 0, 2); /* CPUs with tiles read faster by way of L2 */
+                else __builtin_prefetch(at + line + AHEAD);
+            }
 #pragma GCC unroll 16
             for (int part = 0; part < SUMS; part += 2) {
                 vp v[2], other;

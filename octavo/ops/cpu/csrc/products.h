@@ -25,9 +25,8 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
                      .token_tasks = 1, .kind = kind, .y_kind = y_kind, .is_panel = is_panel, .pairs = pairs, .tiles = tiles};
     job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
     if (is_panel) {
-        job.task_rows = pairs ? (tiles || panels > 1 ? TASK_OF_PAIRS : LANES) : TASK_ROWS;
-        if (tiles && panels > 2) job.task_rows = TASK_OF_TILES;
-        while (job.task_rows > TASK_OF_PAIRS && (w->n + job.task_rows - 1) / job.task_rows < 4 * threads) job.task_rows /= 2;
+        job.task_rows = tiles ? (panels > 1 ? BLOCK_OF_TILES : TASK_OF_TILES) : !pairs ? TASK_ROWS : panels > 1 ? TASK_OF_PAIRS : LANES;
+        while (tiles && job.task_rows > 2 * LANES && (w->n + job.task_rows - 1) / job.task_rows < 3 * threads) job.task_rows /= 2;
         job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
         while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
     } else {

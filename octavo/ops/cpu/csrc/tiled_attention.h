@@ -65,8 +65,13 @@ INLINE void NAME(attend_panel)(NAME(TiledFlash) *f, const NAME(Found) *now, cons
     float *o = f->o + panel * padded * LANES, *scores = f->scores;
     TILE_ZERO(0);
     TILE_ZERO(1);
-    for (int64_t d = 0; d < padded; d += TILE_VALUES, q += TILE_BYTES)
-        TILE_STEP(f->k + d, f->k + TOKENS / 2 * padded + d, padded * 2, q, q, 1);
+    for (int64_t d = 0; d < padded; d += TILE_VALUES, q += TILE_BYTES) {
+        TILE_LOAD(4, f->k + d, padded * 2);
+        TILE_LOAD(6, q, 64);
+        TILE_DOT(0, 4, 6);
+        TILE_LOAD(5, f->k + TOKENS / 2 * padded + d, padded * 2);
+        TILE_DOT(1, 5, 6);
+    }
     TILE_STORE(0, scores, 64);
     TILE_STORE(1, scores + TOKENS / 2 * LANES, 64);
     TILE_FENCE();
