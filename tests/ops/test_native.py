@@ -55,6 +55,15 @@ def test_an_instruction_set_is_there(name: str) -> None:
     assert name in instruction_sets()
 
 
+@over("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_named_set_uses_what_it_has(dtype: torch.dtype) -> None:
+    """Whether that is faster here or not; without a name, what was measured."""
+    for name in instruction_sets():
+        last = "tiles" if name == "amx" else "pairs" if name == "avx512_bf16" else "FP32"
+        assert {library.way_of(dtype, m) for m in (1, 4, 16, 700)} == {last}
+    assert {library.way_of(dtype, m) for m in (1, 4, 16, 700)} <= set(library.WAYS)
+
+
 @over("shape", SHAPES)
 @over("scheme", QUANTIZED)
 @over("fmt", [E4M3FN, E4M3FNUZ])
@@ -136,7 +145,9 @@ def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt:
     if fmt is E5M2:
         assert relative_error(found, reference.ReferenceLinear().pack(q, CPU)(x).double()) < 2 * bound(found.dtype)
     else:
-        assert relative_error(found, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(found.dtype)
+        assert relative_error(found, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(
+            found.dtype
+        )
 
 
 @on_each_instruction_set

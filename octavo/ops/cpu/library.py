@@ -14,11 +14,13 @@ import torch
 from octavo.platform import cpu_kernels
 
 __all__ = [
-    "KINDS", "PACKED_INT4", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "merged_call", "missing", "use", "used",
+    "KINDS", "PACKED_INT4", "REPLAYED", "WAYS", "Cache", "Linear", "Shared", "kernels", "merged_call", "missing", "use", "used",
+    "way_of",
 ]  # fmt: skip
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 4, torch.float8_e5m2: 5}
 PACKED_INT4 = 2
+WAYS = ("FP32", "pairs", "tiles")  # how a product may be computed: csrc/products.h
 
 
 P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
@@ -133,3 +135,8 @@ def used() -> str:
     """The selected instruction set."""
     name: bytes = kernels().octavo_used()
     return name.decode()
+
+
+def way_of(dtype: torch.dtype, tokens: int) -> str:
+    """How a weight of `dtype` is multiplied by so many tokens that are exact in BF16, one of WAYS."""
+    return WAYS[kernels().octavo_way(KINDS[dtype], tokens)]

@@ -102,7 +102,20 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
 static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
     int64_t half = rotated / 2, size = size_of(kind);
     float a[GROUP], b[GROUP], cosine[GROUP], sine[GROUP];
-    for (int64_t at = 0; at < half; at += GROUP) {
+    int64_t at = 0;
+    for (; at + LANES <= half; at += LANES) { /* in registers */
+        vf u[PARTS], v[PARTS];
+        NAME(widen16)(x + at * size, kind, u);
+        NAME(widen16)(x + (half + at) * size, kind, v);
+        for (int p = 0; p < PARTS; p++) {
+            vf c = NAME(load)(cosines + at + p * VL), s = NAME(load)(cosines + half + at + p * VL);
+            NAME(store)(a + p * VL, u[p] * c - v[p] * s);
+            NAME(store)(b + p * VL, v[p] * c + u[p] * s);
+        }
+        NAME(narrow_row)(y, kind, at, a, LANES);
+        NAME(narrow_row)(y, kind, half + at, b, LANES);
+    }
+    for (; at < half; at += GROUP) {
         int64_t count = least(GROUP, half - at);
         NAME(widen_row)(a, x + at * size, kind, count);
         NAME(widen_row)(b, x + (half + at) * size, kind, count);
@@ -139,7 +152,7 @@ INLINE void NAME(keep_finite)(float *values, int64_t count) {
 INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale, int64_t count) {
     const Format format = FORMATS[to_kind];
     int smallest = format.smallest, mantissa = format.mantissa;
-    float quantum = ldexpf(1, mantissa - smallest), normal = ldexpf(1, smallest);
+    float quantum = power_of_two(mantissa - smallest), normal = power_of_two(smallest);
     for (int64_t i = 0; i < count; i += VL) {
         vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
         vi magnitude = (vi)v & 0x7FFFFFFF;
@@ -147,8 +160,11 @@ INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale
                          (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
         vi sign = (vi)((vu)v >> 24) & 0x80;
         code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
-        const vb bytes = __builtin_convertvector((vu)code, vb);
-        memcpy(to + i, &bytes, (size_t)least(VL, count - i));
+#if ISA >= 3
+        _mm512_mask_cvtepi32_storeu_epi8(to + i, (__mmask16)((1u << least(VL, count - i)) - 1), (__m512i)code);
+#else
+        for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
+#endif
     }
 }
 

@@ -268,10 +268,7 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
                 at = tail;
             }
 #pragma GCC unroll 4
-            for (int line = 0; line < size * ROW_CHUNK; line += 64) {
-                if (uses_tiles) __builtin_prefetch(at + line + AHEAD, 0, 2); /* CPUs with tiles read faster by way of L2 */
-                else __builtin_prefetch(at + line + AHEAD);
-            }
+            for (int line = 0; line < size * ROW_CHUNK; line += 64) __builtin_prefetch(at + line + AHEAD);
 #pragma GCC unroll 16
             for (int part = 0; part < SUMS; part += 2) {
                 vp v[2], other;

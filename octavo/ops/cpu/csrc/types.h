@@ -206,6 +206,14 @@ static inline int64_t owner_of(const int64_t *first, int64_t count, int64_t task
 static inline float k_scale_of(const Cache *c, int64_t head) { return c->k_layer ? c->k_layer[head * c->k_layer_head] : 1; }
 static inline float v_scale_of(const Cache *c, int64_t head) { return c->v_layer ? c->v_layer[head * c->v_layer_head] : 1; }
 
+/* 2^exponent, a normal number. */
+static inline float power_of_two(int exponent) {
+    const uint32_t bits = (uint32_t)(exponent + 127) << 23;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 static inline float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
