@@ -207,6 +207,8 @@ def main() -> None:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, {model}, {detect('cpu').arch}; kernels: {library.used()}; torch {torch.__version__}")
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16):
+        print(f"products by {dtype}:", ", ".join(f"m={m} {library.way_of(dtype, m)}" for m in (1, 2, 3, 4, 8, 16, 32, 64)))
     read, flops = limits()
     print(f"reads {read / 1e9:.1f} GB/s, multiplies {flops / 1e9:.0f} GFLOP/s in FP32")
     for shape in args.shape if args.only in (None, "products") else []:

@@ -17,7 +17,7 @@ from octavo.ops.cpu import library
 
 __all__ = ["INSTRUCTION_SETS", "case", "combined", "instruction_sets", "on_each_instruction_set", "over", "pairwise"]
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx2_shift", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx2_shift", "avx512", "avx512_bf16", "amx")
 
 _path: list[str] = []
 

@@ -61,8 +61,7 @@ TABLE: list[tuple[LinearImplementation, Platform, set[Scheme], set[Scheme]]] = [
     (ReferenceLinear(), GPU, PACKED_TOO, PACKED_TOO),
 ]
 if library.missing() is None:
-    by_tiles = {BF16} if torch.cpu._is_amx_tile_supported() else set()  # which torch multiplies better
-    TABLE.append((Native(), NATIVE, PACKED_TOO - by_tiles, PACKED_TOO - by_tiles))
+    TABLE.append((Native(), NATIVE, PACKED_TOO, PACKED_TOO))
     TABLE.append((Native(), WIDENING, set(), set()))
 
 

@@ -55,6 +55,15 @@ def test_an_instruction_set_is_there(name: str) -> None:
     assert name in instruction_sets()
 
 
+@over("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_named_set_uses_what_it_has(dtype: torch.dtype) -> None:
+    """Whether that is faster here or not; without a name, what was measured."""
+    for name in instruction_sets():
+        last = "tiles" if name == "amx" else "pairs" if name == "avx512_bf16" else "FP32"
+        assert {library.way_of(dtype, m) for m in (1, 4, 16, 700)} == {last}
+    assert {library.way_of(dtype, m) for m in (1, 4, 16, 700)} <= set(library.WAYS)
+
+
 @over("shape", SHAPES)
 @over("scheme", QUANTIZED)
 @over("fmt", [E4M3FN, E4M3FNUZ])
@@ -126,19 +135,16 @@ def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], 
 @on_each_instruction_set
 @over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
 @over("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_W8A16])
-@over("shape", [(67, 538, 128), (64, 1100, 192), (130, 3, 64)])
-def test_linear_by_matrix_tiles(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
-    """What a CPU with such does, which torch can compute on any; weights small enough that some codes have no leading one."""
+@over("shape", [(67, 538, 128), (35, 290, 1100), (20, 33, 70), (130, 3, 64)])
+def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
+    """More rows and values than matrix tiles take at a time; weights small enough that some codes have no leading one."""
     m, n, k = shape
     x, w = activations(m, k, torch.bfloat16), torch.randn(n, k) * torch.logspace(-4, 0, k)
-    packed = native.Native().pack(quantize(w, scheme, fmt.dtype).padded(16), CPU)
-    packed.tiles = True
-    found = packed(x)
-    packed.tiles = False
-    assert (found.dtype, found.shape) == (torch.bfloat16, (m, n))
-    # Both round the result, and one the sum too, each by 2**-8 at most.
-    assert relative_error(found, packed(x).double()) < 3 * 2**-8
-    if fmt is not E5M2:
+    q = quantize(w, scheme, fmt.dtype).padded(16)
+    found = native.Native().pack(q, CPU)(x)
+    if fmt is E5M2:
+        assert relative_error(found, reference.ReferenceLinear().pack(q, CPU)(x).double()) < 2 * bound(found.dtype)
+    else:
         assert relative_error(found, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(
             found.dtype
         )
@@ -263,6 +269,13 @@ def check_attention(
 @over("kv", KV_DTYPES)
 def test_attention(rows: list[tuple[int, int]], window: int | None, kv: str) -> None:
     check_attention(rows, (4, 2, 16), kv, window)
+
+
+@over("window", [None, 33])
+@over("kv", KV_DTYPES)
+def test_prompts_of_bf16(window: int | None, kv: str) -> None:
+    """Which matrix tiles multiply: more query rows than a task takes, contexts before them, and a window."""
+    check_attention([(200, 1), (70, 40), (0, 100), (63, 3)], (6, 2, 24), kv, window, torch.bfloat16)
 
 
 @over("heads", [*HEADS, (3, 1, 10), (16, 1, 80), (2, 2, 256), (20, 1, 6)])

@@ -14,11 +14,13 @@ import torch
 from octavo.platform import cpu_kernels
 
 __all__ = [
-    "KINDS", "PACKED_INT4", "REPLAYED", "Cache", "Linear", "Shared", "kernels", "merged_call", "missing", "use", "used",
+    "KINDS", "PACKED_INT4", "REPLAYED", "WAYS", "Cache", "Linear", "Shared", "kernels", "merged_call", "missing", "use", "used",
+    "way_of",
 ]  # fmt: skip
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 3, torch.float8_e4m3fnuz: 4, torch.float8_e5m2: 5}
 PACKED_INT4 = 2
+WAYS = ("FP32", "pairs", "tiles")  # how a product may be computed: csrc/products.h
 
 
 P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
@@ -65,9 +67,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_not_finite": (I32, [P, I64, I32]),
     "octavo_linear": (I32, [P, P, I64, I64, P, I32, I32]),
     "octavo_look_up": (None, [P, P, P, I64, I32, I32]),
-    "octavo_widen": (None, [P, P, I64, I64, I64, I32, I32]),
-    "octavo_round": (None, [P, P, I64, I64, P, P, I32]),
-    "octavo_rescale": (None, [P, P, I64, I64, I64, P, P, I32]),
+    "octavo_way": (I32, [I32, I64]),
     "octavo_attention": (I32, [P] * 6 + [I64] * 6 + [F, F, I32, I32]),
     "octavo_rms_norm": (None, [P] * 5 + [I64] * 5 + [F, I32, I32]),
     "octavo_silu_mul": (None, [P, P, I64, I64, I64, I32, I32]),
@@ -124,7 +124,7 @@ def missing() -> str | None:
 
 
 def use(instruction_set: str | None) -> str | None:
-    """Select an instruction set: "avx512_bf16", "avx512", "avx2_shift", "avx2", "portable", or None for the best.
+    """Select an instruction set: "amx", "avx512_bf16", "avx512", "avx2_shift", "avx2", "portable", or None for the best.
 
     Returns its name, or None if this CPU lacks it.
     """
@@ -136,3 +136,8 @@ def used() -> str:
     """The selected instruction set."""
     name: bytes = kernels().octavo_used()
     return name.decode()
+
+
+def way_of(dtype: torch.dtype, tokens: int) -> str:
+    """How a weight of `dtype` is multiplied by so many tokens that are exact in BF16, one of WAYS."""
+    return WAYS[kernels().octavo_way(KINDS[dtype], tokens)]

@@ -62,7 +62,6 @@ _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 GROUP_SCALES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256  # of a head: csrc/attention.h
 MAX_SHARED = 1024  # of a latent with its rope part, or of an indexer's key: csrc/latent.h
-TILE_TOKENS, TILE_ROWS = 64, 512  # AMX is used from this many tokens on, with this many rows widened at a time
 
 
 class Native:
@@ -72,11 +71,7 @@ class Native:
         self.name = "C kernels" if missing() else f"C kernels, {used()}"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := unsupported(q, platform)) is not None:
-            return reason
-        if q.data.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            return "torch multiplies BF16 by this CPU's matrix tiles"
-        return None
+        return unsupported(q, platform)
 
     def pack(self, q: QTensor, platform: Platform) -> PackedNative:
         return PackedNative(q)
@@ -155,8 +150,6 @@ class PackedNative(PackedWeight):
         self.held_bytes = q.nbytes
         self.scale = held_scale(q)
         self.struct = struct_of(q, self.scale)
-        by_row = q.scale is not None and q.scheme.dtype is WeightDType.FP8 and q.scheme.weight is not Granularity.BLOCK
-        self.tiles = by_row and self.k % 64 == 0 and torch.cpu._is_amx_tile_supported()
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 
@@ -165,8 +158,6 @@ class PackedNative(PackedWeight):
         if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
-        if self.tiles and m >= TILE_TOKENS and x.dtype is torch.bfloat16:
-            return self._by_tiles(x)
         y = x.new_empty(m, self.n)
         launch(self.multiply, self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
         return y
@@ -176,23 +167,6 @@ class PackedNative(PackedWeight):
             return super().rows(ids, dtype)  # raises: INT4 has no row lookup
         ids, y = ids.long().contiguous(), self.data.new_empty(len(ids), self.k, dtype=dtype)
         launch(kernels().octavo_look_up, self.address, ids.data_ptr(), y.data_ptr(), len(ids), KINDS[dtype], get_num_threads())
-        return y
-
-    def _by_tiles(self, x: Tensor) -> Tensor:
-        """AMX by torch's BF16 product of the codes, which are exact in BF16. Sums are rounded once more than in the kernels."""
-        assert self.scale is not None
-        c, threads, (m, k) = kernels(), get_num_threads(), x.shape
-        y, codes, by_token = x.new_empty(m, self.n), x.new_empty(m, k), x.new_empty(m, dtype=torch.float32)
-        launch(c.octavo_round, self.address, x.data_ptr(), m, x.stride(0), codes.data_ptr(), by_token.data_ptr(), threads)
-        wide = x.new_empty(min(TILE_ROWS, self.n), k)
-        for start in range(0, self.n, TILE_ROWS):
-            part, scale = self.data[start : min(start + TILE_ROWS, self.n)], self.scale[start:]
-            launch(c.octavo_widen, part.data_ptr(), wide.data_ptr(), len(part), k, part.stride(0), KINDS[part.dtype], threads)
-            product = codes @ wide[: len(part)].mT
-            launch(
-                c.octavo_rescale, product.data_ptr(), y[:, start:].data_ptr(), m, len(part), self.n, by_token.data_ptr(),
-                scale.data_ptr(), threads,
-            )  # fmt: skip
         return y
 
 

@@ -13,8 +13,8 @@
 #define PAIRS_PAY NULL
 #endif
 static const Functions NAME(functions) = {
-    STRING(SUFFIX), NAME(prepare), NAME(round), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(argmax),
-    NAME(sample), NAME(rotate), NAME(rope), NAME(round_columns), NAME(widen), NAME(rescale), NAME(combine), NAME(write_latent),
+    STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(argmax),
+    NAME(sample), NAME(rotate), NAME(rope), NAME(round_columns), NAME(combine), NAME(write_latent),
     NAME(write_index_keys), NAME(heads), NAME(latent_attend), NAME(latent_join), NAME(select_prepare), NAME(select_score), PAIRS_PAY};
 
 #undef PAIRS_PAY
@@ -43,3 +43,4 @@ static const Functions NAME(functions) = {
 #undef ISA
 #undef TILE_ROWS
 #undef DOT
+#undef TILES

@@ -189,6 +189,10 @@ INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t coun
     NAME(product)(dim, rows, count, f->v, 1, padded, f->scores, f->o, 1);
 }
 
+#if TILES
+#include "tiled_attention.h"
+#endif
+
 static void NAME(attend)(void *argument, int64_t task) {
     const AttentionJob *job = argument;
     const Attention *a = job->a;
@@ -196,10 +200,16 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads;
     int64_t request = owner_of(job->first, a->requests, block); /* the request of this block of queries */
     int64_t tokens = a->starts[request + 1] - a->starts[request], dim = c->dim, padded = (dim + LANES - 1) / LANES * LANES;
-    int64_t from = (block - job->first[request]) * LANES, rows = least(LANES, tokens * group - from);
+    int64_t from = (block - job->first[request]) * job->rows, rows = least(job->rows, tokens * group - from);
     int64_t before = a->lengths[request] - tokens; /* context before this step's tokens */
     const int32_t *table = a->tables + request * a->table_stride;
     int few = rows <= FEW_ROWS, in_place = few && dim == padded;
+#if TILES
+    if (job->tiles && !few) {
+        NAME(attend_by_tiles)(job, request, head, from, rows);
+        return;
+    }
+#endif
     float k_factor = a->k_factor * k_scale_of(c, head), v_factor = a->v_factor * v_scale_of(c, head);
     NAME(Flash) flash, *f = &flash;
     float line[MAX_DIM];

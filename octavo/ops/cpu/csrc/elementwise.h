@@ -89,7 +89,7 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
             NAME(widen_row)(gate, x + at * size_of(r->kind), r->kind, count);
             NAME(widen_row)(up, x + (r->width + at) * size_of(r->kind), r->kind, count);
             for (int64_t i = 0; i < count; i += VL) {
-                vf g = NAME(load)(gate + i), small = NAME(exp)(SELECT(g > 0, -g, g)); /* no exponential of large values */
+                vf g = NAME(load)(gate + i), small = NAME(exp)((vf)((vi)g | (int32_t)0x80000000)); /* no exponential of large values */
                 vf part = SELECT(g > 0, NAME(splat)(1), small) / (1 + small);
                 NAME(store)(gate + i, g * part * NAME(load)(up + i));
             }
@@ -102,7 +102,20 @@ static void NAME(silu_mul)(void *argument, int64_t task) {
 static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
     int64_t half = rotated / 2, size = size_of(kind);
     float a[GROUP], b[GROUP], cosine[GROUP], sine[GROUP];
-    for (int64_t at = 0; at < half; at += GROUP) {
+    int64_t at = 0;
+    for (; at + LANES <= half; at += LANES) { /* in registers */
+        vf u[PARTS], v[PARTS];
+        NAME(widen16)(x + at * size, kind, u);
+        NAME(widen16)(x + (half + at) * size, kind, v);
+        for (int p = 0; p < PARTS; p++) {
+            vf c = NAME(load)(cosines + at + p * VL), s = NAME(load)(cosines + half + at + p * VL);
+            NAME(store)(a + p * VL, u[p] * c - v[p] * s);
+            NAME(store)(b + p * VL, v[p] * c + u[p] * s);
+        }
+        NAME(narrow_row)(y, kind, at, a, LANES);
+        NAME(narrow_row)(y, kind, half + at, b, LANES);
+    }
+    for (; at < half; at += GROUP) {
         int64_t count = least(GROUP, half - at);
         NAME(widen_row)(a, x + at * size, kind, count);
         NAME(widen_row)(b, x + (half + at) * size, kind, count);
@@ -139,7 +152,7 @@ INLINE void NAME(keep_finite)(float *values, int64_t count) {
 INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale, int64_t count) {
     const Format format = FORMATS[to_kind];
     int smallest = format.smallest, mantissa = format.mantissa;
-    float quantum = ldexpf(1, mantissa - smallest), normal = ldexpf(1, smallest);
+    float quantum = power_of_two(mantissa - smallest), normal = power_of_two(smallest);
     for (int64_t i = 0; i < count; i += VL) {
         vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
         vi magnitude = (vi)v & 0x7FFFFFFF;
@@ -147,7 +160,11 @@ INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale
                          (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
         vi sign = (vi)((vu)v >> 24) & 0x80;
         code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
+#if ISA >= 3
+        _mm512_mask_cvtepi32_storeu_epi8(to + i, (__mmask16)((1u << least(VL, count - i)) - 1), (__m512i)code);
+#else
         for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
+#endif
     }
 }
 
@@ -204,42 +221,6 @@ static void NAME(rope)(void *argument, int64_t task) {
             NAME(write_head)(k, r->kind, (char *)c->k + token + h * c->head, k_scale, k_scale_of(c, h), c->kind, c->dim);
             NAME(write_head)(v, r->kind, (char *)c->v + token + h * c->head, v_scale, v_scale_of(c, h), c->kind, c->dim);
         }
-    }
-}
-
-/* Task: widen one row of a weight to BF16, smaller by the power of two that its scale contains, in round()'s order; the
-   width is a multiple of CHUNK. */
-static void NAME(widen)(void *argument, int64_t row) {
-    const TilesJob *job = argument;
-    const char *from = (const char *)job->from + row * job->from_stride;
-    uint16_t *to = job->to + row * job->to_stride;
-#if DOT
-    for (int64_t at = 0; at < job->width; at += UNIT) {
-        vp v[2];
-        if (job->kind == E5M2) NAME(widen_unit)(from + at, E5M2, v);
-        else NAME(widen_unit)(from + at, E4M3, v);
-        memcpy(to + at, v, sizeof v);
-    }
-#else
-    float values[GROUP];
-    for (int64_t at = 0; at < job->width; at += GROUP) {
-        NAME(widen_row)(values, from + at, job->kind, least(GROUP, job->width - at));
-        NAME(narrow_row)(to, BF16, at, values, least(GROUP, job->width - at));
-    }
-#endif
-}
-
-/* Task: one row of BF16 times its scale and its columns' scales. */
-static void NAME(rescale)(void *argument, int64_t row) {
-    const TilesJob *job = argument;
-    float values[GROUP], scales[GROUP];
-    for (int64_t at = 0; at < job->width; at += GROUP) {
-        int64_t count = least(GROUP, job->width - at);
-        NAME(widen_row)(values, (const uint16_t *)job->from + row * job->from_stride + at, BF16, count);
-        NAME(widen_row)(scales, job->by_column + at, F32, count);
-        for (int64_t i = 0; i < count; i += VL)
-            NAME(store)(values + i, NAME(load)(values + i) * job->by_row[row] * NAME(load)(scales + i));
-        NAME(narrow_row)(job->to + row * job->to_stride, BF16, at, values, count);
     }
 }
 

@@ -38,7 +38,7 @@ static int32_t multiply_all(Products *all, int32_t threads) {
         prepares += tasks_to_prepare(job), multiplies += tasks_to_multiply(job);
     }
     parallel(prepare_one, all, prepares, threads);
-    parallel(multiply_one, all, multiplies, threads);
+    parallel_on(multiply_one, all, multiplies, threads, uses_tiles);
     return 0;
 }
 
@@ -58,20 +58,20 @@ int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scale_
     pthread_mutex_lock(&pool.call);
     for (int64_t e = 0, row = 0; row < starts[experts] && !status;) {
         int64_t held = 0;
-        for (all.count = 0; row < starts[experts];) {
+        for (all.count = 0; row < starts[experts] && all.count < CHUNK_TOKENS;) {
             while (row == starts[e + 1]) e++;
-            const int64_t m = least(starts[e + 1] - row, CHUNK_TOKENS), more = rows_held(m);
-            if (held + more > CHUNK_TOKENS) break;
+            const int64_t m = least(starts[e + 1] - row, CHUNK_TOKENS);
             Linear *w = &all.weight[all.count];
             *w = *first;
             w->weight = (const char *)first->weight + e * weight_bytes;
             if (first->scale) w->scale = (const float *)((const char *)first->scale + e * scale_bytes);
             if (first->group_scale) w->group_scale = (const char *)first->group_scale + e * scale_bytes;
-            LinearJob *job = &all.job[all.count++];
+            LinearJob *job = &all.job[all.count];
             *job = job_of(w, (const char *)x + (order ? 0 : row * x_stride * size), m, x_stride, (char *)y + row * w->n * size, kind,
                           kind, own_threads);
             if (order) job->order = order + row, job->each = each;
-            held += more, row += m;
+            if (held + rows_held(job) > CHUNK_TOKENS) break;
+            held += rows_held(job), row += m, all.count++;
         }
         status = multiply_all(&all, threads);
     }

@@ -3,14 +3,17 @@
    There is one source for all instruction sets, compiled once for each; the library dispatches when it is loaded. Kernels
    are called through ctypes with pointers, counts and the structs of types.h. Nothing here depends on Python or torch. */
 #define _GNU_SOURCE
-#include "pool.h"
 #include "types.h"
 #include "filter.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "tile.h"
+#include "pool.h"
 
 static float widened[2][256]; /* [is E5M2][code]: the half-precision number with the code's bits */
+
+static int uses_tiles; /* whether products and attention of the set in use may be computed by matrix tiles */
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -20,9 +23,10 @@ static float widened[2][256]; /* [is E5M2][code]: the half-precision number with
 
 typedef struct {
     const char *name;
-    task_fn prepare, round, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, widen, rescale, combine,
+    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, combine,
         write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
+    int has_tiles;          /* whether `multiply` can use matrix tiles */
 } Functions;
 
 #if defined(__clang__)
@@ -40,12 +44,20 @@ typedef struct {
 #define ISA 0
 #define SHIFT 0
 #define TILE_ROWS 3
-#ifdef TEST_PAIRS /* the data flow of the dot product, for testing without a CPU that has the instruction */
-#define DOT 1
-#else
 #define DOT 0
-#endif
+#define TILES 0
 #include "all.h"
+
+#ifdef TEST_TILES /* the data flow of dot products and of matrix tiles, for testing without a CPU that has the instructions */
+#define SUFFIX loops
+#define VL 4
+#define ISA 0
+#define SHIFT 0
+#define TILE_ROWS 3
+#define DOT 1
+#define TILES 1
+#include "all.h"
+#endif
 
 #if defined(__x86_64__)
 #define SUFFIX avx2
@@ -54,6 +66,7 @@ typedef struct {
 #define SHIFT 0
 #define TILE_ROWS 6
 #define DOT 0
+#define TILES 0
 BEGIN_TARGET("avx2,fma,f16c")
 #include "all.h"
 END_TARGET
@@ -64,6 +77,7 @@ END_TARGET
 #define SHIFT 1
 #define TILE_ROWS 6
 #define DOT 0
+#define TILES 0
 BEGIN_TARGET("avx2,fma,f16c")
 #include "all.h"
 END_TARGET
@@ -75,6 +89,7 @@ END_TARGET
 #define SHIFT 0
 #define TILE_ROWS 12
 #define DOT 0
+#define TILES 0
 BEGIN_TARGET(AVX512)
 #include "all.h"
 END_TARGET
@@ -85,19 +100,27 @@ END_TARGET
 #define SHIFT 0
 #define TILE_ROWS 12
 #define DOT 1
+#if HAS_TILES && !defined(TEST_TILES)
+#define TILES 1
+BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16," AVX512)
+#else
+#define TILES 0
 BEGIN_TARGET("avx512bf16," AVX512)
+#endif
 #include "all.h"
 END_TARGET
 #endif
 
 static const Functions *chosen;
 static int panels_of_pairs;
+static void choose_ways(int forced);
 
 /* Select the best instruction set of this CPU, or the named one. Returns its name, or NULL if this CPU lacks it.
 
    A named set uses all of its code paths, whether they are faster or not. */
 const char *octavo_use(const char *name) {
-    const Functions *have[5];
+    static Functions tiled; /* the dot product's set, with products by matrix tiles */
+    const Functions *have[8];
     int count = 0;
     for (int code = 0; code < 256; code++) {
         for (int e5m2 = 0; e5m2 < 2; e5m2++) {
@@ -112,16 +135,29 @@ const char *octavo_use(const char *name) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) have[count++] = &functions_avx512_bf16;
+    const int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16) tiled = functions_avx512_bf16;
+#if !defined(TEST_TILES)
+    if (bf16 && HAS_TILES && tiles_permitted()) have[count++] = &tiled;
+#endif
+    if (bf16) have[count++] = &functions_avx512_bf16;
     if (avx512) have[count++] = &functions_avx512;
     if (avx2 && (name || __builtin_cpu_is("amd"))) have[count++] = &functions_avx2_shift;
     if (avx2) have[count++] = &functions_avx2;
 #endif
+#if defined(TEST_TILES)
+    static Functions paired;
+    tiled = paired = functions_loops, paired.name = "avx512_bf16";
+    have[count++] = &tiled, have[count++] = &paired; /* the CPU's own, if it has one, comes before */
+#endif
+    tiled.name = "amx", tiled.has_tiles = 1;
     have[count++] = &functions_portable;
     for (int i = 0; i < count; i++) {
         if (name && strcmp(name, have[i]->name)) continue;
         chosen = have[i];
         panels_of_pairs = chosen->pairs_pay && (name || chosen->pairs_pay());
+        uses_tiles = chosen->has_tiles;
+        if (uses_tiles) choose_ways(name != NULL);
         return chosen->name;
     }
     return NULL;
@@ -174,15 +210,17 @@ int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int
                          const int32_t *lengths, int64_t table_stride, int64_t requests, int64_t heads, int64_t q_token,
                          int64_t q_head, int64_t window, float k_factor, float v_factor, int32_t kind, int32_t threads) {
     Attention a = {q, out, q_token, q_head, tables, starts, lengths, table_stride, requests, heads, window, k_factor, v_factor, kind};
-    int64_t group = heads / cache->kv_heads, blocks = 0;
+    const int tiles = uses_tiles && kind == BF16 && cache->kind != F32;
+    const int64_t group = heads / cache->kv_heads, rows = tiles ? TILED_QUERIES : LANES;
+    int64_t blocks = 0;
     pthread_mutex_lock(&pool.call);
     int64_t *first = scratch((size_t)(requests + 1) * sizeof *first);
     for (int64_t r = 0; first && r <= requests; r++) {
         first[r] = blocks;
-        if (r < requests) blocks += ((starts[r + 1] - starts[r]) * group + LANES - 1) / LANES;
+        if (r < requests) blocks += ((starts[r + 1] - starts[r]) * group + rows - 1) / rows;
     }
-    AttentionJob job = {&a, cache, first};
-    if (first) parallel(chosen->attend, &job, blocks * cache->kv_heads, threads);
+    AttentionJob job = {&a, cache, first, rows, tiles};
+    if (first) parallel_on(chosen->attend, &job, blocks * cache->kv_heads, threads, tiles);
     pthread_mutex_unlock(&pool.call);
     return first ? 0 : -1;
 }

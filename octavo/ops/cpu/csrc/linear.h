@@ -7,6 +7,8 @@
 #define TASK_ROWS 24 /* a multiple of TILE_ROWS */
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats fit into the L2 cache */
 #define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
+#define TASK_OF_TILES 64   /* rows of a task by matrix tiles: tiles.h; */
+#define BLOCK_OF_TILES 256 /* with many tokens */
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row per step, */
 #define ROW_CHUNK 128 /* or per step of a product along k in pairs */
@@ -158,9 +160,6 @@ static void NAME(prepare)(void *argument, int64_t task) {
     for (int64_t i = 0; i < job->m; i++) NAME(prepare_row)(job, i);
 }
 
-/* Task: quantize one token. */
-static void NAME(round)(void *argument, int64_t token) { NAME(prepare_row)(argument, token); }
-
 /* The scale of a row of the weight, or of the row's block that begins at k. */
 INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
     if (!w->scale) return 1;
@@ -246,6 +245,9 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
 
 #if DOT
 #include "pairs.h"
+#if TILES
+#include "tiles.h"
+#endif
 
 /* dot() in pairs. */
 INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
@@ -353,6 +355,11 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
 #else
 #define IF_PAIRS(call)
 #endif
+#if TILES
+#define IF_TILES(call) if (job->tiles) { call; return; }
+#else
+#define IF_TILES(call)
+#endif
 #define DOTS(m, kind)                                                                                           \
     static __attribute__((noinline)) void NAME(dots_##m##_##kind)(const LinearJob *job, int64_t from, int64_t to) { \
         IF_PAIRS(NAME(dot_of_pairs)(job, from, to, m, kind))                                                     \
@@ -381,6 +388,7 @@ static void NAME(multiply)(void *argument, int64_t task) {
         const int64_t from = task % job->row_tasks * job->task_rows, to = least(from + job->task_rows, n), part = task / job->row_tasks;
         const int64_t panels = (job->m + LANES - 1) / LANES, begin = panels * part / job->token_tasks;
         const int64_t end = panels * (part + 1) / job->token_tasks;
+        IF_TILES(NAME(tiles)(job, from, to, begin, end))
         IF_PAIRS(NAME(panels_of_pairs)(job, from, to, begin, end))
         NAME(panels)(job, from, to, begin, end);
         return;
@@ -413,5 +421,6 @@ static int NAME(pairs_pay)(void) {
 #undef DOTS
 #undef DOTS_OF_NIBBLES
 #undef IF_PAIRS
+#undef IF_TILES
 #undef EACH_M
 #undef ROW

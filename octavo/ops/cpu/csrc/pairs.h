@@ -160,14 +160,14 @@ INLINE void NAME(rows_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
     for (int p = 0; p < panels; p++) NAME(finish_panel)(job, panel + p, from, to, sums + p * LANES * LANES);
 }
 
-#define TILES(kind)                                                                                                        \
+#define PANELS(kind)                                                                                                        \
     static __attribute__((noinline)) void NAME(one_panel_##kind)(const LinearJob *job, int64_t from, int64_t panel) {      \
         NAME(rows_of_pairs)(job, from, panel, 1, kind);                                                                    \
     }                                                                                                                      \
     static __attribute__((noinline)) void NAME(two_panels_##kind)(const LinearJob *job, int64_t from, int64_t panel) {     \
         NAME(rows_of_pairs)(job, from, panel, 2, kind);                                                                    \
     }
-TILES(BF16)
-TILES(E4M3)
-TILES(E5M2)
-#undef TILES
+PANELS(BF16)
+PANELS(E4M3)
+PANELS(E5M2)
+#undef PANELS

@@ -21,6 +21,7 @@ static struct {
     int workers;
     task_fn run;
     void *job;
+    int uses_tiles; /* the job's tasks */
     int64_t tasks;
     atomic_int wanted;         /* workers that this job takes */
     atomic_int inside;         /* workers that may access the job */
@@ -45,10 +46,12 @@ static int64_t now(void) {
 
 /* Run the tasks of this thread's range, then those left in other ranges. */
 static void work(int self) {
+    if (pool.uses_tiles) begin_tiles();
     for (int i = 0; i < pool.ranges; i++) {
         int at = (self + i) % pool.ranges;
         for (int64_t task; (task = atomic_fetch_add(&pool.range[at].next, 1)) < pool.range[at].end;) pool.run(pool.job, task);
     }
+    if (pool.uses_tiles) end_tiles();
 }
 
 #define DEFAULT_MXCSR 0x1F80 /* no traps; subnormal numbers are kept, since FP8 codes may be subnormal */
@@ -98,7 +101,7 @@ static void forget_workers(void) { /* a forked child has none of its parent's th
     atomic_store(&pool.open, 0);
 }
 
-static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
+static void share_out(task_fn run, void *job, int64_t tasks, int threads, int uses_tiles) {
     if (threads > tasks) threads = (int)tasks;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     while (pool.workers < threads - 1) {
@@ -115,10 +118,12 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
         pool.workers++;
     }
     if (threads <= 1 || !pool.workers) {
+        if (uses_tiles) begin_tiles();
         for (int64_t task = 0; task < tasks; task++) run(job, task);
+        if (uses_tiles) end_tiles();
         return;
     }
-    pool.run = run, pool.job = job, pool.tasks = tasks;
+    pool.run = run, pool.job = job, pool.tasks = tasks, pool.uses_tiles = uses_tiles;
     pool.ranges = threads;
     for (int i = 0; i < threads; i++) {
         atomic_store(&pool.range[i].next, tasks * i / threads);
@@ -140,9 +145,12 @@ static void share_out(task_fn run, void *job, int64_t tasks, int threads) {
     }
 }
 
-/* Run tasks 0 to tasks-1 on up to `threads` threads, including the caller. The caller holds pool.call. */
-static void parallel(task_fn run, void *job, int64_t tasks, int threads) {
+/* Run tasks 0 to tasks-1 on up to `threads` threads, including the caller; uses_tiles: with matrix tiles configured. The caller
+   holds pool.call. */
+static void parallel_on(task_fn run, void *job, int64_t tasks, int threads, int uses_tiles) {
     unsigned before = float_mode(DEFAULT_MXCSR);
-    share_out(run, job, tasks, threads);
+    share_out(run, job, tasks, threads, uses_tiles);
     float_mode(before);
 }
+
+static void parallel(task_fn run, void *job, int64_t tasks, int threads) { parallel_on(run, job, tasks, threads, 0); }

@@ -10,6 +10,7 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
 #define ROUNDED_COLUMNS 128 /* most columns of octavo_round_columns */
+#define TILED_QUERIES 64 /* query rows of a task of attention by matrix tiles, a multiple of LANES */
 
 /* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
 typedef struct { int mantissa, smallest, bias; float limit; } Format;
@@ -59,22 +60,15 @@ typedef struct {
     const int32_t *order;
     float *panel, *scale; /* x in FP32, quantized: rows, or panels of LANES tokens (BF16 for `pairs`); scale per token */
     int64_t m, each, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
-    int32_t kind, y_kind, is_panel, pairs;
+    int32_t kind, y_kind, is_panel, pairs, tiles; /* tiles: panels of pairs are multiplied by matrix tiles */
 } LinearJob;
-
-/* Work around a product that a library computes with AMX: rows `from` one type `to` BF16. */
-typedef struct {
-    const void *from;
-    uint16_t *to;
-    const float *by_row, *by_column;
-    int64_t width, from_stride, to_stride;
-    int32_t kind;
-} TilesJob;
 
 typedef struct {
     const Attention *a;
     const Cache *cache;
     const int64_t *first; /* [requests + 1] first block of queries of each request */
+    int64_t rows;         /* query rows of a block: LANES, or more where matrix tiles multiply */
+    int32_t tiles;
 } AttentionJob;
 
 /* Rows [rows, width] of an elementwise op; row r is at (r / inner) * outer + (r % inner) * inside, in values. */
@@ -220,6 +214,14 @@ static inline int64_t owner_of(const int64_t *first, int64_t count, int64_t task
 /* Per-layer or per-head scale of keys, and of values; 1 where each token has scales. */
 static inline float k_scale_of(const Cache *c, int64_t head) { return c->k_layer ? c->k_layer[head * c->k_layer_head] : 1; }
 static inline float v_scale_of(const Cache *c, int64_t head) { return c->v_layer ? c->v_layer[head * c->v_layer_head] : 1; }
+
+/* 2^exponent, a normal number. */
+static inline float power_of_two(int exponent) {
+    const uint32_t bits = (uint32_t)(exponent + 127) << 23;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 
 static inline float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
