@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo import ops
-from octavo.batch import to_device
+from octavo.batch import reads_pinned, to_device
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
 from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
@@ -215,4 +215,6 @@ def _grids(images: Sequence[RequestImage | PlacedImage]) -> list[tuple[int, Grid
 
 
 def _to(tensor: Tensor, platform: Platform) -> Tensor:
-    return tensor if platform.is_cpu else tensor.pin_memory().to(platform.device, non_blocking=True)
+    if not reads_pinned(platform.device):
+        return tensor.to(platform.device)
+    return tensor.pin_memory().to(platform.device, non_blocking=True)

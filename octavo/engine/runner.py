@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -17,12 +17,14 @@ from torch import Tensor
 from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
+from octavo.distributed import TensorParallel
+from octavo.engine.compiling import compiling
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
-from octavo.engine.joining import join_ranks
+from octavo.engine.joining import device_and_ranks
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.load_summary import cache_line, describe, without_effect
 from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
@@ -40,28 +42,28 @@ from octavo.errors import OctavoError
 from octavo.host import keep
 from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
+from octavo.messages import Progress
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
 from octavo.models.overrides import overridden
-from octavo.platform import Platform, detect
+from octavo.platform import Platform, threads_on
 from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
 
-
 ALONE = Place()
+Found = tuple[Platform, TensorParallel] | None
 Items = Sequence[ScheduledRequest]
 log = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
+    """Loads a model and runs steps. Raises OctavoError for every error that the user can fix. `found`: device and ranks."""
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, place: Place = ALONE, found: Found = None):
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices_here))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device, place.device, config.devices_here)
-        self.tp = tp = join_ranks(config, place, self.platform)
+        self.platform, self.tp = _, tp = found or device_and_ranks(config, place)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform, tp)
@@ -72,12 +74,12 @@ class ModelRunner:
         self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
-        self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
-        self.pipeline = Pipeline(self.model, tp, place.pulse)
+        self.vocabulary, self.pipeline = Vocabulary(self.limits.vocab_size, tp), Pipeline(self.model, tp, place.pulse)
         self.step = ModelStep(self.model, self.vocabulary, self.pipeline)
         self.encoder, self.histories = make_encoder(self.model, self.platform, tp), Histories(self.platform.device)
-        self.load_weights()
-        self.make_runnable()
+        with compiling(self.platform, tp, place):
+            self.load_weights()
+            self.make_runnable()
 
     def load_weights(self) -> None:
         """Loads the weights, which `sleep` frees."""
@@ -89,9 +91,11 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        if hasattr(self.model, "fuse") and self.tp.stages.count == 1:  # fused layers begin with an embedding
-            cast("FusedModel", self.model).fuse(self.platform)
-        self._make_graphs()
+        with threads_on(self.platform.device, 1, "octavo-fuse") as pool:  # what prompts launch is compiled meanwhile
+            fuses = hasattr(self.model, "fuse") and self.tp.stages.count == 1  # fused layers begin with an embedding
+            self._fused = pool.submit(cast("FusedModel", self.model).fuse if fuses else bool, self.platform)
+            self._make_graphs()
+            self._fused.result()
         self._check_first_logits()
         log.info("ops: %s", ops.table())
 
@@ -105,9 +109,8 @@ class ModelRunner:
         if config.kv_cache_dtype_skip_layers and len({spec.bytes_per_token for spec in specs}) == 1:
             self.report.note("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
-        sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
-        working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + sampling
+        working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.vocabulary.size)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
@@ -144,7 +147,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
         self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
-        if self.encoder is not None:
+        if self.encoder is not None and not self.platform.is_described:
             self.encoder.capture()
 
     def check_reload(self, model: str) -> None:
@@ -190,15 +193,15 @@ class ModelRunner:
         self.platform.release()
 
     def _warm_up(self) -> None:
-        """Warm-up: runs every kernel that prefills and sampling launch."""
+        """Warm-up: runs every kernel that prefills and sampling launch, and then waits for what decode steps need."""
         for length in self.limits.warmup_lengths:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
-        for context, length in ((1, 16), (1, 80), (4096, 80)):  # a decode beside a prefill
-            both = ((min(context, self.max_model_len - 1), 1), (0, min(length, self.max_model_len)))
-            self.step.hidden(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
+        for spans in batches.decodes_beside_prompts(self.max_model_len, self.block_size):
+            self.step.hidden(self._batch(spans))
         if self.encoder is not None:
             self.encoder.warm_up()
         warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
+        self._fused.result()
 
     def _graph_key(self, requests: int, longest: int) -> Hashable:
         """The model's graph key. A model without one gets a graph for each bound on the context length."""
@@ -248,9 +251,7 @@ class ModelRunner:
         self.pipeline.tell(out, items, rows)
         return out
 
-    def _replay(
-        self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def _replay(self, items: Items, rows: Sequence[SamplingRow], previous: StepTokens | None) -> tuple[Tensor, Tensor] | None:
         """Logits and argmax of a decode step, or of a single prefill, by replaying a graph; None where no graph fits."""
         if self.graphs is None or any(map(wants_prompt_logprobs, items, rows)):
             return None
@@ -295,6 +296,5 @@ class ModelRunner:
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""
         sizes = self.bytes_per_token, self.dense_bytes_per_token, self.num_blocks * self.block_size, self.cache.nbytes
-        ranks = self.tp.engine.size
-        cache = cache_line(self.cache_format, *sizes, ranks)
+        cache = cache_line(self.cache_format, *sizes, ranks := self.tp.engine.size)
         return describe(self.model_type, self.report, self.platform, ranks, cache, self.tp.stages)

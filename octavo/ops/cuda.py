@@ -48,17 +48,17 @@ from octavo.ops.hopper.gate_up_silu import gated_linear
 from octavo.ops.hopper.qkv_rope_kv_write import project
 from octavo.ops.hopper.route import route
 from octavo.ops.triton import launch
-from octavo.ops.triton.launch import compile_ahead
+from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
 from octavo.platform import Platform, capture, threads_on
 
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LINEAR", "STACKS", "absorbed_queries", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
-    "attend", "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead", "configure",
-    "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
-    "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "LINEAR", "STACKS", "absorbed_queries", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend",
+    "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead", "compile_elsewhere",
+    "configure", "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts", "gated_linear",
+    "gelu", "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "route",
+    "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 LINEAR = [

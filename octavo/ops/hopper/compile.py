@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -79,10 +79,17 @@ def no_warpgroups(platform: Platform) -> str | None:
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
-    """Compile csrc/`name` for `arch` ("sm_90") to a cubin, with each option defined as a macro.
+    """Compile csrc/`name` for `arch` ("sm_90") to a cubin, with each option defined as a macro; empty where jobs are collected.
 
     Raises NoKernel with the compiler's message.
     """
+    if not ahead.collects():
+        return _compiled(name, arch, options)
+    ahead.collect((name, arch, *options.items()), partial(_compiled, name, arch, options))
+    return b""
+
+
+def _compiled(name: str, arch: str, options: dict[str, int | float]) -> bytes:
     nvrtc = _compiler()
     assert isinstance(nvrtc, ctypes.CDLL), nvrtc
     flags = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in options.items())]
@@ -131,11 +138,24 @@ def _keep(path: Path, cubin: bytes) -> None:
         return
 
 
+def _enter_context() -> None:
+    """Give this thread the context of torch's current device. torch does so no earlier than it must: a thread that has only
+    set its device has none.
+    """
+    device, context = c_int(), c_void_p()
+    driver("cuCtxGetCurrent", byref(context))
+    if context.value is None and not ahead.collects():
+        driver("cuDeviceGet", byref(device), c_int(torch.cuda.current_device()))
+        driver("cuDevicePrimaryCtxRetain", byref(context), device)  # torch's own; it lives as long as the process
+        driver("cuCtxSetCurrent", context)
+
+
 class Kernel:
     """A function of a compiled module, in the current device's context. Raises NoKernel if the driver refuses it."""
 
     def __init__(self, cubin: bytes, name: str):
         self.module, self.function = c_void_p(), c_void_p()
+        _enter_context()
         driver("cuModuleLoadData", byref(self.module), cubin)
         driver("cuModuleGetFunction", byref(self.function), self.module, name.encode())
         self.shared, self.threads = self.constant("shared_bytes"), self.constant("threads")
@@ -237,6 +257,8 @@ def _library() -> ctypes.CDLL:
 
 
 def driver(call: str, *arguments: object) -> None:
-    """Calls the driver. Raises NoKernel if it fails."""
+    """Calls the driver; where jobs are collected there is none. Raises NoKernel if it fails."""
+    if ahead.collects():
+        return
     if status := getattr(_library(), call)(*arguments):
         raise NoKernel(f"{call} failed with CUDA error {status}")
