@@ -156,7 +156,7 @@ class _Compiler(Executor):
         return self.pool.submit(_ready, fn)
 
 
-class _Collecting(triton.AsyncCompileMode):
+class _Collecting(triton.AsyncCompileMode):  # type: ignore[misc]
     """Compiles nothing: a job is collected for each kernel."""
 
     def __init__(self) -> None:
