@@ -112,7 +112,7 @@ def start_once(args: argparse.Namespace) -> None:
         (ops, "bind", "bind ops"), (runner, "make_model", "build the model"),
         (runner.ModelRunner, "load_weights", "weights"), (runner.ModelRunner, "_make_cache", "cache"),
         (runner.ModelRunner, "_make_graphs", "graphs, all"), (runner.DecodeGraphs, "_capture", "decode graphs"),
-        (runner, "PrefillGraphs", "prefill graphs"), (runner.ModelRunner, "_warm_up", "compile ahead: prompts and draws"),
+        (runner.PrefillGraphs, "capture", "prefill graphs"), (runner.ModelRunner, "_warm_up", "compile ahead: prompts"),
         (ops, "fuse", "megakernels"),
     ):  # fmt: skip
         line.wrap(owner, attribute, name)

@@ -10,9 +10,9 @@ from octavo import ops
 from octavo.distributed import TensorParallel
 from octavo.engine.compile_process import CompileProcess, begun
 from octavo.engine.place import Place
-from octavo.platform import Platform
+from octavo.platform import Platform, threads_on
 
-__all__ = ["compiling"]
+__all__ = ["beside", "compiling"]
 
 
 @contextmanager
@@ -39,6 +39,15 @@ def compiling(platform: Platform, tp: TensorParallel, place: Place) -> Iterator[
     finally:
         if process is not None:
             process.close()
+
+
+@contextmanager
+def beside(platform: Platform, make: Callable[[Platform], object]) -> Iterator[Future[object]]:
+    """Within this context make(platform) runs in a thread: megakernels are compiled while the kernels of prompts are."""
+    with threads_on(platform.device, 1, "octavo-beside") as pool:
+        made = pool.submit(make, platform)
+        yield made
+        made.result()
 
 
 class _OfRankZero:

@@ -178,6 +178,8 @@ class Encoder:
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures graphs, where they can be."""
+        if self.platform.is_described:
+            return
         patches, grid = self.model.warm_up_image()
         given = self.model.encoder_input(patches.to(self.platform.device), [grid])
         if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):

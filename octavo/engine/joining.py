@@ -14,7 +14,9 @@ from octavo.distributed import WAIT, TensorParallel, file_store, join
 from octavo.engine.place import Place
 from octavo.platform import Platform, detect
 
-__all__ = ["device_and_ranks", "join_ranks"]
+__all__ = ["Found", "device_and_ranks", "join_ranks"]
+
+Found = tuple[Platform, TensorParallel] | None  # this process's device and ranks, where they are known
 
 
 def device_and_ranks(config: EngineConfig, place: Place) -> tuple[Platform, TensorParallel]:

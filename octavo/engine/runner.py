@@ -17,14 +17,13 @@ from torch import Tensor
 from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
-from octavo.distributed import TensorParallel
-from octavo.engine.compiling import compiling
+from octavo.engine.compiling import beside, compiling
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
-from octavo.engine.joining import device_and_ranks
+from octavo.engine.joining import Found, device_and_ranks
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.load_summary import cache_line, describe, without_effect
 from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
@@ -46,13 +45,11 @@ from octavo.messages import Progress
 from octavo.models import read_config
 from octavo.models.interface import FusedModel
 from octavo.models.overrides import overridden
-from octavo.platform import Platform, threads_on
 from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
 
 ALONE = Place()
-Found = tuple[Platform, TensorParallel] | None
 Items = Sequence[ScheduledRequest]
 log = logging.getLogger(__name__)
 
@@ -91,11 +88,9 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        with threads_on(self.platform.device, 1, "octavo-fuse") as pool:  # what prompts launch is compiled meanwhile
-            fuses = hasattr(self.model, "fuse") and self.tp.stages.count == 1  # fused layers begin with an embedding
-            self._fused = pool.submit(cast("FusedModel", self.model).fuse if fuses else bool, self.platform)
+        fuses = hasattr(self.model, "fuse") and self.tp.stages.count == 1  # fused layers begin with an embedding
+        with beside(self.platform, cast("FusedModel", self.model).fuse if fuses else bool) as self._fused:
             self._make_graphs()
-            self._fused.result()
         self._check_first_logits()
         log.info("ops: %s", ops.table())
 
@@ -144,10 +139,11 @@ class ModelRunner:
         if self.platform.is_cpu:
             self.graphs = RecordedSteps(self.step.decode, *sizes)
             return
-        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
         room = min(self.max_model_len, self.max_num_batched_tokens)
         self.prompts = PrefillGraphs(self.step.prompt, self.platform, self.block_size, room, self.num_blocks)
-        if self.encoder is not None and not self.platform.is_described:
+        self.graphs = DecodeGraphs(self.step.decode, self.platform, *sizes, self.num_blocks, self._graph_key, self._warm_up)
+        self.prompts.capture()
+        if self.encoder is not None:
             self.encoder.capture()
 
     def check_reload(self, model: str) -> None:
@@ -196,6 +192,8 @@ class ModelRunner:
         """Warm-up: runs every kernel that prefills and sampling launch, and then waits for what decode steps need."""
         for length in self.limits.warmup_lengths:
             hidden = self.step.hidden(self._prompt_batch([0] * length))
+        assert self.prompts is not None
+        self.prompts.run_each_kernel()
         for spans in batches.decodes_beside_prompts(self.max_model_len, self.block_size):
             self.step.hidden(self._batch(spans))
         if self.encoder is not None:

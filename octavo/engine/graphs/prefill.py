@@ -24,7 +24,7 @@ SIZES = (64, 128, 256, 512)  # tokens; kernels of longer prompts take longer tha
 
 class PrefillGraphs:
     """Graphs of `forward`, which takes a batch of one request and the index of its last token, int64 [1], and returns logits
-    [1, vocab] and their argmax, int64 [1]. On a device that is only described, kernels are compiled and nothing is captured.
+    [1, vocab] and their argmax, int64 [1]. Within compile_ahead `run_each_kernel` is called, and then `capture`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PrefillGraphs:
         scratch_block: int,
     ):
         self.platform, self.block_size, self.scratch_block = platform, block_size, scratch_block
-        self.sizes = [size for size in SIZES if size <= most_tokens]
+        self.forward, self.sizes = forward, [size for size in SIZES if size <= most_tokens]
         if not self.sizes:
             return
         largest, device = self.sizes[-1], platform.device
@@ -45,17 +45,21 @@ class PrefillGraphs:
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor]] = {}
         self._batches: list[ForwardBatch] = []  # kept alive, because replays read their tensors and cached values
-        with ops.compile_ahead():
-            for size in self.sizes:
-                forward(*self._batch(size))
-        if platform.is_described:
+
+    def run_each_kernel(self) -> None:
+        for size in self.sizes:
+            self.forward(*self._batch(size))
+
+    def capture(self) -> None:
+        """Captures a graph of each size, but on a device that is only described."""
+        if self.platform.is_described:
             return
         pool = None
         for size in reversed(self.sizes):
-            self._send(Span([0] * size, 0, [scratch_block] * self.table.shape[1]))
+            self._send(Span([0] * size, 0, [self.scratch_block] * self.table.shape[1]))
             batch, last = self._batch(size)
-            forward(batch, last)  # fills the batch's step cache, which a capture could not
-            replay, (logits, tokens), pool = ops.capture(partial(forward, batch, last), pool)
+            self.forward(batch, last)  # fills the batch's step cache, which a capture could not
+            replay, (logits, tokens), pool = ops.capture(partial(self.forward, batch, last), pool)
             self._graphs[size] = replay, logits, tokens
             self._batches.append(batch)
 

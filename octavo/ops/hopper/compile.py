@@ -199,10 +199,10 @@ class Kernels:
         self.platform = Platform(torch.device("cpu"), "none")  # until one is configured
         self.kernel, self.refused, self.compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
-    def configure(self, platform: Platform) -> None:
-        """Variants are compiled while the model is loaded, since they do not depend on it."""
+    def configure(self, platform: Platform, *, now: bool = True) -> None:
+        """Variants are compiled while the model is loaded, since they do not depend on it; not `now`: at their first use."""
         self.platform = platform
-        if no_warpgroups(platform) is None:
+        if now and no_warpgroups(platform) is None:
             self.compiling()
 
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:

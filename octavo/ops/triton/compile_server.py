@@ -16,7 +16,10 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from octavo.ops import gpu  # noqa: F401 (kernels, for the workers to inherit)
+import triton.compiler.code_generator  # noqa: F401 (for the workers to inherit, as the next)
+from triton.runtime.cache import triton_key
+
+from octavo.ops import gpu  # noqa: F401
 from octavo.ops.triton import launch
 
 __all__ = ["main"]
@@ -30,6 +33,7 @@ def main(descriptor: int) -> None:
     """
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine's end closes the connection
+    triton_key()  # reads the whole library: once here, not in each worker
     try:
         if (device := connection.recv()) is None:
             return

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -72,6 +74,8 @@ def configure(platform: Platform) -> None:
     """Set the device that this process's kernels are compiled for."""
     global _platform
     _platform = platform
+    if not platform.is_cpu and not platform.is_described:
+        threading.Thread(target=triton_key, name="octavo-triton-key", daemon=True).start()  # needed later, and kept
 
 
 def pipeline(stages: int) -> int:
