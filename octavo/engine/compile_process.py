@@ -33,7 +33,9 @@ class CompileProcess:
         imported = f"import sys; sys.path[:] = {sys.path!r}; from octavo.ops.triton.compile_server import main"
         with own:
             words = [sys.executable, "-c", f"{imported}; main({own.fileno()})"]
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[own.fileno()])
+            self.process = subprocess.Popen(  # Ctrl-C is for the engine, whose end closes the connection
+                words, stdin=subprocess.DEVNULL, pass_fds=[own.fileno()], start_new_session=True
+            )
         self._numbers, self._waiting = count(), dict[int, Future[None]]()
         self._receiver: threading.Thread | None = None
 

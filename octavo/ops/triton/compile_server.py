@@ -32,7 +32,6 @@ def main(descriptor: int) -> None:
     with the number, and "" or what went wrong. None is the end.
     """
     connection = Connection(descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine's end closes the connection
     triton_key()  # reads the whole library: once here, not in each worker
     try:
         if (device := connection.recv()) is None:
