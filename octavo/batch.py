@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ForwardBatch", "Key", "Span", "StepCache", "build", "to_device"]
+__all__ = ["ForwardBatch", "Key", "Span", "StepCache", "build", "decodes_beside_prompts", "reads_pinned", "to_device"]
 
 T = TypeVar("T")
 
@@ -106,7 +106,12 @@ class ForwardBatch:
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sends host numbers without waiting for the device, which reads them later from pinned memory."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, pin_memory=reads_pinned(device)).to(device, non_blocking=True)
+
+
+def reads_pinned(device: torch.device) -> bool:
+    """Whether a device copies from pinned memory by itself, beside what the host does."""
+    return device.type not in ("cpu", "meta")
 
 
 def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_block: int = 0) -> ForwardBatch:
@@ -143,3 +148,9 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
         contexts,
         block_size,
     )
+
+
+def decodes_beside_prompts(longest: int, block_size: int) -> list[list[Span]]:
+    """Steps of one decode beside one prompt, none of more than `longest` tokens, that launch all kernels of such steps."""
+    sizes = [((min(context, longest - 1), 1), (0, min(length, longest))) for context, length in ((1, 16), (1, 80), (4096, 80))]
+    return [[Span([0] * n, at, [0] * -(-(at + n) // block_size)) for at, n in both] for both in sizes]

@@ -1,11 +1,13 @@
-"""The host's memory. Nothing here imports torch."""
+"""The host's memory and device files. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-__all__ = ["keep", "memory", "release"]
+__all__ = ["has_accelerator", "keep", "memory", "release"]
+
+ACCELERATORS = "/dev/nvidiactl", "/dev/kfd"  # through which the drivers of GPUs are reached
 
 
 def memory() -> tuple[int, int]:
@@ -21,6 +23,11 @@ def memory() -> tuple[int, int]:
                 total = int(limit)
                 free = min(free, total)
     return free, total
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU's driver is here; only torch knows whether it can use it."""
+    return any(map(os.path.exists, ACCELERATORS))
 
 
 def release() -> None:

@@ -9,7 +9,7 @@ import platform as host
 import runpy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.host import memory as host_memory
 from octavo.host import release
 
-__all__ = ["FP8_MAX", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect", "threads_on"]
+__all__ = ["FP8_MAX", "Described", "Platform", "capture", "check_fp8_units", "cpu_kernels", "detect", "threads_on"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,11 @@ class Platform:
     @property
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
+
+    @property
+    def is_described(self) -> bool:
+        """Whether its tensors have no memory, so that nothing can run."""
+        return self.device.type == "meta"
 
     @cached_property
     def _capability(self) -> int:
@@ -94,11 +99,30 @@ class Platform:
             return int(free), int(total)
         return host_memory()
 
+    def described(self) -> Described:
+        """This device, for a process that has none."""
+        free, total = self.memory()
+        own = {one.name: getattr(self, one.name) for one in fields(Platform) if one.name != "device"}
+        return Described(torch.device("meta"), **own, free=free, total=total)
+
     def release(self) -> None:
         """Returns freed memory, which torch or the C library caches, to the device and the host."""
         if not self.is_cpu:
             torch.cuda.empty_cache()
         release()
+
+
+@dataclass(frozen=True)
+class Described(Platform):
+    """A device as `detect` would find it, with tensors on the meta device. free, total: bytes of its memory."""
+
+    free: int = 0
+    total: int = 0
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.total
+
+    def release(self) -> None: ...
 
 
 def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
@@ -79,6 +81,45 @@ def test_kubernetes() -> None:
     text = (ROOT / "deploy" / "kubernetes.yaml").read_text()
     assert len(re.findall(r"httpGet: \{ path: /health, port: http \}", text)) == 3
     assert int(re.search(r"terminationGracePeriodSeconds: (\d+)", text)[1]) > 30  # type: ignore[index]
+
+
+class Reset(yaml.YAMLObject):
+    """What `!reset` stands for: the value of the file before is gone."""
+
+    yaml_tag, yaml_loader = "!reset", yaml.SafeLoader
+
+    @classmethod
+    def from_yaml(cls, loader: yaml.SafeLoader, node: yaml.Node) -> Reset:
+        return cls()
+
+
+def merged(first: Any, second: Any) -> Any:
+    """Two compose files as one, for what these have: mappings go into one another, and another value takes the first one's
+    place."""
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return second
+    both = first | {key: merged(first.get(key), value) for key, value in second.items()}
+    return {key: value for key, value in both.items() if not isinstance(value, Reset)}
+
+
+def test_compose(tmp_path: Path) -> None:
+    """By the specification's own schema, alone and with the file for AMD behind it; a misspelt key is refused."""
+    first, rocm = (yaml.safe_load((ROOT / "deploy" / name).read_text()) for name in ("compose.yaml", "compose.rocm.yaml"))
+    both = merged(first, rocm)
+    service = both["services"]["octavo"]
+    assert "deploy" in first["services"]["octavo"]
+    assert "deploy" not in service
+    assert service["build"] == {"context": "..", "dockerfile": "docker/rocm.Dockerfile"}
+    assert service["command"] == first["services"]["octavo"]["command"]
+    assert service["devices"] == ["/dev/kfd", "/dev/dri"]
+    misspelt = merged(first, {"services": {"octavo": {"stop_grace_perriod": "60s"}}})
+    paths = [tmp_path / name for name in ("first.json", "both.json", "misspelt.json")]
+    for path, found in zip(paths, (first, both, misspelt), strict=True):
+        path.write_text(json.dumps(found))
+    check = BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec"
+    told(*check, *paths[:2])
+    refused = subprocess.run([*check, paths[2]], capture_output=True, text=True)
+    assert (refused.returncode, "stop_grace_perriod" in refused.stdout) == (1, True)
 
 
 def test_prometheus() -> None:

@@ -65,7 +65,14 @@ LAZY = {
 # Circles that stand.
 CIRCLES: set[frozenset[str]] = set()
 CONFIG_READERS = {"flags", "server", "frontend", "engine", "tools"}
-VENDORS = {"octavo.platform", "octavo.ops.cuda", "octavo.ops.rocm", "octavo.ops.triton.launch", "octavo.ops.hopper.compile"}
+VENDORS = {
+    "octavo.host",
+    "octavo.platform",
+    "octavo.ops.cuda",
+    "octavo.ops.rocm",
+    "octavo.ops.triton.launch",
+    "octavo.ops.hopper.compile",
+}
 CATALOGUES = {"octavo.tools.plan.accelerators", "octavo.peer_flags"}  # names of products are the data there
 VENDOR = re.compile(r"cuda|hip(?![a-z])|nvidia|(?<![a-z])amd|rocm", re.IGNORECASE)
 # A name may recur for a layer and its op, and for an op on its back ends.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo import ops
-from octavo.batch import to_device
+from octavo.batch import reads_pinned, to_device
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
 from octavo.engine.graphs.tower import LARGEST as LARGEST_GRAPH
@@ -178,6 +178,8 @@ class Encoder:
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures graphs, where they can be."""
+        if self.platform.is_described:
+            return
         patches, grid = self.model.warm_up_image()
         given = self.model.encoder_input(patches.to(self.platform.device), [grid])
         if ops.captures_segments(given.x.dtype, given.rotation.cos_sin.shape[1]):
@@ -215,4 +217,6 @@ def _grids(images: Sequence[RequestImage | PlacedImage]) -> list[tuple[int, Grid
 
 
 def _to(tensor: Tensor, platform: Platform) -> Tensor:
-    return tensor if platform.is_cpu else tensor.pin_memory().to(platform.device, non_blocking=True)
+    if not reads_pinned(platform.device):
+        return tensor.to(platform.device)
+    return tensor.pin_memory().to(platform.device, non_blocking=True)

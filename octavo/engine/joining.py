@@ -12,9 +12,17 @@ import torch
 from octavo.config import EngineConfig
 from octavo.distributed import WAIT, TensorParallel, file_store, join
 from octavo.engine.place import Place
-from octavo.platform import Platform
+from octavo.platform import Platform, detect
 
-__all__ = ["join_ranks"]
+__all__ = ["Found", "device_and_ranks", "join_ranks"]
+
+Found = tuple[Platform, TensorParallel] | None  # this process's device and ranks, where they are known
+
+
+def device_and_ranks(config: EngineConfig, place: Place) -> tuple[Platform, TensorParallel]:
+    """This process's device, and its place among the ranks of its engine. Waits for the others."""
+    platform = detect(config.device, place.device, config.devices_here)
+    return platform, join_ranks(config, place, platform)
 
 
 def join_ranks(config: EngineConfig, place: Place, platform: Platform) -> TensorParallel:

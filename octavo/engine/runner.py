@@ -17,12 +17,13 @@ from torch import Tensor
 from octavo import batch as batches
 from octavo import ops
 from octavo.config import EngineConfig
+from octavo.engine.compiling import beside, compiling
 from octavo.engine.encoder import make_encoder
 from octavo.engine.first_logits import check_first_logits
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import LARGEST, DecodeGraphs
 from octavo.engine.graphs.prefill import PrefillGraphs
-from octavo.engine.joining import join_ranks
+from octavo.engine.joining import Found, device_and_ranks
 from octavo.engine.kv_setup import cache_format, calibration_tokens, set_kv_scales
 from octavo.engine.load_summary import cache_line, describe, without_effect
 from octavo.engine.loading import cache_specs, check_reload, drop, load_model, make_model, reload_model, restore
@@ -41,14 +42,13 @@ from octavo.errors import OctavoError
 from octavo.host import keep
 from octavo.kvcache import KVCache
 from octavo.layers.vision import ImageInput
+from octavo.messages import Progress
 from octavo.models import read_config
 from octavo.models.interface import FusedModel, StageState
 from octavo.models.overrides import overridden
-from octavo.platform import Platform, detect
 from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
-
 
 ALONE = Place()
 Items = Sequence[ScheduledRequest]
@@ -56,13 +56,12 @@ log = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Loads a model and runs steps. Raises OctavoError for every error that the user can fix."""
+    """Loads a model and runs steps. Raises OctavoError for every error that the user can fix. `found`: device and ranks."""
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None, place: Place = ALONE):
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, place: Place = ALONE, found: Found = None):
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices_here))
         self.config, self.progress = config, progress
-        self.platform: Platform = detect(config.device, place.device, config.devices_here)
-        self.tp = tp = join_ranks(config, place, self.platform)
+        self.platform, self.tp = _, tp = found or device_and_ranks(config, place)
         cpu = self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform, tp)
@@ -78,8 +77,9 @@ class ModelRunner:
         self.pipeline.connect()
         self.step = ModelStep(self.model, self.vocabulary, self.pipeline)
         self.encoder, self.histories = make_encoder(self.model, self.platform, tp), Histories(self.platform.device)
-        self.load_weights()
-        self.make_runnable()
+        with compiling(self.platform, tp, place):
+            self.load_weights()
+            self.make_runnable()
 
     def load_weights(self) -> None:
         """Loads the weights, which `sleep` frees."""
@@ -91,9 +91,9 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        if hasattr(self.model, "fuse"):
-            cast("FusedModel", self.model).fuse(self.platform)
-        self._make_graphs()
+        fuse = cast("FusedModel", self.model).fuse if hasattr(self.model, "fuse") else bool
+        with beside(self.platform, fuse) as self._fused:
+            self._make_graphs()
         self._check_first_logits()
         log.info("ops: %s", ops.table())
 
@@ -107,9 +107,8 @@ class ModelRunner:
         if config.kv_cache_dtype_skip_layers and len({spec.bytes_per_token for spec in specs}) == 1:
             self.report.note("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
-        sampling = config.sampling_bytes(self.limits.vocab_size)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
-        working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + sampling
+        working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.vocabulary.size)
         if cpu:
             keep(working)
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
@@ -152,8 +151,9 @@ class ModelRunner:
         room, step, at = min(self.max_model_len, self.max_num_batched_tokens), self.step, (self.platform, self.block_size)
         step.make_inputs(min(max(room, self.config.max_num_seqs), LARGEST))
         sizes = self.config.max_num_seqs, self.max_model_len, self.num_blocks
-        self.graphs = DecodeGraphs(step.decode, *at, *sizes, step.graph_key, self._warm_up, step.arrived)
         self.prompts = PrefillGraphs(step.prompt, *at, room, self.num_blocks, step.arrived)
+        self.graphs = DecodeGraphs(step.decode, *at, *sizes, step.graph_key, self._warm_up, step.arrived)
+        self.prompts.capture()
 
     def check_reload(self, model: str) -> None:
         """Reads another checkpoint directory as `reload` will, and changes nothing.
@@ -198,16 +198,17 @@ class ModelRunner:
         self.platform.release()
 
     def _warm_up(self) -> None:
-        """Warm-up: runs every kernel that prefills and sampling launch."""
-        made = [self._prompt_batch([0] * length) for length in self.limits.warmup_lengths]
-        for context, length in ((1, 16), (1, 80), (4096, 80)):  # a decode beside a prefill
-            both = ((min(context, self.max_model_len - 1), 1), (0, min(length, self.max_model_len)))
-            made.append(self._batch([batches.Span([0] * n, at, [0] * -(-(at + n) // self.block_size)) for at, n in both]))
-        hidden = [self.step.rehearse(batch) for batch in made][-1]
+        """Warm-up: runs every kernel that prefills and sampling launch, and then waits for what decode steps need."""
+        hidden = [self.step.rehearse(self._prompt_batch([0] * length)) for length in self.limits.warmup_lengths][-1]
+        assert self.prompts is not None
+        self.prompts.run_each_kernel()
+        for spans in batches.decodes_beside_prompts(self.max_model_len, self.block_size):
+            self.step.rehearse(self._batch(spans))
         if self.encoder is not None:
             self.encoder.warm_up()
         if hidden is not None:
             warm_up(self.vocabulary.whole(self.model.logits(hidden[-1:])).float())
+        self._fused.result()
 
     def _batch(self, spans: Sequence[batches.Span]) -> batches.ForwardBatch:
         return batches.build(spans, self.block_size, self.platform.device)
@@ -258,7 +259,7 @@ class ModelRunner:
         return self.pipeline.sampled(out, items, rows)
 
     def _replay(
-        self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow], previous: StepTokens | None
+        self, items: Items, rows: Sequence[SamplingRow], previous: StepTokens | None
     ) -> tuple[Tensor, Tensor] | StageState | None:
         """Logits and argmax of a decode step, or of a single prefill, or the next stage's state; None where no graph fits."""
         if self.graphs is None or any(map(wants_prompt_logprobs, items, rows)):
@@ -295,6 +296,5 @@ class ModelRunner:
     def describe(self) -> list[str]:
         """The load report for the user: one line per role and scheme, then memory, then notes."""
         sizes = self.bytes_per_token, self.dense_bytes_per_token, self.num_blocks * self.block_size, self.cache.nbytes
-        ranks = self.tp.engine.size
-        cache = cache_line(self.cache_format, *sizes, ranks)
+        cache = cache_line(self.cache_format, *sizes, ranks := self.tp.engine.size)
         return describe(self.model_type, self.report, self.platform, ranks, cache, self.tp.stages)

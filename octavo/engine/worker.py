@@ -23,6 +23,7 @@ from typing import Protocol
 
 from octavo import pipes
 from octavo.config import EngineConfig
+from octavo.engine import compile_process
 from octavo.engine.place import Place
 from octavo.errors import OctavoError, shortage
 from octavo.host import release
@@ -56,6 +57,8 @@ MakeCore = Callable[[EngineConfig, Progress, Place], Core]
 
 def engine_core(config: EngineConfig, progress: Progress, place: Place = ALONE) -> Core:
     """The real core. Imported lazily, because it imports torch."""
+    if not place.rank:
+        compile_process.begin(config)
     imported = "octavo.engine.core" in sys.modules
     from octavo.engine.core import EngineCore
 

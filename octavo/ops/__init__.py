@@ -69,11 +69,11 @@ __all__ = [
     "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
     "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries",
     "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind",
-    "capture", "captures", "captures_segments", "combine", "compile_ahead", "decode_variant", "dispatch", "expanded_attention",
-    "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention",
-    "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate",
-    "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv",
-    "write_latent",
+    "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere", "decode_variant", "dispatch",
+    "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "head_linear",
+    "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm",
+    "rope_write_kv", "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table",
+    "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -86,7 +86,11 @@ _OPS = (
 )  # fmt: skip
 
 
+def _to_none(compiler: Any) -> None: ...
+
+
 _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
+_compile_elsewhere: Callable[[Any], None] = _to_none
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
 _fuse: Callable[[DecoderParts | MixtureParts, Platform], dict[str, FusedDecoder | str]] | None = None
@@ -108,10 +112,11 @@ def bind(platform: Platform, tp: TensorParallel = ALONE) -> None:
         from octavo.ops import rocm as preferred  # type: ignore[no-redef]
     else:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
-    global _compile_ahead, _capture, _captures, _fuse
+    global _compile_ahead, _compile_elsewhere, _capture, _captures, _fuse
     with _lock:
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
+        _compile_elsewhere = getattr(preferred, "compile_elsewhere", _to_none)
         _capture = getattr(preferred, "capture", None)
         _fuse = getattr(preferred, "fuse", None)
         _captures = getattr(preferred, "captures", lambda head_dim, weights, latent: True)
@@ -139,6 +144,13 @@ def compile_ahead() -> AbstractContextManager[None]:
     The mode applies to the calling thread. On a platform that compiles nothing, it only skips collectives.
     """
     return _compile_ahead()
+
+
+def compile_elsewhere(compiler: Any) -> None:
+    """From now on compile_ahead leaves the work to `compiler`, an `octavo.ops.triton.launch.Elsewhere`; to this process's own
+    threads, if it is None. A platform that compiles nothing does not ask for it.
+    """
+    _compile_elsewhere(compiler)
 
 
 def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, latent: bool = False) -> bool:
@@ -257,8 +269,10 @@ def finished(x: Product) -> Tensor:
 
 
 def all_gather(x: Tensor, tp: TensorParallel, dim: int = -1) -> Tensor:
-    """Every rank's x, concatenated along `dim` in rank order. Within compile_ahead this rank's x, repeated."""
-    return torch.cat([x] * tp.size, dim) if ahead.is_on() else tp.all_gather(x, dim)
+    """Every rank's x, concatenated along `dim` in rank order. Within compile_ahead zeros of that shape."""
+    if not ahead.is_on():
+        return tp.all_gather(x, dim)
+    return x.new_zeros([size * (tp.size if dim % x.dim() == at else 1) for at, size in enumerate(x.shape)])
 
 
 def rms_norm(

@@ -9,7 +9,7 @@ from types import ModuleType
 from octavo.ops import gpu, hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder, MixtureParts
 from octavo.ops.gpu import (
-    STACKS,
+    Int4Experts,
     absorbed_queries,
     argmax,
     captures_segments,
@@ -50,20 +50,23 @@ from octavo.ops.hopper.gate_up_silu import gated_linear
 from octavo.ops.hopper.qkv_rope_kv_write import project
 from octavo.ops.hopper.route import route
 from octavo.ops.triton import launch
-from octavo.ops.triton.launch import compile_ahead
+from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
 from octavo.ops.triton.round_columns import round_columns
 from octavo.platform import Platform, capture, threads_on
+from octavo.quant import QTensor
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
-    "attend", "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead", "configure",
-    "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate", "round_columns", "route",
+    "attend", "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead",
+    "compile_elsewhere", "configure", "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts",
+    "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate",
+    "round_columns", "route",
     "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
+OF_EXPERTS = hopper.experts.KERNELS, hopper.experts.QUANTIZE, hopper.route.KERNELS
 LINEAR = [
     few_tokens.ScaledMM(),
     block_gemm.Blocks(block_gemm.KERNELS, block_gate_up_silu.KERNELS, qkv_rope_kv_write.BLOCK_KERNELS),
@@ -72,12 +75,25 @@ LINEAR = [
 
 
 def configure(platform: Platform) -> None:
-    """Configure the launchers, and compile the kernels that do not depend on a model."""
+    """Configure the launchers, and compile the kernels that depend on no model; those of experts when a model has some."""
     launch.configure(platform)
     hopper.attention.configure(platform)
-    for module in (gate_up_silu, qkv_rope_kv_write, hopper.experts, hopper.route):
+    for module in (gate_up_silu, qkv_rope_kv_write):
         module.KERNELS.configure(platform)
-    hopper.experts.QUANTIZE.configure(platform)
+    for kernels in OF_EXPERTS:
+        kernels.configure(platform, now=False)
+
+
+class Grouped(gpu.Grouped):
+    """As the base class; the kernels of experts are compiled while a model's stacks are loaded."""
+
+    def pack(self, q: QTensor, platform: Platform) -> gpu.PackedGrouped:
+        for kernels in OF_EXPERTS:
+            kernels.configure(platform)
+        return super().pack(q, platform)
+
+
+STACKS = [Grouped(), Int4Experts()]
 
 
 def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -> None:

@@ -30,14 +30,14 @@ from octavo.ops.gpu import (
     write_latent,
 )
 from octavo.ops.triton import launch
-from octavo.ops.triton.launch import compile_ahead
+from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
 from octavo.platform import Platform, capture
 
 __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "captures_segments", "combine",
-    "compile_ahead", "configure", "decode_variant", "dispatch", "expanded_attention", "gelu", "head_linear",
-    "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate", "route", "sample", "segment_attention",
-    "select_keys", "silu_mul", "write_index_keys", "write_latent",
+    "compile_ahead", "compile_elsewhere", "configure", "decode_variant", "dispatch", "expanded_attention", "gelu",
+    "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 

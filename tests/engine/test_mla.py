@@ -161,9 +161,9 @@ def test_fp8_is_advised_where_it_makes_the_cache_smaller(saved: Saved) -> None:
     ],
 )
 def test_company_changes_nothing(model_type: str, options: dict[str, Any], saved: Saved) -> None:
-    """Alone or together, in parts, preempted, from cached prefixes. Contexts are far longer than the 6 tokens that V3.2
-    attends to, and prompts are on both sides of the 25 from which keys are expanded. FP8 lets one request in twelve differ, as
-    in test_core."""
+    """Alone or together, in parts, preempted, from cached prefixes, in blocks of one token. Contexts are far longer than the 6
+    tokens that V3.2 attends to, and prompts are on both sides of the 25 from which keys are expanded. FP8 lets one request in
+    twelve differ, as in test_core."""
     path = saved(model_type)[1]
     allowed = 1 if "kv_cache_dtype" in options else 0
 
@@ -179,6 +179,7 @@ def test_company_changes_nothing(model_type: str, options: dict[str, Any], saved
 
     assert_same(run(single, TWELVE)[0])
     assert_same(run(core(path, max_num_batched_tokens=11, **options), TWELVE, apart=2)[0])  # in parts
+    assert_same(run(core(path, block_size=1, max_num_batched_tokens=65536, max_num_seqs=4096, **options), TWELVE)[0])
     preempted, sums = run(core(path, blocks=26, max_num_batched_tokens=30, **options), TWELVE)
     assert_same(preempted)
     assert sums.num_preemptions > 3

@@ -33,3 +33,29 @@ def test_a_unit_file_starts() -> None:
                 client.completions.create(model="llama", prompt="def f", logprobs=21)
     finally:
         server.stop()
+
+
+# What the vendor's page on FP8 and its neighbours set: variables that choose vLLM's kernels, and sizes for large GPUs.
+VARIABLES = {
+    "VLLM_USE_TRITON_FLASH_ATTN": "0", "VLLM_ROCM_USE_AITER": "1", "VLLM_ROCM_USE_AITER_MHA": "0",
+    "VLLM_ROCM_USE_AITER_FP8BMM": "0", "AITER_ENABLE_VSKIP": "0",
+}  # fmt: skip
+
+
+def test_the_pages_environment_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    flags = (
+        "--quantization fp8 --kv-cache-dtype fp8 --block-size 1 --max-num-seqs 4096 --max-num-batched-tokens 65536 --threads 1"
+    )
+    server = Server("--max-model-len", "512", *flags.split())
+    try:
+        log = "".join(server.log)
+        assert [log.count(name) for name in ("VLLM_USE_TRITON_FLASH_ATTN", "VLLM_ROCM_USE_AITER,", "AITER_ENABLE")] == [1, 1, 1]
+        named = f"octavo: ignoring the environment variables {', '.join(sorted(VARIABLES))}, which mean nothing here.\n"
+        assert named in log
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="K", max_retries=0, timeout=60) as client:
+            model = client.models.list().data[0].id
+            assert client.completions.create(model=model, prompt="def f", max_tokens=8).choices[0].text
+    finally:
+        server.stop()

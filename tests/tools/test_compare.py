@@ -30,7 +30,7 @@ from octavo.command_words import with_dashes
 from octavo.config import EngineConfig
 from octavo.convert.output_directory import ORIGIN
 from octavo.demo import HELDOUT, MODEL_DIR
-from octavo.engine import runner
+from octavo.engine import joining
 from octavo.errors import OctavoError
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, QuantRules
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _fp32_sums() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "detect", lambda *_: EXACT)
+        patch.setattr(joining, "detect", lambda *_: EXACT)
         yield
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo import ops
-from octavo.batch import ForwardBatch, Span
+from octavo.batch import ForwardBatch, Span, reads_pinned, to_device
 from octavo.errors import OctavoError
 from octavo.models.interface import StageState
 from octavo.platform import Platform
@@ -40,7 +40,8 @@ class DecodeGraphs:
 
     `forward` returns logits [rows, vocab] and their argmax, int64 [rows], or, of a pipeline stage that is not the last, the
     next one's state. `variant(requests, longest context)` returns equal keys where the launches are equal. `warm_up` runs the
-    other kernels that must be compiled before serving. `arrived` is called before each replay, for inputs of other sources.
+    other kernels that must be compiled before serving. `arrived` is called before each replay, for inputs of other sources. On a
+    device that is only described, kernels are compiled and nothing is captured.
     """
 
     def __init__(
@@ -66,45 +67,46 @@ class DecodeGraphs:
         self.chosen = self.memory[:rows]
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.known_tables = np.zeros((rows, width), np.int32)  # host copy of `tables`
-        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.starts = to_device(range(rows + 1), torch.int32, device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._forward = forward
+        with ops.compile_ahead():
+            warm_up()
+            self._run_each_kernel(variant)
+        if platform.is_described:
+            return
         try:
-            self._capture(forward, variant, warm_up)
+            self._capture(variant)
         except torch.OutOfMemoryError:
             raise OctavoError(
                 "no memory was left to capture graphs in: lower --gpu-memory-utilization or --max-num-seqs, "
                 "or decode without graphs (--enforce-eager)."
             ) from None
 
-    def _capture(
-        self,
-        forward: Forward,
-        variant: Callable[[int, int], Hashable],
-        warm_up: Callable[[], None],
-    ) -> None:
-        def decode(size: int, context: int) -> Tensor | StageState:
-            out = forward(self._batch(size, context))
-            if isinstance(out, StageState):
-                return out
-            logits, tokens = out
-            self.chosen[:size].copy_(tokens)
-            return logits
+    def _decode(self, size: int, context: int) -> Tensor | StageState:
+        out = self._forward(self._batch(size, context))
+        if isinstance(out, StageState):
+            return out
+        logits, tokens = out
+        self.chosen[:size].copy_(tokens)
+        return logits
 
-        with ops.compile_ahead():
-            warm_up()
-            for size in self.sizes:
-                if size & (size - 1) == 0 or size == self.sizes[-1]:  # the other sizes mostly launch the same kernels
-                    self._send(size, [], [], [], [], [])
-                    for context in {variant(size, context): context for context in self.contexts}.values():
-                        decode(size, context)
+    def _run_each_kernel(self, variant: Callable[[int, int], Hashable]) -> None:
+        for size in self.sizes:
+            if size & (size - 1) == 0 or size == self.sizes[-1]:  # the other sizes mostly launch the same kernels
+                self._send(size, [], [], [], [], [])
+                for context in {variant(size, context): context for context in self.contexts}.values():
+                    self._decode(size, context)
+
+    def _capture(self, variant: Callable[[int, int], Hashable]) -> None:
         pool = None
         for size in reversed(self.sizes):  # largest first, so that the smaller graphs fit into its memory pool
             self._send(size, [], [], [], [], [])
             made: dict[Hashable, _Graph] = {}
             for context in reversed(self.contexts):
                 if (key := variant(size, context)) not in made:
-                    decode(size, context)  # compiles kernels that are not compiled yet, which a capture could not
-                    replay, out, pool = ops.capture(partial(decode, size, context), pool)
+                    self._decode(size, context)  # compiles kernels that are not compiled yet, which a capture could not
+                    replay, out, pool = ops.capture(partial(self._decode, size, context), pool)
                     made[key] = _Graph(replay, out)
                 self._graphs[size, context] = made[key]
 
@@ -132,7 +134,7 @@ class DecodeGraphs:
     ) -> None:  # fmt: skip
         """One copy to the device. Rows past len(ids) are padding: length 0, written to the scratch block."""
         count, first = len(ids), len(self.chosen)
-        host = torch.empty(6 * size, dtype=torch.int64, pin_memory=not self.platform.is_cpu)
+        host = torch.empty(6 * size, dtype=torch.int64, pin_memory=reads_pinned(self.platform.device))
         numbers, lengths = host[: 5 * size].view(5, size).numpy(), host[5 * size :].view(torch.int32).numpy()
         numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [first]])
         numbers[:4, :count] = ids, last, rotary_rows, slots

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo import ops
-from octavo.batch import ForwardBatch, Span
+from octavo.batch import ForwardBatch, Span, reads_pinned, to_device
 from octavo.models.interface import StageState
 from octavo.platform import Platform
 
@@ -26,7 +26,8 @@ SIZES = (64, 128, 256, 512)  # tokens; kernels of longer prompts take longer tha
 class PrefillGraphs:
     """Graphs of `forward`, which takes a batch of one request and the index of its last token, int64 [1], and returns logits
     [1, vocab] and their argmax, int64 [1], or, of a pipeline stage that is not the last, the next one's state. arrived: as
-    DecodeGraphs'."""
+    DecodeGraphs'. Within compile_ahead `run_each_kernel` is called, and then `capture`.
+    """
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class PrefillGraphs:
     ):
         self.arrived = arrived
         self.platform, self.block_size, self.scratch_block = platform, block_size, scratch_block
-        self.sizes = [size for size in SIZES if size <= most_tokens]
+        self.forward, self.sizes = forward, [size for size in SIZES if size <= most_tokens]
         if not self.sizes:
             return
         largest, device = self.sizes[-1], platform.device
@@ -48,12 +49,21 @@ class PrefillGraphs:
         self.table = torch.full((1, -(-largest // block_size)), scratch_block, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], None], tuple[Tensor, Tensor] | StageState]] = {}
         self._batches: list[ForwardBatch] = []  # kept alive, because replays read their tensors and cached values
+
+    def run_each_kernel(self) -> None:
+        for size in self.sizes:
+            self.forward(*self._batch(size))
+
+    def capture(self) -> None:
+        """Captures a graph of each size, but on a device that is only described."""
+        if self.platform.is_described:
+            return
         pool = None
         for size in reversed(self.sizes):
-            self._send(Span([0] * size, 0, [scratch_block] * self.table.shape[1]))
+            self._send(Span([0] * size, 0, [self.scratch_block] * self.table.shape[1]))
             batch, last = self._batch(size)
-            forward(batch, last)  # compiles kernels and fills the batch's step cache, which a capture could not
-            replay, out, pool = ops.capture(partial(forward, batch, last), pool)
+            self.forward(batch, last)  # fills the batch's step cache, which a capture could not
+            replay, out, pool = ops.capture(partial(self.forward, batch, last), pool)
             self._graphs[size] = replay, out
             self._batches.append(batch)
 
@@ -62,7 +72,7 @@ class PrefillGraphs:
         ids, rotary_rows, slots = self.sent[: 3 * size].view(3, size)
         last, live = self.sent[3 * size : 3 * size + 1], self.sent[3 * size + 1 : 3 * size + 2].view(torch.int32)[:1]
         batch = ForwardBatch(
-            ids, torch.arange(size, device=device), rotary_rows, slots,
+            ids, to_device(range(size), torch.int64, device), rotary_rows, slots,
             torch.tensor([0, size], dtype=torch.int32, device=device), torch.tensor([size], dtype=torch.int32, device=device),
             self.table, [size], [size], self.block_size, live,
         )  # fmt: skip
@@ -80,7 +90,7 @@ class PrefillGraphs:
         return size
 
     def _copy(self, to: Tensor, values: Sequence[int]) -> None:
-        host = torch.tensor(values, dtype=to.dtype, pin_memory=not self.platform.is_cpu)
+        host = torch.tensor(values, dtype=to.dtype, pin_memory=reads_pinned(self.platform.device))
         to.copy_(host, non_blocking=True)
 
     def run(self, span: Span) -> tuple[Tensor, Tensor] | StageState | None:

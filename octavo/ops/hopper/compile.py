@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -79,10 +79,17 @@ def no_warpgroups(platform: Platform) -> str | None:
 
 
 def compile_cubin(name: str, arch: str, options: dict[str, int | float]) -> bytes:
-    """Compile csrc/`name` for `arch` ("sm_90") to a cubin, with each option defined as a macro.
+    """Compile csrc/`name` for `arch` ("sm_90") to a cubin, with each option defined as a macro; empty where jobs are collected.
 
     Raises NoKernel with the compiler's message.
     """
+    if not ahead.collects():
+        return _compiled(name, arch, options)
+    ahead.collect((name, arch, *options.items()), partial(_compiled, name, arch, options))
+    return b""
+
+
+def _compiled(name: str, arch: str, options: dict[str, int | float]) -> bytes:
     nvrtc = _compiler()
     assert isinstance(nvrtc, ctypes.CDLL), nvrtc
     flags = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in options.items())]
@@ -137,7 +144,7 @@ def _enter_context() -> None:
     """
     device, context = c_int(), c_void_p()
     driver("cuCtxGetCurrent", byref(context))
-    if context.value is None:
+    if context.value is None and not ahead.collects():
         driver("cuDeviceGet", byref(device), c_int(torch.cuda.current_device()))
         driver("cuDevicePrimaryCtxRetain", byref(context), device)  # torch's own; it lives as long as the process
         driver("cuCtxSetCurrent", context)
@@ -198,10 +205,10 @@ class Kernels:
         self.platform = Platform(torch.device("cpu"), "none")  # until one is configured
         self.kernel, self.refused, self.compiling = cache(self._kernel), cache(self._refused), cache(self._start)
 
-    def configure(self, platform: Platform) -> None:
-        """Variants are compiled while the model is loaded, since they do not depend on it."""
+    def configure(self, platform: Platform, *, now: bool = True) -> None:
+        """Variants are compiled while the model is loaded, since they do not depend on it; not `now`: at their first use."""
         self.platform = platform
-        if no_warpgroups(platform) is None:
+        if now and no_warpgroups(platform) is None:
             self.compiling()
 
     def _start(self) -> dict[tuple[int, ...], Future[bytes]]:
@@ -256,6 +263,8 @@ def _library() -> ctypes.CDLL:
 
 
 def driver(call: str, *arguments: object) -> None:
-    """Calls the driver. Raises NoKernel if it fails."""
+    """Calls the driver; where jobs are collected there is none. Raises NoKernel if it fails."""
+    if ahead.collects():
+        return
     if status := getattr(_library(), call)(*arguments):
         raise NoKernel(f"{call} failed with CUDA error {status}")

@@ -7,16 +7,29 @@ read, and `release` as soon as its successor may start. Weights depend on no ker
 
 from __future__ import annotations
 
+import atexit
+import ctypes.util
+import importlib
+import logging
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.cache import triton_key
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kvcache import LayerCache, Views
@@ -24,10 +37,13 @@ from octavo.ops import ahead
 from octavo.platform import FP8_MAX, Platform, threads_on
 
 __all__ = [
+    "Elsewhere",
     "cache_strides",
     "codes",
     "compile_ahead",
+    "compile_elsewhere",
     "configure",
+    "describe_device",
     "device_units",
     "has_packed_arithmetic",
     "head_strides",
@@ -43,10 +59,14 @@ __all__ = [
     "tiled",
     "to_fp8",
     "wait",
+    "with_launcher",
 ]
+
+log = logging.getLogger(__name__)
 
 # The device that kernels are compiled for. The default is for interpreted kernels: a device without dependent launch.
 _platform = Platform(torch.device("cpu"), "sm_89", multiprocessors=132, shared_memory=227 << 10)
+_elsewhere: Elsewhere | None = None  # what compiles for this process
 _compiled: set[Any] = set()  # specializations compiled within compile_ahead
 
 
@@ -54,6 +74,8 @@ def configure(platform: Platform) -> None:
     """Set the device that this process's kernels are compiled for."""
     global _platform
     _platform = platform
+    if not platform.is_cpu and not platform.is_described:
+        threading.Thread(target=triton_key, name="octavo-triton-key", daemon=True).start()  # needed later, and kept
 
 
 def pipeline(stages: int) -> int:
@@ -75,9 +97,140 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def compile_ahead() -> Iterator[None]:
     """The mode of `octavo.ops.ahead`. On exit it waits for the compilations, which use all cores."""
     _compiled.clear()
+    if ahead.collects():
+        with _Collecting(), ahead.mode():
+            yield
+        return
+    if _elsewhere is not None:
+        with _compiled_elsewhere(_elsewhere), ahead.mode():
+            yield
+        return
     pools = threads_on(_platform.device, len(os.sched_getaffinity(0)), "octavo-compile")
-    with pools as pool, triton.AsyncCompileMode(pool), ahead.mode():
+    with pools as pool, triton.AsyncCompileMode(_Compiler(pool)), ahead.mode():
         yield
+
+
+class Elsewhere(Protocol):
+    """What compiles in another process, with this process's caches."""
+
+    def submit(self, module: str, name: str, specialization: str) -> Future[None]:
+        """Has the kernel `name` of `module` compiled; `specialization` is as JITFunction.preload takes it."""
+
+    def finish(self) -> None:
+        """Called at the end of each compile_ahead, when all that was submitted is done."""
+
+
+def compile_elsewhere(compiler: Elsewhere | None) -> None:
+    """From now on compile_ahead leaves the work to `compiler`; to this process's threads, if it is None."""
+    global _elsewhere
+    _elsewhere = compiler
+
+
+@contextmanager
+def _compiled_elsewhere(compiler: Elsewhere) -> Iterator[None]:
+    """Within this context kernels are sent away in place of being compiled. They are loaded when they are first launched."""
+    sent: list[Future[None]] = []
+
+    def send(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        if not ahead.is_on():  # another thread launches
+            return False
+        sent.append(compiler.submit(fn.module, fn.name, compile["specialization_data"]))
+        return True  # so that Triton compiles nothing
+
+    runtime = triton.knobs.runtime
+    before, runtime.jit_cache_hook = runtime.jit_cache_hook, send
+    try:
+        yield
+    finally:
+        runtime.jit_cache_hook = before
+    if errors := [error for job in sent if (error := job.exception()) is not None]:
+        log.warning("%d kernels are compiled when they are first launched: %s", len(errors), errors[0])
+    compiler.finish()
+
+
+class _Compiler(Executor):
+    """Compiles in a pool's threads, together with the function that launches the kernel: Triton would have the C compiler build
+    that at the first launch, one kernel after another.
+    """
+
+    def __init__(self, pool: Executor):
+        self.pool = pool
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return self.pool.submit(_ready, fn)
+
+
+class _Collecting(triton.AsyncCompileMode):  # type: ignore[misc]
+    """Compiles nothing: a job is collected for each kernel."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def submit(self, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
+        ahead.collect(key, partial(with_launcher, compile_fn))
+
+
+def _ready(compiled: Callable[[], Any]) -> Any:
+    """The kernel, loaded into the device's memory."""
+    kernel = compiled()
+    assert callable(kernel.run)  # a property that builds the launcher and loads
+    return kernel
+
+
+def with_launcher(compiled: Callable[[], Any]) -> None:
+    """A kernel and its launcher in Triton's cache. Nothing is loaded."""
+    kernel = compiled()
+    _in_cache(lambda: driver.active.launcher_cls(kernel.src, kernel.metadata))
+
+
+def _in_cache(build: Callable[[], object]) -> None:
+    """Has Triton build a C module, which it keeps before it loads it; the latter fails where no driver is installed."""
+    try:
+        build()
+    except ImportError as error:
+        log.debug("built and not loaded: %s", error)
+    except RuntimeError as error:  # HIP's library, whose path is in the source, is not here
+        log.warning("not built: %s", error)
+
+
+class _DescribedDriver:
+    """What Triton asks of a device that is not here."""
+
+    def __init__(self, target: GPUTarget, launcher: type):
+        self.target, self.launcher_cls = target, launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def _empty_library(name: str) -> str:
+    """The directory of a library without symbols, for the linker, where the one of the driver is not installed."""
+    directory = tempfile.mkdtemp(prefix="octavo-link-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    words = [os.environ.get("CC", "cc"), "-shared", "-x", "c", os.devnull, f"-Wl,-soname,{name}", "-o", f"{directory}/{name}"]
+    subprocess.run(words, check=True)
+    return directory
+
+
+def describe_device(platform: Platform) -> Callable[[], None]:
+    """Has Triton compile for a device that is not here: what is kept in its cache is found where `platform` is.
+
+    Returns what builds the C module that Triton itself launches by.
+    """
+    hip = platform.arch.startswith("gfx")
+    target = GPUTarget("hip", platform.arch, 64) if hip else GPUTarget("cuda", int(platform.arch.removeprefix("sm_")), 32)
+    if not hip and ctypes.util.find_library("cuda") is None:
+        triton.knobs.nvidia.libcuda_path = _empty_library("libcuda.so.1")
+    name = "amd" if hip else "nvidia"
+    vendor = importlib.import_module(f"triton.backends.{name}.driver")
+    driver.set_active(_DescribedDriver(target, vendor.HIPLauncher if hip else vendor.CudaLauncher))
+    return partial(_in_cache, vendor.HIPUtils if hip else vendor.CudaUtils)
 
 
 def _specialized(x: Any) -> Any:

@@ -133,9 +133,11 @@ def _offline(
         from octavo.tools.bench import profiling
 
         profiling.check()
+    from octavo.engine import compile_process
     from octavo.frontend.model_files import with_files
 
     config = with_files(config)
+    compile_process.begin(config)
     with model_directory(config.model, args.shape, args.num_layers) as directory:
         config = replace(config, model=str(directory))
         if args.shape is not None:

@@ -16,7 +16,7 @@ from octavo.engine.loading import checkpoint_scheme
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model, number_of_layers
-from octavo.platform import Platform
+from octavo.platform import Described
 from octavo.quant import SCHEMES, QuantRules, Scheme
 from octavo.stages import Stages
 from octavo.tools.plan.accelerators import Accelerator
@@ -42,19 +42,14 @@ NAMES = {"bf16": "BF16", "fp8": "FP8", "ptpc_fp8": "PTPC", "fp8_block": "FP8 blo
 
 
 @dataclass(frozen=True)
-class Machine(Platform):
-    """An accelerator as the engine would find it, with tensors on the meta device. free, total: bytes."""
+class Machine(Described):
+    """An accelerator, or a CPU, as the engine would find it."""
 
     cpu: bool = False
-    free: int = 0
-    total: int = 0
 
     @property
     def is_cpu(self) -> bool:
         return self.cpu
-
-    def memory(self) -> tuple[int, int]:
-        return self.free, self.total
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Model:
 def test_a_prompt_is_what_it_is_alone(length: int) -> None:
     model = Model()
     graphs = PrefillGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
+    graphs.capture()
     for start in (3, 1):  # the second is not what the first left
         ids, blocks = list(range(start, start + length)), list(range(2, 2 + -(-length // BLOCK)))
         model.cache.fill_(-1)
@@ -62,6 +63,7 @@ def test_a_prompt_is_what_it_is_alone(length: int) -> None:
 def test_rotary_rows_and_what_is_live(delta: int) -> None:
     model = Model()
     graphs = PrefillGraphs(model, DEVICE, BLOCK, 4096, SCRATCH)
+    graphs.capture()
     for length in (100, 70, 128):
         graphs.run(Span([3] * length, 0, list(range(9)), rotary_delta=delta))
         assert model.live == [length]
