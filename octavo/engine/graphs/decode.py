@@ -40,8 +40,8 @@ class DecodeGraphs:
 
     `forward` returns logits [rows, vocab] and their argmax, int64 [rows], or, of a pipeline stage that is not the last, the
     next one's state. `variant(requests, longest context)` returns equal keys where the launches are equal. `warm_up` runs the
-    other kernels that must be compiled before serving. `arrived` is called before each replay, for inputs of other sources. On a
-    device that is only described, kernels are compiled and nothing is captured.
+    other kernels that must be compiled before serving. `arrived` is called before each replay, for inputs of other sources.
+    On a device that is only described, kernels are compiled and nothing is captured.
     """
 
     def __init__(
