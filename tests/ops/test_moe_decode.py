@@ -31,7 +31,6 @@ from octavo.quant.qtensor import Stacker
 from octavo.quant.scheme import Granularity
 from tests.ops.caches import layer_cache
 from tests.ops.paged import cache_of
-from tests.ops.test_all_reduce import Unheard
 from tests.ops.test_decoder_megakernel import dumped, hopper, write
 from tests.ops.test_layer_megakernel import check_whole_steps
 
@@ -117,15 +116,14 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
 
 
 @over(
-    "changes, ranks, reason",
+    "changes, reason",
     [
-        ({}, TensorParallel(0, 2, Unheard()), "sums over ranks"),
-        ({"mlp_only_layers": [0]}, TensorParallel(), "layers without experts"),
-        ({"attention_bias": True}, TensorParallel(), "bias of attention's output"),
+        ({"mlp_only_layers": [0]}, "layers without experts"),
+        ({"attention_bias": True}, "bias of attention's output"),
     ],
 )
-def test_the_table_says_why_a_model_has_none(changes: dict[str, Any], ranks: TensorParallel, reason: str) -> None:
-    model = qwen3_moe.Model(qwen3_moe.Config.from_json(WHOLE | changes), ranks, 64)
+def test_the_table_says_why_a_model_has_none(changes: dict[str, Any], reason: str) -> None:
+    model = qwen3_moe.Model(qwen3_moe.Config.from_json(WHOLE | changes), TensorParallel(), 64)
     for layer in model.model.layers:
         layer.self_attn.o_proj.bias = torch.zeros(1) if changes.get("attention_bias") else None
     with pytest.MonkeyPatch.context() as patch:
