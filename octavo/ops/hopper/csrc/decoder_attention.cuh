@@ -160,7 +160,7 @@ INLINE void rotate_and_store(const Step &s, const Layer &w, const Part &p, const
                 for (int e = 0; e < 2; e++) most = fmaxf(most, fmaxf(fabsf(finite(x[j][e])), fabsf(finite(y[j][e]))));
 #pragma unroll
             for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-            scale = fmaxf(most / LIMIT, FLOOR);
+            scale = fmaxf(most / LIMIT, CACHE_FLOOR);
             if (lane == 0) {
                 (is_value ? w.v_scale : w.k_scale)[scale_place(s, p, slot / BLOCK_SIZE, offset)] = scale;
                 scales[is_value * SPLIT_TOKENS + p.length - 1 - p.begin] = scale;

@@ -59,7 +59,7 @@ constexpr int SPLIT_TOKENS = ((LONGEST + 16 + SPLITS - 1) / SPLITS + 31) / 32 * 
 constexpr int SCRATCH = 4 * GROUP * (SPLIT_TOKENS + DIM + 2 + PER_DIM * DIM) + 4 * DIM + PER_TOKEN_HEAD * 8 * SPLIT_TOKENS, COLUMNS = TOKENS << TWO_CODES, CODES = COLUMNS * X_PITCH;
 constexpr int OPERAND = ((SCRATCH > CODES ? SCRATCH : CODES) + 127) / 128 * 128;
 constexpr int MAX_TOKENS = 4, IN_FLIGHT = 2, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS; /* producer warps */
-constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);
+constexpr float LIMIT = 448.0f, CACHE_FLOOR = 1.0f / (448 * 512), FLOOR = TWO_CODES ? 1e-30f : CACHE_FLOOR; /* of scales: of the cache, of activations */
 
 constexpr int OTHER_SMEM = 4 * 2 * WARPS * TOKENS * ROWS + 4 * (2 * WARPS + 1) * TOKENS + 2 * (int)sizeof(Layer) + 64;
 constexpr int STAGES = (SHARED - OPERAND - OTHER_SMEM) / (STAGE + 16);
