@@ -12,7 +12,7 @@ from starlette.types import Send
 from octavo.server.error_responses import as_api_error, error_body
 from octavo.server.json_pieces import json_body
 
-__all__ = ["Chunk", "Event", "head_of", "stream"]
+__all__ = ["Chunk", "Event", "fields_of", "head_of", "stream"]
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,6 +35,11 @@ Event = dict[str, Any] | Chunk
 def head_of(fields: dict[str, Any]) -> bytes:
     """The beginning of a JSON object that has these fields and more."""
     return _dump(fields)[:-1].encode() + b","
+
+
+def fields_of(event: Event) -> dict[str, Any]:
+    """All fields of an event, for who reads it in this process."""
+    return event if isinstance(event, dict) else {**json.loads(event.head[:-1] + b"}"), **event.rest}
 
 
 async def stream(events: AsyncGenerator[Event, None], send: Send, path: str = "") -> None:

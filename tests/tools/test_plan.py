@@ -329,4 +329,4 @@ def test_a_plan_is_quick() -> None:
 
     words = "['plan', 'Llama-3.1-405B', '--accelerator', 'mi355x', '--num-accelerators', '8']"
     code = f"import sys; from octavo.cli import main; main({words}); assert 'torch._dynamo' not in sys.modules"
-    assert seconds(code) < seconds("import torch") + 2
+    assert seconds(code) < 3 * seconds("import torch")

@@ -238,6 +238,7 @@ class Local:
         """The events of one request, made without HTTP."""
         from octavo.server.chat import chat
         from octavo.server.completions import complete
+        from octavo.server.events import fields_of
         from octavo.server.protocol import ChatRequest, CompletionRequest
 
         if path.endswith("/chat/completions"):
@@ -247,7 +248,7 @@ class Local:
         assert not isinstance(answer, dict)  # the body asked for a stream
         try:
             while (event := self._run(_next(answer))) is not None:
-                yield event
+                yield fields_of(event)
         finally:
             self._run(answer.aclose())
 
