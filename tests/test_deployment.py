@@ -70,7 +70,7 @@ def test_kernels_that_an_image_compiles() -> None:
     found = re.findall(
         r"Kernels\(\s*\"(\w+\.cu)\"", "".join(path.read_text() for path in (ROOT / "octavo/ops/hopper").glob("*.py"))
     )
-    assert set(sources) == set(found)  # some are made twice, for caches with one scale and with many
+    assert set(sources) == set(found)  # some are made for several kinds of caches
     assert compile_all() == sum(len(kernels.variants) for kernels in every_kernel())
 
 
