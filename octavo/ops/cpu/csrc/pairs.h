@@ -86,6 +86,15 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     }
 }
 
+/* CHUNK values of a row at `from`, of which `there` are left in it; behind them zeros, in `tail`, since memory after the last
+   row may not be ours to read. */
+INLINE const char *NAME(whole_chunk)(const char *from, int64_t there, int64_t size, char tail[CHUNK * 2]) {
+    if (there >= CHUNK) return from;
+    memset(tail, 0, CHUNK * 2);
+    memcpy(tail, from, (size_t)(there * size));
+    return tail;
+}
+
 /* Widen values k to k + CHUNK of `rows` rows, zeros past their end. `next`: byte offset of the row to prefetch for the next
    tile. */
 INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, int64_t next, int64_t k, int kind, uint16_t *to) {
@@ -98,11 +107,7 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
             __builtin_prefetch(from + CHUNK * size + line * 64);
             __builtin_prefetch(from + next + line * 64, 0, 2);
         }
-        if (there < CHUNK) { /* memory after the last row may not be ours to read */
-            memset(tail, 0, sizeof tail);
-            memcpy(tail, from, (size_t)(there * size));
-            from = tail;
-        }
+        from = NAME(whole_chunk)(from, there, size, tail);
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);

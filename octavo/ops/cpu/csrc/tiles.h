@@ -17,11 +17,7 @@ INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t nex
         const char *from = at[i] + k * size;
         char tail[CHUNK * 2];
         for (int line = 0; line < size; line++) __builtin_prefetch(from + next + line * 64, 0, 2);
-        if (there < CHUNK) { /* memory after the last row may not be ours to read */
-            memset(tail, 0, sizeof tail);
-            memcpy(tail, from, (size_t)(there * size));
-            from = tail;
-        }
+        from = NAME(whole_chunk)(from, there, size, tail);
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);
