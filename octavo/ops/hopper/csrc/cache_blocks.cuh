@@ -14,7 +14,6 @@ INLINE i64 value_place(i64 slot, int kv_heads, int head) { return ((slot / BLOCK
 INLINE i64 scale_place(i64 slot, int kv_heads, int head) { return slot / BLOCK * kv_heads * (BLOCK_ROWS * DIM / 4) + head * BLOCK + slot % BLOCK; }
 /* The scale that maps a head's amax to the largest code. */
 INLINE float scale_of(float most) { return fmaxf(most / LARGEST_CODE, LEAST_SCALE); }
-INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7F800000) ? x : 0; } /* the cache holds finite values only */
 
 /* Of a value's scale; 0 for memory that no token was written to, whose probability is 0. */
 INLINE float log2_of(float scale) {

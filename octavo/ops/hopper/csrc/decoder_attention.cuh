@@ -87,7 +87,6 @@ INLINE void keep_scales(const Part &p, const Ahead &ahead, float *scales) {
     }
 }
 
-INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7F800000) ? x : 0; }
 /* Converted as stored in the cache, which holds finite values only. */
 INLINE u32 stored(float x, float scale) {
     x = finite(x);

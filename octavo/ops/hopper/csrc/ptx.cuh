@@ -30,6 +30,7 @@ INLINE float exp2_of(float x) {
     return y;
 }
 INLINE float silu(float x) { return __fdividef(x, 1 + exp2_of(x * -1.44269504f)); }
+INLINE float finite(float x) { return fabsf(x) < __int_as_float(0x7F800000) ? x : 0; } /* the cache holds finite values only */
 INLINE float rounded(float x) { return wide(narrow(x)); }
 INLINE u32 codes_of(float low, float high) {
     u16 y;
