@@ -61,8 +61,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, progress: Progress | None = None, place: Place = ALONE, found: Found = None):
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices_here))
         self.config, self.progress = config, progress
-        self.platform, self.tp = _, tp = found or device_and_ranks(config, place)
-        cpu = self.platform.is_cpu
+        self.platform, self.tp = found or device_and_ranks(config, place)
+        tp, cpu = self.tp, self.platform.is_cpu
         self.block_size, self.max_num_batched_tokens = config.block_size_on(cpu), config.step_tokens_on(cpu)
         ops.bind(self.platform, tp)
         self.directory = Path(config.model)
