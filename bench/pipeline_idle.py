@@ -14,12 +14,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from bench.host_parts import HostParts, Replays
 
 CONFIG: dict[str, Any] = dict(
     model_type="llama", vocab_size=2048, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8,
@@ -28,35 +28,20 @@ CONFIG: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-class Busy:
-    """The time that a device spends in replays of an engine's graphs."""
+@dataclass
+class Found:
+    """Of one stage: seconds of `steps` decoding steps, and those in which it waits. parts: microseconds of a step that its host
+    spends in each part, over other steps. gaps: of Replays, over the first ones."""
 
-    def __init__(self, core: Any):
-        self.marks: list[tuple[Any, Any]] = []
-        for graph in {id(graph): graph for graph in core.runner.graphs._graphs.values()}.values():
-            graph.replay = partial(self._run, graph.replay)
-
-    def _run(self, replay: Callable[[], None]) -> None:
-        import torch
-
-        marks = [torch.Event(torch.accelerator.current_accelerator(), enable_timing=True) for _ in range(2)]
-        marks[0].record()
-        replay()
-        marks[1].record()
-        self.marks.append((marks[0], marks[1]))
-
-    @property
-    def seconds(self) -> float:
-        import torch
-
-        torch.accelerator.synchronize()
-        return sum(float(first.elapsed_time(last)) for first, last in self.marks) / 1e3
+    seconds: float
+    idle: float
+    steps: int
+    parts: dict[str, float] = field(default_factory=dict)
+    gaps: tuple[float, float, int] = (0.0, 0.0, 0)
 
 
-def measured(
-    place: Any, path: str, requests: int, length: int, tokens: int, depth: int | None, shape: bool
-) -> tuple[float, float, int]:
-    """Seconds of the decoding steps; those in which this stage waits; steps. depth: steps in flight, if not the engine's."""
+def measured(place: Any, path: str, requests: int, length: int, tokens: int, depth: int | None, shape: bool) -> Found:
+    """Decodes on one rank. depth: steps in flight, if not the engine's."""
     from octavo.config import EngineConfig
     from octavo.engine.core import EngineCore
     from octavo.messages import EngineRequest, SamplingParams
@@ -77,36 +62,57 @@ def measured(
     core = EngineCore(config, None, place)
     if depth is not None:
         core.depth = core.scheduler.stages = depth
-    waited, before = 0.0, Stages.receive
-
-    def receive(self: Stages, rank: int, stage: int) -> Any:
-        nonlocal waited
-        began = time.perf_counter()
-        found = before(self, rank, stage)
-        waited += time.perf_counter() - began
-        return found
-
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for number in range(requests):
         core.add(EngineRequest(str(number), [5 + number % 1000] * length, params, frozenset()))
-    while len(core.scheduler.running) < requests or any(not r.num_output_tokens for r in core.scheduler.running):  # prompts
+
+    def fewest() -> int:
+        return min(request.num_output_tokens for request in core.scheduler.running)
+
+    def decode(until: int) -> tuple[float, int]:
+        began, steps = time.perf_counter(), 0
+        while core.scheduler.running and fewest() < until:
+            core.step()
+            steps += 1
+        return time.perf_counter() - began, steps
+
+    while len(core.scheduler.running) < requests or not fewest():  # prompts
         core.step()
-    if shape:
-        busy = Busy(core)
-    else:
-        Stages.receive = receive  # type: ignore[method-assign]
-    began, steps = time.perf_counter(), 0
-    while core.has_work() and core.scheduler.running and min(r.num_output_tokens for r in core.scheduler.running) < tokens - 3:
-        core.step()
-        steps += 1
-    if shape:
-        spent = busy.seconds
-    seconds = time.perf_counter() - began
-    idle = seconds - spent if shape else waited
-    Stages.receive = before  # type: ignore[method-assign]
+    half = (tokens - 3) // 2 if shape else tokens - 3
+    with HostParts() as parts:
+        if shape:
+            replays = Replays(core)
+        else:
+            parts.wrap("waits", Stages, "receive")
+        seconds, steps = decode(half)
+        if shape:
+            found = Found(seconds, seconds - replays.busy, steps, gaps=replays.gaps())
+            parts.wrap_engine(core)
+            _, steps = decode(tokens - 3)
+            found.parts = {label: 1e6 * spent / steps for label, spent in parts.seconds.most_common()}
+        else:
+            found = Found(seconds, parts.seconds["waits"], steps)
     while core.has_work():
         core.step()
-    return seconds, idle, steps
+    return found
+
+
+def report(label: str, found: list[Found]) -> None:
+    """Prints what all stages have found."""
+    seconds, steps = found[0].seconds, found[0].steps
+    idle = ", ".join(f"{100 * one.idle / one.seconds:.1f}%" for one in found)
+    print(f"{label}: {steps} steps in {seconds:.2f} s; stages wait {idle} of it", flush=True)
+    each = ", ".join(f"{1e3 * (one.seconds - one.idle) / one.steps:.3f}" for one in found)
+    print(f"    a step takes {1e3 * seconds / steps:.3f} ms, of which each stage computes {each} ms", flush=True)
+    for number, one in enumerate(found):
+        if one.parts:
+            host, device, late = (value / one.steps for value in one.gaps)
+            print(
+                f"    stage {number} between replays: {1e6 * host:.0f} us until its host asks ({100 * late:.0f}% of steps)",
+                end="",
+            )
+            print(f", then {1e6 * device:.0f} us; its host in a step, us:", flush=True)
+            print("        " + ", ".join(f"{part} {us:.0f}" for part, us in one.parts.items()), flush=True)
 
 
 def main() -> None:
@@ -138,11 +144,7 @@ def main() -> None:
                     continue
                 given = args.requests, args.input_len, args.tokens, depth, args.shape is not None
                 found = processes.run(measured, model, *given)
-                idle = ", ".join(f"{100 * waited / seconds:.1f}%" for seconds, waited, _ in found)
-                seconds, _, steps = found[0]
-                print(f"{label}: {steps} steps in {seconds:.2f} s; stages wait {idle} of it", flush=True)
-                each = ", ".join(f"{1e3 * (seconds - waited) / steps:.3f}" for seconds, waited, steps in found)
-                print(f"    a step takes {1e3 * seconds / steps:.3f} ms, of which each stage computes {each} ms", flush=True)
+                report(label, found)
         finally:
             processes.close()
 
