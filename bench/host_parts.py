@@ -56,7 +56,8 @@ class HostParts:
             self.wrap("replay", graph, "replay")
         self.wrap("sample", core.runner, "_sample")
         self.wrap("tell tokens", pipeline.Pipeline, "tell")
-        self.wrap("wait for a message", Stages, "receive")
+        self.wrap("wait for a state", Stages, "receive")
+        self.wrap("wait for tokens", Stages, "receive_numbers")
         self.wrap("wait for own device", step_tokens.StepTokens, "to_host")
 
     def _timed(self, label: str, before: Callable[..., Any]) -> Callable[..., Any]:

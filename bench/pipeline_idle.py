@@ -10,6 +10,7 @@ process waits for a message of another stage; on accelerators the part in which 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -61,7 +62,9 @@ def measured(place: Any, path: str, requests: int, length: int, tokens: int, dep
     )
     core = EngineCore(config, None, place)
     if depth is not None:
-        core.depth = core.scheduler.stages = depth
+        core.depth = depth
+        if depth == 1:
+            core.scheduler.stages = 1
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for number in range(requests):
         core.add(EngineRequest(str(number), [5 + number % 1000] * length, params, frozenset()))
@@ -78,12 +81,14 @@ def measured(place: Any, path: str, requests: int, length: int, tokens: int, dep
 
     while len(core.scheduler.running) < requests or not fewest():  # prompts
         core.step()
+    gc.collect()
+    gc.freeze()  # as an engine's process does
     half = (tokens - 3) // 2 if shape else tokens - 3
     with HostParts() as parts:
         if shape:
             replays = Replays(core)
         else:
-            parts.wrap("waits", Stages, "receive")
+            parts.wrap("waits", Stages, "receive", "receive_numbers")
         seconds, steps = decode(half)
         if shape:
             found = Found(seconds, seconds - replays.busy, steps, gaps=replays.gaps())
@@ -107,11 +112,8 @@ def report(label: str, found: list[Found]) -> None:
     for number, one in enumerate(found):
         if one.parts:
             host, device, late = (value / one.steps for value in one.gaps)
-            print(
-                f"    stage {number} between replays: {1e6 * host:.0f} us until its host asks ({100 * late:.0f}% of steps)",
-                end="",
-            )
-            print(f", then {1e6 * device:.0f} us; its host in a step, us:", flush=True)
+            asks = f"{1e6 * host:.0f} us until its host asks ({100 * late:.0f}% of steps), then {1e6 * device:.0f} us"
+            print(f"    stage {number} between replays: {asks}; its host in a step, us:", flush=True)
             print("        " + ", ".join(f"{part} {us:.0f}" for part, us in one.parts.items()), flush=True)
 
 
@@ -121,9 +123,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=8)
-    parser.add_argument(
-        "--in-flight", type=int, choices=(0, 1), help="0: what the engine has, 1: one step at a time; default: both"
-    )
+    way = "steps in flight; 1: one at a time, 0: as the engine has them (default: 1 0)"
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 0], help=way)
     parser.add_argument("--shape", help="a shape of octavo bench, on accelerators")
     args = parser.parse_args()
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -139,12 +140,9 @@ def main() -> None:
 
             model = str(ends.enter_context(model_directory("", args.shape, None)))
         try:
-            for label, depth in (("one step at a time", 1), ("a step a stage", None)):
-                if args.in_flight is not None and bool(depth) != bool(args.in_flight):
-                    continue
-                given = args.requests, args.input_len, args.tokens, depth, args.shape is not None
-                found = processes.run(measured, model, *given)
-                report(label, found)
+            for depth in args.in_flight:
+                given = args.requests, args.input_len, args.tokens, depth or None, args.shape is not None
+                report(f"{depth} in flight" if depth else "as the engine has them", processes.run(measured, model, *given))
         finally:
             processes.close()
 

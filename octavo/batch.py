@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ __all__ = ["ForwardBatch", "Key", "Span", "StepCache", "build", "decodes_beside_
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One request's part in a step: its tokens [start, start + len(token_ids)) and the blocks that hold its context.
 
     A token's rotary row is its position plus `rotary_delta`, which is not 0 after inputs (such as images) whose rotary rows

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ __all__ = ["CPU", "HOST_LINES", "Lines", "Stages", "finish_sending", "make_lines
 
 CPU = torch.device("cpu")
 
-_sent: deque[tuple[Tensor, torch.distributed.Work]] = deque()  # without these, what has not arrived is lost
+Sent: TypeAlias = deque[tuple[Tensor, torch.distributed.Work]]
+_of_hosts, _of_devices = Sent(), Sent()  # oldest first; without these, what has not arrived is lost
 
 
 def finish_sending() -> None:
     """Waits until everything that was sent has arrived."""
-    while _sent:
-        _sent.popleft()[1].wait()
+    for sent in (_of_hosts, _of_devices):
+        while sent:
+            sent.popleft()[1].wait()
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 _MOST_TENSORS, _MOST_DIMS = 6, 3  # of a message
 _EACH = 3 + _MOST_DIMS  # numbers of a header: dtype, whether it is of the device, dimensions, shape
 _HEADER = 1 + _MOST_TENSORS * _EACH
-_MOST_SENT = 32  # tensors on their way, of eight steps or more
+_MOST_SENT = 32  # tensors of hosts on their way, of eight steps or more
 
 
 def _forget_arrived() -> None:
     """Frees what was sent: of devices when it has arrived, since states of long prompts are large; of hosts when it is old."""
-    waiting = [(x, work) for x, work in _sent if x.device == CPU or not work.is_completed()]
-    _sent.clear()
-    _sent.extend(waiting)
-    while len(_sent) > _MOST_SENT:
-        _sent.popleft()[1].wait()
+    while _of_devices and _of_devices[0][1].is_completed():
+        _of_devices.popleft()
+    while len(_of_hosts) > _MOST_SENT:
+        _of_hosts.popleft()[1].wait()
 
 
 class Stages:
@@ -108,7 +110,7 @@ class Stages:
     def _send(self, x: Tensor, to: int, group: torch.distributed.ProcessGroup | None) -> None:
         work = torch.distributed.isend(x, to, group)
         assert work is not None
-        _sent.append((x, work))
+        (_of_hosts if x.device == CPU else _of_devices).append((x, work))
 
     def receive(self, rank: int, stage: int) -> list[Tensor]:
         """Waits for the next message of rank `rank` of a stage."""
@@ -123,6 +125,19 @@ class Stages:
             if found[-1].numel():
                 torch.distributed.recv(found[-1], source, self.lines.before if on_device else None)
         return found
+
+    def send_numbers(self, numbers: Tensor, rank: int, stage: int) -> None:
+        """Sends int64 [n] of the host to rank `rank` of a stage, which knows n, so that no header is needed."""
+        _forget_arrived()
+        if numbers.numel():
+            self._send(numbers, stage * self.split + rank, None)
+
+    def receive_numbers(self, count: int, rank: int, stage: int) -> Tensor:
+        """Waits for what rank `rank` of a stage sends with send_numbers: int64 [count]."""
+        numbers = torch.empty(count, dtype=torch.int64)
+        if count:
+            torch.distributed.recv(numbers, stage * self.split + rank)
+        return numbers
 
     def send_back(self, tokens: Tensor, rank: int, sampled: torch.Event | None) -> None:
         """Sends tokens int64 [n], of `device`, from the last stage to rank `rank` of the first.

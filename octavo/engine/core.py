@@ -39,6 +39,7 @@ class _Generation:
     rules: TokenRules
     bad_words: BadWords | None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
+    row: SamplingRow | None = None  # made with its first step, when its grammar is known
 
 
 @dataclass(slots=True)
@@ -256,17 +257,11 @@ class EngineCore:
 
     def _row(self, item: ScheduledRequest) -> SamplingRow:
         request, generation = item.request, self.generations[item.request.request_id]
-        return SamplingRow(
-            request.params,
-            request.token_ids,
-            request.num_prompt_tokens,
-            generation.seed,
-            request.eos_token_ids,
-            generation.grammar,
-            item.pending,
-            generation.rules,
-            generation.bad_words,
-        )
+        if generation.row is None:
+            known = request.params, request.token_ids, request.num_prompt_tokens, generation.seed, request.eos_token_ids
+            generation.row = SamplingRow(*known, generation.grammar, rules=generation.rules, bad_words=generation.bad_words)
+        generation.row.num_pending = item.pending
+        return generation.row
 
     def _take(self, step: _Step) -> list[TokenOutput]:
         """Waits for a step's tokens and makes the outputs."""
@@ -289,7 +284,7 @@ class EngineCore:
                 self.grammars.find(request_id, generation.grammar)
             output = TokenOutput(request_id, [token], finish_reason, stop_reason)
             output.num_cached_tokens, output.num_preemptions = request.num_cached_tokens, request.num_preemptions
-            if request_id in result.logprobs:
+            if result.logprobs and request_id in result.logprobs:
                 output.logprobs = [result.logprobs[request_id]]
             if request.params.prompt_logprobs is not None and request.num_output_tokens == 1:
                 output.prompt_logprobs = generation.prompt_logprobs

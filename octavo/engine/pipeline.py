@@ -98,28 +98,29 @@ class Pipeline:
         """The output of a step whose tokens this stage has sampled, as `out`. The host does not wait for them here."""
         if self.stages.count == 1:
             return out
+        told = [self._told(stage, items, rows) for stage in range(self.stages.count - 1)]
         if out.tokens is None or not self.ahead:
-            self.tell(out, items, rows)
+            self.tell(out, told)
             return out
-        return _Sampled(**vars(out), pipeline=self, items=items, sampling=rows)
+        return _Sampled(**vars(out), pipeline=self, told=told)
 
-    def tell(self, out: StepTokens, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> None:
-        """Sends a step's tokens to the other stages, and to rank 0, which answers requests, what it said of probabilities."""
+    def tell(self, out: StepTokens, told: Sequence[int]) -> None:
+        """Sends a step's tokens to the other stages, as much as `_told` says of each: rank 0, which answers requests, has what
+        it said of probabilities, too."""
         tokens = torch.tensor(StepTokens.to_host(out), dtype=torch.int64)
-        for stage in range(self.stages.count - 1):
-            if told := self._told(stage, items, rows):
-                message = [tokens]
-                if told > 1:
-                    said = pickle.dumps((out.logprobs, out.prompt_logprobs))  # read by a process of this engine
-                    message.append(torch.frombuffer(bytearray(said), dtype=torch.uint8))
-                self.stages.send(message, self.rank, stage)
+        for stage, much in enumerate(told):
+            if much:
+                self.stages.send_numbers(tokens, self.rank, stage)
+            if much > 1:
+                said = pickle.dumps((out.logprobs, out.prompt_logprobs))  # read by a process of this engine
+                self.stages.send([torch.frombuffer(bytearray(said), dtype=torch.uint8)], self.rank, stage)
 
     def expected(self, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> StepTokens:
         """The output of a step whose tokens the last stage sends."""
-        if not self._told(self.stages.number, items, rows):
+        if not (told := self._told(self.stages.number, items, rows)):
             return StepTokens()
         ids = [item.request.request_id for item in items if item.samples]
-        return _Expected(rows={request_id: row for row, request_id in enumerate(ids)}, pipeline=self)
+        return _Expected(rows={request_id: row for row, request_id in enumerate(ids)}, pipeline=self, told=told)
 
     def _told(self, stage: int, items: Sequence[ScheduledRequest], rows: Sequence[SamplingRow]) -> int:
         """How much the last stage sends to a stage's rank like this one: nothing, tokens, or also probabilities."""
@@ -134,6 +135,7 @@ class _Expected(StepTokens):
     """Tokens that the last stage samples: `to_host` waits for them, and the first stage's device in `hand_back`."""
 
     pipeline: Pipeline | None = None
+    told: int = 0
 
     def hand_back(self) -> None:
         assert self.pipeline is not None
@@ -144,8 +146,10 @@ class _Expected(StepTokens):
         if self._host is None:
             assert self.pipeline is not None
             stages = self.pipeline.stages
-            self._host, *said = stages.receive(self.pipeline.rank, stages.count - 1)
-            for data in said:
+            last = self.pipeline.rank, stages.count - 1
+            self._host = stages.receive_numbers(len(self.rows), *last)
+            if self.told > 1:
+                (data,) = stages.receive(*last)
                 self.logprobs, self.prompt_logprobs = pickle.loads(bytes(data.tolist()))
         return self._host.tolist()
 
@@ -156,10 +160,9 @@ class _Sampled(StepTokens):
     this host has them, to all hosts."""
 
     pipeline: Pipeline | None = None
-    items: Sequence[ScheduledRequest] = ()
-    sampling: Sequence[SamplingRow] = ()
+    told: Sequence[int] = ()
     _went_back: bool = False
-    _told: bool = False
+    _has_told: bool = False
 
     def hand_back(self) -> None:
         if not self._went_back:
@@ -169,13 +172,13 @@ class _Sampled(StepTokens):
             self._went_back = True
 
     def tell_early(self) -> bool:
-        if not self._told and self._copied is not None and self._copied.query():
+        if not self._has_told and self._copied is not None and self._copied.query():
             self.to_host()
-        return self._told
+        return self._has_told
 
     def to_host(self) -> list[int]:
-        if not self._told:
+        if not self._has_told:
             assert self.pipeline is not None
-            self.pipeline.tell(self, self.items, self.sampling)
-            self._told = True
+            self.pipeline.tell(self, self.told)
+            self._has_told = True
         return super().to_host()

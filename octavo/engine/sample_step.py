@@ -23,7 +23,7 @@ def sample_into(
 
     greedy: the argmax of whole `logits`, int64 [rows], if it is computed already.
     """
-    if all(row.plain and row.params.greedy and row.params.logprobs is None for row in rows):
+    if all(row.params.greedy and row.params.logprobs is None and row.plain for row in rows):
         out.put(vocabulary.argmax(logits) if greedy is None else greedy, ids)
         return
     logits = vocabulary.whole(logits).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.engine.grammar import Grammar
 from octavo.engine.token_rules import BadWords, TokenRules
@@ -19,7 +19,7 @@ def waits_for_tokens(params: SamplingParams) -> bool:
 
 @dataclass(slots=True)
 class SamplingRow:
-    """Sampling state of one request."""
+    """Sampling state of one request, for all its steps: `num_pending` is set for each, and `token_ids` grows."""
 
     params: SamplingParams
     token_ids: Sequence[int]  # prompt and output so far, without pending tokens
@@ -30,12 +30,14 @@ class SamplingRow:
     num_pending: int = 0  # tokens already sampled whose values are still on the device only
     rules: TokenRules | None = None  # the TokenRules of `params`; None: made here
     bad_words: BadWords | None = None
+    _free: bool = field(init=False)  # whether nothing but a grammar and `min_tokens` may change the logits
 
     def __post_init__(self) -> None:
         if self.rules is None:
             self.rules = TokenRules(self.params, self.eos_token_ids)
         if self.bad_words is None and self.rules.restricted:
             self.bad_words = BadWords(self.rules)
+        self._free = not (self.penalized or self.params.logit_bias or self.bad_words)
 
     @property
     def num_output_tokens(self) -> int:
@@ -44,7 +46,7 @@ class SamplingRow:
     @property
     def plain(self) -> bool:
         """Whether the logits are used unchanged."""
-        return not self.penalized and not self.adjusted
+        return self._free and self.grammar is None and self.num_output_tokens >= self.params.min_tokens
 
     @property
     def penalized(self) -> bool:

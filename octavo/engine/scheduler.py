@@ -104,10 +104,14 @@ class Scheduler:
         Requests that finished meanwhile are skipped: aborted ones, and those finished by a token of the step before, which was
         not known when this step was scheduled. ValueError if the number of tokens is wrong.
         """
+        size = self.pool.block_size
         for item in schedule.items:
-            if item.request.status is Status.RUNNING:
-                self._cache_full_blocks(item)
-                self.encoder_cache.release_computed(item.request, item.start, item.start + item.num_tokens)
+            request, stop = item.request, item.start + item.num_tokens
+            if request.status is Status.RUNNING:
+                if stop // size > item.start // size:
+                    self._cache_full_blocks(item)
+                if request.images:
+                    self.encoder_cache.release_computed(request, item.start, stop)
         pairs = zip(schedule.sampling, sampled, strict=True)
         return [self._append(item.request, token) for item, token in pairs if item.request.status is Status.RUNNING]
 
@@ -125,19 +129,23 @@ class Scheduler:
         )
 
     def _continue_running(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
-        served, most = 0, -(-len(self.running) // self.stages)
-        while served < len(self.running) and schedule.budget and len(schedule.items) < most:  # preemption shortens the list
-            request = self.running[served]
-            if request.complete or request.request_id in skipped or self._in_another_part(request):
+        running, items, size, now = self.running, schedule.items, self.pool.block_size, self.steps
+        served, most = 0, -(-len(running) // self.stages)
+        near = min(self.stages, len(running)) if self.stages > 1 else 0  # steps with other parts of a pipeline's requests
+        while served < len(running) and schedule.budget and len(items) < most:  # preemption shortens the list
+            request = running[served]
+            pending = request.num_pending
+            tokens = len(request.token_ids) + pending
+            held_back = pending and near and (now - request.last_step < near or self._waits_for_host(request))
+            if held_back or tokens >= request.max_total_tokens or request.request_id in skipped:
                 served += 1
-            elif self._grow(request, schedule):
+            elif tokens <= len(request.block_ids) * size or self._grow(request, schedule):
                 self._compute(request, schedule)
                 served += 1
 
-    def _in_another_part(self, request: Request) -> bool:
-        """Whether a pipeline's next step is for others, since the one that samples this request's last token is too near."""
-        near = self.steps - request.last_step < min(self.stages, len(self.running))
-        return self.stages > 1 and request.num_pending > 0 and (near or not self.ahead or request.request_id in self.slow)
+    def _waits_for_host(self, request: Request) -> bool:
+        """Whether a pipeline computes a request's pending tokens only when the host knows them."""
+        return not self.ahead or request.request_id in self.slow
 
     def _missing_blocks(self) -> int:
         """Blocks that the running requests lack for their present tokens."""
@@ -209,8 +217,8 @@ class Scheduler:
 
     def _compute(self, request: Request, schedule: SchedulerOutput) -> None:
         start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
-        num_tokens = self._before_unready_image(request, start, min(missing, schedule.budget), schedule)
-        if not num_tokens:
+        num_tokens = missing if missing < schedule.budget else schedule.budget
+        if request.images and not (num_tokens := self._before_unready_image(request, start, num_tokens, schedule)):
             return
         samples = num_tokens == missing
         # A pending token is scheduled alone: the step that samples it computes all tokens before it.
@@ -225,7 +233,7 @@ class Scheduler:
         """How many of `num_tokens` tokens from `start` can be computed with images that are encoded by then, and has those
         encoded. Ends the step's budget if that is not all of them."""
         cache = self.encoder_cache
-        for found in request.images and request.images_within(start, start + num_tokens):
+        for found in request.images_within(start, start + num_tokens):
             if known := found.key in cache:
                 cache.hold(found.key, request.request_id)
             size, most = found.image.tokens, self.image_tokens

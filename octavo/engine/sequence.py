@@ -45,6 +45,7 @@ class Request:
         self.request_id = request.request_id
         self.params = request.params
         self.eos_token_ids = request.eos_token_ids
+        self.ending = request.eos_token_ids if not request.params.ignore_eos else frozenset[int]()  # tokens that end it unnamed
         self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.prompt_token_ids = request.prompt_token_ids
         self.rotary_delta = request.rotary_delta
@@ -94,17 +95,13 @@ class Request:
 
     def finish_of(self, token: int) -> tuple[FinishReason | None, int | None]:
         """Finish reason and stop reason if `token`, just appended, ends the request."""
-        params = self.params
-        if self.num_output_tokens >= params.min_tokens:
-            if token in self.eos_token_ids and not params.ignore_eos:
-                return "stop", None
-            if token in self.stop_token_ids:
-                return "stop", token
+        named = token in self.stop_token_ids
+        if (named or token in self.ending) and self.num_output_tokens >= self.params.min_tokens:
+            return "stop", token if token not in self.ending else None
         return ("length" if len(self.token_ids) >= self.max_total_tokens else None), None
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's part of a step, which computes its tokens [start, start + num_tokens)."""
 
     request: Request

@@ -56,17 +56,24 @@ class StepTokens:
         the first step that computes some of them."""
 
 
+UNKNOWN = [0]  # the device fills in its value
+
+
 def span(item: ScheduledRequest) -> Span:
     """The span of an item. A pending token is 0 until the device fills in its value."""
-    token_ids = [0] if item.pending else item.request.token_ids[item.start : item.start + item.num_tokens]
-    return Span(token_ids, item.start, item.request.block_ids, item.request.rotary_delta)
+    request, start, num_tokens, _, pending = item
+    token_ids = UNKNOWN if pending else request.token_ids[start : start + num_tokens]
+    return Span(token_ids, start, request.block_ids, request.rotary_delta)
 
 
 def latest(steps: Sequence[StepTokens], request_ids: Collection[str]) -> StepTokens | None:
     """The newest token of each of these requests, of the steps that sampled it, oldest first. None for no requests."""
     found: dict[str, StepTokens] = {}
-    for step in steps:
-        found |= dict.fromkeys(step.rows.keys() & request_ids, step)
+    unfound = set(request_ids)
+    for step in reversed(steps):
+        found |= dict.fromkeys(here := step.rows.keys() & unfound, step)
+        if not (unfound := unfound - here):
+            break
     newest = set(map(id, found.values()))
     used = [step for step in steps if id(step) in newest]
     for step in used:
@@ -75,10 +82,13 @@ def latest(steps: Sequence[StepTokens], request_ids: Collection[str]) -> StepTok
         return used[0] if used else None
     firsts = dict(zip(map(id, used), accumulate((len(step.rows) for step in used), initial=0), strict=False))
     rows = {request_id: firsts[id(step)] + step.rows[request_id] for request_id, step in found.items()}
-    here = [step.tokens for step in used if step.tokens is not None]
-    return StepTokens(torch.cat(here) if here else None, rows)
+    tokens = [step.tokens for step in used if step.tokens is not None]
+    return StepTokens(torch.cat(tokens) if tokens else None, rows)
 
 
 def sources(items: Sequence[ScheduledRequest], previous: StepTokens | None) -> list[int]:
     """For each item the row of its token in the previous step's tokens; -1 where the host knows the token."""
-    return [previous.rows[item.request.request_id] if previous and item.pending else -1 for item in items]
+    if previous is None:
+        return [-1] * len(items)
+    rows = previous.rows
+    return [rows[item.request.request_id] if item.pending else -1 for item in items]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.batch import ForwardBatch, Span, reads_pinned, to_device
+from octavo.engine.graphs.block_tables import BlockTables
 from octavo.errors import OctavoError
 from octavo.models.interface import StageState
 from octavo.platform import Platform
@@ -67,6 +68,7 @@ class DecodeGraphs:
         self.chosen = self.memory[:rows]
         self.tables = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.known_tables = np.zeros((rows, width), np.int32)  # host copy of `tables`
+        self.host_tables = BlockTables(width)
         self.starts = to_device(range(rows + 1), torch.int32, device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._forward = forward
@@ -137,22 +139,21 @@ class DecodeGraphs:
         host = torch.empty(6 * size, dtype=torch.int64, pin_memory=reads_pinned(self.platform.device))
         numbers, lengths = host[: 5 * size].view(5, size).numpy(), host[5 * size :].view(torch.int32).numpy()
         numbers[:, count:] = np.array([[0], [0], [0], [self.scratch_slot], [first]])
-        numbers[:4, :count] = ids, last, rotary_rows, slots
-        numbers[4, :count] = [first + row if source < 0 else source for row, source in enumerate(sources)]
+        for row, values in enumerate((ids, last, rotary_rows, slots, sources)):
+            numbers[row, :count] = values
+        places = numbers[4, :count]
+        places[:] = np.where(places < 0, np.arange(first, first + count), places)
         lengths[:count], lengths[count:size], lengths[size:] = numbers[1, :count] + 1, 0, count
         self._sent(size).copy_(host, non_blocking=True)
 
     def _send_tables(self, spans: Sequence[Span], width: int) -> None:
         """Copies block tables to the device where they changed. A row changes once per block of tokens."""
-        table = np.zeros((len(spans), width), np.int32)
-        for row, span in zip(table, spans, strict=True):
-            held = min(len(span.block_ids), width)
-            row[:held] = span.block_ids[:held]
+        table = self.host_tables.of([span.block_ids for span in spans])[:, :width]
         known = self.known_tables[: len(spans), :width]
         if not np.array_equal(table, known):
             known[:] = table
-            sent = torch.from_numpy(table)
-            sent = sent if self.platform.is_cpu else sent.pin_memory()
+            sent = torch.empty(table.shape, dtype=torch.int32, pin_memory=reads_pinned(self.platform.device))
+            sent.numpy()[:] = table
             self.tables[: len(spans), :width].copy_(sent, non_blocking=True)
 
     def run(
@@ -169,9 +170,9 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, count)]
         last, block = [span.start for span in spans], self.block_size
         context = self.contexts[bisect_left(self.contexts, max(last) + 1)]
-        slots = [span.block_ids[p // block] * block + p % block for span, p in zip(spans, last, strict=True)]
-        rotary_rows = [span.start + span.rotary_delta for span in spans]
-        self._send(size, [span.token_ids[0] for span in spans], last, rotary_rows, slots, sources)
+        slots = [block_ids[p // block] * block + p % block for _, p, block_ids, _ in spans]
+        rotary_rows = [p + delta for _, p, _, delta in spans]
+        self._send(size, [token_ids[0] for token_ids, *_ in spans], last, rotary_rows, slots, sources)
         if tokens is not None and tokens.data_ptr() != self.chosen.data_ptr():
             self.chosen[: len(tokens)].copy_(tokens)
         self._send_tables(spans, max(last) // block + 1)
