@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -77,6 +78,8 @@ class Checkpoint:
         self._slabs = threading.local()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, Any] = {}
+        self._pages: dict[str, Any] = {}
+        self.bytes_read = 0  # of tensors, as far as they were asked for
         self._lock = threading.Lock()
         if absent:
             raise OctavoError(
@@ -106,6 +109,7 @@ class Checkpoint:
             buffer.view(-1).copy_(slab[at + start :][: buffer.numel()])
             return
         view = bytes_of(buffer)
+        self._count(len(view))
         descriptor, at = self.descriptor(tensor.file), tensor.start + start
         while view:
             try:
@@ -113,8 +117,28 @@ class Checkpoint:
             except OSError as error:
                 raise OctavoError(f"{self.directory / tensor.file} cannot be read: {error.strerror}.") from None
             if not count:
-                raise OctavoError(f"{self.directory / tensor.file} became shorter while it was read; download it again.")
+                raise self._shorter(tensor)
             view, at = view[count:], at + count
+
+    def read_columns_into(self, tensor: StoredTensor, rows: slice, columns: slice, buffer: Tensor) -> None:
+        """Fills `buffer` (uint8 [rows, bytes]) with the bytes `columns` of each of some rows of a matrix. Thread-safe; releases
+        the interpreter's lock: it copies from mapped pages, since a read call for each row would cost more than its bytes."""
+        row = tensor.nbytes // tensor.shape[0]
+        start, stop = tensor.start + rows.start * row, tensor.start + rows.stop * row
+        if os.fstat(self.descriptor(tensor.file)).st_size < stop:
+            raise self._shorter(tensor)
+        with self._lock:
+            if tensor.file not in self._pages:
+                self._pages[tensor.file] = np.memmap(self.directory / tensor.file, np.uint8, "r")
+        np.copyto(buffer.numpy(), self._pages[tensor.file][start:stop].reshape(-1, row)[:, columns])
+        self._count(buffer.numel())
+
+    def _shorter(self, tensor: StoredTensor) -> OctavoError:
+        return OctavoError(f"{self.directory / tensor.file} became shorter while it was read; download it again.")
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
 
     def _slab_of(self, tensor: StoredTensor) -> tuple[Tensor, int]:
         """A transposed tensor's slab in row order, and the tensor's offset in it. Each thread keeps its last slab."""
@@ -144,7 +168,9 @@ class Checkpoint:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
         view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
         index = (slice(None),) * dim + (part,)
-        return view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)  # type: ignore[no-any-return]
+        found: Tensor = view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)
+        self._count(found.nbytes)
+        return found
 
     def descriptor(self, file: str) -> int:
         """The file's descriptor, opened for reading."""
@@ -158,7 +184,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Closes the files. A later read opens them again."""
-        self._maps.clear()
+        self._maps, self._pages = {}, {}
         self._slabs = threading.local()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])

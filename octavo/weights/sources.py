@@ -54,7 +54,6 @@ class SafetensorsSource:
     def __init__(self, directory: Path):
         self.checkpoint = Checkpoint(directory)
         self.names = set(self.checkpoint.tensors)
-        self.bytes_read = 0
         self._transfer: Transfer | None = None
         self._ahead: ReadAhead | None = None
 
@@ -84,8 +83,12 @@ class SafetensorsSource:
         if self._ahead is not None:
             self._ahead.consumed(tensor)
         self.checkpoint.finite.look(name, tensor.file, found)
-        self.bytes_read += found.nbytes
         return found
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors: this rank's slices."""
+        return self.checkpoint.bytes_read
 
     def finish(self) -> None:
         self.checkpoint.finite.finish()

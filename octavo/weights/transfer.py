@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,71 +50,76 @@ class Transfer:
         self.checkpoint, self.device = checkpoint, device
         self._pool = threads_on(device, THREADS, "octavo-read")
         self._buffers: deque[_Buffer] = deque()  # least recently used first
-        self._slab: tuple[tuple[str, int], Tensor] | None = None  # the last transposed slab, which holds both gate and up
 
     def read(self, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
-        """The `part` of dimension `dim`, in the stored dtype."""
-        if tensor.is_transposed:
-            return self._transposed(tensor)[(slice(None),) * dim + (part,)].contiguous().view(tensor.torch_dtype)
+        """The `part` of dimension `dim`, in the stored dtype. No other bytes of a matrix are read."""
         if not tensor.shape:
             return self._bytes(tensor, 0, tensor.nbytes).view(tensor.torch_dtype).view(tensor.shape)
+        if (slab := tensor.slab) is not None and slab.transposed:
+            whole, parts = tensor.whole_slab(), [slice(0, n) for n in tensor.shape]
+            parts[dim] = part
+            rows = slice(slab.first + parts[0].start, slab.first + parts[0].stop)
+            return self._columns(whole, parts[1], rows).view(whole.integers).T.contiguous().view(tensor.torch_dtype)
+        if dim == 1 and len(tensor.shape) == 2:
+            return self._columns(tensor, slice(0, tensor.shape[0]), part).view(tensor.torch_dtype)
         row = tensor.nbytes // max(tensor.shape[0], 1)
         if dim == 0:
             return self._rows(tensor, part, row)
-        # For columns, whole rows are read, some at a time, and the device keeps their part.
-        step = max(1, BUFFERS * CHUNK // max(row, 1))
-        starts = range(0, max(tensor.shape[0], 1), step)
-        columns = (slice(None),) * dim + (part,)
-        pieces = [self._rows(tensor, slice(at, min(at + step, tensor.shape[0])), row)[columns].contiguous() for at in starts]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _transposed(self, tensor: StoredTensor) -> Tensor:
-        """A transposed view, in integers, of the tensor's slab. The slab is copied as it is in the file."""
-        slab = tensor.slab
-        assert slab is not None
-        if self._slab is None or self._slab[0] != (tensor.key, slab.expert):
-            whole, self._slab = tensor.whole_slab(), None
-            found = self._bytes(whole, 0, whole.nbytes).view(whole.integers).view(whole.shape)
-            self._slab = (tensor.key, slab.expert), found
-        return self._slab[1].T[slab.first : slab.first + tensor.shape[0]]
+        # Of more dimensions there are scales alone.
+        return self._rows(tensor, slice(0, tensor.shape[0]), row)[(slice(None),) * dim + (part,)].contiguous()
 
     def _rows(self, tensor: StoredTensor, part: slice, row: int) -> Tensor:
         count = part.stop - part.start
         return self._bytes(tensor, part.start * row, count * row).view(tensor.torch_dtype).view(count, *tensor.shape[1:])
 
+    def _columns(self, tensor: StoredTensor, rows: slice, columns: slice) -> Tensor:
+        """The `columns` of some rows of a matrix: uint8 [rows, bytes]."""
+        itemsize = tensor.torch_dtype.itemsize
+        within, width = slice(columns.start * itemsize, columns.stop * itemsize), (columns.stop - columns.start) * itemsize
+        step, reads = max(1, CHUNK // max(width, 1)), []
+        for at in range(rows.start, rows.stop, step):
+            some = slice(at, min(at + step, rows.stop))
+            reads.append(partial(self.checkpoint.read_columns_into, tensor, some, within))
+        return self._through_buffers(reads, (rows.stop - rows.start, width), step)
+
     def _bytes(self, tensor: StoredTensor, start: int, nbytes: int) -> Tensor:
-        """Reads through the buffers: while one is copied to the device, threads fill the next ones."""
-        out = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        running: deque[tuple[Future[None], _Buffer, slice]] = deque()
+        reads = [partial(self.checkpoint.read_into, tensor, at) for at in range(start, start + nbytes, CHUNK)]
+        return self._through_buffers(reads, (nbytes,), CHUNK)
+
+    def _through_buffers(self, reads: Sequence[Callable[[Tensor], None]], shape: Sequence[int], step: int) -> Tensor:
+        """uint8 `shape`, of which each of `reads` fills the next `step` rows: while one buffer is copied to the device, threads
+        fill the next ones."""
+        out = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        running: deque[tuple[Future[None], _Buffer, Tensor, Tensor]] = deque()
         try:
-            for at in range(0, nbytes, CHUNK):
+            for read, target in zip(reads, out.split(step) if reads else (), strict=True):
                 if len(running) == THREADS:
-                    self._copy(*running.popleft(), out)
-                part = slice(at, min(at + CHUNK, nbytes))
-                buffer = self._next_buffer()
-                where = buffer.data[: part.stop - part.start]
-                running.append((self._pool.submit(self.checkpoint.read_into, tensor, start + at, where), buffer, part))
+                    self._copy(*running.popleft())
+                buffer = self._next_buffer(target.numel())
+                where = buffer.data[: target.numel()].view(target.shape)
+                running.append((self._pool.submit(read, where), buffer, where, target))
             while running:
-                self._copy(*running.popleft(), out)
+                self._copy(*running.popleft())
         finally:
-            wait([job for job, _, _ in running])  # after an error the other jobs still write to buffers
+            wait([job for job, *_ in running])  # after an error the other jobs still write to buffers
         return out
 
-    def _next_buffer(self) -> _Buffer:
+    def _next_buffer(self, nbytes: int) -> _Buffer:
         buffer = _Buffer(CHUNK, self.device) if len(self._buffers) < BUFFERS else self._buffers.popleft()
         buffer.wait()
+        if nbytes > buffer.data.numel():  # a row's part that is longer than a chunk
+            buffer = _Buffer(nbytes, self.device)
         self._buffers.append(buffer)
         return buffer
 
-    def _copy(self, job: Future[None], buffer: _Buffer, part: slice, out: Tensor) -> None:
+    def _copy(self, job: Future[None], buffer: _Buffer, found: Tensor, target: Tensor) -> None:
         job.result()
-        out[part].copy_(buffer.data[: part.stop - part.start], non_blocking=True)
+        target.copy_(found, non_blocking=True)
         if buffer.copied is not None:
             buffer.copied.record()
 
     def close(self) -> None:
         self._pool.shutdown()
-        self._slab = None
         for buffer in self._buffers:
             buffer.wait()
         self._buffers.clear()

@@ -32,6 +32,8 @@ from octavo.quant import BF16, FP8_BLOCK, QTensor, QuantRules, Scheme, quantize
 from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK, SCHEMES, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
+from octavo.weights.checkpoint import Checkpoint, StoredTensor
+from octavo.weights.transfer import Transfer
 
 # Tiles of 128 that four ranks do not share evenly, or that are fewer than they; a head is a tile.
 WIDE = dict(hidden_size=256, intermediate_size=712, head_dim=128, num_hidden_layers=2)
@@ -225,6 +227,40 @@ def test_experts_whole_as_checkpoints_store_them(tmp_path: Path) -> None:
     for rank in range(2):
         with pytest.raises(OctavoError, match=rf"does not have, the first is {re.escape(EXTRA)}"):
             loaded(extra, TensorParallel(rank, 2, None, True), QuantRules())
+
+
+def test_each_rank_reads_its_slices_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the reader: a part of each matrix, and all of what every rank has. As accelerators read, and mapped on a CPU;
+    of dense layers, and of experts stacked with inputs first."""
+    even = WIDE | dict(num_key_value_heads=4, vocab_size=1024)
+    dense = saved(lambda: llama(**even | dict(intermediate_size=768)), tmp_path / "dense")
+    experts = saved(lambda: qwen3_moe(**even | dict(moe_intermediate_size=256)), tmp_path / "experts")
+    turned = rewritten(experts, tmp_path / "turned", lambda found: stack(found, "qwen3_moe", True))
+
+    def transferred(checkpoint: Checkpoint, tensor: StoredTensor, dim: int, part: slice) -> Tensor:
+        transfer = Transfer(checkpoint, torch.device("cpu"))
+        try:
+            return transfer.read(tensor, dim, part)
+        finally:
+            transfer.close()
+
+    def bytes_read(path: Path, tp: TensorParallel) -> int:
+        loader, _ = loaded(path, tp, QuantRules())
+        assert isinstance(loader.source, SafetensorsSource)
+        return loader.source.bytes_read
+
+    for path in (dense, experts, turned):
+        ops.bind(CPU)
+        tensors = Checkpoint(path).tensors.values()
+        whole = sum(t.nbytes for t in tensors if len(t.shape) == 1 or t.name.endswith("mlp.gate.weight"))
+        for size in (1, 2, 4):
+            expected = whole + (sum(t.nbytes for t in tensors) - whole) // size
+            for on_accelerators in (True,) if path is turned else (True, False):
+                with monkeypatch.context() as patch:
+                    if on_accelerators:
+                        patch.setattr(Checkpoint, "mapped", transferred)
+                    found = run_ranks(size, lambda tp: bytes_read(path, tp))  # noqa: B023
+                assert found == [expected] * size, (path.name, size, on_accelerators)
 
 
 EXTRA = "model.layers.0.mlp.experts.7.gate_proj.weight"
