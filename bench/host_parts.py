@@ -111,11 +111,12 @@ class Replays:
     def gaps(self) -> tuple[float, float, int]:
         """Seconds between replays in which the host had not asked for the next one yet; those in which it had; how many gaps
         were of the first kind. The two clocks are compared once, so that a gap's parts are wrong by some microseconds."""
-        host, device, late, end = 0.0, 0.0, 0, None
+        host, device, late = 0.0, 0.0, 0
+        end: float | None = None
         for asked, first, last in self.marks:
-            start = self.zero.elapsed_time(first) / 1e3
+            start = float(self.zero.elapsed_time(first)) / 1e3
             if end is not None:
                 waited = min(max(asked - self.began - end, 0.0), start - end)
                 host, device, late = host + waited, device + start - end - waited, late + (waited > 0)
-            end = self.zero.elapsed_time(last) / 1e3
+            end = float(self.zero.elapsed_time(last)) / 1e3
         return host, device, late

@@ -42,10 +42,16 @@ def compiling(platform: Platform, tp: TensorParallel, place: Place) -> Iterator[
 
 
 @contextmanager
-def beside(platform: Platform, make: Callable[[Platform], object]) -> Iterator[Future[object]]:
-    """Within this context make(platform) runs in a thread: megakernels are compiled while the kernels of prompts are."""
+def beside(platform: Platform, fuse: Callable[[Platform], None] | None) -> Iterator[Future[None]]:
+    """Within this context fuse(platform), if there is one, runs in a thread: megakernels are compiled while the kernels of
+    prompts are."""
+    if fuse is None:
+        nothing: Future[None] = Future()
+        nothing.set_result(None)
+        yield nothing
+        return
     with threads_on(platform.device, 1, "octavo-beside") as pool:
-        made = pool.submit(make, platform)
+        made = pool.submit(fuse, platform)
         yield made
         made.result()
 

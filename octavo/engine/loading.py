@@ -33,6 +33,7 @@ from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
 from octavo.weights.in_place import Put, fresh, held, overwrite, rehearse
 from octavo.weights.meta import MatrixSizes, matrix_sizes
+from octavo.weights.sources import Source
 
 __all__ = [
     "cache_specs",
@@ -40,10 +41,12 @@ __all__ = [
     "checkpoint_scheme",
     "drop",
     "load_model",
+    "make_loader",
     "make_model",
     "open_source",
     "reload_model",
     "restore",
+    "rules_of",
 ]
 
 
@@ -168,8 +171,7 @@ def load_model(
 
     `put`: `overwrite` for a model that is loaded already; False where not all of its weights could be.
     """
-    scheme = SCHEMES[config.quantization or "bf16"]
-    rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
+    scheme, rules = SCHEMES[config.quantization or "bf16"], rules_of(config)
     directory, notes = Path(config.model), []
     if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
@@ -183,7 +185,7 @@ def load_model(
     source = open_source(config, directory)
     if put is fresh:
         _check_room(model, source, platform, scheme, tp)
-    loader = Loader(source, platform, rules, dtype, tp)
+    loader = make_loader(source, rules, config, platform, dtype, tp)
     loader.report.notes.extend(notes)
     if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
         loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
@@ -194,8 +196,6 @@ def load_model(
             "the checkpoint's float16 values are rounded to bfloat16, of the same size, with more range and 8 significant bits "
             "for 11; --dtype float32 keeps them"
         )
-    if config.quantize_lm_head and not scheme.quantized:
-        rules.head_scheme = checkpoint_scheme(loader)
     verb = "loading" if not scheme.quantized else f"loading as {scheme.name}"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
@@ -212,6 +212,21 @@ def load_model(
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report, complete
+
+
+def rules_of(config: EngineConfig) -> QuantRules:
+    """Which layers get which scheme."""
+    return QuantRules(SCHEMES[config.quantization or "bf16"], config.quantization_ignore, config.quantize_lm_head)
+
+
+def make_loader(
+    source: Source, rules: QuantRules, config: EngineConfig, platform: Platform, dtype: torch.dtype, tp: TensorParallel
+) -> Loader:
+    """A Loader of a whole checkpoint. Raises OctavoError where --quantize-lm-head has no scheme to take."""
+    loader = Loader(source, platform, rules, dtype, tp)
+    if config.quantize_lm_head and config.quantization in (None, "bf16"):
+        rules.head_scheme = checkpoint_scheme(loader)
+    return loader
 
 
 def _has_float16(source: SafetensorsSource | DummySource, config: EngineConfig) -> bool:

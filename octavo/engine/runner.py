@@ -91,8 +91,7 @@ class ModelRunner:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
         self._make_cache()
         self._set_kv_scales()
-        fuse = cast("FusedModel", self.model).fuse if hasattr(self.model, "fuse") else bool
-        with beside(self.platform, fuse) as self._fused:
+        with beside(self.platform, getattr(self.model, "fuse", None)) as self._fused:
             self._make_graphs()
         self._check_first_logits()
         log.info("ops: %s", ops.table())

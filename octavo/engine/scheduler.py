@@ -129,23 +129,18 @@ class Scheduler:
         )
 
     def _continue_running(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
-        running, items, size, now = self.running, schedule.items, self.pool.block_size, self.steps
+        running, items, size, now, ahead = self.running, schedule.items, self.pool.block_size, self.steps, self.ahead
+        near = min(self.stages, len(running)) if self.stages > 1 else 0  # last steps, which have other parts of the requests
         served, most = 0, -(-len(running) // self.stages)
-        near = min(self.stages, len(running)) if self.stages > 1 else 0  # steps with other parts of a pipeline's requests
         while served < len(running) and schedule.budget and len(items) < most:  # preemption shortens the list
             request = running[served]
-            pending = request.num_pending
-            tokens = len(request.token_ids) + pending
-            held_back = pending and near and (now - request.last_step < near or self._waits_for_host(request))
+            tokens = len(request.token_ids) + (pending := request.num_pending)
+            held_back = near and pending and (now - request.last_step < near or not ahead or request.request_id in self.slow)
             if held_back or tokens >= request.max_total_tokens or request.request_id in skipped:
                 served += 1
             elif tokens <= len(request.block_ids) * size or self._grow(request, schedule):
                 self._compute(request, schedule)
                 served += 1
-
-    def _waits_for_host(self, request: Request) -> bool:
-        """Whether a pipeline computes a request's pending tokens only when the host knows them."""
-        return not self.ahead or request.request_id in self.slow
 
     def _missing_blocks(self) -> int:
         """Blocks that the running requests lack for their present tokens."""
@@ -163,8 +158,7 @@ class Scheduler:
             self._preempt(victim, schedule)
             if victim is request:
                 return False
-        if missing > 0:
-            request.block_ids += self.pool.allocate(missing)
+        request.block_ids += self.pool.allocate(missing)
         return True
 
     def _admit_waiting(self, schedule: SchedulerOutput, skipped: Collection[str]) -> None:
@@ -205,8 +199,7 @@ class Scheduler:
         return True
 
     def _may_share(self, request: Request) -> bool:
-        # Prompt logprobs need every position's logits.
-        return self.pool.prefix_caching and request.params.prompt_logprobs is None
+        return self.pool.prefix_caching and request.params.prompt_logprobs is None  # which need every position's logits
 
     def _cached_prefix(self, request: Request) -> list[int]:
         if not self._may_share(request):
@@ -256,9 +249,8 @@ class Scheduler:
         """
         size, request = self.pool.block_size, item.request
         first, stop = item.start // size, (item.start + item.num_tokens) // size
-        if first < stop:
-            self.pool.hash_blocks(request.block_hashes, request.token_ids, stop, request.cache_root, request.block_extra)
-            self.pool.commit(request.block_ids[first:stop], request.block_hashes[first:stop])
+        self.pool.hash_blocks(request.block_hashes, request.token_ids, stop, request.cache_root, request.block_extra)
+        self.pool.commit(request.block_ids[first:stop], request.block_hashes[first:stop])
 
     def _append(self, request: Request, token: int) -> NewToken:
         request.token_ids.append(token)

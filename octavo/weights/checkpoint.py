@@ -168,7 +168,7 @@ class Checkpoint:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
         view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
         index = (slice(None),) * dim + (part,)
-        found: Tensor = view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)
+        found = view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)
         self._count(found.nbytes)
         return found
 

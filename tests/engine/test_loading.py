@@ -21,11 +21,15 @@ from octavo.config import EngineConfig
 from octavo.convert import save_quantized
 from octavo.convert.output_file import OutputFile
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.distributed import TensorParallel
 from octavo.engine import loading
 from octavo.engine.calibration_text import calibration_windows
 from octavo.errors import OctavoError
+from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, dequantize, quantize
 from octavo.tools.quantize.quantize import quantize_checkpoint
+from octavo.weights import SafetensorsSource
+from octavo.weights.meta import MetaSource
 
 SCHEME_NAMES = ["fp8", "ptpc_fp8", "fp8_block"]
 PROMPTS = ["def read(self", "import os\n\n\ndef "]
@@ -139,6 +143,11 @@ def test_a_tied_head_stays_bf16_where_it_is_saved(model: Path, tmp_path: Path, m
         assert said(llm, "weights: 5.6 MiB stored, 50.7% of BF16's 11.0 MiB")
         assert not said(llm, "lm_head ")
         assert logprobs(llm) == expected
+    config = EngineConfig(model=str(out), quantize_lm_head=True)  # an image's kernels are those of the same scheme
+    announced = MetaSource(SafetensorsSource(out).checkpoint.tensors)
+    on = Platform(torch.device("cpu"), "reference")
+    rehearsed = loading.make_loader(announced, loading.rules_of(config), config, on, torch.bfloat16, TensorParallel())
+    assert rehearsed.rules.scheme_for(["lm_head"], is_head=True) is SCHEMES["ptpc_fp8"]
     plain = start(model, out=out)
     assert said(plain, f"weights taken from {out}")
     assert logprobs(plain) != expected
