@@ -41,7 +41,7 @@ class BlockTables:
             self._known.appendleft(known)
         if lengths != known.lengths:
             for row, (before, now) in enumerate(zip(known.lengths, lengths, strict=True)):
-                if before < now:
+                if before < self.width and before < now:
                     new = lists[row][before : self.width]
                     known.table[row, before : before + len(new)] = new
             known.lengths = lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.batch import ForwardBatch, Span, build
+from octavo.engine.graphs.block_tables import KEPT, BlockTables
 from octavo.engine.graphs.cpu_replay import RecordedSteps
 from octavo.engine.graphs.decode import DecodeGraphs
 from octavo.errors import OctavoError
@@ -136,6 +138,22 @@ def test_block_tables_are_sent_where_they_changed(graphs: DecodeGraphs) -> None:
     graphs.tables.zero_()  # what is known to be there is not sent again
     assert blocks([Span([1], 10, [7, 8, 9]), Span([1], 3, [4])]) == [[0, 0, 0], [0, 0, 0]]
     assert blocks([Span([1], 10, [7, 8, 6]), Span([1], 3, [4])]) == [[7, 8, 6], [4, 0, 0]]
+
+
+def test_tables_follow_lists_that_grow() -> None:
+    """Of several parts of the requests in turn, whose lists grow in place; another list of the same length is not taken for one
+    of them, and one that a preempted request has got anew is read anew."""
+    rng = random.Random(0)
+    tables, parts = BlockTables(6), [[[rng.randrange(99)] for _ in range(3)] for _ in range(KEPT + 1)]
+    for step in range(200):
+        part = rng.choice(parts)
+        for row, blocks in enumerate(part):
+            if rng.random() < 0.2:
+                part[row] = [rng.randrange(99)]
+            elif rng.random() < 0.3:
+                blocks += [rng.randrange(99) for _ in range(rng.randrange(3))]
+        found = tables.of(list(part)).tolist()
+        assert found == [(blocks + [0] * 6)[:6] for blocks in part], step
 
 
 def test_the_bound_on_the_context_is_the_next_one(graphs: DecodeGraphs, model: Model) -> None:

@@ -46,13 +46,14 @@ INLINE void expect_context(const Step &s, const Layer &w) {
     Part p;
     if (!part_of(s, p) || p.end - p.begin <= WARPS * AT_ONCE) return;
     constexpr int LINES = DIM * SIZE / 32;
-    for (int i = threadIdx.x; i < (p.end - p.begin) * LINES; i += CONSUMERS) prefetch(key_of(s, p, w, p.begin + i / LINES) + i % LINES * 32);
+    for (int i = threadIdx.x; i < (p.end - p.begin) * LINES; i += CONSUMERS) {
+        const int at = p.begin + i / LINES, line = i % LINES;
+        prefetch(key_of(s, p, w, at) + line * 32);
+        if (!KV_FP8) prefetch(value_of(s, p, w, at, line * 16));
+    }
     if (KV_FP8) /* 32 tokens of a dimension are contiguous */
         for (int i = threadIdx.x; i < (p.end - p.begin + 31) / 32 * DIM; i += CONSUMERS)
             prefetch(value_of(s, p, w, p.begin + i / DIM * 32, i % DIM));
-    else
-        for (int i = threadIdx.x; i < (p.end - p.begin) * LINES; i += CONSUMERS)
-            prefetch(value_of(s, p, w, p.begin + i / LINES, i % LINES * 16));
     if (PER_TOKEN_HEAD)
         for (int i = p.begin + 8 * threadIdx.x; i < p.end; i += 8 * CONSUMERS) prefetch(w.k_scale + scale_of(s, p, i)), prefetch(w.v_scale + scale_of(s, p, i));
 }
