@@ -41,8 +41,10 @@ class Found:
     gaps: tuple[float, float, int] = (0.0, 0.0, 0)
 
 
-def measured(place: Any, path: str, requests: int, length: int, tokens: int, depth: int | None, shape: bool) -> Found:
-    """Decodes on one rank. depth: steps in flight, if not the engine's."""
+def measured(
+    place: Any, path: str, requests: int, length: int, tokens: int, depth: int | None, shape: bool, options: dict[str, Any]
+) -> Found:
+    """Decodes on one rank. depth: steps in flight, if not the engine's. options: of its EngineConfig."""
     from octavo.config import EngineConfig
     from octavo.engine.core import EngineCore
     from octavo.messages import EngineRequest, SamplingParams
@@ -58,7 +60,7 @@ def measured(place: Any, path: str, requests: int, length: int, tokens: int, dep
         pipeline_parallel_size=place.size,
         max_num_seqs=requests,
         enable_prefix_caching=False,
-        **on,
+        **on | options,
     )
     core = EngineCore(config, None, place)
     if depth is not None:
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=8)
     way = "steps in flight; 1: one at a time, 0: as the engine has them (default: 1 0)"
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 0], help=way)
+    parser.add_argument("--options", type=json.loads, default={}, help='of the engine, such as {"quantize_lm_head": true}')
     parser.add_argument("--shape", help="a shape of octavo bench, on accelerators")
     args = parser.parse_args()
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -141,7 +144,7 @@ def main() -> None:
             model = str(ends.enter_context(model_directory("", args.shape, None)))
         try:
             for depth in args.in_flight:
-                given = args.requests, args.input_len, args.tokens, depth or None, args.shape is not None
+                given = args.requests, args.input_len, args.tokens, depth or None, args.shape is not None, args.options
                 report(f"{depth} in flight" if depth else "as the engine has them", processes.run(measured, model, *given))
         finally:
             processes.close()
