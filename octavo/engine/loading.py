@@ -157,6 +157,11 @@ def drop(model: Model) -> None:
             delattr(module, name)
 
 
+def rules_of(config: EngineConfig) -> QuantRules:
+    """What `config` asks of weights."""
+    return QuantRules(SCHEMES[config.quantization or "bf16"], config.quantization_ignore, config.quantize_lm_head)
+
+
 def load_model(
     model: Model,
     config: EngineConfig,
@@ -171,7 +176,8 @@ def load_model(
 
     `put`: `overwrite` for a model that is loaded already; False where not all of its weights could be.
     """
-    scheme, rules = SCHEMES[config.quantization or "bf16"], rules_of(config)
+    rules = rules_of(config)
+    scheme = rules.scheme
     directory, notes = Path(config.model), []
     if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
@@ -212,11 +218,6 @@ def load_model(
     else:
         loader.report.note(f"random weights made in {seconds:.1f} s")
     return loader.report, complete
-
-
-def rules_of(config: EngineConfig) -> QuantRules:
-    """Which layers get which scheme."""
-    return QuantRules(SCHEMES[config.quantization or "bf16"], config.quantization_ignore, config.quantize_lm_head)
 
 
 def make_loader(

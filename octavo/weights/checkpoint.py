@@ -161,14 +161,14 @@ class Checkpoint:
         dtype = tensor.torch_dtype  # raises for an unknown dtype
         if tensor.slab is not None:
             rows = part if dim == 0 else slice(0, tensor.shape[0])
-            found = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
-            self.read_into(tensor, rows.start * (tensor.nbytes // tensor.shape[0]), found.view(-1).view(torch.uint8))
-            return found if dim == 0 else found[:, part].contiguous()
+            own = torch.empty(rows.stop - rows.start, *tensor.shape[1:], dtype=dtype)
+            self.read_into(tensor, rows.start * (tensor.nbytes // tensor.shape[0]), own.view(-1).view(torch.uint8))
+            return own if dim == 0 else own[:, part].contiguous()
         if tensor.file not in self._maps:
             self._maps[tensor.file] = safe_open(self.directory / tensor.file, framework="pt")
         view = self._maps[tensor.file].get_slice(tensor.key or tensor.name)
         index = (slice(None),) * dim + (part,)
-        found = view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)
+        found: Tensor = view[index] if tensor.shape else self._maps[tensor.file].get_tensor(tensor.key or tensor.name)
         self._count(found.nbytes)
         return found
 
