@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -18,7 +18,7 @@ class HostParts:
     wrapped is restored at its end."""
 
     def __init__(self) -> None:
-        self.seconds, self._open, self._last = Counter[str](), list[str](), 0.0
+        self.seconds, self._open, self._last = defaultdict[str, float](float), list[str](), 0.0
         self._before: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> HostParts:

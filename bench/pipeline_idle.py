@@ -96,7 +96,8 @@ def measured(
             found = Found(seconds, seconds - replays.busy, steps, gaps=replays.gaps())
             parts.wrap_engine(core)
             _, steps = decode(tokens - 3)
-            found.parts = {label: 1e6 * spent / steps for label, spent in parts.seconds.most_common()}
+            longest = sorted(parts.seconds.items(), key=lambda part: -part[1])
+            found.parts = {label: 1e6 * spent / steps for label, spent in longest}
         else:
             found = Found(seconds, parts.seconds["waits"], steps)
     while core.has_work():
