@@ -66,9 +66,10 @@ class Step(NamedTuple):
 
 
 def tests(name: str, minutes: int, *words: str) -> Step:
-    """Tests, on half of the cores: a process of them keeps one busy with compiling."""
+    """Tests, on half of the cores: a process of them keeps one busy with compiling. Each is named as it ends, so that a step
+    which its limit stops still says what failed."""
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
-    return Step(name, minutes, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), *words])
+    return Step(name, minutes, ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", str(workers), *words])
 
 
 def bench(scheme: str, minutes: int, workloads: str) -> Step:
