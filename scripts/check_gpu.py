@@ -69,7 +69,7 @@ def tests(name: str, minutes: int, *words: str) -> Step:
     """Tests, on half of the cores: a process of them keeps one busy with compiling. Each is named as it ends, so that a step
     which its limit stops still says what failed. No plugins but the tests' own: others may warn, and a warning fails."""
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
-    return Step(name, minutes, ["-m", "pytest", "-v", "-p", "xdist", "-p", "no:cacheprovider", "-n", str(workers), *words])
+    return Step(name, minutes, ["-m", "pytest", "-vv", "-p", "xdist", "-p", "no:cacheprovider", "-n", str(workers), *words])
 
 
 def bench(scheme: str, minutes: int, workloads: str) -> Step:
