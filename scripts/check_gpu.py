@@ -66,9 +66,10 @@ class Step(NamedTuple):
 
 
 def tests(name: str, minutes: int, *words: str) -> Step:
-    """Tests, on half of the cores: a process of them keeps one busy with compiling."""
+    """Tests, on half of the cores: a process of them keeps one busy with compiling. Each is named as it ends, so that a step
+    which its limit stops still says what failed. No plugins but the tests' own: others may warn, and a warning fails."""
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
-    return Step(name, minutes, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), *words])
+    return Step(name, minutes, ["-m", "pytest", "-vv", "-p", "xdist", "-p", "no:cacheprovider", "-n", str(workers), *words])
 
 
 def bench(scheme: str, minutes: int, workloads: str) -> Step:
@@ -103,6 +104,7 @@ def take(step: Step) -> Ended:
     began = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     process = subprocess.Popen(
         [PYTHON, *step.words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
