@@ -44,6 +44,7 @@ __all__ = [
     "open_source",
     "reload_model",
     "restore",
+    "rules_of",
 ]
 
 
@@ -154,6 +155,12 @@ def drop(model: Model) -> None:
             delattr(module, name)
 
 
+def rules_of(config: EngineConfig) -> QuantRules:
+    """What `config` asks of weights."""
+    scheme, exact_few = SCHEMES[config.quantization or "bf16"], config.decode_activations == "bf16"
+    return QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head, exact_few=exact_few)
+
+
 def load_model(
     model: Model,
     config: EngineConfig,
@@ -168,8 +175,8 @@ def load_model(
 
     `put`: `overwrite` for a model that is loaded already; False where not all of its weights could be.
     """
-    scheme = SCHEMES[config.quantization or "bf16"]
-    rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head)
+    rules = rules_of(config)
+    scheme = rules.scheme
     directory, notes = Path(config.model), []
     if config.save_quantized is not None and not tp.engine.rank:
         output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))

@@ -19,13 +19,12 @@ from torch import nn
 
 from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel, Unheard
-from octavo.engine.loading import open_source
+from octavo.engine.loading import open_source, rules_of
 from octavo.engine.runner import ModelRunner
 from octavo.ops import ahead
 from octavo.ops.ahead import Job, Jobs
 from octavo.ops.triton.launch import describe_device
 from octavo.platform import Described
-from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.stored_format import stored_format_of
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.meta import MetaSource
@@ -55,8 +54,7 @@ class Rehearsal(ModelRunner):
             source.close()
         else:
             announced = MetaSource({}, source.stored_format, has_any=True)
-        rules = QuantRules(SCHEMES[config.quantization or "bf16"], config.quantization_ignore, config.quantize_lm_head)
-        loader = Loader(announced, self.platform, rules, self.dtype, self.tp)
+        loader = Loader(announced, self.platform, rules_of(config), self.dtype, self.tp)
         load(cast("nn.Module", self.model), loader, self.model.ignored, None, elsewhere=self.model.other_stages)
         self.report = loader.report
         self.platform = replace(self.described, free=self.described.free - self.report.total("held"))

@@ -125,6 +125,7 @@ class Loader:
             self.declare(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
         q = self.stacked(names, shapes, shards, scheme)
+        q = replace(q, scheme=self.rules.of_activations(self.prefix + names[0], q.scheme))
         packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
         whole = sum(shard.whole(shape) for shape, shard in zip(shapes, shards, strict=True))
         self.report.add(self.prefix + names[0], q.scheme, whole, prod(q.shape), q.nbytes, packed.held_bytes)
@@ -152,6 +153,7 @@ class Loader:
         packed = []
         for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
             q = stacker.finished()
+            q = replace(q, scheme=self.rules.of_activations(f"{self.prefix}0.{stack.names[0]}", q.scheme))
             packed.append(self.pack_experts(q))
             whole, path = count * sum(map(prod, stack.shapes)), f"{self.prefix}0.{stack.names[0]}"
             self.report.add(path, q.scheme, whole, prod(q.shape), nbytes, packed[-1].held_bytes)
@@ -260,6 +262,7 @@ def load(
         if left and "rotary_emb" not in pattern and pattern not in elsewhere:  # rotary tables follow from config.json
             loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: what is served does not compute with them")
     loader.rules.check_used()
+    loader.rules.check_activations()
     return complete
 
 
