@@ -124,8 +124,7 @@ class Loader:
         if not is_head:
             self.declare(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
-        q = self.stacked(names, shapes, shards, scheme)
-        q = replace(q, scheme=self.rules.of_activations(self.prefix + names[0], q.scheme))
+        q = self.with_activations(self.stacked(names, shapes, shards, scheme), names[0])
         packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
         whole = sum(shard.whole(shape) for shape, shard in zip(shapes, shards, strict=True))
         self.report.add(self.prefix + names[0], q.scheme, whole, prod(q.shape), q.nbytes, packed.held_bytes)
@@ -152,12 +151,15 @@ class Loader:
                 made[i].put(at, q.padded(self.platform.fp8_alignment))
         packed = []
         for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
-            q = stacker.finished()
-            q = replace(q, scheme=self.rules.of_activations(f"{self.prefix}0.{stack.names[0]}", q.scheme))
+            q = self.with_activations(stacker.finished(), f"0.{stack.names[0]}")
             packed.append(self.pack_experts(q))
             whole, path = count * sum(map(prod, stack.shapes)), f"{self.prefix}0.{stack.names[0]}"
             self.report.add(path, q.scheme, whole, prod(q.shape), nbytes, packed[-1].held_bytes)
         return packed
+
+    def with_activations(self, q: QTensor, name: str) -> QTensor:
+        """A finished weight, of which `name` is a part, multiplied by activations as the rules ask."""
+        return replace(q, scheme=self.rules.of_activations(self.prefix + name, q.scheme))
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:
         """Packs a finished stack of experts for this platform."""

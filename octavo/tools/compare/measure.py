@@ -2,8 +2,8 @@
 
 The text is cut into windows, each a prompt of its own, prefilled through the paged cache, so that the cache's dtype counts as
 in serving. With --decode-activations the second half of each is read by decode steps instead, since prompts say nothing of
-them, and only its positions count. Every position but the last predicts the token after it. With p the BF16 model's distribution there and q the
-variant's, over the whole vocabulary:
+them, and only its positions count. Every position but the last predicts the token after it. With p the BF16 model's
+distribution there and q the variant's, over the whole vocabulary:
 
     perplexity   exp(mean of -log q(next token)), next tokens as the text has them
     KL           mean of sum over v of p(v) log(p(v) / q(v)), in nats a token; 0 only where q = p
