@@ -38,7 +38,7 @@ def _short(value: float) -> str:
 
 def basis(found: Comparison) -> str:
     """What was measured on."""
-    decoded = f", of which the last {found.decoded} are decode steps and count" if found.decoded else ""
+    decoded = f", the last {found.decoded} of each by decode steps" if found.decoded else ""
     return f"{found.predictions:,} predictions on {found.text}, windows of {found.window} tokens{decoded}"
 
 

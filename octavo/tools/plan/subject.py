@@ -152,8 +152,8 @@ class Subject:
         return found
 
     def check_patterns(self, variant: Variant) -> None:
-        """Raises OctavoError, as loading does, for a pattern of --quantization-ignore that names no layer of the checkpoint, and
-        for --decode-activations where no layer has activations in FP8."""
+        """Raises OctavoError, as loading does, for a pattern of --quantization-ignore that names no layer of the checkpoint,
+        and for --decode-activations where no layer has activations in FP8."""
         rules = self.walk(variant, 1).rules
         for pattern in self.model(1).ignored if rules.ignore else ():
             for name in fnmatch.filter(self.stored.names, pattern):
