@@ -136,7 +136,7 @@ and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, f
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [
     ("`fp8`", FP8_PER_TENSOR), ("`ptpc_fp8`", FP8_PER_CHANNEL), ("`fp8_block`", FP8_BLOCK),
-    ("`fp8_w8a16`", FP8_W8A16), ("BF16", BF16),
+    ("`ptpc_fp8`, `--decode-activations bf16`", FP8_PER_CHANNEL.with_exact_few), ("`fp8_w8a16`", FP8_W8A16), ("BF16", BF16),
 ]  # fmt: skip
 
 
