@@ -62,6 +62,13 @@ DONE = [
     ),
     (
         "H200",
+        "experts of `fp8_w8a16` and products of `--decode-activations bf16` against their references, and a model's steps with"
+        " that flag, without graphs",
+        "30 November 2026",
+        "`pytest tests/ops/test_exact_few.py tests/engine/test_decode_activations.py`; `tests/ops/test_experts.py` of that scheme",
+    ),
+    (
+        "H200",
         "other ops and the engine against their references",
         "29 November 2026",
         "`pytest tests/ops tests/engine`, in parts",
