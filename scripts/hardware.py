@@ -65,7 +65,8 @@ DONE = [
         "experts of `fp8_w8a16` and products of `--decode-activations bf16` against their references, and a model's steps with"
         " that flag, without graphs",
         "30 November 2026",
-        "`pytest tests/ops/test_exact_few.py tests/engine/test_decode_activations.py`; `tests/ops/test_experts.py` of that scheme",
+        "`pytest tests/ops/test_exact_few.py tests/engine/test_decode_activations.py`; `tests/ops/test_experts.py` of that"
+        " scheme",
     ),
     (
         "H200",
