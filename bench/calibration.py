@@ -27,7 +27,8 @@ from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.quant import SCHEMES, QuantRules
 from octavo.text.tokenizer import Tokenizer
-from octavo.tools.compare.measure import Reference, Text, Variant, cut, divergence, hidden_states, open_core
+from octavo.tools.compare.measure import Reference, Text, Variant, cut, divergence, open_core
+from octavo.tools.compare.read_text import hidden_states
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 ORDER = ("ptpc_fp8", "fp8", "fp8_block", "fp8_w8a16")

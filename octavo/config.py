@@ -11,6 +11,7 @@ from octavo.option_checks import check_options
 from octavo.option_types import typed
 from octavo.option_values import (
     CHECKPOINT_FORMATS,
+    DECODE_ACTIVATIONS,
     DTYPES,
     EXECUTORS,
     KV_CACHE_DTYPES,
@@ -51,9 +52,7 @@ class EngineConfig:
 
     model: str = option("", "the same as MODEL", group=MODEL, metavar="MODEL")
     revision: str | None = option(
-        None,
-        "branch, tag or commit of a name of the hub, or of a model's folder in its cache (default: main)",
-        group=MODEL,
+        None, "branch, tag or commit of a name of the hub, or of a model's folder in its cache (default: main)", group=MODEL
     )
     download_dir: str | None = option(
         None, "cache that names of the hub are downloaded to (default: the hub's own)", group=MODEL, metavar="DIR"
@@ -109,6 +108,9 @@ class EngineConfig:
         "what `octavo compare --auto` wrote: its scheme, KV cache dtype and layers to keep in BF16",
         group=QUANTIZATION,
         metavar="FILE",
+    )
+    decode_activations: str = option(
+        "auto", "bf16: as they are in products of up to 32 tokens, FP8 in larger", group=QUANTIZATION, values=("auto", "bf16")
     )
     save_quantized: str | None = option(
         None,
@@ -270,18 +272,14 @@ class EngineConfig:
             put("max_model_len", None)
         put("override_generation_config", read_json_option("--override-generation-config", self.override_generation_config))
         put("hf_overrides", with_rope(self.hf_overrides, self.rope_scaling, self.rope_theta))
-        if self.quantization is not None:
-            put("quantization", canonical("--quantization", self.quantization, QUANTIZATIONS))
-        put("kv_cache_dtype", canonical("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
-        put("dtype", canonical("--dtype", self.dtype, DTYPES))
-        if self.distributed_executor_backend is not None:
-            given = self.distributed_executor_backend
-            put("distributed_executor_backend", canonical("--distributed-executor-backend", given, EXECUTORS))
-        put("device", canonical("--device", self.device, {d: d for d in ("auto", "cuda", "cpu")}))
-        modes = {m: m for m in ("weights", "data")}
-        put("mm_encoder_tp_mode", canonical("--mm-encoder-tp-mode", self.mm_encoder_tp_mode, modes))
-        formats = {"auto": "auto", "safetensors": "auto", "dummy": "dummy"}
-        put("load_format", canonical("--load-format", self.load_format, formats))
+        for name, known in {
+            "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS,
+            "dtype": DTYPES, "device": {d: d for d in ("auto", "cuda", "cpu")}, "distributed_executor_backend": EXECUTORS,
+            "mm_encoder_tp_mode": {m: m for m in ("weights", "data")},
+            "load_format": {"auto": "auto", "safetensors": "auto", "dummy": "dummy"},
+        }.items():  # fmt: skip
+            if (given := getattr(self, name)) is not None:
+                put(name, canonical(flag_of(name), given, known))
         for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):
             given = getattr(self, name)
             put(name, (given,) if isinstance(given, str) else tuple(given))

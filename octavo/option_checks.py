@@ -22,6 +22,9 @@ def check_options(config: Any) -> None:
         raise OctavoError(f"--max-logprobs must be 0 to {MAX_LOGPROBS}, the most that are served, not {config.max_logprobs}.")
     if config.mm_processor_cache_gb is not None and not 0 <= config.mm_processor_cache_gb < float("inf"):
         raise OctavoError(f"--mm-processor-cache-gb must be 0 or more, not {config.mm_processor_cache_gb}.")
+    if config.decode_activations == "bf16" and config.quantization in ("fp8_block", "fp8_w8a16"):
+        why = "leaves no activations in FP8" if config.quantization == "fp8_w8a16" else "has no product for them"
+        raise OctavoError(f"--decode-activations bf16 is for ptpc_fp8 and fp8, and {config.quantization} {why}; leave it out.")
     if config.save_quantized == "":
         raise OctavoError("--save-quantized needs the name of a directory that does not exist yet.")
     if config.save_quantized is not None and config.quantization in (None, "bf16"):

@@ -10,8 +10,8 @@ from typing import Any
 from octavo.errors import OctavoError
 
 __all__ = [
-    "CHECKPOINT_FORMATS", "DTYPES", "EXECUTORS", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA", "QUANTIZATIONS",
-    "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
+    "CHECKPOINT_FORMATS", "DECODE_ACTIVATIONS", "DTYPES", "EXECUTORS", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA",
+    "QUANTIZATIONS", "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
 ]  # fmt: skip
 
 # Accepted spelling -> scheme name. The spellings are those of peers.
@@ -39,6 +39,7 @@ KV_CACHE_DTYPES = {
 }
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
+DECODE_ACTIVATIONS = {"auto": "auto", "bf16": "bf16", "bfloat16": "bf16"}
 EXECUTORS = {"mp": "mp", "ray": "ray", "uni": "uni"}
 
 # What vLLM's users pass for a checkpoint that is quantized already.

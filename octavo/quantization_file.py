@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.option_values import KV_CACHE_DTYPES, QUANTIZATIONS, canonical
+from octavo.option_values import DECODE_ACTIVATIONS, KV_CACHE_DTYPES, QUANTIZATIONS, canonical
 
 __all__ = ["merged", "read_quantization_config"]
 
@@ -18,6 +18,7 @@ _FILE_KEYS: dict[str, type] = {
     "quantization_ignore": list,
     "quantize_lm_head": bool,
     "calculate_kv_scales": bool,
+    "decode_activations": str,
     "measured": dict,
 }
 
@@ -44,7 +45,9 @@ def read_quantization_config(path: str) -> dict[str, Any]:
 
 def merged(config: Any, read: dict[str, Any]) -> dict[str, Any]:
     """The file's fields merged with an EngineConfig's. Ignored layers are united; other fields given twice must agree."""
-    known = {"quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES}  # equal under two names is equal
+    known = {  # equal under two names is equal
+        "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS,
+    }  # fmt: skip
     out = dict(read)
     for f in fields(config):
         given, name = getattr(config, f.name), f.name

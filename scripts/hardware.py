@@ -62,6 +62,14 @@ DONE = [
     ),
     (
         "H200",
+        "experts of `fp8_w8a16` and products of `--decode-activations bf16` against their references, and a model's steps with"
+        " that flag, without graphs",
+        "30 November 2026",
+        "`pytest tests/ops/test_exact_few.py tests/engine/test_decode_activations.py`; `tests/ops/test_experts.py` of that"
+        " scheme",
+    ),
+    (
+        "H200",
         "other ops and the engine against their references",
         "29 November 2026",
         "`pytest tests/ops tests/engine`, in parts",
@@ -136,7 +144,7 @@ and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, f
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [
     ("`fp8`", FP8_PER_TENSOR), ("`ptpc_fp8`", FP8_PER_CHANNEL), ("`fp8_block`", FP8_BLOCK),
-    ("`fp8_w8a16`", FP8_W8A16), ("BF16", BF16),
+    ("`ptpc_fp8`, `--decode-activations bf16`", FP8_PER_CHANNEL.with_exact_few), ("`fp8_w8a16`", FP8_W8A16), ("BF16", BF16),
 ]  # fmt: skip
 
 

@@ -44,9 +44,9 @@ def cache_line(format: str, token: int, dense_token: int, tokens: int, size: int
 def describe_weights(report: LoadReport, platform: Platform, ranks: int = 1, stages: int = 1) -> list[str]:
     """One line per role and scheme, then the total size. Rank 0 reports its own, of the ranks of a stage the largest."""
     where = "" if ranks == 1 else f" on rank 0 of {ranks}"
-    width = max(10, *(len(role) for role, _ in report.groups))
+    width, wide = max(10, *(len(role) for role, _ in report.groups)), max(9, *(len(scheme) for _, scheme in report.groups))
     lines = [
-        f"  {role:<{width}} {scheme:<9} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
+        f"  {role:<{width}} {scheme:<{wide}} {g.dense / 2e6:>10,.2f} M  {gib(g.stored):>11}"
         for (role, scheme), g in sorted(report.groups.items())
         if g.stored  # a tied head is stored elsewhere
     ]

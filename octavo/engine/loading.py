@@ -159,7 +159,8 @@ def drop(model: Model) -> None:
 
 def rules_of(config: EngineConfig) -> QuantRules:
     """What `config` asks of weights."""
-    return QuantRules(SCHEMES[config.quantization or "bf16"], config.quantization_ignore, config.quantize_lm_head)
+    scheme, exact_few = SCHEMES[config.quantization or "bf16"], config.decode_activations == "bf16"
+    return QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head, exact_few=exact_few)
 
 
 def load_model(

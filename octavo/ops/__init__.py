@@ -22,6 +22,7 @@ from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.bound import bound as _bound
 from octavo.ops.contract import (
+    FEW_TOKENS,
     LATENT_SCRATCH,
     Activation,
     CodeFormat,
@@ -50,6 +51,7 @@ from octavo.ops.contract import (
     Uncombined,
     Unscaled,
     Unsummed,
+    tokens_of,
     values_of,
 )
 from octavo.ops.latent import (
@@ -159,6 +161,7 @@ def captures(head_dim: int, weights: Sequence[PackedWeight | PackedStack], *, la
     latent: the model uses MLA, and head_dim is the latent's width plus its rope part. The references of the latent ops read
     context lengths on the host, where a captured batch has upper bounds only, so they cannot be captured.
     """
+    weights = [w.at(tokens) for w in weights for tokens in (1, FEW_TOKENS + 1)]
     if _capture is None or any(isinstance(w, PackedStack) and w.looks_at_host for w in weights):
         return False
     if latent and any(_bound[name].__module__ == reference_latent.__name__ for name in ("latent_attention", "select_keys")):
@@ -184,7 +187,7 @@ def fuse(parts: DecoderParts | MixtureParts | str, platform: Platform) -> list[F
     """
     made: dict[str, FusedDecoder | str] = {}
     if _fuse is not None:
-        made = {"decode steps of few requests": parts} if isinstance(parts, str) else _fuse(parts, platform)
+        made = {"decode steps of few requests": parts} if isinstance(parts, str) else _fuse(parts.at(FEW_TOKENS), platform)
     for steps, decoder in made.items():
         _table[steps] = f"op by op: {decoder}" if isinstance(decoder, str) else decoder.name
     return [decoder for decoder in made.values() if not isinstance(decoder, str)]
@@ -231,15 +234,16 @@ def _first_to_support(op: str, implementations: Sequence[Impl], q: QTensor, plat
 def linear(x: Operand, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transposed weight [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    For an FP8 weight, x is quantized as the weight's scheme says, unless it already holds codes in this format. Products of
-    codes are accumulated in FP32, and so are those of codes and values that stay as they are.
+    For an FP8 weight, x is quantized as the weight's scheme says of M tokens, unless it already holds codes in this format.
+    Products of codes are accumulated in FP32, and so are those of codes and values that stay as they are.
     """
+    w = w.at(tokens_of(x))
     return w(x) if bias is None else w.biased(x, bias)
 
 
 def linear_unscaled(x: Operand, w: PackedWeight) -> Product:
     """`linear` for a reader that takes a Product (rms_norm, silu_mul): scaling may be left to that reader."""
-    return w.unscaled(x)
+    return w.at(tokens_of(x)).unscaled(x)
 
 
 def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -311,7 +315,7 @@ def silu_mul(x: Product, readers: Sequence[Reader] = ()) -> Activation:
 
 def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) -> Activation:
     """`linear_unscaled` of x [M, K] by a weight [2I, K] = [gate, up], fused with `silu_mul`: [M, I]."""
-    return _bound["gated_linear"](x, w, readers)  # type: ignore[no-any-return]
+    return _bound["gated_linear"](x, w.at(tokens_of(x)), readers)  # type: ignore[no-any-return]
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch) -> Routed:
@@ -345,7 +349,8 @@ def experts_uncombined(x: Operand, routed: Routed, gate_up: PackedStack, down: P
     if not down.k:  # a rank without a part of these experts
         values = values_of(x)
         return values.new_zeros(len(values), down.n)
-    return _bound["fused_experts"](x, routed, gate_up, down)  # type: ignore[no-any-return]
+    tokens = len(routed.experts)
+    return _bound["fused_experts"](x, routed, gate_up.at(tokens), down.at(tokens))  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) -> Tensor:
@@ -405,7 +410,7 @@ def project(
 
     Returns None, and writes nothing, if no kernel fuses the two here; the caller then uses `linear` and `attend`.
     """
-    return _bound["project"](x, w, heads, rope, cache, batch, window)  # type: ignore[no-any-return]
+    return _bound["project"](x, w.at(tokens_of(x)), heads, rope, cache, batch, window)  # type: ignore[no-any-return]
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:

@@ -14,14 +14,15 @@ from octavo.distributed import TensorParallel
 from octavo.kvcache import LayerCache
 from octavo.platform import Platform
 from octavo.quant import QTensor
-from octavo.quant.scheme import BLOCK, Granularity, Scheme, WeightDType
+from octavo.quant.scheme import BLOCK, FEW_TOKENS, Granularity, Scheme, WeightDType
 
 __all__ = [
-    "FP8_BLOCKS", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH", "PLAIN", "Activation", "CodeFormat",
+    "ANY_KIND", "FEW_TOKENS", "FP8_BLOCKS", "FP8_EXACT_FEW", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH",
+    "PLAIN", "Activation", "CodeFormat",
     "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts",
     "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
     "Rope", "Rotation", "Routed", "Router", "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed",
-    "codes_of", "not_taken", "values_of", "wanted",
+    "codes_of", "not_taken", "tokens_of", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -182,6 +183,10 @@ class PackedWeight:
         """The product plus bias [N], which may be added before the product is rounded."""
         return self(x).add_(bias)
 
+    def at(self, tokens: int) -> PackedWeight:
+        """What multiplies so many tokens by this weight. It reads codes, or values, as they are made for it."""
+        return self
+
     def keep(self, q: QTensor) -> None:
         """Keep the stored weight `q` for `rows`. Memory that `q` shares with this packed weight is counted once."""
         self.held_bytes += q.nbytes - self.shared_bytes(q)
@@ -238,6 +243,10 @@ class Dispatch(NamedTuple):
     starts: Tensor
     top_k: int
 
+    @property
+    def tokens(self) -> int:
+        return len(self.order) // self.top_k
+
 
 class PackedStack:
     """Experts' weights [E, N, K] in the layout of the implementation that multiplies by them (a grouped GEMM)."""
@@ -248,6 +257,10 @@ class PackedStack:
     held_bytes: int
     reads: CodeFormat | None = None  # if set, the product also takes codes in this format
     looks_at_host: bool = False  # the product synchronizes with the host, so it cannot be captured in a graph
+
+    def at(self, tokens: int) -> PackedStack:
+        """As PackedWeight.at, of a step's tokens, each of which may be several rows of the product."""
+        return self
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         """Grouped GEMM: each pair's row times its expert's transposed weight, [P, N] in x's dtype (BF16 for codes), sorted.
@@ -260,8 +273,10 @@ class PackedStack:
 Reader = PackedWeight | PackedStack | None  # a consumer of an op's result; None reads dense values
 
 
-def wanted(readers: Sequence[Reader]) -> tuple[bool, CodeFormat | None]:
-    """(whether these readers need dense values, the code format to make). With several formats, all readers read dense."""
+def wanted(readers: Sequence[Reader], tokens: int) -> tuple[bool, CodeFormat | None]:
+    """(whether these readers of so many tokens need dense values, the code format to make). With several formats, all readers
+    read dense."""
+    readers = [None if reader is None else reader.at(tokens) for reader in readers]
     formats = {reader.reads for reader in readers if reader is not None and reader.reads is not None}
     if len(formats) != 1:
         return True, None
@@ -271,6 +286,11 @@ def wanted(readers: Sequence[Reader]) -> tuple[bool, CodeFormat | None]:
 def values_of(x: Operand) -> Tensor:
     """The dense values [M, K]."""
     return x if isinstance(x, Tensor) else x.values()
+
+
+def tokens_of(x: Operand) -> int:
+    """M."""
+    return len(x) if isinstance(x, Tensor) else x.tokens
 
 
 def codes_of(x: Operand, form: CodeFormat) -> Quantized | None:
@@ -304,6 +324,11 @@ class LayerParts(NamedTuple):
         """In execution order."""
         return self.qkv, self.o, self.gate_up, self.down
 
+    def at(self, tokens: int) -> LayerParts:
+        """The layer as it multiplies so many tokens."""
+        qkv, o, gate_up, down = (w.at(tokens) for w in self.weights)
+        return self._replace(qkv=qkv, o=o, gate_up=gate_up, down=down)
+
 
 class ExpertLayerParts(NamedTuple):
     """As LayerParts, with a mixture of experts as its MLP. gate, correction: the router's weight [E, hidden] and its bias."""
@@ -327,6 +352,11 @@ class ExpertLayerParts(NamedTuple):
         """In execution order."""
         return self.qkv, self.o, self.gate_up, self.down
 
+    def at(self, tokens: int) -> ExpertLayerParts:
+        """As LayerParts.at."""
+        gate_up, down = self.gate_up.at(tokens), self.down.at(tokens)
+        return self._replace(qkv=self.qkv.at(tokens), o=self.o.at(tokens), gate_up=gate_up, down=down)
+
 
 class DecoderParts(NamedTuple):
     """The layers of a decoder and their common sizes; `inter` is the MLP's intermediate size."""
@@ -341,6 +371,10 @@ class DecoderParts(NamedTuple):
     scale: float
     eps: float
     ranks: int = 1  # of whose layers these are parts
+
+    def at(self, tokens: int) -> DecoderParts:
+        """The layers as they multiply so many tokens."""
+        return self._replace(layers=[layer.at(tokens) for layer in self.layers])
 
 
 class MixtureParts(NamedTuple):
@@ -357,9 +391,14 @@ class MixtureParts(NamedTuple):
     eps: float
     ranks: int = 1  # of whose layers these are parts
 
+    def at(self, tokens: int) -> MixtureParts:
+        """As DecoderParts.at."""
+        return self._replace(layers=[layer.at(tokens) for layer in self.layers])
+
 
 class FusedDecoder(Protocol):
-    """A megakernel decoder: all layers of a decode step in fewer launches than op by op, for the steps that it takes."""
+    """A megakernel decoder: all layers of a decode step in fewer launches than op by op, for the steps that it takes, all of at
+    most FEW_TOKENS tokens."""
 
     name: str
     attends: bool  # its launches include attention, so one capture serves all context lengths
@@ -371,18 +410,22 @@ class FusedDecoder(Protocol):
         """The last layer's output [requests, hidden] for embeddings x; writes the step's keys and values to the cache."""
 
 
-# A kind of weight that an implementation of `linear` may support: (dtype, granularity of its scales, of the activations').
-Kind = tuple[WeightDType, Granularity | None, Granularity | None]
-PLAIN: set[Kind] = {(WeightDType.BF16, None, None)}
-FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW) for scales in (Granularity.TENSOR, Granularity.ROW)}
-FP8_WEIGHTS: set[Kind] = {(WeightDType.FP8, Granularity.ROW, None)}
-INT4_GROUPS: set[Kind] = {(WeightDType.INT4, Granularity.GROUP, None)}
-FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK)}
+# A kind of weight that an implementation of `linear` may support: (dtype, granularity of its scales, of the activations',
+# whether those of few tokens stay as they are).
+Kind = tuple[WeightDType, Granularity | None, Granularity | None, bool]
+PLAIN: set[Kind] = {(WeightDType.BF16, None, None, False)}
+_SCALES = Granularity.TENSOR, Granularity.ROW
+FP8_ROWS: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW, False) for scales in _SCALES}
+FP8_EXACT_FEW: set[Kind] = {(WeightDType.FP8, scales, Granularity.ROW, True) for scales in _SCALES}
+FP8_WEIGHTS: set[Kind] = {(WeightDType.FP8, Granularity.ROW, None, False)}
+INT4_GROUPS: set[Kind] = {(WeightDType.INT4, Granularity.GROUP, None, False)}
+FP8_BLOCKS: set[Kind] = {(WeightDType.FP8, Granularity.BLOCK, Granularity.BLOCK, False)}
+ANY_KIND = PLAIN | FP8_ROWS | FP8_EXACT_FEW | FP8_WEIGHTS | INT4_GROUPS | FP8_BLOCKS
 
 
 def not_taken(scheme: Scheme, kinds: set[Kind]) -> str | None:
     """None if the scheme is one of these kinds; otherwise a description of the weight."""
-    supported = (scheme.dtype, scheme.weight, scheme.activation) in kinds
+    supported = (scheme.dtype, scheme.weight, scheme.activation, scheme.exact_few) in kinds
     return None if supported else f"the weight is {scheme.kind}"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import (
+    FEW_TOKENS,
     FP8_BLOCKS,
+    FP8_EXACT_FEW,
     FP8_ROWS,
     FP8_WEIGHTS,
     INT4_GROUPS,
@@ -21,6 +25,7 @@ from octavo.ops.contract import (
     Unscaled,
     codes_of,
     not_taken,
+    tokens_of,
     values_of,
 )
 from octavo.ops.triton.argmax import argmax
@@ -44,7 +49,7 @@ from octavo.ops.triton.select_keys import select_keys
 from octavo.ops.triton.weight_only import codes_in_pairs, widened
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
-from octavo.quant.scheme import Granularity
+from octavo.quant.scheme import FP8_W8A16, Granularity
 
 __all__ = [
     "LINEAR",
@@ -255,6 +260,34 @@ class PackedWeightOnly(PackedWeight):
         return self.codes.shared_bytes(q)
 
 
+class ExactFew:
+    """FP8 with one scale per output channel, multiplied by few tokens' values as they are, and by codes of more."""
+
+    name = f"of two codes a value, Triton for up to {FEW_TOKENS} tokens; of codes, torch._scaled_mm for more"
+
+    def supports(self, q: QTensor, platform: Platform) -> str | None:
+        return not_taken(q.scheme, FP8_EXACT_FEW) or _unfit(q, platform)
+
+    def pack(self, q: QTensor, platform: Platform) -> PackedExactFew:
+        return PackedExactFew(q)
+
+
+class PackedExactFew(PackedWeightOnly):
+    """One PackedScaledMM, whose few tokens PackedWeightOnly multiplies, and more it does itself, fused as it ever is."""
+
+    def at(self, tokens: int) -> PackedWeightOnly | PackedScaledMM:
+        return self if tokens <= FEW_TOKENS else self.codes
+
+    def __call__(self, x: Operand) -> Tensor:
+        return super().__call__(x) if tokens_of(x) <= FEW_TOKENS else self.codes(x)
+
+    def unscaled(self, x: Operand) -> Tensor | Unscaled:
+        return self(x) if tokens_of(x) <= FEW_TOKENS else self.codes.unscaled(x)
+
+    def biased(self, x: Operand, bias: Tensor) -> Tensor:
+        return super().biased(x, bias) if tokens_of(x) <= FEW_TOKENS else self.codes.biased(x, bias)
+
+
 class Dense:
     """BF16 weights, multiplied by the library."""
 
@@ -284,12 +317,12 @@ class PackedDense(PackedWeight):
 
 class Grouped:
     """Expert stacks in BF16, in FP8 with per-token and per-channel scales or with 128x128 tiles, and in FP8 that is multiplied
-    by values in BF16."""
+    by values in BF16, of few tokens or of all."""
 
     name = "Triton, grouped"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS)) is not None:
+        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_EXACT_FEW | FP8_WEIGHTS | FP8_BLOCKS)) is not None:
             return reason
         return _foreign(q, platform) if q.scheme.quantized else None
 
@@ -298,7 +331,7 @@ class Grouped:
 
 
 class PackedGrouped(PackedStack):
-    """Codes or values [E, N', K'] and the codes' scales, as stored."""
+    """Codes or values [E, N', K'] and the codes' scales, as stored. few: the same as few tokens are multiplied by it."""
 
     def __init__(self, q: QTensor):
         self.experts, self.n, self.k = q.shape
@@ -306,6 +339,10 @@ class PackedGrouped(PackedStack):
         if q.scheme.activation is not None:
             self.reads = CodeFormat(q.data.dtype, q.scheme.activation, q.data.shape[2])
         self.by_tile = q.scheme.activation is Granularity.BLOCK
+        self.few = PackedGrouped(replace(q, scheme=FP8_W8A16)) if q.scheme.exact_few else None
+
+    def at(self, tokens: int) -> PackedGrouped:
+        return self.few if self.few is not None and tokens <= FEW_TOKENS else self
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         if self.reads is None:
@@ -378,5 +415,5 @@ class Int4Stack(PackedStack):
         return int4_product(values_of(x), self.codes, self.scale, self.group, dispatch, of_tokens=of_tokens, fp8=fp8)
 
 
-LINEAR = [ScaledMM(), Blocks(), WeightOnly(), Int4(), Dense()]
+LINEAR = [ScaledMM(), Blocks(), WeightOnly(), ExactFew(), Int4(), Dense()]
 STACKS = [Grouped(), Int4Experts()]

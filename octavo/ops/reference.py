@@ -13,11 +13,7 @@ from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
 from octavo.kvcache import LayerCache
 from octavo.ops.contract import (
-    FP8_BLOCKS,
-    FP8_ROWS,
-    FP8_WEIGHTS,
-    INT4_GROUPS,
-    PLAIN,
+    ANY_KIND,
     Activation,
     Dispatch,
     Filters,
@@ -97,12 +93,17 @@ class Dequantized(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x, q = values_of(x), self.q
-        if q.scheme.activation is None and q.scheme.dtype is WeightDType.FP8:
+        return self.multiplied(x, q.scheme.activation_of(len(x)))
+
+    def multiplied(self, x: Tensor, activation: Granularity | None) -> Tensor:
+        """The product of activations with such scales."""
+        q = self.q
+        if activation is None and q.scheme.dtype is WeightDType.FP8:
             return (x.float() @ dequantize(q).mT).to(x.dtype)
-        if q.scheme.activation is None:
+        if activation is None:
             return x @ dequantize(q).to(x.dtype).mT
-        codes, scale = quantize_activation(x, q.scheme.activation, q.data.dtype)
-        if q.scheme.activation is Granularity.BLOCK:
+        codes, scale = quantize_activation(x, activation, q.data.dtype)
+        if activation is Granularity.BLOCK:
             scale = scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
         return ((codes.float() * scale) @ dequantize(q).mT).to(x.dtype)
 
@@ -151,9 +152,10 @@ class StackOfDequantized(PackedStack):
         x, starts = values_of(x), dispatch.starts.tolist()
         rows = x[dispatch.order // dispatch.top_k] if of_tokens else x
         y = rows.new_zeros(len(rows), self.n)
+        activation = self.q.scheme.activation_of(dispatch.tokens)
         for expert, (start, stop) in enumerate(pairwise(starts)):
             if start < stop:
-                y[start:stop] = Dequantized(self.q.expert(expert))(rows[start:stop])
+                y[start:stop] = Dequantized(self.q.expert(expert)).multiplied(rows[start:stop], activation)
         return y
 
 
@@ -175,7 +177,7 @@ class ReferenceLinear:
     name = "reference"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+        if (reason := not_taken(q.scheme, ANY_KIND)) is not None:
             return reason
         fp8 = q.scheme.dtype is WeightDType.FP8
         return f"its codes are {q.data.dtype}" if fp8 and q.data.dtype not in FP8_MAX else None

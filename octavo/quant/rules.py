@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.errors import OctavoError
-from octavo.quant.scheme import BF16, Scheme
+from octavo.quant.scheme import BF16, Granularity, Scheme
 
 __all__ = ["QuantRules"]
 
@@ -26,7 +26,9 @@ class QuantRules:
     ignore: Sequence[str] = ()
     quantize_lm_head: bool = False
     head_scheme: Scheme | None = None  # of lm_head, if it differs from `scheme`
+    exact_few: bool = False  # whether activations of few tokens stay as they are (Scheme.with_exact_few)
     used: set[str] = field(default_factory=set)
+    served_exactly: set[str] = field(default_factory=set)  # modules whose activations `exact_few` concerns
 
     def __post_init__(self) -> None:
         for pattern in self.ignore:
@@ -49,12 +51,32 @@ class QuantRules:
             return BF16
         return (is_head and self.head_scheme) or self.scheme
 
+    def of_activations(self, name: str, stored: Scheme) -> Scheme:
+        """The scheme of the stored weight at `name` with activations as these rules ask. Raises OctavoError where they cannot
+        be so."""
+        if not self.exact_few or stored.activation is None:
+            return stored
+        if stored.activation is not Granularity.ROW:
+            raise OctavoError(
+                f"--decode-activations bf16 is for ptpc_fp8 and fp8, and {name} is in {stored.name}; leave it out."
+            )
+        self.served_exactly.add(name)
+        return stored.with_exact_few
+
     def check_used(self) -> None:
         """Raises OctavoError for a pattern that matched no module, because it is probably a typing error."""
         if self.scheme.quantized and (unused := [pattern for pattern in self.ignore if pattern not in self.used]):
             raise OctavoError(
                 f"--quantization-ignore '{unused[0]}' matches no layer of this model; "
                 "use a module name such as 'model.layers.0.mlp.down_proj', a glob or re:REGEX."
+            )
+
+    def check_activations(self) -> None:
+        """Raises OctavoError where activations were to stay as they are that no module has in FP8."""
+        if self.exact_few and not self.served_exactly:
+            raise OctavoError(
+                "--decode-activations bf16 changes nothing here: no weight is multiplied by activations in FP8; add "
+                "--quantization ptpc_fp8, or leave it out."
             )
 
 

@@ -13,7 +13,8 @@ A scale moves a group of values into that range. The smaller the group, the fewe
 Scales per channel and per token can be applied in the epilogue of the matrix product, so those two schemes run at full speed
 on FP8 tensor cores. A tile's scale must be applied in the mainloop, to every partial sum of 128 products.
 fp8_w8a16 has ptpc_fp8's codes, each widened where it is multiplied by activations that are not rounded: as fast where reading
-the weight bounds the product, and as slow as BF16 where arithmetic does.
+the weight bounds the product, and as slow as BF16 where arithmetic does. `with_exact_few` is both: activations of few tokens
+stay as they are, and those of more are codes.
 
 INT4 cannot be asked for. Some checkpoints store experts in it, with a scale per 32 or 128 values of a row. Its codes, -8 to 7,
 stay packed, two a byte, and are multiplied by unquantized activations (W4A16).
@@ -21,16 +22,17 @@ stay packed, two a byte, and are multiplied by unquantized activations (W4A16).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 
 __all__ = [
-    "BF16", "BLOCK", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "FP8_W8A16", "INT4", "SCHEMES",
+    "BF16", "BLOCK", "FEW_TOKENS", "FP8_BLOCK", "FP8_PER_CHANNEL", "FP8_PER_TENSOR", "FP8_W8A16", "INT4", "SCHEMES",
     "Granularity", "Scheme", "WeightDType", "int4_of",
 ]  # fmt: skip
 
 BLOCK = 128  # side of a weight tile, and length of an activation group
+FEW_TOKENS = 32  # the most of a product whose activations stay as they are in a scheme `with_exact_few`
 
 
 class WeightDType(Enum):
@@ -54,7 +56,8 @@ class Granularity(Enum):
 class Scheme:
     """A weight's dtype, and the granularity of its scales and of its activations' scales; None: no scales.
 
-    `group`: the length of a weight's groups, 0 without them. Raises ValueError for a contradiction.
+    `group`: the length of a weight's groups, 0 without them. `exact_few`: activations of at most FEW_TOKENS tokens stay as they
+    are. Raises ValueError for a contradiction.
     """
 
     name: str
@@ -62,17 +65,29 @@ class Scheme:
     weight: Granularity | None = None
     activation: Granularity | None = None
     group: int = 0
+    exact_few: bool = False
 
     def __post_init__(self) -> None:
         if (self.dtype is WeightDType.BF16) != (self.weight is None):
             raise ValueError(f"{self.name}: values have no scale, codes need one")
         if (self.weight is Granularity.GROUP) != (self.group > 0):
             raise ValueError(f"{self.name}: a group's length belongs to scales a group, and to no others")
+        if self.exact_few and self.activation is not Granularity.ROW:
+            raise ValueError(f"{self.name}: activations of few tokens differ from others only if these have a scale a token")
 
     @property
     def quantized(self) -> bool:
         """Whether the weight is stored as codes with scales."""
         return self.dtype is not WeightDType.BF16
+
+    def activation_of(self, tokens: int) -> Granularity | None:
+        """The granularity of the scales of so many tokens' activations; None: they stay as they are."""
+        return None if self.exact_few and tokens <= FEW_TOKENS else self.activation
+
+    @property
+    def with_exact_few(self) -> Scheme:
+        """The same codes, whose products of at most FEW_TOKENS tokens are of activations as they are."""
+        return replace(self, name=f"{self.name}+decode_bf16", exact_few=True)
 
     def has_codes_of(self, other: Scheme) -> bool:
         """Whether a weight in `other` is one in this scheme too, whatever becomes of activations. A scale of a whole matrix is
@@ -88,6 +103,8 @@ class Scheme:
             return self.dtype.value
         length = f" of {self.group}" if self.weight is Granularity.GROUP else ""
         activations = "as they are" if self.activation is None else f"with a scale a {self.activation.value}"
+        if self.exact_few:
+            activations += f", of up to {FEW_TOKENS} tokens as they are"
         return f"{self.dtype.value} with a scale a {self.weight.value}{length}, activations {activations}"
 
 

@@ -124,7 +124,7 @@ class Loader:
         if not is_head:
             self.declare(names, shapes)
         scheme = self.rules.scheme_for([self.prefix + name for name in names], is_head=is_head)
-        q = self.stacked(names, shapes, shards, scheme)
+        q = self.with_activations(self.stacked(names, shapes, shards, scheme), names[0])
         packed = self.pack(q.padded(self.platform.fp8_alignment), row_lookup=row_lookup)
         whole = sum(shard.whole(shape) for shape, shard in zip(shapes, shards, strict=True))
         self.report.add(self.prefix + names[0], q.scheme, whole, prod(q.shape), q.nbytes, packed.held_bytes)
@@ -151,11 +151,15 @@ class Loader:
                 made[i].put(at, q.padded(self.platform.fp8_alignment))
         packed = []
         for stacker, stack, nbytes in zip(made, stacks, stored, strict=True):
-            q = stacker.finished()
+            q = self.with_activations(stacker.finished(), f"0.{stack.names[0]}")
             packed.append(self.pack_experts(q))
             whole, path = count * sum(map(prod, stack.shapes)), f"{self.prefix}0.{stack.names[0]}"
             self.report.add(path, q.scheme, whole, prod(q.shape), nbytes, packed[-1].held_bytes)
         return packed
+
+    def with_activations(self, q: QTensor, name: str) -> QTensor:
+        """A finished weight, of which `name` is a part, multiplied by activations as the rules ask."""
+        return replace(q, scheme=self.rules.of_activations(self.prefix + name, q.scheme))
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:
         """Packs a finished stack of experts for this platform."""
@@ -260,6 +264,7 @@ def load(
         if left and "rotary_emb" not in pattern and pattern not in elsewhere:  # rotary tables follow from config.json
             loader.report.note(f"{len(left)} tensor(s) {pattern} not loaded: what is served does not compute with them")
     loader.rules.check_used()
+    loader.rules.check_activations()
     return complete
 
 

@@ -136,7 +136,7 @@ def test_what_is_made_for_whom(step: Step, readers: tuple[ops.Reader, ...], dens
         assert codes_of(made, codes.reads) is made.quantized
     if dense:
         assert relative_error(made.values(), step.exact) < 6e-3
-    wants_dense, form = wanted(readers)
+    wants_dense, form = wanted(readers, 5)
     assert wants_dense or form is not None
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
 from octavo.ops import reference
-from octavo.ops.contract import Dispatch, Operand, PackedStack, Routed, Router, values_of
+from octavo.ops.contract import FEW_TOKENS, Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
-from octavo.ops.cpu.linear import Widened, rounded, widened
+from octavo.ops.cpu.linear import Widened, exact_scale, rounded, widened
 from octavo.ops.cpu.native import Native, held_scale, is_readable, struct_of, unsupported
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
@@ -42,17 +42,19 @@ class PackedNativeStack(PackedStack):
         self.experts, self.n, self.k = q.shape
         self.data, self.held_bytes = q.data, q.nbytes
         self.scale = held_scale(q)
-        self.struct = struct_of(q.expert(0), None if self.scale is None else self.scale[0])
+        first, of_first = q.expert(0), None if self.scale is None else self.scale[0]
+        self.struct, self.few = (struct_of(first, of_first, tokens) for tokens in (FEW_TOKENS + 1, FEW_TOKENS))
         scales = 0 if self.scale is None else self.scale.stride(0) * self.scale.itemsize
-        self.first = ctypes.addressof(self.struct), q.data.stride(0) * q.data.itemsize, scales
+        self.strides = q.data.stride(0) * q.data.itemsize, scales
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         x = values_of(x)
         if not is_readable(x):
             x = x.contiguous()
         y = x.new_empty(len(dispatch.order), self.n)
+        first = ctypes.addressof(self.few if dispatch.tokens <= FEW_TOKENS else self.struct)
         launch(kernels().octavo_experts,
-            *self.first, x.data_ptr(), x.stride(0), dispatch.order.data_ptr() if of_tokens else None,
+            first, *self.strides, x.data_ptr(), x.stride(0), dispatch.order.data_ptr() if of_tokens else None,
             dispatch.starts.data_ptr(), self.experts, dispatch.top_k, y.data_ptr(), KINDS[x.dtype], get_num_threads(),
         )  # fmt: skip
         return y
@@ -78,7 +80,7 @@ class PackedWidenedStack(PackedStack):
 
     def __init__(self, q: QTensor, held: torch.dtype):
         self.experts, self.n, self.k = q.shape
-        self.activation, self.fp8_dtype = q.scheme.activation, q.data.dtype
+        self.activation, self.of_few, self.fp8_dtype = q.scheme.activation, q.scheme.activation_of(FEW_TOKENS), q.data.dtype
         for e in range(self.experts):
             weight, scale = widened(q.expert(e), held)
             if not e:
@@ -91,7 +93,9 @@ class PackedWidenedStack(PackedStack):
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         x, starts = values_of(x), dispatch.starts.tolist()
-        values, by_token = rounded(x, self.activation, self.fp8_dtype)
+        activation = self.of_few if dispatch.tokens <= FEW_TOKENS else self.activation
+        by_channel = self.scale if activation is self.activation else exact_scale(self.scale, self.fp8_dtype)
+        values, by_token = rounded(x, activation, self.fp8_dtype)
         values = F.pad(values.to(self.weight.dtype), (0, self.weight.shape[2] - self.k))
         if of_tokens:
             tokens = dispatch.order // dispatch.top_k
@@ -100,8 +104,8 @@ class PackedWidenedStack(PackedStack):
         for e, (start, stop) in enumerate(pairwise(starts)):
             if start < stop:
                 product = F.linear(values[start:stop], self.weight[e])[:, : self.n]
-                if self.scale is not None:
-                    product = product.float().mul_(self.scale[e])
+                if by_channel is not None:
+                    product = product.float().mul_(by_channel[e])
                 if by_token is not None:
                     product = product.mul_(by_token[start:stop])
                 y[start:stop] = product

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.contract import (
-    FP8_BLOCKS,
-    FP8_ROWS,
-    FP8_WEIGHTS,
-    INT4_GROUPS,
-    PLAIN,
+    ANY_KIND,
+    FEW_TOKENS,
     Operand,
     PackedWeight,
     not_taken,
@@ -29,7 +26,7 @@ from octavo.platform import FP8_MAX, Platform
 from octavo.quant.qtensor import QTensor, dequantize
 from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
-__all__ = ["Widened", "rounded", "widened"]
+__all__ = ["Widened", "exact_scale", "rounded", "widened"]
 
 TYPICAL_BATCH = 16  # oneDNN's layout is made for this number of rows and used for any
 
@@ -44,7 +41,7 @@ class Widened:
             return "this torch has no oneDNN"
         if platform.widened_dtype is None:
             return "nothing is widened in memory here"
-        if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+        if (reason := not_taken(q.scheme, ANY_KIND)) is not None:
             return reason
         return (
             f"its codes are {q.data.dtype}" if q.scheme.dtype is WeightDType.FP8 and q.data.dtype not in WIDEN_FACTOR else None
@@ -71,6 +68,11 @@ def widened(q: QTensor, held: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return q.data.to(torch.float32 if q.data.dtype is torch.float32 else held), None
 
 
+def exact_scale(scale: Tensor | None, fp8_dtype: torch.dtype) -> Tensor | None:
+    """The scales of `widened` for activations that are not rounded, where they were made for such that are."""
+    return None if scale is None else scale / WIDEN_FACTOR[fp8_dtype]
+
+
 def rounded(x: Tensor, activation: Granularity | None, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(values of the codes of x [M, K], token scales [M, 1] not yet applied, or None); x itself if activations are not
     quantized.
@@ -92,7 +94,7 @@ class PackedWidened(PackedWeight):
     """A weight [N, K] in oneDNN's layout, and its channel scales [1, N]."""
 
     def __init__(self, q: QTensor, held: torch.dtype):
-        (self.n, self.k), self.activation = q.shape, q.scheme.activation
+        (self.n, self.k), self.activation, self.of_few = q.shape, q.scheme.activation, q.scheme.activation_of(FEW_TOKENS)
         dense, self.scale = widened(q, held)
         self.held, self.fp8_dtype = dense.dtype, q.data.dtype
         self.padding = dense.shape[1] - self.k
@@ -103,12 +105,14 @@ class PackedWidened(PackedWeight):
 
     def __call__(self, x: Operand) -> Tensor:
         x = values_of(x)
-        values, scale = rounded(x, self.activation, self.fp8_dtype)
+        activation = self.of_few if len(x) <= FEW_TOKENS else self.activation
+        values, scale = rounded(x, activation, self.fp8_dtype)
+        by_channel = self.scale if activation is self.activation else exact_scale(self.scale, self.fp8_dtype)
         y = self._product(values.to(self.held))
-        if self.scale is None:
+        if by_channel is None:
             return y.to(x.dtype)
         y = y if y.dtype is torch.float32 else y.float()
-        return (y if scale is None else y.mul_(scale)).mul_(self.scale).to(x.dtype)
+        return (y if scale is None else y.mul_(scale)).mul_(by_channel).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.padding:

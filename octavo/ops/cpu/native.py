@@ -17,11 +17,8 @@ from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import reference
 from octavo.ops.contract import (
-    FP8_BLOCKS,
-    FP8_ROWS,
-    FP8_WEIGHTS,
-    INT4_GROUPS,
-    PLAIN,
+    ANY_KIND,
+    FEW_TOKENS,
     Activation,
     Filters,
     Operand,
@@ -83,7 +80,7 @@ def unsupported(q: QTensor, platform: Platform) -> str | None:
         return reason
     if platform.widened_dtype is not None:
         return "weights are to be widened in memory"
-    if (reason := not_taken(q.scheme, PLAIN | FP8_ROWS | FP8_WEIGHTS | FP8_BLOCKS | INT4_GROUPS)) is not None:
+    if (reason := not_taken(q.scheme, ANY_KIND)) is not None:
         return reason
     codes = q.data
     if q.scheme.dtype is WeightDType.INT4:
@@ -119,8 +116,8 @@ def held_scale(q: QTensor) -> Tensor | None:
     return None if q.scale is None else (q.scale.float() * WIDEN_FACTOR.get(q.data.dtype, 1.0)).contiguous()
 
 
-def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
-    """The C struct of a weight [N, K] and its `held_scale`."""
+def struct_of(q: QTensor, scale: Tensor | None, tokens: int) -> Linear:
+    """The C struct of a weight [N, K] that multiplies so many tokens, and its `held_scale`."""
     n, k = q.shape
     if scale is not None and q.scheme.dtype is WeightDType.INT4:
         return Linear(
@@ -138,19 +135,19 @@ def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
         scale_rows=1 if by_row else BLOCK,
         scale_columns=scale.shape[1] if by_group and scale is not None else 0,
         kind=KINDS[q.data.dtype],
-        activation=_QUANTIZED[q.scheme.activation],
+        activation=_QUANTIZED[q.scheme.activation_of(tokens)],
     )
 
 
 class PackedNative(PackedWeight):
-    """A weight [N, K] as stored, and its scales."""
+    """A weight [N, K] as stored, and its scales. few: its struct for up to FEW_TOKENS tokens."""
 
     def __init__(self, q: QTensor):
         (self.n, self.k), self.data = q.shape, q.data
         self.held_bytes = q.nbytes
         self.scale = held_scale(q)
-        self.struct = struct_of(q, self.scale)
-        self.address = ctypes.addressof(self.struct)
+        self.struct, self.few = struct_of(q, self.scale, FEW_TOKENS + 1), struct_of(q, self.scale, FEW_TOKENS)
+        self.address, self.address_of_few = ctypes.addressof(self.struct), ctypes.addressof(self.few)
         self.multiply = kernels().octavo_linear
 
     def __call__(self, x: Operand) -> Tensor:
@@ -158,8 +155,8 @@ class PackedNative(PackedWeight):
         if not x.is_contiguous() and x.stride(1) != 1:
             x = x.contiguous()
         m = x.shape[0]
-        y = x.new_empty(m, self.n)
-        launch(self.multiply, self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
+        y, address = x.new_empty(m, self.n), self.address_of_few if m <= FEW_TOKENS else self.address
+        launch(self.multiply, address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
         return y
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -176,7 +176,7 @@ def all_reduce_norm_quantize(
     kernel = _kernel_for(x, tp)
     if kernel is None or weight.dtype is not x.dtype or not len(x):
         return None
-    dense, form = wanted(readers)
+    dense, form = wanted(readers, len(x))
     if form is not None and not _makes(form, x.shape[1]):
         dense, form = True, None
     total = x if residual is None else torch.empty_like(x)

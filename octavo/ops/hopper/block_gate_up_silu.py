@@ -71,7 +71,7 @@ def gated_linear(x: Operand, w: PackedBlocks, readers: Sequence[Reader] = ()) ->
         return gpu.silu_mul(w(x), readers)
     given = w.codes(x)
     (tokens, _), width, device = given.codes.shape, w.n // 2, given.codes.device
-    wants_dense, form = made_for(readers, torch.bfloat16)
+    wants_dense, form = made_for(readers, tokens, torch.bfloat16)
     made = codes_for(tokens, form, device) if form is not None and by_group(form) and form.width == width else None
     needs_dense = wants_dense or made is None
     dense = torch.empty(tokens, width, dtype=torch.bfloat16, device=device) if needs_dense else None

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops import gpu
-from octavo.ops.contract import Operand, Quantized
+from octavo.ops.contract import Operand, Quantized, tokens_of
 from octavo.ops.hopper.compile import Kernels, no_warpgroups, tensor_map
-from octavo.ops.hopper.gemm import DEPTH, OPTIONS, OUT_BOX, TOKENS, Product, Variant, num_ctas, tokens_of
+from octavo.ops.hopper.gemm import DEPTH, OPTIONS, OUT_BOX, TOKENS, Product, Variant, num_ctas
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MAX_TOKENS
 from octavo.platform import Platform

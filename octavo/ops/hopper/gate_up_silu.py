@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from octavo.ops import gpu
-from octavo.ops.contract import Activation, Operand, PackedWeight, Reader
+from octavo.ops.contract import Activation, Operand, PackedWeight, Reader, tokens_of
 from octavo.ops.hopper import block_gate_up_silu, gemm
 from octavo.ops.hopper.block_gemm import PackedBlocks
 from octavo.ops.hopper.compile import Kernels, tensor_map
-from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas, tokens_of
+from octavo.ops.hopper.gemm import OPTIONS, OUT_BOX, Product, Variant, choose, num_ctas
 from octavo.ops.triton import launch
 from octavo.ops.triton.elementwise import made_for, quantize
 
@@ -69,5 +69,5 @@ def gated_linear(x: Operand, w: PackedWeight, readers: Sequence[Reader] = ()) ->
     out = torch.empty(len(codes), w.n // 2, dtype=torch.bfloat16, device=codes.device)
     if not multiply(codes, scale, w.weight, w.scale, out, choose(VARIANTS, len(codes), w.n, launch.device_units())):
         return gpu.silu_mul(w.unscaled(Activation(None, given)), readers)
-    dense, form = made_for(readers, out.dtype)
+    dense, form = made_for(readers, len(out), out.dtype)
     return Activation(out if dense else None, None if form is None else quantize(out, form.dtype, form.width, form.granularity))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops import gpu
-from octavo.ops.contract import Operand, PackedWeight
+from octavo.ops.contract import Operand, PackedWeight, tokens_of
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.triton import launch
 from octavo.ops.triton.linear import MAX_TOKENS
@@ -29,7 +29,6 @@ __all__ = [
     "choose",
     "num_ctas",
     "refusal",
-    "tokens_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,6 @@ def choose(variants: Sequence[Variant], tokens: int, rows: int, units: int) -> V
         return -(-tiles // places) * (v.half * (ALONE if v.cluster == 1 else 1.0) + AFTERWARDS)
 
     return min(variants, key=took)
-
-
-def tokens_of(x: Operand) -> int:
-    return len(x) if isinstance(x, Tensor) else x.tokens
 
 
 def refusal(platform: Platform, x: Operand, w: PackedWeight) -> str | None:

@@ -169,12 +169,12 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def made_for(readers: Sequence[Reader], dtype: torch.dtype) -> tuple[bool, CodeFormat | None]:
-    """(whether to write dense values, the code format to write) for readers of results in `dtype`.
+def made_for(readers: Sequence[Reader], tokens: int, dtype: torch.dtype) -> tuple[bool, CodeFormat | None]:
+    """(whether to write dense values, the code format to write) for readers of so many tokens' results in `dtype`.
 
     In an FP32 model, products of codes would come out in BF16, so no codes are written.
     """
-    dense, form = wanted(readers)
+    dense, form = wanted(readers, tokens)
     return (True, None) if form is None or dtype is not torch.bfloat16 else (dense, form)
 
 
@@ -182,7 +182,7 @@ class _Outputs:
     """Output tensors for the readers of results [rows, size] with the dtype and device of `like`."""
 
     def __init__(self, readers: Sequence[Reader], rows: int, size: int, like: Tensor):
-        dense, form = made_for(readers, like.dtype)
+        dense, form = made_for(readers, rows, like.dtype)
         self.dense = torch.empty(rows, size, dtype=like.dtype, device=like.device) if dense else None
         self.quantized = None if form is None else codes_for(rows, form, like.device)
         group = BLOCK if form is not None and by_group(form) else 0
@@ -265,7 +265,7 @@ def silu_mul(x: Tensor | Unscaled, readers: Sequence[Reader] = ()) -> Activation
 def gelu(x: Tensor, approximate: str, readers: Sequence[Reader] = ()) -> Activation:
     """Readers with a scale per group quantize for themselves: none of the models' towers has them."""
     rows, size = x.shape
-    form = wanted(readers)[1]
+    form = wanted(readers, rows)[1]
     to = _Outputs((None,) if form is not None and by_group(form) else readers, rows, size, x)
     if rows:
         block = 1 << (to.width.bit_length() - 1)

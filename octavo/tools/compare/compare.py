@@ -134,12 +134,19 @@ def compare(
 
     if set(schemes) == {"bf16"} and set(kvs) == {"auto"}:
         raise OctavoError("bf16 with a BF16 KV cache is what everything is compared with; name another --scheme or --kv.")
-    config = replace(config, language_model_only=True)  # a text is measured, which never reaches a vision tower
+    decodes = config.decode_activations != "auto"
+    config = replace(config, language_model_only=True, decode_activations="auto")  # a text never reaches a vision tower
     context = _context(config)
-    text = cut(ids, window, tokens, context)
+    text = cut(ids, window, tokens, context, decoded=decodes)
     quantized = [scheme for scheme in schemes if scheme != "bf16"]
     codes = served_schemes(calibrated, quantized, config) if calibrated else []
-    variants = [Variant(scheme, kv, (), made) for scheme in schemes for kv in kvs for made in _made(scheme, codes, calibrated)]
+    variants = [
+        Variant(scheme, kv, (), made, decode)
+        for scheme in schemes
+        for kv in kvs
+        for made in _made(scheme, codes, calibrated)
+        for decode in search.decodings(scheme, decodes)
+    ]
     total = len(variants) - ("bf16" in schemes and "auto" in kvs) + bool(quantized)  # the last keeps some layers
     tell("measuring BF16", 0)
     core = open_core(config, REFERENCE, text)
@@ -149,7 +156,7 @@ def compare(
     tell("measuring the error of each layer", 0)
     errors = layer_errors(core, quantized, text.windows[0])
     sizes = text.predictions, len(text.windows[0]), context, text.greedy
-    found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors)
+    found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors, decoded=text.decoded)
     if stored_so := {key: group for key, group in core.runner.report.groups.items() if group.dtype is not WeightDType.BF16}:
         kinds = ", ".join(f"{role} in {scheme}" for role, scheme in sorted(stored_so))
         found.notes.append(
@@ -182,12 +189,12 @@ def compare(
 
     def rank(scheme: str) -> list[Sensitivity]:
         stage = f"measuring which layers {scheme} costs most"
-        found.scheme, found.ranked = scheme, sensitivities(config, scheme, text, reference, lambda done: tell(stage, done))
+        found.scheme, found.ranked = scheme, sensitivities(config, scheme, text, lambda done: tell(stage, done))
         found.kept = worth_keeping(found.ranked)
         return found.ranked
 
     if budget:
-        chosen = search.search(budget, measured, rank, quantized, kvs)
+        chosen = search.search(budget, measured, rank, quantized, kvs, decodes)
         over = [m for m in found.measured if not budget.met(m)]
         found.verdict, found.chosen = search.verdict(budget, [*over, chosen] if chosen else over, text.predictions)
         return found
@@ -225,6 +232,7 @@ def write_config(path: Path, found: Comparison, config: EngineConfig) -> None:
         "quantization_ignore": list(engine.quantization_ignore),
         "quantize_lm_head": engine.quantize_lm_head,
         "calculate_kv_scales": engine.calculate_kv_scales,
+        "decode_activations": engine.decode_activations,
         "measured": {**about, "bf16_perplexity": found.reference.perplexity, **numbers, "decided": found.budget.decided(m)},
     }
     write_atomically(path, json_text(value) + "\n")

@@ -26,6 +26,7 @@ class Comparison:
     measured: list[Measurement]
     layers: list[LayerError]
     text: str = "token ids"
+    decoded: int = 0  # tokens at the end of each window that were read by decode steps, and alone count
     scheme: str = ""  # the one that the layers were ranked for
     ranked: list[Sensitivity] = field(default_factory=list)
     kept: list[Sensitivity] = field(default_factory=list)  # of `ranked`, those that hold most of the loss
@@ -58,5 +59,6 @@ class Comparison:
 
     def row_of(self, scheme: str) -> Measurement:
         """The measurement of `scheme` with nothing kept in BF16, with the dearest of the KV dtypes measured."""
-        found = [m for m in self.measured if m.variant.scheme == scheme and not (m.variant.ignore or m.variant.calibrated)]
+        plain = [m for m in self.measured if not (m.variant.ignore or m.variant.calibrated or m.variant.decode != "auto")]
+        found = [m for m in plain if m.variant.scheme == scheme]
         return max(found, key=lambda m: m.kv_bytes_per_token)

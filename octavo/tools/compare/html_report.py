@@ -128,7 +128,8 @@ def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
 def _label(m: Measurement) -> str:
     kept = f" -{len(m.variant.ignore)}" if m.variant.ignore else ""
     made = f" {made_by(m.variant.calibrated)}" if m.variant.calibrated else ""
-    return f"{m.variant.scheme}{made}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
+    decode = f" {m.variant.decode} decode" if m.variant.decode != "auto" else ""
+    return f"{m.variant.scheme}{made}{decode}{kept} / {m.variant.kv.replace('auto', 'BF16')}"
 
 
 def _losses(m: Measurement) -> list[tuple[float, float]]:

@@ -32,7 +32,8 @@ from octavo.layers.moe import Experts
 from octavo.quant import SCHEMES, QTensor, QuantRules, Scheme, concat, dequantize, quantize
 from octavo.quant.formats import WHOLE, read_weight
 from octavo.quant.qtensor import Stacker
-from octavo.tools.compare.measure import REFERENCE, Reference, Text, divergence, hidden_states, open_core
+from octavo.tools.compare.measure import REFERENCE, Text, divergence, open_core
+from octavo.tools.compare.read_text import hidden_states
 from octavo.weights import Loader
 from octavo.weights.loader import stored_modules
 
@@ -203,14 +204,15 @@ def _observer(weights: _Weights, weight: _Weight, layer: LayerError, schemes: Se
 
 
 def sensitivities(
-    base: EngineConfig, scheme: str, text: Text, reference: Reference, tell: Callable[[float], None] = lambda done: None
+    base: EngineConfig, scheme: str, text: Text, tell: Callable[[float], None] = lambda done: None
 ) -> list[Sensitivity]:
-    """KL of every layer that `scheme` quantizes, on the text's first window, the most KL per extra byte first.
+    """KL of every layer that `scheme` quantizes, on the text's first window, all of it a prompt, the most KL per extra byte
+    first.
 
     tell: learns which part of the layers is done.
     """
-    core = open_core(base, REFERENCE, text)
-    weights, found = _Weights(core.runner), []
+    core, window = open_core(base, REFERENCE, text), text.windows[0]
+    weights, found, expected = _Weights(core.runner), [], hidden_states(core.runner, window)
     layers = list(weights.layers(QuantRules(SCHEMES[scheme], base.quantization_ignore)))
     for number, weight in enumerate(layers):
         tell(number / len(layers))
@@ -220,15 +222,15 @@ def sensitivities(
         values = len(weight.members) * sum(n * k for n, k in weight.shapes)
         extra = max(1, values * core.runner.dtype.itemsize - made.nbytes)  # scales may outweigh the gain in a tiny matrix
         dense, weight.operand = weight.operand, made.operand
-        found.append(Sensitivity(weight.path, weight.names, _kl_of(core, text.windows[0], reference), extra))
+        found.append(Sensitivity(weight.path, weight.names, _kl_of(core, window, expected), extra))
         weight.operand = dense
         del made
     return sorted(found, key=lambda layer: layer.kl / layer.extra_bytes, reverse=True)
 
 
-def _kl_of(core: EngineCore, window: Sequence[int], reference: Reference) -> float:
-    hidden, head = hidden_states(core.runner, window), reference.head
-    return float(divergence(head, reference.hidden[0], head, hidden, window, core.runner.platform.device)[2].double().mean())
+def _kl_of(core: EngineCore, window: Sequence[int], expected: Tensor) -> float:
+    hidden, head = hidden_states(core.runner, window), core.runner.model.head
+    return float(divergence(head, expected, head, hidden, window, core.runner.platform.device)[2].double().mean())
 
 
 def worth_keeping(ranked: Sequence[Sensitivity]) -> list[Sensitivity]:

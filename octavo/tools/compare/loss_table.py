@@ -25,6 +25,7 @@ def cells(found: Comparison, m: Measurement) -> tuple[str, ...]:
     v = m.variant
     modules = sum(len(layer.names) * layer.layers for layer in found.kept) if v.ignore == tuple(found.ignore) else len(v.ignore)
     weights = v.scheme + (f", {made_by(v.calibrated)}" if v.calibrated else "") + (f", {modules} kept" if v.ignore else "")
+    weights += f", {v.decode} decode" if v.decode != "auto" else ""
     change = "" if m is found.reference else f"{100 * m.change:+.2f}% ±{100 * m.change_error:.2f}"
     kv, greedy = "BF16" if v.kv in ("auto", "bfloat16") else v.kv, f"{m.greedy:.1f}"
     top1, memory = f"{100 * m.top1:.1f}%", f"{100 * found.memory(m):.1f}%"
@@ -37,7 +38,8 @@ def _short(value: float) -> str:
 
 def basis(found: Comparison) -> str:
     """What was measured on."""
-    return f"{found.predictions:,} predictions on {found.text}, windows of {found.window} tokens"
+    decoded = f", the last {found.decoded} of each by decode steps" if found.decoded else ""
+    return f"{found.predictions:,} predictions on {found.text}, windows of {found.window} tokens{decoded}"
 
 
 def legend(found: Comparison) -> str:
@@ -107,4 +109,5 @@ def command(found: Comparison) -> str:
     ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
     model = v.calibrated or found.model
     scheme = [] if found.chosen.weights_as_stored else ["--quantization", v.scheme]
-    return shlex.join(["octavo", "serve", model, *scheme, "--kv-cache-dtype", v.kv, *ignore])
+    decode = ["--decode-activations", v.decode] if v.decode != "auto" else []
+    return shlex.join(["octavo", "serve", model, *scheme, "--kv-cache-dtype", v.kv, *decode, *ignore])

@@ -1,8 +1,9 @@
 """How far a quantized model is from the same model in BF16, measured on a text.
 
 The text is cut into windows, each a prompt of its own, prefilled through the paged cache, so that the cache's dtype counts as
-in serving. Every position but the last predicts the token after it. With p the BF16 model's distribution there and q the
-variant's, over the whole vocabulary:
+in serving. With --decode-activations the second half of each is read by decode steps instead, since prompts say nothing of
+them, and only its positions count. Every position but the last predicts the token after it. With p the BF16 model's
+distribution there and q the variant's, over the whole vocabulary:
 
     perplexity   exp(mean of -log q(next token)), next tokens as the text has them
     KL           mean of sum over v of p(v) log(p(v) / q(v)), in nats a token; 0 only where q = p
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo import batch
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.runner import ModelRunner
@@ -32,6 +32,7 @@ from octavo.messages import EngineRequest, SamplingParams
 from octavo.models.interface import Head
 from octavo.quant import SCHEMES, WeightDType
 from octavo.tools.compare.caches import own_kv
+from octavo.tools.compare.read_text import states_of
 from octavo.weights.load_report import GroupReport
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "Variant",
     "cut",
     "divergence",
-    "hidden_states",
     "measure",
     "open_core",
     "score",
@@ -58,12 +58,14 @@ class Variant:
 
     kv: `auto` is the model's own dtype, with which it is compared; of its --kv-cache-dtype auto that may be another.
     calibrated: the checkpoint whose codes are served, of a model that was calibrated; "" for the user's own.
+    decode: --decode-activations.
     """
 
     scheme: str = "bf16"
     kv: str = "auto"
     ignore: tuple[str, ...] = ()
     calibrated: str = ""
+    decode: str = "auto"
 
     def config(self, base: EngineConfig) -> EngineConfig:
         """The user's configuration with this variant's scheme, cache and ignore list."""
@@ -77,6 +79,7 @@ class Variant:
             quantization_ignore=tuple(dict.fromkeys(ignore)),
             quantize_lm_head=base.quantize_lm_head and quantized,
             quantization_config=None,
+            decode_activations=self.decode,
         )
 
 
@@ -90,10 +93,16 @@ class Text:
     windows: list[list[int]]
     prompts: list[list[int]]
     greedy: int  # tokens to continue each prompt with
+    decoded_from: int = 0  # the token of a window from which on it is read by decode steps; 0: all of it is a prompt
 
     @property
     def predictions(self) -> int:
-        return sum(len(window) - 1 for window in self.windows)
+        return sum(len(window) - 1 - self.decoded_from for window in self.windows)
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of a window that are read by decode steps."""
+        return len(self.windows[0]) - self.decoded_from if self.decoded_from else 0
 
     @property
     def longest(self) -> int:
@@ -140,13 +149,20 @@ class Reference:
     @classmethod
     def of(cls, core: EngineCore, text: Text) -> Reference:
         """Runs the reference model over the text."""
-        hidden = [hidden_states(core.runner, window).cpu() for window in text.windows]
+        hidden = [found.cpu() for found in states_of(core.runner, text.windows, text.decoded_from)]
         return cls(core.runner.model.head, hidden, _continue(core, text), core.runner.report.groups)
 
 
-def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Text:
-    """Windows of `window` tokens from all over `ids`, `tokens` in all (None: everything); `longest` is the model's context."""
+def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int, *, decoded: bool = False) -> Text:
+    """Windows of `window` tokens from all over `ids`, `tokens` in all (None: everything); `longest` is the model's context.
+
+    decoded: whether the second half of each is read by decode steps.
+    """
     window = min(window, longest, len(ids))
+    if window < 4 and decoded:
+        raise OctavoError(
+            "The second half of a window of fewer than 4 tokens predicts nothing; give a longer --window or text."
+        )
     if window < 2:
         raise OctavoError("The text has fewer than 2 tokens, so there is nothing to predict; give a longer one with --text.")
     room = len(ids) // window
@@ -155,7 +171,8 @@ def cut(ids: Sequence[int], window: int, tokens: int | None, longest: int) -> Te
     prompt = min(PROMPT_TOKENS, window // 2)
     places = range(0, len(ids) - prompt + 1, max(1, (len(ids) - prompt) // PROMPTS))
     prompts = [list(ids[at : at + prompt]) for at in places[:PROMPTS]]
-    return Text([list(ids[at : at + window]) for at in starts], prompts, min(GREEDY_TOKENS, longest - prompt))
+    windows = [list(ids[at : at + window]) for at in starts]
+    return Text(windows, prompts, min(GREEDY_TOKENS, longest - prompt), window // 2 if decoded else 0)
 
 
 def open_core(base: EngineConfig, variant: Variant, text: Text) -> EngineCore:
@@ -167,7 +184,7 @@ def open_core(base: EngineConfig, variant: Variant, text: Text) -> EngineCore:
 def measure(base: EngineConfig, variant: Variant, text: Text, reference: Reference) -> Measurement:
     """Loads a variant and runs it over the text."""
     core = open_core(base, variant, text)
-    hidden = (hidden_states(core.runner, window) for window in text.windows)
+    hidden = states_of(core.runner, text.windows, text.decoded_from)
     return score(variant, core.runner, hidden, _continue(core, text), text, reference)
 
 
@@ -181,7 +198,7 @@ def score(
 ) -> Measurement:
     """What a variant costs, by its hidden states of each window and its continuation of each prompt."""
     parts = [
-        divergence(reference.head, expected, runner.model.head, found, window, runner.platform.device)
+        divergence(reference.head, expected, runner.model.head, found, window[text.decoded_from :], runner.platform.device)
         for window, expected, found in zip(text.windows, reference.hidden, hidden, strict=True)
     ]
     before, after, kl, same = torch.cat(parts, 1).double()
@@ -208,12 +225,6 @@ def score(
 def _as_stored(groups: Mapping[tuple[str, str], GroupReport], reference: Mapping[tuple[str, str], GroupReport]) -> bool:
     """Whether weights are those of the reference, and some of them codes."""
     return groups == reference and any(group.dtype is not WeightDType.BF16 for group in groups.values())
-
-
-def hidden_states(runner: ModelRunner, window: Sequence[int]) -> Tensor:
-    """Hidden states [tokens, hidden] of one window, prefilled in one step into blocks that nobody else uses."""
-    blocks = range(1, 1 - len(window) // -runner.block_size)
-    return runner.forward(batch.build([batch.Span(window, 0, blocks)], runner.block_size, runner.platform.device))
 
 
 @torch.inference_mode()

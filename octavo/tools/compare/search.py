@@ -1,6 +1,7 @@
 """The ladder of "accuracy was lost": PTPC, then a BF16 cache, then layers in BF16, then BF16; and the search that climbs it.
 
-Between the steps that the page has are those of the same bytes: PTPC calibrated, then activations as they are, calibrated too.
+Between the steps that the page has are those of the same bytes: PTPC calibrated, then activations as they are in decode (where
+--decode-activations asks), then all of them, each calibrated too.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from octavo.tools.compare.calibrated import made_by
 from octavo.tools.compare.layer_errors import Sensitivity, ignore_list
 from octavo.tools.compare.measure import REFERENCE, Measurement, Variant
 
-__all__ = ["DEFAULT_BUDGET", "SCHEME_NAMES", "Budget", "name_of", "rungs", "search", "verdict"]
+__all__ = ["DEFAULT_BUDGET", "SCHEME_NAMES", "Budget", "decodings", "name_of", "rungs", "search", "verdict"]
 
 # In the order of the ladder: what takes the least memory, or is the most usual, first.
 SCHEME_NAMES = ("fp8", "ptpc_fp8", "fp8_block", "fp8_w8a16")
+DECODED = ("fp8", "ptpc_fp8")  # those that --decode-activations is for
 MENTIONED = 4  # steps that the verdict speaks of
 LARGE_KL = 0.05  # nats a token; about one token in ten is then another
 FIRST_KV, DENSE_KV = "fp8_e4m3", ("auto", "bfloat16")
@@ -86,8 +88,8 @@ DEFAULT_BUDGET = Budget(0.005, relative=True)
 
 
 def rungs(measured: Iterable[Measurement]) -> list[Measurement]:
-    """The steps of the ladder that were measured, in its order: fp8, PTPC, PTPC calibrated, weights alone in FP8, a BF16 cache,
-    layers in BF16, BF16 weights.
+    """The steps of the ladder that were measured, in its order: fp8, PTPC, PTPC calibrated, both with BF16 activations in
+    decode, weights alone in FP8, a BF16 cache, layers in BF16, BF16 weights.
 
     Where none of them was, everything that was, the smallest first.
     """
@@ -98,20 +100,26 @@ def rungs(measured: Iterable[Measurement]) -> list[Measurement]:
     return sorted(climbed, key=lambda m: (_STEPS.index(_step(m.variant)), len(m.variant.ignore)))
 
 
-def _step(variant: Variant) -> tuple[str, str, bool]:
-    return variant.scheme, variant.kv, bool(variant.calibrated)
+def _step(variant: Variant) -> tuple[str, str, str, bool]:
+    return variant.scheme, variant.decode, variant.kv, bool(variant.calibrated)
 
 
 _STEPS = [
-    ("fp8", FIRST_KV, False),
+    ("fp8", "auto", FIRST_KV, False),
+    ("fp8", "bf16", FIRST_KV, False),
     *(
-        (scheme, kv, calibrated)
+        (scheme, decode, kv, calibrated)
         for kv in (FIRST_KV, "auto")
-        for scheme in ("ptpc_fp8", "fp8_w8a16")
+        for scheme, decode in (("ptpc_fp8", "auto"), ("ptpc_fp8", "bf16"), ("fp8_w8a16", "auto"))
         for calibrated in (False, True)
     ),
-    ("bf16", FIRST_KV, False),
+    ("bf16", "auto", FIRST_KV, False),
 ]
+
+
+def decodings(scheme: str, asked: bool) -> tuple[str, ...]:
+    """The values of --decode-activations that a scheme is measured with."""
+    return ("auto", "bf16") if asked and scheme in DECODED else ("auto",)
 
 
 def search(
@@ -120,43 +128,46 @@ def search(
     rank: Callable[[str], Sequence[Sensitivity]],
     schemes: Sequence[str],
     kvs: Sequence[str],
+    decodes: bool = False,
 ) -> Measurement | None:
     """Climbs scheme -> KV -> ignore list -> BF16 to the first configuration that was measured to meet the budget.
 
-    schemes and kvs: what may be used, the cheapest first. rank: the layers by what keeping each in BF16 gains a byte.
+    schemes and kvs: what may be used, the cheapest first. rank: the layers by what keeping each in BF16 gains a byte. decodes:
+    whether activations may be BF16 in decode.
     None if even BF16 weights with the last KV dtype miss it.
     """
     tried: list[Measurement] = []
-    for variant in (Variant(scheme, kvs[0]) for scheme in schemes):
+    for variant in (Variant(scheme, kvs[0], decode=way) for scheme in schemes for way in decodings(scheme, decodes)):
         tried.append(measure(variant))
         if budget.met(tried[-1]):
             return tried[-1]
-    scheme = min(tried, key=budget.loss).variant.scheme if tried else "bf16"
+    best = min(tried, key=budget.loss).variant if tried else Variant("bf16")
     for kv in kvs[1:] if tried else ():
-        tried.append(measure(Variant(scheme, kv)))
+        tried.append(measure(replace(best, kv=kv)))
         if budget.met(tried[-1]):
             return tried[-1]
     found = None
     if tried:
-        kv = min((m for m in tried if m.variant.scheme == scheme), key=budget.loss).variant.kv
-        found = _shortest(budget, measure, scheme, kv, rank(scheme))
+        best = min((m for m in tried if replace(m.variant, kv=best.kv) == best), key=budget.loss).variant
+        found = _shortest(budget, measure, best, rank(best.scheme))
     if found is None:
         return next((m for kv in kvs if budget.met(m := measure(Variant("bf16", kv)))), None)
     for cheaper in kvs[: kvs.index(found.variant.kv)]:  # with the worst layers out, a smaller cache may do
-        if budget.met(m := measure(Variant(scheme, cheaper, found.variant.ignore))):
+        if budget.met(m := measure(replace(found.variant, kv=cheaper))):
             return m
     return found
 
 
 def _shortest(
-    budget: Budget, measure: Callable[[Variant], Measurement], scheme: str, kv: str, ranked: Sequence[Sensitivity]
+    budget: Budget, measure: Callable[[Variant], Measurement], variant: Variant, ranked: Sequence[Sensitivity]
 ) -> Measurement | None:
-    """The shortest start of `ranked` that meets the budget when left in BF16, by bisection; None if only all of it does."""
+    """The shortest start of `ranked` with which `variant` meets the budget when it is left in BF16, by bisection; None if only
+    all of it does."""
     found: Measurement | None = None
     low, high = 1, len(ranked) - 1
     while low <= high:
         middle = (low + high) // 2
-        m = measure(Variant(scheme, kv, ignore_list(ranked[:middle])))
+        m = measure(replace(variant, ignore=ignore_list(ranked[:middle])))
         if budget.met(m):
             found, high = m, middle - 1
         else:
@@ -171,7 +182,8 @@ def name_of(variant: Variant) -> str:
     count = f"{len(names)} {'kinds of ' if patterns else ''}modules"
     kept = f", {' '.join(names) if len(names) < 3 else count} in BF16" if names else ""
     made = f", {made_by(variant.calibrated)}," if variant.calibrated else ""
-    return f"{variant.scheme}{made} with {kv}{kept}"
+    decode = ", BF16 activations in decode" if variant.decode != "auto" else ""
+    return f"{variant.scheme}{made} with {kv}{decode}{kept}"
 
 
 def verdict(budget: Budget, climbed: Sequence[Measurement], predictions: int = 0) -> tuple[str, Measurement | None]:

@@ -183,7 +183,7 @@ def notes(plan: Plan) -> list[str]:
         out.append(
             "gfx942 computes in e4m3fnuz: weights are quantized to it, clamped at 224; stored e4m3fn codes are converted."
         )
-    if q.on.is_cpu and any(g.format in ("fp8", "ptpc_fp8", "fp8_block", "fp8_w8a16") for g in groups(plan)):
+    if q.on.is_cpu and any("fp8" in g.format for g in groups(plan)):
         out.append("Sizes are as stored; where a CPU has no FP8 kernel the codes are held widened, and `octavo serve` says so.")
     if (f := asked.fit) and f.max_model_len:
         out += [f"{note}." for note in f.said]

@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models import build_model, number_of_layers
 from octavo.platform import Described
-from octavo.quant import SCHEMES, QuantRules, Scheme
+from octavo.quant import SCHEMES, Granularity, QuantRules, Scheme
 from octavo.stages import Stages
 from octavo.tools.plan.accelerators import Accelerator
 from octavo.tools.plan.model_source import Source
@@ -152,12 +152,14 @@ class Subject:
         return found
 
     def check_patterns(self, variant: Variant) -> None:
-        """Raises OctavoError, as loading does, for a pattern of --quantization-ignore that names no layer of the checkpoint."""
+        """Raises OctavoError, as loading does, for a pattern of --quantization-ignore that names no layer of the checkpoint,
+        and for --decode-activations where no layer has activations in FP8."""
         rules = self.walk(variant, 1).rules
         for pattern in self.model(1).ignored if rules.ignore else ():
             for name in fnmatch.filter(self.stored.names, pattern):
                 rules.ignored(name.rpartition(".")[0])
         rules.check_used()
+        replace(rules, exact_few=self.config.decode_activations == "bf16").check_activations()
 
     def _walk(self, variant: Variant, tp: int, stage: Stage) -> Walk:
         config, scheme, head = self.config, SCHEMES[variant.scheme], None
@@ -165,6 +167,7 @@ class Subject:
             with suppress(OctavoError):  # said where refusals are
                 head = self.head_scheme()
         rules = QuantRules(scheme, config.quantization_ignore, config.quantize_lm_head, head)
+        rules.exact_few = config.decode_activations == "bf16" and (variant.native or scheme.activation is Granularity.ROW)
         source = self.stored if variant.native else self.plain
         return walk(self.model(tp, stage), source, rules, self.machine, variant.dtype, self._known)
 

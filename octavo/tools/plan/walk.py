@@ -118,6 +118,13 @@ class Walker(Loader):
     def pack(self, q: QTensor, *, row_lookup: bool = False) -> PackedWeight:
         return Planned(q)
 
+    def with_activations(self, q: QTensor, name: str) -> QTensor:
+        try:
+            return super().with_activations(q, name)
+        except OctavoError as error:
+            self.refuse(error)
+            return q
+
     def _why(self, name: str, q: QTensor, is_head: bool, row_lookup: bool) -> str:
         if q.scheme.quantized:
             kept = any(f"{name}.{end}" in self.source.names for end in ("weight_scale", "weight_scale_inv", "weight_packed"))
