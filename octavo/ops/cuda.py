@@ -102,7 +102,8 @@ def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -
     if cache_blocks.per_token_head(first.cache):
         by_tile = isinstance(first.qkv, block_gemm.PackedBlocks)
         project = qkv_rope_kv_write.PER_TOKEN_HEAD_BLOCK_KERNELS if by_tile else qkv_rope_kv_write.PER_TOKEN_HEAD_KERNELS
-        project.configure(platform)
+        for kernels in (project, hopper.attention.PER_TOKEN_HEAD_PREFILL, hopper.attention.PER_TOKEN_HEAD_DECODE):
+            kernels.configure(platform)
 
 
 def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, FusedDecoder | str]:
