@@ -362,7 +362,6 @@ class FusedDecoder(Protocol):
     """A megakernel decoder: all layers of a decode step in fewer launches than op by op, for the steps that it takes."""
 
     name: str
-    attends: bool  # its launches include attention, so one capture serves all context lengths
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether it computes a decode step of this many requests, one token each, with contexts up to `longest`."""

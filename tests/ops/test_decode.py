@@ -22,8 +22,8 @@ from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform
 from tests.ops.caches import layer_cache, with_padding
+from tests.ops.megakernels import dumped
 from tests.ops.paged import CACHES, cache_of, exact, needs_hopper, scene
-from tests.ops.test_decoder_megakernel import dumped
 
 CPU = torch.device("cpu")
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads

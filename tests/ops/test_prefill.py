@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="needs Triton, which this torch came withou
 from octavo.ops.hopper import attention, prefill
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.prefill import prefill_attention as triton_prefill
+from tests.ops.megakernels import dumped
 from tests.ops.paged import CACHES, exact, needs_hopper, scene
-from tests.ops.test_decoder_megakernel import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (64, 1)]  # query heads, KV heads
 # Requests as (tokens before this step, tokens in this step).
