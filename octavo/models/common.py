@@ -194,7 +194,7 @@ class CausalLM(DecoderLM):
         return scales, sum(layer.scales_from_checkpoint for layer in layers)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        kinds = {(a.kv_heads, a.head_dim) for a in self.attention_layers()}
+        kinds = {(a.kv_heads, a.head_dim * a.cache.views["k"].element_size()) for a in self.attention_layers()}
         return tuple(ops.decode_variant(requests, *kind, longest) for kind in sorted(kinds))
 
     def attention_layers(self) -> list[PagedAttention]:

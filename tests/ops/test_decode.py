@@ -105,10 +105,10 @@ def test_what_decode_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_graph_has_one_kind_of_attention() -> None:
     """Contexts that share a captured graph go to the same kernel, whichever of them it was captured with."""
-    for requests, dim in itertools.product((1, 16, 32, 200), (64, 128)):
+    for requests, width in itertools.product((1, 16, 32, 200), (64, 128)):
         by_variant: dict[int, set[bool]] = {}
         for longest in (1, 500, 1152, 5000, 9000, 20000, 131072):
-            kinds = by_variant.setdefault(attention.decode_variant(requests, 8, dim, longest), set())
+            kinds = by_variant.setdefault(attention.decode_variant(requests, 8, width, longest), set())
             kinds.add(attention.is_long(requests, longest))
         assert all(len(kinds) == 1 for kinds in by_variant.values())
     assert attention.is_long(16, 33000)

@@ -134,9 +134,9 @@ def is_long(requests: int, longest: int) -> bool:
     return requests * longest >= LONG
 
 
-def decode_variant(requests: int, kv_heads: int, dim: int, longest: int) -> int:
+def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
     """A key of the launches of decode steps with contexts up to `longest`: equal keys, equal launches."""
-    return 2 * gpu.decode_variant(requests, kv_heads, dim, longest) + is_long(requests, longest)
+    return 2 * gpu.decode_variant(requests, kv_heads, width, longest) + is_long(requests, longest)
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:
