@@ -80,7 +80,7 @@ def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads
     triton_prefill(q, outs[2], cache, batch, 0, len(rows), 128**-0.5, None)
     assert torch.equal(outs[0], outs[1])
     expected = exact(q, cache, batch)
-    assert relative_error(outs[0], expected) < (0.04 if kv == "fp8_e4m3" else 0.05)  # scales of values differ: fewer weigh
+    assert relative_error(outs[0], expected) < (0.04 if kv == "fp8_e4m3" else 0.06)  # scales of values differ: fewer weigh
     if kv == "fp8_e4m3":  # Triton's kernel multiplies values in BF16 where each token has its scale
         assert relative_error(outs[0], expected) < 1.02 * relative_error(outs[2], expected)
         assert relative_error(outs[0], outs[2]) < 0.012  # sums in another order, and codes that a last bit moves

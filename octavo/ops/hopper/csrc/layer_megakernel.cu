@@ -1,9 +1,8 @@
 /* A persistent megakernel of everything between one layer's attention and the next one's, for up to TOKENS tokens: quantize,
    o, add and norm, gate_up, SiLU, down, add and norm, the next layer's qkv.
 
-   As in decoder_megakernel.cu, one persistent CTA runs on each SM. A producer thread issues TMA loads of the weights that
-   the CTA will multiply by, product after product, as far ahead as shared memory allows; the first of them before attention
-   is done. Weights stream in while the results of one product become the next one's inputs.
+   One persistent CTA runs on each SM. A producer thread issues TMA loads of the weights that the CTA will multiply by, product
+   after product, as far ahead as shared memory allows; the first of them before attention is done. Weights stream in while the results of one product become the next one's inputs.
 
    A unit is some rows of a weight by a share of K (split-K). Its rows are the M side of WGMMA and the tokens the narrow N
    side. TMA lays out both factors in shared memory, 128 values of K at a time; these are accumulated in the tensor core and
