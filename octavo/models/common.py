@@ -194,8 +194,8 @@ class CausalLM(DecoderLM):
         return scales, sum(layer.scales_from_checkpoint for layer in layers)
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        kinds = {a.kv_heads for a in self.attention_layers()}
-        return tuple(ops.decode_variant(requests, kv_heads, longest) for kv_heads in sorted(kinds))
+        kinds = {(a.kv_heads, a.head_dim * a.cache.views["k"].element_size()) for a in self.attention_layers()}
+        return tuple(ops.decode_variant(requests, *kind, longest) for kind in sorted(kinds))
 
     def attention_layers(self) -> list[PagedAttention]:
         return [module for module in self.modules() if isinstance(module, PagedAttention)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -49,11 +48,6 @@ class FusedLM(CausalLM):
 
     def unfuse(self) -> None:
         self.model.fused = ()
-
-    def graph_key(self, requests: int, longest: int) -> Hashable:
-        if (fused := self.model.fused_for(requests, longest)) and fused.attends:
-            return ()
-        return super().graph_key(requests, longest)
 
     def parts(self) -> DecoderParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""

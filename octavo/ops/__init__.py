@@ -460,9 +460,11 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | No
     return _bound["sample"](logits, temperature, u, filters)  # type: ignore[no-any-return]
 
 
-def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
-    """A key of `attention`'s launches for one-token requests with contexts up to `longest`: equal keys, equal launches."""
-    return _bound["decode_variant"](requests, kv_heads, longest)  # type: ignore[no-any-return]
+def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
+    """A key of `attention`'s launches for one-token requests with contexts up to `longest`: equal keys, equal launches. width:
+    bytes of a token's key in one head of the cache.
+    """
+    return _bound["decode_variant"](requests, kv_heads, width, longest)  # type: ignore[no-any-return]
 
 
 def implementations() -> Sequence[LinearImplementation]:

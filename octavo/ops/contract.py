@@ -401,7 +401,6 @@ class FusedDecoder(Protocol):
     most FEW_TOKENS tokens."""
 
     name: str
-    attends: bool  # its launches include attention, so one capture serves all context lengths
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether it computes a decode step of this many requests, one token each, with contexts up to `longest`."""

@@ -35,7 +35,6 @@ from octavo.ops.hopper import (
     block_gate_up_silu,
     block_gemm,
     cache_blocks,
-    decoder_megakernel,
     few_tokens,
     gate_up_silu,
     layer_megakernel,
@@ -52,7 +51,7 @@ from octavo.ops.hopper.route import route
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
 from octavo.ops.triton.round_columns import round_columns
-from octavo.platform import Platform, capture, threads_on
+from octavo.platform import Platform, capture
 from octavo.quant import QTensor
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,8 @@ def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -
     if cache_blocks.per_token_head(first.cache):
         by_tile = isinstance(first.qkv, block_gemm.PackedBlocks)
         project = qkv_rope_kv_write.PER_TOKEN_HEAD_BLOCK_KERNELS if by_tile else qkv_rope_kv_write.PER_TOKEN_HEAD_KERNELS
-        project.configure(platform)
+        for kernels in (project, hopper.attention.PER_TOKEN_HEAD_PREFILL, hopper.attention.PER_TOKEN_HEAD_DECODE):
+            kernels.configure(platform)
 
 
 def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, FusedDecoder | str]:
@@ -118,7 +118,4 @@ def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, Fu
     _compile_for_cache(parts, platform)
     if isinstance(parts, MixtureParts):
         return {"decode steps of few requests": make(moe_decode, moe_decode.MoeMegakernels)}
-    with threads_on(platform.device, 2, "octavo-fuse") as pool:  # in parallel: most of the time is the compiler's
-        one = pool.submit(make, decoder_megakernel, decoder_megakernel.DecoderMegakernel)
-        few = pool.submit(make, layer_megakernel, layer_megakernel.LayerMegakernels)
-    return {"decode steps of one request": one.result(), "decode steps of few requests": few.result()}
+    return {"decode steps of few requests": make(layer_megakernel, layer_megakernel.LayerMegakernels)}

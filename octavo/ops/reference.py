@@ -346,7 +346,7 @@ def read_kv(cache: LayerCache, name: str, block_ids: Tensor, length: int) -> Ten
     return codes.view(view.dtype).float() * scale
 
 
-def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
     return longest
 
 

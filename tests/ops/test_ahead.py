@@ -22,21 +22,19 @@ from octavo.ops.hopper import (
     attention,
     block_gate_up_silu,
     block_gemm,
-    decoder_megakernel,
     gate_up_silu,
     layer_by_layer,
     qkv_rope_kv_write,
 )
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper.decode import DecodeAttention
-from octavo.ops.hopper.decoder_megakernel import DecoderMegakernel
 from octavo.ops.hopper.layer_megakernel import LayerMegakernels
 from octavo.ops.hopper.prefill import PrefillAttention
 from octavo.ops.triton import launch
 from octavo.platform import Platform
 from octavo.quant import BF16, FP8_BLOCK, QTensor, quantize
+from tests.ops.megakernels import hopper, parts
 from tests.ops.paged import requests, weight
-from tests.ops.test_decoder_megakernel import hopper, parts
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no accelerator: the driver is replaced")
@@ -68,8 +66,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("Stream", (), {"cuda_stream": 0}))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for module in (decoder_megakernel, layer_by_layer):
-        monkeypatch.setattr(module, "compile_cubin", lambda *_: b"")
+    monkeypatch.setattr(layer_by_layer, "compile_cubin", lambda *_: b"")
     of_blocks = block_gemm.KERNELS, block_gate_up_silu.KERNELS
     for kernels in (attention.PREFILL, attention.DECODE, gate_up_silu.KERNELS, qkv_rope_kv_write.KERNELS, *of_blocks):
         monkeypatch.setattr(kernels, "platform", hopper())
@@ -155,10 +152,9 @@ class Calls:
     def attention(self) -> tuple[Any, Any]:
         return (self.q, self.cache), lambda: attention.attention(self.q, self.cache, self.batch, 0.1, None)
 
-    def decoder_megakernel(self) -> tuple[Any, Any]:
-        decoder, x = DecoderMegakernel(parts(), hopper()), random(1, 512)
-        decoder.act.fill_(3), decoder.partial.fill_(3)
-        return (decoder, x, decoder.parts.layers), lambda: decoder(x, self.singles)
+    def layer_megakernel_of_one_request(self) -> tuple[Any, Any]:
+        decoder, residual = LayerMegakernels(parts(), hopper()), random(1, 512)
+        return (decoder, residual), lambda: decoder.between(0, random(1, 512), residual)
 
     def layer_megakernel(self) -> tuple[Any, Any]:
         decoder, residual = LayerMegakernels(parts(), hopper()), random(2, 512)

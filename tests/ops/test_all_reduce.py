@@ -29,7 +29,7 @@ from octavo.ops.hopper.compile import NoKernel
 from octavo.ops.hopper.peer_buffers import PeerBuffers
 from octavo.platform import Platform, detect
 from octavo.quant.scheme import Granularity
-from tests.ops.test_decoder_megakernel import dumped, parts
+from tests.ops.megakernels import dumped, parts
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper.gemm import Variant, box_of
 from octavo.platform import Platform, detect
 from octavo.quant import FP8_BLOCK, SCHEMES, Granularity, QTensor, concat, dequantize, quantize
+from tests.ops.megakernels import dumped
 from tests.ops.paged import needs_hopper
 from tests.ops.shapes import LINEAR
-from tests.ops.test_decoder_megakernel import dumped
 
 F8, CPU = torch.float8_e4m3fn, torch.device("cpu")
 # Tokens, N, K: beside those of all linear layers whole tiles, tails of each side, many tiles, Llama-3.1-8B's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,8 @@ from octavo.ops.triton.decode import New, decode_attention
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform
 from tests.ops.caches import layer_cache, with_padding
+from tests.ops.megakernels import dumped
 from tests.ops.paged import CACHES, cache_of, exact, needs_hopper, scene
-from tests.ops.test_decoder_megakernel import dumped
 
 CPU = torch.device("cpu")
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (8, 1)]  # query heads, KV heads
@@ -75,7 +76,7 @@ def test_what_they_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons(cache_of(1, 8)) == "None"
     assert "e4m3" in reasons(cache_of(2, 2, "auto"))
     assert "e4m3" in reasons(cache_of(2, 2, "fp8_e5m2"))
-    assert reasons(cache_of(2, 2, "fp8_per_token_head")) == attention.UNSEEN
+    assert reasons(cache_of(2, 2, "fp8_per_token_head")) == "None"
     for scales in (([0.5, 0.25], 1.0), (1.0, [0.5, 0.25])):
         assert reasons(layer_cache(cache_of(2, 2).views, *scales)) == "scales a head are Triton's"
     assert "whole context" in reasons(cache_of(2, 2), window=100)
@@ -104,10 +105,10 @@ def test_what_decode_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_graph_has_one_kind_of_attention() -> None:
     """Contexts that share a captured graph go to the same kernel, whichever of them it was captured with."""
-    for requests in (1, 16, 32, 200):
+    for requests, width in itertools.product((1, 16, 32, 200), (64, 128)):
         by_variant: dict[int, set[bool]] = {}
         for longest in (1, 500, 1152, 5000, 9000, 20000, 131072):
-            kinds = by_variant.setdefault(attention.decode_variant(requests, 8, longest), set())
+            kinds = by_variant.setdefault(attention.decode_variant(requests, 8, width, longest), set())
             kinds.add(attention.is_long(requests, longest))
         assert all(len(kinds) == 1 for kinds in by_variant.values())
     assert attention.is_long(16, 33000)
@@ -137,7 +138,7 @@ def test_few_requests_of_short_contexts_are_not_its_own(requests: int, longest: 
 def test_it_computes_attention(lengths: list[int], heads: int, kv_heads: int, kv: str) -> None:
     """As Triton's kernel does, and the same bits each time; counters are left at zero."""
     cache, batch, q = scene([(length - 1, 1) for length in lengths], heads, kv_heads, kv)
-    assert attention.decode_refusal(q, cache, None, len(lengths)) in (None, attention.UNSEEN)
+    assert attention.decode_refusal(q, cache, None, len(lengths)) is None
     kernel = attention._decode(q.device, 4 if heads <= 4 * kv_heads else 8, "k_scale" in cache.views)
     assert kernel is not None
     kernel.parts = torch.full_like(kernel.parts, float("nan"))
@@ -169,7 +170,7 @@ def test_it_turns_and_writes(lengths: list[int], heads: int, kv_heads: int, norm
     cos_sin = torch.randn(max(lengths), rotated, device=device)
     rope = Rope(norms, cos_sin, batch.positions.flip(0))  # a token's row is not its place
     new = New(k, v, rope, batch.slot_mapping)
-    assert attention.decode_refusal(q, cache, None, count, new) in (None, attention.UNSEEN)
+    assert attention.decode_refusal(q, cache, None, count, new) is None
     kernel = attention._decode(device, 4 if heads <= 4 * kv_heads else 8, "k_scale" in cache.views)
     assert kernel is not None
     buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(cache.views["k"].untyped_storage())

@@ -18,9 +18,9 @@ from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import few_tokens
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, quantize
+from tests.ops.megakernels import dumped
 from tests.ops.paged import needs_hopper
 from tests.ops.shapes import LINEAR
-from tests.ops.test_decoder_megakernel import dumped
 
 F8, CPU = torch.float8_e4m3fn, torch.device("cpu")
 # Tokens, N, K: beside those of all linear layers Qwen3-30B-A3B's qkv and o, tails of N and K, parts of K without a step.

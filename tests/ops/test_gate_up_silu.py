@@ -21,8 +21,8 @@ from octavo.ops.hopper import gate_up_silu
 from octavo.ops.hopper.gemm import Variant, choose
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, quantize
+from tests.ops.megakernels import dumped
 from tests.ops.paged import needs_hopper, weight
-from tests.ops.test_decoder_megakernel import dumped
 
 # Tokens, width, K: of one tile and less, with tails of each, of many tiles, of Llama-3.1-8B.
 SHAPES = [

@@ -24,8 +24,8 @@ from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import experts
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES
+from tests.ops.megakernels import dumped
 from tests.ops.paged import needs_hopper
-from tests.ops.test_decoder_megakernel import dumped
 
 # Tokens, hidden, intermediate, experts, chosen: tails of every tile, widths that 128 and 256 do not divide, one expert, more
 # experts than pairs, Qwen3-30B-A3B's.

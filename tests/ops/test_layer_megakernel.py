@@ -22,14 +22,14 @@ pytest.importorskip("triton", reason="needs Triton, which this torch came withou
 
 from octavo.ops.gpu import PackedScaledMM
 from octavo.ops.hopper import compile as compiler
-from octavo.ops.hopper import decoder_megakernel, layer_megakernel, megakernel_layers
+from octavo.ops.hopper import layer_megakernel, megakernel_layers
 from octavo.ops.hopper.layer_megakernel import LayerMegakernels as Between
-from tests.ops.test_decoder_megakernel import MODELS, dumped, hopper, parts, write
+from tests.ops.megakernels import MODELS, dumped, hopper, parts, write
 
 CPU = torch.device("cpu")
 LLAMA_8B = dict(
     HIDDEN=4096, INTER=14336, WIDE=4096, QKV=6144, QKV_BIAS=0, CTAS=132, SHARED=227 << 10, O_ROWS=128, O_SPLITS=4,
-    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48, BLOCKS=0, TWO_CODES=0, O_TILE=128,
+    GATE_UP_ROWS=112, DOWN_ROWS=128, DOWN_SPLITS=4, QKV_ROWS=48, ALONE=0, BLOCKS=0, TWO_CODES=0, O_TILE=128,
     GATE_UP_TILE=128, DOWN_TILE=128, QKV_TILE=128,
 )  # fmt: skip
 SMALL = dict(HIDDEN=528, INTER=1472, WIDE=528, QKV=1584, QKV_BIAS=1, CTAS=114, O_ROWS=32, O_SPLITS=5, GATE_UP_ROWS=16,
@@ -45,13 +45,13 @@ SHAPES = MODELS | {
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
 @pytest.mark.parametrize("columns", [*layer_megakernel.COLUMNS, 64])
 @pytest.mark.parametrize("options", [LLAMA_8B, LLAMA_8B | SMALL], ids=["8b", "small"])
-@pytest.mark.parametrize("kind", ["", "BLOCKS", "TWO_CODES"])
+@pytest.mark.parametrize("kind", ["", "BLOCKS", "TWO_CODES", "ALONE", "ALONE BLOCKS", "ALONE TWO_CODES"])
 def test_it_compiles(columns: int, kind: str, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: FP8 matrix instructions of a group of warps, the copy engine's boxes, nothing kept in local memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    if columns == 64 and kind != "TWO_CODES":
-        return  # 32 tokens have 64 columns only there
-    given = options | {"TOKENS": columns >> (kind == "TWO_CODES")} | dict.fromkeys(filter(None, [kind]), 1)
+    if (columns == 64 and kind != "TWO_CODES") or (columns > 8 and "ALONE" in kind):
+        return  # 32 tokens have 64 columns only there; a variant for one token has eight
+    given = options | {"TOKENS": columns >> ("TWO_CODES" in kind)} | dict.fromkeys(kind.split(), 1)
     stacks, code = dumped(compiler.compile_cubin("layer_megakernel.cu", "sm_90a", given), tmp_path)
     assert stacks == ["0"]
     assert len(re.findall(rf"QGMMA\.64x{columns}x32\.F32\.E4M3\.E4M3", code)) >= 16
@@ -94,7 +94,7 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
 
 
 def test_the_first_that_takes_a_step_computes_it() -> None:
-    """One request of a usual context: one launch; longer ones and more requests: two a layer; many: op by op."""
+    """Few requests: two launches a layer; many: op by op."""
     from octavo.distributed import TensorParallel
     from octavo.models.common import LayerStack
     from octavo.models.config import ConfigBase
@@ -104,17 +104,45 @@ def test_the_first_that_takes_a_step_computes_it() -> None:
     config = ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes)
     model = DenseDecoder(config, TensorParallel(), LayerStack(range(0), lambda _: torch.nn.Identity()))
     assert model.fused_for(1, 1) is None
-    one, few = decoder_megakernel.DecoderMegakernel.__new__(decoder_megakernel.DecoderMegakernel), Between.__new__(Between)
-    model.fused = (one, few)
-    steps = {
-        (1, 700): one,
-        (1, 5000): few,
-        (2, 700): few,
-        (layer_megakernel.MAX_TOKENS, 1): few,
-        (layer_megakernel.MAX_TOKENS + 1, 1): None,
-    }
+    few = Between.__new__(Between)
+    model.fused = (few,)
+    most = layer_megakernel.MAX_TOKENS
+    steps = {(1, 700): few, (1, 5000): few, (2, 700): few, (most, 1): few, (most + 1, 1): None}
     assert {step: model.fused_for(*step) for step in steps} == steps
-    assert (one.attends, few.attends) == (True, False)  # whose graphs depend on how attention splits a context
+
+
+def test_what_one_token_has_a_variant_for() -> None:
+    """Where a CTA has one unit of each product, whose inputs it can keep."""
+    assert layer_megakernel.fits_alone(LLAMA_8B)
+    assert layer_megakernel.fits_alone(LLAMA_8B | SMALL)
+    assert not layer_megakernel.fits_alone(LLAMA_8B | {"HIDDEN": 8192})  # 64 K steps of gate_up's inputs
+    assert not layer_megakernel.fits_alone(LLAMA_8B | {"INTER": 17408})  # two units of gate_up
+    assert not layer_megakernel.fits_alone(LLAMA_8B | {"CTAS": 264})  # more amaxes than threads that read them
+
+
+def test_a_refused_source_says_why() -> None:
+    if compiler.missing() is not None:
+        pytest.skip(f"needs NVRTC: {compiler.missing()}")
+    with pytest.raises(compiler.NoKernel, match=r"kernel\.cu"):
+        compiler.compile_cubin("layer_megakernel.cu", "sm_90a", {"TOKENS": 8})
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (layer_megakernel.no_warpgroups.__globals__, vars(megakernel_layers)):
+        monkeypatch.setitem(module, "missing", lambda: "there is no libnvrtc.so.13")
+    assert layer_megakernel.refusal(parts(), hopper()) == "there is no libnvrtc.so.13"
+
+
+def test_where_the_driver_refuses_it_the_ops_remain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from octavo.ops import cuda
+
+    def refuse(*_: object) -> None:
+        raise compiler.NoKernel("cuModuleLoadData failed with CUDA error 218\nmore")
+
+    monkeypatch.setattr(layer_megakernel, "refusal", lambda *_: None)
+    monkeypatch.setattr(layer_megakernel, "LayerMegakernels", refuse)
+    assert set(cuda.fuse(parts(), hopper()).values()) == {"cuModuleLoadData failed with CUDA error 218"}
+    assert "go op by op" in caplog.text
 
 
 def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8") -> tuple[Any, Between]:
@@ -189,7 +217,7 @@ def test_each_phase(name: str, scheme: str, tmp_path: Path) -> None:
     p, (layer, after) = fused.parts, fused.parts.layers
     (_, o, gate_up, down), (qkv, *_) = fused.weights
     by_group, compared = scheme == "fp8_block", 0
-    for tokens in (8, 8, 1, 3, 9, 16, 23, 32):
+    for tokens in (8, 8, 2, 3, 9, 16, 23, 32):
         torch.manual_seed(tokens)
         attended = torch.randn(tokens, p.heads * p.head_dim, device="cuda").bfloat16()
         attended[:, ::7] *= 30
@@ -247,12 +275,11 @@ def test_each_phase_of_activations_as_they_are(name: str, tmp_path: Path) -> Non
     p, (layer, after) = fused.parts, fused.parts.layers
     (_, o, gate_up, down), (qkv, *_) = fused.weights
     compared = 0
-    for tokens in (4, 4, 1, 3, 8, 9, 16, 23, 32):
+    for tokens in (4, 4, 2, 3, 8, 9, 16, 23, 32):
         torch.manual_seed(tokens)
         attended = torch.randn(tokens, p.heads * p.head_dim, device="cuda").bfloat16()
         attended[:, ::7] *= torch.logspace(-20, 3, tokens, device="cuda").bfloat16()[:, None]  # no floor of a scale is met
-        if tokens > 1:
-            attended[0] *= 2.0**-60
+        attended[0] *= 2.0**-60
         one = torch.ones(tokens, 1, device="cuda")
         o_of = product(attended, one, o)
         before = o_of[:, torch.randperm(p.hidden, device="cuda")]  # as large
@@ -297,11 +324,62 @@ def test_each_phase_of_activations_as_they_are(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8", "fp8_block", "fp8_w8a16"])
+@pytest.mark.parametrize("name", SHAPES)
+@torch.inference_mode()
+def test_each_phase_of_one_token(name: str, scheme: str, tmp_path: Path) -> None:
+    """Each on what the launch itself left of the one before: the residual behind o, act, the residual behind down."""
+    _, fused = decoder_of(tmp_path, SHAPES[name] | {"num_hidden_layers": 2}, scheme)
+    if 1 not in fused.kernels:
+        assert name == "two units a program"
+        return
+    p, (layer, after) = fused.parts, fused.parts.layers
+    (_, o, gate_up, down), (qkv, *_) = fused.weights
+    compared, one = 0, torch.ones(1, 1, device="cuda")
+
+    def of(x: Tensor, w: Any) -> Tensor:
+        return product(*((x, one) if scheme == "fp8_w8a16" else quantized(x, by_group=scheme == "fp8_block")), w)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        attended = torch.randn(1, p.heads * p.head_dim, device="cuda").bfloat16()
+        attended[:, ::7] *= 30
+        o_of = of(attended, o)
+        before = o_of[:, torch.randperm(p.hidden, device="cuda")]  # as large
+        residual = before.clone()
+        fused.grid_barriers.zero_()
+        for kept in (*fused.codes[1][1:], fused.shares):
+            kept.fill_(torch.nan)
+        got = fused.between(0, attended, residual)
+        middle, act = (kept[None] for kept in fused.codes[1][1:])
+        gate, up = of(norm(middle, layer.post_norm, p.eps), gate_up).float().chunk(2, 1)
+        down_of = of(act, down)
+        ratio = float(middle.float().norm() / down_of.float().norm())
+        if ratio > 2:  # so that what down adds is seen beside a BF16 residual
+            down.scale.mul_(ratio)
+            continue
+        out = of(norm(residual, after.input_norm, p.eps), qkv)
+        if after.qkv_bias is not None:
+            out = out + after.qkv_bias
+        errors = {
+            "middle": error(middle, o_of + before),
+            "act": error(act, ((gate / (1 + torch.exp(-gate))).bfloat16().float() * up).bfloat16()),
+            "after": error(residual, middle + down_of) * ratio,
+            "qkv": error(got, out),
+        }
+        compared += 1
+        print(name, scheme, {n: f"{e:.5f}" for n, e in errors.items()})
+        assert all(e < 0.02 for e in errors.values()), errors
+    assert compared >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("scheme", ["ptpc_fp8", "fp8_block", "fp8_w8a16"])
 @torch.inference_mode()
 def test_whole_steps(scheme: str, tmp_path: Path) -> None:
     """Five layers, launch after launch: the same bits each time, and about what the ops give."""
-    check_whole_steps(*decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5}, scheme), (3, 8, 20, 32))
+    check_whole_steps(*decoder_of(tmp_path, MODELS["llama"] | {"num_hidden_layers": 5}, scheme), (1, 3, 8, 20, 32))
 
 
 def check_whole_steps(runner: Any, fused: Any, numbers: Sequence[int]) -> None:

@@ -30,8 +30,8 @@ from octavo.quant import SCHEMES, Scheme, quantize
 from octavo.quant.qtensor import Stacker
 from octavo.quant.scheme import Granularity
 from tests.ops.caches import layer_cache
+from tests.ops.megakernels import dumped, hopper, write
 from tests.ops.paged import cache_of
-from tests.ops.test_decoder_megakernel import dumped, hopper, write
 from tests.ops.test_layer_megakernel import check_whole_steps
 
 QWEN3_30B = dict(HIDDEN=2048, INTER=768, WIDE=4096, QKV=5120, EXPERTS=128, TOP_K=8, NORMALIZE=1, CTAS=132, SHARED=227 << 10)

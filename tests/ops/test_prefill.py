@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="needs Triton, which this torch came withou
 from octavo.ops.hopper import attention, prefill
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.triton.prefill import prefill_attention as triton_prefill
+from tests.ops.megakernels import dumped
 from tests.ops.paged import CACHES, exact, needs_hopper, scene
-from tests.ops.test_decoder_megakernel import dumped
 
 GROUPS = [(32, 8), (4, 4), (14, 2), (24, 8), (64, 1)]  # query heads, KV heads
 # Requests as (tokens before this step, tokens in this step).
@@ -71,7 +71,7 @@ def test_pieces_hold_every_row_once(rows: list[tuple[int, int]], group: int) -> 
 def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads: int, kv: str) -> None:
     """As exact as rounding queries and probabilities to FP8 lets it be, and the same bits each time."""
     cache, batch, q = scene(rows, heads, kv_heads, kv)
-    assert attention.prefill_refusal(q, cache, None) in (None, attention.UNSEEN)
+    assert attention.prefill_refusal(q, cache, None) is None
     kernel = attention._prefill(q.device, "k_scale" in cache.views)
     assert kernel is not None
     outs = [torch.full_like(q, float("nan")) for _ in range(3)]
@@ -80,7 +80,7 @@ def test_it_computes_attention(rows: list[tuple[int, int]], heads: int, kv_heads
     triton_prefill(q, outs[2], cache, batch, 0, len(rows), 128**-0.5, None)
     assert torch.equal(outs[0], outs[1])
     expected = exact(q, cache, batch)
-    assert relative_error(outs[0], expected) < (0.04 if kv == "fp8_e4m3" else 0.05)  # scales of values differ: fewer weigh
+    assert relative_error(outs[0], expected) < (0.04 if kv == "fp8_e4m3" else 0.06)  # scales of values differ: fewer weigh
     if kv == "fp8_e4m3":  # Triton's kernel multiplies values in BF16 where each token has its scale
         assert relative_error(outs[0], expected) < 1.02 * relative_error(outs[2], expected)
         assert relative_error(outs[0], outs[2]) < 0.012  # sums in another order, and codes that a last bit moves

@@ -21,9 +21,9 @@ from octavo.ops.hopper import qkv_rope_kv_write
 from octavo.ops.hopper.gemm import Variant
 from octavo.platform import Platform, detect
 from tests.ops.caches import layer_cache
+from tests.ops.megakernels import dumped
 from tests.ops.paged import CACHES, needs_hopper, requests, weight
 from tests.ops.test_block_gemm import weight as block_weight
-from tests.ops.test_decoder_megakernel import dumped
 
 K_SCALE, V_SCALE, F8, CPU = 0.3, 0.2, torch.float8_e4m3fn, torch.device("cpu")
 SPANS = {  # of each request: tokens before, tokens in this step

@@ -21,8 +21,8 @@ from octavo.ops.contract import Dispatch, Router
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import route
 from octavo.platform import Platform, detect
+from tests.ops.megakernels import dumped
 from tests.ops.paged import needs_hopper
-from tests.ops.test_decoder_megakernel import dumped
 
 # Tokens, width, experts, chosen: tails of clusters' tokens and of K's parts, both variants, Qwen3-30B-A3B's router.
 SHAPES = [

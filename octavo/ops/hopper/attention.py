@@ -21,7 +21,7 @@ from octavo.ops.triton.decode import New
 from octavo.platform import Platform
 
 __all__ = [
-    "DECODE", "PER_TOKEN_HEAD_DECODE", "PER_TOKEN_HEAD_PREFILL", "PREFILL", "UNSEEN", "attend", "attention", "configure",
+    "DECODE", "PER_TOKEN_HEAD_DECODE", "PER_TOKEN_HEAD_PREFILL", "PREFILL", "attend", "attention", "configure",
     "decode_refusal", "decode_variant", "is_long", "prefill_refusal",
 ]  # fmt: skip
 
@@ -36,9 +36,6 @@ MAX_ITEMS = 14
 # into shared memory together (H100: 3% of a step slower at 36,864 tokens, 4% faster at 528,000; H200, op by op: 32 requests of
 # 1,152 tokens over 4 KV heads 3.2 µs slower).
 LONG = 1 << 18
-
-# Where each token has its scale, Triton's kernels run: these were timed, but no test of their values has passed on a GPU.
-UNSEEN = "scales of each token, of which these values were not yet seen to be right on a GPU"
 
 PREFILL, PER_TOKEN_HEAD_PREFILL = (
     Kernels(
@@ -57,7 +54,7 @@ def configure(platform: Platform) -> None:
     for kernels in (PREFILL, DECODE):
         kernels.configure(platform)
     for kernels in (PER_TOKEN_HEAD_PREFILL, PER_TOKEN_HEAD_DECODE):
-        kernels.platform = platform  # compiled when they are first needed
+        kernels.configure(platform, now=False)  # compiled for a model whose cache has such scales
 
 
 @cache
@@ -76,7 +73,7 @@ def prefill_refusal(q: Tensor, cache: LayerCache, window: int | None) -> str | N
     """None, or the reason why Triton computes prefills of these queries [T, H, D] over this cache."""
     if q.shape[1] > MAX_GROUP * cache.views["k"].shape[2]:
         return f"more than {MAX_GROUP} query heads of a KV head"
-    return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window) or _unseen(cache)
+    return cache_blocks.refusal(PREFILL.platform, q.dtype, cache, window)
 
 
 def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: int, new: New | None = None) -> str | None:
@@ -94,11 +91,7 @@ def decode_refusal(q: Tensor, cache: LayerCache, window: int | None, requests: i
     given = (q,) if new is None else (q, new.k, new.v)
     if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in given):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
-    return cache_blocks.refusal(DECODE.platform, q.dtype, cache, window) or _unseen(cache)
-
-
-def _unseen(cache: LayerCache) -> str | None:
-    return UNSEEN if cache_blocks.per_token_head(cache) else None
+    return cache_blocks.refusal(DECODE.platform, q.dtype, cache, window)
 
 
 def _prefills(
@@ -141,9 +134,9 @@ def is_long(requests: int, longest: int) -> bool:
     return requests * longest >= LONG
 
 
-def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
     """A key of the launches of decode steps with contexts up to `longest`: equal keys, equal launches."""
-    return 2 * gpu.decode_variant(requests, kv_heads, longest) + is_long(requests, longest)
+    return 2 * gpu.decode_variant(requests, kv_heads, width, longest) + is_long(requests, longest)
 
 
 def attention(q: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None) -> Tensor:

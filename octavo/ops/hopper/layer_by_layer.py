@@ -4,7 +4,7 @@ layers' attention, which a subclass launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -28,19 +28,21 @@ class LayerByLayer(Generic[Parts]):
     columns: numbers of tokens that the kernel between attentions is compiled for. `parts` must have caches bound.
     """
 
-    attends = False
     columns: Sequence[int]
     grid_barriers: Tensor  # of all layers' launches, zeros at a step's begin
 
     def __init__(self, parts: Parts, platform: Platform):
         self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
 
-    def compiled(self, source: str, function: str, options: dict[str, int | float]) -> dict[int, Kernel]:
-        """csrc/`source` for each number of tokens. Raises NoKernel."""
-        with threads_on(self.platform.device, len(self.columns), "octavo-compile") as pool:
+    def compiled(
+        self, source: str, function: str, options: dict[str, int | float], variants: Mapping[int, dict[str, int]] | None = None
+    ) -> dict[int, Kernel]:
+        """csrc/`source` by the most tokens, ascending; variants: their further constants. Raises NoKernel."""
+        variants = variants or {n: {"TOKENS": n} for n in self.columns}
+        with threads_on(self.platform.device, len(variants), "octavo-compile") as pool:
             compile_for = partial(compile_cubin, source, f"{self.platform.arch}a")
-            cubins = list(pool.map(lambda tokens: compile_for(options | {"TOKENS": tokens}), self.columns))
-        return {n: Kernel(cubin, function) for n, cubin in zip(self.columns, cubins, strict=True)}
+            cubins = list(pool.map(lambda given: compile_for(options | given), variants.values()))
+        return {n: Kernel(cubin, function) for n, cubin in sorted(zip(variants, cubins, strict=True))}
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether a step of this many one-token requests is supported, whatever the contexts."""

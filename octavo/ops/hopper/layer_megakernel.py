@@ -1,14 +1,13 @@
 """Decode steps of a few requests in two launches a layer: attention with rotary and cache write, and everything between two
 layers' attention.
 
-The second launch is csrc/layer_megakernel.cu. It supports more requests than the one-launch decoder, and contexts of any
-length.
+The second launch is csrc/layer_megakernel.cu, for one request in a variant of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
 from functools import partial
 
@@ -29,9 +28,11 @@ __all__ = ["LayerMegakernels", "refusal", "units"]
 COLUMNS = (8, 16, 32)  # tokens that a kernel is compiled for
 PAIRED = (4, *COLUMNS)  # the same where a token has two columns of codes
 MAX_TOKENS = COLUMNS[-1]
+MAX_INPUTS = 40  # K steps of one token's inputs that a CTA keeps in shared memory
 MAX_CTA_UNITS = 4  # units of gate_up whose results a CTA keeps in shared memory
 GRID_BARRIERS = 8 * 32  # as in tma_pipeline.cuh
 STEP = 128  # K step
+CONSUMERS = 256  # threads of a CTA that multiply; each holds 8 adjacent values of a row, or several times 8
 
 
 class _Between(ctypes.Structure):
@@ -75,6 +76,19 @@ def units(n: int, k: int, ctas: int, *, most_shares: int, columns: int = MAX_TOK
     return min(fits)[1:]
 
 
+def fits_alone(options: Mapping[str, int | float]) -> bool:
+    """Whether steps of one token have a variant of their own: a CTA has at most one unit of each product, and room for its
+    inputs."""
+    hidden, inter, wide, qkv, ctas = (int(options[name]) for name in ("HIDDEN", "INTER", "WIDE", "QKV", "CTAS"))
+    found = []
+    for name, n, k in (("O", hidden, wide), ("GATE_UP", inter, hidden), ("DOWN", hidden, inter), ("QKV", qkv, hidden)):
+        steps, splits = -(-k // STEP), int(options.get(f"{name}_SPLITS", 1))
+        found.append((-(-n // int(options[f"{name}_ROWS"])) * splits, -(-steps // splits)))
+    units, shares = ([pair[i] for pair in found] for i in (0, 1))
+    row = -(-max(hidden, wide) // (8 * CONSUMERS)) * 8 * CONSUMERS  # values that the threads hold
+    return max(units) <= ctas <= CONSUMERS and max(shares) <= MAX_INPUTS and shares[2] * STEP <= row
+
+
 def weight_map(weight: Tensor, rows: int) -> bytes:
     """Tensor map of contiguous codes [N, K] in boxes of `rows` rows by a K step."""
     n, k = weight.shape
@@ -94,7 +108,10 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
         super().__init__(parts, platform)
         options, layers, pairs = self.options(), len(parts.layers), has_two_codes(parts)
         self.columns = PAIRED if pairs else COLUMNS
-        self.kernels = self.compiled("layer_megakernel.cu", "between_attentions", options)
+        variants = {n: {"TOKENS": n, "ALONE": 0} for n in self.columns}
+        if alone := fits_alone(options):
+            variants[1] = {"TOKENS": self.columns[0], "ALONE": 1}
+        self.kernels = self.compiled("layer_megakernel.cu", "between_attentions", options, variants)
         zeros = partial(torch.zeros, device=platform.device)
         widths = parts.heads * parts.head_dim, parts.hidden, parts.inter
         self.codes = {
@@ -104,6 +121,9 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
         self.scales = {n: [zeros(count, n, dtype=torch.float32) for count in groups] for n in self.columns}
         shares = int(max(options["O_SPLITS"], options["DOWN_SPLITS"]))
         self.shares = zeros(shares, MAX_TOKENS, parts.hidden, dtype=torch.float32)
+        if alone:  # nothing, and two rows of values in place of codes
+            self.codes[1] = [zeros(0), *(zeros(width, dtype=torch.bfloat16) for width in widths[1:])]
+            self.scales[1] = [zeros(0)] * 3
         amaxes = 2 * -(-parts.inter // int(options["GATE_UP_ROWS"])) if options["BLOCKS"] else self.ctas
         self.grid_barriers = zeros(layers, GRID_BARRIERS + amaxes * MAX_TOKENS, dtype=torch.int32)
         self.weights = [packed_weights(layer) for layer in parts.layers]
@@ -123,7 +143,7 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
         after = (at + 1) % len(self.weights)  # the last layer's launch ignores the arguments of the first layer
         next_qkv, (_, *weights) = self.weights[after][0], self.weights[at]
         qkv = torch.empty(tokens, next_qkv.n, dtype=torch.bfloat16, device=residual.device)
-        columns = next(n for n in self.columns if tokens <= n)
+        columns = next(n for n in self.kernels if tokens <= n)
         maps = b"".join([*self.maps[at][1:], self.maps[after][0]])
         last, bias = after == 0, self.parts.layers[after].qkv_bias
         arguments = _Between(

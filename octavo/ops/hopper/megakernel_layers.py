@@ -1,4 +1,4 @@
-"""What both megakernels require of a decoder's layers."""
+"""What layer_megakernel.cu requires of a decoder's layers."""
 
 from __future__ import annotations
 

@@ -193,25 +193,30 @@ def _workspace(device: torch.device, ctas: int, rows: int, dp: int) -> tuple[Ten
     return parts, torch.empty(ctas * rows * 2, dtype=torch.float32, device=device), _counters[device]
 
 
-SHARING = {128: 3, 64: 4}  # CTAs resident per SM, by tile size
+SHARING = {128: 3, 64: 4}  # CTAs resident per SM, by tile size; twice as many where a key has up to HALF bytes
+HALF = 64  # an FP8 cache's heads of 64 dimensions; BF16's, of 128 bytes, are slower with more CTAs
 
 
-def _tile(requests: int, kv_heads: int) -> int:
+def _resident(tile: int, width: int) -> int:
+    """CTAs that are resident at once. width: bytes of a token's key."""
+    return SHARING[tile] * (1 + (width <= HALF)) * device_units()
+
+
+def _tile(requests: int, kv_heads: int, width: int) -> int:
     """Context tokens per tile: 64 where that many CTAs are just resident at once, or where there are many waves of them."""
-    ctas, units = requests * kv_heads, device_units()
-    large, small = SHARING[128] * units, SHARING[64] * units
+    ctas, large, small = requests * kv_heads, _resident(128, width), _resident(64, width)
     return 128 if ctas <= large or small < ctas <= 2 * small else 64
 
 
-def splits_for(requests: int, kv_heads: int, longest: int, tile: int) -> int:
+def splits_for(requests: int, kv_heads: int, width: int, longest: int, tile: int) -> int:
     """Number of splits of a context, so that all CTAs are resident at once and none has less than about two tiles."""
-    wanted = max(1, SHARING[tile] * device_units() // (requests * kv_heads))
+    wanted = max(1, _resident(tile, width) // (requests * kv_heads))
     return min(wanted, 64, -(-longest // (2 * tile)))
 
 
-def decode_variant(requests: int, kv_heads: int, longest: int) -> int:
+def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
     """The numbers of splits for both tile sizes, which determine the launch."""
-    few, more = (splits_for(requests, kv_heads, longest, tile) for tile in SHARING)
+    few, more = (splits_for(requests, kv_heads, width, longest, tile) for tile in SHARING)
     return few << 8 | more
 
 
@@ -238,10 +243,10 @@ def decode_attention(
     kv_heads, group = k.shape[2], heads // k.shape[2]
     fp8 = k.dtype in FP8_MAX
     scales = views.get("k_scale")
-    dp = power_of_2(dim, 32)
+    dp, width = power_of_2(dim, 32), dim * k.element_size()
     large = 4 * 128 * dp * k.element_size() > shared_memory() // 2  # two stages of keys and values, two CTAs per SM
-    c = {"TILE": 64 if large else _tile(requests, kv_heads), "warps": 4, "stages": 2} | (config or {})
-    splits = c.get("splits") or splits_for(requests, kv_heads, longest, c["TILE"])
+    c = {"TILE": 64 if large else _tile(requests, kv_heads, width), "warps": 4, "stages": 2} | (config or {})
+    splits = c.get("splits") or splits_for(requests, kv_heads, width, longest, c["TILE"])
     rows = power_of_2(group, 8 if fp8 else 16)
     parts, sums, counters = _workspace(q.device, requests * kv_heads * splits, rows, dp) if splits > 1 else (out, out, out)
     launch(_decode_attention, (kv_heads, splits, requests),

@@ -1,9 +1,8 @@
 /* A persistent megakernel of everything between one layer's attention and the next one's, for up to TOKENS tokens: quantize,
    o, add and norm, gate_up, SiLU, down, add and norm, the next layer's qkv.
 
-   As in decoder_megakernel.cu, one persistent CTA runs on each SM. A producer thread issues TMA loads of the weights that
-   the CTA will multiply by, product after product, as far ahead as shared memory allows; the first of them before attention
-   is done. Weights stream in while the results of one product become the next one's inputs.
+   One persistent CTA runs on each SM. A producer thread issues TMA loads of the weights that the CTA will multiply by, product
+   after product, as far ahead as shared memory allows; the first of them before attention is done. Weights stream in while the results of one product become the next one's inputs.
 
    A unit is some rows of a weight by a share of K (split-K). Its rows are the M side of WGMMA and the tokens the narrow N
    side. TMA lays out both factors in shared memory, 128 values of K at a time; these are accumulated in the tensor core and
@@ -13,7 +12,11 @@
    weight, applied to each partial sum over 128 values of K. With TWO_CODES, activations are not rounded to FP8: each is a code and
    the code of its remainder, in two adjacent columns of the N side, whose sums are added when they leave the tensor core.
 
-   Compile-time constants: TOKENS (8, 16 or 32; with TWO_CODES 4 to 32), TWO_CODES, HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
+   ALONE is for steps of one token. There is no CTA that prepares inputs for all: each makes the codes that its unit of the next
+   product takes, in shared memory itself, so that an exchange between products is one grid barrier and not two. What all
+   products write is small then. Shorter exchanges bear more loads in flight.
+
+   Compile-time constants: TOKENS (8, 16 or 32; with TWO_CODES 4 to 32), ALONE, TWO_CODES, HIDDEN, INTER, WIDE (heads * dimensions), QKV (rows of that weight),
    QKV_BIAS, CTAS, SHARED, the rows and split-K of each product's units: O_ROWS, O_SPLITS, GATE_UP_ROWS (of gate and as
    many of up), DOWN_ROWS, DOWN_SPLITS, QKV_ROWS; BLOCKS, and with it the height of a tile, 128 or 1, of each weight: O_TILE,
    GATE_UP_TILE, DOWN_TILE, QKV_TILE. */
@@ -29,10 +32,11 @@ struct Between {
     const u16 *attended; /* [tokens, WIDE] */
     u16 *residual, *qkv; /* [tokens, HIDDEN], updated; [tokens, QKV] */
     const u16 *post_norm, *next_norm, *qkv_bias; /* next_norm is null in the last layer */
-    u8 *codes[3]; /* of attended, normed and act in columns, laid out by place_of(), initially zeros */
+    u8 *codes[3]; /* of attended, normed and act in columns, laid out by place_of(), initially zeros; ALONE: nothing, and BF16
+                     [HIDDEN] of the residual behind o, [INTER] of act */
     float *input_scales[3]; /* of the codes: [TOKENS], but act's are in SmemState; BLOCKS: [K steps, TOKENS] */
     float *parts; /* [SPLITS, TOKENS, HIDDEN] */
-    u32 *grid_barriers; /* zeros: [GRID_BARRIERS] arrivals, then bits of the amax of act: [CTAS, TOKENS]; BLOCKS: [units, 2, TOKENS] */
+    u32 *grid_barriers; /* zeros: [GRID_BARRIERS] arrivals, then bits of the amax of act: [CTAS, TOKENS]; BLOCKS: [units, 2, TOKENS]; ALONE: [CTAS] */
     int tokens;
     float eps;
 };
@@ -53,12 +57,14 @@ template <int P> struct Shape {
 /* Inputs are loaded FETCHED K steps at a time, an even number. */
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 64;
 constexpr int VALUES = COLUMNS / 2, SUMS = TOKENS / 2, EACH = TWO_CODES ? 1 : 2; /* of a tile, per thread: its values, their sums by token, and tokens in adjacent columns */
-constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, INPUTS = COLUMNS == 16 || COLUMNS == 64 ? 3 : 4, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
+constexpr int INPUT = COLUMNS * STEP, FETCHED = COLUMNS < 32 ? 4 : 2, CTA_UNITS = up(Shape<GATE_UP>::UNITS, CTAS), BOXES = 24;
 constexpr int SPLITS = O_SPLITS > DOWN_SPLITS ? O_SPLITS : DOWN_SPLITS, WIDEST = HIDDEN > WIDE ? HIDDEN : WIDE, PARTS = up(WIDEST / 8, CONSUMERS);
 __device__ constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+constexpr int MOST_STEPS = larger_of(larger_of(Shape<O>::SHARE, Shape<GATE_UP>::SHARE), larger_of(Shape<DOWN>::SHARE, Shape<NEXT_QKV>::SHARE)); /* of a unit */
+constexpr int INPUTS = ALONE ? up(MOST_STEPS, FETCHED) : COLUMNS == 16 || COLUMNS == 64 ? 3 : 4;
 constexpr int MOST_SCALES = larger_of(larger_of(Shape<O>::SHARE, 2 * Shape<GATE_UP>::SHARE), larger_of(Shape<DOWN>::SHARE, Shape<NEXT_QKV>::SHARE));
 constexpr int AMAXES = BLOCKS ? 2 * CTA_UNITS : 1; /* of act: a unit has values of at most two groups */
-constexpr int FEW = 2, MANY = 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
+constexpr int FEW = ALONE ? 4 : 2, MANY = ALONE ? 8 : 6; /* boxes in flight: longer memory queues would delay the loads that others wait for */
 constexpr float LIMIT = 448.0f, FLOOR = TWO_CODES ? 1e-30f : 1.0f / (448 * 512);
 constexpr u32 IS_THERE = 1u << 31; /* in the sign of an amax */
 
@@ -79,6 +85,8 @@ constexpr int RING = (SHARED - 1024 - INPUTS * FETCHED * INPUT - (int)sizeof(Sme
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + RING + INPUTS * FETCHED * INPUT + (int)sizeof(SmemState);
 static_assert(!(TWO_CODES && BLOCKS), "blocks of pairs");
+static_assert(!ALONE || (Shape<O>::UNITS <= CTAS && Shape<GATE_UP>::UNITS <= CTAS && Shape<DOWN>::UNITS <= CTAS && Shape<NEXT_QKV>::UNITS <= CTAS &&
+                         Shape<DOWN>::SHARE * STEP <= PARTS * CONSUMERS * 8 && CTAS <= CONSUMERS), "a unit of each product, rows, a thread for each amax");
 static_assert(RING >= 4 * 128 * STEP && GATE_UP_ROWS % 16 == 0 && INTER % 16 == 0, "shared memory, pieces");
 
 #include "ptx.cuh"
@@ -151,7 +159,7 @@ struct Row {
         }
     }
     /* Add a product's split-K shares to the residual; returns this thread's sum of squares. */
-    INLINE float add(const float *parts, int splits, u16 *residual) {
+    INLINE float add(const float *parts, int splits, u16 *residual, bool writes = true) {
         float4 part[PARTS][SPLITS][2];
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
@@ -173,7 +181,7 @@ struct Row {
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] = narrow_two(rounded(y[2 * j]) + old[2 * j], rounded(y[2 * j + 1]) + old[2 * j + 1]);
             words[i] = uint4{sum[0], sum[1], sum[2], sum[3]};
-            if (place(i) < HIDDEN) *(uint4 *)(residual + place(i)) = words[i];
+            if (writes && place(i) < HIDDEN) *(uint4 *)(residual + place(i)) = words[i];
             unpack(words[i], y);
 #pragma unroll
             for (int j = 0; j < 8; j++) squares += y[j] * y[j];
@@ -211,6 +219,8 @@ __device__ __noinline__ void prepare(const Between &s, int product, SmemState &s
     consumers_sync();
     if (threadIdx.x == 0) signal(s.grid_barriers + ready(product));
 }
+
+#include "own_inputs.cuh"
 
 /* Show an amax of act to other CTAs. */
 INLINE void publish(u32 *to, u32 amax) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(amax | IS_THERE) : "memory"); }
@@ -351,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
         weight_producer.produce<GATE_UP>(s, ring, smem);
         weight_producer.produce<DOWN>(s, ring, smem);
         if (s.next_norm) weight_producer.produce<NEXT_QKV>(s, ring, smem);
-    } else if (threadIdx.x == CONSUMERS + 32) {
+    } else if (!ALONE && threadIdx.x == CONSUMERS + 32) {
         wait_on_dependent_grids();
         InputProducer input_producer;
         input_producer.fetch<O>(s, inputs, smem);
@@ -372,10 +382,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
         consumers_sync();
         if (threadIdx.x == 0) signal(s.grid_barriers + done(product));
     };
-    if (has_token) prepare(s, O, smem);
+    if (ALONE) own_attended(s, inputs, consumer.input.at, smem);
+    else if (has_token) prepare(s, O, smem);
     product<O>(s, consumer, ring, inputs, smem, keep_share);
     share_done(O);
-    if (has_token) prepare(s, GATE_UP, smem);
+    if (ALONE) own_norm<GATE_UP>(s, inputs, consumer.input.at, smem);
+    else if (has_token) prepare(s, GATE_UP, smem);
     product<GATE_UP>(s, consumer, ring, inputs, smem, [&](int round, int v, int, bool inside, int, int token, float (&y)[2][EACH]) {
 #pragma unroll
         for (int c = 0; c < EACH; c++) {
@@ -384,10 +396,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) between_attentions(cons
             if (inside) smem.act[round][token + c][thread_row() + v % 2 * 8] = act;
         }
     });
-    quantize_act(s, smem);
+    if (ALONE) own_act(s, inputs, consumer.input.at, smem);
+    else quantize_act(s, smem);
     product<DOWN>(s, consumer, ring, inputs, smem, keep_share);
     share_done(DOWN);
-    if (has_token) prepare(s, NEXT_QKV, smem);
+    if (ALONE) own_norm<NEXT_QKV>(s, inputs, consumer.input.at, smem);
+    else if (has_token) prepare(s, NEXT_QKV, smem);
     if (!s.next_norm) return;
     product<NEXT_QKV>(s, consumer, ring, inputs, smem, [&](int, int, int, bool inside, int row, int token, float (&y)[1][EACH]) {
         const float bias = QKV_BIAS && inside ? wide(__ldg(s.qkv_bias + row)) : 0;
