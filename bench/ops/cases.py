@@ -79,7 +79,7 @@ def cases(p: Platform, scale: float = 1.0, scheme: str = "ptpc_fp8") -> Iterator
         yield Case("experts", f"M={m}", "", lambda m=m: experts(p, scheme, m))
     for m in (*tokens, *LONG) if not p.is_cpu else tokens:
         for routing in ROUTINGS:
-            library = "" if by_blocks(p, scheme) or p.is_cpu else "_scaled_grouped_mm, twice"
+            library = library_of_experts(p, scheme, routing)
             yield Case("routed_experts", f"M={m} {routing}", library, lambda m=m, r=routing: routed_experts(p, scheme, m, r))
     for n in (1, 16, 256):
         if n <= tokens[-1]:
@@ -128,13 +128,18 @@ def factors(p: Platform, scheme: str, m: int, n: int, k: int) -> tuple[ops.Opera
         dense = random(p, n, k).to(library_dtype(p))
         return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
     codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
+    return given, w, scaled_mm(p, scheme, codes, b), held + b.nbytes
+
+
+def scaled_mm(p: Platform, scheme: str, codes: Tensor, b: Tensor) -> Call:
+    """The library's product of codes [m, k] by b [n, k]."""
+    (m, k), n = codes.shape, len(b)
     if by_blocks(p, scheme):  # tokens' scales lie group by group
         scales = torch.ones(k // 128, m, device=p.device).mT, torch.ones(n // 128, k // 128, device=p.device).mT
     else:
         scales = (torch.ones((), device=p.device),) * 2
     fast = not by_blocks(p, scheme)
-    library = partial(torch._scaled_mm, codes, b.mT, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
-    return given, w, library, held + b.nbytes
+    return partial(torch._scaled_mm, codes, b.mT, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def linear(p: Platform, scheme: str, m: int, n: int, k: int) -> Set:
@@ -187,8 +192,8 @@ def experts(p: Platform, scheme: str, m: int) -> Set:
 
 
 def routed_experts(p: Platform, scheme: str, m: int, routing: str) -> Set:
-    """Experts of tokens that are routed already. The library's two products are of rows that lie in order, without SiLU and
-    quantization in between, and without the sum; it has none of blocks.
+    """Experts of tokens that are routed already. The library's products are of rows that lie in order, without SiLU and
+    quantization in between, and without the sum.
     """
     (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p, scheme)
     likely = torch.rand(m, count, device=p.device)
@@ -199,10 +204,35 @@ def routed_experts(p: Platform, scheme: str, m: int, routing: str) -> Set:
         to = torch.arange(chosen, device=p.device).expand(m, chosen).int().contiguous()
     given, _ = ops.rms_norm(random(p, m, hidden), random(p, hidden), 1e-5, None, [up])
     routed, used = ops.Routed(to, torch.rand(m, chosen, device=p.device)), int(to.unique().numel())
-    none = p.is_cpu or by_blocks(p, scheme)
-    library = None if none else grouped_mm(p, (up, down), ops.dispatch(to, count).starts, m * chosen)
+    library = None
+    if library_of_experts(p, scheme, routing):
+        starts = ops.dispatch(to, count).starts
+        library = (
+            each_mm(p, scheme, (up, down), m, chosen) if routing == "one-hot" else grouped_mm(p, (up, down), starts, m * chosen)
+        )
     per_expert, call = 3 * hidden * inner, partial(ops.experts, given, routed, up, down)
     return Set(call, library, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
+
+
+def library_of_experts(p: Platform, scheme: str, routing: str) -> str:
+    """The library's name for such products, which on a GPU it has: grouped ones, though none of blocks, and a plain one an
+    expert, where the host knows how many rows each has.
+    """
+    if p.is_cpu:
+        return ""
+    return "_scaled_mm, an expert each" if routing == "one-hot" else "" if by_blocks(p, scheme) else "_scaled_grouped_mm, twice"
+
+
+def each_mm(p: Platform, scheme: str, stacks: Sequence[Any], m: int, chosen: int) -> Call:
+    """The library's products of m random rows by each of the first experts of both stacks."""
+    rows = [random(p, m, w.k).to(p.fp8_dtype) for w in stacks]
+    calls = [scaled_mm(p, scheme, x, w.weight[e]) for x, w in zip(rows, stacks, strict=True) for e in range(chosen)]
+
+    def call() -> None:
+        for product in calls:
+            product()
+
+    return call
 
 
 def grouped_mm(p: Platform, stacks: Sequence[Any], starts: Tensor, pairs: int) -> Call:

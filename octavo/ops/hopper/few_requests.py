@@ -1,0 +1,76 @@
+"""Decode attention of a few requests over an FP8 cache by csrc/few_requests_attention.cu, with rotary embedding and cache write."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.kvcache import LayerCache
+from octavo.ops.hopper import cache_blocks
+from octavo.ops.hopper.cache_blocks import BLOCK, DIM
+from octavo.ops.hopper.compile import Kernels
+from octavo.ops.triton.decode import LOG2E, New
+
+__all__ = ["KERNELS", "SPLITS", "attend", "refusal", "splits_of"]
+
+SPLITS = 1, 2, 4, 8  # parts of a context, the CTAs of a cluster
+HELD, MAX_GROUP = 8, 8  # blocks of a part, query heads of a KV head, as in few_requests_attention.cu
+KERNELS = Kernels(
+    "few_requests_attention.cu", "few_requests_attention", "attention of a few requests is Triton's", ("SPLITS",),
+    [(n,) for n in SPLITS],
+)  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "rotary_rows", "slots", "cos_sin", "q_norm",
+                                        "k_norm", "cache", "k_scale", "v_scale")),
+        ("q_stride", c_int64), ("kv_stride", c_int64), *((name, c_int32) for name in ("table_width", "kv_heads", "group")),
+        ("eps", c_float), ("qk_scale", c_float),
+    ]  # fmt: skip
+
+
+def splits_of(longest: int) -> int | None:
+    """Into how many parts contexts of up to this many tokens are split. None: they do not fit."""
+    return next((n for n in SPLITS[1:] if longest <= n * HELD * BLOCK), None)
+
+
+def refusal(q: Tensor, new: New, cache: LayerCache, longest: int, window: int | None) -> str | None:
+    """None, or the reason why few_requests_attention.cu does not attend to this cache."""
+    if splits_of(longest) is None:
+        return f"contexts of more than {SPLITS[-1] * HELD * BLOCK} tokens"
+    if q.shape[1] > MAX_GROUP * cache.views["k"].shape[2]:
+        return f"more than {MAX_GROUP} query heads of a KV head"
+    if cache_blocks.per_token_head(cache):
+        return "scales of each token and head"
+    if new.rope.cos_sin.shape[1] != DIM:
+        return "dimensions of a head that are not rotated"
+    if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in (q, new.k, new.v)):
+        return "heads that are not adjacent, or not at multiples of 8 bytes"
+    return cache_blocks.refusal(KERNELS.platform, q.dtype, cache, window)
+
+
+def attend(
+    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, new: New, splits: int
+) -> bool:  # fmt: skip
+    """Compute out [T, H, 128] of q, T requests of one token each; returns whether the kernel is available.
+
+    The row of a request without a context becomes zeros.
+    """
+    if (kernel := KERNELS.kernel((splits,), q.device)) is None:
+        return False
+    k, (norms, cos_sin, rows) = cache.views["k"], new.rope
+    kv_heads = k.shape[2]
+    gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
+    arguments = _Attention(
+        q.data_ptr(), new.k.data_ptr(), new.v.data_ptr(), out.data_ptr(), batch.block_tables.data_ptr(),
+        batch.seq_lens.data_ptr(), rows.data_ptr(), new.slots.data_ptr(), cos_sin.data_ptr(), *gains, k.data_ptr(),
+        cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), new.k.stride(0), batch.block_tables.stride(0), kv_heads,
+        q.shape[1] // kv_heads, norms.eps if norms else 0.0, scale * LOG2E,
+    )  # fmt: skip
+    kernel.launch(len(q) * kv_heads * splits, arguments, early=True)
+    return True
