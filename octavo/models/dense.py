@@ -51,9 +51,9 @@ class FusedLM(CausalLM):
         self.model.fused = ()
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        if (fused := self.model.fused_for(requests, longest)) and fused.attends:
-            return ()
-        return super().graph_key(requests, longest)
+        if (fused := self.model.fused_for(requests, longest)) is None:
+            return super().graph_key(requests, longest)
+        return () if fused.attends else (fused.variant(longest), super().graph_key(requests, longest))
 
     def parts(self) -> DecoderParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""

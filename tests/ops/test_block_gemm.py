@@ -93,7 +93,7 @@ def weight(n: int, k: int, padded: int = 16) -> tuple[block_gemm.PackedBlocks, T
     device = detect().device
     values = torch.randn(n, k, device=device) * torch.rand(n, 1, device=device).mul(4).exp()
     q = quantize(values, FP8_BLOCK, F8).padded(padded)
-    return block_gemm.PackedBlocks(q), dequantize(q).double()
+    return block_gemm.PackedBlocks(q, 132), dequantize(q).double()
 
 
 def in_rows(n: int, k: int) -> tuple[block_gemm.PackedBlocks, Tensor]:
@@ -104,7 +104,7 @@ def in_rows(n: int, k: int) -> tuple[block_gemm.PackedBlocks, Tensor]:
     assert q.scale is not None
     if len(q.scale) < n:  # one tile is the whole weight
         q.scale = q.scale.repeat_interleave(128, 0)[:n]
-    packed = block_gemm.PackedBlocks(q)
+    packed = block_gemm.PackedBlocks(q, 132)
     assert (packed.by_row is not None) == (len(q.scale) != -(-n // 128))
     return packed, torch.cat([exact for _, exact in parts])
 
@@ -243,8 +243,8 @@ def test_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "32 tokens" in str(block_gate_up_silu.refusal(x[:32], w))
     assert "BF16" in str(block_gate_up_silu.refusal(x.float(), w))
     assert "Hopper" in str(block_gate_up_silu.refusal(x, gpu.PackedBlocks(q)))
-    assert "per row" in str(block_gate_up_silu.refusal(x, block_gemm.PackedBlocks(in_rows)))
-    assert block_gate_up_silu.refusal(x, block_gemm.PackedBlocks(quantize(torch.randn(256, 256), FP8_BLOCK, F8))) is None
+    assert "per row" in str(block_gate_up_silu.refusal(x, block_gemm.PackedBlocks(in_rows, 132)))
+    assert block_gate_up_silu.refusal(x, block_gemm.PackedBlocks(quantize(torch.randn(256, 256), FP8_BLOCK, F8), 132)) is None
     assert w.reads == CodeFormat(F8, Granularity.BLOCK, 256)
 
 

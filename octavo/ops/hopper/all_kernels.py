@@ -15,6 +15,7 @@ from octavo.ops.hopper import (
     block_gate_up_silu,
     block_gemm,
     experts,
+    few_requests,
     few_tokens,
     gate_up_silu,
     qkv_rope_kv_write,
@@ -28,7 +29,7 @@ __all__ = ["compile_all", "every_kernel"]
 def every_kernel() -> Iterator[Kernels]:
     """The kernels whose variants are compiled while a model is loaded."""
     yield from (attention.PREFILL, attention.DECODE)  # those over scales of each token are not used yet
-    for module in (block_gate_up_silu, block_gemm, experts, few_tokens, gate_up_silu, qkv_rope_kv_write, route):
+    for module in (block_gate_up_silu, block_gemm, experts, few_requests, few_tokens, gate_up_silu, qkv_rope_kv_write, route):
         yield from (value for value in vars(module).values() if isinstance(value, Kernels))
     yield all_reduce.kernels(*all_reduce.USUAL_RANKS)
 

@@ -102,6 +102,9 @@ class DecoderMegakernel:
         """Whether a step of this many one-token requests, with contexts up to `longest`, runs as one launch."""
         return requests == 1 and longest <= LONGEST
 
+    def variant(self, longest: int) -> None:
+        """One launch serves all contexts."""
+
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden]."""
         residual, x = torch.empty_like(x), x.contiguous()

@@ -1,4 +1,4 @@
-"""Decode attention of a few requests over an FP8 cache by csrc/few_requests_attention.cu, with rotary embedding and cache write."""
+"""Decode attention of a few requests over an FP8 cache, with rotary embedding and cache write, csrc/few_requests_attention.cu."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
+from octavo.ops.contract import Rope
 from octavo.ops.hopper import cache_blocks
 from octavo.ops.hopper.cache_blocks import BLOCK, DIM
 from octavo.ops.hopper.compile import Kernels
-from octavo.ops.triton.decode import LOG2E, New
+from octavo.ops.triton.decode import LOG2E
 
 __all__ = ["KERNELS", "SPLITS", "attend", "refusal", "splits_of"]
 
@@ -39,7 +40,7 @@ def splits_of(longest: int) -> int | None:
     return next((n for n in SPLITS[1:] if longest <= n * HELD * BLOCK), None)
 
 
-def refusal(q: Tensor, new: New, cache: LayerCache, longest: int, window: int | None) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, longest: int, window: int | None) -> str | None:
     """None, or the reason why few_requests_attention.cu does not attend to this cache."""
     if splits_of(longest) is None:
         return f"contexts of more than {SPLITS[-1] * HELD * BLOCK} tokens"
@@ -47,30 +48,36 @@ def refusal(q: Tensor, new: New, cache: LayerCache, longest: int, window: int | 
         return f"more than {MAX_GROUP} query heads of a KV head"
     if cache_blocks.per_token_head(cache):
         return "scales of each token and head"
-    if new.rope.cos_sin.shape[1] != DIM:
+    if rope.cos_sin.shape[1] != DIM:
         return "dimensions of a head that are not rotated"
-    if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in (q, new.k, new.v)):
+    if any(x.data_ptr() % 8 or x.stride(0) % 4 or x.stride()[1:] != (x.shape[2], 1) for x in (q, k, v)):
         return "heads that are not adjacent, or not at multiples of 8 bytes"
     return cache_blocks.refusal(KERNELS.platform, q.dtype, cache, window)
 
 
 def attend(
-    q: Tensor, out: Tensor, cache: LayerCache, batch: ForwardBatch, scale: float, new: New, splits: int
-) -> bool:  # fmt: skip
-    """Compute out [T, H, 128] of q, T requests of one token each; returns whether the kernel is available.
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None,
+    longest: int, splits: int | None = None,
+) -> Tensor | None:  # fmt: skip
+    """`ops.attend` for requests of one token each, with contexts up to `longest`; None where `refusal` says why, or the kernel
+    is not available. splits: overrides `splits_of`.
 
     The row of a request without a context becomes zeros.
     """
-    if (kernel := KERNELS.kernel((splits,), q.device)) is None:
-        return False
-    k, (norms, cos_sin, rows) = cache.views["k"], new.rope
-    kv_heads = k.shape[2]
+    if (reason := refusal(q, k, v, rope, cache, longest, window)) is not None:
+        KERNELS.refused(reason)
+        return None
+    splits = splits or splits_of(longest)
+    if splits is None or (kernel := KERNELS.kernel((splits,), q.device)) is None:
+        return None
+    out, keys, (norms, cos_sin, rows) = torch.empty(q.shape, dtype=q.dtype, device=q.device), cache.views["k"], rope
+    kv_heads = keys.shape[2]
     gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
     arguments = _Attention(
-        q.data_ptr(), new.k.data_ptr(), new.v.data_ptr(), out.data_ptr(), batch.block_tables.data_ptr(),
-        batch.seq_lens.data_ptr(), rows.data_ptr(), new.slots.data_ptr(), cos_sin.data_ptr(), *gains, k.data_ptr(),
-        cache.k_scale.data_ptr(), cache.v_scale.data_ptr(), q.stride(0), new.k.stride(0), batch.block_tables.stride(0), kv_heads,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), batch.block_tables.data_ptr(), batch.seq_lens.data_ptr(),
+        rows.data_ptr(), batch.slot_mapping.data_ptr(), cos_sin.data_ptr(), *gains, keys.data_ptr(), cache.k_scale.data_ptr(),
+        cache.v_scale.data_ptr(), q.stride(0), k.stride(0), batch.block_tables.stride(0), kv_heads,
         q.shape[1] // kv_heads, norms.eps if norms else 0.0, scale * LOG2E,
     )  # fmt: skip
     kernel.launch(len(q) * kv_heads * splits, arguments, early=True)
-    return True
+    return out
