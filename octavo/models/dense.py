@@ -53,7 +53,7 @@ class FusedLM(CausalLM):
     def graph_key(self, requests: int, longest: int) -> Hashable:
         if (fused := self.model.fused_for(requests, longest)) is None:
             return super().graph_key(requests, longest)
-        return () if fused.attends else (fused.variant(longest), super().graph_key(requests, longest))
+        return () if fused.attends else (fused.variant(requests, longest), super().graph_key(requests, longest))
 
     def parts(self) -> DecoderParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""

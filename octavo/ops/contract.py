@@ -367,7 +367,7 @@ class FusedDecoder(Protocol):
     def takes(self, requests: int, longest: int) -> bool:
         """Whether it computes a decode step of this many requests, one token each, with contexts up to `longest`."""
 
-    def variant(self, longest: int) -> Hashable:
+    def variant(self, requests: int, longest: int) -> Hashable:
         """A key of what its launches differ in by contexts, beside `decode_variant`: equal keys of both, equal launches."""
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:

@@ -102,7 +102,7 @@ class DecoderMegakernel:
         """Whether a step of this many one-token requests, with contexts up to `longest`, runs as one launch."""
         return requests == 1 and longest <= LONGEST
 
-    def variant(self, longest: int) -> None:
+    def variant(self, requests: int, longest: int) -> None:
         """One launch serves all contexts."""
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:

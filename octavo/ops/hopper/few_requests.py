@@ -1,4 +1,4 @@
-"""Decode attention of a few requests over an FP8 cache, with rotary embedding and cache write, csrc/few_requests_attention.cu."""
+"""Decode attention of a few requests, with rotary embedding and cache write, by csrc/few_requests_attention.cu."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from octavo.ops.contract import Rope
 from octavo.ops.hopper import cache_blocks
 from octavo.ops.hopper.cache_blocks import BLOCK, DIM
 from octavo.ops.hopper.compile import Kernels
+from octavo.ops.triton import launch
 from octavo.ops.triton.decode import LOG2E
 
 __all__ = ["KERNELS", "SPLITS", "attend", "refusal", "splits_of"]
@@ -35,15 +36,19 @@ class _Attention(ctypes.Structure):
     ]  # fmt: skip
 
 
-def splits_of(longest: int) -> int | None:
-    """Into how many parts contexts of up to this many tokens are split. None: they do not fit."""
-    return next((n for n in SPLITS[1:] if longest <= n * HELD * BLOCK), None)
+def splits_of(pairs: int, longest: int) -> int | None:
+    """Into how many parts contexts of up to this many tokens are split, for so many pairs of a request and a KV head.
+
+    None: they do not fit, or clusters would wait for one another (an H200: 128 CTAs took twice as long as 64).
+    """
+    splits = next((n for n in SPLITS if longest <= n * HELD * BLOCK), None)
+    return None if splits is None or pairs * splits > launch.device_units() // 2 else splits
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, longest: int, window: int | None) -> str | None:
     """None, or the reason why few_requests_attention.cu does not attend to this cache."""
-    if splits_of(longest) is None:
-        return f"contexts of more than {SPLITS[-1] * HELD * BLOCK} tokens"
+    if splits_of(q.shape[0] * cache.views["k"].shape[2], longest) is None:
+        return f"more CTAs than half of the multiprocessors, or contexts of more than {SPLITS[-1] * HELD * BLOCK} tokens"
     if q.shape[1] > MAX_GROUP * cache.views["k"].shape[2]:
         return f"more than {MAX_GROUP} query heads of a KV head"
     if cache_blocks.per_token_head(cache):
@@ -57,17 +62,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, long
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None,
-    longest: int, splits: int | None = None,
+    longest: int,
 ) -> Tensor | None:  # fmt: skip
     """`ops.attend` for requests of one token each, with contexts up to `longest`; None where `refusal` says why, or the kernel
-    is not available. splits: overrides `splits_of`.
+    is not available.
 
     The row of a request without a context becomes zeros.
     """
     if (reason := refusal(q, k, v, rope, cache, longest, window)) is not None:
         KERNELS.refused(reason)
         return None
-    splits = splits or splits_of(longest)
+    splits = splits_of(len(q) * k.shape[1], longest)
     if splits is None or (kernel := KERNELS.kernel((splits,), q.device)) is None:
         return None
     out, keys, (norms, cos_sin, rows) = torch.empty(q.shape, dtype=q.dtype, device=q.device), cache.views["k"], rope

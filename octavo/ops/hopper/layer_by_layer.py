@@ -47,7 +47,7 @@ class LayerByLayer(Generic[Parts]):
         """Whether a step of this many one-token requests is supported, whatever the contexts."""
         return requests <= self.columns[-1]
 
-    def variant(self, longest: int) -> Hashable:
+    def variant(self, requests: int, longest: int) -> Hashable:
         """A key of what attention's launches differ in, beside `decode_variant`."""
         return None
 

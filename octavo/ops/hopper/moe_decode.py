@@ -140,8 +140,8 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
         self.maps = [[make(codes) for make, (codes, _) in zip(makers, of_layer, strict=True)] for of_layer in stored]
         self.scales = [[scale.data_ptr() for _, scale in of_layer] for of_layer in stored]
 
-    def variant(self, longest: int) -> int | None:
-        return few_requests.splits_of(longest)
+    def variant(self, requests: int, longest: int) -> int | None:
+        return few_requests.splits_of(requests * self.parts.kv_heads, longest)
 
     def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
         found = few_requests.attend(*self.attention_of(layer, qkv, batch), max(batch.context_lens))

@@ -49,13 +49,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
         fence_barrier_init();
         for (int k = 0; k < count; k++) load_box(s.weight, m.weight[k], m.has_weight + k, begin + k, row, ROWS * DEPTH);
     }
-    float of_block[STEPS * TOKENS / THREADS]; /* BLOCKS: of the K steps whose scales this thread multiplies */
-    constexpr int APART = THREADS / TOKENS;
-#pragma unroll
-    for (int i = 0; i < STEPS / APART; i++) {
-        const int k = warp + i * APART;
-        of_block[i] = BLOCKS && k < count ? __ldg(s.by_row + (i64)(row / DEPTH) * s.steps + begin + k) : 0;
-    }
+    const int scaled = threadIdx.x % STEPS; /* BLOCKS: the K step whose scales this thread multiplies, as its neighbours have the next ones */
+    const float of_block = BLOCKS && scaled < count ? __ldg(s.by_row + (i64)(row / DEPTH) * s.steps + begin + scaled) : 0;
     __syncthreads();
     launch_dependent_grids();
     wait_on_dependent_grids();
@@ -63,9 +58,9 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
         for (int k = 0; k < count; k++) load_box(s.x, m.x[k], m.has_x + k, begin + k, 0, TOKENS * DEPTH);
     if (BLOCKS) {
 #pragma unroll
-        for (int i = 0; i < STEPS / APART; i++) {
-            const int k = warp + i * APART;
-            if (k < count && lane < s.tokens) m.by_group[k][lane] = of_block[i] * shared_load(s.by_token + (i64)lane * s.steps + begin + k);
+        for (int i = 0; i < TOKENS * STEPS / THREADS; i++) {
+            const int token = threadIdx.x / STEPS + i * (THREADS / STEPS);
+            if (scaled < count && token < s.tokens) m.by_group[scaled][token] = of_block * shared_load(s.by_token + (i64)token * s.steps + begin + scaled);
         }
         __syncthreads();
     }
