@@ -52,14 +52,6 @@ class _Rows(ctypes.Structure):
     ]  # fmt: skip
 
 
-MATES = 2
-
-
-def cluster_of(variant: Variant) -> int:
-    """CTAs of a cluster, which share a weight's rows; as in grouped_gemm.cu."""
-    return MATES if variant.tokens > TOKENS[0] else 1
-
-
 def choose(pairs: int, experts: int) -> int:
     """Most pairs of a tile: of few, more than experts have on average, so that a weight is mostly read once."""
     return TOKENS[pairs > 20 * experts]
@@ -105,12 +97,11 @@ def _launch(
     experts, rows, depth = w.weight.shape
     assert w.scale is not None
     codes, scale = given
-    box = ROWS // cluster_of(variant)
     if variant.gated:
         sizes, strides = (depth, 8, 2, channels // 8, experts), (depth, channels * depth, 8 * depth, rows * depth)
-        weight, x = tensor_map(w.weight, sizes, strides, (BLOCK, 8, 2, box // 16, 1)), bytes(128)
+        weight, x = tensor_map(w.weight, sizes, strides, (BLOCK, 8, 2, ROWS // 16, 1)), bytes(128)
     else:
-        weight = tensor_map(w.weight, (depth, channels, experts), (depth, rows * depth), (BLOCK, box, 1))
+        weight = tensor_map(w.weight, (depth, channels, experts), (depth, rows * depth), (BLOCK, ROWS, 1))
         x = tensor_map(codes, (depth, len(codes)), (depth,), (BLOCK, variant.tokens))
     to = (None, None, 0) if made is None else (made.codes.data_ptr(), made.scale.data_ptr(), made.codes.shape[1])
     arguments = _Grouped(
@@ -119,7 +110,7 @@ def _launch(
         at.top_k, depth, -(-depth // BLOCK), scale.shape[1], channels, -(-channels // (ROWS // 2 if variant.gated else ROWS)),
         to[2],
     )  # fmt: skip
-    kernel.launch(launch.device_units() // cluster_of(variant) * cluster_of(variant), arguments, early=True)
+    kernel.launch(launch.device_units(), arguments, early=True)
     return True
 
 

@@ -30,7 +30,7 @@ KERNELS = Kernels(
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "out", "tables", "lengths", "rotary_rows", "slots", "cos_sin", "q_norm",
-                                        "k_norm", "cache", "k_scale", "v_scale")),
+                                        "k_norm", "cache", "next_cache", "k_scale", "v_scale")),
         ("q_stride", c_int64), ("kv_stride", c_int64), *((name, c_int32) for name in ("table_width", "kv_heads", "group")),
         ("eps", c_float), ("qk_scale", c_float),
     ]  # fmt: skip
@@ -62,10 +62,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, long
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None,
-    longest: int,
+    longest: int, next_cache: LayerCache | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`ops.attend` for requests of one token each, with contexts up to `longest`; None where `refusal` says why, or the kernel
-    is not available.
+    is not available. next_cache: that of the next layer, whose keys and values of the same tokens are brought into L2.
 
     The row of a request without a context becomes zeros.
     """
@@ -80,8 +80,9 @@ def attend(
     gains = (norms.q.data_ptr(), norms.k.data_ptr()) if norms else (None, None)
     arguments = _Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), batch.block_tables.data_ptr(), batch.seq_lens.data_ptr(),
-        rows.data_ptr(), batch.slot_mapping.data_ptr(), cos_sin.data_ptr(), *gains, keys.data_ptr(), cache.k_scale.data_ptr(),
-        cache.v_scale.data_ptr(), q.stride(0), k.stride(0), batch.block_tables.stride(0), kv_heads,
+        rows.data_ptr(), batch.slot_mapping.data_ptr(), cos_sin.data_ptr(), *gains, keys.data_ptr(),
+        None if next_cache is None else next_cache.views["k"].data_ptr(), cache.k_scale.data_ptr(), cache.v_scale.data_ptr(),
+        q.stride(0), k.stride(0), batch.block_tables.stride(0), kv_heads,
         q.shape[1] // kv_heads, norms.eps if norms else 0.0, scale * LOG2E,
     )  # fmt: skip
     kernel.launch(len(q) * kv_heads * splits, arguments, early=True)

@@ -129,7 +129,8 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
         most = self.columns[-1]
         self.qkv_rows = (parts.heads + 2 * parts.kv_heads) * parts.head_dim
         self.kernels = self.compiled("moe_decode.cu", "between_moe_attentions", self.options())
-        experts = self.layers[0].gate_up.experts
+        experts, caches = self.layers[0].gate_up.experts, [layer.cache for layer in self.layers]
+        self.next_caches = dict(zip(map(id, self.layers), (*caches[1:], None), strict=True))
         empty = partial(torch.empty, device=platform.device)
         self.middle, self.o_out, self.down_out = empty(3, most, parts.hidden, dtype=torch.bfloat16)
         self.logits = empty(most, experts, dtype=torch.float32)
@@ -144,7 +145,7 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
         return few_requests.splits_of(requests * self.parts.kv_heads, longest)
 
     def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
-        found = few_requests.attend(*self.attention_of(layer, qkv, batch), max(batch.context_lens))
+        found = few_requests.attend(*self.attention_of(layer, qkv, batch), max(batch.context_lens), self.next_caches[id(layer)])
         return super()._attend(layer, qkv, batch) if found is None else found.flatten(1)
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:

@@ -22,6 +22,7 @@ struct Attention {
     const float *cos_sin; /* [rows, 128], cosines first */
     const u16 *q_norm, *k_norm; /* [128], or null */
     u8 *cache;
+    const u8 *next_cache; /* of the next layer, whose part of the same tokens is brought into L2; or null */
     const float *k_scale, *v_scale;
     i64 q_stride, kv_stride;
     int table_width, kv_heads, group;
@@ -149,6 +150,18 @@ INLINE void prepare_new(const Attention &s, Shared &m, const Rotation &rotation,
         for (int i = 0; i < 4; i++) s.cache[value_place(slot, s.kv_heads, kv_head) + (d + i) * BLOCK] = (u8)(codes >> 8 * i);
 }
 
+/* Bring into L2 what the next layer's launch will load. */
+INLINE void expect_next(const Attention &s, int request, int kv_head, int first, int count) {
+    const int *table = s.tables + request * s.table_width + first;
+    constexpr int LINES = BLOCK * DIM / 32; /* of a block's keys, or values, of a head */
+    for (int i = threadIdx.x; i < count * LINES; i += THREADS) {
+        const i64 slot = (i64)__ldg(table + i / LINES) * BLOCK;
+        const int line = i % LINES;
+        prefetch(s.next_cache + key_place(slot + line / 4, s.kv_heads, kv_head) + line % 4 * 32);
+        prefetch(s.next_cache + value_place(slot, s.kv_heads, kv_head) + line * 32);
+    }
+}
+
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1) few_requests_attention(const __grid_constant__ Attention s) {
     Shared &m = shared_memory<Shared>();
     const int split = blockIdx.x % SPLITS, kv_head = blockIdx.x / SPLITS % s.kv_heads, request = blockIdx.x / SPLITS / s.kv_heads;
@@ -179,6 +192,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
         }
     }
     const bool brings = newest >= 0 && newest < count * BLOCK, rotates = warp < HEADS || (brings && warp == HEADS);
+    if (s.next_cache) expect_next(s, request, kv_head, first, count);
     const float k_scale = __ldg(s.k_scale), v_scale = __ldg(s.v_scale);
     const i64 slot = __ldg(s.slots + request);
     Rotation rotation;

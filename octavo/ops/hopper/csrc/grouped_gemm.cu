@@ -30,16 +30,12 @@ struct Grouped {
 constexpr bool IN_GROUPS = GATED && (BLOCKS || TOKENS == 32); /* of the result */
 constexpr bool PROMOTES = BLOCKS || (!GATED && TOKENS == 32); /* codes have scales in groups */
 #ifndef TURNS
-#define TURNS 1
-#endif
-#ifndef MATES
-#define MATES 2
+#define TURNS 0
 #endif
 constexpr bool IN_TURNS = BLOCKS && TOKENS > 32 && TURNS;
 constexpr int DEPTH = 128, ROWS = 256, HALVES = ROWS / 128; /* a warpgroup multiplies HALVES times 64 rows */
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, WARPS = CONSUMERS / 32;
 constexpr int X = TOKENS * DEPTH, W = ROWS * DEPTH, STAGES = TOKENS > 32 ? 4 : 5; /* X and W in bytes */
-constexpr int CLUSTER = TOKENS > 32 ? MATES : 1; /* CTAs that share a weight's rows: each loads a part of them for all */
 constexpr int TILE = GATED ? ROWS / 2 : ROWS, SLICE = TILE / GROUPS; /* channels of a tile, of a warpgroup */
 constexpr int RESIDENT = TOKENS > 32 ? 1 : 2; /* CTAs for whose registers an SM has room: kernels before and behind take the rest */
 constexpr int GATHERERS = 96, MOST_EXPERTS = 512, PART = 32; /* PART: pairs that are staged at once */
@@ -75,8 +71,8 @@ INLINE int staged_at(int pair, int chunk) { return pair * SLICE + (chunk ^ pair 
 struct Tiles {
     const Grouped &s;
     const Shared &m;
-    int at, expert, place, count, block; /* the tile's first pair; its pairs, of a cluster maybe none; its place along the weight's rows */
-    INLINE Tiles(const Grouped &s, const Shared &m) : s(s), m(m), at(blockIdx.x / CLUSTER) {}
+    int at, expert, place, count, block; /* the tile's first pair; its pairs; its place along the weight's rows */
+    INLINE Tiles(const Grouped &s, const Shared &m) : s(s), m(m), at(blockIdx.x) {}
     INLINE bool next() {
         if (at >= m.first[s.experts] * s.across) return false;
         expert = 0;
@@ -84,11 +80,8 @@ struct Tiles {
         for (int step = MOST_EXPERTS / 2; step; step >>= 1)
             if (expert + step < s.experts && m.first[expert + step] * s.across <= at) expert += step;
         const int first = m.first[expert], tall = m.first[expert + 1] - first, in = at - first * s.across;
-        block = in / tall, place = m.starts[expert] + in % tall * (CLUSTER * TOKENS);
-        const int all = min(CLUSTER * TOKENS, m.starts[expert + 1] - place), own = CLUSTER > 1 ? min((all + 2 * PART - 1) / (2 * PART) * PART, TOKENS) : TOKENS;
-        const int before = CLUSTER > 1 && blockIdx.x % CLUSTER ? min(own, all) : 0; /* the cluster's pairs are shared out evenly */
-        place += before, count = min(own, all - before);
-        at += gridDim.x / CLUSTER;
+        block = in / tall, place = m.starts[expert] + in % tall * TOKENS, count = min(TOKENS, m.starts[expert + 1] - place);
+        at += gridDim.x;
         return true;
     }
     INLINE int padded() const { return (count + PART - 1) / PART * PART; }
@@ -100,7 +93,7 @@ INLINE void count_tiles(const Grouped &s, Shared &m) {
     for (int e = begin; e < end; e++) {
         const int start = s.starts[e];
         m.starts[e] = start, m.first[e] = sum;
-        sum += (s.starts[e + 1] - start + CLUSTER * TOKENS - 1) / (CLUSTER * TOKENS);
+        sum += (s.starts[e + 1] - start + TOKENS - 1) / TOKENS;
     }
     int until = sum;
     for (int i = 1; i < 32; i *= 2) {
@@ -113,7 +106,6 @@ INLINE void count_tiles(const Grouped &s, Shared &m) {
 
 #define COPY(D) "cp.async.bulk.tensor." #D "d.shared::cluster.global.mbarrier::complete_tx::bytes"
 #define COPY_HINTED(D) COPY(D) ".L2::cache_hint [%0], [%1, "
-#define COPY_TO_CLUSTER(D) COPY(D) ".multicast::cluster.L2::cache_hint [%0], [%1, "
 INLINE void produce_weights(const Grouped &s, Shared &m) {
     PipelineState<STAGES> at;
     Tiles tile(s, m);
@@ -126,13 +118,7 @@ INLINE void produce_weights(const Grouped &s, Shared &m) {
             const u32 full = address(m.full + at.at), to = address(m.weight[at.at]);
             wait(m.empty + at.at, at.parity ^ 1);
             expect(m.full + at.at, W);
-            if (CLUSTER > 1) {
-                const int rank = blockIdx.x % CLUSTER;
-                const u32 part = to + rank * (W / CLUSTER);
-                const u16 everyone = (1 << CLUSTER) - 1;
-                if (GATED) asm volatile(COPY_TO_CLUSTER(5) "{%2, %3, %3, %4, %5}], [%6], %7, %8;" ::"r"(part), "l"(&s.weight), "r"(k * DEPTH), "r"(0), "r"(tile.block * (TILE / 8) + rank * (TILE / 8 / CLUSTER)), "r"(tile.expert), "r"(full), "h"(everyone), "l"(policy) : "memory");
-                else asm volatile(COPY_TO_CLUSTER(3) "{%2, %3, %4}], [%5], %6, %7;" ::"r"(part), "l"(&s.weight), "r"(k * DEPTH), "r"(tile.block * TILE + rank * (TILE / CLUSTER)), "r"(tile.expert), "r"(full), "h"(everyone), "l"(policy) : "memory");
-            } else if (GATED) /* 8 rows of gate, 8 of up, and so on: a thread that has a channel's gate has its up, too */
+            if (GATED) /* 8 rows of gate, 8 of up, and so on: a thread that has a channel's gate has its up, too */
                 asm volatile(COPY_HINTED(5) "{%2, %3, %3, %4, %5}], [%6], %7;" ::"r"(to), "l"(&s.weight), "r"(k * DEPTH), "r"(0), "r"(tile.block * (TILE / 8)), "r"(tile.expert), "r"(full), "l"(policy) : "memory");
             else asm volatile(COPY_HINTED(3) "{%2, %3, %4}], [%5], %6;" ::"r"(to), "l"(&s.weight), "r"(k * DEPTH), "r"(tile.block * TILE), "r"(tile.expert), "r"(full), "l"(policy) : "memory");
         }
@@ -196,13 +182,6 @@ INLINE void produce_codes(const Grouped &s, Shared &m) {
 
 /* Value 4j + 2i + c of a thread's sums is of row lane / 4 + 8i of its warp's 16, and of pair 8j + lane % 4 * 2 + c. */
 typedef float Sums[HALVES][TOKENS / 2];
-/* A warp has read a stage, in which all CTAs of the cluster will write. */
-INLINE void release(Shared &m, int stage) {
-    const u32 lane = threadIdx.x % 32;
-    if (CLUSTER == 1 && lane == 0) arrive(m.empty + stage);
-    if (CLUSTER > 1 && lane < CLUSTER)
-        asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a];}" ::"r"(address(m.empty + stage)), "r"(lane) : "memory");
-}
 /* Issue sums = (add ? sums : 0) + rows [64, 128] x [N, 128]^T, both in rows of 128 bytes. */
 template <int N> INLINE void multiply(float *sums, u32 rows, u32 x, bool add) {
 #pragma unroll
@@ -244,7 +223,7 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
                 }
             }
             __syncwarp(); /* all lanes have read their scales */
-            release(m, at.at);
+            if (lane == 0) arrive(m.empty + at.at);
         }
     } else {
         int before = 0;
@@ -257,12 +236,12 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
             for (int h = 0; h < HALVES; h++) multiply<N>(sums[h], address(m.weight[at.at]) + (group * HALVES + h) * 64 * DEPTH, address(m.x[at.at]), k > 0);
             warpgroup_commit_batch();
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); /* all but the step just issued are complete */
-            if (k > 0) release(m, before);
+            if (k > 0 && lane == 0) arrive(m.empty + before);
             before = at.at;
         }
 #pragma unroll
         for (int h = 0; h < HALVES; h++) warpgroup_wait(sums[h]);
-        release(m, before);
+        if (lane == 0) arrive(m.empty + before);
     }
 }
 
@@ -304,19 +283,10 @@ INLINE void store_codes(const Grouped &s, Shared &m, int group, const u16 *stage
     }
 }
 
-/* The mainloop of a cluster's CTA that has no pairs. */
-INLINE void pass(const Grouped &s, Shared &m, PipelineState<STAGES> &at, int group) {
-#pragma unroll 1
-    for (int k = 0; k < s.steps; k++, at.next()) {
-        wait(m.full + at.at, at.parity);
-        release(m, at.at);
-    }
-}
 /* A warpgroup's half of a tile: mainloop and epilogue. */
 INLINE void multiply_tile(const Grouped &s, Shared &m, const Tiles &tile, PipelineState<STAGES> &at, int group, int &turn) {
     const int lane = threadIdx.x % 32, thread = threadIdx.x % 128, warp = thread / 32;
     const int channel = tile.block * TILE + group * SLICE;
-    if (CLUSTER > 1 && tile.count <= 0) return pass(s, m, at, group);
     float by_row[HALVES][2], by_token = 0;
     if (!PROMOTES && thread < tile.count) by_token = s.by_token[GATED ? s.order[tile.place + thread] / s.top_k : tile.place + thread];
 #pragma unroll
@@ -369,19 +339,13 @@ INLINE void multiply_tile(const Grouped &s, Shared &m, const Tiles &tile, Pipeli
 
 /* Without GATED this is launched behind the launch with GATED, which waits for `starts` before it lets this one begin, or
    behind one that reads its results and so began later. Tiles are counted and weights loaded before those results are there. */
-#if TOKENS > 32 && MATES > 1
-#define IN_CLUSTERS __cluster_dims__(MATES, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, RESIDENT) grouped_product(const __grid_constant__ Grouped s) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) grouped_product(const __grid_constant__ Grouped s) {
     Shared &m = shared_memory<Shared>();
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) init<GATED ? 1 + GATHERERS : PROMOTES ? 2 + 32 : 2>(m.full + i), init<WARPS * CLUSTER>(m.empty + i);
+        for (int i = 0; i < STAGES; i++) init<GATED ? 1 + GATHERERS : PROMOTES ? 2 + 32 : 2>(m.full + i), init<WARPS>(m.empty + i);
         fence_barrier_init();
     }
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
     if (GATED) wait_on_dependent_grids();
     if (warp == 0) count_tiles(s, m);
     __syncthreads();
@@ -402,5 +366,4 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, RESIDENT) grou
         int turn = 0;
         while (tile.next()) multiply_tile(s, m, tile, at, group, turn);
     }
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait(); /* no CTA may exit while another writes into its shared memory */
 }
