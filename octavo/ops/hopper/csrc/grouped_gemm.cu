@@ -200,7 +200,7 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
             for (int v = 0; v < N / 2; v++) sums[h][v] = 0;
 #pragma unroll 1
         for (int k = 0; k < s.steps; k++, at.next()) {
-            const float by_block[2] = {BLOCKS ? __ldg(scales[0] + k) : 1, BLOCKS ? __ldg(scales[1] + k) : 1};
+            const float by_block[2] = {BLOCKS ? __ldg(scales[0] + k) : 1, BLOCKS && GATED ? __ldg(scales[1] + k) : 1}; /* the second of up's */
             wait(m.full + at.at, at.parity);
             if (GATED) fence_view_async_shared(); /* codes came by plain copies */
 #pragma unroll
@@ -215,10 +215,11 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
 #pragma unroll
                 for (int j = 0; j < N / 8; j++) {
                     const float2 by = *(const float2 *)(m.by_group[at.at] + 8 * j + lane % 4 * 2);
+                    const float low[2] = {by.x * by_block[0], GATED ? by.x * by_block[1] : by.x * by_block[0]}, high[2] = {by.y * by_block[0], GATED ? by.y * by_block[1] : by.y * by_block[0]};
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float *y = sums[h] + 4 * j + 2 * i, *x = part + 4 * j + 2 * i;
-                        y[0] = fmaf(x[0], by.x * by_block[i], y[0]), y[1] = fmaf(x[1], by.y * by_block[i], y[1]);
+                        y[0] = fmaf(x[0], low[i], y[0]), y[1] = fmaf(x[1], high[i], y[1]);
                     }
                 }
             }
