@@ -24,7 +24,8 @@ import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch 
 
 import torch  # isort: skip
 
-from bench.ops.cases import Case, Set, cases
+from bench.ops.cases import Case, cases
+from bench.ops.inputs import Set
 from bench.timing import in_graph
 from octavo import ops
 from octavo.platform import Platform, detect

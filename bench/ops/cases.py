@@ -6,46 +6,27 @@ at hand was bound to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ops.inputs import Call, Set, block_size, by_blocks, random, scaled_mm
+from bench.ops.mixtures import ROUTINGS, experts, library_of_experts, routed_experts
 from octavo import batch, ops
-from octavo.config import EngineConfig
 from octavo.kvcache import LayerCache, Layout, spec_for
 from octavo.platform import Platform
-from octavo.quant import SCHEMES, Granularity, quantize
-from octavo.quant.qtensor import Stacker
+from octavo.quant import SCHEMES, quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # N, K
 TOKENS = (1, 16, 64, 256, 2048)
-MIXTURE = (2048, 768, 128, 8)  # hidden, intermediate, experts, chosen
 LONG = (8192,)  # tokens of a step of prompts
-ROUTINGS = ("balanced", "skewed", "one-hot")  # every expert as likely, an eighth of them most likely, the same for all tokens
 DECODES = ((1, 1024), (1, 32768), (16, 1024), (16, 32768), (64, 1024), (256, 1024))  # requests, context of each
 PREFILLS = ((8, 1024), (2, 4096), (1, 8192))
-Call = Callable[[], Any]
-
-
-@dataclass
-class Set:
-    """One set of inputs: the op on it and the library's call for the same work (None: it has none).
-
-    Bytes and operations are the least that the work needs; `fp8`: on FP8 units. nbytes is what the set holds in memory.
-    """
-
-    op: Call
-    library: Call | None
-    moved: float
-    operations: float = 0.0
-    fp8: bool = False
-    nbytes: int = field(default=0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ def cases(p: Platform, scale: float = 1.0, scheme: str = "ptpc_fp8") -> Iterator
         yield Case("experts", f"M={m}", "", lambda m=m: experts(p, scheme, m))
     for m in (*tokens, *LONG) if not p.is_cpu else tokens:
         for routing in ROUTINGS:
-            library = "" if by_blocks(p, scheme) or p.is_cpu else "_scaled_grouped_mm, twice"
+            library = library_of_experts(p, scheme, m, routing)
             yield Case("routed_experts", f"M={m} {routing}", library, lambda m=m, r=routing: routed_experts(p, scheme, m, r))
     for n in (1, 16, 256):
         if n <= tokens[-1]:
@@ -93,10 +74,6 @@ def cases(p: Platform, scale: float = 1.0, scheme: str = "ptpc_fp8") -> Iterator
             yield Case("attention", f"prefill {n} x {length}", "SDPA, dense", lambda n=n, c=length: attention(p, n, c, c))
 
 
-def random(p: Platform, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=p.device).bfloat16()
-
-
 def library_dtype(p: Platform) -> torch.dtype:
     """The fastest of the library's: few CPUs multiply BF16 at speed."""
     return (p.widened_dtype or torch.float32) if p.is_cpu else torch.bfloat16
@@ -104,11 +81,6 @@ def library_dtype(p: Platform) -> torch.dtype:
 
 def library_name(p: Platform, scheme: str) -> str:
     return "_scaled_mm, blocks" if by_blocks(p, scheme) else "_scaled_mm, one scale"
-
-
-def by_blocks(p: Platform, scheme: str) -> bool:
-    """Whether the library multiplies with such scales: cuBLAS does on sm_90."""
-    return SCHEMES[scheme].weight is Granularity.BLOCK and p.has_warpgroup_mma
 
 
 def packed(p: Platform, scheme: str, n: int, k: int) -> tuple[ops.PackedWeight, int]:
@@ -128,13 +100,7 @@ def factors(p: Platform, scheme: str, m: int, n: int, k: int) -> tuple[ops.Opera
         dense = random(p, n, k).to(library_dtype(p))
         return given, w, partial(F.linear, x.to(dense.dtype), dense), held + dense.nbytes
     codes, b = x.to(p.fp8_dtype), random(p, n, k).to(p.fp8_dtype)
-    if by_blocks(p, scheme):  # tokens' scales lie group by group
-        scales = torch.ones(k // 128, m, device=p.device).mT, torch.ones(n // 128, k // 128, device=p.device).mT
-    else:
-        scales = (torch.ones((), device=p.device),) * 2
-    fast = not by_blocks(p, scheme)
-    library = partial(torch._scaled_mm, codes, b.mT, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
-    return given, w, library, held + b.nbytes
+    return given, w, scaled_mm(p, scheme, codes, b), held + b.nbytes
 
 
 def linear(p: Platform, scheme: str, m: int, n: int, k: int) -> Set:
@@ -154,69 +120,6 @@ def gated_linear(p: Platform, scheme: str, m: int) -> Set:
 def gated(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
-
-
-def mixture(p: Platform, scheme: str) -> tuple[ops.PackedStack, ops.PackedStack, int]:
-    """Stacks of gate and up, and of down; how many experts they have."""
-    hidden, inner, count, _ = MIXTURE
-    count = count // 8 if p.is_cpu else count  # whose caches hold none of that, either
-    stacks = []
-    for n, k in ((2 * inner, hidden), (hidden, inner)):
-        made = Stacker(count)
-        for e in range(count):
-            made.put(e, quantize(random(p, n, k) * k**-0.5, SCHEMES[scheme], p.fp8_dtype))
-        stacks.append(ops.pack_experts(made.finished(), p))
-    return stacks[0], stacks[1], count
-
-
-def experts(p: Platform, scheme: str, m: int) -> Set:
-    """A router, its experts' products and their sum, with codes beside dense values where the norm before would make them."""
-    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p, scheme)
-    x, ones, gate = random(p, m, hidden), random(p, hidden), random(p, count, hidden) * hidden**-0.5
-    given, _ = ops.rms_norm(x, ones, 1e-5, None, [None, up])
-    spans = [batch.Span([0], 4, [0, 1]) for _ in range(m)]
-    made_of, router = batch.build(spans, block_size(p), p.device), ops.Router(chosen)
-    routed = ops.route(given.values(), gate, None, router, made_of)
-    used = int(routed.experts.unique().numel())
-
-    def call() -> Tensor:
-        return ops.experts(given, ops.route(given.values(), gate, None, router, made_of), up, down)
-
-    per_expert = 3 * hidden * inner
-    return Set(call, None, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
-
-
-def routed_experts(p: Platform, scheme: str, m: int, routing: str) -> Set:
-    """Experts of tokens that are routed already. The library's two products are of rows that lie in order, without SiLU and
-    quantization in between, and without the sum; it has none of blocks.
-    """
-    (hidden, inner, _, chosen), (up, down, count) = MIXTURE, mixture(p, scheme)
-    likely = torch.rand(m, count, device=p.device)
-    if routing == "skewed":
-        likely[:, : count // 8] += 0.5
-    to = likely.argsort(-1, descending=True)[:, :chosen].int()
-    if routing == "one-hot":
-        to = torch.arange(chosen, device=p.device).expand(m, chosen).int().contiguous()
-    given, _ = ops.rms_norm(random(p, m, hidden), random(p, hidden), 1e-5, None, [up])
-    routed, used = ops.Routed(to, torch.rand(m, chosen, device=p.device)), int(to.unique().numel())
-    none = p.is_cpu or by_blocks(p, scheme)
-    library = None if none else grouped_mm(p, (up, down), ops.dispatch(to, count).starts, m * chosen)
-    per_expert, call = 3 * hidden * inner, partial(ops.experts, given, routed, up, down)
-    return Set(call, library, used * per_expert + 4 * m * hidden, 2.0 * m * chosen * per_expert, True, used * per_expert)
-
-
-def grouped_mm(p: Platform, stacks: Sequence[Any], starts: Tensor, pairs: int) -> Call:
-    """The library's products of random rows by stacks, whose rows from starts[1:] on are the next expert's."""
-    rows = [random(p, pairs, w.k).to(p.fp8_dtype) for w in stacks]
-    ones = torch.ones(pairs, device=p.device)
-
-    def call() -> None:
-        for x, w in zip(rows, stacks, strict=True):
-            torch._scaled_grouped_mm(
-                x, w.weight.mT, ones, w.scale.flatten(1), offs=starts[1:], out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-
-    return call
 
 
 def rms_norm(p: Platform, scheme: str, m: int) -> Set:
@@ -254,10 +157,6 @@ def sample(p: Platform, n: int, top_k: int, top_p: float) -> Set:
 def small_weight(p: Platform, scheme: str, k: int) -> tuple[ops.PackedWeight, int]:
     """Some weight that an op's output feeds; what it holds does not matter."""
     return packed(p, scheme, 16, k)
-
-
-def block_size(p: Platform) -> int:
-    return EngineConfig().block_size_on(p.is_cpu)
 
 
 def cache(p: Platform, tokens: int) -> LayerCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,10 @@ class FusedLM(CausalLM):
 
     def unfuse(self) -> None:
         self.model.fused = ()
+
+    def graph_key(self, requests: int, longest: int) -> Hashable:
+        key, fused = super().graph_key(requests, longest), self.model.fused_for(requests, longest)
+        return key if fused is None else (fused.variant(requests, longest), key)
 
     def parts(self) -> DecoderParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""

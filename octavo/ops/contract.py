@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -404,6 +404,9 @@ class FusedDecoder(Protocol):
 
     def takes(self, requests: int, longest: int) -> bool:
         """Whether it computes a decode step of this many requests, one token each, with contexts up to `longest`."""
+
+    def variant(self, requests: int, longest: int) -> Hashable:
+        """A key of what its launches differ in by contexts, beside `decode_variant`: equal keys of both, equal launches."""
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """The last layer's output [requests, hidden] for embeddings x; writes the step's keys and values to the cache."""

@@ -167,7 +167,7 @@ def elementwise_codes(x: Tensor, w: gpu.PackedScaledMM | gpu.PackedBlocks) -> tu
 
 def blocks(tokens: int, rows: int) -> tuple[Quantized, block_gemm.PackedBlocks]:
     """Codes of 128 columns, and a weight of as many."""
-    w = block_gemm.PackedBlocks(quantize(torch.randn(rows, 128), FP8_BLOCK))
+    w = block_gemm.PackedBlocks(quantize(torch.randn(rows, 128), FP8_BLOCK), 132)
     return Quantized(*elementwise_codes(random(tokens, 128), w)), w
 
 

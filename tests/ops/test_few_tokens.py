@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="needs Triton, which this torch came withou
 
 from octavo import ops
 from octavo.ops import gpu
+from octavo.ops.hopper import block_gemm, few_tokens
 from octavo.ops.hopper import compile as compiler
-from octavo.ops.hopper import few_tokens
 from octavo.platform import Platform, detect
 from octavo.quant import SCHEMES, quantize
 from tests.ops.megakernels import dumped
@@ -31,52 +31,71 @@ SHAPES = [
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
+@pytest.mark.parametrize("blocks", [0, 1])
 @pytest.mark.parametrize("splits", few_tokens.SPLITS)
-def test_it_compiles(splits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles(splits: int, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90: nothing spilled, FP8 matrix instructions of a group of warps, loads from the cluster's shared memory."""
     monkeypatch.setattr(compiler, "KEPT", tmp_path / "kept")
-    stacks, code = dumped(compiler.compile_cubin("few_tokens_gemm.cu", "sm_90a", {"SPLITS": splits}), tmp_path)
+    stacks, code = dumped(
+        compiler.compile_cubin("few_tokens_gemm.cu", "sm_90a", {"SPLITS": splits, "BLOCKS": blocks}), tmp_path
+    )
     assert stacks == ["0"]
     assert len(re.findall(r"QGMMA\.64x32x32\.F32\.E4M3\.E4M3", code)) == 4
     assert "UTMALDG.2D" in code
     assert "UCGABAR_ARV" in code
 
 
+def dense(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The values of codes with a scale a row, for each 128 of a row, or for each tile of 128 x 128."""
+    height = 1 if len(scale) == len(codes) else 128
+    width = 1 if scale.shape[1] == 1 else 128
+    scale = scale.double().repeat_interleave(height, 0)[: len(codes)].repeat_interleave(width, 1)
+    return codes.double() * scale[:, : codes.shape[1] if width > 1 else 1]
+
+
 @needs_hopper
+@over("scheme", ["ptpc_fp8", "fp8_block"])
 @over("splits", few_tokens.SPLITS)
 @over("shape", SHAPES)
-def test_it_multiplies(shape: tuple[int, int, int], splits: int) -> None:
+def test_it_multiplies(shape: tuple[int, int, int], splits: int, scheme: str) -> None:
     """As exact as its BF16 results are, and the same bits each time."""
     on = detect()
     ops.bind(on)
-    few_tokens.KERNELS.configure(on)
     m, n, k = shape
-    w = few_tokens.PackedScaledMM(quantize(torch.randn(n, k, device=on.device), SCHEMES["ptpc_fp8"], F8).padded(16), 132)
+    q = quantize(torch.randn(n, k, device=on.device) * torch.rand(n, 1, device=on.device), SCHEMES[scheme], F8).padded(16)
+    w: few_tokens.PackedScaledMM | block_gemm.PackedBlocks
+    if scheme == "fp8_block":
+        w, kernels = block_gemm.PackedBlocks(q, 132), few_tokens.BLOCK_KERNELS
+    else:
+        w, kernels = few_tokens.PackedScaledMM(q, 132), few_tokens.KERNELS
     if -(-k // 128) > splits * few_tokens.STEPS:
         return
+    kernels.configure(on)
     given = w.codes(torch.randn(m, k, device=on.device).bfloat16())
     outs = [few_tokens.multiply(given, w, splits) for _ in range(2)]
     assert outs[0] is not None
     assert outs[1] is not None
     assert torch.equal(outs[0], outs[1])
-    x = given.codes.double() * given.scale.double()
-    assert relative_error(outs[0], x @ (w.weight.double() * w.scale.double().T)[:n].T) < 3e-3
+    scale = w.scale if scheme == "fp8_block" else w.scale.T
+    assert relative_error(outs[0], dense(*given) @ dense(w.weight, scale)[:n].T) < 3e-3
 
 
 @needs_hopper
-def test_it_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@over("scheme", ["ptpc_fp8", "fp8_block"])
+def test_it_is_the_one_that_is_used(scheme: str) -> None:
     on = detect()
     ops.bind(on)
-    w = ops.pack(quantize(torch.randn(512, 1024, device=on.device), SCHEMES["ptpc_fp8"], F8), on)
-    assert isinstance(w, few_tokens.PackedScaledMM)
-    assert "WGMMA" in ops.table()["linear[ptpc_fp8]"]
+    w = ops.pack(quantize(torch.randn(512, 1024, device=on.device), SCHEMES[scheme], F8), on)
+    assert isinstance(w, few_tokens.PackedScaledMM | block_gemm.PackedBlocks)
+    assert "WGMMA" in ops.table()[f"linear[{scheme}]"]
+    base = gpu.PackedScaledMM if scheme == "ptpc_fp8" else gpu.PackedBlocks
     for tokens in (1, 32, 33):
         x = torch.randn(tokens, 512 * 2, device=on.device).bfloat16()
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             if tokens <= 32:
-                patch.setattr(gpu.PackedScaledMM, "_product", lambda *_: pytest.fail("Triton's was launched"))
+                patch.setattr(base, "_product", lambda *_: pytest.fail("Triton's was launched"))
             found = ops.linear(x, w)
-        assert relative_error(found, gpu.PackedScaledMM._product(w, w.codes(x))) < 4e-3
+        assert relative_error(found, base._product(w, w.codes(x))) < 4e-3  # type: ignore[arg-type]
 
 
 def test_into_how_many_parts_k_is_split() -> None:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from ops.cases import over
 
-from octavo.ops.triton import launch
+from octavo import batch as batches
+from octavo.ops import Router, ahead
+from octavo.ops.triton import launch, routing
 from octavo.platform import Platform
 
 
@@ -67,3 +70,19 @@ def test_after_an_error_kernels_are_launched_again() -> None:
         raise ValueError("no")
     launch.launch(kernel, (1,), 1)
     assert len(kernel.launched) == 1
+
+
+@over("units", [78, 132, 304])
+@over("experts, width, itemsize", [(128, 2048, 2), (256, 7168, 2), (9, 64, 4)])
+def test_a_start_compiles_every_router_that_a_step_needs(experts: int, width: int, itemsize: int, units: int) -> None:
+    """Steps that mix prompts and decodes have any number of tokens; each shape is compiled where one is compiled ahead."""
+    given = Router(2), batches.build([batches.Span([0] * 3, 0, [0])], 4, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "device_units", lambda: units)
+        needed = {tuple(routing._route_shape(n, experts, width, itemsize).values()) for n in range(1, 20_000)}
+        seen: list[tuple[int, ...]] = []
+        patch.setattr(routing, "launch", lambda *_, BE, BM, BK, SPLIT, **o: seen.append((BE, BM, BK, SPLIT, o["num_warps"])))
+        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        with ahead.mode():
+            routing.route(torch.zeros(3, width, dtype=dtype), torch.zeros(experts, width, dtype=dtype), None, *given)
+    assert {shape[:5] for shape in needed} == set(seen)

@@ -15,6 +15,7 @@ from octavo.ops.hopper import (
     block_gate_up_silu,
     block_gemm,
     experts,
+    few_requests,
     few_tokens,
     gate_up_silu,
     qkv_rope_kv_write,
@@ -27,7 +28,9 @@ __all__ = ["compile_all", "every_kernel"]
 
 def every_kernel() -> Iterator[Kernels]:
     """The kernels whose variants are compiled while a model is loaded."""
-    for module in (attention, block_gate_up_silu, block_gemm, experts, few_tokens, gate_up_silu, qkv_rope_kv_write, route):
+    for module in (
+        attention, block_gate_up_silu, block_gemm, experts, few_requests, few_tokens, gate_up_silu, qkv_rope_kv_write, route,
+    ):  # fmt: skip
         yield from (value for value in vars(module).values() if isinstance(value, Kernels))
     yield all_reduce.kernels(*all_reduce.USUAL_RANKS)
 

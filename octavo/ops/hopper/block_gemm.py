@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.ops import gpu
 from octavo.ops.contract import Operand, Quantized, tokens_of
+from octavo.ops.hopper import few_tokens
 from octavo.ops.hopper.compile import Kernels, no_warpgroups, tensor_map
 from octavo.ops.hopper.gemm import DEPTH, OPTIONS, OUT_BOX, TOKENS, Product, Variant, num_ctas
 from octavo.ops.triton import launch
@@ -64,7 +65,7 @@ class Blocks(gpu.Blocks):
     kernels: those to compile when a weight whose scales are of tiles is packed.
     """
 
-    name = "WGMMA for many tokens, Triton for few"
+    name = "WGMMA; Triton for few tokens by large weights"
 
     def __init__(self, *kernels: Kernels):
         self.kernels = kernels
@@ -77,24 +78,34 @@ class Blocks(gpu.Blocks):
         return None
 
     def pack(self, q: QTensor, platform: Platform) -> PackedBlocks:
-        packed = PackedBlocks(q)
+        packed = PackedBlocks(q, platform.multiprocessors)
         for kernels in self.kernels if packed.by_row is None else (ROW_KERNELS,):
             kernels.configure(platform)
+        if packed.splits is not None:
+            few_tokens.BLOCK_KERNELS.configure(platform)
         return packed
 
 
 class PackedBlocks(gpu.PackedBlocks):
-    """As the base class. by_row: the scales of rows of tiles, [groups, N'], N' a multiple of 128; None for those of tiles."""
+    """As the base class. by_row: the scales of rows of tiles, [groups, N'], N' a multiple of 128; None for those of tiles.
+    splits: those of K for few tokens; None: they are Triton's.
+    """
 
-    def __init__(self, q: QTensor):
+    def __init__(self, q: QTensor, units: int):
         super().__init__(q)
         self.by_row: Tensor | None = None
+        rows, depth = self.weight.shape
+        self.splits = few_tokens.splits_of(rows, depth, units) if self.n % 8 == 0 else None
         if len(self.scale) != -(-self.n // BLOCK):
-            self.by_row = F.pad(self.scale.T, (0, -self.n % BLOCK)).contiguous()
+            self.by_row, self.splits = F.pad(self.scale.T, (0, -self.n % BLOCK)).contiguous(), None
             self.held_bytes += self.by_row.nbytes
 
     def _product(self, given: Quantized) -> Tensor:
         tokens, rows = len(given.codes), len(self.weight)
+        if tokens <= MAX_TOKENS and self.splits is not None:
+            found = few_tokens.multiply(given, self, self.splits)
+            if found is not None:
+                return found
         if tokens > MAX_TOKENS:
             out = torch.empty(tokens, rows, dtype=torch.bfloat16, device=given.codes.device)
             variants = VARIANTS if self.by_row is None else ROW_VARIANTS

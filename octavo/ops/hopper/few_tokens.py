@@ -16,13 +16,16 @@ from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
 from octavo.quant.scheme import BLOCK
 
-__all__ = ["KERNELS", "SPLITS", "PackedScaledMM", "ScaledMM", "multiply", "splits_of"]
+__all__ = ["BLOCK_KERNELS", "KERNELS", "SPLITS", "PackedScaledMM", "ScaledMM", "multiply", "splits_of"]
 
 SPLITS = 2, 4, 8  # parts of K, the CTAs of a cluster
 ROWS, STEPS, RESIDENT = 64, 8, 2  # rows and most K steps of a CTA, CTAs that an SM has room for
-KERNELS = Kernels(
-    "few_tokens_gemm.cu", "few_tokens_product", "products of few tokens are Triton's", ("SPLITS",), [(n,) for n in SPLITS]
-)
+KERNELS, BLOCK_KERNELS = (
+    Kernels(
+        "few_tokens_gemm.cu", "few_tokens_product", "products of few tokens are Triton's", ("SPLITS",), [(n,) for n in SPLITS],
+        BLOCKS=blocks,
+    ) for blocks in (0, 1)
+)  # fmt: skip
 
 
 class _Few(ctypes.Structure):
@@ -41,10 +44,13 @@ def splits_of(rows: int, depth: int, units: int) -> int | None:
     return max((n for n in fit if tiles * n <= units), default=min(fit, default=None))
 
 
-def multiply(given: Quantized, w: gpu.PackedScaledMM, splits: int) -> Tensor | None:
-    """BF16 [M, n] of codes [M, K'], M at most MAX_TOKENS. None if the kernel is not available."""
+def multiply(given: Quantized, w: gpu.PackedScaledMM | gpu.PackedBlocks, splits: int) -> Tensor | None:
+    """BF16 [M, n] of codes [M, K'], M at most MAX_TOKENS, whose scales are one a row or, as a weight's tiles have them, one for
+    each 128 codes. None if the kernel is not available.
+    """
     codes, scale = given
-    if (kernel := KERNELS.kernel((splits,), codes.device)) is None:
+    kernels = BLOCK_KERNELS if isinstance(w, gpu.PackedBlocks) else KERNELS
+    if (kernel := kernels.kernel((splits,), codes.device)) is None:
         return None
     (tokens, depth), rows = codes.shape, len(w.weight)
     out = torch.empty(tokens, w.n, dtype=torch.bfloat16, device=codes.device)

@@ -4,13 +4,14 @@ layers' attention, which a subclass launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.kvcache import LayerCache
 from octavo.ops import gpu
 from octavo.ops.contract import DecoderParts, ExpertLayerParts, LayerParts, MixtureParts, Rope
 from octavo.ops.hopper import attention
@@ -48,6 +49,10 @@ class LayerByLayer(Generic[Parts]):
         """Whether a step of this many one-token requests is supported, whatever the contexts."""
         return requests <= self.columns[-1]
 
+    def variant(self, requests: int, longest: int) -> Hashable:
+        """A key of what attention's launches differ in, beside `decode_variant`."""
+        return None
+
     def run(self, x: Tensor, batch: ForwardBatch, between: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """The last layer's output, BF16 [requests, hidden], for embeddings x [requests, hidden].
 
@@ -66,8 +71,13 @@ class LayerByLayer(Generic[Parts]):
 
     def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
         """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
+        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
+        return attend(*self.attention_of(layer, qkv, batch)).flatten(1)
+
+    def attention_of(
+        self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor, Tensor, Rope, LayerCache, ForwardBatch, float, int | None]:
+        """The arguments of `ops.attend` for the product qkv."""
         p = self.parts
         q, k, v = qkv.unflatten(1, (-1, p.head_dim)).split((p.heads, p.kv_heads, p.kv_heads), dim=1)
-        rope = Rope(layer.norms, p.cos_sin, batch.rotary_rows)
-        attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
-        return attend(q, k, v, rope, layer.cache, batch, p.scale, layer.window).flatten(1)
+        return q, k, v, Rope(layer.norms, p.cos_sin, batch.rotary_rows), layer.cache, batch, p.scale, layer.window

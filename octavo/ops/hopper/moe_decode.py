@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops.contract import MixtureParts, PackedStack, PackedWeight
+from octavo.ops.contract import ExpertLayerParts, LayerParts, MixtureParts, PackedStack, PackedWeight
 from octavo.ops.gpu import PackedBlocks, PackedGrouped, PackedScaledMM
+from octavo.ops.hopper import few_requests
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.hopper.layer_by_layer import LayerByLayer
 from octavo.platform import Platform
@@ -123,11 +124,13 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
 
     def __init__(self, parts: MixtureParts, platform: Platform):
         super().__init__(parts, platform)
+        few_requests.KERNELS.configure(platform)
         self.layers, self.columns = parts.layers, columns_of(parts, platform)
         most = self.columns[-1]
         self.qkv_rows = (parts.heads + 2 * parts.kv_heads) * parts.head_dim
         self.kernels = self.compiled("moe_decode.cu", "between_moe_attentions", self.options())
-        experts = self.layers[0].gate_up.experts
+        experts, caches = self.layers[0].gate_up.experts, [layer.cache for layer in self.layers]
+        self.next_caches = dict(zip(map(id, self.layers), (*caches[1:], None), strict=True))
         empty = partial(torch.empty, device=platform.device)
         self.middle, self.o_out, self.down_out = empty(3, most, parts.hidden, dtype=torch.bfloat16)
         self.logits = empty(most, experts, dtype=torch.float32)
@@ -137,6 +140,13 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
         makers = dense_map, gate_up_map, down_map, dense_map
         self.maps = [[make(codes) for make, (codes, _) in zip(makers, of_layer, strict=True)] for of_layer in stored]
         self.scales = [[scale.data_ptr() for _, scale in of_layer] for of_layer in stored]
+
+    def variant(self, requests: int, longest: int) -> int | None:
+        return few_requests.splits_of(requests * self.parts.kv_heads, longest)
+
+    def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
+        found = few_requests.attend(*self.attention_of(layer, qkv, batch), max(batch.context_lens), self.next_caches[id(layer)])
+        return super()._attend(layer, qkv, batch) if found is None else found.flatten(1)
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         return self.run(x, batch, partial(self.between, lengths=batch.seq_lens))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
+from octavo.ops import ahead
 from octavo.ops.contract import Dispatch, Routed, Router
 from octavo.ops.triton.launch import device_units, launch, pipeline, power_of_2, release, wait
 
@@ -159,6 +160,14 @@ def _route_shape(tokens: int, experts: int, width: int, itemsize: int) -> dict[s
     return {"BE": be, "BM": bm, "BK": bk, "split": split, "warps": 4 if be <= 128 else 8, "stages": 3}
 
 
+def _route_shapes(experts: int, width: int, itemsize: int) -> list[dict[str, int]]:
+    """Every shape that some number of tokens has: steps that mix prompts and decodes may have any."""
+    tiles = [device_units() // (1 << i) for i in range(MAX_SPLITS.bit_length())]
+    tokens = [bm * n for bm in (FEW, MANY) for n in (*tiles, tiles[1] + 1)]
+    shapes = (_route_shape(n, experts, width, itemsize) for n in tokens)
+    return list({tuple(shape.values()): shape for shape in shapes}.values())
+
+
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, batch: ForwardBatch, config: dict[str, int] | None = None
 ) -> Routed:
@@ -170,20 +179,20 @@ def route(
     weights = torch.empty(tokens, router.top_k, dtype=torch.float32, device=x.device)
     if not tokens:
         return Routed(experts, weights)
-    c = _route_shape(tokens, count, width, x.dtype.itemsize) | (config or {})
-    tiles = triton.cdiv(tokens, c["BM"])
-    assert c["split"] == 1 or tiles <= MAX_TILES
     members, padding = power_of_2(count // router.groups), _padding(batch)
-    columns = power_of_2(router.groups) * members
-    parts = torch.empty(tiles * c["split"] * c["BM"] * c["BE"], dtype=torch.float32, device=x.device)
-    launch(_route, (tiles, c["split"]),
-        x, weight, bias, padding[1], experts, weights, parts, _counts(x.device), tokens, count, width, x.stride(0),
-        triton.cdiv(triton.cdiv(width, c["BK"]), c["split"]), router.scale,
-        TOP_K=router.top_k, SIGMOID=router.sigmoid, NORMALIZE=router.normalize, GROUPS=router.groups,
-        TOP_GROUPS=router.top_groups, PARTS=columns // members, MEMBERS=members, KP=power_of_2(router.top_k),
-        PADDING=padding[0], BE=c["BE"], BM=c["BM"], BK=c["BK"], SPLIT=c["split"], ROWS=max(1, min(c["BM"], 2048 // columns)),
-        LOWEST=LOWEST, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
-    )  # fmt: skip
+    columns, shape = power_of_2(router.groups) * members, _route_shape(tokens, count, width, x.dtype.itemsize) | (config or {})
+    for c in [shape, *(_route_shapes(count, width, x.dtype.itemsize) if ahead.is_on() else ())]:
+        tiles = triton.cdiv(tokens, c["BM"])
+        assert c["split"] == 1 or tiles <= MAX_TILES
+        parts = torch.empty(tiles * c["split"] * c["BM"] * c["BE"], dtype=torch.float32, device=x.device)
+        launch(_route, (tiles, c["split"]),
+            x, weight, bias, padding[1], experts, weights, parts, _counts(x.device), tokens, count, width, x.stride(0),
+            triton.cdiv(triton.cdiv(width, c["BK"]), c["split"]), router.scale,
+            TOP_K=router.top_k, SIGMOID=router.sigmoid, NORMALIZE=router.normalize, GROUPS=router.groups,
+            TOP_GROUPS=router.top_groups, PARTS=columns // members, MEMBERS=members, KP=power_of_2(router.top_k),
+            PADDING=padding[0], BE=c["BE"], BM=c["BM"], BK=c["BK"], SPLIT=c["split"],
+            ROWS=max(1, min(c["BM"], 2048 // columns)), LOWEST=LOWEST, STAGES=pipeline(c["stages"]), num_warps=c["warps"],
+        )  # fmt: skip
     return Routed(experts, weights)
 
 

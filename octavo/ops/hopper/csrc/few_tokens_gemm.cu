@@ -1,4 +1,5 @@
-/* FP8 product of up to 32 tokens, y = x w^T, bound by reading the weight; scales of tokens and channels.
+/* FP8 product of up to 32 tokens, y = x w^T, bound by reading the weight; scales of tokens and channels, or with BLOCKS of each
+   token's 128 codes and of the weight's tiles of 128 x 128.
 
    The weight's rows are WGMMA's M side and the tokens its N side. A CTA has ROWS rows and a part of K, which its shared memory
    holds whole: it asks for all of its weights before the kernel ahead has ended, and behind that waits for the tokens' codes
@@ -9,7 +10,7 @@
 
 struct Few {
     Map weight, x; /* boxes of ROWS rows, of TOKENS tokens, by 128 codes */
-    const float *by_row, *by_token;
+    const float *by_row, *by_token; /* [rows], [tokens]; with BLOCKS [rows / 128, steps], [tokens, steps] */
     u16 *out; /* BF16 [tokens, rows] */
     int tokens, rows, steps; /* steps: of K, 128 codes each */
 };
@@ -21,6 +22,7 @@ struct Shared {
     u8 weight[STEPS][ROWS * DEPTH], x[STEPS][TOKENS * DEPTH];
     float sums[TOKENS][ROWS + 4]; /* + 4: tokens start in different banks */
     u64 has_weight[STEPS], has_x[STEPS];
+    float by_group[BLOCKS ? STEPS : 1][TOKENS]; /* BLOCKS: of a K step's products */
 };
 extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
@@ -47,11 +49,21 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
         fence_barrier_init();
         for (int k = 0; k < count; k++) load_box(s.weight, m.weight[k], m.has_weight + k, begin + k, row, ROWS * DEPTH);
     }
+    const int scaled = threadIdx.x % STEPS; /* BLOCKS: the K step whose scales this thread multiplies, as its neighbours have the next ones */
+    const float of_block = BLOCKS && scaled < count ? __ldg(s.by_row + (i64)(row / DEPTH) * s.steps + begin + scaled) : 0;
     __syncthreads();
     launch_dependent_grids();
     wait_on_dependent_grids();
     if (threadIdx.x == 0)
         for (int k = 0; k < count; k++) load_box(s.x, m.x[k], m.has_x + k, begin + k, 0, TOKENS * DEPTH);
+    if (BLOCKS) {
+#pragma unroll
+        for (int i = 0; i < TOKENS * STEPS / THREADS; i++) {
+            const int token = threadIdx.x / STEPS + i * (THREADS / STEPS);
+            if (scaled < count && token < s.tokens) m.by_group[scaled][token] = of_block * shared_load(s.by_token + (i64)token * s.steps + begin + scaled);
+        }
+        __syncthreads();
+    }
     float sum[TOKENS / 2] = {};
 #pragma unroll 1
     for (int k = 0; k < count; k++) {
@@ -63,7 +75,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
         warpgroup_commit_batch();
         warpgroup_wait(part);
 #pragma unroll
-        for (int v = 0; v < TOKENS / 2; v++) sum[v] += part[v];
+        for (int v = 0; v < TOKENS / 2; v++) sum[v] = BLOCKS ? fmaf(part[v], m.by_group[k][v / 4 * 8 + lane % 4 * 2 + v % 2], sum[v]) : sum[v] + part[v];
     }
 #pragma unroll
     for (int v = 0; v < TOKENS / 2; v++) m.sums[v / 4 * 8 + lane % 4 * 2 + v % 2][warp * 16 + lane / 4 + v / 2 % 2 * 8] = sum[v];
@@ -76,8 +88,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
 #pragma unroll
         for (int i = 0; i < SPLITS; i++) y.x += parts[i].x, y.y += parts[i].y, y.z += parts[i].z, y.w += parts[i].w;
         if (token >= s.tokens || row + within >= s.rows) continue;
-        const float4 by = *(const float4 *)(s.by_row + row + within);
-        const float by_token = s.by_token[token];
+        const float4 by = BLOCKS ? make_float4(1, 1, 1, 1) : *(const float4 *)(s.by_row + row + within);
+        const float by_token = BLOCKS ? 1 : s.by_token[token];
         *(uint2 *)(s.out + (i64)token * s.rows + row + within) = make_uint2(narrow_two(y.x * by.x * by_token, y.y * by.y * by_token), narrow_two(y.z * by.z * by_token, y.w * by.w * by_token));
     }
     cluster_arrive(), cluster_wait(); /* others may still read this CTA's sums */

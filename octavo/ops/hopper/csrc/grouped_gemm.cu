@@ -29,6 +29,10 @@ struct Grouped {
 
 constexpr bool IN_GROUPS = GATED && (BLOCKS || TOKENS == 32); /* of the result */
 constexpr bool PROMOTES = BLOCKS || (!GATED && TOKENS == 32); /* codes have scales in groups */
+#ifndef TURNS
+#define TURNS 0
+#endif
+constexpr bool IN_TURNS = BLOCKS && TOKENS > 32 && TURNS;
 constexpr int DEPTH = 128, ROWS = 256, HALVES = ROWS / 128; /* a warpgroup multiplies HALVES times 64 rows */
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, WARPS = CONSUMERS / 32;
 constexpr int X = TOKENS * DEPTH, W = ROWS * DEPTH, STAGES = TOKENS > 32 ? 4 : 5; /* X and W in bytes */
@@ -51,6 +55,9 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 #include "ptx.cuh"
 #include "wgmma_widths.cuh"
 
+/* The warpgroups issue products in turns, so that one scales its sums while the other's are computed. */
+INLINE void await_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(5 + group), "n"(CONSUMERS) : "memory"); }
+INLINE void give_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(5 + group), "n"(CONSUMERS) : "memory"); }
 INLINE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }
 /* Store 8 channels of each of 32 pairs, transposed (stmatrix): this lane's pair at `to`. */
 INLINE void put(u16 *to, const u32 (&y)[4]) {
@@ -193,23 +200,26 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
             for (int v = 0; v < N / 2; v++) sums[h][v] = 0;
 #pragma unroll 1
         for (int k = 0; k < s.steps; k++, at.next()) {
-            const float by_block[2] = {BLOCKS ? __ldg(scales[0] + k) : 1, BLOCKS ? __ldg(scales[1] + k) : 1};
+            const float by_block[2] = {BLOCKS ? __ldg(scales[0] + k) : 1, BLOCKS && GATED ? __ldg(scales[1] + k) : 1}; /* the second of up's */
             wait(m.full + at.at, at.parity);
             if (GATED) fence_view_async_shared(); /* codes came by plain copies */
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 float part[N / 2];
+                if (IN_TURNS) await_turn(group);
                 warpgroup_arrive();
                 multiply<N>(part, address(m.weight[at.at]) + (group * HALVES + h) * 64 * DEPTH, address(m.x[at.at]), false);
                 warpgroup_commit_batch();
+                if (IN_TURNS) give_turn(1 - group);
                 warpgroup_wait(part);
 #pragma unroll
                 for (int j = 0; j < N / 8; j++) {
                     const float2 by = *(const float2 *)(m.by_group[at.at] + 8 * j + lane % 4 * 2);
+                    const float low[2] = {by.x * by_block[0], GATED ? by.x * by_block[1] : by.x * by_block[0]}, high[2] = {by.y * by_block[0], GATED ? by.y * by_block[1] : by.y * by_block[0]};
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float *y = sums[h] + 4 * j + 2 * i, *x = part + 4 * j + 2 * i;
-                        y[0] = fmaf(x[0], by.x * by_block[i], y[0]), y[1] = fmaf(x[1], by.y * by_block[i], y[1]);
+                        y[0] = fmaf(x[0], low[i], y[0]), y[1] = fmaf(x[1], high[i], y[1]);
                     }
                 }
             }
@@ -351,6 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) grouped_product(
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(RESIDENT == 1 ? 232 : 96));
         if (!GATED) wait_on_dependent_grids();
+        if (IN_TURNS && group == 1) give_turn(0);
         PipelineState<STAGES> at;
         Tiles tile(s, m);
         int turn = 0;
