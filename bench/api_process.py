@@ -5,9 +5,8 @@
 
 No GPU is needed. The engines are processes as always, behind the real pipes; each step they send one token for every request,
 every --step-ms or, if that is 0, as fast as the pipe takes them. The client is a process of its own with a bare protocol over
-real sockets. Printed are microseconds of CPU time a token, of all of the API process's threads, from the first request sent to
-the last answer whole, and the part of them within the kernel; the tokens a second that came; and the chunks of a stream for
-each of its tokens, which are fewer than one where the process falls behind and joins them.
+real sockets. Printed is CPU time of all of the API process's threads: microseconds a token, by which a long run takes longer
+than one of SHORT tokens, the part of them within the kernel, and what a request takes besides.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from octavo.demo import MODEL_DIR
-from octavo.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprob, Logprobs, TokenOutput
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 1 << 20
+SHORT = 2  # tokens
 PROMPT = {"prompt": "def read(self"}
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -47,7 +47,6 @@ class FloodCore:
     """In the engine's place: one token a step for every request."""
 
     def __init__(self, config: Any, progress: Any, place: Any = None):
-        from octavo.messages import Logprob
         from octavo.text.tokenizer import Tokenizer
 
         self.info = EngineInfo(CONTEXT, 4096, 1 << 16, 16, "llama")
@@ -75,7 +74,7 @@ class FloodCore:
         outputs = []
         for request_id, state in self._running.items():
             state[0], state[1] = (state[0] + 1) % len(self._ids), state[1] - 1
-            logprobs = [self._logprobs] if state[2] else None
+            logprobs: list[Logprobs] | None = [self._logprobs] if state[2] else None
             outputs.append(TokenOutput(request_id, [self._ids[state[0]]], None if state[1] else "length", logprobs=logprobs))
         for output in outputs:
             if output.finish_reason is not None:
@@ -93,7 +92,7 @@ def serve() -> None:
     async def start(config: Any, on_progress: Any = None, make_core: Any = None, replica: int = 0) -> AsyncEngine:
         return await before(config, on_progress, FloodCore, replica)
 
-    AsyncEngine.start = start  # type: ignore[assignment, method-assign]
+    AsyncEngine.start = start  # type: ignore[method-assign]
     sys.exit(main())
 
 
@@ -165,23 +164,33 @@ def wait_for(port: int, server: subprocess.Popen[str]) -> None:
             sys.exit("the server ended")
 
 
-def measure(kind: str, port: int, args: argparse.Namespace, cpu: Callable[[], tuple[float, float]]) -> None:
+def run(kind: str, port: int, args: argparse.Namespace, tokens: int) -> tuple[int, int]:
+    """Sends all requests, each for so many tokens. The events and bytes that came."""
     path, fields = KINDS[kind]
-    for tokens in (2, args.tokens):  # the first is the warm-up
-        body = json.dumps({**fields, "max_tokens": tokens, "ignore_eos": True, "temperature": 0})
-        before, began = cpu(), time.perf_counter()
-        with python("client", port, path, body, args.streams, stdout=subprocess.PIPE) as driver:
-            assert driver.stdout is not None
-            told = driver.stdout.read()
-        if driver.returncode:
-            sys.exit(1)
-        seconds, spent = time.perf_counter() - began, cpu()
+    body = json.dumps({**fields, "max_tokens": tokens, "ignore_eos": True, "temperature": 0})
+    with python("client", port, path, body, args.streams, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        told = driver.stdout.read()
+    if driver.returncode:
+        sys.exit(1)
     events, size = json.loads(told)
-    sent = args.streams * args.tokens
-    whole, kernel = ((after - then) / sent * 1e6 for after, then in zip(spent, before, strict=True))
+    return events, size
+
+
+def measure(kind: str, port: int, args: argparse.Namespace, cpu: Callable[[], tuple[float, float]]) -> None:
+    run(kind, port, args, SHORT)  # the warm-up
+    spent = [cpu()]
+    for tokens in (SHORT, args.tokens):
+        began = time.perf_counter()
+        events, size = run(kind, port, args, tokens)
+        seconds = time.perf_counter() - began
+        spent.append(cpu())
+    sent, more = args.streams * args.tokens, args.streams * (args.tokens - SHORT)
+    whole, kernel = ((after - between - (between - before)) / more * 1e6 for before, between, after in zip(*spent, strict=True))
+    request = (spent[1][0] - spent[0][0]) / args.streams * 1e6 - SHORT * whole
     print(
-        f"{kind:28} {whole:6.1f} us a token, {kernel:4.1f} in the kernel; {sent / seconds:8,.0f} tokens/s"
-        + (f"; {events / sent:.2f} chunks and {size / sent:.0f} bytes a token" if "stream" in fields else ""),
+        f"{kind:28} {whole:6.1f} us a token, {kernel:4.1f} in the kernel; {request:6,.0f} us a request; "
+        f"{sent / seconds:8,.0f} tokens/s; {events / sent:.2f} chunks and {size / sent:.0f} bytes a token",
         flush=True,
     )
 
@@ -199,7 +208,17 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ("serve", "--port", port, "--host", "127.0.0.1", "--data-parallel-size", args.engines, "--disable-log-stats", *flags)
+    command = (
+        "serve",
+        "--port",
+        port,
+        "--host",
+        "127.0.0.1",
+        "--data-parallel-size",
+        args.engines,
+        "--disable-log-stats",
+        *flags,
+    )
     server = python(
         "serve", *command, env=os.environ | {"FLOOD_STEP_MS": str(args.step_ms)}, stdout=subprocess.DEVNULL, stderr=None
     )

@@ -9,10 +9,28 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from octavo.server.error_responses import ApiError, error_body
+from octavo.server.events import WRITER
 
 __all__ = ["MAX_HEAD", "protocol_class"]
 
 MAX_HEAD = 2**16  # bytes of a request besides its body
+
+
+class ChunkWriter:
+    """A Writer of octavo.server.events to the response of uvicorn's `cycle`."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: Any):
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+
+    def write(self, body: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def protocol_class(timeout: float) -> type[asyncio.Protocol]:
@@ -52,6 +70,11 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
             super().resume_writing()
             if self._unread is not None:
                 self._unread.cancel()
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            if self.cycle is not None and self.cycle.scope is self.scope:  # else it was refused
+                self.scope.setdefault("extensions", {})[WRITER] = ChunkWriter(self.cycle)
 
         def data_received(self, data: bytes) -> None:
             self._excess += len(data)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.frontend.async_engine import EngineDead
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.image_support import ImageSupport
 from octavo.frontend.outputs import Delta
 from octavo.frontend.requests import engine_requests
@@ -57,6 +58,7 @@ class FakeEngine:
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
         number: int = 0,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Delta, None]:
         assert number == 0
         if not self.healthy:
