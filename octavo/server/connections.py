@@ -17,12 +17,18 @@ MAX_HEAD = 2**16  # bytes of a request besides its body
 
 
 class ChunkWriter:
-    """A Writer of octavo.server.events to the response of uvicorn's `cycle`."""
+    """A Writer of octavo.server.events to the response of uvicorn's `cycle`.
 
-    __slots__ = ("_cycle",)
+    What is written within one turn of the event loop is sent by one system call, which takes as long as all else for a token. A
+    process that keeps up with its engines has one token a turn for each stream; one that falls behind has several, and catches
+    up.
+    """
 
-    def __init__(self, cycle: Any):
-        self._cycle = cycle
+    __slots__ = ("_cycle", "_loop", "_written")
+
+    def __init__(self, cycle: Any, loop: asyncio.AbstractEventLoop):
+        self._cycle, self._loop = cycle, loop
+        self._written: list[bytes] = []
 
     @property
     def ready(self) -> bool:
@@ -30,7 +36,16 @@ class ChunkWriter:
         return cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
 
     def write(self, body: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        if not self._written:
+            self._loop.call_soon(self.flush)
+        self._written.append(body)
+
+    def flush(self) -> None:
+        if self._written:
+            body = b"".join(self._written)
+            self._written.clear()
+            if not (self._cycle.disconnected or self._cycle.transport.is_closing()):
+                self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def protocol_class(timeout: float) -> type[asyncio.Protocol]:
@@ -74,7 +89,7 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
             if self.cycle is not None and self.cycle.scope is self.scope:  # else it was refused
-                self.scope.setdefault("extensions", {})[WRITER] = ChunkWriter(self.cycle)
+                self.scope.setdefault("extensions", {})[WRITER] = ChunkWriter(self.cycle, self.loop)
 
         def data_received(self, data: bytes) -> None:
             self._excess += len(data)

@@ -34,7 +34,10 @@ class Writer(Protocol):
         """Whether the client reads as fast as it is written to; if not, `send` waits for it."""
 
     def write(self, body: bytes) -> None:
-        """Adds to the body. Only to be called while `ready`."""
+        """Adds to the body, soon. Only to be called while `ready`."""
+
+    def flush(self) -> None:
+        """Adds at once what was written, as is to be done before `send`."""
 
 
 class Chunk(NamedTuple):
@@ -91,11 +94,13 @@ async def stream(answer: EventStream | AsyncGenerator[Event, None], scope: Scope
     events = answer.events if isinstance(answer, EventStream) else answer
     writer: Writer | None = scope.get("extensions", {}).get(WRITER)
 
-    async def write(body: bytes) -> None:
-        if writer is not None and writer.ready:
+    async def write(body: bytes, more: bool = True) -> None:
+        if more and writer is not None and writer.ready:
             writer.write(body)
-        else:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            return
+        if writer is not None:
+            writer.flush()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async with aclosing(events):
         first = await anext(events)
@@ -109,7 +114,7 @@ async def stream(answer: EventStream | AsyncGenerator[Event, None], scope: Scope
         except Exception as error:  # the status is already sent, so the error becomes an event
             await write(await _body(error_body(as_api_error(error), scope["path"])))
         end = b"" if isinstance(first, dict) and "type" in first else b"data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await write(end, more=False)
 
 
 async def _body(event: Event) -> bytes:
