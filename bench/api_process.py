@@ -4,7 +4,7 @@
     python -m bench.api_process completions --engines 2 --streams 512
 
 No GPU is needed. The engines are processes as always, behind the real pipes; each step they send one token for every request,
-every --step-ms or, if that is 0, as fast as the pipe takes them. The client is a process of its own with a bare protocol over
+every --step-ms or, if that is 0, as fast as the pipe takes them. Clients are processes of their own with a bare protocol over
 real sockets. Printed is CPU time of all of the API process's threads: microseconds a token, by which a long run takes longer
 than one of SHORT tokens, the part of them within the kernel, and what a request takes besides.
 """
@@ -168,13 +168,13 @@ def run(kind: str, port: int, args: argparse.Namespace, tokens: int) -> tuple[in
     """Sends all requests, each for so many tokens. The events and bytes that came."""
     path, fields = KINDS[kind]
     body = json.dumps({**fields, "max_tokens": tokens, "ignore_eos": True, "temperature": 0})
-    with python("client", port, path, body, args.streams, stdout=subprocess.PIPE) as driver:
-        assert driver.stdout is not None
-        told = driver.stdout.read()
-    if driver.returncode:
+    shares = [args.streams // args.clients + (n < args.streams % args.clients) for n in range(args.clients)]
+    drivers = [python("client", port, path, body, share, stdout=subprocess.PIPE) for share in shares]
+    told = [driver.communicate()[0] for driver in drivers]
+    if any(driver.returncode for driver in drivers):
         sys.exit(1)
-    events, size = json.loads(told)
-    return events, size
+    events, sizes = zip(*map(json.loads, told), strict=True)
+    return sum(events), sum(sizes)
 
 
 def measure(kind: str, port: int, args: argparse.Namespace, cpu: Callable[[], tuple[float, float]]) -> None:
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--clients", type=int, default=1, help="processes that send the requests")
     args, flags = parser.parse_known_args()
     if unknown := [kind for kind in args.kinds if kind not in KINDS]:
         parser.error(f"{unknown[0]} is none of {'; '.join(KINDS)}")
