@@ -98,6 +98,7 @@ class Incoming:
 
     def __init__(self, connection: Connection):
         self._connection, self._come = connection, bytearray()
+        self._room = memoryview(bytearray(READ))  # bytes of that number, made for each reading, would be pages of the system's
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -106,9 +107,9 @@ class Incoming:
         """The messages that are there as a whole, possibly none. To be called when the descriptor can be read; raises EOFError
         or OSError if no more come.
         """
-        if not (read := os.read(self._connection.fileno(), READ)):
+        if not (read := os.readv(self._connection.fileno(), [self._room])):
             raise EOFError
-        self._come += read
+        self._come += self._room[:read]
         found, at = [], 0
         while (whole := self._message(at)) is not None:
             begin, end = whole

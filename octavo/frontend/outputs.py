@@ -100,8 +100,14 @@ class OutputProcessor:
             output.num_cached_tokens,
             output.num_preemptions,
         )
-        if self._detokenizer is not None:
-            self._read(self._detokenizer, delta)
+        if (detokenizer := self._detokenizer) is None:
+            return delta
+        if len(delta.token_ids) == 1 and delta.finish_reason is None and delta.logprobs is None:
+            delta.text = detokenizer.step(delta.token_ids[0])
+            if detokenizer.stopped is not None:
+                delta.finish_reason, delta.stop_reason = "stop", detokenizer.stopped
+        else:
+            self._read(detokenizer, delta)
         return delta
 
     def _read(self, detokenizer: Detokenizer, delta: Delta) -> None:
