@@ -49,12 +49,12 @@ class EnginePipe:
         try:
             for message in self._incoming[n].take():
                 self._processes.note(n, message)
-                self._received(message)
+                self._loop.call_soon(self._received, message)  # one that fails there must not cost those that follow
             return
         except (EOFError, OSError):
             threading.Thread(target=self._say_how_it_ended, name="octavo-end", daemon=True).start()  # it waits for the process
         except Exception as error:
-            self._received(("dead", f"What the engine sent cannot be read ({type(error).__name__})."))
+            self._report_death(f"What the engine sent cannot be read ({type(error).__name__}).")
         self._end(n)
 
     def _end(self, n: int) -> None:
