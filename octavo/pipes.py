@@ -20,12 +20,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-__all__ = ["receive", "send"]
+__all__ = ["Incoming", "receive", "send"]
 
 SMALL = 1 << 16  # bytes of a buffer that goes through the pipe itself
 NAME = "octavo-message"  # as /proc shows it
 _MARK = b"\0"  # before the sizes of buffers; a pickle begins otherwise
 _ALIGNED = 64  # bytes: where buffers begin
+READ = 1 << 17  # bytes that are taken at once, after which other work of an event loop gets a turn
+_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")  # multiprocessing's headers
 
 
 def send(connections: Sequence[Connection], value: object) -> None:
@@ -85,6 +87,49 @@ def receive(connection: Connection) -> Any:
         found.append(memory[at : at + size])
         at += _rounded(size)
     return pickle.loads(connection.recv_bytes(), buffers=found)
+
+
+class Incoming:
+    """Takes messages from a connection without waiting, for an event loop; the other end sends them by `Connection.send`.
+
+    A thread that waits for each would have to get the interpreter's lock several times a message, for which a busy event loop
+    lets it wait 5 ms each time.
+    """
+
+    def __init__(self, connection: Connection):
+        self._connection, self._come = connection, bytearray()
+        self._room = memoryview(bytearray(READ))  # bytes of that number, made for each reading, would be pages of the system's
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def take(self) -> list[Any]:
+        """The messages that are there as a whole, possibly none. To be called when the descriptor can be read; raises EOFError
+        or OSError if no more come.
+        """
+        if not (read := os.readv(self._connection.fileno(), [self._room])):
+            raise EOFError
+        self._come += self._room[:read]
+        found, at = [], 0
+        while (whole := self._message(at)) is not None:
+            begin, end = whole
+            with memoryview(self._come) as come:
+                found.append(pickle.loads(come[begin:end]))
+            at = end
+        del self._come[:at]
+        return found
+
+    def _message(self, at: int) -> tuple[int, int] | None:
+        """Where the message whose header is at `at` begins and ends, if it is there. multiprocessing's header: 4 bytes of its
+        length, or -1 and 8 bytes."""
+        if len(self._come) < at + 4:
+            return None
+        (size,), begin = _SHORT.unpack_from(self._come, at), at + 4
+        if size == -1:
+            if len(self._come) < at + 12:
+                return None
+            (size,), begin = _LONG.unpack_from(self._come, at + 4), at + 12
+        return (begin, begin + size) if len(self._come) >= begin + size else None
 
 
 def _is_local(connection: Connection) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +67,29 @@ def test_without_such_memory_the_pipe_carries_all(monkeypatch: pytest.MonkeyPatc
     writer.close()
     with pytest.raises(EOFError):
         pipes.receive(reader)
+
+
+def test_messages_are_taken_as_they_come_whole() -> None:
+    """In pieces of any size, several at once, and with the long header that multiprocessing gives to 2 GiB."""
+    reader, writer = multiprocessing.Pipe()
+    incoming, values = pipes.Incoming(reader), [("step", ["a"] * 40, n) for n in range(5)]
+    data = b"".join(
+        struct.pack("!i", len(one)) + one if n % 2 else struct.pack("!iQ", -1, len(one)) + one
+        for n, one in enumerate(map(pickle.dumps, values))
+    )
+    for size in (1, 7, 60, len(data)):
+        found, waits = [], 0
+        for start in range(0, len(data), size):
+            os.write(writer.fileno(), data[start : start + size])
+            taken = incoming.take()
+            found += taken
+            waits += not taken
+        assert found == values
+        assert (waits > 0) == (size < len(data))
+    writer.send(values)
+    assert incoming.take() == [values]
+    os.write(writer.fileno(), data[:20])
+    writer.close()
+    assert incoming.take() == []
+    with pytest.raises(EOFError):
+        incoming.take()

@@ -15,7 +15,7 @@ from octavo.frontend.admission import Admission
 from octavo.frontend.engine_pipe import EnginePipe
 from octavo.frontend.engine_processes import EngineProcesses
 from octavo.frontend.engine_start import EngineDead
-from octavo.frontend.engine_stream import End, EngineStream
+from octavo.frontend.engine_stream import DeltaQueue, End, EngineStream, Tap
 from octavo.frontend.gathering import gathered
 from octavo.frontend.image_support import ImageSupport, image_support
 from octavo.frontend.nodes import Nodes
@@ -140,24 +140,25 @@ class AsyncEngine:
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
         number: int = 0,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Delta]:
-        """The deltas of one request, one per sequence and step, never merged.
+        """The deltas of one request, one per sequence and step, never merged; those that `tap` takes are not among them.
 
         Raises InvalidRequest at the call and not at the first delta, so that a server can still answer with an error. Raises
         EngineDead when the engine dies. Closing the generator early aborts the request.
         """
         self._raise_if_gone()
         given = (request_id, prompt_token_ids, params, self.eos_token_ids, cache_salt, images)
-        return self._generate(engine_requests(self.info, self.tokenizer, *given))
+        return self._generate(engine_requests(self.info, self.tokenizer, *given), tap)
 
-    async def _generate(self, requests: list[EngineRequest]) -> AsyncGenerator[Delta]:
+    async def _generate(self, requests: list[EngineRequest], tap: Tap | None) -> AsyncGenerator[Delta]:
         await self.admission.enter()
         self._raise_if_gone()  # again, because the first delta may be awaited much later
         if any(request.request_id in self._streams for request in requests):
             raise InvalidRequest(f"A request with the id {requests[0].request_id} is already running.", "request_id")
-        queue: asyncio.Queue[Delta | OctavoError] = asyncio.Queue()
+        queue = DeltaQueue()
         for index, request in enumerate(requests):
-            self._streams[request.request_id] = EngineStream(OutputProcessor(request, self.tokenizer, index), queue)
+            self._streams[request.request_id] = EngineStream(OutputProcessor(request, self.tokenizer, index), queue, tap)
         self._send(("add", requests))  # one message, so that the parts they share are sent once
         ids = [request.request_id for request in requests]
         del request, requests  # its images are megabytes
@@ -211,7 +212,7 @@ class AsyncEngine:
         if self._streams:
             self._send(("abort", list(self._streams)))
         for stream in self._streams.values():
-            stream.queue.put_nowait(error)
+            stream.queue.put(error)
         self._streams.clear()
 
     def _send(self, message: Message) -> None:

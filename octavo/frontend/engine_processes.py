@@ -126,9 +126,13 @@ class EngineProcesses:
     def receive(self, n: int) -> Message:
         """The next message of connection `n`; one thread asks for each. Raises EOFError or OSError when the process is gone."""
         message: Message = self.connections[n].recv()
+        self.note(n, message)
+        return message
+
+    def note(self, n: int, message: Message) -> None:
+        """Keeps what a message from connection `n` says about how far its rank has come."""
         if message[0] == "pong":
             self._answers[self._first + n] = message[1:]
-        return message
 
     def tell_nodes(self, sentence: str) -> None:
         """Tells the other hosts that the engine is dead, and why. The ranks here end at once: they would print that they have
@@ -144,7 +148,7 @@ class EngineProcesses:
 
     def hanging(self) -> str | None:
         """A sentence that names the ranks that hang: those that do not answer, else those that the others wait for while none
-        moves on. None where there are none. Another thread must `receive` from each rank meanwhile.
+        moves on. None where there are none. Others must `receive` from each rank, or `note` its messages, meanwhile.
 
         Every rank that answers prints where it is to standard error, one after another.
         """

@@ -24,7 +24,7 @@ class Delta:
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    offsets: list[int] | None = None  # where each token's text begins in the whole text, including text held back
+    offsets: list[int] | None = None  # with logprobs: where each token's text begins in the whole, including what is held back
 
 
 @dataclass
@@ -100,24 +100,31 @@ class OutputProcessor:
             output.num_cached_tokens,
             output.num_preemptions,
         )
-        if self._detokenizer is not None:
-            self._read(self._detokenizer, delta)
+        if (detokenizer := self._detokenizer) is None:
+            return delta
+        if len(delta.token_ids) == 1 and delta.finish_reason is None and delta.logprobs is None:
+            delta.text = detokenizer.step(delta.token_ids[0])
+            if detokenizer.stopped is not None:
+                delta.finish_reason, delta.stop_reason = "stop", detokenizer.stopped
+        else:
+            self._read(detokenizer, delta)
         return delta
 
     def _read(self, detokenizer: Detokenizer, delta: Delta) -> None:
         # The stop token is not part of the text, unless the request includes it.
         hidden = delta.finish_reason == "stop" and not self._params.include_stop_str_in_output
         shown = delta.token_ids[:-1] if hidden else delta.token_ids
-        delta.offsets = []
+        offsets: list[int] = []
         for count, token_id in enumerate(shown, 1):
-            delta.offsets.append(detokenizer.length)
+            if delta.logprobs is not None:
+                offsets.append(detokenizer.length)
             delta.text += detokenizer.step(token_id)
             if detokenizer.stopped is not None:
                 delta.token_ids = delta.token_ids[:count]
                 delta.logprobs = delta.logprobs and delta.logprobs[:count]
                 break
-        if hidden and detokenizer.stopped is None:
-            delta.offsets.append(detokenizer.length)
+        if delta.logprobs is not None:
+            delta.offsets = [*offsets, detokenizer.length] if hidden and detokenizer.stopped is None else offsets
         if delta.finish_reason is not None and detokenizer.stopped is None:
             delta.text += detokenizer.finish()
         if detokenizer.stopped is not None:

@@ -21,6 +21,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError, shortage
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineStats, Progress, SamplingParams
@@ -196,11 +197,12 @@ class Replicas:
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
         number: int = 0,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Delta]:
         """As AsyncEngine.generate, on the engine `number`, which `route` gave."""
         if (engine := self.engines[number]) is None:
             raise EngineDead(f"Engine {number} has died and is being started again; send the request again.")
-        deltas = engine.generate(prompt_token_ids, params, request_id, cache_salt, images)
+        deltas = engine.generate(prompt_token_ids, params, request_id, cache_salt, images, tap=tap)
         return cast("AsyncGenerator[Delta]", _Counted(deltas, self._load, number, params.n))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from octavo.errors import InvalidRequest
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
-from octavo.messages import SamplingParams, StructuredOutput
+from octavo.messages import SamplingParams
 from octavo.server.chat_images import HeldImages
+from octavo.server.chat_tools import ChatTools
 from octavo.server.completions import Usage, stream_extras
-from octavo.server.events import Chunk, Event, head_of
+from octavo.server.events import MARK, Chunk, Event, EventStream, Frame, Writer, encoded, head_of
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.parsers.argument_types import ArgumentTypes
-from octavo.server.parsers.call import CallParser, NamedCall
 from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, joined, make_splitter
-from octavo.server.parsers.registry import call_form, id_maker, keeps_special, make_parser
-from octavo.server.protocol import ChatInput, ChatRequest, NamedToolChoice, TokenizeRequest
+from octavo.server.parsers.registry import call_form, id_maker
+from octavo.server.protocol import ChatInput, ChatRequest, TokenizeRequest
 from octavo.server.serving import Served
-from octavo.server.structured import arguments_of, calls_of, structured_output
+from octavo.server.structured import structured_output
 from octavo.text.tool_prompt import CallForm
 
 __all__ = ["ChatJob", "Piece", "begin", "chat", "count_tokens", "read_chat"]
 
+_CHUNK = "chat.completion.chunk"
+_TEXTS = frozenset({"content", "reasoning_content"})  # parts of a delta that are texts
 _THINKING = frozenset({"enable_thinking", "thinking"})  # switches of most chat templates, and of DeepSeek's and Kimi's
 
 
@@ -40,19 +43,20 @@ async def chat(served: Served, request: ChatRequest, request_id: str) -> Answer:
 
 async def begin(served: Served, request: ChatRequest, response_id: str) -> ChatJob:
     """Sends the request to the engine. What it holds here of images ends with this call and not with the answer."""
-    tools = _Tools(served, request)
+    tools = ChatTools(served, request)
     text, prompt, placed, held = await read_chat(served, request, tools.form)
     params = _params(served, request, tools, len(prompt))
     await served.validate(params.structured)
-    deltas = served.generate(prompt, params, response_id, request.cache_salt, placed)
-    job = ChatJob(served, request, response_id, _Prompt(text, prompt), deltas, params, tools)
+    tap = Tap()
+    deltas = served.generate(prompt, params, response_id, request.cache_salt, placed, tap)
+    job = ChatJob(served, request, response_id, _Prompt(text, prompt), deltas, params, tools, tap)
     job.held = held
     return job
 
 
 async def count_tokens(served: Served, request: ChatRequest) -> int:
     """How many tokens the prompt of a chat has, tools and images included."""
-    return len((await read_chat(served, request, _Tools(served, request).form, served.most_listed))[1])
+    return len((await read_chat(served, request, ChatTools(served, request).form, served.most_listed))[1])
 
 
 async def read_chat(
@@ -92,7 +96,7 @@ async def _prompt_text(served: Served, request: ChatInput | TokenizeRequest, cal
     )
 
 
-def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_tokens: int) -> SamplingParams:
+def _params(served: Served, request: ChatRequest, tools: ChatTools, num_prompt_tokens: int) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
@@ -108,38 +112,6 @@ def _params(served: Served, request: ChatRequest, tools: _Tools, num_prompt_toke
     return served.sampling(request, max_tokens=limit, logprobs=logprobs, structured=structured, **fixed)
 
 
-class _Tools:
-    """What the request's tools and tool_choice mean for the grammar and for parsing the answer."""
-
-    def __init__(self, served: Served, request: ChatRequest):
-        names = [tool.function.name for tool in request.tools or ()]
-        self.types = ArgumentTypes({tool.function.name: tool.function.parameters for tool in request.tools or ()})
-        choice = request.tool_choice if request.tool_choice is not None else ("auto" if names else "none")
-        if not names and choice not in ("none", "auto"):
-            raise InvalidRequest("tool_choice needs tools to choose from.", "tool_choice")
-        self.named = choice.function.name if isinstance(choice, NamedToolChoice) else None
-        if self.named is not None and self.named not in names:
-            raise InvalidRequest(f"tool_choice names '{self.named}', which is not among the tools.", "tool_choice")
-        self.parser: str | None = None
-        self.structured: StructuredOutput | None = None
-        if self.named is not None:
-            function = next(tool.function for tool in request.tools or () if tool.function.name == self.named)
-            self.structured = arguments_of(function)
-        elif choice == "required":
-            self.parser = "json"
-            self.structured = calls_of(request.tools or (), not request.parallel_tool_calls)
-        elif choice == "auto" and names:
-            self.parser = served.tool_parser
-        self.form = replace(call_form(self.parser or served.tool_parser), named=self.named)
-        self.keep_special = self.parser is not None and keeps_special(self.parser)
-
-    def reader(self) -> CallParser | None:
-        """The parser of calls for one choice, if it may contain any."""
-        if self.named is not None:
-            return NamedCall(self.named)
-        return make_parser(self.parser, self.types) if self.parser else None
-
-
 @dataclass(frozen=True, slots=True)
 class _Prompt:
     """The prompt, as text and token ids."""
@@ -148,7 +120,7 @@ class _Prompt:
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """What an engine step adds to a choice. `message`: content, reasoning_content and tool_calls, as a stream's delta."""
 
@@ -158,6 +130,22 @@ class Piece:
     finish_reason: str | None
     stop_reason: int | str | None
     token_ids: list[int]
+
+
+class _Whole:
+    """The pieces of a choice that is not streamed."""
+
+    def __init__(self) -> None:
+        self.message: dict[str, Any] = {}
+        self.logprobs: list[Any] = []
+        self.token_ids: list[int] = []
+        self.end: tuple[str | None, int | str | None] = (None, None)
+
+    def add(self, piece: Piece) -> None:
+        join_delta(self.message, piece.message)
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs["content"] if piece.logprobs else []
+        self.end = piece.finish_reason, piece.stop_reason
 
 
 class ChatJob:
@@ -173,10 +161,11 @@ class ChatJob:
         prompt: _Prompt,
         deltas: AsyncGenerator[Delta, None],
         params: SamplingParams,
-        tools: _Tools,
+        tools: ChatTools,
+        tap: Tap,
     ):
         self.served, self.request, self.params, self.tools = served, request, params, tools
-        self.usage, self.generated = Usage(len(prompt.token_ids)), deltas
+        self.usage, self.generated, self._tap = Usage(len(prompt.token_ids)), deltas, tap
         self.prompt_fields: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if request.return_token_ids else {}
         self.prompt_fields |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
@@ -185,6 +174,11 @@ class ChatJob:
         self.prompt_logprobs: list[Any] | None = None
         if any(reader.splits for reader in self.readers):
             self.usage.reasoning_tokens = 0
+        self._chunk_head = head_of({**self.head, "object": _CHUNK})
+        self._begun: set[int] = set()  # choices of a stream
+        # whether chunks with a text of one kind, but for the last, differ in that alone
+        self._uniform = not (request.logprobs or request.return_token_ids or request.stream_options.continuous_usage_stats)
+        self._frames: dict[tuple[int, str], Frame] = {}  # by choice and kind
 
     def _splitter(self, prompt: str) -> ThinkSplitter | ThinkKeeper | None:
         name = self.served.reasoning_parser
@@ -192,46 +186,65 @@ class ChatJob:
             return None
         return make_splitter(name, prompt)
 
-    async def stream(self) -> AsyncGenerator[Event, None]:
+    def stream(self) -> EventStream:
         """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
-        fixed = {**self.head, "object": "chat.completion.chunk"}
-        head = head_of(fixed)
-        begun: set[int] = set()
-        first_fields = self.prompt_fields
-        async with aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                extras = stream_extras(self.request, self.usage)
-                if piece.index not in begun:
-                    begun.add(piece.index)
-                    first = {"role": "assistant", "content": ""}
-                    choices = [_choice(piece.index, {"delta": first}, None, None)]
-                    yield Chunk(head, {"choices": choices, **extras, **first_fields})
-                    first_fields = {}
-                fields = {"delta": _told(piece.message), **self._ids(piece.token_ids)}
-                choice = _choice(piece.index, fields, piece.logprobs, piece.finish_reason, piece.stop_reason)
-                yield Chunk(head, {"choices": [choice], **extras})
-        if self.request.stream_options.include_usage:
-            yield {**fixed, "choices": [], "usage": self.usage.dict()}
+        return EventStream(self._events(), self._open)
 
     async def whole(self) -> dict[str, Any]:
         """All choices, complete."""
-        messages: list[dict[str, Any]] = [{} for _ in self.readers]
-        logprobs: list[list[Any]] = [[] for _ in self.readers]
-        token_ids: list[list[int]] = [[] for _ in self.readers]
-        ends: list[tuple[str | None, int | str | None]] = [(None, None)] * len(self.readers)
+        made = [_Whole() for _ in self.readers]
+
+        def collect(delta: Delta) -> bool:
+            made[delta.index].add(self._read(delta))
+            return True
+
+        self._tap.take = collect
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                join_delta(messages[piece.index], piece.message)
-                token_ids[piece.index] += piece.token_ids
-                logprobs[piece.index] += piece.logprobs["content"] if piece.logprobs else []
-                ends[piece.index] = (piece.finish_reason, piece.stop_reason)
+                made[piece.index].add(piece)
         choices = []
-        for i, message in enumerate(messages):
-            fields = {"message": _message(message), **self._ids(token_ids[i])}
-            choices.append(_choice(i, fields, {"content": logprobs[i]} if self.request.logprobs else None, *ends[i]))
+        for i, one in enumerate(made):
+            fields = {"message": _message(one.message), **self._ids(one.token_ids)}
+            choices.append(_choice(i, fields, {"content": one.logprobs} if self.request.logprobs else None, *one.end))
         answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
         answer |= self.prompt_fields
         return answer if self.prompt_logprobs is None else {**answer, "prompt_logprobs": self.prompt_logprobs}
+
+    async def _events(self) -> AsyncGenerator[Event, None]:
+        first_fields = self.prompt_fields
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index not in self._begun:
+                    self._begun.add(piece.index)
+                    choices = [_choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None, None)]
+                    extras = stream_extras(self.request, self.usage)
+                    yield Chunk(self._chunk_head, {"choices": choices, **extras, **first_fields})
+                    first_fields = {}
+                yield self._chunk(piece)
+        if self.request.stream_options.include_usage:
+            yield {**self.head, "object": _CHUNK, "choices": [], "usage": self.usage.dict()}
+
+    def _open(self, writer: Writer) -> None:
+        self._tap.take = partial(self._write, writer)
+
+    def _write(self, writer: Writer, delta: Delta) -> bool:
+        """Writes the chunk of a delta that is neither its choice's first nor its last."""
+        if not writer.ready or delta.index not in self._begun:
+            return False
+        piece = self._read(delta)
+        if not self._uniform or len(piece.message) != 1 or (kind := next(iter(piece.message))) not in _TEXTS:
+            writer.write(encoded(self._chunk(piece)))
+            return True
+        if (frame := self._frames.get((piece.index, kind))) is None:
+            example = Piece(piece.index, {kind: MARK}, None, None, None, [])
+            frame = self._frames[piece.index, kind] = Frame(self._chunk(example))
+        writer.write(frame.event(piece.message[kind]))
+        return True
+
+    def _chunk(self, piece: Piece) -> Chunk:
+        fields = {"delta": _told(piece.message), **self._ids(piece.token_ids)}
+        choice = _choice(piece.index, fields, piece.logprobs, piece.finish_reason, piece.stop_reason)
+        return Chunk(self._chunk_head, {"choices": [choice], **stream_extras(self.request, self.usage)})
 
     def _ids(self, token_ids: list[int]) -> dict[str, Any]:
         return {"token_ids": token_ids} if self.request.return_token_ids else {}
@@ -240,12 +253,13 @@ class ChatJob:
         """The parsed steps of all choices as they come. Closing it aborts the request."""
         async with aclosing(self.generated) as deltas:
             async for delta in deltas:
-                self.usage.add(0, delta)
-                if delta.prompt_logprobs is not None:
-                    self.prompt_logprobs = prompt_logprobs(self.served.tokenizer, delta.prompt_logprobs)
                 yield self._read(delta)
 
     def _read(self, delta: Delta) -> Piece:
+        """The piece of a delta. Counts its tokens."""
+        self.usage.add(0, delta)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = prompt_logprobs(self.served.tokenizer, delta.prompt_logprobs)
         reader = self.readers[delta.index]
         reason: str | None = delta.finish_reason
         message = reader.feed(delta.text, final=reason is not None)

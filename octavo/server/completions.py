@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from octavo.errors import InvalidRequest
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.outputs import Delta
 from octavo.messages import Logprobs, SamplingParams
-from octavo.server.events import Chunk, Event, head_of
+from octavo.server.events import MARK, Chunk, Event, EventStream, Frame, Writer, encoded, head_of
 from octavo.server.http import Answer, merge
 from octavo.server.logprobs import completion_logprobs, prompt_logprobs
 from octavo.server.protocol import CompletionRequest, GenerationRequest
@@ -42,11 +44,12 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
     params = _params(served, request, max(map(len, prompts)))
     await served.validate(params.structured)
     response_id = f"cmpl-{request.request_id or request_id}"
+    tap = Tap() if len(prompts) == 1 else None  # the deltas of several are merged, in which they must not overtake one another
     streams = []
     for prompt in prompts:
-        streams.append(served.generate(prompt, params, response_id, request.cache_salt))
+        streams.append(served.generate(prompt, params, response_id, request.cache_salt, tap=tap))
         await asyncio.sleep(0)  # lets other streams proceed between two prompts
-    job = _Job(served, request, response_id, prompts, streams, params)
+    job = _Job(served, request, response_id, prompts, streams, params, tap or Tap())
     return job.stream() if request.stream else await job.whole()
 
 
@@ -134,47 +137,93 @@ class _Job:
         prompts: list[list[int]],
         streams: list[AsyncGenerator[Delta, None]],
         params: SamplingParams,
+        tap: Tap,
     ):
         self.served, self.request, self.prompts, self.streams, self.params = served, request, prompts, streams, params
+        self._tap = tap
         self.head = {
             "id": response_id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": request.model or served.names[0],
         }
+        self._head_bytes = head_of(self.head)
         self.usage = Usage(sum(map(len, prompts)))
         self.starts: dict[int, int] = {}  # choice -> offset of its generated text, after the echoed prompt
         self.only_score = request.echo and request.max_tokens == 0
 
-    async def stream(self) -> AsyncGenerator[Event, None]:
+        # whether chunks of a choice, but for its first and last, differ in their text alone
+        self._uniform = params.logprobs is None and not (
+            request.return_token_ids or request.stream_options.continuous_usage_stats
+        )
+        self._frames: dict[int, Frame] = {}  # by choice
+        self._choices: dict[int, dict[str, Any]] = {}  # of an answer that is not streamed
+
+    def stream(self) -> EventStream:
         """A chunk for each choice and engine step, even while its text is held back, because clients time the chunks."""
-        head = head_of(self.head)
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                yield Chunk(head, {"choices": [piece], **stream_extras(self.request, self.usage)})
-        if self.request.stream_options.include_usage:
-            yield {**self.head, "choices": [], "usage": self.usage.dict()}
+        return EventStream(self._events(), self._open)
 
     async def whole(self) -> dict[str, Any]:
         """All choices, complete."""
-        choices: dict[int, dict[str, Any]] = {}
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                _join(choices.setdefault(piece["index"], {}), piece)
+        self._tap.take = self._collect
+        async with aclosing(self._deltas()) as deltas:
+            async for number, delta in deltas:
+                self._add(number, delta)
+        choices = self._choices
         for choice in choices.values():
             choice["text"] = "".join(choice["text"])
         return {**self.head, "choices": [choices[i] for i in sorted(choices)], "usage": self.usage.dict()}
 
-    async def _pieces(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def _events(self) -> AsyncGenerator[Event, None]:
+        async with aclosing(self._deltas()) as deltas:
+            async for number, delta in deltas:
+                yield self._chunk(number, delta)
+        if self.request.stream_options.include_usage:
+            yield {**self.head, "choices": [], "usage": self.usage.dict()}
+
+    def _open(self, writer: Writer) -> None:
+        self._tap.take = partial(self._write, writer)
+
+    def _write(self, writer: Writer, delta: Delta) -> bool:
+        """Writes the chunk of a delta that is not its choice's last. Only of a request with one prompt."""
+        if not writer.ready:
+            return False
+        if not self._uniform or delta.index not in self.starts:
+            writer.write(encoded(self._chunk(0, delta)))
+            return True
+        if (frame := self._frames.get(delta.index)) is None:
+            frame = self._frames[delta.index] = Frame(self._chunk(0, Delta(delta.index, MARK, [])))
+        self.usage.add(0, delta)
+        writer.write(frame.event(delta.text))
+        return True
+
+    def _collect(self, delta: Delta) -> bool:
+        self._add(0, delta)
+        return True
+
+    def _add(self, number: int, delta: Delta) -> None:
+        choice = self._choices.setdefault(number * self.params.n + delta.index, {})
+        if self._uniform and choice and delta.finish_reason is None:
+            self.usage.add(number, delta)
+            choice["text"].append(delta.text)
+        else:
+            _join(choice, self._piece(number, delta))
+
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         costs = [len(prompt) + _SEQUENCE * self.params.n for prompt in self.prompts]
         async with aclosing(merge(self.streams, costs, WAITING)) as merged:
             async for number, delta in merged:
                 if self.only_score:
                     delta = replace(delta, text="", token_ids=[], logprobs=None, finish_reason="length", stop_reason=None)
-                self.usage.add(number, delta)
-                yield self._piece(number, delta)
+                yield number, delta
+
+    def _chunk(self, number: int, delta: Delta) -> Chunk:
+        choices = [self._piece(number, delta)]
+        return Chunk(self._head_bytes, {"choices": choices, **stream_extras(self.request, self.usage)})
 
     def _piece(self, number: int, delta: Delta) -> dict[str, Any]:
+        """What a delta adds to its choice. Counts its tokens."""
+        self.usage.add(number, delta)
         index = number * self.params.n + delta.index
         begun = index in self.starts
         text, entries, offsets = self._echo(number, delta) if self.request.echo and not begun else ("", [], [])

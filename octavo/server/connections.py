@@ -9,10 +9,43 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from octavo.server.error_responses import ApiError, error_body
+from octavo.server.events import WRITER
 
 __all__ = ["MAX_HEAD", "protocol_class"]
 
 MAX_HEAD = 2**16  # bytes of a request besides its body
+
+
+class ChunkWriter:
+    """A Writer of octavo.server.events to the response of uvicorn's `cycle`.
+
+    What is written within one turn of the event loop is sent by one system call, which takes as long as all else for a token. A
+    process that keeps up with its engines has one token a turn for each stream; one that falls behind has several, and catches
+    up.
+    """
+
+    __slots__ = ("_cycle", "_loop", "_written")
+
+    def __init__(self, cycle: Any, loop: asyncio.AbstractEventLoop):
+        self._cycle, self._loop = cycle, loop
+        self._written: list[bytes] = []
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+
+    def write(self, body: bytes) -> None:
+        if not self._written:
+            self._loop.call_soon(self.flush)
+        self._written.append(body)
+
+    def flush(self) -> None:
+        if self._written:
+            body = b"".join(self._written)
+            self._written.clear()
+            if not (self._cycle.disconnected or self._cycle.transport.is_closing()):
+                self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def protocol_class(timeout: float) -> type[asyncio.Protocol]:
@@ -52,6 +85,11 @@ def protocol_class(timeout: float) -> type[asyncio.Protocol]:
             super().resume_writing()
             if self._unread is not None:
                 self._unread.cancel()
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            if self.cycle is not None and self.cycle.scope is self.scope:  # else it was refused
+                self.scope.setdefault("extensions", {})[WRITER] = ChunkWriter(self.cycle, self.loop)
 
         def data_received(self, data: bytes) -> None:
             self._excess += len(data)

@@ -177,12 +177,12 @@ class RequestWatch:
             metrics.prompt_tokens.inc(self.prompt_tokens)
             metrics.cached_tokens.inc(self.cached)
             metrics.prompt_total += self.prompt_tokens
-        last = self._last[delta.index]
-        if count and last is not None:
-            metrics.gap.observe(now - last)
         if count:
-            self._last[delta.index] = now
-            self._counts[delta.index] += count
+            index = delta.index
+            if (last := self._last[index]) is not None:
+                metrics.gap.observe(now - last)
+            self._last[index] = now
+            self._counts[index] += count
             metrics.generated_total += count
         if delta.finish_reason is not None:
             self._preemptions[delta.index] = delta.num_preemptions

@@ -1,6 +1,7 @@
 """HTTP around the handlers: reads bodies, answers with JSON or server-sent events, and detects that a client disconnected.
 
-Streams are written as raw ASGI messages: under load every token of every request passes here, on cores that the engine needs.
+Streams are raw ASGI messages, and most tokens not even those (octavo.server.events.Writer): under load every token of every
+request passes here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.error_responses import ApiError, error_response
-from octavo.server.events import Event, stream
+from octavo.server.events import Event, EventStream, stream
 from octavo.server.freed_memory import release_soon
 from octavo.server.json_pieces import json_body
 from octavo.server.protocol import ApiModel
@@ -34,7 +35,7 @@ LEFT = 499  # nginx's status of a client that did not wait for the answer
 OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/load", "/openapi.json", "/docs"))
 HUGE = 2**20  # bytes of a body or answer after which memory is released
 R = TypeVar("R", bound=ApiModel)
-Answer = dict[str, Any] | AsyncGenerator[Event, None]  # a JSON object, or the events of a stream
+Answer = dict[str, Any] | EventStream | AsyncGenerator[Event, None]  # a JSON object, or the events of a stream
 
 
 class JsonEndpoint(Generic[R]):
@@ -76,7 +77,7 @@ class JsonEndpoint(Generic[R]):
         try:
             answer = await self.handle(request, scope["state"]["request_id"])
             if not isinstance(answer, dict):
-                await stream(answer, send, scope["path"])
+                await stream(answer, scope, send)
                 return
             encoded = await json_body(answer)
             if len(encoded) > HUGE:

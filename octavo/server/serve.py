@@ -23,7 +23,7 @@ from octavo.server.console import greet, say
 from octavo.server.listening import address_of, bind, bind_unix, tls_settings, unlink_unix
 from octavo.server.operator_arguments import DEV_MODE
 from octavo.server.parsers.registry import choose_parser, choose_reasoning_parser
-from octavo.server.process_limits import set_limits
+from octavo.server.process_limits import collect_rarely, set_limits
 from octavo.server.serve_arguments import add_arguments, cross_origin, ignored_flags
 from octavo.server.shutdown import Ending
 from octavo.text.chat_messages import check_content_format
@@ -200,6 +200,7 @@ async def _serve(
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     ending.begin_with(server, served)
     address = address_of(args, listener)
+    collect_rarely()
     greeting = asyncio.ensure_future(greet(served, lambda: server.started, address, not args.model, started, bool(keys)))
     try:
         await server.serve(sockets=[listener])

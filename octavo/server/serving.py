@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidRequest, OctavoError
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
 from octavo.messages import SamplingParams, StructuredOutput
@@ -212,20 +213,29 @@ class Served:
         response_id: str,
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas, with metrics. Closing the generator aborts the request.
+        """The engine's deltas, with metrics, except those that `tap` takes. Closing the generator aborts the request.
 
         Raises InvalidRequest at the call for what the engine would refuse, before any of the answer is sent.
         """
         request_id = f"{response_id}-{next(self._numbers)}"  # unique, even if two clients send the same X-Request-Id
         number = self.engine.route(prompt, cache_salt, images)
-        generated = self.engine.generate(prompt, params, request_id, cache_salt, images, number)
-        return self._counted(generated, request_id, prompt, params, number)
+        generated = self.engine.generate(prompt, params, request_id, cache_salt, images, number, tap)
+        return self._counted(generated, request_id, prompt, params, number, tap)
 
     async def _counted(
-        self, generated: AsyncGenerator[Delta, None], request_id: str, prompt: list[int], params: SamplingParams, number: int
+        self,
+        generated: AsyncGenerator[Delta, None],
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        number: int,
+        tap: Tap | None,
     ) -> AsyncGenerator[Delta, None]:
         watch = self.metrics.watch(request_id, len(prompt), params.n, number, params.max_tokens)
+        if tap is not None:
+            tap.saw = watch.saw
         try:
             async with aclosing(generated) as deltas:
                 async for delta in deltas:

@@ -292,7 +292,7 @@ def test_a_message_that_cannot_cross_ends_the_engine(message):
         if message[0] == "add":
             engine._pipe.send(message)
         else:
-            engine._processes.connections[0].recv = lambda: pickle.loads(pickle.dumps(message))
+            engine._pipe._incoming[0].take = lambda: pickle.loads(pickle.dumps(message))
         with pytest.raises(EngineDead, match="cannot be"):
             await asyncio.wait_for(task, 5)
         await engine.shutdown()

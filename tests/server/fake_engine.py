@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.frontend.async_engine import EngineDead
+from octavo.frontend.engine_stream import Tap
 from octavo.frontend.image_support import ImageSupport
 from octavo.frontend.outputs import Delta
 from octavo.frontend.requests import engine_requests
 from octavo.images import PlacedImage
-from octavo.messages import EngineInfo, EngineRequest, EngineStats, Logprob, SamplingParams
+from octavo.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, Logprob, SamplingParams
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class FakeEngine:
         cache_salt: str | None = None,
         images: Sequence[PlacedImage] = (),
         number: int = 0,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Delta, None]:
         assert number == 0
         if not self.healthy:
@@ -64,9 +66,11 @@ class FakeEngine:
         eos = self.tokenizer.eos_token_ids
         self.requests += engine_requests(self.info, self.tokenizer, request_id, prompt, params, eos, cache_salt, images)
         self.calls.append((prompt, params, request_id))
-        return self._generate(prompt, params, request_id)
+        return self._generate(prompt, params, request_id, tap or Tap())
 
-    async def _generate(self, prompt: list[int], params: SamplingParams, request_id: str) -> AsyncGenerator[Delta, None]:
+    async def _generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, tap: Tap
+    ) -> AsyncGenerator[Delta, None]:
         ids = self.tokenizer.encode(self.text)[: params.max_tokens]
         whole = len(ids) == len(self.tokenizer.encode(self.text))
         done = False
@@ -82,10 +86,10 @@ class FakeEngine:
                 if position == self.fail_after:
                     raise EngineDead("The engine died.")
                 last = position == len(ids) - 1
-                reason = ("stop" if whole else "length") if last else None
+                reason: FinishReason | None = ("stop" if whole else "length") if last else None
                 for index in range(params.n):
                     offset = texts[index].length
-                    yield Delta(
+                    delta = Delta(
                         index,
                         texts[index].step(token) + (texts[index].finish() if last else ""),
                         [token],
@@ -96,6 +100,10 @@ class FakeEngine:
                         num_cached_tokens=0 if position else 3,
                         offsets=[offset],
                     )
+                    if reason is None and tap.take(delta):  # where this runs, the reader waits
+                        tap.saw(delta)
+                    else:
+                        yield delta
             done = True
         finally:
             if not done:

@@ -238,19 +238,19 @@ class Local:
         """The events of one request, made without HTTP."""
         from octavo.server.chat import chat
         from octavo.server.completions import complete
-        from octavo.server.events import fields_of
+        from octavo.server.events import EventStream, fields_of
         from octavo.server.protocol import ChatRequest, CompletionRequest
 
         if path.endswith("/chat/completions"):
             answer = self._run(chat(self._served, ChatRequest(**body), "terminal"))
         else:
             answer = self._run(complete(self._served, CompletionRequest(**body), "terminal"))
-        assert not isinstance(answer, dict)  # the body asked for a stream
+        assert isinstance(answer, EventStream)  # the body asked for one
         try:
-            while (event := self._run(_next(answer))) is not None:
+            while (event := self._run(_next(answer.events))) is not None:
                 yield fields_of(event)
         finally:
-            self._run(answer.aclose())
+            self._run(answer.events.aclose())
 
     def close(self) -> None:
         """Ends the engine."""
