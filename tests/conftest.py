@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test asks the network
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: references are small, and its threads wait in loops
 
 import octavo.engine  # noqa: F401 (says how torch's threads wait, before torch is loaded)
 
@@ -66,6 +67,22 @@ class Loaded:
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`: a GPU is one process's at a time, and a process's models and kernels take up to 2 GB of memory."""
     return 0 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+
+
+LONG = ("ops/test_compile.py", "ops/test_native_build.py", "engine/test_rehearsal.py")  # of few tests, each of tens of seconds
+WAITING = "nodes"  # tests that wait for other processes and for silence more than they compute
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes one begins with what computes longest and the other with what waits most, so that neither ends alone
+    with a long test: xdist gives each a half, and a process that is done takes from the other's, but never its next two."""
+    here = Path(__file__).parent
+    long = [item for item in items if item.path in {here / name for name in LONG}]
+    waiting = [item for item in items if item.path.is_relative_to(here / WAITING)]
+    taken = {*long, *waiting}
+    rest = [item for item in items if item not in taken]
+    half = max(len(items) // 2 - len(long), 0)
+    items[:] = [*long, *rest[:half], *waiting, *rest[half:]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

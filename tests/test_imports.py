@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,13 @@ FILES = {
     ".".join(("octavo", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Read when the first test asks: every process of pytest imports this file."""
+    return {module: ast.parse(path.read_text()) for module, path in FILES.items()}
+
 
 # Who may import whom: a part, and the parts right below it; what those may import, it may too. The API side (server, frontend,
 # text, vision) reaches the engine by one listed lazy import alone.
@@ -112,7 +119,9 @@ def imports(node: ast.AST, lazy: bool = False, for_types: bool = False) -> Itera
         yield from (Import(name, lazy, for_types) for name in names if name.split(".")[0] in ("octavo", ""))
 
 
-IMPORTS = {module: list(imports(tree)) for module, tree in TREES.items()}
+@cache
+def all_imports() -> dict[str, list[Import]]:
+    return {module: list(imports(tree)) for module, tree in trees().items()}
 
 
 def none(found: Iterable[object]) -> None:
@@ -147,7 +156,7 @@ def wrong_direction(module: str, target: str) -> str | None:
 
 
 def test_imports_go_down() -> None:
-    found = [(module, one.target, why) for module, all_of_it in IMPORTS.items() for one in all_of_it
+    found = [(module, one.target, why) for module, all_of_it in all_imports().items() for one in all_of_it
              if not one.for_types and (why := wrong_direction(module, one.target))]  # fmt: skip
     none(found)
 
@@ -167,7 +176,7 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 def test_no_module_is_in_a_circle() -> None:
     """Within a folder neither, and not for types alone."""
-    found = circles({module: {one.target for one in all_of_it if not one.lazy} for module, all_of_it in IMPORTS.items()})
+    found = circles({module: {one.target for one in all_of_it if not one.lazy} for module, all_of_it in all_imports().items()})
     none(map(sorted, found - CIRCLES))
     assert found >= CIRCLES, "a circle that is gone is still listed"
 
@@ -175,13 +184,13 @@ def test_no_module_is_in_a_circle() -> None:
 def test_no_folder_is_in_a_circle() -> None:
     """Lazy imports count, unless they are listed with their reason."""
     graph = defaultdict[str, set[str]](set)
-    for module, all_of_it in IMPORTS.items():
+    for module, all_of_it in all_imports().items():
         for one in all_of_it:
             own, other = part_of(module), part_of(one.target)
             if "octavo" not in (own, other) and own != other and not (one.lazy and (module, one.target) in LAZY):
                 graph[own].add(other)
     none(map(sorted, circles(graph)))
-    made = {(module, one.target) for module, all_of_it in IMPORTS.items() for one in all_of_it if one.lazy}
+    made = {(module, one.target) for module, all_of_it in all_imports().items() for one in all_of_it if one.lazy}
     assert set(LAZY) <= made, "a lazy import that is gone is still listed"
 
 
@@ -211,7 +220,7 @@ def test_only_the_platform_names_vendors() -> None:
     found = [
         (module, line, word)
         for module in sorted(set(FILES) - VENDORS - CATALOGUES)
-        for line, word in words(TREES[module])
+        for line, word in words(trees()[module])
         if VENDOR.search(word) and word not in allowed.get(module, ())
     ]
     none(found)

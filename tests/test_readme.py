@@ -136,14 +136,13 @@ class Person:
         self.server = Server(*given)
 
     def _over_ranks(self, words: list[str]) -> list[str]:
-        """With a model of eight heads; over two ranks alone, which is quicker, but for README's first example."""
+        """With a model of eight heads; over two ranks alone, which is quicker."""
         config = json.loads((self.model / "config.json").read_text())
         wide = self.place / "wide"
         shutil.copytree(self.model, wide)
         heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # the same matrices
         (wide / "config.json").write_text(json.dumps(config | heads))
-        fewer = {} if self.page == "README.md" and "ptpc_fp8" not in words else {"8": "2"}
-        return [fewer.get(word, str(wide) if word == str(self.model) else word) for word in words]
+        return [{"8": "2", str(self.model): str(wide)}.get(word, word) for word in words]
 
     def leave(self) -> None:
         if self.server is not None:

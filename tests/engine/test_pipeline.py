@@ -34,8 +34,9 @@ from octavo.errors import OctavoError
 from octavo.frontend.router import Replicas
 
 Run = Callable[..., list[Any]]
-SPLITS = ((1, 2), (2, 2))  # ranks a stage, stages
-MODELS = ("llama", "qwen3_moe", "deepseek_v3", "glm_moe_dsa")  # dense, experts, MLA, and what shares a state beside
+# Models, dense, of experts, of MLA, and what shares a state beside; their splits: ranks a stage, stages.
+SPLITS = {"llama": ((1, 2), (2, 2)), "qwen3_moe": ((2, 2),), "deepseek_v3": ((1, 2),), "glm_moe_dsa": ((2, 2),)}
+AHEAD = {"llama": ((1, 2), (1, 3)), "qwen3_moe": ((2, 2),), "glm_moe_dsa": ((1, 3),)}
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,11 @@ def split(tp: int, pp: int) -> dict[str, Any]:
 def test_stages_say_what_one_rank_says(ranks: Run, tmp_path: Path) -> None:
     """Tokens on every rank, probabilities on rank 0, which answers; in chunks, from the prefix cache and preempted."""
     failed: list[str] = []
-    for model_type in MODELS:
+    for model_type, splits in SPLITS.items():
         path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
         one = answers(Place(), path, wanted, {})
         assert len({token for ids in one.tokens.values() for token in ids}) > 12, "outputs too dull to tell a mistake by"
-        for tp, pp in SPLITS:
+        for tp, pp in splits:
             found = ranks(tp * pp, answers, path, wanted, split(tp, pp))
             wrong = found[0].differences(one, tp * pp)
             assert " in stage 0 of 2, on CPU" in found[0].model  # whose parameters are fewer
@@ -93,10 +94,10 @@ def ahead(place: Place, *args: Any) -> Any:
 def test_graphs_of_stages_and_tokens_that_go_back_to_the_first(ranks: Run, tmp_path: Path) -> None:
     """As on accelerators: tokens are those of one rank, whichever requests need their last token on the host."""
     failed: list[str] = []
-    for model_type in ("llama", "qwen3_moe", "glm_moe_dsa"):
+    for model_type, splits in AHEAD.items():
         path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
         one = answers(Place(), path, wanted, {})
-        for tp, pp in ((1, 2), (2, 2), (1, 3)):
+        for tp, pp in splits:
             found = ranks(tp * pp, ahead, path, wanted, split(tp, pp))
             failed += [f"{model_type}, {tp} x {pp}, rank {n}" for n, each in enumerate(found) if each.tokens != one.tokens]
             failed += [

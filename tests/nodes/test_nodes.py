@@ -94,6 +94,8 @@ def test_stages_on_two_hosts_say_what_one_rank_says_until_a_rank_dies(expected: 
         assert (head.end(), other.end()) == (1, 1)
     for node in (head, other):
         assert f"Node 1 ({socket.gethostname()}): Rank 1 of the engine was killed" in node.said, node.said
+        assert "Traceback" not in node.said, node.said
+    assert "start it again" in head.said
 
 
 def fake(node: int, port: int, **options: Any) -> Node:

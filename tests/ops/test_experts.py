@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from ops.cases import over
+from ops.cases import combined, over
 from ops.shapes import EXPERTS, ROUTINGS
 from ops.test_linear import CASES, FORMATS, PLATFORMS, bound
 from quant import float64
@@ -68,11 +68,10 @@ def products(x: Array, w: Array, scheme: Scheme, on: Platform) -> Array:
     return (x @ w.reshape(-1, k).T).reshape(-1, experts, n)
 
 
-@over("scheme", SCHEMES.values())
-@over("platform, dtype", CASES)
-@over("shape", EXPERTS)
-def test_products(shape: Shape, platform: str, scheme: Scheme, dtype: torch.dtype) -> None:
+@over("scheme, where, shape", combined(SCHEMES.values(), CASES, EXPERTS))
+def test_products(scheme: Scheme, where: tuple[str, torch.dtype], shape: Shape) -> None:
     """Of tokens' rows, and of pairs' rows in sorted order."""
+    platform, dtype = where
     tokens, hidden, inner, experts, count = shape
     on = PLATFORMS[platform]
     w, x = torch.randn(experts, 2 * inner, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)

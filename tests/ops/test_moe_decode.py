@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import over
+from ops.cases import over, pairwise
 from torch import Tensor
 
 from octavo import ops
@@ -50,9 +50,7 @@ WHOLE = COMMON | dict(hidden_size=64, moe_intermediate_size=16, num_experts=4, n
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"needs NVRTC: {compiler.missing()}")
-@pytest.mark.parametrize("blocks", [0, 1])
-@pytest.mark.parametrize("tokens", moe_decode.COLUMNS)
-@pytest.mark.parametrize("options", [QWEN3_30B, QWEN3_30B | SMALL], ids=["30b", "small"])
+@pytest.mark.parametrize(("tokens", "blocks", "options"), pairwise(moe_decode.COLUMNS, [0, 1], [QWEN3_30B, QWEN3_30B | SMALL]))
 def test_it_compiles(
     tokens: int, blocks: int, options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

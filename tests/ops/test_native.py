@@ -65,8 +65,7 @@ def test_a_named_set_uses_what_it_has(dtype: torch.dtype) -> None:
 
 
 @over("shape", SHAPES)
-@over("scheme", QUANTIZED)
-@over("fmt", [E4M3FN, E4M3FNUZ])
+@over("scheme, fmt", [*((scheme, E4M3FN) for scheme in QUANTIZED), (FP8_PER_CHANNEL, E4M3FNUZ), (FP8_BLOCK, E4M3FNUZ)])
 def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
     m, n, k = shape
     w = torch.randn(n, k)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
-from ops.cases import over
+from ops.cases import combined, over
+from ops.interpreter import HAS_GPU
 from ops.test_triton import DEVICE, Reads, fp8_dtypes, values
 
 from octavo.ops import reference
@@ -34,10 +35,18 @@ def test_layer_norm_and_gelu_that_quantize(size: int, both: bool, fp8: torch.dty
             torch.testing.assert_close(found.dense, expected, rtol=1e-2, atol=1e-2)
 
 
-@over("heads, dim", [(1, 8), (3, 72), (2, 36), (2, 64), (1, 128)])
-@over("lengths", [[1], [4, 130, 0, 9], [1] * 150])
-def test_segment_attention(lengths: list[int], heads: int, dim: int) -> None:
+SEGMENTS = [[1], [4, 130, 0, 9], [1] * 150]
+WIDTHS = [(1, 8), (3, 72), (2, 36), (2, 64), (1, 128)]  # heads, dimension
+# Interpreted, each width once and segments of each kind.
+SCENES = (
+    combined(WIDTHS, SEGMENTS) if HAS_GPU else [(width, SEGMENTS[i]) for width, i in zip(WIDTHS, (0, 1, 2, 1, 0), strict=True)]
+)
+
+
+@over("width, lengths", SCENES)
+def test_segment_attention(width: tuple[int, int], lengths: list[int]) -> None:
     """What is behind the last segment, as in a graph, spoils nothing."""
+    heads, dim = width
     qkv = torch.randn(sum(lengths) + 3, 3, heads, dim, device=DEVICE).bfloat16() * 2
     starts = torch.tensor([0, *lengths, 3], device=DEVICE).cumsum(0).int()
     found = segment_attention.segment_attention(*qkv.unbind(1), Segments([*lengths, 3], starts))

@@ -465,13 +465,13 @@ def test_a_verdict_on_kl_goes_by_its_own_error() -> None:
 
 
 def test_the_default_number_of_tokens_tells_half_a_percent() -> None:
-    """By a quarter of them, whose error is twice as large."""
+    """By a sixteenth of them, whose error is four times as large."""
     args = make_parser("compare", add_arguments).parse_args([])
     ids = Tokenizer(str(MODEL_DIR)).encode(HELDOUT.read_text("utf-8"))
     found = compare(
-        EngineConfig(cpu_kv_cache_gib=0.05), ids, ["ptpc_fp8"], ["fp8_e4m3"], window=args.window, tokens=args.tokens // 4
+        EngineConfig(cpu_kv_cache_gib=0.05), ids, ["ptpc_fp8"], ["fp8_e4m3"], window=args.window, tokens=args.tokens // 16
     )
-    assert 2 * row(found, "ptpc_fp8", "fp8_e4m3").change_error / 2 < DEFAULT_BUDGET.limit
+    assert 2 * row(found, "ptpc_fp8", "fp8_e4m3").change_error / 4 < DEFAULT_BUDGET.limit
 
 
 def test_few_layers_are_named_and_many_said_as_patterns() -> None:

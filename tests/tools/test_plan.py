@@ -103,9 +103,9 @@ def test_the_fp8_list_in_config_json_is_enough() -> None:
         assert kimi["KV cache"] == "fp8_ds_mla"
         assert found["max_model_len"] == 262_144
         assert ("vision" in kimi) == (name == "Kimi-K2.5")
-        alone = answer(name, "--accelerator", "mi355x", "--num-accelerators", "8", "--language-model-only")
-        assert any("The vision tower is left out" in note for note in alone["notes"]) == (name == "Kimi-K2.5")
         assert found["refused"] == []
+    alone = answer("Kimi-K2.5", "--accelerator", "mi355x", "--num-accelerators", "8", "--language-model-only")
+    assert any("The vision tower is left out" in note for note in alone["notes"])
     qwen = {g["component"]: g["format"] for g in answer("Qwen3-30B-A3B-FP8", "--accelerator", "h200")["groups"]}
     assert {name for name, form in qwen.items() if form == "fp8_block"} == {"attention", "experts"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,9 +44,14 @@ def assert_printed(value: float, printed: str) -> None:
     assert abs(value - float(printed)) <= max(half * 1.0001, 1e-3 * float(printed)), (value, printed)
 
 
+@cache
+def published(name: str) -> dict[str, Any]:
+    return answer(name, "--accelerator", "mi355x", "-q", "fp8_block", "--kv-cache-dtype", "auto")
+
+
 @cases(("name", "parameters", "bf16", "fp8", "kv", "index"), PUBLISHED, ids=lambda text: str(text))
 def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: str, index: str) -> None:
-    found = answer(name, "--accelerator", "mi355x", "-q", "fp8_block", "--kv-cache-dtype", "auto")
+    found = published(name)
     variants = found["variants"]
     native = known_config(name)[1].get("quantization_config") or name.startswith("Kimi")  # type: ignore[index]
     stored = answer(name, "--accelerator", "mi355x")["variants"]["native"] if native else variants["FP8 block"]
@@ -64,7 +70,7 @@ def test_published_sizes(name: str, parameters: str, bf16: str, fp8: str, kv: st
 @cases("name", ["Llama-3.1-8B", "Llama-3.1-405B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-VL-235B-A22B"])
 def test_scales_are_all_that_the_schemes_differ_by(name: str) -> None:
     """`fp8` and `ptpc_fp8` hold an FP32 scale a row: for 512 columns or more, within 0.3% of a scale for 128x128 values."""
-    variants = answer(name, "--accelerator", "mi355x", "-q", "fp8_block")["variants"]
+    variants = published(name)["variants"]
     assert variants["FP8"]["weights"] == variants["PTPC"]["weights"]
     assert variants["PTPC"]["weights"] == pytest.approx(variants["FP8 block"]["weights"], rel=3e-3)
 

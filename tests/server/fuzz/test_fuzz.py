@@ -22,8 +22,8 @@ from octavo.server.parsers.token_calls import TOKEN_FORMS
 from octavo.server.parsers.tools import PARSERS
 from octavo.server.parsers.xml_forms import FORMS
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
-WITH_IMAGES = int(os.environ.get("FUZZ_REQUESTS", "1000"))
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "200"))
+WITH_IMAGES = int(os.environ.get("FUZZ_REQUESTS", "400"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "120"))  # after which no further request is sent: a machine may be busy
 SEED = int(os.environ.get("FUZZ_SEED", "9"))
 CLIENTS = 2
