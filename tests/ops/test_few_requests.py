@@ -21,8 +21,8 @@ from octavo.ops.triton import launch
 from octavo.ops.triton.rope import rope_write_kv
 from octavo.platform import Platform, detect
 from tests.ops.caches import with_padding
-from tests.ops.paged import exact, needs_hopper, scene
 from tests.ops.megakernels import dumped
+from tests.ops.paged import exact, needs_hopper, scene
 
 LENGTHS = [1], [64], [65, 129], [511, 1, 200, 64, 77, 300, 5, 128], [1000, 384], [2000], [4000]  # in 1, 2, 4 and 8 parts
 GROUPS = (32, 4), (14, 2), (8, 1), (5, 1), (8, 8)  # query heads, KV heads
