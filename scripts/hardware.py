@@ -137,10 +137,9 @@ The first implementation that takes a weight of 512 x 512 in the scheme.
 KERNELS = """
 ## Triton's kernels, compiled
 
-The matrix instructions in the machine code; "none" where a kernel has nothing to multiply. `make test` compiles these kernels
-again: all for sm_90, for gfx942 without tiles between the smallest and the largest, for gfx950 those that multiply FP8. FP8
-is `e4m3` on sm_90, `fp8_fp8` and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, fused GEMMs,
-block FP8 and experts of more than 32 tokens, and sums over ranks are CUDA C++ (`octavo/ops/hopper`).
+The matrix instructions in the machine code; "none" where a kernel has nothing to multiply. FP8 is `e4m3` on sm_90, `fp8_fp8`
+and `f8f6f4` on AMD. On Hopper alone megakernels, attention over an FP8 cache, fused GEMMs, block FP8 and experts of more than
+32 tokens, and sums over ranks are CUDA C++ (`octavo/ops/hopper`).
 
 """
 SCHEMES: Sequence[tuple[str, Scheme]] = [

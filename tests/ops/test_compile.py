@@ -50,26 +50,12 @@ SPILLS[("sm_90", "latent_attention_fp8_chosen")] = 8  # of 255 registers, so tha
 FEW_TILES = {"gfx942": {"latent_attention_fp8_many"}, "gfx950": {"latent_attention_fp8_many"}}
 
 
-# What is compiled of all: on AMD not the tiles between the smallest and the largest, whose memory and registers lie between
-# theirs, and on gfx950, whose kernels differ from gfx942's in FP8's format and its matrix instructions, what has these and two
-# that only convert.
-# `python scripts/hardware.py` compiles everything.
-LINEARS = r"grouped_linear_(fp8|bf16|weights)_(32|64)|grouped_linear_(tiles|channels)_32|small_linear_32"
-ON_GFX950 = MULTIPLIES_FP8 | FEW_TILES["gfx950"] | {"quantize", "rope_write_kv"}
-BETWEEN = rf"(?!({LINEARS}|w4a8_\d+_(32|64)|w4a16_\d+_32)$)"
-NAMES = {
-    "sm_90": "", "gfx942": f"^{BETWEEN}",
-    "gfx950": f"^{BETWEEN}({'|'.join(sorted(ON_GFX950))})$",
-}  # fmt: skip
-
-
 @cache
 def compiled(target: str) -> dict[str, dict[str, Any]]:
     """In a process of its own: this one interprets its kernels. Without numbers of lines, which take a sixth of the time."""
     script = Path(__file__).with_name("cross_compile.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DISABLE_LINE_INFO": "1"}
-    words = [sys.executable, script, target, NAMES[target]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False, env=env)
+    done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, timeout=1200, check=False, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {one["kernel"]: one for one in found}
@@ -78,8 +64,7 @@ def compiled(target: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("target", MEMORY)
 def test_kernels_compile(target: str) -> None:
     kernels = compiled(target)
-    asked = {name for name in MULTIPLIES_FP8 | MULTIPLIES_BF16 if re.search(NAMES[target], name)}
-    missing = asked - kernels.keys()
+    missing = (MULTIPLIES_FP8 | MULTIPLIES_BF16) - kernels.keys()
     assert missing <= (
         {"w4a8_32_128", "w4a8_128_128"} if target == "gfx942" else set()
     )  # whose tiles its memory is too small for
@@ -94,15 +79,11 @@ def test_kernels_compile(target: str) -> None:
 
 
 def page_of(target: str) -> list[str]:
-    """The rows of docs/hardware.md of the kernels that are compiled here, with the column of one chip."""
+    """The rows of docs/hardware.md with the column of one chip."""
     lines = PAGE.read_text().partition("## Triton's kernels, compiled")[2].splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
     place = head.index(target)
-    return [f"| {row[0]} | {row[place]} |" for row in rows if is_asked(row[0], target) and row[place] != "not there"]
-
-
-def is_asked(title: str, target: str) -> bool:
-    return re.search(NAMES[target], title.strip("`")) is not None
+    return [f"| {row[0]} | {row[place]} |" for row in rows if row[place] != "not there"]
 
 
 @pytest.mark.skipif(missing() is not None, reason=f"needs NVRTC, for the kernels that it compiles: {missing()}")
