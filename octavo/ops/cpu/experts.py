@@ -43,7 +43,9 @@ class PackedNativeStack(PackedStack):
         self.data, self.held_bytes = q.data, q.nbytes
         self.scale = held_scale(q)
         first, of_first = q.expert(0), None if self.scale is None else self.scale[0]
-        self.struct, self.few = (struct_of(first, of_first, tokens) for tokens in (FEW_TOKENS + 1, FEW_TOKENS))
+        self.struct = self.few = struct_of(first, of_first, FEW_TOKENS + 1)
+        if q.scheme.exact_few:
+            self.few = struct_of(first, of_first, FEW_TOKENS)
         scales = 0 if self.scale is None else self.scale.stride(0) * self.scale.itemsize
         self.strides = q.data.stride(0) * q.data.itemsize, scales
 

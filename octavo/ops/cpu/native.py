@@ -146,7 +146,9 @@ class PackedNative(PackedWeight):
         (self.n, self.k), self.data = q.shape, q.data
         self.held_bytes = q.nbytes
         self.scale = held_scale(q)
-        self.struct, self.few = struct_of(q, self.scale, FEW_TOKENS + 1), struct_of(q, self.scale, FEW_TOKENS)
+        self.struct = self.few = struct_of(q, self.scale, FEW_TOKENS + 1)
+        if q.scheme.exact_few:
+            self.few = struct_of(q, self.scale, FEW_TOKENS)
         self.address, self.address_of_few = ctypes.addressof(self.struct), ctypes.addressof(self.few)
         self.multiply = kernels().octavo_linear
 
