@@ -29,10 +29,6 @@ struct Grouped {
 
 constexpr bool IN_GROUPS = GATED && (BLOCKS || TOKENS == 32); /* of the result */
 constexpr bool PROMOTES = BLOCKS || (!GATED && TOKENS == 32); /* codes have scales in groups */
-#ifndef TURNS
-#define TURNS 0
-#endif
-constexpr bool IN_TURNS = BLOCKS && TOKENS > 32 && TURNS;
 constexpr int DEPTH = 128, ROWS = 256, HALVES = ROWS / 128; /* a warpgroup multiplies HALVES times 64 rows */
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128, WARPS = CONSUMERS / 32;
 constexpr int X = TOKENS * DEPTH, W = ROWS * DEPTH, STAGES = TOKENS > 32 ? 4 : 5; /* X and W in bytes */
@@ -55,9 +51,6 @@ extern "C" __device__ const int shared_bytes = 1024 + (int)sizeof(Shared);
 #include "ptx.cuh"
 #include "wgmma_widths.cuh"
 
-/* The warpgroups issue products in turns, so that one scales its sums while the other's are computed. */
-INLINE void await_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(5 + group), "n"(CONSUMERS) : "memory"); }
-INLINE void give_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(5 + group), "n"(CONSUMERS) : "memory"); }
 INLINE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }
 /* Store 8 channels of each of 32 pairs, transposed (stmatrix): this lane's pair at `to`. */
 INLINE void put(u16 *to, const u32 (&y)[4]) {
@@ -206,11 +199,9 @@ template <int N> INLINE void mainloop(const Grouped &s, Shared &m, const Tiles &
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 float part[N / 2];
-                if (IN_TURNS) await_turn(group);
                 warpgroup_arrive();
                 multiply<N>(part, address(m.weight[at.at]) + (group * HALVES + h) * 64 * DEPTH, address(m.x[at.at]), false);
                 warpgroup_commit_batch();
-                if (IN_TURNS) give_turn(1 - group);
                 warpgroup_wait(part);
 #pragma unroll
                 for (int j = 0; j < N / 8; j++) {
@@ -361,7 +352,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) grouped_product(
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(RESIDENT == 1 ? 232 : 96));
         if (!GATED) wait_on_dependent_grids();
-        if (IN_TURNS && group == 1) give_turn(0);
         PipelineState<STAGES> at;
         Tiles tile(s, m);
         int turn = 0;
