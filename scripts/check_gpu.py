@@ -3,9 +3,9 @@
     python scripts/check_gpu.py                        # about 20 minutes with 8 cores; writes check-gpu.txt
     python scripts/check_gpu.py --only machine demo    # some of the steps
 
-Steps: the machine, the tests of ops and of the engine, the demo model served and asked, the accuracy of each scheme and cache
-beside BF16, and the throughput of workloads A to F at Llama-3.1-8B's shape in `ptpc_fp8`, `fp8`, `fp8_block` and BF16. Those
-that compare results run side by side, since they mostly wait for compilers; those that measure run alone
+Steps: the machine, the tests of ops, of the engine and of its memory, the demo model served and asked, the accuracy of each
+scheme and cache beside BF16, and the throughput of workloads A to F at Llama-3.1-8B's shape in `ptpc_fp8`, `fp8`, `fp8_block`
+and BF16. Those that compare results run side by side, since they mostly wait for compilers; those that measure run alone
 afterwards. Each has a limit of time; one that fails, or is stopped at its limit, does not stop the next. The file begins with
 one line a step, and each step's whole output follows. Needs the test requirements (`make setup-test`, or requirements-test.txt
 beside a torch for the device).
@@ -65,11 +65,12 @@ class Step(NamedTuple):
     measures: bool = False
 
 
-def tests(name: str, minutes: int, *words: str) -> Step:
+def checked(name: str, minutes: int, *words: str, measures: bool = False) -> Step:
     """Tests, on half of the cores: a process of them keeps one busy with compiling. Each is named as it ends, so that a step
     which its limit stops still says what failed. No plugins but the tests' own: others may warn, and a warning fails."""
-    workers = max(1, len(os.sched_getaffinity(0)) // 2)
-    return Step(name, minutes, ["-m", "pytest", "-vv", "-p", "xdist", "-p", "no:cacheprovider", "-n", str(workers), *words])
+    workers = 1 if measures else max(1, len(os.sched_getaffinity(0)) // 2)
+    words = ("-m", "pytest", "-vv", "-p", "xdist", "-p", "no:cacheprovider", "-n", str(workers), *words)
+    return Step(name, minutes, words, measures)
 
 
 def bench(scheme: str, minutes: int, workloads: str) -> Step:
@@ -80,10 +81,11 @@ def bench(scheme: str, minutes: int, workloads: str) -> Step:
 
 STEPS = (
     Step("machine", 2, ["-c", MACHINE]),
-    tests("ops", 10, "--dist", "worksteal", "tests/ops"),
+    checked("ops", 10, "--dist", "worksteal", "tests/ops"),
     Step("demo", 5, ["-c", DEMO]),
-    tests("engine", 10, "-m", "gpu", "tests/engine", "tests/weights", "tests/tools"),
+    checked("engine", 10, "-m", "gpu", "tests/engine", "tests/weights"),
     Step("accuracy", 8, ["-m", "bench.accuracy"]),
+    checked("memory", 4, "-m", "gpu", "tests/tools", measures=True),
     bench("ptpc_fp8", 4, "C,B,D,A,E,F"),
     bench("fp8", 2, "C,B,D,A"),
     bench("fp8_block", 2, "C,B,D,A"),

@@ -46,6 +46,7 @@ from octavo.messages import Progress
 from octavo.models import read_config
 from octavo.models.interface import FusedModel, StageState
 from octavo.models.overrides import overridden
+from octavo.ops.bound import check_device
 from octavo.quant.checks import check_format
 
 __all__ = ["ModelRunner", "StepTokens"]
@@ -224,13 +225,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, items: Items, rows: Sequence[SamplingRow], previous: StepTokens | None = None) -> StepTokens:
-        """Launches the step of `items`. `rows[i]` is the sampling state of items[i], used if the step samples its next token.
-
+        """Launches the step of `items`. `rows[i]` is the sampling state of items[i], used if the step samples its next token;
         `previous` has the pending tokens, which are copied from it on the device.
         """
         out = StepTokens()
         if not items:
             return out
+        check_device(self.platform.device)
         if not self.tp.stages.first:  # which alone embeds tokens
             previous = None
         images = None if self.encoder is None else self.encoder.input(items)

@@ -21,6 +21,7 @@ from octavo.errors import OctavoError
 from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.bound import bound as _bound
+from octavo.ops.bound import bound_for
 from octavo.ops.contract import (
     FEW_TOKENS,
     LATENT_SCRATCH,
@@ -116,6 +117,7 @@ def bind(platform: Platform, tp: TensorParallel = ALONE) -> None:
         from octavo.ops import cuda as preferred  # type: ignore[no-redef]
     global _compile_ahead, _compile_elsewhere, _capture, _captures, _fuse
     with _lock:
+        bound_for(platform.device)
         _table.clear()
         _compile_ahead = getattr(preferred, "compile_ahead", ahead.mode)
         _compile_elsewhere = getattr(preferred, "compile_elsewhere", _to_none)
@@ -150,8 +152,7 @@ def compile_ahead() -> AbstractContextManager[None]:
 
 def compile_elsewhere(compiler: Any) -> None:
     """From now on compile_ahead leaves the work to `compiler`, an `octavo.ops.triton.launch.Elsewhere`; to this process's own
-    threads, if it is None. A platform that compiles nothing does not ask for it.
-    """
+    threads, if it is None. A platform that compiles nothing does not ask for it."""
     _compile_elsewhere(compiler)
 
 
@@ -462,8 +463,7 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor, filters: Filters | No
 
 def decode_variant(requests: int, kv_heads: int, width: int, longest: int) -> int:
     """A key of `attention`'s launches for one-token requests with contexts up to `longest`: equal keys, equal launches. width:
-    bytes of a token's key in one head of the cache.
-    """
+    bytes of a token's key in one head of the cache."""
     return _bound["decode_variant"](requests, kv_heads, width, longest)  # type: ignore[no-any-return]
 
 
@@ -488,8 +488,7 @@ def _sorted_experts(x: Operand, routed: Routed, gate_up: PackedStack, down: Pack
     return combine(down(silu_mul(gate_up(x, at, of_tokens=True), (down,)), at, of_tokens=False), routed, at)
 
 
-# Ops composed of other ops where a platform has no fused implementation, and the composition that `table` reports. A fused one
-# may give None, too: the op is then composed.
+# Ops composed of others where no fused implementation is bound, or it gives None; and how, as `table` reports it.
 _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "all_reduce_norm_quantize": (lambda *_: None, "all_reduce, then rms_norm"),
     "argmax_over_ranks": (lambda *_: None, "argmax, then all_gather"),

@@ -218,7 +218,7 @@ class PackedBlocks(PackedWeight):
 class WeightOnly:
     """FP8 with one scale per output channel, multiplied by values as they are."""
 
-    name = "of two codes a value, Triton for few tokens and torch._scaled_mm for more; torch, of widened ones, for many"
+    name = "of two codes a value, Triton for few tokens, torch._scaled_mm for more, and torch, of widened ones, for many"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         return not_taken(q.scheme, FP8_WEIGHTS) or _unfit(q, platform)
@@ -263,7 +263,7 @@ class PackedWeightOnly(PackedWeight):
 class ExactFew:
     """FP8 with one scale per output channel, multiplied by few tokens' values as they are, and by codes of more."""
 
-    name = f"of two codes a value, Triton for up to {FEW_TOKENS} tokens; of codes, torch._scaled_mm for more"
+    name = f"of two codes a value, Triton for up to {FEW_TOKENS} tokens, and torch._scaled_mm of codes for more"
 
     def supports(self, q: QTensor, platform: Platform) -> str | None:
         return not_taken(q.scheme, FP8_EXACT_FEW) or _unfit(q, platform)

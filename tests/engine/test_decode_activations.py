@@ -48,6 +48,7 @@ def answers(llm: LLM, requests: int, prompt: int, tokens: int) -> list[Any]:
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_which_steps_are_exact(device: str) -> None:
     """Steps of up to 32 tokens, prompts as well as decode; a step's tokens count, whosever they are."""
+    ids()  # by an engine of a CPU, whose ops a process has after it
     hybrid, exact, rounded = start(device, **DECODE), start(device, "fp8_w8a16"), start(device)
     for requests, prompt, tokens, like, unlike in (
         (1, 32, 12, exact, rounded),

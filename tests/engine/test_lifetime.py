@@ -8,6 +8,10 @@ import sys
 import pytest
 import torch
 
+from octavo import LLM, SamplingParams
+from octavo.errors import OctavoError
+from octavo.ops.bound import bound_for
+
 DROPPED = """
 import gc
 gc.disable()
@@ -56,3 +60,11 @@ def test_a_dropped_engine_is_gone(device: str) -> None:
     for together in [OPTIONS] if device == "cpu" else [[one] for one in OPTIONS]:
         ran = subprocess.run([sys.executable, "-c", DROPPED, device, repr(together)], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+
+
+def test_another_device_s_model_in_the_same_process_is_said() -> None:
+    """Kernels are a process's: those of the later model would be given the earlier one's addresses."""
+    llm = LLM(device="cpu", load_format="dummy", cpu_kv_cache_gib=0.01, threads=1)
+    bound_for(torch.device("meta"))
+    with pytest.raises(OctavoError, match="another model was started on meta in this process after this one on cpu"):
+        llm.generate("x", SamplingParams(max_tokens=1), use_tqdm=False)

@@ -130,6 +130,13 @@ def test_the_preferred_one_is_chosen_and_said(scheme: Scheme) -> None:
     assert all(reason.startswith("not ") for reason in reasons)
 
 
+def test_names_hold_no_separator() -> None:
+    """Of the table of ops, on any platform."""
+    for platform in PLATFORMS.values():
+        ops.bind(platform)
+        assert not [one.name for one in ops.implementations() if ";" in one.name]
+
+
 @over("fmt", [E4M3FN, E4M3FNUZ])
 def test_activations_are_quantized_as_float64_does(fmt: Format) -> None:
     from octavo.ops.reference import quantize_activation

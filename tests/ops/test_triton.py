@@ -216,7 +216,7 @@ def test_block_linear(shape: tuple[int, int, int], scale_rows: bool) -> None:
         # on the CPU: a GPU divides by a number with its reciprocal, whose last bit makes other codes
         wanted_codes, wanted_scale = reference.quantize_activation(x.cpu(), Granularity.BLOCK, q.data.dtype)
         torch.testing.assert_close(scale.cpu(), wanted_scale, rtol=1e-6, atol=0)
-        assert (codes[:, :k].cpu().float() != wanted_codes.float()).sum() <= 2e-3 * m * k
+        assert (codes[:, :k].cpu().float() != wanted_codes.float()).sum() <= 2e-3 * m * k + 2
         widened = codes[:, :k].double() * scale.repeat_interleave(128, 1)[:, :k].double()
         assert relative_error(found, widened @ dequantize(q).double().mT) < 4e-3
 
