@@ -65,7 +65,7 @@ class Blocks(gpu.Blocks):
     kernels: those to compile when a weight whose scales are of tiles is packed.
     """
 
-    name = "WGMMA, and Triton for few tokens by large weights"
+    name = "WGMMA, or Triton for few tokens by large weights"
 
     def __init__(self, *kernels: Kernels):
         self.kernels = kernels
