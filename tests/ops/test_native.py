@@ -82,7 +82,8 @@ def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> Non
 def check_linear(q: QTensor, x: torch.Tensor, expected: torch.Tensor | None) -> None:
     assert native.Native().supports(q, CPU) is None
     packed = native.Native().pack(q, CPU)
-    assert packed.held_bytes == q.nbytes
+    tiles = [-(-size // native.TILE) * native.TILE for size in q.data.shape] if packed.struct.tiled else q.data.shape
+    assert packed.held_bytes == q.nbytes + (tiles[0] * tiles[1] - q.data.numel()) * q.data.itemsize
     y = packed(x)
     assert (y.dtype, y.shape) == (x.dtype, (len(x), q.shape[0]))
     assert expected is None or relative_error(y, expected) < bound(x.dtype)

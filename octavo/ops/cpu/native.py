@@ -11,6 +11,7 @@ from ctypes import byref
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
@@ -61,6 +62,7 @@ __all__ = [
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 GROUP_SCALES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256  # of a head: csrc/attention.h
+TILE = 64  # rows and codes of a block of a tiled weight: csrc/types.h
 MAX_SHARED = 1024  # of a latent with its rope part, or of an indexer's key: csrc/latent.h
 
 
@@ -142,14 +144,30 @@ def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
     )
 
 
+def is_tiled(q: QTensor) -> bool:
+    """Whether a weight's codes are held in the order in which matrix tiles read them: FP8 codes of W8A8 with scales of rows."""
+    return used() == "amx" and q.scheme.activation is Granularity.ROW and q.scheme.weight is not Granularity.BLOCK
+
+
+def tiled(codes: Tensor) -> Tensor:
+    """FP8 codes [N, K] as uint8 [N / 64, K / 64, 64, 64], zeros behind N and K: csrc/types.h."""
+    n, k = codes.shape
+    padded = F.pad(codes.view(torch.uint8), (0, -k % TILE, 0, -n % TILE))
+    return padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+
 class PackedNative(PackedWeight):
-    """A weight [N, K] as stored, and its scales."""
+    """A weight [N, K] as stored or `tiled`, and its scales."""
 
     def __init__(self, q: QTensor):
-        (self.n, self.k), self.data = q.shape, q.data
-        self.held_bytes = q.nbytes
+        self.n, self.k = q.shape
         self.scale = held_scale(q)
         self.struct = struct_of(q, self.scale)
+        self.data, self.held_bytes = q.data, q.nbytes
+        if is_tiled(q):
+            self.data = tiled(q.data)
+            self.held_bytes += self.data.nbytes - q.data.nbytes
+            self.struct.weight, self.struct.tiled = self.data.data_ptr(), 1
         self.address = ctypes.addressof(self.struct)
         self.multiply = kernels().octavo_linear
 

@@ -8,7 +8,7 @@
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats fit into the L2 cache */
 #define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
 #define TASK_OF_TILES 64   /* rows of a task by matrix tiles: tiles.h; */
-#define BLOCK_OF_TILES 256 /* with many tokens */
+#define BLOCK_OF_TILES 128 /* with many tokens */
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row per step, */
 #define ROW_CHUNK 128 /* or per step of a product along k in pairs */
@@ -315,7 +315,14 @@ static void NAME(look_up)(void *argument, int64_t token) {
     float values[GROUP];
     for (int64_t at = 0; at < w->k; at += GROUP) {
         const int64_t count = least(GROUP, w->k - at);
-        NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
+        if (w->tiled) {
+            const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, line = row % GROUP_ROWS * TILED_CODES;
+            for (int64_t i = 0; i < count; i += TILED_CODES)
+                NAME(widen_row)(values + i, (const char *)w->weight + (row / GROUP_ROWS * chunks + (at + i) / TILED_CODES) * GROUP_ROWS * TILED_CODES + line,
+                                w->kind, least(TILED_CODES, count - i));
+        } else {
+            NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
+        }
         for (int64_t i = 0; i < count; i += VL) NAME(store)(values + i, NAME(load)(values + i) * NAME(scale_at)(w, row, at));
         NAME(narrow_row)(job->y, job->kind, token * w->k + at, values, count);
     }
@@ -393,6 +400,13 @@ static void NAME(multiply)(void *argument, int64_t task) {
         NAME(panels)(job, from, to, begin, end);
         return;
     }
+#if TILES
+    if (job->w->tiled) {
+        const int64_t groups = (n + GROUP_ROWS - 1) / GROUP_ROWS, from = groups * task / job->row_tasks, to = groups * (task + 1) / job->row_tasks;
+        (job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(job, from, to);
+        return;
+    }
+#endif
     NAME(dots)[job->w->kind][job->m - 1](job, n * task / job->row_tasks, n * (task + 1) / job->row_tasks);
 }
 

@@ -30,7 +30,7 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
         job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
         while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
     } else {
-        job.row_tasks = least((w->n + 15) / 16, 8 * threads);
+        job.row_tasks = least((w->n + (w->tiled ? GROUP_ROWS : LANES) - 1) / (w->tiled ? GROUP_ROWS : LANES), 8 * threads);
     }
     return job;
 }
@@ -39,7 +39,8 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
 static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int64_t threads) {
     const int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x is exact in BF16 */
-    const int way = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
+    const int by_kind = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
+    const int way = !w->tiled ? by_kind : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
 

@@ -1,23 +1,46 @@
 /* Products by matrix tiles: included by linear.h where pairs.h is, for instruction sets with TILES.
 
    The first operand of a tile product is 16 rows of a weight by 32 values: BF16 as stored, FP8 widened in the cache. The
-   second is 16 pairs of positions by 16 tokens, which is the layout that a panel of pairs has already. So nothing is packed
-   for tiles, and a sum is [rows][LANES] as finish_panel() reads it. Products are computed 32 rows by up to 32 tokens at a
-   time: four sums, two operands of each kind. */
+   second is 16 pairs of positions by 16 tokens, which is the layout that a panel of pairs has already. A sum is [rows][LANES]
+   as finish_panel() reads it.
+
+   A tiled weight (types.h) has the codes that are widened together, and those of the next steps, in order, so that few tokens
+   are one sequential read. Rows as they are stored are far apart: the lines of one column of 64 rows whose length is a
+   multiple of 4096 bytes share a set of the L1 cache, and the hardware prefetches no such pattern. */
 #define TILED_ROWS 32            /* rows of two tiles */
 #define FEW_TILED TASK_OF_TILES  /* rows of a task with one panel: four sums share what is loaded of it */
 #define BLOCK_ROWS BLOCK_OF_TILES
-#define BLOCK_DEPTH 512 /* values of a task with more panels that are widened at a time: 32 tokens' stay in L1 meanwhile, all rows' in L2 */
+#define BLOCK_DEPTH 4096 /* values of a task with more panels that are widened at a time: they stay in L2, */
+#define PART_DEPTH 256   /* of which so many are multiplied at a time: 32 tokens' and the sums of all rows stay in L1 */
+#define TILE_AHEAD 16384 /* bytes to prefetch ahead of a tiled weight, to L2 */
 
-/* Widen values k to k + CHUNK of LANES rows: to [CHUNK / TILE_VALUES][LANES][TILE_VALUES], zeros past a row's end. `next`:
-   byte offset of the row to prefetch. */
-INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t next, int64_t k, int kind, uint16_t *to) {
+/* Where rows of a weight are: of a tiled one the first row's codes in its group, else each row's. */
+typedef struct {
+    const char *at[BLOCK_ROWS];
+    int64_t next, chunks; /* next: byte offset to prefetch; chunks: of a group of a tiled weight, 0 for others */
+} NAME(Place);
+
+INLINE void NAME(find_rows)(const Linear *w, int64_t from, int64_t rows, int64_t ahead, NAME(Place) *place) {
+    const int64_t size = size_of(w->kind);
+    place->chunks = w->tiled ? (w->k + TILED_CODES - 1) / TILED_CODES : 0;
+    place->next = w->tiled ? TILE_AHEAD : ahead * w->stride * size;
+    for (int64_t i = 0; i < rows; i += w->tiled ? LANES : 1) {
+        const int64_t row = from + i;
+        place->at[i] = (const char *)w->weight + (w->tiled ? row / GROUP_ROWS * place->chunks * GROUP_ROWS * TILED_CODES + row % GROUP_ROWS * TILED_CODES
+                                                           : least(row, w->n - 1) * w->stride * size);
+    }
+}
+
+/* Widen values k to k + CHUNK of LANES rows, the first of which is row i of the place: to [CHUNK / TILE_VALUES][LANES]
+   [TILE_VALUES], zeros past a row's end. */
+INLINE void NAME(widen_tile)(const Linear *w, const NAME(Place) *place, int64_t i, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
-    for (int i = 0; i < LANES; i++, to += TILE_VALUES) {
-        const char *from = at[i] + k * size;
+    const char *tile = place->at[i] + k / CHUNK * GROUP_ROWS * TILED_CODES; /* of a tiled weight */
+    for (int row = 0; row < LANES; row++, to += TILE_VALUES) {
+        const char *from = place->chunks ? tile + row * TILED_CODES : place->at[i + row] + k * size;
         char tail[CHUNK * 2];
-        for (int line = 0; line < size; line++) __builtin_prefetch(from + next + line * 64, 0, 2);
-        from = NAME(whole_chunk)(from, there, size, tail);
+        for (int line = 0; line < size; line++) __builtin_prefetch(from + place->next + line * 64, 0, 2);
+        if (!place->chunks) from = NAME(whole_chunk)(from, there, size, tail);
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);
@@ -57,12 +80,13 @@ INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t nex
    tile is not loaded before the stores to it have reached the cache. */
 INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
     const Linear *w = job->w;
-    const int64_t row = w->stride * size_of(kind), next = (to - from) * row, whole = w->k / CHUNK * CHUNK;
+    const int64_t row = w->stride * size_of(kind), whole = w->k / CHUNK * CHUNK;
     const int tiles = (int)((to - from + LANES - 1) / LANES);
-    const char *at[FEW_TILED], *x = (const char *)NAME(panel_at)(job, panel, 0);
+    const char *x = (const char *)NAME(panel_at)(job, panel, 0);
+    NAME(Place) place;
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
     float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
-    for (int i = 0; i < FEW_TILED; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * row;
+    NAME(find_rows)(w, from, FEW_TILED, to - from, &place);
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -71,18 +95,18 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     if (kind == BF16 && to - from == FEW_TILED) {
         for (; k < whole; k += CHUNK, x += 2 * TILE_BYTES) { /* BF16 is loaded as it is stored */
             for (int i = 0; i < FEW_TILED; i++) {
-                __builtin_prefetch(at[i] + k * 2 + next, 0, 2);
-                __builtin_prefetch(at[i] + k * 2 + next + 64, 0, 2);
+                __builtin_prefetch(place.at[i] + k * 2 + place.next, 0, 2);
+                __builtin_prefetch(place.at[i] + k * 2 + place.next + 64, 0, 2);
             }
             TILE_LOAD(6, x, 64);
             TILE_LOAD(7, x + TILE_BYTES, 64);
-            TILE_OF_CHUNK(0, at[0] + k * 2, at[0] + k * 2 + 64, row);
-            TILE_OF_CHUNK(1, at[LANES] + k * 2, at[LANES] + k * 2 + 64, row);
-            TILE_OF_CHUNK(2, at[2 * LANES] + k * 2, at[2 * LANES] + k * 2 + 64, row);
-            TILE_OF_CHUNK(3, at[3 * LANES] + k * 2, at[3 * LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(0, place.at[0] + k * 2, place.at[0] + k * 2 + 64, row);
+            TILE_OF_CHUNK(1, place.at[LANES] + k * 2, place.at[LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(2, place.at[2 * LANES] + k * 2, place.at[2 * LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(3, place.at[3 * LANES] + k * 2, place.at[3 * LANES] + k * 2 + 64, row);
         }
     }
-#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, at + (tile) * LANES, next, k, kind, (to) + (tile) * LANES * CHUNK)
+#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, &place, (tile) * LANES, k, kind, (to) + (tile) * LANES * CHUNK)
 #define NEXT_TILE(tile)                                                                                        \
     if ((tile) < tiles) {                                                                                      \
         const uint16_t *a = wide + (tile) * LANES * CHUNK;                                                     \
@@ -112,63 +136,70 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     NAME(finish_panel)(job, panel, from, to, sums);
 }
 
-/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels. */
+/* Two tiles of rows by one or two panels: steps along `depth` values, added to the sums or their beginning. */
+INLINE void NAME(block_of_tiles)(const uint16_t *a, const char *x, int64_t apart, int64_t depth, int panels, int add, float *sum, float *more) {
+    const uint16_t *end = a + depth * TILED_ROWS;
+    if (add) {
+        TILE_LOAD(0, sum, 64);
+        TILE_LOAD(1, sum + LANES * LANES, 64);
+        if (panels == 2) {
+            TILE_LOAD(2, more, 64);
+            TILE_LOAD(3, more + LANES * LANES, 64);
+        }
+    } else {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    }
+    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {
+        TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);
+        TILE_STEP(a + LANES * TILE_VALUES, a + LANES * CHUNK + LANES * TILE_VALUES, x + TILE_BYTES, x + apart + TILE_BYTES, panels);
+    }
+    TILE_STORE(0, sum, 64);
+    TILE_STORE(1, sum + LANES * LANES, 64);
+    if (panels == 2) {
+        TILE_STORE(2, more, 64);
+        TILE_STORE(3, more + LANES * LANES, 64);
+    }
+}
+
+/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by two panels after
+   the other, PART_DEPTH values at a time. Where these are all values of a row, sums are finished while they are in L1. */
 INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel, int kind) {
     const Linear *w = job->w;
-    const int64_t row = w->stride * size_of(kind), next = job->task_rows * row, apart = job->k_padded * LANES * 2;
-    const char *at[BLOCK_ROWS];
+    const int64_t apart = job->k_padded * LANES * 2, rows = to - from;
+    NAME(Place) place;
     uint16_t wide[BLOCK_ROWS * BLOCK_DEPTH] __attribute__((aligned(64)));
-    float sums[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < BLOCK_ROWS; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * row;
+    float all[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
+    NAME(find_rows)(w, from, BLOCK_ROWS, job->task_rows, &place);
     for (int64_t k = 0; k < job->k_padded; k += BLOCK_DEPTH) {
         const int64_t depth = least(BLOCK_DEPTH, job->k_padded - k);
-        for (int64_t i = 0; i < to - from; i += TILED_ROWS) {
+        const int last = k + depth == job->k_padded, only = last && !k;
+        for (int64_t group = 0; group < rows; group += GROUP_ROWS) { /* in the order of a tiled weight */
             for (int64_t j = 0; j < depth; j += CHUNK) {
-                NAME(widen_tile)(w, at + i, next, k + j, kind, wide + i * BLOCK_DEPTH + j * TILED_ROWS);
-                NAME(widen_tile)(w, at + i + LANES, next, k + j, kind, wide + i * BLOCK_DEPTH + j * TILED_ROWS + LANES * CHUNK);
+                for (int64_t i = group; i < least(group + GROUP_ROWS, (rows + TILED_ROWS - 1) / TILED_ROWS * TILED_ROWS); i += LANES)
+                    NAME(widen_tile)(w, &place, i, k + j, kind,
+                                     wide + i / TILED_ROWS * TILED_ROWS * depth + j * TILED_ROWS + i % TILED_ROWS * CHUNK);
             }
         }
         TILE_FENCE();
         for (int64_t p = first_panel; p < last_panel; p += 2) {
             const int panels = p + 1 < last_panel ? 2 : 1;
-            const char *panel = (const char *)NAME(panel_at)(job, p, k);
-            for (int64_t i = 0; i < to - from; i += TILED_ROWS) {
-                const char *x = panel, *soon = panel + (i ? 3 : 2) * apart; /* the next panels, which L2 may not hold */
-                const uint16_t *a = wide + i * BLOCK_DEPTH, *end = a + depth * TILED_ROWS;
-                float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
-                if (k) {
-                    TILE_LOAD(0, sum, 64);
-                    TILE_LOAD(1, sum + LANES * LANES, 64);
-                    if (panels == 2) {
-                        TILE_LOAD(2, more, 64);
-                        TILE_LOAD(3, more + LANES * LANES, 64);
-                    }
-                } else {
-                    TILE_ZERO(0);
-                    TILE_ZERO(1);
-                    TILE_ZERO(2);
-                    TILE_ZERO(3);
-                }
-#define CHUNK_OF_STEPS(panels)                                                                                              \
-    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES, soon += 2 * TILE_BYTES) {                                 \
-        for (int line = 0; i < 2 * TILED_ROWS && line < 2 * TILE_BYTES; line += 64) __builtin_prefetch(soon + line, 0, 2);  \
-        TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);                                                              \
-        TILE_STEP(a + LANES * TILE_VALUES, a + LANES * CHUNK + LANES * TILE_VALUES, x + TILE_BYTES, x + apart + TILE_BYTES, panels); \
-    }
-                if (panels == 2) CHUNK_OF_STEPS(2)
-                else CHUNK_OF_STEPS(1)
-#undef CHUNK_OF_STEPS
-                TILE_STORE(0, sum, 64);
-                TILE_STORE(1, sum + LANES * LANES, 64);
-                if (panels == 2) {
-                    TILE_STORE(2, more, 64);
-                    TILE_STORE(3, more + LANES * LANES, 64);
+            const char *x = (const char *)NAME(panel_at)(job, p, k);
+            float *sums = only ? all : all + (p - first_panel) * BLOCK_ROWS * LANES, *more = sums + BLOCK_ROWS * LANES;
+            for (int64_t part = 0; part < depth; part += PART_DEPTH, x += PART_DEPTH * LANES * 2) {
+                const int64_t some = least(PART_DEPTH, depth - part);
+                for (int64_t i = 0; i < rows; i += TILED_ROWS) {
+                    const uint16_t *a = wide + i * depth + part * TILED_ROWS;
+                    if (panels == 2) NAME(block_of_tiles)(a, x, apart, some, 2, k || part, sums + i * LANES, more + i * LANES);
+                    else NAME(block_of_tiles)(a, x, apart, some, 1, k || part, sums + i * LANES, more + i * LANES);
                 }
             }
+            TILE_FENCE();
+            for (int i = 0; last && i < panels; i++) NAME(finish_panel)(job, p + i, from, to, i ? more : sums);
         }
-        TILE_FENCE();
     }
-    for (int64_t p = first_panel; p < last_panel; p++) NAME(finish_panel)(job, p, from, to, sums + (p - first_panel) * BLOCK_ROWS * LANES);
 }
 
 #define TILES_OF(kind)                                                                                                          \
@@ -188,3 +219,45 @@ static void NAME(tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t 
         [BF16] = NAME(tiles_BF16), [E4M3] = NAME(tiles_E4M3), [E4M3FNUZ] = NAME(tiles_E4M3), [E5M2] = NAME(tiles_E5M2)};
     by_kind[job->w->kind](job, from, to, first_panel, last_panel);
 }
+
+/* One token times groups of a tiled weight, by the dot product. WINDOW chunks of 16 rows are multiplied at a time, whose sums
+   are in registers meanwhile. */
+#define WINDOW 4
+INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind) {
+    const Linear *w = job->w;
+    const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, bytes = GROUP_ROWS * TILED_CODES;
+    const char *at = (const char *)w->weight + from * chunks * bytes;
+    float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS];
+    for (int64_t group = from; group < to; group++, at += chunks * bytes) {
+        for (int64_t c = 0; c < chunks; c += WINDOW) {
+            for (int64_t block = 0; block < GROUP_ROWS; block += LANES) {
+                vf sum[LANES];
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) sum[i] = c ? NAME(load)(sums + (block + i) * VL) : (vf){0};
+                for (int64_t j = c; j < least(c + WINDOW, chunks); j++) {
+                    const char *p = at + j * bytes + block * TILED_CODES;
+                    const uint16_t *x = (const uint16_t *)job->panel + j * TILED_CODES;
+#pragma GCC unroll 16
+                    for (int i = 0; i < LANES; i++, p += TILED_CODES) {
+                        __builtin_prefetch(p + WINDOW * bytes, 0, 2);
+                        for (int u = 0; u < TILED_CODES; u += UNIT) {
+                            vp v[2], even, odd;
+                            NAME(widen_unit)(p + u, kind, v);
+                            memcpy(&even, x + u, sizeof even);
+                            memcpy(&odd, x + u + UNIT / 2, sizeof odd);
+                            sum[i] = NAME(dot_pairs)(NAME(dot_pairs)(sum[i], even, v[0]), odd, v[1]);
+                        }
+                    }
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) NAME(store)(sums + (block + i) * VL, sum[i]);
+            }
+        }
+        for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
+        const int64_t first = group * GROUP_ROWS;
+        for (int64_t row = first; row < least(first + GROUP_ROWS, w->n); row++) NAME(finish)(job, 0, row, columns[row - first]);
+    }
+}
+
+static __attribute__((noinline)) void NAME(groups_E4M3)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E4M3); }
+static __attribute__((noinline)) void NAME(groups_E5M2)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E5M2); }
