@@ -8,7 +8,7 @@
 #define TASK_K 512   /* TASK_ROWS * TASK_K floats fit into the L2 cache */
 #define TASK_OF_PAIRS 32 /* a multiple of the rows of every tile of pairs */
 #define TASK_OF_TILES 64   /* rows of a task by matrix tiles: tiles.h; */
-#define BLOCK_OF_TILES 128 /* with many tokens */
+#define BLOCK_OF_TILES 256 /* with many tokens */
 #define CHUNK_TOKENS 512
 #define CHUNK 64   /* values of a row per step, */
 #define ROW_CHUNK 128 /* or per step of a product along k in pairs */

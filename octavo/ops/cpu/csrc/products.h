@@ -26,7 +26,7 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
     job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
     if (is_panel) {
         job.task_rows = tiles ? (panels > 1 ? BLOCK_OF_TILES : TASK_OF_TILES) : !pairs ? TASK_ROWS : panels > 1 ? TASK_OF_PAIRS : LANES;
-        while (tiles && job.task_rows > 2 * LANES && (w->n + job.task_rows - 1) / job.task_rows < 3 * threads) job.task_rows /= 2;
+        while (tiles && job.task_rows > (w->tiled ? GROUP_ROWS : 2 * LANES) && (w->n + job.task_rows - 1) / job.task_rows < 3 * threads) job.task_rows /= 2;
         job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
         while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
     } else {

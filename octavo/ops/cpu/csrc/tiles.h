@@ -10,8 +10,7 @@
 #define TILED_ROWS 32            /* rows of two tiles */
 #define FEW_TILED TASK_OF_TILES  /* rows of a task with one panel: four sums share what is loaded of it */
 #define BLOCK_ROWS BLOCK_OF_TILES
-#define BLOCK_DEPTH 4096 /* values of a task with more panels that are widened at a time: they stay in L2, */
-#define PART_DEPTH 256   /* of which so many are multiplied at a time: 32 tokens' and the sums of all rows stay in L1 */
+#define BLOCK_DEPTH 256 /* values of a task with more panels that are widened at a time: 32 tokens' stay in L1 meanwhile, all rows' in L2 */
 #define TILE_AHEAD 16384 /* bytes to prefetch ahead of a tiled weight, to L2 */
 
 /* Where rows of a weight are: of a tiled one the first row's codes in its group, else each row's. */
@@ -31,25 +30,50 @@ INLINE void NAME(find_rows)(const Linear *w, int64_t from, int64_t rows, int64_t
     }
 }
 
-/* Widen values k to k + CHUNK of LANES rows, the first of which is row i of the place: to [CHUNK / TILE_VALUES][LANES]
-   [TILE_VALUES], zeros past a row's end. */
-INLINE void NAME(widen_tile)(const Linear *w, const NAME(Place) *place, int64_t i, int64_t k, int kind, uint16_t *to) {
+/* Store a unit of widened values, the first of them at `position` of a CHUNK, in tiles [CHUNK / TILE_VALUES][LANES]
+   [TILE_VALUES]; `to`: of the row. */
+INLINE void NAME(put_unit)(const vp v[2], int position, uint16_t *to) {
+    for (int half = 0; half < 2; half++, position += UNIT / 2)
+        memcpy(to + position / TILE_VALUES * LANES * TILE_VALUES + position % TILE_VALUES, v + half, sizeof *v);
+}
+
+/* Widen values k to k + CHUNK of LANES rows, zeros past a row's end. `next`: byte offset of the row to prefetch. */
+INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t next, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
-    const char *tile = place->at[i] + k / CHUNK * GROUP_ROWS * TILED_CODES; /* of a tiled weight */
-    for (int row = 0; row < LANES; row++, to += TILE_VALUES) {
-        const char *from = place->chunks ? tile + row * TILED_CODES : place->at[i + row] + k * size;
+    for (int i = 0; i < LANES; i++, to += TILE_VALUES) {
+        const char *from = at[i] + k * size;
         char tail[CHUNK * 2];
-        for (int line = 0; line < size; line++) __builtin_prefetch(from + place->next + line * 64, 0, 2);
-        if (!place->chunks) from = NAME(whole_chunk)(from, there, size, tail);
+        for (int line = 0; line < size; line++) __builtin_prefetch(from + next + line * 64, 0, 2);
+        from = NAME(whole_chunk)(from, there, size, tail);
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);
-            for (int half = 0; half < 2; half++) {
-                const int position = j + half * UNIT / 2;
-                memcpy(to + position / TILE_VALUES * LANES * TILE_VALUES + position % TILE_VALUES, v + half, sizeof *v);
-            }
+            NAME(put_unit)(v, j, to);
         }
     }
+}
+
+/* Where a tiled weight has row i of the place from k on. */
+INLINE const char *NAME(codes_at)(const NAME(Place) *place, int64_t i, int64_t k) {
+    return place->at[i] + k / CHUNK * GROUP_ROWS * TILED_CODES;
+}
+
+/* widen_tile() of a tiled weight; a function of its own, since inlined wherever it is called it takes long to compile. */
+INLINE void NAME(widen_lines)(const char *from, int kind, uint16_t *to) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i++, from += TILED_CODES, to += TILE_VALUES) {
+        __builtin_prefetch(from + TILE_AHEAD, 0, 2);
+        for (int j = 0; j < CHUNK; j += UNIT) {
+            vp v[2];
+            NAME(widen_unit)(from + j, kind, v);
+            NAME(put_unit)(v, j, to);
+        }
+    }
+}
+
+static __attribute__((noinline)) void NAME(widen_group)(const char *from, int kind, uint16_t *to) {
+    if (kind == E5M2) NAME(widen_lines)(from, E5M2, to);
+    else NAME(widen_lines)(from, E4M3, to);
 }
 
 /* A step along k of a product of two tiles of rows by one or two panels. */
@@ -106,7 +130,7 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
             TILE_OF_CHUNK(3, place.at[3 * LANES] + k * 2, place.at[3 * LANES] + k * 2 + 64, row);
         }
     }
-#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, &place, (tile) * LANES, k, kind, (to) + (tile) * LANES * CHUNK)
+#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, place.at + (tile) * LANES, place.next, k, kind, (to) + (tile) * LANES * CHUNK)
 #define NEXT_TILE(tile)                                                                                        \
     if ((tile) < tiles) {                                                                                      \
         const uint16_t *a = wide + (tile) * LANES * CHUNK;                                                     \
@@ -136,70 +160,102 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     NAME(finish_panel)(job, panel, from, to, sums);
 }
 
-/* Two tiles of rows by one or two panels: steps along `depth` values, added to the sums or their beginning. */
-INLINE void NAME(block_of_tiles)(const uint16_t *a, const char *x, int64_t apart, int64_t depth, int panels, int add, float *sum, float *more) {
-    const uint16_t *end = a + depth * TILED_ROWS;
-    if (add) {
-        TILE_LOAD(0, sum, 64);
-        TILE_LOAD(1, sum + LANES * LANES, 64);
-        if (panels == 2) {
-            TILE_LOAD(2, more, 64);
-            TILE_LOAD(3, more + LANES * LANES, 64);
-        }
-    } else {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-    }
-    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {
-        TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);
-        TILE_STEP(a + LANES * TILE_VALUES, a + LANES * CHUNK + LANES * TILE_VALUES, x + TILE_BYTES, x + apart + TILE_BYTES, panels);
-    }
-    TILE_STORE(0, sum, 64);
-    TILE_STORE(1, sum + LANES * LANES, 64);
-    if (panels == 2) {
-        TILE_STORE(2, more, 64);
-        TILE_STORE(3, more + LANES * LANES, 64);
-    }
-}
-
-/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by two panels after
-   the other, PART_DEPTH values at a time. Where these are all values of a row, sums are finished while they are in L1. */
+/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels. */
 INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel, int kind) {
     const Linear *w = job->w;
-    const int64_t apart = job->k_padded * LANES * 2, rows = to - from;
+    const int64_t apart = job->k_padded * LANES * 2, rows = to - from, padded = (rows + TILED_ROWS - 1) / TILED_ROWS * TILED_ROWS;
     NAME(Place) place;
     uint16_t wide[BLOCK_ROWS * BLOCK_DEPTH] __attribute__((aligned(64)));
-    float all[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
+    float sums[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
     NAME(find_rows)(w, from, BLOCK_ROWS, job->task_rows, &place);
     for (int64_t k = 0; k < job->k_padded; k += BLOCK_DEPTH) {
         const int64_t depth = least(BLOCK_DEPTH, job->k_padded - k);
-        const int last = k + depth == job->k_padded, only = last && !k;
-        for (int64_t group = 0; group < rows; group += GROUP_ROWS) { /* in the order of a tiled weight */
+        for (int64_t group = 0; group < padded; group += GROUP_ROWS) { /* in the order of a tiled weight */
             for (int64_t j = 0; j < depth; j += CHUNK) {
-                for (int64_t i = group; i < least(group + GROUP_ROWS, (rows + TILED_ROWS - 1) / TILED_ROWS * TILED_ROWS); i += LANES)
-                    NAME(widen_tile)(w, &place, i, k + j, kind,
-                                     wide + i / TILED_ROWS * TILED_ROWS * depth + j * TILED_ROWS + i % TILED_ROWS * CHUNK);
+                for (int64_t i = group; i < least(group + GROUP_ROWS, padded); i += LANES) {
+                    uint16_t *to_tile = wide + i / TILED_ROWS * TILED_ROWS * BLOCK_DEPTH + j * TILED_ROWS + i % TILED_ROWS * CHUNK;
+                    if (kind != BF16 && place.chunks) NAME(widen_group)(NAME(codes_at)(&place, i, k + j), kind, to_tile);
+                    else NAME(widen_tile)(w, place.at + i, place.next, k + j, kind, to_tile);
+                }
             }
         }
         TILE_FENCE();
         for (int64_t p = first_panel; p < last_panel; p += 2) {
             const int panels = p + 1 < last_panel ? 2 : 1;
-            const char *x = (const char *)NAME(panel_at)(job, p, k);
-            float *sums = only ? all : all + (p - first_panel) * BLOCK_ROWS * LANES, *more = sums + BLOCK_ROWS * LANES;
-            for (int64_t part = 0; part < depth; part += PART_DEPTH, x += PART_DEPTH * LANES * 2) {
-                const int64_t some = least(PART_DEPTH, depth - part);
-                for (int64_t i = 0; i < rows; i += TILED_ROWS) {
-                    const uint16_t *a = wide + i * depth + part * TILED_ROWS;
-                    if (panels == 2) NAME(block_of_tiles)(a, x, apart, some, 2, k || part, sums + i * LANES, more + i * LANES);
-                    else NAME(block_of_tiles)(a, x, apart, some, 1, k || part, sums + i * LANES, more + i * LANES);
+            const char *panel = (const char *)NAME(panel_at)(job, p, k);
+            for (int64_t i = 0; i < rows; i += TILED_ROWS) {
+                const char *x = panel;
+                const uint16_t *a = wide + i * BLOCK_DEPTH, *end = a + depth * TILED_ROWS;
+                float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
+                if (k) {
+                    TILE_LOAD(0, sum, 64);
+                    TILE_LOAD(1, sum + LANES * LANES, 64);
+                    if (panels == 2) {
+                        TILE_LOAD(2, more, 64);
+                        TILE_LOAD(3, more + LANES * LANES, 64);
+                    }
+                } else {
+                    TILE_ZERO(0);
+                    TILE_ZERO(1);
+                    TILE_ZERO(2);
+                    TILE_ZERO(3);
+                }
+#define CHUNK_OF_STEPS(panels)                                                                                              \
+    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {                                                         \
+        TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);                                                              \
+        TILE_STEP(a + LANES * TILE_VALUES, a + LANES * CHUNK + LANES * TILE_VALUES, x + TILE_BYTES, x + apart + TILE_BYTES, panels); \
+    }
+                if (panels == 2) CHUNK_OF_STEPS(2)
+                else CHUNK_OF_STEPS(1)
+#undef CHUNK_OF_STEPS
+                TILE_STORE(0, sum, 64);
+                TILE_STORE(1, sum + LANES * LANES, 64);
+                if (panels == 2) {
+                    TILE_STORE(2, more, 64);
+                    TILE_STORE(3, more + LANES * LANES, 64);
                 }
             }
-            TILE_FENCE();
-            for (int i = 0; last && i < panels; i++) NAME(finish_panel)(job, p + i, from, to, i ? more : sums);
         }
+        TILE_FENCE();
     }
+    for (int64_t p = first_panel; p < last_panel; p++) NAME(finish_panel)(job, p, from, to, sums + (p - first_panel) * BLOCK_ROWS * LANES);
+}
+
+/* one_panel_of_tiles() of FEW_TILED rows of a tiled weight, whose order lets the loop do without all that differs. */
+INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
+    const Linear *w = job->w;
+    const int64_t chunks = job->k_padded / CHUNK, bytes = GROUP_ROWS * TILED_CODES, tile = LANES * TILED_CODES;
+    const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = (const char *)w->weight + from / GROUP_ROWS * chunks * bytes;
+    uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
+    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_CODES, kind, wide_of[0] + i * CHUNK);
+    for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
+        const uint16_t *wide = wide_of[c % 2];
+        uint16_t *soon = wide_of[(c + 1) % 2];
+        at += c + 1 < chunks ? bytes : 0; /* the last chunk is widened twice */
+        TILE_LOAD(6, x, 64);
+        TILE_LOAD(7, x + TILE_BYTES, 64);
+#define NEXT_TILE(i)                                                                                                   \
+    NAME(widen_group)(at + (i) * tile, kind, soon + (i) * LANES * CHUNK);                                              \
+    TILE_FENCE();                                                                                                      \
+    TILE_OF_CHUNK(i, wide + (i) * LANES * CHUNK, wide + (i) * LANES * CHUNK + LANES * TILE_VALUES, 64);                \
+    TILE_FENCE();
+        NEXT_TILE(0)
+        NEXT_TILE(1)
+        NEXT_TILE(2)
+        NEXT_TILE(3)
+#undef NEXT_TILE
+    }
+    TILE_STORE(0, sums, 64);
+    TILE_STORE(1, sums + LANES * LANES, 64);
+    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
+    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
+    TILE_FENCE();
+    NAME(finish_panel)(job, panel, from, to, sums);
 }
 
 #define TILES_OF(kind)                                                                                                          \
@@ -207,6 +263,8 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                                                              int64_t last_panel) {                                              \
         if (last_panel - first_panel > 1 || to - from > FEW_TILED)                                                              \
             NAME(panels_of_tiles)(job, from, to, first_panel, last_panel, kind);                                                \
+        else if (kind != BF16 && job->w->tiled)                                                                                      \
+            NAME(one_panel_of_groups)(job, from, to, first_panel, kind);                                                        \
         else                                                                                                                    \
             NAME(one_panel_of_tiles)(job, from, to, first_panel, kind);                                                         \
     }
