@@ -236,11 +236,11 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
     for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
         const uint16_t *wide = wide_of[c % 2];
         uint16_t *soon = wide_of[(c + 1) % 2];
-        at += c + 1 < chunks ? bytes : 0; /* the last chunk is widened twice */
+        at += bytes;
         TILE_LOAD(6, x, 64);
         TILE_LOAD(7, x + TILE_BYTES, 64);
 #define NEXT_TILE(i)                                                                                                   \
-    NAME(widen_group)(at + (i) * tile, kind, soon + (i) * LANES * CHUNK);                                              \
+    if (c + 1 < chunks) NAME(widen_group)(at + (i) * tile, kind, soon + (i) * LANES * CHUNK);                          \
     TILE_FENCE();                                                                                                      \
     TILE_OF_CHUNK(i, wide + (i) * LANES * CHUNK, wide + (i) * LANES * CHUNK + LANES * TILE_VALUES, 64);                \
     TILE_FENCE();
@@ -278,37 +278,28 @@ static void NAME(tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t 
     by_kind[job->w->kind](job, from, to, first_panel, last_panel);
 }
 
-/* One token times groups of a tiled weight, by the dot product. WINDOW chunks of 16 rows are multiplied at a time, whose sums
-   are in registers meanwhile. */
-#define WINDOW 4
+/* One token times groups of a tiled weight, by the dot product. The sums of a group are in L1, so that it is read in order. */
 INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind) {
     const Linear *w = job->w;
-    const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, bytes = GROUP_ROWS * TILED_CODES;
-    const char *at = (const char *)w->weight + from * chunks * bytes;
+    const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES;
+    const char *at = (const char *)w->weight + from * chunks * GROUP_ROWS * TILED_CODES;
     float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS];
-    for (int64_t group = from; group < to; group++, at += chunks * bytes) {
-        for (int64_t c = 0; c < chunks; c += WINDOW) {
-            for (int64_t block = 0; block < GROUP_ROWS; block += LANES) {
-                vf sum[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) sum[i] = c ? NAME(load)(sums + (block + i) * VL) : (vf){0};
-                for (int64_t j = c; j < least(c + WINDOW, chunks); j++) {
-                    const char *p = at + j * bytes + block * TILED_CODES;
-                    const uint16_t *x = (const uint16_t *)job->panel + j * TILED_CODES;
-#pragma GCC unroll 16
-                    for (int i = 0; i < LANES; i++, p += TILED_CODES) {
-                        __builtin_prefetch(p + WINDOW * bytes, 0, 2);
-                        for (int u = 0; u < TILED_CODES; u += UNIT) {
-                            vp v[2], even, odd;
-                            NAME(widen_unit)(p + u, kind, v);
-                            memcpy(&even, x + u, sizeof even);
-                            memcpy(&odd, x + u + UNIT / 2, sizeof odd);
-                            sum[i] = NAME(dot_pairs)(NAME(dot_pairs)(sum[i], even, v[0]), odd, v[1]);
-                        }
-                    }
+    for (int64_t group = from; group < to; group++) {
+        memset(sums, 0, sizeof sums);
+        for (int64_t c = 0; c < chunks; c++) {
+            const uint16_t *x = (const uint16_t *)job->panel + c * TILED_CODES;
+#pragma GCC unroll 8
+            for (int row = 0; row < GROUP_ROWS; row++, at += TILED_CODES) {
+                vf sum = NAME(load)(sums + row * VL);
+                __builtin_prefetch(at + TILE_AHEAD, 0, 2);
+                for (int u = 0; u < TILED_CODES; u += UNIT) {
+                    vp v[2], even, odd;
+                    NAME(widen_unit)(at + u, kind, v);
+                    memcpy(&even, x + u, sizeof even);
+                    memcpy(&odd, x + u + UNIT / 2, sizeof odd);
+                    sum = NAME(dot_pairs)(NAME(dot_pairs)(sum, even, v[0]), odd, v[1]);
                 }
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) NAME(store)(sums + (block + i) * VL, sum[i]);
+                NAME(store)(sums + row * VL, sum);
             }
         }
         for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
