@@ -145,7 +145,10 @@ def struct_of(q: QTensor, scale: Tensor | None) -> Linear:
 
 
 def is_tiled(q: QTensor) -> bool:
-    """Whether a weight's codes are held in the order in which matrix tiles read them: FP8 codes of W8A8 with scales of rows."""
+    """Whether a weight's codes are held in the order in which matrix tiles read them.
+
+    Those of W8A8 are, whose activations are exact in BF16 whatever dtype they come in.
+    """
     return used() == "amx" and q.scheme.activation is Granularity.ROW and q.scheme.weight is not Granularity.BLOCK
 
 
@@ -179,6 +182,10 @@ class PackedNative(PackedWeight):
         y = x.new_empty(m, self.n)
         launch(self.multiply, self.address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
         return y
+
+    def keep(self, q: QTensor) -> None:
+        if not self.struct.tiled:  # else `rows` reads the codes in their order here, and nobody needs the others
+            super().keep(q)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         if self.struct.kind == PACKED_INT4:

@@ -317,9 +317,11 @@ static void NAME(look_up)(void *argument, int64_t token) {
         const int64_t count = least(GROUP, w->k - at);
         if (w->tiled) {
             const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, line = row % GROUP_ROWS * TILED_CODES;
-            for (int64_t i = 0; i < count; i += TILED_CODES)
-                NAME(widen_row)(values + i, (const char *)w->weight + (row / GROUP_ROWS * chunks + (at + i) / TILED_CODES) * GROUP_ROWS * TILED_CODES + line,
-                                w->kind, least(TILED_CODES, count - i));
+            for (int64_t i = 0; i < count; i += TILED_CODES) {
+                const int64_t block = row / GROUP_ROWS * chunks + (at + i) / TILED_CODES;
+                const char *from = (const char *)w->weight + block * GROUP_ROWS * TILED_CODES + line;
+                NAME(widen_row)(values + i, from, w->kind, least(TILED_CODES, count - i));
+            }
         } else {
             NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
         }
@@ -402,8 +404,8 @@ static void NAME(multiply)(void *argument, int64_t task) {
     }
 #if TILES
     if (job->w->tiled) {
-        const int64_t groups = (n + GROUP_ROWS - 1) / GROUP_ROWS, from = groups * task / job->row_tasks, to = groups * (task + 1) / job->row_tasks;
-        (job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(job, from, to);
+        const int64_t groups = (n + GROUP_ROWS - 1) / GROUP_ROWS, from = groups * task / job->row_tasks;
+        (job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(job, from, groups * (task + 1) / job->row_tasks);
         return;
     }
 #endif

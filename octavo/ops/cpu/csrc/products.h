@@ -55,6 +55,8 @@ static void place(LinearJob *job, float *memory) { job->scale = memory, job->pan
 static int64_t tasks_to_prepare(const LinearJob *job) { return job->is_panel ? (job->m + LANES - 1) / LANES * job->parts : 1; }
 static int64_t tasks_to_multiply(const LinearJob *job) { return job->row_tasks * job->token_tasks; }
 
+#define TILED_FOR_ANOTHER -2 /* status: the weight's layout is another instruction set's */
+
 /* octavo_linear for a caller that holds pool.call; y has type y_kind. */
 static int32_t multiply(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int32_t threads) {
@@ -71,7 +73,7 @@ static int32_t multiply(const Linear *w, const void *x, int64_t m, int64_t x_str
 }
 
 /* y [m, n] = x [m, k] times the transposed weight, x and y of `kind`; rows of x are x_stride values apart. Returns 0, or -1
-   without memory. */
+   without memory, TILED_FOR_ANOTHER without matrix tiles for a tiled weight. */
 int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t threads) {
     pthread_mutex_lock(&pool.call);
     int32_t status = multiply(w, x, m, x_stride, y, kind, kind, threads);

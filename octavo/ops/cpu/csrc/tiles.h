@@ -24,9 +24,9 @@ INLINE void NAME(find_rows)(const Linear *w, int64_t from, int64_t rows, int64_t
     place->chunks = w->tiled ? (w->k + TILED_CODES - 1) / TILED_CODES : 0;
     place->next = w->tiled ? TILE_AHEAD : ahead * w->stride * size;
     for (int64_t i = 0; i < rows; i += w->tiled ? LANES : 1) {
-        const int64_t row = from + i;
-        place->at[i] = (const char *)w->weight + (w->tiled ? row / GROUP_ROWS * place->chunks * GROUP_ROWS * TILED_CODES + row % GROUP_ROWS * TILED_CODES
-                                                           : least(row, w->n - 1) * w->stride * size);
+        const int64_t row = from + i, block = row / GROUP_ROWS * place->chunks;
+        const int64_t at = w->tiled ? (block * GROUP_ROWS + row % GROUP_ROWS) * TILED_CODES : least(row, w->n - 1) * w->stride * size;
+        place->at[i] = (const char *)w->weight + at;
     }
 }
 
