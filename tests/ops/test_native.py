@@ -151,6 +151,19 @@ def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt:
         )
 
 
+@over("m", [1, 20])
+def test_a_weight_packed_for_tiles_is_not_read_without_them(m: int) -> None:
+    if library.use("amx") is None:
+        pytest.skip("needs a CPU with amx")
+    packed = native.Native().pack(quantize(torch.randn(70, 130), FP8_PER_CHANNEL), CPU)
+    try:
+        library.use("portable")
+        with pytest.raises(RuntimeError, match="packed for matrix tiles"):
+            packed(torch.randn(m, 130))
+    finally:
+        library.use(None)
+
+
 @on_each_instruction_set
 @dtypes
 @over("fmt", [E4M3FN, E4M3FNUZ, E5M2])

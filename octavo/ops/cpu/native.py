@@ -156,7 +156,8 @@ def tiled(codes: Tensor) -> Tensor:
     """FP8 codes [N, K] as uint8 [N / 64, K / 64, 64, 64], zeros behind N and K: csrc/types.h."""
     n, k = codes.shape
     padded = F.pad(codes.view(torch.uint8), (0, -k % TILE, 0, -n % TILE))
-    return padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    blocks: Tensor = padded.view(-(-n // TILE), TILE, -(-k // TILE), TILE).transpose(1, 2)
+    return blocks.contiguous()
 
 
 class PackedNative(PackedWeight):
