@@ -60,6 +60,7 @@ static int64_t tasks_to_multiply(const LinearJob *job) { return job->row_tasks *
 /* octavo_linear for a caller that holds pool.call; y has type y_kind. */
 static int32_t multiply(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int32_t threads) {
+    if (w->tiled && !uses_tiles) return TILED_FOR_ANOTHER;
     for (int64_t done = 0; done < m; done += CHUNK_TOKENS) {
         LinearJob job = job_of(w, (const char *)x + done * x_stride * size_of(kind), least(CHUNK_TOKENS, m - done), x_stride,
                                (char *)y + done * w->n * size_of(y_kind), kind, y_kind, threads);
